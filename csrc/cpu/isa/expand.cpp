@@ -1,0 +1,117 @@
+// y += s b in place for a skinny s, and the column sums of y.
+#include "cpu/isa/table.h"
+#include "cpu/isa/vec.h"
+
+namespace fastlora::FASTLORA_ISA {
+namespace {
+
+constexpr int kColumns = 4;
+constexpr int kRows = kAccumulators / kColumns;
+
+template <int Rows, int Columns, class T>
+FASTLORA_INLINE void tile(const float* s, int64_t lds, const float* b, int64_t ldb, int64_t rank, T* y, int64_t ldy) {
+  Vec sums[Rows][Columns];
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int q = 0; q < Columns; ++q) sums[i][q] = load(y + i * ldy + q * kWidth);
+  }
+  for (int64_t r = 0; r < rank; ++r) {
+    Vec row[Columns];
+#pragma GCC unroll 4
+    for (int q = 0; q < Columns; ++q) row[q] = load(b + r * ldb + q * kWidth);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      const Vec factor = set1(s[i * lds + r]);
+#pragma GCC unroll 4
+      for (int q = 0; q < Columns; ++q) sums[i][q] = fma(factor, row[q], sums[i][q]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int q = 0; q < Columns; ++q) store(y + i * ldy + q * kWidth, sums[i][q]);
+  }
+}
+
+template <class T>
+void tail(const float* s, int64_t lds, int64_t rows, const float* b, int64_t ldb, int64_t rank, int count, T* y,
+          int64_t ldy) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Vec sum = load(y + i * ldy, count);
+    for (int64_t r = 0; r < rank; ++r) sum = fma(set1(s[i * lds + r]), load(b + r * ldb, count), sum);
+    store(y + i * ldy, sum, count);
+  }
+}
+
+template <int Rows, class T>
+void strip(const float* s, int64_t lds, const float* b, int64_t ldb, int64_t rank, int64_t columns, T* y, int64_t ldy) {
+  int64_t n = 0;
+  for (; n + kColumns * kWidth <= columns; n += kColumns * kWidth) {
+    tile<Rows, kColumns>(s, lds, b + n, ldb, rank, y + n, ldy);
+  }
+  for (; n + kWidth <= columns; n += kWidth) tile<Rows, 1>(s, lds, b + n, ldb, rank, y + n, ldy);
+  if (n < columns) tail(s, lds, Rows, b + n, ldb, rank, static_cast<int>(columns - n), y + n, ldy);
+}
+
+// The sums are shifted by the first row: where the mean is far larger than the spread, plain fp32 sums would lose it.
+template <class T>
+FASTLORA_INLINE void column_moments(const T* y, int64_t ldy, int64_t rows, int count, double* sum, double* squares) {
+  const bool whole = count == kWidth;
+  const Vec shift = whole ? load(y) : load(y, count);
+  Vec first = {}, second = {};
+  for (int64_t m = 1; m < rows; ++m) {
+    const Vec delta = (whole ? load(y + m * ldy) : load(y + m * ldy, count)) - shift;
+    first += delta;
+    second = fma(delta, delta, second);
+  }
+  for (int i = 0; i < count; ++i) {
+    const double centre = shift[i], total = first[i], scatter = second[i], number = static_cast<double>(rows);
+    sum[i] += number * centre + total;
+    squares[i] += scatter + 2.0 * centre * total + number * centre * centre;
+  }
+}
+
+}  // namespace
+
+template <class T>
+void expand(const float* s, int64_t lds, int64_t rows, const float* b, int64_t ldb, int64_t rank, int64_t columns, T* y,
+            int64_t ldy) {
+  int64_t m = 0;
+  for (; m + kRows <= rows; m += kRows) strip<kRows>(s + m * lds, lds, b, ldb, rank, columns, y + m * ldy, ldy);
+  for (; m < rows; ++m) strip<1>(s + m * lds, lds, b, ldb, rank, columns, y + m * ldy, ldy);
+}
+
+template <class T>
+void moments(const T* y, int64_t ldy, int64_t rows, int64_t columns, double* sum, double* squares) {
+  if (rows == 0) return;
+  for (int64_t n = 0; n < columns; n += kWidth) {
+    const int64_t rest = columns - n;
+    const int count = rest < kWidth ? static_cast<int>(rest) : kWidth;
+    column_moments(y + n, ldy, rows, count, sum + n, squares + n);
+  }
+}
+
+template <class T>
+void widen(const T* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+  if (i < count) store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
+}
+
+template <class T>
+void narrow(const float* from, T* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) store(to + i, load(from + i));
+  if (i < count) store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
+}
+
+#define FASTLORA_INSTANTIATE(T)                                                                                    \
+  template void expand<T>(const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, T*, int64_t);   \
+  template void moments<T>(const T*, int64_t, int64_t, int64_t, double*, double*);                                 \
+  template void widen<T>(const T*, float*, int64_t);                                                               \
+  template void narrow<T>(const float*, T*, int64_t);
+FASTLORA_INSTANTIATE(float)
+FASTLORA_INSTANTIATE(bf16)
+
+}  // namespace fastlora::FASTLORA_ISA

@@ -1,0 +1,17 @@
+// The dispatch table of one instruction set.
+#include "cpu/isa/table.h"
+
+#define FASTLORA_STRING_OF(name) #name
+#define FASTLORA_STRING(name) FASTLORA_STRING_OF(name)
+
+namespace fastlora::FASTLORA_ISA {
+
+const Kernels table = {
+    FASTLORA_STRING(FASTLORA_ISA),
+    dot,
+    outer,
+    {expand<float>, moments<float>, dropout<float>, widen<float>, narrow<float>},
+    {expand<bf16>, moments<bf16>, dropout<bf16>, widen<bf16>, narrow<bf16>},
+};
+
+}  // namespace fastlora::FASTLORA_ISA

@@ -1,0 +1,25 @@
+// What the files of this folder define for the instruction set FASTLORA_ISA; see cpu/kernels.h for the formulas.
+#pragma once
+#include "cpu/kernels.h"
+
+namespace fastlora::FASTLORA_ISA {
+
+extern const Kernels table;
+
+void dot(const float* x, int64_t ldx, int64_t rows, const float* a, int64_t lda, int64_t rank, int64_t depth, float* s,
+         int64_t lds);
+void outer(const float* d, int64_t ldd, int64_t rank, const float* x, int64_t ldx, int64_t rows, int64_t columns,
+           float* g, int64_t ldg);
+template <class T>
+void expand(const float* s, int64_t lds, int64_t rows, const float* b, int64_t ldb, int64_t rank, int64_t columns, T* y,
+            int64_t ldy);
+template <class T>
+void moments(const T* y, int64_t ldy, int64_t rows, int64_t columns, double* sum, double* squares);
+template <class T>
+void dropout(const T* x, T* out, int64_t columns, const DropoutRow& row);
+template <class T>
+void widen(const T* from, float* to, int64_t count);
+template <class T>
+void narrow(const float* from, T* to, int64_t count);
+
+}  // namespace fastlora::FASTLORA_ISA

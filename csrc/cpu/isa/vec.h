@@ -1,0 +1,148 @@
+// One vector of floats whose width follows the compiler flags. Files under isa/ are compiled several times with
+// different flags and must not instantiate templates of the standard library: the linker could keep a copy of such a
+// function that uses instructions which the processor lacks.
+#pragma once
+#include <cstdint>
+
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/bf16.h"
+
+#ifndef FASTLORA_ISA
+#error "FASTLORA_ISA names the instruction set, see setup.py"
+#endif
+
+#define FASTLORA_INLINE inline __attribute__((always_inline))
+
+namespace fastlora::FASTLORA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+// With 32 registers a tile keeps 24 accumulators, with 16 registers 12.
+constexpr int kAccumulators = kWidth == 16 ? 24 : 12;
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t VecU32 __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t VecU16 __attribute__((vector_size(2 * kWidth)));
+typedef uint64_t VecU64 __attribute__((vector_size(4 * kWidth)));
+typedef double VecHalfF64 __attribute__((vector_size(4 * kWidth)));
+
+FASTLORA_INLINE Vec set1(float value) { return value - Vec{}; }
+
+FASTLORA_INLINE VecU32 bits_of(Vec v) { return reinterpret_cast<VecU32>(v); }
+FASTLORA_INLINE Vec float_of(VecU32 v) { return reinterpret_cast<Vec>(v); }
+
+FASTLORA_INLINE Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+FASTLORA_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// The upper half of a float is a bfloat16.
+FASTLORA_INLINE Vec load(const bf16* p) {
+  VecU16 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return float_of(__builtin_convertvector(v, VecU32) << 16);
+}
+
+// Rounds to nearest even; NaN becomes the quiet NaN that torch writes.
+FASTLORA_INLINE VecU16 round_to_bf16(Vec v) {
+  const VecU32 u = bits_of(v);
+  const VecU32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const VecU32 nan = reinterpret_cast<VecU32>(v != v);
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), VecU16);
+}
+
+FASTLORA_INLINE void store(bf16* p, Vec v) {
+  const VecU16 u = round_to_bf16(v);
+  __builtin_memcpy(p, &u, sizeof u);
+}
+
+// Partial vectors: the first count elements, the others read as zero and are not written.
+#if defined(__AVX512F__)
+FASTLORA_INLINE Vec load(const float* p, int count) {
+  return (Vec)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+}
+FASTLORA_INLINE void store(float* p, Vec v, int count) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+}
+FASTLORA_INLINE Vec load(const bf16* p, int count) {
+  const VecU16 u = (VecU16)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p);
+  return float_of(__builtin_convertvector(u, VecU32) << 16);
+}
+FASTLORA_INLINE void store(bf16* p, Vec v, int count) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), (__m256i)round_to_bf16(v));
+}
+#else
+template <class T>
+FASTLORA_INLINE Vec load(const T* p, int count) {
+  T buffer[kWidth] = {};
+  for (int i = 0; i < count; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+template <class T>
+FASTLORA_INLINE void store(T* p, Vec v, int count) {
+  T buffer[kWidth];
+  store(buffer, v);
+  for (int i = 0; i < count; ++i) p[i] = buffer[i];
+}
+#endif
+
+// a * b + c; contracted to one instruction where the target has it.
+FASTLORA_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+
+// Products of the lower 32 bits of each 64-bit lane.
+FASTLORA_INLINE VecU64 multiply_low(VecU64 a, VecU64 b) {
+#if defined(__AVX512F__)
+  return (VecU64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // the plain form warns in GCC 12
+#elif defined(__AVX2__)
+  return (VecU64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (VecU64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// out[l] = l has bit Step ? b[l - Step + Shift] : a[l + Shift], the two halves of one step of a transposed sum.
+template <int Step, int Shift>
+FASTLORA_INLINE Vec interleave(Vec a, Vec b) {
+  typedef int32_t Index __attribute__((vector_size(4 * kWidth)));
+  Index index;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kWidth; ++lane) {
+    index[lane] = (lane & Step) ? kWidth + lane - Step + Shift : lane + Shift;
+  }
+#if defined(__clang__)
+  Vec out;
+  for (int lane = 0; lane < kWidth; ++lane) out[lane] = index[lane] < kWidth ? a[index[lane]] : b[index[lane] - kWidth];
+  return out;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// Lane i of the result is the sum of the lanes of v[i * Step]; v holds kWidth vectors and is overwritten.
+template <int Step = 1>
+FASTLORA_INLINE Vec transposed_sum(Vec* v) {
+  if constexpr (Step == kWidth) {
+    return v[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; i += 2 * Step) {
+      v[i] = interleave<Step, 0>(v[i], v[i + Step]) + interleave<Step, Step>(v[i], v[i + Step]);
+    }
+    return transposed_sum<2 * Step>(v);
+  }
+}
+
+}  // namespace fastlora::FASTLORA_ISA

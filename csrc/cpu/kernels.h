@@ -1,0 +1,55 @@
+// Single-thread kernels on row blocks, one table per instruction set. All strides count elements; the last one is 1.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/bf16.h"
+
+namespace fastlora {
+
+struct DropoutRow {
+  uint64_t seed;
+  int64_t row;
+  uint32_t projection;
+  uint32_t threshold;
+  float scale;
+};
+
+// Kernels that read or write tensors in their own dtype T.
+template <class T>
+struct TypedKernels {
+  // y[m, n] += sum_r s[m, r] b[r, n]
+  void (*expand)(const float* s, int64_t lds, int64_t rows, const float* b, int64_t ldb, int64_t rank, int64_t columns,
+                 T* y, int64_t ldy);
+  // sum[n] += sum_m y[m, n];  squares[n] += sum_m y[m, n]^2, with sums shifted by the first row of the block
+  void (*moments)(const T* y, int64_t ldy, int64_t rows, int64_t columns, double* sum, double* squares);
+  void (*dropout)(const T* x, T* out, int64_t columns, const DropoutRow& row);
+  void (*widen)(const T* from, float* to, int64_t count);
+  void (*narrow)(const float* from, T* to, int64_t count);
+};
+
+struct Kernels {
+  const char* name;
+  // s[m, r] = sum_k x[m, k] a[r, k]
+  void (*dot)(const float* x, int64_t ldx, int64_t rows, const float* a, int64_t lda, int64_t rank, int64_t depth,
+              float* s, int64_t lds);
+  // g[r, n] += sum_m d[m, r] x[m, n]
+  void (*outer)(const float* d, int64_t ldd, int64_t rank, const float* x, int64_t ldx, int64_t rows, int64_t columns,
+                float* g, int64_t ldg);
+  TypedKernels<float> of_float;
+  TypedKernels<bf16> of_bf16;
+
+  template <class T>
+  const TypedKernels<T>& of() const {
+    if constexpr (std::is_same_v<T, float>) {
+      return of_float;
+    } else {
+      return of_bf16;
+    }
+  }
+};
+
+// The best table that this processor can run; FASTLORA_CPU_ISA=avx512|avx2|portable lowers the choice.
+const Kernels& kernels();
+
+}  // namespace fastlora

@@ -1,0 +1,15 @@
+// Schemas of the low-level operators. The maths lives in csrc/cpu and csrc/cuda.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastlora, m) {
+  m.def("shrink(Tensor x, Tensor A) -> Tensor");
+  m.def(
+      "expand_(Tensor(a!) y, Tensor h, Tensor[] factors, int[] offsets, int[] columns, float[] scales, "
+      "bool moments) -> Tensor");
+  m.def(
+      "wgrad(Tensor x, Tensor[] dy, Tensor h, Tensor[] B, int[] offsets, float[] scales, int rank, int probes, "
+      "bool need_dA) -> (Tensor dh, Tensor dA, Tensor[] dB, Tensor[] Q)");
+  m.def("outer(Tensor d, Tensor x) -> Tensor");
+  m.def("dropout(Tensor x, Tensor seed, int projection, float p) -> Tensor");
+  m.def("cpu_isa() -> str");
+}

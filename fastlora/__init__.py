@@ -1,0 +1,45 @@
+"""fastlora: LoRA layers fused into the frozen matmul, with gradient and activation statistics inside the backward."""
+
+from __future__ import annotations
+
+import pathlib as _pathlib
+
+# A plain checkout keeps the Triton kernels beside this package; an installed one holds them inside.
+if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(_pathlib.Path(__file__).parent.parent))
+
+from . import nn
+from .allocation import allocate
+from .calibration import calibrate
+from .config import LoraConfig
+from .injection import inject, set_ranks
+from .merging import disabled, merge, unmerge
+from .overview import explain, summary
+from .policies import param_groups
+from .scores import Scores, composite
+from .temperature import ece, fit_temperature, reliability
+from .tracker import Tracker, track
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoraConfig",
+    "Scores",
+    "Tracker",
+    "allocate",
+    "calibrate",
+    "composite",
+    "disabled",
+    "ece",
+    "explain",
+    "fit_temperature",
+    "inject",
+    "merge",
+    "nn",
+    "param_groups",
+    "reliability",
+    "set_ranks",
+    "summary",
+    "track",
+    "unmerge",
+]

@@ -1,0 +1,245 @@
+"""The operators ``fastlora::lora_linear`` and ``fastlora::lora_linear_backward``: schema, kernel, fake, autograd, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .backends import choose, group_layout
+
+_LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
+_LIBRARY.define(
+    "lora_linear(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor? P, "
+    "Tensor? sign, Tensor? seed, float[] scale, float p, str backend) -> Tensor[]"
+)
+_LIBRARY.define(
+    "lora_linear_backward(Tensor?[] dy, Tensor x, Tensor h, Tensor[] W, Tensor[] A, Tensor[] B, Tensor? seed, "
+    "float[] scale, float p, bool[] need, str backend) -> Tensor[]"
+)
+
+# Order of the gradients that lora_linear_backward returns, and of its `need` flags.
+_DX, _DA, _DB, _DZ, _DW, _DBIAS = range(6)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _forward_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend):
+    chosen, _ = choose(backend, x.device, x.dtype)
+    layout = group_layout(W, B)
+    h = chosen.shrink(_rows(x), A, P, seed, p)
+    if sign is not None:
+        probe = h.view(sign.shape[0], -1, h.shape[1]).narrow(2, layout.rank, sign.shape[1])
+        probe.mul_(sign.to(h.dtype).unsqueeze(1))
+    outputs, moments = chosen.linear(x, W, bias, h, B, layout, scale, bool(V))
+    return [*outputs, h, *moments]
+
+
+def _forward_fake(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend):
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    rank = sum(a.shape[0] for a in A) + (P.shape[0] if P is not None else 0)
+    outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in W]
+    moments = [x.new_empty((2, w.shape[0]), dtype=torch.float64) for w in W] if V else []
+    return [*outputs, x.new_empty((rows, rank)), *moments]
+
+
+def _probe_columns(h: Tensor, A: Sequence[Tensor]) -> int:
+    return h.shape[1] - sum(a.shape[0] for a in A)
+
+
+def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, need, backend):
+    chosen, _ = choose(backend, x.device, x.dtype)
+    layout = group_layout(W, B)
+    rows = _rows(x)
+    grads = [None if g is None else _rows(g.to(x.dtype)) for g in dy]
+    probes = _probe_columns(h, A) if need[_DZ] else 0
+    if not need[_DZ]:
+        h = h.narrow(1, 0, layout.rank)
+    dh, dA, dB, Q = chosen.wgrad(rows, grads, h, B, layout, scale, probes, need[_DA], seed, p)
+    out: list[Tensor] = []
+    if need[_DX]:
+        out.append(chosen.linear_backward(grads, W, dh, A, layout, seed, p).view(x.shape))
+    if need[_DA]:
+        out += [_like(g, a, a.shape) for g, a in zip(dA, A, strict=True)]
+    if need[_DB]:
+        out += [_like(g, b, b.shape) for g, b in zip(dB, B, strict=True)]
+    if need[_DZ]:
+        acc = reference.accumulate_dtype(x.dtype)
+        out += [_like(q, b, (b.shape[0], probes), acc) for q, b in zip(Q, B, strict=True)]
+    if need[_DW]:
+        out += [torch.zeros_like(w) if g is None else torch.mm(g.t(), rows) for g, w in zip(grads, W, strict=True)]
+    if need[_DBIAS]:
+        out += [x.new_zeros(w.shape[0]) if g is None else g.sum(0) for g, w in zip(grads, W, strict=True)]
+    return out
+
+
+def _like(grad: Tensor | None, target: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """The gradient in the target's dtype, zeros where none flowed."""
+    dtype = dtype or target.dtype
+    return torch.zeros(shape, dtype=dtype, device=target.device) if grad is None else grad.to(dtype)
+
+
+def _backward_fake(dy, x, h, W, A, B, seed, scale, p, need, backend):
+    acc = reference.accumulate_dtype(x.dtype)
+    out = [x.new_empty(x.shape)] if need[_DX] else []
+    if need[_DA]:
+        out += [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A]
+    if need[_DB]:
+        out += [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B]
+    if need[_DZ]:
+        out += [x.new_empty((b.shape[0], _probe_columns(h, A)), dtype=acc) for b in B]
+    if need[_DW]:
+        out += [x.new_empty(w.shape) for w in W]
+    if need[_DBIAS]:
+        out += [x.new_empty((w.shape[0],)) for w in W]
+    return out
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call of the operator holds besides differentiable tensors."""
+
+    counts: tuple[int, int, int, int]  # weights, projections, probe leaves, moment leaves
+    P: Tensor | None
+    sign: Tensor | None
+    seed: Tensor | None
+    scale: tuple[float, ...]
+    p: float
+    backend: str
+
+    def split(self, tensors: Sequence) -> tuple[Sequence, ...]:
+        """Cut the flat list [W, bias, A, B, Z, V] into its six parts."""
+        weights, projections, leaves, moments = self.counts
+        parts, start = [], 0
+        for size in (weights, weights, projections, projections, leaves, moments):
+            parts.append(tensors[start : start + size])
+            start += size
+        return tuple(parts)
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: _Call, x: Tensor, *flat: Tensor | None):
+        W, bias, A, B, Z, V = call.split(flat)
+        with torch._C._AutoDispatchBelowAutograd():
+            out = torch.ops.fastlora.lora_linear(
+                x, W, bias, A, B, Z, V, call.P, call.sign, call.seed, call.scale, call.p, call.backend
+            )
+        weights = call.counts[0]
+        h, moments = out[weights], out[weights + 1 :]
+        ctx.call = call
+        ctx.bias = [b is not None for b in bias]
+        ctx.leaf_dtypes = ([z.dtype for z in Z], [v.shape for v in V])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(h, *moments)
+        ctx.save_for_backward(x, h, *W, *[b for b in bias if b is not None], *A, *B, *moments)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        call: _Call = ctx.call
+        weights = call.counts[0]
+        dy = list(grads[:weights])
+        needs = ctx.needs_input_grad
+        if all(g is None for g in dy):
+            return (None,) * len(needs)
+        x, h, *saved = ctx.saved_tensors
+        bias = [saved.pop(weights) if has else None for has in ctx.bias]
+        W, A, B = saved[:weights], saved[weights:][: call.counts[1]], saved[weights + call.counts[1] :]
+        moments, B = B[call.counts[1] :], B[: call.counts[1]]
+        if torch.is_grad_enabled():
+            return (None, *_differentiable_backward(call, needs[1:], dy, x, W, bias, A, B, moments))
+        parts = call.split(needs[2:])
+        need = [needs[1], any(parts[2]), any(parts[3]), any(parts[4]), any(parts[0]), any(parts[1])]
+        out = torch.ops.fastlora.lora_linear_backward(
+            dy, x, h, W, A, B, call.seed, call.scale, call.p, need, call.backend
+        )
+        return (None, *_arrange(call, ctx, need, parts, out, x, W, moments))
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError("fastlora::lora_linear has no forward-mode derivative; use reverse mode")
+
+
+def _arrange(call, ctx, need, parts, out, x, W, moments):
+    """Place the returned gradients beside the inputs [x, W, bias, A, B, Z, V], None where none is needed."""
+    out = list(out)
+
+    def take(index: int, flags: Sequence[bool]) -> list[Tensor | None]:
+        if not need[index]:
+            return [None] * len(flags)
+        taken = [out.pop(0) for _ in flags]
+        return [g if flag else None for g, flag in zip(taken, flags, strict=True)]
+
+    dx = out.pop(0) if need[_DX] else None
+    dA, dB = take(_DA, parts[2]), take(_DB, parts[3])
+    dZ = take(_DZ, parts[4])
+    dW, dbias = take(_DW, parts[0]), take(_DBIAS, parts[1])
+    dV = [_moment_gradient(m, x) for m in moments]
+    return dx, *dW, *dbias, *dA, *dB, *dZ, *dV
+
+
+def _moment_gradient(moments: Tensor, x: Tensor) -> Tensor:
+    """Column sums with the number of rows beside them: what a moment leaf [2, N + 1] accumulates."""
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    return torch.cat([moments, moments.new_full((2, 1), rows)], dim=1)
+
+
+def _differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
+    """create_graph: gradients of the written-out formula, which autograd can differentiate again."""
+    Z = [b.new_zeros((b.shape[0], call.P.shape[0])).requires_grad_() for b in B] if call.counts[2] else []
+    flat = [x, *W, *bias, *A, *B, *Z]
+    wanted = [t for t, flag in zip(flat, needs, strict=False) if flag]
+    y = reference.lora_linear(x, W, bias, A, B, call.scale, Z, call.P, call.sign, call.seed, call.p)
+    live = [(out, g) for out, g in zip(y, dy, strict=True) if g is not None]
+    grads = iter(
+        torch.autograd.grad([o for o, _ in live], wanted, [g for _, g in live], create_graph=True, allow_unused=True)
+    )
+    placed = [next(grads) if flag else None for _, flag in zip(flat, needs, strict=False)]
+    return (*placed, *[_moment_gradient(m, x) for m in moments])
+
+
+def _autograd_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend):
+    flat = [*W, *bias, *A, *B, *Z, *V]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
+        counts = (len(W), len(A), len(Z), len(V))
+        call = _Call(counts, P, sign, seed, tuple(scale), p, backend)
+        return list(_LoRALinear.apply(call, x, *flat))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fastlora.lora_linear(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend)
+
+
+def _autocast_kernel(device_type: str, key: str):
+    def kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend):
+        dtype = torch.get_autocast_dtype(device_type)
+        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return torch.ops.fastlora.lora_linear(
+                _low(x, dtype), [_low(w, dtype) for w in W], [None if b is None else _low(b, dtype) for b in bias],
+                A, B, Z, V, P, sign, seed, scale, p, backend,
+            )  # fmt: skip
+
+    return kernel
+
+
+def _low(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Autocast leaves float64 alone; adapters and statistics keep their dtype and are cast inside the kernels.
+    return tensor if tensor.dtype in (dtype, torch.float64) else tensor.to(dtype)
+
+
+_LIBRARY.impl("lora_linear", _forward_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("lora_linear", _autograd_kernel, "Autograd")
+_LIBRARY.impl("lora_linear", _autocast_kernel("cpu", "AutocastCPU"), "AutocastCPU")
+_LIBRARY.impl("lora_linear", _autocast_kernel("cuda", "AutocastCUDA"), "AutocastCUDA")
+_LIBRARY.impl("lora_linear_backward", _backward_kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("fastlora::lora_linear", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("fastlora::lora_linear_backward", _backward_fake, lib=_LIBRARY)

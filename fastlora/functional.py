@@ -1,0 +1,66 @@
+"""The adapted linear as a function: one weight, or the q/k/v group that shares an input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _ops  # noqa: F401  (registers the operators)
+
+
+def lora_linear(
+    x: Tensor,
+    W: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    *,
+    p: float = 0.0,
+    Z: Sequence[Tensor] = (),
+    V: Sequence[Tensor] = (),
+    P: Tensor | None = None,
+    sign: Tensor | None = None,
+    backend: str = "auto",
+) -> list[Tensor]:
+    r"""Linears that share ``x``, each with its low-rank update, in one call.
+
+    .. math:: y_i = x W_i^\top + b_i + s_i\, \mathrm{dropout}(x)\, A_i^\top B_i^\top
+
+    =========  ==============  ==========================================================
+    x          [*, K]          one floating dtype with W and bias
+    W, bias    [N_j, K] [N_j]  one entry a weight; bias entries may be None
+    A, B       [r_i,K] [N_i,r] one entry a projection; projections tile the weights' rows
+    scale                      one float a projection
+    Z          [N_i, k]        zero leaves; their gradient is ``Q_i = G_{W_i} P^T``
+    V          [2, N_j + 1]    zero float64 leaves; their gradient is the column sums of y
+                               and y^2, with the number of rows in the last column
+    P          [k, K]          probe rows (needed with Z)
+    sign       [S, k]          one sign per (sample of dimension 0, probe)
+    =========  ==============  ==========================================================
+
+    Returns one output [*, N_j] a weight. Dropout masks depend on a seed drawn from torch's generator, the projection,
+    the row and the column. Raises ``ValueError`` naming the argument, ``RuntimeError`` for a backend that cannot run.
+    """
+    check_input(x, W[0])
+    if x.shape[:-1].numel() == 0 and x.dim() == 0:
+        raise ValueError("x: expected at least one dimension, got a scalar")
+    seed = None
+    if p > 0.0:
+        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
+    out = torch.ops.fastlora.lora_linear(
+        x, W, bias, A, B, Z, V, P, sign, seed, [float(s) for s in scale], float(p), backend
+    )
+    return out[: len(W)]
+
+
+def check_input(x: Tensor, W: Tensor) -> None:
+    """Refuse an input that the frozen weight cannot take, by name."""
+    if x.dim() == 0 or x.shape[-1] != W.shape[1]:
+        raise ValueError(f"x: expected last dimension {W.shape[1]} (in_features), got shape {tuple(x.shape)}")
+    if x.device != W.device:
+        raise ValueError(f"x: is on {x.device}, the weight on {W.device}; move one of them")
+    if x.dtype != W.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"x: has dtype {x.dtype}, the weight {W.dtype}; cast one of them or use torch.autocast")

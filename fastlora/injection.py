@@ -1,0 +1,271 @@
+"""Put adapters into a model: find the targets, plan everything, then change the model in one go."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import ROLES, LoraConfig
+from .factors import WHOLE, AdapterSpec, Factors, new_factors
+from .nn.linear import (
+    DEFAULT,
+    Linear,
+    QKVLinear,
+    adapted_layers,
+    adapter_dtype_of,
+    attach_state,
+    checked_ranks,
+    matrix_key,
+)
+from .nn.qkv import group_projections
+from .roles import attention_blocks, pattern_matches, refusal, role_targets
+
+logger = logging.getLogger(__name__)
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """`` (did you mean ...?)`` for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+@dataclass
+class _Planned:
+    path: str
+    layer: nn.Linear
+    slices: dict[str, int]
+    spec: AdapterSpec
+    factors: tuple[Factors, Factors]
+
+
+def inject(model: nn.Module, config: Any) -> nn.Module:
+    """Adapt the targets of ``config`` in place and freeze the rest; returns the same model.
+
+    ``y = x W^T + bias + s x A^T B^T`` with ``B = 0`` at first, so outputs equal the base model's. ``nn.Linear`` targets
+    become ``fastlora.nn.Linear`` by a change of class: keys, hooks, ties, deepcopy and pickle survive.
+
+    Raises ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have, a model that is
+    already adapted or wrapped by PEFT; the model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    config = LoraConfig.coerce(config)
+    _refuse_adapted(model)
+    names = _targets(model, config)
+    saved = _modules_to_save(model, config)
+    inside = [n for n in names for s in saved if n == s or n.startswith(s + ".")]
+    if inside:
+        raise ValueError(f"modules_to_save: {inside[0]!r} is also a target; a module is adapted or trained, not both")
+    plan = _plan(model, config, names)
+    for planned in plan:
+        _commit(planned, config)
+    _group(model)
+    _freeze(model, config, saved)
+    model.fastlora_configs = {DEFAULT: config}
+    return model
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            raise ValueError(f"model: {name!r} already has an adapter; use set_ranks to change ranks")
+        if type(module).__module__.split(".")[0] == "peft":
+            raise ValueError(f"model: {name or 'it'!r} is wrapped by PEFT ({type(module).__name__}); unload it first")
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+
+
+def _has_suffix(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str]:
+    """Names chosen by a role, a regular expression or a list of suffixes; every entry must choose something."""
+    linears = _linear_names(model)
+    if isinstance(spec, str):
+        if spec in ROLES:
+            names = role_targets(model, spec)
+        else:
+            names = [n for n, _ in model.named_modules() if n and re.fullmatch(spec, n)]
+        if not names:
+            near = suggestion(spec, [*ROLES, *{n.rpartition(".")[2] for n in linears}])
+            raise ValueError(f"{field}: {spec!r} matches nothing in {type(model).__name__}{near}")
+        return names
+    if not isinstance(spec, Sequence) or not all(isinstance(s, str) for s in spec) or not spec:
+        raise ValueError(f"{field}: expected a role {ROLES}, a regular expression or a list of names, got {spec!r}")
+    modules = [n for n, _ in model.named_modules() if n]
+    chosen: set[str] = set()
+    for suffix in spec:
+        hits = [n for n in modules if _has_suffix(n, suffix)]
+        if not hits:
+            near = suggestion(suffix, sorted({n.rpartition(".")[2] for n in linears} | set(linears)))
+            raise ValueError(f"{field}: {suffix!r} matches no module of {type(model).__name__}{near}")
+        chosen.update(hits)
+    return [n for n in modules if n in chosen]
+
+
+def _targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    if config.target_modules is None:
+        raise ValueError(f"target_modules: say what to adapt: a role {ROLES}, a regular expression or a list of names")
+    names = _select(model, config.target_modules, "target_modules")
+    if config.exclude_modules is not None:
+        excluded = set(_select(model, config.exclude_modules, "exclude_modules"))
+        names = [n for n in names if n not in excluded]
+    if not names:
+        raise ValueError("exclude_modules: nothing is left of target_modules")
+    for name in names:
+        reason = refusal(model, name)
+        if reason is not None:
+            raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
+    return names
+
+
+def _modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
+    return _select(model, list(config.modules_to_save), "modules_to_save") if config.modules_to_save else []
+
+
+def _fused_sizes(model: nn.Module, config: LoraConfig) -> dict[str, dict[str, int]]:
+    """Row counts of q, k, v for every fused matrix that is to be split."""
+    split = config.split_qkv
+    if split is None:
+        split = config.target_modules in ("qkv", "attention")
+    if not split:
+        return {}
+    modules = dict(model.named_modules())
+    fused = [block.names[0] for block in attention_blocks(model) if block.fused]
+    return {name: dict.fromkeys("qkv", modules[name].out_features // 3) for name in fused}
+
+
+def _plan(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Planned]:
+    """Everything that could fail, before anything changes."""
+    modules = dict(model.named_modules())
+    fused = _fused_sizes(model, config)
+    slices = {n: fused.get(n, {WHOLE: modules[n].out_features}) for n in names}
+    keys = [matrix_key(n, s) for n in names for s in slices[n]]
+    rank_of = _pattern_lookup(config.rank_pattern, keys, "rank_pattern")
+    alpha_of = _pattern_lookup(config.alpha_pattern, keys, "alpha_pattern")
+    plan = []
+    for name in names:
+        layer = modules[name]
+        if not layer.weight.is_floating_point():
+            raise ValueError(f"target_modules: {name!r} has a {layer.weight.dtype} weight, expected a floating dtype")
+        ranks = {s: rank_of.get(matrix_key(name, s), config.r) for s in slices[name]}
+        checked_ranks(ranks, layer, slices[name], name)
+        scale = {s: config.scaling(r, alpha_of.get(matrix_key(name, s))) for s, r in ranks.items()}
+        spec = AdapterSpec(scale, config.lora_dropout, config.init_lora_weights, adapter_dtype_of(config, layer))
+        factors = new_factors(slices[name], ranks, layer.in_features, spec, layer.weight.device)
+        plan.append(_Planned(name, layer, slices[name], spec, factors))
+    return plan
+
+
+def _pattern_lookup(patterns: Mapping[str, Any], keys: list[str], field: str) -> dict[str, Any]:
+    """Value of each matrix: an exact key wins, then PEFT's suffix patterns on the path, in order."""
+    found: dict[str, Any] = {}
+    for pattern, value in patterns.items():
+        exact = [k for k in keys if pattern in (k, k.partition("[")[0])]
+        hits = exact or [k for k in keys if pattern_matches(pattern, k.partition("[")[0])]
+        if not hits:
+            raise ValueError(f"{field}: {pattern!r} matches no adapted matrix{suggestion(pattern, keys)}")
+        for key in hits:
+            if key not in found or pattern == key:
+                found[key] = value
+    return found
+
+
+def _commit(planned: _Planned, config: LoraConfig) -> None:
+    planned.layer.__class__ = Linear if set(planned.slices) == {WHOLE} else QKVLinear
+    attach_state(planned.layer, planned.slices, config.backend)
+    planned.layer.install(DEFAULT, planned.spec, *planned.factors)
+    planned.layer.lora_A.train(planned.layer.training)
+    planned.layer.lora_B.train(planned.layer.training)
+
+
+def _group(model: nn.Module) -> None:
+    modules = dict(model.named_modules())
+    for block in attention_blocks(model):
+        layers = [modules[n] for n in block.names if isinstance(modules[n], Linear)]
+        if not block.fused and len(layers) > 1:
+            group_projections(modules[block.owner], layers)
+
+
+def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
+    """Freeze all but adapters, modules to save and what ``bias`` asks for; what was frozen stays frozen."""
+    layers = adapted_layers(model)
+    keep: set[int] = set()
+    for layer in layers.values():
+        keep.update(id(p) for p in (*layer.lora_A.parameters(), *layer.lora_B.parameters()))
+        if config.bias == "lora_only" and layer.bias is not None:
+            keep.add(id(layer.bias))
+    modules = dict(model.named_modules())
+    for name in saved:
+        parameters = list(modules[name].parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            logger.warning("modules_to_save: %r was frozen before injection and stays frozen", name)
+        keep.update(id(p) for p in parameters)
+    if config.bias == "all":
+        keep.update(id(p) for n, p in model.named_parameters() if n.endswith("bias"))
+    for parameter in model.parameters():
+        if id(parameter) not in keep:
+            parameter.requires_grad_(False)
+
+
+def set_ranks(model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT, reinit: bool = False) -> nn.Module:
+    """Give matrices new ranks, with fresh factors; the scale ``s`` stays (``scale="per_rank"``: follows the rank).
+
+    Keys are matrix keys; others keep their rank and factors. Rank 0 removes the adapter of a matrix. Refused once B is
+    not zero, because its training would be lost, unless ``reinit``. Raises ``ValueError`` with the model unchanged.
+    """
+    layers = adapted_layers(model)
+    known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
+    if not known:
+        raise ValueError("model: has no adapters; call fastlora.inject first")
+    config = getattr(model, "fastlora_configs", {}).get(adapter)
+    wanted: dict[str, dict[str, int]] = {}
+    for key, rank in ranks.items():
+        if key not in known:
+            raise ValueError(f"ranks: unknown matrix {key!r}{suggestion(str(key), list(known))}")
+        path, name = known[key]
+        wanted.setdefault(path, {})[name] = rank
+    replaced = []
+    for path, changed in wanted.items():
+        layer = layers[path]
+        checked_ranks(changed, layer, layer.slices, path)
+        trained = any(b is not None and bool(b.detach().any()) for b in layer.lora_B[adapter]._parameters.values())
+        if trained and not reinit and layer.adapter_specs[adapter].init is not False:
+            raise ValueError(f"ranks: {path!r} has been trained (B is not zero); pass reinit=True to start it afresh")
+        if layer.merged:
+            raise ValueError(f"ranks: {path!r} is merged; call fastlora.unmerge first")
+        replaced.append((layer, *_resized(layer, changed, adapter, config)))
+    for layer, spec, A, B in replaced:
+        layer.install(adapter, spec, A, B)
+    return model
+
+
+def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: LoraConfig | None):
+    spec, ranks = layer.adapter_specs[adapter], layer.ranks(adapter)
+    scale = dict(spec.scale)
+    for name, rank in changed.items():
+        if config is not None and config.scale == "per_rank" and rank:
+            exponent = 0.5 if config.use_rslora else 1.0
+            scale[name] *= ((ranks[name] or config.r) / rank) ** exponent
+    spec = spec.with_scale(scale)
+    with torch.no_grad():
+        A, B = new_factors(layer.slices, {**ranks, **changed}, layer.in_features, spec, layer.weight.device)
+        for name in layer.slices:
+            if name not in changed and ranks[name]:
+                A._parameters[name], B._parameters[name] = (
+                    layer.lora_A[adapter]._parameters[name],
+                    layer.lora_B[adapter]._parameters[name],
+                )
+    for factors, old in ((A, layer.lora_A[adapter]), (B, layer.lora_B[adapter])):
+        factors.train(old.training)
+    return spec, A, B

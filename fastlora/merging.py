@@ -1,0 +1,72 @@
+"""Fold adapters into the frozen weights and take them out again; switch them off for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .nn.linear import DEFAULT, Linear, adapted_layers
+
+
+def _layers(model: nn.Module) -> dict[str, Linear]:
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model: has no adapters; call fastlora.inject first")
+    return layers
+
+
+@torch.no_grad()
+def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
+    """``W ← W + s B A``, summed in fp32 (float64 for float64) and rounded once to the weight's dtype.
+
+    The forward is then the base's alone. All layers or none: a delta or a merged weight that is not finite raises
+    ``ValueError`` naming the layer before any weight changes, as does a layer that is merged already.
+    """
+    merged, owners = {}, {}
+    for path, layer in _layers(model).items():
+        if owners.setdefault(id(layer.weight), path) != path:
+            raise ValueError(f"model: {path!r} and {owners[id(layer.weight)]!r} share one weight and cannot be merged")
+        if layer.merged:
+            raise ValueError(f"model: {path!r} is merged already")
+        if adapter not in layer.adapter_specs:
+            raise ValueError(f"adapter: {path!r} has no adapter {adapter!r}, only {', '.join(layer.adapter_names)}")
+        delta = layer.delta(adapter)
+        merged[path] = (layer.weight.to(delta.dtype) + delta).to(layer.weight.dtype)
+        if not bool(merged[path].isfinite().all()):
+            raise ValueError(f"model: merging {path!r} gives weights that are not finite")
+    for path, layer in _layers(model).items():
+        # The rounding of a low-precision merge cannot be undone by subtraction: keep the original.
+        layer.unmerged_weight = layer.weight.detach().clone()
+        layer.weight.copy_(merged[path])
+        layer.merged = (adapter,)
+    return model
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put back the weights as they were before ``merge``, bit for bit; ``ValueError`` if nothing is merged."""
+    layers = [layer for layer in _layers(model).values() if layer.merged]
+    if not layers:
+        raise ValueError("model: nothing is merged")
+    for layer in layers:
+        layer.weight.copy_(layer.unmerged_weight)
+        del layer.unmerged_weight
+        layer.merged = ()
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, every forward is the base model's."""
+    layers = _layers(model)
+    before = {path: layer.lora_enabled for path, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.lora_enabled = False
+        yield model
+    finally:
+        for path, layer in layers.items():
+            layer.lora_enabled = before[path]

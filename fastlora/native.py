@@ -1,0 +1,90 @@
+"""The compiled library: loads ``fastlora/_C.so`` if it was built and registers shapes for tracing.
+
+The operators are ``torch.ops.fastlora.{shrink, expand_, wgrad, outer, dropout, cpu_isa}``; their schemas are in
+``csrc/library.cpp``. Nothing here raises on import: a missing or unusable library is what :func:`reason` tells.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+__all__ = ["LIBRARY", "RankLayout", "available", "isa", "reason"]
+
+logger = logging.getLogger(__name__)
+
+LIBRARY = Path(__file__).with_name("_C.so")
+
+try:
+    from ._layout import RankLayout
+except ImportError:
+    RankLayout = None
+
+
+def _load() -> str | None:
+    """Loads the library once; returns why it could not be."""
+    if not LIBRARY.is_file():
+        return f"the native library was not built: {LIBRARY.name} is missing (reinstall with FASTLORA_BUILD=1 to see why)"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except (OSError, RuntimeError) as error:
+        logger.warning("the native library failed to load: %s", error)
+        return f"the native library failed to load: {error}"
+    return None
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes of the results, so that torch.compile and export can trace the operators."""
+
+    @torch.library.register_fake("fastlora::shrink")
+    def _(x, A):
+        return x.new_empty((x.shape[0], A.shape[0]))
+
+    @torch.library.register_fake("fastlora::expand_")
+    def _(y, h, factors, offsets, columns, scales, moments):
+        return y.new_empty((2, y.shape[1]) if moments else (0,), dtype=torch.float64)
+
+    @torch.library.register_fake("fastlora::wgrad")
+    def _(x, dy, h, B, offsets, scales, rank, probes, need_dA):
+        def single(*shape):
+            return x.new_empty(shape, dtype=torch.float32)
+
+        dB = [single(factor.shape[0], factor.shape[1]) for factor in B]
+        Q = [single(factor.shape[0], probes) for factor in B]
+        return single(x.shape[0], rank), single(rank if need_dA else 0, x.shape[1]), dB, Q
+
+    @torch.library.register_fake("fastlora::outer")
+    def _(d, x):
+        return x.new_empty((d.shape[1], x.shape[1]), dtype=torch.float32)
+
+    @torch.library.register_fake("fastlora::dropout")
+    def _(x, seed, projection, p):
+        return x.new_empty(x.shape)
+
+
+_REASON = _load()
+if _REASON is None:
+    _register_fakes()
+
+
+def available() -> bool:
+    """Whether the native operators can be called."""
+    return _REASON is None
+
+
+def reason() -> str | None:
+    """Why the native operators are not available, or None if they are."""
+    return _REASON
+
+
+def isa() -> str:
+    """Instruction set that the CPU kernels use in this process: ``avx512``, ``avx2`` or ``portable``.
+
+    Raises:
+        RuntimeError: the native library is not available.
+    """
+    if _REASON is not None:
+        raise RuntimeError(f"isa() needs the native library, but {_REASON}")
+    return torch.ops.fastlora.cpu_isa()

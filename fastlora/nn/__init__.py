@@ -1,0 +1,5 @@
+"""Drop-in modules."""
+
+from .linear import Linear, QKVLinear
+
+__all__ = ["Linear", "QKVLinear"]

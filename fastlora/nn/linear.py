@@ -1,0 +1,196 @@
+"""``Linear``: an ``nn.Linear`` with low-rank adapters fused into its forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import LoraConfig, check_rank
+from ..factors import WHOLE, AdapterSpec, Factors, new_factors
+from ..functional import check_input, lora_linear
+
+DEFAULT = "default"
+
+
+class Linear(nn.Linear):
+    r"""A frozen linear layer with a trainable low-rank update; drop-in for ``nn.Linear``.
+
+    .. math:: y = x W^\top + b + s\, \mathrm{dropout}(x) A^\top B^\top,\qquad s = \alpha / r
+
+    ``weight`` [N, K] and ``bias`` [N] keep their names; ``lora_A.default.weight`` is [r, K], ``lora_B.default.weight``
+    [N, r]. The base is frozen unless ``train_base``. Raises ``ValueError`` naming the argument.
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022).
+    """
+
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype | None = None,
+        train_base: bool = False,
+        backend: str = "auto",
+    ):
+        config = LoraConfig(
+            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend,
+        )  # fmt: skip
+        if r > min(in_features, out_features):
+            raise ValueError(f"r: at most min(in_features, out_features) = {min(in_features, out_features)}, got {r}")
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        if not train_base:
+            self.requires_grad_(False)
+        slices = {WHOLE: out_features}
+        attach_state(self, slices, backend)
+        spec = AdapterSpec({WHOLE: config.scaling(r)}, lora_dropout, init_lora_weights, adapter_dtype_of(config, self))
+        self.install(DEFAULT, spec, *new_factors(slices, {WHOLE: r}, in_features, spec, self.weight.device))
+
+    def install(self, name: str, spec: AdapterSpec, A: Factors, B: Factors) -> None:
+        """Put an adapter's factors in place, replacing those of the same name."""
+        self.lora_A[name], self.lora_B[name] = A, B
+        self.adapter_specs[name] = spec
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        return tuple(self.adapter_specs)
+
+    def ranks(self, name: str = DEFAULT) -> dict[str, int]:
+        """Rank of each slice of an adapter; 0 where there is none."""
+        return {s: 0 if p is None else p.shape[0] for s, p in self.lora_A[name]._parameters.items()}
+
+    def slice_rows(self, name: str) -> slice:
+        """Rows of the weight that a slice covers."""
+        start = 0
+        for other, size in self.slices.items():
+            if other == name:
+                return slice(start, start + size)
+            start += size
+        raise KeyError(name)
+
+    def pairs(self, adapter: str = DEFAULT) -> list[tuple[Tensor, Tensor, float]]:
+        """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0."""
+        A, B, spec = self.lora_A[adapter]._parameters, self.lora_B[adapter]._parameters, self.adapter_specs[adapter]
+        out = []
+        for name, rows in self.slices.items():
+            a, b = A[name], B[name]
+            if a is None or b is None:
+                a, b = self.weight.new_empty((0, self.in_features)), self.weight.new_empty((rows, 0))
+            out.append((a, b, spec.scale[name]))
+        return out
+
+    def delta(self, adapter: str = DEFAULT) -> Tensor:
+        """``s B A`` of the whole weight [N, K], summed in fp32 (float64 for float64)."""
+        acc = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        return torch.cat([s * (b.detach().to(acc) @ a.detach().to(acc)) for a, b, s in self.pairs(adapter)])
+
+    @property
+    def bypassed(self) -> bool:
+        """Whether the forward is the base's alone: disabled, merged, or nothing to add and nothing to measure."""
+        if not self.lora_enabled or self.merged:
+            return True
+        return self.probe is None and not any(self.ranks(self.active_adapter).values())
+
+    def dropout_p(self) -> float:
+        return self.adapter_specs[self.active_adapter].dropout if self.training else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bypassed:
+            return F.linear(x, self.weight, self.bias)
+        if self.group is not None and not torch.compiler.is_compiling():
+            return self.group(self, x)
+        return forward_together([self], x)[0]
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        for name in self.adapter_specs:
+            ranks = self.ranks(name)
+            shown = ranks[WHOLE] if set(ranks) == {WHOLE} else "{" + ", ".join(f"{s}: {r}" for s, r in ranks.items()) + "}"  # fmt: skip  # noqa: E501
+            text += f", r={shown}" if name == DEFAULT else f", r[{name}]={shown}"
+        return text + (", merged" if self.merged else "")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A tracker belongs to the model it was made for, not to its copies.
+        return {**self.__dict__, "probe": None}
+
+
+class QKVLinear(Linear):
+    """A fused q/k/v projection with one adapter, and one rank, for each of q, k and v (block-diagonal B)."""
+
+
+def attach_state(layer: nn.Linear, slices: Mapping[str, int], backend: str) -> None:
+    """Give a linear layer the attributes that the adapted forward reads."""
+    layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
+    layer.slices = dict(slices)
+    layer.adapter_specs = {}
+    layer.active_adapter = DEFAULT
+    layer.backend = backend
+    layer.lora_enabled = True
+    layer.merged = ()
+    layer.group = None
+    layer.probe = None
+
+
+def adapter_dtype_of(config: LoraConfig, layer: nn.Linear) -> torch.dtype:
+    """float32 adapters unless the config says otherwise or the weight is float64."""
+    if config.adapter_dtype is not None:
+        return config.adapter_dtype
+    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+
+
+def forward_together(layers: list[Linear], x: Tensor) -> list[Tensor]:
+    """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along."""
+    check_input(x, layers[0].weight)
+    pairs = [pair for layer in layers for pair in layer.pairs(layer.active_adapter)]
+    probes = [layer.probe for layer in layers]
+    tracked = {} if probes[0] is None else probes[0].operands(probes, x)
+    y = lora_linear(
+        x,
+        [layer.weight for layer in layers],
+        [layer.bias for layer in layers],
+        [a for a, _, _ in pairs],
+        [b for _, b, _ in pairs],
+        [s for _, _, s in pairs],
+        p=layers[0].dropout_p(),
+        backend=layers[0].backend,
+        **tracked,
+    )
+    if probes[0] is not None:
+        y = [probe.tap(x, out) for probe, out in zip(probes, y, strict=True)]
+    return y
+
+
+def checked_ranks(ranks: Mapping[str, int], layer: nn.Linear, slices: Mapping[str, int], key: str) -> None:
+    """Refuse ranks that a matrix cannot have, naming it."""
+    for name, rank in ranks.items():
+        limit = min(layer.in_features, slices[name])
+        label = key if name == WHOLE else f"{key}[{name}]"
+        if check_rank(rank, f"rank of {label}", minimum=0) > limit:
+            raise ValueError(f"rank of {label}: at most min(in_features, out_features) = {limit}, got {rank}")
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Linear]:
+    """Every adapted layer of a model by its path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def matrix_key(path: str, name: str) -> str:
+    """The name of a matrix: module path, with the slice of a fused one in brackets."""
+    return path if name == WHOLE else f"{path}[{name}]"

@@ -1,0 +1,109 @@
+"""What is in a model: adapters by matrix, parameter counts, and the backend of each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .backends import choose
+from .factors import WHOLE
+from .nn.linear import DEFAULT, adapted_layers, matrix_key
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted matrix: ``params = r (N + K)``."""
+
+    key: str
+    in_features: int
+    out_features: int
+    rank: int
+    scale: float
+    params: int
+
+
+def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    cells = [head, *[tuple(str(c) for c in row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]  # fmt: skip  # noqa: E501
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Adapted matrices and parameter counts; prints as a table."""
+
+    rows: tuple[Row, ...]
+    adapter_params: int
+    head_params: int
+    other_trainable: int
+    total_params: int
+
+    @property
+    def costs(self) -> dict[str, int]:
+        """Parameters that one rank of each matrix costs, N + K."""
+        return {row.key: row.in_features + row.out_features for row in self.rows}
+
+    def __str__(self) -> str:
+        head = ("matrix", "in", "out", "rank", "scale", "params")
+        rows = [(r.key, r.in_features, r.out_features, r.rank, f"{r.scale:g}", f"{r.params:,}") for r in self.rows]
+        share = self.adapter_params / max(self.total_params, 1)
+        return (
+            f"{_table(head, rows)}\nadapters {self.adapter_params:,} ({share:.2%} of {self.total_params:,}), "
+            f"head {self.head_params:,}, other trainable {self.other_trainable:,}"
+        )
+
+
+def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
+    """Count what is trained: adapters, modules to save (the head), and the rest. ``ValueError`` without adapters."""
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model: has no adapters; call fastlora.inject first")
+    rows = []
+    for path, layer in layers.items():
+        ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
+        for name, n in layer.slices.items():
+            params = ranks[name] * (n + layer.in_features)
+            rows.append(Row(matrix_key(path, name), layer.in_features, n, ranks[name], scales[name], params))
+    adapters = {id(p) for layer in layers.values() for f in (layer.lora_A, layer.lora_B) for p in f.parameters()}
+    saved = saved_modules(model, adapter)
+    head = other = total = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        if id(parameter) in adapters or not parameter.requires_grad:
+            continue
+        if any(name.startswith(prefix + ".") for prefix in saved):
+            head += parameter.numel()
+        else:
+            other += parameter.numel()
+    return Summary(tuple(rows), sum(r.params for r in rows), head, other, total)
+
+
+def saved_modules(model: nn.Module, adapter: str = DEFAULT) -> list[str]:
+    """Full names of the modules that are trained and saved whole (``modules_to_save``)."""
+    config = getattr(model, "fastlora_configs", {}).get(adapter)
+    wanted = list(config.modules_to_save or ()) if config is not None else []
+    return [n for n, _ in model.named_modules() if any(n == w or n.endswith("." + w) for w in wanted)]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Backend of each layer and why no faster one; prints as a table."""
+
+    rows: tuple[tuple[str, str, str], ...]  # path, backend, reason
+
+    def __str__(self) -> str:
+        return _table(("layer", "backend", "why not a faster one"), list(self.rows))
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Which backend each adapted layer takes for an input of its weight's dtype, and why the earlier ones are passed over."""
+    rows = []
+    for path, layer in adapted_layers(model).items():
+        backend, passed = choose(layer.backend, layer.weight.device, layer.weight.dtype)
+        together = "" if layer.group is None else f"with {len(layer.group.layers) - 1} siblings; "
+        kind = "split q/k/v; " if set(layer.slices) != {WHOLE} else ""
+        why = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
+        rows.append((path, backend.name, (kind + together + why).rstrip("; ")))
+    return Explanation(tuple(rows))

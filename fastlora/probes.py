@@ -1,0 +1,114 @@
+"""What a tracked layer carries: probe leaves, moment leaves, and the tap of the exact estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import accumulate_dtype, philox, signs
+
+_ROWS_TAG, _SIGN_TAG = 1, 2  # fourth Philox counter word: probe rows and sample signs never share bits
+
+
+class Contribution(NamedTuple):
+    """One backward through one call of a layer, kept by the exact estimator until ``step``."""
+
+    micro: int
+    x: Tensor
+    dy: Tensor
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward keeps (x, dy): recorded if and only if backward ran."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, sink: list, micro: int) -> Tensor:
+        ctx.sink, ctx.micro = sink, micro
+        ctx.save_for_backward(x)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        ctx.sink.append(Contribution(ctx.micro, ctx.saved_tensors[0].detach(), dy.detach()))
+        return dy, None, None, None
+
+
+class ProbeRows:
+    """P of every group of layers: ±1 rows from (seed, step, group), all groups in one pass.
+
+    ``E P^T P = k I``, so ``E ||G P^T||^2 / k = ||G||_F^2``.
+    """
+
+    def __init__(self, widths: Sequence[int], probes: int, seed: int, device: torch.device):
+        self.seed = torch.tensor(seed, dtype=torch.int64, device=device)
+        counts = [(width * probes + 127) // 128 for width in widths]
+        self._block = torch.cat([torch.arange(c, device=device) for c in counts])
+        self._group = torch.repeat_interleave(torch.arange(len(widths), device=device), torch.tensor(counts, device=device))
+        self._flat = torch.zeros(sum(counts) * 128, device=device)
+        self.rows = [
+            part[: width * probes].view(probes, width)
+            for part, width in zip(self._flat.split([c * 128 for c in counts]), widths, strict=True)
+        ]
+
+    def draw(self, step: int) -> None:
+        """Fill P for an optimiser step, in place."""
+        c1 = torch.full_like(self._block, step)
+        words = torch.stack(philox(self.seed, self._block, c1, self._group, torch.full_like(c1, _ROWS_TAG)), dim=1)
+        bits = (words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1
+        self._flat.copy_((1 - 2 * bits).reshape(-1))
+
+
+def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int) -> Tensor:
+    """Independent ±1 for each (sample, probe) of a micro-batch: [S, k]."""
+    words = (torch.tensor(v, device=seed.device) for v in (step, micro, _SIGN_TAG))
+    return signs(seed, *words, samples * probes).view(samples, probes)
+
+
+class LayerProbe:
+    """The statistics side of one adapted layer; the layer asks it for operands and hands it its output."""
+
+    def __init__(self, layer: Any, kinds: frozenset[str], estimator: str, owner: Any):
+        self.slices: Mapping[str, int] = layer.slices
+        self.owner = owner
+        self.exact = estimator == "exact" and bool(kinds - {"act_var"})
+        self.P: Tensor | None = None
+        self.Z: dict[str, Tensor] = {}
+        self.V: Tensor | None = None
+        self.taken: list[Contribution] = []
+        acc, device = accumulate_dtype(layer.weight.dtype), layer.weight.device
+        if estimator == "probe" and kinds - {"act_var"}:
+            self.Z = {
+                name: torch.zeros(rows, owner.probes, dtype=acc, device=device, requires_grad=True)
+                for name, rows in layer.slices.items()
+            }
+        if "act_var" in kinds:
+            self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
+
+    def operands(self, probes: Sequence[LayerProbe], x: Tensor) -> dict[str, Any]:
+        """Extra operands of the operator for layers that run together on ``x``."""
+        if not torch.is_grad_enabled():
+            return {}
+        found: dict[str, Any] = {}
+        if self.Z:
+            found |= {"Z": [z for probe in probes for z in probe.Z.values()], "P": self.P}
+            if self.owner.per_sample:
+                found["sign"] = self.owner.signs_for(x)
+        if self.V is not None:
+            found["V"] = [probe.V for probe in probes]
+        return found
+
+    def tap(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output as the layer returns it."""
+        if not self.exact or not torch.is_grad_enabled():
+            return y
+        if torch.compiler.is_compiling():
+            raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
+        return _Tap.apply(y, x, self.taken, self.owner.micro)
+
+    def clear(self) -> None:
+        self.taken.clear()
+        for leaf in (*self.Z.values(), *([] if self.V is None else [self.V])):
+            leaf.grad = None

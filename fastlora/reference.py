@@ -1,0 +1,196 @@
+"""The specification: every number the package produces, in plain torch, in any floating dtype.
+
+Letters follow the field: M tokens, K in_features, N out_features, r rank of one projection, R = sum of the ranks packed
+together, k probe rows. Low-precision inputs accumulate in fp32, float64 stays float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are taken in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _mulhilo(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:
+    # Both factors fit 32 bits; int64 wraps, which keeps all 64 bits of the product.
+    product = value * constant
+    return (product >> 32) & _WORD, product & _WORD
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four 32-bit words (as int64) for each counter ``(c0, c1, c2, c3)`` under a 64-bit ``seed``.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+    """
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        hi0, lo0 = _mulhilo(_PHILOX_M[0], c0)
+        hi1, lo1 = _mulhilo(_PHILOX_M[1], c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _PHILOX_W[0]) & _WORD, (k1 + _PHILOX_W[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def signs(seed: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, numel: int) -> Tensor:
+    """``numel`` fair signs (+1 or -1, float32) from the bits of Philox words; 128 signs a counter."""
+    c0 = torch.arange((numel + 127) // 128, device=seed.device)
+    words = torch.stack(philox(seed, c0, c1.expand_as(c0), c2.expand_as(c0), c3.expand_as(c0)), dim=1)
+    bits = (words.unsqueeze(-1) >> torch.arange(32, device=seed.device)) & 1
+    return (1 - 2 * bits).reshape(-1)[:numel].float()
+
+
+def keep_threshold(p: float) -> int:
+    """Smallest 32-bit word that is kept at dropout probability ``p``."""
+    return min(round(p * 2**32), _WORD)
+
+
+def dropout(x: Tensor, seed: Tensor, projection: int, p: float) -> Tensor:
+    """``x o keep / (1 - p)`` with ``keep`` a function of (seed, projection, row, column) alone.
+
+    x [M, K]; seed int64 scalar tensor. Word ``column % 4`` of ``philox(seed, (column // 4, row, row >> 32, projection))``
+    is kept if it is at least ``keep_threshold(p)``.
+    """
+    rows, columns = x.shape
+    row = torch.arange(rows, device=x.device).unsqueeze(1)
+    block = torch.arange((columns + 3) // 4, device=x.device).unsqueeze(0)
+    row, block = torch.broadcast_tensors(row, block)
+    words = torch.stack(philox(seed, block, row & _WORD, row >> 32, torch.full_like(row, projection)), dim=2)
+    keep = words.reshape(rows, -1)[:, :columns] >= keep_threshold(p)
+    return torch.where(keep, x / (1.0 - p), torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def lora_linear(
+    x: Tensor,
+    W: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    Z: Sequence[Tensor] = (),
+    P: Tensor | None = None,
+    sign: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> list[Tensor]:
+    """The adapted linears of one group, written as the formula and differentiable any number of times.
+
+    ``y_i = x W_i^T + bias_i + s_i dropout(x) A_i^T B_i^T + (x P^T o sign) Z_i^T``
+
+    x [*, K]; W_j [N_j, K]; projection i covers the next N_i columns of the concatenated outputs, A_i [r_i, K],
+    B_i [N_i, r_i]; P [k, K], Z_i [N_i, k] (zero: it only collects the gradient Q_i = G_W P^T), sign [S, k] for the S
+    samples of dimension 0. Returns one y_j [*, N_j] a weight.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    base = torch.cat([torch.nn.functional.linear(rows, w, b) for w, b in zip(W, bias, strict=True)], dim=1)
+    probe = None
+    if P is not None:
+        probe = rows @ P.to(rows.dtype).T
+        if sign is not None:
+            probe = (probe.reshape(sign.shape[0], -1, sign.shape[1]) * sign.to(rows.dtype).unsqueeze(1)).flatten(0, 1)
+    updates = []
+    for i, (a, b) in enumerate(zip(A, B, strict=True)):
+        seen = dropout(rows, seed, i, p) if p > 0 else rows
+        update = scale[i] * (seen @ a.to(rows.dtype).T) @ b.to(rows.dtype).T
+        if probe is not None:
+            update = update + probe @ Z[i].to(rows.dtype).T
+        updates.append(update)
+    y = base + torch.cat(updates, dim=1)
+    return [part.reshape(*x.shape[:-1], -1) for part in y.split([w.shape[0] for w in W], dim=1)]
+
+
+def shrink(x: Tensor, A: Tensor) -> Tensor:
+    """``h = x A^T``: x [M, K], A [R, K] -> h [M, R] in x's dtype."""
+    acc = accumulate_dtype(x.dtype)
+    return (x.to(acc) @ A.to(acc).T).to(x.dtype)
+
+
+def expand_(
+    y: Tensor,
+    h: Tensor,
+    factors: Sequence[Tensor],
+    offsets: Sequence[int],
+    columns: Sequence[int],
+    scales: Sequence[float],
+    moments: bool,
+) -> Tensor:
+    """In place ``y[:, c_i : c_i + N_i] += s_i h[:, o_i : o_i + r_i] F_i``; y [M, N], h [M, R], F_i [r_i, N_i].
+
+    Returns the column sums of the new y and of its squares, float64 [2, N], or an empty tensor without ``moments``.
+    """
+    acc = accumulate_dtype(y.dtype)
+    for factor, offset, column, s in zip(factors, offsets, columns, scales, strict=True):
+        part = y[:, column : column + factor.shape[1]]
+        update = h[:, offset : offset + factor.shape[0]].to(acc) @ factor.to(acc)
+        part.copy_(part.to(acc) + s * update)
+    return column_moments(y) if moments else y.new_empty(0, dtype=torch.float64)
+
+
+def column_moments(y: Tensor) -> Tensor:
+    """``[sum_m y, sum_m y^2]`` per column in float64: y [M, N] -> [2, N]."""
+    wide = y.double()
+    return torch.stack([wide.sum(0), wide.square().sum(0)])
+
+
+def outer(d: Tensor, x: Tensor) -> Tensor:
+    """``d^T x``: d [M, r], x [M, K] -> [r, K] in the accumulation dtype."""
+    acc = accumulate_dtype(x.dtype)
+    return d.to(acc).T @ x.to(acc)
+
+
+def wgrad(
+    x: Tensor,
+    dy: Sequence[Tensor],
+    h: Tensor,
+    B: Sequence[Tensor],
+    offsets: Sequence[int],
+    scales: Sequence[float],
+    rank: int,
+    probes: int,
+    need_dA: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """The skinny products of the backward.
+
+    ``dh_i = s_i dy_i B_i``, ``dA = dh^T x``, ``dB_i = s_i dy_i^T h_i``, ``Q_i = dy_i^T h_P``
+
+    x [M, K], dy_i [M, N_i], h [M, rank + probes], B_i [N_i, r_i] -> dh [M, rank], dA [rank, K] (empty [0, K] unless
+    needed), dB_i [N_i, r_i], Q_i [N_i, probes], all in the accumulation dtype.
+    """
+    acc = accumulate_dtype(x.dtype)
+    dh = torch.zeros(x.shape[0], rank, dtype=acc, device=x.device)
+    dB, Q = [], []
+    for grad, b, offset, s in zip(dy, B, offsets, scales, strict=True):
+        wide = grad.to(acc)
+        dh[:, offset : offset + b.shape[1]] = s * (wide @ b.to(acc))
+        dB.append(s * (wide.T @ h[:, offset : offset + b.shape[1]].to(acc)))
+        Q.append(wide.T @ h[:, rank : rank + probes].to(acc))
+    dA = outer(dh, x) if need_dA else x.new_empty((0, x.shape[1]), dtype=acc)
+    return dh, dA, dB, Q
+
+
+_GRADSTAT_ROWS = 256
+
+
+def gradstat(x: Tensor, dy: Tensor, offsets: Sequence[int]) -> Tensor:
+    """``sum G^2`` and ``sum |G|`` of ``G = dy^T x`` for each run of rows ``offsets[i]:offsets[i + 1]``.
+
+    x [M, K], dy [M, N] -> [len(offsets) - 1, 2]. G is reduced block by block of its rows: no [N, K] buffer.
+    """
+    acc = accumulate_dtype(x.dtype)
+    out = torch.zeros(len(offsets) - 1, 2, dtype=acc, device=x.device)
+    for i, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        rows = x[start:stop].to(acc)
+        for n in range(0, dy.shape[1], _GRADSTAT_ROWS):
+            tile = dy[start:stop, n : n + _GRADSTAT_ROWS].to(acc).T @ rows
+            out[i, 0] += tile.square().sum()
+            out[i, 1] += tile.abs().sum()
+    return out

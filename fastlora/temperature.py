@@ -1,0 +1,154 @@
+"""Calibration of a classifier: a scalar temperature, the expected calibration error, the reliability diagram."""
+
+from __future__ import annotations
+
+import logging
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MIN_TEMPERATURE = 0.05
+MAX_TEMPERATURE = 20.0
+_TOLERANCE = 1e-11
+_CHUNK_ELEMENTS = 1 << 22
+
+
+class Reliability(NamedTuple):
+    """Per-bin numbers of a reliability diagram, on the CPU; confidence and accuracy of an empty bin are NaN."""
+
+    edges: Tensor
+    """float64 [bins + 1], from 0 to 1; bin i holds confidences in (edges[i], edges[i + 1]]."""
+    counts: Tensor
+    """int64 [bins], samples in the bin."""
+    confidence: Tensor
+    """float64 [bins], mean top-label probability."""
+    accuracy: Tensor
+    """float64 [bins], share of right predictions."""
+
+
+def fit_temperature(logits: Tensor, labels: Tensor, max_iter: int = 100) -> float:
+    """T that minimises the mean negative log likelihood of softmax(logits / T), within [0.05, 20].
+
+    logits [n, classes] floating, labels [n] integer. The loss is convex in 1/T: safeguarded Newton on its slope in
+    float64, the same result in every run. Where the loss has no minimum the bound is returned (all predictions right:
+    0.05), where it does not depend on T, 1. Raises ValueError naming the argument for empty, non-finite or one-class
+    logits, labels out of range, and wrong shapes or dtypes. Source: Guo et al. 2017, On calibration.
+    """
+    _check(logits, labels)
+    _check_count("max_iter", max_iter)
+    lowest, highest = 1.0 / MAX_TEMPERATURE, 1.0 / MIN_TEMPERATURE
+    slope_lowest, _ = _slope_and_curvature(logits, labels, lowest)
+    slope_highest, _ = _slope_and_curvature(logits, labels, highest)
+    if slope_lowest == 0.0 and slope_highest == 0.0:
+        return 1.0
+    if slope_lowest >= 0.0:
+        return MAX_TEMPERATURE
+    if slope_highest <= 0.0:
+        return MIN_TEMPERATURE
+    inverse, last_move = 1.0, math.inf
+    for _ in range(max_iter):
+        slope, curvature = _slope_and_curvature(logits, labels, inverse)
+        if slope == 0.0:
+            break
+        lowest, highest = (inverse, highest) if slope < 0.0 else (lowest, inverse)
+        target = inverse - slope / curvature if curvature > 0.0 else math.nan
+        if abs(target - inverse) <= _TOLERANCE * inverse or highest - lowest <= _TOLERANCE * inverse:
+            break
+        # Newton crawls on a flat tail: bisect (on log T) unless it stays inside and halves the move.
+        if not (lowest < target < highest and abs(target - inverse) <= 0.5 * last_move):
+            target = math.sqrt(lowest * highest)
+        inverse, last_move = target, abs(target - inverse)
+    else:
+        logger.warning("fit_temperature stopped after max_iter=%d at T=%.6g, not converged", max_iter, 1.0 / inverse)
+    return min(max(1.0 / inverse, MIN_TEMPERATURE), MAX_TEMPERATURE)
+
+
+def ece(logits: Tensor, labels: Tensor, bins: int = 15, temperature: float = 1.0) -> float:
+    """Expected calibration error sum_b (n_b / n) |accuracy_b - confidence_b| of the top label.
+
+    logits [n, classes] floating, labels [n] integer; ``bins`` of equal width over [0, 1], closed on the right;
+    probabilities are softmax(logits / temperature) in float64. Raises ValueError as ``fit_temperature`` does.
+    """
+    diagram = reliability(logits, labels, bins, temperature)
+    filled = diagram.counts > 0
+    gaps = (diagram.accuracy[filled] - diagram.confidence[filled]).abs()
+    return float((gaps * diagram.counts[filled]).sum() / diagram.counts.sum())
+
+
+def reliability(logits: Tensor, labels: Tensor, bins: int = 15, temperature: float = 1.0) -> Reliability:
+    """Counts, mean confidence and accuracy per confidence bin, as ``ece`` uses them; arguments and errors as there."""
+    _check(logits, labels)
+    _check_count("bins", bins)
+    if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
+        raise TypeError(f"temperature must be a number, got {temperature!r}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    confidences, hits = [], []
+    for rows, row_labels in _chunks(logits, labels):
+        top, predicted = (rows / temperature).softmax(dim=1).max(dim=1)
+        confidences.append(top.cpu())
+        hits.append((predicted == row_labels).cpu())
+    confidence = torch.cat(confidences).clamp(max=1.0)
+    hit = torch.cat(hits).double()
+    edges = torch.linspace(0.0, 1.0, bins + 1, dtype=torch.float64)
+    index = torch.bucketize(confidence, edges[1:-1])
+    counts = torch.bincount(index, minlength=bins)
+    mean_confidence = torch.bincount(index, weights=confidence, minlength=bins) / counts
+    accuracy = torch.bincount(index, weights=hit, minlength=bins) / counts
+    return Reliability(edges, counts, mean_confidence, accuracy)
+
+
+def _slope_and_curvature(logits: Tensor, labels: Tensor, inverse: float) -> tuple[float, float]:
+    """First and second derivative of the mean negative log likelihood in the inverse temperature."""
+    slope = curvature = 0.0
+    for rows, row_labels in _chunks(logits, labels):
+        probabilities = (inverse * rows).softmax(dim=1)
+        mean = (probabilities * rows).sum(dim=1, keepdim=True)
+        slope += float((mean - rows.gather(1, row_labels[:, None])).sum())
+        curvature += float((probabilities * (rows - mean) ** 2).sum())
+    return slope / len(labels), curvature / len(labels)
+
+
+def _chunks(logits: Tensor, labels: Tensor):
+    """Pairs of float64 rows, shifted so that the largest is 0, and int64 labels: bounds the float64 copies."""
+    # MPS has no float64.
+    device = "cpu" if logits.device.type == "mps" else logits.device
+    rows = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    for part, part_labels in zip(logits.detach().split(rows), labels.split(rows), strict=True):
+        wide = part.to(device).double()
+        yield wide - wide.amax(dim=1, keepdim=True), part_labels.to(device).long()
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
+    for name, value in (("logits", logits), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be [n, classes], got shape {tuple(logits.shape)}")
+    if logits.shape[0] == 0:
+        raise ValueError(f"logits must not be empty, got shape {tuple(logits.shape)}")
+    if logits.shape[1] < 2:
+        raise ValueError(f"logits must have at least 2 classes, got shape {tuple(logits.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if tuple(labels.shape) != (logits.shape[0],):
+        raise ValueError(f"labels must be [{logits.shape[0]}] like the rows of logits, got {tuple(labels.shape)}")
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("logits must be finite, got NaN or infinity")
+    smallest, largest = int(labels.min()), int(labels.max())
+    if smallest < 0 or largest >= logits.shape[1]:
+        raise ValueError(f"labels must lie in 0..{logits.shape[1] - 1}, got values from {smallest} to {largest}")
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,384 @@
+"""Statistics of frozen weights over training: one tracker, called once per optimiser step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backends import choose
+from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
+from .penalty import delta_penalty, importance_weights
+from .probes import Contribution, LayerProbe, ProbeRows, sample_signs
+from .scores import Scores
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("grad_sq", "fisher", "grad_abs", "act_var")
+_STEPS_BEFORE_WARNING = 3
+
+
+def track(model: nn.Module, estimator: str = "probe", probes: int | str = "auto", ema: float | None = 0.98,
+          warmup: int | None = None, statistics: Sequence[str] = ("grad_sq",), seed: int = 0,
+          loss_reduction: str = "mean") -> Tracker:  # fmt: skip
+    r"""Follow statistics of the weights that adapters leave frozen; use with ``with`` or call ``close``.
+
+    .. math:: F \leftarrow \beta F + (1 - \beta) f,\quad \text{probe: } f = \lVert G_W P^\top \rVert_F^2 / k,\quad
+              \text{exact: } f = \lVert G_W \rVert_F^2,\quad G_W = dy^\top x
+
+    - ``statistics``: any of ``"grad_sq"`` or ``"fisher"`` (one of the two under ``probe``), ``"grad_abs"`` (``exact``
+      only), ``"act_var"``. Units: of the loss that was backpropagated, squared for grad_sq and fisher.
+    - ``probes``: k, ``"auto"`` is 8 on CUDA and 4 elsewhere; P is redrawn at every step from ``(seed, step, layer)``.
+    - ``ema``: β, bias-corrected per matrix; None takes the plain mean. ``warmup``: step at which importance is frozen
+      for ``penalty`` and tracking stops. ``loss_reduction``: how ``fisher`` undoes the loss's mean over samples.
+    - ``exact`` keeps x and dy of every layer until ``step``; several backward passes count as one gradient.
+
+    Padding tokens count in ``act_var``. Raises ``ValueError`` naming the argument.
+    """
+    return Tracker(model, estimator, probes, ema, warmup, statistics, seed, loss_reduction)
+
+
+class Tracker:
+    """See :func:`track`."""
+
+    def __init__(self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction):
+        self.layers = _tracked_layers(model)
+        self.estimator = _checked("estimator", estimator, ("probe", "exact"))
+        self.loss_reduction = _checked("loss_reduction", loss_reduction, ("mean", "sum"))
+        self.kinds = _checked_kinds(statistics, estimator)
+        self.per_sample = "fisher" in self.kinds
+        self.device = next(iter(self.layers.values())).weight.device
+        self.probes = _checked_probes(probes, self.device)
+        if ema is not None and not 0.0 <= ema < 1.0:
+            raise ValueError(f"ema: expected a number in [0, 1) or None, got {ema!r}")
+        if warmup is not None and (isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 1):
+            raise ValueError(f"warmup: expected a positive number of steps or None, got {warmup!r}")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise ValueError(f"seed: expected an integer, got {seed!r}")
+        if self.per_sample:
+            _refuse_windows(model, self.layers)
+        self.ema, self.warmup, self.seed = ema, warmup, seed
+        self.steps, self.micro, self.importance = 0, 0, None
+        self.matrices = [(path, name) for path, layer in self.layers.items() for name in layer.slices]
+        self.keys = [matrix_key(path, name) for path, name in self.matrices]
+        self._values = {kind: torch.zeros(len(self.keys), dtype=torch.float64, device=self.device) for kind in self.kinds}
+        self._counts = {kind: torch.zeros_like(value) for kind, value in self._values.items()}
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._samples: dict[int, int] = {}
+        self._signs: tuple[tuple[int, int, int], Tensor] | None = None
+        self._watch = _StepWatch(self.layers)
+        self._attach(model)
+
+    def _attach(self, model: nn.Module) -> None:
+        kinds = frozenset(self.kinds)
+        groups: dict[int, list[Linear]] = {}
+        for layer in self.layers.values():
+            layer.probe = LayerProbe(layer, kinds, self.estimator, self)
+            groups.setdefault(id(layer.group or layer), []).append(layer)
+        members = list(groups.values())
+        self._rows = None
+        if self.estimator == "probe" and kinds - {"act_var"}:
+            self._rows = ProbeRows([m[0].in_features for m in members], self.probes, self.seed, self.device)
+            for rows, layers in zip(self._rows.rows, members, strict=True):
+                for layer in layers:
+                    layer.probe.P = rows.to(layer.weight.device)
+            self._rows.draw(0)
+        self._hook = model.register_forward_pre_hook(self._on_forward)
+
+    def _on_forward(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self.micro += 1
+            if not torch.compiler.is_compiling():
+                self._watch.forward()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop tracking; scores and importance stay readable."""
+        self._hook.remove()
+        for layer in self.layers.values():
+            if layer.probe is not None and layer.probe.owner is self:
+                layer.probe = None
+
+    def signs_for(self, x: Tensor) -> Tensor:
+        """±1 per (sample, probe) of the current micro-batch; a sample is an entry of x's dimension 0."""
+        samples = x.shape[0] if x.dim() > 1 else 1
+        key = (self.steps, self.micro, samples)
+        if self._signs is None or self._signs[0] != key:
+            self._signs = (key, sample_signs(self._rows.seed, self.steps, self.micro, samples, self.probes))
+            self._samples[self.micro] = samples
+        return self._signs[1]
+
+    @torch.no_grad()
+    def step(self, scaler: Any = None) -> None:
+        """Fold the gradients since the last call into the averages: after backward, once per optimiser step.
+
+        With a ``GradScaler`` pass it, before ``scaler.update()``. A step with a gradient that is not finite is left out
+        and counted in ``skipped``. Nothing is read back to the host.
+        """
+        self._watch.stepped()
+        if not self._live():
+            return
+        values, seen = self._gather()
+        inverse = _inverse_scale(scaler, self.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for kind in self.kinds:
+            if kind != "act_var":
+                values[kind] = values[kind] * (inverse if kind == "grad_abs" else inverse * inverse)
+            finite &= torch.where(seen[kind], values[kind].isfinite(), True).all()
+        for kind in self.kinds:
+            self._fold(kind, values[kind], seen[kind] & finite)
+        self._skipped += ~finite
+        self._advance()
+
+    def _live(self) -> bool:
+        return any(layer.probe is not None and layer.probe.owner is self for layer in self.layers.values())
+
+    def _fold(self, kind: str, value: Tensor, keep: Tensor) -> None:
+        mean, count = self._values[kind], self._counts[kind]
+        count += keep
+        weight = 1.0 / count.clamp(min=1) if self.ema is None else torch.full_like(mean, 1.0 - self.ema)
+        mean.copy_(torch.where(keep, mean + weight * (value - mean), mean))
+
+    def _advance(self) -> None:
+        for layer in self.layers.values():
+            layer.probe.clear()
+        self.steps += 1
+        self.micro = 0
+        self._samples.clear()
+        self._signs = None
+        if self._rows is not None:
+            self._rows.draw(self.steps)
+        if self.warmup is not None and self.steps == self.warmup:
+            self.importance = self._corrected("fisher" if self.per_sample else "grad_sq")
+            self.close()
+
+    def _gather(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """This step's value of every statistic and matrix, and whether there is one."""
+        values: dict[str, list[Tensor | None]] = {kind: [] for kind in self.kinds}
+        for path, name in self.matrices:
+            layer, probe = self.layers[path], self.layers[path].probe
+            for kind in self.kinds:
+                if kind == "act_var":
+                    values[kind].append(_activation_variance(probe.V.grad, layer.slice_rows(name)))
+                elif self.estimator == "probe":
+                    values[kind].append(self._probe_value(probe.Z[name].grad))
+                else:
+                    values[kind].append(self._exact_value(kind, layer, name))
+        stacked = {
+            kind: torch.stack([self._scalar(v) for v in column]) for kind, column in values.items()
+        }
+        seen = {
+            kind: torch.tensor([v is not None for v in column], device=self.device) for kind, column in values.items()
+        }
+        return stacked, seen
+
+    def _scalar(self, value: Tensor | None) -> Tensor:
+        if value is None:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return value.to(device=self.device, dtype=torch.float64)
+
+    def _sample_factor(self, samples: int) -> float:
+        # Backpropagated gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
+        return float(samples) if self.loss_reduction == "mean" else 1.0 / max(samples, 1)
+
+    def _probe_value(self, Q: Tensor | None) -> Tensor | None:
+        if Q is None:
+            return None
+        value = Q.square().sum() / self.probes
+        return value * self._sample_factor(sum(self._samples.values())) if self.per_sample else value
+
+    def _exact_value(self, kind: str, layer: Linear, name: str) -> Tensor | None:
+        taken = layer.probe.taken
+        if not taken:
+            return None
+        backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
+        rows = layer.slice_rows(name)
+        if kind != "fisher":
+            x, dy, offsets = _as_one_batch(taken)
+            return backend.gradstat(x, dy[:, rows], offsets)[0, 0 if kind == "grad_sq" else 1]
+        total, samples = torch.zeros((), dtype=torch.float64, device=layer.weight.device), 0
+        for micro in sorted({c.micro for c in taken}):
+            x, dy, offsets = _by_sample([c for c in taken if c.micro == micro])
+            total += backend.gradstat(x, dy[:, rows], offsets)[:, 0].double().sum()
+            samples += len(offsets) - 1
+        return total * self._sample_factor(samples)
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out because a gradient was not finite (reads back from the device)."""
+        return int(self._skipped)
+
+    def _corrected(self, kind: str) -> Tensor:
+        value, count = self._values[kind], self._counts[kind]
+        return value / (1.0 - self.ema**count).clamp(min=1e-300) if self.ema is not None else value.clone()
+
+    def scores(self, kind: str = "grad_sq", reduce: str = "sum") -> Scores:
+        """The averages by matrix key. ``reduce="mean"`` divides grad_sq and fisher by N·K; grad_abs is always a mean.
+
+        Raises ``ValueError`` for a statistic that is not tracked, ``RuntimeError`` while a matrix has none.
+        """
+        _checked("reduce", reduce, ("sum", "mean"))
+        if kind not in self.kinds:
+            hint = "; it needs estimator='exact'" if kind == "grad_abs" and self.estimator == "probe" else ""
+            raise ValueError(f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint}")
+        missing = [key for key, count in zip(self.keys, self._counts[kind].tolist(), strict=True) if count == 0]
+        if missing:
+            raise RuntimeError(f"no {kind} yet for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: run backward and tracker.step()")  # fmt: skip  # noqa: E501
+        values = self._corrected(kind).tolist()
+        shapes = [(len(range(*self.layers[p].slice_rows(n).indices(2**62))), self.layers[p].in_features) for p, n in self.matrices]  # fmt: skip  # noqa: E501
+        if kind == "grad_abs" or (reduce == "mean" and kind != "act_var"):
+            values = [v / (n * k) for v, (n, k) in zip(values, shapes, strict=True)]
+        costs = {key: n + k for key, (n, k) in zip(self.keys, shapes, strict=True)}
+        return Scores(dict(zip(self.keys, values, strict=True)), kind, costs=costs)
+
+    def penalty(self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str = DEFAULT) -> Tensor:
+        r"""FW-LoRA's regulariser, differentiable in A and B.
+
+        .. math:: \lambda \sum_m (1 - I_m) \lVert \Delta W_m \rVert_F^2,\qquad I_m = F_m / \textstyle\sum F
+
+        Zero before ``warmup`` steps, when importance is frozen; without a warmup the current averages weigh. ``normalise="relative"``
+        takes ``I_m / max I``.
+        """
+        _checked("form", form, ("delta",))
+        importance = self.importance
+        if importance is None and self.warmup is None and self.steps > 0:
+            importance = self._corrected("fisher" if self.per_sample else "grad_sq")
+        if importance is None:
+            return torch.zeros((), device=self.device)
+        weights = importance_weights(importance, normalise).float()
+        terms = [self.layers[p].pairs(adapter)[list(self.layers[p].slices).index(n)] for p, n in self.matrices]
+        return delta_penalty([a for a, _, _ in terms], [b for _, b, _ in terms], [s for _, _, s in terms], weights, lmbda)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs to go on with the same numbers."""
+        return {
+            "keys": list(self.keys), "steps": self.steps, "seed": self.seed, "probes": self.probes,
+            "values": {k: v.clone() for k, v in self._values.items()},
+            "counts": {k: v.clone() for k, v in self._counts.items()},
+            "skipped": self._skipped.clone(),
+            "importance": None if self.importance is None else self.importance.clone(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state; ``ValueError`` names what differs, with this tracker unchanged."""
+        for name, mine in (("keys", list(self.keys)), ("probes", self.probes), ("statistics", list(self.kinds))):
+            given = list(state["values"]) if name == "statistics" else state[name]
+            if given != mine:
+                raise ValueError(f"state: {name} differ: saved {given}, tracked {mine}")
+        for kind in self.kinds:
+            self._values[kind].copy_(state["values"][kind])
+            self._counts[kind].copy_(state["counts"][kind])
+        self._skipped.copy_(state["skipped"])
+        self.steps, self.seed = state["steps"], state["seed"]
+        self.importance = None if state["importance"] is None else state["importance"].to(self.device)
+        if self._rows is not None:
+            self._rows.seed.fill_(self.seed)
+            self._rows.draw(self.steps)
+        if self.importance is not None:
+            self.close()
+
+
+class _StepWatch:
+    """Warns once when parameters were updated several times without ``tracker.step()``."""
+
+    def __init__(self, layers: dict[str, Linear]):
+        self._parameter = next((p for m in layers.values() for p in m.lora_B.parameters()), None)
+        self._version = None if self._parameter is None else self._parameter._version
+        self._missed, self._warned = 0, False
+
+    def forward(self) -> None:
+        if self._parameter is None or self._parameter._version == self._version:
+            return
+        self._version = self._parameter._version
+        self._missed += 1
+        if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
+            self._warned = True
+            logger.warning("track: %d optimiser steps without tracker.step(); their statistics run together", self._missed)
+
+    def stepped(self) -> None:
+        self._missed = 0
+
+
+def _checked(name: str, value: Any, accepted: tuple) -> Any:
+    if value not in accepted:
+        raise ValueError(f"{name}: expected one of {accepted}, got {value!r}")
+    return value
+
+
+def _tracked_layers(model: nn.Module) -> dict[str, Linear]:
+    layers = adapted_layers(model) if isinstance(model, nn.Module) else {}
+    if not layers:
+        raise ValueError("model: has no adapters; call fastlora.inject first")
+    if any(layer.probe is not None for layer in layers.values()):
+        raise ValueError("model: is tracked already; close the other tracker first")
+    return layers
+
+
+def _checked_kinds(statistics: Sequence[str], estimator: str) -> tuple[str, ...]:
+    kinds = (statistics,) if isinstance(statistics, str) else tuple(dict.fromkeys(statistics))
+    if not kinds:
+        raise ValueError(f"statistics: expected at least one of {KINDS}")
+    for kind in kinds:
+        _checked("statistics", kind, KINDS)
+    if estimator == "probe" and "grad_abs" in kinds:
+        raise ValueError("statistics: 'grad_abs' cannot be estimated from ±1 probes; use estimator='exact'")
+    if estimator == "probe" and {"grad_sq", "fisher"} <= set(kinds):
+        raise ValueError("statistics: one set of probes gives 'grad_sq' or 'fisher', not both; use estimator='exact'")
+    return kinds
+
+
+def _checked_probes(probes: Any, device: torch.device) -> int:
+    if probes == "auto":
+        return 8 if device.type == "cuda" else 4
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+        raise ValueError(f"probes: expected 'auto' or a positive integer, got {probes!r}")
+    return probes
+
+
+def _refuse_windows(model: nn.Module, layers: dict[str, Linear]) -> None:
+    modules = dict(model.named_modules())
+    for path in layers:
+        owner = modules[path.rpartition(".")[0]]
+        if "Window" in type(owner).__name__:
+            raise ValueError(f"statistics: 'fisher' needs samples in dimension 0; {path!r} sees windows ({type(owner).__name__})")  # fmt: skip  # noqa: E501
+
+
+def _inverse_scale(scaler: Any, device: torch.device) -> Tensor:
+    scale = getattr(scaler, "_scale", None)
+    if scaler is None or scale is None:
+        return torch.ones((), dtype=torch.float64, device=device)
+    return scale.to(device=device, dtype=torch.float64).reciprocal()
+
+
+def _activation_variance(sums: Tensor | None, columns: slice) -> Tensor | None:
+    """``Σ_o E y_o² - (E y_o)²`` over the columns, from [Σ y; Σ y²] with the count in the last column."""
+    if sums is None:
+        return None
+    mean, square = sums[:, columns] / sums[0, -1]
+    return (square - mean.square()).clamp(min=0).sum()
+
+
+def _as_one_batch(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
+    x = torch.cat([c.x.reshape(-1, c.x.shape[-1]) for c in taken])
+    dy = torch.cat([c.dy.reshape(-1, c.dy.shape[-1]).to(x.dtype) for c in taken])
+    return x, dy, [0, x.shape[0]]
+
+
+def _by_sample(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
+    """Calls of one micro-batch side by side, so that a sample's rows from all calls are one run."""
+    samples = taken[0].x.shape[0] if taken[0].x.dim() > 1 else 1
+    for c in taken:
+        if c.x.dim() > 1 and c.x.shape[0] != samples:
+            raise RuntimeError(f"fisher: calls of one layer saw {samples} and {c.x.shape[0]} samples in dimension 0")
+    x = torch.cat([c.x.reshape(samples, -1, c.x.shape[-1]) for c in taken], dim=1)
+    dy = torch.cat([c.dy.reshape(samples, -1, c.dy.shape[-1]).to(x.dtype) for c in taken], dim=1)
+    tokens = x.shape[1]
+    return x.flatten(0, 1), dy.flatten(0, 1), [tokens * i for i in range(samples + 1)]
