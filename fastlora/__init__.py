@@ -15,6 +15,7 @@ from .config import LoraConfig
 from .injection import inject, set_ranks
 from .merging import disabled, merge, unmerge
 from .overview import explain, summary
+from .peft_io import load, save
 from .policies import param_groups
 from .scores import Scores, composite
 from .temperature import ece, fit_temperature, reliability
@@ -34,10 +35,12 @@ __all__ = [
     "explain",
     "fit_temperature",
     "inject",
+    "load",
     "merge",
     "nn",
     "param_groups",
     "reliability",
+    "save",
     "set_ranks",
     "summary",
     "track",

@@ -1,4 +1,4 @@
-"""The operators ``fastlora::lora_linear`` and ``fastlora::lora_linear_backward``: schema, kernel, fake, autograd, autocast."""
+"""The operators ``fastlora::lora_linear`` and its backward: schema, kernel, fake, autograd, autocast."""
 
 from __future__ import annotations
 
@@ -224,9 +224,20 @@ def _autocast_kernel(device_type: str, key: str):
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return torch.ops.fastlora.lora_linear(
-                _low(x, dtype), [_low(w, dtype) for w in W], [None if b is None else _low(b, dtype) for b in bias],
-                A, B, Z, V, P, sign, seed, scale, p, backend,
-            )  # fmt: skip
+                _low(x, dtype),
+                [_low(w, dtype) for w in W],
+                [None if b is None else _low(b, dtype) for b in bias],
+                A,
+                B,
+                Z,
+                V,
+                P,
+                sign,
+                seed,
+                scale,
+                p,
+                backend,
+            )
 
     return kernel
 

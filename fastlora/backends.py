@@ -69,9 +69,7 @@ class Backend:
         """``h = [dropout(x) A_i^T ... | x P^T]``; x [M, K] -> [M, R + k]."""
         if p == 0.0:
             return self.kernels.shrink(x, torch.cat([*A, P] if P is not None else list(A)).to(x.dtype))
-        parts = [
-            self.kernels.shrink(self.kernels.dropout(x, seed, i, p), a.to(x.dtype)) for i, a in enumerate(A)
-        ]
+        parts = [self.kernels.shrink(self.kernels.dropout(x, seed, i, p), a.to(x.dtype)) for i, a in enumerate(A)]
         if P is not None:
             parts.append(self.kernels.shrink(x, P.to(x.dtype)))
         return torch.cat(parts, dim=1)

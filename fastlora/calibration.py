@@ -16,8 +16,7 @@ from .tracker import Tracker, track
 
 def _fc(tracker: Tracker) -> Scores:
     parts = tracker.scores("grad_sq", reduce="mean"), tracker.scores("grad_abs"), tracker.scores("act_var")
-    scored = composite(*parts)
-    return Scores(dict(scored), scored.kind, costs=parts[0].costs)
+    return composite(*parts)
 
 
 def _fw(tracker: Tracker) -> Scores:
@@ -40,10 +39,10 @@ def calibrate(
 ) -> Scores:
     """Exact statistics over ``steps`` backward passes, combined into one score a matrix.
 
-    ``"fc"``: ``0.6 z(grad_sq / NK) + 0.2 z(grad_abs) + 0.2 z(act_var)`` (FC-LoRA); ``"fw"``: mean ``grad_sq``; a callable
-    gets the tracker, which holds grad_sq, fisher, grad_abs and act_var.
+    ``"fc"``: ``0.6 z(grad_sq / NK) + 0.2 z(grad_abs) + 0.2 z(act_var)`` (FC-LoRA); ``"fw"``: mean ``grad_sq``; a
+    callable gets the tracker, which holds grad_sq, fisher, grad_abs and act_var.
 
-    ``loss_fn(model, batch)`` returns a scalar loss. Gradients, buffers, train/eval modes and the RNG state are put back.
+    ``loss_fn(model, batch)`` returns a scalar loss. Gradients, buffers, modes and the RNG state are put back.
     Raises ``ValueError`` naming the argument: no batch, a loss that is not a finite scalar or has no gradient.
     """
     if not callable(method) and method not in METHODS:
@@ -72,7 +71,9 @@ def _check_loss(loss: Any, index: int) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"loss_fn: expected a scalar tensor, got {type(loss).__name__} for batch {index}")
     if not loss.requires_grad:
-        raise ValueError(f"loss_fn: the loss of batch {index} has no gradient; it must come from the model in grad mode")
+        raise ValueError(
+            f"loss_fn: the loss of batch {index} has no gradient; it must come from the model in grad mode"
+        )
     if not bool(loss.isfinite()):
         raise ValueError(f"loss_fn: the loss of batch {index} is {loss.item()}")
 

@@ -7,9 +7,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+
+from .backends import BACKENDS
 
 ROLES = ("qkv", "attention", "mlp", "all-linear")
 
@@ -38,8 +40,8 @@ class LoraConfig:
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
       ``"qkv"``, ``"attention"``, ``"mlp"``, ``"all-linear"``.
     - ``rank_pattern``, ``alpha_pattern``: keys (``blocks.0.attn.qkv[q]``), module paths or PEFT's suffix patterns.
-    - ``scale``: ``"constant"`` keeps the one ``s`` of (lora_alpha, r) whatever a layer's rank; ``"per_rank"`` divides by
-      each layer's own rank, as PEFT does.
+    - ``scale``: ``"constant"`` keeps the one ``s`` of (lora_alpha, r) whatever a layer's rank; ``"per_rank"`` divides
+      by each layer's own rank, as PEFT does.
     - ``split_qkv``: whether a fused qkv gets one adapter for each of q, k, v; None follows the role.
     - ``adapter_dtype``: dtype of A and B, float32 unless the weight is float64; ``backend``: see ``fastlora.explain``.
 
@@ -62,8 +64,14 @@ class LoraConfig:
     adapter_dtype: torch.dtype | None = None
     backend: str = "auto"
 
+    # How patterns are looked up; PEFT takes the first that matches. Not a field: nobody has to write it down.
+    exact_names_first: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_rank(self.r, "r")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name}: expected a mapping of names to numbers, got {getattr(self, name)!r}")
         for name, value in (("lora_alpha", self.lora_alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())):  # fmt: skip  # noqa: E501
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{name}: expected a finite number, got {value!r}")
@@ -74,8 +82,12 @@ class LoraConfig:
         self._check_choice("bias", ("none", "all", "lora_only"))
         self._check_choice("scale", ("constant", "per_rank"))
         self._check_choice("init_lora_weights", (True, False, "gaussian"))
-        if self.adapter_dtype is not None and not self.adapter_dtype.is_floating_point:
-            raise ValueError(f"adapter_dtype: expected a floating dtype, got {self.adapter_dtype}")
+        dtype = self.adapter_dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"adapter_dtype: expected a floating torch.dtype, got {dtype!r}")
+        self._check_choice("split_qkv", (None, True, False))
+        self._check_choice("use_rslora", (True, False))
+        self._check_choice("backend", ("auto", *BACKENDS))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str) and value not in ROLES:
@@ -106,7 +118,9 @@ class LoraConfig:
             raise ValueError(f"config: expected fastlora.LoraConfig or peft.LoraConfig, got {type(config).__name__}")
         if type(config).__name__ != "LoraConfig":
             raise ValueError(f"config: expected peft.LoraConfig, got peft.{type(config).__name__}")
-        return cls(**_from_peft_fields(config))
+        taken = cls(**_from_peft_fields(config))
+        taken.exact_names_first = False
+        return taken
 
 
 def _from_peft_fields(config: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _ops  # noqa: F401  (registers the operators)
+from . import _ops  # noqa: F401  the import registers the operators
 
 
 def lora_linear(
@@ -45,8 +45,6 @@ def lora_linear(
     the row and the column. Raises ``ValueError`` naming the argument, ``RuntimeError`` for a backend that cannot run.
     """
     check_input(x, W[0])
-    if x.shape[:-1].numel() == 0 and x.dim() == 0:
-        raise ValueError("x: expected at least one dimension, got a scalar")
     seed = None
     if p > 0.0:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,28 +57,45 @@ def inject(model: nn.Module, config: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    config = LoraConfig.coerce(config)
-    _refuse_adapted(model)
-    names = _targets(model, config)
+    config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
+    refuse_adapted(model)
     saved = _modules_to_save(model, config)
-    inside = [n for n in names for s in saved if n == s or n.startswith(s + ".")]
-    if inside:
-        raise ValueError(f"modules_to_save: {inside[0]!r} is also a target; a module is adapted or trained, not both")
+    names = _targets(model, config, saved)
     plan = _plan(model, config, names)
     for planned in plan:
         _commit(planned, config)
     _group(model)
     _freeze(model, config, saved)
-    model.fastlora_configs = {DEFAULT: config}
+    model.fastlora_configs = {DEFAULT: copy.deepcopy(config)}
     return model
 
 
-def _refuse_adapted(model: nn.Module) -> None:
+# What peft.get_peft_model trains and saves for a task, where the model has it (it matches the ends of names).
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "pre_classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def _with_task_head(model: nn.Module, config: LoraConfig, task: str | None) -> LoraConfig:
+    modules = [n for n, _ in model.named_modules()]
+    saved = list(config.modules_to_save or ())
+    heads = [h for h in _TASK_HEADS.get(task, ()) if h not in saved and any(_has_suffix(n, h) for n in modules)]
+    if not heads:
+        return config
+    config = copy.copy(config)
+    config.modules_to_save = saved + heads
+    return config
+
+
+def refuse_adapted(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             raise ValueError(f"model: {name!r} already has an adapter; use set_ranks to change ranks")
         if type(module).__module__.split(".")[0] == "peft":
-            raise ValueError(f"model: {name or 'it'!r} is wrapped by PEFT ({type(module).__name__}); unload it first")
+            where = f"{name!r} is" if name else "it is"
+            raise ValueError(f"model: {where} wrapped by PEFT ({type(module).__name__}); unload it first")
 
 
 def _linear_names(model: nn.Module) -> list[str]:
@@ -100,6 +118,7 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
             near = suggestion(spec, [*ROLES, *{n.rpartition(".")[2] for n in linears}])
             raise ValueError(f"{field}: {spec!r} matches nothing in {type(model).__name__}{near}")
         return names
+    spec = sorted(spec) if isinstance(spec, (set, frozenset)) else spec
     if not isinstance(spec, Sequence) or not all(isinstance(s, str) for s in spec) or not spec:
         raise ValueError(f"{field}: expected a role {ROLES}, a regular expression or a list of names, got {spec!r}")
     modules = [n for n, _ in model.named_modules() if n]
@@ -113,7 +132,24 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
     return [n for n in modules if n in chosen]
 
 
-def _targets(model: nn.Module, config: LoraConfig) -> list[str]:
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == m or name.startswith(m + ".") for m in modules)
+
+
+def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> list[str]:
+    """As in PEFT, what is trained and saved whole is not adapted as well; nothing asked for may be lost by that."""
+    target = config.target_modules
+    for suffix in () if isinstance(target, str) else target:
+        hits = [n for n in names if _has_suffix(n, suffix)]
+        if hits and all(_inside(n, saved) for n in hits):
+            raise ValueError(f"modules_to_save: {hits[0]!r} is also a target; a module is adapted or trained, not both")
+    left = [n for n in names if not _inside(n, saved)]
+    if names and not left:
+        raise ValueError(f"modules_to_save: {names[0]!r} is also a target; a module is adapted or trained, not both")
+    return left
+
+
+def _targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str]:
     if config.target_modules is None:
         raise ValueError(f"target_modules: say what to adapt: a role {ROLES}, a regular expression or a list of names")
     names = _select(model, config.target_modules, "target_modules")
@@ -122,6 +158,7 @@ def _targets(model: nn.Module, config: LoraConfig) -> list[str]:
         names = [n for n in names if n not in excluded]
     if not names:
         raise ValueError("exclude_modules: nothing is left of target_modules")
+    names = _without_saved(config, names, saved)
     for name in names:
         reason = refusal(model, name)
         if reason is not None:
@@ -133,26 +170,33 @@ def _modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     return _select(model, list(config.modules_to_save), "modules_to_save") if config.modules_to_save else []
 
 
-def _fused_sizes(model: nn.Module, config: LoraConfig) -> dict[str, dict[str, int]]:
-    """Row counts of q, k, v for every fused matrix that is to be split."""
+def fused_sizes(model: nn.Module, config: LoraConfig, names: Sequence[str] | None = None) -> dict[str, dict[str, int]]:
+    """Row counts of q, k, v for every fused matrix (of ``names``, if given) that is to be split."""
     split = config.split_qkv
     if split is None:
         split = config.target_modules in ("qkv", "attention")
     if not split:
         return {}
     modules = dict(model.named_modules())
-    fused = [block.names[0] for block in attention_blocks(model) if block.fused]
-    return {name: dict.fromkeys("qkv", modules[name].out_features // 3) for name in fused}
+    fused = [block for block in attention_blocks(model) if block.fused and (names is None or block.names[0] in names)]
+    for block in fused:
+        if not block.splits:
+            owner = type(modules[block.owner])
+            raise ValueError(
+                f"split_qkv: {block.names[0]!r} of {owner.__module__}.{owner.__name__} does not hold q, k and v as "
+                "three blocks of rows; split_qkv=False adapts it as one matrix"
+            )
+    return {block.names[0]: dict.fromkeys("qkv", modules[block.names[0]].out_features // 3) for block in fused}
 
 
 def _plan(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Planned]:
     """Everything that could fail, before anything changes."""
     modules = dict(model.named_modules())
-    fused = _fused_sizes(model, config)
+    fused = fused_sizes(model, config, names)
     slices = {n: fused.get(n, {WHOLE: modules[n].out_features}) for n in names}
     keys = [matrix_key(n, s) for n in names for s in slices[n]]
-    rank_of = _pattern_lookup(config.rank_pattern, keys, "rank_pattern")
-    alpha_of = _pattern_lookup(config.alpha_pattern, keys, "alpha_pattern")
+    rank_of = _pattern_lookup(config, "rank_pattern", keys)
+    alpha_of = _pattern_lookup(config, "alpha_pattern", keys)
     plan = []
     for name in names:
         layer = modules[name]
@@ -167,18 +211,29 @@ def _plan(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Plann
     return plan
 
 
-def _pattern_lookup(patterns: Mapping[str, Any], keys: list[str], field: str) -> dict[str, Any]:
-    """Value of each matrix: an exact key wins, then PEFT's suffix patterns on the path, in order."""
-    found: dict[str, Any] = {}
-    for pattern, value in patterns.items():
-        exact = [k for k in keys if pattern in (k, k.partition("[")[0])]
-        hits = exact or [k for k in keys if pattern_matches(pattern, k.partition("[")[0])]
-        if not hits:
+def _pattern_lookup(config: LoraConfig, field: str, keys: list[str]) -> dict[str, Any]:
+    """Value of each matrix: its exact key wins, then its path, then the first suffix or PEFT pattern that matches.
+
+    A pattern that is a matrix's exact name means it alone. A ``peft.LoraConfig`` keeps PEFT's rule: the first match.
+    """
+    found: dict[str, tuple[int, Any]] = {}
+    for pattern, value in getattr(config, field).items():
+        strengths = {k: _match_strength(pattern, k, config.exact_names_first) for k in keys}
+        best = max(strengths.values())
+        if best == 0:
             raise ValueError(f"{field}: {pattern!r} matches no adapted matrix{suggestion(pattern, keys)}")
-        for key in hits:
-            if key not in found or pattern == key:
-                found[key] = value
-    return found
+        for key, strength in strengths.items():
+            wanted = strength > 0 if best == 1 else strength > 1
+            if wanted and (key not in found or strength > found[key][0]):
+                found[key] = (strength, value)
+    return {key: value for key, (_, value) in found.items()}
+
+
+def _match_strength(pattern: str, key: str, exact_names_first: bool) -> int:
+    path = key.partition("[")[0]
+    if exact_names_first and pattern in (key, path):
+        return 3 if pattern == key else 2
+    return int(_has_suffix(key, pattern) or pattern_matches(pattern, path))
 
 
 def _commit(planned: _Planned, config: LoraConfig) -> None:
@@ -212,7 +267,7 @@ def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
             logger.warning("modules_to_save: %r was frozen before injection and stays frozen", name)
         keep.update(id(p) for p in parameters)
     if config.bias == "all":
-        keep.update(id(p) for n, p in model.named_parameters() if n.endswith("bias"))
+        keep.update(id(p) for n, p in model.named_parameters() if n == "bias" or n.endswith(".bias"))
     for parameter in model.parameters():
         if id(parameter) not in keep:
             parameter.requires_grad_(False)
@@ -229,6 +284,11 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT
     if not known:
         raise ValueError("model: has no adapters; call fastlora.inject first")
     config = getattr(model, "fastlora_configs", {}).get(adapter)
+    if not isinstance(ranks, Mapping):
+        raise ValueError(f"ranks: expected a mapping of matrix keys to ranks, got {type(ranks).__name__}")
+    for path, layer in layers.items():
+        if adapter not in layer.adapter_specs:
+            raise ValueError(f"adapter: {path!r} has no adapter {adapter!r}, only {', '.join(layer.adapter_names)}")
     wanted: dict[str, dict[str, int]] = {}
     for key, rank in ranks.items():
         if key not in known:
@@ -254,10 +314,12 @@ def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: Lo
     spec, ranks = layer.adapter_specs[adapter], layer.ranks(adapter)
     scale = dict(spec.scale)
     for name, rank in changed.items():
-        if config is not None and config.scale == "per_rank" and rank:
+        if config is not None and config.scale == "per_rank":
             exponent = 0.5 if config.use_rslora else 1.0
-            scale[name] *= ((ranks[name] or config.r) / rank) ** exponent
-    spec = spec.with_scale(scale)
+            scale[name] *= ((ranks[name] or config.r) / (rank or config.r)) ** exponent
+    # The factors may have been moved to another dtype since the adapter was made.
+    dtype = next((p.dtype for p in layer.lora_B[adapter].parameters()), spec.dtype)
+    spec = replace(spec, scale=scale, dtype=dtype)
     with torch.no_grad():
         A, B = new_factors(layer.slices, {**ranks, **changed}, layer.in_features, spec, layer.weight.device)
         for name in layer.slices:
@@ -268,4 +330,7 @@ def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: Lo
                 )
     for factors, old in ((A, layer.lora_A[adapter]), (B, layer.lora_B[adapter])):
         factors.train(old.training)
+        for name, parameter in factors.named_parameters():
+            before = old._parameters[name]
+            parameter.requires_grad_(before is None or before.requires_grad)
     return spec, A, B

@@ -25,10 +25,15 @@ def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
     The forward is then the base's alone. All layers or none: a delta or a merged weight that is not finite raises
     ``ValueError`` naming the layer before any weight changes, as does a layer that is merged already.
     """
-    merged, owners = {}, {}
+    merged: dict[str, torch.Tensor] = {}
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(name)
     for path, layer in _layers(model).items():
-        if owners.setdefault(id(layer.weight), path) != path:
-            raise ValueError(f"model: {path!r} and {owners[id(layer.weight)]!r} share one weight and cannot be merged")
+        sharing = [name for name in users[id(layer.weight)] if name != path]
+        if sharing:
+            raise ValueError(f"model: {path!r} and {sharing[0]!r} share one weight and cannot be merged")
         if layer.merged:
             raise ValueError(f"model: {path!r} is merged already")
         if adapter not in layer.adapter_specs:

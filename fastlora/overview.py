@@ -62,6 +62,8 @@ def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
         raise ValueError("model: has no adapters; call fastlora.inject first")
     rows = []
     for path, layer in layers.items():
+        if adapter not in layer.adapter_specs:
+            raise ValueError(f"adapter: {path!r} has no adapter {adapter!r}, only {', '.join(layer.adapter_names)}")
         ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
         for name, n in layer.slices.items():
             params = ranks[name] * (n + layer.in_features)
@@ -98,7 +100,7 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Which backend each adapted layer takes for an input of its weight's dtype, and why the earlier ones are passed over."""
+    """The backend of each adapted layer for an input of its weight's dtype, and why the earlier ones are passed over."""
     rows = []
     for path, layer in adapted_layers(model).items():
         backend, passed = choose(layer.backend, layer.weight.device, layer.weight.dtype)

@@ -34,7 +34,8 @@ def param_groups(
             role[id(parameter)] = "head"
     for layer in layers.values():
         role.update((id(p), "lora") for f in (layer.lora_A, layer.lora_B) for p in f.parameters())
-    rates = {"lora": (lr_lora, 0.0), "norm": (lr_norm, 0.0), "head": (lr_head, weight_decay), "other": (lr_head, weight_decay)}
+    rates = {"lora": (lr_lora, 0.0), "norm": (lr_norm, 0.0)}
+    rates |= {"head": (lr_head, weight_decay), "other": (lr_head, weight_decay)}
     groups = {n: {"name": n, "params": [], "lr": lr, "weight_decay": wd} for n, (lr, wd) in rates.items()}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -46,7 +46,9 @@ class ProbeRows:
         self.seed = torch.tensor(seed, dtype=torch.int64, device=device)
         counts = [(width * probes + 127) // 128 for width in widths]
         self._block = torch.cat([torch.arange(c, device=device) for c in counts])
-        self._group = torch.repeat_interleave(torch.arange(len(widths), device=device), torch.tensor(counts, device=device))
+        self._group = torch.repeat_interleave(
+            torch.arange(len(widths), device=device), torch.tensor(counts, device=device)
+        )
         self._flat = torch.zeros(sum(counts) * 128, device=device)
         self.rows = [
             part[: width * probes].view(probes, width)
@@ -112,3 +114,30 @@ class LayerProbe:
         self.taken.clear()
         for leaf in (*self.Z.values(), *([] if self.V is None else [self.V])):
             leaf.grad = None
+
+
+def activation_variance(sums: Tensor | None, columns: slice) -> Tensor | None:
+    """``Σ_o E y_o² - (E y_o)²`` over the columns, from [Σ y; Σ y²] with the count in the last column."""
+    if sums is None:
+        return None
+    mean, square = sums[:, columns] / sums[0, -1]
+    return (square - mean.square()).clamp(min=0).sum()
+
+
+def as_one_batch(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
+    """Every row of every call: their sum is one gradient."""
+    x = torch.cat([c.x.reshape(-1, c.x.shape[-1]) for c in taken])
+    dy = torch.cat([c.dy.reshape(-1, c.dy.shape[-1]).to(x.dtype) for c in taken])
+    return x, dy, [0, x.shape[0]]
+
+
+def by_sample(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
+    """Calls of one micro-batch side by side, so that a sample's rows from all calls are one run."""
+    samples = taken[0].x.shape[0] if taken[0].x.dim() > 1 else 1
+    for c in taken:
+        if c.x.dim() > 1 and c.x.shape[0] != samples:
+            raise RuntimeError(f"fisher: calls of one layer saw {samples} and {c.x.shape[0]} samples in dimension 0")
+    x = torch.cat([c.x.reshape(samples, -1, c.x.shape[-1]) for c in taken], dim=1)
+    dy = torch.cat([c.dy.reshape(samples, -1, c.dy.shape[-1]).to(x.dtype) for c in taken], dim=1)
+    tokens = x.shape[1]
+    return x.flatten(0, 1), dy.flatten(0, 1), [tokens * i for i in range(samples + 1)]

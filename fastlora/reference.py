@@ -57,15 +57,15 @@ def keep_threshold(p: float) -> int:
 def dropout(x: Tensor, seed: Tensor, projection: int, p: float) -> Tensor:
     """``x o keep / (1 - p)`` with ``keep`` a function of (seed, projection, row, column) alone.
 
-    x [M, K]; seed int64 scalar tensor. Word ``column % 4`` of ``philox(seed, (column // 4, row, row >> 32, projection))``
-    is kept if it is at least ``keep_threshold(p)``.
+    x [M, K]; seed int64 scalar tensor. Word ``column % 4`` of ``philox(seed, (column // 4, row, row >> 32,
+    projection))`` is kept if it is at least ``keep_threshold(p)``.
     """
     rows, columns = x.shape
     row = torch.arange(rows, device=x.device).unsqueeze(1)
     block = torch.arange((columns + 3) // 4, device=x.device).unsqueeze(0)
     row, block = torch.broadcast_tensors(row, block)
     words = torch.stack(philox(seed, block, row & _WORD, row >> 32, torch.full_like(row, projection)), dim=2)
-    keep = words.reshape(rows, -1)[:, :columns] >= keep_threshold(p)
+    keep = words.reshape(rows, 4 * block.shape[1])[:, :columns] >= keep_threshold(p)
     return torch.where(keep, x / (1.0 - p), torch.zeros((), dtype=x.dtype, device=x.device))
 
 
@@ -105,7 +105,7 @@ def lora_linear(
             update = update + probe @ Z[i].to(rows.dtype).T
         updates.append(update)
     y = base + torch.cat(updates, dim=1)
-    return [part.reshape(*x.shape[:-1], -1) for part in y.split([w.shape[0] for w in W], dim=1)]
+    return [part.reshape(*x.shape[:-1], part.shape[1]) for part in y.split([w.shape[0] for w in W], dim=1)]
 
 
 def shrink(x: Tensor, A: Tensor) -> Tensor:

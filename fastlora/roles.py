@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,7 +49,14 @@ MLP = (
 )
 
 # First component of the path of a task head.
-HEADS = ("head", "head_dist", "classifier", "lm_head", "score", "fc", "qa_outputs", "pre_classifier")
+HEADS = (
+    "head", "head_dist", "heads", "classifier", "pre_classifier", "classification_head", "lm_head", "score", "fc",
+    "qa_outputs",
+)  # fmt: skip
+
+# Owners whose fused matrix does not hold q, k and v as three blocks of rows: an attribute that says so, or the class.
+_INTERLEAVED_FLAGS = ("head_first", "use_global")
+_INTERLEAVED_CLASSES = (("timm.models.tiny_vit", "Attention"),)
 
 
 def is_plain_linear(module: Any) -> bool:
@@ -68,6 +77,7 @@ class Projections:
     owner: str
     names: tuple[str, ...]
     fused: bool
+    splits: bool  # whether the rows of a fused matrix are [q; k; v]
     output: str | None
 
 
@@ -77,51 +87,64 @@ def _join(path: str, name: str) -> str:
 
 def attention_blocks(model: nn.Module) -> Iterator[Projections]:
     """Every attention block of the model, by structure: all inputs must be linears of one input width."""
-    modules = dict(model.named_modules())
-    for path, owner in modules.items():
+    name_of = {module: name for name, module in model.named_modules()}
+    for owner, path in name_of.items():
         for entry in ATTENTION:
             found = [_below(owner, name) for name in entry.inputs]
             if not all(isinstance(m, nn.Linear) for m in found) or len({m.in_features for m in found}) != 1:
                 continue
             if entry.fused and found[0].out_features % 3:
                 continue
-            output = _output_of(modules, path, entry)
-            yield Projections(path, tuple(_join(path, n) for n in entry.inputs), entry.fused, output)
+            output = _output_of(model, path, entry)
+            # A module that several owners share goes by its first name.
+            names = tuple(name_of[m] for m in found)
+            yield Projections(path, names, entry.fused, _rows_are_blocks(owner), name_of.get(output))
             break
 
 
-def _output_of(modules: dict[str, nn.Module], path: str, entry: Attention) -> str | None:
+def _rows_are_blocks(owner: nn.Module) -> bool:
+    if any(getattr(owner, flag, False) for flag in _INTERLEAVED_FLAGS):
+        return False
+    return (type(owner).__module__, type(owner).__name__) not in _INTERLEAVED_CLASSES
+
+
+def _output_of(model: nn.Module, path: str, entry: Attention) -> nn.Module | None:
     for name in entry.outputs:
         base = path.rpartition(".")[0] if name.startswith("^") else path
-        full = _join(base, name.lstrip("^"))
-        if isinstance(modules.get(full), nn.Linear):
-            return full
+        module = _below(model, _join(base, name.lstrip("^")))
+        if isinstance(module, nn.Linear):
+            return module
     return None
 
 
 def mlp_linears(model: nn.Module) -> list[str]:
     """Names of the feed-forward linears, by structure."""
+    name_of = {module: name for name, module in model.named_modules()}
     names = []
-    for path, owner in model.named_modules():
+    for owner in name_of:
         for entry in MLP:
-            if all(isinstance(_below(owner, n), nn.Linear) for n in entry):
-                names += [_join(path, n) for n in entry]
+            found = [_below(owner, n) for n in entry]
+            if all(isinstance(m, nn.Linear) for m in found):
+                names += [name_of[m] for m in found]
                 break
     return names
 
 
 def is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether a linear is (part of) the task head: the model says so, or its top-level name does."""
-    for getter in ("get_output_embeddings", "get_classifier"):
-        get = getattr(model, getter, None)
-        if callable(get):
-            try:
-                head = get()
-            except (NotImplementedError, AttributeError):
-                continue
-            if isinstance(head, nn.Module) and any(m is module for m in head.modules()):
-                return True
-    return name.split(".")[0] in HEADS
+    """Whether a linear is (part of) the task head: a model around it says so, or its top-level name does."""
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        owner = _below(model, ".".join(parts[:depth])) if depth else model
+        for getter in ("get_output_embeddings", "get_classifier"):
+            get = getattr(owner, getter, None)
+            if callable(get):
+                try:
+                    head = get()
+                except (NotImplementedError, AttributeError):
+                    continue
+                if isinstance(head, nn.Module) and any(m is module for m in head.modules()):
+                    return True
+    return parts[0] in HEADS
 
 
 def role_targets(model: nn.Module, role: str) -> list[str]:
@@ -149,9 +172,24 @@ def refusal(model: nn.Module, name: str) -> str | None:
         return f"it is a {type(module).__module__}.{type(module).__name__}, not exactly torch.nn.Linear"
     if isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         return f"its owner {type(owner).__name__} reads the weight instead of calling the layer"
-    if name.rpartition(".")[2] == "qkv" and getattr(owner, "q_bias", None) is not None:
-        return f"its owner {type(owner).__module__}.{type(owner).__name__} reads qkv.weight instead of calling qkv"
+    leaf = name.rpartition(".")[2]
+    # timm's BEiT, EVA and SwinV2: the layer is called only where the biases are apart.
+    conditional = getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
+    if (leaf == "qkv" and conditional) or _reads_weight(type(owner), leaf):
+        kind = type(owner)
+        return f"its owner {kind.__module__}.{kind.__name__} reads {leaf}.weight instead of calling {leaf}"
     return None
+
+
+@functools.cache
+def _reads_weight(owner: type, leaf: str) -> bool:
+    """Whether the source of an owner's forward takes ``self.<leaf>.weight`` and never calls ``self.<leaf>``."""
+    try:
+        source = inspect.getsource(owner.forward)
+    except (OSError, TypeError):
+        return False
+    reads = re.search(rf"\bself\.{re.escape(leaf)}\.weight\b(?!\.(?:dtype|device|shape)\b)", source)
+    return reads is not None and re.search(rf"\bself\.{re.escape(leaf)}\(", source) is None
 
 
 def pattern_matches(pattern: str, name: str) -> bool:

@@ -50,7 +50,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, max_iter: int = 100) -> floa
         return MAX_TEMPERATURE
     if slope_highest <= 0.0:
         return MIN_TEMPERATURE
-    inverse, last_move = 1.0, math.inf
+    inverse = 1.0
     for _ in range(max_iter):
         slope, curvature = _slope_and_curvature(logits, labels, inverse)
         if slope == 0.0:
@@ -59,10 +59,8 @@ def fit_temperature(logits: Tensor, labels: Tensor, max_iter: int = 100) -> floa
         target = inverse - slope / curvature if curvature > 0.0 else math.nan
         if abs(target - inverse) <= _TOLERANCE * inverse or highest - lowest <= _TOLERANCE * inverse:
             break
-        # Newton crawls on a flat tail: bisect (on log T) unless it stays inside and halves the move.
-        if not (lowest < target < highest and abs(target - inverse) <= 0.5 * last_move):
-            target = math.sqrt(lowest * highest)
-        inverse, last_move = target, abs(target - inverse)
+        # Newton may leave the bracket where the slope is nearly flat: then bisect, on log T.
+        inverse = target if lowest < target < highest else math.sqrt(lowest * highest)
     else:
         logger.warning("fit_temperature stopped after max_iter=%d at T=%.6g, not converged", max_iter, 1.0 / inverse)
     return min(max(1.0 / inverse, MIN_TEMPERATURE), MAX_TEMPERATURE)

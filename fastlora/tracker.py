@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .backends import choose
 from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from .penalty import delta_penalty, importance_weights
-from .probes import Contribution, LayerProbe, ProbeRows, sample_signs
+from .probes import LayerProbe, ProbeRows, activation_variance, as_one_batch, by_sample, sample_signs
 from .scores import Scores
 
 logger = logging.getLogger(__name__)
@@ -21,9 +21,16 @@ KINDS = ("grad_sq", "fisher", "grad_abs", "act_var")
 _STEPS_BEFORE_WARNING = 3
 
 
-def track(model: nn.Module, estimator: str = "probe", probes: int | str = "auto", ema: float | None = 0.98,
-          warmup: int | None = None, statistics: Sequence[str] = ("grad_sq",), seed: int = 0,
-          loss_reduction: str = "mean") -> Tracker:  # fmt: skip
+def track(
+    model: nn.Module,
+    estimator: str = "probe",
+    probes: int | str = "auto",
+    ema: float | None = 0.98,
+    warmup: int | None = None,
+    statistics: Sequence[str] = ("grad_sq",),
+    seed: int = 0,
+    loss_reduction: str = "mean",
+) -> Tracker:
     r"""Follow statistics of the weights that adapters leave frozen; use with ``with`` or call ``close``.
 
     .. math:: F \leftarrow \beta F + (1 - \beta) f,\quad \text{probe: } f = \lVert G_W P^\top \rVert_F^2 / k,\quad
@@ -64,10 +71,13 @@ class Tracker:
         self.steps, self.micro, self.importance = 0, 0, None
         self.matrices = [(path, name) for path, layer in self.layers.items() for name in layer.slices]
         self.keys = [matrix_key(path, name) for path, name in self.matrices]
-        self._values = {kind: torch.zeros(len(self.keys), dtype=torch.float64, device=self.device) for kind in self.kinds}
+        self._values = {
+            kind: torch.zeros(len(self.keys), dtype=torch.float64, device=self.device) for kind in self.kinds
+        }
         self._counts = {kind: torch.zeros_like(value) for kind, value in self._values.items()}
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._samples: dict[int, int] = {}
+        self._frozen_weights: dict[str, Tensor] = {}
         self._signs: tuple[tuple[int, int, int], Tensor] | None = None
         self._watch = _StepWatch(self.layers)
         self._attach(model)
@@ -167,14 +177,12 @@ class Tracker:
             layer, probe = self.layers[path], self.layers[path].probe
             for kind in self.kinds:
                 if kind == "act_var":
-                    values[kind].append(_activation_variance(probe.V.grad, layer.slice_rows(name)))
+                    values[kind].append(activation_variance(probe.V.grad, layer.slice_rows(name)))
                 elif self.estimator == "probe":
                     values[kind].append(self._probe_value(probe.Z[name].grad))
                 else:
                     values[kind].append(self._exact_value(kind, layer, name))
-        stacked = {
-            kind: torch.stack([self._scalar(v) for v in column]) for kind, column in values.items()
-        }
+        stacked = {kind: torch.stack([self._scalar(v) for v in column]) for kind, column in values.items()}
         seen = {
             kind: torch.tensor([v is not None for v in column], device=self.device) for kind, column in values.items()
         }
@@ -202,11 +210,11 @@ class Tracker:
         backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
         rows = layer.slice_rows(name)
         if kind != "fisher":
-            x, dy, offsets = _as_one_batch(taken)
+            x, dy, offsets = as_one_batch(taken)
             return backend.gradstat(x, dy[:, rows], offsets)[0, 0 if kind == "grad_sq" else 1]
         total, samples = torch.zeros((), dtype=torch.float64, device=layer.weight.device), 0
         for micro in sorted({c.micro for c in taken}):
-            x, dy, offsets = _by_sample([c for c in taken if c.micro == micro])
+            x, dy, offsets = by_sample([c for c in taken if c.micro == micro])
             total += backend.gradstat(x, dy[:, rows], offsets)[:, 0].double().sum()
             samples += len(offsets) - 1
         return total * self._sample_factor(samples)
@@ -231,21 +239,24 @@ class Tracker:
             raise ValueError(f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint}")
         missing = [key for key, count in zip(self.keys, self._counts[kind].tolist(), strict=True) if count == 0]
         if missing:
-            raise RuntimeError(f"no {kind} yet for {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}: run backward and tracker.step()")  # fmt: skip  # noqa: E501
+            shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+            raise RuntimeError(f"no {kind} yet for {shown}: run backward and tracker.step()")
         values = self._corrected(kind).tolist()
-        shapes = [(len(range(*self.layers[p].slice_rows(n).indices(2**62))), self.layers[p].in_features) for p, n in self.matrices]  # fmt: skip  # noqa: E501
+        shapes = [(self.layers[path].slices[name], self.layers[path].in_features) for path, name in self.matrices]
         if kind == "grad_abs" or (reduce == "mean" and kind != "act_var"):
             values = [v / (n * k) for v, (n, k) in zip(values, shapes, strict=True)]
         costs = {key: n + k for key, (n, k) in zip(self.keys, shapes, strict=True)}
         return Scores(dict(zip(self.keys, values, strict=True)), kind, costs=costs)
 
-    def penalty(self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str = DEFAULT) -> Tensor:
+    def penalty(
+        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str = DEFAULT
+    ) -> Tensor:
         r"""FW-LoRA's regulariser, differentiable in A and B.
 
         .. math:: \lambda \sum_m (1 - I_m) \lVert \Delta W_m \rVert_F^2,\qquad I_m = F_m / \textstyle\sum F
 
-        Zero before ``warmup`` steps, when importance is frozen; without a warmup the current averages weigh. ``normalise="relative"``
-        takes ``I_m / max I``.
+        Zero before ``warmup`` steps, when importance is frozen; without a warmup the current averages weigh.
+        ``normalise="relative"`` takes ``I_m / max I``.
         """
         _checked("form", form, ("delta",))
         importance = self.importance
@@ -253,19 +264,32 @@ class Tracker:
             importance = self._corrected("fisher" if self.per_sample else "grad_sq")
         if importance is None:
             return torch.zeros((), device=self.device)
-        weights = importance_weights(importance, normalise).float()
+        weights = self._weights(importance, normalise)
         terms = [self.layers[p].pairs(adapter)[list(self.layers[p].slices).index(n)] for p, n in self.matrices]
-        return delta_penalty([a for a, _, _ in terms], [b for _, b, _ in terms], [s for _, _, s in terms], weights, lmbda)
+        return delta_penalty(
+            [a for a, _, _ in terms], [b for _, b, _ in terms], [s for _, _, s in terms], weights, lmbda
+        )
+
+    def _weights(self, importance: Tensor, normalise: str) -> Tensor:
+        # Checking the values reads them back from the device: once for a frozen importance.
+        if importance is not self.importance:
+            return importance_weights(importance, normalise).float()
+        if normalise not in self._frozen_weights:
+            self._frozen_weights[normalise] = importance_weights(importance, normalise).float()
+        return self._frozen_weights[normalise]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to go on with the same numbers."""
         return {
-            "keys": list(self.keys), "steps": self.steps, "seed": self.seed, "probes": self.probes,
+            "keys": list(self.keys),
+            "steps": self.steps,
+            "seed": self.seed,
+            "probes": self.probes,
             "values": {k: v.clone() for k, v in self._values.items()},
             "counts": {k: v.clone() for k, v in self._counts.items()},
             "skipped": self._skipped.clone(),
             "importance": None if self.importance is None else self.importance.clone(),
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state; ``ValueError`` names what differs, with this tracker unchanged."""
@@ -279,6 +303,7 @@ class Tracker:
         self._skipped.copy_(state["skipped"])
         self.steps, self.seed = state["steps"], state["seed"]
         self.importance = None if state["importance"] is None else state["importance"].to(self.device)
+        self._frozen_weights.clear()
         if self._rows is not None:
             self._rows.seed.fill_(self.seed)
             self._rows.draw(self.steps)
@@ -301,7 +326,9 @@ class _StepWatch:
         self._missed += 1
         if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
             self._warned = True
-            logger.warning("track: %d optimiser steps without tracker.step(); their statistics run together", self._missed)
+            logger.warning(
+                "track: %d optimiser steps without tracker.step(); their statistics run together", self._missed
+            )
 
     def stepped(self) -> None:
         self._missed = 0
@@ -348,7 +375,8 @@ def _refuse_windows(model: nn.Module, layers: dict[str, Linear]) -> None:
     for path in layers:
         owner = modules[path.rpartition(".")[0]]
         if "Window" in type(owner).__name__:
-            raise ValueError(f"statistics: 'fisher' needs samples in dimension 0; {path!r} sees windows ({type(owner).__name__})")  # fmt: skip  # noqa: E501
+            kind = type(owner).__name__
+            raise ValueError(f"statistics: 'fisher' needs samples in dimension 0; {path!r} sees windows ({kind})")
 
 
 def _inverse_scale(scaler: Any, device: torch.device) -> Tensor:
@@ -356,29 +384,3 @@ def _inverse_scale(scaler: Any, device: torch.device) -> Tensor:
     if scaler is None or scale is None:
         return torch.ones((), dtype=torch.float64, device=device)
     return scale.to(device=device, dtype=torch.float64).reciprocal()
-
-
-def _activation_variance(sums: Tensor | None, columns: slice) -> Tensor | None:
-    """``Σ_o E y_o² - (E y_o)²`` over the columns, from [Σ y; Σ y²] with the count in the last column."""
-    if sums is None:
-        return None
-    mean, square = sums[:, columns] / sums[0, -1]
-    return (square - mean.square()).clamp(min=0).sum()
-
-
-def _as_one_batch(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
-    x = torch.cat([c.x.reshape(-1, c.x.shape[-1]) for c in taken])
-    dy = torch.cat([c.dy.reshape(-1, c.dy.shape[-1]).to(x.dtype) for c in taken])
-    return x, dy, [0, x.shape[0]]
-
-
-def _by_sample(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
-    """Calls of one micro-batch side by side, so that a sample's rows from all calls are one run."""
-    samples = taken[0].x.shape[0] if taken[0].x.dim() > 1 else 1
-    for c in taken:
-        if c.x.dim() > 1 and c.x.shape[0] != samples:
-            raise RuntimeError(f"fisher: calls of one layer saw {samples} and {c.x.shape[0]} samples in dimension 0")
-    x = torch.cat([c.x.reshape(samples, -1, c.x.shape[-1]) for c in taken], dim=1)
-    dy = torch.cat([c.dy.reshape(samples, -1, c.dy.shape[-1]).to(x.dtype) for c in taken], dim=1)
-    tokens = x.shape[1]
-    return x.flatten(0, 1), dy.flatten(0, 1), [tokens * i for i in range(samples + 1)]

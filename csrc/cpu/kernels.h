@@ -21,7 +21,7 @@ struct TypedKernels {
   // y[m, n] += sum_r s[m, r] b[r, n]
   void (*expand)(const float* s, int64_t lds, int64_t rows, const float* b, int64_t ldb, int64_t rank, int64_t columns,
                  T* y, int64_t ldy);
-  // sum[n] += sum_m y[m, n];  squares[n] += sum_m y[m, n]^2, with sums shifted by the first row of the block
+  // sum[n] += sum_m y[m, n];  squares[n] += sum_m y[m, n]^2, from sums shifted by a rough mean of the block
   void (*moments)(const T* y, int64_t ldy, int64_t rows, int64_t columns, double* sum, double* squares);
   void (*dropout)(const T* x, T* out, int64_t columns, const DropoutRow& row);
   void (*widen)(const T* from, float* to, int64_t count);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,24 +18,31 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-# An owner whose forward is called directly never reaches its exit hook: start afresh after this many launches.
-_MAX_LAUNCHES = 64
+def _saving_hooks() -> Any:
+    # Those of non-reentrant checkpointing among them, in the forward and in the recomputation.
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+class _Token:
+    """Alive while a recomputation of a pass may still come."""
 
 
 @dataclass
 class _Visit:
     """One pass of a thread through the owner: what was computed ahead, and how it was used."""
 
+    hooks: Any
     launches: int = 0
     trigger: tuple[int, int] | None = None  # (launch number, index of the sibling that started it)
     x: Tensor | None = None
     state: tuple | None = None
     waiting: dict[int, Tensor] = field(default_factory=dict)
-    used: dict[tuple[int, int], set[int]] = field(default_factory=dict)
+    unused: dict[tuple[int, int], set[int]] = field(default_factory=dict)
+    token: _Token = field(default_factory=_Token)
 
 
 class ProjectionGroup:
-    """Runs sibling projections together when they are given the same tensor.
+    """Runs sibling projections together when they are given the same tensor inside one forward of their owner.
 
     The first sibling that is called computes the outputs of those that are expected to follow, each of which takes its
     own when it is called with the same tensor object at the same version under the same modes; otherwise it computes
@@ -43,21 +51,29 @@ class ProjectionGroup:
 
     def __init__(self, layers: list[Linear]):
         self.layers = layers
-        self._visits: dict[int, _Visit] = {}
-        self._plan: dict[tuple[int, int], frozenset[int]] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._visits: dict[int, list[_Visit]] = {}
+        self._plan: dict[tuple[int, int], frozenset[int]] = {}  # trigger -> siblings not worth computing ahead
         self._learned: dict[tuple[int, int], frozenset[int]] = {}
+        self._pending: weakref.WeakSet[_Token] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_visits": {}}
+        return {"layers": self.layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.layers = state["layers"]
+        self._clear()
 
     def __call__(self, layer: Linear, x: Tensor) -> Tensor:
-        index = next(i for i, member in enumerate(self.layers) if member is layer)
-        thread = threading.get_ident()
-        visit = self._visits.get(thread)
-        if visit is None or visit.launches >= _MAX_LAUNCHES:
-            visit = self._visits[thread] = _Visit()
-        if visit.x is x and index in visit.waiting and visit.state == self._state(x):
-            visit.used[visit.trigger].add(index)
+        visits = self._visits.get(threading.get_ident())
+        index = next((i for i, member in enumerate(self.layers) if member is layer), None)
+        if not visits or index is None or _alone(layer, visits[-1]):
+            return forward_together([layer], x)[0]
+        visit = visits[-1]
+        if visit.x is x and index in visit.waiting and visit.state == _state(x):
+            visit.unused[visit.trigger].discard(index)
             out = visit.waiting.pop(index)
             if not visit.waiting:
                 visit.x = None
@@ -65,22 +81,25 @@ class ProjectionGroup:
         return self._launch(visit, index, x)
 
     def _launch(self, visit: _Visit, index: int, x: Tensor) -> Tensor:
-        if visit.launches == 0 and not _in_backward():
-            self._plan.update(self._learned)
         trigger = (visit.launches, index)
-        together = [index, *(i for i in self._expected(trigger, index) if self._joinable(self.layers[i], index))]
-        outputs = forward_together([self.layers[i] for i in together], x)
+        skip = self._plan.get(trigger, frozenset()) | {index}
+        ahead = [i for i in range(len(self.layers)) if i not in skip and self._joinable(self.layers[i], index)]
+        outputs = forward_together([self.layers[i] for i in (index, *ahead)], x)
         visit.launches += 1
-        visit.trigger, visit.x, visit.state = trigger, x, self._state(x)
-        visit.used[trigger] = {index}
-        visit.waiting = dict(zip(together[1:], outputs[1:], strict=True))
+        visit.trigger, visit.x, visit.state = trigger, x, _state(x)
+        visit.unused[trigger] = set(ahead)
+        visit.waiting = dict(zip(ahead, outputs[1:], strict=True))
         if not visit.waiting:
             visit.x = None
+        if visit.hooks is not None and outputs[0].grad_fn is not None and not _in_backward():
+            self._await_backward(outputs[0].grad_fn, visit.token)
         return outputs[0]
 
-    def _expected(self, trigger: tuple[int, int], index: int) -> list[int]:
-        planned = self._plan.get(trigger)
-        return [i for i in range(len(self.layers)) if i != index and (planned is None or i in planned)]
+    def _await_backward(self, node: Any, token: _Token) -> None:
+        # A recomputation must launch what its forward launched: until then, or until the graph dies, the plan stands.
+        pending = self._pending
+        pending.add(token)
+        node.register_prehook(lambda grads: pending.discard(token))
 
     def _joinable(self, other: Linear, index: int) -> bool:
         mine = self.layers[index]
@@ -101,26 +120,57 @@ class ProjectionGroup:
             or (other.probe is None) != (mine.probe is None)
         )
 
-    @staticmethod
-    def _state(x: Tensor) -> tuple:
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        return (
-            None if x.is_inference() else x._version,
-            torch.is_grad_enabled(),
-            autocast and torch.get_autocast_dtype(device),
-        )
+    def enter(self, owner: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the owner: open a visit, and take up what earlier passes taught."""
+        if torch.compiler.is_compiling():
+            return
+        if not _in_backward() and not self._pending:
+            self._plan.update(self._learned)
+        visits = self._visits.setdefault(threading.get_ident(), [])
+        for interrupted in visits:
+            # KeyboardInterrupt passes by the exit hook.
+            interrupted.x, interrupted.waiting = None, {}
+        visits.append(_Visit(_saving_hooks()))
 
     def release(self, owner: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the owner: free what nobody took, and learn from a pass that went through."""
         if torch.compiler.is_compiling():
             return
-        visit = self._visits.pop(threading.get_ident(), None)
-        # A failed pass returns None here, and a recomputation may stop half-way: neither says what is used.
-        if visit is None or output is None or _in_backward():
+        thread = threading.get_ident()
+        visits = self._visits.get(thread)
+        if not visits:
             return
-        for trigger, used in visit.used.items():
-            self._learned[trigger] = self._plan.get(trigger, frozenset(range(len(self.layers)))) & used
+        visit = visits.pop()
+        if not visits:
+            del self._visits[thread]
+        # A failed pass returns None here, and a recomputation may stop half-way: neither says what is used.
+        if output is None or _in_backward():
+            return
+        for trigger, unused in visit.unused.items():
+            if unused:
+                self._learned[trigger] = self._plan.get(trigger, frozenset()) | unused
+
+
+def _alone(layer: Linear, visit: _Visit) -> bool:
+    """Whether what this call would compute ahead might not be there when the call is recomputed.
+
+    A checkpoint around the projection alone is recomputed outside its owner. The forward of reentrant checkpointing
+    cannot be told from evaluation, and with dropout what runs together decides the masks.
+    """
+    hooks = _saving_hooks()
+    if hooks is not visit.hooks and hooks != visit.hooks:
+        return True
+    return layer.dropout_p() > 0.0 and (not torch.is_grad_enabled() or (_in_backward() and hooks is None))
+
+
+def _state(x: Tensor) -> tuple:
+    device = x.device.type
+    return (
+        None if x.is_inference() else x._version,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+    )
 
 
 def group_projections(owner: nn.Module, layers: list[Linear]) -> ProjectionGroup:
@@ -128,5 +178,6 @@ def group_projections(owner: nn.Module, layers: list[Linear]) -> ProjectionGroup
     group = ProjectionGroup(layers)
     for layer in layers:
         layer.group = group
+    owner.register_forward_pre_hook(group.enter)
     owner.register_forward_hook(group.release, always_call=True)
     return group

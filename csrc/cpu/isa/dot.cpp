@@ -37,7 +37,11 @@ FASTLORA_INLINE void tile(const float* x, int64_t ldx, const float* a, int64_t l
   for (; k + kWidth <= depth; k += kWidth) {
     Vec row[Rows];
 #pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) row[i] = load(x + i * ldx + k);
+    for (int i = 0; i < Rows; ++i) {
+      row[i] = load(x + i * ldx + k);
+      // The next rows: the hardware restarts its own prefetching at every row of a strided matrix.
+      __builtin_prefetch(x + (i + Rows) * ldx + k, 0, 3);
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < Columns; ++j) {
       const Vec factor = load(a + j * lda + k);

@@ -14,9 +14,14 @@ FASTLORA_INLINE void tile(const float* s, int64_t lds, const float* b, int64_t l
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-    for (int q = 0; q < Columns; ++q) sums[i][q] = load(y + i * ldy + q * kWidth);
+    for (int q = 0; q < Columns; ++q) {
+      sums[i][q] = load(y + i * ldy + q * kWidth);
+      __builtin_prefetch(y + (i + Rows) * ldy + q * kWidth, 1, 2);
+    }
   }
-  for (int64_t r = 0; r < rank; ++r) {
+  // The rank is at least 1: a loop that may be skipped makes the compiler keep a second copy of the sums.
+  int64_t r = 0;
+  do {
     Vec row[Columns];
 #pragma GCC unroll 4
     for (int q = 0; q < Columns; ++q) row[q] = load(b + r * ldb + q * kWidth);
@@ -26,7 +31,7 @@ FASTLORA_INLINE void tile(const float* s, int64_t lds, const float* b, int64_t l
 #pragma GCC unroll 4
       for (int q = 0; q < Columns; ++q) sums[i][q] = fma(factor, row[q], sums[i][q]);
     }
-  }
+  } while (++r < rank);
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
@@ -54,21 +59,37 @@ void strip(const float* s, int64_t lds, const float* b, int64_t ldb, int64_t ran
   if (n < columns) tail(s, lds, Rows, b + n, ldb, rank, static_cast<int>(columns - n), y + n, ldy);
 }
 
-// The sums are shifted by the first row: where the mean is far larger than the spread, plain fp32 sums would lose it.
-template <class T>
-FASTLORA_INLINE void column_moments(const T* y, int64_t ldy, int64_t rows, int count, double* sum, double* squares) {
-  const bool whole = count == kWidth;
-  const Vec shift = whole ? load(y) : load(y, count);
-  Vec first = {}, second = {};
-  for (int64_t m = 1; m < rows; ++m) {
-    const Vec delta = (whole ? load(y + m * ldy) : load(y + m * ldy, count)) - shift;
-    first += delta;
-    second = fma(delta, delta, second);
+// The sums are shifted by a rough mean: where the mean is far larger than the spread, plain fp32 sums would lose it.
+template <int Columns, class Load>
+FASTLORA_INLINE void column_moments(int64_t rows, int count, const Load& element, double* sum, double* squares) {
+  const int64_t few = rows < 8 ? rows : 8;
+  Vec shift[Columns] = {}, first[Columns] = {}, second[Columns] = {};
+  for (int64_t m = 0; m < few; ++m) {
+#pragma GCC unroll 4
+    for (int q = 0; q < Columns; ++q) shift[q] += element(m, q);
   }
+#pragma GCC unroll 4
+  for (int q = 0; q < Columns; ++q) shift[q] *= 1.0f / static_cast<float>(few);
+  for (int64_t m = 0; m < rows; ++m) {
+#pragma GCC unroll 4
+    for (int q = 0; q < Columns; ++q) {
+      const Vec delta = element(m, q) - shift[q];
+      first[q] += delta;
+      second[q] = fma(delta, delta, second[q]);
+    }
+  }
+  alignas(64) float centres[Columns * kWidth], totals[Columns * kWidth], scatters[Columns * kWidth];
+#pragma GCC unroll 4
+  for (int q = 0; q < Columns; ++q) {
+    store(centres + q * kWidth, shift[q]);
+    store(totals + q * kWidth, first[q]);
+    store(scatters + q * kWidth, second[q]);
+  }
+  const double number = static_cast<double>(rows);
   for (int i = 0; i < count; ++i) {
-    const double centre = shift[i], total = first[i], scatter = second[i], number = static_cast<double>(rows);
+    const double centre = centres[i], total = totals[i];
     sum[i] += number * centre + total;
-    squares[i] += scatter + 2.0 * centre * total + number * centre * centre;
+    squares[i] += scatters[i] + centre * (2.0 * total + number * centre);
   }
 }
 
@@ -77,6 +98,7 @@ FASTLORA_INLINE void column_moments(const T* y, int64_t ldy, int64_t rows, int c
 template <class T>
 void expand(const float* s, int64_t lds, int64_t rows, const float* b, int64_t ldb, int64_t rank, int64_t columns, T* y,
             int64_t ldy) {
+  if (rank == 0) return;
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) strip<kRows>(s + m * lds, lds, b, ldb, rank, columns, y + m * ldy, ldy);
   for (; m < rows; ++m) strip<1>(s + m * lds, lds, b, ldb, rank, columns, y + m * ldy, ldy);
@@ -85,10 +107,16 @@ void expand(const float* s, int64_t lds, int64_t rows, const float* b, int64_t l
 template <class T>
 void moments(const T* y, int64_t ldy, int64_t rows, int64_t columns, double* sum, double* squares) {
   if (rows == 0) return;
-  for (int64_t n = 0; n < columns; n += kWidth) {
-    const int64_t rest = columns - n;
-    const int count = rest < kWidth ? static_cast<int>(rest) : kWidth;
-    column_moments(y + n, ldy, rows, count, sum + n, squares + n);
+  constexpr int kStep = kColumns * kWidth;
+  int64_t n = 0;
+  for (; n + kStep <= columns; n += kStep) {
+    const auto element = [&](int64_t m, int q) { return load(y + m * ldy + n + q * kWidth); };
+    column_moments<kColumns>(rows, kStep, element, sum + n, squares + n);
+  }
+  for (; n < columns; n += kWidth) {
+    const int count = columns - n < kWidth ? static_cast<int>(columns - n) : kWidth;
+    const auto element = [&](int64_t m, int) { return load(y + m * ldy + n, count); };
+    column_moments<1>(rows, count, element, sum + n, squares + n);
   }
 }
 

@@ -22,17 +22,23 @@ FASTLORA_INLINE void tile(const float* d, int64_t ldd, const float* x, int64_t l
 #pragma GCC unroll 4
     for (int q = 0; q < Columns; ++q) sums[r][q] = load(g + r * ldg + q * kWidth);
   }
-  for (int64_t m = 0; m < rows; ++m) {
+  // There is at least one row: a loop that may be skipped makes the compiler keep a second copy of the sums.
+  int64_t m = 0;
+  do {
     Vec row[Columns];
 #pragma GCC unroll 4
-    for (int q = 0; q < Columns; ++q) row[q] = load(x + m * ldx + q * kWidth);
+    for (int q = 0; q < Columns; ++q) {
+      row[q] = load(x + m * ldx + q * kWidth);
+      // Walking down a column strip defeats the hardware's prefetcher: ask for the next strip.
+      __builtin_prefetch(x + m * ldx + (Columns + q) * kWidth, 0, 3);
+    }
 #pragma GCC unroll 12
     for (int r = 0; r < Ranks; ++r) {
       const Vec factor = set1(d[m * ldd + r]);
 #pragma GCC unroll 4
       for (int q = 0; q < Columns; ++q) sums[r][q] = fma(factor, row[q], sums[r][q]);
     }
-  }
+  } while (++m < rows);
 #pragma GCC unroll 12
   for (int r = 0; r < Ranks; ++r) {
 #pragma GCC unroll 4
@@ -77,6 +83,7 @@ static_assert(sizeof(kStrips) / sizeof(Strip) == kRanks, "one entry per rank");
 
 void outer(const float* d, int64_t ldd, int64_t rank, const float* x, int64_t ldx, int64_t rows, int64_t columns,
            float* g, int64_t ldg) {
+  if (rows == 0) return;
   const int64_t strips = (rank + kRanks - 1) / kRanks;
   for (int64_t p = 0; p < strips; ++p) {
     const int64_t first = p * rank / strips, width = (p + 1) * rank / strips - first;

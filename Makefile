@@ -1,0 +1,24 @@
+# Works from any directory: make -C path/to/fastlora test
+ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
+PYTHON ?= python3
+RUN := $(ROOT).venv/bin/python
+
+.PHONY: demo test bench lint setup clean
+
+demo: setup ## train, adapt and draw: results in fastlora-demo/
+	cd $(ROOT) && $(RUN) -m fastlora.cli demo
+
+test: setup ## the whole test suite
+	cd $(ROOT) && $(RUN) -m pytest tests
+
+bench: setup ## the benchmarks; see benchmarks/results/README.md
+	cd $(ROOT) && $(RUN) -m pytest --benchmark-only
+
+lint: setup
+	cd $(ROOT) && $(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m clang_format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+setup:
+	@$(PYTHON) $(ROOT)tools/setup_env.py
+
+clean:
+	rm -rf $(ROOT).venv $(ROOT)build $(ROOT)fastlora-demo

@@ -1,0 +1,130 @@
+"""Options, the interleaving fixture, and the report of the benchmarks."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import native, testing
+
+from . import report
+from .interleave import Interleaved, rows
+from .peers import LABELS, Variant
+from .shapes import bf16_matmul
+
+WARMUP = 2  # rounds that are run and thrown away
+_RESULTS = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastlora")
+    group.addoption("--fastlora-results", type=Path, metavar="PATH",
+                    help="folder for layer.json and layer.md (default: nothing is written)")  # fmt: skip
+    group.addoption("--fastlora-rounds", type=int, metavar="N", help="rounds of every layer benchmark")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RESULTS] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    testing.enable_torchvision()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def interleaved(benchmark, request) -> Callable[..., list[dict[str, Any]]]:
+    """``measure(variants, rounds, calls)``: rows of interleaved times; the benchmark's own entry is fastlora's."""
+
+    def measure(variants: list[Variant], rounds: int, calls: int) -> list[dict[str, Any]]:
+        rounds = request.config.getoption("--fastlora-rounds") or rounds
+        turns = Interleaved(variants, "fastlora", calls)
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        try:
+            benchmark.pedantic(
+                turns.run, setup=turns.before, teardown=turns.after, rounds=rounds, warmup_rounds=WARMUP
+            )
+        finally:
+            gc.enable()
+            gc.unfreeze()
+        if benchmark.disabled:
+            return []
+        found = rows({name: values[WARMUP : WARMUP + rounds] for name, values in turns.times.items()})
+        benchmark.extra_info.update(clock="time.thread_time", threads=1, warmup_rounds=WARMUP, calls_per_round=calls)
+        benchmark.extra_info["rows"] = found
+        return found
+
+    return measure
+
+
+@pytest.fixture
+def record(request) -> Callable[[dict[str, Any]], None]:
+    """Puts one result into the report of the session."""
+    return request.config.stash[_RESULTS].append
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "clock": "CPU time of one thread (time.thread_time)",
+        "warmup_rounds": WARMUP,
+        "load_average": list(os.getloadavg()),
+        "bf16_matmul": bf16_matmul(),
+        "native_isa": native.isa() if native.available() else None,
+        "torch_cpu": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "peft": version("peft"),
+        "fastlora": fastlora.__version__,
+        "source": _source(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _source() -> str | None:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _document(config: pytest.Config) -> dict[str, Any] | None:
+    results = config.stash[_RESULTS]
+    return {"environment": environment(), "labels": LABELS, "results": results} if results else None
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    document = _document(config)
+    if document is None:
+        return
+    terminalreporter.section("fastlora")
+    terminalreporter.write_line(report.markdown(document))
+    folder = config.getoption("--fastlora-results")
+    if folder is not None:
+        for path in report.write(document, folder):
+            terminalreporter.write_line(f"wrote {path}")

@@ -1,0 +1,46 @@
+"""The correctness gate: no variant is timed before its numbers agree with float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .peers import Variant
+
+# Relative error in the Frobenius norm: fp32 sums of up to 2048 terms, and one rounding of inputs kept in bf16.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def check(variant: Variant) -> dict[str, float]:
+    """Relative errors of output, gradients and statistics against float64; ``AssertionError`` names what is wrong."""
+    problem = variant.problem
+    probe_rows = {path: layer.probe.P.clone() for path, layer in variant.tracker.layers.items()} if variant.tracker else {}
+    found, expected = variant.gradients(), problem.expected(variant.projections)
+    errors = {name: _error(found[name], value) for name, value in expected.items()}
+    if variant.tracker is not None:
+        errors |= _statistics(variant, probe_rows, expected["y"])
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[problem.dtype]}
+    assert not wrong, f"{variant.name}: relative errors above {TOLERANCE[problem.dtype]}: {wrong}"
+    return errors
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def _statistics(variant: Variant, probe_rows: dict[str, Tensor], y: Tensor) -> dict[str, float]:
+    """Errors of the tracked numbers of one step: ``||dy^T x P^T||^2 / k`` and the output's column variances."""
+    tracker, problem = variant.tracker, variant.problem
+    tracker.step()
+    scores = {kind: list(tracker.scores(kind).values()) for kind in tracker.kinds}
+    x, dy = problem.flat(problem.x), problem.flat(problem.dy)
+    errors = {}
+    for i, ((path, _), p) in enumerate(zip(tracker.matrices, variant.projections, strict=True)):
+        P = probe_rows[path].double()
+        expected = {
+            "grad_sq": (dy[:, p.columns].t() @ (x @ P.t())).square().sum() / P.shape[0],
+            "act_var": y[:, p.columns].var(dim=0, correction=0).sum(),
+        }
+        for kind in tracker.kinds:
+            errors[f"{kind}[{i}]"] = abs(scores[kind][i] - float(expected[kind])) / float(expected[kind])
+    return errors

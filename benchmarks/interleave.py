@@ -1,0 +1,94 @@
+"""Timing of variants that take turns, and what is said of paired times."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .peers import Variant
+
+clock = time.thread_time
+
+
+class Interleaved:
+    """Runs every variant once a round, in alternating order (A B C D, then D C B A), timing each call.
+
+    ``before``, ``run`` and ``after`` are the three parts of a round: the variants ahead of the target, the target, and
+    those behind it. A tracked variant yields a second row that includes ``tracker.step()``.
+    """
+
+    def __init__(self, variants: Sequence[Variant], target: str, calls: int):
+        self.variants, self.calls, self.round = list(variants), calls, 0
+        self.target = next(v for v in self.variants if v.name == target)
+        self.times: dict[str, list[float]] = {}
+
+    def _order(self) -> list[Variant]:
+        return self.variants[:: -1 if self.round % 2 else 1]
+
+    def before(self) -> None:
+        gc.collect()
+        order = self._order()
+        for variant in order[: order.index(self.target)]:
+            self._measure(variant)
+
+    def run(self) -> None:
+        self._measure(self.target)
+
+    def after(self) -> None:
+        order = self._order()
+        for variant in order[order.index(self.target) + 1 :]:
+            self._measure(variant)
+        self.round += 1
+
+    def _measure(self, variant: Variant) -> None:
+        total = 0.0
+        for _ in range(self.calls):
+            variant.forget()
+            start = clock()
+            variant.call()
+            total += clock() - start
+        self.times.setdefault(variant.name, []).append(total / self.calls)
+        if variant.tracker is not None:
+            start = clock()
+            variant.tracker.step()
+            step = clock() - start
+            self.times.setdefault(variant.name + "_step", []).append(total / self.calls + step)
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Linear interpolation between order statistics."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and tenths of a sample, with its size."""
+    points = {"median": 0.5, "p10": 0.1, "p25": 0.25, "p75": 0.75, "p90": 0.9}
+    return {**{name: quantile(values, q) for name, q in points.items()}, "rounds": len(values)}
+
+
+def paired(times: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, float]]:
+    """Spread of (variant / base) of the same round, for every variant."""
+    return {
+        name: spread([t / b for t, b in zip(values, times[base], strict=True)]) for name, values in times.items()
+    }
+
+
+def rows(times: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """One row a variant: milliseconds per call, and ratios to PEFT and to untracked fastlora."""
+    to_peft, to_ours = paired(times, "peft"), paired(times, "fastlora")
+    return [
+        {
+            "variant": name,
+            "ms": spread([1e3 * t for t in values]),
+            "ratio_to_peft": to_peft[name],
+            "ratio_to_fastlora": to_ours[name],
+        }
+        for name, values in times.items()
+    ]

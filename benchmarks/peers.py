@@ -1,0 +1,178 @@
+"""The same adapted projections built by us and by others: the variants that the layer benchmarks compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastlora
+
+from .shapes import Problem, Projection
+
+TRACKED = {"probes": ("grad_sq",), "act_var": ("grad_sq", "act_var")}
+LABELS = {
+    "frozen": "frozen nn.Linear",
+    "peft": "PEFT, adapters in the base dtype",
+    "peft_fp32": "PEFT, default (fp32 adapters)",
+    "handwritten": "hand-written torch",
+    "fastlora": "fastlora",
+    "control": "fastlora again (control: same code)",
+    "probes": "fastlora + probes",
+    "probes_step": "fastlora + probes + tracker.step()",
+    "act_var": "fastlora + probes + act_var",
+    "act_var_step": "fastlora + probes + act_var + tracker.step()",
+}
+
+
+class Attention(nn.Module):
+    """Calls q, k and v, or the fused qkv, on one tensor, as attention modules do."""
+
+    def __init__(self, problem: Problem):
+        super().__init__()
+        names = ("qkv",) if problem.shape.fused else ("q", "k", "v")
+        for name, weight, bias in zip(names, problem.split(problem.weight), problem.split(problem.bias), strict=True):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=problem.dtype)
+            layer.weight.data.copy_(weight)
+            layer.bias.data.copy_(bias)
+            setattr(self, name, layer)
+        self.names = names
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [getattr(self, name)(x) for name in self.names]
+
+
+class Model(nn.Module):
+    """The smallest model that holds the attention block."""
+
+    def __init__(self, problem: Problem):
+        super().__init__()
+        self.attn = Attention(problem)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.attn(x)
+
+
+@dataclass
+class Variant:
+    """A model with its adapters; ``call`` is one forward and backward with fresh gradients."""
+
+    name: str
+    model: nn.Module
+    problem: Problem
+    projections: list[Projection]
+    tracker: fastlora.Tracker | None = None
+    x: Tensor = field(init=False)
+    dy: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.x = self.problem.x.clone().requires_grad_()
+        self.dy = self.problem.split(self.problem.dy, dim=2)
+        self._leaves = [self.x, *(t for p in self.projections for t in (p.A, p.B))]
+
+    def call(self) -> None:
+        for leaf in self._leaves:
+            leaf.grad = None
+        torch.autograd.backward(self.model(self.x), self.dy)
+
+    def forget(self) -> None:
+        """Drop the statistics of the last call, so that those of repeated calls do not add up."""
+        if self.tracker is not None:
+            for layer in self.tracker.layers.values():
+                layer.probe.clear()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Output and gradients of one call, named as ``Problem.expected`` names them."""
+        for leaf in self._leaves:
+            leaf.grad = None
+        outputs = self.model(self.x)
+        torch.autograd.backward(outputs, self.dy)
+        found = {"y": torch.cat(outputs, dim=-1).detach().flatten(0, 1), "dx": self.x.grad.flatten(0, 1)}
+        for i, p in enumerate(self.projections):
+            found |= {f"dA[{i}]": p.A.grad, f"dB[{i}]": p.B.grad}
+        return found
+
+
+def _columns(sizes: list[int]) -> list[slice]:
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _fill(problem: Problem, pairs: list[tuple[Tensor, Tensor]], scale: float) -> list[Projection]:
+    """Give adapter parameters in output order their values."""
+    columns = _columns([B.shape[0] for _, B in pairs])
+    for A, B in pairs:
+        for parameter, value in zip((A, B), problem.factors(B.shape[0]), strict=True):
+            parameter.data.copy_(value)
+    return [Projection(A, B, scale, where) for (A, B), where in zip(pairs, columns, strict=True)]
+
+
+def frozen(problem: Problem) -> Variant:
+    """The layers without adapters: what must be computed in any case."""
+    return Variant("frozen", Model(problem), problem, [])
+
+
+def peft(problem: Problem, name: str = "peft", autocast_adapter_dtype: bool = False) -> Variant:
+    """PEFT's own layers. A fused qkv is one matrix there: A [r, K], dense B [3N, r]."""
+    from peft import LoraConfig, get_peft_model
+
+    model = Model(problem)
+    config = LoraConfig(r=problem.shape.rank, lora_alpha=problem.scale * problem.shape.rank,
+                        target_modules=list(model.attn.names))  # fmt: skip
+    # The layers are timed, not the wrapper around the whole model.
+    base = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype).get_base_model()
+    layers = [getattr(base.attn, n) for n in base.attn.names]
+    pairs = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
+    return Variant(name, base, problem, _fill(problem, pairs, problem.scale))
+
+
+class HandWritten(nn.Module):
+    """LoRA as one writes it in a few lines of torch; several ranks in a fused matrix are joined with cat."""
+
+    def __init__(self, base: nn.Linear, sizes: tuple[int, ...], rank: int, scale: float):
+        super().__init__()
+        dtype = base.weight.dtype
+        self.base, self.scale = base, scale
+        self.A = nn.ParameterList([torch.empty(rank, base.in_features, dtype=dtype) for _ in sizes])
+        self.B = nn.ParameterList([torch.empty(size, rank, dtype=dtype) for size in sizes])
+
+    def forward(self, x: Tensor) -> Tensor:
+        updates = [self.scale * (x @ a.t() @ b.t()) for a, b in zip(self.A, self.B, strict=True)]
+        update = updates[0] if len(updates) == 1 else torch.cat(updates, dim=-1)
+        return F.linear(x, self.base.weight, self.base.bias) + update
+
+
+def handwritten(problem: Problem) -> Variant:
+    model, shape = Model(problem), problem.shape
+    pairs = []
+    for i, name in enumerate(model.attn.names):
+        sizes = shape.outputs if shape.fused else (shape.outputs[i],)
+        layer = HandWritten(getattr(model.attn, name), sizes, shape.rank, problem.scale)
+        setattr(model.attn, name, layer)
+        pairs += list(zip(layer.A, layer.B, strict=True))
+    return Variant("handwritten", model, problem, _fill(problem, pairs, problem.scale))
+
+
+def ours(problem: Problem, name: str = "fastlora", statistics: tuple[str, ...] = ()) -> Variant:
+    """What ``fastlora.inject`` makes of the model, with a tracker at its defaults where statistics are asked for."""
+    model = Model(problem)
+    config = fastlora.LoraConfig(r=problem.shape.rank, lora_alpha=problem.scale * problem.shape.rank, target_modules="qkv")
+    fastlora.inject(model, config)
+    pairs = [(a, b) for n in model.attn.names for a, b, _ in getattr(model.attn, n).pairs()]
+    tracker = fastlora.track(model, statistics=statistics) if statistics else None
+    return Variant(name, model, problem, _fill(problem, pairs, problem.scale), tracker)
+
+
+def variants(problem: Problem) -> list[Variant]:
+    """Every variant of a problem, in the order in which a round runs them."""
+    builders: list[Callable[[Problem], Variant]] = [frozen, handwritten, peft]
+    if problem.dtype != torch.float32:
+        builders.append(lambda p: peft(p, "peft_fp32", autocast_adapter_dtype=True))
+    built = [build(problem) for build in builders]
+    built.append(ours(problem))
+    built += [ours(problem, name, kinds) for name, kinds in TRACKED.items()]
+    return [*built, ours(problem, "control")]

@@ -1,0 +1,322 @@
+"""Load adapters that PEFT or ``save`` wrote: everything is checked against the model before the model changes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from .config import LoraConfig
+from .factors import WHOLE
+from .injection import fused_sizes, inject, refuse_adapted
+from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
+from .overview import saved_modules
+from .peft_files import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
+from .peft_names import (
+    LORA_KEY,
+    PREFIX,
+    base_names,
+    bias_tensors,
+    choose_targets,
+    is_copy_of_saved,
+    listed,
+    refuse_shared,
+    saved_by,
+    saved_tensors,
+    unwrapped,
+)
+
+logger = logging.getLogger(__name__)
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> nn.Module:
+    """Load PEFT's files from the folder ``path``, ours or foreign; returns the same model.
+
+    A model without adapters gets those of the file, as ``inject`` would; one that has this adapter must have the same
+    matrices, ranks, ``modules_to_save`` and ``bias``, and takes tensors and scales from the file. A fused q/k/v of a
+    foreign file is one matrix; ours say in ``fastlora.json`` what was split.
+
+    All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
+    leaves the model as it was. Only safetensors files in local folders are read.
+    """
+    model = unwrapped(model)
+    folder = read_folder(path)
+    adapted = bool(adapted_layers(model))
+    if not adapted:
+        refuse_adapted(model)
+    plan = _plan(model, folder)
+    if adapted:
+        _refuse_differences(model, folder, plan, adapter)
+    elif adapter != DEFAULT:
+        raise ValueError(f"adapter: a model without adapters gets one named {DEFAULT!r}, got {adapter!r}")
+    config = None if adapted else _config_for(model, folder, plan)
+    dtypes = {n: p.dtype for n, p in _factors(model, plan, adapter).items()} if adapted else {}
+    staged = _staged(folder, plan, dtypes)
+    if config is not None:
+        try:
+            inject(model, config)
+        except ValueError as error:
+            raise ValueError(f"{folder.path}: {error}") from error
+    _copy(model, plan, adapter, staged)
+    return model
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One module's factors in the file: (A, B) and scale by slice, ``None`` where the rank is 0."""
+
+    rows: dict[str, int]
+    factors: dict[str, tuple[Tensor, Tensor] | None]
+    scale: dict[str, float]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: 0 if pair is None else pair[0].shape[0] for name, pair in self.factors.items()}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the file says, in terms of this model."""
+
+    matrices: dict[str, _Matrix]
+    trained: list[str]  # modules to save
+    others: dict[str, Tensor]  # key -> the model's parameter or buffer outside of the adapters
+
+
+def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
+    where, fields = folder.where(TENSORS), folder.fields
+    names = base_names(model)
+    pairs = _pairs(folder)
+    for name in pairs.keys() - set(names):
+        raise ValueError(f"{where}: adapts {name!r}, and {type(model).__name__} has no module of that name")
+    if fields.targets_known:
+        selected = {n for n in names if fields.selects(n)}
+        _refuse_keys(where, f"target_modules of {CONFIG}", selected, set(pairs), "adapters of ")
+    saved = saved_by(fields.modules_to_save, base_names(model, remove_duplicate=False))
+    trained = saved if folder.side is None else list(folder.side.modules_to_save)
+    if not set(trained) <= set(saved):
+        raise ValueError(f"{folder.where(SIDE)}: modules_to_save {trained} are not all in those of {CONFIG}, {saved}")
+    others = saved_tensors(model, saved) | bias_tensors(model, fields.bias, pairs, saved)
+    rest = {k for k in folder.tensors if not LORA_KEY.fullmatch(k)}
+    if fields.bias == "all":
+        rest = {k for k in rest if not is_copy_of_saved(k, saved)}
+    _refuse_keys(where, "the model", set(others), rest, "")
+    refuse_shared(model, saved, where)
+    modules = dict(model.named_modules())
+    matrices = {n: _matrix(folder, n, modules[n], pair) for n, pair in pairs.items()}
+    if folder.side is not None:
+        split = set(folder.side.split)
+        _refuse_keys(folder.where(SIDE), where, split & set(pairs), split, "split of ")
+        if folder.side.sha256 != folder.sha256:
+            raise ValueError(f"{folder.where(SIDE)}: was written for other tensors than those in {where}; remove it to load them as a foreign file")  # fmt: skip  # noqa: E501
+    for key, target in others.items():
+        _refuse_shape(where, key, folder.tensors[key], tuple(target.shape))
+        if target.is_meta:
+            raise ValueError(f"model: {key.removeprefix(PREFIX)!r} is on the meta device and cannot be loaded into")
+    return _Plan(matrices, trained, others)
+
+
+def _pairs(folder: AdapterFolder) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) by module name, both there and both matrices."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in folder.tensors.items():
+        match = LORA_KEY.fullmatch(key)
+        if match:
+            found.setdefault(match["path"], {})[match["factor"]] = tensor
+        elif ".lora_" in key:
+            raise ValueError(f"{folder.where(TENSORS)}: {key!r} is no LoRA factor of a linear layer; not implemented")
+    for path, pair in found.items():
+        for factor in "AB":
+            key = f"{PREFIX}{path}.lora_{factor}.weight"
+            if factor not in pair:
+                raise ValueError(f"{folder.where(TENSORS)}: missing key {key!r}")
+            if pair[factor].ndim != 2 or pair[factor].dtype not in _FLOATS:
+                raise ValueError(f"{folder.where(TENSORS)}: {key!r}: expected a floating matrix, got {pair[factor].dtype} {tuple(pair[factor].shape)}")  # fmt: skip  # noqa: E501
+    if not found:
+        raise ValueError(f"{folder.where(TENSORS)}: has no keys like {PREFIX}<module>.lora_A.weight")
+    return {path: (pair["A"], pair["B"]) for path, pair in found.items()}
+
+
+def _refuse_keys(where: str, what: str, expected: set[str], got: set[str], of: str) -> None:
+    if expected - got:
+        raise ValueError(f"{where}: missing: {of}{listed(sorted(expected - got))}, which {what} has")
+    if got - expected:
+        raise ValueError(f"{where}: unexpected: {of}{listed(sorted(got - expected))}, which {what} does not have")
+
+
+def _refuse_shape(where: str, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{where}: {key!r} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def _matrix(folder: AdapterFolder, path: str, module: nn.Module, pair: tuple[Tensor, Tensor]) -> _Matrix:
+    where, (A, B), rank = folder.where(TENSORS), pair, folder.fields.rank(path)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}; only nn.Linear is implemented")
+    if module.weight.is_meta:
+        raise ValueError(f"model: {path!r} is on the meta device and cannot be loaded into")
+    _refuse_shape(where, f"{PREFIX}{path}.lora_A.weight", A, (rank, module.in_features))
+    _refuse_shape(where, f"{PREFIX}{path}.lora_B.weight", B, (module.out_features, rank))
+    slices = folder.side.split.get(path, ()) if folder.side is not None else ()
+    s = folder.fields.scale(path)
+    if not slices:
+        return _Matrix({WHOLE: module.out_features}, {WHOLE: (A, B)}, {WHOLE: s})
+    rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
+    if (rows, ranks) != (module.out_features, rank):
+        raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {rows} rows and ranks of sum {ranks}, expected {module.out_features} and {rank}")  # fmt: skip  # noqa: E501
+    factors = _blocks(slices, A, B)
+    if factors is None:
+        raise ValueError(f"{where}: {path!r} is split in {SIDE}, and its lora_B is not block-diagonal; remove {SIDE} to load it as one matrix")  # fmt: skip  # noqa: E501
+    return _Matrix({x.name: x.rows for x in slices}, factors, {x.name: s * x.scale_ratio for x in slices})
+
+
+def _blocks(slices: Iterable[Slice], A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tensor] | None] | None:
+    """A and B of each slice, or None where B has anything off its diagonal blocks."""
+    factors: dict[str, tuple[Tensor, Tensor] | None] = {}
+    outside, row, column = B != 0, 0, 0
+    for x in slices:
+        rows, columns = slice(row, row + x.rows), slice(column, column + x.rank)
+        outside[rows, columns] = False
+        b = B[rows, columns]
+        if x.scale_ratio not in (0.0, 1.0):
+            b = (b.double() / x.scale_ratio).to(b.dtype)
+        factors[x.name] = (A[columns], b) if x.rank else None
+        row, column = rows.stop, columns.stop
+    return None if bool(outside.any()) else factors
+
+
+def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, adapter: str) -> None:
+    """An adapter that is there already must be the one of the file, or ``ValueError`` naming the differences."""
+    layers = adapted_layers(model)
+    known = sorted({name for layer in layers.values() for name in layer.adapter_names})
+    if adapter not in known:
+        raise ValueError(f"adapter: expected one of {known}, got {adapter!r}")
+    merged = [n for n, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"model: {merged[0]!r} is merged; call fastlora.unmerge first")
+    here = {p: layer.ranks(adapter) for p, layer in layers.items() if adapter in layer.adapter_names}
+    mine = {matrix_key(p, s): r for p, ranks in here.items() for s, r in ranks.items() if r}
+    theirs = {matrix_key(p, s): r for p, m in plan.matrices.items() for s, r in m.ranks.items() if r}
+    differences = [
+        f"{key} has rank {mine.get(key, 0)} in the model and {theirs.get(key, 0)} in the file"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key, 0) != theirs.get(key, 0)
+    ]
+    differences += [
+        f"{p} is split into {dict(layers[p].slices)} in the model and {m.rows} in the file"
+        for p, m in plan.matrices.items()
+        if p in layers and layers[p].slices != m.rows
+    ]
+    config = getattr(model, "fastlora_configs", {}).get(adapter)
+    bias = "none" if config is None else config.bias
+    saved = saved_modules(model, adapter)
+    if set(saved) != set(plan.trained):
+        differences.append(f"modules_to_save are {sorted(saved)} in the model and {sorted(plan.trained)} in the file")
+    if bias != folder.fields.bias:
+        differences.append(f"bias is {bias!r} in the model and {folder.fields.bias!r} in the file")
+    if differences:
+        raise ValueError(f"{folder.path}: does not fit the model's adapter {adapter!r}: {listed(differences)}")
+
+
+def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraConfig:
+    """The LoraConfig that injects exactly what is in the file."""
+    fields, side, paths = folder.fields, folder.side, list(plan.matrices)
+    factors = [t for m in plan.matrices.values() for pair in m.factors.values() for t in pair or ()]
+    stored = reduce(torch.promote_types, {t.dtype for t in factors})
+    rule = {"r": fields.r, "lora_alpha": fields.lora_alpha, "use_rslora": fields.use_rslora, "scale": "per_rank"}
+    dtype = torch.float64 if stored == torch.float64 else None
+    if side is not None:
+        rule = {**side.rule, "scale": side.rule["mode"]}
+        del rule["mode"]
+        dtype = stored
+    try:
+        config = LoraConfig(
+            target_modules=choose_targets(paths, base_names(model)),
+            lora_dropout=fields.lora_dropout,
+            bias=fields.bias,
+            modules_to_save=plan.trained or None,
+            init_lora_weights=fields.init_lora_weights,
+            split_qkv=any(set(m.rows) != {WHOLE} for m in plan.matrices.values()),
+            adapter_dtype=dtype,
+            **rule,
+        )
+        ranks = {matrix_key(p, s): r for p, m in plan.matrices.items() for s, r in m.ranks.items()}
+        scales = {matrix_key(p, s): v for p, m in plan.matrices.items() for s, v in m.scale.items()}
+        odd = {
+            k: s / config.scaling(ranks[k], 1.0) for k, s in scales.items() if not _same(config.scaling(ranks[k]), s)
+        }
+        config = replace(config, rank_pattern={k: r for k, r in ranks.items() if r != config.r}, alpha_pattern=odd)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder.where(CONFIG if side is None else SIDE)}: {error}") from error
+    sizes = fused_sizes(model, config)
+    modules = dict(model.named_modules())
+    for path, m in plan.matrices.items():
+        possible = sizes.get(path, {WHOLE: modules[path].out_features})
+        if possible != m.rows:
+            raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {m.rows}, and this model can {possible}")
+    return config
+
+
+def _same(s: float, other: float) -> bool:
+    # s * r / r need not give s back to the last bit.
+    return math.isclose(s, other, rel_tol=1e-12)
+
+
+def _factors(model: nn.Module, plan: _Plan, adapter: str) -> dict[tuple[str, str, str], nn.Parameter]:
+    """(path, slice, "A" or "B") -> the model's parameter, for every factor in the file."""
+    layers: dict[str, Linear] = adapted_layers(model)
+    out = {}
+    for path, matrix in plan.matrices.items():
+        for name in (n for n, pair in matrix.factors.items() if pair is not None):
+            out[path, name, "A"] = layers[path].lora_A[adapter]._parameters[name]
+            out[path, name, "B"] = layers[path].lora_B[adapter]._parameters[name]
+    return out
+
+
+def _staged(folder: AdapterFolder, plan: _Plan, dtypes: Mapping) -> dict:
+    """Every tensor in the dtype that it will have, so that copying cannot fail half-way."""
+    where, staged, lossy = folder.where(TENSORS), {}, []
+    for path, matrix in plan.matrices.items():
+        for name, pair in matrix.factors.items():
+            for factor, value in zip("AB", pair or (), strict=False):
+                key = (path, name, factor)
+                staged[key] = _converted(value, dtypes.get(key, value.dtype), f"{where}: lora_{factor} of {matrix_key(path, name)!r}", lossy)  # fmt: skip  # noqa: E501
+    for key, target in plan.others.items():
+        staged[key] = _converted(folder.tensors[key], target.dtype, f"{where}: {key!r}", lossy)
+    if lossy:
+        logger.warning("rounded on loading, because the model's dtype holds less: %s", listed(lossy))
+    return staged
+
+
+def _converted(value: Tensor, dtype: torch.dtype, label: str, lossy: list[str]) -> Tensor:
+    if value.dtype == dtype:
+        return value
+    if value.dtype not in _FLOATS or dtype not in _FLOATS:
+        raise ValueError(f"{label} is {value.dtype}, expected {dtype}")
+    converted = value.to(dtype)
+    if torch.promote_types(value.dtype, dtype) != dtype:
+        lossy.append(f"{label} {value.dtype} to {dtype}")
+        if bool((value.isfinite() & ~converted.isfinite()).any()):
+            raise ValueError(f"{label} has values too large for the model's {dtype}")
+    return converted
+
+
+@torch.no_grad()
+def _copy(model: nn.Module, plan: _Plan, adapter: str, staged: Mapping) -> None:
+    for key, parameter in _factors(model, plan, adapter).items():
+        parameter.copy_(staged[key])
+    for key, target in plan.others.items():
+        target.copy_(staged[key])
+    layers = adapted_layers(model)
+    for path, matrix in plan.matrices.items():
+        spec = layers[path].adapter_specs[adapter]
+        if not all(_same(spec.scale[name], s) for name, s in matrix.scale.items()):
+            layers[path].adapter_specs[adapter] = spec.with_scale(matrix.scale)
