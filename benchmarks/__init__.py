@@ -1,0 +1,1 @@
+"""Benchmarks against peers: ``pytest --benchmark-only`` from the root."""

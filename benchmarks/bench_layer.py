@@ -10,7 +10,7 @@ import torch
 
 from . import gate
 from .peers import variants
-from .shapes import DTYPES, SHAPES, Problem, bf16_matmul
+from .shapes import DTYPES, SHAPES, TARGETS, Problem, bf16_matmul
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed: nothing to compare with")
@@ -22,9 +22,10 @@ def test_layer(name, dtype, interleaved, record):
     shape = SHAPES[name]
     torch.manual_seed(0)
     problem = Problem(shape, DTYPES[dtype])
+    binding = dtype != "bf16" or bf16_matmul() is not None
     result = {"kind": "layer", "shape": name, "model": shape.model, "rows_of_x": shape.rows, "width": shape.width,
-              "outputs": shape.outputs, "rank": shape.rank, "fused": shape.fused, "dtype": dtype,
-              "binding": dtype != "bf16" or bf16_matmul() is not None, "gate": "failed"}  # fmt: skip
+              "outputs": shape.outputs, "rank": shape.rank, "fused": shape.fused, "dtype": dtype, "binding": binding,
+              "target": TARGETS.get((name, dtype)), "gate": "failed"}  # fmt: skip
     built = variants(problem)
     try:
         result["errors"] = {variant.name: max(gate.check(variant).values()) for variant in built}
@@ -32,7 +33,7 @@ def test_layer(name, dtype, interleaved, record):
     except AssertionError as error:
         record({**result, "reason": str(error)})
         raise
-    rounds = shape.rounds if result["binding"] else shape.emulated_rounds
+    rounds = shape.rounds if binding else shape.emulated_rounds
     found = interleaved(built, rounds, shape.calls)
     if found:
         record({**result, "calls_per_round": shape.calls, "rows": found})

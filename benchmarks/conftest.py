@@ -37,6 +37,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RESULTS] = []
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("benchmark_only") or config.getoption("benchmark_disable"):
+        return
+    skip = pytest.mark.skip(reason="benchmarks run with --benchmark-only (only their checks with --benchmark-disable)")
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(skip)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
@@ -57,9 +66,7 @@ def interleaved(benchmark, request) -> Callable[..., list[dict[str, Any]]]:
         gc.freeze()
         gc.disable()
         try:
-            benchmark.pedantic(
-                turns.run, setup=turns.before, teardown=turns.after, rounds=rounds, warmup_rounds=WARMUP
-            )
+            benchmark.pedantic(turns.run, setup=turns.before, teardown=turns.after, rounds=rounds, warmup_rounds=WARMUP)
         finally:
             gc.enable()
             gc.unfreeze()

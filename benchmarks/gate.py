@@ -14,7 +14,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 def check(variant: Variant) -> dict[str, float]:
     """Relative errors of output, gradients and statistics against float64; ``AssertionError`` names what is wrong."""
     problem = variant.problem
-    probe_rows = {path: layer.probe.P.clone() for path, layer in variant.tracker.layers.items()} if variant.tracker else {}
+    tracked = variant.tracker.layers if variant.tracker is not None else {}
+    probe_rows = {path: layer.probe.P.clone() for path, layer in tracked.items()}
     found, expected = variant.gradients(), problem.expected(variant.projections)
     errors = {name: _error(found[name], value) for name, value in expected.items()}
     if variant.tracker is not None:

@@ -67,17 +67,28 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Order statistics that hold the true median with 95 % probability (binomial, normal approximation)."""
+    ordered, n = sorted(values), len(values)
+    reach = 0.98 * math.sqrt(n)
+    return ordered[max(math.floor(n / 2 - reach), 0)], ordered[min(math.ceil(n / 2 + reach), n - 1)]
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and tenths of a sample, with its size."""
+    """Median with its 95 % interval, quartiles and tenths of a sample, and its size."""
     points = {"median": 0.5, "p10": 0.1, "p25": 0.25, "p75": 0.75, "p90": 0.9}
-    return {**{name: quantile(values, q) for name, q in points.items()}, "rounds": len(values)}
+    low, high = median_interval(values)
+    return {
+        **{name: quantile(values, q) for name, q in points.items()},
+        "median_low": low,
+        "median_high": high,
+        "rounds": len(values),
+    }
 
 
 def paired(times: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, float]]:
     """Spread of (variant / base) of the same round, for every variant."""
-    return {
-        name: spread([t / b for t, b in zip(values, times[base], strict=True)]) for name, values in times.items()
-    }
+    return {name: spread([t / b for t, b in zip(values, times[base], strict=True)]) for name, values in times.items()}
 
 
 def rows(times: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:

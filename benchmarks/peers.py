@@ -120,9 +120,8 @@ def peft(problem: Problem, name: str = "peft", autocast_adapter_dtype: bool = Fa
     """PEFT's own layers. A fused qkv is one matrix there: A [r, K], dense B [3N, r]."""
     from peft import LoraConfig, get_peft_model
 
-    model = Model(problem)
-    config = LoraConfig(r=problem.shape.rank, lora_alpha=problem.scale * problem.shape.rank,
-                        target_modules=list(model.attn.names))  # fmt: skip
+    model, rank = Model(problem), problem.shape.rank
+    config = LoraConfig(r=rank, lora_alpha=problem.scale * rank, target_modules=list(model.attn.names))
     # The layers are timed, not the wrapper around the whole model.
     base = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype).get_base_model()
     layers = [getattr(base.attn, n) for n in base.attn.names]
@@ -159,8 +158,8 @@ def handwritten(problem: Problem) -> Variant:
 
 def ours(problem: Problem, name: str = "fastlora", statistics: tuple[str, ...] = ()) -> Variant:
     """What ``fastlora.inject`` makes of the model, with a tracker at its defaults where statistics are asked for."""
-    model = Model(problem)
-    config = fastlora.LoraConfig(r=problem.shape.rank, lora_alpha=problem.scale * problem.shape.rank, target_modules="qkv")
+    model, rank = Model(problem), problem.shape.rank
+    config = fastlora.LoraConfig(r=rank, lora_alpha=problem.scale * rank, target_modules="qkv")
     fastlora.inject(model, config)
     pairs = [(a, b) for n in model.attn.names for a, b, _ in getattr(model.attn, n).pairs()]
     tracker = fastlora.track(model, statistics=statistics) if statistics else None

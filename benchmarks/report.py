@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_MEASURED = "informative: this CPU has neither avx512_bf16 nor AMX, bf16 is emulated"
+PEERS = ("frozen", "handwritten", "peft", "peft_fp32")
 # Rows whose ratio to untracked fastlora is the cost of statistics.
 STATISTICS = ("control", "probes", "act_var", "probes_step", "act_var_step")
 
@@ -35,7 +36,7 @@ def _environment(environment: dict[str, Any]) -> Iterator[str]:
     native = environment["native_isa"] or "not built, so the reference backend was measured"
     yield (
         f"torch {environment['torch']} ({environment['torch_cpu']}), peft {environment['peft']}, Python "
-        f"{environment['python']}, fastlora {environment['fastlora']} at {environment['source']}, native kernels: {native}."
+        f"{environment['python']}, fastlora {environment['fastlora']} at {environment['source']}, native: {native}."
     )
 
 
@@ -52,15 +53,25 @@ def _cell(ratio: dict[str, float], digits: int = 3) -> str:
     return f"{ratio['median']:.{digits}f} [{ratio['p10']:.{digits}f}, {ratio['p90']:.{digits}f}]"
 
 
+def _verdict(result: dict[str, Any]) -> str:
+    if result["target"] is None:
+        return "No target."
+    if not result["binding"]:
+        return f"Target {result['target']:.2f} of PEFT: not binding on this CPU."
+    ratio = next(row["ratio_to_peft"]["median"] for row in result["rows"] if row["variant"] == "fastlora")
+    return f"Target {result['target']:.2f} of PEFT: {'met' if ratio <= result['target'] else 'missed'} at {ratio:.3f}."
+
+
 def _layer(result: dict[str, Any], labels: dict[str, str]) -> Iterator[str]:
     yield f"### {_title(result)}"
     yield ""
     if result["gate"] != "passed":
         yield f"The correctness gate failed, no ratio is given: {result['reason']}"
         return
-    rounds = result["rows"][0]["ms"]["rounds"]
+    rounds, calls = result["rows"][0]["ms"]["rounds"], result["calls_per_round"]
     note = "" if result["binding"] else f" ({NOT_MEASURED})"
-    yield f"{rounds} rounds of {result['calls_per_round']} calls{note}; largest error against float64 in the last column."
+    yield f"{rounds} rounds of {calls} calls{note}; the last column is the largest error against float64."
+    yield _verdict(result)
     yield ""
     rows = []
     for row in result["rows"]:
@@ -72,14 +83,15 @@ def _layer(result: dict[str, Any], labels: dict[str, str]) -> Iterator[str]:
 
 
 def _percent(ratio: dict[str, float]) -> str:
-    low, middle, high = (100 * (ratio[q] - 1) for q in ("p25", "median", "p75"))
+    low, middle, high = (100 * (ratio[q] - 1) for q in ("median_low", "median", "median_high"))
     return f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _statistics(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
     yield "## What statistics add to the layer's training step"
     yield ""
-    yield "Percent over untracked fastlora, median of paired ratios [quartiles]; the control is the noise floor."
+    yield "Percent over untracked fastlora: median of paired ratios [its 95 % interval]. The control runs the untracked"
+    yield "code again: what it shows is noise."
     yield ""
     rows = []
     for result in results:
@@ -107,8 +119,8 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from _environment(document["environment"])
     yield ""
-    yield "Forward and backward of the query, key and value projections with gradients of x and all adapters, B not zero."
-    yield "Ratios are medians of (variant / PEFT) within a round: below 1 is faster than PEFT with adapters in the base dtype."
+    yield "Forward and backward of the query, key and value projections: gradients of x and all adapters, B not zero."
+    yield "Ratios are medians of (variant / PEFT with adapters in the base dtype) within a round: below 1 is faster."
     for result in layers:
         yield ""
         yield from _layer(result, labels)
@@ -146,13 +158,17 @@ def plot(document: dict[str, Any], path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     results = [result for result in _layers(document) if result["gate"] == "passed"]
-    figure, axes = plt.subplots(1, len(results), figsize=(3.0 * len(results), 3.6), sharex=True, squeeze=False)
-    for axis, result in zip(axes[0], results, strict=True):
+    columns = max(min(len(results), 4), 1)
+    lines = max(-(-len(results) // columns), 1)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 3.2 * lines), sharex=True, squeeze=False)
+    for axis in axes.flat[len(results) :]:
+        axis.set_visible(False)
+    for axis, result in zip(axes.flat, results, strict=False):
         shown = [row for row in reversed(result["rows"]) if not row["variant"].endswith("_step")]
         ratios = [row["ratio_to_peft"] for row in shown]
         below = [r["median"] - r["p10"] for r in ratios]
         above = [r["p90"] - r["median"] for r in ratios]
-        colours = ["#999999" if row["variant"] in ("frozen", "handwritten", "peft", "peft_fp32") else "#1f77b4" for row in shown]
+        colours = ["#999999" if row["variant"] in PEERS else "#1f77b4" for row in shown]
         axis.barh([row["variant"] for row in shown], [r["median"] for r in ratios], xerr=[below, above], color=colours)
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set_title(f"{result['shape']} {result['dtype']}" + ("" if result["binding"] else " (emulated)"))

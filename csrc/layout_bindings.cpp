@@ -9,13 +9,14 @@ using fastlora::RankLayout;
 
 PYBIND11_MODULE(_layout, m) {
   m.doc() = "Packing of adapter factors: see RankLayout.";
-  py::class_<RankLayout>(m, "RankLayout",
-                         "Where the factors of all adapters and projections of one layer lie in packed storage.\n\n"
-                         "Blocks are ordered adapter by adapter, then projection by projection: block (g, p) is number\n"
-                         "g * num_projections + p. A blocks are [r, in_features], B blocks [out_features[p], r];\n"
-                         "a_offsets and b_offsets count elements, rank_offsets ranks, column_offsets outputs.\n\n"
-                         "Raises ValueError for a negative rank, a size below 1, a wrong number of ranks, or sizes\n"
-                         "whose products do not fit in 64 bits.")
+  py::class_<RankLayout>(
+      m, "RankLayout",
+      "Where the factors of all adapters and projections of one layer lie in packed storage.\n\n"
+      "Blocks are ordered adapter by adapter, then projection by projection: block (g, p) is number\n"
+      "g * num_projections + p. A blocks are [r, in_features], B blocks [out_features[p], r];\n"
+      "a_offsets and b_offsets count elements, rank_offsets ranks, column_offsets outputs.\n\n"
+      "Raises ValueError for a negative rank, a size below 1, a wrong number of ranks, or sizes\n"
+      "whose products do not fit in 64 bits.")
       .def(py::init<std::vector<std::vector<int64_t>>, std::vector<int64_t>, int64_t>(), py::arg("ranks"),
            py::arg("out_features"), py::arg("in_features"))
       .def_property_readonly("ranks", &RankLayout::ranks)
@@ -32,18 +33,18 @@ PYBIND11_MODULE(_layout, m) {
       .def_property_readonly("column_offsets", &RankLayout::column_offsets)
       .def("with_ranks", &RankLayout::with_ranks, py::arg("adapter"), py::arg("ranks"),
            "The same layer with other ranks for one adapter.")
-      .def("__eq__", [](const RankLayout& self, const py::object& other) -> py::object {
-        if (!py::isinstance<RankLayout>(other)) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
-        return py::bool_(self == other.cast<const RankLayout&>());
-      })
-      .def("__hash__",
-           [](const RankLayout& self) { return py::hash(py::str(self.to_string())); })
+      .def("__eq__",
+           [](const RankLayout& self, const py::object& other) -> py::object {
+             if (!py::isinstance<RankLayout>(other)) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+             return py::bool_(self == other.cast<const RankLayout&>());
+           })
+      .def("__hash__", [](const RankLayout& self) { return py::hash(py::str(self.to_string())); })
       .def("__repr__", &RankLayout::to_string)
       .def(py::pickle(
           [](const RankLayout& self) { return py::make_tuple(self.ranks(), self.out_features(), self.in_features()); },
           [](const py::tuple& state) {
             if (state.size() != 3) throw py::value_error("the pickled state of a RankLayout has 3 entries");
-            return RankLayout(state[0].cast<std::vector<std::vector<int64_t>>>(),
-                              state[1].cast<std::vector<int64_t>>(), state[2].cast<int64_t>());
+            return RankLayout(state[0].cast<std::vector<std::vector<int64_t>>>(), state[1].cast<std::vector<int64_t>>(),
+                              state[2].cast<int64_t>());
           }));
 }

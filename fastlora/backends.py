@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference
+from .triton_backend import TritonBackend
 
 
 class Layout(NamedTuple):
@@ -201,13 +202,14 @@ def _native_kernels() -> SimpleNamespace | None:
     )
 
 
-BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[str, Backend | TritonBackend] = {
+    "triton": TritonBackend(),
     "native": Backend("native", _native_kernels(), _native_reason),
     "reference": Backend("reference", reference, lambda device, dtype: None),
 }
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend, dict[str, str]]:
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend | TritonBackend, dict[str, str]]:
     """The backend for a tensor and, by name, why each faster one was passed over.
 
     Raises ``ValueError`` for an unknown name and ``RuntimeError`` when the one asked for cannot run.

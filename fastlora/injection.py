@@ -155,6 +155,10 @@ def _targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str
     names = _select(model, config.target_modules, "target_modules")
     if config.exclude_modules is not None:
         excluded = set(_select(model, config.exclude_modules, "exclude_modules"))
+        # As in PEFT a container is not its contents; unnoticed, nothing would be excluded.
+        around = next((e for e in excluded for n in names if n not in excluded and n.startswith(e + ".")), None)
+        if around is not None:
+            raise ValueError(f"exclude_modules: {around!r} is no target but holds some; say '{around}..*' as a pattern")
         names = [n for n in names if n not in excluded]
     if not names:
         raise ValueError("exclude_modules: nothing is left of target_modules")

@@ -26,7 +26,7 @@ except ImportError:
 def _load() -> str | None:
     """Loads the library once; returns why it could not be."""
     if not LIBRARY.is_file():
-        return f"the native library was not built: {LIBRARY.name} is missing (reinstall with FASTLORA_BUILD=1 to see why)"
+        return f"the native library was not built: no {LIBRARY.name} (reinstall with FASTLORA_BUILD=1 to see why)"
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:

@@ -100,7 +100,7 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """The backend of each adapted layer for an input of its weight's dtype, and why the earlier ones are passed over."""
+    """The backend of each adapted layer for an input of its weight's dtype, and why earlier ones are passed over."""
     rows = []
     for path, layer in adapted_layers(model).items():
         backend, passed = choose(layer.backend, layer.weight.device, layer.weight.dtype)

@@ -57,29 +57,12 @@ def save(
     layers = _saveable(model, adapter)
     config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
     matrices = {name: _stored(layer, adapter, fold_scale) for name, layer in layers.items()}
-    names = base_names(model)
     saved = saved_modules(model, adapter)
     every_name = base_names(model, remove_duplicate=False)
     spec, taken = choose_saved(saved, config.modules_to_save or (), every_name, list(layers))
     refuse_shared(model, taken, "model")
     _refuse_untold(model, taken, bias_tensors(model, config.bias, layers, taken))
-    fields = {
-        **patterns({n: m.A.shape[0] for n, m in matrices.items()}, {n: m.alpha for n, m in matrices.items()}),
-        "peft_type": "LORA",
-        "target_modules": choose_targets(list(layers), names),
-        "modules_to_save": spec or None,
-        "bias": config.bias,
-        "lora_dropout": config.lora_dropout,
-        "init_lora_weights": config.init_lora_weights,
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        **dict.fromkeys(
-            ("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform", "revision", "task_type")
-        ),
-    }
+    fields = _fields(model, config, matrices, spec)
     tensors = {f"{PREFIX}{n}.lora_{f}.weight": t for n, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))}
     tensors |= bias_tensors(model, config.bias, layers, taken) | saved_tensors(model, taken)
     side = {
@@ -100,6 +83,27 @@ class _Stored:
     B: Tensor
     alpha: float
     slices: tuple[Slice, ...]
+
+
+def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored], saved: list[str]) -> dict[str, Any]:
+    """adapter_config.json: fields that every version of PEFT knows, and no others."""
+    ranks, alphas = {n: m.A.shape[0] for n, m in matrices.items()}, {n: m.alpha for n, m in matrices.items()}
+    unused = ("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform", "revision", "task_type")
+    return {
+        **patterns(ranks, alphas),
+        **dict.fromkeys(unused),
+        "peft_type": "LORA",
+        "target_modules": choose_targets(list(matrices), base_names(model)),
+        "modules_to_save": saved or None,
+        "bias": config.bias,
+        "lora_dropout": config.lora_dropout,
+        "init_lora_weights": config.init_lora_weights,
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+    }
 
 
 def _saveable(model: nn.Module, adapter: str) -> dict[str, Linear]:

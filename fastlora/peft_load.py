@@ -112,15 +112,13 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     refuse_shared(model, saved, where)
     modules = dict(model.named_modules())
     matrices = {n: _matrix(folder, n, modules[n], pair) for n, pair in pairs.items()}
+    for key, target in others.items():
+        _refuse_tensor(where, key, folder.tensors[key], target)
     if folder.side is not None:
         split = set(folder.side.split)
         _refuse_keys(folder.where(SIDE), where, split & set(pairs), split, "split of ")
         if folder.side.sha256 != folder.sha256:
             raise ValueError(f"{folder.where(SIDE)}: was written for other tensors than those in {where}; remove it to load them as a foreign file")  # fmt: skip  # noqa: E501
-    for key, target in others.items():
-        _refuse_shape(where, key, folder.tensors[key], tuple(target.shape))
-        if target.is_meta:
-            raise ValueError(f"model: {key.removeprefix(PREFIX)!r} is on the meta device and cannot be loaded into")
     return _Plan(matrices, trained, others)
 
 
@@ -155,6 +153,15 @@ def _refuse_keys(where: str, what: str, expected: set[str], got: set[str], of: s
 def _refuse_shape(where: str, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{where}: {key!r} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def _refuse_tensor(where: str, key: str, tensor: Tensor, target: Tensor) -> None:
+    """``target`` is the model's own tensor, which is to take the values."""
+    _refuse_shape(where, key, tensor, tuple(target.shape))
+    if tensor.dtype != target.dtype and not (tensor.dtype in _FLOATS and target.dtype in _FLOATS):
+        raise ValueError(f"{where}: {key!r} is {tensor.dtype}, expected {target.dtype}")
+    if target.is_meta:
+        raise ValueError(f"model: {key.removeprefix(PREFIX)!r} is on the meta device and cannot be loaded into")
 
 
 def _matrix(folder: AdapterFolder, path: str, module: nn.Module, pair: tuple[Tensor, Tensor]) -> _Matrix:
@@ -203,18 +210,21 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
     if merged:
         raise ValueError(f"model: {merged[0]!r} is merged; call fastlora.unmerge first")
     here = {p: layer.ranks(adapter) for p, layer in layers.items() if adapter in layer.adapter_names}
-    mine = {matrix_key(p, s): r for p, ranks in here.items() for s, r in ranks.items() if r}
-    theirs = {matrix_key(p, s): r for p, m in plan.matrices.items() for s, r in m.ranks.items() if r}
-    differences = [
-        f"{key} has rank {mine.get(key, 0)} in the model and {theirs.get(key, 0)} in the file"
-        for key in sorted(mine.keys() | theirs.keys())
-        if mine.get(key, 0) != theirs.get(key, 0)
-    ]
-    differences += [
-        f"{p} is split into {dict(layers[p].slices)} in the model and {m.rows} in the file"
-        for p, m in plan.matrices.items()
-        if p in layers and layers[p].slices != m.rows
-    ]
+    differences = []
+    for path in sorted(here.keys() | plan.matrices.keys()):
+        matrix = plan.matrices.get(path)
+        if path in here and matrix is not None and layers[path].slices != matrix.rows:
+            forms = [
+                ("split into " + " ".join(m) if set(m) != {WHOLE} else "one matrix") for m in (here[path], matrix.rows)
+            ]
+            differences.append(f"{path} is {forms[0]} in the model and {forms[1]} in the file")
+            continue
+        mine, theirs = here.get(path, {}), {} if matrix is None else matrix.ranks
+        differences += [
+            f"{matrix_key(path, s)} has rank {mine.get(s, 0)} in the model and {theirs.get(s, 0)} in the file"
+            for s in mine or theirs
+            if mine.get(s, 0) != theirs.get(s, 0)
+        ]
     config = getattr(model, "fastlora_configs", {}).get(adapter)
     bias = "none" if config is None else config.bias
     saved = saved_modules(model, adapter)
@@ -299,8 +309,6 @@ def _staged(folder: AdapterFolder, plan: _Plan, dtypes: Mapping) -> dict:
 def _converted(value: Tensor, dtype: torch.dtype, label: str, lossy: list[str]) -> Tensor:
     if value.dtype == dtype:
         return value
-    if value.dtype not in _FLOATS or dtype not in _FLOATS:
-        raise ValueError(f"{label} is {value.dtype}, expected {dtype}")
     converted = value.to(dtype)
     if torch.promote_types(value.dtype, dtype) != dtype:
         lossy.append(f"{label} {value.dtype} to {dtype}")

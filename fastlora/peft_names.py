@@ -134,10 +134,10 @@ def parse_fields(raw: Any, where: str) -> PeftFields:
         fields = PeftFields(**taken)
         # Every pattern once, so that none of them fails later.
         fields.scale("a")
-        specs = (fields.target_modules, fields.exclude_modules, fields.layers_pattern, fields.modules_to_save)
-        for spec in specs:
-            for pattern in [spec] if isinstance(spec, str) else spec or ():
-                re.compile(pattern)
+        layers = [fields.layers_pattern] if isinstance(fields.layers_pattern, str) else fields.layers_pattern or []
+        whole = [s for s in (fields.target_modules, fields.exclude_modules) if isinstance(s, str)]
+        for pattern in [*whole, *layers, *fields.modules_to_save]:
+            re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{where}: not a regular expression: {error.pattern!r}: {error}") from None
     except ValueError as error:
@@ -150,7 +150,7 @@ def _unset(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _is_strings(value: Any) -> bool:
@@ -182,14 +182,19 @@ _CHECKS = {
 
 def _check_field(name: str, value: Any) -> None:
     if name == "r":
-        check_rank(value, name)
+        _check_rank(value, name)
         return
     accepts, expected = _CHECKS[name]
     if not accepts(value):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     if name == "rank_pattern":
         for key, rank in value.items():
-            check_rank(rank, f"rank_pattern[{key!r}]")
+            _check_rank(rank, f"rank_pattern[{key!r}]")
+
+
+def _check_rank(value: Any, name: str) -> None:
+    if check_rank(value, name) >= 2**31:
+        raise ValueError(f"{name}: no matrix has rank {value}")
 
 
 def base_names(model: nn.Module, remove_duplicate: bool = True) -> list[str]:

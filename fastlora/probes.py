@@ -116,12 +116,12 @@ class LayerProbe:
             leaf.grad = None
 
 
-def activation_variance(sums: Tensor | None, columns: slice) -> Tensor | None:
-    """``Σ_o E y_o² - (E y_o)²`` over the columns, from [Σ y; Σ y²] with the count in the last column."""
+def activation_variances(sums: Tensor | None, sizes: Sequence[int]) -> list[Tensor | None]:
+    """``Σ_o E y_o² - (E y_o)²`` over each run of columns, from [Σ y; Σ y²] with the count in the last column."""
     if sums is None:
-        return None
-    mean, square = sums[:, columns] / sums[0, -1]
-    return (square - mean.square()).clamp(min=0).sum()
+        return [None] * len(sizes)
+    mean, square = sums[:, :-1] / sums[0, -1]
+    return [part.sum() for part in (square - mean.square()).clamp(min=0).split(list(sizes))]
 
 
 def as_one_batch(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .backends import choose
 from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from .penalty import delta_penalty, importance_weights
-from .probes import LayerProbe, ProbeRows, activation_variance, as_one_batch, by_sample, sample_signs
+from .probes import LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
 from .scores import Scores
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Tracker:
         }
         self._counts = {kind: torch.zeros_like(value) for kind, value in self._values.items()}
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._everything = torch.ones(len(self.keys), dtype=torch.bool, device=self.device)
         self._samples: dict[int, int] = {}
         self._frozen_weights: dict[str, Tensor] = {}
         self._signs: tuple[tuple[int, int, int], Tensor] | None = None
@@ -172,52 +173,60 @@ class Tracker:
 
     def _gather(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """This step's value of every statistic and matrix, and whether there is one."""
-        values: dict[str, list[Tensor | None]] = {kind: [] for kind in self.kinds}
-        for path, name in self.matrices:
-            layer, probe = self.layers[path], self.layers[path].probe
-            for kind in self.kinds:
-                if kind == "act_var":
-                    values[kind].append(activation_variance(probe.V.grad, layer.slice_rows(name)))
-                elif self.estimator == "probe":
-                    values[kind].append(self._probe_value(probe.Z[name].grad))
-                else:
-                    values[kind].append(self._exact_value(kind, layer, name))
-        stacked = {kind: torch.stack([self._scalar(v) for v in column]) for kind, column in values.items()}
-        seen = {
-            kind: torch.tensor([v is not None for v in column], device=self.device) for kind, column in values.items()
+        columns: dict[str, list[Tensor | None]] = {}
+        if "act_var" in self.kinds:
+            variances = {
+                path: activation_variances(layer.probe.V.grad, list(layer.slices.values()))
+                for path, layer in self.layers.items()
+            }
+            columns["act_var"] = [v for path in self.layers for v in variances[path]]
+        weight_kinds = [kind for kind in self.kinds if kind != "act_var"]
+        if weight_kinds and self.estimator == "probe":
+            columns[weight_kinds[0]] = self._probe_values()
+        elif weight_kinds:
+            exact = [self._exact_values(self.layers[path], name, weight_kinds) for path, name in self.matrices]
+            columns |= {kind: [values.get(kind) for values in exact] for kind in weight_kinds}
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        stacked = {
+            kind: torch.stack([zero if v is None else v.to(self.device, torch.float64) for v in column])
+            for kind, column in columns.items()
         }
-        return stacked, seen
+        return stacked, {kind: self._seen([v is not None for v in column]) for kind, column in columns.items()}
 
-    def _scalar(self, value: Tensor | None) -> Tensor:
-        if value is None:
-            return torch.zeros((), dtype=torch.float64, device=self.device)
-        return value.to(device=self.device, dtype=torch.float64)
+    def _seen(self, flags: list[bool]) -> Tensor:
+        return self._everything if all(flags) else torch.tensor(flags, device=self.device)
+
+    def _probe_values(self) -> list[Tensor | None]:
+        grads = [self.layers[path].probe.Z[name].grad for path, name in self.matrices]
+        norms = iter(
+            torch._foreach_norm([g for g in grads if g is not None], 2) if any(g is not None for g in grads) else ()
+        )
+        factor = 1.0 / self.probes
+        if self.per_sample:
+            factor *= self._sample_factor(sum(self._samples.values()))
+        return [None if g is None else next(norms).double().square() * factor for g in grads]
 
     def _sample_factor(self, samples: int) -> float:
         # Backpropagated gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
         return float(samples) if self.loss_reduction == "mean" else 1.0 / max(samples, 1)
 
-    def _probe_value(self, Q: Tensor | None) -> Tensor | None:
-        if Q is None:
-            return None
-        value = Q.square().sum() / self.probes
-        return value * self._sample_factor(sum(self._samples.values())) if self.per_sample else value
-
-    def _exact_value(self, kind: str, layer: Linear, name: str) -> Tensor | None:
+    def _exact_values(self, layer: Linear, name: str, kinds: Sequence[str]) -> dict[str, Tensor]:
         taken = layer.probe.taken
         if not taken:
-            return None
+            return {}
         backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
-        rows = layer.slice_rows(name)
-        if kind != "fisher":
+        rows, found = layer.slice_rows(name), {}
+        if set(kinds) & {"grad_sq", "grad_abs"}:
             x, dy, offsets = as_one_batch(taken)
-            return backend.gradstat(x, dy[:, rows], offsets)[0, 0 if kind == "grad_sq" else 1]
-        total, samples = torch.zeros((), dtype=torch.float64, device=layer.weight.device), 0
-        for micro in sorted({c.micro for c in taken}):
-            x, dy, offsets = by_sample([c for c in taken if c.micro == micro])
-            total += backend.gradstat(x, dy[:, rows], offsets)[:, 0].double().sum()
-            samples += len(offsets) - 1
-        return total * self._sample_factor(samples)
+            found["grad_sq"], found["grad_abs"] = backend.gradstat(x, dy[:, rows], offsets)[0]
+        if "fisher" in kinds:
+            total, samples = torch.zeros((), dtype=torch.float64, device=layer.weight.device), 0
+            for micro in sorted({c.micro for c in taken}):
+                x, dy, offsets = by_sample([c for c in taken if c.micro == micro])
+                total += backend.gradstat(x, dy[:, rows], offsets)[:, 0].double().sum()
+                samples += len(offsets) - 1
+            found["fisher"] = total * self._sample_factor(samples)
+        return found
 
     @property
     def skipped(self) -> int:

@@ -120,12 +120,13 @@ class Reader {
   bool wide_;
 };
 
-// Static split of rows into parts. It depends only on the shape and the thread count, so that results repeat bit by bit.
+// Static split of rows into parts. It depends only on the shape and the thread count, so that results repeat bit by
+// bit.
 struct Parts {
   int64_t rows, count;
 
   Parts(int64_t rows_, int64_t work_per_row) : rows(rows_), count(1) {
-    constexpr int64_t kWorkPerThread = 1 << 18;
+    constexpr int64_t kWorkPerThread = 1 << 19;
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t useful = rows * std::max<int64_t>(work_per_row, 1) / kWorkPerThread;
     count = std::max<int64_t>(1, std::min({threads, useful, rows / 8}));

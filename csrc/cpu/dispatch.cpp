@@ -25,8 +25,10 @@ extern const Kernels table;
 namespace {
 
 const Kernels& choose() {
-  [[maybe_unused]] const char* variable = std::getenv("FASTLORA_CPU_ISA");
-  [[maybe_unused]] const std::string limit = variable ? variable : "avx512";
+  const char* variable = std::getenv("FASTLORA_CPU_ISA");
+  const std::string limit = variable ? variable : "avx512";
+  STD_TORCH_CHECK(limit == "avx512" || limit == "avx2" || limit == "portable", "FASTLORA_CPU_ISA is '", limit,
+                  "'; accepted: avx512, avx2, portable");
 #ifdef FASTLORA_WITH_AVX512
   if (limit == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {

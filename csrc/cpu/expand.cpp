@@ -31,8 +31,8 @@ Projection check_projection(const Tensor& factor, int64_t offset, int64_t column
   check_matrix(factor, "factors");
   check_operand(factor.scalar_type(), "factors", y.scalar_type());
   const Projection it{factor.size(0), factor.size(1), offset, column, 0};
-  STD_TORCH_CHECK(offset >= 0 && offset + it.rank <= total_rank, "offsets: columns ", offset, " to ",
-                  offset + it.rank, " of h were asked for, but it has ", total_rank);
+  STD_TORCH_CHECK(offset >= 0 && offset + it.rank <= total_rank, "offsets: columns ", offset, " to ", offset + it.rank,
+                  " of h were asked for, but it has ", total_rank);
   STD_TORCH_CHECK(column >= 0 && column + it.columns <= y.size(1), "columns: ", column, " to ", column + it.columns,
                   " of y were asked for, but it has ", y.size(1));
   return it;

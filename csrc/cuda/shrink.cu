@@ -31,8 +31,8 @@ __device__ void stage(const T* a, const Problem& p, int64_t first_rank, int64_t 
 
 // Each lane sums its columns k = lane, lane + 32, ...; then the lanes of the warp are added in a butterfly.
 template <class T>
-__global__ void __launch_bounds__(kThreads) shrink_kernel(const T* __restrict__ x, const T* __restrict__ a,
-                                                          T* __restrict__ h, Problem p) {
+__global__ void __launch_bounds__(kThreads)
+    shrink_kernel(const T* __restrict__ x, const T* __restrict__ a, T* __restrict__ h, Problem p) {
   __shared__ float tile[kRanks][kDepth];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t first_rank = static_cast<int64_t>(blockIdx.y) * kRanks;

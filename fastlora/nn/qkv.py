@@ -47,6 +47,7 @@ class ProjectionGroup:
     The first sibling that is called computes the outputs of those that are expected to follow, each of which takes its
     own when it is called with the same tensor object at the same version under the same modes; otherwise it computes
     alone. What is expected is learned: a result that nobody took by the owner's exit is not computed ahead again.
+    While dropout is active every projection runs alone, with its own mask.
     """
 
     def __init__(self, layers: list[Linear]):
@@ -72,7 +73,9 @@ class ProjectionGroup:
         if not visits or index is None or _alone(layer, visits[-1]):
             return forward_together([layer], x)[0]
         visit = visits[-1]
-        if visit.x is x and index in visit.waiting and visit.state == _state(x):
+        if visit.x is x and visit.state == _state(x):
+            if index not in visit.waiting:
+                return forward_together([layer], x)[0]
             visit.unused[visit.trigger].discard(index)
             out = visit.waiting.pop(index)
             if not visit.waiting:
@@ -152,15 +155,12 @@ class ProjectionGroup:
 
 
 def _alone(layer: Linear, visit: _Visit) -> bool:
-    """Whether what this call would compute ahead might not be there when the call is recomputed.
+    """Whether a call must not compute ahead.
 
-    A checkpoint around the projection alone is recomputed outside its owner. The forward of reentrant checkpointing
-    cannot be told from evaluation, and with dropout what runs together decides the masks.
+    With dropout, masks would depend on what runs together, and so on what was learned: not reproducible. A checkpoint
+    around the projection alone is recomputed outside its owner, where nothing is computed ahead.
     """
-    hooks = _saving_hooks()
-    if hooks is not visit.hooks and hooks != visit.hooks:
-        return True
-    return layer.dropout_p() > 0.0 and (not torch.is_grad_enabled() or (_in_backward() and hooks is None))
+    return layer.dropout_p() > 0.0 or _saving_hooks() != visit.hooks
 
 
 def _state(x: Tensor) -> tuple:

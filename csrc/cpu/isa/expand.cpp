@@ -134,10 +134,10 @@ void narrow(const float* from, T* to, int64_t count) {
   if (i < count) store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
 }
 
-#define FASTLORA_INSTANTIATE(T)                                                                                    \
-  template void expand<T>(const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, T*, int64_t);   \
-  template void moments<T>(const T*, int64_t, int64_t, int64_t, double*, double*);                                 \
-  template void widen<T>(const T*, float*, int64_t);                                                               \
+#define FASTLORA_INSTANTIATE(T)                                                                                  \
+  template void expand<T>(const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, T*, int64_t); \
+  template void moments<T>(const T*, int64_t, int64_t, int64_t, double*, double*);                               \
+  template void widen<T>(const T*, float*, int64_t);                                                             \
   template void narrow<T>(const float*, T*, int64_t);
 FASTLORA_INSTANTIATE(float)
 FASTLORA_INSTANTIATE(bf16)

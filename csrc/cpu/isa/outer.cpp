@@ -72,9 +72,11 @@ void strip(const float* d, int64_t ldd, const float* x, int64_t ldx, int64_t row
 }
 
 using Strip = void (*)(const float*, int64_t, const float*, int64_t, int64_t, int64_t, float*, int64_t);
-constexpr Strip kStrips[] = {strip<1>, strip<2>, strip<3>, strip<4>,  strip<5>,  strip<6>,
+constexpr Strip kStrips[] = {strip<1>,  strip<2>, strip<3>, strip<4>,
+                             strip<5>,  strip<6>,
 #if defined(__AVX512F__)
-                             strip<7>, strip<8>, strip<9>, strip<10>, strip<11>, strip<12>
+                             strip<7>,  strip<8>, strip<9>, strip<10>,
+                             strip<11>, strip<12>
 #endif
 };
 static_assert(sizeof(kStrips) / sizeof(Strip) == kRanks, "one entry per rank");

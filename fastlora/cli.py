@@ -1,0 +1,118 @@
+"""The command line: ``fastlora COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+OK, CLAIM_FAILED, UNUSABLE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: one line of help, its arguments, and what it does with them (returns the exit code)."""
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return value
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("fastlora-demo"), help="folder for the results (%(default)s)")
+    parser.add_argument("--seeds", type=_positive, default=3, help="repetitions (%(default)s)")
+    parser.add_argument("--fast", action="store_true", help="one seed and few steps: does everything run?")
+    parser.add_argument(
+        "--threads", type=_positive, default=min(2, os.cpu_count() or 1), help="threads of torch (%(default)s)"
+    )
+    parser.add_argument(
+        "--min-gain", type=float, default=None, metavar="POINTS",
+        help="points by which adapters must beat head only in every seed, or the exit status is 1",
+    )  # fmt: skip
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo import MissingExtra, Settings, require
+
+    try:
+        require("rich", "timm", "sklearn", "matplotlib")
+    except MissingExtra as error:
+        sys.stderr.write(f"fastlora: {error}\n")
+        return UNUSABLE
+    settings = Settings(seeds=tuple(range(arguments.seeds)), threads=arguments.threads)
+    if arguments.fast:
+        settings = settings.fast()
+    if arguments.min_gain is not None:
+        settings = replace(settings, min_gain=arguments.min_gain / 100)
+    return _run_demo(settings, arguments.out)
+
+
+def _run_demo(settings, out: Path) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from .demo import rich_table, run
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a file or a pipe has no width of its own
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    try:
+        with Progress(*columns, console=console) as progress:
+            results = run(settings, out, progress)
+    except OSError as error:
+        sys.stderr.write(f"fastlora: cannot write to {out}: {error}\n")
+        return UNUSABLE
+    console.print(rich_table(results))
+    console.print(results["rule"], style="dim", highlight=False)
+    for sentence in results["findings"]:
+        console.print(f"  {sentence}", highlight=False)
+    seconds = f"{results['wall_seconds']:.0f} s"
+    console.print(f"{seconds}. Report: {out / 'index.html'}, adapter: {out / 'adapter'}", highlight=False)
+    for failure in results["failed"]:
+        console.print(f"FAILED {failure}", style="bold red", highlight=False)
+    return CLAIM_FAILED if results["failed"] else OK
+
+
+# A further sub-command is one entry here.
+COMMANDS: dict[str, Command] = {
+    "demo": Command("adapt a small vision transformer to new digits in five ways and report", _demo_arguments, _demo),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(prog="fastlora", description="Fused LoRA with statistics of the frozen weights.")
+    parser.add_argument("--version", action="version", version=f"fastlora {__version__}")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: everything)")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.arguments(commands.add_parser(name, help=command.help, description=command.help))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0, 1 when a claim of the command failed, 2 when it could not run."""
+    arguments = _parser().parse_args(argv)
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)]
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    return COMMANDS[arguments.command].run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

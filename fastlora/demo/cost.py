@@ -1,0 +1,119 @@
+"""What the statistics cost: the same training step with and without them, interleaved in one process."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn.linear import adapted_layers
+from ..tracker import track
+from .lanes import adapted, loss_of
+from .recipe import Images, Settings, build_vit
+
+Step = Callable[[Images], None]
+
+
+def _training_step(model: nn.Module, settings: Settings, after: Callable[[], None]) -> Step:
+    parameters = [p for n, p in model.named_parameters() if "lora_" in n or n.startswith("head.")]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr_lora)
+
+    def step(batch: Images) -> None:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+        after()
+
+    return step
+
+
+def _plain(model: nn.Module, settings: Settings) -> Step:
+    return _training_step(model, settings, lambda: None)
+
+
+def _tracked(model: nn.Module, settings: Settings, estimator: str) -> Step:
+    return _training_step(model, settings, track(model, estimator).step)
+
+
+def _requires_grad(model: nn.Module, settings: Settings) -> Step:
+    """What users do without such a library: let autograd form the weight gradients, square them, throw them away."""
+    weights = [layer.weight.requires_grad_(True) for layer in adapted_layers(model).values()]
+    averages = [torch.zeros(3) for _ in weights]
+
+    def after() -> None:
+        with torch.no_grad():
+            for weight, average in zip(weights, averages, strict=True):
+                squares = torch.stack([part.square().sum() for part in weight.grad.chunk(3)])
+                average.lerp_(squares, 0.02)
+                weight.grad = None
+
+    return _training_step(model, settings, after)
+
+
+# variant -> (label, its training step); "plain" is the denominator and "control" is plain once more.
+VARIANTS: dict[str, tuple[str, Callable[[nn.Module, Settings], Step]]] = {
+    "plain": ("no statistics", _plain),
+    "control": ("control: no statistics, again", _plain),
+    "probe": ("probe, every step (default)", lambda model, settings: _tracked(model, settings, "probe")),
+    "exact": ("exact, every step", lambda model, settings: _tracked(model, settings, "exact")),
+    "requires_grad": ("usual way: requires_grad on W", _requires_grad),
+}
+
+
+def paired_costs(
+    model: Any, batch: Images, settings: Settings, rounds: int, advance: Callable[[], None]
+) -> dict[str, dict[str, float]]:
+    """CPU time of one thread per variant, as the median and quartiles of ratios to ``plain`` in the same round.
+
+    Variants run one after the other within a round and in the opposite order in the next.
+    """
+    steps = {name: build(copy.deepcopy(model), settings) for name, (_, build) in VARIANTS.items()}
+    names, seconds = list(steps), {name: [] for name in steps}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for turn in range(-2, rounds):  # two rounds to warm up
+            for name in names if turn % 2 == 0 else reversed(names):
+                start = time.process_time()
+                steps[name](batch)
+                if turn >= 0:
+                    seconds[name].append(time.process_time() - start)
+            advance()
+    finally:
+        torch.set_num_threads(threads)
+    return {name: _ratios(seconds[name], seconds["plain"]) for name in names}
+
+
+def _ratios(seconds: list[float], plain: list[float]) -> dict[str, float]:
+    ratios = [mine / theirs for mine, theirs in zip(seconds, plain, strict=True)]
+    lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"ratio": middle, "lower": lower, "upper": upper, "seconds": statistics.median(seconds)}
+
+
+def measure(
+    base: Any, train: Images, settings: Settings, advance: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Costs on the demo's transformer, and on one as wide as ViT-Small, where fixed overheads weigh as in practice."""
+    batch = Images(train.x[: settings.batch], train.y[: settings.batch])
+    cases = [(base, batch, settings.cost_rounds, "the demo's transformer")]
+    if settings.wide_rounds:
+        wide = build_vit(replace(settings, width=384, depth=2, heads=6), 0, patch=1)
+        cases.append((wide, Images(batch.x[:8], batch.y[:8]), settings.wide_rounds, "two blocks as wide as ViT-Small"))
+    results = []
+    for model, chosen, rounds, title in cases:
+        costs = paired_costs(adapted(model, settings, 0), chosen, settings, rounds, advance)
+        rows = chosen.x.shape[0] * model.pos_embed.shape[1]
+        size = {"title": title, "width": model.embed_dim, "rows": rows, "rounds": rounds}
+        results.append({**size, "variants": costs})
+    return results
+
+
+def rounds_in(settings: Settings) -> int:
+    """Calls of ``advance`` that ``measure`` makes."""
+    return sum(rounds + 2 for rounds in (settings.cost_rounds, settings.wide_rounds) if rounds)

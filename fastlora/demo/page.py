@@ -1,0 +1,188 @@
+"""The demo's results as a table for the terminal and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+COLUMNS = (
+    "method", "accuracy %", "per class %", "adapters", "head", "other", "ECE before", "ECE after", "s / step",
+    "statistics",
+)  # fmt: skip
+
+
+def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row of text for every method, in the order of ``COLUMNS``."""
+    rows = []
+    for name, method in results["methods"].items():
+        figures, parameters = method["summary"], method["parameters"]
+        classes = figures["per_class"]
+        rows.append(
+            (
+                method["label"],
+                _percent(figures["accuracy"]),
+                f"{100 * classes['mean']:.1f} ± {100 * classes['deviation']:.1f}",
+                f"{parameters['adapters']:,}",
+                f"{parameters['head']:,}",
+                f"{parameters['other']:,}",
+                _plus_minus(figures["ece_before"], ".3f"),
+                _plus_minus(figures["ece_after"], ".3f"),
+                f"{figures['seconds_per_step']['mean']:.4f}",
+                _statistics_cell(name, method, results),
+            )
+        )
+    return rows
+
+
+def rich_table(results: dict[str, Any]) -> Any:
+    """The same table for a terminal, as a ``rich.table.Table``."""
+    from rich.table import Table
+
+    table = Table(title=_title(results), caption=table_note(results), caption_justify="left")
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in table_rows(results):
+        table.add_row(*row)
+    return table
+
+
+def table_note(results: dict[str, Any]) -> str:
+    case = results["cost"][0]
+    return (
+        f"Accuracy and ECE on {results['data']['test']} test images: mean ± deviation over {_seeds(results)}; "
+        "per class: mean ± deviation over the five classes. adapters, head, other: trainable parameters. "
+        f"Temperature fitted on {results['data']['validation']} validation images. s / step: median wall-clock. "
+        "statistics: FC calibrates once; FW's probes ride along until the warm-up ends, their cost is the median "
+        f"(quartiles) of paired ratios of a step with to a step without, {case['rounds']} interleaved rounds."
+    )
+
+
+def _statistics_cell(name: str, method: dict[str, Any], results: dict[str, Any]) -> str:
+    if name == "fc":
+        return f"once, {method['summary']['setup_seconds']['mean']:.1f} s"
+    if name == "fw":
+        cost = results["cost"][0]["variants"]["probe"]
+        return f"x {cost['ratio']:.3f} ({cost['lower']:.3f} to {cost['upper']:.3f})"
+    return "-"
+
+
+def _plus_minus(value: dict[str, float | None], form: str) -> str:
+    if value["deviation"] is None:
+        return f"{value['mean']:{form}}"
+    return f"{value['mean']:{form}} ± {value['deviation']:{form}}"
+
+
+def _percent(value: dict[str, float | None]) -> str:
+    deviation = value["deviation"]
+    return _plus_minus({"mean": 100 * value["mean"], "deviation": deviation and 100 * deviation}, ".1f")
+
+
+def _seeds(results: dict[str, Any]) -> str:
+    count = len(results["settings"]["seeds"])
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+def _title(results: dict[str, Any]) -> str:
+    return f"Digits 5 to 9 on a frozen transformer that knows 0 to 4 ({_seeds(results)})"
+
+
+def write_page(results: dict[str, Any], captions: dict[str, str], out: Path) -> Path:
+    """Write ``out/index.html`` with table, text and the pictures ``out/<name>.png`` inside; returns its path."""
+    page = out / "index.html"
+    page.write_text(_page(results, captions, out), encoding="utf-8")
+    return page
+
+
+def _page(results: dict[str, Any], captions: dict[str, str], out: Path) -> str:
+    pictures = []
+    for name, caption in captions.items():
+        data = base64.b64encode((out / f"{name}.png").read_bytes()).decode("ascii")
+        text = html.escape(caption)
+        pictures.append(
+            f'<figure><img alt="{name.replace("_", " ")}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
+    checks = "".join(
+        f'<li class="{"ok" if c["holds"] else "bad"}">{html.escape(c["claim"])}: {html.escape(c["value"])}</li>'
+        for c in results["claims"]
+    )
+    findings = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in results["findings"])
+    return _TEMPLATE.format(
+        title=html.escape(_title(results)),
+        intro=html.escape(_intro(results)),
+        table=_html_table(COLUMNS, table_rows(results)),
+        note=html.escape(table_note(results)),
+        checks=checks,
+        rule=html.escape(results["rule"]),
+        findings=findings,
+        figures="\n".join(pictures),
+        adapter=html.escape(_adapter(results)),
+        settings=_html_table(("setting", "value"), [(k, str(v)) for k, v in _facts(results).items()]),
+    )
+
+
+def _intro(results: dict[str, Any]) -> str:
+    data, base = results["data"], results["base"]
+    return (
+        f"A vision transformer with {base['parameters']:,} parameters was trained on {data['base']} images of the "
+        f"digits 0 to 4 and reaches {100 * mean(base['accuracy']):.1f} % on {data['held_out']} held-out ones. "
+        f"Frozen, it was adapted to 5 to 9 with {data['train']} images in five ways, "
+        f"in {results['wall_seconds']:.0f} s all told."
+    )
+
+
+def _adapter(results: dict[str, Any]) -> str:
+    saved = results["adapter"]
+    return (
+        f"The {results['methods'][saved['method']]['label']} adapter of seed {saved['seed']} lies in "
+        f"{saved['folder']}/ as {', '.join(saved['files'])}. Read back into a fresh copy of the base its logits "
+        f"differ by at most {saved['reload_max_difference']:.1e}."
+    )
+
+
+def _facts(results: dict[str, Any]) -> dict[str, Any]:
+    return {**results["environment"], **results["settings"]}
+
+
+def _html_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>fastlora demo</title>
+<style>
+:root {{ color-scheme: light dark; --text: #1c1e21; --soft: #5c6167; --page: #fff; --line: #d9dce0;
+ --ok: #0a7d4f; --bad: #b3261e }}
+@media (prefers-color-scheme: dark) {{
+ :root {{ --text: #e6e8ea; --soft: #a3a9b0; --page: #16181b; --line: #373b40; --ok: #4cc38a; --bad: #ff8a80 }} }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
+ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem }}
+.wide {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }}
+th:first-child, td:first-child {{ text-align: left }}
+.note, figcaption {{ color: var(--soft); font-size: .85rem }}
+figure {{ margin: 1.5rem 0 }} img {{ max-width: 100%; background: #fff; border-radius: 6px }}
+.ok::marker {{ content: "\\2713  "; color: var(--ok) }} .bad::marker {{ content: "\\2717  "; color: var(--bad) }}
+.bad {{ color: var(--bad) }}
+</style></head><body>
+<h1>{title}</h1>
+<p>{intro}</p>
+{table}
+<p class="note">{note}</p>
+<h2>What must hold</h2><ul>{checks}</ul>
+<h2>What the numbers say</h2><p>{rule}</p><ul>{findings}</ul>
+<h2>Pictures</h2>
+{figures}
+<h2>The adapter</h2><p>{adapter}</p>
+<h2>Recipe and machine</h2>
+<details><summary>all settings</summary>{settings}</details>
+</body></html>
+"""

@@ -1,0 +1,194 @@
+"""The Triton backend: the verbs of ``backends.Backend`` on ``fastlora.kernels``, which are imported on first use."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from .reference import keep_threshold
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .backends import Layout
+
+MINIMUM_TRITON = "3.6"
+MINIMUM_CAPABILITY = (8, 0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why Triton cannot be used at all."""
+    if importlib.util.find_spec("triton") is None:
+        return f"triton is not installed; install triton >= {MINIMUM_TRITON}"
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        found = importlib.import_module("triton").__version__
+    if Version(found).release < Version(MINIMUM_TRITON).release:
+        return f"triton {found} is installed; install triton >= {MINIMUM_TRITON}"
+    return None
+
+
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run for tensors of this device and dtype, or None; never imports triton for the CPU."""
+    if device.type != "cuda":
+        return f"its kernels run on CUDA GPUs, the tensors are on {device.type}; move them to a GPU"
+    if dtype not in DTYPES:
+        return f"its kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if _missing() is not None:
+        return _missing()
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < MINIMUM_CAPABILITY:
+        wanted, found = ".".join(map(str, MINIMUM_CAPABILITY)), ".".join(map(str, capability))
+        return f"its kernels need compute capability {wanted} or newer, {device} has {found}"
+    return None
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
+    return importlib.import_module(f"{__package__}.kernels.{name}")
+
+
+@functools.lru_cache(maxsize=64)
+def _offsets_on(offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    # Runs of one length come back step after step: kept, so that a step copies nothing to the device.
+    return torch.tensor(offsets, dtype=torch.int64, device=device)
+
+
+def _one_dtype(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Factors of one dtype, which the kernels convert as they load: their own where they agree, else fp32."""
+    dtypes = {f.dtype for f in factors}
+    if len(dtypes) == 1 and dtypes <= set(DTYPES):
+        return list(factors)
+    return [f.to(torch.float32) for f in factors]
+
+
+def _same_device(**tensors: Tensor | Sequence[Tensor | None] | None) -> None:
+    """Every tensor on one device, or ``ValueError`` that names the one which is not."""
+    first = None
+    for name, given in tensors.items():
+        for tensor in [given] if isinstance(given, Tensor) else given or ():
+            if tensor is None:
+                continue
+            first = first or (name, tensor.device)
+            if tensor.device != first[1]:
+                raise ValueError(f"{name}: is on {tensor.device}, {first[0]} on {first[1]}; the backend takes one device")
+
+
+def _dropout(seed: Tensor | None, p: float) -> dict[str, Any]:
+    if p == 0.0:
+        return {}
+    return {"seed": seed, "threshold": keep_threshold(p), "keep_scale": 1.0 / (1.0 - p)}
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """The verbs of an adapted group as fused kernels; their meaning is that of ``backends.Backend``."""
+
+    name: str = "triton"
+    unsupported_reason: Callable[[torch.device, torch.dtype], str | None] = unsupported_reason
+
+    def shrink(self, x: Tensor, A: Sequence[Tensor], P: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
+        """``h = [dropout(x) A_i^T ... | x P^T]``; x [M, K] -> [M, R + k]. One pass over x computes every mask."""
+        _same_device(x=x, lora_A=A, P=P, seed=seed)
+        factors = _one_dtype([*A, *([] if P is None else [P])])
+        return _kernel("shrink").shrink(x, factors, 0 if P is None else 1, **_dropout(seed, p))
+
+    def linear(
+        self,
+        x: Tensor,
+        W: Sequence[Tensor],
+        bias: Sequence[Tensor | None],
+        h: Tensor,
+        B: Sequence[Tensor],
+        layout: Layout,
+        scale: Sequence[float],
+        moments: bool,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """``y_j = x W_j^T + bias_j + s h B^T``; returns y and its column moments."""
+        _same_device(x=x, weight=W, bias=bias, lora_B=B)
+        y, sums = _kernel("linear").linear(
+            x.reshape(-1, x.shape[-1]),
+            W,
+            bias,
+            h,
+            _one_dtype(B),
+            list(zip(layout.outputs, layout.columns, strict=True)),
+            layout.offsets,
+            scale,
+            moments,
+        )
+        return [out.view(*x.shape[:-1], out.shape[1]) for out in y], sums
+
+    def linear_backward(
+        self,
+        dy: Sequence[Tensor | None],
+        W: Sequence[Tensor],
+        dh: Tensor,
+        A: Sequence[Tensor],
+        layout: Layout,
+        seed: Tensor | None,
+        p: float,
+    ) -> Tensor:
+        """``dx = sum_j dy_j W_j + dh A``; dy_j [M, N_j] -> [M, K]."""
+        live = [j for j, grad in enumerate(dy) if grad is not None]
+        return _kernel("linear").linear_backward(
+            [dy[j] for j in live], [W[j] for j in live], dh, _one_dtype(A), layout.offsets, **_dropout(seed, p)
+        )
+
+    def wgrad(
+        self,
+        x: Tensor,
+        dy: Sequence[Tensor | None],
+        h: Tensor,
+        B: Sequence[Tensor],
+        layout: Layout,
+        scale: Sequence[float],
+        probes: int,
+        need_dA: bool,
+        seed: Tensor | None,
+        p: float,
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+        """dh [M, R], and dA_i, dB_i, Q_i of every projection whose dy is defined (None for the others)."""
+        parts = [
+            None if dy[j] is None else dy[j].narrow(1, column, width)
+            for j, column, width in zip(layout.outputs, layout.columns, layout.widths, strict=True)
+        ]
+        B = _one_dtype(B)
+        dh = _kernel("shrink").shrink_backward(parts, B, layout.offsets, scale, layout.rank)
+        dA, dB, Q = _kernel("wgrad").wgrad(
+            x if need_dA else None,
+            dh,
+            parts,
+            h,
+            layout.offsets,
+            layout.ranks,
+            scale,
+            probes,
+            dtype=B[0].dtype,
+            **_dropout(seed, p),
+        )
+        some = [part is not None for part in parts]
+        found = [iter(grads) for grads in (dB, Q)]
+        placed = [[next(grads) if there else None for there in some] for grads in found]
+        dA = [grad if there else None for grad, there in zip(dA, some, strict=True)] if need_dA else [None] * len(B)
+        return dh, dA, placed[0], placed[1]
+
+    def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int] | Tensor) -> Tensor:
+        """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2]."""
+        _same_device(x=x, dy=dy)
+        if isinstance(offsets, Tensor):
+            return _kernel("gradstat").gradstat(x, dy, offsets)
+        longest = max((b - a for a, b in zip(offsets[:-1], offsets[1:], strict=True)), default=0)
+        return _kernel("gradstat").gradstat(x, dy, _offsets_on(tuple(offsets), x.device), longest=longest)

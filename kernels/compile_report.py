@@ -1,0 +1,255 @@
+"""Compile every kernel with every committed tile for sm_90, without a GPU, and tabulate what the compiler reports.
+
+``python -m fastlora.kernels.compile_report [--output table.md]``. The host functions run on meta tensors, so what is
+compiled is what a GPU would be given: the same flags, alignments and strides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from . import gradstat, linear, primitives, shrink, wgrad
+from .tiling import SHARED_LIMIT, TileConfig, committed
+
+TARGET = GPUTarget("cuda", 90, 32)
+REGISTERS = 65536
+# Kernels whose product is large enough to be meant for wgmma, in 16-bit types.
+WGMMA = ("linear", "linear_backward", "wgrad", "gradstat", "covariance")
+
+
+class Row(NamedTuple):
+    """What the compiler says of one kernel at one tile."""
+
+    verb: str
+    case: str
+    kernel: str
+    dtype: str
+    tile: TileConfig
+    registers: int
+    stack: int
+    shared: int
+    wgmma: bool
+    wide_copies: bool
+    resident: int
+
+    def faults(self) -> list[str]:
+        """What breaks a promise: stack (where spilled registers live), shared memory, missing wgmma."""
+        found = []
+        if self.stack:
+            found.append(f"{self.stack} bytes of stack (spilled registers)")
+        if self.shared > SHARED_LIMIT:
+            found.append(f"{self.shared} bytes of shared memory, the limit is {SHARED_LIMIT}")
+        if not self.resident:
+            found.append(f"{self.registers} registers a thread do not fit")
+        if self.verb in WGMMA and self.dtype == "bf16" and "matmul" in self.case and not self.wgmma:
+            found.append("no wgmma instruction")
+        if "matmul" in self.case and self.dtype == "bf16" and not self.wide_copies:
+            found.append("no 16-byte asynchronous copy")
+        return found
+
+
+class _Offline:
+    """Stands for a driver, so that launches can be compiled on a machine without one."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def _compiling(record: Callable[[str, Any, dict], None]) -> Iterator[None]:
+    def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        record(kernel.fn.__name__, compiled, options)
+
+    driver.set_active(_Offline())
+    primitives.launcher, before = compile_only, primitives.launcher
+    try:
+        yield
+    finally:
+        primitives.launcher = before
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of stack) as cuobjdump reads them from machine code."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _empty(*size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*size, dtype=dtype, device="meta")
+
+
+class _Operands:
+    """A q, k, v group with grouped-query widths, on the meta device; factors fp32, as adapters are by default."""
+
+    def __init__(self, dtype: torch.dtype, rank: int = 8, probes: int = 8, M: int = 4096, K: int = 1024):
+        widths, n = (1024, 512, 512), 3
+        self.x = _empty(M, K, dtype=dtype)
+        self.W = [_empty(w, K, dtype=dtype) for w in widths]
+        self.bias: list[Tensor | None] = [_empty(w, dtype=dtype) for w in widths]
+        self.A = [_empty(rank, K, dtype=torch.float32) for _ in widths]
+        self.B = [_empty(w, rank, dtype=torch.float32) for w in widths]
+        self.P = _empty(probes, K, dtype=torch.float32)
+        self.dy = [_empty(M, w, dtype=dtype) for w in widths]
+        self.h = _empty(M, n * rank + probes, dtype=dtype)
+        self.dh = _empty(M, n * rank, dtype=dtype)
+        self.seed = torch.empty((), dtype=torch.int64, device="meta")
+        self.offsets = tuple(rank * i for i in range(n))
+        self.ranks, self.scales, self.probes, self.rank = (rank,) * n, (2.0,) * n, probes, n * rank
+        self.dropout = {"seed": self.seed, "threshold": 2**31, "keep_scale": 2.0}
+        self.places = [(j, 0) for j in range(n)]
+
+
+def _shrink_cases(o: _Operands, tile: TileConfig) -> dict[str, Callable[[], Any]]:
+    return {
+        "matmul": lambda: shrink.shrink(o.x, [*o.A, o.P], 1, tiles=tile),
+        "dropout": lambda: shrink.shrink(o.x, [*o.A, o.P], 1, tiles=tile, **o.dropout),
+        "dy": lambda: shrink.shrink_backward(o.dy, o.B, o.offsets, o.scales, o.rank, tile),
+    }
+
+
+def _linear_cases(o: _Operands, tile: TileConfig, strategy: str) -> dict[str, Callable[[], Any]]:
+    def run(moments: bool) -> Any:
+        return linear.linear(
+            o.x, o.W, o.bias, o.h, o.B, o.places, o.offsets, o.scales, moments, strategy, tile
+        )  # fmt: skip
+
+    name = "matmul" if strategy == "fused" else "in place"
+    return {name: lambda: run(False), f"{name}, moments": lambda: run(True)}
+
+
+def _linear_backward_cases(o: _Operands, tile: TileConfig, strategy: str) -> dict[str, Callable[[], Any]]:
+    def run(**options: Any) -> Any:
+        return linear.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile, **options)
+
+    name = "matmul" if strategy == "fused" else "dx in place"
+    return {name: lambda: run(), f"{name}, dropout": lambda: run(**o.dropout)}
+
+
+def _wgrad_cases(o: _Operands, tile: TileConfig) -> dict[str, Callable[[], Any]]:
+    def run(**options: Any) -> Any:
+        return wgrad.wgrad(
+            o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes, tiles=tile, **options
+        )  # fmt: skip
+
+    return {"matmul": lambda: run(), "dropout": lambda: run(**o.dropout)}
+
+
+def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], Any]]:
+    """The calls that reach every kernel of a verb with this tile, by name."""
+    if verb == "shrink":
+        return _shrink_cases(o, tile)
+    if verb == "linear":
+        return _linear_cases(o, tile, "fused")
+    if verb == "linear_backward":
+        return _linear_backward_cases(o, tile, "fused")
+    if verb == "expand":
+        return _linear_cases(o, tile, "library") | _linear_backward_cases(o, tile, "library")
+    if verb == "wgrad":
+        return _wgrad_cases(o, tile)
+    if verb == "gradstat":
+        offsets = torch.empty(9, dtype=torch.int64, device="meta")
+        return {"matmul": lambda: gradstat.gradstat(o.x, o.dy[0], offsets, tile)}
+    return {"matmul": lambda: gradstat.covariance(o.x, tile)}
+
+
+def compile_all(ranks: tuple[int, ...] = (8, 64), verbs: tuple[str, ...] = ()) -> list[Row]:
+    """Compile every committed tile, at each rank a projection, in bf16 and fp32."""
+    rows: dict[str, Row] = {}
+    for verb, kind, entry in committed():
+        if verbs and verb not in verbs:
+            continue
+        dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+        for rank in ranks[:1] if verb in ("gradstat", "covariance") or kind == "fp32" else ranks:
+            for case, call in _cases(verb, entry.tile, _Operands(dtype, rank)).items():
+                label = case if rank == ranks[0] else f"{case}, r = {rank}"
+
+                def record(name: str, compiled: Any, options: dict, verb=verb, label=label, entry=entry, kind=kind):
+                    if compiled.hash not in rows:
+                        rows[compiled.hash] = _row(verb, label, name, kind, entry.tile, compiled, options)
+
+                with _compiling(record):
+                    call()
+    return list(rows.values())
+
+
+def _row(verb: str, case: str, name: str, kind: str, tile: TileConfig, compiled: Any, options: dict) -> Row:
+    registers, stack = _resources(compiled.asm["cubin"])
+    text, shared = compiled.asm["ptx"], compiled.metadata.shared
+    threads = 32 * options["num_warps"]
+    resident = min(REGISTERS // (registers * threads), SHARED_LIMIT // max(shared, 1), 2048 // threads)
+    if name in ("reduce_kernel", "reduce_pairs_kernel", "moments_kernel"):
+        verb, case = "reduce", "-"
+    wide_copies = re.search(r"cp\.async\.cg\.shared\.global[^;]*0x10", text) is not None
+    dtype = "fp32" if kind == "fp32" else "bf16"
+    return Row(verb, case, name, dtype, tile, registers, stack, shared, "wgmma" in text, wide_copies, resident)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "# What the compiler says for sm_90",
+        "",
+        f"Triton {triton.__version__}, no GPU involved. A tile is rows x columns x depth of the sum, then warps and stages;",
+        "`resident` is how many programs fit a multiprocessor; stack is where spilled registers would live. Factors are",
+        "fp32, r = 8 a projection and k = 8 probes unless said. Written by `python -m fastlora.kernels.compile_report`.",
+        "",
+        "| verb | case | dtype | tile | registers | stack | shared KiB | resident | wgmma | 16-byte async copies |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        t = row.tile
+        tile = "-" if row.verb == "reduce" else f"{t.rows}x{t.columns}x{t.depth}, {t.warps}w, {t.stages}s"
+        flags = " | ".join("yes" if flag else "no" for flag in (row.wgmma, row.wide_copies))
+        case = row.kernel.removesuffix("_kernel") if row.verb == "reduce" else row.case
+        lines.append(
+            f"| {row.verb} | {case} | {row.dtype} | {tile} | {row.registers} | {row.stack} "
+            f"| {row.shared / 1024:.1f} | {row.resident} | {flags} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Print the table, or write it, and fail if a promise is broken."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--output", type=Path, help="file for the Markdown table")
+    parser.add_argument("--verbs", nargs="*", default=[], help="only these verbs")
+    given = parser.parse_args()
+    rows = compile_all(verbs=tuple(given.verbs))
+    if given.output:
+        given.output.write_text(table(rows))
+    else:
+        print(table(rows))
+    broken = [f"{r.verb} ({r.case}, {r.dtype}, {r.tile}): {fault}" for r in rows for fault in r.faults()]
+    if broken:
+        raise SystemExit("\n".join(broken))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What the kernels share: choosing among tuples, tile lookup, stacked factors, the matmul loop, dropout bits.
+
+A group of projections reaches a kernel as tuples (pointers, widths, offsets); ``tl.static_range`` unrolls over them and
+``tl.where`` chooses, so no weight is concatenated and no table of addresses is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    kernel[grid](*arguments, **options)
+
+
+# Every launch goes through here, so that the compile report can compile without starting anything.
+launcher: Callable[..., None] = _start
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Start ``kernel`` over ``grid``."""
+    launcher(kernel, grid, *arguments, **options)
+
+
+def opaque(values: Sequence[int]) -> tuple[int, ...]:
+    """Integers that Triton does not specialise on: odd and above 1. ``clear`` undoes it inside a kernel.
+
+    Ranks and offsets travel like this, so that an allocation of other ranks compiles nothing.
+    """
+    return tuple(2 * value + 3 for value in values)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How ``tl.dot`` treats fp32 operands: as torch's own matmul is told to."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def unit_last(tensor: Tensor) -> Tensor:
+    """The tensor with unit stride along its last dimension: itself, or a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether every row of every matrix starts on 16 bytes."""
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
+
+
+def block_rank(ranks: int, largest: int = 64) -> int:
+    """Columns of a rank block: the power of two that holds ``ranks``, at least a tensor core's 16."""
+    return max(16, min(largest, triton.next_power_of_2(ranks)))
+
+
+@triton.jit
+def clear(value):
+    """The integer that ``opaque`` hid."""
+    return (value - 3) >> 1
+
+
+@triton.jit
+def pick(values, i_chosen):
+    """``values[i_chosen]`` of a tuple of scalars or pointers of one type."""
+    chosen = values[0]
+    for i in tl.static_range(1, len(values)):
+        chosen = tl.where(i_chosen == i, values[i], chosen)
+    return chosen
+
+
+@triton.jit
+def find_tile(i_tile, widths, BLOCK: tl.constexpr):
+    """(entry, first column in it, first column of the entry among all) of a tile when each width is cut into blocks."""
+    i_entry, i_first, o_entry = i_tile * 0, i_tile * 0, i_tile * 0
+    i_next, o_next = tl.cdiv(widths[0], BLOCK), widths[0]
+    for i in tl.static_range(1, len(widths)):
+        reached = i_tile >= i_next
+        i_entry = tl.where(reached, i, i_entry)
+        i_first = tl.where(reached, i_next, i_first)
+        o_entry = tl.where(reached, o_next, o_entry)
+        i_next += tl.cdiv(widths[i], BLOCK)
+        o_next += widths[i]
+    return i_entry, (i_tile - i_first) * BLOCK, o_entry
+
+
+@triton.jit
+def swizzle(i_tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """(row tile, column tile), ordered in bands of GROUP row tiles so that neighbours share operands in L2."""
+    band = GROUP * tiles_n
+    i_first = (i_tile // band) * GROUP
+    rows = tl.minimum(tiles_m - i_first, GROUP)
+    return i_first + (i_tile % band) % rows, (i_tile % band) // rows
+
+
+@triton.jit
+def stacked_rows(p_factors, offsets, strides, o_rank, ALIGNED: tl.constexpr):
+    """Pointers to rows ``o_rank`` of the factors stacked without gaps: factor i begins at row offsets[i]."""
+    p_rows = p_factors[0] + (o_rank - clear(offsets[0])).to(tl.int64) * strides[0]
+    for i in tl.static_range(1, len(p_factors)):
+        o_own = o_rank - clear(offsets[i])
+        p_rows = tl.where(o_own >= 0, p_factors[i] + o_own.to(tl.int64) * strides[i], p_rows)
+    if ALIGNED:
+        p_rows = tl.multiple_of(p_rows, 16)
+    return p_rows
+
+
+@triton.jit
+def matmul_loop(b_acc, p_a, p_b, stride_b, m_a, m_b, K, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    """``acc += a b^T`` over K: p_a [BM, 1], p_b [1, BN] at column 0; b's next column lies stride_b further."""
+    o_k = tl.arange(0, BLOCK_K)
+    for k in tl.range(0, K, BLOCK_K):
+        m_k = k + o_k < K
+        if EVEN_K:
+            b_a = tl.load(p_a + (k + o_k)[None, :], mask=m_a, other=0.0)
+            b_b = tl.load(p_b + (k + o_k)[:, None].to(tl.int64) * stride_b, mask=m_b, other=0.0)
+        else:
+            b_a = tl.load(p_a + (k + o_k)[None, :], mask=m_a & m_k[None, :], other=0.0)
+            b_b = tl.load(p_b + (k + o_k)[:, None].to(tl.int64) * stride_b, mask=m_b & m_k[:, None], other=0.0)
+        b_acc = tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+    return b_acc
+
+
+@triton.jit
+def keep_mask(seed, PROJECTION: tl.constexpr, o_row, o_first, threshold, COLUMNS: tl.constexpr):
+    """Which of ``x[o_row, o_first : o_first + COLUMNS]`` dropout keeps; o_first is a multiple of 4.
+
+    Word ``column % 4`` of ``philox(seed, (column // 4, row, row >> 32, projection))``, as ``reference.dropout``.
+    """
+    o_block = (o_first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)
+    c0 = tl.zeros((o_row.shape[0], COLUMNS // 4), tl.uint32) + o_block[None, :]
+    row = o_row.to(tl.int64)[:, None]
+    c1 = tl.zeros_like(c0) + (row & 0xFFFFFFFF).to(tl.uint32)
+    c2 = tl.zeros_like(c0) + (row >> 32).to(tl.uint32)
+    c3 = tl.full((o_row.shape[0], COLUMNS // 4), PROJECTION, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
+    least = threshold.to(tl.uint32)
+    even = tl.interleave((w0 >= least).to(tl.int8), (w2 >= least).to(tl.int8))
+    odd = tl.interleave((w1 >= least).to(tl.int8), (w3 >= least).to(tl.int8))
+    return tl.interleave(even, odd) != 0

@@ -1,0 +1,170 @@
+"""Wgrad: dA and dB in one pass over x and one over dy; Q rides in the padding of the rank block of dB."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import block_rank, clear, find_tile, keep_mask, launch, opaque, pick, precision, unit_last
+from .reduce import reduce_partials
+from .tiling import TileConfig, choose_split, choose_tiles
+
+
+class Product(NamedTuple):
+    """One ``wide^T skinny``: wide [M, n], columns ``first : first + ranks`` and the last ``probes`` ones of skinny.
+
+    The rank columns go to ``region`` of the partial sums at ``column * strides[0] + rank * strides[1]``, the probe
+    columns behind ``probe_region`` as [n, probes].
+    """
+
+    wide: Tensor
+    skinny: Tensor
+    first: int
+    ranks: int
+    probes: int
+    region: int
+    strides: tuple[int, int]
+    probe_region: int = 0
+
+
+@triton.jit(do_not_specialize=["M", "rows", "total", "threshold", "first_probe"])
+def wgrad_kernel(
+    p_wide, p_skinny, p_partial, p_seed, widths, strides_wide, strides_skinny, firsts, ranks, probes,
+    regions, strides_column, strides_rank, probe_regions, masks, M, rows, total, first_probe, threshold,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial ``wide^T skinny`` over ``rows`` rows. MASKED projections see their own dropout of wide (masks: their ends)."""
+    i_entry, o_first, _ = find_tile(tl.program_id(0), widths, BLOCK_N)
+    o_rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rank, probe = clear(pick(ranks, i_entry)), clear(pick(probes, i_entry))
+    if tl.program_id(1) * BLOCK_R >= rank + probe:
+        return
+    o_n = o_first + tl.arange(0, BLOCK_N)
+    m_n, m_rank = o_n < pick(widths, i_entry), o_rank < rank + probe
+    o_skinny = tl.where(o_rank < rank, clear(pick(firsts, i_entry)) + o_rank, first_probe + o_rank - rank)
+    p_columns = pick(p_wide, i_entry) + o_n[None, :]
+    p_ranks = pick(p_skinny, i_entry) + o_skinny[None, :]
+    stride_wide, stride_skinny = pick(strides_wide, i_entry), clear(pick(strides_skinny, i_entry))
+    first = tl.program_id(2) * rows
+    b_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for m in tl.range(first, tl.minimum(first + rows, M), BLOCK_M):
+        o_m = m + tl.arange(0, BLOCK_M)
+        m_m, o_row = (o_m < M)[:, None], o_m.to(tl.int64)[:, None]
+        b_wide = tl.load(p_columns + o_row * stride_wide, mask=m_m & m_n[None, :], other=0.0)
+        b_skinny = tl.load(p_ranks + o_row * stride_skinny, mask=m_m & m_rank[None, :], other=0.0)
+        if MASKED > 0:
+            seed = tl.load(p_seed)
+            for i in tl.static_range(MASKED):
+                m_own = (o_rank >= clear(masks[i])) & (o_rank < clear(masks[i + 1]))
+                b_seen = tl.where(keep_mask(seed, i, o_m, o_first, threshold, BLOCK_N), b_wide, 0.0)
+                b_own = tl.where(m_own[None, :], b_skinny, 0.0)
+                b_acc = tl.dot(tl.trans(b_seen), b_own, b_acc, input_precision=PRECISION)
+        else:
+            b_acc = tl.dot(tl.trans(b_wide), b_skinny, b_acc, input_precision=PRECISION)
+    o_column = o_n.to(tl.int64)[:, None]
+    o_out = clear(pick(regions, i_entry)) + o_column * clear(pick(strides_column, i_entry))
+    o_out += o_rank[None, :] * clear(pick(strides_rank, i_entry))
+    o_probe = clear(pick(probe_regions, i_entry)) + o_column * probe + o_rank[None, :] - rank
+    o_out = tl.where((o_rank < rank)[None, :], o_out, o_probe)
+    p_out = p_partial + tl.program_id(2).to(tl.int64) * total
+    tl.store(p_out + o_out, b_acc, mask=m_n[:, None] & m_rank[None, :])
+
+
+def _run(products, partial, rows, first_probe, seed, masks, threshold, tiles):
+    """Launch over ``products``, into ``partial`` [splits, total]."""
+    M = products[0].wide.shape[0]
+    widths = tuple(p.wide.shape[1] for p in products)
+    widest = max(p.ranks + p.probes for p in products)
+    block = block_rank(widest)
+    launch(
+        wgrad_kernel,
+        (sum(triton.cdiv(w, tiles.columns) for w in widths), triton.cdiv(widest, block), partial.shape[0]),
+        tuple(p.wide for p in products),
+        tuple(p.skinny for p in products),
+        partial,
+        products[0].wide if seed is None else seed,
+        widths,
+        tuple(p.wide.stride(0) for p in products),
+        opaque([p.skinny.stride(0) for p in products]),
+        opaque([p.first for p in products]),
+        opaque([p.ranks for p in products]),
+        opaque([p.probes for p in products]),
+        opaque([p.region for p in products]),
+        opaque([p.strides[0] for p in products]),
+        opaque([p.strides[1] for p in products]),
+        opaque([p.probe_region for p in products]),
+        opaque(masks),
+        M,
+        rows,
+        partial.shape[1],
+        first_probe,
+        threshold,
+        MASKED=0 if seed is None else len(masks) - 1,
+        BLOCK_M=tiles.depth,
+        BLOCK_N=tiles.columns,
+        BLOCK_R=block,
+        PRECISION=precision(products[0].wide.dtype),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def wgrad(
+    x: Tensor | None,
+    dh: Tensor,
+    dy: Sequence[Tensor | None],
+    h: Tensor,
+    offsets: Sequence[int],
+    ranks: Sequence[int],
+    scales: Sequence[float],
+    probes: int,
+    seed: Tensor | None = None,
+    threshold: int = 0,
+    keep_scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    tiles: TileConfig | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """``dA_i = dh_i^T x_i``, ``dB_i = s_i dy_i^T h_i``, ``Q_i = dy_i^T h_P``.
+
+    x [M, K] (None: dA is not wanted), dh [M, R] with the ranks of the projections side by side, dy_i [M, N_i] (None: no
+    gradient came), h [M, R + probes] -> dA_i [r_i, K] for every projection, dB_i [N_i, r_i], both in ``dtype``, and
+    Q_i fp32 [N_i, probes] for those with a dy. With a seed x_i is x under dropout mask i times ``keep_scale``.
+    """
+    live = [i for i, g in enumerate(dy) if g is not None]
+    wide, h, dh = [unit_last(dy[i]) for i in live], unit_last(h), unit_last(dh)
+    rank, M, device = sum(ranks), h.shape[0], h.device
+    make = torch.zeros if M == 0 else torch.empty
+    dA = [] if x is None else [make(r, x.shape[1], dtype=dtype, device=device) for r in ranks]
+    dB = [make(g.shape[1], ranks[i], dtype=dtype, device=device) for i, g in zip(live, wide, strict=True)]
+    Q = [make(g.shape[1], probes, dtype=torch.float32, device=device) for g in wide]
+    outputs = [*dA, *dB, *Q]
+    weights = [keep_scale] * len(dA) + [scales[i] for i in live] + [1.0] * len(Q)
+    starts = [0]
+    for out in outputs:
+        starts.append(starts[-1] + out.numel())
+    if M == 0 or starts[-1] == 0:
+        return dA, dB, Q
+    at_B, at_Q = starts[len(dA) :], starts[len(dA) + len(dB) :]
+    inputs = [] if x is None or rank == 0 else [Product(unit_last(x), dh, 0, rank, 0, 0, (1, x.shape[1]))]
+    outer = [
+        Product(g, h, offsets[i], ranks[i], probes, at_B[n], (ranks[i], 1), at_Q[n])
+        for n, (i, g) in enumerate(zip(live, wide, strict=True))
+        if ranks[i] + probes > 0
+    ]
+    tiles = tiles or choose_tiles("wgrad", M, sum(g.shape[1] for g in wide), 0, rank, h.dtype)
+    programs = sum(triton.cdiv(p.wide.shape[1], tiles.columns) for p in [*inputs, *outer])
+    steps = triton.cdiv(M, tiles.depth)
+    rows = triton.cdiv(steps, choose_split(programs, steps)) * tiles.depth
+    partial = torch.empty(triton.cdiv(M, rows), starts[-1], dtype=torch.float32, device=device)
+    masks = [*offsets, rank]
+    for products, own_seed in [(inputs + outer, None)] if seed is None else [(inputs, seed), (outer, None)]:
+        if products:
+            _run(products, partial, rows, rank, own_seed, masks, threshold, tiles)
+    reduce_partials(partial, outputs, weights)
+    return dA, dB, Q

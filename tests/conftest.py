@@ -1,0 +1,27 @@
+"""Fixtures of the module layer's tests."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import built
+from torch import nn
+
+from fastlora.testing import enable_torchvision
+
+# timm, peft and transformers import torchvision, whose build may not load beside a torch without CUDA.
+enable_torchvision()
+
+
+@pytest.fixture
+def build() -> Callable[[str], nn.Module]:
+    """A fresh copy, in eval mode, of the family's model."""
+    return lambda name: copy.deepcopy(built(name))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

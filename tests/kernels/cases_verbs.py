@@ -1,0 +1,194 @@
+"""Every kernel against float64, verb by verb. Run by test_interpreter.py, and on a GPU by benchmarks/device.sh."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_support import (
+    DEVICE,
+    EMPTY,
+    FUSED,
+    PROBLEMS,
+    SEPARATE,
+    Data,
+    assert_close,
+    expected_dh,
+    expected_h,
+    wide,
+)
+
+from fastlora import reference
+from fastlora.kernels import gradstat, linear, shrink, tiling, wgrad
+from fastlora.kernels.tiling import TileConfig
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+SMALL = TileConfig(16, 16, 16, 4, 2, band=2)
+KINDS = [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+kinds = pytest.mark.parametrize(("dtype", "factors"), KINDS, ids=["fp32", "fp16", "bf16"])
+problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+
+
+def dropped(p: float) -> dict:
+    return {"threshold": reference.keep_threshold(p), "keep_scale": 1 / (1 - p)}
+
+
+
+@problems
+@kinds
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_shrink(problem, dtype, factors, p, monkeypatch):
+    data = Data(problem, dtype, factors, strided=problem is SEPARATE)
+    monkeypatch.setattr(tiling, "PROGRAMS", 24 if problem is SEPARATE else 1)
+    extra = [] if data.P is None else [data.P]
+    options = {"seed": data.seed, **dropped(p)} if p else {}
+    tiles = SMALL._replace(depth=4) if problem is SEPARATE and not p else SMALL
+    h = shrink.shrink(data.x, [*data.A, *extra], len(extra), tiles=tiles, **options)
+    assert h.dtype == dtype
+    assert_close(h, expected_h(data, p), dtype, "h")
+
+
+@problems
+@kinds
+@pytest.mark.parametrize("missing", [False, True])
+def test_shrink_backward(problem, dtype, factors, missing, monkeypatch):
+    data = Data(problem, dtype, factors, strided=problem is FUSED)
+    if missing and len(data.dy) == 1:
+        pytest.skip("one output")
+    monkeypatch.setattr(tiling, "PROGRAMS", 24)
+    if missing:
+        data.dy[0] = None
+    layout = data.layout
+    tiles = SMALL._replace(depth=4)
+    dh = shrink.shrink_backward(data.slices(), data.B, layout.offsets, data.scale, layout.rank, tiles)
+    assert dh.dtype == dtype
+    assert_close(dh, expected_dh(data), dtype, "dh")
+
+
+@problems
+@kinds
+@pytest.mark.parametrize("strategy", ["fused", "library", "augmented"])
+def test_linear(problem, dtype, factors, strategy):
+    data = Data(problem, dtype, factors, strided=problem is SEPARATE)
+    h = expected_h(data).to(DEVICE, dtype)
+    layout = data.layout
+    y, moments = linear.linear(
+        data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, True, strategy, SMALL
+    )
+    update = torch.cat(
+        [
+            s * wide(h)[:, o : o + b.shape[1]] @ wide(b.to(dtype)).T
+            for b, o, s in zip(data.B, layout.offsets, data.scale, strict=True)
+        ],
+        dim=1,
+    )
+    for out, sums, part, w, b in zip(y, moments, update.split(problem.outputs, 1), data.W, data.bias, strict=True):
+        wanted = wide(data.x) @ wide(w).T + part + (0 if b is None else wide(b))
+        assert out.dtype == dtype and sums.dtype == torch.float64
+        assert_close(out, wanted, dtype, "y")
+        assert_close(sums, reference.column_moments(wide(out)), torch.float32, "moments")
+
+
+def test_moments_do_not_cancel():
+    data = Data(FUSED, torch.float32)
+    bias = [torch.full_like(b, 1e4) for b in data.bias]
+    h = expected_h(data).to(DEVICE, torch.float32)
+    y, moments = linear.linear(
+        data.x, data.W, bias, h, data.B, data.places, data.layout.offsets, data.scale, True, "fused", SMALL
+    )
+    mean, square = wide(moments[0]) / FUSED.M
+    assert torch.allclose(square - mean.square(), wide(y[0]).var(0, unbiased=False), rtol=1e-3)
+
+
+@problems
+@kinds
+@pytest.mark.parametrize(("strategy", "p"), [("fused", 0.0), ("fused", 0.3), ("library", 0.3), ("augmented", 0.0)])
+def test_linear_backward(problem, dtype, factors, strategy, p):
+    data = Data(problem, dtype, factors, strided=problem is FUSED)
+    dh = torch.randn(problem.M, data.layout.rank, device=DEVICE).to(dtype)
+    options = {"seed": data.seed, **dropped(p)} if p else {}
+    dx = linear.linear_backward(
+        data.dy, data.W, dh, data.A, data.layout.offsets, strategy=strategy, tiles=SMALL, **options
+    )
+    wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True))
+    for i, (a, o) in enumerate(zip(data.A, data.layout.offsets, strict=True)):
+        part = wide(dh)[:, o : o + a.shape[0]] @ wide(a.to(dtype))
+        wanted = wanted + (reference.dropout(part, data.seed.cpu(), i, p) if p else part)
+    assert dx.dtype == dtype
+    assert_close(dx, wanted, dtype, "dx")
+
+
+@problems
+@kinds
+@pytest.mark.parametrize(("p", "missing"), [(0.0, False), (0.3, False), (0.3, True)])
+def test_wgrad(problem, dtype, factors, p, missing, monkeypatch):
+    data = Data(problem, dtype, factors, strided=problem is SEPARATE)
+    if missing and len(data.dy) == 1:
+        pytest.skip("one output")
+    monkeypatch.setattr(tiling, "PROGRAMS", 24 if problem is SEPARATE else 1)
+    if missing:
+        data.dy[1] = None
+    layout, s = data.layout, data.problem
+    dh, h = expected_dh(data).to(DEVICE, dtype), expected_h(data, p).to(DEVICE, dtype)
+    options = {"seed": data.seed, **dropped(p)} if p else {}
+    slices = data.slices()
+    tiles = SMALL._replace(depth=4) if problem is SEPARATE and not p else SMALL
+    dA, dB, Q = wgrad.wgrad(
+        data.x, dh, slices, h, layout.offsets, s.ranks, data.scale, s.probes, dtype=factors, tiles=tiles, **options
+    )
+    live = [i for i, g in enumerate(slices) if g is not None]
+    rounding = dtype if dtype != torch.float32 else factors
+    for i in range(len(s.ranks)):
+        part = slice(layout.offsets[i], layout.offsets[i] + s.ranks[i])
+        x = reference.dropout(wide(data.x), data.seed.cpu(), i, p) if p else wide(data.x)
+        assert_close(dA[i], wide(dh)[:, part].T @ x, rounding, f"dA[{i}]")
+    for n, i in enumerate(live):
+        part = slice(layout.offsets[i], layout.offsets[i] + s.ranks[i])
+        assert_close(dB[n], data.scale[i] * wide(slices[i]).T @ wide(h)[:, part], rounding, f"dB[{i}]")
+        assert_close(Q[n], wide(slices[i]).T @ wide(h)[:, layout.rank :], torch.float32, f"Q[{i}]")
+    assert len(dB) == len(Q) == len(live)
+
+
+@kinds
+def test_gradstat(dtype, factors):
+    x, dy = (torch.randn(53, n + 3, device=DEVICE).to(dtype)[:, :n] for n in (40, 35))
+    offsets = [0, 0, 7, 40, 53]
+    found = gradstat.gradstat(x, dy, torch.tensor(offsets, device=DEVICE), SMALL)
+    assert_close(found, reference.gradstat(wide(x), wide(dy), offsets), torch.float32, "gradstat")
+
+
+@pytest.mark.parametrize(("M", "N"), [(21, 50), (3, 7), (0, 5)])
+def test_covariance(M, N):
+    x = torch.randn(M, N, device=DEVICE)
+    found = gradstat.covariance(x, SMALL)
+    assert torch.equal(found, found.T)
+    assert_close(found, wide(x).T @ wide(x) / max(M, 1), torch.float32, "covariance")
+
+
+@pytest.mark.parametrize("N", [1, 16, 17, 33, 80])
+def test_every_triangular_tile_is_met(N):
+    assert torch.isfinite(gradstat.covariance(torch.ones(2, N, device=DEVICE), SMALL)).all()
+
+
+def test_no_matrix_of_the_weight_is_allocated(monkeypatch):
+    sizes, real = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *s, **o: sizes.append(real(*s, **o)) or sizes[-1])
+    x, dy = torch.randn(30, 64, device=DEVICE), torch.randn(30, 64, device=DEVICE)
+    gradstat.gradstat(x, dy, torch.tensor([0, 30], device=DEVICE), SMALL)
+    assert sum(t.numel() for t in sizes) < 64
+
+
+def test_split_sums_are_repeatable(monkeypatch):
+    monkeypatch.setattr(tiling, "PROGRAMS", 64)
+    data = Data(SEPARATE, torch.float32)
+    tiles = SMALL._replace(depth=4)
+    first, second = (shrink.shrink(data.x, data.A, tiles=tiles) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_rows_of_an_empty_batch():
+    data = Data(EMPTY, torch.float16)
+    dA, dB, Q = wgrad.wgrad(
+        data.x, data.x[:, :5], data.slices(), data.x[:, :7], data.layout.offsets, EMPTY.ranks, data.scale, 2
+    )
+    assert all((grad == 0).all() for grad in [*dA, *dB, *Q])
+    assert dA[0].shape == (2, 16) and dB[1].shape == (8, 3) and Q[0].shape == (16, 2)

@@ -1,0 +1,292 @@
+"""Ranks and scales: patterns, peft.LoraConfig, set_ranks; and what summary, explain and param_groups say of them."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from helpers import FAMILIES, config, lora_grads, randomise
+from torch import nn
+
+import fastlora
+from fastlora.nn.linear import adapted_layers
+
+
+def of_matrices(model: nn.Module, column: str) -> dict[str, float]:
+    return {row.key: getattr(row, column) for row in fastlora.summary(model).rows}
+
+
+class TestPatterns:
+    def test_exact_keys_with_slices(self, build):
+        pattern = {"blocks.0.attn.qkv[q]": 7, "blocks.1.attn.qkv[v]": 1, "blocks.1.attn.qkv[k]": 0}
+        model = fastlora.inject(build("timm_vit"), config(target_modules="qkv", rank_pattern=pattern))
+        keys = [f"blocks.{i}.attn.qkv[{s}]" for i in range(2) for s in "qkv"]
+        assert of_matrices(model, "rank") == {key: pattern.get(key, 4) for key in keys}
+        qkv = model.blocks[1].attn.qkv
+        assert qkv.lora_A["default"].k is None and qkv.lora_B["default"].v.shape == (32, 1)
+        randomise(model)
+        FAMILIES["timm_vit"].run(model).sum().backward()
+        assert all(g is not None for g in lora_grads(model).values())
+
+    @pytest.mark.parametrize(
+        "pattern, ranks",
+        [
+            ({"query": 2}, (2, 4, 2, 4)),
+            ({"layer.1.attention.self.query": 2}, (4, 4, 2, 4)),
+            ({r"layer\.0\.attention\.self\.(query|key)": 2}, (2, 2, 4, 4)),
+            ({"query": 2, "layer.1.attention.self.query": 6}, (2, 4, 2, 4)),
+            ({"query": 2, "bert.encoder.layer.1.attention.self.query": 6}, (2, 4, 6, 4)),
+            ({"bert.encoder.layer.1.attention.self.query": 6, "query": 2}, (2, 4, 6, 4)),
+            ({"^bert.encoder.layer.1.attention.self.query": 6}, (4, 4, 6, 4)),
+        ],
+    )
+    def test_precedence(self, build, pattern, ranks):
+        fields = dict(target_modules=["query", "key"], rank_pattern=pattern)
+        model = fastlora.inject(build("bert"), config(**fields))
+        assert tuple(of_matrices(model, "rank").values()) == ranks
+
+    def test_precedence_of_a_path_over_a_suffix_when_split(self, build):
+        pattern = {"qkv": 2, "blocks.1.attn.qkv": 3, "blocks.1.attn.qkv[v]": 5, "qkv[k]": 1}
+        model = fastlora.inject(build("timm_vit"), config(target_modules="qkv", rank_pattern=pattern))
+        assert tuple(of_matrices(model, "rank").values()) == (2, 2, 2, 3, 3, 5)
+        pattern = {"qkv[k]": 1, "qkv": 2}
+        model = fastlora.inject(build("timm_vit"), config(target_modules="qkv", rank_pattern=pattern))
+        assert tuple(of_matrices(model, "rank").values()) == (2, 1, 2) * 2
+
+    def test_an_exact_name_is_not_also_a_suffix(self):
+        model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.ModuleDict({"a": nn.Linear(8, 8)})})
+        fastlora.inject(model, config(target_modules=["a"], rank_pattern={"a": 2}))
+        assert of_matrices(model, "rank") == {"a": 2, "b.a": 4}
+
+    @pytest.mark.parametrize(
+        "fields, scales",
+        [
+            ({}, (2.0, 2.0)),
+            ({"scale": "per_rank"}, (4.0, 2.0)),
+            ({"use_rslora": True}, (4.0, 4.0)),
+            ({"use_rslora": True, "scale": "per_rank"}, (8 / 2**0.5, 4.0)),
+            ({"alpha_pattern": {"key": 2}}, (2.0, 0.5)),
+            ({"alpha_pattern": {"query": 2}, "scale": "per_rank"}, (1.0, 2.0)),
+        ],
+    )
+    def test_scale_modes(self, build, fields, scales):
+        fields = dict(target_modules=["layer.0.attention.self.query", "layer.0.attention.self.key"], **fields)
+        model = fastlora.inject(build("bert"), config(rank_pattern={"query": 2}, **fields))
+        assert tuple(of_matrices(model, "scale").values()) == pytest.approx(scales)
+
+
+class TestPeftConfig:
+    @pytest.mark.parametrize("rslora", [False, True])
+    @pytest.mark.parametrize(
+        "ranks, alphas",
+        [
+            ({}, {}),
+            ({"query": 2, "layer.1.attention.self.value": 3}, {"value": 3}),
+            # PEFT takes the first pattern that matches, also where a later one is the exact name.
+            ({"query": 2, "bert.encoder.layer.1.attention.self.query": 6}, {r"layer\.0\..*": 5, "value": 3}),
+        ],
+    )
+    def test_ranks_and_scaling_are_peft_s(self, build, rslora, ranks, alphas):
+        import peft
+
+        given = peft.LoraConfig(
+            r=4, lora_alpha=6, target_modules=["query", "value"], rank_pattern=ranks, alpha_pattern=alphas,
+            use_rslora=rslora,
+        )  # fmt: skip
+        model = fastlora.inject(build("bert"), given)
+        theirs = peft.get_peft_model(build("bert"), copy.deepcopy(given)).base_model.model
+        for row in fastlora.summary(model).rows:
+            layer = theirs.get_submodule(row.key)
+            assert row.rank == layer.r["default"] and row.scale == pytest.approx(layer.scaling["default"], rel=1e-12)
+
+    def test_fields_are_taken_over(self, build):
+        import peft
+
+        given = peft.LoraConfig(
+            r=3, lora_alpha=5, target_modules=["query", "value"], exclude_modules=["0.attention.self.query", "value"],
+            lora_dropout=0.25, bias="lora_only", modules_to_save=["classifier"], init_lora_weights="gaussian",
+        )  # fmt: skip
+        model = fastlora.inject(build("bert"), given)
+        assert list(adapted_layers(model)) == ["bert.encoder.layer.1.attention.self.query"]
+        layer = model.bert.encoder.layer[1].attention.self.query
+        assert layer.adapter_specs["default"].dropout == 0.25 and layer.bias.requires_grad
+        assert model.classifier.weight.requires_grad
+
+    @pytest.mark.parametrize("task, name", [("SEQ_CLS", "bert"), ("SEQ_CLS", "distilbert"), ("CAUSAL_LM", "llama")])
+    def test_the_head_of_a_task_is_trained_as_by_peft(self, build, task, name):
+        import peft
+
+        target = ["q_lin", "query", "q_proj"][("distilbert", "bert", "llama").index(name)]
+        given = peft.LoraConfig(task_type=task, target_modules=[target])
+        model = fastlora.inject(build(name), given)
+        theirs = peft.get_peft_model(build(name), copy.deepcopy(given))
+        pattern = re.compile(r"^base_model\.model\.|modules_to_save\.default\.")
+        wanted = {pattern.sub("", n) for n, p in theirs.named_parameters() if p.requires_grad and "lora_" not in n}
+        mine = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+        assert mine == wanted and bool(mine) is (task == "SEQ_CLS")
+        assert given.modules_to_save is None
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"use_dora": True},
+            {"init_lora_weights": "pissa"},
+            {"layers_to_transform": [0]},
+            {"fan_in_fan_out": True},
+            {"lora_bias": True},
+            {"trainable_token_indices": [1]},
+            {"target_parameters": ["weight"]},
+        ],
+    )
+    def test_what_is_not_implemented_raises(self, build, fields):
+        import peft
+
+        model = build("bert")
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            fastlora.inject(model, peft.LoraConfig(target_modules=["query"], **fields))
+        assert not adapted_layers(model)
+
+    def test_other_methods_of_peft_raise(self, build):
+        import peft
+
+        with pytest.raises(ValueError, match="expected peft.LoraConfig, got peft.IA3Config"):
+            fastlora.inject(build("bert"), peft.IA3Config(target_modules=["query"], feedforward_modules=[]))
+
+
+class TestSetRanks:
+    @pytest.fixture
+    def model(self, build):
+        return fastlora.inject(build("timm_vit"), config(target_modules="qkv"))
+
+    def test_fresh_factors_where_asked_and_only_there(self, model):
+        qkv, other = model.blocks[0].attn.qkv, model.blocks[1].attn.qkv
+        kept = [qkv.lora_A["default"].k, qkv.lora_B["default"].k, *other.parameters()]
+        assert fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 9, "blocks.0.attn.qkv[v]": 1}) is model
+        assert qkv.ranks() == {"q": 9, "k": 4, "v": 1} and other.ranks() == dict.fromkeys("qkv", 4)
+        now = [qkv.lora_A["default"].k, qkv.lora_B["default"].k, *other.parameters()]
+        assert all(a is b for a, b in zip(kept, now, strict=True))
+        assert not qkv.lora_B["default"].q.any() and qkv.lora_A["default"].q.any()
+        assert all(p.requires_grad for n, p in qkv.named_parameters() if "lora" in n)
+        assert of_matrices(model, "scale")["blocks.0.attn.qkv[q]"] == 2.0
+
+    def test_rank_zero_and_back(self, build, model):
+        base, keys = build("timm_vit"), [row.key for row in fastlora.summary(model).rows]
+        fastlora.set_ranks(model, dict.fromkeys(keys, 0))
+        assert fastlora.summary(model).adapter_params == 0 and not lora_grads(model)
+        assert torch.equal(FAMILIES["timm_vit"].run(model), FAMILIES["timm_vit"].run(base))
+        fastlora.set_ranks(model, dict.fromkeys(keys, 3))
+        randomise(model)
+        FAMILIES["timm_vit"].run(model).sum().backward()
+        grads = lora_grads(model)
+        assert len(grads) == 12 and all(g.any() for g in grads.values())
+
+    @pytest.mark.parametrize("rslora", [False, True])
+    def test_per_rank_scale_follows_through_zero(self, build, rslora):
+        fields = dict(target_modules=["fc1"], scale="per_rank", use_rslora=rslora, alpha_pattern={"blocks.1.*": 3})
+        model = fastlora.inject(build("timm_vit"), config(**fields))
+        for rank in (2, 0, 8, 4, 1):
+            fastlora.set_ranks(model, {"blocks.0.mlp.fc1": rank, "blocks.1.mlp.fc1": rank})
+            divisor = (rank or 4) ** (0.5 if rslora else 1)
+            assert tuple(of_matrices(model, "scale").values()) == pytest.approx((8 / divisor, 3 / divisor))
+
+    def test_after_training(self, model):
+        randomise(model)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=r"ranks: 'blocks.0.attn.qkv' has been trained .*reinit=True"):
+            fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 2})
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 2}, reinit=True)
+        qkv = model.blocks[0].attn.qkv
+        assert qkv.ranks() == {"q": 2, "k": 4, "v": 4}
+        assert qkv.lora_B["default"].k.any() and not qkv.lora_B["default"].q.any()
+
+    @pytest.mark.parametrize(
+        "bad, message",
+        [
+            ({"blocks.1.attn.qkw[q]": 3}, r"unknown matrix .*did you mean 'blocks.1.attn.qkv\[q\]'"),
+            ({"blocks.1.attn.qkv": 3}, "unknown matrix 'blocks.1.attn.qkv'"),
+            ({"blocks.1.attn.qkv[q]": 33}, r"blocks.1.attn.qkv\[q\]: at most .* = 32, got 33"),
+            ({"blocks.1.attn.qkv[q]": -1}, "rank >= 0, got -1"),
+            ({"blocks.1.attn.qkv[q]": 2.0}, "integer rank >= 0, got 2.0"),
+            ({"blocks.1.attn.qkv[q]": True}, "got True"),
+        ],
+    )
+    def test_all_or_nothing(self, model, bad, message):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=message):
+            fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 2, **bad})
+        after = model.state_dict()
+        assert list(after) == list(before) and all(torch.equal(v, before[k]) for k, v in after.items())
+
+    def test_keeps_dtype_and_frozen_phases(self, model):
+        model.double()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_A" in name)
+        fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 2})
+        qkv = model.blocks[0].attn.qkv
+        assert qkv.lora_A["default"].q.dtype == qkv.lora_B["default"].q.dtype == torch.float64
+        assert qkv.lora_A["default"].q.requires_grad and not qkv.lora_B["default"].q.requires_grad
+
+    def test_a_merged_model_is_refused(self, model):
+        fastlora.merge(model)
+        with pytest.raises(ValueError, match="is merged"):
+            fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 2})
+
+    def test_ranks_from_allocate(self, model):
+        keys = [row.key for row in fastlora.summary(model).rows]
+        scores = {key: float(i) for i, key in enumerate(keys)}
+        ranks = fastlora.allocate(scores, budget=18, r_min=0, r_max=8)
+        fastlora.set_ranks(model, ranks)
+        assert of_matrices(model, "rank") == ranks
+
+
+class TestReports:
+    def test_summary_counts(self, build):
+        base = build("timm_vit")
+        total = sum(p.numel() for p in base.parameters())
+        pattern = {"blocks.0.attn.qkv[k]": 1, "blocks.1.attn.qkv[q]": 0}
+        fields = dict(target_modules="qkv", rank_pattern=pattern, modules_to_save=["head"], bias="lora_only")
+        summary = fastlora.summary(fastlora.inject(base, config(**fields)))
+        adapters = (4 + 1 + 4 + 0 + 4 + 4) * 64
+        assert summary.adapter_params == adapters == sum(row.params for row in summary.rows)
+        assert summary.head_params == 32 * 5 + 5 and summary.other_trainable == 2 * 96
+        assert summary.total_params == total + adapters
+        assert summary.costs == {row.key: 64 for row in summary.rows} and len(summary.rows) == 6
+        text = str(summary)
+        assert "blocks.0.attn.qkv[k]" in text and f"adapters {adapters:,}" in text and "head 165" in text
+
+    def test_summary_of_unequal_projections(self, build):
+        summary = fastlora.summary(fastlora.inject(build("llama"), config(target_modules="qkv")))
+        assert [row.params for row in summary.rows] == [4 * 64, 4 * 48, 4 * 48] * 2
+
+    def test_param_groups(self, build):
+        model = build("timm_vit")
+        fastlora.inject(model, config(target_modules="qkv", modules_to_save=["head", "norm1"], bias="lora_only"))
+        model.norm.weight.requires_grad_(True)
+        groups = {g["name"]: g for g in fastlora.param_groups(model, 1.0, 2.0, 3.0, weight_decay=0.5)}
+        names = {id(p): n for n, p in model.named_parameters()}
+        listed = {k: sorted(names[id(p)] for p in g["params"]) for k, g in groups.items()}
+        assert len(listed["lora"]) == 12 and all("lora_" in n for n in listed["lora"])
+        assert listed["norm"] == ["norm.weight"] and "head.weight" in listed["head"]
+        assert listed["other"] == [f"blocks.{i}.attn.qkv.bias" for i in range(2)]
+        assert {k: (g["lr"], g["weight_decay"]) for k, g in groups.items()} == {
+            "lora": (1.0, 0.0), "norm": (2.0, 0.0), "head": (3.0, 0.5), "other": (3.0, 0.5)
+        }  # fmt: skip
+        every = [p for g in groups.values() for p in g["params"]]
+        assert len({id(p) for p in every}) == len(every) == sum(p.requires_grad for p in model.parameters())
+        torch.optim.AdamW(groups.values())
+
+    def test_explain(self, build):
+        text = str(fastlora.explain(fastlora.inject(build("bert"), config(target_modules="qkv"))))
+        assert text.count("with 2 siblings") == 6
+        model = fastlora.inject(build("timm_vit").double(), config(target_modules="qkv"))
+        rows = fastlora.explain(model).rows
+        assert [r[:2] for r in rows] == [(f"blocks.{i}.attn.qkv", "reference") for i in range(2)]
+        assert all("split q/k/v" in r[2] and "native:" in r[2] for r in rows)
+
+    @pytest.mark.parametrize("function", [fastlora.summary, fastlora.param_groups, fastlora.merge, fastlora.unmerge])
+    def test_a_model_without_adapters(self, function):
+        with pytest.raises(ValueError, match="model: has no adapters; call fastlora.inject first"):
+            function(nn.Sequential(nn.Linear(4, 4)))
