@@ -11,14 +11,14 @@ from torch import Tensor
 from . import reference
 from .backends import choose, group_layout
 
-_LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
+LIBRARY.define(
     "lora_linear(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor? P, "
-    "Tensor? sign, Tensor? seed, float[] scale, float p, str backend) -> Tensor[]"
+    "Tensor? sign, Tensor? seed, float[] scale, float p, str backend, str engine) -> Tensor[]"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "lora_linear_backward(Tensor?[] dy, Tensor x, Tensor h, Tensor[] W, Tensor[] A, Tensor[] B, Tensor? seed, "
-    "float[] scale, float p, bool[] need, str backend) -> Tensor[]"
+    "float[] scale, float p, bool[] need, str backend, str engine) -> Tensor[]"
 )
 
 # Order of the gradients that lora_linear_backward returns, and of its `need` flags.
@@ -29,18 +29,18 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _forward_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend):
+def _forward_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
     layout = group_layout(W, B)
     h = chosen.shrink(_rows(x), A, P, seed, p)
     if sign is not None:
         probe = h.view(sign.shape[0], -1, h.shape[1]).narrow(2, layout.rank, sign.shape[1])
         probe.mul_(sign.to(h.dtype).unsqueeze(1))
-    outputs, moments = chosen.linear(x, W, bias, h, B, layout, scale, bool(V))
+    outputs, moments = chosen.linear(x, W, bias, h, B, layout, scale, bool(V), engine)
     return [*outputs, h, *moments]
 
 
-def _forward_fake(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend):
+def _forward_fake(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine):
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
@@ -54,7 +54,7 @@ def _probe_columns(h: Tensor, A: Sequence[Tensor]) -> int:
     return h.shape[1] - sum(a.shape[0] for a in A)
 
 
-def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, need, backend):
+def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
     layout = group_layout(W, B)
     rows = _rows(x)
@@ -65,7 +65,7 @@ def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, need, backend):
     dh, dA, dB, Q = chosen.wgrad(rows, grads, h, B, layout, scale, probes, need[_DA], seed, p)
     out: list[Tensor] = []
     if need[_DX]:
-        out.append(chosen.linear_backward(grads, W, dh, A, layout, seed, p).view(x.shape))
+        out.append(chosen.linear_backward(grads, W, dh, A, layout, seed, p, engine).view(x.shape))
     if need[_DA]:
         out += [_like(g, a, a.shape) for g, a in zip(dA, A, strict=True)]
     if need[_DB]:
@@ -86,7 +86,7 @@ def _like(grad: Tensor | None, target: Tensor, shape: Sequence[int], dtype: torc
     return torch.zeros(shape, dtype=dtype, device=target.device) if grad is None else grad.to(dtype)
 
 
-def _backward_fake(dy, x, h, W, A, B, seed, scale, p, need, backend):
+def _backward_fake(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
     acc = reference.accumulate_dtype(x.dtype)
     out = [x.new_empty(x.shape)] if need[_DX] else []
     if need[_DA]:
@@ -113,6 +113,7 @@ class _Call:
     scale: tuple[float, ...]
     p: float
     backend: str
+    engine: str
 
     def split(self, tensors: Sequence) -> tuple[Sequence, ...]:
         """Cut the flat list [W, bias, A, B, Z, V] into its six parts."""
@@ -130,7 +131,7 @@ class _LoRALinear(torch.autograd.Function):
         W, bias, A, B, Z, V = call.split(flat)
         with torch._C._AutoDispatchBelowAutograd():
             out = torch.ops.fastlora.lora_linear(
-                x, W, bias, A, B, Z, V, call.P, call.sign, call.seed, call.scale, call.p, call.backend
+                x, W, bias, A, B, Z, V, call.P, call.sign, call.seed, call.scale, call.p, call.backend, call.engine
             )
         weights = call.counts[0]
         h, moments = out[weights], out[weights + 1 :]
@@ -159,7 +160,7 @@ class _LoRALinear(torch.autograd.Function):
         parts = call.split(needs[2:])
         need = [needs[1], any(parts[2]), any(parts[3]), any(parts[4]), any(parts[0]), any(parts[1])]
         out = torch.ops.fastlora.lora_linear_backward(
-            dy, x, h, W, A, B, call.seed, call.scale, call.p, need, call.backend
+            dy, x, h, W, A, B, call.seed, call.scale, call.p, need, call.backend, call.engine
         )
         return (None, *_arrange(call, ctx, need, parts, out, x, W, moments))
 
@@ -208,49 +209,40 @@ def _differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
     return (*placed, *[_moment_gradient(m, x) for m in moments])
 
 
-def _autograd_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend):
+def _autograd_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine):
     flat = [*W, *bias, *A, *B, *Z, *V]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
         counts = (len(W), len(A), len(Z), len(V))
-        call = _Call(counts, P, sign, seed, tuple(scale), p, backend)
+        call = _Call(counts, P, sign, seed, tuple(scale), p, backend, engine)
         return list(_LoRALinear.apply(call, x, *flat))
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fastlora.lora_linear(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend)
+        return torch.ops.fastlora.lora_linear(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
 
 
 def _autocast_kernel(device_type: str, key: str):
-    def kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend):
+    def kernel(x, W, bias, *rest):
         dtype = torch.get_autocast_dtype(device_type)
+        *rest, engine = rest
+        low = [low_precision(w, dtype) for w in W]
+        if engine == "auto" and any(a is not b for a, b in zip(low, W, strict=True)):
+            engine = "unpacked"  # a weight that is cast anew for every call is not worth packing
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            return torch.ops.fastlora.lora_linear(
-                _low(x, dtype),
-                [_low(w, dtype) for w in W],
-                [None if b is None else _low(b, dtype) for b in bias],
-                A,
-                B,
-                Z,
-                V,
-                P,
-                sign,
-                seed,
-                scale,
-                p,
-                backend,
-            )
+            low_bias = [None if b is None else low_precision(b, dtype) for b in bias]
+            return torch.ops.fastlora.lora_linear(low_precision(x, dtype), low, low_bias, *rest, engine)
 
     return kernel
 
 
-def _low(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def low_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # Autocast leaves float64 alone; adapters and statistics keep their dtype and are cast inside the kernels.
     return tensor if tensor.dtype in (dtype, torch.float64) else tensor.to(dtype)
 
 
-_LIBRARY.impl("lora_linear", _forward_kernel, "CompositeExplicitAutograd")
-_LIBRARY.impl("lora_linear", _autograd_kernel, "Autograd")
-_LIBRARY.impl("lora_linear", _autocast_kernel("cpu", "AutocastCPU"), "AutocastCPU")
-_LIBRARY.impl("lora_linear", _autocast_kernel("cuda", "AutocastCUDA"), "AutocastCUDA")
-_LIBRARY.impl("lora_linear_backward", _backward_kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("fastlora::lora_linear", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("fastlora::lora_linear_backward", _backward_fake, lib=_LIBRARY)
+LIBRARY.impl("lora_linear", _forward_kernel, "CompositeExplicitAutograd")
+LIBRARY.impl("lora_linear", _autograd_kernel, "Autograd")
+LIBRARY.impl("lora_linear", _autocast_kernel("cpu", "AutocastCPU"), "AutocastCPU")
+LIBRARY.impl("lora_linear", _autocast_kernel("cuda", "AutocastCUDA"), "AutocastCUDA")
+LIBRARY.impl("lora_linear_backward", _backward_kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("fastlora::lora_linear", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("fastlora::lora_linear_backward", _backward_fake, lib=LIBRARY)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference
+from .engines import ENGINES
 from .triton_backend import TritonBackend
 
 
@@ -85,11 +86,12 @@ class Backend:
         layout: Layout,
         scale: Sequence[float],
         moments: bool,
+        engine: str,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """``y_j = x W_j^T + bias_j``, then ``y += s h B^T`` in place; returns y and its column moments."""
         outputs, sums = [], []
         for j, (w, b) in enumerate(zip(W, bias, strict=True)):
-            y = torch.nn.functional.linear(x, w, b)
+            y = ENGINES.forward(x, w, b, engine)
             mine = [i for i, output in enumerate(layout.outputs) if output == j]
             sums.append(
                 self.kernels.expand_(
@@ -114,12 +116,13 @@ class Backend:
         layout: Layout,
         seed: Tensor | None,
         p: float,
+        engine: str,
     ) -> Tensor:
         """``dx = sum_j dy_j W_j + dh A``; dy_j [M, N_j] -> [M, K]."""
         dx = None
         for grad, w in zip(dy, W, strict=True):
             if grad is not None:
-                dx = torch.mm(grad, w) if dx is None else dx.addmm_(grad, w)
+                dx = ENGINES.backward(grad, w, engine, into=dx)
         if p == 0.0:
             packed = torch.cat(list(A)).to(dh.dtype)
             self.kernels.expand_(dx, dh, [packed], [0], [0], [1.0], False)

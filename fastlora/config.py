@@ -44,6 +44,8 @@ class LoraConfig:
       by each layer's own rank, as PEFT does.
     - ``split_qkv``: whether a fused qkv gets one adapter for each of q, k, v; None follows the role.
     - ``adapter_dtype``: dtype of A and B, float32 unless the weight is float64; ``backend``: see ``fastlora.explain``.
+    - ``prepack``: whether oneDNN may keep a packed copy of W for each direction on a CPU: where it is measured to be
+      faster (``"auto"``), always, or never.
 
     Raises ``ValueError`` that names the field.
     """
@@ -63,6 +65,7 @@ class LoraConfig:
     split_qkv: bool | None = None
     adapter_dtype: torch.dtype | None = None
     backend: str = "auto"
+    prepack: bool | str = "auto"
 
     # How patterns are looked up; PEFT takes the first that matches. Not a field: nobody has to write it down.
     exact_names_first: ClassVar[bool] = True
@@ -81,6 +84,7 @@ class LoraConfig:
             raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {self.lora_dropout!r}")
         self._check_choice("bias", ("none", "all", "lora_only"))
         self._check_choice("scale", ("constant", "per_rank"))
+        self._check_choice("prepack", ("auto", True, False))
         self._check_choice("init_lora_weights", (True, False, "gaussian"))
         dtype = self.adapter_dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -24,6 +24,7 @@ def lora_linear(
     P: Tensor | None = None,
     sign: Tensor | None = None,
     backend: str = "auto",
+    engine: str = "auto",
 ) -> list[Tensor]:
     r"""Linears that share ``x``, each with its low-rank update, in one call.
 
@@ -41,15 +42,17 @@ def lora_linear(
     sign       [S, k]          one sign per (sample of dimension 0, probe)
     =========  ==============  ==========================================================
 
-    Returns one output [*, N_j] a weight. Dropout masks depend on a seed drawn from torch's generator, the projection,
-    the row and the column. Raises ``ValueError`` naming the argument, ``RuntimeError`` for a backend that cannot run.
+    ``backend`` is one of ``fastlora.backends.BACKENDS``; ``engine`` names who multiplies by W on a CPU
+    (``fastlora.engines``). Returns one output [*, N_j] a weight. Dropout masks depend on a seed drawn from torch's
+    generator, the projection, the row and the column. Raises ``ValueError`` naming the argument, ``RuntimeError`` for a
+    backend that cannot run.
     """
     check_input(x, W[0])
     seed = None
     if p > 0.0:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
     out = torch.ops.fastlora.lora_linear(
-        x, W, bias, A, B, Z, V, P, sign, seed, [float(s) for s in scale], float(p), backend
+        x, W, bias, A, B, Z, V, P, sign, seed, [float(s) for s in scale], float(p), backend, engine
     )
     return out[: len(W)]
 

@@ -15,8 +15,10 @@ from torch import nn
 
 from .config import ROLES, LoraConfig
 from .factors import WHOLE, AdapterSpec, Factors, new_factors
+from .nn.frozen import FrozenLinear
 from .nn.linear import (
     DEFAULT,
+    ENGINE_OF_PREPACK,
     Linear,
     QKVLinear,
     adapted_layers,
@@ -46,11 +48,13 @@ class _Planned:
     factors: tuple[Factors, Factors]
 
 
-def inject(model: nn.Module, config: Any) -> nn.Module:
+def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False) -> nn.Module:
     """Adapt the targets of ``config`` in place and freeze the rest; returns the same model.
 
     ``y = x W^T + bias + s x A^T B^T`` with ``B = 0`` at first, so outputs equal the base model's. ``nn.Linear`` targets
     become ``fastlora.nn.Linear`` by a change of class: keys, hooks, ties, deepcopy and pickle survive.
+
+    ``accelerate_frozen`` moves every other frozen ``nn.Linear`` to the CPU's fastest matmul engine too (``explain``).
 
     Raises ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have, a model that is
     already adapted or wrapped by PEFT; the model is then as it was.
@@ -66,6 +70,8 @@ def inject(model: nn.Module, config: Any) -> nn.Module:
         _commit(planned, config)
     _group(model)
     _freeze(model, config, saved)
+    if accelerate_frozen:
+        _accelerate(model, config)
     model.fastlora_configs = {DEFAULT: copy.deepcopy(config)}
     return model
 
@@ -242,7 +248,7 @@ def _match_strength(pattern: str, key: str, exact_names_first: bool) -> int:
 
 def _commit(planned: _Planned, config: LoraConfig) -> None:
     planned.layer.__class__ = Linear if set(planned.slices) == {WHOLE} else QKVLinear
-    attach_state(planned.layer, planned.slices, config.backend)
+    attach_state(planned.layer, planned.slices, config)
     planned.layer.install(DEFAULT, planned.spec, *planned.factors)
     planned.layer.lora_A.train(planned.layer.training)
     planned.layer.lora_B.train(planned.layer.training)
@@ -275,6 +281,13 @@ def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
     for parameter in model.parameters():
         if id(parameter) not in keep:
             parameter.requires_grad_(False)
+
+
+def _accelerate(model: nn.Module, config: LoraConfig) -> None:
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and not module.weight.requires_grad and refusal(model, name) is None:
+            module.__class__ = FrozenLinear
+            module.engine = ENGINE_OF_PREPACK[config.prepack]
 
 
 def set_ranks(model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT, reinit: bool = False) -> nn.Module:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .backends import choose
+from .engines import AUTO, ENGINES, UNPACKED
 from .factors import WHOLE
-from .nn.linear import DEFAULT, adapted_layers, matrix_key
+from .nn.frozen import FrozenLinear
+from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 
 
 @dataclass(frozen=True)
@@ -89,23 +92,51 @@ def saved_modules(model: nn.Module, adapter: str = DEFAULT) -> list[str]:
     return [n for n, _ in model.named_modules() if any(n == w or n.endswith("." + w) for w in wanted)]
 
 
+class ExplainedLayer(NamedTuple):
+    """How one layer runs."""
+
+    path: str
+    backend: str
+    engine: str
+    remarks: str
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """Backend of each layer and why no faster one; prints as a table."""
+    """How each layer runs and why not faster; prints as a table."""
 
-    rows: tuple[tuple[str, str, str], ...]  # path, backend, reason
+    rows: tuple[ExplainedLayer, ...]
+    packed_bytes: int
 
     def __str__(self) -> str:
-        return _table(("layer", "backend", "why not a faster one"), list(self.rows))
+        table = _table(("layer", "backend", "matmul engine", "why not a faster one"), list(self.rows))
+        return f"{table}\npacked copies of frozen weights: {self.packed_bytes / 2**20:.1f} MiB"
+
+
+def _engine(weight: Tensor, engine: str) -> str:
+    """The engine that was measured to be fastest for this weight, by direction, or how it will be found."""
+    if weight.device.type != "cpu":
+        return "the device's own"
+    measured = sorted({f"{kind.partition(',')[0]}: {choice.name}" for kind, choice in ENGINES.choices(weight).items()})
+    packed = ENGINES.packed_bytes(weight)
+    text = ", ".join(measured) or (f"{engine}, not measured yet" if engine in (AUTO, UNPACKED) else engine)
+    return text + (f" (packed {packed / 2**20:.2f} MiB)" if packed else "")
 
 
 def explain(model: nn.Module) -> Explanation:
-    """The backend of each adapted layer for an input of its weight's dtype, and why earlier ones are passed over."""
-    rows = []
-    for path, layer in adapted_layers(model).items():
+    """Backend and matmul engine of each layer, for inputs of its weight's dtype, and why others are passed over."""
+    rows, packed = [], 0
+    for path, layer in model.named_modules():
+        if not isinstance(layer, (Linear, FrozenLinear)):
+            continue
+        packed += ENGINES.packed_bytes(layer.weight)
+        engine = _engine(layer.weight, layer.engine)
+        if isinstance(layer, FrozenLinear):
+            rows.append(ExplainedLayer(path, "frozen", engine, ""))
+            continue
         backend, passed = choose(layer.backend, layer.weight.device, layer.weight.dtype)
         together = "" if layer.group is None else f"with {len(layer.group.layers) - 1} siblings; "
         kind = "split q/k/v; " if set(layer.slices) != {WHOLE} else ""
         why = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
-        rows.append((path, backend.name, (kind + together + why).rstrip("; ")))
-    return Explanation(tuple(rows))
+        rows.append(ExplainedLayer(path, backend.name, engine, (kind + together + why).rstrip("; ")))
+    return Explanation(tuple(rows), packed)

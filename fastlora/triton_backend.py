@@ -115,8 +115,12 @@ class TritonBackend:
         layout: Layout,
         scale: Sequence[float],
         moments: bool,
+        engine: str = "auto",
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """``y_j = x W_j^T + bias_j + s h B^T``; returns y and its column moments."""
+        """``y_j = x W_j^T + bias_j + s h B^T``; returns y and its column moments.
+
+        ``engine`` is about the CPU's matmul; ``kernels.tiling.choose_strategy`` decides here.
+        """
         _same_device(x=x, weight=W, bias=bias, lora_B=B)
         y, sums = _kernel("linear").linear(
             x.reshape(-1, x.shape[-1]),
@@ -140,6 +144,7 @@ class TritonBackend:
         layout: Layout,
         seed: Tensor | None,
         p: float,
+        engine: str = "auto",
     ) -> Tensor:
         """``dx = sum_j dy_j W_j + dh A``; dy_j [M, N_j] -> [M, K]."""
         live = [j for j, grad in enumerate(dy) if grad is not None]

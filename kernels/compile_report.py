@@ -27,7 +27,7 @@ from .tiling import SHARED_LIMIT, TileConfig, committed
 TARGET = GPUTarget("cuda", 90, 32)
 REGISTERS = 65536
 # Kernels whose product is large enough to be meant for wgmma, in 16-bit types.
-WGMMA = ("linear", "linear_backward", "wgrad", "gradstat", "covariance")
+WGMMA = ("linear", "linear_backward", "linear_backward_dropout", "wgrad", "gradstat", "covariance")
 
 
 class Row(NamedTuple):
@@ -126,57 +126,42 @@ class _Operands:
         self.places = [(j, 0) for j in range(n)]
 
 
-def _shrink_cases(o: _Operands, tile: TileConfig) -> dict[str, Callable[[], Any]]:
-    return {
-        "matmul": lambda: shrink.shrink(o.x, [*o.A, o.P], 1, tiles=tile),
-        "dropout": lambda: shrink.shrink(o.x, [*o.A, o.P], 1, tiles=tile, **o.dropout),
-        "dy": lambda: shrink.shrink_backward(o.dy, o.B, o.offsets, o.scales, o.rank, tile),
-    }
-
-
-def _linear_cases(o: _Operands, tile: TileConfig, strategy: str) -> dict[str, Callable[[], Any]]:
-    def run(moments: bool) -> Any:
-        return linear.linear(
-            o.x, o.W, o.bias, o.h, o.B, o.places, o.offsets, o.scales, moments, strategy, tile
-        )  # fmt: skip
-
-    name = "matmul" if strategy == "fused" else "in place"
-    return {name: lambda: run(False), f"{name}, moments": lambda: run(True)}
-
-
-def _linear_backward_cases(o: _Operands, tile: TileConfig, strategy: str) -> dict[str, Callable[[], Any]]:
-    def run(**options: Any) -> Any:
-        return linear.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile, **options)
-
-    name = "matmul" if strategy == "fused" else "dx in place"
-    return {name: lambda: run(), f"{name}, dropout": lambda: run(**o.dropout)}
-
-
-def _wgrad_cases(o: _Operands, tile: TileConfig) -> dict[str, Callable[[], Any]]:
-    def run(**options: Any) -> Any:
-        return wgrad.wgrad(
-            o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes, tiles=tile, **options
-        )  # fmt: skip
-
-    return {"matmul": lambda: run(), "dropout": lambda: run(**o.dropout)}
-
-
 def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], Any]]:
     """The calls that reach every kernel of a verb with this tile, by name."""
-    if verb == "shrink":
-        return _shrink_cases(o, tile)
-    if verb == "linear":
-        return _linear_cases(o, tile, "fused")
-    if verb == "linear_backward":
-        return _linear_backward_cases(o, tile, "fused")
-    if verb == "expand":
-        return _linear_cases(o, tile, "library") | _linear_backward_cases(o, tile, "library")
-    if verb == "wgrad":
-        return _wgrad_cases(o, tile)
+    dropout = o.dropout if verb.endswith("dropout") else {}
+    backward = dropout or verb == "linear_backward"
+
+    def shrunk() -> Any:
+        return shrink.shrink(o.x, [*o.A, o.P], 1, tiles=tile, **dropout)
+
+    def linear_forward(moments: bool) -> Any:
+        strategy = "library" if verb == "expand" else "fused"
+        return linear.linear(o.x, o.W, o.bias, o.h, o.B, o.places, o.offsets, o.scales, moments, strategy, tile)
+
+    def linear_backward(**options: Any) -> Any:
+        strategy = "library" if verb.startswith("expand") else "fused"
+        return linear.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile, **options)
+
+    if verb.startswith("shrink"):
+        cases = {"x": shrunk, "dy": lambda: shrink.shrink_backward(o.dy, o.B, o.offsets, o.scales, o.rank, tile)}
+        return {"x": shrunk} if dropout else cases
+    if verb.startswith("wgrad"):
+        x = o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes
+        return {"matmul": lambda: wgrad.wgrad(*x, tiles=tile, **dropout)}
     if verb == "gradstat":
         offsets = torch.empty(9, dtype=torch.int64, device="meta")
         return {"matmul": lambda: gradstat.gradstat(o.x, o.dy[0], offsets, tile)}
-    return {"matmul": lambda: gradstat.covariance(o.x, tile)}
+    if verb == "covariance":
+        return {"matmul": lambda: gradstat.covariance(o.x, tile)}
+    if verb == "expand":
+        return {
+            "y": lambda: linear_forward(False),
+            "y, moments": lambda: linear_forward(True),
+            "dx": lambda: linear_backward(),
+        }
+    if backward:
+        return {"dx" if verb.startswith("expand") else "matmul": lambda: linear_backward(**dropout)}
+    return {"matmul": lambda: linear_forward(False), "matmul, moments": lambda: linear_forward(True)}
 
 
 def compile_all(ranks: tuple[int, ...] = (8, 64), verbs: tuple[str, ...] = ()) -> list[Row]:

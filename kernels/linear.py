@@ -191,7 +191,7 @@ def expand(x: Tensor, h: Tensor, projections: Sequence[Projection], matmul: bool
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.columns,
         BLOCK_K=tiles.depth,
-        BLOCK_R=block_rank(max(ranks)),
+        BLOCK_R=block_rank(max(ranks), 32),
         PRECISION=precision(x.dtype),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -325,7 +325,8 @@ def _launch_backward(dy, W, dh, A, dx, offsets, seed, threshold, keep_scale, til
     """Fill dx from ``dy``, or add the adapters' part to it in place when ``dy`` is empty."""
     M, K = dx.shape
     widths = tuple(t.shape[1] for t in dy)
-    tiles = tiles or choose_tiles("linear_backward" if dy else "expand", M, sum(widths), K, dh.shape[1], dx.dtype)
+    verb = ("linear_backward" if dy else "expand") + ("" if seed is None else "_dropout")
+    tiles = tiles or choose_tiles(verb, M, sum(widths), K, dh.shape[1], dx.dtype)
     ends = [o + a.shape[0] for o, a in zip(offsets, A, strict=True)]
     launch(
         linear_backward_kernel,
@@ -356,7 +357,7 @@ def _launch_backward(dy, W, dh, A, dx, offsets, seed, threshold, keep_scale, til
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.columns,
         BLOCK_K=tiles.depth,
-        BLOCK_R=block_rank(dh.shape[1] if seed is None else max(a.shape[0] for a in A)),
+        BLOCK_R=block_rank(dh.shape[1] if seed is None else max(a.shape[0] for a in A), 32),
         PRECISION=precision(dx.dtype),
         num_warps=tiles.warps,
         num_stages=tiles.stages,

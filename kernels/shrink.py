@@ -88,7 +88,7 @@ def _run(x, factors, out, seed, offsets, scales, shared, masked, threshold, tile
     strides = tuple(f.stride(0) for f in factors)
     ranks = [f.shape[0] if shared else f.shape[1] for f in factors]
     widths = tuple(t.shape[1] for t in x)
-    tiles = tiles or choose_tiles("shrink", M, 0, max(widths), total, x[0].dtype)
+    tiles = tiles or choose_tiles("shrink_dropout" if masked else "shrink", M, 0, max(widths), total, x[0].dtype)
     widest = total if shared else max(ranks)
     block = block_rank(widest)
     blocks = triton.cdiv(widest, block)

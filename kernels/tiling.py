@@ -39,11 +39,17 @@ class Entry(NamedTuple):
 # Verb and precision -> entries from the smallest M to any. `columns` of shrink and wgrad's `rows` come from the ranks.
 _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("shrink", "half"): (
-        Entry(TileConfig(32, 0, 128, 4, 4), 4096, "memory bound: 32 rows give 128 programs at M = 4096 before any split"),
-        Entry(TileConfig(64, 0, 128, 4, 4), 0, "16 KiB of x a stage, 3 in flight: 48 KiB outstanding a program, 2 resident"),
+        Entry(TileConfig(32, 0, 128, 4, 3), 4096, "memory bound: 32 rows give 128 programs at M = 4096 before any split"),
+        Entry(TileConfig(64, 0, 64, 4, 4), 0, "8 KiB of x a stage, 3 in flight, 3 resident: twice what hides HBM's latency"),
     ),
     ("shrink", "fp32"): (
         Entry(TileConfig(32, 0, 64, 4, 3), 0, "FFMA products: small tiles keep operands and sums in registers"),
+    ),
+    ("shrink_dropout", "half"): (
+        Entry(TileConfig(32, 0, 64, 8, 3), 0, "bound by Philox: 2 counters a thread and mask; 4 spill at r = 64"),
+    ),
+    ("shrink_dropout", "fp32"): (
+        Entry(TileConfig(32, 0, 32, 8, 2), 0, "as above beside FFMA operands"),
     ),
     ("linear", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "few rows: 64 x 128 doubles the programs, one warpgroup each"),
@@ -60,17 +66,35 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("linear_backward", "fp32"): (
         Entry(TileConfig(64, 64, 16, 4, 3), 0, "as linear"),
     ),
+    ("linear_backward_dropout", "half"): (
+        Entry(TileConfig(64, 128, 64, 8, 3), 0, "one mask a projection before the loop: half a tile's Philox words a thread"),
+    ),
+    ("linear_backward_dropout", "fp32"): (
+        Entry(TileConfig(32, 64, 16, 4, 3), 0, "as above beside FFMA operands"),
+    ),
     ("expand", "half"): (
-        Entry(TileConfig(64, 128, 64, 4, 1), 0, "memory bound and one step deep: 16 KiB read and written a program"),
+        Entry(TileConfig(64, 64, 64, 4, 1), 0, "memory bound and one step deep: whole 128-byte lines, few registers, many programs"),
     ),
     ("expand", "fp32"): (
         Entry(TileConfig(32, 64, 16, 4, 1), 0, "FFMA products over at most one rank block"),
     ),
+    ("expand_dropout", "half"): (
+        Entry(TileConfig(32, 64, 64, 4, 1), 0, "4 Philox counters a thread and mask"),
+    ),
+    ("expand_dropout", "fp32"): (
+        Entry(TileConfig(32, 64, 16, 4, 1), 0, "as above beside FFMA operands"),
+    ),
     ("wgrad", "half"): (
-        Entry(TileConfig(64, 128, 64, 4, 4), 0, "`depth` rows a step: 16 KiB of x or dy a stage, 3 in flight"),
+        Entry(TileConfig(64, 128, 64, 8, 4), 0, "`depth` rows a step: 16 KiB of x or dy a stage, 3 in flight; 4 warps spill at r = 64"),
     ),
     ("wgrad", "fp32"): (
         Entry(TileConfig(64, 64, 16, 4, 3), 0, "FFMA products: small tiles keep operands and sums in registers"),
+    ),
+    ("wgrad_dropout", "half"): (
+        Entry(TileConfig(64, 64, 32, 4, 3), 0, "bound by Philox, as shrink_dropout"),
+    ),
+    ("wgrad_dropout", "fp32"): (
+        Entry(TileConfig(64, 32, 16, 4, 2), 0, "as above beside FFMA operands"),
     ),
     ("gradstat", "half"): (
         Entry(TileConfig(128, 128, 64, 8, 3), 4096, "one run is a sample of a few hundred rows: many programs, short loops"),

@@ -78,6 +78,8 @@ def wgrad_kernel(
 
 def _run(products, partial, rows, first_probe, seed, masks, threshold, tiles):
     """Launch over ``products``, into ``partial`` [splits, total]."""
+    if not products:
+        return
     M = products[0].wide.shape[0]
     widths = tuple(p.wide.shape[1] for p in products)
     widest = max(p.ranks + p.probes for p in products)
@@ -157,14 +159,18 @@ def wgrad(
         for n, (i, g) in enumerate(zip(live, wide, strict=True))
         if ranks[i] + probes > 0
     ]
-    tiles = tiles or choose_tiles("wgrad", M, sum(g.shape[1] for g in wide), 0, rank, h.dtype)
-    programs = sum(triton.cdiv(p.wide.shape[1], tiles.columns) for p in [*inputs, *outer])
-    steps = triton.cdiv(M, tiles.depth)
-    rows = triton.cdiv(steps, choose_split(programs, steps)) * tiles.depth
+    plain = tiles or choose_tiles("wgrad", M, sum(g.shape[1] for g in wide), 0, rank, h.dtype)
+    masked = tiles or choose_tiles("wgrad_dropout", M, 0, dh.shape[1], rank, h.dtype)
+    programs = sum(triton.cdiv(p.wide.shape[1], plain.columns) for p in [*inputs, *outer])
+    depth = max(plain.depth, masked.depth)
+    steps = triton.cdiv(M, depth)
+    rows = triton.cdiv(steps, choose_split(programs, steps)) * depth
     partial = torch.empty(triton.cdiv(M, rows), starts[-1], dtype=torch.float32, device=device)
     masks = [*offsets, rank]
-    for products, own_seed in [(inputs + outer, None)] if seed is None else [(inputs, seed), (outer, None)]:
-        if products:
-            _run(products, partial, rows, rank, own_seed, masks, threshold, tiles)
+    if seed is None:
+        _run([*inputs, *outer], partial, rows, rank, None, masks, 0, plain)
+    else:
+        _run(inputs, partial, rows, rank, seed, masks, threshold, masked)
+        _run(outer, partial, rows, rank, None, masks, 0, plain)
     reduce_partials(partial, outputs, weights)
     return dA, dB, Q

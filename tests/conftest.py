@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,9 @@ from fastlora.testing import enable_torchvision
 
 # timm, peft and transformers import torchvision, whose build may not load beside a torch without CUDA.
 enable_torchvision()
+
+# Outputs equal the base model's bit for bit when the matmul is F.linear; test_engines.py covers the others.
+os.environ["FASTLORA_CPU_ENGINE"] = "linear"
 
 
 @pytest.fixture

@@ -284,7 +284,7 @@ class TestReports:
         model = fastlora.inject(build("timm_vit").double(), config(target_modules="qkv"))
         rows = fastlora.explain(model).rows
         assert [r[:2] for r in rows] == [(f"blocks.{i}.attn.qkv", "reference") for i in range(2)]
-        assert all("split q/k/v" in r[2] and "native:" in r[2] for r in rows)
+        assert all("split q/k/v" in r.remarks and "native:" in r.remarks for r in rows)
 
     @pytest.mark.parametrize("function", [fastlora.summary, fastlora.param_groups, fastlora.merge, fastlora.unmerge])
     def test_a_model_without_adapters(self, function):

@@ -1,5 +1,6 @@
 """Drop-in modules."""
 
+from .frozen import FrozenLinear
 from .linear import Linear, QKVLinear
 
-__all__ = ["Linear", "QKVLinear"]
+__all__ = ["FrozenLinear", "Linear", "QKVLinear"]

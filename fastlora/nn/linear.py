@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import LoraConfig, check_rank
+from ..engines import AUTO, PACKED, UNPACKED
 from ..factors import WHOLE, AdapterSpec, Factors, new_factors
 from ..functional import check_input, lora_linear
 
 DEFAULT = "default"
+ENGINE_OF_PREPACK = {"auto": AUTO, True: PACKED, False: UNPACKED}
 
 
 class Linear(nn.Linear):
@@ -45,10 +47,12 @@ class Linear(nn.Linear):
         adapter_dtype: torch.dtype | None = None,
         train_base: bool = False,
         backend: str = "auto",
+        prepack: bool | str = "auto",
     ):
         config = LoraConfig(
             r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora,
             init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend,
+            prepack=prepack,
         )  # fmt: skip
         if r > min(in_features, out_features):
             raise ValueError(f"r: at most min(in_features, out_features) = {min(in_features, out_features)}, got {r}")
@@ -56,7 +60,7 @@ class Linear(nn.Linear):
         if not train_base:
             self.requires_grad_(False)
         slices = {WHOLE: out_features}
-        attach_state(self, slices, backend)
+        attach_state(self, slices, config)
         spec = AdapterSpec({WHOLE: config.scaling(r)}, lora_dropout, init_lora_weights, adapter_dtype_of(config, self))
         self.install(DEFAULT, spec, *new_factors(slices, {WHOLE: r}, in_features, spec, self.weight.device))
 
@@ -135,13 +139,13 @@ class QKVLinear(Linear):
     """A fused q/k/v projection with one adapter, and one rank, for each of q, k and v (block-diagonal B)."""
 
 
-def attach_state(layer: nn.Linear, slices: Mapping[str, int], backend: str) -> None:
+def attach_state(layer: nn.Linear, slices: Mapping[str, int], config: LoraConfig) -> None:
     """Give a linear layer the attributes that the adapted forward reads."""
     layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
     layer.slices = dict(slices)
     layer.adapter_specs = {}
     layer.active_adapter = DEFAULT
-    layer.backend = backend
+    layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
     layer.lora_enabled = True
     layer.merged = ()
     layer.group = None
@@ -170,6 +174,7 @@ def forward_together(layers: list[Linear], x: Tensor) -> list[Tensor]:
         [s for _, _, s in pairs],
         p=layers[0].dropout_p(),
         backend=layers[0].backend,
+        engine=layers[0].engine,
         **tracked,
     )
     if probes[0] is not None:

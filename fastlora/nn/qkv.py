@@ -119,7 +119,7 @@ class ProjectionGroup:
             or other.active_adapter != mine.active_adapter
             or other.training != mine.training
             or other.dropout_p() != mine.dropout_p()
-            or other.backend != mine.backend
+            or (other.backend, other.engine) != (mine.backend, mine.engine)
             or (other.probe is None) != (mine.probe is None)
         )
 

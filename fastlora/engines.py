@@ -1,0 +1,176 @@
+"""Who multiplies by the frozen weight on the CPU: the library's linear, oneDNN, or oneDNN on a packed copy.
+
+The fastest is found by timing, once per (direction, shape bucket, dtype, threads), because it differs from CPU to CPU.
+``FASTLORA_CPU_ENGINE`` names one engine for all; ``explain`` shows what was chosen and what it was measured against.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+AUTO, UNPACKED = "auto", "unpacked"
+LINEAR, ONEDNN, PACKED = "linear", "onednn", "onednn_packed"
+NAMES = (LINEAR, ONEDNN, PACKED)
+CHOICES = (AUTO, UNPACKED, *NAMES)
+
+# Another engine replaces F.linear, whose bits are the base model's, only if it saves at least this share of its time.
+_WORTH_CHANGING = 0.05
+_TIMING_ROUNDS = 3
+
+
+def onednn_reason() -> str | None:
+    """Why oneDNN's linear cannot be called here, or None."""
+    if not torch.backends.mkldnn.is_available():
+        return "torch was built without oneDNN"
+    for name in ("_linear_pointwise", "_reorder_linear_weight"):
+        if not hasattr(torch.ops.mkldnn, name):
+            return f"this torch has no mkldnn::{name}"
+    return None
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@dataclass
+class _Packed:
+    """oneDNN's copies of one weight, valid for one version of it."""
+
+    version: int
+    pointer: int
+    by_direction: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine of one kind of product, with the seconds that each candidate took."""
+
+    name: str
+    seconds: dict[str, float]
+
+    def __str__(self) -> str:
+        if not self.seconds:
+            return self.name
+        return f"{self.name} ({', '.join(f'{n} {s * 1e3:.3g} ms' for n, s in self.seconds.items())})"
+
+
+class MatmulEngines:
+    """Chooses and runs ``x W^T + bias`` and ``dy W``; keeps choices and packed weights."""
+
+    def __init__(self) -> None:
+        self._choices: dict[tuple, Choice] = {}
+        self._packed: dict[int, tuple[weakref.ref, _Packed]] = {}
+
+    def forward(self, x: Tensor, W: Tensor, bias: Tensor | None, engine: str = AUTO) -> Tensor:
+        """``x W^T + bias``: x [*, K], W [N, K] -> [*, N]."""
+        rows = x.shape[:-1].numel()
+        name = self._choose("forward", rows, W, engine, lambda name: self._forward(name, x, W, bias, rows))
+        return self._forward(name, x, W, bias, rows)
+
+    def backward(self, dy: Tensor, W: Tensor, engine: str = AUTO, into: Tensor | None = None) -> Tensor:
+        """``into + dy W``: dy [M, N], W [N, K] -> [M, K]; may write into ``into``."""
+        rows = dy.shape[0]
+        name = self._choose("backward", rows, W, engine, lambda name: self._backward(name, dy, W, rows, None))
+        return self._backward(name, dy, W, rows, into)
+
+    def _forward(self, name: str, x: Tensor, W: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        if name == LINEAR:
+            return F.linear(x, W, bias)
+        weight = W if name == ONEDNN else self._pack("forward", W, rows)
+        return _pointwise(x.reshape(rows, W.shape[1]), weight, bias).view(*x.shape[:-1], W.shape[0])
+
+    def _backward(self, name: str, dy: Tensor, W: Tensor, rows: int, into: Tensor | None) -> Tensor:
+        if name == LINEAR:
+            return torch.mm(dy, W) if into is None else into.addmm_(dy, W)
+        weight = W.t() if name == ONEDNN else self._pack("backward", W, rows)
+        if into is None:
+            return _pointwise(dy, weight, None)
+        return torch.ops.mkldnn._linear_pointwise.binary(dy, into, weight, None, "add")
+
+    def _choose(self, direction: str, rows: int, W: Tensor, engine: str, run: Callable[[str], Tensor]) -> str:
+        wanted = os.environ.get("FASTLORA_CPU_ENGINE", "") if engine in (AUTO, UNPACKED) else engine
+        if W.device.type != "cpu" or rows == 0:
+            return LINEAR
+        if wanted:
+            return _checked(wanted)
+        if W.requires_grad or W.dtype not in (torch.float32, torch.bfloat16) or onednn_reason() is not None:
+            return LINEAR
+        key = (direction, rows.bit_length(), *W.shape, W.dtype, engine, torch.get_num_threads())
+        choice = self._choices.get(key)
+        if choice is None:
+            candidates = NAMES if engine == AUTO else (LINEAR, ONEDNN)
+            choice = self._choices[key] = _time(candidates, run)
+            if choice.name != PACKED:
+                self.drop(W, direction)
+        return choice.name
+
+    def _pack(self, direction: str, W: Tensor, rows: int) -> Tensor:
+        """The packed copy of a weight for one direction, made anew whenever the weight has changed."""
+        entry = self._packed.get(id(W))
+        version = 0 if W.is_inference() else W._version
+        if entry is None or entry[0]() is not W or (entry[1].version, entry[1].pointer) != (version, W.data_ptr()):
+            key = id(W)
+            entry = (weakref.ref(W, lambda _: self._packed.pop(key, None)), _Packed(version, W.data_ptr()))
+            self._packed[key] = entry
+        packs = entry[1].by_direction
+        if direction not in packs:
+            source = W.detach() if direction == "forward" else W.detach().t().contiguous()
+            packs[direction] = torch.ops.mkldnn._reorder_linear_weight(source, rows)
+        return packs[direction]
+
+    def drop(self, W: Tensor, direction: str | None = None) -> None:
+        """Free packed copies of a weight."""
+        entry = self._packed.get(id(W))
+        if entry is not None and entry[0]() is W:
+            for key in [direction] if direction else list(entry[1].by_direction):
+                entry[1].by_direction.pop(key, None)
+
+    def packed_bytes(self, W: Tensor | None = None) -> int:
+        """Memory of the packed copies of one weight, or of all."""
+        entries = [e for e in self._packed.values() if e[0]() is not None and (W is None or e[0]() is W)]
+        return sum(p.numel() * p.element_size() for _, e in entries for p in e.by_direction.values())
+
+    def choices(self, W: Tensor) -> dict[str, Choice]:
+        """What was chosen for weights of this shape: direction and rows -> choice."""
+        return {
+            f"{key[0]}, up to {2 ** key[1] - 1} rows": choice
+            for key, choice in self._choices.items()
+            if key[2:5] == (*W.shape, W.dtype)
+        }
+
+
+def _checked(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"FASTLORA_CPU_ENGINE or engine: expected one of {CHOICES}, got {name!r}")
+    reason = None if name == LINEAR else onednn_reason()
+    if reason is not None:
+        raise RuntimeError(f"engine {name!r} was asked for and cannot run: {reason}")
+    return name
+
+
+def _time(candidates: Sequence[str], run: Callable[[str], Tensor]) -> Choice:
+    """Best of a few runs of each candidate, in alternating order; the library's own linear keeps ties."""
+    seconds = dict.fromkeys(candidates, float("inf"))
+    for name in candidates:
+        run(name)
+    for turn in range(_TIMING_ROUNDS):
+        for name in candidates if turn % 2 == 0 else tuple(reversed(candidates)):
+            start = time.perf_counter()
+            run(name)
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    best = min(seconds, key=seconds.__getitem__)
+    if seconds[best] > (1 - _WORTH_CHANGING) * seconds[LINEAR]:
+        best = LINEAR
+    return Choice(best, seconds)
+
+
+# One per process, as a library's own kernel caches are: choices depend on the machine, packed copies on the weights.
+ENGINES = MatmulEngines()
