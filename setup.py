@@ -30,7 +30,7 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno
 # The kernels under csrc/cpu/isa are compiled once per entry and chosen at run time, so no file needs -march=native.
 X86_VARIANTS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
-    "avx2": ["-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
 CUDA_TARGETS = [
     "-gencode=arch=compute_80,code=sm_80",

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .primitives import (
     aligned,
-    block_rank,
     clear,
+    even,
     find_tile,
     keep_mask,
     launch,
@@ -43,11 +43,11 @@ class Projection(NamedTuple):
     scale: float
 
 
-@triton.jit(do_not_specialize=["M", "stride_h"])
+@triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     p_x, p_w, p_bias, p_h, p_b, p_y, p_sums, widths, strides_w, strides_b, strides_y, offsets, ranks, scales,
     M, K, N, stride_x, stride_h, tiles_n,
-    MATMUL: tl.constexpr, BIAS: tl.constexpr, MOMENTS: tl.constexpr, EVEN_K: tl.constexpr, BAND: tl.constexpr,
+    EVEN_R: tl.constexpr, MATMUL: tl.constexpr, BIAS: tl.constexpr, MOMENTS: tl.constexpr, EVEN_K: tl.constexpr, BAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -58,9 +58,9 @@ def linear_kernel(
     m_m, m_n = (o_m < M)[:, None], (o_n < pick(widths, i_entry))[None, :]
     o_row = o_m.to(tl.int64)[:, None]
     # The expand comes first: scaled in fp32 it becomes the start of the accumulator and needs no registers of its own.
-    rank = clear(pick(ranks, i_entry))
-    p_rows_h = p_h + o_row * stride_h + clear(pick(offsets, i_entry))
-    p_rows_b = pick(p_b, i_entry) + o_n.to(tl.int64)[None, :] * clear(pick(strides_b, i_entry))
+    rank = clear(pick(ranks, i_entry), EVEN_R)
+    p_rows_h = p_h + o_row * clear(stride_h[0], EVEN_R) + clear(pick(offsets, i_entry), EVEN_R)
+    p_rows_b = pick(p_b, i_entry) + o_n.to(tl.int64)[None, :] * clear(pick(strides_b, i_entry), EVEN_R)
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r in tl.range(0, rank, BLOCK_R, num_stages=1):
         o_rank = r + tl.arange(0, BLOCK_R)
@@ -110,11 +110,11 @@ def moments_kernel(p_sums, p_out, widths, strides_out, M, N, BLOCK_M: tl.constex
     tl.store(p_tile + pick(strides_out, i_entry), tl.sum(b_square, axis=0), mask=m_n)
 
 
-@triton.jit(do_not_specialize=["M", "stride_dh", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def linear_backward_kernel(
     p_dy, p_w, p_dh, p_a, p_dx, p_seed, widths, strides_dy, strides_w, strides_a, offsets, ends,
     M, K, stride_dh, stride_dx, threshold, keep_scale,
-    SOURCES: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, EVEN_N: tl.constexpr, BAND: tl.constexpr,
+    EVEN_R: tl.constexpr, SOURCES: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, EVEN_N: tl.constexpr, BAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -125,13 +125,13 @@ def linear_backward_kernel(
     o_row = o_m.to(tl.int64)[:, None]
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.static_range(MASKED if MASKED > 0 else 1):
-        first = clear(offsets[i])
-        end = clear(ends[i]) if MASKED > 0 else clear(ends[len(ends) - 1])
+        first = clear(offsets[i], EVEN_R)
+        end = clear(ends[i if MASKED > 0 else len(ends) - 1], EVEN_R)
         b_part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for r in tl.range(first, end, BLOCK_R, num_stages=1):
             o_rank = r + tl.arange(0, BLOCK_R)
             m_rank = o_rank < end
-            b_dh = tl.load(p_dh + o_row * stride_dh + o_rank[None, :], mask=m_m & m_rank[None, :], other=0.0)
+            b_dh = tl.load(p_dh + o_row * clear(stride_dh[0], EVEN_R) + o_rank[None, :], mask=m_m & m_rank[None, :], other=0.0)
             p_rows = stacked_rows(p_a, offsets, strides_a, o_rank, ALIGNED)
             b_a = tl.load(p_rows[:, None] + o_n[None, :], mask=m_n & m_rank[:, None], other=0.0).to(b_dh.dtype)
             b_part = tl.dot(b_dh, b_a, b_part, input_precision=PRECISION)
@@ -153,7 +153,8 @@ def expand(x: Tensor, h: Tensor, projections: Sequence[Projection], matmul: bool
     """Fill (``matmul``) or update every projection's y, and its moments where it has them."""
     M, K = x.shape
     widths = tuple(p.W.shape[0] for p in projections)
-    ranks = [p.B.shape[1] for p in projections]
+    ranks, strides_b = [p.B.shape[1] for p in projections], [p.B.stride(0) for p in projections]
+    offsets = [p.offset for p in projections]
     tiles = tiles or choose_tiles("linear" if matmul else "expand", M, sum(widths), K, max(ranks), x.dtype)
     moments = projections[0].moments is not None
     tiles_m, tiles_n = triton.cdiv(M, tiles.rows), sum(triton.cdiv(width, tiles.columns) for width in widths)
@@ -172,17 +173,18 @@ def expand(x: Tensor, h: Tensor, projections: Sequence[Projection], matmul: bool
         sums,
         widths,
         tuple(p.W.stride(0) for p in projections),
-        opaque([p.B.stride(0) for p in projections]),
+        opaque(strides_b),
         tuple(p.y.stride(0) for p in projections),
-        opaque([p.offset for p in projections]),
+        opaque(offsets),
         opaque(ranks),
         tuple(float(p.scale) for p in projections),
         M,
         K,
         sum(widths),
         x.stride(0),
-        h.stride(0),
+        opaque([h.stride(0)]),
         tiles_n,
+        EVEN_R=even(ranks, strides_b, offsets, [h.stride(0)]),
         MATMUL=matmul,
         BIAS=biased,
         MOMENTS=moments,
@@ -191,7 +193,7 @@ def expand(x: Tensor, h: Tensor, projections: Sequence[Projection], matmul: bool
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.columns,
         BLOCK_K=tiles.depth,
-        BLOCK_R=block_rank(max(ranks), 32),
+        BLOCK_R=16,
         PRECISION=precision(x.dtype),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
@@ -345,10 +347,11 @@ def _launch_backward(dy, W, dh, A, dx, offsets, seed, threshold, keep_scale, til
         opaque(ends),
         M,
         K,
-        dh.stride(0),
+        opaque([dh.stride(0)]),
         dx.stride(0),
         threshold,
         keep_scale,
+        EVEN_R=even(offsets, ends, [dh.stride(0)]),
         SOURCES=len(dy),
         MASKED=0 if seed is None else len(A),
         ALIGNED=aligned(A),
@@ -357,7 +360,7 @@ def _launch_backward(dy, W, dh, A, dx, offsets, seed, threshold, keep_scale, til
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.columns,
         BLOCK_K=tiles.depth,
-        BLOCK_R=block_rank(dh.shape[1] if seed is None else max(a.shape[0] for a in A), 32),
+        BLOCK_R=16,
         PRECISION=precision(dx.dtype),
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -36,6 +36,11 @@ def opaque(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(2 * value + 3 for value in values)
 
 
+def even(*values: Sequence[int]) -> bool:
+    """Whether all are multiples of 8, the width of a 16-byte load of a 16-bit type."""
+    return all(value % 8 == 0 for some in values for value in some)
+
+
 def precision(dtype: torch.dtype) -> str:
     """How ``tl.dot`` treats fp32 operands: as torch's own matmul is told to."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
@@ -57,9 +62,12 @@ def block_rank(ranks: int, largest: int = 64) -> int:
 
 
 @triton.jit
-def clear(value):
-    """The integer that ``opaque`` hid."""
-    return (value - 3) >> 1
+def clear(value, EVEN: tl.constexpr = False):
+    """The integer that ``opaque`` hid; EVEN promises a multiple of 8, for wide loads."""
+    number = (value - 3) >> 1
+    if EVEN:
+        number = tl.multiple_of(number, 8)
+    return number
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from .primitives import (
     aligned,
     block_rank,
     clear,
+    even,
     keep_mask,
     launch,
     opaque,
@@ -25,31 +26,32 @@ from .reduce import reduce_partials
 from .tiling import TileConfig, choose_split, choose_tiles
 
 
-@triton.jit(do_not_specialize=["M", "threshold", "stride_out"])
+@triton.jit(do_not_specialize=["M", "threshold"])
 def shrink_kernel(
     p_x, p_factors, p_out, p_seed, widths, strides_x, strides_factor, offsets, ends, scales,
-    M, stride_out, last, threshold,
-    SHARED: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
+    M, total, threshold,
+    SHARED: tl.constexpr, MASKED: tl.constexpr, EVEN_R: tl.constexpr, ALIGNED: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """SHARED: one x and all factors stacked, rows of the first MASKED factors see their own dropout of x.
 
-    Else factor i multiplies its own x_i, scaled by scales[i]. ``last`` is the number of stacked rows.
+    Else factor i multiplies its own x_i, scaled by scales[i]. ``total`` is the number of columns of h.
     """
     i_split = tl.program_id(2)
+    stride_out = clear(total[0], EVEN_R)
     i_entry = 0 if SHARED else tl.program_id(1) // BLOCKS
     o_block = (tl.program_id(1) % BLOCKS) * BLOCK_R
     if SHARED:
         o_rank = o_block + tl.arange(0, BLOCK_R)
-        m_rank = o_rank < clear(last[0])
+        m_rank = o_rank < stride_out
         p_rows = stacked_rows(p_factors, offsets, strides_factor, o_rank, ALIGNED)
         stride_depth = 1
     else:
         o_own = o_block + tl.arange(0, BLOCK_R)
-        o_rank = clear(pick(offsets, i_entry)) + o_own
-        m_rank = o_rank < clear(pick(ends, i_entry))
+        o_rank = clear(pick(offsets, i_entry), EVEN_R) + o_own
+        m_rank = o_rank < clear(pick(ends, i_entry), EVEN_R)
         p_rows = pick(p_factors, i_entry) + o_own
-        stride_depth = clear(pick(strides_factor, i_entry))
+        stride_depth = clear(pick(strides_factor, i_entry), EVEN_R)
     K = pick(widths, i_entry)
     part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -111,11 +113,11 @@ def _run(x, factors, out, seed, offsets, scales, shared, masked, threshold, tile
         opaque([o + r for o, r in zip(offsets, ranks, strict=True)]),
         tuple(float(s) for s in scales),
         M,
-        total,
         opaque([total]),
         threshold,
         SHARED=shared,
         MASKED=masked,
+        EVEN_R=even([total], offsets, ranks) and (shared or even(strides)),
         ALIGNED=shared and aligned(factors),
         EVEN_K=all(width % tiles.depth == 0 for width in widths),
         SPLIT=split,

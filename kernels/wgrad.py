@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import block_rank, clear, find_tile, keep_mask, launch, opaque, pick, precision, unit_last
+from .primitives import block_rank, clear, even, find_tile, keep_mask, launch, opaque, pick, precision, unit_last
 from .reduce import reduce_partials
 from .tiling import TileConfig, choose_split, choose_tiles
 
@@ -32,25 +32,26 @@ class Product(NamedTuple):
     probe_region: int = 0
 
 
-@triton.jit(do_not_specialize=["M", "rows", "total", "threshold", "first_probe"])
+@triton.jit(do_not_specialize=["M", "rows", "total", "threshold"])
 def wgrad_kernel(
     p_wide, p_skinny, p_partial, p_seed, widths, strides_wide, strides_skinny, firsts, ranks, probes,
     regions, strides_column, strides_rank, probe_regions, masks, M, rows, total, first_probe, threshold,
-    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN_R: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial ``wide^T skinny`` over ``rows`` rows. MASKED projections see their own dropout of wide (masks: their ends)."""
     i_entry, o_first, _ = find_tile(tl.program_id(0), widths, BLOCK_N)
     o_rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    rank, probe = clear(pick(ranks, i_entry)), clear(pick(probes, i_entry))
+    rank, probe = clear(pick(ranks, i_entry), EVEN_R), clear(pick(probes, i_entry), EVEN_R)
     if tl.program_id(1) * BLOCK_R >= rank + probe:
         return
     o_n = o_first + tl.arange(0, BLOCK_N)
     m_n, m_rank = o_n < pick(widths, i_entry), o_rank < rank + probe
-    o_skinny = tl.where(o_rank < rank, clear(pick(firsts, i_entry)) + o_rank, first_probe + o_rank - rank)
+    o_skinny = clear(pick(firsts, i_entry), EVEN_R) + o_rank
+    o_skinny = tl.where(o_rank < rank, o_skinny, clear(first_probe[0], EVEN_R) + o_rank - rank)
     p_columns = pick(p_wide, i_entry) + o_n[None, :]
     p_ranks = pick(p_skinny, i_entry) + o_skinny[None, :]
-    stride_wide, stride_skinny = pick(strides_wide, i_entry), clear(pick(strides_skinny, i_entry))
+    stride_wide, stride_skinny = pick(strides_wide, i_entry), clear(pick(strides_skinny, i_entry), EVEN_R)
     first = tl.program_id(2) * rows
     b_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for m in tl.range(first, tl.minimum(first + rows, M), BLOCK_M):
@@ -84,6 +85,8 @@ def _run(products, partial, rows, first_probe, seed, masks, threshold, tiles):
     widths = tuple(p.wide.shape[1] for p in products)
     widest = max(p.ranks + p.probes for p in products)
     block = block_rank(widest)
+    numbers = [number for p in products for number in (p.first, p.ranks, p.probes)]
+    strides_skinny = [p.skinny.stride(0) for p in products]
     launch(
         wgrad_kernel,
         (sum(triton.cdiv(w, tiles.columns) for w in widths), triton.cdiv(widest, block), partial.shape[0]),
@@ -93,7 +96,7 @@ def _run(products, partial, rows, first_probe, seed, masks, threshold, tiles):
         products[0].wide if seed is None else seed,
         widths,
         tuple(p.wide.stride(0) for p in products),
-        opaque([p.skinny.stride(0) for p in products]),
+        opaque(strides_skinny),
         opaque([p.first for p in products]),
         opaque([p.ranks for p in products]),
         opaque([p.probes for p in products]),
@@ -105,8 +108,9 @@ def _run(products, partial, rows, first_probe, seed, masks, threshold, tiles):
         M,
         rows,
         partial.shape[1],
-        first_probe,
+        opaque([first_probe]),
         threshold,
+        EVEN_R=even(numbers, strides_skinny, [first_probe]),
         MASKED=0 if seed is None else len(masks) - 1,
         BLOCK_M=tiles.depth,
         BLOCK_N=tiles.columns,

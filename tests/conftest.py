@@ -26,6 +26,12 @@ def build() -> Callable[[str], nn.Module]:
     return lambda name: copy.deepcopy(built(name))
 
 
+@pytest.fixture
+def library_matmul(monkeypatch) -> None:
+    """F.linear as the matmul: with another engine outputs equal the base's up to rounding only."""
+    monkeypatch.setenv("FASTLORA_CPU_ENGINE", "linear")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -128,6 +128,7 @@ PLAIN = [
     ("scale", made(scale="rank"), "scale: expected one of"),
     ("init", made(init_lora_weights="pissa"), "init_lora_weights: expected one of .*, got 'pissa'"),
     ("split", made(split_qkv="yes"), "split_qkv: expected one of"),
+    ("prepack", made(prepack="yes"), "prepack: expected one of .*, got 'yes'"),
     ("backend", made(backend="cuda"), "backend: expected one of .*'reference'.*, got 'cuda'"),
     ("adapter_dtype", made(adapter_dtype=torch.int8), "adapter_dtype: expected a floating torch.dtype, got torch.int8"),
     (

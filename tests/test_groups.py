@@ -87,7 +87,7 @@ class TestTogether:
         model.attn(x)
         torch.testing.assert_close(y[1], y[2])
 
-    def test_at_initialisation_bit_for_bit(self, x):
+    def test_at_initialisation_bit_for_bit(self, x, library_matmul):
         base = Attention()
         model = nn.Sequential()
         model.add_module("attn", copy.deepcopy(base))
@@ -348,20 +348,23 @@ class TestLifetime:
             return mix(self, q, k, self.v_proj(x))
 
         model = adapted(body)
-        inputs, results = [torch.randn(3, D), torch.randn(4, D)], {}
+        inputs, results, done = [torch.randn(3, D), torch.randn(4, D)], {}, set()
 
         def work(i):
-            results[i] = [model.attn(inputs[i]).detach() for _ in range(5)]
+            with CountOps() as count:
+                results[i] = [model.attn(inputs[i]).detach() for _ in range(5)]
+            assert count.calls == [(D, KV, KV)] * 5
+            done.add(i)
 
         threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        assert done == {0, 1}
         alone = ungrouped(model)
         alone.attn.body = plain
         for i in range(2):
-            assert len(results[i]) == 5
             for y in results[i]:
                 torch.testing.assert_close(y, alone.attn(inputs[i]))
         assert not model.attn.q_proj.group._visits

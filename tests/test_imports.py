@@ -20,9 +20,10 @@ KERNELS = PACKAGE / "kernels" if (PACKAGE / "kernels").is_dir() else PACKAGE.par
 # Bottom to top. A module imports from layers below its own, or from its own.
 LAYERS = (
     ("reference",),
-    ("native", "_layout", "triton_backend"),
+    ("native", "_layout", "engines", "triton_backend"),
     ("backends",),
     ("_ops",),
+    ("frozen_op",),
     ("functional",),
     ("factors", "config"),
     ("nn",),
@@ -151,6 +152,14 @@ def test_relative_imports_are_resolved(tmp_path):
     assert imported(path, "nn.linear", "fastlora") == {
         "fastlora.config.LoraConfig", "fastlora.nn.qkv", "fastlora.native", "timm"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] not in LAYERS[-1]])
+def test_only_hard_dependencies_at_the_top_of_a_module(name):
+    tree = ast.parse(MODULES[name].read_text())
+    names = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in tree.body if isinstance(n, ast.ImportFrom) and not n.level}
+    assert {n.split(".")[0] for n in names} <= {"torch", "safetensors", "packaging", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("name", PURE)

@@ -37,7 +37,7 @@ def test_roles(build, name, role):
 
 
 @EVERY
-def test_outputs_at_first_are_the_base_s_bit_for_bit(build, name):
+def test_outputs_at_first_are_the_base_s_bit_for_bit(build, name, library_matmul):
     base, run = build(name), FAMILIES[name].run
     model = fastlora.inject(copy.deepcopy(base), config(target_modules="all-linear"))
     base.train(), model.train()

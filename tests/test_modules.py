@@ -137,7 +137,7 @@ def test_scaling(rslora, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(33, K), (3, 11, K)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_at_initialisation_outputs_are_the_base_s_bit_for_bit(dtype, shape, bias):
+def test_at_initialisation_outputs_are_the_base_s_bit_for_bit(dtype, shape, bias, library_matmul):
     layer = fastlora.nn.Linear(K, N, bias=bias, dtype=dtype, r=R)
     x = torch.randn(shape).to(dtype)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))

@@ -50,8 +50,20 @@ inline void check_matrix(const Tensor& tensor, const char* name) {
 }
 
 inline void check_dtype(ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name, " has dtype ", dtype,
-                  "; the CPU operators take Float and BFloat16");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
+                  " has dtype ", dtype, "; the CPU operators take Float, BFloat16 and Half");
+}
+
+// Calls f with a value of the C++ type of a checked dtype; only its type is of interest.
+template <class F>
+void with_type(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Float) {
+    f(float{});
+  } else if (dtype == ScalarType::BFloat16) {
+    f(bf16{});
+  } else {
+    f(fp16{});
+  }
 }
 
 inline void check_same_dtype(ScalarType dtype, const char* name, ScalarType expected, const char* other) {
@@ -88,37 +100,19 @@ inline Tensor new_tensor(std::initializer_list<int64_t> sizes, ScalarType dtype,
 
 // fp32 view of rows of a matrix: the data itself, or a widened copy in the scratch memory.
 inline const float* rows_as_float(const float* from, int64_t, int64_t, int64_t, float*) { return from; }
-inline const float* rows_as_float(const bf16* from, int64_t stride, int64_t rows, int64_t columns, float* scratch) {
-  for (int64_t m = 0; m < rows; ++m) kernels().of<bf16>().widen(from + m * stride, scratch + m * columns, columns);
+template <class T>
+const float* rows_as_float(const T* from, int64_t stride, int64_t rows, int64_t columns, float* scratch) {
+  if (stride == columns) {
+    kernels().of<T>().widen(from, scratch, rows * columns);
+  } else {
+    for (int64_t m = 0; m < rows; ++m) kernels().of<T>().widen(from + m * stride, scratch + m * columns, columns);
+  }
   return scratch;
 }
 template <class T>
 int64_t float_stride(int64_t stride, int64_t columns) {
   return std::is_same_v<T, float> ? stride : columns;
 }
-
-// Reads one element of a matrix of any strides as fp32.
-class Reader {
- public:
-  explicit Reader(const Tensor& tensor)
-      : data_(tensor.const_data_ptr()),
-        row_(tensor.stride(0)),
-        column_(tensor.stride(1)),
-        wide_(tensor.scalar_type() == ScalarType::Float) {}
-  float operator()(int64_t i, int64_t j) const {
-    const int64_t at = i * row_ + j * column_;
-    if (wide_) return static_cast<const float*>(data_)[at];
-    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data_)[at]) << 16;
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-
- private:
-  const void* data_;
-  int64_t row_, column_;
-  bool wide_;
-};
 
 // Static split of rows into parts. It depends only on the shape and the thread count, so that results repeat bit by
 // bit.

@@ -36,7 +36,10 @@ const Kernels& choose() {
   }
 #endif
 #ifdef FASTLORA_WITH_AVX2
-  if (limit != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::table;
+  if (limit != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return avx2::table;
+  }
 #endif
   return portable::table;
 }

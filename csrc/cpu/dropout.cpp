@@ -31,11 +31,10 @@ Tensor dropout(const Tensor& x_, const Tensor& seed, int64_t projection, double 
   mask.projection = static_cast<uint32_t>(projection);
   mask.threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 4294967296.0), 4294967295.0));
   mask.scale = static_cast<float>(1.0 / (1.0 - p));
-  if (x.dtype == ScalarType::Float) {
-    run<float>(x, static_cast<float*>(result.mutable_data_ptr()), mask);
-  } else {
-    run<bf16>(x, static_cast<bf16*>(result.mutable_data_ptr()), mask);
-  }
+  with_type(x.dtype, [&](auto type) {
+    using T = decltype(type);
+    run<T>(x, static_cast<T*>(result.mutable_data_ptr()), mask);
+  });
   return result;
 }
 

@@ -1,5 +1,6 @@
 // y[:, columns_i] += scale_i h[:, ranks_i] B_i^T, in place
 #include "cpu/common.h"
+#include "cpu/pack.h"
 
 namespace fastlora {
 namespace {
@@ -38,20 +39,6 @@ Projection check_projection(const Tensor& factor, int64_t offset, int64_t column
   return it;
 }
 
-void pack(const Tensor& factor, float scale, const Projection& it, float* out) {
-  const Reader read(factor);
-  // Read along the unit stride: the factor is often B transposed.
-  if (factor.stride(0) < factor.stride(1)) {
-    for (int64_t n = 0; n < it.columns; ++n) {
-      for (int64_t r = 0; r < it.rank; ++r) out[r * it.columns + n] = scale * read(r, n);
-    }
-  } else {
-    for (int64_t r = 0; r < it.rank; ++r) {
-      for (int64_t n = 0; n < it.columns; ++n) out[r * it.columns + n] = scale * read(r, n);
-    }
-  }
-}
-
 Expansion prepare(const Tensor& y, int64_t total_rank, const std::vector<Tensor>& factors,
                   const std::vector<int64_t>& offsets, const std::vector<int64_t>& columns,
                   const std::vector<double>& scales) {
@@ -67,9 +54,7 @@ Expansion prepare(const Tensor& y, int64_t total_rank, const std::vector<Tensor>
   out.packed = Scratch<float>(size);
   for (size_t i = 0; i < factors.size(); ++i) {
     const Projection& it = out.projections[i];
-    if (it.rank > 0 && it.columns > 0) {
-      pack(factors[i], static_cast<float>(scales[i]), it, out.packed.get() + it.packed);
-    }
+    pack(factors[i], static_cast<float>(scales[i]), factors[i].scalar_type(), out.packed.get() + it.packed);
   }
   return out;
 }
@@ -118,13 +103,14 @@ Tensor expand_(Tensor y, const Tensor& h_, const std::vector<Tensor>& factors, c
   double* sums = moments ? static_cast<double*>(result.mutable_data_ptr()) : nullptr;
   void* data = y.mutable_data_ptr();
   if (h.rows == 0 || width == 0) return result;
-  if (dtype == ScalarType::Float) {
-    run<float, float>(static_cast<float*>(data), y.stride(0), width, h, expansion, sums, width);
-  } else if (h.dtype == ScalarType::Float) {
-    run<bf16, float>(static_cast<bf16*>(data), y.stride(0), width, h, expansion, sums, width);
-  } else {
-    run<bf16, bf16>(static_cast<bf16*>(data), y.stride(0), width, h, expansion, sums, width);
-  }
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    if (h.dtype == ScalarType::Float) {
+      run<T, float>(static_cast<T*>(data), y.stride(0), width, h, expansion, sums, width);
+    } else {
+      run<T, T>(static_cast<T*>(data), y.stride(0), width, h, expansion, sums, width);
+    }
+  });
   return result;
 }
 

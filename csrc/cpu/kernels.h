@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cpu/bf16.h"
+#include "cpu/floats.h"
 
 namespace fastlora {
 
@@ -38,13 +38,16 @@ struct Kernels {
                 float* g, int64_t ldg);
   TypedKernels<float> of_float;
   TypedKernels<bf16> of_bf16;
+  TypedKernels<fp16> of_fp16;
 
   template <class T>
   const TypedKernels<T>& of() const {
     if constexpr (std::is_same_v<T, float>) {
       return of_float;
-    } else {
+    } else if constexpr (std::is_same_v<T, bf16>) {
       return of_bf16;
+    } else {
+      return of_fp16;
     }
   }
 };

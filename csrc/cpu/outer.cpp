@@ -33,13 +33,14 @@ Tensor outer(const Tensor& d_, const Tensor& x_) {
                   "; accepted: the dtype of x, or Float");
   Tensor result = new_tensor({d.columns, x.columns}, ScalarType::Float);
   float* out = static_cast<float*>(result.mutable_data_ptr());
-  if (x.dtype == ScalarType::Float) {
-    run<float, float>(d, x, out);
-  } else if (d.dtype == ScalarType::Float) {
-    run<float, bf16>(d, x, out);
-  } else {
-    run<bf16, bf16>(d, x, out);
-  }
+  with_type(x.dtype, [&](auto type) {
+    using X = decltype(type);
+    if (d.dtype == ScalarType::Float) {
+      run<float, X>(d, x, out);
+    } else {
+      run<X, X>(d, x, out);
+    }
+  });
   return result;
 }
 

@@ -30,13 +30,13 @@ Tensor shrink(const Tensor& x_, const Tensor& A_) {
   STD_TORCH_CHECK(A.columns == x.columns, "A has ", A.columns, " columns, but x has ", x.columns, " (in_features)");
   Tensor h = new_tensor({x.rows, A.rows}, x.dtype);
   if (x.rows == 0 || A.rows == 0) return h;
-  if (x.dtype == ScalarType::Float) {
-    run<float>(x, A.data<float>(), A.stride, A.rows, static_cast<float*>(h.mutable_data_ptr()));
-  } else {
-    const Scratch<float> wide(A.rows * A.columns);
-    rows_as_float(A.data<bf16>(), A.stride, A.rows, A.columns, wide.get());
-    run<bf16>(x, wide.get(), A.columns, A.rows, static_cast<bf16*>(h.mutable_data_ptr()));
-  }
+  with_type(x.dtype, [&](auto type) {
+    using T = decltype(type);
+    const bool narrow = !std::is_same_v<T, float>;
+    const Scratch<float> wide(narrow ? A.rows * A.columns : 0);
+    const float* a = rows_as_float(A.data<T>(), A.stride, A.rows, A.columns, wide.get());
+    run<T>(x, a, float_stride<T>(A.stride, A.columns), A.rows, static_cast<T*>(h.mutable_data_ptr()));
+  });
   return h;
 }
 

@@ -1,6 +1,7 @@
 // Gradients of the adapters in one pass over row blocks, while dy and x are in cache:
 // dh_i = scale_i dy_i B_i    dB_i = scale_i dy_i^T h_i    Q_i = dy_i^T h[:, rank:]    dA = dh^T x
 #include "cpu/common.h"
+#include "cpu/pack.h"
 
 namespace fastlora {
 namespace {
@@ -63,21 +64,9 @@ Problem prepare(const Tensor& x, const std::vector<Tensor>& dy, const Tensor& h,
   out.factors = Scratch<float>(packed);
   for (size_t i = 0; i < dy.size(); ++i) {
     const Projection& it = out.projections[i];
-    const Reader read(B[i]);
-    float* to = out.factors.get() + it.factor;
-    for (int64_t n = 0; n < it.dy.columns; ++n) {
-      for (int64_t r = 0; r < it.rank; ++r) to[r * it.dy.columns + n] = it.scale * read(n, r);
-    }
+    pack(torch::stable::transpose(B[i], 0, 1), it.scale, B[i].scalar_type(), out.factors.get() + it.factor);
   }
   return out;
-}
-
-// Columns of h that projection i meets, side by side: its own ranks, then the probes.
-void gather(const float* h, int64_t ldh, int64_t rows, const Projection& it, int64_t rank, int64_t probes, float* out) {
-  for (int64_t m = 0; m < rows; ++m, h += ldh) {
-    for (int64_t r = 0; r < it.rank; ++r) *out++ = h[it.offset + r];
-    for (int64_t r = 0; r < probes; ++r) *out++ = h[rank + r];
-  }
 }
 
 template <class T>
@@ -96,7 +85,7 @@ void run_part(const Problem& problem, int64_t begin, int64_t end, float* dh, flo
       const float* dy = rows_as_float(it.dy.data<T>() + m * it.dy.stride, it.dy.stride, rows, columns, wide.get());
       kernels().dot(dy, stride, rows, problem.factors.get() + it.factor, columns, it.rank, columns,
                     dh + m * rank + it.offset, rank);
-      gather(h_rows, float_stride<T>(h.stride, width), rows, it, rank, probes, met.get());
+      gather(h_rows, float_stride<T>(h.stride, width), rows, it.offset, it.rank, rank, probes, met.get());
       kernels().outer(met.get(), it.rank + probes, it.rank + probes, dy, stride, rows, columns, sums + it.gradient,
                       columns);
     }
@@ -105,13 +94,6 @@ void run_part(const Problem& problem, int64_t begin, int64_t end, float* dh, flo
       kernels().outer(dh + m * rank, rank, rank, data, float_stride<T>(x.stride, depth), rows, depth,
                       sums + problem.gradients, depth);
     }
-  }
-}
-
-// to[n, r] = scale * from[r, n]
-void transpose(const float* from, int64_t rank, int64_t columns, float scale, float* to) {
-  for (int64_t n = 0; n < columns; ++n) {
-    for (int64_t r = 0; r < rank; ++r) to[n * rank + r] = scale * from[r * columns + n];
   }
 }
 
@@ -136,11 +118,7 @@ Result wgrad(const Tensor& x, const std::vector<Tensor>& dy, const Tensor& h, co
   std::fill_n(sums.get(), parts.count * size, 0.0f);
   parts.run([&](int64_t part, int64_t begin, int64_t end) {
     float* mine = sums.get() + part * size;
-    if (problem.x.dtype == ScalarType::Float) {
-      run_part<float>(problem, begin, end, dh_data, mine);
-    } else {
-      run_part<bf16>(problem, begin, end, dh_data, mine);
-    }
+    with_type(problem.x.dtype, [&](auto type) { run_part<decltype(type)>(problem, begin, end, dh_data, mine); });
   });
   add_parts(sums.get(), size, parts.count);
   std::vector<Tensor> dB, Q;

@@ -28,7 +28,7 @@ class Settings:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    threads: int = 2
+    threads: int = 1
     width: int = 48
     depth: int = 6
     heads: int = 3

@@ -101,17 +101,17 @@ MUTATIONS = {
     "shrink: parts overlap": ("shrink", "tl.range(i_split * part,", "tl.range(0,", off_shrink, 0.0),
     "shrink: one mask for all": ("shrink", "keep_mask(seed, i, o_m", "keep_mask(seed, 0, o_m", off_shrink, 0.3),
     "shrink: probes see dropout": ("shrink", "(o_rank >= clear(ends[MASKED - 1]))[None", "(o_rank < 0)[None", off_shrink, 0.3),
-    "dh: ranks of a neighbour": ("shrink", "clear(pick(offsets, i_entry)) + o_own", "o_own", off_shrink_backward, 0.0),
+    "dh: ranks of a neighbour": ("shrink", "clear(pick(offsets, i_entry), EVEN_R) + o_own", "o_own", off_shrink_backward, 0.0),
     "dh: no scale": ("shrink", "b_acc *= pick(scales, i_entry)", "b_acc *= 1.0", off_shrink_backward, 0.0),
-    "linear: no mask past the rank": ("linear", "m_m & (o_rank < rank)[None, :]", "m_m", off_linear, 0.0),
+    "linear: h of the first": ("linear", "+ clear(pick(offsets, i_entry), EVEN_R)", "", off_linear, 0.0),
     "linear: bias of the first": ("linear", "tl.load(pick(p_bias, i_entry)", "tl.load(p_bias[0]", off_linear, 0.0),
     "linear: moments of padding": ("linear", "tl.where(m_m, b_seen - ", "tl.where(m_n, b_seen - ", off_linear, 0.0),
     "linear: accumulator lost": ("linear", "b_acc = matmul_loop(b_acc, p_x", "b_acc = matmul_loop(b_acc * 0.0, p_x", off_linear, 0.0),
     "dx: one source less": ("linear", "tl.static_range(SOURCES)", "tl.static_range(SOURCES - 1)", off_linear_backward, 0.0),
     "wgrad: last rows lost": ("wgrad", "tl.minimum(first + rows, M)", "tl.minimum(first + rows, M - 1) // 16 * 16", off_wgrad, 0.0),
-    "wgrad: probe of a neighbour": ("wgrad", "first_probe + o_rank - rank", "first_probe + o_rank", off_wgrad, 0.0),
+    "wgrad: probe of a neighbour": ("wgrad", "clear(first_probe[0], EVEN_R) + o_rank - rank", "clear(first_probe[0], EVEN_R) + o_rank", off_wgrad, 0.0),
     "wgrad: partials overwritten": ("wgrad", "tl.program_id(2).to(tl.int64) * total", "0 * total", off_wgrad, 0.0),
-    "gradstat: run boundary": ("gradstat", "(o_m < count) & m_n", "m_n", off_gradstat, 0.0),
+    "gradstat: run boundary": ("gradstat", "(last - first).to", "(last - first - 1).to", off_gradstat, 0.0),
 }  # fmt: skip
 
 

@@ -69,5 +69,6 @@ void dropout(const T* x, T* out, int64_t columns, const DropoutRow& row) {
 
 template void dropout<float>(const float*, float*, int64_t, const DropoutRow&);
 template void dropout<bf16>(const bf16*, bf16*, int64_t, const DropoutRow&);
+template void dropout<fp16>(const fp16*, fp16*, int64_t, const DropoutRow&);
 
 }  // namespace fastlora::FASTLORA_ISA

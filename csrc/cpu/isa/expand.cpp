@@ -141,5 +141,6 @@ void narrow(const float* from, T* to, int64_t count) {
   template void narrow<T>(const float*, T*, int64_t);
 FASTLORA_INSTANTIATE(float)
 FASTLORA_INSTANTIATE(bf16)
+FASTLORA_INSTANTIATE(fp16)
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -12,6 +12,7 @@ const Kernels table = {
     outer,
     {expand<float>, moments<float>, dropout<float>, widen<float>, narrow<float>},
     {expand<bf16>, moments<bf16>, dropout<bf16>, widen<bf16>, narrow<bf16>},
+    {expand<fp16>, moments<fp16>, dropout<fp16>, widen<fp16>, narrow<fp16>},
 };
 
 }  // namespace fastlora::FASTLORA_ISA

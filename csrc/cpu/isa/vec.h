@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/bf16.h"
+#include "cpu/floats.h"
 
 #ifndef FASTLORA_ISA
 #error "FASTLORA_ISA names the instruction set, see setup.py"
@@ -67,6 +67,82 @@ FASTLORA_INLINE void store(bf16* p, Vec v) {
   __builtin_memcpy(p, &u, sizeof u);
 }
 
+// Bits of a float16 to and from fp32, by hand where the target has no instruction for it. Subnormals go through an
+// addition that lets the adder normalise, or round, them.
+FASTLORA_INLINE float widen_bits(uint16_t bits) {
+  constexpr uint32_t kExponent = 0x7c00u << 13, kMagic = 113u << 23;
+  uint32_t u = (bits & 0x7fffu) << 13;
+  const uint32_t exponent = u & kExponent;
+  u += 112u << 23;
+  float value;
+  if (exponent == kExponent) u += 112u << 23;
+  if (exponent == 0) {
+    u += 1u << 23;
+    float magic;
+    __builtin_memcpy(&value, &u, sizeof value);
+    __builtin_memcpy(&magic, &kMagic, sizeof magic);
+    value -= magic;
+    __builtin_memcpy(&u, &value, sizeof u);
+  }
+  u |= (bits & 0x8000u) << 16;
+  __builtin_memcpy(&value, &u, sizeof value);
+  return value;
+}
+
+FASTLORA_INLINE uint16_t narrow_bits(float value) {
+  constexpr uint32_t kInfinity = 255u << 23, kTooLarge = 143u << 23, kSmallestNormal = 113u << 23;
+  uint32_t u;
+  __builtin_memcpy(&u, &value, sizeof u);
+  const uint32_t sign = u & 0x80000000u;
+  u ^= sign;
+  if (u >= kTooLarge) {
+    u = u > kInfinity ? 0x7e00u : 0x7c00u;
+  } else if (u < kSmallestNormal) {
+    __builtin_memcpy(&value, &u, sizeof value);
+    value += 0.5f;
+    __builtin_memcpy(&u, &value, sizeof u);
+    u -= 126u << 23;
+  } else {
+    u = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  }
+  return static_cast<uint16_t>(u | (sign >> 16));
+}
+
+FASTLORA_INLINE Vec widen_half(VecU16 u) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps((__m256i)u);
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps((__m128i)u);
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = widen_bits(u[i]);
+  return v;
+#endif
+}
+
+FASTLORA_INLINE VecU16 narrow_half(Vec v) {
+#if defined(__AVX512F__)
+  return (VecU16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (VecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  VecU16 u;
+  for (int i = 0; i < kWidth; ++i) u[i] = narrow_bits(v[i]);
+  return u;
+#endif
+}
+
+FASTLORA_INLINE Vec load(const fp16* p) {
+  VecU16 u;
+  __builtin_memcpy(&u, p, sizeof u);
+  return widen_half(u);
+}
+
+FASTLORA_INLINE void store(fp16* p, Vec v) {
+  const VecU16 u = narrow_half(v);
+  __builtin_memcpy(p, &u, sizeof u);
+}
+
 // Partial vectors: the first count elements, the others read as zero and are not written.
 #if defined(__AVX512F__)
 FASTLORA_INLINE Vec load(const float* p, int count) {
@@ -81,6 +157,12 @@ FASTLORA_INLINE Vec load(const bf16* p, int count) {
 }
 FASTLORA_INLINE void store(bf16* p, Vec v, int count) {
   _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), (__m256i)round_to_bf16(v));
+}
+FASTLORA_INLINE Vec load(const fp16* p, int count) {
+  return widen_half((VecU16)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p));
+}
+FASTLORA_INLINE void store(fp16* p, Vec v, int count) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), (__m256i)narrow_half(v));
 }
 #else
 template <class T>
