@@ -33,7 +33,7 @@ def _forward_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, en
     chosen, _ = choose(backend, x.device, x.dtype)
     layout = group_layout(W, B)
     h = chosen.shrink(_rows(x), A, P, seed, p)
-    if sign is not None:
+    if sign is not None and h.numel():
         probe = h.view(sign.shape[0], -1, h.shape[1]).narrow(2, layout.rank, sign.shape[1])
         probe.mul_(sign.to(h.dtype).unsqueeze(1))
     outputs, moments = chosen.linear(x, W, bias, h, B, layout, scale, bool(V), engine)

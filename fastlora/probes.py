@@ -69,13 +69,32 @@ def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int)
     return signs(seed, *words, samples * probes).view(samples, probes)
 
 
+# Seconds of a statistic's fixed cost per operator call and of one operation on one core, each within a factor of two
+# (benchmarks/bench_layer.py, S4 and S1): they only decide which layers are too small to be sampled at every step.
+_FIXED_SECONDS, _FLOP_SECONDS = 60e-6, 1e-11
+_MOST_STEPS = 16
+
+
+def sampling_interval(rows: int, in_features: int, out_features: int, probes: int) -> int:
+    """Every how many steps a group is sampled so that probes cost at most 1 % of its own forward and backward.
+
+    ``cost = fixed + 2 M k (K + ΣN)`` operations against ``6 M K ΣN``.
+    """
+    step = 6 * rows * in_features * out_features * _FLOP_SECONDS
+    cost = _FIXED_SECONDS + 2 * rows * probes * (in_features + out_features) * _FLOP_SECONDS
+    return max(1, min(_MOST_STEPS, round(cost / (0.01 * step)))) if step else 1
+
+
 class LayerProbe:
     """The statistics side of one adapted layer; the layer asks it for operands and hands it its output."""
 
     def __init__(self, layer: Any, kinds: frozenset[str], estimator: str, owner: Any):
         self.slices: Mapping[str, int] = layer.slices
+        self.width = layer.out_features
         self.owner = owner
         self.exact = estimator == "exact" and bool(kinds - {"act_var"})
+        self.every: int | None = owner.every  # None: decided by the first forward
+        self.live = True  # whether this step is sampled
         self.P: Tensor | None = None
         self.Z: dict[str, Tensor] = {}
         self.V: Tensor | None = None
@@ -92,6 +111,13 @@ class LayerProbe:
     def operands(self, probes: Sequence[LayerProbe], x: Tensor) -> dict[str, Any]:
         """Extra operands of the operator for layers that run together on ``x``."""
         if not torch.is_grad_enabled():
+            return {}
+        if self.every is None and not torch.compiler.is_compiling():
+            width = sum(probe.width for probe in probes)
+            interval = sampling_interval(x.shape[:-1].numel(), x.shape[-1], width, self.owner.probes)
+            for probe in probes:
+                probe.every = interval
+        if not self.live:
             return {}
         found: dict[str, Any] = {}
         if self.Z:
@@ -110,7 +136,9 @@ class LayerProbe:
             raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
         return _Tap.apply(y, x, self.taken, self.owner.micro)
 
-    def clear(self) -> None:
+    def advance(self, step: int) -> None:
+        """Forget what was taken and get ready for an optimiser step."""
+        self.live = self.every is None or step % self.every == 0
         self.taken.clear()
         for leaf in (*self.Z.values(), *([] if self.V is None else [self.V])):
             leaf.grad = None
@@ -137,7 +165,7 @@ def by_sample(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
     for c in taken:
         if c.x.dim() > 1 and c.x.shape[0] != samples:
             raise RuntimeError(f"fisher: calls of one layer saw {samples} and {c.x.shape[0]} samples in dimension 0")
-    x = torch.cat([c.x.reshape(samples, -1, c.x.shape[-1]) for c in taken], dim=1)
-    dy = torch.cat([c.dy.reshape(samples, -1, c.dy.shape[-1]).to(x.dtype) for c in taken], dim=1)
-    tokens = x.shape[1]
-    return x.flatten(0, 1), dy.flatten(0, 1), [tokens * i for i in range(samples + 1)]
+    tokens = [c.x.shape[1:-1].numel() for c in taken]
+    x = torch.cat([c.x.reshape(samples, t, c.x.shape[-1]) for c, t in zip(taken, tokens, strict=True)], dim=1)
+    dy = torch.cat([c.dy.reshape(samples, t, c.dy.shape[-1]) for c, t in zip(taken, tokens, strict=True)], dim=1)
+    return x.flatten(0, 1), dy.flatten(0, 1).to(x.dtype), [sum(tokens) * i for i in range(samples + 1)]

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .backends import choose
-from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
+from .covariance import COVARIANCES, Covariances
+from .nn.linear import DEFAULT, Linear, matrix_key
 from .penalty import delta_penalty, importance_weights
 from .probes import LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
 from .scores import Scores
+from .tracking_checks import checked, checked_kinds, checked_layers, checked_probes, positive, refuse_windows
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("grad_sq", "fisher", "grad_abs", "act_var")
 _STEPS_BEFORE_WARNING = 3
 
 
@@ -30,44 +31,53 @@ def track(
     statistics: Sequence[str] = ("grad_sq",),
     seed: int = 0,
     loss_reduction: str = "mean",
+    every: int | str = "auto",
 ) -> Tracker:
     r"""Follow statistics of the weights that adapters leave frozen; use with ``with`` or call ``close``.
 
     .. math:: F \leftarrow \beta F + (1 - \beta) f,\quad \text{probe: } f = \lVert G_W P^\top \rVert_F^2 / k,\quad
               \text{exact: } f = \lVert G_W \rVert_F^2,\quad G_W = dy^\top x
 
-    - ``statistics``: any of ``"grad_sq"`` or ``"fisher"`` (one of the two under ``probe``), ``"grad_abs"`` (``exact``
-      only), ``"act_var"``. Units: of the loss that was backpropagated, squared for grad_sq and fisher.
+    - ``statistics``: any of ``"grad_sq"`` or ``"fisher"`` (one of the two under ``probe``), ``"act_var"``; ``exact`` also
+      takes ``"grad_abs"`` and the matrices ``"act_cov"``, ``"grad_cov"`` (see ``covariances``). Units: of the loss that
+      was backpropagated, squared for grad_sq and fisher.
     - ``probes``: k, ``"auto"`` is 8 on CUDA and 4 elsewhere; P is redrawn at every step from ``(seed, step, layer)``.
     - ``ema``: β, bias-corrected per matrix; None takes the plain mean. ``warmup``: step at which importance is frozen
       for ``penalty`` and tracking stops. ``loss_reduction``: how ``fisher`` undoes the loss's mean over samples.
+    - ``every``: sample each n-th step; ``"auto"`` does so on layers so small that probes would cost over 1 % of their
+      step (``explain`` shows n). Averages are over the sampled steps, so estimates stay unbiased.
     - ``exact`` keeps x and dy of every layer until ``step``; several backward passes count as one gradient.
 
     Padding tokens count in ``act_var``. Raises ``ValueError`` naming the argument.
     """
-    return Tracker(model, estimator, probes, ema, warmup, statistics, seed, loss_reduction)
+    return Tracker(model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every)
 
 
 class Tracker:
     """See :func:`track`."""
 
-    def __init__(self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction):
-        self.layers = _tracked_layers(model)
-        self.estimator = _checked("estimator", estimator, ("probe", "exact"))
-        self.loss_reduction = _checked("loss_reduction", loss_reduction, ("mean", "sum"))
-        self.kinds = _checked_kinds(statistics, estimator)
+    def __init__(self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every):
+        self.layers = checked_layers(model)
+        self.estimator = checked("estimator", estimator, ("probe", "exact"))
+        self.loss_reduction = checked("loss_reduction", loss_reduction, ("mean", "sum"))
+        kinds = checked_kinds(statistics, estimator)
+        self.kinds = tuple(kind for kind in kinds if kind not in COVARIANCES)
+        self._covariances = Covariances([kind for kind in kinds if kind in COVARIANCES])
         self.per_sample = "fisher" in self.kinds
         self.device = next(iter(self.layers.values())).weight.device
-        self.probes = _checked_probes(probes, self.device)
+        self.probes = checked_probes(probes, self.device)
         if ema is not None and not 0.0 <= ema < 1.0:
             raise ValueError(f"ema: expected a number in [0, 1) or None, got {ema!r}")
-        if warmup is not None and (isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 1):
-            raise ValueError(f"warmup: expected a positive number of steps or None, got {warmup!r}")
+        if warmup is not None:
+            positive("warmup", warmup, "a positive number of steps or None")
+        if every != "auto":
+            positive("every", every, "'auto' or a positive number of steps")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seed: expected an integer, got {seed!r}")
         if self.per_sample:
-            _refuse_windows(model, self.layers)
+            refuse_windows(model, self.layers)
         self.ema, self.warmup, self.seed = ema, warmup, seed
+        self.every = (1 if estimator == "exact" or self.device.type != "cpu" else None) if every == "auto" else every
         self.steps, self.micro, self.importance = 0, 0, None
         self.matrices = [(path, name) for path, layer in self.layers.items() for name in layer.slices]
         self.keys = [matrix_key(path, name) for path, name in self.matrices]
@@ -84,7 +94,7 @@ class Tracker:
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
-        kinds = frozenset(self.kinds)
+        kinds = frozenset((*self.kinds, *self._covariances.kinds))
         groups: dict[int, list[Linear]] = {}
         for layer in self.layers.values():
             layer.probe = LayerProbe(layer, kinds, self.estimator, self)
@@ -139,13 +149,15 @@ class Tracker:
             return
         values, seen = self._gather()
         inverse = _inverse_scale(scaler, self.device)
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        taken = {path: layer.probe.taken for path, layer in self.layers.items()} if self._covariances.kinds else {}
+        finite = self._covariances.finite(taken, self.device)
         for kind in self.kinds:
             if kind != "act_var":
                 values[kind] = values[kind] * (inverse if kind == "grad_abs" else inverse * inverse)
             finite &= torch.where(seen[kind], values[kind].isfinite(), True).all()
         for kind in self.kinds:
             self._fold(kind, values[kind], seen[kind] & finite)
+        self._covariances.add(taken, finite, inverse)
         self._skipped += ~finite
         self._advance()
 
@@ -160,7 +172,7 @@ class Tracker:
 
     def _advance(self) -> None:
         for layer in self.layers.values():
-            layer.probe.clear()
+            layer.probe.advance(self.steps + 1)
         self.steps += 1
         self.micro = 0
         self._samples.clear()
@@ -242,7 +254,7 @@ class Tracker:
 
         Raises ``ValueError`` for a statistic that is not tracked, ``RuntimeError`` while a matrix has none.
         """
-        _checked("reduce", reduce, ("sum", "mean"))
+        checked("reduce", reduce, ("sum", "mean"))
         if kind not in self.kinds:
             hint = "; it needs estimator='exact'" if kind == "grad_abs" and self.estimator == "probe" else ""
             raise ValueError(f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint}")
@@ -257,6 +269,16 @@ class Tracker:
         costs = {key: n + k for key, (n, k) in zip(self.keys, shapes, strict=True)}
         return Scores(dict(zip(self.keys, values, strict=True)), kind, costs=costs)
 
+    def covariances(self, kind: str) -> dict[str, Tensor]:
+        """``"act_cov"``: x^T x / M [K, K], ``"grad_cov"``: dy^T dy / M [N, N], by module path; M tokens over all steps.
+
+        Raises ``ValueError`` for a kind that is not tracked.
+        """
+        if kind not in self._covariances.kinds:
+            shown = ", ".join(self._covariances.kinds) or "none; name it in statistics and use estimator='exact'"
+            raise ValueError(f"kind: {kind!r} is not tracked, only {shown}")
+        return self._covariances.read(kind)
+
     def penalty(
         self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str = DEFAULT
     ) -> Tensor:
@@ -267,7 +289,7 @@ class Tracker:
         Zero before ``warmup`` steps, when importance is frozen; without a warmup the current averages weigh.
         ``normalise="relative"`` takes ``I_m / max I``.
         """
-        _checked("form", form, ("delta",))
+        checked("form", form, ("delta",))
         importance = self.importance
         if importance is None and self.warmup is None and self.steps > 0:
             importance = self._corrected("fisher" if self.per_sample else "grad_sq")
@@ -297,6 +319,7 @@ class Tracker:
             "values": {k: v.clone() for k, v in self._values.items()},
             "counts": {k: v.clone() for k, v in self._counts.items()},
             "skipped": self._skipped.clone(),
+            "covariances": self._covariances.state_dict(),
             "importance": None if self.importance is None else self.importance.clone(),
         }
 
@@ -310,6 +333,7 @@ class Tracker:
             self._values[kind].copy_(state["values"][kind])
             self._counts[kind].copy_(state["counts"][kind])
         self._skipped.copy_(state["skipped"])
+        self._covariances.load_state_dict(state["covariances"])
         self.steps, self.seed = state["steps"], state["seed"]
         self.importance = None if state["importance"] is None else state["importance"].to(self.device)
         self._frozen_weights.clear()
@@ -341,51 +365,6 @@ class _StepWatch:
 
     def stepped(self) -> None:
         self._missed = 0
-
-
-def _checked(name: str, value: Any, accepted: tuple) -> Any:
-    if value not in accepted:
-        raise ValueError(f"{name}: expected one of {accepted}, got {value!r}")
-    return value
-
-
-def _tracked_layers(model: nn.Module) -> dict[str, Linear]:
-    layers = adapted_layers(model) if isinstance(model, nn.Module) else {}
-    if not layers:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
-    if any(layer.probe is not None for layer in layers.values()):
-        raise ValueError("model: is tracked already; close the other tracker first")
-    return layers
-
-
-def _checked_kinds(statistics: Sequence[str], estimator: str) -> tuple[str, ...]:
-    kinds = (statistics,) if isinstance(statistics, str) else tuple(dict.fromkeys(statistics))
-    if not kinds:
-        raise ValueError(f"statistics: expected at least one of {KINDS}")
-    for kind in kinds:
-        _checked("statistics", kind, KINDS)
-    if estimator == "probe" and "grad_abs" in kinds:
-        raise ValueError("statistics: 'grad_abs' cannot be estimated from ±1 probes; use estimator='exact'")
-    if estimator == "probe" and {"grad_sq", "fisher"} <= set(kinds):
-        raise ValueError("statistics: one set of probes gives 'grad_sq' or 'fisher', not both; use estimator='exact'")
-    return kinds
-
-
-def _checked_probes(probes: Any, device: torch.device) -> int:
-    if probes == "auto":
-        return 8 if device.type == "cuda" else 4
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-        raise ValueError(f"probes: expected 'auto' or a positive integer, got {probes!r}")
-    return probes
-
-
-def _refuse_windows(model: nn.Module, layers: dict[str, Linear]) -> None:
-    modules = dict(model.named_modules())
-    for path in layers:
-        owner = modules[path.rpartition(".")[0]]
-        if "Window" in type(owner).__name__:
-            kind = type(owner).__name__
-            raise ValueError(f"statistics: 'fisher' needs samples in dimension 0; {path!r} sees windows ({kind})")
 
 
 def _inverse_scale(scaler: Any, device: torch.device) -> Tensor:

@@ -11,6 +11,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
+from fastlora.probes import sampling_interval
+
+
+def track(*args, **kwargs):
+    """Every step is sampled unless the test is about sampling: the models here are tiny."""
+    return fastlora.track(*args, **{"every": 1, **kwargs})
 
 
 class Attention(nn.Module):
@@ -86,7 +92,7 @@ def assert_scores(scores, expected, rtol=1e-9):
 def test_exact_is_the_gradient_autograd_would_give(layer, targets):
     m, batch = model(layer=layer, targets=targets), data()
     G = weight_gradients(m, [batch])
-    with fastlora.track(m, "exact", ema=None, statistics=("grad_sq", "grad_abs")) as tracker:
+    with track(m, "exact", ema=None, statistics=("grad_sq", "grad_abs")) as tracker:
         loss_of(m, batch).backward()
         tracker.step()
     assert_scores(tracker.scores("grad_sq"), {k: g.square().sum() for k, g in G.items()})
@@ -103,7 +109,7 @@ def test_exact_fisher_is_the_mean_square_of_each_samples_own_gradient(layer, tar
     def loss(m, batch):
         return nn.functional.cross_entropy(m(batch[0]).mean(1), batch[1], reduction=reduction)
 
-    with fastlora.track(m, "exact", ema=None, statistics=("fisher",), loss_reduction=reduction) as tracker:
+    with track(m, "exact", ema=None, statistics=("fisher",), loss_reduction=reduction) as tracker:
         loss(m, batch).backward()
         tracker.step()
     assert_scores(tracker.scores("fisher"), {k: g.square().sum((1, 2)).mean() for k, g in own.items()})
@@ -118,7 +124,7 @@ def accumulated(m, batches, tracker):
 def test_exact_accumulates_before_squaring():
     m, batches = model(), [data(seed=s) for s in (1, 2, 3)]
     G = weight_gradients(m, batches, lambda m, b: loss_of(m, b) / 3)
-    with fastlora.track(m, "exact", ema=None, statistics=("grad_sq", "fisher")) as tracker:
+    with track(m, "exact", ema=None, statistics=("grad_sq", "fisher")) as tracker:
         accumulated(m, batches, tracker)
     assert_scores(tracker.scores("grad_sq"), {k: g.square().sum() for k, g in G.items()})
     own = [per_sample_gradients(m, b) for b in batches]
@@ -127,7 +133,7 @@ def test_exact_accumulates_before_squaring():
 
 
 def wide_probe(m, statistics, run, probes=4096, **kwargs):
-    with fastlora.track(m, "probe", probes=probes, ema=None, statistics=statistics, **kwargs) as tracker:
+    with track(m, "probe", probes=probes, ema=None, statistics=statistics, **kwargs) as tracker:
         run(tracker)
     return tracker
 
@@ -174,7 +180,7 @@ def test_probe_rows_are_redrawn_each_step_and_depend_on_seed_and_layer_only():
     rows = []
     for seed in (0, 0, 7):
         m = model()
-        with fastlora.track(m, seed=seed) as tracker:
+        with track(m, seed=seed) as tracker:
             first = [layer.probe.P.clone() for layer in tracker.layers.values()]
             loss_of(m, data()).backward()
             tracker.step()
@@ -195,7 +201,7 @@ def test_statistics_do_not_change_training():
         m = model(dtype=torch.float32, dropout=0.2)
         optimizer = torch.optim.AdamW(fastlora.param_groups(m))
         torch.manual_seed(3)
-        tracker = fastlora.track(m, statistics=("grad_sq", "act_var")) if tracked else None
+        tracker = track(m, statistics=("grad_sq", "act_var")) if tracked else None
         for _ in range(3):
             loss_of(m, batch).backward()
             optimizer.step()
@@ -220,7 +226,7 @@ def test_checkpointing_counts_once(reentrant, estimator):
     for wrapped in (False, True):
         m, (x, y) = model(), data()
         x.requires_grad_()  # a reentrant checkpoint needs an input with a gradient
-        with fastlora.track(m, estimator, ema=None, statistics=kinds) as tracker:
+        with track(m, estimator, ema=None, statistics=kinds) as tracker:
             tracker.micro = 1
             h = x
             for block in m[:-1]:
@@ -234,7 +240,7 @@ def test_checkpointing_counts_once(reentrant, estimator):
 
 def test_forward_without_backward_counts_nothing():
     m, batch = model(), data()
-    with fastlora.track(m, statistics=("grad_sq", "act_var")) as tracker:
+    with track(m, statistics=("grad_sq", "act_var")) as tracker:
         m(batch[0])
         with torch.no_grad():
             m(batch[0])
@@ -254,7 +260,7 @@ def test_act_var_is_the_trace_of_the_output_covariance():
         return lambda module, args, out: outputs.setdefault(path, []).append(out.detach())
 
     handles = [layer.register_forward_hook(keep(p)) for p, layer in fastlora.nn.linear.adapted_layers(m).items()]
-    with fastlora.track(m, statistics=("act_var",), ema=None) as tracker:
+    with track(m, statistics=("act_var",), ema=None) as tracker:
         accumulated(m, batches, tracker)
     for handle in handles:
         handle.remove()
@@ -269,7 +275,7 @@ def test_loss_scale_is_divided_out(estimator):
     kinds = ("grad_sq", "act_var") if estimator == "probe" else ("grad_sq", "grad_abs", "act_var")
     found = []
     for use in (False, True):
-        with fastlora.track(m, estimator, ema=None, statistics=kinds) as tracker:
+        with track(m, estimator, ema=None, statistics=kinds) as tracker:
             loss = loss_of(m, batch)
             (scaler.scale(loss) if use else loss).backward()
             tracker.step(scaler=scaler if use else None)
@@ -283,11 +289,11 @@ def test_loss_scale_is_divided_out(estimator):
 @pytest.mark.parametrize("estimator", ["probe", "exact"])
 def test_a_step_that_is_not_finite_is_left_out_and_counted(bad, estimator):
     m, batch = model(), data()
-    plain = fastlora.track(m, estimator)
+    plain = track(m, estimator)
     loss_of(m, batch).backward()
     plain.step()
     plain.close()
-    tracker = fastlora.track(m, estimator)
+    tracker = track(m, estimator)
     loss_of(m, batch).backward()
     tracker.step()
     (loss_of(m, batch) * bad).backward()
@@ -302,7 +308,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(bad, estimator):
 def test_ema_is_bias_corrected_per_matrix():
     m = model()
     used, values = [0, 1, 0, 1, 1], []
-    with fastlora.track(m, "exact", ema=0.9) as tracker:
+    with track(m, "exact", ema=0.9) as tracker:
         for i, both in enumerate(used):
             x, y = data(seed=i)
             G = weight_gradients(m, [(x, y)], (lambda m, b: loss_of(m, b)) if both else first_only)
@@ -331,14 +337,14 @@ def test_state_dict_resumes_to_the_same_numbers(estimator):
             tracker.step()
 
     m = model()
-    whole = fastlora.track(m, estimator, statistics=("grad_sq", "act_var"), seed=3)
+    whole = track(m, estimator, statistics=("grad_sq", "act_var"), seed=3)
     train(whole, m, range(6))
     whole.close()
-    first = fastlora.track(m, estimator, statistics=("grad_sq", "act_var"), seed=3)
+    first = track(m, estimator, statistics=("grad_sq", "act_var"), seed=3)
     train(first, m, range(3))
     state = copy.deepcopy(first.state_dict())
     first.close()
-    second = fastlora.track(m, estimator, statistics=("grad_sq", "act_var"), seed=99)
+    second = track(m, estimator, statistics=("grad_sq", "act_var"), seed=99)
     second.load_state_dict(state)
     train(second, m, range(3, 6))
     for kind in ("grad_sq", "act_var"):
@@ -349,7 +355,7 @@ def test_state_dict_resumes_to_the_same_numbers(estimator):
 
 def test_state_of_another_model_is_refused_whole():
     a, b = model(), model(depth=1)
-    with fastlora.track(a) as first, fastlora.track(b) as second:
+    with track(a) as first, track(b) as second:
         loss_of(b, data()).backward()
         second.step()
         before = dict(second.scores("grad_sq"))
@@ -363,7 +369,7 @@ def test_dropout_does_not_bias_the_probes():
     m.train()
     kept = wide_probe(m, ("grad_sq",), lambda t: (torch.manual_seed(0), loss_of(m, batch).backward(), t.step()))
     torch.manual_seed(0)
-    with fastlora.track(m, "exact", ema=None) as tracker:
+    with track(m, "exact", ema=None) as tracker:
         loss_of(m, batch).backward()
         tracker.step()
     assert_estimates(kept.scores("grad_sq"), dict(tracker.scores("grad_sq")))
@@ -374,7 +380,7 @@ def test_compiled_model_gives_the_same_statistics():
     found = []
     for compiled in (False, True):
         m = model(dtype=torch.float32)
-        with fastlora.track(m, statistics=("grad_sq", "act_var")) as tracker:
+        with track(m, statistics=("grad_sq", "act_var")) as tracker:
             run = torch.compile(m, backend="aot_eager", fullgraph=True) if compiled else m
             for _ in range(2):
                 loss_of(run, batch).backward()
@@ -386,7 +392,7 @@ def test_compiled_model_gives_the_same_statistics():
 
 def test_warmup_freezes_importance_and_stops_tracking():
     m, batch = model(dtype=torch.float32), data(dtype=torch.float32)
-    tracker = fastlora.track(m, warmup=2)
+    tracker = track(m, warmup=2)
     for step in range(4):
         loss = loss_of(m, batch) + tracker.penalty(0.1)
         assert (tracker.penalty(0.1).item() > 0.0) == (step >= 2)
@@ -404,13 +410,79 @@ def test_warmup_freezes_importance_and_stops_tracking():
 def test_several_optimiser_steps_without_tracker_step_warn_once(caplog):
     m, batch = model(), data()
     optimizer = torch.optim.SGD(fastlora.param_groups(m))
-    with fastlora.track(m):
+    with track(m):
         for _ in range(8):
             loss_of(m, batch).backward()
             optimizer.step()
     assert [r.message for r in caplog.records if "without tracker.step()" in r.message] == [
         "track: 4 optimiser steps without tracker.step(); their statistics run together"
     ]
+
+
+def test_covariances_stream_over_steps_and_leave_out_what_is_not_finite():
+    m, batches = model(), [data(seed=s, samples=n) for s, n in ((1, 4), (2, 6))]
+    seen = {}
+
+    def keep(path):
+        def hook(module, args, out):
+            x, dys = args[0].detach().flatten(0, 1), seen.setdefault(path, [])
+            out.register_hook(lambda g: dys.append((x, g.detach().flatten(0, 1))) or None)
+
+        return hook
+
+    handles = [layer.register_forward_hook(keep(p)) for p, layer in fastlora.nn.linear.adapted_layers(m).items()]
+    with track(m, "exact", statistics=("act_cov", "grad_cov", "grad_sq"), ema=None) as tracker:
+        for batch in batches:
+            loss_of(m, batch).backward()
+            tracker.step()
+        for handle in handles:
+            handle.remove()
+        (loss_of(m, batches[0]) * math.nan).backward()
+        tracker.step()
+        assert tracker.skipped == 1
+        state = copy.deepcopy(tracker.state_dict())
+    for kind, index in (("act_cov", 0), ("grad_cov", 1)):
+        found = tracker.covariances(kind)
+        assert list(found) == list(seen)
+        for path, pairs in seen.items():
+            rows = torch.cat([pair[index] for pair in pairs])
+            torch.testing.assert_close(found[path], rows.T @ rows / len(rows), rtol=1e-10, atol=1e-14)
+    with track(m, "exact", statistics=("act_cov", "grad_cov", "grad_sq"), ema=None) as again:
+        again.load_state_dict(state)
+    assert all(torch.equal(a, again.covariances("act_cov")[p]) for p, a in tracker.covariances("act_cov").items())
+    with pytest.raises(ValueError, match="kind: 'act_cov' is not tracked, only none; name it in statistics"):
+        with track(m) as plain:
+            plain.covariances("act_cov")
+
+
+def test_small_layers_are_sampled_and_large_ones_are_not():
+    assert sampling_interval(1576, 768, 2304, 4) == sampling_interval(512, 2048, 3072, 4) == 1
+    assert 1 < sampling_interval(64, 384, 1152, 4) <= 8
+    assert sampling_interval(1, 8, 8, 4) == 16
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sampled_steps_are_the_average_and_are_explained(compiled):
+    m, batches = model(), [data(seed=s) for s in range(7)]
+    own = [weight_gradients(m, [b]) for b in batches]
+    run = torch.compile(m, backend="aot_eager", fullgraph=True) if compiled else m
+    with track(m, "probe", probes=512, ema=None, every=3) as tracker:
+        for batch in batches:
+            loss_of(run, batch).backward()
+            tracker.step()
+        assert "statistics every 3 steps" in str(fastlora.explain(m))
+    assert tracker._counts["grad_sq"].unique().tolist() == [3.0]
+    expected = {k: sum(own[i][k].square().sum() for i in (0, 3, 6)) / 3 for k in own[0]}
+    assert_estimates(tracker.scores("grad_sq"), expected, probes=512)
+
+
+def test_auto_sampling_starts_with_the_first_step():
+    m = model()
+    with fastlora.track(m) as tracker:
+        for seed in range(17):
+            loss_of(m, data(seed=seed)).backward()
+            tracker.step()
+    assert tracker._counts["grad_sq"].unique().tolist() == [2.0]
 
 
 BAD = {
@@ -424,6 +496,8 @@ BAD = {
     "grad_abs": ({"statistics": ("grad_abs",)}, "statistics: 'grad_abs' cannot be estimated from ±1 probes; use"),
     "both": ({"statistics": ("grad_sq", "fisher")}, "one set of probes gives 'grad_sq' or 'fisher'"),
     "reduction": ({"loss_reduction": "max"}, "loss_reduction: expected one of"),
+    "every": ({"every": 0}, "every: expected 'auto' or a positive number of steps, got 0"),
+    "covariance": ({"statistics": ("act_cov",)}, "statistics: 'act_cov' is not estimated from probes; use"),
     "seed": ({"seed": "x"}, "seed: expected an integer"),
 }
 
@@ -433,7 +507,7 @@ def test_bad_arguments_are_named_and_nothing_is_attached(name):
     m = model()
     kwargs, message = BAD[name]
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        fastlora.track(m, **kwargs)
+        track(m, **kwargs)
     assert all(layer.probe is None for layer in fastlora.nn.linear.adapted_layers(m).values())
     assert not m._forward_pre_hooks
 
@@ -441,10 +515,10 @@ def test_bad_arguments_are_named_and_nothing_is_attached(name):
 def test_reading_what_is_not_there_is_an_error():
     m = model()
     with pytest.raises(ValueError, match="model: has no adapters"):
-        fastlora.track(nn.Linear(2, 2))
-    with fastlora.track(m) as tracker:
+        track(nn.Linear(2, 2))
+    with track(m) as tracker:
         with pytest.raises(ValueError, match="is tracked already"):
-            fastlora.track(m)
+            track(m)
         with pytest.raises(RuntimeError, match="no grad_sq yet for 0.query"):
             tracker.scores("grad_sq")
         with pytest.raises(ValueError, match="'grad_abs' is not tracked, only grad_sq; it needs estimator='exact'"):

@@ -64,7 +64,7 @@ Problem prepare(const Tensor& x, const std::vector<Tensor>& dy, const Tensor& h,
   out.factors = Scratch<float>(packed);
   for (size_t i = 0; i < dy.size(); ++i) {
     const Projection& it = out.projections[i];
-    pack(torch::stable::transpose(B[i], 0, 1), it.scale, B[i].scalar_type(), out.factors.get() + it.factor);
+    pack(B[i], it.scale, B[i].scalar_type(), out.factors.get() + it.factor, true);
   }
   return out;
 }

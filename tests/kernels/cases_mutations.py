@@ -122,8 +122,15 @@ def test_a_mutant_is_caught(mutation, tmp_path, monkeypatch):
     monkeypatch.setattr(tiling, "choose_split", lambda programs, steps: 2)
     data = Data(SEPARATE, torch.float32)
     tolerance = 10 * TOLERANCE[torch.float32]
-    assert off(load(name, "import annotations", "import annotations", tmp_path), data, p) <= tolerance
     assert off(load(name, original, broken, tmp_path), data, p) > tolerance
+
+
+@pytest.mark.parametrize(("name", "off"), sorted({(name, off) for name, _, _, off, _ in MUTATIONS.values()}, key=str))
+def test_an_unbroken_copy_is_right(name, off, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiling, "PROGRAMS", 24)
+    monkeypatch.setattr(tiling, "choose_split", lambda programs, steps: 2)
+    copy = load(name, "import annotations", "import annotations", tmp_path)
+    assert off(copy, Data(SEPARATE, torch.float32), 0.0) <= 10 * TOLERANCE[torch.float32]
 
 
 def test_fused_weight_columns(tmp_path):

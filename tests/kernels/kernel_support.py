@@ -29,11 +29,11 @@ class Problem:
     probes: int = 0
 
 
-SEPARATE = Problem(37, 50, (33, 17, 20), (33, 17, 20), (3, 1, 5), 4)
-FUSED = Problem(40, 48, (48,), (16, 16, 16), (4, 0, 2), 8)
+SEPARATE = Problem(35, 34, (33, 17, 20), (33, 17, 20), (3, 1, 5), 4)
+FUSED = Problem(24, 32, (48,), (16, 16, 16), (4, 0, 2), 8)
 TINY = Problem(1, 5, (3,), (3,), (1,))
-WIDE_RANK = Problem(19, 33, (21,), (21,), (70,), 3)
-EVEN = Problem(33, 64, (32, 16, 16), (32, 16, 16), (8, 16, 24), 8)
+WIDE_RANK = Problem(17, 20, (18,), (18,), (70,), 3)
+EVEN = Problem(17, 32, (16, 16), (16, 16), (8, 24), 8)
 EMPTY = Problem(0, 16, (16, 8), (16, 8), (2, 3), 2)
 PROBLEMS = {"separate": SEPARATE, "fused": FUSED, "tiny": TINY, "wide_rank": WIDE_RANK, "even": EVEN, "empty": EMPTY}
 

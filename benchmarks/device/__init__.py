@@ -1,0 +1,1 @@
+"""Benchmarks on a GPU; `benchmarks/device.sh` runs them."""

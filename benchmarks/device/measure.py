@@ -1,0 +1,111 @@
+"""Timing on a GPU by events and graph replays; on a CPU, for a dry run, by the wall clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .cases import Variant
+
+# Inputs are rotated until they exceed this, several times the L2, so that no step finds its input in the cache.
+CACHE_BYTES = 200 * 2**20
+
+
+class Step:
+    """The passes of a variant over rotating inputs."""
+
+    def __init__(self, variant: Variant, device: str, dtype: torch.dtype):
+        self.variant, case = variant, variant.case
+        bytes_each = 2 * case.rows * (case.width + case.total)
+        sets = 1 if device == "cpu" else min(8, 1 + CACHE_BYTES // bytes_each)
+        self.x = [torch.randn(case.rows, case.width, device=device, dtype=dtype, requires_grad=True) for _ in range(sets)]
+        with torch.no_grad():
+            shapes = [y.shape for y in variant.call(self.x[0])]
+        self.dy = [[torch.randn(s, device=device, dtype=torch.float32).to(dtype) for s in shapes] for _ in range(sets)]
+        self.sets = sets
+        self.graph: list[list[Tensor]] = []
+
+    def forward(self) -> None:
+        for x in self.x:
+            self.variant.call(x)
+
+    def prepare_backward(self) -> None:
+        self.graph = [self.variant.call(x) for x in self.x]
+
+    def backward(self) -> None:
+        for x, y, dy in zip(self.x, self.graph, self.dy, strict=True):
+            x.grad = None
+            self.variant.forget()
+            torch.autograd.backward(y, dy, retain_graph=True)
+
+    def both(self) -> None:
+        for x, dy in zip(self.x, self.dy, strict=True):
+            x.grad = None
+            self.variant.forget()
+            torch.autograd.backward(self.variant.call(x), dy)
+
+    def fifty(self) -> None:
+        """Fifty steps of "both", the last with the exact statistic."""
+        for i in range(50):
+            x, dy = self.x[i % self.sets], self.dy[i % self.sets]
+            x.grad = None
+            self.variant.forget()
+            torch.autograd.backward(self.variant.call(x), dy)
+        self.variant.every50(x.detach(), dy)
+
+
+def summarise(samples: list[float]) -> dict[str, float]:
+    """Median and tenths of milliseconds."""
+    ordered = sorted(samples)
+    at = [ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.1, 0.9)]
+    return dict(zip(("median_ms", "p10_ms", "p90_ms"), at, strict=True))
+
+
+def time_calls(call: Callable[[], None], per_call: int, device: str, repeats: int) -> dict[str, float]:
+    """Milliseconds of one of the ``per_call`` steps that a call makes."""
+    for _ in range(3):
+        call()
+    samples = []
+    if device == "cpu":
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            samples.append((time.perf_counter() - start) * 1e3 / per_call)
+        return summarise(samples)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda.synchronize()
+    for start, stop in events:
+        start.record()
+        call()
+        stop.record()
+    torch.cuda.synchronize()
+    return summarise([start.elapsed_time(stop) / per_call for start, stop in events])
+
+
+def captured(call: Callable[[], None]) -> Callable[[], None]:
+    """The call as a replay of a CUDA graph; warm-up and capture share a side stream, as autograd wants."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        call()
+    return graph.replay
+
+
+def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Measured (bytes a second of a copy, operations a second of a large matmul)."""
+    size = 8192 if device != "cpu" else 64
+    source = torch.randn(size, size * 8, device=device)
+    target = torch.empty_like(source)
+    copy = time_calls(lambda: target.copy_(source), 1, device, 20)["median_ms"] * 1e-3
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    multiply = time_calls(lambda: torch.mm(a, b), 1, device, 20)["median_ms"] * 1e-3
+    return 2 * source.numel() * 4 / copy, 2.0 * size**3 / multiply

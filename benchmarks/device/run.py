@@ -1,0 +1,168 @@
+"""``python -m device.run --output FOLDER``: every case, variant, pass and mode; JSON, a table and, last, the targets."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import subprocess
+import time
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import measure
+from .cases import BUILDERS, CASES, TINY, Case, build
+
+PASSES = ("forward", "backward", "both")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "triton", "peft", "fastlora"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "checkout"
+    return found
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _row(case: Case, variant: str, passes: str, mode: str, times: dict, ceilings: tuple, peak: float) -> dict[str, Any]:
+    operations, least = case.work("forward" if variant in ("gradstat", "wgrad_library") else passes,
+                                  variant.startswith(("fastlora", "peft", "torch")))  # fmt: skip
+    seconds = times["median_ms"] * 1e-3
+    ideal = max(operations / ceilings[1], least / ceilings[0])
+    return {
+        "case": case.name, "variant": variant, "pass": passes, "mode": mode, **times,
+        "gbps": least / seconds / 1e9, "tflops": operations / seconds / 1e12, "roofline": ideal / seconds,
+        "peak_mib": peak,
+    }  # fmt: skip
+
+
+def _calls(step: measure.Step, name: str) -> dict[str, tuple[Any, int]]:
+    """Pass -> (call, steps it makes)."""
+    if name == "fastlora_exact50":
+        return {"both": (step.fifty, 50)}
+    if name in ("gradstat", "wgrad_library"):
+        return {"forward": (step.forward, step.sets)}
+    calls = (step.forward, step.backward, step.both)
+    return {passes: (call, step.sets) for passes, call in zip(PASSES, calls, strict=True)}
+
+
+def _measure(case: Case, name: str, device: str, dtype: torch.dtype, ceilings: tuple, repeats: int) -> list[dict]:
+    """All rows of one variant of one case."""
+    step = measure.Step(build(case, name, device, dtype), device, dtype)
+    rows = []
+    for passes, (call, per_call) in _calls(step, name).items():
+        few = max(3, repeats // 10) if name == "fastlora_exact50" else repeats
+        if passes == "backward":
+            step.prepare_backward()
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        times = measure.time_calls(call, per_call, device, few)
+        peak = torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else 0.0
+        rows.append(_row(case, name, passes, "eager", times, ceilings, peak))
+        if device == "cpu":
+            continue
+        if passes == "backward":
+            # The forward must have run on the stream on which its backward is captured.
+            replay = measure.captured(lambda: (step.prepare_backward(), step.backward()))
+            forward = measure.captured(step.prepare_backward)
+            whole = measure.time_calls(replay, per_call, device, few)
+            part = measure.time_calls(forward, per_call, device, few)
+            times = {key: whole[key] - part[key] for key in whole}
+        else:
+            times = measure.time_calls(measure.captured(call), per_call, device, few)
+        rows.append(_row(case, name, passes, "graph", times, ceilings, peak))
+    return rows
+
+
+def run(cases: list[Case], device: str, seconds: float, repeats: int) -> dict[str, Any]:
+    """Measure until the time is up; what was not reached or failed is listed under "missing"."""
+    dtype = torch.bfloat16
+    limit = time.monotonic() + seconds
+    ceilings = measure.ceilings(device, dtype)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "versions": _versions(),
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "ceilings": {"gbps": ceilings[0] / 1e9, "tflops": ceilings[1] / 1e12},
+        "rows": [],
+        "missing": [],
+    }
+    for name in BUILDERS:
+        for case in cases:
+            if time.monotonic() > limit:
+                result["missing"].append(f"{case.name} {name}: out of time")
+                continue
+            try:
+                result["rows"] += _measure(case, name, device, dtype, ceilings, repeats)
+            except Exception as problem:  # one broken variant must not lose the others' rows
+                traceback.print_exc()
+                result["missing"].append(f"{case.name} {name}: {type(problem).__name__}: {problem}"[:300])
+            gc.collect()
+            if device != "cpu":
+                torch.cuda.empty_cache()
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as Markdown, and the ratios that the targets speak of."""
+    lines = [f"# {result['device']}, driver {result['driver']}, {result['versions']}", ""]
+    lines += [f"Measured ceilings: {result['ceilings']['gbps']:.0f} GB/s, {result['ceilings']['tflops']:.0f} TFLOP/s.", ""]
+    lines += ["| case | variant | pass | mode | median ms | p10 | p90 | GB/s | TFLOP/s | of roofline | peak MiB |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+    for r in result["rows"]:
+        lines.append(
+            f"| {r['case']} | {r['variant']} | {r['pass']} | {r['mode']} | {r['median_ms']:.4f} | {r['p10_ms']:.4f} "
+            f"| {r['p90_ms']:.4f} | {r['gbps']:.0f} | {r['tflops']:.1f} | {r['roofline']:.2f} | {r['peak_mib']:.0f} |"
+        )
+    lines += ["", "| case | mode | over frozen | over PEFT bf16 | probes | memory over PEFT bf16 |", "|---|---|---|---|---|---|"]
+    found = {(r["case"], r["variant"], r["mode"]): r for r in result["rows"] if r["pass"] == "both"}
+    for case, mode in sorted({(r["case"], r["mode"]) for r in result["rows"]}):
+
+        def ratio(a: str, b: str, key: str = "median_ms", case: str = case, mode: str = mode) -> str:
+            top, bottom = found.get((case, a, mode)), found.get((case, b, mode))
+            return f"{top[key] / bottom[key]:.3f}" if top and bottom and bottom[key] else "-"
+
+        lines.append(
+            f"| {case} | {mode} | {ratio('fastlora', 'frozen')} | {ratio('fastlora', 'peft_bf16')} "
+            f"| {ratio('fastlora_probe', 'fastlora')} | {ratio('fastlora', 'peft_bf16', 'peak_mib')} |"
+        )
+    return "\n".join([*lines, "", *(f"- missing: {entry}" for entry in result["missing"])]) + "\n"
+
+
+def main() -> None:
+    """Measure, write ``device_<gpu>.json`` and ``.md``, print the table last."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--output", type=Path, default=Path("."))
+    parser.add_argument("--seconds", type=float, default=240.0, help="start nothing new after this long")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU: checks that the script works")
+    given = parser.parse_args()
+    cases = [(TINY if given.dry_run else CASES)[name] for name in given.cases]
+    result = run(cases, "cpu" if given.dry_run else "cuda", given.seconds, given.repeats)
+    name = re.sub(r"[^a-z0-9]+", "_", result["device"].lower().removeprefix("nvidia ")).strip("_")
+    given.output.mkdir(parents=True, exist_ok=True)
+    (given.output / f"device_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (given.output / f"device_{name}.md").write_text(table(result))
+    print(table(result))
+    if not result["rows"]:
+        raise SystemExit("nothing was measured")
+
+
+if __name__ == "__main__":
+    main()

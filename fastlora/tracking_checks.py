@@ -1,0 +1,65 @@
+"""What a tracker accepts: every refusal names the argument, what was given and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .covariance import COVARIANCES
+from .nn.linear import Linear, adapted_layers
+
+SCALARS = ("grad_sq", "fisher", "grad_abs", "act_var")
+KINDS = (*SCALARS, *COVARIANCES)
+
+
+def checked(name: str, value: Any, accepted: tuple) -> Any:
+    if value not in accepted:
+        raise ValueError(f"{name}: expected one of {accepted}, got {value!r}")
+    return value
+
+
+def positive(name: str, value: Any, accepted: str) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected {accepted}, got {value!r}")
+    return value
+
+
+def checked_layers(model: nn.Module) -> dict[str, Linear]:
+    layers = adapted_layers(model) if isinstance(model, nn.Module) else {}
+    if not layers:
+        raise ValueError("model: has no adapters; call fastlora.inject first")
+    if any(layer.probe is not None for layer in layers.values()):
+        raise ValueError("model: is tracked already; close the other tracker first")
+    return layers
+
+
+def checked_kinds(statistics: Sequence[str], estimator: str) -> tuple[str, ...]:
+    kinds = (statistics,) if isinstance(statistics, str) else tuple(dict.fromkeys(statistics))
+    if not kinds:
+        raise ValueError(f"statistics: expected at least one of {KINDS}")
+    for kind in kinds:
+        checked("statistics", kind, KINDS)
+        if estimator == "probe" and kind in COVARIANCES:
+            raise ValueError(f"statistics: {kind!r} is not estimated from probes; use estimator='exact'")
+    if estimator == "probe" and "grad_abs" in kinds:
+        raise ValueError("statistics: 'grad_abs' cannot be estimated from ±1 probes; use estimator='exact'")
+    if estimator == "probe" and {"grad_sq", "fisher"} <= set(kinds):
+        raise ValueError("statistics: one set of probes gives 'grad_sq' or 'fisher', not both; use estimator='exact'")
+    return kinds
+
+
+def checked_probes(probes: Any, device: torch.device) -> int:
+    if probes == "auto":
+        return 8 if device.type == "cuda" else 4
+    return positive("probes", probes, "'auto' or a positive integer")
+
+
+def refuse_windows(model: nn.Module, layers: dict[str, Linear]) -> None:
+    modules = dict(model.named_modules())
+    for path in layers:
+        kind = type(modules[path.rpartition(".")[0]]).__name__
+        if "Window" in kind:
+            raise ValueError(f"statistics: 'fisher' needs samples in dimension 0; {path!r} sees windows ({kind})")
