@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import choose, group_layout
+from .backends import NativeBackend, choose, group_layout
 
 LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 LIBRARY.define(
@@ -32,11 +32,15 @@ def _rows(tensor: Tensor) -> Tensor:
 def _forward_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
     layout = group_layout(W, B)
-    h = chosen.shrink(_rows(x), A, P, seed, p)
-    if sign is not None and h.numel():
+    if p == 0.0 and isinstance(chosen, NativeBackend):
+        outputs, h, moments = chosen.forward(x, W, bias, A, P, B, layout, scale, bool(V), engine)
+    else:
+        h = chosen.shrink(_rows(x), A, P, seed, p)
+        outputs, moments = chosen.linear(x, W, bias, h, B, layout, scale, bool(V), engine)
+    if sign is not None:
+        # The probe columns of h take no part in y.
         probe = h.view(sign.shape[0], -1, h.shape[1]).narrow(2, layout.rank, sign.shape[1])
         probe.mul_(sign.to(h.dtype).unsqueeze(1))
-    outputs, moments = chosen.linear(x, W, bias, h, B, layout, scale, bool(V), engine)
     return [*outputs, h, *moments]
 
 
@@ -60,19 +64,18 @@ def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
     rows = _rows(x)
     grads = [None if g is None else _rows(g.to(x.dtype)) for g in dy]
     probes = _probe_columns(h, A) if need[_DZ] else 0
-    if not need[_DZ]:
-        h = h.narrow(1, 0, layout.rank)
-    dh, dA, dB, Q = chosen.wgrad(rows, grads, h, B, layout, scale, probes, need[_DA], seed, p)
     out: list[Tensor] = []
-    if need[_DX]:
-        out.append(chosen.linear_backward(grads, W, dh, A, layout, seed, p, engine).view(x.shape))
-    if need[_DA]:
-        out += [_like(g, a, a.shape) for g, a in zip(dA, A, strict=True)]
-    if need[_DB]:
-        out += [_like(g, b, b.shape) for g, b in zip(dB, B, strict=True)]
-    if need[_DZ]:
-        acc = reference.accumulate_dtype(x.dtype)
-        out += [_like(q, b, (b.shape[0], probes), acc) for q, b in zip(Q, B, strict=True)]
+    if p == 0.0 and isinstance(chosen, NativeBackend):
+        dx, dA, dB, Q = chosen.backward(
+            grads, rows, h, W, A, B, layout, scale, probes, need[_DX], need[_DA], need[_DB], engine
+        )
+        out += [*([dx.view(x.shape)] if need[_DX] else []), *map(_like, dA, A), *map(_like, dB, B)]
+        if need[_DZ]:
+            out += Q if probes else [rows.new_zeros((b.shape[0], 0), dtype=torch.float32) for b in B]
+    else:
+        out += _composed_backward(chosen, grads, rows, h, W, A, B, layout, seed, scale, p, probes, need, engine)
+        if need[_DX]:
+            out[0] = out[0].view(x.shape)
     if need[_DW]:
         out += [torch.zeros_like(w) if g is None else torch.mm(g.t(), rows) for g, w in zip(grads, W, strict=True)]
     if need[_DBIAS]:
@@ -80,10 +83,26 @@ def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
     return out
 
 
-def _like(grad: Tensor | None, target: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+def _composed_backward(chosen, grads, rows, h, W, A, B, layout, seed, scale, p, probes, need, engine):
+    """dx, then the gradients of A, B and Z that are needed, from one verb after the other."""
+    if not need[_DZ]:
+        h = h.narrow(1, 0, layout.rank)
+    dh, dA, dB, Q = chosen.wgrad(rows, grads, h, B, layout, scale, probes, need[_DA], seed, p)
+    out = [chosen.linear_backward(grads, W, dh, A, layout, seed, p, engine)] if need[_DX] else []
+    if need[_DA]:
+        out += map(_like, dA, A)
+    if need[_DB]:
+        out += map(_like, dB, B)
+    if need[_DZ]:
+        acc = reference.accumulate_dtype(rows.dtype)
+        empty = [b.new_empty((b.shape[0], probes), dtype=acc) for b in B]
+        out += map(_like, Q, empty)
+    return out
+
+
+def _like(grad: Tensor | None, target: Tensor) -> Tensor:
     """The gradient in the target's dtype, zeros where none flowed."""
-    dtype = dtype or target.dtype
-    return torch.zeros(shape, dtype=dtype, device=target.device) if grad is None else grad.to(dtype)
+    return torch.zeros_like(target, memory_format=torch.contiguous_format) if grad is None else grad.to(target.dtype)
 
 
 def _backward_fake(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):

@@ -6,6 +6,7 @@ tensor, and ``choose`` says why the earlier ones did not.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -35,23 +36,27 @@ class Layout(NamedTuple):
 
 def group_layout(W: Sequence[Tensor], B: Sequence[Tensor]) -> Layout:
     """Lay the projections over the concatenated rows of ``W``; a projection never straddles two weights."""
-    ranks = tuple(b.shape[1] for b in B)
-    widths = tuple(b.shape[0] for b in B)
+    return _layout_of(tuple([w.shape[0] for w in W]), tuple([b.shape for b in B]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout_of(rows: tuple[int, ...], shapes: tuple[torch.Size, ...]) -> Layout:
+    widths, ranks = tuple(n for n, _ in shapes), tuple(r for _, r in shapes)
     offsets, total = [], 0
     for r in ranks:
         offsets.append(total)
         total += r
     outputs, columns, j, used = [], [], 0, 0
     for width in widths:
-        while j < len(W) and used == W[j].shape[0]:
+        while j < len(rows) and used == rows[j]:
             j, used = j + 1, 0
-        if j == len(W) or used + width > W[j].shape[0]:
-            raise ValueError(f"lora_B: rows {list(widths)} do not tile weights with {[w.shape[0] for w in W]} rows")
+        if j == len(rows) or used + width > rows[j]:
+            raise ValueError(f"lora_B: rows {list(widths)} do not tile weights with {list(rows)} rows")
         outputs.append(j)
         columns.append(used)
         used += width
-    if sum(widths) != sum(w.shape[0] for w in W):
-        raise ValueError(f"lora_B: rows {list(widths)} do not tile weights with {[w.shape[0] for w in W]} rows")
+    if sum(widths) != sum(rows):
+        raise ValueError(f"lora_B: rows {list(widths)} do not tile weights with {list(rows)} rows")
     return Layout(ranks, tuple(offsets), tuple(outputs), tuple(columns), widths)
 
 
@@ -178,7 +183,93 @@ class Backend:
         return self.kernels.gradstat(x, dy, offsets)
 
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+class NativeBackend(Backend):
+    """The compiled kernels: without dropout, one pass over the rows in each direction around the library's matmul."""
+
+    def forward(
+        self,
+        x: Tensor,
+        W: Sequence[Tensor],
+        bias: Sequence[Tensor | None],
+        A: Sequence[Tensor],
+        P: Tensor | None,
+        B: Sequence[Tensor],
+        layout: Layout,
+        scale: Sequence[float],
+        moments: bool,
+        engine: str,
+    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """``shrink`` and ``linear`` without dropout: y_j [*, N_j], h [M, R + k] and the column moments."""
+        outputs = [ENGINES.forward(x, w, b, engine) for w, b in zip(W, bias, strict=True)]
+        h, sums = torch.ops.fastlora.lora_forward_.default(
+            [_rows(y) for y in outputs],
+            _rows(x),
+            _readable(A),
+            P,
+            _readable(B),
+            layout.outputs,
+            layout.columns,
+            scale,
+            moments,
+        )
+        return outputs, h, sums
+
+    def backward(
+        self,
+        dy: Sequence[Tensor | None],
+        x: Tensor,
+        h: Tensor,
+        W: Sequence[Tensor],
+        A: Sequence[Tensor],
+        B: Sequence[Tensor],
+        layout: Layout,
+        scale: Sequence[float],
+        probes: int,
+        need_dx: bool,
+        need_dA: bool,
+        need_dB: bool,
+        engine: str,
+    ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:
+        """``wgrad`` and ``linear_backward`` without dropout: dx [M, K], dA_i, dB_i in the adapters' dtype, Q_i.
+
+        Gradients of a projection whose dy is None are zero; those that are not needed are left out.
+        """
+        dx, live, position = None, [], []
+        for grad, w in zip(dy, W, strict=True):
+            position.append(-1 if grad is None else len(live))
+            if grad is not None:
+                live.append(grad)
+                if need_dx:
+                    dx = ENGINES.backward(grad, w, engine, into=dx)
+        dA, dB, Q = torch.ops.fastlora.lora_backward_.default(
+            dx,
+            live,
+            x,
+            h,
+            _readable(A),
+            _readable(B),
+            [position[j] for j in layout.outputs],
+            layout.columns,
+            scale,
+            probes,
+            need_dA,
+            need_dB,
+        )
+        return dx, dA, dB, Q
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
+
+
+def _readable(factors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Factors in a dtype that the kernels read."""
+    if any(f.dtype not in _NATIVE_DTYPES for f in factors):
+        return [f.to(torch.float32) for f in factors]
+    return factors
+
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _native_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -187,7 +278,7 @@ def _native_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"its kernels run on the CPU, the tensors are on {device.type}"
     if dtype not in _NATIVE_DTYPES:
-        return f"its kernels take float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"its kernels take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -207,7 +298,7 @@ def _native_kernels() -> SimpleNamespace | None:
 
 BACKENDS: dict[str, Backend | TritonBackend] = {
     "triton": TritonBackend(),
-    "native": Backend("native", _native_kernels(), _native_reason),
+    "native": NativeBackend("native", _native_kernels(), _native_reason),
     "reference": Backend("reference", reference, lambda device, dtype: None),
 }
 

@@ -1,7 +1,7 @@
 """The compiled library: loads ``fastlora/_C.so`` if it was built and registers shapes for tracing.
 
-The operators are ``torch.ops.fastlora.{shrink, expand_, wgrad, outer, dropout, cpu_isa}``; their schemas are in
-``csrc/library.cpp``. Nothing here raises on import: a missing or unusable library is what :func:`reason` tells.
+The operators are ``torch.ops.fastlora.{lora_forward_, lora_backward_, shrink, expand_, wgrad, outer, dropout, cpu_isa}``;
+their schemas are in ``csrc/library.cpp``. Nothing here raises on import: a missing or unusable library is what :func:`reason` tells.
 """
 
 from __future__ import annotations
@@ -37,6 +37,19 @@ def _load() -> str | None:
 
 def _register_fakes() -> None:
     """Shapes and dtypes of the results, so that torch.compile and export can trace the operators."""
+
+    @torch.library.register_fake("fastlora::lora_forward_")
+    def _(y, x, A, P, B, outputs, columns, scales, moments):
+        rank = sum(b.shape[1] for b in B) + (0 if P is None else P.shape[0])
+        sums = [x.new_empty((2, target.shape[1]), dtype=torch.float64) for target in y] if moments else []
+        return x.new_empty((x.shape[0], rank)), sums
+
+    @torch.library.register_fake("fastlora::lora_backward_")
+    def _(dx, dy, x, h, A, B, outputs, columns, scales, probes, need_dA, need_dB):
+        dA = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A] if need_dA else []
+        dB = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B] if need_dB else []
+        Q = [x.new_empty((b.shape[0], probes), dtype=torch.float32) for b in B] if probes else []
+        return dA, dB, Q
 
     @torch.library.register_fake("fastlora::shrink")
     def _(x, A):

@@ -38,7 +38,7 @@ def track(
     .. math:: F \leftarrow \beta F + (1 - \beta) f,\quad \text{probe: } f = \lVert G_W P^\top \rVert_F^2 / k,\quad
               \text{exact: } f = \lVert G_W \rVert_F^2,\quad G_W = dy^\top x
 
-    - ``statistics``: any of ``"grad_sq"`` or ``"fisher"`` (one of the two under ``probe``), ``"act_var"``; ``exact`` also
+    - ``statistics``: ``"grad_sq"`` or ``"fisher"`` (one of the two under ``probe``), ``"act_var"``; ``exact`` also
       takes ``"grad_abs"`` and the matrices ``"act_cov"``, ``"grad_cov"`` (see ``covariances``). Units: of the loss that
       was backpropagated, squared for grad_sq and fisher.
     - ``probes``: k, ``"auto"`` is 8 on CUDA and 4 elsewhere; P is redrawn at every step from ``(seed, step, layer)``.

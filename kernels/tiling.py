@@ -39,17 +39,17 @@ class Entry(NamedTuple):
 # Verb and precision -> entries from the smallest M to any. `columns` of shrink and wgrad's `rows` come from the ranks.
 _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("shrink", "half"): (
-        Entry(TileConfig(32, 0, 128, 4, 3), 4096, "memory bound: 32 rows give 128 programs at M = 4096 before any split"),
+        Entry(TileConfig(32, 0, 64, 4, 4), 4096, "memory bound: 32 rows give 128 programs at M = 4096 before any split"),
         Entry(TileConfig(64, 0, 64, 4, 4), 0, "8 KiB of x a stage, 3 in flight, 3 resident: twice what hides HBM's latency"),
     ),
     ("shrink", "fp32"): (
         Entry(TileConfig(32, 0, 64, 4, 3), 0, "FFMA products: small tiles keep operands and sums in registers"),
     ),
     ("shrink_dropout", "half"): (
-        Entry(TileConfig(32, 0, 64, 8, 3), 0, "bound by Philox: 2 counters a thread and mask; 4 spill at r = 64"),
+        Entry(TileConfig(32, 0, 32, 4, 3), 0, "bound by Philox: 2 counters a thread and mask; 4 spill at r = 64"),
     ),
     ("shrink_dropout", "fp32"): (
-        Entry(TileConfig(32, 0, 32, 8, 2), 0, "as above beside FFMA operands"),
+        Entry(TileConfig(16, 0, 32, 4, 2), 0, "as above beside FFMA operands"),
     ),
     ("linear", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "few rows: 64 x 128 doubles the programs, one warpgroup each"),
@@ -57,7 +57,7 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
         Entry(TileConfig(128, 256, 64, 8, 3), 0, "128 sums a thread; 85 FLOP a byte of shared memory, the most that fits"),
     ),
     ("linear", "fp32"): (
-        Entry(TileConfig(64, 64, 16, 4, 3), 0, "FFMA products: 32 sums a thread, a deeper step spills"),
+        Entry(TileConfig(64, 32, 16, 4, 3), 0, "FFMA products: 16 sums a thread; 32 spill beside the moments"),
     ),
     ("linear_backward", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "as linear"),

@@ -9,7 +9,10 @@ import gc
 import pytest
 import torch
 from helpers import KV, CountOps, D, adapted, assert_same, calls, lora_grads, mix, outcome, plain, ungrouped
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+import fastlora
 
 
 @pytest.fixture
@@ -135,3 +138,19 @@ def test_functional_call(x):
         for n, p in model.named_parameters():
             p.copy_(other[n])
     torch.testing.assert_close(y, ungrouped(model)(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_disabled_forward_is_not_recomputed_with_adapters(reentrant):
+    layer = fastlora.nn.Linear(6, 4, r=2, init_lora_weights=False)
+    x = torch.randn(3, 6, requires_grad=True)
+    model = nn.Sequential(layer)
+    with fastlora.disabled(model):
+        y = checkpoint(model, x, use_reentrant=reentrant)
+        y.sum().backward()  # inside the context: the base's gradient
+    torch.testing.assert_close(x.grad, layer.weight.detach().sum(0).expand(3, 6))
+    with fastlora.disabled(model):
+        y = checkpoint(model, x, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="recomputed after its context has closed|[Cc]heckpoint"):
+        y.sum().backward()
+    checkpoint(model, x, use_reentrant=reentrant).sum().backward()  # and the model goes on

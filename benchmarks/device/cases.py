@@ -106,7 +106,6 @@ class Variant:
     case: Case
     call: Callable[[Tensor], list[Tensor]]
     leaves: list[Tensor]
-    before: Callable[[], None] = lambda: None
     every50: Callable[[Tensor, list[Tensor]], Any] | None = None
     keep: list[Any] = field(default_factory=list)
 
@@ -114,7 +113,6 @@ class Variant:
         """Drop the gradients and statistics of the last step."""
         for leaf in self.leaves:
             leaf.grad = None
-        self.before()
 
 
 def _randomise(parameters: list[Tensor]) -> list[Tensor]:
@@ -156,7 +154,8 @@ def _fastlora(case: Case, name: str, device: str, dtype: torch.dtype) -> Variant
     if name == "fastlora_probe":
         tracker = fastlora.track(model, statistics=("grad_sq",), probes=PROBES)
         found.keep.append(tracker)
-        found.before = lambda: [layer.probe.clear() for layer in tracker.layers.values()]
+        probes = [layer.probe for layer in tracker.layers.values()]
+        found.leaves += [z for probe in probes for z in probe.Z.values()]
     if name == "fastlora_exact50":
         backend, _ = backends.choose("auto", torch.device(device), dtype)
         runs = (0, case.rows)

@@ -46,6 +46,12 @@ class Step:
             x.grad = None
             self.variant.forget()
             torch.autograd.backward(self.variant.call(x), dy)
+            x.grad = None
+
+    def spare_bytes(self) -> int:
+        """What the inputs beyond the first set take."""
+        each = [t.numel() * t.element_size() for t in (self.x[0], *self.dy[0])]
+        return (self.sets - 1) * sum(each)
 
     def fifty(self) -> None:
         """Fifty steps of "both", the last with the exact statistic."""

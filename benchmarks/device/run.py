@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fastlora.testing import enable_torchvision
+
 from . import measure
 from .cases import BUILDERS, CASES, TINY, Case, build
 
@@ -71,7 +73,7 @@ def _measure(case: Case, name: str, device: str, dtype: torch.dtype, ceilings: t
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
         times = measure.time_calls(call, per_call, device, few)
-        peak = torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else 0.0
+        peak = (torch.cuda.max_memory_allocated() - step.spare_bytes()) / 2**20 if device != "cpu" else 0.0
         rows.append(_row(case, name, passes, "eager", times, ceilings, peak))
         if device == "cpu":
             continue
@@ -153,6 +155,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU: checks that the script works")
     given = parser.parse_args()
+    enable_torchvision()
     cases = [(TINY if given.dry_run else CASES)[name] for name in given.cases]
     result = run(cases, "cpu" if given.dry_run else "cuda", given.seconds, given.repeats)
     name = re.sub(r"[^a-z0-9]+", "_", result["device"].lower().removeprefix("nvidia ")).strip("_")

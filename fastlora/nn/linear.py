@@ -113,11 +113,28 @@ class Linear(nn.Linear):
         return self.adapter_specs[self.active_adapter].dropout if self.training else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._check_recomputation()
         if self.bypassed:
             return F.linear(x, self.weight, self.bias)
         if self.group is not None and not torch.compiler.is_compiling():
             return self.group(self, x)
         return forward_together([self], x)[0]
+
+    def _check_recomputation(self) -> None:
+        """Refuse to repeat, with adapters on, a forward that ran under ``disabled``: its gradients would be wrong."""
+        if not in_backward():
+            if self.recomputed:
+                self.modes_seen, self.recomputed = frozenset(), False
+            if self.lora_enabled not in self.modes_seen:
+                self.modes_seen |= {self.lora_enabled}
+            return
+        self.recomputed = True
+        if self.modes_seen and self.lora_enabled not in self.modes_seen:
+            raise RuntimeError(
+                "a forward under fastlora.disabled is recomputed after its context has closed (activation "
+                "checkpointing): run its backward inside the context"
+            )
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -147,6 +164,7 @@ def attach_state(layer: nn.Linear, slices: Mapping[str, int], config: LoraConfig
     layer.active_adapter = DEFAULT
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
     layer.lora_enabled = True
+    layer.modes_seen, layer.recomputed = frozenset(), False  # forwards since the last recomputation: adapters on, off
     layer.merged = ()
     layer.group = None
     layer.probe = None
@@ -157,6 +175,11 @@ def adapter_dtype_of(config: LoraConfig, layer: nn.Linear) -> torch.dtype:
     if config.adapter_dtype is not None:
         return config.adapter_dtype
     return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running: there, a forward is a recomputation under activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def forward_together(layers: list[Linear], x: Tensor) -> list[Tensor]:

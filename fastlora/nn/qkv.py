@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linear import Linear, forward_together
-
-
-def _in_backward() -> bool:
-    # Recomputation under activation checkpointing runs inside the autograd engine.
-    return torch._C._current_graph_task_id() != -1
+from .linear import Linear, forward_together, in_backward
 
 
 def _saving_hooks() -> Any:
@@ -94,7 +89,7 @@ class ProjectionGroup:
         visit.waiting = dict(zip(ahead, outputs[1:], strict=True))
         if not visit.waiting:
             visit.x = None
-        if visit.hooks is not None and outputs[0].grad_fn is not None and not _in_backward():
+        if visit.hooks is not None and outputs[0].grad_fn is not None and not in_backward():
             self._await_backward(outputs[0].grad_fn, visit.token)
         return outputs[0]
 
@@ -127,7 +122,7 @@ class ProjectionGroup:
         """Forward pre-hook of the owner: open a visit, and take up what earlier passes taught."""
         if torch.compiler.is_compiling():
             return
-        if not _in_backward() and not self._pending:
+        if not in_backward() and not self._pending:
             self._plan.update(self._learned)
         visits = self._visits.setdefault(threading.get_ident(), [])
         for interrupted in visits:
@@ -147,7 +142,7 @@ class ProjectionGroup:
         if not visits:
             del self._visits[thread]
         # A failed pass returns None here, and a recomputation may stop half-way: neither says what is used.
-        if output is None or _in_backward():
+        if output is None or in_backward():
             return
         for trigger, unused in visit.unused.items():
             if unused:

@@ -110,7 +110,7 @@ FASTLORA_INLINE uint16_t narrow_bits(float value) {
 
 FASTLORA_INLINE Vec widen_half(VecU16 u) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_cvtph_ps((__m256i)u);
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)u);  // the plain forms warn in GCC 12
 #elif defined(__F16C__)
   return (Vec)_mm256_cvtph_ps((__m128i)u);
 #else
@@ -122,7 +122,7 @@ FASTLORA_INLINE Vec widen_half(VecU16 u) {
 
 FASTLORA_INLINE VecU16 narrow_half(Vec v) {
 #if defined(__AVX512F__)
-  return (VecU16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (VecU16)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
   return (VecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
