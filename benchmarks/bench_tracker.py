@@ -34,7 +34,7 @@ def test_step(statistics, benchmark, record):
     shape = SHAPES["S1"]
     model = _Stack(Problem(shape, torch.float32))
     fastlora.inject(model, fastlora.LoraConfig(r=shape.rank, target_modules="qkv"))
-    tracker = fastlora.track(model, statistics=TRACKED[statistics])
+    tracker = fastlora.track(model, statistics=TRACKED[statistics], every=1)
     x = torch.randn(1, 16, shape.width, requires_grad=True)
     benchmark.pedantic(tracker.step, setup=lambda: model(x).backward(), rounds=31, warmup_rounds=2)
     assert all(value > 0 for kind in tracker.kinds for value in tracker.scores(kind).values())

@@ -23,6 +23,8 @@ LABELS = {
     "control": "fastlora again (control: same code)",
     "probes": "fastlora + probes",
     "probes_step": "fastlora + probes + tracker.step()",
+    "model_accelerated": "fastlora, accelerate_frozen",
+    "model_probes": "fastlora + probes + tracker.step()",
     "act_var": "fastlora + probes + act_var",
     "act_var_step": "fastlora + probes + act_var + tracker.step()",
 }
@@ -83,7 +85,7 @@ class Variant:
         """Drop the statistics of the last call, so that those of repeated calls do not add up."""
         if self.tracker is not None:
             for layer in self.tracker.layers.values():
-                layer.probe.clear()
+                layer.probe.advance(self.tracker.steps)
 
     def gradients(self) -> dict[str, Tensor]:
         """Output and gradients of one call, named as ``Problem.expected`` names them."""

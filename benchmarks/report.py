@@ -113,6 +113,23 @@ def _steps(results: list[dict[str, Any]]) -> Iterator[str]:
     yield from _table(["statistics", "matrices", "ms [p10, p90]", "rounds"], rows)
 
 
+def _models(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
+    yield "## Whole training steps"
+    yield ""
+    yield "Forward, backward and AdamW of models with random weights, LoRA on q, k, v and a trained head; PEFT as"
+    yield "`get_peft_model` makes it. Ratios within a round, as above; the control shows the noise."
+    for result in results:
+        rounds = result["rows"][0]["ms"]["rounds"]
+        yield ""
+        yield f"### {result['model']}, r = {result['rank']}, batch {list(result['batch'].values())[0]}, {rounds} rounds"
+        yield ""
+        rows = []
+        for row in result["rows"]:
+            ratio, ours = _cell(row["ratio_to_peft"]), _percent(row["ratio_to_fastlora"])
+            rows.append([labels[row["variant"]], f"{row['ms']['median']:.1f}", ratio, ours])
+        yield from _table(["variant", "ms", "ratio to PEFT [p10, p90]", "% over fastlora [95 %]"], rows)
+
+
 def _lines(document: dict[str, Any]) -> Iterator[str]:
     labels, layers = document["labels"], _layers(document)
     yield "# Layer benchmarks"
@@ -128,6 +145,10 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     if passed:
         yield ""
         yield from _statistics(passed, labels)
+    models = [result for result in document["results"] if result["kind"] == "model"]
+    if models:
+        yield ""
+        yield from _models(models, labels)
     steps = [result for result in document["results"] if result["kind"] == "step"]
     if steps:
         yield ""

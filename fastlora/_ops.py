@@ -25,8 +25,32 @@ LIBRARY.define(
 _DX, _DA, _DB, _DZ, _DW, _DBIAS = range(6)
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def eager(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing watches the dispatcher, so that a kernel may be called without it.
+
+    On a small layer going through the dispatcher to a kernel written in Python costs more than the kernel.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and all([t is None or type(t) in _PLAIN for t in tensors])
+    )
+
+
+def apply(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine) -> list[Tensor]:
+    """``torch.ops.fastlora.lora_linear``, by the shortest way that has the same effect."""
+    if not torch.is_autocast_enabled(x.device.type) and eager((x, *W, *bias, *A, *B, *Z, *V, P)):
+        return _autograd_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
+    return torch.ops.fastlora.lora_linear(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
+
+
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _forward_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine):
@@ -62,7 +86,7 @@ def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
     layout = group_layout(W, B)
     rows = _rows(x)
-    grads = [None if g is None else _rows(g.to(x.dtype)) for g in dy]
+    grads = [None if g is None else _rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
     probes = _probe_columns(h, A) if need[_DZ] else 0
     out: list[Tensor] = []
     if p == 0.0 and isinstance(chosen, NativeBackend):
@@ -102,7 +126,9 @@ def _composed_backward(chosen, grads, rows, h, W, A, B, layout, seed, scale, p, 
 
 def _like(grad: Tensor | None, target: Tensor) -> Tensor:
     """The gradient in the target's dtype, zeros where none flowed."""
-    return torch.zeros_like(target, memory_format=torch.contiguous_format) if grad is None else grad.to(target.dtype)
+    if grad is None:
+        return torch.zeros_like(target, memory_format=torch.contiguous_format)
+    return grad if grad.dtype == target.dtype else grad.to(target.dtype)
 
 
 def _backward_fake(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
@@ -148,8 +174,9 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, x: Tensor, *flat: Tensor | None):
         W, bias, A, B, Z, V = call.split(flat)
+        kernel = _forward_kernel if eager((x, *flat)) else torch.ops.fastlora.lora_linear
         with torch._C._AutoDispatchBelowAutograd():
-            out = torch.ops.fastlora.lora_linear(
+            out = kernel(
                 x, W, bias, A, B, Z, V, call.P, call.sign, call.seed, call.scale, call.p, call.backend, call.engine
             )
         weights = call.counts[0]
@@ -178,9 +205,9 @@ class _LoRALinear(torch.autograd.Function):
             return (None, *_differentiable_backward(call, needs[1:], dy, x, W, bias, A, B, moments))
         parts = call.split(needs[2:])
         need = [needs[1], any(parts[2]), any(parts[3]), any(parts[4]), any(parts[0]), any(parts[1])]
-        out = torch.ops.fastlora.lora_linear_backward(
-            dy, x, h, W, A, B, call.seed, call.scale, call.p, need, call.backend, call.engine
-        )
+        kernel = _backward_kernel if eager((x, h, *dy, *saved)) else torch.ops.fastlora.lora_linear_backward
+        with torch._C._AutoDispatchBelowAutograd():
+            out = kernel(dy, x, h, W, A, B, call.seed, call.scale, call.p, need, call.backend, call.engine)
         return (None, *_arrange(call, ctx, need, parts, out, x, W, moments))
 
     @staticmethod
@@ -234,8 +261,9 @@ def _autograd_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, e
         counts = (len(W), len(A), len(Z), len(V))
         call = _Call(counts, P, sign, seed, tuple(scale), p, backend, engine)
         return list(_LoRALinear.apply(call, x, *flat))
+    kernel = _forward_kernel if eager((x, *flat)) else torch.ops.fastlora.lora_linear
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.fastlora.lora_linear(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
+        return kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
 
 
 def _autocast_kernel(device_type: str, key: str):

@@ -202,8 +202,8 @@ class NativeBackend(Backend):
         """``shrink`` and ``linear`` without dropout: y_j [*, N_j], h [M, R + k] and the column moments."""
         outputs = [ENGINES.forward(x, w, b, engine) for w, b in zip(W, bias, strict=True)]
         h, sums = torch.ops.fastlora.lora_forward_.default(
-            [_rows(y) for y in outputs],
-            _rows(x),
+            [y if y.dim() == 2 else y.view(-1, y.shape[-1]) for y in outputs],
+            x if x.dim() == 2 else x.reshape(-1, x.shape[-1]),
             _readable(A),
             P,
             _readable(B),
@@ -256,10 +256,6 @@ class NativeBackend(Backend):
             need_dB,
         )
         return dx, dA, dB, Q
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
 
 
 def _readable(factors: Sequence[Tensor]) -> Sequence[Tensor]:

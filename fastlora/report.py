@@ -140,6 +140,7 @@ def _overhead(plt: Any, results: dict[str, Any]) -> Any:
     cases = results["cost"]
     figure, axes = plt.subplots(1, len(cases), figsize=(3.9 * len(cases) + 1.2, 3.0), sharey=True, squeeze=False)
     for axis, case in zip(axes[0], cases, strict=True):
+        box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
         names = [name for name in case["variants"] if name != "plain"][::-1]
         for y, name in enumerate(names):
             cost = case["variants"][name]
@@ -147,7 +148,9 @@ def _overhead(plt: Any, results: dict[str, Any]) -> Any:
             colour = {"control": "#666666", "probe": "#D55E00"}.get(name, "#0072B2")
             axis.plot([lower, upper], [y, y], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
             axis.plot(middle, y, "o", color=colour)
-            axis.annotate(f"{middle:+.1f} %", (middle, y), (0, 8), textcoords="offset points", ha="center", fontsize=9)
+            axis.annotate(
+                f"{middle:+.1f} %", (middle, y), (0, 8), textcoords="offset points", ha="center", fontsize=9, bbox=box
+            )
         axis.axvline(0, color="#444444", linewidth=1)
         axis.set_yticks(range(len(names)), [results["cost_labels"][name] for name in names])
         axis.set_ylim(-0.5, len(names) - 0.2)

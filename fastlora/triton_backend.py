@@ -83,7 +83,9 @@ def _same_device(**tensors: Tensor | Sequence[Tensor | None] | None) -> None:
                 continue
             first = first or (name, tensor.device)
             if tensor.device != first[1]:
-                raise ValueError(f"{name}: is on {tensor.device}, {first[0]} on {first[1]}; the backend takes one device")
+                raise ValueError(
+                    f"{name}: is on {tensor.device}, {first[0]} on {first[1]}; the backend takes one device"
+                )
 
 
 def _dropout(seed: Tensor | None, p: float) -> dict[str, Any]:

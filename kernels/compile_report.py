@@ -75,17 +75,19 @@ class _Offline:
 
 
 @contextmanager
-def _compiling(record: Callable[[str, Any, dict], None]) -> Iterator[None]:
+def _compiling(record: Callable[[str, Any, dict], None], tf32: bool) -> Iterator[None]:
     def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         record(kernel.fn.__name__, compiled, options)
 
     driver.set_active(_Offline())
-    primitives.launcher, before = compile_only, primitives.launcher
+    matmul = torch.backends.cuda.matmul
+    before = primitives.launcher, matmul.allow_tf32
+    primitives.launcher, matmul.allow_tf32 = compile_only, tf32
     try:
         yield
     finally:
-        primitives.launcher = before
+        primitives.launcher, matmul.allow_tf32 = before
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -166,26 +168,30 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
 
 
 def compile_all(ranks: tuple[int, ...] = (8, 5, 64), verbs: tuple[str, ...] = ()) -> list[Row]:
-    """Compile every committed tile in bf16 and fp32, in bf16 also at a rank that is no multiple of 8 and a large one."""
+    """Compile every committed tile: bf16 at each rank a projection (one no multiple of 8), fp32 exact and as tf32."""
     rows: dict[str, Row] = {}
     for verb, kind, entry in committed():
         if verbs and verb not in verbs:
             continue
-        dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-        for rank in ranks[:1] if verb in ("gradstat", "covariance") or kind == "fp32" else ranks:
-            for case, call in _cases(verb, entry.tile, _Operands(dtype, rank)).items():
+        some = ranks[:1] if verb in ("gradstat", "covariance") or kind == "fp32" else ranks
+        settings = [(kind, ranks[0]), ("tf32", ranks[0])] if kind == "fp32" else [("bf16", rank) for rank in some]
+        for precision, rank in settings:
+            operands = _Operands(torch.bfloat16 if precision == "bf16" else torch.float32, rank)
+            for case, call in _cases(verb, entry.tile, operands).items():
                 label = case if rank == ranks[0] else f"{case}, r = {rank}"
 
-                def record(name: str, compiled: Any, options: dict, verb=verb, label=label, entry=entry, kind=kind):
+                def record(
+                    name: str, compiled: Any, options: dict, verb=verb, label=label, tile=entry.tile, d=precision
+                ):
                     if compiled.hash not in rows:
-                        rows[compiled.hash] = _row(verb, label, name, kind, entry.tile, compiled, options)
+                        rows[compiled.hash] = _row(verb, label, name, d, tile, compiled, options)
 
-                with _compiling(record):
+                with _compiling(record, precision == "tf32"):
                     call()
     return list(rows.values())
 
 
-def _row(verb: str, case: str, name: str, kind: str, tile: TileConfig, compiled: Any, options: dict) -> Row:
+def _row(verb: str, case: str, name: str, dtype: str, tile: TileConfig, compiled: Any, options: dict) -> Row:
     registers, stack = _resources(compiled.asm["cubin"])
     text, shared = compiled.asm["ptx"], compiled.metadata.shared
     threads = 32 * options["num_warps"]
@@ -193,7 +199,6 @@ def _row(verb: str, case: str, name: str, kind: str, tile: TileConfig, compiled:
     if name in ("reduce_kernel", "reduce_pairs_kernel", "moments_kernel"):
         verb, case = "reduce", "-"
     wide_copies = re.search(r"cp\.async\.cg\.shared\.global[^;]*0x10", text) is not None
-    dtype = "fp32" if kind == "fp32" else "bf16"
     return Row(verb, case, name, dtype, tile, registers, stack, shared, "wgmma" in text, wide_copies, resident)
 
 
@@ -202,9 +207,10 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# What the compiler says for sm_90",
         "",
-        f"Triton {triton.__version__}, no GPU involved. A tile is rows x columns x depth of the sum, then warps and stages;",
-        "`resident` is how many programs fit a multiprocessor; stack is where spilled registers would live. Factors are",
-        "fp32, r = 8 a projection and k = 8 probes unless said. Written by `python -m fastlora.kernels.compile_report`.",
+        f"Triton {triton.__version__}, no GPU involved. A tile is rows x columns x depth of the sum, then warps and",
+        "stages; `resident` is how many programs fit a multiprocessor; stack is where spilled registers would live.",
+        "Factors are fp32, r = 8 a projection and k = 8 probes unless said; fp32 is exact, tf32 where torch allows it.",
+        "Written by `python -m fastlora.kernels.compile_report`.",
         "",
         "| verb | case | dtype | tile | registers | stack | shared KiB | resident | wgmma | 16-byte async copies |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -68,8 +68,8 @@ def covariance_kernel(
 def gradstat(x: Tensor, dy: Tensor, offsets: Tensor, tiles: TileConfig | None = None, longest: int = 0) -> Tensor:
     """``sum G^2`` and ``sum |G|`` of ``G = dy^T x`` over the rows ``offsets[i] : offsets[i + 1]``; G is never stored.
 
-    x [M, K], dy [M, N] of one dtype, offsets int64 [runs + 1] on their device -> fp32 [runs, 2]. ``longest``: rows of the
-    longest run, a hint for the tiles.
+    x [M, K], dy [M, N] of one dtype, offsets int64 [runs + 1] on their device -> fp32 [runs, 2]. ``longest``: rows of
+    the longest run, a hint for the tiles.
     """
     x, dy = unit_last(x), unit_last(dy)
     runs, N, K = offsets.shape[0] - 1, dy.shape[1], x.shape[1]

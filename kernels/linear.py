@@ -31,7 +31,8 @@ from .tiling import TileConfig, choose_strategy, choose_tiles
 class Projection(NamedTuple):
     """A block of output columns with its own adapter: views of the frozen weight, its bias, B and the output.
 
-    W [N_i, K]; bias [N_i] or None; B [N_i, r_i]; y [M, N_i]; moments float64 [2, N_i] or None; offset: first column in h.
+    W [N_i, K]; bias [N_i] or None; B [N_i, r_i]; y [M, N_i]; moments float64 [2, N_i] or None; offset: first column
+    in h.
     """
 
     W: Tensor
@@ -47,7 +48,8 @@ class Projection(NamedTuple):
 def linear_kernel(
     p_x, p_w, p_bias, p_h, p_b, p_y, p_sums, widths, strides_w, strides_b, strides_y, offsets, ranks, scales,
     M, K, N, stride_x, stride_h, tiles_n,
-    EVEN_R: tl.constexpr, MATMUL: tl.constexpr, BIAS: tl.constexpr, MOMENTS: tl.constexpr, EVEN_K: tl.constexpr, BAND: tl.constexpr,
+    EVEN_R: tl.constexpr, MATMUL: tl.constexpr, BIAS: tl.constexpr, MOMENTS: tl.constexpr, EVEN_K: tl.constexpr,
+    BAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +92,9 @@ def linear_kernel(
 
 
 @triton.jit(do_not_specialize=["M"])
-def moments_kernel(p_sums, p_out, widths, strides_out, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr):
+def moments_kernel(
+    p_sums, p_out, widths, strides_out, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr
+):
     """Column sums of y and y^2 in float64 from each row tile's sum and its squares about its own mean."""
     i_entry, o_first, o_entry = find_tile(tl.program_id(0), widths, BLOCK_N)
     o_n = o_first + tl.arange(0, BLOCK_N)
@@ -114,11 +118,12 @@ def moments_kernel(p_sums, p_out, widths, strides_out, M, N, BLOCK_M: tl.constex
 def linear_backward_kernel(
     p_dy, p_w, p_dh, p_a, p_dx, p_seed, widths, strides_dy, strides_w, strides_a, offsets, ends,
     M, K, stride_dh, stride_dx, threshold, keep_scale,
-    EVEN_R: tl.constexpr, SOURCES: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, EVEN_N: tl.constexpr, BAND: tl.constexpr,
+    EVEN_R: tl.constexpr, SOURCES: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, EVEN_N: tl.constexpr,
+    BAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx [M, K]: dh A (masked per projection), then the sum over SOURCES; with none, dx is updated in place."""
+    """One tile of dx [M, K]: dh A (masked per projection), then the sum over SOURCES; without, dx is updated."""
     i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), BAND)
     o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m, m_n = (o_m < M)[:, None], (o_n < K)[None, :]
@@ -131,7 +136,9 @@ def linear_backward_kernel(
         for r in tl.range(first, end, BLOCK_R, num_stages=1):
             o_rank = r + tl.arange(0, BLOCK_R)
             m_rank = o_rank < end
-            b_dh = tl.load(p_dh + o_row * clear(stride_dh[0], EVEN_R) + o_rank[None, :], mask=m_m & m_rank[None, :], other=0.0)
+            b_dh = tl.load(
+                p_dh + o_row * clear(stride_dh[0], EVEN_R) + o_rank[None, :], mask=m_m & m_rank[None, :], other=0.0
+            )
             p_rows = stacked_rows(p_a, offsets, strides_a, o_rank, ALIGNED)
             b_a = tl.load(p_rows[:, None] + o_n[None, :], mask=m_n & m_rank[:, None], other=0.0).to(b_dh.dtype)
             b_part = tl.dot(b_dh, b_a, b_part, input_precision=PRECISION)
@@ -221,7 +228,7 @@ def _finish_moments(sums: Tensor, moments: Sequence[Tensor], M: int, tiles: Tile
 
 
 def _augmented(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, mine: Sequence[Projection], y: Tensor) -> None:
-    """``y = [x | h] [W | s B]^T + bias`` by the library's matmul, B block-diagonal over the projections of one weight."""
+    """``y = [x | h] [W | s B]^T + bias`` by the library's matmul, B block-diagonal over one weight's projections."""
     factor = W.new_zeros(W.shape[0], h.shape[1])
     row = 0
     for p in mine:

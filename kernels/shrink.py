@@ -30,7 +30,8 @@ from .tiling import TileConfig, choose_split, choose_tiles
 def shrink_kernel(
     p_x, p_factors, p_out, p_seed, widths, strides_x, strides_factor, offsets, ends, scales,
     M, total, threshold,
-    SHARED: tl.constexpr, MASKED: tl.constexpr, EVEN_R: tl.constexpr, ALIGNED: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
+    SHARED: tl.constexpr, MASKED: tl.constexpr, EVEN_R: tl.constexpr, ALIGNED: tl.constexpr, EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """SHARED: one x and all factors stacked, rows of the first MASKED factors see their own dropout of x.

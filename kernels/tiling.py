@@ -1,7 +1,9 @@
 """The only block sizes and the only choice of strategy. No GPU has measured them yet: each entry argues its reason.
 
-The numbers in the reasons (registers a thread, shared memory) are those of ``benchmarks/results/triton_compile_sm90.md``,
-which ``python -m fastlora.kernels.compile_report`` writes; a multiprocessor of sm_90 has 65,536 registers and 227 KiB.
+Registers and shared memory in the reasons are those of ``benchmarks/results/triton_compile_sm90.md``, which
+``python -m fastlora.kernels.compile_report`` writes; a multiprocessor of sm_90 has 65,536 registers and 227 KiB. Where
+no reason says otherwise, a neighbour with fewer warps or a deeper step spills at some rank that the report compiles.
+``benchmarks/device/sweep.py`` times every entry and its neighbours.
 """
 
 from __future__ import annotations
@@ -11,14 +13,17 @@ from typing import NamedTuple
 import torch
 
 SHARED_LIMIT = 232448
-# Two programs for each of the 132 multiprocessors of an H100 or H200. A constant, so that sums split alike everywhere.
-PROGRAMS = 264
+# Multiprocessors of an H100 or H200. A constant, so that sums are split alike, and results agree, on every GPU.
+PROGRAMS = 132
 # Elements a program of a reduction owns.
 REDUCE_BLOCK = 1024
 
 
 class TileConfig(NamedTuple):
-    """Tile of the output (rows x columns), step along the sum, warps, pipeline stages, row tiles in a band."""
+    """Tile of the output (rows x columns), step along the sum, warps, pipeline stages, row tiles in a band.
+
+    shrink takes its columns from the ranks, and so does wgrad its rows: there ``columns`` is a width of x or dy.
+    """
 
     rows: int
     columns: int
@@ -29,87 +34,60 @@ class TileConfig(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A tile, the largest problem it is meant for (rows, 0: any), and why."""
+    """A tile, the most rows of a problem that it is meant for (0: any), and why."""
 
     tile: TileConfig
     most_rows: int
     reason: str
 
 
-# Verb and precision -> entries from the smallest M to any. `columns` of shrink and wgrad's `rows` come from the ranks.
+_FFMA = "exact fp32 has no tensor cores: small tiles keep operands and sums in registers"
+_PHILOX = "bound by Philox: few counters a thread and mask, or its words spill"
+
+# Verb and precision -> entries, from the fewest rows to any.
 _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("shrink", "half"): (
-        Entry(TileConfig(32, 0, 64, 4, 4), 4096, "memory bound: 32 rows give 128 programs at M = 4096 before any split"),
-        Entry(TileConfig(64, 0, 64, 4, 4), 0, "8 KiB of x a stage, 3 in flight, 3 resident: twice what hides HBM's latency"),
+        Entry(TileConfig(32, 0, 64, 8, 4), 4096, "memory bound: 128 programs at M = 4096 without a split"),
+        Entry(TileConfig(64, 0, 64, 4, 4), 0, "memory bound: 3 resident with 3 stages of 8 KiB of x in flight each"),
     ),
-    ("shrink", "fp32"): (
-        Entry(TileConfig(32, 0, 64, 4, 3), 0, "FFMA products: small tiles keep operands and sums in registers"),
-    ),
-    ("shrink_dropout", "half"): (
-        Entry(TileConfig(32, 0, 32, 4, 3), 0, "bound by Philox: 2 counters a thread and mask; 4 spill at r = 64"),
-    ),
-    ("shrink_dropout", "fp32"): (
-        Entry(TileConfig(16, 0, 32, 4, 2), 0, "as above beside FFMA operands"),
-    ),
+    ("shrink", "fp32"): (Entry(TileConfig(32, 0, 64, 4, 3), 0, _FFMA),),
+    ("shrink_dropout", "half"): (Entry(TileConfig(32, 0, 32, 4, 3), 0, _PHILOX),),
+    ("shrink_dropout", "fp32"): (Entry(TileConfig(16, 0, 32, 4, 2), 0, _PHILOX),),
     ("linear", "half"): (
-        Entry(TileConfig(64, 128, 64, 4, 4), 1024, "few rows: 64 x 128 doubles the programs, one warpgroup each"),
-        Entry(TileConfig(128, 128, 64, 8, 4), 8192, "64 sums a thread: room for two resident programs to hide epilogues"),
-        Entry(TileConfig(128, 256, 64, 8, 3), 0, "128 sums a thread; 85 FLOP a byte of shared memory, the most that fits"),
+        Entry(TileConfig(64, 128, 64, 4, 4), 1024, "few rows: twice the programs of the next, one warpgroup each"),
+        Entry(TileConfig(128, 128, 64, 8, 4), 8192, "64 sums a thread; 4 stages hold 128 KiB of operands"),
+        Entry(TileConfig(128, 256, 64, 8, 3), 0, "128 sums a thread: most work per byte of shared memory that fits"),
     ),
-    ("linear", "fp32"): (
-        Entry(TileConfig(64, 32, 16, 4, 3), 0, "FFMA products: 16 sums a thread; 32 spill beside the moments"),
-    ),
+    ("linear", "fp32"): (Entry(TileConfig(64, 64, 16, 8, 3), 0, _FFMA),),
     ("linear_backward", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "as linear"),
-        Entry(TileConfig(128, 128, 64, 8, 4), 0, "as linear; N is summed over three sources, so the prologue repeats"),
+        Entry(TileConfig(128, 128, 64, 8, 4), 0, "as linear; the loop restarts for each of three sources"),
     ),
-    ("linear_backward", "fp32"): (
-        Entry(TileConfig(64, 64, 16, 4, 3), 0, "as linear"),
-    ),
-    ("linear_backward_dropout", "half"): (
-        Entry(TileConfig(64, 128, 64, 8, 3), 0, "one mask a projection before the loop: half a tile's Philox words a thread"),
-    ),
-    ("linear_backward_dropout", "fp32"): (
-        Entry(TileConfig(32, 64, 16, 4, 3), 0, "as above beside FFMA operands"),
-    ),
+    ("linear_backward", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
+    ("linear_backward_dropout", "half"): (Entry(TileConfig(64, 128, 64, 8, 3), 0, _PHILOX),),
+    ("linear_backward_dropout", "fp32"): (Entry(TileConfig(32, 64, 16, 4, 3), 0, _PHILOX),),
     ("expand", "half"): (
-        Entry(TileConfig(64, 64, 64, 4, 1), 0, "memory bound and one step deep: whole 128-byte lines, few registers, many programs"),
+        Entry(TileConfig(64, 64, 64, 4, 1), 0, "memory bound, one step deep: whole 128-byte lines, many resident"),
     ),
-    ("expand", "fp32"): (
-        Entry(TileConfig(32, 64, 16, 4, 1), 0, "FFMA products over at most one rank block"),
-    ),
-    ("expand_dropout", "half"): (
-        Entry(TileConfig(32, 64, 64, 4, 1), 0, "4 Philox counters a thread and mask"),
-    ),
-    ("expand_dropout", "fp32"): (
-        Entry(TileConfig(32, 64, 16, 4, 1), 0, "as above beside FFMA operands"),
-    ),
+    ("expand", "fp32"): (Entry(TileConfig(32, 64, 16, 4, 1), 0, _FFMA),),
+    ("expand_dropout", "half"): (Entry(TileConfig(32, 64, 64, 4, 1), 0, _PHILOX),),
+    ("expand_dropout", "fp32"): (Entry(TileConfig(32, 64, 16, 4, 1), 0, _PHILOX),),
     ("wgrad", "half"): (
-        Entry(TileConfig(64, 128, 64, 8, 4), 0, "`depth` rows a step: 16 KiB of x or dy a stage, 3 in flight; 4 warps spill at r = 64"),
+        Entry(
+            TileConfig(64, 128, 64, 8, 4), 0, "memory bound: 2 resident with 3 stages of 16 KiB of x or dy in flight"
+        ),
     ),
-    ("wgrad", "fp32"): (
-        Entry(TileConfig(64, 64, 16, 4, 3), 0, "FFMA products: small tiles keep operands and sums in registers"),
-    ),
-    ("wgrad_dropout", "half"): (
-        Entry(TileConfig(64, 64, 32, 4, 3), 0, "bound by Philox, as shrink_dropout"),
-    ),
-    ("wgrad_dropout", "fp32"): (
-        Entry(TileConfig(64, 32, 16, 4, 2), 0, "as above beside FFMA operands"),
-    ),
+    ("wgrad", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
+    ("wgrad_dropout", "half"): (Entry(TileConfig(64, 64, 32, 4, 3), 0, _PHILOX),),
+    ("wgrad_dropout", "fp32"): (Entry(TileConfig(64, 32, 16, 4, 2), 0, _PHILOX),),
     ("gradstat", "half"): (
-        Entry(TileConfig(128, 128, 64, 8, 3), 4096, "one run is a sample of a few hundred rows: many programs, short loops"),
-        Entry(TileConfig(128, 256, 64, 8, 3), 0, "long runs: the largest tile, as a weight gradient wants"),
+        Entry(TileConfig(128, 128, 64, 8, 3), 4096, "a run is a sample: many programs, short loops, 2 resident"),
+        Entry(TileConfig(128, 256, 64, 8, 3), 0, "long runs: the largest tile, as for a weight gradient"),
     ),
-    ("gradstat", "fp32"): (
-        Entry(TileConfig(64, 64, 16, 4, 3), 0, "FFMA products: 32 sums a thread"),
-    ),
-    ("covariance", "half"): (
-        Entry(TileConfig(128, 128, 64, 8, 3), 0, "square tiles, as each is stored twice; 64 sums a thread"),
-    ),
-    ("covariance", "fp32"): (
-        Entry(TileConfig(64, 64, 16, 4, 3), 0, "as gradstat"),
-    ),
-}  # fmt: skip
+    ("gradstat", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
+    ("covariance", "half"): (Entry(TileConfig(128, 128, 64, 8, 3), 0, "square, as a tile is stored twice"),),
+    ("covariance", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
+}
 
 
 def choose_tiles(verb: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> TileConfig:
@@ -123,9 +101,12 @@ def committed() -> list[tuple[str, str, Entry]]:
     return [(verb, kind, entry) for (verb, kind), entries in _TABLE.items() for entry in entries]
 
 
-def choose_split(programs: int, steps: int) -> int:
-    """Into how many parts a sum of ``steps`` is cut so that about ``PROGRAMS`` programs run, four steps at least each."""
-    return max(1, min(PROGRAMS // max(programs, 1), steps // 4))
+def choose_split(programs: int, steps: int, waves: int = 1) -> int:
+    """Into how many parts a sum of ``steps`` is cut to fill ``waves`` programs a multiprocessor, four steps each or more.
+
+    A split costs one more launch and a pass over the partial sums: shrink splits only when the chip would be half idle.
+    """
+    return max(1, min(waves * PROGRAMS // max(programs, 1), steps // 4))
 
 
 def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> str:

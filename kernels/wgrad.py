@@ -39,7 +39,7 @@ def wgrad_kernel(
     EVEN_R: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial ``wide^T skinny`` over ``rows`` rows. MASKED projections see their own dropout of wide (masks: their ends)."""
+    """Partial ``wide^T skinny`` over ``rows`` rows; MASKED projections, ending at ``masks``, see their own dropout."""
     i_entry, o_first, _ = find_tile(tl.program_id(0), widths, BLOCK_N)
     o_rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     rank, probe = clear(pick(ranks, i_entry), EVEN_R), clear(pick(probes, i_entry), EVEN_R)
@@ -168,7 +168,7 @@ def wgrad(
     programs = sum(triton.cdiv(p.wide.shape[1], plain.columns) for p in [*inputs, *outer])
     depth = max(plain.depth, masked.depth)
     steps = triton.cdiv(M, depth)
-    rows = triton.cdiv(steps, choose_split(programs, steps)) * depth
+    rows = triton.cdiv(steps, choose_split(programs, steps, 2)) * depth
     partial = torch.empty(triton.cdiv(M, rows), starts[-1], dtype=torch.float32, device=device)
     masks = [*offsets, rank]
     if seed is None:

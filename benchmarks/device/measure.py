@@ -21,7 +21,9 @@ class Step:
         self.variant, case = variant, variant.case
         bytes_each = 2 * case.rows * (case.width + case.total)
         sets = 1 if device == "cpu" else min(8, 1 + CACHE_BYTES // bytes_each)
-        self.x = [torch.randn(case.rows, case.width, device=device, dtype=dtype, requires_grad=True) for _ in range(sets)]
+        self.x = [
+            torch.randn(case.rows, case.width, device=device, dtype=dtype, requires_grad=True) for _ in range(sets)
+        ]
         with torch.no_grad():
             shapes = [y.shape for y in variant.call(self.x[0])]
         self.dy = [[torch.randn(s, device=device, dtype=torch.float32).to(dtype) for s in shapes] for _ in range(sets)]

@@ -1,4 +1,4 @@
-"""``python -m device.run --output FOLDER``: every case, variant, pass and mode; JSON, a table and, last, the targets."""
+"""``python -m device.run --output FOLDER``: every case, variant, pass and mode; JSON, a table, last the targets."""
 
 from __future__ import annotations
 
@@ -123,7 +123,10 @@ def run(cases: list[Case], device: str, seconds: float, repeats: int) -> dict[st
 def table(result: dict[str, Any]) -> str:
     """The rows as Markdown, and the ratios that the targets speak of."""
     lines = [f"# {result['device']}, driver {result['driver']}, {result['versions']}", ""]
-    lines += [f"Measured ceilings: {result['ceilings']['gbps']:.0f} GB/s, {result['ceilings']['tflops']:.0f} TFLOP/s.", ""]
+    lines += [
+        f"Measured ceilings: {result['ceilings']['gbps']:.0f} GB/s, {result['ceilings']['tflops']:.0f} TFLOP/s.",
+        "",
+    ]
     lines += ["| case | variant | pass | mode | median ms | p10 | p90 | GB/s | TFLOP/s | of roofline | peak MiB |"]
     lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
     for r in result["rows"]:
@@ -131,7 +134,11 @@ def table(result: dict[str, Any]) -> str:
             f"| {r['case']} | {r['variant']} | {r['pass']} | {r['mode']} | {r['median_ms']:.4f} | {r['p10_ms']:.4f} "
             f"| {r['p90_ms']:.4f} | {r['gbps']:.0f} | {r['tflops']:.1f} | {r['roofline']:.2f} | {r['peak_mib']:.0f} |"
         )
-    lines += ["", "| case | mode | over frozen | over PEFT bf16 | probes | memory over PEFT bf16 |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| case | mode | over frozen | over PEFT bf16 | probes | memory over PEFT bf16 |",
+        "|---|---|---|---|---|---|",
+    ]
     found = {(r["case"], r["variant"], r["mode"]): r for r in result["rows"] if r["pass"] == "both"}
     for case, mode in sorted({(r["case"], r["mode"]) for r in result["rows"]}):
 

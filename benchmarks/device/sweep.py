@@ -1,4 +1,4 @@
-"""``python -m device.sweep --output FOLDER``: every tile of ``tiling.py`` and its neighbours, and the strategies, timed.
+"""``python -m device.sweep --output FOLDER``: times every tile of ``tiling.py``, its neighbours and the strategies.
 
 The fastest of each line is what ``fastlora/kernels/tiling.py`` should hold for that verb and shape.
 """
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-
 from fastlora.kernels import gradstat, linear, shrink, wgrad
 from fastlora.kernels.tiling import TileConfig, committed
 

@@ -80,10 +80,10 @@ def paired_costs(
     try:
         for turn in range(-2, rounds):  # two rounds to warm up
             for name in names if turn % 2 == 0 else reversed(names):
-                start = time.process_time()
+                start = time.thread_time()
                 steps[name](batch)
                 if turn >= 0:
-                    seconds[name].append(time.process_time() - start)
+                    seconds[name].append(time.thread_time() - start)
             advance()
     finally:
         torch.set_num_threads(threads)

@@ -65,7 +65,7 @@ def _statistics_cell(name: str, method: dict[str, Any], results: dict[str, Any])
         return f"once, {method['summary']['setup_seconds']['mean']:.1f} s"
     if name == "fw":
         cost = results["cost"][0]["variants"]["probe"]
-        return f"x {cost['ratio']:.3f} ({cost['lower']:.3f} to {cost['upper']:.3f})"
+        return f"x{cost['ratio']:.3f} ({cost['lower']:.3f}-{cost['upper']:.3f})"
     return "-"
 
 

@@ -32,14 +32,15 @@ class Settings:
     width: int = 48
     depth: int = 6
     heads: int = 3
-    base_steps: int = 300
+    base_steps: int = 400
     base_batch: int = 32
     base_lr: float = 2e-3
+    base_noise: float = 0.3
     steps: int = 150
     batch: int = 32
     shots: int = 40
     validation: int = 30
-    evaluate_every: int = 15
+    evaluate_every: int = 25
     rank: int = 4
     alpha: float = 8.0
     max_rank: int = 16
@@ -184,7 +185,9 @@ def train_base(settings: Settings, digits: Digits, seed: int, advance=lambda: No
     model = build_vit(settings, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.base_lr, weight_decay=0.05)
     scheduler = schedule(optimizer, settings.base_steps)
+    generator = torch.Generator().manual_seed(seed)
     for _, (x, y) in zip(range(settings.base_steps), batches(digits.base, settings.base_batch, seed), strict=False):
+        x = x + settings.base_noise * torch.randn(x.shape, generator=generator)
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()

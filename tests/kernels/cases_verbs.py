@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastlora.kernels import gradstat, linear, shrink, tiling, wgrad
+from fastlora.kernels.tiling import TileConfig
 from kernel_support import (
     DEVICE,
     EMPTY,
     FUSED,
+    INTERPRETED,
     PROBLEMS,
     SEPARATE,
     Data,
@@ -18,11 +21,11 @@ from kernel_support import (
 )
 
 from fastlora import reference
-from fastlora.kernels import gradstat, linear, shrink, tiling, wgrad
-from fastlora.kernels.tiling import TileConfig
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SMALL = TileConfig(16, 16, 16, 4, 2, band=2)
+# More steps to split; a step that only the interpreter can multiply.
+SHALLOW = SMALL._replace(depth=4 if INTERPRETED else 16)
 KINDS = {
     "fp32": (torch.float32, torch.float32),
     "fp16": (torch.float16, torch.float32),
@@ -42,7 +45,6 @@ def dropped(p: float) -> dict:
     return {"threshold": reference.keep_threshold(p), "keep_scale": 1 / (1 - p)}
 
 
-
 @problems
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_shrink(problem, dtype, factors, p, monkeypatch):
@@ -50,7 +52,7 @@ def test_shrink(problem, dtype, factors, p, monkeypatch):
     monkeypatch.setattr(tiling, "PROGRAMS", 24 if problem is SEPARATE else 1)
     extra = [] if data.P is None else [data.P]
     options = {"seed": data.seed, **dropped(p)} if p else {}
-    tiles = SMALL._replace(depth=4) if problem is SEPARATE and not p else SMALL
+    tiles = SHALLOW if problem is SEPARATE and not p else SMALL
     h = shrink.shrink(data.x, [*data.A, *extra], len(extra), tiles=tiles, **options)
     assert h.dtype == dtype
     assert_close(h, expected_h(data, p), dtype, "h")
@@ -66,7 +68,7 @@ def test_shrink_backward(problem, dtype, factors, missing, monkeypatch):
     if missing:
         data.dy[0] = None
     layout = data.layout
-    tiles = SMALL._replace(depth=4)
+    tiles = SHALLOW
     dh = shrink.shrink_backward(data.slices(), data.B, layout.offsets, data.scale, layout.rank, tiles)
     assert dh.dtype == dtype
     assert_close(dh, expected_dh(data), dtype, "dh")
@@ -136,7 +138,7 @@ def test_wgrad(problem, dtype, factors, p, missing, monkeypatch):
     dh, h = expected_dh(data).to(DEVICE, dtype), expected_h(data, p).to(DEVICE, dtype)
     options = {"seed": data.seed, **dropped(p)} if p else {}
     slices = data.slices()
-    tiles = SMALL._replace(depth=4) if problem is SEPARATE and not p else SMALL
+    tiles = SHALLOW if problem is SEPARATE and not p else SMALL
     dA, dB, Q = wgrad.wgrad(
         data.x, dh, slices, h, layout.offsets, s.ranks, data.scale, s.probes, dtype=factors, tiles=tiles, **options
     )
@@ -185,7 +187,7 @@ def test_no_matrix_of_the_weight_is_allocated(monkeypatch):
 def test_split_sums_are_repeatable(monkeypatch):
     monkeypatch.setattr(tiling, "PROGRAMS", 64)
     data = Data(SEPARATE, torch.float32)
-    tiles = SMALL._replace(depth=4)
+    tiles = SHALLOW
     first, second = (shrink.shrink(data.x, data.A, tiles=tiles) for _ in range(2))
     assert torch.equal(first, second)
 

@@ -1,7 +1,7 @@
 """Makes Triton's interpreter compute with bf16.
 
-Unpatched, ``tl.dot`` multiplies the raw bits of bf16 operands and a conversion from fp32 truncates; and its runtime loop
-bounds refuse one-element arrays under numpy 2.4.
+Unpatched, ``tl.dot`` multiplies the raw bits of bf16 operands and a conversion from fp32 truncates; and its runtime
+loop bounds refuse one-element arrays under numpy 2.4.
 """
 
 from __future__ import annotations

@@ -82,9 +82,7 @@ def wide(tensor: Tensor | None) -> Tensor | None:
 def expected_h(data: Data, p: float = 0.0) -> Tensor:
     """h in float64."""
     x, seed = wide(data.x), data.seed.cpu()
-    parts = [
-        (reference.dropout(x, seed, i, p) if p else x) @ wide(a.to(data.dtype)).T for i, a in enumerate(data.A)
-    ]
+    parts = [(reference.dropout(x, seed, i, p) if p else x) @ wide(a.to(data.dtype)).T for i, a in enumerate(data.A)]
     if data.P is not None:
         parts.append(x @ wide(data.P).T)
     return torch.cat(parts, dim=1)
