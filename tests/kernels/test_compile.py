@@ -21,16 +21,21 @@ print(json.dumps([[row.verb, row.kernel, row.dtype, list(row.tile), row.faults()
 """
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache of its own: a stale one would hide what the compiler says today."""
+    return tmp_path_factory.mktemp("triton")
+
+
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_committed_tile_compiles(verb, tmp_path):
+def test_every_committed_tile_compiles(verb, cache):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # A cache of its own: a stale one would hide what the compiler says today.
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", CHILD, verb, f"{verb}_dropout"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert {"bf16", "fp32"} <= {row[2] for row in rows}
+    assert {"bf16", "fp32", "tf32"} <= {row[2] for row in rows}
     assert not [row for row in rows if row[4]]
 
 
