@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,11 +42,12 @@ def eager(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-def apply(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine) -> list[Tensor]:
-    """``torch.ops.fastlora.lora_linear``, by the shortest way that has the same effect."""
+def apply(x, *rest) -> list[Tensor]:
+    """``torch.ops.fastlora.lora_linear``, without the dispatcher where that has the same effect."""
+    W, bias, A, B, Z, V, P = rest[:7]
     if not torch.is_autocast_enabled(x.device.type) and eager((x, *W, *bias, *A, *B, *Z, *V, P)):
-        return _autograd_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
-    return torch.ops.fastlora.lora_linear(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
+        return _autograd_kernel(x, *rest)
+    return torch.ops.fastlora.lora_linear(x, *rest)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -147,90 +148,88 @@ def _backward_fake(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
     return out
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """What a call of the operator holds besides differentiable tensors."""
 
     counts: tuple[int, int, int, int]  # weights, projections, probe leaves, moment leaves
     P: Tensor | None
     sign: Tensor | None
     seed: Tensor | None
-    scale: tuple[float, ...]
+    scale: Sequence[float]
     p: float
     backend: str
     engine: str
+    kernel: Callable  # the forward, through the dispatcher or not
 
     def split(self, tensors: Sequence) -> tuple[Sequence, ...]:
         """Cut the flat list [W, bias, A, B, Z, V] into its six parts."""
-        weights, projections, leaves, moments = self.counts
-        parts, start = [], 0
-        for size in (weights, weights, projections, projections, leaves, moments):
-            parts.append(tensors[start : start + size])
-            start += size
-        return tuple(parts)
+        weights, projections, leaves, _ = self.counts
+        a = 2 * weights
+        b, z = a + projections, a + 2 * projections
+        v = z + leaves
+        return tensors[:weights], tensors[weights:a], tensors[a:b], tensors[b:z], tensors[z:v], tensors[v:]
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, x: Tensor, *flat: Tensor | None):
         W, bias, A, B, Z, V = call.split(flat)
-        kernel = _forward_kernel if eager((x, *flat)) else torch.ops.fastlora.lora_linear
         with torch._C._AutoDispatchBelowAutograd():
-            out = kernel(
+            out = call.kernel(
                 x, W, bias, A, B, Z, V, call.P, call.sign, call.seed, call.scale, call.p, call.backend, call.engine
             )
-        weights = call.counts[0]
-        h, moments = out[weights], out[weights + 1 :]
+        plain = out[call.counts[0] :]
         ctx.call = call
         ctx.bias = [b is not None for b in bias]
-        ctx.leaf_dtypes = ([z.dtype for z in Z], [v.shape for v in V])
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(h, *moments)
-        ctx.save_for_backward(x, h, *W, *[b for b in bias if b is not None], *A, *B, *moments)
+        ctx.mark_non_differentiable(*plain)
+        ctx.save_for_backward(x, plain[0], *W, *[b for b in bias if b is not None], *A, *B, *plain[1:])
         return tuple(out)
 
     @staticmethod
     def backward(ctx, *grads):
         call: _Call = ctx.call
-        weights = call.counts[0]
-        dy = list(grads[:weights])
+        weights, projections = call.counts[:2]
+        dy = grads[:weights]
         needs = ctx.needs_input_grad
-        if all(g is None for g in dy):
+        if all([g is None for g in dy]):
             return (None,) * len(needs)
         x, h, *saved = ctx.saved_tensors
         bias = [saved.pop(weights) if has else None for has in ctx.bias]
-        W, A, B = saved[:weights], saved[weights:][: call.counts[1]], saved[weights + call.counts[1] :]
-        moments, B = B[call.counts[1] :], B[: call.counts[1]]
+        first, last = weights + projections, weights + 2 * projections
+        W, A, B, moments = saved[:weights], saved[weights:first], saved[first:last], saved[last:]
         if torch.is_grad_enabled():
-            return (None, *_differentiable_backward(call, needs[1:], dy, x, W, bias, A, B, moments))
+            return (None, *_differentiable_backward(call, needs[1:], list(dy), x, W, bias, A, B, moments))
         parts = call.split(needs[2:])
-        need = [needs[1], any(parts[2]), any(parts[3]), any(parts[4]), any(parts[0]), any(parts[1])]
+        need = [needs[1], True in parts[2], True in parts[3], True in parts[4], True in parts[0], True in parts[1]]
         kernel = _backward_kernel if eager((x, h, *dy, *saved)) else torch.ops.fastlora.lora_linear_backward
         with torch._C._AutoDispatchBelowAutograd():
             out = kernel(dy, x, h, W, A, B, call.seed, call.scale, call.p, need, call.backend, call.engine)
-        return (None, *_arrange(call, ctx, need, parts, out, x, W, moments))
+        return (None, *_arrange(call, need, parts, out, x, moments))
 
     @staticmethod
     def jvp(ctx, *tangents):
         raise NotImplementedError("fastlora::lora_linear has no forward-mode derivative; use reverse mode")
 
 
-def _arrange(call, ctx, need, parts, out, x, W, moments):
+# Function.apply without its search for dead functorch wrappers, which eager() rules out.
+_apply_eager = super(torch.autograd.Function, _LoRALinear).apply
+
+
+def _arrange(call, need, parts, out, x, moments):
     """Place the returned gradients beside the inputs [x, W, bias, A, B, Z, V], None where none is needed."""
-    out = list(out)
-
-    def take(index: int, flags: Sequence[bool]) -> list[Tensor | None]:
-        if not need[index]:
-            return [None] * len(flags)
-        taken = [out.pop(0) for _ in flags]
-        return [g if flag else None for g, flag in zip(taken, flags, strict=True)]
-
-    dx = out.pop(0) if need[_DX] else None
-    dA, dB = take(_DA, parts[2]), take(_DB, parts[3])
-    dZ = take(_DZ, parts[4])
-    dW, dbias = take(_DW, parts[0]), take(_DBIAS, parts[1])
-    dV = [_moment_gradient(m, x) for m in moments]
-    return dx, *dW, *dbias, *dA, *dB, *dZ, *dV
+    start = 1 if need[_DX] else 0
+    placed = [out[0] if need[_DX] else None]
+    taken = {}
+    for index, flags in ((_DA, parts[2]), (_DB, parts[3]), (_DZ, parts[4]), (_DW, parts[0]), (_DBIAS, parts[1])):
+        if need[index]:
+            taken[index] = [g if flag else None for g, flag in zip(out[start:], flags, strict=False)]
+            start += len(flags)
+        else:
+            taken[index] = [None] * len(flags)
+    for index in (_DW, _DBIAS, _DA, _DB, _DZ):
+        placed += taken[index]
+    return placed + [_moment_gradient(m, x) for m in moments]
 
 
 def _moment_gradient(moments: Tensor, x: Tensor) -> Tensor:
@@ -256,12 +255,12 @@ def _differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
 
 
 def _autograd_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine):
-    flat = [*W, *bias, *A, *B, *Z, *V]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat)):
-        counts = (len(W), len(A), len(Z), len(V))
-        call = _Call(counts, P, sign, seed, tuple(scale), p, backend, engine)
-        return list(_LoRALinear.apply(call, x, *flat))
-    kernel = _forward_kernel if eager((x, *flat)) else torch.ops.fastlora.lora_linear
+    flat = (*W, *bias, *A, *B, *Z, *V)
+    plain = eager((x, *flat, P))
+    kernel = _forward_kernel if plain else torch.ops.fastlora.lora_linear
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, *flat)]):
+        call = _Call((len(W), len(A), len(Z), len(V)), P, sign, seed, scale, p, backend, engine, kernel)
+        return list((_apply_eager if plain else _LoRALinear.apply)(call, x, *flat))
     with torch._C._AutoDispatchBelowAutograd():
         return kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
 

@@ -67,7 +67,7 @@ def _run_demo(settings, out: Path) -> int:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)  # a file or a pipe has no width of its own
+        console = Console(width=150)  # a file or a pipe has no width of its own
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
         with Progress(*columns, console=console) as progress:

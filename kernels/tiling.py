@@ -91,7 +91,7 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
 
 
 def choose_tiles(verb: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> TileConfig:
-    """The tile for a verb at a problem size; M rows (for gradstat: of the longest run), N outputs, K inputs, R ranks."""
+    """The tile for a verb at a size: M rows (for gradstat, of the longest run), N outputs, K inputs, R ranks."""
     entries = _TABLE[verb, "fp32" if dtype == torch.float32 else "half"]
     return next(e.tile for e in entries if e.most_rows == 0 or e.most_rows >= M)
 
@@ -102,7 +102,7 @@ def committed() -> list[tuple[str, str, Entry]]:
 
 
 def choose_split(programs: int, steps: int, waves: int = 1) -> int:
-    """Into how many parts a sum of ``steps`` is cut to fill ``waves`` programs a multiprocessor, four steps each or more.
+    """Into how many parts of four steps or more a sum is cut to have ``waves`` programs a multiprocessor.
 
     A split costs one more launch and a pass over the partial sums: shrink splits only when the chip would be half idle.
     """
@@ -114,8 +114,8 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
 
     Fusing saves a read and a write of the output. From the roofline, at width 768 the fused matmul pays from 0.69 of
     cuBLAS's speed in the forward and 0.88 in the backward, at 4096 from 0.92 and 0.95. Kernels of this kind (pointers,
-    no TMA) are commonly seen at 0.7 to 0.85, so: fused below 1024 columns, the library's matmul above. fp32 without tf32
-    leaves the tensor cores, where the library's tuned kernels win. "augmented" copies W at every call: never the default.
+    no TMA) are commonly seen at 0.7 to 0.85 of it: so fused up to 1024 columns, the library's matmul above. In exact
+    fp32 the library's tuned kernels win. "augmented" copies W at every call: never the default.
     """
     if dtype == torch.float32:
         return "library"

@@ -102,7 +102,7 @@ def test_a_claim_that_fails_makes_the_exit_status_1(finished, results, capsys, m
     assert len(judged["failed"]) == len(ADAPTERS)
     monkeypatch.setattr(demo, "run", lambda given, out, progress: judged)
     assert cli.main(["demo", "--fast", "--out", str(tmp_path), "--min-gain", "90"]) == 1
-    assert "beats head only by at least 90 points" in " ".join(capsys.readouterr().out.split())
+    assert "beats head only by at least 90.0 points" in " ".join(capsys.readouterr().out.split())
 
 
 def test_threshold_of_the_command_line_reaches_the_claims(monkeypatch, tmp_path):

@@ -36,6 +36,10 @@ struct Kernels {
   // g[r, n] += sum_m d[m, r] x[m, n]
   void (*outer)(const float* d, int64_t ldd, int64_t rank, const float* x, int64_t ldx, int64_t rows, int64_t columns,
                 float* g, int64_t ldg);
+  // signs of the bits of `counters` Philox counters (first + i, row, row >> 32, projection): 128 each
+  void (*signs)(uint64_t first, const DropoutRow& row, int64_t counters, float* out);
+  // squares += sum of t^2, absolute += sum of |t|
+  void (*norms)(const float* t, int64_t count, double* squares, double* absolute);
   TypedKernels<float> of_float;
   TypedKernels<bf16> of_bf16;
   TypedKernels<fp16> of_fp16;

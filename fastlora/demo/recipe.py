@@ -49,7 +49,7 @@ class Settings:
     penalty: float = 1e-4
     lr_head: float = 1e-2
     lr_head_only: float = 1e-1
-    lr_full: float = 1e-3
+    lr_full: float = 2e-3
     lr_lora: float = 1e-2
     weight_decay: float = 0.01
     cost_rounds: int = 30

@@ -23,7 +23,8 @@ COMPARED = (
 RULE = (
     "A difference is called only if its mean over the seeds exceeds both the 95 % point of Student's t times the "
     "paired standard error over seeds, and twice the paired standard error over the test images of a seed. "
-    "Everything else is within noise. With one seed nothing is called."
+    "Everything else is within noise. With one seed nothing is called; nothing is corrected for the number of "
+    "comparisons."
 )
 
 
@@ -111,7 +112,7 @@ def claims(results: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
             label = METHODS[entry["first"]][0]
             found.append(
                 {
-                    "claim": f"{label} beats head only by at least {100 * settings.min_gain:g} points in every seed",
+                    "claim": f"{label} beats head only by at least {100 * settings.min_gain:.1f} points in every seed",
                     "value": f"{100 * entry['mean']:+.1f} points on average, {100 * worst:+.1f} at worst",
                     "holds": worst >= settings.min_gain,
                 }

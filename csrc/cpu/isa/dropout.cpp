@@ -1,4 +1,4 @@
-// Dropout by Philox4x32-10: the mask is a function of (seed, projection, row, column).
+// What Philox4x32-10 decides: dropout, whose mask is a function of (seed, projection, row, column), and signs.
 #include "cpu/isa/table.h"
 #include "cpu/isa/vec.h"
 
@@ -62,6 +62,23 @@ void dropout(const T* x, T* out, int64_t columns, const DropoutRow& row) {
         store(out + at, load(x + at) * factor);
       } else {
         store(out + at, load(x + at, static_cast<int>(rest)) * factor, static_cast<int>(rest));
+      }
+    }
+  }
+}
+
+void signs(uint64_t first, const DropoutRow& row, int64_t counters, float* out) {
+  constexpr int kWords = 4 * kCounters;
+  uint32_t bits[kWords];
+  VecU32 lane{};
+  for (int i = 0; i < kWidth; ++i) lane[i] = static_cast<uint32_t>(i);
+  for (int64_t done = 0; done < counters; done += kCounters) {
+    philox(first + static_cast<uint64_t>(done), row, bits);
+    const int64_t words = counters - done < kCounters ? 4 * (counters - done) : kWords;
+    for (int64_t w = 0; w < words; ++w, out += 32) {
+      for (int part = 0; part < 32; part += kWidth) {
+        const VecU32 bit = ((VecU32{} + (bits[w] >> part)) >> lane) << 31;
+        store(out + part, float_of(bit | bits_of(set1(1.0f))));
       }
     }
   }

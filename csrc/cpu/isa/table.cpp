@@ -10,6 +10,8 @@ const Kernels table = {
     FASTLORA_STRING(FASTLORA_ISA),
     dot,
     outer,
+    signs,
+    norms,
     {expand<float>, moments<float>, dropout<float>, widen<float>, narrow<float>},
     {expand<bf16>, moments<bf16>, dropout<bf16>, widen<bf16>, narrow<bf16>},
     {expand<fp16>, moments<fp16>, dropout<fp16>, widen<fp16>, narrow<fp16>},

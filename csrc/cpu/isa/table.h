@@ -10,6 +10,8 @@ void dot(const float* x, int64_t ldx, int64_t rows, const float* a, int64_t lda,
          int64_t lds);
 void outer(const float* d, int64_t ldd, int64_t rank, const float* x, int64_t ldx, int64_t rows, int64_t columns,
            float* g, int64_t ldg);
+void signs(uint64_t first, const DropoutRow& row, int64_t counters, float* out);
+void norms(const float* t, int64_t count, double* squares, double* absolute);
 template <class T>
 void expand(const float* s, int64_t lds, int64_t rows, const float* b, int64_t ldb, int64_t rank, int64_t columns, T* y,
             int64_t ldy);

@@ -1,0 +1,69 @@
+// What the tracker's statistics need on the CPU: probe signs, and norms of a tile of a weight gradient.
+#include "cpu/common.h"
+
+namespace fastlora {
+namespace {
+
+constexpr int64_t kSignsPerCounter = 128;
+
+bool fits_word(int64_t value) { return value >= 0 && value <= 0xffffffffll; }
+
+// out: 128 signs for each counter (i, step, first + group, tag), i < counts[group]
+void philox_signs_(Tensor out, const Tensor& seed, int64_t step, int64_t first, int64_t tag,
+                   const std::vector<int64_t>& counts) {
+  STD_TORCH_CHECK(out.dim() == 1 && out.scalar_type() == ScalarType::Float && out.is_contiguous(),
+                  "out has dtype ", out.scalar_type(), " and ", out.dim(), " dimensions; a contiguous Float vector is ",
+                  "needed");
+  STD_TORCH_CHECK(seed.dim() == 0 && seed.scalar_type() == ScalarType::Long, "seed has ", seed.dim(),
+                  " dimensions and dtype ", seed.scalar_type(), "; a Long tensor with 0 dimensions is needed");
+  STD_TORCH_CHECK(fits_word(step) && fits_word(tag) && fits_word(first) &&
+                      fits_word(first + static_cast<int64_t>(counts.size())),
+                  "step is ", step, ", first ", first, ", tag ", tag, "; accepted: 0 to 2^32 - 1");
+  int64_t total = 0;
+  for (const int64_t count : counts) {
+    STD_TORCH_CHECK(count >= 0, "counts has ", count, "; accepted: 0 or more");
+    total += count;
+  }
+  STD_TORCH_CHECK(out.numel() == total * kSignsPerCounter, "out has ", out.numel(), " elements; counts need ",
+                  total * kSignsPerCounter);
+  float* to = static_cast<float*>(out.mutable_data_ptr());
+  DropoutRow row{};
+  row.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+  row.projection = static_cast<uint32_t>(tag);
+  for (size_t group = 0; group < counts.size(); ++group) {
+    const uint64_t word = static_cast<uint64_t>(first) + group;
+    row.row = static_cast<int64_t>((word << 32) | static_cast<uint64_t>(step));
+    kernels().signs(0, row, counts[group], to);
+    to += counts[group] * kSignsPerCounter;
+  }
+}
+
+// sums += [sum of tile^2, sum of |tile|]
+void add_norms_(Tensor sums, const Tensor& tile) {
+  STD_TORCH_CHECK(sums.dim() == 1 && sums.size(0) == 2 && sums.scalar_type() == ScalarType::Double &&
+                      sums.is_contiguous(),
+                  "sums has dtype ", sums.scalar_type(), "; a contiguous Double vector of 2 is needed");
+  STD_TORCH_CHECK(tile.scalar_type() == ScalarType::Float && tile.is_contiguous(), "tile has dtype ",
+                  tile.scalar_type(), "; a contiguous Float tensor is needed");
+  double* out = static_cast<double*>(sums.mutable_data_ptr());
+  const float* data = static_cast<const float*>(tile.const_data_ptr());
+  const Parts parts(tile.numel() / 16, 64);
+  const Scratch<double> partial(2 * parts.count);
+  std::fill_n(partial.get(), 2 * parts.count, 0.0);
+  parts.run([&](int64_t part, int64_t begin, int64_t end) {
+    const int64_t stop = part + 1 == parts.count ? tile.numel() : 16 * end;
+    kernels().norms(data + 16 * begin, stop - 16 * begin, partial.get() + 2 * part, partial.get() + 2 * part + 1);
+  });
+  for (int64_t part = 0; part < parts.count; ++part) {
+    out[0] += partial.get()[2 * part];
+    out[1] += partial.get()[2 * part + 1];
+  }
+}
+
+}  // namespace
+}  // namespace fastlora
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
+  m.impl("philox_signs_", TORCH_BOX(&fastlora::philox_signs_));
+  m.impl("add_norms_", TORCH_BOX(&fastlora::add_norms_));
+}
