@@ -8,6 +8,8 @@ import time
 import pytest
 import torch
 
+from fastlora.probes import sampling_interval
+
 from . import gate
 from .peers import variants
 from .shapes import DTYPES, SHAPES, TARGETS, Problem, bf16_matmul
@@ -25,7 +27,8 @@ def test_layer(name, dtype, interleaved, record):
     binding = dtype != "bf16" or bf16_matmul() is not None
     result = {"kind": "layer", "shape": name, "model": shape.model, "rows_of_x": shape.rows, "width": shape.width,
               "outputs": shape.outputs, "rank": shape.rank, "fused": shape.fused, "dtype": dtype, "binding": binding,
-              "target": TARGETS.get((name, dtype)), "gate": "failed"}  # fmt: skip
+              "target": TARGETS.get((name, dtype)), "gate": "failed",
+              "every": sampling_interval(shape.rows, shape.width, sum(shape.outputs), 4)}  # fmt: skip
     built = variants(problem)
     try:
         result["errors"] = {variant.name: max(gate.check(variant).values()) for variant in built}

@@ -164,7 +164,7 @@ def ours(problem: Problem, name: str = "fastlora", statistics: tuple[str, ...] =
     config = fastlora.LoraConfig(r=rank, lora_alpha=problem.scale * rank, target_modules="qkv")
     fastlora.inject(model, config)
     pairs = [(a, b) for n in model.attn.names for a, b, _ in getattr(model.attn, n).pairs()]
-    tracker = fastlora.track(model, statistics=statistics) if statistics else None
+    tracker = fastlora.track(model, statistics=statistics, every=1) if statistics else None
     return Variant(name, model, problem, _fill(problem, pairs, problem.scale), tracker)
 
 

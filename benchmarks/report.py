@@ -91,14 +91,23 @@ def _statistics(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterat
     yield "## What statistics add to the layer's training step"
     yield ""
     yield "Percent over untracked fastlora: median of paired ratios [its 95 % interval]. The control runs the untracked"
-    yield "code again: what it shows is noise."
+    yield "code again: what it shows is noise. Here every step is sampled; by default `track` samples every n-th step on"
+    yield "layers that are too small, which divides the cost by the n of the last column."
     yield ""
     rows = []
     for result in results:
         by_name = {row["variant"]: row["ratio_to_fastlora"] for row in result["rows"]}
         mark = "" if result["binding"] else " (informative)"
-        rows.append([f"{result['shape']} {result['dtype']}{mark}", *(_percent(by_name[name]) for name in STATISTICS)])
-    yield from _table(["shape", *(labels[name].removeprefix("fastlora ").lstrip("+ ") for name in STATISTICS)], rows)
+        rows.append(
+            [
+                f"{result['shape']} {result['dtype']}{mark}",
+                *(_percent(by_name[name]) for name in STATISTICS),
+                str(result["every"]),
+            ]
+        )
+    yield from _table(
+        ["shape", *(labels[name].removeprefix("fastlora ").lstrip("+ ") for name in STATISTICS), "n"], rows
+    )
 
 
 def _steps(results: list[dict[str, Any]]) -> Iterator[str]:

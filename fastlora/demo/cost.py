@@ -38,7 +38,7 @@ def _plain(model: nn.Module, settings: Settings) -> Step:
 
 
 def _tracked(model: nn.Module, settings: Settings, estimator: str) -> Step:
-    return _training_step(model, settings, track(model, estimator).step)
+    return _training_step(model, settings, track(model, estimator, every=1).step)
 
 
 def _requires_grad(model: nn.Module, settings: Settings) -> Step:
@@ -60,7 +60,7 @@ def _requires_grad(model: nn.Module, settings: Settings) -> Step:
 VARIANTS: dict[str, tuple[str, Callable[[nn.Module, Settings], Step]]] = {
     "plain": ("no statistics", _plain),
     "control": ("control: no statistics, again", _plain),
-    "probe": ("probe, every step (default)", lambda model, settings: _tracked(model, settings, "probe")),
+    "probe": ("probe, every step", lambda model, settings: _tracked(model, settings, "probe")),
     "exact": ("exact, every step", lambda model, settings: _tracked(model, settings, "exact")),
     "requires_grad": ("usual way: requires_grad on W", _requires_grad),
 }

@@ -126,7 +126,7 @@ def _fw(base: Any, settings: Settings, seed: int, train: Images) -> Lane:
     """Probes follow the squared gradient for ``warmup`` steps; then it is frozen and weighs the penalty."""
     model = adapted(base, settings, seed)
     lane = Lane("fw", model, _lora_groups(model, settings), settings)
-    lane.tracker = track(model, warmup=settings.warmup, seed=seed)
+    lane.tracker = track(model, warmup=settings.warmup, seed=seed, every=1)
     return lane
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ops = torch.ops.fastlora
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [0, 1, 2, 3, 7, 33, 100]
 SIZES = [1, 5, 16, 17, 63, 130]
 RANKS = [0, 1, 2, 3, 5, 8, 9, 16, 17, 33]
@@ -124,7 +124,7 @@ def as_double(problem):
 
 
 @pytest.mark.parametrize(
-    "y_dtype, h_dtype", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+    "y_dtype, h_dtype", [*zip(DTYPES, DTYPES, strict=True), *((dtype, torch.float32) for dtype in DTYPES[1:])]
 )
 @pytest.mark.parametrize("rows", ROWS)
 def test_expand(rows, y_dtype, h_dtype):
@@ -240,7 +240,7 @@ def test_wgrad_without_projections():
     assert not dh.any() and dh.shape == (5, 2) and not dA.any() and dB == [] and Q == []
 
 
-@pytest.mark.parametrize("d_dtype, x_dtype", [*zip(DTYPES, DTYPES, strict=True), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("d_dtype, x_dtype", [*zip(DTYPES, DTYPES, strict=True), *((torch.float32, dtype) for dtype in DTYPES[1:])])
 @pytest.mark.parametrize("rows", ROWS)
 def test_outer(rows, d_dtype, x_dtype):
     for index, rank in enumerate(RANKS):
@@ -339,7 +339,7 @@ def x_and(**changes):
         (lambda: ops.shrink(*x_and(x=torch.randn(6))), "x has 1 dimensions"),
         (lambda: ops.shrink(*x_and(A=torch.randn(3, 5))), "A has 5 columns, but x has 6"),
         (lambda: ops.shrink(*x_and(A=torch.randn(3, 6).bfloat16())), "A has dtype BFloat16, but x has Float"),
-        (lambda: ops.shrink(torch.ones(2, 2).half(), torch.ones(2, 2).half()), "x has dtype Half"),
+        (lambda: ops.shrink(torch.ones(2, 2).double(), torch.ones(2, 2).double()), "x has dtype Double"),
         (lambda: ops.outer(torch.ones(3, 2), torch.ones(4, 2)), "d has 3 rows, but x has 4"),
         (lambda: ops.dropout(torch.ones(2, 2), torch.tensor(1), 0, 1.0), "p is 1"),
         (lambda: ops.dropout(torch.ones(2, 2), torch.ones(1), 0, 0.5), "seed has 1 dimensions"),
