@@ -3,6 +3,7 @@
 Environment:
     FASTLORA_BUILD       auto (default): build if possible; 1: fail if not; 0: pure Python.
     FASTLORA_CUDA        0 skips the CUDA sources even if nvcc is there.
+    FASTLORA_SANITIZE    for example address,undefined: instruments the CPU kernels (see CONTRIBUTING.md).
     FASTLORA_TORCH_ROOT  folder of the torch package whose headers are used.
     CXX, NVCC            the compilers.
 """
@@ -27,6 +28,11 @@ OPERATORS, LAYOUT = "fastlora._C", "fastlora._layout"
 MINIMUM_TORCH = (2, 11)
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-DNDEBUG"]
+SANITIZERS = os.environ.get("FASTLORA_SANITIZE", "")
+# vptr would need the type information of torch's classes, which its stable ABI does not export.
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZERS}", "-fno-sanitize=vptr"] if SANITIZERS else []
+if SANITIZERS:
+    CXX_FLAGS += [*SANITIZE_FLAGS, "-g", "-O1", "-fno-omit-frame-pointer"]
 # The kernels under csrc/cpu/isa are compiled once per entry and chosen at run time, so no file needs -march=native.
 X86_VARIANTS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
@@ -89,7 +95,7 @@ def find_ninja() -> str:
 
 
 def find_nvcc() -> str | None:
-    if os.environ.get("FASTLORA_CUDA", "1") == "0":
+    if os.environ.get("FASTLORA_CUDA", "1") == "0" or SANITIZERS:
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     candidates = (os.environ.get("NVCC"), "nvcc", str(Path(home) / "bin" / "nvcc"))
@@ -167,7 +173,7 @@ def add_operators(build: NinjaFile, torch_root: Path) -> Path:
     for variant, flags in variants.items():
         isa = [*CXX_FLAGS, "-ffp-contract=fast", "-Icsrc", f"-DFASTLORA_ISA={variant}", *flags]
         objects += [build.compile("cxx", name, isa, variant) for name in sources("cpu/isa/*.cpp")]
-    link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu"]
+    link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", *SANITIZE_FLAGS]
     if build.nvcc:
         cuda = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-diag-suppress", "20012"]
         # ptxas reports spilled registers as a warning, and -Werror turns that into a failed build.
@@ -187,7 +193,7 @@ def add_layout(build: NinjaFile, suffix: str) -> Path:
     ]
     target = build.folder / f"_layout{suffix}"
     dynamic = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    build.edge("module", target, objects, dynamic)
+    build.edge("module", target, objects, dynamic + SANITIZE_FLAGS)
     return target
 
 
@@ -195,7 +201,8 @@ def compile_all(nvcc: str | None, suffix: str) -> dict[str, Path]:
     """Compiles both artefacts with ninja and returns where they are."""
     ninja, compiler, torch_root = find_ninja(), find_compiler(), find_torch()
     # A folder of our own: setuptools' temporary one changes from call to call, which would defeat incremental builds.
-    folder = Path("build") / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    kind = "-".join(["native", *filter(None, SANITIZERS.split(","))])
+    folder = Path("build") / f"{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     build = NinjaFile(folder, compiler, nvcc)
     built = {OPERATORS: add_operators(build, torch_root), LAYOUT: add_layout(build, suffix)}
     build.run(ninja)

@@ -91,8 +91,8 @@ def _statistics(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterat
     yield "## What statistics add to the layer's training step"
     yield ""
     yield "Percent over untracked fastlora: median of paired ratios [its 95 % interval]. The control runs the untracked"
-    yield "code again: what it shows is noise. Here every step is sampled; by default `track` samples every n-th step on"
-    yield "layers that are too small, which divides the cost by the n of the last column."
+    yield "code again: what it shows is noise. Here every step is sampled; by default `track` samples every n-th step"
+    yield "on layers that are too small, which divides the cost by the n of the last column."
     yield ""
     rows = []
     for result in results:

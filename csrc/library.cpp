@@ -7,7 +7,8 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
       "float[] scales, bool moments) -> (Tensor h, Tensor[] moments)");
   m.def(
       "lora_backward_(Tensor(a!)? dx, Tensor[] dy, Tensor x, Tensor h, Tensor[] A, Tensor[] B, int[] outputs, "
-      "int[] columns, float[] scales, int probes, bool need_dA, bool need_dB) -> (Tensor[] dA, Tensor[] dB, Tensor[] Q)");
+      "int[] columns, float[] scales, int probes, bool need_dA, bool need_dB) -> (Tensor[] dA, Tensor[] dB, Tensor[] "
+      "Q)");
   m.def("shrink(Tensor x, Tensor A) -> Tensor");
   m.def(
       "expand_(Tensor(a!) y, Tensor h, Tensor[] factors, int[] offsets, int[] columns, float[] scales, "

@@ -178,7 +178,7 @@ class Backend:
                 dA[i] = self.kernels.outer(mine, self.kernels.dropout(x, seed, i, p))
         return dh, dA, grads[0], grads[1]
 
-    def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int]) -> Tensor:
+    def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = True) -> Tensor:
         """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2]."""
         return self.kernels.gradstat(x, dy, offsets)
 

@@ -116,12 +116,7 @@ class MatmulEngines:
         """The packed copy of a weight for one direction, made anew whenever the weight has changed."""
         key, state, sample = id(W), (0 if W.is_inference() else W._version, W.data_ptr()), _sample(W)
         entry = self._packed.get(key)
-        if (
-            entry is None
-            or entry[0]() is not W
-            or entry[1].state != state
-            or not torch.equal(entry[1].sample, sample)
-        ):
+        if entry is None or entry[0]() is not W or entry[1].state != state or not torch.equal(entry[1].sample, sample):
             entry = (weakref.ref(W, lambda _: self._packed.pop(key, None)), _Packed(state, sample.clone()))
             self._packed[key] = entry
         packs = entry[1].by_direction

@@ -1,12 +1,14 @@
 """The compiled library: loads ``fastlora/_C.so`` if it was built and registers shapes for tracing.
 
 The operators are ``torch.ops.fastlora.{lora_forward_, lora_backward_, shrink, expand_, wgrad, outer, dropout,
-philox_signs_, add_norms_, cpu_isa}``; their schemas are in ``csrc/library.cpp``. Nothing here raises on import: a missing or unusable library is what :func:`reason` tells.
+philox_signs_, add_norms_, cpu_isa}``; their schemas are in ``csrc/library.cpp``. Nothing here raises on import: a
+missing or unusable library is what :func:`reason` tells.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +19,8 @@ __all__ = ["LIBRARY", "RankLayout", "available", "gradstat", "isa", "reason"]
 
 logger = logging.getLogger(__name__)
 
-LIBRARY = Path(__file__).with_name("_C.so")
+# Another build of the library, such as an instrumented one, is loaded by naming it.
+LIBRARY = Path(os.environ.get("FASTLORA_LIBRARY") or Path(__file__).with_name("_C.so"))
 
 try:
     from ._layout import RankLayout
@@ -136,6 +139,8 @@ def gradstat(x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = Tru
             tile = buffer[: min(_TILE_ROWS, width - n)]
             torch.mm(dy[start:stop, n : n + _TILE_ROWS].float().t(), rows, out=tile)
             torch.ops.fastlora.add_norms_.default(sums[i], tile)
+    if not absolute:
+        sums[:, 1] = 0.0
     return sums.float()
 
 

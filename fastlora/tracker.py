@@ -230,12 +230,13 @@ class Tracker:
         rows, found = layer.slice_rows(name), {}
         if set(kinds) & {"grad_sq", "grad_abs"}:
             x, dy, offsets = as_one_batch(taken)
-            found["grad_sq"], found["grad_abs"] = backend.gradstat(x, dy[:, rows], offsets)[0]
+            both = backend.gradstat(x, dy[:, rows], offsets, absolute="grad_abs" in kinds)
+            found["grad_sq"], found["grad_abs"] = both[0]
         if "fisher" in kinds:
             total, samples = torch.zeros((), dtype=torch.float64, device=layer.weight.device), 0
             for micro in sorted({c.micro for c in taken}):
                 x, dy, offsets = by_sample([c for c in taken if c.micro == micro])
-                total += backend.gradstat(x, dy[:, rows], offsets)[:, 0].double().sum()
+                total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
                 samples += len(offsets) - 1
             found["fisher"] = total * self._sample_factor(samples)
         return found

@@ -192,8 +192,8 @@ class TritonBackend:
         dA = [grad if there else None for grad, there in zip(dA, some, strict=True)] if need_dA else [None] * len(B)
         return dh, dA, placed[0], placed[1]
 
-    def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int] | Tensor) -> Tensor:
-        """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2]."""
+    def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int] | Tensor, absolute: bool = True) -> Tensor:
+        """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2]; both come out of one pass."""
         _same_device(x=x, dy=dy)
         if isinstance(offsets, Tensor):
             return _kernel("gradstat").gradstat(x, dy, offsets)

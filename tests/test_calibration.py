@@ -114,7 +114,7 @@ BAD = {
     "nan": (([torch.full((4, 8), float("nan"))], square), {}, ValueError, "loss_fn: the loss of batch 0 is nan"),
     "method": (([torch.randn(4, 8)], square), {"method": "svd"}, ValueError, "method: expected one of"),
     "steps": (([torch.randn(4, 8)], square), {"steps": 0}, ValueError, "steps: expected a positive integer, got 0"),
-    "interrupt": (([torch.randn(4, 8)], failing), {}, KeyboardInterrupt, ""),
+    "interrupt": (([torch.randn(4, 8)], failing), {}, KeyboardInterrupt, None),
 }
 
 

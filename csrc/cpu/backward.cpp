@@ -28,8 +28,7 @@ void run_slots(const Pass& pass, int64_t m, int64_t rows, float* wide, float* wi
     const Slot& it = pass.group.slots[i];
     if (it.output < 0) continue;
     const Matrix& from = pass.dy[it.output];
-    const float* dy =
-        rows_as_float(from.data<T>() + m * from.stride + it.column, from.stride, rows, it.columns, wide);
+    const float* dy = rows_as_float(from.data<T>() + m * from.stride + it.column, from.stride, rows, it.columns, wide);
     const int64_t stride = float_stride<T>(from.stride, it.columns), count = pass.met(it);
     kernels().dot(dy, stride, rows, pass.B.get() + it.packed, it.columns, it.rank, it.columns, dh + it.offset, rank);
     gather(h, float_stride<T>(pass.h.stride, width), rows, it.offset, pass.need_dB ? it.rank : 0, rank, pass.probes,
@@ -52,8 +51,8 @@ void run_rows(const Pass& pass, int64_t begin, int64_t end, int64_t block, int64
     if (rank == 0) continue;
     if (pass.need_dA) {
       const float* x = rows_as_float(pass.x.data<T>() + m * pass.x.stride, pass.x.stride, rows, depth, wide.get());
-      kernels().outer(dh.get(), rank, rank, x, float_stride<T>(pass.x.stride, depth), rows, depth,
-                      sums + pass.first_dA, depth);
+      kernels().outer(dh.get(), rank, rank, x, float_stride<T>(pass.x.stride, depth), rows, depth, sums + pass.first_dA,
+                      depth);
     }
     if (pass.dx) {
       kernels().of<T>().expand(dh.get(), rank, rows, pass.A.get(), depth, rank, depth, pass.dx->row<T>(m),
@@ -67,7 +66,8 @@ Scratch<float> run(const Pass& pass) {
   int64_t widest = pass.x.columns;
   for (const Slot& it : pass.group.slots) widest = std::max(widest, it.columns);
   const int64_t block = block_rows(widest), depth = pass.x.columns;
-  const Parts parts(pass.x.rows, pass.sums + pass.group.packed + (pass.dx ? pass.group.rank * depth : 0));
+  // The split does not depend on what is asked for, so that neither do the bits of the rest.
+  const Parts parts(pass.x.rows, 2 * (pass.group.packed + pass.group.rank * depth));
   Scratch<float> sums(parts.count * pass.sums);
   std::fill_n(sums.get(), parts.count * pass.sums, 0.0f);
   with_type(pass.x.dtype, [&](auto type) {

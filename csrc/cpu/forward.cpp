@@ -10,9 +10,9 @@ struct Pass {
   std::vector<Target> y;
   Group group;
   Scratch<float> A, B;
-  int64_t width;                  // columns of h
-  std::vector<int64_t> first;     // of the moments of y_j in the sums of a part
-  int64_t sums = 0;               // doubles that a part adds up; 0 without moments
+  int64_t width;               // columns of h
+  std::vector<int64_t> first;  // of the moments of y_j in the sums of a part
+  int64_t sums = 0;            // doubles that a part adds up; 0 without moments
 };
 
 template <class T>
@@ -50,7 +50,8 @@ void run(const Pass& pass, Tensor& h, std::vector<Tensor>& moments) {
   int64_t widest = pass.x.columns;
   for (const Target& y : pass.y) widest = std::max(widest, y.columns);
   const int64_t block = block_rows(widest);
-  const Parts parts(pass.x.rows, pass.width * pass.x.columns + pass.group.packed + 8 * pass.sums);
+  // The split does not depend on what is asked for, so that neither do the bits of the rest.
+  const Parts parts(pass.x.rows, 2 * (pass.group.packed + pass.group.rank * pass.x.columns));
   const Scratch<double> partial(parts.count * pass.sums);
   std::fill_n(partial.get(), parts.count * pass.sums, 0.0);
   with_type(pass.x.dtype, [&](auto type) {

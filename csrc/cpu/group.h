@@ -35,13 +35,13 @@ inline Group read_group(const std::vector<Tensor>& A, const std::vector<Tensor>&
   for (size_t i = 0; i < A.size(); ++i) {
     check_operand(A[i], "A");
     check_operand(B[i], "B");
-    const Slot it{B[i].size(1), B[i].size(0), group.rank, outputs[i], columns[i], group.packed,
-                  static_cast<float>(scales[i])};
+    const Slot it{
+        B[i].size(1), B[i].size(0), group.rank, outputs[i], columns[i], group.packed, static_cast<float>(scales[i])};
     STD_TORCH_CHECK(A[i].size(1) == depth, "A has ", A[i].size(1), " columns, but x has ", depth, " (in_features)");
     STD_TORCH_CHECK(A[i].size(0) == it.rank, "A has ", A[i].size(0), " rows, but B has ", it.rank, " columns (rank)");
     STD_TORCH_CHECK(it.output >= -1 && it.output < matrices, "outputs: ", it.output, " was asked for, of ", matrices);
-    STD_TORCH_CHECK(it.output < 0 || (it.column >= 0 && it.column + it.columns <= widths[it.output]), "columns: ",
-                    it.column, " to ", it.column + it.columns, " were asked for, but there are ",
+    STD_TORCH_CHECK(it.output < 0 || (it.column >= 0 && it.column + it.columns <= widths[it.output]),
+                    "columns: ", it.column, " to ", it.column + it.columns, " were asked for, but there are ",
                     it.output < 0 ? 0 : widths[it.output]);
     group.rank += it.rank;
     group.packed += it.rank * it.columns;

@@ -11,14 +11,13 @@ bool fits_word(int64_t value) { return value >= 0 && value <= 0xffffffffll; }
 // out: 128 signs for each counter (i, step, first + group, tag), i < counts[group]
 void philox_signs_(Tensor out, const Tensor& seed, int64_t step, int64_t first, int64_t tag,
                    const std::vector<int64_t>& counts) {
-  STD_TORCH_CHECK(out.dim() == 1 && out.scalar_type() == ScalarType::Float && out.is_contiguous(),
-                  "out has dtype ", out.scalar_type(), " and ", out.dim(), " dimensions; a contiguous Float vector is ",
-                  "needed");
+  STD_TORCH_CHECK(out.dim() == 1 && out.scalar_type() == ScalarType::Float && out.is_contiguous(), "out has dtype ",
+                  out.scalar_type(), " and ", out.dim(), " dimensions; a contiguous Float vector is ", "needed");
   STD_TORCH_CHECK(seed.dim() == 0 && seed.scalar_type() == ScalarType::Long, "seed has ", seed.dim(),
                   " dimensions and dtype ", seed.scalar_type(), "; a Long tensor with 0 dimensions is needed");
-  STD_TORCH_CHECK(fits_word(step) && fits_word(tag) && fits_word(first) &&
-                      fits_word(first + static_cast<int64_t>(counts.size())),
-                  "step is ", step, ", first ", first, ", tag ", tag, "; accepted: 0 to 2^32 - 1");
+  STD_TORCH_CHECK(
+      fits_word(step) && fits_word(tag) && fits_word(first) && fits_word(first + static_cast<int64_t>(counts.size())),
+      "step is ", step, ", first ", first, ", tag ", tag, "; accepted: 0 to 2^32 - 1");
   int64_t total = 0;
   for (const int64_t count : counts) {
     STD_TORCH_CHECK(count >= 0, "counts has ", count, "; accepted: 0 or more");
@@ -40,9 +39,9 @@ void philox_signs_(Tensor out, const Tensor& seed, int64_t step, int64_t first, 
 
 // sums += [sum of tile^2, sum of |tile|]
 void add_norms_(Tensor sums, const Tensor& tile) {
-  STD_TORCH_CHECK(sums.dim() == 1 && sums.size(0) == 2 && sums.scalar_type() == ScalarType::Double &&
-                      sums.is_contiguous(),
-                  "sums has dtype ", sums.scalar_type(), "; a contiguous Double vector of 2 is needed");
+  STD_TORCH_CHECK(
+      sums.dim() == 1 && sums.size(0) == 2 && sums.scalar_type() == ScalarType::Double && sums.is_contiguous(),
+      "sums has dtype ", sums.scalar_type(), "; a contiguous Double vector of 2 is needed");
   STD_TORCH_CHECK(tile.scalar_type() == ScalarType::Float && tile.is_contiguous(), "tile has dtype ",
                   tile.scalar_type(), "; a contiguous Float tensor is needed");
   double* out = static_cast<double*>(sums.mutable_data_ptr());

@@ -113,7 +113,8 @@ Result wgrad(const Tensor& x, const std::vector<Tensor>& dy, const Tensor& h, co
   Tensor dh = new_tensor({rows, rank}, ScalarType::Float, !covers_all(problem));
   Tensor dA = new_tensor({need_dA ? rank : 0, depth}, ScalarType::Float);
   float* dh_data = static_cast<float*>(dh.mutable_data_ptr());
-  const Parts parts(rows, 2 * size);
+  // The split does not depend on what is asked for, so that neither do the bits of the rest.
+  const Parts parts(rows, 2 * (problem.gradients + rank * depth));
   const Scratch<float> sums(parts.count * size);
   std::fill_n(sums.get(), parts.count * size, 0.0f);
   parts.run([&](int64_t part, int64_t begin, int64_t end) {

@@ -47,14 +47,16 @@ def make(rows: int, columns: int, dtype: torch.dtype, layout: str = "contiguous"
     return torch.randn(rows, columns, dtype=dtype)
 
 
-def check(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str) -> None:
+def check(
+    actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str, scale: torch.Tensor | None = None
+) -> None:
     """Asserts that ``actual`` is as near to the float64 result as plain torch is, within a factor of 3."""
     assert actual.shape == exact.shape, what
     if exact.numel() == 0:
         return
     error = (actual.double() - exact).abs().max().item()
     allowed = 3 * (plain.double() - exact).abs().max().item()
-    allowed += 4 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    allowed += 4 * torch.finfo(actual.dtype).eps * (exact if scale is None else scale).abs().max().item()
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -215,13 +217,16 @@ def test_wgrad(rows, dtype):
         actual = ops.wgrad(*problem)
         exact = plain_wgrad(*problem, torch.float64)
         plain = plain_wgrad(*problem, torch.float32)
+        x, dy, h, B, *rest = problem
+        # Sums of many terms may cancel: an eighth of the sum of their sizes is the scale of a rounding.
+        terms = plain_wgrad(x.abs(), [g.abs() for g in dy], h.abs(), [b.abs() for b in B], *rest, torch.float64)
         for i, name in enumerate(("dh", "dA")):
             assert actual[i].dtype == torch.float32
-            check(actual[i], exact[i], plain[i], f"{name} for ranks {ranks}")
+            check(actual[i], exact[i], plain[i], f"{name} for ranks {ranks}", terms[i] / 8)
         for i, name in ((2, "dB"), (3, "Q")):
             for p in range(3):
                 assert actual[i][p].dtype == torch.float32 and actual[i][p].is_contiguous()
-                check(actual[i][p], exact[i][p], plain[i][p], f"{name}[{p}] for ranks {ranks}, probes {probes}")
+                check(actual[i][p], exact[i][p], plain[i][p], f"{name}[{p}] for ranks {ranks}", terms[i][p] / 8)
         without = ops.wgrad(*problem[:-1], False)
         assert without[1].shape == (0, problem[0].shape[1])
         assert torch.equal(without[0], actual[0]) and all(map(torch.equal, without[2], actual[2]))
@@ -240,7 +245,9 @@ def test_wgrad_without_projections():
     assert not dh.any() and dh.shape == (5, 2) and not dA.any() and dB == [] and Q == []
 
 
-@pytest.mark.parametrize("d_dtype, x_dtype", [*zip(DTYPES, DTYPES, strict=True), *((torch.float32, dtype) for dtype in DTYPES[1:])])
+@pytest.mark.parametrize(
+    "d_dtype, x_dtype", [*zip(DTYPES, DTYPES, strict=True), *((torch.float32, dtype) for dtype in DTYPES[1:])]
+)
 @pytest.mark.parametrize("rows", ROWS)
 def test_outer(rows, d_dtype, x_dtype):
     for index, rank in enumerate(RANKS):
@@ -248,7 +255,8 @@ def test_outer(rows, d_dtype, x_dtype):
             d, x = make(rows, rank, d_dtype, LAYOUTS[size % 4]), make(rows, size, x_dtype, LAYOUTS[index % 4])
             actual = ops.outer(d, x)
             assert actual.dtype == torch.float32
-            check(actual, d.double().t() @ x.double(), d.float().t() @ x.float(), f"r={rank}, K={size}")
+            terms = d.double().abs().t() @ x.double().abs()  # a short sum may cancel: its terms set the scale
+            check(actual, d.double().t() @ x.double(), d.float().t() @ x.float(), f"r={rank}, K={size}", terms)
 
 
 def philox(counter: tuple, seed: int) -> list[np.ndarray]:

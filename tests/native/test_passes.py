@@ -52,9 +52,7 @@ class Problem:
 
     def backward(self, dx, dy, h, outputs=None, probes=0, need=(True, True)):
         outputs = self.outputs if outputs is None else outputs
-        return ops.lora_backward_(
-            dx, dy, self.x, h, self.A, self.B, outputs, self.columns, self.scales, probes, *need
-        )
+        return ops.lora_backward_(dx, dy, self.x, h, self.A, self.B, outputs, self.columns, self.scales, probes, *need)
 
     def slices(self, matrices):
         return [matrices[j][:, c : c + b.shape[0]] for j, c, b in zip(self.outputs, self.columns, self.B, strict=True)]
@@ -129,7 +127,11 @@ def test_forward_pass(shape, adapter, dtype):
             offset += b.shape[1]
         for y, exact, sums in zip(problem.y, before, moments, strict=True):
             close(y, exact, shape[1], "y")
-            torch.testing.assert_close(sums, reference.column_moments(y), rtol=1e-5, atol=1e-4)
+            exact_sums = reference.column_moments(y)
+            # A sum may cancel: its terms, whose squares' sum is in the second row, set the scale.
+            scale = (exact_sums[1] * y.shape[0]).sqrt().clamp(min=1)
+            allowed = 32 * torch.finfo(torch.float32).eps * torch.stack([scale, exact_sums[1]])
+            assert ((sums - exact_sums).abs() <= allowed).all()
         assert problem.forward(False)[1] == []
 
 
@@ -251,15 +253,23 @@ def test_backward_errors(change, message):
 def test_schemas_and_fake_tensors(dtype):
     problem = make(6, 5, [7, 3], [1, 2], dtype, torch.float32, probes=2)
     where = (problem.outputs, problem.columns, problem.scales)
-    dy, h, utils = [torch.ones_like(y) for y in problem.y], torch.ones(6, 5, dtype=dtype), ("test_schema", "test_faketensor")
+    dy, h, utils = (
+        [torch.ones_like(y) for y in problem.y],
+        torch.ones(6, 5, dtype=dtype),
+        ("test_schema", "test_faketensor"),
+    )
     for moments in (True, False):
         arguments = (problem.y, problem.x, problem.A, problem.P, problem.B, *where, moments)
         torch.library.opcheck(ops.lora_forward_.default, arguments, test_utils=utils)
     for dx in (torch.ones_like(problem.x), None):
         arguments = (dx, dy, problem.x, h, problem.A, problem.B, *where, 2, True, dx is None)
         torch.library.opcheck(ops.lora_backward_.default, arguments, test_utils=utils)
-    torch.library.opcheck(ops.philox_signs_.default, (torch.ones(384), torch.tensor(3), 1, 2, 3, [1, 2]), test_utils=utils)
-    torch.library.opcheck(ops.add_norms_.default, (torch.zeros(2, dtype=torch.float64), torch.ones(5)), test_utils=utils)
+    torch.library.opcheck(
+        ops.philox_signs_.default, (torch.ones(384), torch.tensor(3), 1, 2, 3, [1, 2]), test_utils=utils
+    )
+    torch.library.opcheck(
+        ops.add_norms_.default, (torch.zeros(2, dtype=torch.float64), torch.ones(5)), test_utils=utils
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**62 + 12345])
