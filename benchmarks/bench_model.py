@@ -103,7 +103,7 @@ def _steps(architecture: Architecture) -> list[Step]:
         r=RANK, lora_alpha=16, target_modules=architecture.targets, modules_to_save=[architecture.head]
     )
     peft = get_peft_model(copy.deepcopy(base), peft_config).get_base_model()
-    steps = [Step("frozen", frozen, batch), Step("peft", peft, batch)]
+    steps = [Step("model_head", frozen, batch), Step("peft", peft, batch)]
     ours: list[tuple[str, dict[str, Any], bool]] = [
         ("fastlora", {}, False),
         ("model_accelerated", {"accelerate_frozen": True}, False),

@@ -23,6 +23,7 @@ LABELS = {
     "control": "fastlora again (control: same code)",
     "probes": "fastlora + probes",
     "probes_step": "fastlora + probes + tracker.step()",
+    "model_head": "head only: no backward through the blocks",
     "model_accelerated": "fastlora, accelerate_frozen",
     "model_probes": "fastlora + probes + tracker.step()",
     "act_var": "fastlora + probes + act_var",
