@@ -104,7 +104,7 @@ class MatmulEngines:
             return _checked(wanted)
         if W.requires_grad or W.dtype not in (torch.float32, torch.bfloat16) or onednn_reason() is not None:
             return LINEAR
-        key = (direction, rows.bit_length(), *W.shape, W.dtype, engine, torch.get_num_threads())
+        key = self._key(direction, rows, W, engine)
         choice = self._choices.get(key)
         if choice is None:
             candidates = NAMES if engine == AUTO else (LINEAR, ONEDNN)
@@ -112,6 +112,15 @@ class MatmulEngines:
             if choice.name != PACKED:
                 self.drop(W, direction)
         return choice.name
+
+    @staticmethod
+    def _key(direction: str, rows: int, W: Tensor, engine: str) -> tuple:
+        return (direction, rows.bit_length(), *W.shape, W.dtype, engine, torch.get_num_threads())
+
+    def settled_on_linear(self, rows: int, W: Tensor, engine: str) -> bool:
+        """Whether both directions were measured and the library's own linear won: nothing is left to decide."""
+        found = [self._choices.get(self._key(d, rows, W, engine)) for d in ("forward", "backward")]
+        return all(choice is not None and choice.name == LINEAR for choice in found)
 
     def _pack(self, direction: str, W: Tensor, rows: int) -> Tensor:
         """The packed copy of a weight for one direction, made anew whenever the weight has changed."""

@@ -205,3 +205,19 @@ def test_explain_names_engine_and_memory():
     shown = str(fastlora.explain(fast))
     assert "fc2" in shown and (PACKED not in NAMES or "packed" in shown)
     assert ENGINES.packed_bytes() >= 0
+
+
+def test_a_frozen_layer_leaves_the_operator_once_the_plain_linear_has_won(monkeypatch):
+    def plain_wins(candidates, run):
+        return engines.Choice(LINEAR, dict.fromkeys(candidates, 1.0))
+
+    monkeypatch.setattr(engines, "_time", plain_wins)
+    monkeypatch.setattr(ENGINES, "_choices", {})
+    fast, x = accelerated(), torch.randn(5, 12, requires_grad=True)
+    nodes = []
+    for _ in range(2):
+        y = fast.fc2(torch.randn(5, 24, requires_grad=True))
+        nodes.append(type(y.grad_fn).__name__)
+        y.sum().backward()
+        fast(x).sum().backward()
+    assert "FrozenLinear" in nodes[0] and nodes[1] == "AddmmBackward0"

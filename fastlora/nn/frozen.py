@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import frozen_op  # noqa: F401  the import registers the operator
-from ..engines import AUTO
+from ..engines import AUTO, ENGINES
 
 
 class FrozenLinear(nn.Linear):
@@ -20,5 +20,9 @@ class FrozenLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if trained or x.device.type != "cpu":
+            return super().forward(x)
+        if not torch.compiler.is_compiling() and ENGINES.settled_on_linear(
+            x.shape[:-1].numel(), self.weight, self.engine
+        ):
             return super().forward(x)
         return torch.ops.fastlora.frozen_linear(x, self.weight, self.bias, self.engine)
