@@ -17,7 +17,7 @@ bench: setup ## the benchmarks; see benchmarks/results/README.md
 	cd $(ROOT) && $(RUN) -m pytest --benchmark-only
 
 lint: setup
-	cd $(ROOT) && $(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m clang_format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	cd $(ROOT) && $(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(ROOT).venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 setup:
 	@$(PYTHON) $(ROOT)tools/setup_env.py
