@@ -65,6 +65,9 @@ def test_packed_copy_follows_in_place_edits_loads_and_new_memory():
     with torch.no_grad():
         layer.weight.mul_(2.0)
     check()
+    with torch.no_grad():
+        layer.weight[0, 1] += 1.0  # one element: only the version tells
+    check()
     layer.load_state_dict(nn.Linear(16, 8).state_dict())
     check()
     layer.weight.data = torch.randn(8, 16)

@@ -258,3 +258,16 @@ def test_reading_what_is_not_there_is_an_error():
             tracker.scores("grad_sq")
         with pytest.raises(ValueError, match="'grad_abs' is not tracked, only grad_sq; it needs estimator='exact'"):
             tracker.scores("grad_abs")
+
+
+def test_loss_scale_is_divided_out_of_grad_cov():
+    m, batch = model(dtype=torch.float32), data(dtype=torch.float32)
+    scaler, found = torch.amp.GradScaler("cpu", init_scale=1024.0), []
+    for use in (False, True):
+        with track(m, "exact", statistics=("grad_cov",)) as tracker:
+            loss = loss_of(m, batch)
+            (scaler.scale(loss) if use else loss).backward()
+            tracker.step(scaler=scaler if use else None)
+        found.append(tracker.covariances("grad_cov"))
+    for path, plain in found[0].items():
+        torch.testing.assert_close(found[1][path], plain, rtol=1e-4, atol=1e-9)
