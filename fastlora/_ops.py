@@ -1,9 +1,11 @@
-"""The operators ``fastlora::lora_linear`` and its backward: schema, kernel, fake, autograd, autocast."""
+"""The operators ``fastlora::lora_linear`` and its backward: schema, kernel, fake; and what gives an operator of its
+form autograd and autocast (``_grouped_ops`` has the other one)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,15 +44,7 @@ def eager(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-def apply(x, *rest) -> list[Tensor]:
-    """``torch.ops.fastlora.lora_linear``, without the dispatcher where that has the same effect."""
-    W, bias, A, B, Z, V, P = rest[:7]
-    if not torch.is_autocast_enabled(x.device.type) and eager((x, *W, *bias, *A, *B, *Z, *V, P)):
-        return _autograd_kernel(x, *rest)
-    return torch.ops.fastlora.lora_linear(x, *rest)
-
-
-def _rows(tensor: Tensor) -> Tensor:
+def as_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
@@ -60,7 +54,7 @@ def _forward_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, en
     if p == 0.0 and isinstance(chosen, NativeBackend):
         outputs, h, moments = chosen.forward(x, W, bias, A, P, B, layout, scale, bool(V), engine)
     else:
-        h = chosen.shrink(_rows(x), A, P, seed, p)
+        h = chosen.shrink(as_rows(x), A, P, seed, p)
         outputs, moments = chosen.linear(x, W, bias, h, B, layout, scale, bool(V), engine)
     if sign is not None:
         # The probe columns of h take no part in y.
@@ -86,15 +80,15 @@ def _probe_columns(h: Tensor, A: Sequence[Tensor]) -> int:
 def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
     layout = group_layout(W, B)
-    rows = _rows(x)
-    grads = [None if g is None else _rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
+    rows = as_rows(x)
+    grads = [None if g is None else as_rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
     probes = _probe_columns(h, A) if need[_DZ] else 0
     out: list[Tensor] = []
     if p == 0.0 and isinstance(chosen, NativeBackend):
         dx, dA, dB, Q = chosen.backward(
             grads, rows, h, W, A, B, layout, scale, probes, need[_DX], need[_DA], need[_DB], engine
         )
-        out += [*([dx.view(x.shape)] if need[_DX] else []), *map(_like, dA, A), *map(_like, dB, B)]
+        out += [*([dx.view(x.shape)] if need[_DX] else []), *map(like, dA, A), *map(like, dB, B)]
         if need[_DZ]:
             out += Q if probes else [rows.new_zeros((b.shape[0], 0), dtype=torch.float32) for b in B]
     else:
@@ -115,17 +109,17 @@ def _composed_backward(chosen, grads, rows, h, W, A, B, layout, seed, scale, p, 
     dh, dA, dB, Q = chosen.wgrad(rows, grads, h, B, layout, scale, probes, need[_DA], seed, p)
     out = [chosen.linear_backward(grads, W, dh, A, layout, seed, p, engine)] if need[_DX] else []
     if need[_DA]:
-        out += map(_like, dA, A)
+        out += map(like, dA, A)
     if need[_DB]:
-        out += map(_like, dB, B)
+        out += map(like, dB, B)
     if need[_DZ]:
         acc = reference.accumulate_dtype(rows.dtype)
         empty = [b.new_empty((b.shape[0], probes), dtype=acc) for b in B]
-        out += map(_like, Q, empty)
+        out += map(like, Q, empty)
     return out
 
 
-def _like(grad: Tensor | None, target: Tensor) -> Tensor:
+def like(grad: Tensor | None, target: Tensor) -> Tensor:
     """The gradient in the target's dtype, zeros where none flowed."""
     if grad is None:
         return torch.zeros_like(target, memory_format=torch.contiguous_format)
@@ -148,17 +142,44 @@ def _backward_fake(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
     return out
 
 
-class _Call(NamedTuple):
-    """What a call of the operator holds besides differentiable tensors."""
+class Operator(NamedTuple):
+    """An adapted linear as autograd sees it: ``forward(x, W, bias, A, B, Z, V, *rest)`` gives [*y, h, *moments].
 
-    counts: tuple[int, int, int, int]  # weights, projections, probe leaves, moment leaves
-    P: Tensor | None
-    sign: Tensor | None
-    seed: Tensor | None
-    scale: Sequence[float]
-    p: float
-    backend: str
-    engine: str
+    ``rest`` ends with (backend, engine) and is not differentiable.
+    """
+
+    name: str
+    forward: Callable
+    backward: Callable  # (dy, x, h, W, A, B, *backward_rest(rest), need, backend, engine)
+    backward_rest: Callable[[tuple], tuple]
+    formula: Callable  # (x, W, bias, A, B, Z, rest) -> y, differentiable any number of times
+    probe_leaves: Callable[[Sequence[Tensor], tuple], list[Tensor]]  # (B, rest) -> zero leaves like Z
+    counts: Callable[[Tensor, tuple, int], list]  # (x, rest, moments) -> number of rows behind each moment output
+
+    def apply(self, x: Tensor, *arguments) -> list[Tensor]:
+        """The operator, without the dispatcher where that has the same effect."""
+        W, bias, A, B, Z, V = arguments[:6]
+        if not torch.is_autocast_enabled(x.device.type) and eager((x, *W, *bias, *A, *B, *Z, *V)):
+            return _autograd(self, x, *arguments)
+        return getattr(torch.ops.fastlora, self.name)(x, *arguments)
+
+    def register(self, fake: Callable, backward_fake: Callable) -> None:
+        """Kernels, autograd, autocast and shapes of the operator and its backward."""
+        LIBRARY.impl(self.name, self.forward, "CompositeExplicitAutograd")
+        LIBRARY.impl(self.name, functools.partial(_autograd, self), "Autograd")
+        LIBRARY.impl(self.name, _autocast(self.name, "cpu", "AutocastCPU"), "AutocastCPU")
+        LIBRARY.impl(self.name, _autocast(self.name, "cuda", "AutocastCUDA"), "AutocastCUDA")
+        LIBRARY.impl(f"{self.name}_backward", self.backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastlora::{self.name}", fake, lib=LIBRARY)
+        torch.library.register_fake(f"fastlora::{self.name}_backward", backward_fake, lib=LIBRARY)
+
+
+class _Call(NamedTuple):
+    """What a call of an operator holds besides differentiable tensors."""
+
+    operator: Operator
+    counts: tuple[int, int, int, int]  # weights, adapter factors, probe leaves, moment leaves
+    rest: tuple
     kernel: Callable  # the forward, through the dispatcher or not
 
     def split(self, tensors: Sequence) -> tuple[Sequence, ...]:
@@ -175,9 +196,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx, call: _Call, x: Tensor, *flat: Tensor | None):
         W, bias, A, B, Z, V = call.split(flat)
         with torch._C._AutoDispatchBelowAutograd():
-            out = call.kernel(
-                x, W, bias, A, B, Z, V, call.P, call.sign, call.seed, call.scale, call.p, call.backend, call.engine
-            )
+            out = call.kernel(x, W, bias, A, B, Z, V, *call.rest)
         plain = out[call.counts[0] :]
         ctx.call = call
         ctx.bias = [b is not None for b in bias]
@@ -189,7 +208,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         call: _Call = ctx.call
-        weights, projections = call.counts[:2]
+        operator, (weights, projections) = call.operator, call.counts[:2]
         dy = grads[:weights]
         needs = ctx.needs_input_grad
         if all([g is None for g in dy]):
@@ -202,9 +221,11 @@ class _LoRALinear(torch.autograd.Function):
             return (None, *_differentiable_backward(call, needs[1:], list(dy), x, W, bias, A, B, moments))
         parts = call.split(needs[2:])
         need = [needs[1], True in parts[2], True in parts[3], True in parts[4], True in parts[0], True in parts[1]]
-        kernel = _backward_kernel if eager((x, h, *dy, *saved)) else torch.ops.fastlora.lora_linear_backward
+        kernel = operator.backward
+        if not eager((x, h, *dy, *saved)):
+            kernel = getattr(torch.ops.fastlora, f"{operator.name}_backward")
         with torch._C._AutoDispatchBelowAutograd():
-            out = kernel(dy, x, h, W, A, B, call.seed, call.scale, call.p, need, call.backend, call.engine)
+            out = kernel(dy, x, h, W, A, B, *operator.backward_rest(call.rest), need, *call.rest[-2:])
         return (None, *_arrange(call, need, parts, out, x, moments))
 
     @staticmethod
@@ -229,43 +250,49 @@ def _arrange(call, need, parts, out, x, moments):
             taken[index] = [None] * len(flags)
     for index in (_DW, _DBIAS, _DA, _DB, _DZ):
         placed += taken[index]
-    return placed + [_moment_gradient(m, x) for m in moments]
+    return placed + _moment_gradients(call, moments, x)
 
 
-def _moment_gradient(moments: Tensor, x: Tensor) -> Tensor:
+def _moment_gradients(call: _Call, moments: Sequence[Tensor], x: Tensor) -> list[Tensor]:
     """Column sums with the number of rows beside them: what a moment leaf [2, N + 1] accumulates."""
-    rows = 1
-    for size in x.shape[:-1]:
-        rows = rows * size
-    return torch.cat([moments, moments.new_full((2, 1), rows)], dim=1)
+    if not moments:
+        return []
+    counts = call.operator.counts(x, call.rest, len(moments))
+    return [torch.cat([m, _column(m, n)], dim=1) for m, n in zip(moments, counts, strict=True)]
+
+
+def _column(moments: Tensor, count: Any) -> Tensor:
+    if isinstance(count, Tensor):
+        return count.to(moments.dtype).expand(2, 1)
+    return moments.new_full((2, 1), count)
 
 
 def _differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
     """create_graph: gradients of the written-out formula, which autograd can differentiate again."""
-    Z = [b.new_zeros((b.shape[0], call.P.shape[0])).requires_grad_() for b in B] if call.counts[2] else []
+    Z = call.operator.probe_leaves(B, call.rest) if call.counts[2] else []
     flat = [x, *W, *bias, *A, *B, *Z]
     wanted = [t for t, flag in zip(flat, needs, strict=False) if flag]
-    y = reference.lora_linear(x, W, bias, A, B, call.scale, Z, call.P, call.sign, call.seed, call.p)
+    y = call.operator.formula(x, W, bias, A, B, Z, call.rest)
     live = [(out, g) for out, g in zip(y, dy, strict=True) if g is not None]
     grads = iter(
         torch.autograd.grad([o for o, _ in live], wanted, [g for _, g in live], create_graph=True, allow_unused=True)
     )
     placed = [next(grads) if flag else None for _, flag in zip(flat, needs, strict=False)]
-    return (*placed, *[_moment_gradient(m, x) for m in moments])
+    return (*placed, *_moment_gradients(call, moments, x))
 
 
-def _autograd_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine):
+def _autograd(operator: Operator, x, W, bias, A, B, Z, V, *rest):
     flat = (*W, *bias, *A, *B, *Z, *V)
-    plain = eager((x, *flat, P))
-    kernel = _forward_kernel if plain else torch.ops.fastlora.lora_linear
+    plain = eager((x, *flat))
+    kernel = operator.forward if plain else getattr(torch.ops.fastlora, operator.name)
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, *flat)]):
-        call = _Call((len(W), len(A), len(Z), len(V)), P, sign, seed, scale, p, backend, engine, kernel)
+        call = _Call(operator, (len(W), len(A), len(Z), len(V)), rest, kernel)
         return list((_apply_eager if plain else _LoRALinear.apply)(call, x, *flat))
     with torch._C._AutoDispatchBelowAutograd():
-        return kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
+        return kernel(x, W, bias, A, B, Z, V, *rest)
 
 
-def _autocast_kernel(device_type: str, key: str):
+def _autocast(name: str, device_type: str, key: str):
     def kernel(x, W, bias, *rest):
         dtype = torch.get_autocast_dtype(device_type)
         *rest, engine = rest
@@ -275,7 +302,7 @@ def _autocast_kernel(device_type: str, key: str):
         excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             low_bias = [None if b is None else low_precision(b, dtype) for b in bias]
-            return torch.ops.fastlora.lora_linear(low_precision(x, dtype), low, low_bias, *rest, engine)
+            return getattr(torch.ops.fastlora, name)(low_precision(x, dtype), low, low_bias, *rest, engine)
 
     return kernel
 
@@ -285,10 +312,28 @@ def low_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype in (dtype, torch.float64) else tensor.to(dtype)
 
 
-LIBRARY.impl("lora_linear", _forward_kernel, "CompositeExplicitAutograd")
-LIBRARY.impl("lora_linear", _autograd_kernel, "Autograd")
-LIBRARY.impl("lora_linear", _autocast_kernel("cpu", "AutocastCPU"), "AutocastCPU")
-LIBRARY.impl("lora_linear", _autocast_kernel("cuda", "AutocastCUDA"), "AutocastCUDA")
-LIBRARY.impl("lora_linear_backward", _backward_kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("fastlora::lora_linear", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fastlora::lora_linear_backward", _backward_fake, lib=LIBRARY)
+def _counts(x: Tensor, rest: tuple, moments: int) -> list[int]:
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    return [rows] * moments
+
+
+def _backward_rest(rest: tuple) -> tuple:
+    P, sign, seed, scale, p, _, _ = rest
+    return seed, scale, p
+
+
+def _formula(x, W, bias, A, B, Z, rest):
+    P, sign, seed, scale, p, _, _ = rest
+    return reference.lora_linear(x, W, bias, A, B, scale, Z, P, sign, seed, p)
+
+
+def _probe_leaves(B: Sequence[Tensor], rest: tuple) -> list[Tensor]:
+    return [b.new_zeros((b.shape[0], rest[0].shape[0])).requires_grad_() for b in B]
+
+
+LORA_LINEAR = Operator(
+    "lora_linear", _forward_kernel, _backward_kernel, _backward_rest, _formula, _probe_leaves, _counts
+)
+LORA_LINEAR.register(_forward_fake, _backward_fake)
