@@ -298,7 +298,7 @@ class Tracker:
     ) -> None:
         r"""Add the gradient of :meth:`penalty`, worked out by hand, to ``.grad`` of A and B; no graph is built.
 
-        .. math:: dA \mathrel{+}= 2\lambda (1 - I) s^2 (B^\top B) A,\quad dB \mathrel{+}= 2\lambda (1 - I) s^2 B (A A^\top)
+        .. math:: dA = 2\lambda (1 - I) s^2 (B^\top B) A,\qquad dB = 2\lambda (1 - I) s^2 B (A A^\top)
 
         Call it after backward (and after ``scaler.unscale_``), before clipping and the optimiser's step.
         """
