@@ -258,3 +258,71 @@ def gradstat(x: Tensor, dy: Tensor, offsets: Sequence[int]) -> Tensor:
             out[i, 0] += tile.square().sum()
             out[i, 1] += tile.abs().sum()
     return out
+
+
+def build_segments(ids: Tensor, adapters: int) -> tuple[Tensor, Tensor]:
+    """The rows of a mixed batch by adapter: ``(order, ranges)`` with adapter g's rows ``order[begin_g:end_g]``.
+
+    ids int64 [M], -1 for base only -> order int64 [M], stable by adapter with the base-only rows last, and ranges
+    int64 [adapters, 2], (0, 0) without rows. On the CPU order is empty if the rows of every adapter already are one
+    run, which ranges then gives, and an id out of range raises ``RuntimeError``; on a GPU, where nothing is read
+    back, it counts as -1.
+    """
+    if ids.dim() != 1 or ids.dtype != torch.int64:
+        raise RuntimeError(f"ids: expected an int64 vector with one id per row, got {ids.dtype} {tuple(ids.shape)}")
+    outside = (ids < -1) | (ids >= adapters)
+    if ids.device.type == "cpu" and bool(outside.any()):
+        position = int(outside.nonzero()[0])
+        accepted = f"0 to {adapters - 1} (an adapter) and -1 (base only)"
+        raise RuntimeError(f"ids[{position}] is {int(ids[position])}; accepted: {accepted}")
+    keys = torch.where(outside | (ids < 0), adapters, ids)
+    sorted_keys, order = torch.sort(keys, stable=True)
+    numbers = torch.arange(adapters, device=ids.device)
+    begin = torch.searchsorted(sorted_keys, numbers)
+    end = torch.searchsorted(sorted_keys, numbers, right=True)
+    ranges = torch.stack([begin, end], dim=1) * (end > begin).unsqueeze(1)
+    if ids.device.type == "cpu":
+        live = (ranges[:, 1] > ranges[:, 0]).nonzero().flatten().tolist()
+        runs = [(g, order[begin[g] : end[g]]) for g in live]
+        if all(int(rows[-1]) - int(rows[0]) + 1 == rows.numel() for _, rows in runs):
+            for g, rows in runs:
+                ranges[g, 0], ranges[g, 1] = rows[0], rows[-1] + 1
+            return order[:0], ranges
+    return order, ranges
+
+
+def _check_ranges(ranges: Tensor, rows: int) -> None:
+    if ranges.device.type != "cpu":
+        return
+    covered = 0
+    for g, (begin, end) in enumerate(ranges.tolist()):
+        covered += end - begin
+        if begin < 0 or end < begin or end > rows or covered > rows:
+            accepted = f"runs inside the {rows} rows, with no more rows in all"
+            raise RuntimeError(f"ranges[{g}] is {begin} to {end}; accepted: {accepted}")
+
+
+def segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:
+    """Tiles of at most ``block`` rows of one adapter: ``(adapter, first position)`` each, (-1, 0) for the unused ones.
+
+    ranges int64 [adapters, 2] from ``build_segments`` -> int64 [ceil(rows / block) + adapters, 2]: the length is known
+    without reading ranges.
+    """
+    if ranges.dim() != 2 or ranges.shape[1] != 2 or ranges.dtype != torch.int64:
+        raise RuntimeError(
+            f"ranges has {ranges.dim()} dimensions and dtype {ranges.dtype}; expected int64 [adapters, 2]"
+        )
+    if rows < 0 or block < 1:
+        raise RuntimeError(f"rows is {rows}, block is {block}; accepted: 0 or more, 1 or more")
+    _check_ranges(ranges, rows)
+    adapters, device, block = ranges.shape[0], ranges.device, min(block, max(rows, 1))
+    counts = (ranges[:, 1] - ranges[:, 0] + block - 1) // block
+    ends = counts.cumsum(0)
+    numbers = torch.arange((rows + block - 1) // block + adapters, device=device)
+    owner = torch.searchsorted(ends, numbers, right=True)
+    inside = owner < adapters
+    if adapters == 0:
+        return torch.stack([torch.full_like(numbers, -1), torch.zeros_like(numbers)], dim=1)
+    g = owner.clamp(max=adapters - 1)
+    first = ranges[g, 0] + (numbers - (ends - counts)[g]) * block
+    return torch.stack([torch.where(inside, g, -1), torch.where(inside, first, 0)], dim=1)
