@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..factors import WHOLE, AdapterSpec, new_factors
+from ..routing import Router
 from .linear import DEFAULT, Linear, QKVLinear, adapter_dtype_of, attach_state, checked_ranks
 from .views import LayerView
 
@@ -75,11 +76,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.requires_grad_(False)
         self.in_proj = InProjection(self)
         self.out_proj.__class__ = Linear
+        router = Router(DEFAULT)
         for layer, names in ((self.in_proj, "qkv" if split_qkv else (WHOLE,)), (self.out_proj, (WHOLE,))):
             slices = dict.fromkeys(names, layer.out_features // len(names))
             ranks = dict.fromkeys(slices, r)
             checked_ranks(ranks, layer, slices, "r")
-            attach_state(layer, slices, config)
+            attach_state(layer, slices, config, router, "out_proj" if layer is self.out_proj else "in_proj")
             spec = AdapterSpec(
                 dict.fromkeys(slices, config.scaling(r)), lora_dropout, config.init_lora_weights,
                 adapter_dtype_of(config, layer),

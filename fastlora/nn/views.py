@@ -23,27 +23,29 @@ class LayerView:
 
     def __init__(self, layer: Linear, weight: Tensor, bias: Tensor | None, rows: slice | None = None, count: float = 1):
         self.layer, self.weight, self.bias = layer, weight, bias
-        self.parts = {} if rows is None else _parts(layer, rows)
-        self.probe = layer.probe
-        if layer.probe is not None and rows is not None:
-            self.probe = _PartOfProbe(layer.probe, rows, self.parts, count)
+        self.parts = _parts(layer, slice(0, layer.out_features) if rows is None else rows)
+        self.slices = {name: part.stop - part.start for name, part in self.parts.items()}
+        self.out_features = sum(self.slices.values())
+        self.probes = layer.probes
+        if rows is not None:
+            self.probes = {
+                name: _PartOfProbe(probe, rows, self.parts, count) for name, probe in layer.probes.items()
+            }
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
 
     def pairs(self, adapter: str) -> list[tuple[Tensor, Tensor, float]]:
-        pairs = self.layer.pairs(adapter)
-        if not self.parts:
-            return pairs
-        of_slice = dict(zip(self.layer.slices, pairs, strict=True))
-        return [(of_slice[n][0], of_slice[n][1][part], of_slice[n][2]) for n, part in self.parts.items()]
+        pairs = dict(zip(self.layer.slices, self.layer.pairs(adapter), strict=True))
+        return [(pairs[name][0], pairs[name][1][part], pairs[name][2]) for name, part in self.parts.items()]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self.layer._check_recomputation()
-        if self.layer.bypassed:
+        if not torch.compiler.is_compiling() and not self.layer.called:
+            self.layer.called = True
+        route = self.layer.router.route(self.layer.training)
+        if self.layer.bypassed(route):
             return F.linear(x, self.weight, self.bias)
-        return forward_together([self], x)[0]
+        return forward_together([self], x, route)[0]
 
 
 def _parts(layer: Linear, rows: slice) -> dict[str, slice]:
@@ -84,12 +86,12 @@ class _PartOfProbe:
     def every(self, steps: int) -> None:
         self.probe.every = steps
 
-    def operands(self, probes: list[_PartOfProbe], x: Tensor) -> dict[str, Any]:
-        return type(self.probe).operands(self, probes, x)
+    def operands(self, probes: list[_PartOfProbe], x: Tensor, samples: int | None = None) -> dict[str, Any]:
+        return type(self.probe).operands(self, probes, x, samples)
 
-    def tap(self, x: Tensor, y: Tensor) -> Tensor:
+    def tap(self, x: Tensor, y: Tensor, select: tuple[Tensor, bool] | None = None) -> Tensor:
         if not self.probe.exact or not torch.is_grad_enabled():
             return y
         # The gradient is kept at the layer's full width: zero where this part has no rows.
         whole = F.pad(y, (self.rows.start, self.probe.width - self.rows.stop))
-        return self.probe.tap(x, whole)[..., self.rows]
+        return self.probe.tap(x, whole, select)[..., self.rows]
