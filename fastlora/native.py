@@ -1,8 +1,8 @@
 """The compiled library: loads ``fastlora/_C.so`` if it was built and registers shapes for tracing.
 
-The operators are ``torch.ops.fastlora.{lora_forward_, lora_backward_, lora_grouped_forward_,
-lora_grouped_backward_, shrink, expand_, wgrad, outer, dropout, philox_signs_, add_norms_, cpu_isa}``; their schemas are in ``csrc/library.cpp``. Nothing here raises on import: a
-missing or unusable library is what :func:`reason` tells.
+The operators are ``torch.ops.fastlora.{lora_forward_, lora_backward_, lora_grouped_forward_, lora_grouped_backward_,
+shrink, expand_, wgrad, outer, dropout, philox_signs_, add_norms_, cpu_isa}``; their schemas are in
+``csrc/library.cpp``. Nothing here raises on import: a missing or unusable library is what :func:`reason` tells.
 """
 
 from __future__ import annotations

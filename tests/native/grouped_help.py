@@ -141,8 +141,8 @@ def loop_forward(batch: Batch):
     for g in range(batch.adapters):
         rows = (batch.ids == g).nonzero()[:, 0]
         A, B, scales = batch.factors(g)
-        stacked = [rounded(t, batch) for t in A] + [rounded(batch.P[g], batch)] * bool(batch.P)
-        mine = batch.x.double().index_select(0, rows) @ torch.cat(stacked).t()
+        stacked = torch.cat([rounded(t, batch) for t in [*A, *batch.P[g : g + 1]]])
+        mine = batch.x.double().index_select(0, rows) @ stacked.t()
         h[rows, : mine.shape[1]] = mine
         offset = 0
         for j, column, b, s in zip(batch.outputs, batch.columns, B, scales, strict=True):
@@ -162,7 +162,9 @@ def loop_backward(batch: Batch, h: torch.Tensor, outputs=None):
         places = zip(outputs or batch.outputs, batch.columns, *batch.factors(g), strict=True)
         for j, column, a, b, s in places:
             rank = b.shape[1]
-            grad = batch.dy[j].double()[rows, column : column + b.shape[0]] if j >= 0 else x.new_zeros(len(rows), len(b))
+            grad = (
+                batch.dy[j].double()[rows, column : column + b.shape[0]] if j >= 0 else x.new_zeros(len(rows), len(b))
+            )
             dh = s * grad @ rounded(b, batch)
             dx.index_add_(0, rows, dh @ rounded(a, batch))
             dA.append(dh.t() @ x)
