@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _ops
+from ._ops import LORA_LINEAR
 
 
 def lora_linear(
@@ -51,7 +51,7 @@ def lora_linear(
     seed = None
     if p > 0.0:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
-    out = _ops.apply(x, W, bias, A, B, Z, V, P, sign, seed, [float(s) for s in scale], float(p), backend, engine)
+    out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, P, sign, seed, [float(s) for s in scale], float(p), backend, engine)
     return out[: len(W)]
 
 

@@ -57,11 +57,24 @@ def keep_threshold(p: float) -> int:
 def dropout(x: Tensor, seed: Tensor, projection: int, p: float) -> Tensor:
     """``x o keep / (1 - p)`` with ``keep`` a function of (seed, projection, row, column) alone.
 
-    x [M, K]; seed int64 scalar tensor. Word ``column % 4`` of ``philox(seed, (column // 4, row, row >> 32,
-    projection))`` is kept if it is at least ``keep_threshold(p)``.
+    x [M, K]; seed int64 scalar tensor. Row m is dropped as ``dropout_rows`` drops one with the key (seed, m).
+    """
+    return dropout_rows(x, row_keys(seed, x.shape[0]), projection, p)
+
+
+def row_keys(seed: Tensor, rows: int) -> Tensor:
+    """``(seed, m)`` for each of M rows: int64 [M, 2]."""
+    return torch.stack([seed.expand(rows), torch.arange(rows, device=seed.device)], dim=1)
+
+
+def dropout_rows(x: Tensor, keys: Tensor, projection: int, p: float) -> Tensor:
+    """``x o keep / (1 - p)``, every row with a key (seed, counter) of its own: x [M, K], keys int64 [M, 2].
+
+    Word ``column % 4`` of ``philox(seed, (column // 4, counter, counter >> 32, projection))`` is kept if it is at least
+    ``keep_threshold(p)``.
     """
     rows, columns = x.shape
-    row = torch.arange(rows, device=x.device).unsqueeze(1)
+    seed, row = keys[:, :1], keys[:, 1:]
     block = torch.arange((columns + 3) // 4, device=x.device).unsqueeze(0)
     row, block = torch.broadcast_tensors(row, block)
     words = torch.stack(philox(seed, block, row & _WORD, row >> 32, torch.full_like(row, projection)), dim=2)
@@ -106,6 +119,57 @@ def lora_linear(
         updates.append(update)
     y = base + torch.cat(updates, dim=1)
     return [part.reshape(*x.shape[:-1], part.shape[1]) for part in y.split([w.shape[0] for w in W], dim=1)]
+
+
+def lora_grouped(
+    x: Tensor,
+    W: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    ids: Tensor,
+    Z: Sequence[Tensor] = (),
+    P: Sequence[Tensor] = (),
+    sign: Sequence[Tensor] = (),
+    keys: Tensor | None = None,
+    p: Sequence[float] = (),
+) -> list[Tensor]:
+    """``lora_linear`` of every row with the adapter that its id names; -1 leaves the frozen linear alone.
+
+    x [*, K], ids int64 [M] for the M rows of x. The lists A, B, scale and Z run over adapters, then projections; P, sign
+    and p over adapters (P_g [k_g, K], sign_g [S, k_g] or empty). keys [M, 2] are the rows' dropout keys.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.cat([torch.nn.functional.linear(rows, w, b) for w, b in zip(W, bias, strict=True)], dim=1)
+    projections = projections_of(W, B)
+    for g in range(len(A) // projections):
+        mine = (ids == g).nonzero()[:, 0]
+        seen, part = rows[mine], slice(g * projections, (g + 1) * projections)
+        probe = None
+        if P and P[g].shape[0]:
+            probe = seen @ P[g].to(seen.dtype).T
+            if sign and sign[g].numel():
+                probe = probe * sign[g].to(seen.dtype)[mine // (rows.shape[0] // sign[g].shape[0])]
+        updates = []
+        for i, (a, b, s) in enumerate(zip(A[part], B[part], scale[part], strict=True)):
+            dropped = dropout_rows(seen, keys[mine], i, p[g]) if p and p[g] > 0 else seen
+            update = s * (dropped @ a.to(seen.dtype).T) @ b.to(seen.dtype).T
+            if probe is not None:
+                update = update + probe @ Z[part][i].to(seen.dtype).T
+            updates.append(update)
+        y = y.index_add(0, mine, torch.cat(updates, dim=1))
+    return [part.reshape(*x.shape[:-1], part.shape[1]) for part in y.split([w.shape[0] for w in W], dim=1)]
+
+
+def projections_of(W: Sequence[Tensor], B: Sequence[Tensor]) -> int:
+    """How many projections one adapter has: those whose rows tile the weights' rows."""
+    rows, covered = sum(w.shape[0] for w in W), 0
+    for count, b in enumerate(B, 1):
+        covered += b.shape[0]
+        if covered == rows:
+            return count
+    raise ValueError(f"lora_B: rows {[b.shape[0] for b in B]} do not tile weights with {rows} rows")
 
 
 def shrink(x: Tensor, A: Tensor) -> Tensor:

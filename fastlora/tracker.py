@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .backends import choose
 from .covariance import COVARIANCES, Covariances
 from .nn.linear import DEFAULT, Linear, matrix_key
-from .penalty import delta_penalty, importance_weights
 from .probes import LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
+from .regulariser import Regulariser
 from .scores import Scores
 from .tracking_checks import checked, checked_kinds, checked_layers, checked_probes, positive, refuse_windows
 
@@ -88,7 +88,7 @@ class Tracker:
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._everything = torch.ones(len(self.keys), dtype=torch.bool, device=self.device)
         self._samples: dict[int, int] = {}
-        self._frozen_weights: dict[str, Tensor] = {}
+        self._regulariser = Regulariser(self.layers, self.matrices)
         self._signs: tuple[tuple[int, int, int], Tensor] | None = None
         self._watch = _StepWatch(self.layers)
         self._attach(model)
@@ -283,32 +283,32 @@ class Tracker:
     def penalty(
         self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str = DEFAULT
     ) -> Tensor:
-        r"""FW-LoRA's regulariser, differentiable in A and B.
+        r"""FW-LoRA's regulariser, differentiable in A and B; add it to the loss once per optimiser step.
 
         .. math:: \lambda \sum_m (1 - I_m) \lVert \Delta W_m \rVert_F^2,\qquad I_m = F_m / \textstyle\sum F
 
         Zero before ``warmup`` steps, when importance is frozen; without a warmup the current averages weigh.
-        ``normalise="relative"`` takes ``I_m / max I``.
+        ``form="decay"`` is the paper's shortcut, weight decay of A and B with the coefficient λ (1 - I_m).
+        ``normalise="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
         """
-        checked("form", form, ("delta",))
-        importance = self.importance
-        if importance is None and self.warmup is None and self.steps > 0:
-            importance = self._corrected("fisher" if self.per_sample else "grad_sq")
-        if importance is None:
-            return torch.zeros((), device=self.device)
-        weights = self._weights(importance, normalise)
-        terms = [self.layers[p].pairs(adapter)[list(self.layers[p].slices).index(n)] for p, n in self.matrices]
-        return delta_penalty(
-            [a for a, _, _ in terms], [b for _, b, _ in terms], [s for _, _, s in terms], weights, lmbda
-        )
+        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, adapter)
 
-    def _weights(self, importance: Tensor, normalise: str) -> Tensor:
-        # Checking the values reads them back from the device: once for a frozen importance.
-        if importance is not self.importance:
-            return importance_weights(importance, normalise).float()
-        if normalise not in self._frozen_weights:
-            self._frozen_weights[normalise] = importance_weights(importance, normalise).float()
-        return self._frozen_weights[normalise]
+    def apply_penalty(
+        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str = DEFAULT
+    ) -> None:
+        r"""Add the gradient of :meth:`penalty`, worked out by hand, to ``.grad`` of A and B; no graph is built.
+
+        .. math:: dA = 2\lambda (1 - I) s^2 (B^\top B) A,\qquad dB = 2\lambda (1 - I) s^2 B (A A^\top)
+
+        Call it after backward (and after ``scaler.unscale_``), before clipping and the optimiser's step.
+        """
+        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, adapter)
+
+    def _weighing(self) -> tuple[Tensor | None, bool]:
+        """The importance that weighs now, and whether it is frozen."""
+        if self.importance is None and self.warmup is None and self.steps > 0:
+            return self._corrected("fisher" if self.per_sample else "grad_sq"), False
+        return self.importance, True
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to go on with the same numbers."""
@@ -337,7 +337,6 @@ class Tracker:
         self._covariances.load_state_dict(state["covariances"])
         self.steps, self.seed = state["steps"], state["seed"]
         self.importance = None if state["importance"] is None else state["importance"].to(self.device)
-        self._frozen_weights.clear()
         if self._rows is not None:
             self._rows.seed.fill_(self.seed)
             self._rows.draw(self.steps)
