@@ -79,9 +79,10 @@ def lora_grouped(
 
     .. math:: y_{im} = x_m W_i^\top + b_i + s_{gi}\, \mathrm{dropout}_g(x_m)\, A_{gi}^\top B_{gi}^\top,\qquad g = g(m)
 
-    A, B, scale and Z run over the batch's adapters, then projections, V over adapters, then weights; P, sign and p over
-    adapters, with [0, K] and [0, 0] where an adapter is not measured. ``stream`` tells the layers of one ``row_seeds``
-    apart. Gradients of an adapter come from its own rows. Raises as ``lora_linear`` does, and for ids that do not fit x.
+    A, B, scale and Z run over the batch's adapters, then projections, V over adapters, then weights; P, sign and p
+    over adapters, with [0, K] and [0, 0] where an adapter is not measured. ``stream`` tells the layers of one
+    ``row_seeds`` apart. Gradients of an adapter come from its own rows. Raises as ``lora_linear`` does, and for ids
+    that do not fit x.
     """
     check_input(x, W[0])
     rows, keys = batch.rows(x), None

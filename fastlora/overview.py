@@ -64,9 +64,12 @@ def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
     if not layers:
         raise ValueError("model: has no adapters; call fastlora.inject first")
     rows = []
+    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
+    if adapter not in names:
+        raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
     for path, layer in layers.items():
         if adapter not in layer.adapter_specs:
-            raise ValueError(f"adapter: {path!r} has no adapter {adapter!r}, only {', '.join(layer.adapter_names)}")
+            continue
         ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
         for name, n in layer.slices.items():
             params = ranks[name] * (n + layer.in_features)

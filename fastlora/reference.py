@@ -137,8 +137,8 @@ def lora_grouped(
 ) -> list[Tensor]:
     """``lora_linear`` of every row with the adapter that its id names; -1 leaves the frozen linear alone.
 
-    x [*, K], ids int64 [M] for the M rows of x. The lists A, B, scale and Z run over adapters, then projections; P, sign
-    and p over adapters (P_g [k_g, K], sign_g [S, k_g] or empty). keys [M, 2] are the rows' dropout keys.
+    x [*, K], ids int64 [M] for the M rows of x. The lists A, B, scale and Z run over adapters, then projections; P,
+    sign and p over adapters (P_g [k_g, K], sign_g [S, k_g] or empty). keys [M, 2] are the rows' dropout keys.
     """
     rows = x.reshape(-1, x.shape[-1])
     y = torch.cat([torch.nn.functional.linear(rows, w, b) for w, b in zip(W, bias, strict=True)], dim=1)

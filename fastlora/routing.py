@@ -40,6 +40,8 @@ class Router:
         self._framed: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
         self._taken: list[Route] = []
         self._repeated = False
+        self._graphs: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
+        self.used: list[Batch | str] | None = None  # what contexts asked for since the last step, if somebody wants it
 
     def __getstate__(self) -> dict[str, Any]:
         return {"slots": list(self.slots), "adapter": self.default.adapter}
@@ -60,14 +62,32 @@ class Router:
         """The way of the innermost open context of this thread, or the default."""
         return getattr(self._open, "route", self.default)
 
-    def open(self, route: Route | None) -> Route | None:
+    def remove(self, name: str) -> None:
+        self.slots[self.slots.index(name)] = None
+
+    def open(self, route: Route | None, reopened: bool = False) -> Route | None:
         """Make ``route`` this thread's way (None: the default again); returns what it replaces."""
+        wanted = self.used is not None and route is not None and route.enabled and not reopened
+        if wanted and torch.is_grad_enabled():
+            self.used.append(route.batch or route.adapter)
         before = getattr(self._open, "route", None)
         if route is None:
             self._open.__dict__.pop("route", None)
         else:
             self._open.route = route
         return before
+
+    def built(self, node: Any, route: Route) -> None:
+        """Remember a node of a graph that runs through the adapters of ``route``."""
+        self._graphs[node] = route
+
+    def awaits_backward(self, name: str) -> bool:
+        """Whether a graph through the adapter is alive whose backward has not run."""
+        for node, route in list(self._graphs.items()):
+            names = (route.adapter,) if route.batch is None else route.batch.names
+            if name in names and not getattr(node, "spent", False):
+                return True
+        return False
 
     def route(self, training: bool) -> Route:
         """The way of the forward that is running.
@@ -112,7 +132,7 @@ class Router:
         if len(self._taken) > 1:
             raise RuntimeError(
                 "activation checkpointing repeats a forward that cannot be told from others with other adapters: run "
-                "backward before the next forward with other ids, or use torch.utils.checkpoint with use_reentrant=False"
+                "backward before the next forward with other ids, or checkpoint with use_reentrant=False"
             )
         return self._taken[0] if self._taken else self.current()
 

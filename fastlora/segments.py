@@ -67,6 +67,11 @@ class Batch:
         place = torch.arange(times, device=x.device).repeat(seeds.shape[0] // max(times, 1))
         return torch.stack([seeds, place + (stream << 32)], dim=1)
 
+    def present(self) -> list[str]:
+        """The adapters that have an id (reads them back from a device)."""
+        found = torch.bincount(self.ids.reshape(-1) + 1, minlength=len(self.names) + 1)[1:].tolist()
+        return [name for name, count in zip(self.names, found, strict=True) if count]
+
     def samples(self, name: str) -> int:
         """How many ids are an adapter's (reads them back from a device)."""
         return int((self.ids == self.names.index(name)).sum())

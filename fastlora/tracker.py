@@ -153,7 +153,9 @@ class Tracker:
             return
         values, seen = self._gather()
         inverse = _inverse_scale(scaler, self.device)
-        taken = {path: self._probe(layer).taken for path, layer in self.layers.items()} if self._covariances.kinds else {}
+        taken = (
+            {path: self._probe(layer).taken for path, layer in self.layers.items()} if self._covariances.kinds else {}
+        )
         finite = self._covariances.finite(taken, self.device)
         for kind in self.kinds:
             if kind != "act_var":

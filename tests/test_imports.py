@@ -31,7 +31,7 @@ LAYERS = (
     ("nn",),
     ("covariance", "tracking_checks", "regulariser"),
     ("roles",),
-    ("injection", "merging", "overview", "policies", "tracker", "calibration"),
+    ("injection", "merging", "overview", "policies", "tracker", "calibration", "adapter_set"),
     ("peft_names", "peft_files", "peft_io", "peft_load"),
     ("integrations",),
     ("demo", "report", "cli", "bench", "doctor", "__main__"),

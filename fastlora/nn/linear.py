@@ -15,7 +15,7 @@ from ..engines import AUTO, PACKED, UNPACKED
 from ..factors import WHOLE, AdapterSpec, Factors, new_factors
 from ..functional import check_input, lora_grouped, lora_linear
 from ..probes import group_operands
-from ..routing import Route, Router, in_backward
+from ..routing import Route, Router
 
 DEFAULT = "default"
 ENGINE_OF_PREPACK = {"auto": AUTO, True: PACKED, False: UNPACKED}
@@ -71,6 +71,10 @@ class Linear(nn.Linear):
         """Put an adapter's factors in place, replacing those of the same name."""
         self.lora_A[name], self.lora_B[name] = A, B
         self.adapter_specs[name] = spec
+
+    def uninstall(self, name: str) -> None:
+        """Forget an adapter; a layer that has none left runs as its base alone."""
+        del self.lora_A[name], self.lora_B[name], self.adapter_specs[name]
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -186,8 +190,14 @@ def adapter_dtype_of(config: LoraConfig, layer: nn.Linear) -> torch.dtype:
 def forward_together(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along."""
     check_input(x, layers[0].weight)
-    if route.batch is not None:
-        return _forward_grouped(layers, x, route)
+    y = _forward_one(layers, x, route) if route.batch is None else _forward_grouped(layers, x, route)
+    if not torch.compiler.is_compiling() and y[0].grad_fn is not None:
+        layers[0].router.built(y[0].grad_fn, route)
+    return y
+
+
+def _forward_one(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
+    """As ``forward_together``, one adapter for every row."""
     name = route.adapter
     pairs = [pair for layer in layers for pair in layer.pairs(name)]
     probes = [layer.probes[name] for layer in layers] if name in layers[0].probes else None

@@ -45,6 +45,15 @@ class ProjectionGroup:
         self.layers = layers
         self._clear()
 
+    def regroup(self, layers: list[Linear]) -> None:
+        """Take in other siblings; what was learned of the old ones is forgotten."""
+        for layer in self.layers:
+            layer.group = None
+        self.layers = layers
+        for layer in layers:
+            layer.group = self
+        self._clear()
+
     def _clear(self) -> None:
         self._visits: dict[int, list[_Visit]] = {}
         self._plan: dict[tuple[int, int], frozenset[int]] = {}  # trigger -> siblings not worth computing ahead
