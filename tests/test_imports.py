@@ -30,7 +30,7 @@ LAYERS = (
     ("factors", "config"),
     ("nn",),
     ("covariance", "tracking_checks", "regulariser"),
-    ("roles",),
+    ("targets", "roles"),
     ("injection", "merging", "overview", "policies", "tracker", "calibration", "adapter_set"),
     ("peft_names", "peft_files", "peft_io", "peft_load"),
     ("integrations",),
