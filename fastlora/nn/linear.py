@@ -135,6 +135,8 @@ class Linear(nn.Linear):
         return tuple([self.adapter_specs[n].dropout if n in self.adapter_specs else 0.0 for n in names])
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and not self.called:
+            self.called = True
         route = self.router.route(self.training)
         if self.bypassed(route):
             return F.linear(x, self.weight, self.bias)
@@ -174,6 +176,7 @@ def attach_state(
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
     layer.merged = ()
     layer.group = None
+    layer.called = False
     layer.probes = {}
 
 
