@@ -27,7 +27,7 @@ LAYERS = (
     ("functional",),
     ("factors", "config"),
     ("nn",),
-    ("probes", "covariance", "tracking_checks", "regulariser"),
+    ("probes", "covariance", "tracking_checks", "regulariser", "restoring", "update_variance", "progress"),
     ("roles",),
     ("injection", "merging", "overview", "policies", "tracker", "calibration"),
     ("peft_names", "peft_files", "peft_io", "peft_load"),
