@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .nn.linear import DEFAULT
 from .progress import Report, reporting
 from .restoring import restored
 from .scores import Scores, composite
@@ -41,12 +42,12 @@ class Calibration(Scores):
 class Method(NamedTuple):
     """What to collect during the passes, and the scores it makes: ``score(collector)`` is called after each batch."""
 
-    collect: Callable[[nn.Module], AbstractContextManager]
+    collect: Callable[[nn.Module, str], AbstractContextManager]
     score: Callable[[Any], Mapping[str, float]]
 
 
-def _exact(*kinds: str) -> Callable[[nn.Module], AbstractContextManager[Tracker]]:
-    return lambda model: track(model, "exact", ema=None, statistics=kinds)
+def _exact(*kinds: str) -> Callable[[nn.Module, str], AbstractContextManager[Tracker]]:
+    return lambda model, adapter: track(model, "exact", ema=None, statistics=kinds, adapter=adapter)
 
 
 def _composite(normalise: str) -> Callable[[Tracker], Scores]:
@@ -74,6 +75,7 @@ def calibrate(
     *,
     centred: bool = False,
     progress: bool | Report | None = None,
+    adapter: str = DEFAULT,
 ) -> Calibration:
     """One score a matrix from ``steps`` backward passes; ``allocate`` makes ranks of them.
 
@@ -97,7 +99,7 @@ def calibrate(
         raise ValueError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
     if not callable(loss_fn):
         raise ValueError(f"loss_fn: expected a callable (model, batch) -> loss, got {type(loss_fn).__name__}")
-    with restored(model), chosen.collect(model) as collector, reporting(progress, steps) as report:
+    with restored(model, adapter), chosen.collect(model, adapter) as collector, reporting(progress, steps) as report:
         done, estimate, settled = 0, None, []
         for batch in itertools.islice(batches, steps):
             loss = loss_fn(model, batch)
@@ -127,7 +129,7 @@ def _chosen(method: Any, centred: bool) -> Method:
         return chosen
     if method != "fim":
         raise ValueError(f"centred: works with method='fim' only, got method={method!r}")
-    return chosen._replace(collect=lambda model: UpdateVariance(model, centred=True))
+    return chosen._replace(collect=lambda model, adapter: UpdateVariance(model, adapter, centred=True))
 
 
 def _as_scores(found: Any) -> Scores:

@@ -29,6 +29,7 @@ from .nn.linear import (
 )
 from .nn.qkv import group_projections
 from .roles import attention_blocks, pattern_matches, refusal, role_targets
+from .routing import Router
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,10 @@ def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False) ->
     saved = _modules_to_save(model, config)
     names = _targets(model, config, saved)
     plan = _plan(model, config, names)
+    router = Router(DEFAULT)
     for planned in plan:
-        _commit(planned, config)
+        _commit(planned, config, router)
+    model.register_forward_pre_hook(router.enter)
     _group(model)
     _freeze(model, config, saved)
     if accelerate_frozen:
@@ -246,9 +249,9 @@ def _match_strength(pattern: str, key: str, exact_names_first: bool) -> int:
     return int(_has_suffix(key, pattern) or pattern_matches(pattern, path))
 
 
-def _commit(planned: _Planned, config: LoraConfig) -> None:
+def _commit(planned: _Planned, config: LoraConfig, router: Router) -> None:
     planned.layer.__class__ = Linear if set(planned.slices) == {WHOLE} else QKVLinear
-    attach_state(planned.layer, planned.slices, config)
+    attach_state(planned.layer, planned.slices, config, router, planned.path)
     planned.layer.install(DEFAULT, planned.spec, *planned.factors)
     planned.layer.lora_A.train(planned.layer.training)
     planned.layer.lora_B.train(planned.layer.training)

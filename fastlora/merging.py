@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .nn.linear import DEFAULT, Linear, adapted_layers
+from .routing import Route
 
 
 def _layers(model: nn.Module) -> dict[str, Linear]:
@@ -65,13 +66,11 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, every forward is the base model's."""
-    layers = _layers(model)
-    before = {path: layer.lora_enabled for path, layer in layers.items()}
+    """Inside, every forward of this thread is the base model's; so is one that checkpointing repeats later."""
+    routers = {layer.router for layer in _layers(model).values()}
+    before = [(router, router.open(Route(False, router.default.adapter))) for router in routers]
     try:
-        for layer in layers.values():
-            layer.lora_enabled = False
         yield model
     finally:
-        for path, layer in layers.items():
-            layer.lora_enabled = before[path]
+        for router, route in before:
+            router.open(route)

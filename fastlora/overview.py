@@ -137,7 +137,7 @@ def explain(model: nn.Module) -> Explanation:
         backend, passed = choose(layer.backend, layer.weight.device, layer.weight.dtype)
         together = "" if layer.group is None else f"with {len(layer.group.layers) - 1} siblings; "
         kind = "split q/k/v; " if set(layer.slices) != {WHOLE} else ""
-        every = 1 if layer.probe is None or layer.probe.every is None else layer.probe.every
+        every = max((probe.every or 1 for probe in layer.probes.values()), default=1)
         together += f"statistics every {every} steps; " if every > 1 else ""
         why = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
         rows.append(ExplainedLayer(path, backend.name, engine, (kind + together + why).rstrip("; ")))

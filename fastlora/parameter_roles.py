@@ -28,9 +28,9 @@ def parameter_roles(model: nn.Module, adapter: str = DEFAULT) -> dict[int, str]:
     roles = {id(p): "bias" if n == "bias" or n.endswith(".bias") else "other" for n, p in model.named_parameters()}
     for module in model.modules():
         if is_norm(module):
-            own = list(module.parameters(recurse=False))
-            if any(p.requires_grad for p in own) and all(p.requires_grad for p in own):
-                roles.update((id(p), "norm") for p in own)
+            own = dict(module.named_parameters(recurse=False))
+            if any(p.requires_grad for n, p in own.items() if n != "bias"):
+                roles.update((id(p), "norm") for p in own.values())
     modules = dict(model.named_modules())
     for name in head_modules(model, adapter):
         roles.update((id(p), "head") for p in modules[name].parameters())

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .nn.linear import adapted_layers
+from .nn.linear import DEFAULT, adapted_layers
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module, adapter: str = DEFAULT) -> Iterator[None]:
     """Gradients, requires_grad, buffers, modes and RNG states after the block are those from before it.
 
-    Inside, gradients start empty, grad mode is on, and the adapters' factors require gradients, so that passes reach
+    Inside, gradients start empty, grad mode is on, and the adapter's factors require gradients, so that passes reach
     them although a schedule may hold them frozen. Parameters themselves are not copied: the block must not step an
     optimiser. RNG: torch's (CPU and the model's CUDA devices), Python's, and NumPy's where it is loaded.
 
@@ -39,8 +39,9 @@ def restored(model: nn.Module) -> Iterator[None]:
             for p, _, _ in parameters:
                 p.grad = None
             for layer in layers.values():
-                layer.lora_A.requires_grad_(True)
-                layer.lora_B.requires_grad_(True)
+                if adapter in layer.adapter_specs:
+                    layer.lora_A[adapter].requires_grad_(True)
+                    layer.lora_B[adapter].requires_grad_(True)
             yield
         finally:
             for p, grad, needs in parameters:

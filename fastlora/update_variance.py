@@ -22,13 +22,13 @@ class UpdateVariance:
     Raises ``ValueError`` for a model without adapters or whose B is not zero.
     """
 
-    def __init__(self, model: nn.Module, centred: bool = False):
-        layers = checked_layers(model)
+    def __init__(self, model: nn.Module, adapter: str = DEFAULT, centred: bool = False):
+        layers = checked_layers(model, adapter)
         self._centred = centred
         self._matrices: dict[str, nn.Parameter] = {}
         self._costs: dict[str, int] = {}
         for path, layer in layers.items():
-            for name, B in layer.lora_B[DEFAULT]._parameters.items():
+            for name, B in layer.lora_B[adapter]._parameters.items():
                 if B is None:
                     continue
                 key = matrix_key(path, name)
