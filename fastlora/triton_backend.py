@@ -150,7 +150,7 @@ class TritonBackend:
     ) -> Tensor:
         """``dx = sum_j dy_j W_j + dh A``; dy_j [M, N_j] -> [M, K]."""
         live = [j for j, grad in enumerate(dy) if grad is not None]
-        return _kernel("linear").linear_backward(
+        return _kernel("linear_backward").linear_backward(
             [dy[j] for j in live], [W[j] for j in live], dh, _one_dtype(A), layout.offsets, **_dropout(seed, p)
         )
 
