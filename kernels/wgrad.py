@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import block_rank, clear, even, find_tile, keep_mask, launch, opaque, pick, precision, table_row, unit_last
+from .primitives import Segments, block_rank, clear, even, find_tile, keep_mask, launch, opaque, pick, precision, table_row, unit_last
 from .reduce import reduce_partials
 from .tiling import TileConfig, choose_split, choose_tiles
 
@@ -54,6 +54,8 @@ def wgrad_kernel(
         o_factor, rank, probe = table_row(segments[3], i_product, 8, EVEN_R)
         region, stride_column = tl.load(p_product + 3), tl.load(p_product + 4)
         stride_rank, probe_region, o_probes = tl.load(p_product + 5), tl.load(p_product + 6), tl.load(p_product + 7)
+        if EVEN_R:
+            o_probes = tl.multiple_of(o_probes, 8)
         begin, end = tl.load(segments[1] + 2 * adapter), tl.load(segments[1] + 2 * adapter + 1)
         own = tl.cdiv(tl.cdiv(end - begin, SPLIT), BLOCK_M) * BLOCK_M
         first = begin + i_part * own
@@ -101,19 +103,37 @@ def wgrad_kernel(
     tl.store(p_out + o_out, b_acc, mask=m_n[:, None] & m_rank[None, :])
 
 
-def _run(products, partial, rows, first_probe, seed, masks, threshold, tiles):
-    """Launch over ``products``, into ``partial`` [splits, total]."""
+def run(
+    products: Sequence[Product],
+    partial: Tensor,
+    rows: int,
+    tiles: TileConfig,
+    first_probe: int = 0,
+    masks: Sequence[int] = (0,),
+    seed: Tensor | None = None,
+    threshold: int = 0,
+    segments: Segments | None = None,
+) -> None:
+    """Launch over ``products``, ``rows`` rows a program, into ``partial`` [splits, total].
+
+    With ``segments`` each program takes one of ``splits`` parts of one adapter's rows; of a product only the tensors
+    count then.
+    """
     if not products:
         return
-    M = products[0].wide.shape[0]
     widths = tuple(p.wide.shape[1] for p in products)
-    widest = max(p.ranks + p.probes for p in products)
-    block = block_rank(widest)
+    widest = max(p.ranks + p.probes for p in products) if segments is None else segments.widest
+    block, parts = (block_rank(widest) if segments is None else 32), partial.shape[0]
     numbers = [number for p in products for number in (p.first, p.ranks, p.probes)]
     strides_skinny = [p.skinny.stride(0) for p in products]
+    own = even(numbers, [first_probe]) if segments is None else segments.even
     launch(
         wgrad_kernel,
-        (sum(triton.cdiv(w, tiles.columns) for w in widths), triton.cdiv(widest, block), partial.shape[0]),
+        (
+            sum(triton.cdiv(w, tiles.columns) for w in widths),
+            triton.cdiv(widest, block),
+            parts if segments is None else parts * segments.ranges.shape[0],
+        ),
         tuple(p.wide for p in products),
         tuple(p.skinny for p in products),
         partial,
@@ -121,24 +141,18 @@ def _run(products, partial, rows, first_probe, seed, masks, threshold, tiles):
         widths,
         tuple(p.wide.stride(0) for p in products),
         opaque(strides_skinny),
-        opaque([p.first for p in products]),
-        opaque([p.ranks for p in products]),
-        opaque([p.probes for p in products]),
-        opaque([p.region for p in products]),
-        opaque([p.strides[0] for p in products]),
-        opaque([p.strides[1] for p in products]),
-        opaque([p.probe_region for p in products]),
+        *(opaque(column) for column in zip(*(_numbers(p) for p in products), strict=True)),
         opaque(masks),
-        None,
-        M,
+        None if segments is None else segments.tensors,
+        products[0].wide.shape[0],
         rows,
         partial.shape[1],
         opaque([first_probe]),
         threshold,
-        EVEN_R=even(numbers, strides_skinny, [first_probe]),
+        EVEN_R=own and even(strides_skinny),
         MASKED=0 if seed is None else len(masks) - 1,
-        GATHER=False,
-        SPLIT=1,
+        GATHER=segments is not None and segments.gather,
+        SPLIT=parts,
         BLOCK_M=tiles.depth,
         BLOCK_N=tiles.columns,
         BLOCK_R=block,
@@ -146,6 +160,10 @@ def _run(products, partial, rows, first_probe, seed, masks, threshold, tiles):
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+
+
+def _numbers(p: Product) -> tuple[int, ...]:
+    return p.first, p.ranks, p.probes, p.region, *p.strides, p.probe_region
 
 
 def wgrad(
@@ -197,11 +215,10 @@ def wgrad(
     steps = triton.cdiv(M, depth)
     rows = triton.cdiv(steps, choose_split(programs, steps, 2)) * depth
     partial = torch.empty(triton.cdiv(M, rows), starts[-1], dtype=torch.float32, device=device)
-    masks = [*offsets, rank]
     if seed is None:
-        _run([*inputs, *outer], partial, rows, rank, None, masks, 0, plain)
+        run([*inputs, *outer], partial, rows, plain, rank)
     else:
-        _run(inputs, partial, rows, rank, seed, masks, threshold, masked)
-        _run(outer, partial, rows, rank, None, masks, 0, plain)
+        run(inputs, partial, rows, masked, rank, [*offsets, rank], seed, threshold)
+        run(outer, partial, rows, plain, rank)
     reduce_partials(partial, outputs, weights)
     return dA, dB, Q
