@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import grouped, native, reference
 from .engines import ENGINES
 from .triton_backend import TritonBackend
 
@@ -32,6 +32,10 @@ class Layout(NamedTuple):
     @property
     def rank(self) -> int:
         return sum(self.ranks)
+
+    @property
+    def projections(self) -> int:
+        return len(self.ranks)
 
 
 def group_layout(W: Sequence[Tensor], B: Sequence[Tensor]) -> Layout:
@@ -58,6 +62,15 @@ def _layout_of(rows: tuple[int, ...], shapes: tuple[torch.Size, ...]) -> Layout:
     if sum(widths) != sum(rows):
         raise ValueError(f"lora_B: rows {list(widths)} do not tile weights with {list(rows)} rows")
     return Layout(ranks, tuple(offsets), tuple(outputs), tuple(columns), widths)
+
+
+def matmul_backward(dy: Sequence[Tensor | None], W: Sequence[Tensor], engine: str) -> Tensor | None:
+    """``sum_j dy_j W_j`` over the outputs that have a gradient."""
+    dx = None
+    for grad, w in zip(dy, W, strict=True):
+        if grad is not None:
+            dx = ENGINES.backward(grad, w, engine, into=dx)
+    return dx
 
 
 @dataclass(frozen=True)
@@ -124,10 +137,7 @@ class Backend:
         engine: str,
     ) -> Tensor:
         """``dx = sum_j dy_j W_j + dh A``; dy_j [M, N_j] -> [M, K]."""
-        dx = None
-        for grad, w in zip(dy, W, strict=True):
-            if grad is not None:
-                dx = ENGINES.backward(grad, w, engine, into=dx)
+        dx = matmul_backward(dy, W, engine)
         if p == 0.0:
             packed = torch.cat(list(A)).to(dh.dtype)
             self.kernels.expand_(dx, dh, [packed], [0], [0], [1.0], False)
@@ -181,6 +191,51 @@ class Backend:
     def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = True) -> Tensor:
         """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2]."""
         return self.kernels.gradstat(x, dy, offsets)
+
+    def grouped_forward(
+        self,
+        x: Tensor,
+        W: Sequence[Tensor],
+        bias: Sequence[Tensor | None],
+        A: Sequence[Tensor],
+        P: Sequence[Tensor],
+        B: Sequence[Tensor],
+        rows: grouped.Rows,
+        layouts: Callable[[int], Layout],
+        scale: Sequence[float],
+        moments: bool,
+        engine: str,
+    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """``shrink`` and ``linear`` with each row's own adapter: y_j [*, N_j], h [M, width], moments by adapter.
+
+        A, B and scale run over adapters, then projections; ``layouts(g)`` is the layout of adapter g.
+        """
+        outputs = [ENGINES.forward(x, w, b, engine) for w, b in zip(W, bias, strict=True)]
+        y = [out.view(-1, out.shape[-1]) for out in outputs]
+        seen = x.reshape(-1, x.shape[-1])
+        h, sums = grouped.forward(self.kernels, y, seen, A, P, B, rows, layouts, scale, moments)
+        return outputs, h, sums
+
+    def grouped_backward(
+        self,
+        dy: Sequence[Tensor | None],
+        x: Tensor,
+        h: Tensor,
+        W: Sequence[Tensor],
+        A: Sequence[Tensor],
+        B: Sequence[Tensor],
+        rows: grouped.Rows,
+        layouts: Callable[[int], Layout],
+        scale: Sequence[float],
+        probes: Sequence[int],
+        need_dx: bool,
+        need_dA: bool,
+        need_dB: bool,
+        engine: str,
+    ) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """dx [M, K], then dA, dB and Q of every adapter and projection, None where nothing contributes."""
+        dx = matmul_backward(dy, W, engine) if need_dx else None
+        return dx, *grouped.backward(self.kernels, dx, dy, x, h, A, B, rows, layouts, scale, probes, need_dA)
 
 
 class NativeBackend(Backend):

@@ -136,7 +136,7 @@ def test_the_model_is_left_as_it_was(name):
     if name == "fine":  # the batches above were drawn outside
         before, after = before[:-1], after[:-1]
     assert same(before, after)
-    assert all(layer.probe is None for layer in fastlora.nn.linear.adapted_layers(m).values())
+    assert all(not layer.probes for layer in fastlora.nn.linear.adapted_layers(m).values())
 
 
 def test_random_state_is_put_back():
