@@ -1,4 +1,4 @@
-"""The Triton backend: the verbs of ``backends.Backend`` on ``fastlora.kernels``, which are imported on first use."""
+"""The Triton backend: the verbs of ``verbs.Backend`` on ``fastlora.kernels``, which are imported on first use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .reference import keep_threshold
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .backends import Layout
+    from .verbs import Layout
 
 MINIMUM_TRITON = "3.6"
 MINIMUM_CAPABILITY = (8, 0)
@@ -96,7 +96,7 @@ def _dropout(seed: Tensor | None, p: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """The verbs of an adapted group as fused kernels; their meaning is that of ``backends.Backend``."""
+    """The verbs of an adapted group as fused kernels; their meaning is that of ``verbs.Backend``."""
 
     name: str = "triton"
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None] = unsupported_reason

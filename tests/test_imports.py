@@ -20,7 +20,8 @@ KERNELS = PACKAGE / "kernels" if (PACKAGE / "kernels").is_dir() else PACKAGE.par
 # Bottom to top. A module imports from layers below its own, or from its own.
 LAYERS = (
     ("reference",),
-    ("native", "plain", "_layout", "engines", "triton_backend", "grouped"),
+    ("native", "plain", "_layout", "engines", "grouped"),
+    ("verbs", "triton_backend"),
     ("backends", "segments"),
     ("_operator",),
     ("_ops",),

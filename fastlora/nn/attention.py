@@ -161,7 +161,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             if not added:
                 continue
             k, v = (
-                F.pad(t, (0, 0, 0, 1)) if b is None else torch.cat([t, self._heads(b).expand(len(t), -1, -1, -1)], dim=2)
+                F.pad(t, (0, 0, 0, 1))
+                if b is None
+                else torch.cat([t, self._heads(b).expand(len(t), -1, -1, -1)], dim=2)
                 for t, b in zip((k, v), extra, strict=True)
             )
             mask = None if mask is None else F.pad(mask, (0, 1))

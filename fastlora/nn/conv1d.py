@@ -23,4 +23,3 @@ class Conv1D(Linear):
     def delta(self, adapter: str = "default") -> Tensor:
         """``s (B A)^T`` of the whole weight [K, N]."""
         return super().delta(adapter).t()
-

@@ -28,9 +28,7 @@ class LayerView:
         self.out_features = sum(self.slices.values())
         self.probes = layer.probes
         if rows is not None:
-            self.probes = {
-                name: _PartOfProbe(probe, rows, self.parts, count) for name, probe in layer.probes.items()
-            }
+            self.probes = {name: _PartOfProbe(probe, rows, self.parts, count) for name, probe in layer.probes.items()}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
