@@ -34,5 +34,7 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   m.def("dropout(Tensor x, Tensor seed, int projection, float p) -> Tensor");
   m.def("philox_signs_(Tensor(a!) out, Tensor seed, int step, int first, int tag, int[] counts) -> ()");
   m.def("add_norms_(Tensor(a!) sums, Tensor tile) -> ()");
+  m.def("build_segments(Tensor ids, int adapters) -> (Tensor order, Tensor ranges)");
+  m.def("segment_tiles(Tensor ranges, int rows, int block) -> Tensor");
   m.def("cpu_isa() -> str");
 }

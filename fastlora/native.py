@@ -1,8 +1,7 @@
 """The compiled library: loads ``fastlora/_C.so`` if it was built and registers shapes for tracing.
 
-The operators are ``torch.ops.fastlora.{lora_forward_, lora_backward_, lora_grouped_forward_, lora_grouped_backward_,
-shrink, expand_, wgrad, outer, dropout, philox_signs_, add_norms_, cpu_isa}``; their schemas are in
-``csrc/library.cpp``. Nothing here raises on import: a missing or unusable library is what :func:`reason` tells.
+The operators are ``torch.ops.fastlora``'s; their schemas are in ``csrc/library.cpp``. Nothing here raises on import: a
+missing or unusable library is what :func:`reason` tells.
 """
 
 from __future__ import annotations
@@ -98,6 +97,16 @@ def _register_fakes() -> None:
     @torch.library.register_fake("fastlora::add_norms_")
     def _(sums, tile):
         return None
+
+    @torch.library.register_fake("fastlora::build_segments")
+    def _(ids, adapters):
+        # On the CPU an order that is the rows' own is left out, which depends on the ids.
+        rows = torch.library.get_ctx().new_dynamic_size(min=0) if ids.device.type == "cpu" else ids.shape[0]
+        return ids.new_empty((rows,)), ids.new_empty((adapters, 2))
+
+    @torch.library.register_fake("fastlora::segment_tiles")
+    def _(ranges, rows, block):
+        return ranges.new_empty(((rows + block - 1) // block + ranges.shape[0], 2))
 
     @torch.library.register_fake("fastlora::dropout")
     def _(x, seed, projection, p):
