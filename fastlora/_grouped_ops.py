@@ -94,9 +94,7 @@ def _backward_fake(dy, x, h, W, A, B, keys, ids, order, ranges, scale, p, probes
     if need[DB]:
         out += [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B]
     if need[DZ]:
-        out += [
-            x.new_empty((b.shape[0], k), dtype=acc) for b, k in zip(B, _columns(probes, len(B)), strict=True)
-        ]
+        out += [x.new_empty((b.shape[0], k), dtype=acc) for b, k in zip(B, _columns(probes, len(B)), strict=True)]
     if need[DW]:
         out += [x.new_empty(w.shape) for w in W]
     if need[DBIAS]:

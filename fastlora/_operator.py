@@ -98,6 +98,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, *grads):
         call: _Call = ctx.call
         operator, (weights, projections) = call.operator, call.counts[:2]
+        ctx.spent = True
         dy = grads[:weights]
         needs = ctx.needs_input_grad
         if all([g is None for g in dy]):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import grouped, native, reference
+from . import grouped, native, plain, reference
 from .engines import ENGINES
 from .triton_backend import TritonBackend
 
@@ -189,8 +189,11 @@ class Backend:
         return dh, dA, grads[0], grads[1]
 
     def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = True) -> Tensor:
-        """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2]."""
-        return self.kernels.gradstat(x, dy, offsets)
+        """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2].
+
+        Without ``absolute`` the second column is zero, and short runs may cost less.
+        """
+        return self.kernels.gradstat(x, dy, offsets, absolute)
 
     def grouped_forward(
         self,
@@ -240,10 +243,6 @@ class Backend:
 
 class NativeBackend(Backend):
     """The compiled kernels: without dropout, one pass over the rows in each direction around the library's matmul."""
-
-    def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = True) -> Tensor:
-        """As ``Backend.gradstat``; without ``absolute`` the second column is zero, and short runs cost less."""
-        return self.kernels.gradstat(x, dy, offsets, absolute)
 
     def forward(
         self,
@@ -337,6 +336,14 @@ def _native_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _python_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"its blocks are made for a CPU's cache, the tensors are on {device.type}"
+    if dtype not in plain.DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
 def _native_kernels() -> SimpleNamespace | None:
     if not native.available():
         return None
@@ -354,6 +361,7 @@ def _native_kernels() -> SimpleNamespace | None:
 BACKENDS: dict[str, Backend | TritonBackend] = {
     "triton": TritonBackend(),
     "native": NativeBackend("native", _native_kernels(), _native_reason),
+    "python": Backend("python", plain, _python_reason),
     "reference": Backend("reference", reference, lambda device, dtype: None),
 }
 

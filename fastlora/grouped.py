@@ -18,8 +18,8 @@ class Rows(NamedTuple):
     """Rows of x by adapter: those of adapter g are ``order[ranges[g, 0]:ranges[g, 1]]``.
 
     order int64 [M], or [0] where every adapter's rows are one run and ``ranges`` [G, 2] indexes rows themselves; ids
-    int64 [M] says the same row by row, -1 for the frozen layer alone; keys int64 [M, 2] are the rows' dropout keys and p
-    the adapters' probabilities, where there is dropout.
+    int64 [M] says the same row by row, -1 for the frozen layer alone; keys int64 [M, 2] are the rows' dropout keys and
+    p the adapters' probabilities, where there is dropout.
     """
 
     ids: Tensor

@@ -1,8 +1,7 @@
 """The compiled library: loads ``fastlora/_C.so`` if it was built and registers shapes for tracing.
 
-The operators are ``torch.ops.fastlora.{lora_forward_, lora_backward_, shrink, expand_, wgrad, outer, dropout,
-philox_signs_, add_norms_, build_segments, segment_tiles, cpu_isa}``; their schemas are in ``csrc/library.cpp``.
-Nothing here raises on import: a missing or unusable library is what :func:`reason` tells.
+The operators are ``torch.ops.fastlora``'s; their schemas are in ``csrc/library.cpp``. Nothing here raises on import: a
+missing or unusable library is what :func:`reason` tells.
 """
 
 from __future__ import annotations
@@ -54,6 +53,20 @@ def _register_fakes() -> None:
         dA = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A] if need_dA else []
         dB = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B] if need_dB else []
         Q = [x.new_empty((b.shape[0], probes), dtype=torch.float32) for b in B] if probes else []
+        return dA, dB, Q
+
+    @torch.library.register_fake("fastlora::lora_grouped_forward_")
+    def _(y, x, A, P, B, order, ranges, outputs, columns, scales, width, moments):
+        adapters = ranges.shape[0] if moments else 0
+        sums = [x.new_empty((2, target.shape[1]), dtype=torch.float64) for _ in range(adapters) for target in y]
+        return x.new_empty((x.shape[0], width)), sums
+
+    @torch.library.register_fake("fastlora::lora_grouped_backward_")
+    def _(dx, dy, x, h, A, B, order, ranges, outputs, columns, scales, probes, need_dA, need_dB):
+        dA = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A] if need_dA else []
+        dB = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B] if need_dB else []
+        widths = [probes[i // len(outputs)] for i in range(len(B))] if any(probes) else []
+        Q = [x.new_empty((b.shape[0], k), dtype=torch.float32) for b, k in zip(B, widths, strict=False)]
         return dA, dB, Q
 
     @torch.library.register_fake("fastlora::shrink")

@@ -32,6 +32,7 @@ def track(
     seed: int = 0,
     loss_reduction: str = "mean",
     every: int | str = "auto",
+    adapter: str = DEFAULT,
 ) -> Tracker:
     r"""Follow statistics of the weights that adapters leave frozen; use with ``with`` or call ``close``.
 
@@ -50,14 +51,14 @@ def track(
 
     Padding tokens count in ``act_var``. Raises ``ValueError`` naming the argument.
     """
-    return Tracker(model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every)
+    return Tracker(model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter)
 
 
 class Tracker:
     """See :func:`track`."""
 
-    def __init__(self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every):
-        self.layers = checked_layers(model)
+    def __init__(self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter):
+        self.layers, self.adapter = checked_layers(model, adapter), adapter
         self.estimator = checked("estimator", estimator, ("probe", "exact"))
         self.loss_reduction = checked("loss_reduction", loss_reduction, ("mean", "sum"))
         kinds = checked_kinds(statistics, estimator)
@@ -97,7 +98,7 @@ class Tracker:
         kinds = frozenset((*self.kinds, *self._covariances.kinds))
         groups: dict[int, list[Linear]] = {}
         for layer in self.layers.values():
-            layer.probe = LayerProbe(layer, kinds, self.estimator, self)
+            layer.probes[self.adapter] = LayerProbe(layer, kinds, self.estimator, self)
             groups.setdefault(id(layer.group or layer), []).append(layer)
         members = list(groups.values())
         self._rows = None
@@ -105,7 +106,7 @@ class Tracker:
             self._rows = ProbeRows([m[0].in_features for m in members], self.probes, self.seed, self.device)
             for rows, layers in zip(self._rows.rows, members, strict=True):
                 for layer in layers:
-                    layer.probe.P = rows.to(layer.weight.device)
+                    self._probe(layer).P = rows.to(layer.weight.device)
             self._rows.draw(0)
         self._hook = model.register_forward_pre_hook(self._on_forward)
 
@@ -125,16 +126,19 @@ class Tracker:
         """Stop tracking; scores and importance stay readable."""
         self._hook.remove()
         for layer in self.layers.values():
-            if layer.probe is not None and layer.probe.owner is self:
-                layer.probe = None
+            if self._owns(layer):
+                del layer.probes[self.adapter]
 
-    def signs_for(self, x: Tensor) -> Tensor:
-        """±1 per (sample, probe) of the current micro-batch; a sample is an entry of x's dimension 0."""
+    def signs_for(self, x: Tensor, own: int | None = None) -> Tensor:
+        """±1 per (sample, probe) of the current micro-batch; a sample is an entry of x's dimension 0.
+
+        ``own`` of them are the tracked adapter's, all without it.
+        """
         samples = x.shape[0] if x.dim() > 1 else 1
         key = (self.steps, self.micro, samples)
         if self._signs is None or self._signs[0] != key:
             self._signs = (key, sample_signs(self._rows.seed, self.steps, self.micro, samples, self.probes))
-            self._samples[self.micro] = samples
+            self._samples[self.micro] = samples if own is None else own
         return self._signs[1]
 
     @torch.no_grad()
@@ -149,7 +153,9 @@ class Tracker:
             return
         values, seen = self._gather()
         inverse = _inverse_scale(scaler, self.device)
-        taken = {path: layer.probe.taken for path, layer in self.layers.items()} if self._covariances.kinds else {}
+        taken = (
+            {path: self._probe(layer).taken for path, layer in self.layers.items()} if self._covariances.kinds else {}
+        )
         finite = self._covariances.finite(taken, self.device)
         for kind in self.kinds:
             if kind != "act_var":
@@ -162,7 +168,14 @@ class Tracker:
         self._advance()
 
     def _live(self) -> bool:
-        return any(layer.probe is not None and layer.probe.owner is self for layer in self.layers.values())
+        return any(self._owns(layer) for layer in self.layers.values())
+
+    def _probe(self, layer: Linear) -> LayerProbe:
+        return layer.probes[self.adapter]
+
+    def _owns(self, layer: Linear) -> bool:
+        probe = layer.probes.get(self.adapter)
+        return probe is not None and probe.owner is self
 
     def _fold(self, kind: str, value: Tensor, keep: Tensor) -> None:
         mean, count = self._values[kind], self._counts[kind]
@@ -172,7 +185,7 @@ class Tracker:
 
     def _advance(self) -> None:
         for layer in self.layers.values():
-            layer.probe.advance(self.steps + 1)
+            self._probe(layer).advance(self.steps + 1)
         self.steps += 1
         self.micro = 0
         self._samples.clear()
@@ -188,7 +201,7 @@ class Tracker:
         columns: dict[str, list[Tensor | None]] = {}
         if "act_var" in self.kinds:
             variances = {
-                path: activation_variances(layer.probe.V.grad, list(layer.slices.values()))
+                path: activation_variances(self._probe(layer).V.grad, list(layer.slices.values()))
                 for path, layer in self.layers.items()
             }
             columns["act_var"] = [v for path in self.layers for v in variances[path]]
@@ -209,7 +222,7 @@ class Tracker:
         return self._everything if all(flags) else torch.tensor(flags, device=self.device)
 
     def _probe_values(self) -> list[Tensor | None]:
-        grads = [self.layers[path].probe.Z[name].grad for path, name in self.matrices]
+        grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
         norms = iter(
             torch._foreach_norm([g for g in grads if g is not None], 2) if any(g is not None for g in grads) else ()
         )
@@ -223,7 +236,7 @@ class Tracker:
         return float(samples) if self.loss_reduction == "mean" else 1.0 / max(samples, 1)
 
     def _exact_values(self, layer: Linear, name: str, kinds: Sequence[str]) -> dict[str, Tensor]:
-        taken = layer.probe.taken
+        taken = self._probe(layer).taken
         if not taken:
             return {}
         backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
@@ -281,7 +294,7 @@ class Tracker:
         return self._covariances.read(kind)
 
     def penalty(
-        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str = DEFAULT
+        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str | None = None
     ) -> Tensor:
         r"""FW-LoRA's regulariser, differentiable in A and B; add it to the loss once per optimiser step.
 
@@ -290,11 +303,12 @@ class Tracker:
         Zero before ``warmup`` steps, when importance is frozen; without a warmup the current averages weigh.
         ``form="decay"`` is the paper's shortcut, weight decay of A and B with the coefficient λ (1 - I_m).
         ``normalise="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
+        ``adapter``: whose factors, the tracked one's unless said otherwise.
         """
-        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, adapter)
+        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
 
     def apply_penalty(
-        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str = DEFAULT
+        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str | None = None
     ) -> None:
         r"""Add the gradient of :meth:`penalty`, worked out by hand, to ``.grad`` of A and B; no graph is built.
 
@@ -302,7 +316,7 @@ class Tracker:
 
         Call it after backward (and after ``scaler.unscale_``), before clipping and the optimiser's step.
         """
-        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, adapter)
+        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
 
     def _weighing(self) -> tuple[Tensor | None, bool]:
         """The importance that weighs now, and whether it is frozen."""
