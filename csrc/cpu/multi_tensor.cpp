@@ -127,12 +127,30 @@ void check_gradients(const TensorList& gradients, const char* name, const Tensor
 }
 
 // gradient [rows, columns] += s [rows, r] b [r, columns]
-void add_product(const Tensor& gradient, const float* s, int64_t lds, const float* b, int64_t ldb, int64_t rank) {
-  with_type(gradient.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    kernels().of<T>().expand(s, lds, gradient.size(0), b, ldb, rank, gradient.size(1),
-                             static_cast<T*>(gradient.mutable_data_ptr()), gradient.stride(0));
-  });
+template <class T>
+void add_product(T* gradient, int64_t ldg, int64_t rows, int64_t columns, const float* s, int64_t lds, const float* b,
+                 int64_t ldb, int64_t rank) {
+  kernels().of<T>().expand(s, lds, rows, b, ldb, rank, columns, gradient, ldg);
+}
+
+// gradient [rows, r] += s [rows, r] b [r, r]. Rows narrower than a vector go several at a time: as one row that meets a
+// matrix with copies of b on its diagonal.
+template <class T>
+void add_narrow(T* gradient, int64_t ldg, int64_t rows, const float* s, int64_t lds, const float* b, int64_t r) {
+  constexpr int64_t kWidest = 16;
+  const int64_t folds = ldg == r && lds == r ? kWidest / r : 1;
+  if (folds < 2 || rows < folds) {
+    add_product(gradient, ldg, rows, r, s, lds, b, r, r);
+    return;
+  }
+  const int64_t width = folds * r, whole = rows / folds;
+  float diagonal[kWidest * kWidest] = {};
+  for (int64_t fold = 0; fold < folds; ++fold) {
+    for (int64_t q = 0; q < r; ++q) std::copy_n(b + q * r, r, diagonal + (fold * r + q) * width + fold * r);
+  }
+  add_product(gradient, width, whole, width, s, width, diagonal, width, width);
+  const int64_t done = whole * folds;
+  if (done < rows) add_product(gradient + done * r, r, rows - done, r, s + done * r, r, b, r, r);
 }
 
 // dA_i += c_i (B_i^T B_i) A_i,  dB_i += c_i B_i (A_i A_i^T),  c_i = 2 lmbda weights[i] scales[i]^2; empty ones are left
@@ -153,8 +171,19 @@ void penalty_grad_(TensorList dA, TensorList dB, const TensorList& A, const Tens
       grams.of_A.get()[e] *= c;
       grams.of_B.get()[e] *= c;
     }
-    if (into_A) add_product(dA[i], grams.of_B.get(), it.rank, wide_A.data, wide_A.stride, it.rank);
-    if (into_B) add_product(dB[i], wide_B.data, wide_B.stride, grams.of_A.get(), it.rank, it.rank);
+    const int64_t r = it.rank;
+    if (into_A) {
+      with_type(dA[i].scalar_type(), [&](auto type) {
+        add_product(static_cast<decltype(type)*>(dA[i].mutable_data_ptr()), dA[i].stride(0), r, it.A.columns,
+                    grams.of_B.get(), r, wide_A.data, wide_A.stride, r);
+      });
+    }
+    if (into_B) {
+      with_type(dB[i].scalar_type(), [&](auto type) {
+        add_narrow(static_cast<decltype(type)*>(dB[i].mutable_data_ptr()), dB[i].stride(0), it.B.rows, wide_B.data,
+                   wide_B.stride, grams.of_A.get(), r);
+      });
+    }
   });
 }
 
