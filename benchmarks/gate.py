@@ -15,7 +15,7 @@ def check(variant: Variant) -> dict[str, float]:
     """Relative errors of output, gradients and statistics against float64; ``AssertionError`` names what is wrong."""
     problem = variant.problem
     tracked = variant.tracker.layers if variant.tracker is not None else {}
-    probe_rows = {path: layer.probe.P.clone() for path, layer in tracked.items()}
+    probe_rows = {path: layer.probes["default"].P.clone() for path, layer in tracked.items()}
     found, expected = variant.gradients(), problem.expected(variant.projections)
     errors = {name: _error(found[name], value) for name, value in expected.items()}
     if variant.tracker is not None:

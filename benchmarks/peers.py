@@ -86,7 +86,7 @@ class Variant:
         """Drop the statistics of the last call, so that those of repeated calls do not add up."""
         if self.tracker is not None:
             for layer in self.tracker.layers.values():
-                layer.probe.advance(self.tracker.steps)
+                layer.probes["default"].advance(self.tracker.steps)
 
     def gradients(self) -> dict[str, Tensor]:
         """Output and gradients of one call, named as ``Problem.expected`` names them."""

@@ -29,6 +29,7 @@ from .nn.linear import (
 )
 from .nn.qkv import group_projections
 from .roles import attention_blocks, pattern_matches, refusal, role_targets
+from .routing import Router
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,10 @@ def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False) ->
     saved = _modules_to_save(model, config)
     names = _targets(model, config, saved)
     plan = _plan(model, config, names)
+    router = Router(DEFAULT)
     for planned in plan:
-        _commit(planned, config)
+        _commit(planned, config, router)
+    model.register_forward_pre_hook(router.enter)
     _group(model)
     _freeze(model, config, saved)
     if accelerate_frozen:
@@ -169,8 +172,9 @@ def _targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str
     if not names:
         raise ValueError("exclude_modules: nothing is left of target_modules")
     names = _without_saved(config, names, saved)
+    modules = dict(model.named_modules())
     for name in names:
-        reason = refusal(model, name)
+        reason = None if isinstance(modules[name], Linear) else refusal(model, name)
         if reason is not None:
             raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
     return names
@@ -246,20 +250,27 @@ def _match_strength(pattern: str, key: str, exact_names_first: bool) -> int:
     return int(_has_suffix(key, pattern) or pattern_matches(pattern, path))
 
 
-def _commit(planned: _Planned, config: LoraConfig) -> None:
-    planned.layer.__class__ = Linear if set(planned.slices) == {WHOLE} else QKVLinear
-    attach_state(planned.layer, planned.slices, config)
-    planned.layer.install(DEFAULT, planned.spec, *planned.factors)
-    planned.layer.lora_A.train(planned.layer.training)
-    planned.layer.lora_B.train(planned.layer.training)
+def _commit(planned: _Planned, config: LoraConfig, router: Router, adapter: str = DEFAULT) -> None:
+    layer = planned.layer
+    if not isinstance(layer, Linear):
+        layer.__class__ = Linear if set(planned.slices) == {WHOLE} else QKVLinear
+        attach_state(layer, planned.slices, config, router, planned.path)
+    layer.install(adapter, planned.spec, *planned.factors)
+    layer.lora_A.train(layer.training)
+    layer.lora_B.train(layer.training)
 
 
 def _group(model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for block in attention_blocks(model):
         layers = [modules[n] for n in block.names if isinstance(modules[n], Linear)]
-        if not block.fused and len(layers) > 1:
+        if block.fused or len(layers) < 2:
+            continue
+        known = next((layer.group for layer in layers if layer.group is not None), None)
+        if known is None:
             group_projections(modules[block.owner], layers)
+        elif known.layers != layers:
+            known.regroup(layers)
 
 
 def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
@@ -297,15 +308,16 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT
     not zero, because its training would be lost, unless ``reinit``. Raises ``ValueError`` with the model unchanged.
     """
     layers = adapted_layers(model)
-    known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
-    if not known:
+    if not layers:
         raise ValueError("model: has no adapters; call fastlora.inject first")
+    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
+    layers = {path: layer for path, layer in layers.items() if adapter in layer.adapter_specs}
+    if not layers:
+        raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
+    known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
     config = getattr(model, "fastlora_configs", {}).get(adapter)
     if not isinstance(ranks, Mapping):
         raise ValueError(f"ranks: expected a mapping of matrix keys to ranks, got {type(ranks).__name__}")
-    for path, layer in layers.items():
-        if adapter not in layer.adapter_specs:
-            raise ValueError(f"adapter: {path!r} has no adapter {adapter!r}, only {', '.join(layer.adapter_names)}")
     wanted: dict[str, dict[str, int]] = {}
     for key, rank in ranks.items():
         if key not in known:
@@ -321,6 +333,11 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT
             raise ValueError(f"ranks: {path!r} has been trained (B is not zero); pass reinit=True to start it afresh")
         if layer.merged:
             raise ValueError(f"ranks: {path!r} is merged; call fastlora.unmerge first")
+        if layer.router.awaits_backward(adapter):
+            raise ValueError(
+                f"ranks: a forward of {adapter!r} awaits its backward, whose gradients would be lost; run it, or let "
+                "go of the forward's outputs"
+            )
         replaced.append((layer, *_resized(layer, changed, adapter, config)))
     for layer, spec, A, B in replaced:
         layer.install(adapter, spec, A, B)

@@ -64,9 +64,12 @@ def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
     if not layers:
         raise ValueError("model: has no adapters; call fastlora.inject first")
     rows = []
+    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
+    if adapter not in names:
+        raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
     for path, layer in layers.items():
         if adapter not in layer.adapter_specs:
-            raise ValueError(f"adapter: {path!r} has no adapter {adapter!r}, only {', '.join(layer.adapter_names)}")
+            continue
         ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
         for name, n in layer.slices.items():
             params = ranks[name] * (n + layer.in_features)
@@ -137,7 +140,7 @@ def explain(model: nn.Module) -> Explanation:
         backend, passed = choose(layer.backend, layer.weight.device, layer.weight.dtype)
         together = "" if layer.group is None else f"with {len(layer.group.layers) - 1} siblings; "
         kind = "split q/k/v; " if set(layer.slices) != {WHOLE} else ""
-        every = 1 if layer.probe is None or layer.probe.every is None else layer.probe.every
+        every = max((probe.every or 1 for probe in layer.probes.values()), default=1)
         together += f"statistics every {every} steps; " if every > 1 else ""
         why = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
         rows.append(ExplainedLayer(path, backend.name, engine, (kind + together + why).rstrip("; ")))

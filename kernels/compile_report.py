@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import gradstat, linear, primitives, shrink, wgrad
+from . import gradstat, linear, linear_backward, primitives, shrink, wgrad
 from .tiling import SHARED_LIMIT, TileConfig, committed
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -143,7 +143,7 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
 
     def linear_backward(**options: Any) -> Any:
         strategy = "library" if verb.startswith("expand") else "fused"
-        return linear.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile, **options)
+        return linear_backward.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile, **options)
 
     if verb.startswith("shrink"):
         cases = {"x": shrunk, "dy": lambda: shrink.shrink_backward(o.dy, o.B, o.offsets, o.scales, o.rank, tile)}

@@ -23,6 +23,7 @@ class TileConfig(NamedTuple):
     """Tile of the output (rows x columns), step along the sum, warps, pipeline stages, row tiles in a band.
 
     shrink takes its columns from the ranks, and so does wgrad its rows: there ``columns`` is a width of x or dy.
+    ``tma``: operands come through TMA descriptors into a fixed number of programs, where their rows are 16-byte aligned.
     """
 
     rows: int
@@ -31,6 +32,7 @@ class TileConfig(NamedTuple):
     warps: int
     stages: int
     band: int = 8
+    tma: bool = False
 
 
 class Entry(NamedTuple):
@@ -53,6 +55,9 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("shrink", "fp32"): (Entry(TileConfig(32, 0, 64, 4, 3), 0, _FFMA),),
     ("shrink_dropout", "half"): (Entry(TileConfig(32, 0, 32, 4, 3), 0, _PHILOX),),
     ("shrink_dropout", "fp32"): (Entry(TileConfig(16, 0, 32, 4, 2), 0, _PHILOX),),
+    # Columns are ranks here; one entry, since how a row is summed may not depend on the other rows of its batch.
+    ("grouped_shrink", "half"): (Entry(TileConfig(32, 32, 64, 4, 4), 0, "as shrink; padding at most 31 ranks"),),
+    ("grouped_shrink", "fp32"): (Entry(TileConfig(32, 32, 64, 4, 3), 0, _FFMA),),
     ("linear", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "few rows: twice the programs of the next, one warpgroup each"),
         Entry(TileConfig(128, 128, 64, 8, 4), 8192, "64 sums a thread; 4 stages hold 128 KiB of operands"),

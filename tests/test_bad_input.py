@@ -171,7 +171,7 @@ ADAPTED = [
     (
         "ranks adapter",
         lambda m: fastlora.set_ranks(m, {f"{SELF}.query": 2}, adapter="b"),
-        "adapter: .* has no adapter 'b', only default",
+        "adapter: expected one of \['default'\], got 'b'",
     ),
     (
         "after training",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from fastlora.kernels import gradstat, linear, shrink, wgrad
+from fastlora.kernels import gradstat, linear, linear_backward, shrink, wgrad
 from fastlora.kernels.tiling import TileConfig, committed
 
 from .cases import CASES, PROBES, TINY, Case
@@ -53,7 +53,7 @@ def calls(o: Operands, verb: str, tile: TileConfig | None, strategy: str) -> Cal
             o.x, o.W, o.bias, o.h, o.B, o.places, o.offsets, o.scales, False, strategy, tile
         )  # fmt: skip
     if verb == "linear_backward":
-        return lambda: linear.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile)
+        return lambda: linear_backward.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile)
     if verb == "wgrad":
         return lambda: wgrad.wgrad(o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, PROBES, tiles=tile)
     return lambda: gradstat.gradstat(o.x, o.dy[0], o.runs, tile)

@@ -25,6 +25,10 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+inline void check_launch(cudaError_t error, const char* name) {
+  STD_TORCH_CHECK(error == cudaSuccess, name, " failed to start: ", cudaGetErrorString(error));
+}
+
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }

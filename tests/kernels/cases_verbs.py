@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastlora.kernels import gradstat, linear, shrink, tiling, wgrad
+from fastlora.kernels import gradstat, linear, linear_backward, shrink, tiling, wgrad
 from fastlora.kernels.tiling import TileConfig
 from kernel_support import (
     DEVICE,
@@ -114,7 +114,7 @@ def test_linear_backward(problem, dtype, factors, strategy, p):
     data = Data(problem, dtype, factors, strided=problem is FUSED)
     dh = torch.randn(problem.M, data.layout.rank, device=DEVICE).to(dtype)
     options = {"seed": data.seed, **dropped(p)} if p else {}
-    dx = linear.linear_backward(
+    dx = linear_backward.linear_backward(
         data.dy, data.W, dh, data.A, data.layout.offsets, strategy=strategy, tiles=SMALL, **options
     )
     wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True))
