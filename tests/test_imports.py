@@ -31,6 +31,7 @@ LAYERS = (
     ("factors", "config"),
     ("nn",),
     ("covariance", "tracking_checks", "regulariser", "restoring", "update_variance", "progress"),
+    ("targets",),
     ("roles", "blocks", "parameter_roles"),
     ("injection", "merging", "overview", "policies", "tracker", "calibration"),
     ("adapter_set",),
