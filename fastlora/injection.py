@@ -186,6 +186,11 @@ def _targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str
     return names
 
 
+def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Full names of the linears that ``inject`` would adapt; ``ValueError`` where it would refuse them."""
+    return _targets(model, config, _modules_to_save(model, config))
+
+
 def _modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     return _select(model, list(config.modules_to_save), "modules_to_save") if config.modules_to_save else []
 

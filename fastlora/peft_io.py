@@ -18,7 +18,7 @@ from .config import LoraConfig
 from .factors import WHOLE
 from .nn.conv1d import Conv1D
 from .nn.linear import DEFAULT, Linear, adapted_layers
-from .overview import saved_modules
+from .parameter_roles import saved_modules
 from .peft_attention import StoredNames
 from .peft_files import FORMAT_VERSION, Slice, write_folder
 from .peft_load import load

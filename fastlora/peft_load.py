@@ -17,7 +17,7 @@ from .config import LoraConfig
 from .factors import WHOLE
 from .injection import fused_sizes, inject, refuse_adapted
 from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
-from .overview import saved_modules
+from .parameter_roles import saved_modules
 from .peft_attention import StoredNames
 from .peft_files import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
 from .peft_names import (

@@ -11,6 +11,8 @@ from fastlora.kernels.grouped import Batch, Ranks
 from fastlora.kernels.tiling import TileConfig
 from kernel_support import DEVICE, assert_close, wide
 
+from fastlora import reference
+
 pytestmark = pytest.mark.usefixtures("poisoned")
 SMALL = TileConfig(16, 16, 16, 4, 2, band=2)
 
@@ -69,11 +71,8 @@ class Operands:
             self.places.append((j, column))
             column += width
         ids = torch.tensor(case.ids, dtype=torch.int64)
-        order = torch.argsort(torch.where(ids < 0, G, ids), stable=True)
-        ends = torch.cumsum(torch.tensor([(ids == g).sum() for g in range(G)]), 0)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        ranges = torch.where((ends > starts)[:, None], torch.stack([starts, ends], 1), 0)
-        self.batch = Batch(order.to(DEVICE), ranges.to(DEVICE))
+        order, ranges = reference.build_segments(ids, G)
+        self.batch = Batch(order.to(DEVICE), ranges.to(DEVICE), reference.segment_tiles)
         self.own = Ranks(case.ranks, case.probes)
 
     def rows(self, g: int) -> torch.Tensor:
