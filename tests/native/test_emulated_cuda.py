@@ -127,7 +127,7 @@ def array(kind, values):
 
 
 def penalty(kernels, A, B, dA, dB, scales, weights, lmbda=1.0):
-    """The value without gradients, else adds to them."""
+    """The value without gradients, else adds to them and returns how much scratch memory was left unused."""
     gradient = dA is not None
     dA, dB = (dA, dB) if gradient else (A, B)
     rows = list(zip(A, B, dA, dB, strict=True))
@@ -164,7 +164,8 @@ def test_penalty_and_its_gradient(kernels, dtype):
         assert penalty(kernels, A, B, None, None, scales, given_weights) == pytest.approx(float(exact), rel=1e-5)
     dA, dB = weighted_penalty_grad(wide_A, wide_B, scales, weights.double(), 0.3)
     into_A, into_B = [torch.ones(a.shape) for a in A], [torch.ones(b.shape) for b in B]
-    penalty(kernels, A, B, into_A, into_B, scales, weights, 0.3)
+    unused = penalty(kernels, A, B, into_A, into_B, scales, weights, 0.3)
+    assert unused == 3 * 3  # of the B without rows
     for result, gradient in zip(into_A + into_B, dA + dB, strict=True):
         eps = 30 * torch.finfo(torch.float32).eps * float(gradient.abs().max() if gradient.numel() else 0)
         torch.testing.assert_close(result.double(), 1 + gradient, rtol=0, atol=eps + 1e-6)
@@ -187,7 +188,7 @@ def test_more_matrices_than_one_table_holds(kernels):
     assert penalty(kernels, A, B, None, None, scales, weights) == pytest.approx(float(exact), rel=1e-5)
     dA, dB = weighted_penalty_grad(A, B, scales, weights, 0.5)
     into_A, into_B = [torch.zeros(a.shape) for a in A], [torch.zeros(b.shape) for b in B]
-    penalty(kernels, A, B, into_A, into_B, scales, weights, 0.5)
+    assert penalty(kernels, A, B, into_A, into_B, scales, weights, 0.5) == 0
     for result, gradient in zip(into_A + into_B, dA + dB, strict=True):
         torch.testing.assert_close(result, gradient, rtol=1e-5, atol=1e-5)
 
@@ -195,6 +196,7 @@ def test_more_matrices_than_one_table_holds(kernels):
 def test_squared_norms(kernels):
     kernels.set_seed(5)
     tensors = [torch.randn(n).to(dtype) for dtype in TYPES for n in (0, 1, 511, 1500)]
+    tensors += torch.randn(1400).split(1)  # more than one table holds
     out = torch.full((len(tensors),), -5.0, dtype=torch.float64)
     kernels.squared_norms(
         array(ctypes.c_void_p, [t.data_ptr() for t in tensors]),
