@@ -69,7 +69,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     for planned in plan:
         if not isinstance(planned.layer, Linear):
             planned.layer.requires_grad_(False)
-        _commit(planned, config, routers[0], name)
+        _commit(model, planned, config, routers[0], name)
     modules = dict(model.named_modules())
     for path in saved:
         modules[path].requires_grad_(True)

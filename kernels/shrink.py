@@ -40,9 +40,9 @@ def shrink_kernel(
 ):  # fmt: skip
     """SHARED: one x and all factors stacked, rows of the first MASKED factors see their own dropout of x.
 
-    Else factor i multiplies its own x_i, scaled by scales[i]. ``total`` is the number of columns of h. With ``segments``
-    a tile is rows of one adapter, and its part of the packed ``p_factors[0]`` stands in a table. MOMENTS leaves each
-    tile's column sums of x, and of its squares about their mean, in p_sums.
+    Else factor i multiplies its own x_i, scaled by scales[i]. ``total`` is the number of columns of h. MOMENTS leaves
+    each tile's column sums of x, and of its squares about their mean, in p_sums. With ``segments`` a tile is rows of
+    one adapter, and its part of the packed ``p_factors[0]`` stands in a table.
     """
     # Rank blocks of the same rows are neighbours: the second finds x in the cache.
     columns = BLOCKS if SHARED else BLOCKS * len(widths)

@@ -23,7 +23,7 @@ class TileConfig(NamedTuple):
     """Tile of the output (rows x columns), step along the sum, warps, pipeline stages, row tiles in a band.
 
     shrink takes its columns from the ranks, and so does wgrad its rows: there ``columns`` is a width of x or dy.
-    ``tma``: operands come through TMA descriptors into a fixed number of programs, where their rows are 16-byte aligned.
+    ``tma``: operands come through TMA descriptors into a fixed number of programs, where rows are 16-byte aligned.
     """
 
     rows: int

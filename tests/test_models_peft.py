@@ -30,7 +30,7 @@ def assert_equal(mine, other):
 @pytest.mark.parametrize("split", [True, False])
 def test_peft_loads_ours_and_so_do_we(name, split, tmp_path):
     model = build(name)
-    fields = dict(target_modules="all-linear", split_qkv=split)
+    fields = dict(target_modules="all-linear", split_qkv=split, rank_pattern=ZOO[name].ranks)
     randomise(fastlora.inject(model, config(**fields)), 0.1)
     expected = output(name, model)
     fastlora.save(model, tmp_path)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fastlora.kernels import grouped, tiling
+from fastlora.kernels import grouped
 from fastlora.kernels.grouped import Batch, Ranks
 from fastlora.kernels.tiling import TileConfig
 from kernel_support import DEVICE, assert_close, wide
+
+from fastlora import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SMALL = TileConfig(16, 16, 16, 4, 2, band=2)
@@ -33,7 +35,9 @@ def _cycle(pattern, count):
 
 CASES = {
     "separate": Mixed(_cycle((0, 2, 1, -1, 2, 0, 2), 61), 34, (33, 17), (33, 17), ((3, 1), (17, 5), (8, 2)), (4, 0, 3)),
-    "fused": Mixed(_cycle((1, 0, 3, 3), 50), 32, (48,), (16, 16, 16), ((8,) * 3, (16,) * 3, (40, 8, 8), (8,) * 3), (8,) * 4),
+    "fused": Mixed(
+        _cycle((1, 0, 3, 3), 50), 32, (48,), (16, 16, 16), ((8,) * 3, (16,) * 3, (40, 8, 8), (8,) * 3), (8,) * 4
+    ),
     "one_row": Mixed((1,), 5, (3,), (3,), ((2,), (1,)), (1, 1)),
     "base_only": Mixed((-1,) * 9, 20, (18,), (18,), ((2,), (64,)), (0, 2)),
     "one_adapter": Mixed((0,) * 40, 24, (20,), (20,), ((70,),), (3,)),
@@ -67,11 +71,8 @@ class Operands:
             self.places.append((j, column))
             column += width
         ids = torch.tensor(case.ids, dtype=torch.int64)
-        order = torch.argsort(torch.where(ids < 0, G, ids), stable=True)
-        ends = torch.cumsum(torch.tensor([(ids == g).sum() for g in range(G)]), 0)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        ranges = torch.where((ends > starts)[:, None], torch.stack([starts, ends], 1), 0)
-        self.batch = Batch(order.to(DEVICE), ranges.to(DEVICE))
+        order, ranges = reference.build_segments(ids, G)
+        self.batch = Batch(order.to(DEVICE), ranges.to(DEVICE), reference.segment_tiles)
         self.own = Ranks(case.ranks, case.probes)
 
     def rows(self, g: int) -> torch.Tensor:
@@ -152,7 +153,9 @@ def test_expand(name, kind):
         assert_close(y, wanted[j], o.dtype, "y")
         for g in range(len(o.case.ranks)):
             rows = wide(y)[o.rows(g)]
-            assert_close(moments[g * len(o.y) + j], torch.stack([rows.sum(0), rows.square().sum(0)]), torch.float32, "moments")
+            assert_close(
+                moments[g * len(o.y) + j], torch.stack([rows.sum(0), rows.square().sum(0)]), torch.float32, "moments"
+            )
 
 
 @problems
