@@ -162,9 +162,10 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
             "dy": lambda: grouped.grouped_shrink_backward(o.dy, o.B * 2, *pairs, twice, tile),
         }
     if verb.startswith("shrink"):
-        cases = {"x": shrunk, "dy": lambda: shrink.shrink_backward(o.dy, o.B, o.offsets, o.scales, o.rank, tile)}
-        cases["x, moments"] = lambda: shrink.shrink(o.x, [*o.A, o.P], 1, moments=o.moments, tiles=tile)
-        return {"x": shrunk} if dropout else cases
+        if verb != "shrink":
+            kept = o.moments if verb == "shrink_moments" else None
+            return {"x": lambda: shrink.shrink(o.x, [*o.A, o.P], 1, moments=kept, tiles=tile, **dropout)}
+        return {"x": shrunk, "dy": lambda: shrink.shrink_backward(o.dy, o.B, o.offsets, o.scales, o.rank, tile)}
     if verb.startswith("wgrad"):
         x = o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes
         widths = [b.shape[0] for b in o.B]
@@ -216,7 +217,7 @@ def compile_all(ranks: tuple[int, ...] = (8, 5, 64), verbs: tuple[str, ...] = ()
             for case, call in _cases(verb, entry.tile, operands).items():
                 first = rank == ranks[0] and precision != "tf32"
                 label = case if rank == ranks[0] else f"{case}, r = {rank}"
-                if ("moments" in case or "moments" in verb) and not first:
+                if ("moments" in case or verb == "linear_moments") and not first:
                     continue
 
                 def record(

@@ -55,9 +55,11 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("shrink", "fp32"): (Entry(TileConfig(32, 0, 64, 4, 3), 0, _FFMA),),
     ("shrink_dropout", "half"): (Entry(TileConfig(32, 0, 32, 4, 3), 0, _PHILOX),),
     ("shrink_dropout", "fp32"): (Entry(TileConfig(16, 0, 32, 4, 2), 0, _PHILOX),),
+    ("shrink_moments", "half"): (Entry(TileConfig(64, 0, 64, 4, 4), 0, "as shrink"),),
+    ("shrink_moments", "fp32"): (Entry(TileConfig(32, 0, 32, 4, 3), 0, _FFMA),),
     # Columns are ranks here; one entry, since how a row is summed may not depend on the other rows of its batch.
     ("grouped_shrink", "half"): (Entry(TileConfig(32, 32, 64, 4, 4), 0, "as shrink; padding at most 31 ranks"),),
-    ("grouped_shrink", "fp32"): (Entry(TileConfig(32, 32, 64, 4, 3), 0, _FFMA),),
+    ("grouped_shrink", "fp32"): (Entry(TileConfig(32, 32, 32, 4, 3), 0, _FFMA),),
     ("linear", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "few rows: twice the programs of the next, one warpgroup each"),
         Entry(TileConfig(128, 128, 64, 8, 4), 8192, "64 sums a thread; 4 stages hold 128 KiB of operands"),
