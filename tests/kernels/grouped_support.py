@@ -24,7 +24,7 @@ class Mixed:
 
 
 def _cycle(pattern, count):
-    return tuple(pattern[i * 7 % len(pattern)] for i in range(count))
+    return tuple(pattern[i * 5 % len(pattern)] for i in range(count))
 
 
 CASES = {
@@ -32,6 +32,7 @@ CASES = {
     "fused": Mixed(
         _cycle((1, 0, 3, 3), 50), 32, (48,), (16, 16, 16), ((8,) * 3, (16,) * 3, (40, 8, 8), (8,) * 3), (8,) * 4
     ),
+    "long_runs": Mixed((0,) * 37 + (1,) * 24, 32, (32,), (32,), ((1,), (2,)), (0, 1)),
     "one_row": Mixed((1,), 5, (3,), (3,), ((2,), (1,)), (1, 1)),
     "base_only": Mixed((-1,) * 9, 20, (18,), (18,), ((2,), (64,)), (0, 2)),
     "one_adapter": Mixed((0,) * 40, 24, (20,), (20,), ((70,),), (3,)),
