@@ -10,9 +10,10 @@ from torch import Tensor
 from . import reference
 from ._operator import DA, DB, DBIAS, DW, DX, DZ, LIBRARY, Operator
 from ._ops import as_rows, like
-from .backends import Layout, choose, group_layout
+from .backends import choose
 from .grouped import Rows, width_of
 from .reference import projections_of
+from .verbs import Layout, group_layout
 
 LIBRARY.define(
     "lora_grouped(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor[] P, "

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import reference
 from ._operator import DA, DB, DBIAS, DW, DX, DZ, LIBRARY, Operator
-from .backends import NativeBackend, choose, group_layout
+from .backends import NativeBackend, choose
+from .verbs import group_layout
 
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor? P, "

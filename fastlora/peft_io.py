@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .config import LoraConfig
 from .factors import WHOLE
 from .nn.linear import DEFAULT, Linear, adapted_layers
-from .overview import saved_modules
+from .parameter_roles import saved_modules
 from .peft_files import FORMAT_VERSION, Slice, write_folder
 from .peft_load import load
 from .peft_names import (

@@ -12,11 +12,12 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
+from .adapter_set import add_adapter
 from .config import LoraConfig
 from .factors import WHOLE
 from .injection import fused_sizes, inject, refuse_adapted
 from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
-from .overview import saved_modules
+from .parameter_roles import saved_modules
 from .peft_files import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
 from .peft_names import (
     LORA_KEY,
@@ -40,29 +41,31 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> nn.Module:
     """Load PEFT's files from the folder ``path``, ours or foreign; returns the same model.
 
-    A model without adapters gets those of the file, as ``inject`` would; one that has this adapter must have the same
-    matrices, ranks, ``modules_to_save`` and ``bias``, and takes tensors and scales from the file. A fused q/k/v of a
-    foreign file is one matrix; ours say in ``fastlora.json`` what was split.
+    A model without adapters gets those of the file, as ``inject`` would, one with others gets one more, as from
+    ``add_adapter``; one that has this adapter must have the same matrices, ranks, ``modules_to_save`` and ``bias``, and
+    takes tensors and scales from the file. A fused q/k/v of a foreign file is one matrix; ours say in ``fastlora.json``
+    what was split.
 
     All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
     leaves the model as it was. Only safetensors files in local folders are read.
     """
     model = unwrapped(model)
     folder = read_folder(path)
-    adapted = bool(adapted_layers(model))
-    if not adapted:
+    layers = adapted_layers(model)
+    here = any(adapter in layer.adapter_names for layer in layers.values())
+    if not layers:
         refuse_adapted(model)
     plan = _plan(model, folder)
-    if adapted:
+    if here:
         _refuse_differences(model, folder, plan, adapter)
-    elif adapter != DEFAULT:
+    elif not layers and adapter != DEFAULT:
         raise ValueError(f"adapter: a model without adapters gets one named {DEFAULT!r}, got {adapter!r}")
-    config = None if adapted else _config_for(model, folder, plan)
-    dtypes = {n: p.dtype for n, p in _factors(model, plan, adapter).items()} if adapted else {}
+    config = None if here else _config_for(model, folder, plan)
+    dtypes = {n: p.dtype for n, p in _factors(model, plan, adapter).items()} if here else {}
     staged = _staged(folder, plan, dtypes)
     if config is not None:
         try:
-            inject(model, config)
+            add_adapter(model, adapter, config) if layers else inject(model, config)
         except ValueError as error:
             raise ValueError(f"{folder.path}: {error}") from error
     _copy(model, plan, adapter, staged)
@@ -203,9 +206,6 @@ def _blocks(slices: Iterable[Slice], A: Tensor, B: Tensor) -> dict[str, tuple[Te
 def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, adapter: str) -> None:
     """An adapter that is there already must be the one of the file, or ``ValueError`` naming the differences."""
     layers = adapted_layers(model)
-    known = sorted({name for layer in layers.values() for name in layer.adapter_names})
-    if adapter not in known:
-        raise ValueError(f"adapter: expected one of {known}, got {adapter!r}")
     merged = [n for n, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"model: {merged[0]!r} is merged; call fastlora.unmerge first")

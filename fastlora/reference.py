@@ -244,10 +244,11 @@ def wgrad(
 _GRADSTAT_ROWS = 256
 
 
-def gradstat(x: Tensor, dy: Tensor, offsets: Sequence[int]) -> Tensor:
+def gradstat(x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = True) -> Tensor:
     """``sum G^2`` and ``sum |G|`` of ``G = dy^T x`` for each run of rows ``offsets[i]:offsets[i + 1]``.
 
-    x [M, K], dy [M, N] -> [len(offsets) - 1, 2]. G is reduced block by block of its rows: no [N, K] buffer.
+    x [M, K], dy [M, N] -> [len(offsets) - 1, 2]. G is reduced block by block of its rows: no [N, K] buffer. Without
+    ``absolute`` the second column is zero.
     """
     acc = accumulate_dtype(x.dtype)
     out = torch.zeros(len(offsets) - 1, 2, dtype=acc, device=x.device)
@@ -256,7 +257,8 @@ def gradstat(x: Tensor, dy: Tensor, offsets: Sequence[int]) -> Tensor:
         for n in range(0, dy.shape[1], _GRADSTAT_ROWS):
             tile = dy[start:stop, n : n + _GRADSTAT_ROWS].to(acc).T @ rows
             out[i, 0] += tile.square().sum()
-            out[i, 1] += tile.abs().sum()
+            if absolute:
+                out[i, 1] += tile.abs().sum()
     return out
 
 

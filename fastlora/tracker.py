@@ -294,7 +294,7 @@ class Tracker:
         return self._covariances.read(kind)
 
     def penalty(
-        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str = DEFAULT
+        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str | None = None
     ) -> Tensor:
         r"""FW-LoRA's regulariser, differentiable in A and B; add it to the loss once per optimiser step.
 
@@ -303,11 +303,12 @@ class Tracker:
         Zero before ``warmup`` steps, when importance is frozen; without a warmup the current averages weigh.
         ``form="decay"`` is the paper's shortcut, weight decay of A and B with the coefficient λ (1 - I_m).
         ``normalise="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
+        ``adapter``: whose factors, the tracked one's unless said otherwise.
         """
-        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, adapter)
+        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
 
     def apply_penalty(
-        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str = DEFAULT
+        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str | None = None
     ) -> None:
         r"""Add the gradient of :meth:`penalty`, worked out by hand, to ``.grad`` of A and B; no graph is built.
 
@@ -315,7 +316,7 @@ class Tracker:
 
         Call it after backward (and after ``scaler.unscale_``), before clipping and the optimiser's step.
         """
-        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, adapter)
+        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
 
     def _weighing(self) -> tuple[Tensor | None, bool]:
         """The importance that weighs now, and whether it is frozen."""

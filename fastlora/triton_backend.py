@@ -1,4 +1,4 @@
-"""The Triton backend: the verbs of ``backends.Backend`` on ``fastlora.kernels``, which are imported on first use."""
+"""The Triton backend: the verbs of ``verbs.Backend`` on ``fastlora.kernels``, which are imported on first use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .reference import keep_threshold
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .backends import Layout
+    from .verbs import Layout
 
 MINIMUM_TRITON = "3.6"
 MINIMUM_CAPABILITY = (8, 0)
@@ -97,7 +97,7 @@ def _dropout(seed: Tensor | None, p: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """The verbs of an adapted group as fused kernels; their meaning is that of ``backends.Backend``."""
+    """The verbs of an adapted group as fused kernels; their meaning is that of ``verbs.Backend``."""
 
     name: str = "triton"
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None] = unsupported_reason
@@ -136,7 +136,8 @@ class TritonBackend:
             scale,
             moments,
         )
-        return [out.view(*x.shape[:-1], out.shape[1]) for out in y], sums
+        # Not views, which autograd would let nobody change in place.
+        return [torch.ops.aten._unsafe_view.default(out, (*x.shape[:-1], out.shape[1])) for out in y], sums
 
     def linear_backward(
         self,

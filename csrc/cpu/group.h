@@ -32,6 +32,7 @@ inline Group read_group(const std::vector<Tensor>& A, const std::vector<Tensor>&
   STD_TORCH_CHECK(scales.size() == A.size(), "scales has ", scales.size(), " entries, but A has ", A.size());
   const int64_t matrices = static_cast<int64_t>(widths.size());
   Group group;
+  group.slots.reserve(A.size());
   for (size_t i = 0; i < A.size(); ++i) {
     check_operand(A[i], "A");
     check_operand(B[i], "B");

@@ -85,7 +85,17 @@ inline void gather(const float* h, int64_t ldh, int64_t rows, int64_t offset, in
 
 // to[n, r] = scale * from[r, n]
 inline void transpose(const float* from, int64_t rank, int64_t columns, float scale, float* to) {
-  for (int64_t n = 0; n < columns; ++n) {
+  constexpr int64_t kBlock = 16;
+  int64_t n = 0;
+  for (; n + kBlock <= columns; n += kBlock) {
+    for (int64_t r = 0; r < rank; ++r) {
+      const float* some = from + r * columns + n;
+      float* there = to + n * rank + r;
+#pragma GCC unroll 16
+      for (int64_t q = 0; q < kBlock; ++q) there[q * rank] = scale * some[q];
+    }
+  }
+  for (; n < columns; ++n) {
     for (int64_t r = 0; r < rank; ++r) to[n * rank + r] = scale * from[r * columns + n];
   }
 }

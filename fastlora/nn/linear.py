@@ -135,6 +135,8 @@ class Linear(nn.Linear):
         return tuple([self.adapter_specs[n].dropout if n in self.adapter_specs else 0.0 for n in names])
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and not self.called:
+            self.called = True
         route = self.router.route(self.training)
         if self.bypassed(route):
             return F.linear(x, self.weight, self.bias)
@@ -174,6 +176,7 @@ def attach_state(
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
     layer.merged = ()
     layer.group = None
+    layer.called = False
     layer.probes = {}
 
 
@@ -239,10 +242,10 @@ def _forward_grouped(layers: list[Linear], x: Tensor, route: Route) -> list[Tens
     return y
 
 
-def checked_ranks(ranks: Mapping[str, int], layer: nn.Linear, slices: Mapping[str, int], key: str) -> None:
+def checked_ranks(ranks: Mapping[str, int], in_features: int, slices: Mapping[str, int], key: str) -> None:
     """Refuse ranks that a matrix cannot have, naming it."""
     for name, rank in ranks.items():
-        limit = min(layer.in_features, slices[name])
+        limit = min(in_features, slices[name])
         label = key if name == WHOLE else f"{key}[{name}]"
         if check_rank(rank, f"rank of {label}", minimum=0) > limit:
             raise ValueError(f"rank of {label}: at most min(in_features, out_features) = {limit}, got {rank}")
