@@ -191,7 +191,8 @@ def param_groups(
     if not adapted_layers(model) and getattr(model, "fastlora_policy", None) is None:
         raise ValueError("model: has no adapters; call fastlora.inject first")
     by_adapter = _adapter_rates(model, lr_lora)
-    rates = {"lora": ("lr_lora", next(iter(by_adapter.values()), 0.0)), "norm": ("lr_norm", lr_norm), "bias": ("lr_bias", lr_bias)}
+    rates = {"lora": ("lr_lora", next(iter(by_adapter.values()), 0.0)), "norm": ("lr_norm", lr_norm)}
+    rates["bias"] = ("lr_bias", lr_bias)
     rates |= dict.fromkeys(("head", "other"), ("lr_head", lr_head))
     decays = _decays(weight_decay)
     groups: dict[str, dict[str, Any]] = {}
