@@ -190,13 +190,43 @@ class TritonBackend:
         dA = [grad if there else None for grad, there in zip(dA, some, strict=True)] if need_dA else [None] * len(B)
         return dh, dA, placed[0], placed[1]
 
-    def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int] | Tensor, absolute: bool = True) -> Tensor:
-        """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2]; both come out of one pass."""
-        _same_device(x=x, dy=dy)
+    def shrink_moments(
+        self, x: Tensor, A: Sequence[Tensor], P: Tensor | None, seed: Tensor | None, p: float
+    ) -> tuple[Tensor, Tensor]:
+        """``shrink``, and in the same pass the sums of the columns of x and of their squares: float64 [2, K]."""
+        _same_device(x=x, lora_A=A, P=P, seed=seed)
+        factors = _one_dtype([*A, *([] if P is None else [P])])
+        moments = torch.empty(2, x.shape[1], dtype=torch.float64, device=x.device)
+        options = _dropout(seed, p)
+        return _kernel("shrink").shrink(x, factors, 0 if P is None else 1, moments=moments, **options), moments
+
+    def gradstat(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        offsets: Sequence[int] | Tensor,
+        absolute: bool = True,
+        diagonal: Tensor | None = None,
+    ) -> Tensor:
+        """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2]; both come out of one pass.
+
+        ``diagonal``: contiguous fp32 [N, K] to which the runs' squared entries are added.
+        """
+        _same_device(x=x, dy=dy, diagonal=diagonal)
         if isinstance(offsets, Tensor):
-            return _kernel("gradstat").gradstat(x, dy, offsets)
+            return _kernel("gradstat").gradstat(x, dy, offsets, diagonal=diagonal)
         longest = max((b - a for a, b in zip(offsets[:-1], offsets[1:], strict=True)), default=0)
-        return _kernel("gradstat").gradstat(x, dy, _offsets_on(tuple(offsets), x.device), longest=longest)
+        return _kernel("gradstat").gradstat(
+            x, dy, _offsets_on(tuple(offsets), x.device), longest=longest, diagonal=diagonal
+        )
+
+    def add_gram_(self, total: Tensor, rows: Tensor, weight: Tensor) -> None:
+        """``total += weight rows^T rows`` on and above the diagonal, by half of the tiles; below it is undefined.
+
+        total fp32 [D, D], rows [M, D], weight a scalar tensor; 0 adds nothing, whatever the rows hold.
+        """
+        _same_device(total=total, rows=rows, weight=weight)
+        _kernel("gradstat").add_gram_(total, rows, weight.to(torch.float32))
 
     def grouped_forward(
         self, x: Tensor, W: Sequence[Tensor], bias: Sequence[Tensor | None], A: Sequence[Tensor], P: Sequence[Tensor],

@@ -27,7 +27,8 @@ from .tiling import SHARED_LIMIT, TileConfig, committed
 TARGET = GPUTarget("cuda", 90, 32)
 REGISTERS = 65536
 # Kernels whose product is large enough to be meant for wgmma, in 16-bit types.
-WGMMA = ("linear", "linear_backward", "linear_backward_dropout", "wgrad", "gradstat", "covariance")
+WGMMA = ("linear", "linear_moments", "linear_backward", "linear_backward_dropout", "wgrad", "gradstat",
+         "gradstat_diagonal", "covariance")  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -107,7 +108,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _empty(*size: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*size, dtype=dtype, device="meta")
+    return torch.empty(size, dtype=dtype, device="meta")
 
 
 class _Operands:
@@ -161,9 +162,10 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
             "dy": lambda: grouped.grouped_shrink_backward(o.dy, o.B * 2, *pairs, twice, tile),
         }
     if verb.startswith("shrink"):
-        cases = {"x": shrunk, "dy": lambda: shrink.shrink_backward(o.dy, o.B, o.offsets, o.scales, o.rank, tile)}
-        cases["x, moments"] = lambda: shrink.shrink(o.x, [*o.A, o.P], 1, moments=o.moments, tiles=tile)
-        return {"x": shrunk} if dropout else cases
+        if verb != "shrink":
+            kept = o.moments if verb == "shrink_moments" else None
+            return {"x": lambda: shrink.shrink(o.x, [*o.A, o.P], 1, moments=kept, tiles=tile, **dropout)}
+        return {"x": shrunk, "dy": lambda: shrink.shrink_backward(o.dy, o.B, o.offsets, o.scales, o.rank, tile)}
     if verb.startswith("wgrad"):
         x = o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes
         widths = [b.shape[0] for b in o.B]
@@ -173,8 +175,15 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
     if verb == "gradstat":
         offsets = torch.empty(9, dtype=torch.int64, device="meta")
         return {"matmul": lambda: gradstat.gradstat(o.x, o.dy[0], offsets, tile)}
+    if verb == "gradstat_diagonal":
+        offsets, diagonal = torch.empty(9, dtype=torch.int64, device="meta"), _empty(1024, 1024, dtype=torch.float32)
+        return {"matmul": lambda: gradstat.gradstat(o.x, o.dy[0], offsets, tile, diagonal=diagonal)}
     if verb == "covariance":
-        return {"matmul": lambda: gradstat.covariance(o.x, tile)}
+        total, weight = _empty(1024, 1024, dtype=torch.float32), _empty(dtype=torch.float32)
+        return {
+            "matmul": lambda: gradstat.covariance(o.x, tile),
+            "matmul, added": lambda: gradstat.add_gram_(total, o.x, weight, tile),
+        }
     if verb == "expand":
         return {
             "y": lambda: linear_forward(False),
@@ -187,7 +196,7 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
         }
     if backward:
         return {"dx" if verb.startswith("expand") else "matmul": lambda: dx(**dropout)}
-    return {"matmul": lambda: linear_forward(False), "matmul, moments": lambda: linear_forward(True)}
+    return {"matmul": lambda: linear_forward(verb == "linear_moments")}
 
 
 def compile_all(ranks: tuple[int, ...] = (8, 5, 64), verbs: tuple[str, ...] = ()) -> list[Row]:
@@ -198,7 +207,7 @@ def compile_all(ranks: tuple[int, ...] = (8, 5, 64), verbs: tuple[str, ...] = ()
             continue
         # The rank block of linear's kernels is fixed, so that only whether ranks are multiples of 8 changes their code.
         fixed = [rank for rank in ranks if rank <= 16] if verb.startswith(("linear", "expand")) else ranks
-        some = ranks[:1] if verb in ("gradstat", "covariance") else fixed
+        some = ranks[:1] if verb in ("gradstat", "gradstat_diagonal", "covariance") else fixed
         exact_only = verb.endswith("dropout") or verb == "expand"
         settings = [("bf16", rank) for rank in some]
         if kind == "fp32":
@@ -208,7 +217,7 @@ def compile_all(ranks: tuple[int, ...] = (8, 5, 64), verbs: tuple[str, ...] = ()
             for case, call in _cases(verb, entry.tile, operands).items():
                 first = rank == ranks[0] and precision != "tf32"
                 label = case if rank == ranks[0] else f"{case}, r = {rank}"
-                if "moments" in case and not first:
+                if ("moments" in case or verb == "linear_moments") and not first:
                     continue
 
                 def record(
@@ -244,13 +253,13 @@ def table(rows: list[Row]) -> str:
         "Factors are fp32, r = 8 a projection and k = 8 probes unless said; fp32 is exact, tf32 where torch allows it.",
         "Written by `python -m fastlora.kernels.compile_report`.",
         "",
-        "| verb | case | dtype | tile | registers | stack | shared KiB | resident | wgmma | 16-byte async copies |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| verb | case | dtype | tile | registers | stack | shared KiB | resident | wgmma | 16-byte copies | TMA |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         t = row.tile
         tile = "-" if row.verb == "reduce" else f"{t.rows}x{t.columns}x{t.depth}, {t.warps}w, {t.stages}s"
-        flags = " | ".join("yes" if flag else "no" for flag in (row.wgmma, row.wide_copies))
+        flags = " | ".join("yes" if flag else "no" for flag in (row.wgmma, row.wide_copies, row.tma))
         case = row.kernel.removesuffix("_kernel") if row.verb == "reduce" else row.case
         lines.append(
             f"| {row.verb} | {case} | {row.dtype} | {tile} | {row.registers} | {row.stack} "

@@ -164,9 +164,10 @@ def expand(
     widths = tuple(p.W.shape[0] for p in projections)
     ranks, strides_b = [p.B.shape[1] for p in projections], [p.B.stride(0) for p in projections]
     offsets = [p.offset for p in projections]
-    tiles = tiles or choose_tiles("linear" if matmul else "expand", M, sum(widths), K, max(ranks), x.dtype)
-    tma = matmul and tiles.tma and aligned([x, *(p.W for p in projections)])
     moments = projections[0].moments is not None
+    verb = ("linear_moments" if moments else "linear") if matmul else "expand"
+    tiles = tiles or choose_tiles(verb, M, sum(widths), K, max(ranks), x.dtype)
+    tma = matmul and tiles.tma and aligned([x, *(p.W for p in projections)])
     tiles_m = triton.cdiv(M, tiles.rows) if segments is None else segments.tiles.shape[0]
     tiles_n = sum(triton.cdiv(width, tiles.columns) for width in widths)
     sums = torch.empty(tiles_m, 2, sum(widths), dtype=torch.float32, device=x.device) if moments else x

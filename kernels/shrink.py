@@ -133,7 +133,8 @@ def run(
     strides = tuple(f.stride(0) for f in factors)
     ranks = [f.shape[0] if shared else f.shape[1] for f in factors]
     widths = tuple(t.shape[1] for t in x)
-    verb = ("grouped_shrink" if segments else "shrink") + ("_dropout" if masked else "")
+    plain = "shrink" if moments is None else "shrink_moments"
+    verb = "grouped_shrink" if segments else "shrink_dropout" if masked else plain
     tiles = tiles or choose_tiles(verb, M, 0, max(widths), total, x[0].dtype)
     widest = segments.widest if segments else total if shared else max(ranks)
     block = block_rank(widest) if segments is None else tiles.columns
