@@ -36,5 +36,11 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   m.def("add_norms_(Tensor(a!) sums, Tensor tile) -> ()");
   m.def("build_segments(Tensor ids, int adapters) -> (Tensor order, Tensor ranges)");
   m.def("segment_tiles(Tensor ranges, int rows, int block) -> Tensor");
+  m.def("penalty(Tensor[] A, Tensor[] B, float[] scales, Tensor weights) -> Tensor");
+  m.def(
+      "penalty_grad_(Tensor(a!)[] dA, Tensor(b!)[] dB, Tensor[] A, Tensor[] B, float[] scales, Tensor weights, "
+      "float lmbda) -> ()");
+  m.def("squared_norms(Tensor[] tensors) -> Tensor");
+  m.def("resize_ranks_(Tensor(a!)[] to, Tensor[] source) -> ()");
   m.def("cpu_isa() -> str");
 }

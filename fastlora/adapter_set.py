@@ -69,7 +69,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     for planned in plan:
         if not isinstance(planned.layer, Linear):
             planned.layer.requires_grad_(False)
-        _commit(planned, config, routers[0], name)
+        _commit(model, planned, config, routers[0], name)
     modules = dict(model.named_modules())
     for path in saved:
         modules[path].requires_grad_(True)
@@ -163,7 +163,11 @@ def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
 
 
 def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
-    """The names that occur, and ids that index them; on a GPU all names, without reading anything back."""
+    """The names that occur, and ids that index them.
+
+    On a GPU all names, without reading anything back; with data-parallel ranks too, which must agree on what has a
+    gradient.
+    """
     slots = router.slots
     if ids.device.type == "cpu":
         used = torch.unique(ids).tolist()
@@ -174,7 +178,7 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
                 known = ", ".join(f"{i}: {n}" for i, n in enumerate(slots) if n is not None)
                 raise ValueError(f"ids: {value} at position {where} {state}; accepted: -1 (base only), {known}")
         live = [value for value in used if value >= 0]
-    else:
+    if ids.device.type != "cpu" or _distributed():
         live = [i for i, name in enumerate(slots) if name is not None]
     table = torch.full((len(slots) + 1,), -1, dtype=torch.int64)
     table[live] = torch.arange(len(live))
@@ -230,7 +234,8 @@ def hold_absent(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
 
 
 def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _present(router: Router, used: Sequence[Batch | str]) -> set[str]:

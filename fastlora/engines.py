@@ -72,21 +72,29 @@ class MatmulEngines:
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None, engine: str = AUTO) -> Tensor:
         """``x W^T + bias``: x [*, K], W [N, K] -> [*, N]."""
-        rows = x.shape[:-1].numel()
-        name = self._choose("forward", rows, W, engine, lambda name: self._forward(name, x, W, bias, rows))
+        rows = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
+        name = self._known("forward", rows, W, engine)
+        if name is None:
+            name = self._choose("forward", rows, W, engine, lambda name: self._forward(name, x, W, bias, rows))
         return self._forward(name, x, W, bias, rows)
 
     def backward(self, dy: Tensor, W: Tensor, engine: str = AUTO, into: Tensor | None = None) -> Tensor:
         """``into + dy W``: dy [M, N], W [N, K] -> [M, K]; may write into ``into``."""
         rows = dy.shape[0]
-        name = self._choose("backward", rows, W, engine, lambda name: self._backward(name, dy, W, rows, None))
+        name = self._known("backward", rows, W, engine)
+        if name is None:
+            name = self._choose("backward", rows, W, engine, lambda name: self._backward(name, dy, W, rows, None))
         return self._backward(name, dy, W, rows, into)
 
     def _forward(self, name: str, x: Tensor, W: Tensor, bias: Tensor | None, rows: int) -> Tensor:
         if name == LINEAR:
-            return F.linear(x, W, bias)
-        weight = W if name == ONEDNN else self._pack("forward", W, rows)
-        return _pointwise(x.reshape(rows, W.shape[1]), weight, bias).view(*x.shape[:-1], W.shape[0])
+            y = F.linear(x, W, bias)
+        else:
+            y = _pointwise(x.reshape(rows, W.shape[1]), W if name == ONEDNN else self._pack("forward", W, rows), bias)
+        if x.dim() == 2 and not y._is_view():
+            return y
+        # Autograd lets nobody change a view that an operator made, as an in-place ReLU behind the layer would.
+        return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], W.shape[0]))
 
     def _backward(self, name: str, dy: Tensor, W: Tensor, rows: int, into: Tensor | None) -> Tensor:
         if name == LINEAR:
@@ -95,6 +103,13 @@ class MatmulEngines:
         if into is None:
             return _pointwise(dy, weight, None)
         return torch.ops.mkldnn._linear_pointwise.binary(dy, into, weight, None, "add")
+
+    def _known(self, direction: str, rows: int, W: Tensor, engine: str) -> str | None:
+        """What was chosen before, without the checks of a first choice: on a small layer they cost 2 % of a step."""
+        if "FASTLORA_CPU_ENGINE" in os.environ or W.requires_grad or not W.is_cpu:
+            return None
+        choice = self._choices.get(self._key(direction, rows, W, engine))
+        return None if choice is None else choice.name
 
     def _choose(self, direction: str, rows: int, W: Tensor, engine: str, run: Callable[[str], Tensor]) -> str:
         wanted = os.environ.get("FASTLORA_CPU_ENGINE", "") if engine in (AUTO, UNPACKED) else engine
@@ -115,7 +130,7 @@ class MatmulEngines:
 
     @staticmethod
     def _key(direction: str, rows: int, W: Tensor, engine: str) -> tuple:
-        return (direction, rows.bit_length(), *W.shape, W.dtype, engine, torch.get_num_threads())
+        return (direction, rows.bit_length(), W.shape, W.dtype, engine, torch.get_num_threads())
 
     def settled_on_linear(self, rows: int, W: Tensor, engine: str) -> bool:
         """Whether both directions were measured and the library's own linear won: nothing is left to decide."""
@@ -152,7 +167,7 @@ class MatmulEngines:
         return {
             f"{key[0]}, up to {2 ** key[1] - 1} rows": choice
             for key, choice in self._choices.items()
-            if key[2:5] == (*W.shape, W.dtype)
+            if key[2:4] == (W.shape, W.dtype)
         }
 
 

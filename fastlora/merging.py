@@ -37,7 +37,9 @@ def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
         for parameter in module._parameters.values():
             users.setdefault(id(parameter), []).append(name)
     for path, layer in layers.items():
-        sharing = [name for name in users[id(layer.weight)] if name != path]
+        # An attention module holds the weight of its stacked projection.
+        holder = path if "weight" in layer._parameters else path.rpartition(".")[0]
+        sharing = [name for name in users[id(layer.weight)] if name != holder]
         if sharing:
             raise ValueError(f"model: {path!r} and {sharing[0]!r} share one weight and cannot be merged")
         if layer.merged:

@@ -108,6 +108,23 @@ def _register_fakes() -> None:
     def _(ranges, rows, block):
         return ranges.new_empty(((rows + block - 1) // block + ranges.shape[0], 2))
 
+    @torch.library.register_fake("fastlora::penalty")
+    def _(A, B, scales, weights):
+        return weights.new_empty((), dtype=torch.float32)
+
+    @torch.library.register_fake("fastlora::penalty_grad_")
+    def _(dA, dB, A, B, scales, weights, lmbda):
+        return None
+
+    @torch.library.register_fake("fastlora::squared_norms")
+    def _(tensors):
+        device = tensors[0].device if tensors else None
+        return torch.empty(len(tensors), dtype=torch.float64, device=device)
+
+    @torch.library.register_fake("fastlora::resize_ranks_")
+    def _(to, source):
+        return None
+
     @torch.library.register_fake("fastlora::dropout")
     def _(x, seed, projection, p):
         return x.new_empty(x.shape)

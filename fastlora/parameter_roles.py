@@ -8,6 +8,7 @@ from torch import nn
 
 from .blocks import is_norm
 from .nn.linear import DEFAULT, adapted_layers
+from .roles import HEADS, is_head
 
 ROLES_OF_PARAMETERS = ("lora", "norm", "bias", "head", "other")
 
@@ -44,6 +45,21 @@ def saved_modules(model: nn.Module, adapter: str = DEFAULT) -> list[str]:
     config = getattr(model, "fastlora_configs", {}).get(adapter)
     wanted = list(config.modules_to_save or ()) if config is not None else []
     return [n for n, _ in model.named_modules() if any(n == w or n.endswith("." + w) for w in wanted)]
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """Full names of the modules that classify; the output embedding of a language model is none."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_head(model, name, module) and not _embeds(model, module):
+            top = name.partition(".")[0]
+            found.append(top if top in HEADS else name)
+    return list(dict.fromkeys(found))
+
+
+def _embeds(model: nn.Module, head: nn.Module) -> bool:
+    getters = [getattr(m, "get_output_embeddings", None) for m in model.modules()]
+    return any(get() is head for get in getters if callable(get))
 
 
 def head_modules(model: nn.Module, adapter: str = DEFAULT) -> list[str]:

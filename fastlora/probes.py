@@ -30,7 +30,9 @@ class _Tap(torch.autograd.Function):
     def forward(ctx, y: Tensor, x: Tensor, sink: list, micro: int, select: tuple[Tensor, bool] | None) -> Tensor:
         ctx.sink, ctx.micro, ctx.select = sink, micro, select
         ctx.save_for_backward(x)
-        return y.view_as(y)
+        # Not a view of y, which an owner could not add its bias to in place.
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):

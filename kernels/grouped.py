@@ -7,7 +7,7 @@ adapter's own rows times its own ranks; a row's result does not depend on the re
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from .tiling import TileConfig, choose_split, choose_tiles
 
 
 class Ranks(NamedTuple):
-    """Ranks [adapters][projections] and probe columns [adapters] of a group; hashable, so that tables are kept by it."""
+    """Ranks [adapters][projections] and probe columns [adapters]; hashable, so that tables are kept by it."""
 
     ranks: tuple[tuple[int, ...], ...]
     probes: tuple[int, ...]
@@ -37,33 +37,15 @@ class Ranks(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Where the rows of each adapter stand: order int64 [M] or [0], ranges int64 [adapters, 2], on the device."""
+    """Where the rows of each adapter stand: order int64 [M] or [0], ranges int64 [adapters, 2], on the device.
+
+    ``schedule(ranges, rows, block)`` -> [tiles, 2]: adapter (-1: none) and first position of each tile of at most
+    ``block`` rows, in the adapters' order.
+    """
 
     order: Tensor
     ranges: Tensor
-
-
-def segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:
-    """int64 [ceil(rows / block) + adapters, 2]: adapter and first position of each tile of at most ``block`` rows.
-
-    Unused tiles at the end have adapter -1. Reads nothing back to the host.
-    """
-    adapters = ranges.shape[0]
-    counts = (ranges[:, 1] - ranges[:, 0] + block - 1) // block
-    ends = counts.cumsum(0)
-    i_tile = torch.arange(triton.cdiv(rows, block) + adapters, device=ranges.device)
-    adapter = torch.searchsorted(ends, i_tile, right=True)
-    own = adapter.clamp(max=adapters - 1)
-    first = ranges[own, 0] + (i_tile - (ends - counts)[own]) * block
-    return torch.stack([torch.where(adapter < adapters, adapter, -1), first], dim=1)
-
-
-def _schedule(batch: Batch, rows: int, block: int) -> Tensor:
-    key = batch.ranges.device.type.upper()
-    operator = getattr(torch.ops.fastlora, "segment_tiles", None)
-    if operator is not None and torch._C._dispatch_has_kernel_for_dispatch_key("fastlora::segment_tiles", key):
-        return operator(batch.ranges, rows, block)
-    return segment_tiles(batch.ranges, rows, block)
+    schedule: Callable[[Tensor, int, int], Tensor]
 
 
 def pack(factors: Sequence[Tensor]) -> Tensor:
@@ -126,7 +108,13 @@ def _wgrad_rows(own: Ranks, widths: tuple[int, ...], live: tuple[int, ...]) -> l
 
 
 def _segments(
-    kind: str, batch: Batch, tiles: Tensor, own: Ranks, widths: Sequence[int], live: Sequence[int], scales: Sequence[float]
+    kind: str,
+    batch: Batch,
+    tiles: Tensor,
+    own: Ranks,
+    widths: Sequence[int],
+    live: Sequence[int],
+    scales: Sequence[float],
 ) -> Segments:
     device = batch.ranges.device
     return Segments(
@@ -160,7 +148,7 @@ def grouped_shrink(
     h = torch.zeros(M, max(own.widths), dtype=x.dtype, device=x.device)
     if h.numel() and K:
         tiles = tiles or choose_tiles("grouped_shrink", M, 0, K, h.shape[1], x.dtype)
-        schedule = _schedule(batch, M, tiles.rows)
+        schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments = _segments("shrink", batch, schedule, own, (), (), [1.0] * len(own.ranks))
         shrink.run([x], [pack(factors).view(-1, K)], h, [0], [1.0], True, tiles, segments=segments)
     return h
@@ -189,7 +177,7 @@ def grouped_expand_(
     if M:
         tiles = tiles or choose_tiles("expand", 0, 0, 0, 0, h.dtype)
         widths = [B[i].shape[0] for i in range(n)]
-        schedule = _schedule(batch, M, tiles.rows)
+        schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments = _segments("pairs", batch, schedule, own, widths, range(n), scales)
         packed = pack(B).view(-1, 1)
         projections = [
@@ -228,11 +216,10 @@ def grouped_shrink_backward(
         tiles = tiles or choose_tiles("grouped_shrink", M, 0, 0, dh.shape[1], dh.dtype)
         widths = [B[i].shape[0] for i in range(n)]
         some = [scales[g * n + i] for g in range(len(own.ranks)) for i in live]
-        segments = _segments("pairs", batch, _schedule(batch, M, tiles.rows), own, widths, live, some)
+        schedule = batch.schedule(batch.ranges, M, tiles.rows)
+        segments = _segments("pairs", batch, schedule, own, widths, live, some)
         packed = pack(B).view(-1, 1)
-        shrink.run(
-            wide, [packed] * len(live), dh, [0] * len(live), [1.0] * len(live), False, tiles, segments=segments
-        )
+        shrink.run(wide, [packed] * len(live), dh, [0] * len(live), [1.0] * len(live), False, tiles, segments=segments)
     return dh
 
 
@@ -243,7 +230,7 @@ def grouped_linear_backward_(
     if dx.numel() and dh.numel():
         tiles = tiles or choose_tiles("expand", 0, 0, 0, 0, dx.dtype)
         without = own._replace(probes=(0,) * len(own.probes))
-        schedule = _schedule(batch, dx.shape[0], tiles.rows)
+        schedule = batch.schedule(batch.ranges, dx.shape[0], tiles.rows)
         segments = _segments("shrink", batch, schedule, without, (), (), [1.0] * len(own.ranks))
         packed = pack(A).view(-1, dx.shape[1])
         linear_backward.add_adapters_(dx, dh, [packed], [0], tiles=tiles, segments=segments)
@@ -264,8 +251,8 @@ def grouped_wgrad(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """``dA = dh^T x``, ``dB = s dy_i^T h_i``, ``Q = dy_i^T h_P`` of every adapter over its own rows.
 
-    x [M, K] (None: dA is not wanted), dy_i [M, widths_i] (None: zeros) -> dA [r, K], dB [N_i, r] in ``dtype`` and Q fp32
-    [N_i, k_g], each with one entry for every adapter and projection.
+    x [M, K] (None: dA is not wanted), dy_i [M, widths_i] (None: zeros) -> dA [r, K], dB [N_i, r] in ``dtype`` and Q
+    fp32 [N_i, k_g], each with one entry for every adapter and projection.
     """
     n, live = len(dy), [i for i, part in enumerate(dy) if part is not None]
     wide, K = [unit_last(dy[i]) for i in live], 0 if x is None else x.shape[1]
@@ -290,11 +277,7 @@ def grouped_wgrad(
         read = sum(p.wide.numel() for p in products)
         parts = max(1, min(choose_split(programs, triton.cdiv(M, tiles.depth), 2), read // total))
         partial = torch.empty(parts, total, dtype=torch.float32, device=h.device)
-        some = [
-            s
-            for g in range(len(own.ranks))
-            for s in [*[1.0] * len(inputs), *(scales[g * n + i] for i in live)]
-        ]
+        some = [s for g in range(len(own.ranks)) for s in [*[1.0] * len(inputs), *(scales[g * n + i] for i in live)]]
         segments = _segments("wgrad", batch, batch.ranges, own, [K, *widths], live, some)
         wgrad.run(products, partial, 0, tiles, segments=segments)
         reduce_partials(partial, flat, [1.0] * 3)
@@ -307,7 +290,5 @@ def grouped_wgrad(
     for packed, some, shape in zip(flat, sizes, shapes, strict=True):
         views = packed.split(some)
         there = iter(_apart([v.view(s) for v, s, size in zip(views, shape, some, strict=True) if size]))
-        found.append(
-            [next(there) if size else packed.new_zeros(s) for size, s in zip(some, shape, strict=True)]
-        )
+        found.append([next(there) if size else packed.new_zeros(s) for size, s in zip(some, shape, strict=True)])
     return found[0] if x is not None else [], found[1], found[2]

@@ -69,18 +69,18 @@ def linear_tile(
         b_b = tl.load(p_rows_b + o_rank[:, None], mask=m_n & (o_rank < rank)[:, None], other=0.0).to(b_h.dtype)
         b_acc = tl.dot(b_h, b_b, b_acc, input_precision=PRECISION)
     b_acc *= scale
-    p_tile = p_y + o_row * stride_y + o_n[None, :]
-    if not MATMUL:
-        b_acc += tl.load(p_tile, mask=m_m & m_n, other=0.0).to(tl.float32)
-    elif desc_x is None:
+    if MATMUL and desc_x is None:
         p_rows_w = p_w + o_n.to(tl.int64)[None, :] * stride_w
         b_acc = matmul_loop(b_acc, p_x + o_row * stride_x, p_rows_w, 1, m_m, m_n, K, EVEN_K, BLOCK_K, PRECISION)
-    else:
+    elif MATMUL:
         for k in tl.range(0, K, BLOCK_K):
             b_x, b_w = desc_x.load([i_m * BLOCK_M, k]), desc_w.load([o_first, k])
             b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, input_precision=PRECISION)
     if BIAS:
         b_acc += tl.load(p_bias + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
+    p_tile = p_y + o_row * stride_y + o_n[None, :]
+    if not MATMUL:
+        b_acc += tl.load(p_tile, mask=m_m & m_n, other=0.0).to(tl.float32)
     b_y = b_acc.to(p_y.dtype.element_ty)
     tl.store(p_tile, b_y, mask=m_m & m_n)
     if MOMENTS:
@@ -99,8 +99,8 @@ def linear_kernel(
 ):  # fmt: skip
     """One tile of one projection's y, or with TMA every so many of them from a fixed number of programs.
 
-    Without MATMUL y holds x W^T + bias already and is updated in place. With ``segments`` a tile is rows of one adapter,
-    and its part of the packed factors ``p_b[0]`` stands in a table.
+    Without MATMUL y holds x W^T + bias already and is updated in place. With ``segments`` a tile is rows of one
+    adapter, and its part of the packed factors ``p_b[0]`` stands in a table.
     """
     if TMA:
         desc_x = tl.make_tensor_descriptor(p_x, [M, K], [stride_x, 1], [BLOCK_M, BLOCK_K])
@@ -109,7 +109,7 @@ def linear_kernel(
             width, stride_w, p_weight = pick(widths, i_entry), pick(strides_w, i_entry), pick(p_w, i_entry)
             desc_w = tl.make_tensor_descriptor(p_weight, [width, K], [stride_w, 1], [BLOCK_N, BLOCK_K])
             own = tiles_m * tl.cdiv(width, BLOCK_N)
-            for i_tile in tl.range(i_next, own, tl.num_programs(0), num_stages=1):
+            for i_tile in tl.range(i_next, own, tl.num_programs(0), num_stages=1, disable_licm=True):
                 i_m, i_n = swizzle(i_tile, tiles_m, tl.cdiv(width, BLOCK_N), BAND)
                 o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
                 linear_tile(
@@ -164,9 +164,10 @@ def expand(
     widths = tuple(p.W.shape[0] for p in projections)
     ranks, strides_b = [p.B.shape[1] for p in projections], [p.B.stride(0) for p in projections]
     offsets = [p.offset for p in projections]
-    tiles = tiles or choose_tiles("linear" if matmul else "expand", M, sum(widths), K, max(ranks), x.dtype)
-    tma = matmul and tiles.tma and aligned([x, *(p.W for p in projections)])
     moments = projections[0].moments is not None
+    verb = ("linear_moments" if moments else "linear") if matmul else "expand"
+    tiles = tiles or choose_tiles(verb, M, sum(widths), K, max(ranks), x.dtype)
+    tma = matmul and tiles.tma and aligned([x, *(p.W for p in projections)])
     tiles_m = triton.cdiv(M, tiles.rows) if segments is None else segments.tiles.shape[0]
     tiles_n = sum(triton.cdiv(width, tiles.columns) for width in widths)
     sums = torch.empty(tiles_m, 2, sum(widths), dtype=torch.float32, device=x.device) if moments else x

@@ -9,7 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import aligned, clear, even, keep_mask, launch, matmul_loop, opaque, own_rows, precision, stacked_rows, swizzle, table_row, unit_last
+from .primitives import (
+    aligned,
+    clear,
+    even,
+    keep_mask,
+    launch,
+    matmul_loop,
+    opaque,
+    own_rows,
+    precision,
+    stacked_rows,
+    swizzle,
+    table_row,
+    unit_last,
+)
 from .tiling import TileConfig, choose_strategy, choose_tiles
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,11 +63,9 @@ def reduce_pairs_kernel(p_partial, p_out, count, BLOCK: tl.constexpr):
     tl.store(p_out + i_run.to(tl.int64) * 2 + o_pair, b_total.to(p_out.dtype.element_ty))
 
 
-def reduce_pairs(partial: Tensor) -> Tensor:
-    """Sum of ``partial`` [runs, count, 2] over count: fp32 [runs, 2]."""
-    out = torch.empty(partial.shape[0], 2, dtype=torch.float32, device=partial.device)
+def reduce_pairs(partial: Tensor, out: Tensor) -> None:
+    """Sum ``partial`` [runs, count, 2] over count into fp32 ``out`` [runs, 2]."""
     launch(reduce_pairs_kernel, (partial.shape[0],), partial, out, partial.shape[1], BLOCK=256, num_warps=4)
-    return out
 
 
 @triton.jit(do_not_specialize=["M"])

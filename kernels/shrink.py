@@ -40,9 +40,9 @@ def shrink_kernel(
 ):  # fmt: skip
     """SHARED: one x and all factors stacked, rows of the first MASKED factors see their own dropout of x.
 
-    Else factor i multiplies its own x_i, scaled by scales[i]. ``total`` is the number of columns of h. With ``segments``
-    a tile is rows of one adapter, and its part of the packed ``p_factors[0]`` stands in a table. MOMENTS leaves each
-    tile's column sums of x, and of its squares about their mean, in p_sums.
+    Else factor i multiplies its own x_i, scaled by scales[i]. ``total`` is the number of columns of h. MOMENTS leaves
+    each tile's column sums of x, and of its squares about their mean, in p_sums. With ``segments`` a tile is rows of
+    one adapter, and its part of the packed ``p_factors[0]`` stands in a table.
     """
     # Rank blocks of the same rows are neighbours: the second finds x in the cache.
     columns = BLOCKS if SHARED else BLOCKS * len(widths)
@@ -133,7 +133,8 @@ def run(
     strides = tuple(f.stride(0) for f in factors)
     ranks = [f.shape[0] if shared else f.shape[1] for f in factors]
     widths = tuple(t.shape[1] for t in x)
-    verb = ("grouped_shrink" if segments else "shrink") + ("_dropout" if masked else "")
+    plain = "shrink" if moments is None else "shrink_moments"
+    verb = "grouped_shrink" if segments else "shrink_dropout" if masked else plain
     tiles = tiles or choose_tiles(verb, M, 0, max(widths), total, x[0].dtype)
     widest = segments.widest if segments else total if shared else max(ranks)
     block = block_rank(widest) if segments is None else tiles.columns

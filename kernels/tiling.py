@@ -23,7 +23,7 @@ class TileConfig(NamedTuple):
     """Tile of the output (rows x columns), step along the sum, warps, pipeline stages, row tiles in a band.
 
     shrink takes its columns from the ranks, and so does wgrad its rows: there ``columns`` is a width of x or dy.
-    ``tma``: operands come through TMA descriptors into a fixed number of programs, where their rows are 16-byte aligned.
+    ``tma``: operands come through TMA descriptors into a fixed number of programs, where rows are 16-byte aligned.
     """
 
     rows: int
@@ -55,14 +55,28 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("shrink", "fp32"): (Entry(TileConfig(32, 0, 64, 4, 3), 0, _FFMA),),
     ("shrink_dropout", "half"): (Entry(TileConfig(32, 0, 32, 4, 3), 0, _PHILOX),),
     ("shrink_dropout", "fp32"): (Entry(TileConfig(16, 0, 32, 4, 2), 0, _PHILOX),),
+    ("shrink_moments", "half"): (Entry(TileConfig(64, 0, 64, 4, 4), 0, "as shrink"),),
+    ("shrink_moments", "fp32"): (Entry(TileConfig(32, 0, 32, 4, 3), 0, _FFMA),),
     # Columns are ranks here; one entry, since how a row is summed may not depend on the other rows of its batch.
     ("grouped_shrink", "half"): (Entry(TileConfig(32, 32, 64, 4, 4), 0, "as shrink; padding at most 31 ranks"),),
-    ("grouped_shrink", "fp32"): (Entry(TileConfig(32, 32, 64, 4, 3), 0, _FFMA),),
+    ("grouped_shrink", "fp32"): (Entry(TileConfig(32, 32, 32, 4, 3), 0, _FFMA),),
     ("linear", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "few rows: twice the programs of the next, one warpgroup each"),
         Entry(TileConfig(128, 128, 64, 8, 4), 8192, "64 sums a thread; 4 stages hold 128 KiB of operands"),
-        Entry(TileConfig(128, 256, 64, 8, 3), 0, "128 sums a thread: most work per byte of shared memory that fits"),
+        Entry(
+            TileConfig(128, 256, 64, 8, 4, tma=True),
+            0,
+            "many tiles a program: pays for its descriptors, and copies need no addresses, so that a fourth stage fits",
+        ),
     ),
+    ("linear_moments", "half"): (
+        Entry(TileConfig(64, 128, 64, 4, 4), 1024, "as linear"),
+        Entry(TileConfig(128, 128, 64, 8, 4), 8192, "as linear"),
+        Entry(
+            TileConfig(128, 256, 64, 8, 3), 0, "the persistent schedule spills with the moments of 128 sums a thread"
+        ),
+    ),
+    ("linear_moments", "fp32"): (Entry(TileConfig(64, 64, 16, 8, 3), 0, _FFMA),),
     ("linear", "fp32"): (Entry(TileConfig(64, 64, 16, 8, 3), 0, _FFMA),),
     ("linear_backward", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "as linear"),
@@ -90,6 +104,10 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
         Entry(TileConfig(128, 256, 64, 8, 3), 0, "long runs: the largest tile, as for a weight gradient"),
     ),
     ("gradstat", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
+    ("gradstat_diagonal", "half"): (
+        Entry(TileConfig(128, 128, 64, 8, 3), 0, "two sums an entry: half of gradstat's largest tile"),
+    ),
+    ("gradstat_diagonal", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
     ("covariance", "half"): (Entry(TileConfig(128, 128, 64, 8, 3), 0, "square, as a tile is stored twice"),),
     ("covariance", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
 }
@@ -118,9 +136,10 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     """How ``linear`` ("forward" or "backward") runs: "fused", "library" (cuBLAS, then expand) or "augmented".
 
     Fusing saves a read and a write of the output. From the roofline, at width 768 the fused matmul pays from 0.69 of
-    cuBLAS's speed in the forward and 0.88 in the backward, at 4096 from 0.92 and 0.95. Kernels of this kind (pointers,
-    no TMA) are commonly seen at 0.7 to 0.85 of it: so fused up to 1024 columns, the library's matmul above. In exact
-    fp32 the library's tuned kernels win. "augmented" copies W at every call: never the default.
+    cuBLAS's speed in the forward and 0.88 in the backward, at 4096 from 0.92 and 0.95. Kernels of this kind are
+    commonly seen at 0.7 to 0.85 of it by pointers, 0.85 to 0.95 persistent with TMA: so fused up to 1024 columns, the
+    library's matmul above. In exact fp32 the library's tuned kernels win. "augmented" copies W at every call: never the
+    default.
     """
     if dtype == torch.float32:
         return "library"

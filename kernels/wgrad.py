@@ -10,7 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import Segments, block_rank, clear, even, find_tile, keep_mask, launch, opaque, pick, precision, table_row, unit_last
+from .primitives import (
+    Segments,
+    block_rank,
+    clear,
+    even,
+    find_tile,
+    keep_mask,
+    launch,
+    opaque,
+    pick,
+    precision,
+    table_row,
+    unit_last,
+)
 from .reduce import reduce_partials
 from .tiling import TileConfig, choose_split, choose_tiles
 

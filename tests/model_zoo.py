@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ class Entry:
     counts: tuple[int, int, int, int]
     peft: tuple[str, ...]  # target_modules for PEFT
     rows_are_samples: bool = True  # whether dimension 0 of every input is the sample
+    ranks: dict[str, int] = field(default_factory=dict)  # rank_pattern for matrices that are too small for r = 4
 
 
 def ids(*shape: int) -> torch.Tensor:
@@ -66,6 +67,44 @@ def _run_clip(model: nn.Module) -> torch.Tensor:
     return model(input_ids=ids(3, 9), pixel_values=real(model, 2, 3, 16, 16)).logits_per_text
 
 
+class TorchEncoder(nn.Module):
+    """torch's own encoder, whose layers have a fused path that reads the weights."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.encoder(x, src_key_padding_mask=padding)
+        # What padded places hold differs between torch's paths.
+        return self.head((y if padding is None else y.masked_fill(padding.unsqueeze(-1), 0.0)).mean(dim=1))
+
+
+def _run_encoder(model: nn.Module) -> torch.Tensor:
+    padding = torch.arange(7).expand(2, 7) >= torch.tensor([[7], [4]])
+    return model(real(model, 2, 7, 32), padding)
+
+
+def _run_transformer(model: nn.Module) -> torch.Tensor:
+    return model(real(model, 5, 2, 32), real(model, 3, 2, 32))
+
+
+def _open_clip() -> nn.Module:
+    import pytest
+
+    clip = pytest.importorskip("open_clip")
+    vision = clip.CLIPVisionCfg(layers=2, width=32, head_width=8, patch_size=8, image_size=16)
+    text = clip.CLIPTextCfg(context_length=9, vocab_size=50, width=32, heads=4, layers=2)
+    return clip.CLIP(16, vision, text, output_dict=True)
+
+
+def _run_open_clip(model: nn.Module) -> torch.Tensor:
+    out = model(real(model, 2, 3, 16, 16), ids(2, 9))
+    return out["image_features"] @ out["text_features"].T  # the features have norm 1
+
+
 def image(size: int) -> Callable[[nn.Module], torch.Tensor]:
     return lambda m: m(real(m, 2, 3, size, size))
 
@@ -87,13 +126,35 @@ _DEBERTA = dict(
 )
 # fmt: off
 ZOO = {
-    "timm_vit": Entry(lambda: _timm("vit_tiny_patch16_224", **_VIT), image(16), (2, 4, 4, 8), ("qkv", "attn.proj", "fc1")),
+    "timm_vit": Entry(
+        lambda: _timm("vit_tiny_patch16_224", **_VIT), image(16), (2, 4, 4, 8), ("qkv", "attn.proj", "fc1"),
+    ),
     "timm_deit": Entry(
         lambda: _timm("deit_tiny_distilled_patch16_224", **_VIT), image(16), (2, 4, 4, 8), ("qkv", "attn.proj", "fc1"),
     ),
     "timm_swin": Entry(
         lambda: _timm("swin_tiny_patch4_window7_224", **_SWIN), image(32), (4, 8, 8, 17), ("qkv", "attn.proj", "fc2"),
         rows_are_samples=False,
+    ),
+    "timm_beit": Entry(
+        lambda: _timm("beit_base_patch16_224", **_VIT), image(16), (2, 4, 4, 8), ("qkv", "attn.proj", "fc1"),
+    ),
+    "timm_eva02": Entry(
+        lambda: _timm("eva02_tiny_patch14_224", **_VIT), image(16), (2, 4, 4, 8), ("qkv", "attn.proj", "fc1"),
+    ),
+    "timm_swinv2": Entry(
+        lambda: _timm("swinv2_tiny_window8_256", **_SWIN), image(32), (4, 8, 8, 25), ("qkv", "attn.proj", "fc2"),
+        rows_are_samples=False, ranks={"cpb_mlp.0": 2, "cpb_mlp.2": 2},
+    ),
+    "open_clip": Entry(_open_clip, _run_open_clip, (4, 8, 8, 16), ("attn", "c_fc", "c_proj")),
+    "torch_encoder": Entry(TorchEncoder, _run_encoder, (2, 4, 4, 8), ("self_attn", "linear1")),
+    "torch_transformer": Entry(
+        lambda: nn.Transformer(32, 4, 1, 1, 48), _run_transformer, (3, 6, 4, 10), ("self_attn", "multihead_attn"),
+        rows_are_samples=False,
+    ),
+    "gpt2": Entry(
+        lambda: _hf("GPT2LMHeadModel", "GPT2Config", vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=40),
+        _logits, (2, 4, 4, 8), ("c_attn", "c_proj"),
     ),
     "bert": Entry(lambda: _hf("BertForSequenceClassification", "BertConfig", **TEXT), _logits, (6, 8, 4, 13), _BERT),
     "roberta": Entry(

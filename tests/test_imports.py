@@ -31,14 +31,16 @@ LAYERS = (
     ("factors", "config"),
     ("nn",),
     ("covariance", "tracking_checks", "regulariser", "restoring", "update_variance", "progress"),
-    ("roles", "blocks", "parameter_roles"),
-    ("injection", "merging", "overview", "policies", "tracker", "calibration", "adapter_set"),
-    ("peft_names", "peft_files", "peft_io", "peft_load"),
+    ("targets",),
+    ("roles", "blocks", "parameter_roles", "presets"),
+    ("injection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
+    ("adapter_set",),
+    ("peft_names", "peft_attention", "peft_files", "peft_io", "peft_load"),
     ("integrations",),
     ("demo", "report", "cli", "bench", "doctor", "__main__"),
 )
 # Functions of tensors and dicts: anybody may import them, and they import nothing above themselves.
-PURE = ("scores", "allocation", "penalty", "temperature")
+PURE = ("scores", "score_table", "allocation", "penalty", "temperature")
 ANYWHERE = ("testing",)
 ROOT = "__init__"  # the public names, above everything
 

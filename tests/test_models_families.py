@@ -20,7 +20,7 @@ EVERY = pytest.mark.parametrize("name", ZOO)
 
 def adapted(name: str, scale: float = 0.1, **fields):
     """Every linear adapted, q, k and v apart also where they are one matrix, and B not zero."""
-    fields = {"target_modules": "all-linear", "split_qkv": True, **fields}
+    fields = {"target_modules": "all-linear", "split_qkv": True, "rank_pattern": ZOO[name].ranks, **fields}
     return randomise(fastlora.inject(build(name), config(**fields)), scale)
 
 
@@ -74,7 +74,7 @@ def test_what_the_modules_offer(name):
         p.numel() for n, p in model.named_parameters() if ".lora_" in n and p.requires_grad
     )
     assert [row.path for row in fastlora.explain(model).rows] == list(layers)
-    ranks = {row.key: 1 + i % 3 for i, row in enumerate(summary.rows)}
+    ranks = {row.key: min(1 + i % 3, row.in_features, row.out_features) for i, row in enumerate(summary.rows)}
     fastlora.set_ranks(model, ranks, reinit=True)
     assert {row.key: row.rank for row in fastlora.summary(model).rows} == ranks
     with torch.no_grad():
@@ -100,6 +100,7 @@ def test_exact_statistics_are_those_of_the_full_gradient(name):
     for path, layer in layers.items():
         for part in layer.slices:
             key = path if part == "weight" else f"{path}[{part}]"
-            expected = layer.weight.grad[layer.slice_rows(part)].square().sum().item()
+            grad = layer.weight.grad.T if isinstance(layer, fastlora.nn.Conv1D) else layer.weight.grad
+            expected = grad[layer.slice_rows(part)].square().sum().item()
             assert math.isclose(mine[key], expected, rel_tol=1e-3), key
     assert all(v > 0 for kind in kinds for v in tracker.scores(kind).values())

@@ -18,12 +18,14 @@ namespace fastlora {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Uninitialised memory, aligned to a cache line.
+// Uninitialised memory, aligned to a cache line; no memory for no elements.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(count + 1), std::align_val_t(64)))) {}
+      : data_(count == 0
+                  ? nullptr
+                  : static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(count), std::align_val_t(64)))) {}
   T* get() const { return data_.get(); }
 
  private:

@@ -6,6 +6,7 @@
 #include "cpu/common.h"
 #include "cpu/group.h"
 #include "cpu/pack.h"
+#include "cpu/transpose.h"
 
 namespace fastlora {
 
@@ -98,6 +99,18 @@ inline Adapters read_adapters(const std::vector<Tensor>& A, const std::vector<Te
                                     entries(scales, g, count), depth, widths));
   }
   return out;
+}
+
+// out [rank, columns] = scale * B^T, with B rounded to x's dtype; scratch holds as many values.
+inline void pack_transposed(const Tensor& B, float scale, ScalarType rounded, float* scratch, float* out) {
+  const int64_t columns = B.size(0), rank = B.size(1);
+  if (columns * rank == 0) return;
+  if (B.scalar_type() == ScalarType::Float && rounded == ScalarType::Float && B.stride(1) == 1) {
+    transpose_scaled(static_cast<const float*>(B.const_data_ptr()), B.stride(0), columns, rank, scale, out, columns);
+    return;
+  }
+  pack(B, 1.0f, rounded, scratch);
+  transpose_scaled(scratch, rank, columns, rank, scale, out, columns);
 }
 
 // Static split over threads by work. It depends only on the segments, the shapes and the thread count, so that results
@@ -226,23 +239,6 @@ FloatRows float_rows(const T* from, int64_t stride, const Rows& rows, int64_t co
   return {scratch, columns};
 }
 
-// Calls f(rows, stride) on rows that it changes in place, or on a copy that is written back.
-template <class T, class F>
-void update_rows(const Target& target, const Rows& rows, T* scratch, const F& f) {
-  if (rows.index == nullptr) {
-    f(target.row<T>(rows.first), rows.step * target.stride);
-    return;
-  }
-  const int64_t columns = target.columns;
-  for (int64_t i = 0; i < rows.count; ++i) {
-    std::copy_n(target.row<T>(rows.index[i]), columns, scratch + i * columns);
-  }
-  f(scratch, columns);
-  for (int64_t i = 0; i < rows.count; ++i) {
-    std::copy_n(scratch + i * columns, columns, target.row<T>(rows.index[i]));
-  }
-}
-
 // The kernels of one part, which counts the multiply-adds that it asks of them.
 struct Multiplier {
   int64_t done = 0;
@@ -255,13 +251,58 @@ struct Multiplier {
     kernels().outer(d, ldd, rank, x.data, x.stride, rows, columns, g, columns);
     done += rows * rank * columns;
   }
+  // y[rows, column..] += s b in place; scratch holds as many values.
   template <class T>
-  void expand(const float* s, int64_t lds, int64_t rows, const float* b, int64_t rank, int64_t columns, T* y,
-              int64_t ldy) {
+  void expand(const float* s, int64_t lds, const Rows& rows, const float* b, int64_t rank, int64_t columns,
+              const Target& y, int64_t column, T* scratch) {
     if (rank == 0) return;
-    kernels().of<T>().expand(s, lds, rows, b, columns, rank, columns, y, ldy);
-    done += rows * rank * columns;
+    done += rows.count * rank * columns;
+    const TypedKernels<T>& typed = kernels().of<T>();
+    if (rows.index == nullptr) {
+      typed.expand(s, lds, rows.count, b, columns, rank, columns, y.row<T>(rows.first) + column, rows.step * y.stride);
+      return;
+    }
+    // One row at a time is slower than a tile of rows; up to this rank copying rows there and back costs more.
+    constexpr int64_t kLowRank = 16;
+    if (rank <= kLowRank) {
+      expand_each<T>(s, lds, rows, b, rank, columns, y, column);
+      return;
+    }
+    for (int64_t i = 0; i < rows.count; ++i) {
+      std::copy_n(y.row<T>(rows.index[i]) + column, columns, scratch + i * columns);
+    }
+    typed.expand(s, lds, rows.count, b, columns, rank, columns, scratch, columns);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      std::copy_n(scratch + i * columns, columns, y.row<T>(rows.index[i]) + column);
+    }
+  }
+
+ private:
+  template <class T>
+  static void expand_each(const float* s, int64_t lds, const Rows& rows, const float* b, int64_t rank, int64_t columns,
+                          const Target& y, int64_t column) {
+    // The columns of b that meet all rows of the block stay in the first-level cache.
+    constexpr int64_t kFactors = 6144, kStep = 64;
+    const int64_t strip = std::max(kFactors / rank / kStep, int64_t{1}) * kStep;
+    for (int64_t n = 0; n < columns; n += strip) {
+      for (int64_t i = 0; i < rows.count; ++i) {
+        // The kernel fetches the row after its last one ahead: the stride tells it where that is.
+        const int64_t next = i + 1 < rows.count ? rows.index[i + 1] - rows.index[i] : 0;
+        kernels().of<T>().expand(s + i * lds, lds, 1, b + n, columns, rank, std::min(strip, columns - n),
+                                 y.row<T>(rows.index[i]) + column + n, next * y.stride);
+      }
+    }
   }
 };
+
+// Rows in their own dtype: the data itself, or a copy.
+template <class T>
+std::pair<const T*, int64_t> typed_rows(const Target& from, const Rows& rows, T* scratch) {
+  if (rows.index == nullptr) return {from.row<T>(rows.first), rows.step * from.stride};
+  for (int64_t i = 0; i < rows.count; ++i) {
+    std::copy_n(from.row<T>(rows.index[i]), from.columns, scratch + i * from.columns);
+  }
+  return {scratch, from.columns};
+}
 
 }  // namespace fastlora

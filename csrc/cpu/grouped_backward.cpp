@@ -42,6 +42,7 @@ class Part {
         block_(block),
         A_(pass.dx ? pass.largest([&](int64_t g) { return rank(g) * pass.x.columns; }) : 0),
         B_(pass.need_dh() ? pass.largest([&](int64_t g) { return pass.adapters.groups[g].packed; }) : 0),
+        unpacked_(pass.largest([&](int64_t g) { return pass.adapters.groups[g].packed; })),
         wide_(block * widest),
         h_(block * pass.h.columns),
         met_(block * pass.h.columns),
@@ -68,7 +69,8 @@ class Part {
       const Slot& it = group_->slots[i];
       const size_t at = adapter_ * count + i;
       if (pass_.dx) pack(pass_.A[at], 1.0f, pass_.x.dtype, A_.get() + it.offset * pass_.x.columns);
-      if (pass_.need_dh() && it.output >= 0) pack(pass_.B[at], it.scale, pass_.x.dtype, B_.get() + it.packed, true);
+      if (pass_.need_dh() && it.output >= 0)
+        pack_transposed(pass_.B[at], it.scale, pass_.x.dtype, unpacked_.get(), B_.get() + it.packed);
     }
   }
 
@@ -102,27 +104,24 @@ class Part {
       const FloatRows x = float_rows(pass_.x.data<T>(), pass_.x.stride, rows, depth, wide_.get());
       multiplier_.outer(dh_.get(), rank, rank, x, rows.count, depth, sums);
     }
-    if (!pass_.dx) return;
-    update_rows<T>(*pass_.dx, rows, dx_.get(), [&](T* dx, int64_t stride) {
-      multiplier_.expand(dh_.get(), rank, rows.count, A_.get(), rank, depth, dx, stride);
-    });
+    if (pass_.dx) multiplier_.expand<T>(dh_.get(), rank, rows, A_.get(), rank, depth, *pass_.dx, 0, dx_.get());
   }
 
   const Pass& pass_;
   const Group* group_ = nullptr;
   int64_t adapter_ = 0, block_;
-  Scratch<float> A_, B_, wide_, h_, met_, dh_;
+  Scratch<float> A_, B_, unpacked_, wide_, h_, met_, dh_;
   Scratch<T> dx_;
   Multiplier multiplier_;
 };
 
 void write_transposed(const float* from, int64_t rank, int64_t columns, float scale, Tensor& to) {
   if (to.scalar_type() == ScalarType::Float) {
-    transpose(from, rank, columns, scale, static_cast<float*>(to.mutable_data_ptr()));
+    transpose_scaled(from, columns, rank, columns, scale, static_cast<float*>(to.mutable_data_ptr()), rank);
     return;
   }
   const Scratch<float> wide(columns * rank);
-  transpose(from, rank, columns, scale, wide.get());
+  transpose_scaled(from, columns, rank, columns, scale, wide.get(), rank);
   write_as(to.scalar_type(), wide.get(), columns * rank, to);
 }
 

@@ -15,15 +15,15 @@ struct Pass {
   std::vector<int64_t> first;  // of the moments of y_j in the sums of an adapter
   int64_t sums = 0;            // doubles that an adapter adds up; 0 without moments
   void* h = nullptr;
-};
 
-// The largest of something over the adapters with rows.
-template <class F>
-int64_t largest(const Pass& pass, const F& f) {
-  int64_t out = 0;
-  for (const Segment& it : pass.segments.present) out = std::max(out, f(it.adapter));
-  return out;
-}
+  // The largest of something over the adapters with rows.
+  template <class F>
+  int64_t largest(const F& f) const {
+    int64_t out = 0;
+    for (const Segment& it : segments.present) out = std::max(out, f(it.adapter));
+    return out;
+  }
+};
 
 template <class T>
 class Part {
@@ -31,8 +31,9 @@ class Part {
   Part(const Pass& pass, int64_t block, int64_t widest)
       : pass_(pass),
         block_(block),
-        A_(largest(pass, [&](int64_t g) { return pass.adapters.width(g) * pass.x.columns; })),
-        B_(largest(pass, [&](int64_t g) { return pass.adapters.groups[g].packed; })),
+        A_(pass.largest([&](int64_t g) { return pass.adapters.width(g) * pass.x.columns; })),
+        B_(pass.largest([&](int64_t g) { return pass.adapters.groups[g].packed; })),
+        unpacked_(pass.largest([&](int64_t g) { return pass.adapters.groups[g].packed; })),
         wide_(block * pass.x.columns),
         s_(block * pass.width),
         y_(block * widest) {}
@@ -53,7 +54,7 @@ class Part {
     for (size_t i = 0; i < count; ++i) {
       const Slot& it = group_->slots[i];
       pack(pass_.A[g * count + i], 1.0f, pass_.x.dtype, A_.get() + it.offset * depth);
-      pack(pass_.B[g * count + i], it.scale, pass_.x.dtype, B_.get() + it.packed, true);
+      pack_transposed(pass_.B[g * count + i], it.scale, pass_.x.dtype, unpacked_.get(), B_.get() + it.packed);
     }
     if (width_ > group_->rank) pack(pass_.P[g], 1.0f, pass_.x.dtype, A_.get() + group_->rank * depth);
   }
@@ -68,27 +69,22 @@ class Part {
       kernels().of<T>().narrow(s_.get() + i * width_, to, width_);
       std::fill_n(to + width_, pass_.width - width_, T{});
     }
-    for (size_t j = 0; j < pass_.y.size(); ++j) {
-      const auto mine = [&](const Slot& it) { return it.rank > 0 && it.output == static_cast<int64_t>(j); };
-      if (!sums && std::none_of(group_->slots.begin(), group_->slots.end(), mine)) continue;
-      update_rows<T>(pass_.y[j], rows, y_.get(), [&](T* y, int64_t stride) {
-        for (const Slot& it : group_->slots) {
-          if (!mine(it)) continue;
-          multiplier_.expand(s_.get() + it.offset, width_, rows.count, B_.get() + it.packed, it.rank, it.columns,
-                             y + it.column, stride);
-        }
-        const int64_t columns = pass_.y[j].columns;
-        if (!sums) return;
-        double* to = sums + pass_.first[j];
-        kernels().of<T>().moments(y, stride, rows.count, columns, to, to + columns);
-      });
+    for (const Slot& it : group_->slots) {
+      multiplier_.expand<T>(s_.get() + it.offset, width_, rows, B_.get() + it.packed, it.rank, it.columns,
+                            pass_.y[it.output], it.column, y_.get());
+    }
+    for (size_t j = 0; sums && j < pass_.y.size(); ++j) {
+      const int64_t columns = pass_.y[j].columns;
+      const auto [y, stride] = typed_rows<T>(pass_.y[j], rows, y_.get());
+      double* to = sums + pass_.first[j];
+      kernels().of<T>().moments(y, stride, rows.count, columns, to, to + columns);
     }
   }
 
   const Pass& pass_;
   const Group* group_ = nullptr;
   int64_t block_, width_ = 0;
-  Scratch<float> A_, B_, wide_, s_;
+  Scratch<float> A_, B_, unpacked_, wide_, s_;
   Scratch<T> y_;
   Multiplier multiplier_;
 };

@@ -16,15 +16,10 @@ from .linear import DEFAULT, Linear, QKVLinear, adapter_dtype_of, attach_state, 
 from .views import LayerView
 
 
-class InProjection(QKVLinear):
-    """The stacked [q; k; v] projection of an attention module, whose parameters stay the owner's: weight [3E, E]."""
+class _OwnersParameters:
+    """Weight and bias are those of the attention module that holds the layer, under the module's names."""
 
-    def __init__(self, owner: nn.MultiheadAttention):
-        nn.Module.__init__(self)
-        # Not a submodule: the owner holds this layer.
-        self.__dict__["owner"] = owner
-        self.in_features, self.out_features = owner.embed_dim, 3 * owner.embed_dim
-        self.training = owner.training
+    owner: nn.MultiheadAttention
 
     @property
     def weight(self) -> nn.Parameter:
@@ -34,10 +29,20 @@ class InProjection(QKVLinear):
     def bias(self) -> nn.Parameter | None:
         return self.owner.in_proj_bias
 
-    @property
-    def holder(self) -> nn.Module:
-        """The module whose parameters weight and bias are."""
-        return self.owner
+
+class StackedProjection(_OwnersParameters, nn.Linear):
+    """The [q; k; v] projection of an ``nn.MultiheadAttention`` as a linear: weight [3E, E], bias [3E]."""
+
+    def __init__(self, owner: nn.MultiheadAttention):
+        nn.Module.__init__(self)
+        # Not a submodule: it is the owner that holds this layer.
+        self.__dict__["owner"] = owner
+        self.in_features, self.out_features = owner.embed_dim, 3 * owner.embed_dim
+        self.training = owner.training
+
+
+class InProjection(_OwnersParameters, QKVLinear):
+    """An adapted ``StackedProjection``; its parameters stay the owner's."""
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -47,8 +52,8 @@ class MultiheadAttention(nn.MultiheadAttention):
               [q; k; v] = x\,(W_{in} + s B A)^\top + b_{in}
 
     ``in_proj`` and ``out_proj`` are ``fastlora.nn.Linear``; ``in_proj_weight`` [3E, E] keeps its name. ``split_qkv``
-    gives q, k and v an adapter each, otherwise the stacked matrix has one. There is no fused path that reads the weights
-    past the adapters; nested tensors are refused. Raises ``ValueError`` naming the argument.
+    gives q, k and v an adapter each, otherwise the stacked matrix has one. There is no fused path, which would read the
+    weights past the adapters; nested tensors are refused. Raises ``ValueError`` naming the argument.
     """
 
     def __init__(
@@ -74,13 +79,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, None, None, batch_first, device, dtype
         )
         self.requires_grad_(False)
-        self.in_proj = InProjection(self)
-        self.out_proj.__class__ = Linear
+        self.in_proj = StackedProjection(self)
+        self.in_proj.__class__, self.out_proj.__class__ = InProjection, Linear
         router = Router(DEFAULT)
         for layer, names in ((self.in_proj, "qkv" if split_qkv else (WHOLE,)), (self.out_proj, (WHOLE,))):
             slices = dict.fromkeys(names, layer.out_features // len(names))
             ranks = dict.fromkeys(slices, r)
-            checked_ranks(ranks, layer, slices, "r")
+            checked_ranks(ranks, embed_dim, slices, "r")
             attach_state(layer, slices, config, router, "out_proj" if layer is self.out_proj else "in_proj")
             spec = AdapterSpec(
                 dict.fromkeys(slices, config.scaling(r)), lora_dropout, config.init_lora_weights,

@@ -13,8 +13,8 @@ class Conv1D(Linear):
 
     .. math:: y = x W + b + s\, x A^\top B^\top
 
-    ``weight`` [K, N] and ``bias`` [N] stay as they are; A [r, K] and B [N, r] are those of a ``Linear``. Each slice of a
-    fused [q, k, v] covers columns of the weight.
+    ``weight`` [K, N] and ``bias`` [N] stay as they are; A [r, K] and B [N, r] are those of a ``Linear``. Slices of a
+    fused [q, k, v] are columns of the weight.
     """
 
     def forward(self, x: Tensor) -> Tensor:

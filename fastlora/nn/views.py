@@ -65,7 +65,8 @@ class _PartOfProbe:
     """
 
     def __init__(self, probe: Any, rows: slice, parts: dict[str, slice], count: float):
-        self.probe, self.rows, self.width = probe, rows, rows.stop - rows.start
+        self.probe, self.width = probe, rows.stop - rows.start
+        self.taken = _Widened(probe.taken, rows, probe.width)
         self.Z = {name: probe.Z[name][part] for name, part in parts.items()} if probe.Z else {}
         self.V = None
         if probe.V is not None:
@@ -88,8 +89,14 @@ class _PartOfProbe:
         return type(self.probe).operands(self, probes, x, samples)
 
     def tap(self, x: Tensor, y: Tensor, select: tuple[Tensor, bool] | None = None) -> Tensor:
-        if not self.probe.exact or not torch.is_grad_enabled():
-            return y
-        # The gradient is kept at the layer's full width: zero where this part has no rows.
-        whole = F.pad(y, (self.rows.start, self.probe.width - self.rows.stop))
-        return self.probe.tap(x, whole, select)[..., self.rows]
+        return type(self.probe).tap(self, x, y, select)
+
+
+class _Widened:
+    """Takes contributions of some rows of a layer, and adds them to the layer's with zeros for its other rows."""
+
+    def __init__(self, taken: list, rows: slice, width: int):
+        self.taken, self.beside = taken, (rows.start, width - rows.stop)
+
+    def append(self, contribution: Any) -> None:
+        self.taken.append(contribution._replace(dy=F.pad(contribution.dy, self.beside)))

@@ -2,111 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from fastlora.kernels import grouped, tiling
-from fastlora.kernels.grouped import Batch, Ranks
+from fastlora.kernels import grouped
 from fastlora.kernels.tiling import TileConfig
-from kernel_support import DEVICE, assert_close, wide
+from grouped_support import CASES, Mixed, Operands, expected_dh, expected_dx, expected_h, expected_wgrad, expected_y
+from kernel_support import DEVICE, INTERPRETED, assert_close, wide
+
+from fastlora import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SMALL = TileConfig(16, 16, 16, 4, 2, band=2)
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """ids of the rows, sizes of the group, ranks by adapter and projection, probe columns by adapter."""
-
-    ids: tuple[int, ...]
-    K: int
-    outputs: tuple[int, ...]
-    widths: tuple[int, ...]
-    ranks: tuple[tuple[int, ...], ...]
-    probes: tuple[int, ...]
-
-
-def _cycle(pattern, count):
-    return tuple(pattern[i * 7 % len(pattern)] for i in range(count))
-
-
-CASES = {
-    "separate": Mixed(_cycle((0, 2, 1, -1, 2, 0, 2), 61), 34, (33, 17), (33, 17), ((3, 1), (17, 5), (8, 2)), (4, 0, 3)),
-    "fused": Mixed(_cycle((1, 0, 3, 3), 50), 32, (48,), (16, 16, 16), ((8,) * 3, (16,) * 3, (40, 8, 8), (8,) * 3), (8,) * 4),
-    "one_row": Mixed((1,), 5, (3,), (3,), ((2,), (1,)), (1, 1)),
-    "base_only": Mixed((-1,) * 9, 20, (18,), (18,), ((2,), (64,)), (0, 2)),
-    "one_adapter": Mixed((0,) * 40, 24, (20,), (20,), ((70,),), (3,)),
-    "empty": Mixed((), 16, (16, 8), (16, 8), ((2, 3), (1, 1)), (2, 2)),
-}
-every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
-
-class Operands:
-    """Random tensors of a mixed batch, and its segments."""
-
-    def __init__(self, case: Mixed, dtype: torch.dtype = torch.float32, factors: torch.dtype = torch.float32):
-        self.case, self.dtype = case, dtype
-        M, G = len(case.ids), len(case.ranks)
-
-        def make(rows, columns, kind=dtype):
-            return torch.randn(rows, columns + 3, device=DEVICE).to(kind)[:, :columns]
-
-        self.x, self.W = make(M, case.K), [make(n, case.K) for n in case.outputs]
-        self.A = [make(r, case.K, factors) / case.K**0.5 for ranks in case.ranks for r in ranks]
-        self.P = [make(k, case.K, factors).sign() for k in case.probes]
-        self.B = [make(n, r, factors) for ranks in case.ranks for n, r in zip(case.widths, ranks, strict=True)]
-        self.dy = [make(M, n) for n in case.outputs]
-        self.y = [make(M, n) for n in case.outputs]
-        n = len(case.widths)
-        self.scales = [0.5 + 0.25 * i for i in range(G * n)]
-        self.places, j, column = [], 0, 0
-        for width in case.widths:
-            if column == case.outputs[j]:
-                j, column = j + 1, 0
-            self.places.append((j, column))
-            column += width
-        ids = torch.tensor(case.ids, dtype=torch.int64)
-        order = torch.argsort(torch.where(ids < 0, G, ids), stable=True)
-        ends = torch.cumsum(torch.tensor([(ids == g).sum() for g in range(G)]), 0)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        ranges = torch.where((ends > starts)[:, None], torch.stack([starts, ends], 1), 0)
-        self.batch = Batch(order.to(DEVICE), ranges.to(DEVICE))
-        self.own = Ranks(case.ranks, case.probes)
-
-    def rows(self, g: int) -> torch.Tensor:
-        return (torch.tensor(self.case.ids, dtype=torch.int64) == g).nonzero()[:, 0]
-
-    def factor(self, factors, g, i):
-        return wide(factors[g * len(self.case.widths) + i].to(self.dtype))
-
-    def factors_of_shrink(self):
-        n = len(self.case.widths)
-        return [f for g, P in enumerate(self.P) for f in (*self.A[g * n : g * n + n], P)]
-
-    def slices(self, tensors):
-        return [tensors[j][:, c : c + n] for (j, c), n in zip(self.places, self.case.widths, strict=True)]
-
-
-def expected_h(o: Operands, probes: bool = True) -> torch.Tensor:
-    h = torch.zeros(len(o.case.ids), max(o.own.widths), dtype=torch.float64)
-    for g in range(len(o.case.ranks)):
-        rows, n = o.rows(g), len(o.case.widths)
-        stacked = torch.cat([o.factor(o.A, g, i) for i in range(n)] + [wide(o.P[g].to(o.dtype))])
-        h[rows, : stacked.shape[0]] = wide(o.x)[rows] @ stacked.T
-    return h
-
-
-def expected_dh(o: Operands, dy) -> torch.Tensor:
-    n = len(o.case.widths)
-    dh = torch.zeros(len(o.case.ids), max(map(sum, o.case.ranks)), dtype=torch.float64)
-    for g, ranks in enumerate(o.case.ranks):
-        rows, column = o.rows(g), 0
-        for i, r in enumerate(ranks):
-            if dy[i] is not None:
-                dh[rows, column : column + r] = o.scales[g * n + i] * wide(dy[i])[rows] @ o.factor(o.B, g, i)
-            column += r
-    return dh
 
 
 KINDS = {"fp32": (torch.float32,) * 2, "fp16": (torch.float16, torch.float32), "bf16": (torch.bfloat16,) * 2}
@@ -139,32 +45,21 @@ def test_shrink_backward(name, kind, missing):
 def test_expand(name, kind):
     o = Operands(CASES[name], *KINDS[kind])
     h = expected_h(o).to(DEVICE, o.dtype)
-    wanted, n = [wide(y) for y in o.y], len(o.case.widths)
-    for g, ranks in enumerate(o.case.ranks):
-        rows, column = o.rows(g), 0
-        for i, r in enumerate(ranks):
-            j, first = o.places[i]
-            update = o.scales[g * n + i] * wide(h)[rows, column : column + r] @ o.factor(o.B, g, i).T
-            wanted[j][rows, first : first + o.case.widths[i]] += update
-            column += r
+    wanted = expected_y(o, h)
     moments = grouped.grouped_expand_(o.y, h, o.W, o.B, o.batch, o.own, o.places, o.scales, True, SMALL)
     for j, y in enumerate(o.y):
         assert_close(y, wanted[j], o.dtype, "y")
         for g in range(len(o.case.ranks)):
-            rows = wide(y)[o.rows(g)]
-            assert_close(moments[g * len(o.y) + j], torch.stack([rows.sum(0), rows.square().sum(0)]), torch.float32, "moments")
+            own = reference.column_moments(wide(y)[o.rows(g)])
+            assert_close(moments[g * len(o.y) + j], own, torch.float32, "moments")
 
 
 @problems
 def test_linear_backward(name, kind):
     o = Operands(CASES[name], *KINDS[kind])
     dh = expected_dh(o, o.slices(o.dy)).to(DEVICE, o.dtype)
-    wanted, n = wide(o.x), len(o.case.widths)
-    for g, ranks in enumerate(o.case.ranks):
-        stacked = torch.cat([o.factor(o.A, g, i) for i in range(n)])
-        wanted[o.rows(g)] += wide(dh)[o.rows(g), : sum(ranks)] @ stacked
     dx = grouped.grouped_linear_backward_(o.x.clone(), dh, o.A, o.batch, o.own, SMALL)
-    assert_close(dx, wanted, o.dtype, "dx")
+    assert_close(dx, expected_dx(o, o.x, dh), o.dtype, "dx")
 
 
 @problems
@@ -172,7 +67,7 @@ def test_linear_backward(name, kind):
 def test_wgrad(name, kind, variant, monkeypatch):
     o = Operands(CASES[name], *KINDS[kind])
     monkeypatch.setattr(grouped, "choose_split", lambda *sizes: 2)
-    dy, n = o.slices(o.dy), len(o.case.widths)
+    dy = o.slices(o.dy)
     if variant == "missing dy":
         dy[-1] = None
     dh, h = expected_dh(o, o.slices(o.dy)).to(DEVICE, o.dtype), expected_h(o).to(DEVICE, o.dtype)
@@ -180,15 +75,55 @@ def test_wgrad(name, kind, variant, monkeypatch):
     if x is None and all(part is None for part in dy):
         pytest.skip("nothing wanted")
     dA, dB, Q = grouped.grouped_wgrad(x, dh, dy, h, o.case.widths, o.batch, o.own, o.scales, tiles=SMALL)
-    assert len(dA) == (0 if x is None else len(o.A)) and len(dB) == len(Q) == len(o.B)
-    for g, ranks in enumerate(o.case.ranks):
-        rows, column = o.rows(g), 0
-        for i, r in enumerate(ranks):
-            at = g * n + i
-            if x is not None:
-                assert_close(dA[at], wide(dh)[rows, column : column + r].T @ wide(x)[rows], torch.float32, "dA")
-            grad = torch.zeros(len(rows), o.case.widths[i]).double() if dy[i] is None else wide(dy[i])[rows]
-            assert_close(dB[at], o.scales[at] * grad.T @ wide(h)[rows, column : column + r], torch.float32, "dB")
-            probes = slice(sum(ranks), sum(ranks) + o.case.probes[g])
-            assert_close(Q[at], grad.T @ wide(h)[rows, probes], torch.float32, "Q")
-            column += r
+    for name, found, wanted in zip("ABQ", (dA, dB, Q), expected_wgrad(o, x, dh, dy, h), strict=True):
+        assert len(found) == len(wanted)
+        for at, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            assert_close(one, other, torch.float32, f"{name}[{at}]")
+
+
+def test_rows_do_not_depend_on_the_rest_of_the_batch():
+    """An adapter's h, y and dx are the same bits alone and among others, wherever its rows stand."""
+    case = Mixed((0, 1, 1, 0, 2, -1, 1, 1) * 6, 64, (32,), (16, 16), ((8, 3), (5, 17), (40, 1)), (4, 2, 0))
+    o = Operands(case)
+    rows = o.rows(1)
+    alone = Operands(Mixed((0,) * len(rows), 64, (32,), (16, 16), (case.ranks[1],), (2,)))
+    alone.x, alone.dy, alone.W, alone.y = o.x[rows], [g[rows] for g in o.dy], o.W, [y[rows] for y in o.y]
+    alone.A, alone.B, alone.P, alone.scales = o.A[2:4], o.B[2:4], o.P[1:2], o.scales[2:4]
+    found = []
+    for some in (o, alone):
+        h = grouped.grouped_shrink(some.x, some.factors_of_shrink(), some.batch, some.own, SMALL)
+        grouped.grouped_expand_(some.y, h, some.W, some.B, some.batch, some.own, some.places, some.scales, tiles=SMALL)
+        dh = grouped.grouped_shrink_backward(some.slices(some.dy), some.B, some.batch, some.own, some.scales, SMALL)
+        dx = grouped.grouped_linear_backward_(some.x.clone(), dh, some.A, some.batch, some.own, SMALL)
+        found.append((h, *some.y, dx))
+    for among, apart in zip(*found, strict=True):
+        assert torch.equal(among[rows][:, : apart.shape[1]], apart)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts the products of the interpreter")
+def test_work_is_the_sum_of_own_rows_times_own_ranks(monkeypatch):
+    """A rank more costs only the rows of the adapter that has it, and an adapter without rows nothing."""
+    from triton.runtime import interpreter
+
+    real, counted = interpreter.InterpreterBuilder.create_dot, []
+
+    def counting(self, a, b, *rest, **named):
+        counted.append(a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return real(self, a, b, *rest, **named)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", counting)
+
+    def work(ranks):
+        counted.clear()
+        o = Operands(Mixed((0,) * 48 + (1,) * 16, 32, (32,), (32,), tuple((r,) for r in ranks), (0,) * len(ranks)))
+        h = grouped.grouped_shrink(o.x, o.factors_of_shrink(), o.batch, o.own, SMALL)
+        grouped.grouped_expand_(o.y, h, o.W, o.B, o.batch, o.own, o.places, o.scales, tiles=SMALL)
+        dh = grouped.grouped_shrink_backward(o.slices(o.dy), o.B, o.batch, o.own, o.scales, SMALL)
+        grouped.grouped_linear_backward_(o.x, dh, o.A, o.batch, o.own, SMALL)
+        return sum(counted)
+
+    base = work((16, 16))
+    assert base == 4 * 64 * 32 * 16
+    assert work((16, 64)) == base + 4 * 16 * 32 * 48
+    assert work((64, 16)) == base + 4 * 48 * 32 * 48
+    assert work((16, 16, 128, 128)) == base

@@ -125,6 +125,13 @@ def test_contiguous_ranges_without_an_order(dtype):
         check_backward(batch, check_forward(batch))
 
 
+@pytest.mark.parametrize("name", ORDERS)
+def test_segments_that_the_library_built(name):
+    batch = make(ORDERS[name](), 3, 40, [24, 17], [4, 2, 7], probes=(2, 0, 1))
+    batch.order, batch.ranges = torch.ops.fastlora.build_segments(batch.ids, 3)
+    check_backward(batch, check_forward(batch))
+
+
 def test_no_adapters_no_rows_no_ranks():
     for ids, adapters, ranks in (([-1] * 5, 0, [3]), ([], 3, [3]), ([], 0, [3]), ([0, 1, 1, -1], 2, [0])):
         batch = make(torch.tensor(ids, dtype=torch.int64), adapters, 6, [4, 3], ranks)

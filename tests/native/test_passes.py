@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
+from native_help import DTYPES, needs_library
 
 from fastlora import native, reference
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("FASTLORA_BUILD") == "0", reason="FASTLORA_BUILD=0: the native library is left out on purpose"
-)
+pytestmark = [needs_library, pytest.mark.every_isa]
 
 ops = torch.ops.fastlora
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _seed_and_threads():
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass
@@ -340,15 +327,3 @@ def test_gradstat_keeps_no_gradient():
     with Watch():
         native.gradstat(x, dy, [0, 20])
     assert largest == 256 * 512 * 4
-
-
-@pytest.mark.skipif("FASTLORA_CPU_ISA" in os.environ, reason="runs inside the subprocess of this very test")
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
-def test_other_instruction_sets(isa):
-    order = ["portable", "avx2", "avx512"]
-    if order.index(isa) >= order.index(native.isa()):
-        pytest.skip(f"this processor's choice is {native.isa()}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "FASTLORA_CPU_ISA": isa}
-    done = subprocess.run([*command, "-k", "pass or signs or norms"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]

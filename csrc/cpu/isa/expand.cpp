@@ -59,6 +59,19 @@ void strip(const float* s, int64_t lds, const float* b, int64_t ldb, int64_t ran
   if (n < columns) tail(s, lds, Rows, b + n, ldb, rank, static_cast<int>(columns - n), y + n, ldy);
 }
 
+// The last rows, fewer than Rows + 1 of them, as one strip.
+template <int Rows, class T>
+void last_strip(const float* s, int64_t lds, int64_t rows, const float* b, int64_t ldb, int64_t rank, int64_t columns,
+                T* y, int64_t ldy) {
+  if constexpr (Rows > 0) {
+    if (rows == Rows) {
+      strip<Rows>(s, lds, b, ldb, rank, columns, y, ldy);
+    } else {
+      last_strip<Rows - 1>(s, lds, rows, b, ldb, rank, columns, y, ldy);
+    }
+  }
+}
+
 // The sums are shifted by a rough mean: where the mean is far larger than the spread, plain fp32 sums would lose it.
 template <int Columns, class Load>
 FASTLORA_INLINE void column_moments(int64_t rows, int count, const Load& element, double* sum, double* squares) {
@@ -101,7 +114,7 @@ void expand(const float* s, int64_t lds, int64_t rows, const float* b, int64_t l
   if (rank == 0) return;
   int64_t m = 0;
   for (; m + kRows <= rows; m += kRows) strip<kRows>(s + m * lds, lds, b, ldb, rank, columns, y + m * ldy, ldy);
-  for (; m < rows; ++m) strip<1>(s + m * lds, lds, b, ldb, rank, columns, y + m * ldy, ldy);
+  last_strip<kRows - 1>(s + m * lds, lds, rows - m, b, ldb, rank, columns, y + m * ldy, ldy);
 }
 
 template <class T>
