@@ -34,9 +34,13 @@ SANITIZE_FLAGS = [f"-fsanitize={SANITIZERS}", "-fno-sanitize=vptr"] if SANITIZER
 if SANITIZERS:
     CXX_FLAGS += [*SANITIZE_FLAGS, "-g", "-O1", "-fno-omit-frame-pointer"]
 # The kernels under csrc/cpu/isa are compiled once per entry and chosen at run time, so no file needs -march=native.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 X86_VARIANTS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    # For tests on processors without the instruction: the same kernels, the instruction written out in others.
+    "avx512_bf16_emulated": [*AVX512, "-DFASTLORA_EMULATE_BF16"],
 }
 CUDA_TARGETS = [
     "-gencode=arch=compute_80,code=sm_80",

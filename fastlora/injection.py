@@ -220,8 +220,9 @@ def _plan(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Plann
     fused = fused_sizes(model, config, names)
     slices = {n: fused.get(n, {WHOLE: features(modules[n])[1]}) for n in names}
     keys = [matrix_key(n, s) for n in names for s in slices[n]]
-    rank_of = _pattern_lookup(config, "rank_pattern", keys)
-    alpha_of = _pattern_lookup(config, "alpha_pattern", keys)
+    attentions = frozenset(torch_attentions(model))
+    rank_of = _pattern_lookup(config, "rank_pattern", keys, attentions)
+    alpha_of = _pattern_lookup(config, "alpha_pattern", keys, attentions)
     plan = []
     for name in names:
         layer = modules[name]
@@ -237,14 +238,15 @@ def _plan(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Plann
     return plan
 
 
-def _pattern_lookup(config: LoraConfig, field: str, keys: list[str]) -> dict[str, Any]:
+def _pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions: Collection[str]) -> dict[str, Any]:
     """Value of each matrix: its exact key wins, then its path, then the first suffix or PEFT pattern that matches.
 
     A pattern that is a matrix's exact name means it alone. A ``peft.LoraConfig`` keeps PEFT's rule: the first match.
+    The name of an ``nn.MultiheadAttention`` means both of its projections.
     """
     found: dict[str, tuple[int, Any]] = {}
     for pattern, value in getattr(config, field).items():
-        strengths = {k: _match_strength(pattern, k, config.exact_names_first) for k in keys}
+        strengths = {k: _match_strength(pattern, k, config.exact_names_first, attentions) for k in keys}
         best = max(strengths.values())
         if best == 0:
             raise ValueError(f"{field}: {pattern!r} matches no adapted matrix{suggestion(pattern, keys)}")
@@ -255,8 +257,11 @@ def _pattern_lookup(config: LoraConfig, field: str, keys: list[str]) -> dict[str
     return {key: value for key, (_, value) in found.items()}
 
 
-def _match_strength(pattern: str, key: str, exact_names_first: bool) -> int:
+def _match_strength(pattern: str, key: str, exact_names_first: bool, attentions: Collection[str]) -> int:
     path = key.partition("[")[0]
+    owner = path.rpartition(".")[0]
+    if owner in attentions and (_has_suffix(owner, pattern) or pattern_matches(pattern, owner)):
+        return 1
     if exact_names_first and pattern in (key, path):
         return 3 if pattern == key else 2
     return int(_has_suffix(key, pattern) or pattern_matches(pattern, path))
@@ -277,7 +282,7 @@ def _commit(model: nn.Module, planned: _Planned, config: LoraConfig, router: Rou
 def _group(model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for block in attention_blocks(model):
-        layers = [modules[n] for n in block.names if isinstance(modules[n], Linear)]
+        layers = [modules[n] for n in block.names if isinstance(modules.get(n), Linear)]
         if block.fused or len(layers) < 2:
             continue
         known = next((layer.group for layer in layers if layer.group is not None), None)
@@ -293,7 +298,7 @@ def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
     keep: set[int] = set()
     for layer in layers.values():
         keep.update(id(p) for p in (*layer.lora_A.parameters(), *layer.lora_B.parameters()))
-        if config.bias == "lora_only" and layer.bias is not None:
+        if config.bias == "lora_only" and layer._parameters.get("bias") is not None:
             keep.add(id(layer.bias))
     modules = dict(model.named_modules())
     for name in saved:

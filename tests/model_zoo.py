@@ -137,13 +137,13 @@ ZOO = {
         rows_are_samples=False,
     ),
     "timm_beit": Entry(
-        lambda: _timm("beit_base_patch16_224", **_VIT), image(16), (2, 4, 4, 8), ("attn.proj", "fc1"),
+        lambda: _timm("beit_base_patch16_224", **_VIT), image(16), (2, 4, 4, 8), ("qkv", "attn.proj", "fc1"),
     ),
     "timm_eva02": Entry(
-        lambda: _timm("eva02_tiny_patch14_224", **_VIT), image(16), (2, 4, 4, 8), ("attn.proj", "fc1"),
+        lambda: _timm("eva02_tiny_patch14_224", **_VIT), image(16), (2, 4, 4, 8), ("qkv", "attn.proj", "fc1"),
     ),
     "timm_swinv2": Entry(
-        lambda: _timm("swinv2_tiny_window8_256", **_SWIN), image(32), (4, 8, 8, 25), ("attn.proj", "fc2"),
+        lambda: _timm("swinv2_tiny_window8_256", **_SWIN), image(32), (4, 8, 8, 25), ("qkv", "attn.proj", "fc2"),
         rows_are_samples=False, ranks={"cpb_mlp.0": 2, "cpb_mlp.2": 2},
     ),
     "open_clip": Entry(_open_clip, _run_open_clip, (4, 8, 8, 16), ("attn", "c_fc", "c_proj")),

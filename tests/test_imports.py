@@ -35,7 +35,7 @@ LAYERS = (
     ("roles", "blocks", "parameter_roles", "presets"),
     ("injection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
     ("adapter_set",),
-    ("peft_names", "peft_files", "peft_io", "peft_load"),
+    ("peft_names", "peft_attention", "peft_files", "peft_io", "peft_load"),
     ("integrations",),
     ("demo", "report", "cli", "bench", "doctor", "__main__"),
 )

@@ -11,12 +11,33 @@ struct Pass {
   std::optional<Target> dx;
   Group group;
   Scratch<float> A{0}, B{0};
+  Scratch<bf16> B_pairs{0};  // B^T without the scale, which is not exact in bf16
   int64_t probes = 0;
   bool need_dA = false, need_dB = false;
   std::vector<int64_t> gradient;  // of [rank + probes, columns] of every projection in the sums of a part
   int64_t first_dA = 0, sums = 0;
   int64_t met(const Slot& it) const { return (need_dB ? it.rank : 0) + probes; }
 };
+
+// As run_slots below, on products of bf16 pairs.
+void run_slots_in_pairs(const Pass& pass, int64_t m, int64_t rows, bf16* met, float* dh, float* sums) {
+  const int64_t rank = pass.group.rank;
+  const bf16* h = pass.h.data<bf16>() + m * pass.h.stride;
+  for (size_t i = 0; i < pass.group.slots.size(); ++i) {
+    const Slot& it = pass.group.slots[i];
+    if (it.output < 0) continue;
+    const Matrix& from = pass.dy[it.output];
+    const bf16* dy = from.data<bf16>() + m * from.stride + it.column;
+    const int64_t count = pass.met(it);
+    kernels().dot_bf16(dy, from.stride, rows, pass.B_pairs.get() + it.packed, it.columns, it.rank, it.columns,
+                       dh + it.offset, rank);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t r = 0; r < it.rank; ++r) dh[row * rank + it.offset + r] *= it.scale;
+    }
+    gather(h, pass.h.stride, rows, it.offset, pass.need_dB ? it.rank : 0, rank, pass.probes, met);
+    kernels().outer_bf16(met, count, count, dy, from.stride, rows, it.columns, sums + pass.gradient[i], it.columns);
+  }
+}
 
 // dh, and what dy meets: dB and Q of every projection.
 template <class T>
@@ -42,12 +63,18 @@ void run_rows(const Pass& pass, int64_t begin, int64_t end, int64_t block, int64
   constexpr bool kNarrow = !std::is_same_v<T, float>;
   const int64_t depth = pass.x.columns, rank = pass.group.rank, width = pass.h.columns;
   const Scratch<float> wide(kNarrow ? block * widest : 0), wide_h(kNarrow ? block * width : 0);
-  const Scratch<float> met(block * width), dh(block * rank);
+  const bool pairs = std::is_same_v<T, bf16> && kernels().dot_bf16;
+  const Scratch<float> met(pairs ? 0 : block * width), dh(block * rank);
+  const Scratch<bf16> met_pairs(pairs ? block * width : 0);
   // Projections without a gradient contribute nothing.
   std::fill_n(dh.get(), block * rank, 0.0f);
   for (int64_t m = begin; m < end; m += block) {
     const int64_t rows = std::min(block, end - m);
-    run_slots<T>(pass, m, rows, wide.get(), wide_h.get(), met.get(), dh.get(), sums);
+    if (pairs) {
+      run_slots_in_pairs(pass, m, rows, met_pairs.get(), dh.get(), sums);
+    } else {
+      run_slots<T>(pass, m, rows, wide.get(), wide_h.get(), met.get(), dh.get(), sums);
+    }
     if (rank == 0) continue;
     if (pass.need_dA) {
       const float* x = rows_as_float(pass.x.data<T>() + m * pass.x.stride, pass.x.stride, rows, depth, wide.get());
@@ -145,7 +172,9 @@ Result lora_backward_(std::optional<Tensor> dx, const std::vector<Tensor>& dy, c
   }
   pass.first_dA = pass.sums;
   if (need_dA) pass.sums += pass.group.rank * pass.x.columns;
-  pass.B = pack_B(pass.group, B, pass.x.dtype);
+  const bool pairs = pass.x.dtype == ScalarType::BFloat16 && kernels().dot_bf16;
+  pass.B = pack_B(pass.group, B, pass.x.dtype, !pairs);
+  pass.B_pairs = pack_pairs(pass.B, pass.group.packed, pass.x.dtype);
   if (pass.dx) pass.A = pack_A(pass.group, A, std::nullopt, pass.x.columns, pass.x.dtype);
   const Scratch<float> sums = run(pass);
   return collect(pass, sums.get(), A, B);

@@ -3,44 +3,64 @@
 
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 
 namespace fastlora {
 
-namespace portable {
-extern const Kernels table;
-}
-#ifdef FASTLORA_WITH_AVX2
-namespace avx2 {
-extern const Kernels table;
-}
-#endif
+#define FASTLORA_DECLARE(isa) \
+  namespace isa {             \
+  extern const Kernels table; \
+  }
+FASTLORA_DECLARE(portable)
 #ifdef FASTLORA_WITH_AVX512
-namespace avx512 {
-extern const Kernels table;
-}
+FASTLORA_DECLARE(avx2)
+FASTLORA_DECLARE(avx512)
+FASTLORA_DECLARE(avx512_bf16)
+FASTLORA_DECLARE(avx512_bf16_emulated)
 #endif
 
 namespace {
 
+struct Candidate {
+  const char* name;
+  const Kernels* table;  // null where it is not part of this build
+  bool runs;
+};
+
+// From the most to the least; the first is taken only when it is asked for.
+std::vector<Candidate> candidates() {
+#ifdef FASTLORA_WITH_AVX512
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("fma");
+  const bool has_pairs = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  return {{"avx512_bf16_emulated", &avx512_bf16_emulated::table, has_avx512},
+          {"avx512_bf16", &avx512_bf16::table, has_pairs},
+          {"avx512", &avx512::table, has_avx512},
+          {"avx2", &avx2::table, has_avx2},
+          {"portable", &portable::table, true}};
+#else
+  return {{"avx512_bf16_emulated", nullptr, false},
+          {"avx512_bf16", nullptr, false},
+          {"avx512", nullptr, false},
+          {"avx2", nullptr, false},
+          {"portable", &portable::table, true}};
+#endif
+}
+
 const Kernels& choose() {
   const char* variable = std::getenv("FASTLORA_CPU_ISA");
-  const std::string limit = variable ? variable : "avx512";
-  STD_TORCH_CHECK(limit == "avx512" || limit == "avx2" || limit == "portable", "FASTLORA_CPU_ISA is '", limit,
-                  "'; accepted: avx512, avx2, portable");
-#ifdef FASTLORA_WITH_AVX512
-  if (limit == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return avx512::table;
+  const std::string limit = variable ? variable : "avx512_bf16";
+  bool allowed = false;
+  for (const Candidate& it : candidates()) {
+    allowed = allowed || limit == it.name;
+    if (allowed && it.runs) return *it.table;
   }
-#endif
-#ifdef FASTLORA_WITH_AVX2
-  if (limit != "portable" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    return avx2::table;
-  }
-#endif
+  STD_TORCH_CHECK(false, "FASTLORA_CPU_ISA is '", limit, "'; accepted: avx512_bf16, avx512, avx2, portable");
   return portable::table;
 }
 

@@ -10,10 +10,26 @@ struct Pass {
   std::vector<Target> y;
   Group group;
   Scratch<float> A, B;
+  Scratch<bf16> A_pairs;
   int64_t width;               // columns of h
   std::vector<int64_t> first;  // of the moments of y_j in the sums of a part
   int64_t sums = 0;            // doubles that a part adds up; 0 without moments
 };
+
+// s = x [A; P]^T in fp32
+template <class T>
+void shrink_rows(const Pass& pass, int64_t m, int64_t rows, float* wide, float* s) {
+  const int64_t depth = pass.x.columns, width = pass.width;
+  const T* rows_of_x = pass.x.data<T>() + m * pass.x.stride;
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (kernels().dot_bf16) {
+      kernels().dot_bf16(rows_of_x, pass.x.stride, rows, pass.A_pairs.get(), depth, width, depth, s, width);
+      return;
+    }
+  }
+  const float* x = rows_as_float(rows_of_x, pass.x.stride, rows, depth, wide);
+  kernels().dot(x, float_stride<T>(pass.x.stride, depth), rows, pass.A.get(), depth, width, depth, s, width);
+}
 
 template <class T>
 void run_rows(const Pass& pass, int64_t begin, int64_t end, int64_t block, T* h, double* sums) {
@@ -23,14 +39,13 @@ void run_rows(const Pass& pass, int64_t begin, int64_t end, int64_t block, T* h,
   const Scratch<float> wide(kNarrow ? block * depth : 0), wide_h(kNarrow ? block * width : 0);
   for (int64_t m = begin; m < end; m += block) {
     const int64_t rows = std::min(block, end - m);
-    const float* x = rows_as_float(pass.x.data<T>() + m * pass.x.stride, pass.x.stride, rows, depth, wide.get());
     float* s = nullptr;
     if constexpr (kNarrow) {
       s = wide_h.get();
     } else {
       s = h + m * width;
     }
-    kernels().dot(x, float_stride<T>(pass.x.stride, depth), rows, pass.A.get(), depth, width, depth, s, width);
+    shrink_rows<T>(pass, m, rows, wide.get(), s);
     if constexpr (kNarrow) typed.narrow(s, h + m * width, rows * width);
     for (const Slot& it : pass.group.slots) {
       if (it.rank == 0) continue;
@@ -76,7 +91,7 @@ std::tuple<Tensor, std::vector<Tensor>> lora_forward_(std::vector<Tensor> y, con
                                                       const std::vector<Tensor>& B, const std::vector<int64_t>& outputs,
                                                       const std::vector<int64_t>& columns,
                                                       const std::vector<double>& scales, bool moments) {
-  Pass pass{read_matrix(x_, "x"), {}, {}, Scratch<float>(0), Scratch<float>(0), 0, {}};
+  Pass pass{read_matrix(x_, "x"), {}, {}, Scratch<float>(0), Scratch<float>(0), Scratch<bf16>(0), 0, {}};
   const Matrix& x = pass.x;
   std::vector<int64_t> widths;
   for (Tensor& target : y) {
@@ -93,6 +108,7 @@ std::tuple<Tensor, std::vector<Tensor>> lora_forward_(std::vector<Tensor> y, con
   }
   pass.width = pass.group.rank + (P ? P->size(0) : 0);
   pass.A = pack_A(pass.group, A, P, x.columns, x.dtype);
+  pass.A_pairs = pack_pairs(pass.A, pass.width * x.columns, x.dtype);
   pass.B = pack_B(pass.group, B, x.dtype);
   Tensor h = new_tensor({x.rows, pass.width}, x.dtype);
   std::vector<Tensor> result;

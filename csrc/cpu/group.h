@@ -51,10 +51,16 @@ inline Group read_group(const std::vector<Tensor>& A, const std::vector<Tensor>&
   return group;
 }
 
-inline Scratch<float> pack_B(const Group& group, const std::vector<Tensor>& B, ScalarType rounded) {
+// scale_i B_i^T of every projection that has an output, or B_i^T alone.
+inline Scratch<float> pack_B(const Group& group, const std::vector<Tensor>& B, ScalarType rounded, bool scaled = true) {
   Scratch<float> out(group.packed);
   for (size_t i = 0; i < B.size(); ++i) {
-    if (group.slots[i].output >= 0) pack(B[i], group.slots[i].scale, rounded, out.get() + group.slots[i].packed, true);
+    const Slot& it = group.slots[i];
+    if (it.output >= 0) {
+      pack(B[i], scaled ? it.scale : 1.0f, rounded, out.get() + it.packed, true);
+    } else {
+      std::fill_n(out.get() + it.packed, it.rank * it.columns, 0.0f);
+    }
   }
   return out;
 }

@@ -36,6 +36,12 @@ struct Kernels {
   // g[r, n] += sum_m d[m, r] x[m, n]
   void (*outer)(const float* d, int64_t ldd, int64_t rank, const float* x, int64_t ldx, int64_t rows, int64_t columns,
                 float* g, int64_t ldg);
+  // As dot and outer, on bf16 operands with fp32 sums; null where the processor has no product of bf16 pairs.
+  // Subnormal operands and sums count as zero.
+  void (*dot_bf16)(const bf16* x, int64_t ldx, int64_t rows, const bf16* a, int64_t lda, int64_t rank, int64_t depth,
+                   float* s, int64_t lds);
+  void (*outer_bf16)(const bf16* d, int64_t ldd, int64_t rank, const bf16* x, int64_t ldx, int64_t rows,
+                     int64_t columns, float* g, int64_t ldg);
   // signs of the bits of `counters` Philox counters (first + i, row, row >> 32, projection): 128 each
   void (*signs)(uint64_t first, const DropoutRow& row, int64_t counters, float* out);
   // squares += sum of t^2, absolute += sum of |t|
@@ -56,7 +62,8 @@ struct Kernels {
   }
 };
 
-// The best table that this processor can run; FASTLORA_CPU_ISA=avx512|avx2|portable lowers the choice.
+// The best table that this processor can run; FASTLORA_CPU_ISA=avx512_bf16|avx512|avx2|portable lowers the choice.
+// avx512_bf16_emulated is for tests: the kernels of avx512_bf16, their one new instruction written out in others.
 const Kernels& kernels();
 
 }  // namespace fastlora

@@ -16,6 +16,13 @@ void run(const Matrix& d, const Matrix& x, float* out) {
     const Scratch<float> wide_d(std::is_same_v<D, float> ? 0 : block * rank);
     for (int64_t m = begin; m < end; m += block) {
       const int64_t rows = std::min(block, end - m);
+      if constexpr (std::is_same_v<D, bf16>) {
+        if (kernels().outer_bf16) {
+          kernels().outer_bf16(d.data<D>() + m * d.stride, d.stride, rank, x.data<X>() + m * x.stride, x.stride, rows,
+                               columns, sums + part * size, columns);
+          continue;
+        }
+      }
       const float* left = rows_as_float(d.data<D>() + m * d.stride, d.stride, rows, rank, wide_d.get());
       const float* right = rows_as_float(x.data<X>() + m * x.stride, x.stride, rows, columns, wide_x.get());
       kernels().outer(left, float_stride<D>(d.stride, rank), rank, right, float_stride<X>(x.stride, columns), rows,

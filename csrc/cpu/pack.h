@@ -74,9 +74,18 @@ inline void pack(const Tensor& a, float scale, ScalarType rounded, float* out, b
   }
 }
 
+// fp32 values that are exact in bf16, as operands of the products of bf16 pairs; nothing where those are not used.
+inline Scratch<bf16> pack_pairs(const Scratch<float>& exact, int64_t count, ScalarType dtype) {
+  const bool used = dtype == ScalarType::BFloat16 && kernels().dot_bf16;
+  Scratch<bf16> out(used ? count : 0);
+  if (used) kernels().of_bf16.narrow(exact.get(), out.get(), count);
+  return out;
+}
+
 // Columns of h that one projection meets, side by side: its own ranks, then the probes.
-inline void gather(const float* h, int64_t ldh, int64_t rows, int64_t offset, int64_t rank, int64_t first_probe,
-                   int64_t probes, float* out) {
+template <class T>
+void gather(const T* h, int64_t ldh, int64_t rows, int64_t offset, int64_t rank, int64_t first_probe, int64_t probes,
+            T* out) {
   for (int64_t m = 0; m < rows; ++m, h += ldh) {
     for (int64_t r = 0; r < rank; ++r) *out++ = h[offset + r];
     for (int64_t r = 0; r < probes; ++r) *out++ = h[first_probe + r];

@@ -4,6 +4,21 @@
 namespace fastlora {
 namespace {
 
+// On products of bf16 pairs.
+void run_in_pairs(const Matrix& x, const Matrix& A, bf16* h) {
+  const int64_t depth = x.columns, rank = A.rows, block = block_rows(depth);
+  const Parts parts(x.rows, depth * rank);
+  parts.run([&](int64_t, int64_t begin, int64_t end) {
+    const Scratch<float> sums(block * rank);
+    for (int64_t m = begin; m < end; m += block) {
+      const int64_t rows = std::min(block, end - m);
+      kernels().dot_bf16(x.data<bf16>() + m * x.stride, x.stride, rows, A.data<bf16>(), A.stride, rank, depth,
+                         sums.get(), rank);
+      kernels().of_bf16.narrow(sums.get(), h + m * rank, rows * rank);
+    }
+  });
+}
+
 template <class T>
 void run(const Matrix& x, const float* a, int64_t lda, int64_t rank, T* h) {
   const int64_t depth = x.columns, block = block_rows(depth);
@@ -32,6 +47,9 @@ Tensor shrink(const Tensor& x_, const Tensor& A_) {
   if (x.rows == 0 || A.rows == 0) return h;
   with_type(x.dtype, [&](auto type) {
     using T = decltype(type);
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (kernels().dot_bf16) return run_in_pairs(x, A, static_cast<bf16*>(h.mutable_data_ptr()));
+    }
     const bool narrow = !std::is_same_v<T, float>;
     const Scratch<float> wide(narrow ? A.rows * A.columns : 0);
     const float* a = rows_as_float(A.data<T>(), A.stride, A.rows, A.columns, wide.get());

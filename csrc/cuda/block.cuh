@@ -37,4 +37,19 @@ __device__ __forceinline__ int64_t block_exclusive_scan(int64_t value, int64_t& 
   return before + sum - value;
 }
 
+// The sum over all kThreads, for thread 0.
+template <int kThreads>
+__device__ __forceinline__ double block_sum(double value) {
+  __shared__ double warp_sums[kThreads / kWarp];
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  __syncthreads();  // the sums of the call before have been read
+  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  double sum = 0.0;
+#pragma unroll
+  for (int i = 0; i < kThreads / kWarp; ++i) sum += warp_sums[i];
+  return sum;
+}
+
 }  // namespace fastlora::cuda

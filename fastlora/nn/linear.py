@@ -71,10 +71,13 @@ class Linear(nn.Linear):
         """Put an adapter's factors in place, replacing those of the same name."""
         self.lora_A[name], self.lora_B[name] = A, B
         self.adapter_specs[name] = spec
+        with_rank = any(p is not None for p in A._parameters.values())
+        self.ranked = self.ranked | {name} if with_rank else self.ranked - {name}
 
     def uninstall(self, name: str) -> None:
         """Forget an adapter; a layer that has none left runs as its base alone."""
         del self.lora_A[name], self.lora_B[name], self.adapter_specs[name]
+        self.ranked = self.ranked - {name}
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -120,12 +123,9 @@ class Linear(nn.Linear):
         """Whether the forward is the base's alone: disabled, merged, or nothing to add and nothing to measure."""
         if not route.enabled or self.merged:
             return True
-        names = (route.adapter,) if route.batch is None else route.batch.names
-        return not any([name in self.probes or self.has_rank(name) for name in names])
-
-    def has_rank(self, name: str) -> bool:
-        """Whether an adapter is here with a rank above 0."""
-        return name in self.adapter_specs and any([p is not None for p in self.lora_A[name]._parameters.values()])
+        if route.batch is None:
+            return route.adapter not in self.ranked and route.adapter not in self.probes
+        return not any([name in self.ranked or name in self.probes for name in route.batch.names])
 
     def dropout_p(self, route: Route) -> tuple[float, ...]:
         """Dropout probability of each adapter of a route, 0 outside training."""
@@ -171,6 +171,7 @@ def attach_state(
     layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
     layer.slices = dict(slices)
     layer.adapter_specs = {}
+    layer.ranked = frozenset()  # adapters with a rank above 0
     layer.router = router
     layer.stream = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]

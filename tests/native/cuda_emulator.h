@@ -20,6 +20,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static
 #define FASTLORA_LAUNCH(kernel, blocks, threads, stream, ...) \
   emulator::run(static_cast<int64_t>(blocks), threads, [&] { kernel(__VA_ARGS__); })
@@ -36,6 +37,27 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   std::memset(to, value, bytes);
   return cudaSuccess;
+}
+
+struct __half {
+  _Float16 value;
+};
+inline float __half2float(__half number) { return static_cast<float>(number.value); }
+inline __half __float2half_rn(float value) { return {static_cast<_Float16>(value)}; }
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 number) {
+  const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 
 namespace emulator {
@@ -183,6 +205,11 @@ template <class T>
 T __shfl_up_sync(unsigned, T value, int step) {
   const int lane = emulator::lane();
   return emulator::lane_value<T>(emulator::exchange(value), lane >= step ? lane - step : lane);
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return emulator::lane_value<T>(emulator::exchange(value), from);
 }
 
 template <class T>

@@ -19,7 +19,7 @@ ops = torch.ops.fastlora
 def test_library_is_loaded():
     assert native.available(), native.reason()
     assert native.reason() is None
-    assert native.isa() in ("avx512", "avx2", "portable")
+    assert native.isa().startswith(("avx512", "avx2", "portable"))
     for name in ("shrink", "expand_", "wgrad", "outer", "dropout"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{name}", "CPU"), name
 

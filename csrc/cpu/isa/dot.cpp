@@ -1,33 +1,9 @@
 // s = x A^T for a skinny A: tiles of rows x rank columns, summed over the depth in registers.
+#include "cpu/isa/dot.h"
 #include "cpu/isa/table.h"
-#include "cpu/isa/vec.h"
 
 namespace fastlora::FASTLORA_ISA {
 namespace {
-
-constexpr int kRows = kAccumulators / 6;
-constexpr int kColumns = 6;
-// Columns of A times this depth stay in the first-level cache.
-constexpr int64_t kDepth = 1024;
-
-template <int Rows, int Columns>
-FASTLORA_INLINE void store_sums(Vec* sums, float* s, int64_t lds, bool accumulate) {
-  constexpr int kCount = Rows * Columns;
-  constexpr int kGroups = (kCount + kWidth - 1) / kWidth;
-  alignas(64) float flat[kGroups * kWidth];
-#pragma GCC unroll 8
-  for (int group = 0; group < kGroups; ++group) {
-    Vec part[kWidth];
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) part[i] = group * kWidth + i < kCount ? sums[group * kWidth + i] : Vec{};
-    store(flat + group * kWidth, transposed_sum(part));
-  }
-  for (int i = 0; i < Rows; ++i) {
-    for (int j = 0; j < Columns; ++j) {
-      s[i * lds + j] = (accumulate ? s[i * lds + j] : 0.0f) + flat[i * Columns + j];
-    }
-  }
-}
 
 template <int Rows, int Columns>
 FASTLORA_INLINE void tile(const float* x, int64_t ldx, const float* a, int64_t lda, int64_t depth, float* s,
@@ -68,14 +44,14 @@ template <int Columns>
 void panel(const float* x, int64_t ldx, int64_t rows, const float* a, int64_t lda, int64_t depth, float* s, int64_t lds,
            bool accumulate) {
   int64_t m = 0;
-  for (; m + kRows <= rows; m += kRows) {
-    tile<kRows, Columns>(x + m * ldx, ldx, a, lda, depth, s + m * lds, lds, accumulate);
+  for (; m + kDotRows <= rows; m += kDotRows) {
+    tile<kDotRows, Columns>(x + m * ldx, ldx, a, lda, depth, s + m * lds, lds, accumulate);
   }
   for (; m < rows; ++m) tile<1, Columns>(x + m * ldx, ldx, a, lda, depth, s + m * lds, lds, accumulate);
 }
 
 using Panel = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool);
-constexpr Panel kPanels[kColumns] = {panel<1>, panel<2>, panel<3>, panel<4>, panel<5>, panel<6>};
+constexpr Panel kPanels[kDotColumns] = {panel<1>, panel<2>, panel<3>, panel<4>, panel<5>, panel<6>};
 
 }  // namespace
 
@@ -87,9 +63,9 @@ void dot(const float* x, int64_t ldx, int64_t rows, const float* a, int64_t lda,
     }
   }
   // Panels of nearly equal width: a narrow last one would leave the multipliers waiting.
-  const int64_t panels = (rank + kColumns - 1) / kColumns;
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    const int64_t part = depth - k < kDepth ? depth - k : kDepth;
+  const int64_t panels = (rank + kDotColumns - 1) / kDotColumns;
+  for (int64_t k = 0; k < depth; k += kDotDepth) {
+    const int64_t part = depth - k < kDotDepth ? depth - k : kDotDepth;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t first = p * rank / panels, width = (p + 1) * rank / panels - first;
       kPanels[width - 1](x + k, ldx, rows, a + first * lda + k, lda, part, s + first, lds, k > 0);

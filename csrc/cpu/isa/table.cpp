@@ -1,6 +1,8 @@
 // The dispatch table of one instruction set.
 #include "cpu/isa/table.h"
 
+#include "cpu/isa/vec.h"
+
 #define FASTLORA_STRING_OF(name) #name
 #define FASTLORA_STRING(name) FASTLORA_STRING_OF(name)
 
@@ -10,6 +12,13 @@ const Kernels table = {
     FASTLORA_STRING(FASTLORA_ISA),
     dot,
     outer,
+#if defined(FASTLORA_BF16_PAIRS)
+    dot_bf16,
+    outer_bf16,
+#else
+    nullptr,
+    nullptr,
+#endif
     signs,
     norms,
     {expand<float>, moments<float>, dropout<float>, widen<float>, narrow<float>},

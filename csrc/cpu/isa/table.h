@@ -10,6 +10,10 @@ void dot(const float* x, int64_t ldx, int64_t rows, const float* a, int64_t lda,
          int64_t lds);
 void outer(const float* d, int64_t ldd, int64_t rank, const float* x, int64_t ldx, int64_t rows, int64_t columns,
            float* g, int64_t ldg);
+void dot_bf16(const bf16* x, int64_t ldx, int64_t rows, const bf16* a, int64_t lda, int64_t rank, int64_t depth,
+              float* s, int64_t lds);
+void outer_bf16(const bf16* d, int64_t ldd, int64_t rank, const bf16* x, int64_t ldx, int64_t rows, int64_t columns,
+                float* g, int64_t ldg);
 void signs(uint64_t first, const DropoutRow& row, int64_t counters, float* out);
 void norms(const float* t, int64_t count, double* squares, double* absolute);
 template <class T>

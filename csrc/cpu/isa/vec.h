@@ -191,6 +191,51 @@ FASTLORA_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+#if defined(__AVX512BF16__) || defined(FASTLORA_EMULATE_BF16)
+#define FASTLORA_BF16_PAIRS 1
+
+// Each lane of a and b holds two bfloat16; sum + a[1] * b[1] + a[0] * b[0], as the instruction does it: the upper pair
+// first, each product exact, each sum rounded to nearest even, subnormal values taken and written as zero.
+#if defined(FASTLORA_EMULATE_BF16)
+FASTLORA_INLINE Vec flush(Vec v) {
+  const VecU32 u = bits_of(v);
+  const VecU32 subnormal = reinterpret_cast<VecU32>((u & 0x7f800000u) == 0);
+  return float_of(u & ~(subnormal & 0x7fffffffu));
+}
+FASTLORA_INLINE Vec dot_pairs(Vec sum, VecU32 a, VecU32 b) {
+  const Vec upper = flush(fma(flush(float_of(a & 0xffff0000u)), flush(float_of(b & 0xffff0000u)), flush(sum)));
+  return flush(fma(flush(float_of(a << 16)), flush(float_of(b << 16)), upper));
+}
+#else
+FASTLORA_INLINE Vec dot_pairs(Vec sum, VecU32 a, VecU32 b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+// 2 * kWidth elements of a row as pairs; of a partial vector the first count, the others are zero.
+FASTLORA_INLINE VecU32 load_pairs(const bf16* p) {
+  VecU32 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTLORA_INLINE VecU32 load_pairs(const bf16* p, int count) {
+  return (VecU32)_mm512_maskz_loadu_epi16((__mmask32)((uint64_t{1} << count) - 1), p);
+}
+
+// Lane n holds the pair (upper[n], lower[n]) of two rows.
+FASTLORA_INLINE VecU32 pair_rows(VecU16 lower, VecU16 upper) {
+  return __builtin_convertvector(lower, VecU32) | (__builtin_convertvector(upper, VecU32) << 16);
+}
+FASTLORA_INLINE VecU16 load_bits(const bf16* p) {
+  VecU16 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTLORA_INLINE VecU16 load_bits(const bf16* p, int count) {
+  return (VecU16)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p);
+}
+#endif
+
 // Products of the lower 32 bits of each 64-bit lane.
 FASTLORA_INLINE VecU64 multiply_low(VecU64 a, VecU64 b) {
 #if defined(__AVX512F__)
