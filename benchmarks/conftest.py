@@ -75,7 +75,9 @@ def interleaved(benchmark, request) -> Callable[..., list[dict[str, Any]]]:
             gc.unfreeze()
         if benchmark.disabled:
             return []
-        kept = {name: {i: t for i, t in own.items() if WARMUP <= i < WARMUP + rounds} for name, own in turns.times.items()}
+        kept = {
+            name: {i: t for i, t in own.items() if WARMUP <= i < WARMUP + rounds} for name, own in turns.times.items()
+        }
         found = rows({name: own for name, own in kept.items() if own})
         threads = torch.get_num_threads()
         benchmark.extra_info.update(

@@ -42,6 +42,7 @@ SHAPES = {
     )
 }
 
+
 @dataclass(frozen=True)
 class Target:
     """At most ``limit`` of what ``measure`` divides by; in percent for the cost of statistics."""

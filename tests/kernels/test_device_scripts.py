@@ -1,4 +1,4 @@
-"""The scripts of ``benchmarks/device.sh`` on the CPU, on tiny shapes: rows, JSON, Markdown, plot, a filled tiling.py."""
+"""The scripts of ``benchmarks/device.sh`` on the CPU, on tiny shapes: rows, JSON, Markdown, plot, tiling.py filled."""
 
 from __future__ import annotations
 
