@@ -30,7 +30,7 @@ _RESULTS = pytest.StashKey[list[dict[str, Any]]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastlora")
     group.addoption("--fastlora-results", type=Path, metavar="PATH",
-                    help="folder for layer.json and layer.md (default: nothing is written)")  # fmt: skip
+                    help="folder for layer.json, layer.md, layer.png (default: nothing is written)")  # fmt: skip
     group.addoption("--fastlora-rounds", type=int, metavar="N", help="rounds of every layer benchmark")
 
 
@@ -75,7 +75,9 @@ def interleaved(benchmark, request) -> Callable[..., list[dict[str, Any]]]:
             gc.unfreeze()
         if benchmark.disabled:
             return []
-        kept = {name: {i: t for i, t in own.items() if WARMUP <= i < WARMUP + rounds} for name, own in turns.times.items()}
+        kept = {
+            name: {i: t for i, t in own.items() if WARMUP <= i < WARMUP + rounds} for name, own in turns.times.items()
+        }
         found = rows({name: own for name, own in kept.items() if own})
         threads = torch.get_num_threads()
         benchmark.extra_info.update(

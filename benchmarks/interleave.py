@@ -18,7 +18,9 @@ class Interleaved:
     those behind it. A tracked variant yields a second row that includes ``tracker.step()``.
     """
 
-    def __init__(self, variants: Sequence[Variant], target: str, calls: int, clock: Callable[[], float] = time.thread_time):
+    def __init__(
+        self, variants: Sequence[Variant], target: str, calls: int, clock: Callable[[], float] = time.thread_time
+    ):
         self.variants, self.calls, self.clock, self.round = list(variants), calls, clock, 0
         self.target = next(v for v in self.variants if v.name == target)
         self.times: dict[str, dict[int, float]] = {}  # by variant and round

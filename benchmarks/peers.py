@@ -25,7 +25,7 @@ LABELS = {
     "naive": "PEFT + requires_grad on W, squared",
     "fastlora": "fastlora",
     "fastlora_compiled": "fastlora under torch.compile",
-    "python": "fastlora, backend=\"python\"",
+    "python": 'fastlora, backend="python"',
     "control": "fastlora again (control: same code)",
     "probes": "fastlora + probes",
     "probes_step": "fastlora + probes + tracker.step()",
@@ -112,7 +112,7 @@ class Variant:
         return found
 
     def saved_bytes(self) -> int:
-        """What autograd keeps from forward to backward besides parameters; x counts, because somebody has to keep it."""
+        """What autograd keeps from forward to backward besides parameters; x counts: somebody has to keep it."""
         parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         kept: dict[int, int] = {}
 
@@ -211,7 +211,9 @@ class _ProjectionsFunction(torch.autograd.Function):
     """All projections of one input in one node that keeps x alone, as the careful user writes it (Unsloth does)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float, places: list[tuple[int, slice]], bases: list[nn.Linear], *factors: Tensor):
+    def forward(
+        ctx, x: Tensor, scale: float, places: list[tuple[int, slice]], bases: list[nn.Linear], *factors: Tensor
+    ):
         rows, count = x.flatten(0, -2), len(places)
         outputs = [F.linear(rows, base.weight, base.bias) for base in bases]
         for (j, columns), a, b in zip(places, factors[:count], factors[count:], strict=True):
