@@ -138,6 +138,9 @@ class Tracker:
         samples = x.shape[0] if x.dim() > 1 else 1
         key = (self.steps, self.micro, samples)
         if self._signs is None or self._signs[0] != key:
+            if self.micro in self._samples:
+                seen = self._signs[0][2]
+                raise RuntimeError(f"fisher: calls of one forward saw {seen} and {samples} samples in dimension 0")
             self._signs = (key, sample_signs(self._rows.seed, self.steps, self.micro, samples, self.probes))
             self._samples[self.micro] = samples if own is None else own
         return self._signs[1]

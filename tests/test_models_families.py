@@ -130,3 +130,13 @@ def test_exact_statistics_are_those_of_the_full_gradient(name):
             expected = grad[layer.slice_rows(part)].square().sum().item()
             assert math.isclose(mine[key], expected, rel_tol=1e-3), key
     assert all(v > 0 for kind in kinds for v in tracker.scores(kind).values())
+
+
+@pytest.mark.parametrize("estimator", ["probe", "exact"])
+def test_inputs_that_are_not_of_samples_have_no_fisher(estimator):
+    """DeBERTa's relative positions pass through query and key once more."""
+    model = fastlora.inject(build("deberta_v3"), config(target_modules="qkv"))
+    with fastlora.track(model, estimator=estimator, statistics=("fisher",), every=1) as tracker:
+        with pytest.raises(RuntimeError, match="fisher: calls of one .* saw"):
+            ZOO["deberta_v3"].run(model).square().sum().backward()
+            tracker.step()
