@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiling import TileConfig
+
 
 class Segments(NamedTuple):
     """What the kernels read of a batch whose rows belong to several adapters, all on their device.
@@ -84,6 +86,17 @@ def even(*values: Sequence[int]) -> bool:
 def precision(dtype: torch.dtype) -> str:
     """How ``tl.dot`` treats fp32 operands: as torch's own matmul is told to."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def compiled(tiles: TileConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What every product is compiled with."""
+    return {"PRECISION": precision(dtype), "num_warps": tiles.warps, "num_stages": tiles.stages}
+
+
+def matmul_options(tiles: TileConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Blocks of a matmul with an adapter in its accumulator; ranks go by a tensor core's 16."""
+    blocks = {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_K": tiles.depth, "BLOCK_R": 16}
+    return {"BAND": tiles.band, **blocks, **compiled(tiles, dtype)}
 
 
 def unit_last(tensor: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("expand", "half"): (
         Entry(TileConfig(64, 64, 64, 4, 1), 0, "memory bound, one step deep: whole 128-byte lines, many resident"),
     ),
-    ("expand", "fp32"): (Entry(TileConfig(32, 64, 16, 4, 1), 0, _FFMA),),
+    ("expand", "fp32"): (Entry(TileConfig(32, 64, 16, 8, 1), 0, _FFMA),),
     ("expand_dropout", "half"): (Entry(TileConfig(32, 64, 64, 4, 1), 0, _PHILOX),),
     ("expand_dropout", "fp32"): (Entry(TileConfig(32, 64, 16, 4, 1), 0, _PHILOX),),
     ("wgrad", "half"): (

@@ -14,13 +14,13 @@ from .primitives import (
     Segments,
     block_rank,
     clear,
+    compiled,
     even,
     find_tile,
     keep_mask,
     launch,
     opaque,
     pick,
-    precision,
     table_row,
     unit_last,
 )
@@ -45,6 +45,18 @@ class Product(NamedTuple):
     probe_region: int = 0
 
 
+@triton.jit
+def product_row(p_table, i_product, EVEN_R: tl.constexpr):
+    """The 8 numbers of one adapter's product: rank columns, probe columns, and where both go."""
+    o_factor, rank, probe = table_row(p_table, i_product, 8, EVEN_R)
+    p_rest = p_table + i_product * 8
+    o_probes = tl.load(p_rest + 7)
+    if EVEN_R:
+        o_probes = tl.multiple_of(o_probes, 8)
+    region, stride_column, stride_rank = tl.load(p_rest + 3), tl.load(p_rest + 4), tl.load(p_rest + 5)
+    return o_factor, rank, probe, o_probes, region, stride_column, stride_rank, tl.load(p_rest + 6)
+
+
 @triton.jit(do_not_specialize=["M", "rows", "total", "threshold"])
 def wgrad_kernel(
     p_wide, p_skinny, p_partial, p_seed, widths, strides_wide, strides_skinny, firsts, ranks, probes,
@@ -63,12 +75,10 @@ def wgrad_kernel(
     if segments is not None:
         adapter, i_part = (i_part // SPLIT).to(tl.int64), i_part % SPLIT
         i_product = adapter * len(widths) + i_entry
-        p_product, scale = segments[3] + i_product * 8, tl.load(segments[4] + i_product)
-        o_factor, rank, probe = table_row(segments[3], i_product, 8, EVEN_R)
-        region, stride_column = tl.load(p_product + 3), tl.load(p_product + 4)
-        stride_rank, probe_region, o_probes = tl.load(p_product + 5), tl.load(p_product + 6), tl.load(p_product + 7)
-        if EVEN_R:
-            o_probes = tl.multiple_of(o_probes, 8)
+        scale = tl.load(segments[4] + i_product)
+        o_factor, rank, probe, o_probes, region, stride_column, stride_rank, probe_region = product_row(
+            segments[3], i_product, EVEN_R
+        )
         begin, end = tl.load(segments[1] + 2 * adapter), tl.load(segments[1] + 2 * adapter + 1)
         own = tl.cdiv(tl.cdiv(end - begin, SPLIT), BLOCK_M) * BLOCK_M
         first = begin + i_part * own
@@ -137,42 +147,22 @@ def run(
     widths = tuple(p.wide.shape[1] for p in products)
     widest = max(p.ranks + p.probes for p in products) if segments is None else segments.widest
     block, parts = (block_rank(widest) if segments is None else 32), partial.shape[0]
+    adapters = 1 if segments is None else segments.ranges.shape[0]
     numbers = [number for p in products for number in (p.first, p.ranks, p.probes)]
     strides_skinny = [p.skinny.stride(0) for p in products]
     own = even(numbers, [first_probe]) if segments is None else segments.even
     launch(
         wgrad_kernel,
-        (
-            sum(triton.cdiv(w, tiles.columns) for w in widths),
-            triton.cdiv(widest, block),
-            parts if segments is None else parts * segments.ranges.shape[0],
-        ),
-        tuple(p.wide for p in products),
-        tuple(p.skinny for p in products),
-        partial,
-        products[0].wide if seed is None else seed,
-        widths,
-        tuple(p.wide.stride(0) for p in products),
-        opaque(strides_skinny),
-        *(opaque(column) for column in zip(*(_numbers(p) for p in products), strict=True)),
-        opaque(masks),
-        None if segments is None else segments.tensors,
-        products[0].wide.shape[0],
-        rows,
-        partial.shape[1],
-        opaque([first_probe]),
-        threshold,
-        EVEN_R=own and even(strides_skinny),
-        MASKED=0 if seed is None else len(masks) - 1,
-        GATHER=segments is not None and segments.gather,
-        SPLIT=parts,
-        BLOCK_M=tiles.depth,
-        BLOCK_N=tiles.columns,
-        BLOCK_R=block,
-        PRECISION=precision(products[0].wide.dtype),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+        (sum(triton.cdiv(w, tiles.columns) for w in widths), triton.cdiv(widest, block), parts * adapters),
+        tuple(p.wide for p in products), tuple(p.skinny for p in products), partial,
+        products[0].wide if seed is None else seed, widths, tuple(p.wide.stride(0) for p in products),
+        opaque(strides_skinny), *(opaque(column) for column in zip(*(_numbers(p) for p in products), strict=True)),
+        opaque(masks), None if segments is None else segments.tensors,
+        products[0].wide.shape[0], rows, partial.shape[1], opaque([first_probe]), threshold,
+        EVEN_R=own and even(strides_skinny), MASKED=0 if seed is None else len(masks) - 1,
+        GATHER=segments is not None and segments.gather, SPLIT=parts,
+        BLOCK_M=tiles.depth, BLOCK_N=tiles.columns, BLOCK_R=block, **compiled(tiles, products[0].wide.dtype),
+    )  # fmt: skip
 
 
 def _numbers(p: Product) -> tuple[int, ...]:

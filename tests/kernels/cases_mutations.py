@@ -189,7 +189,7 @@ MUTATIONS = {
     "covariance: mirrored into itself": ("gradstat", "if i_row != i_column:", "if i_row == i_column:",
                                          off_covariance, 0.0),
     "adapters, h: routing": ("shrink", ROUTED, SHUFFLED, off_grouped, 0.0),
-    "adapters, h: a rank more": ("shrink", "offset + o_own, o_own < rank", "offset + o_own, o_own < rank + 1",
+    "adapters, h: a rank less": ("shrink", "offset + o_own, o_own < rank", "offset + o_own, o_own < rank - 1",
                                  off_grouped, 0.0),
     "adapters, h: factors of the first": ("shrink", "(first + o_own) * strides", "o_own * strides", off_grouped, 0.0),
     "adapters, y: routing": ("linear", ROUTED, SHUFFLED, off_grouped, 0.0),
