@@ -30,7 +30,7 @@ _RESULTS = pytest.StashKey[list[dict[str, Any]]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastlora")
     group.addoption("--fastlora-results", type=Path, metavar="PATH",
-                    help="folder for layer.json and layer.md (default: nothing is written)")  # fmt: skip
+                    help="folder for layer.json, layer.md, layer.png (default: nothing is written)")  # fmt: skip
     group.addoption("--fastlora-rounds", type=int, metavar="N", help="rounds of every layer benchmark")
 
 

@@ -33,7 +33,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 
 def _statistics(variant: Variant, probe_rows: dict[str, Tensor | None], y: Tensor) -> dict[str, float]:
-    """Errors of the tracked numbers of one step: ``||dy^T x P^T||^2 / k`` (exact: ``||dy^T x||^2``), column variances."""
+    """Errors of one step's numbers: ``||dy^T x P^T||^2 / k`` (exact: ``||dy^T x||^2``), column variances of y."""
     tracker, problem = variant.tracker, variant.problem
     tracker.step()
     scores = {kind: list(tracker.scores(kind).values()) for kind in tracker.kinds}

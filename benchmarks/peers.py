@@ -112,7 +112,7 @@ class Variant:
         return found
 
     def saved_bytes(self) -> int:
-        """What autograd keeps from forward to backward besides parameters; x counts, because somebody has to keep it."""
+        """What autograd keeps from forward to backward besides parameters; x counts: somebody has to keep it."""
         parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         kept: dict[int, int] = {}
 
