@@ -90,7 +90,7 @@ def run_verb(verb, data, tiles):
             found.append((dB[i], data.scale[i] * wide(part).T @ wide(h)[:, own]))
         return found
     if verb.startswith("gradstat"):
-        offsets, shape = [0, 3, 300, s.M], (data.dy[0].shape[1], s.K)
+        offsets, shape = [0, 3, s.M // 2, s.M], (data.dy[0].shape[1], s.K)
         diagonal = torch.zeros(shape, device=DEVICE) if verb == "gradstat_diagonal" else None
         stat = gradstat.gradstat(data.x, data.dy[0], torch.tensor(offsets, device=DEVICE), tiles, diagonal=diagonal)
         found = [(stat, reference.gradstat(wide(data.x), wide(data.dy[0]), offsets))]
