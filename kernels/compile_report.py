@@ -134,6 +134,7 @@ class _Operands:
         self.own = grouped.Ranks(((rank,) * n,) * 2, (probes,) * 2)
         numbers = [torch.empty(some, dtype=torch.int64, device="meta") for some in ((M,), (2, 2), (M // 16, 2))]
         self.batch = grouped.Batch(*numbers[:2], lambda *sizes: numbers[2])
+        self.drop = grouped.Dropout(torch.empty(M, 2, dtype=torch.int64, device="meta"), (2**31,) * 2, (2.0,) * 2)
         self.moments = torch.empty(2, K, dtype=torch.float64, device="meta")
 
 
@@ -156,6 +157,9 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
         )
 
     pairs, twice = (o.batch, o.own), list(o.scales) * 2
+    drop = o.drop if dropout else None
+    if verb == "grouped_shrink_dropout":
+        return {"x": lambda: grouped.grouped_shrink(o.x, [*o.A, o.P] * 2, *pairs, tile, drop)}
     if verb == "grouped_shrink":
         return {
             "x": lambda: grouped.grouped_shrink(o.x, [*o.A, o.P] * 2, *pairs, tile),
@@ -170,8 +174,8 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
         x = o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes
         widths = [b.shape[0] for b in o.B]
         cases = {"matmul": lambda: wgrad.wgrad(*x, tiles=tile, **dropout)}
-        some = o.x, o.dh, o.dy, o.h, widths, *pairs, twice, torch.float32, tile
-        return cases if dropout else cases | {"matmul, adapters": lambda: grouped.grouped_wgrad(*some)}
+        some = o.x, o.dh, o.dy, o.h, widths, *pairs, twice, torch.float32, tile, drop
+        return cases | {"matmul, adapters": lambda: grouped.grouped_wgrad(*some)}
     if verb == "gradstat":
         offsets = torch.empty(9, dtype=torch.int64, device="meta")
         return {"matmul": lambda: gradstat.gradstat(o.x, o.dy[0], offsets, tile)}
@@ -194,8 +198,11 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
             ),
             "dx, adapters": lambda: grouped.grouped_linear_backward_(o.x, o.dh, o.A * 2, *pairs, tile),
         }
+    if verb == "expand_dropout":
+        adapters = o.x, o.dh, o.A * 2, *pairs, tile, drop
+        return {"dx": lambda: dx(**dropout), "dx, adapters": lambda: grouped.grouped_linear_backward_(*adapters)}
     if backward:
-        return {"dx" if verb.startswith("expand") else "matmul": lambda: dx(**dropout)}
+        return {"matmul": lambda: dx(**dropout)}
     return {"matmul": lambda: linear_forward(verb == "linear_moments")}
 
 

@@ -15,9 +15,11 @@ from .primitives import (
     block_rank,
     clear,
     compiled,
+    dropout_of,
     even,
     keep_mask,
     launch,
+    masked_ranks,
     opaque,
     own_rows,
     pick,
@@ -31,14 +33,16 @@ from .tiling import TileConfig, choose_split, choose_tiles
 
 
 @triton.jit
-def masked_product(b_acc, b_x, b_f, seed, o_m, o_rank, offsets, ends, k, threshold, MASKED: tl.constexpr,
-                   BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def masked_product(b_acc, b_x, b_f, seed, o_key, o_rank, segments, i_group, offsets, ends, k, threshold,
+                   MASKED: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """(acc + x f with each of MASKED factors' own dropout of x, f without them)."""
     for i in tl.static_range(MASKED):
-        m_own = (o_rank >= clear(offsets[i])) & (o_rank < clear(ends[i]))
-        b_seen = tl.where(keep_mask(seed, i, o_m, k, threshold, BLOCK_K), b_x, 0.0)
+        first, end = masked_ranks(segments, i_group, i, MASKED, offsets, ends)
+        m_own = (o_rank >= first) & (o_rank < end)
+        b_seen = tl.where(keep_mask(seed, i, o_key, k, threshold, BLOCK_K), b_x, 0.0)
         b_acc = tl.dot(b_seen, tl.where(m_own[None, :], b_f, 0.0), b_acc, input_precision=PRECISION)
-    return b_acc, tl.where((o_rank >= clear(ends[MASKED - 1]))[None, :], b_f, 0.0)
+    _, last = masked_ranks(segments, i_group, MASKED - 1, MASKED, offsets, ends)
+    return b_acc, tl.where((o_rank >= last)[None, :], b_f, 0.0)
 
 
 @triton.jit
@@ -76,7 +80,7 @@ def shrink_kernel(
     o_block = (i_column % BLOCKS) * BLOCK_R
     o_own = o_block + tl.arange(0, BLOCK_R)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < M
+    m_m, adapter = o_m < M, 0
     if segments is not None:
         adapter = tl.load(segments[0] + 2 * i_m).to(tl.int64)
         if adapter < 0:
@@ -98,7 +102,7 @@ def shrink_kernel(
     p_rows_x = pick(p_x, i_entry) + o_m.to(tl.int64)[:, None] * pick(strides_x, i_entry)
     b_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if MASKED > 0:
-        seed = tl.load(p_seed)
+        seed, o_key, least, keep_scale = dropout_of(segments, p_seed, adapter, o_m, m_m, threshold, scale)
     for k in tl.range(i_split * part, tl.minimum(K, (i_split + 1) * part), BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         m_x, m_f = m_m[:, None], m_rank[None, :]
@@ -111,11 +115,13 @@ def shrink_kernel(
             store_moments(p_sum, K, b_x.to(tl.float32), m_m[:, None], (o_k < K) & (o_block == 0))
         if MASKED > 0:
             b_acc, b_f = masked_product(
-                b_acc, b_x, b_f, seed, o_m, o_rank, offsets, ends, k, threshold, MASKED, BLOCK_K, PRECISION
-            )
+                b_acc, b_x, b_f, seed, o_key, o_rank, segments, adapter, offsets, ends, k, least,
+                MASKED, BLOCK_K, PRECISION,
+            )  # fmt: skip
         b_acc = tl.dot(b_x, b_f, b_acc, input_precision=PRECISION)
     if MASKED > 0:
-        b_acc *= tl.where(o_rank < clear(ends[MASKED - 1]), scale, 1.0)[None, :]
+        _, last = masked_ranks(segments, adapter, MASKED - 1, MASKED, offsets, ends)
+        b_acc *= tl.where(o_rank < last, keep_scale, 1.0)[None, :]
     elif not SHARED:
         b_acc *= scale
     p_tile = p_out + (i_split.to(tl.int64) * M + o_m)[:, None] * stride_out + o_rank[None, :]
@@ -146,7 +152,7 @@ def run(
     ranks = [f.shape[0] if shared else f.shape[1] for f in factors]
     widths = tuple(t.shape[1] for t in x)
     plain = "shrink" if moments is None else "shrink_moments"
-    verb = "grouped_shrink" if segments else "shrink_dropout" if masked else plain
+    verb = "shrink_dropout" if masked else plain
     tiles = tiles or choose_tiles(verb, M, 0, max(widths), total, x[0].dtype)
     widest = segments.widest if segments else total if shared else max(ranks)
     block = block_rank(widest) if segments is None else tiles.columns

@@ -12,12 +12,44 @@ from kernel_support import DEVICE, expected_dh, expected_h, wide
 from fastlora import reference
 
 
-def run_grouped(data, tiles):
-    """(found, wanted) pairs of every verb over rows of several adapters; only shrink takes the tile."""
+def run_dropped(o, tiles, others=None):
+    """(found, wanted) pairs of the verbs that see dropout; the tile is shrink's, ``others`` that of the rest."""
+    G, M = len(o.case.ranks), len(o.case.ids)
+    p, keys = [(0.25, 0.0, 0.5)[g % 3] for g in range(G)], torch.randint(2**62, (M, 2), device=DEVICE)
+    thresholds = tuple(reference.keep_threshold(q) if q else 0 for q in p)
+    drop, rest = grouped.Dropout(keys, thresholds, tuple(1 / (1 - q) for q in p)), (o.batch, o.own)
+    wanted_h, dh, dy = expected_mixed_h(o), expected_mixed_dh(o, o.slices(o.dy)).to(DEVICE, o.dtype), o.slices(o.dy)
+    wanted_dx, wanted_dA = wide(o.x), []
+    for g, ranks in enumerate(o.case.ranks):
+        rows, column = o.rows(g), 0
+        for i, r in enumerate(ranks):
+            own, A = (wide(dh)[rows, column : column + r], keys[rows].cpu(), i, p[g]), o.factor(o.A, g, i)
+            seen = reference.dropout_rows(wide(o.x)[rows], *own[1:]) if p[g] else wide(o.x)[rows]
+            part = own[0] @ A
+            wanted_h[rows, column : column + r] = seen @ A.T
+            wanted_dx[rows] += reference.dropout_rows(part, *own[1:]) if p[g] else part
+            wanted_dA.append(own[0].T @ seen)
+            column += r
+    h = grouped.grouped_shrink(o.x, o.factors_of_shrink(), *rest, tiles, drop)
+    dx = grouped.grouped_linear_backward_(o.x.clone(), dh, o.A, *rest, others, drop)
+    near = expected_mixed_h(o).to(DEVICE, o.dtype)
+    dA, dB, Q = grouped.grouped_wgrad(o.x, dh, dy, near, o.case.widths, *rest, o.scales, tiles=others, drop=drop)
+    _, wanted_dB, wanted_Q = expected_wgrad(o, o.x, dh, dy, near)
+    found, wanted = [h, dx, *dA, *dB, *Q], [wanted_h, wanted_dx, *wanted_dA, *wanted_dB, *wanted_Q]
+    return list(zip(found, wanted, strict=True))
+
+
+def mixed_of(data):
+    """Rows of four adapters, and of none, with the sizes of a problem."""
     s, some = data.problem, torch.Generator().manual_seed(data.problem.M)
     ids = torch.randint(-1, 4, (s.M,), generator=some).tolist()
     ranks = tuple(tuple(max(1, r >> g) for r in s.ranks) for g in range(4))
-    o = Operands(Mixed(tuple(ids), s.K, s.outputs, s.widths, ranks, (s.probes, 0, 3, 1)), data.dtype)
+    return Operands(Mixed(tuple(ids), s.K, s.outputs, s.widths, ranks, (s.probes, 0, 3, 1)), data.dtype)
+
+
+def run_grouped(data, tiles):
+    """(found, wanted) pairs of every verb over rows of several adapters; only shrink takes the tile."""
+    s, o = data.problem, mixed_of(data)
     h, dh, dy = expected_mixed_h(o).to(DEVICE, o.dtype), expected_mixed_dh(o, o.slices(o.dy)), o.slices(o.dy)
     near, rest, wanted = dh.to(DEVICE, o.dtype), (o.batch, o.own), expected_y(o, h)
     pairs = [
@@ -40,6 +72,8 @@ def run_verb(verb, data, tiles):
     keep = {"threshold": reference.keep_threshold(p), "keep_scale": 1 / (1 - p)}
     options = {"seed": data.seed, **keep} if p else {}
     h, dh = expected_h(data, p).to(DEVICE, data.dtype), expected_dh(data).to(DEVICE, data.dtype)
+    if verb == "grouped_shrink_dropout":
+        return run_dropped(mixed_of(data), tiles)
     if verb == "grouped_shrink":
         return run_grouped(data, tiles)
     if verb == "shrink_moments":
