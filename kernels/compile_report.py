@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,15 +157,11 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
             o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile, **options
         )
 
-    pairs, twice = (o.batch, o.own), list(o.scales) * 2
-    drop = o.drop if dropout else None
-    if verb == "grouped_shrink_dropout":
-        return {"x": lambda: grouped.grouped_shrink(o.x, [*o.A, o.P] * 2, *pairs, tile, drop)}
-    if verb == "grouped_shrink":
-        return {
-            "x": lambda: grouped.grouped_shrink(o.x, [*o.A, o.P] * 2, *pairs, tile),
-            "dy": lambda: grouped.grouped_shrink_backward(o.dy, o.B * 2, *pairs, twice, tile),
-        }
+    pairs, twice, drop = (o.batch, o.own), list(o.scales) * 2, o.drop if dropout else None
+    if verb.startswith("grouped_shrink"):
+        h = partial(grouped.grouped_shrink, o.x, [*o.A, o.P] * 2, *pairs, tile, drop)
+        dh = partial(grouped.grouped_shrink_backward, o.dy, o.B * 2, *pairs, twice, tile)
+        return {"x": h} if dropout else {"x": h, "dy": dh}
     if verb.startswith("shrink"):
         if verb != "shrink":
             kept = o.moments if verb == "shrink_moments" else None
@@ -188,21 +185,15 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
             "matmul": lambda: gradstat.covariance(o.x, tile),
             "matmul, added": lambda: gradstat.add_gram_(total, o.x, weight, tile),
         }
+    y = partial(grouped.grouped_expand_, o.dy, o.h, o.W, o.B * 2, *pairs, o.places, twice, True, tile)
+    adapters = partial(grouped.grouped_linear_backward_, o.x, o.dh, o.A * 2, *pairs, tile, drop)
     if verb == "expand":
-        return {
-            "y": lambda: linear_forward(False),
-            "y, moments": lambda: linear_forward(True),
-            "dx": dx,
-            "y, moments, adapters": lambda: grouped.grouped_expand_(
-                o.dy, o.h, o.W, o.B * 2, *pairs, o.places, twice, True, tile
-            ),
-            "dx, adapters": lambda: grouped.grouped_linear_backward_(o.x, o.dh, o.A * 2, *pairs, tile),
-        }
+        plain = {"y": partial(linear_forward, False), "y, moments": partial(linear_forward, True), "dx": dx}
+        return plain | {"y, moments, adapters": y, "dx, adapters": adapters}
     if verb == "expand_dropout":
-        adapters = o.x, o.dh, o.A * 2, *pairs, tile, drop
-        return {"dx": lambda: dx(**dropout), "dx, adapters": lambda: grouped.grouped_linear_backward_(*adapters)}
+        return {"dx": partial(dx, **dropout), "dx, adapters": adapters}
     if backward:
-        return {"matmul": lambda: dx(**dropout)}
+        return {"matmul": partial(dx, **dropout)}
     return {"matmul": lambda: linear_forward(verb == "linear_moments")}
 
 
