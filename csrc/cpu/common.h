@@ -132,8 +132,8 @@ struct Parts {
   // Calls f(part, first row, last row) for every part.
   template <class F>
   void run(const F& f) const {
-    if (count == 1) {
-      f(int64_t{0}, int64_t{0}, rows);
+    if (count == 1 || in_forked_child()) {
+      for (int64_t part = 0; part < count; ++part) f(part, begin(part), begin(part + 1));
       return;
     }
     torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
