@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastlora
 
 from .peers import LABELS
+from .shapes import MODEL_TARGETS
 
 RANK = 8
 ROUNDS = 11
@@ -67,7 +68,7 @@ class Step:
 
     def __init__(self, name: str, model: nn.Module, batch: dict[str, Tensor], tracked: bool = False):
         self.name, self.model, self.batch = name, model.train(), batch
-        self.tracker = None
+        self.tracker, self.every = None, 1
         self.tracked = fastlora.track(model) if tracked else None
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         self.labels = torch.zeros(next(iter(batch.values())).shape[0], dtype=torch.long)
@@ -133,4 +134,5 @@ def test_training_step(name, interleaved, record):
     found = interleaved(steps, ROUNDS, 1)
     if found:
         tokens = {key: list(value.shape) for key, value in architecture.batch().items()}
-        record({"kind": "model", "model": name, "rank": RANK, "batch": tokens, "rows": found})
+        record({"kind": "model", "model": name, "rank": RANK, "batch": tokens, "rows": found,
+                "targets": [asdict(target) for target in MODEL_TARGETS]})  # fmt: skip

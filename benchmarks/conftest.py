@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,7 @@ _RESULTS = pytest.StashKey[list[dict[str, Any]]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastlora")
     group.addoption("--fastlora-results", type=Path, metavar="PATH",
-                    help="folder for layer.json and layer.md (default: nothing is written)")  # fmt: skip
+                    help="folder for layer.json, layer.md, layer.png (default: nothing is written)")  # fmt: skip
     group.addoption("--fastlora-rounds", type=int, metavar="N", help="rounds of every layer benchmark")
 
 
@@ -59,9 +60,11 @@ def one_thread():
 def interleaved(benchmark, request) -> Callable[..., list[dict[str, Any]]]:
     """``measure(variants, rounds, calls)``: rows of interleaved times; the benchmark's own entry is fastlora's."""
 
-    def measure(variants: list[Variant], rounds: int, calls: int) -> list[dict[str, Any]]:
+    def measure(
+        variants: list[Variant], rounds: int, calls: int, clock: Callable[[], float] = time.thread_time
+    ) -> list[dict[str, Any]]:
         rounds = request.config.getoption("--fastlora-rounds") or rounds
-        turns = Interleaved(variants, "fastlora", calls)
+        turns = Interleaved(variants, "fastlora", calls, clock)
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -72,8 +75,14 @@ def interleaved(benchmark, request) -> Callable[..., list[dict[str, Any]]]:
             gc.unfreeze()
         if benchmark.disabled:
             return []
-        found = rows({name: values[WARMUP : WARMUP + rounds] for name, values in turns.times.items()})
-        benchmark.extra_info.update(clock="time.thread_time", threads=1, warmup_rounds=WARMUP, calls_per_round=calls)
+        kept = {
+            name: {i: t for i, t in own.items() if WARMUP <= i < WARMUP + rounds} for name, own in turns.times.items()
+        }
+        found = rows({name: own for name, own in kept.items() if own})
+        threads = torch.get_num_threads()
+        benchmark.extra_info.update(
+            clock=f"time.{clock.__name__}", threads=threads, warmup_rounds=WARMUP, calls_per_round=calls
+        )
         benchmark.extra_info["rows"] = found
         return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .peers import Variant
+from .peers import NaiveStatistics, Variant
 
 # Relative error in the Frobenius norm: fp32 sums of up to 2048 terms, and one rounding of inputs kept in bf16.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -15,11 +15,14 @@ def check(variant: Variant) -> dict[str, float]:
     """Relative errors of output, gradients and statistics against float64; ``AssertionError`` names what is wrong."""
     problem = variant.problem
     tracked = variant.tracker.layers if variant.tracker is not None else {}
-    probe_rows = {path: layer.probe.P.clone() for path, layer in tracked.items()}
+    probe_rows = {path: _copy(layer.probes["default"].P) for path, layer in tracked.items()}
     found, expected = variant.gradients(), problem.expected(variant.projections)
     errors = {name: _error(found[name], value) for name, value in expected.items()}
     if variant.tracker is not None:
         errors |= _statistics(variant, probe_rows, expected["y"])
+    if isinstance(variant, NaiveStatistics):
+        variant.call()
+        errors |= _naive(variant)
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[problem.dtype]}
     assert not wrong, f"{variant.name}: relative errors above {TOLERANCE[problem.dtype]}: {wrong}"
     return errors
@@ -29,19 +32,36 @@ def _error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def _statistics(variant: Variant, probe_rows: dict[str, Tensor], y: Tensor) -> dict[str, float]:
-    """Errors of the tracked numbers of one step: ``||dy^T x P^T||^2 / k`` and the output's column variances."""
+def _statistics(variant: Variant, probe_rows: dict[str, Tensor | None], y: Tensor) -> dict[str, float]:
+    """Errors of one step's numbers: ``||dy^T x P^T||^2 / k`` (exact: ``||dy^T x||^2``), column variances of y."""
     tracker, problem = variant.tracker, variant.problem
     tracker.step()
     scores = {kind: list(tracker.scores(kind).values()) for kind in tracker.kinds}
     x, dy = problem.flat(problem.x), problem.flat(problem.dy)
     errors = {}
     for i, ((path, _), p) in enumerate(zip(tracker.matrices, variant.projections, strict=True)):
-        P = probe_rows[path].double()
+        P, mine = probe_rows[path], dy[:, p.columns]
         expected = {
-            "grad_sq": (dy[:, p.columns].t() @ (x @ P.t())).square().sum() / P.shape[0],
+            "grad_sq": _squared(mine, x) if P is None else _squared(mine, x @ P.double().t()) / P.shape[0],
             "act_var": y[:, p.columns].var(dim=0, correction=0).sum(),
         }
         for kind in tracker.kinds:
             errors[f"{kind}[{i}]"] = abs(scores[kind][i] - float(expected[kind])) / float(expected[kind])
     return errors
+
+
+def _copy(P: Tensor | None) -> Tensor | None:
+    return None if P is None else P.clone()
+
+
+def _squared(dy: Tensor, x: Tensor) -> Tensor:
+    return (dy.t() @ x).square().sum()
+
+
+def _naive(variant: NaiveStatistics) -> dict[str, float]:
+    x, dy = variant.problem.flat(variant.problem.x), variant.problem.flat(variant.problem.dy)
+    expected = [_squared(part, x) for part in dy.split(list(variant.problem.shape.outputs), dim=1)]
+    return {
+        f"grad_sq[{i}]": abs(float(found) - float(value)) / float(value)
+        for i, (found, value) in enumerate(zip(variant.grad_sq, expected, strict=True))
+    }

@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .peers import Variant
-
-clock = time.thread_time
 
 
 class Interleaved:
@@ -20,13 +18,16 @@ class Interleaved:
     those behind it. A tracked variant yields a second row that includes ``tracker.step()``.
     """
 
-    def __init__(self, variants: Sequence[Variant], target: str, calls: int):
-        self.variants, self.calls, self.round = list(variants), calls, 0
+    def __init__(
+        self, variants: Sequence[Variant], target: str, calls: int, clock: Callable[[], float] = time.thread_time
+    ):
+        self.variants, self.calls, self.clock, self.round = list(variants), calls, clock, 0
         self.target = next(v for v in self.variants if v.name == target)
-        self.times: dict[str, list[float]] = {}
+        self.times: dict[str, dict[int, float]] = {}  # by variant and round
 
     def _order(self) -> list[Variant]:
-        return self.variants[:: -1 if self.round % 2 else 1]
+        due = [v for v in self.variants if self.round % v.every == 0]
+        return due[:: -1 if self.round % 2 else 1]
 
     def before(self) -> None:
         gc.collect()
@@ -47,15 +48,15 @@ class Interleaved:
         total = 0.0
         for _ in range(self.calls):
             variant.forget()
-            start = clock()
+            start = self.clock()
             variant.call()
-            total += clock() - start
-        self.times.setdefault(variant.name, []).append(total / self.calls)
+            total += self.clock() - start
+        self.times.setdefault(variant.name, {})[self.round] = total / self.calls
         if variant.tracker is not None:
-            start = clock()
+            start = self.clock()
             variant.tracker.step()
-            step = clock() - start
-            self.times.setdefault(variant.name + "_step", []).append(total / self.calls + step)
+            step = self.clock() - start
+            self.times.setdefault(variant.name + "_step", {})[self.round] = total / self.calls + step
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -86,20 +87,23 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def paired(times: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, float]]:
+Times = Mapping[str, Mapping[int, float]]
+
+
+def paired(times: Times, base: str) -> dict[str, dict[str, float]]:
     """Spread of (variant / base) of the same round, for every variant."""
-    return {name: spread([t / b for t, b in zip(values, times[base], strict=True)]) for name, values in times.items()}
+    whole = times[base]
+    return {name: spread([t / whole[i] for i, t in own.items() if i in whole]) for name, own in times.items()}
 
 
-def rows(times: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """One row a variant: milliseconds per call, and ratios to PEFT and to untracked fastlora."""
-    to_peft, to_ours = paired(times, "peft"), paired(times, "fastlora")
+def rows(times: Times) -> list[dict[str, Any]]:
+    """One row a variant: milliseconds per call, and ratios to PEFT, to untracked fastlora, and to the frozen layer."""
+    ratios = {f"ratio_to_{base}": paired(times, base) for base in ("peft", "fastlora", "frozen") if base in times}
     return [
         {
             "variant": name,
-            "ms": spread([1e3 * t for t in values]),
-            "ratio_to_peft": to_peft[name],
-            "ratio_to_fastlora": to_ours[name],
+            "ms": spread([1e3 * t for t in own.values()]),
+            **{key: found[name] for key, found in ratios.items()},
         }
-        for name, values in times.items()
+        for name, own in times.items()
     ]

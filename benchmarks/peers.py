@@ -14,12 +14,18 @@ import fastlora
 from .shapes import Problem, Projection
 
 TRACKED = {"probes": ("grad_sq",), "act_var": ("grad_sq", "act_var")}
+INFORMATIVE = 3  # rows that no target is about run in every third round: both orders of a round come up
 LABELS = {
     "frozen": "frozen nn.Linear",
     "peft": "PEFT, adapters in the base dtype",
     "peft_fp32": "PEFT, default (fp32 adapters)",
+    "peft_compiled": "PEFT under torch.compile",
     "handwritten": "hand-written torch",
+    "function": "hand-written autograd.Function",
+    "naive": "PEFT + requires_grad on W, squared",
     "fastlora": "fastlora",
+    "fastlora_compiled": "fastlora under torch.compile",
+    "python": 'fastlora, backend="python"',
     "control": "fastlora again (control: same code)",
     "probes": "fastlora + probes",
     "probes_step": "fastlora + probes + tracker.step()",
@@ -28,6 +34,8 @@ LABELS = {
     "model_probes": "fastlora + probes + tracker.step()",
     "act_var": "fastlora + probes + act_var",
     "act_var_step": "fastlora + probes + act_var + tracker.step()",
+    "exact": "fastlora + exact grad_sq, kept",
+    "exact_step": "fastlora + exact grad_sq + tracker.step()",
 }
 
 
@@ -62,13 +70,17 @@ class Model(nn.Module):
 
 @dataclass
 class Variant:
-    """A model with its adapters; ``call`` is one forward and backward with fresh gradients."""
+    """A model with its adapters; ``call`` is one forward and backward with fresh gradients.
+
+    ``every``: measured in each n-th round.
+    """
 
     name: str
     model: nn.Module
     problem: Problem
     projections: list[Projection]
     tracker: fastlora.Tracker | None = None
+    every: int = 1
     x: Tensor = field(init=False)
     dy: list[Tensor] = field(init=False)
 
@@ -86,7 +98,7 @@ class Variant:
         """Drop the statistics of the last call, so that those of repeated calls do not add up."""
         if self.tracker is not None:
             for layer in self.tracker.layers.values():
-                layer.probe.advance(self.tracker.steps)
+                layer.probes["default"].advance(self.tracker.steps)
 
     def gradients(self) -> dict[str, Tensor]:
         """Output and gradients of one call, named as ``Problem.expected`` names them."""
@@ -98,6 +110,42 @@ class Variant:
         for i, p in enumerate(self.projections):
             found |= {f"dA[{i}]": p.A.grad, f"dB[{i}]": p.B.grad}
         return found
+
+    def saved_bytes(self) -> int:
+        """What autograd keeps from forward to backward besides parameters; x counts: somebody has to keep it."""
+        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = self.model(self.x)
+        torch.autograd.backward(outputs, self.dy)
+        return sum(kept.values())
+
+
+@dataclass
+class NaiveStatistics(Variant):
+    """Squared gradients as one gets them otherwise: frozen weights ask for theirs, [N, K] each."""
+
+    grad_sq: list[Tensor] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shape, self.parts = self.problem.shape, []
+        weights = [m.base_layer.weight.requires_grad_() for m in self.model.attn.children()]
+        for i, rows in enumerate(_columns(list(shape.outputs))):
+            self.parts.append((weights[0], rows) if shape.fused else (weights[i], slice(None)))
+
+    def call(self) -> None:
+        for weight, _ in self.parts:
+            weight.grad = None
+        super().call()
+        self.grad_sq = [weight.grad[rows].square().sum() for weight, rows in self.parts]
 
 
 def _columns(sizes: list[int]) -> list[slice]:
@@ -159,22 +207,109 @@ def handwritten(problem: Problem) -> Variant:
     return Variant("handwritten", model, problem, _fill(problem, pairs, problem.scale))
 
 
-def ours(problem: Problem, name: str = "fastlora", statistics: tuple[str, ...] = ()) -> Variant:
+class _ProjectionsFunction(torch.autograd.Function):
+    """All projections of one input in one node that keeps x alone, as the careful user writes it (Unsloth does)."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, scale: float, places: list[tuple[int, slice]], bases: list[nn.Linear], *factors: Tensor
+    ):
+        rows, count = x.flatten(0, -2), len(places)
+        outputs = [F.linear(rows, base.weight, base.bias) for base in bases]
+        for (j, columns), a, b in zip(places, factors[:count], factors[count:], strict=True):
+            outputs[j][:, columns].addmm_(rows @ a.t(), b.t(), alpha=scale)
+        ctx.save_for_backward(rows, *factors)
+        ctx.call = scale, places, bases, x.shape
+        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        x, *factors = ctx.saved_tensors
+        scale, places, bases, shape = ctx.call
+        A, B = factors[: len(places)], factors[len(places) :]
+        dy = [grad.flatten(0, -2) for grad in grads]
+        dx = dy[0] @ bases[0].weight
+        for grad, base in zip(dy[1:], bases[1:], strict=True):
+            dx.addmm_(grad, base.weight)
+        dA, dB = [], []
+        for (j, columns), a, b in zip(places, A, B, strict=True):
+            mine = dy[j][:, columns]
+            dh = (mine @ b).mul_(scale)
+            dA.append(dh.t() @ x)
+            dB.append(((x @ a.t()).t() @ mine).mul_(scale).t())
+            dx.addmm_(dh, a)
+        return dx.view(shape), None, None, None, *dA, *dB
+
+
+class FunctionAttention(nn.Module):
+    """The attention block with its projections in one hand-written autograd.Function."""
+
+    def __init__(self, attention: Attention, problem: Problem):
+        super().__init__()
+        shape = problem.shape
+        self.bases = nn.ModuleList([getattr(attention, name) for name in attention.names])
+        columns = _columns(list(shape.outputs))
+        self.places = [(0, where) if shape.fused else (i, slice(None)) for i, where in enumerate(columns)]
+        self.scale, dtype = problem.scale, problem.dtype
+        self.A = nn.ParameterList([torch.empty(shape.rank, shape.width, dtype=dtype) for _ in columns])
+        self.B = nn.ParameterList([torch.empty(n, shape.rank, dtype=dtype) for n in shape.outputs])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return list(_ProjectionsFunction.apply(x, self.scale, self.places, list(self.bases), *self.A, *self.B))
+
+
+def function(problem: Problem) -> Variant:
+    model = Model(problem)
+    model.attn = FunctionAttention(model.attn, problem)
+    pairs = list(zip(model.attn.A, model.attn.B, strict=True))
+    return Variant("function", model, problem, _fill(problem, pairs, problem.scale), every=INFORMATIVE)
+
+
+def compiled(variant: Variant, name: str) -> Variant:
+    """The same model under ``torch.compile`` at its defaults."""
+    variant.name, variant.every, variant.model = name, INFORMATIVE, torch.compile(variant.model)
+    return variant
+
+
+def naive(problem: Problem) -> NaiveStatistics:
+    """PEFT's layers, with the squared gradient of W by asking autograd for it."""
+    built = peft(problem)
+    return NaiveStatistics("naive", built.model, problem, built.projections, every=INFORMATIVE)
+
+
+def ours(
+    problem: Problem,
+    name: str = "fastlora",
+    statistics: tuple[str, ...] = (),
+    backend: str = "auto",
+    estimator: str = "probe",
+) -> Variant:
     """What ``fastlora.inject`` makes of the model, with a tracker at its defaults where statistics are asked for."""
     model, rank = Model(problem), problem.shape.rank
-    config = fastlora.LoraConfig(r=rank, lora_alpha=problem.scale * rank, target_modules="qkv")
+    config = fastlora.LoraConfig(r=rank, lora_alpha=problem.scale * rank, target_modules="qkv", backend=backend)
     fastlora.inject(model, config)
     pairs = [(a, b) for n in model.attn.names for a, b, _ in getattr(model.attn, n).pairs()]
-    tracker = fastlora.track(model, statistics=statistics, every=1) if statistics else None
+    tracker = fastlora.track(model, estimator, statistics=statistics, every=1) if statistics else None
     return Variant(name, model, problem, _fill(problem, pairs, problem.scale), tracker)
 
 
-def variants(problem: Problem) -> list[Variant]:
+def exact(problem: Problem) -> Variant:
+    """Squared norms of the whole gradient, of every step."""
+    variant = ours(problem, "exact", ("grad_sq",), estimator="exact")
+    variant.every = INFORMATIVE
+    return variant
+
+
+def variants(problem: Problem, compile: bool = False) -> list[Variant]:
     """Every variant of a problem, in the order in which a round runs them."""
-    builders: list[Callable[[Problem], Variant]] = [frozen, handwritten, peft]
+    builders: list[Callable[[Problem], Variant]] = [frozen, handwritten, function, peft]
     if problem.dtype != torch.float32:
         builders.append(lambda p: peft(p, "peft_fp32", autocast_adapter_dtype=True))
     built = [build(problem) for build in builders]
-    built.append(ours(problem))
+    built += [ours(problem), ours(problem, "python", backend="python")]
     built += [ours(problem, name, kinds) for name, kinds in TRACKED.items()]
+    if problem.dtype == torch.float32:
+        built += [naive(problem), exact(problem)]
+    if compile:
+        built += [compiled(peft(problem), "peft_compiled"), compiled(ours(problem), "fastlora_compiled")]
     return [*built, ours(problem, "control")]

@@ -1,4 +1,4 @@
-"""Tables and a plot from the JSON of the benchmarks: ``python benchmarks/report.py results/layer.json``."""
+"""Tables and a plot from the JSON of the benchmarks: ``python -m benchmarks.report benchmarks/results/layer.json``."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .plot import plot
+
 NOT_MEASURED = "informative: this CPU has neither avx512_bf16 nor AMX, bf16 is emulated"
-PEERS = ("frozen", "handwritten", "peft", "peft_fp32")
 # Rows whose ratio to untracked fastlora is the cost of statistics.
-STATISTICS = ("control", "probes", "act_var", "probes_step", "act_var_step")
+STATISTICS = ("control", "probes", "act_var", "probes_step", "act_var_step", "exact_step")
+MEASURES = {
+    "ratio_to_peft": "time of PEFT",
+    "ratio_to_frozen": "time of the frozen layers",
+    "ratio_to_fastlora": "time without statistics",
+}
 
 
 def _layers(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [result for result in document["results"] if result["kind"] == "layer"]
 
 
-def _table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+def _table(header: list[str], rows: list[list[str]], words: tuple[int, ...] = (0,)) -> Iterator[str]:
+    """Columns of words are aligned to the left, numbers to the right."""
     yield "| " + " | ".join(header) + " |"
-    yield "|" + "|".join("---" if i == 0 else "---:" for i in range(len(header))) + "|"
+    yield "|" + "|".join("---" if i in words else "---:" for i in range(len(header))) + "|"
     for row in rows:
         yield "| " + " | ".join(row) + " |"
 
@@ -33,7 +40,7 @@ def _environment(environment: dict[str, Any]) -> Iterator[str]:
         f"{environment['clock']}, variants interleaved in alternating order, {environment['warmup_rounds']} warm-up "
         f"rounds discarded, garbage collector off while timing. Load average at the end: {load}."
     )
-    native = environment["native_isa"] or "not built, so the reference backend was measured"
+    native = environment["native_isa"] or "not built, so the pure-Python backend was measured"
     yield (
         f"torch {environment['torch']} ({environment['torch_cpu']}), peft {environment['peft']}, Python "
         f"{environment['python']}, fastlora {environment['fastlora']} at {environment['source']}, native: {native}."
@@ -49,17 +56,49 @@ def _title(result: dict[str, Any]) -> str:
     )
 
 
-def _cell(ratio: dict[str, float], digits: int = 3) -> str:
+def _cell(ratio: dict[str, float] | None, digits: int = 3) -> str:
+    if ratio is None:
+        return ""
     return f"{ratio['median']:.{digits}f} [{ratio['p10']:.{digits}f}, {ratio['p90']:.{digits}f}]"
 
 
-def _verdict(result: dict[str, Any]) -> str:
-    if result["target"] is None:
-        return "No target."
-    if not result["binding"]:
-        return f"Target {result['target']:.2f} of PEFT: not binding on this CPU."
-    ratio = next(row["ratio_to_peft"]["median"] for row in result["rows"] if row["variant"] == "fastlora")
-    return f"Target {result['target']:.2f} of PEFT: {'met' if ratio <= result['target'] else 'missed'} at {ratio:.3f}."
+def _row(result: dict[str, Any], variant: str) -> dict[str, Any] | None:
+    return next((row for row in result["rows"] if row["variant"] == variant), None)
+
+
+def _verdict(ratio: dict[str, float], limit: float, binding: bool) -> str:
+    verdict = "met" if ratio["median"] <= limit else "missed"
+    noise = " (within noise)" if ratio["median_low"] <= limit <= ratio["median_high"] else ""
+    return verdict + noise + ("" if binding else ", not binding here")
+
+
+def _targets(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
+    yield "## Targets"
+    yield ""
+    yield "Medians [their 95 % intervals]; a verdict is by the median, and within noise where the target lies inside"
+    yield "the interval. The frozen layers are what must be computed in any case: a target below their own ratio to"
+    yield "PEFT (last column) needs a faster matmul than this machine's; the ratio to them shows what adapters cost."
+    yield ""
+    rows = []
+    for result in results:
+        case = f"{result['shape']} {result['dtype']}" if result["kind"] == "layer" else result["model"]
+        for target in result.get("targets", ()):
+            row = _row(result, target["variant"])
+            if row is None or target["measure"] not in row:
+                continue
+            ratio, floor = row[target["measure"]], _row(result, "frozen")
+            measured = f"{ratio['median']:.3f} [{ratio['median_low']:.3f}, {ratio['median_high']:.3f}]"
+            shown = f"{floor['ratio_to_peft']['median']:.3f}" if floor and target["measure"] == "ratio_to_peft" else ""
+            verdict = _verdict(ratio, target["limit"], result.get("binding", True))
+            what, limit = labels[target["variant"]], f"{target['limit']:.2f}"
+            rows.append([case, what, MEASURES[target["measure"]], limit, measured, verdict, shown])
+    yield from _table(
+        ["case", "what", "of the", "target", "measured [95 %]", "verdict", "frozen / PEFT"], rows, (0, 1, 2, 5)
+    )
+
+
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.1f}"
 
 
 def _layer(result: dict[str, Any], labels: dict[str, str]) -> Iterator[str]:
@@ -68,21 +107,26 @@ def _layer(result: dict[str, Any], labels: dict[str, str]) -> Iterator[str]:
     if result["gate"] != "passed":
         yield f"The correctness gate failed, no ratio is given: {result['reason']}"
         return
-    rounds, calls = result["rows"][0]["ms"]["rounds"], result["calls_per_round"]
     note = "" if result["binding"] else f" ({NOT_MEASURED})"
-    yield f"{rounds} rounds of {calls} calls{note}; the last column is the largest error against float64."
-    yield _verdict(result)
+    yield (
+        f"{result['calls_per_round']} calls a round{note}. Saved: MiB that autograd keeps for backward, x included. "
+        f"Error: the largest against float64."
+    )
     yield ""
     rows = []
     for row in result["rows"]:
-        ratio, error = row["ratio_to_peft"], result["errors"].get(row["variant"])
-        quartiles = f"{ratio['p25']:.3f} to {ratio['p75']:.3f}"
-        rows.append([labels[row["variant"]], f"{row['ms']['median']:.3f}", _cell(ratio), quartiles,
-                     "" if error is None else f"{error:.0e}"])  # fmt: skip
-    yield from _table(["variant", "ms", "ratio to PEFT [p10, p90]", "quartiles", "error"], rows)
+        name, saved = row["variant"], result["saved_bytes"].get(row["variant"])
+        error = result["errors"].get(name)
+        rows.append([labels[name], f"{row['ms']['median']:.3f}", _cell(row["ratio_to_peft"]),
+                     _cell(row["ratio_to_frozen"]), _mebibytes(saved), "" if error is None else f"{error:.0e}",
+                     str(row["ms"]["rounds"])])  # fmt: skip
+    header = ["variant", "ms", "ratio to PEFT [p10, p90]", "ratio to frozen [p10, p90]", "saved", "error", "rounds"]
+    yield from _table(header, rows)
 
 
-def _percent(ratio: dict[str, float]) -> str:
+def _percent(ratio: dict[str, float] | None) -> str:
+    if ratio is None:
+        return ""
     low, middle, high = (100 * (ratio[q] - 1) for q in ("median_low", "median", "median_high"))
     return f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]"
 
@@ -90,30 +134,61 @@ def _percent(ratio: dict[str, float]) -> str:
 def _statistics(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
     yield "## What statistics add to the layer's training step"
     yield ""
-    yield "Percent over untracked fastlora: median of paired ratios [its 95 % interval]. The control runs the untracked"
-    yield "code again: what it shows is noise. Here every step is sampled; by default `track` samples every n-th step"
-    yield "on layers that are too small, which divides the cost by the n of the last column."
+    yield "Percent over untracked fastlora: median of paired ratios [its 95 % interval]; the naive way over PEFT, on"
+    yield "which it is built. The control runs the untracked code again: what it shows is noise. Here every step is"
+    yield "sampled; by default `track` samples every n-th step on layers that are too small, which divides the cost by"
+    yield "the n of the last column."
     yield ""
     rows = []
     for result in results:
-        by_name = {row["variant"]: row["ratio_to_fastlora"] for row in result["rows"]}
+        ours = [_row(result, name) for name in STATISTICS]
+        naive = _row(result, "naive")
         mark = "" if result["binding"] else " (informative)"
         rows.append(
             [
                 f"{result['shape']} {result['dtype']}{mark}",
-                *(_percent(by_name[name]) for name in STATISTICS),
+                *(_percent(row and row["ratio_to_fastlora"]) for row in ours),
+                _percent(naive and naive["ratio_to_peft"]),
                 str(result["every"]),
             ]
         )
-    yield from _table(
-        ["shape", *(labels[name].removeprefix("fastlora ").lstrip("+ ") for name in STATISTICS), "n"], rows
-    )
+    names = (labels[name].removeprefix("fastlora ").lstrip("+ ") for name in (*STATISTICS, "naive"))
+    yield from _table(["shape", *names, "n"], rows)
 
 
-def _steps(results: list[dict[str, Any]]) -> Iterator[str]:
+def _threads(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
+    yield f"## Wall-clock time with {results[0]['threads']} threads"
+    yield ""
+    yield "fp32. Informative: other processes take cores away from a program that waits for both of its own."
+    yield ""
+    rows = []
+    for result in results:
+        for row in result["rows"]:
+            name, ms, rounds = labels[row["variant"]], f"{row['ms']['median']:.1f}", str(row["ms"]["rounds"])
+            rows.append([result["shape"], name, ms, _cell(row["ratio_to_peft"]), _cell(row["ratio_to_frozen"]), rounds])
+    header = ["shape", "variant", "ms", "ratio to PEFT [p10, p90]", "ratio to frozen [p10, p90]", "rounds"]
+    yield from _table(header, rows, (0, 1))
+
+
+def _memory(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
+    yield "## Peak memory of a step"
+    for result in results:
+        outputs = "/".join(map(str, result["outputs"]))
+        yield ""
+        yield (
+            f"{result['model']}: M = {result['rows_of_x']}, {result['width']} -> {outputs}, r = {result['rank']}, "
+            f"fp32. MiB of resident memory that one step adds at most, each row in its own process; the largest [N, K] "
+            f"gradient alone is {_mebibytes(result['gradient'])}. Saved: what autograd keeps for backward, x included."
+        )
+        yield ""
+        rows = [[labels[row["variant"]], _mebibytes(row["peak"]), _mebibytes(row["saved"])] for row in result["rows"]]
+        yield from _table(["variant", "peak", "saved"], rows)
+
+
+def _steps(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
     yield "## tracker.step() of a model"
     yield ""
-    yield "Once per optimiser step, for all layers together; in the table above one layer bears its fixed part alone."
+    yield "Once per optimiser step, for all layers together; in the tables above one layer bears its fixed part alone."
     yield ""
     rows = []
     for result in results:
@@ -141,27 +216,34 @@ def _models(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[s
 
 def _lines(document: dict[str, Any]) -> Iterator[str]:
     labels, layers = document["labels"], _layers(document)
+    passed = [result for result in layers if result["gate"] == "passed"]
     yield "# Layer benchmarks"
     yield ""
     yield from _environment(document["environment"])
-    yield ""
-    yield "Forward and backward of the query, key and value projections: gradients of x and all adapters, B not zero."
-    yield "Ratios are medians of (variant / PEFT with adapters in the base dtype) within a round: below 1 is faster."
+    aimed = [
+        result for result in document["results"] if result.get("targets") and result.get("gate", "passed") == "passed"
+    ]
+    if aimed:
+        yield ""
+        yield from _targets(aimed, labels)
+    if layers:
+        yield ""
+        yield "## Layers"
+        yield ""
+        yield "Forward and backward of the query, key and value projections: gradients of x and all adapters, B not"
+        yield "zero. Ratios are medians of (variant / PEFT with adapters in the base dtype), and of (variant / the same"
+        yield "layers frozen and without adapters), within a round: below 1 is faster."
     for result in layers:
         yield ""
         yield from _layer(result, labels)
-    passed = [result for result in layers if result["gate"] == "passed"]
     if passed:
         yield ""
         yield from _statistics(passed, labels)
-    models = [result for result in document["results"] if result["kind"] == "model"]
-    if models:
-        yield ""
-        yield from _models(models, labels)
-    steps = [result for result in document["results"] if result["kind"] == "step"]
-    if steps:
-        yield ""
-        yield from _steps(steps)
+    for kind, section in (("threads", _threads), ("memory", _memory), ("model", _models), ("step", _steps)):
+        found = [result for result in document["results"] if result["kind"] == kind]
+        if found:
+            yield ""
+            yield from section(found, labels)
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -170,43 +252,12 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def write(document: dict[str, Any], folder: Path) -> list[Path]:
-    """Write ``layer.json`` and ``layer.md`` into a folder; returns their paths."""
+    """Write ``layer.json`` and ``layer.md`` into a folder, ``layer.png`` if it can be drawn; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    data, table = folder / "layer.json", folder / "layer.md"
+    data, table, picture = folder / "layer.json", folder / "layer.md", folder / "layer.png"
     data.write_text(json.dumps(document, indent=1) + "\n")
     table.write_text(markdown(document))
-    return [data, table]
-
-
-def plot(document: dict[str, Any], path: Path) -> bool:
-    """Bars of the ratios to PEFT with tenths as whiskers; False where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    results = [result for result in _layers(document) if result["gate"] == "passed"]
-    columns = max(min(len(results), 4), 1)
-    lines = max(-(-len(results) // columns), 1)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 3.2 * lines), sharex=True, squeeze=False)
-    for axis in axes.flat[len(results) :]:
-        axis.set_visible(False)
-    for axis, result in zip(axes.flat, results, strict=False):
-        shown = [row for row in reversed(result["rows"]) if not row["variant"].endswith("_step")]
-        ratios = [row["ratio_to_peft"] for row in shown]
-        below = [r["median"] - r["p10"] for r in ratios]
-        above = [r["p90"] - r["median"] for r in ratios]
-        colours = ["#999999" if row["variant"] in PEERS else "#1f77b4" for row in shown]
-        axis.barh([row["variant"] for row in shown], [r["median"] for r in ratios], xerr=[below, above], color=colours)
-        axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_title(f"{result['shape']} {result['dtype']}" + ("" if result["binding"] else " (emulated)"))
-        axis.set_xlabel("time / PEFT")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return True
+    return [data, table, *([picture] if plot(document, picture) else [])]
 
 
 def main() -> int:
@@ -219,7 +270,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "layer.md").write_text(markdown(document))
     if not plot(document, folder / "layer.png"):
-        sys.stderr.write("no plot: matplotlib is not installed\n")
+        sys.stderr.write("no plot: matplotlib is not installed, or nothing to draw\n")
     return 0
 
 

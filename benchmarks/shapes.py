@@ -42,11 +42,45 @@ SHAPES = {
     )
 }
 
-# What fastlora's time may be of PEFT's; bf16 binds where bf16_matmul() finds hardware for it.
-TARGETS = {
-    ("S1", "fp32"): 0.95, ("S2", "fp32"): 0.95, ("S3", "fp32"): 0.95,
-    ("S1", "bf16"): 0.65, ("S2", "bf16"): 0.65, ("S3", "bf16"): 0.80,
+
+@dataclass(frozen=True)
+class Target:
+    """At most ``limit`` of what ``measure`` divides by; in percent for the cost of statistics."""
+
+    variant: str
+    measure: str
+    limit: float
+
+
+# Of PEFT's time, on the CPU that the targets were set on: fastlora, and the frozen layer on that CPU's fastest matmul.
+# What another CPU's matmul allows is not in these numbers: there the quotient of the two, over the frozen layer, binds.
+_SET = {
+    ("S1", "fp32"): (0.42, 0.38), ("S1", "bf16"): (0.52, 0.42),
+    ("S2", "fp32"): (0.42, 0.37), ("S2", "bf16"): (0.54, 0.45),
+    ("S3", "fp32"): (0.45, 0.40), ("S3", "bf16"): (0.70, 0.59),
+    ("S4", "fp32"): (0.45, 0.37), ("S4", "bf16"): (0.50, 0.39),
 }  # fmt: skip
+_PYTHON = 0.60  # of PEFT, S1 to S3 in fp32
+
+
+def targets(shape: str, dtype: str) -> list[Target]:
+    """Everything that is asked of a shape and dtype."""
+    limit, floor = _SET[shape, dtype]
+    found = [Target("fastlora", "ratio_to_peft", limit), Target("fastlora", "ratio_to_frozen", round(limit / floor, 2))]
+    if shape != "S4":
+        if dtype == "fp32":
+            found.append(Target("python", "ratio_to_peft", _PYTHON))
+            found.append(Target("python", "ratio_to_frozen", round(_PYTHON / floor, 2)))
+        found.append(Target("act_var_step", "ratio_to_fastlora", 1.01))
+    return found
+
+
+# A whole training step: q, k, v replaced, every frozen linear on the fastest matmul, statistics at their default.
+MODEL_TARGETS = [
+    Target("fastlora", "ratio_to_peft", 0.87),
+    Target("model_accelerated", "ratio_to_peft", 0.60),
+    Target("model_probes", "ratio_to_fastlora", 1.01),
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "layout.h"
 
 namespace py = pybind11;
@@ -14,7 +16,8 @@ PYBIND11_MODULE(_layout, m) {
       "Where the factors of all adapters and projections of one layer lie in packed storage.\n\n"
       "Blocks are ordered adapter by adapter, then projection by projection: block (g, p) is number\n"
       "g * num_projections + p. A blocks are [r, in_features], B blocks [out_features[p], r];\n"
-      "a_offsets and b_offsets count elements, rank_offsets ranks, column_offsets outputs.\n\n"
+      "a_offsets and b_offsets count elements, rank_offsets ranks, column_offsets outputs.\n"
+      "A layout never changes: methods return another one and pack only the adapter that changed.\n\n"
       "Raises ValueError for a negative rank, a size below 1, a wrong number of ranks, or sizes\n"
       "whose products do not fit in 64 bits.")
       .def(py::init<std::vector<std::vector<int64_t>>, std::vector<int64_t>, int64_t>(), py::arg("ranks"),
@@ -31,8 +34,35 @@ PYBIND11_MODULE(_layout, m) {
       .def_property_readonly("a_offsets", &RankLayout::a_offsets)
       .def_property_readonly("b_offsets", &RankLayout::b_offsets)
       .def_property_readonly("column_offsets", &RankLayout::column_offsets)
+      .def_property_readonly("nbytes", &RankLayout::nbytes, "Bytes that the layout itself takes.")
+      .def("adapter_offsets", &RankLayout::adapter_offsets, py::arg("adapter"),
+           "One adapter's columns of h: prefix sums of its ranks over the projections.")
+      .def("width", &RankLayout::width, py::arg("probes") = std::vector<int64_t>{},
+           "Columns of h of a mixed batch: max over adapters of their total rank and their probe columns.")
+      .def("add_adapter", &RankLayout::add_adapter, py::arg("ranks"),
+           "The same layer with one more adapter, the last; packings of the others are shared.")
+      .def("remove_adapter", &RankLayout::remove_adapter, py::arg("adapter"),
+           "The same layer without an adapter; later adapters move up by one.")
       .def("with_ranks", &RankLayout::with_ranks, py::arg("adapter"), py::arg("ranks"),
-           "The same layer with other ranks for one adapter.")
+           "The same layer with other ranks for one adapter; packings of the others are shared.")
+      .def("shared_with", &RankLayout::shared_with, py::arg("other"),
+           "How many of other's adapters were not packed again but are those of this layout.")
+      .def(
+          "tiles",
+          [](const RankLayout& self, const std::vector<std::pair<int64_t, int64_t>>& ranges, int64_t block) {
+            std::vector<std::tuple<int64_t, int64_t, int64_t>> found;
+            for (const fastlora::Tile& tile : self.tiles(ranges, block)) {
+              found.emplace_back(tile.adapter, tile.first, tile.rows);
+            }
+            return found;
+          },
+          py::arg("ranges"), py::arg("block"),
+          "Tile schedule: (adapter, first position, rows) over ranges[adapter] = (begin, end), at most block rows\n"
+          "each; none for an adapter whose ranks are all 0.")
+      .def("operations", &RankLayout::operations, py::arg("rows"),
+           "Multiply-adds of a forward with rows[g] rows of adapter g: sum rows_g r_gi (K + N_i).")
+      .def("factor_bytes", &RankLayout::factor_bytes, py::arg("item_size"),
+           "Bytes of the packed A and B of all adapters.")
       .def("__eq__",
            [](const RankLayout& self, const py::object& other) -> py::object {
              if (!py::isinstance<RankLayout>(other)) return py::reinterpret_borrow<py::object>(Py_NotImplemented);

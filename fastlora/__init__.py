@@ -9,6 +9,15 @@ if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_pathlib.Path(__file__).parent.parent))
 
 from . import nn
+from .adapter_set import (
+    adapter_names,
+    adapters,
+    add_adapter,
+    hold_absent,
+    per_adapter_mean,
+    remove_adapter,
+    set_adapter,
+)
 from .allocation import allocate
 from .calibration import calibrate
 from .config import LoraConfig
@@ -27,6 +36,9 @@ __all__ = [
     "LoraConfig",
     "Scores",
     "Tracker",
+    "adapter_names",
+    "adapters",
+    "add_adapter",
     "allocate",
     "calibrate",
     "composite",
@@ -34,13 +46,17 @@ __all__ = [
     "ece",
     "explain",
     "fit_temperature",
+    "hold_absent",
     "inject",
     "load",
     "merge",
     "nn",
     "param_groups",
+    "per_adapter_mean",
     "reliability",
+    "remove_adapter",
     "save",
+    "set_adapter",
     "set_ranks",
     "summary",
     "track",

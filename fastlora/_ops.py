@@ -1,17 +1,17 @@
-"""The operators ``fastlora::lora_linear`` and its backward: schema, kernel, fake, autograd, autocast."""
+"""The operator ``fastlora::lora_linear`` and its backward: one adapter, one or several projections of one input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .backends import NativeBackend, choose, group_layout
+from ._operator import DA, DB, DBIAS, DW, DX, DZ, LIBRARY, Operator
+from .backends import NativeBackend, choose
+from .verbs import group_layout
 
-LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor? P, "
     "Tensor? sign, Tensor? seed, float[] scale, float p, str backend, str engine) -> Tensor[]"
@@ -21,36 +21,8 @@ LIBRARY.define(
     "float[] scale, float p, bool[] need, str backend, str engine) -> Tensor[]"
 )
 
-# Order of the gradients that lora_linear_backward returns, and of its `need` flags.
-_DX, _DA, _DB, _DZ, _DW, _DBIAS = range(6)
 
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
-def eager(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether nothing watches the dispatcher, so that a kernel may be called without it.
-
-    On a small layer going through the dispatcher to a kernel written in Python costs more than the kernel.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and all([t is None or type(t) in _PLAIN for t in tensors])
-    )
-
-
-def apply(x, *rest) -> list[Tensor]:
-    """``torch.ops.fastlora.lora_linear``, without the dispatcher where that has the same effect."""
-    W, bias, A, B, Z, V, P = rest[:7]
-    if not torch.is_autocast_enabled(x.device.type) and eager((x, *W, *bias, *A, *B, *Z, *V, P)):
-        return _autograd_kernel(x, *rest)
-    return torch.ops.fastlora.lora_linear(x, *rest)
-
-
-def _rows(tensor: Tensor) -> Tensor:
+def as_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
@@ -60,7 +32,7 @@ def _forward_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, en
     if p == 0.0 and isinstance(chosen, NativeBackend):
         outputs, h, moments = chosen.forward(x, W, bias, A, P, B, layout, scale, bool(V), engine)
     else:
-        h = chosen.shrink(_rows(x), A, P, seed, p)
+        h = chosen.shrink(as_rows(x), A, P, seed, p)
         outputs, moments = chosen.linear(x, W, bias, h, B, layout, scale, bool(V), engine)
     if sign is not None:
         # The probe columns of h take no part in y.
@@ -86,46 +58,46 @@ def _probe_columns(h: Tensor, A: Sequence[Tensor]) -> int:
 def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
     layout = group_layout(W, B)
-    rows = _rows(x)
-    grads = [None if g is None else _rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
-    probes = _probe_columns(h, A) if need[_DZ] else 0
+    rows = as_rows(x)
+    grads = [None if g is None else as_rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
+    probes = _probe_columns(h, A) if need[DZ] else 0
     out: list[Tensor] = []
     if p == 0.0 and isinstance(chosen, NativeBackend):
         dx, dA, dB, Q = chosen.backward(
-            grads, rows, h, W, A, B, layout, scale, probes, need[_DX], need[_DA], need[_DB], engine
+            grads, rows, h, W, A, B, layout, scale, probes, need[DX], need[DA], need[DB], engine
         )
-        out += [*([dx.view(x.shape)] if need[_DX] else []), *map(_like, dA, A), *map(_like, dB, B)]
-        if need[_DZ]:
+        out += [*([dx.view(x.shape)] if need[DX] else []), *map(like, dA, A), *map(like, dB, B)]
+        if need[DZ]:
             out += Q if probes else [rows.new_zeros((b.shape[0], 0), dtype=torch.float32) for b in B]
     else:
         out += _composed_backward(chosen, grads, rows, h, W, A, B, layout, seed, scale, p, probes, need, engine)
-        if need[_DX]:
+        if need[DX]:
             out[0] = out[0].view(x.shape)
-    if need[_DW]:
+    if need[DW]:
         out += [torch.zeros_like(w) if g is None else torch.mm(g.t(), rows) for g, w in zip(grads, W, strict=True)]
-    if need[_DBIAS]:
+    if need[DBIAS]:
         out += [x.new_zeros(w.shape[0]) if g is None else g.sum(0) for g, w in zip(grads, W, strict=True)]
     return out
 
 
 def _composed_backward(chosen, grads, rows, h, W, A, B, layout, seed, scale, p, probes, need, engine):
     """dx, then the gradients of A, B and Z that are needed, from one verb after the other."""
-    if not need[_DZ]:
+    if not need[DZ]:
         h = h.narrow(1, 0, layout.rank)
-    dh, dA, dB, Q = chosen.wgrad(rows, grads, h, B, layout, scale, probes, need[_DA], seed, p)
-    out = [chosen.linear_backward(grads, W, dh, A, layout, seed, p, engine)] if need[_DX] else []
-    if need[_DA]:
-        out += map(_like, dA, A)
-    if need[_DB]:
-        out += map(_like, dB, B)
-    if need[_DZ]:
+    dh, dA, dB, Q = chosen.wgrad(rows, grads, h, B, layout, scale, probes, need[DA], seed, p)
+    out = [chosen.linear_backward(grads, W, dh, A, layout, seed, p, engine)] if need[DX] else []
+    if need[DA]:
+        out += map(like, dA, A)
+    if need[DB]:
+        out += map(like, dB, B)
+    if need[DZ]:
         acc = reference.accumulate_dtype(rows.dtype)
         empty = [b.new_empty((b.shape[0], probes), dtype=acc) for b in B]
-        out += map(_like, Q, empty)
+        out += map(like, Q, empty)
     return out
 
 
-def _like(grad: Tensor | None, target: Tensor) -> Tensor:
+def like(grad: Tensor | None, target: Tensor) -> Tensor:
     """The gradient in the target's dtype, zeros where none flowed."""
     if grad is None:
         return torch.zeros_like(target, memory_format=torch.contiguous_format)
@@ -134,161 +106,42 @@ def _like(grad: Tensor | None, target: Tensor) -> Tensor:
 
 def _backward_fake(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
     acc = reference.accumulate_dtype(x.dtype)
-    out = [x.new_empty(x.shape)] if need[_DX] else []
-    if need[_DA]:
+    out = [x.new_empty(x.shape)] if need[DX] else []
+    if need[DA]:
         out += [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A]
-    if need[_DB]:
+    if need[DB]:
         out += [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B]
-    if need[_DZ]:
+    if need[DZ]:
         out += [x.new_empty((b.shape[0], _probe_columns(h, A)), dtype=acc) for b in B]
-    if need[_DW]:
+    if need[DW]:
         out += [x.new_empty(w.shape) for w in W]
-    if need[_DBIAS]:
+    if need[DBIAS]:
         out += [x.new_empty((w.shape[0],)) for w in W]
     return out
 
 
-class _Call(NamedTuple):
-    """What a call of the operator holds besides differentiable tensors."""
-
-    counts: tuple[int, int, int, int]  # weights, projections, probe leaves, moment leaves
-    P: Tensor | None
-    sign: Tensor | None
-    seed: Tensor | None
-    scale: Sequence[float]
-    p: float
-    backend: str
-    engine: str
-    kernel: Callable  # the forward, through the dispatcher or not
-
-    def split(self, tensors: Sequence) -> tuple[Sequence, ...]:
-        """Cut the flat list [W, bias, A, B, Z, V] into its six parts."""
-        weights, projections, leaves, _ = self.counts
-        a = 2 * weights
-        b, z = a + projections, a + 2 * projections
-        v = z + leaves
-        return tensors[:weights], tensors[weights:a], tensors[a:b], tensors[b:z], tensors[z:v], tensors[v:]
-
-
-class _LoRALinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, call: _Call, x: Tensor, *flat: Tensor | None):
-        W, bias, A, B, Z, V = call.split(flat)
-        with torch._C._AutoDispatchBelowAutograd():
-            out = call.kernel(
-                x, W, bias, A, B, Z, V, call.P, call.sign, call.seed, call.scale, call.p, call.backend, call.engine
-            )
-        plain = out[call.counts[0] :]
-        ctx.call = call
-        ctx.bias = [b is not None for b in bias]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*plain)
-        ctx.save_for_backward(x, plain[0], *W, *[b for b in bias if b is not None], *A, *B, *plain[1:])
-        return tuple(out)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        call: _Call = ctx.call
-        weights, projections = call.counts[:2]
-        dy = grads[:weights]
-        needs = ctx.needs_input_grad
-        if all([g is None for g in dy]):
-            return (None,) * len(needs)
-        x, h, *saved = ctx.saved_tensors
-        bias = [saved.pop(weights) if has else None for has in ctx.bias]
-        first, last = weights + projections, weights + 2 * projections
-        W, A, B, moments = saved[:weights], saved[weights:first], saved[first:last], saved[last:]
-        if torch.is_grad_enabled():
-            return (None, *_differentiable_backward(call, needs[1:], list(dy), x, W, bias, A, B, moments))
-        parts = call.split(needs[2:])
-        need = [needs[1], True in parts[2], True in parts[3], True in parts[4], True in parts[0], True in parts[1]]
-        kernel = _backward_kernel if eager((x, h, *dy, *saved)) else torch.ops.fastlora.lora_linear_backward
-        with torch._C._AutoDispatchBelowAutograd():
-            out = kernel(dy, x, h, W, A, B, call.seed, call.scale, call.p, need, call.backend, call.engine)
-        return (None, *_arrange(call, need, parts, out, x, moments))
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError("fastlora::lora_linear has no forward-mode derivative; use reverse mode")
-
-
-# Function.apply without its search for dead functorch wrappers, which eager() rules out.
-_apply_eager = super(torch.autograd.Function, _LoRALinear).apply
-
-
-def _arrange(call, need, parts, out, x, moments):
-    """Place the returned gradients beside the inputs [x, W, bias, A, B, Z, V], None where none is needed."""
-    start = 1 if need[_DX] else 0
-    placed = [out[0] if need[_DX] else None]
-    taken = {}
-    for index, flags in ((_DA, parts[2]), (_DB, parts[3]), (_DZ, parts[4]), (_DW, parts[0]), (_DBIAS, parts[1])):
-        if need[index]:
-            taken[index] = [g if flag else None for g, flag in zip(out[start:], flags, strict=False)]
-            start += len(flags)
-        else:
-            taken[index] = [None] * len(flags)
-    for index in (_DW, _DBIAS, _DA, _DB, _DZ):
-        placed += taken[index]
-    return placed + [_moment_gradient(m, x) for m in moments]
-
-
-def _moment_gradient(moments: Tensor, x: Tensor) -> Tensor:
-    """Column sums with the number of rows beside them: what a moment leaf [2, N + 1] accumulates."""
+def _counts(x: Tensor, rest: tuple, moments: int) -> list[int]:
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
-    return torch.cat([moments, moments.new_full((2, 1), rows)], dim=1)
+    return [rows] * moments
 
 
-def _differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
-    """create_graph: gradients of the written-out formula, which autograd can differentiate again."""
-    Z = [b.new_zeros((b.shape[0], call.P.shape[0])).requires_grad_() for b in B] if call.counts[2] else []
-    flat = [x, *W, *bias, *A, *B, *Z]
-    wanted = [t for t, flag in zip(flat, needs, strict=False) if flag]
-    y = reference.lora_linear(x, W, bias, A, B, call.scale, Z, call.P, call.sign, call.seed, call.p)
-    live = [(out, g) for out, g in zip(y, dy, strict=True) if g is not None]
-    grads = iter(
-        torch.autograd.grad([o for o, _ in live], wanted, [g for _, g in live], create_graph=True, allow_unused=True)
-    )
-    placed = [next(grads) if flag else None for _, flag in zip(flat, needs, strict=False)]
-    return (*placed, *[_moment_gradient(m, x) for m in moments])
+def _backward_rest(rest: tuple) -> tuple:
+    P, sign, seed, scale, p, _, _ = rest
+    return seed, scale, p
 
 
-def _autograd_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine):
-    flat = (*W, *bias, *A, *B, *Z, *V)
-    plain = eager((x, *flat, P))
-    kernel = _forward_kernel if plain else torch.ops.fastlora.lora_linear
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, *flat)]):
-        call = _Call((len(W), len(A), len(Z), len(V)), P, sign, seed, scale, p, backend, engine, kernel)
-        return list((_apply_eager if plain else _LoRALinear.apply)(call, x, *flat))
-    with torch._C._AutoDispatchBelowAutograd():
-        return kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
+def _formula(x, W, bias, A, B, Z, rest):
+    P, sign, seed, scale, p, _, _ = rest
+    return reference.lora_linear(x, W, bias, A, B, scale, Z, P, sign, seed, p)
 
 
-def _autocast_kernel(device_type: str, key: str):
-    def kernel(x, W, bias, *rest):
-        dtype = torch.get_autocast_dtype(device_type)
-        *rest, engine = rest
-        low = [low_precision(w, dtype) for w in W]
-        if engine == "auto" and any(a is not b for a, b in zip(low, W, strict=True)):
-            engine = "unpacked"  # a weight that is cast anew for every call is not worth packing
-        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            low_bias = [None if b is None else low_precision(b, dtype) for b in bias]
-            return torch.ops.fastlora.lora_linear(low_precision(x, dtype), low, low_bias, *rest, engine)
-
-    return kernel
+def _probe_leaves(B: Sequence[Tensor], rest: tuple) -> list[Tensor]:
+    return [b.new_zeros((b.shape[0], rest[0].shape[0])).requires_grad_() for b in B]
 
 
-def low_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Autocast leaves float64 alone; adapters and statistics keep their dtype and are cast inside the kernels.
-    return tensor if tensor.dtype in (dtype, torch.float64) else tensor.to(dtype)
-
-
-LIBRARY.impl("lora_linear", _forward_kernel, "CompositeExplicitAutograd")
-LIBRARY.impl("lora_linear", _autograd_kernel, "Autograd")
-LIBRARY.impl("lora_linear", _autocast_kernel("cpu", "AutocastCPU"), "AutocastCPU")
-LIBRARY.impl("lora_linear", _autocast_kernel("cuda", "AutocastCUDA"), "AutocastCUDA")
-LIBRARY.impl("lora_linear_backward", _backward_kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("fastlora::lora_linear", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("fastlora::lora_linear_backward", _backward_fake, lib=LIBRARY)
+LORA_LINEAR = Operator(
+    "lora_linear", _forward_kernel, _backward_kernel, _backward_rest, _formula, _probe_leaves, _counts
+)
+LORA_LINEAR.register(_forward_fake, _backward_fake)

@@ -6,189 +6,20 @@ tensor, and ``choose`` says why the earlier ones did not.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import grouped, native, plain, reference
 from .engines import ENGINES
 from .triton_backend import TritonBackend
-
-
-class Layout(NamedTuple):
-    """Where each projection of a group lies: ranks in h, columns in the outputs."""
-
-    ranks: tuple[int, ...]
-    offsets: tuple[int, ...]  # first column of projection i in h
-    outputs: tuple[int, ...]  # index of the weight whose output holds projection i
-    columns: tuple[int, ...]  # first column of projection i in that output
-    widths: tuple[int, ...]
-
-    @property
-    def rank(self) -> int:
-        return sum(self.ranks)
-
-
-def group_layout(W: Sequence[Tensor], B: Sequence[Tensor]) -> Layout:
-    """Lay the projections over the concatenated rows of ``W``; a projection never straddles two weights."""
-    return _layout_of(tuple([w.shape[0] for w in W]), tuple([b.shape for b in B]))
-
-
-@functools.lru_cache(maxsize=4096)
-def _layout_of(rows: tuple[int, ...], shapes: tuple[torch.Size, ...]) -> Layout:
-    widths, ranks = tuple(n for n, _ in shapes), tuple(r for _, r in shapes)
-    offsets, total = [], 0
-    for r in ranks:
-        offsets.append(total)
-        total += r
-    outputs, columns, j, used = [], [], 0, 0
-    for width in widths:
-        while j < len(rows) and used == rows[j]:
-            j, used = j + 1, 0
-        if j == len(rows) or used + width > rows[j]:
-            raise ValueError(f"lora_B: rows {list(widths)} do not tile weights with {list(rows)} rows")
-        outputs.append(j)
-        columns.append(used)
-        used += width
-    if sum(widths) != sum(rows):
-        raise ValueError(f"lora_B: rows {list(widths)} do not tile weights with {list(rows)} rows")
-    return Layout(ranks, tuple(offsets), tuple(outputs), tuple(columns), widths)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """The verbs of one adapted group, composed from skinny kernels around the library's matmul.
-
-    ``kernels`` supplies shrink, expand_, wgrad, outer, dropout and gradstat with the meaning that ``reference`` gives
-    them. A backend with fused kernels overrides the verbs themselves.
-    """
-
-    name: str
-    kernels: Any
-    unsupported_reason: Callable[[torch.device, torch.dtype], str | None]
-
-    def shrink(self, x: Tensor, A: Sequence[Tensor], P: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
-        """``h = [dropout(x) A_i^T ... | x P^T]``; x [M, K] -> [M, R + k]."""
-        if p == 0.0:
-            return self.kernels.shrink(x, torch.cat([*A, P] if P is not None else list(A)).to(x.dtype))
-        parts = [self.kernels.shrink(self.kernels.dropout(x, seed, i, p), a.to(x.dtype)) for i, a in enumerate(A)]
-        if P is not None:
-            parts.append(self.kernels.shrink(x, P.to(x.dtype)))
-        return torch.cat(parts, dim=1)
-
-    def linear(
-        self,
-        x: Tensor,
-        W: Sequence[Tensor],
-        bias: Sequence[Tensor | None],
-        h: Tensor,
-        B: Sequence[Tensor],
-        layout: Layout,
-        scale: Sequence[float],
-        moments: bool,
-        engine: str,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """``y_j = x W_j^T + bias_j``, then ``y += s h B^T`` in place; returns y and its column moments."""
-        outputs, sums = [], []
-        for j, (w, b) in enumerate(zip(W, bias, strict=True)):
-            y = ENGINES.forward(x, w, b, engine)
-            mine = [i for i, output in enumerate(layout.outputs) if output == j]
-            sums.append(
-                self.kernels.expand_(
-                    y.view(-1, w.shape[0]),
-                    h,
-                    [B[i].to(y.dtype).t() for i in mine],
-                    [layout.offsets[i] for i in mine],
-                    [layout.columns[i] for i in mine],
-                    [scale[i] for i in mine],
-                    moments,
-                )
-            )
-            outputs.append(y)
-        return outputs, sums if moments else []
-
-    def linear_backward(
-        self,
-        dy: Sequence[Tensor | None],
-        W: Sequence[Tensor],
-        dh: Tensor,
-        A: Sequence[Tensor],
-        layout: Layout,
-        seed: Tensor | None,
-        p: float,
-        engine: str,
-    ) -> Tensor:
-        """``dx = sum_j dy_j W_j + dh A``; dy_j [M, N_j] -> [M, K]."""
-        dx = None
-        for grad, w in zip(dy, W, strict=True):
-            if grad is not None:
-                dx = ENGINES.backward(grad, w, engine, into=dx)
-        if p == 0.0:
-            packed = torch.cat(list(A)).to(dh.dtype)
-            self.kernels.expand_(dx, dh, [packed], [0], [0], [1.0], False)
-            return dx
-        for i, a in enumerate(A):
-            part = torch.zeros_like(dx)
-            self.kernels.expand_(part, dh, [a.to(dh.dtype)], [layout.offsets[i]], [0], [1.0], False)
-            dx += self.kernels.dropout(part, seed, i, p)
-        return dx
-
-    def wgrad(
-        self,
-        x: Tensor,
-        dy: Sequence[Tensor | None],
-        h: Tensor,
-        B: Sequence[Tensor],
-        layout: Layout,
-        scale: Sequence[float],
-        probes: int,
-        need_dA: bool,
-        seed: Tensor | None,
-        p: float,
-    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
-        """dh [M, R], and dA_i, dB_i, Q_i of every projection whose dy is defined (None for the others)."""
-        live = [i for i, j in enumerate(layout.outputs) if dy[j] is not None]
-        slices = [dy[layout.outputs[i]].narrow(1, layout.columns[i], layout.widths[i]) for i in live]
-        dh, dA_packed, dB, Q = self.kernels.wgrad(
-            x,
-            slices,
-            h,
-            [B[i].to(x.dtype) for i in live],
-            [layout.offsets[i] for i in live],
-            [scale[i] for i in live],
-            layout.rank,
-            probes,
-            need_dA and p == 0.0,
-        )
-        dA: list[Tensor | None] = [None] * len(B)
-        grads: list[list[Tensor | None]] = [[None] * len(B), [None] * len(B)]
-        for position, i in enumerate(live):
-            grads[0][i], grads[1][i] = dB[position], Q[position]
-            if need_dA and p == 0.0:
-                # Outputs of an operator must not share memory.
-                mine = dA_packed.narrow(0, layout.offsets[i], layout.ranks[i])
-                dA[i] = mine.clone() if len(B) > 1 else mine
-            elif need_dA:
-                mine = dh.narrow(1, layout.offsets[i], layout.ranks[i])
-                dA[i] = self.kernels.outer(mine, self.kernels.dropout(x, seed, i, p))
-        return dh, dA, grads[0], grads[1]
-
-    def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = True) -> Tensor:
-        """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2]."""
-        return self.kernels.gradstat(x, dy, offsets)
+from .verbs import Backend, Layout, matmul_backward
 
 
 class NativeBackend(Backend):
     """The compiled kernels: without dropout, one pass over the rows in each direction around the library's matmul."""
-
-    def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = True) -> Tensor:
-        """As ``Backend.gradstat``; without ``absolute`` the second column is zero, and short runs cost less."""
-        return self.kernels.gradstat(x, dy, offsets, absolute)
 
     def forward(
         self,
@@ -238,13 +69,8 @@ class NativeBackend(Backend):
 
         Gradients of a projection whose dy is None are zero; those that are not needed are left out.
         """
-        dx, live, position = None, [], []
-        for grad, w in zip(dy, W, strict=True):
-            position.append(-1 if grad is None else len(live))
-            if grad is not None:
-                live.append(grad)
-                if need_dx:
-                    dx = ENGINES.backward(grad, w, engine, into=dx)
+        dx = matmul_backward(dy, W, engine) if need_dx else None
+        position, live = _defined(dy)
         dA, dB, Q = torch.ops.fastlora.lora_backward_.default(
             dx,
             live,
@@ -260,6 +86,67 @@ class NativeBackend(Backend):
             need_dB,
         )
         return dx, dA, dB, Q
+
+    def grouped_forward(self, x, W, bias, A, P, B, rows, layouts, scale, moments, engine):
+        """As ``Backend.grouped_forward``; without dropout one pass over the rows of all adapters."""
+        if rows.keys is not None:
+            return super().grouped_forward(x, W, bias, A, P, B, rows, layouts, scale, moments, engine)
+        layout = layouts(0)
+        outputs = [ENGINES.forward(x, w, b, engine) for w, b in zip(W, bias, strict=True)]
+        h, sums = torch.ops.fastlora.lora_grouped_forward_.default(
+            [y.view(-1, y.shape[-1]) for y in outputs],
+            x.reshape(-1, x.shape[-1]),
+            _readable(A),
+            P,
+            _readable(B),
+            rows.order,
+            rows.ranges,
+            layout.outputs,
+            layout.columns,
+            scale,
+            grouped.width_of([a.shape[0] for a in A], layout.projections, P),
+            moments,
+        )
+        return outputs, h, sums
+
+    def grouped_backward(
+        self, dy, x, h, W, A, B, rows, layouts, scale, probes, need_dx, need_dA, need_dB, engine
+    ):  # fmt: skip
+        """As ``Backend.grouped_backward``; without dropout one pass over the rows of all adapters."""
+        if rows.keys is not None:
+            return super().grouped_backward(
+                dy, x, h, W, A, B, rows, layouts, scale, probes, need_dx, need_dA, need_dB, engine
+            )
+        layout = layouts(0)
+        dx = matmul_backward(dy, W, engine) if need_dx else None
+        position, live = _defined(dy)
+        dA, dB, Q = torch.ops.fastlora.lora_grouped_backward_.default(
+            dx,
+            live,
+            x,
+            h,
+            _readable(A),
+            _readable(B),
+            rows.order,
+            rows.ranges,
+            [position[j] for j in layout.outputs],
+            layout.columns,
+            scale,
+            probes,
+            need_dA,
+            need_dB,
+        )
+        return dx, dA, dB, Q
+
+
+def _defined(dy: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
+    """The gradients that are there, and the place of each among them (-1: not there)."""
+    position, live = [], []
+    for grad in dy:
+        position.append(-1 if grad is None else len(live))
+        if grad is not None:
+            live.append(grad)
+    return position, live
 
 
 def _readable(factors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -282,6 +169,14 @@ def _native_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _python_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"its blocks are made for a CPU's cache, the tensors are on {device.type}"
+    if dtype not in plain.DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
 def _native_kernels() -> SimpleNamespace | None:
     if not native.available():
         return None
@@ -299,6 +194,7 @@ def _native_kernels() -> SimpleNamespace | None:
 BACKENDS: dict[str, Backend | TritonBackend] = {
     "triton": TritonBackend(),
     "native": NativeBackend("native", _native_kernels(), _native_reason),
+    "python": Backend("python", plain, _python_reason),
     "reference": Backend("reference", reference, lambda device, dtype: None),
 }
 

@@ -2,31 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from .nn.linear import adapted_layers
+from .nn.linear import DEFAULT
+from .progress import Report, reporting
+from .restoring import restored
 from .scores import Scores, composite
 from .tracker import Tracker, track
+from .update_variance import UpdateVariance
 
 
-def _fc(tracker: Tracker) -> Scores:
-    parts = tracker.scores("grad_sq", reduce="mean"), tracker.scores("grad_abs"), tracker.scores("act_var")
-    return composite(*parts)
+class Calibration(Scores):
+    """Scores that know how they settled: still a mapping of matrix key to importance."""
+
+    __slots__ = ("_settled",)
+
+    def __init__(self, scores: Scores, settled: Sequence[float]):
+        super().__init__(dict(scores), scores.kind, scores.signed, scores.costs)
+        object.__setattr__(self, "_settled", tuple(settled))
+
+    @property
+    def settled(self) -> tuple[float, ...]:
+        """Spearman's rank correlation of each estimate with the one before it, from the second batch on.
+
+        Near 1 at the end: more batches would hardly change the order. NaN where an estimate was missing or constant.
+        """
+        return self._settled
+
+    def __reduce__(self) -> tuple:
+        return Calibration, (Scores(dict(self), self.kind, self.signed, self.costs), self._settled)
 
 
-def _fw(tracker: Tracker) -> Scores:
-    return tracker.scores("grad_sq")
+class Method(NamedTuple):
+    """What to collect during the passes, and the scores it makes: ``score(collector)`` is called after each batch."""
+
+    collect: Callable[[nn.Module, str], AbstractContextManager]
+    score: Callable[[Any], Mapping[str, float]]
 
 
-# method -> (statistics to take, scores from the tracker)
-METHODS: dict[str, tuple[tuple[str, ...], Callable[[Tracker], Scores]]] = {
-    "fc": (("grad_sq", "grad_abs", "act_var"), _fc),
-    "fw": (("grad_sq",), _fw),
+def _exact(*kinds: str) -> Callable[[nn.Module, str], AbstractContextManager[Tracker]]:
+    return lambda model, adapter: track(model, "exact", ema=None, statistics=kinds, adapter=adapter)
+
+
+def _composite(normalise: str) -> Callable[[Tracker], Scores]:
+    def score(tracker: Tracker) -> Scores:
+        parts = tracker.scores("grad_sq", reduce="mean"), tracker.scores("grad_abs"), tracker.scores("act_var")
+        return composite(*parts, normalise=normalise)
+
+    return score
+
+
+METHODS: dict[str, Method] = {
+    "fc": Method(_exact("grad_sq", "grad_abs", "act_var"), _composite("zscore")),
+    "fc_original": Method(_exact("grad_sq", "grad_abs", "act_var"), _composite("minmax")),
+    "fim": Method(UpdateVariance, UpdateVariance.scores),
+    "fw": Method(_exact("grad_sq"), lambda tracker: tracker.scores("grad_sq")),
 }
 
 
@@ -34,42 +70,104 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
-    steps: int = 8,
-    method: str | Callable[[Tracker], Scores] = "fc",
-) -> Scores:
-    """Exact statistics over ``steps`` backward passes, combined into one score a matrix.
+    steps: int | None = 8,
+    method: str | Callable[[Tracker], Mapping[str, float]] = "fc",
+    *,
+    centred: bool = False,
+    progress: bool | Report | None = None,
+    adapter: str = DEFAULT,
+) -> Calibration:
+    """One score a matrix from ``steps`` backward passes; ``allocate`` makes ranks of them.
 
-    ``"fc"``: ``0.6 z(grad_sq / NK) + 0.2 z(grad_abs) + 0.2 z(act_var)`` (FC-LoRA); ``"fw"``: mean ``grad_sq``; a
-    callable gets the tracker, which holds grad_sq, fisher, grad_abs and act_var.
+    - ``"fc"``: ``0.6 z(grad_sq / NK) + 0.2 z(grad_abs) + 0.2 z(act_var)`` (FC-LoRA); ``"fc_original"``: min-max for
+      z, as published; ``"fw"``: mean ``grad_sq`` (FW-LoRA). All exact.
+    - ``"fim"``: mean over entries and passes of dB² at B = 0 (FIM-LoRA); ``centred`` subtracts the squared mean.
+    - a callable gets the tracker, which holds exact grad_sq, fisher, grad_abs and act_var, after each batch.
 
-    ``loss_fn(model, batch)`` returns a scalar loss. Gradients, buffers, modes and the RNG state are put back.
-    Raises ``ValueError`` naming the argument: no batch, a loss that is not a finite scalar or has no gradient.
+    ``loss_fn(model, batch)`` returns a scalar loss. Exactly ``steps`` items are taken from ``batches``; None takes all.
+    ``progress``: True shows a bar (tqdm), None does so in a terminal and logs otherwise, False does neither; a callable
+    gets ``(done, steps, rank correlation with the estimate before)``, which ``settled`` of the result keeps.
+
+    Gradients, requires_grad, buffers, modes and RNG states are put back, also after an error. Raises ``ValueError``
+    naming the argument: batches that run out, a loss that is not a finite scalar or has no gradient, gradients that
+    are never finite, a matrix that no gradient reaches, B that is not zero under ``"fim"``.
     """
-    if not callable(method) and method not in METHODS:
-        raise ValueError(f"method: expected one of {tuple(METHODS)} or a callable, got {method!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected a positive integer, got {steps!r}")
-    kinds, score = (("grad_sq", "fisher", "grad_abs", "act_var"), method) if callable(method) else METHODS[method]
-    with _restored(model), track(model, "exact", ema=None, statistics=kinds) as tracker:
-        done = 0
-        for batch in batches:
+    chosen = _chosen(method, centred)
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps: expected a positive integer or None for all batches, got {steps!r}")
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise ValueError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn: expected a callable (model, batch) -> loss, got {type(loss_fn).__name__}")
+    with restored(model, adapter), chosen.collect(model, adapter) as collector, reporting(progress, steps) as report:
+        done, estimate, settled = 0, None, []
+        for batch in itertools.islice(batches, steps):
             loss = loss_fn(model, batch)
             _check_loss(loss, done)
             loss.backward()
-            tracker.step()
-            done += 1
-            if done == steps:
-                break
-        if done == 0:
-            raise ValueError("batches: yielded nothing, at least one batch is needed")
-        if tracker.skipped == done:
-            raise ValueError("batches: every backward pass gave gradients that are not finite")
-        return score(tracker)
+            collector.step()
+            done, before, estimate = done + 1, estimate, _estimate(chosen, collector)
+            if done > 1:
+                settled.append(_correlation(before, estimate))
+            report(done, steps, settled[-1] if settled else math.nan)
+        _check_enough(done, steps, collector.skipped)
+        if estimate is None:
+            estimate = _final(chosen, collector, done, callable(method))
+        return Calibration(estimate, settled)
+
+
+def _chosen(method: Any, centred: bool) -> Method:
+    if callable(method):
+        chosen = Method(_exact("grad_sq", "fisher", "grad_abs", "act_var"), method)
+    elif isinstance(method, str) and method in METHODS:
+        chosen = METHODS[method]
+    else:
+        raise ValueError(f"method: expected one of {tuple(METHODS)} or a callable, got {method!r}")
+    if not isinstance(centred, bool):
+        raise ValueError(f"centred: expected True or False, got {centred!r}")
+    if not centred:
+        return chosen
+    if method != "fim":
+        raise ValueError(f"centred: works with method='fim' only, got method={method!r}")
+    return chosen._replace(collect=lambda model, adapter: UpdateVariance(model, adapter, centred=True))
+
+
+def _as_scores(found: Any) -> Scores:
+    if isinstance(found, Scores):
+        return found
+    if not isinstance(found, Mapping):
+        raise ValueError(f"method: expected to return a mapping of matrix keys to scores, got {type(found).__name__}")
+    return Scores(found, "custom")
+
+
+def _estimate(chosen: Method, collector: Any) -> Scores | None:
+    """Scores so far, or None while a matrix has none."""
+    try:
+        return _as_scores(chosen.score(collector))
+    except RuntimeError:
+        return None
+
+
+def _final(chosen: Method, collector: Any, done: int, custom: bool) -> Scores:
+    """The estimate that was missing, so that its error is seen."""
+    try:
+        return _as_scores(chosen.score(collector))
+    except RuntimeError as error:
+        if custom:
+            raise
+        raise ValueError(f"batches: after {done} of them there is {error}") from error
+
+
+def _correlation(before: Scores | None, after: Scores | None) -> float:
+    if before is None or after is None or len(before.keys() & after.keys()) < 2:
+        return math.nan
+    return after.rank_correlation(before)
 
 
 def _check_loss(loss: Any, index: int) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ValueError(f"loss_fn: expected a scalar tensor, got {type(loss).__name__} for batch {index}")
+        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+        raise ValueError(f"loss_fn: expected a scalar tensor, got {type(loss).__name__}{shape} for batch {index}")
     if not loss.requires_grad:
         raise ValueError(
             f"loss_fn: the loss of batch {index} has no gradient; it must come from the model in grad mode"
@@ -78,25 +176,12 @@ def _check_loss(loss: Any, index: int) -> None:
         raise ValueError(f"loss_fn: the loss of batch {index} is {loss.item()}")
 
 
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Gradients, buffers, requires_grad, modes and RNG state before equal those after."""
-    if not adapted_layers(model):
-        raise ValueError("model: has no adapters; call fastlora.inject first")
-    grads = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    modes = [(m, m.training) for m in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        try:
-            for p, _ in grads:
-                p.grad = None
-            yield
-        finally:
-            for p, grad in grads:
-                p.grad = grad
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            for module, training in modes:
-                module.training = training
+def _check_enough(done: int, steps: int | None, skipped: int) -> None:
+    if done == 0:
+        raise ValueError("batches: yielded nothing, at least one batch is needed")
+    if steps is not None and done < steps:
+        raise ValueError(
+            f"batches: ran out after {done} of steps={steps}; pass more, or steps=None to take what there is"
+        )
+    if skipped == done:
+        raise ValueError("batches: every backward pass gave gradients that are not finite")

@@ -18,7 +18,7 @@ ROLES = ("qkv", "attention", "mlp", "all-linear")
 # Fields of peft.LoraConfig that say where a file came from or how PEFT runs, and change no number here.
 _PEFT_NEUTRAL = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "runtime_config", "ephemeral_gpu_offload", "megatron_core",
+    "runtime_config", "ephemeral_gpu_offload", "megatron_core", "fan_in_fan_out",
 }  # fmt: skip
 
 

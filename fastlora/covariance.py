@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .backends import choose
 from .probes import Contribution
 from .reference import accumulate_dtype
 
@@ -19,6 +20,7 @@ def add_gram_(total: Tensor, rows: Tensor, weight: Tensor) -> None:
 
     total [D, D], rows [M, D], weight a scalar tensor; a weight of 0 adds nothing, whatever the rows hold.
     """
+    rows = rows.to(total.dtype)
     for start in range(0, rows.shape[1], _BLOCK):
         stop = min(start + _BLOCK, rows.shape[1])
         block = rows[:, start:stop].T @ rows[:, start:]
@@ -44,19 +46,39 @@ class Covariances:
                 found &= (call.x.isfinite().all() & call.dy.isfinite().all()).to(device)
         return found
 
-    def add(self, taken: Mapping[str, Sequence[Contribution]], keep: Tensor, inverse_scale: Tensor) -> None:
-        """Take in one step's calls by layer; ``keep`` is a boolean tensor that leaves the step out when false."""
+    def add(
+        self,
+        taken: Mapping[str, Sequence[Contribution]],
+        keep: Tensor,
+        inverse_scale: Tensor,
+        backends: Mapping[str, str] | None = None,
+    ) -> None:
+        """Take in one step's calls by layer; ``keep`` is a boolean tensor that leaves the step out when false.
+
+        ``backends``: name of each layer's backend, whose own symmetric product is used where it has one ("auto"
+        without). Sums are allocated before any is changed.
+        """
+        for path, calls in taken.items():
+            for call in calls[:1]:
+                self._allocate(path, call)
         for path, calls in taken.items():
             for call in calls:
                 x, dy = call.x.reshape(-1, call.x.shape[-1]), call.dy.reshape(-1, call.dy.shape[-1])
-                acc = accumulate_dtype(x.dtype)
-                self._rows[path] = keep.to(x.device, torch.float64) * x.shape[0] + self._rows.get(path, 0.0)
+                backend, _ = choose((backends or {}).get(path, "auto"), x.device, x.dtype)
+                acc, update = accumulate_dtype(x.dtype), getattr(backend, "add_gram_", add_gram_)
                 for kind, rows, weight in (("act_cov", x, keep), ("grad_cov", dy, keep * inverse_scale.square())):
                     if kind in self._sums:
-                        total = self._sums[kind].get(path)
-                        if total is None:
-                            total = self._sums[kind][path] = x.new_zeros((rows.shape[1],) * 2, dtype=acc)
-                        add_gram_(total, rows.to(acc), weight.to(x.device, acc))
+                        update(self._sums[kind][path], rows, weight.to(x.device, acc))
+                self._rows[path] += keep.to(x.device, torch.float64) * x.shape[0]
+
+    def _allocate(self, path: str, call: Contribution) -> None:
+        """Zeros where a layer has no sums yet."""
+        x = call.x
+        for kind, rows in (("act_cov", x), ("grad_cov", call.dy)):
+            if kind in self._sums and path not in self._sums[kind]:
+                self._sums[kind][path] = x.new_zeros((rows.shape[-1],) * 2, dtype=accumulate_dtype(x.dtype))
+        if path not in self._rows:
+            self._rows[path] = torch.zeros((), dtype=torch.float64, device=x.device)
 
     def read(self, kind: str) -> dict[str, Tensor]:
         """Module path -> symmetric matrix."""

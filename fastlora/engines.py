@@ -88,9 +88,13 @@ class MatmulEngines:
 
     def _forward(self, name: str, x: Tensor, W: Tensor, bias: Tensor | None, rows: int) -> Tensor:
         if name == LINEAR:
-            return F.linear(x, W, bias)
-        weight = W if name == ONEDNN else self._pack("forward", W, rows)
-        return _pointwise(x.reshape(rows, W.shape[1]), weight, bias).view(*x.shape[:-1], W.shape[0])
+            y = F.linear(x, W, bias)
+        else:
+            y = _pointwise(x.reshape(rows, W.shape[1]), W if name == ONEDNN else self._pack("forward", W, rows), bias)
+        if x.dim() == 2 and not y._is_view():
+            return y
+        # Autograd lets nobody change a view that an operator made, as an in-place ReLU behind the layer would.
+        return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], W.shape[0]))
 
     def _backward(self, name: str, dy: Tensor, W: Tensor, rows: int, into: Tensor | None) -> Tensor:
         if name == LINEAR:

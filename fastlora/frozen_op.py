@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._ops import LIBRARY, low_precision
+from ._operator import LIBRARY, low_precision
 from .engines import ENGINES, UNPACKED
 
 LIBRARY.define("frozen_linear(Tensor x, Tensor W, Tensor? bias, str engine) -> Tensor")

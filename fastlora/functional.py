@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _ops
+from ._grouped_ops import LORA_GROUPED
+from ._ops import LORA_LINEAR
+from .segments import Batch
 
 
 def lora_linear(
@@ -51,7 +53,46 @@ def lora_linear(
     seed = None
     if p > 0.0:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
-    out = _ops.apply(x, W, bias, A, B, Z, V, P, sign, seed, [float(s) for s in scale], float(p), backend, engine)
+    out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, P, sign, seed, [float(s) for s in scale], float(p), backend, engine)
+    return out[: len(W)]
+
+
+def lora_grouped(
+    x: Tensor,
+    W: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    batch: Batch,
+    *,
+    p: Sequence[float] = (),
+    stream: int = 0,
+    Z: Sequence[Tensor] = (),
+    V: Sequence[Tensor] = (),
+    P: Sequence[Tensor] = (),
+    sign: Sequence[Tensor] = (),
+    backend: str = "auto",
+    engine: str = "auto",
+) -> list[Tensor]:
+    r"""``lora_linear`` with an adapter for each row, ``batch`` saying which.
+
+    .. math:: y_{im} = x_m W_i^\top + b_i + s_{gi}\, \mathrm{dropout}_g(x_m)\, A_{gi}^\top B_{gi}^\top,\qquad g = g(m)
+
+    A, B, scale and Z run over the batch's adapters, then projections, V over adapters, then weights; P, sign and p
+    over adapters, with [0, K] and [0, 0] where an adapter is not measured. ``stream`` tells the layers of one
+    ``row_seeds`` apart. Gradients of an adapter come from its own rows. Raises as ``lora_linear`` does, and for ids
+    that do not fit x.
+    """
+    check_input(x, W[0])
+    rows, keys = batch.rows(x), None
+    if any(p):
+        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
+        keys = batch.keys(x, seed, stream)
+    out = LORA_GROUPED.apply(
+        x, W, bias, A, B, Z, V, P, sign, keys, rows.ids, rows.order, rows.ranges, [float(s) for s in scale],
+        [float(q) for q in p] or [0.0] * len(batch.names), backend, engine,
+    )  # fmt: skip
     return out[: len(W)]
 
 

@@ -6,7 +6,7 @@ import copy
 import difflib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +15,12 @@ from torch import nn
 
 from .config import ROLES, LoraConfig
 from .factors import WHOLE, AdapterSpec, Factors, new_factors
+from .learning_checks import checked_mode, watch_learning
 from .nn.frozen import FrozenLinear
 from .nn.linear import (
     DEFAULT,
     ENGINE_OF_PREPACK,
     Linear,
-    QKVLinear,
     adapted_layers,
     adapter_dtype_of,
     attach_state,
@@ -29,6 +29,8 @@ from .nn.linear import (
 )
 from .nn.qkv import group_projections
 from .roles import attention_blocks, pattern_matches, refusal, role_targets
+from .routing import Router
+from .targets import adapted_class, features, is_linear, named_targets, passed_by, take_over, torch_attentions
 
 logger = logging.getLogger(__name__)
 
@@ -48,31 +50,37 @@ class _Planned:
     factors: tuple[Factors, Factors]
 
 
-def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False) -> nn.Module:
+def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, check: str = "raise") -> nn.Module:
     """Adapt the targets of ``config`` in place and freeze the rest; returns the same model.
 
     ``y = x W^T + bias + s x A^T B^T`` with ``B = 0`` at first, so outputs equal the base model's. ``nn.Linear`` targets
     become ``fastlora.nn.Linear`` by a change of class: keys, hooks, ties, deepcopy and pickle survive.
 
     ``accelerate_frozen`` moves every other frozen ``nn.Linear`` to the CPU's fastest matmul engine too (``explain``).
+    ``check``: what is done, after the first backward, about an adapter that its owner passes by, so that it never
+    learns: ``"raise"`` (``RuntimeError`` with the names), ``"warn"``, ``"off"``. What did not run yet is warned of.
 
     Raises ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have, a model that is
     already adapted or wrapped by PEFT; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    checked_mode(check)
     config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
     saved = _modules_to_save(model, config)
     names = _targets(model, config, saved)
     plan = _plan(model, config, names)
+    router = Router(DEFAULT)
     for planned in plan:
-        _commit(planned, config)
+        _commit(model, planned, config, router)
+    model.register_forward_pre_hook(router.enter)
     _group(model)
     _freeze(model, config, saved)
     if accelerate_frozen:
         _accelerate(model, config)
     model.fastlora_configs = {DEFAULT: copy.deepcopy(config)}
+    watch_learning(model, check)
     return model
 
 
@@ -104,38 +112,44 @@ def refuse_adapted(model: nn.Module) -> None:
             raise ValueError(f"model: {where} wrapped by PEFT ({type(module).__name__}); unload it first")
 
 
-def _linear_names(model: nn.Module) -> list[str]:
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-
-
 def _has_suffix(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
 def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str]:
-    """Names chosen by a role, a regular expression or a list of suffixes; every entry must choose something."""
-    linears = _linear_names(model)
+    """Names chosen by a role, a regular expression or a list of suffixes; every entry must choose something.
+
+    As in PEFT, a target that is an ``nn.MultiheadAttention`` means its projections, each as one matrix.
+    """
+    modules = named_targets(model) if field != "modules_to_save" else dict(model.named_modules())
+    linears = [n for n, m in modules.items() if is_linear(m)]
     if isinstance(spec, str):
         if spec in ROLES:
             names = role_targets(model, spec)
         else:
-            names = [n for n, _ in model.named_modules() if n and re.fullmatch(spec, n)]
+            names = [n for n in modules if n and re.fullmatch(spec, n)]
         if not names:
             near = suggestion(spec, [*ROLES, *{n.rpartition(".")[2] for n in linears}])
             raise ValueError(f"{field}: {spec!r} matches nothing in {type(model).__name__}{near}")
-        return names
+        return _projections(model, modules, names, field)
     spec = sorted(spec) if isinstance(spec, (set, frozenset)) else spec
     if not isinstance(spec, Sequence) or not all(isinstance(s, str) for s in spec) or not spec:
         raise ValueError(f"{field}: expected a role {ROLES}, a regular expression or a list of names, got {spec!r}")
-    modules = [n for n, _ in model.named_modules() if n]
     chosen: set[str] = set()
     for suffix in spec:
-        hits = [n for n in modules if _has_suffix(n, suffix)]
+        hits = [n for n in modules if n and _has_suffix(n, suffix)]
         if not hits:
             near = suggestion(suffix, sorted({n.rpartition(".")[2] for n in linears} | set(linears)))
             raise ValueError(f"{field}: {suffix!r} matches no module of {type(model).__name__}{near}")
         chosen.update(hits)
-    return [n for n in modules if n in chosen]
+    return _projections(model, modules, chosen, field)
+
+
+def _projections(model: nn.Module, modules: Mapping[str, nn.Module], names: Collection[str], field: str) -> list[str]:
+    """``names`` in the model's order, with the projections of an attention module in place of the module."""
+    attentions = [] if field == "modules_to_save" else [n for n in torch_attentions(model) if n in names]
+    projections = {f"{a}.{p}" if a else p for a in attentions for p in ("in_proj", "out_proj")}
+    return [n for n in modules if n in projections or (n in names and n not in attentions)]
 
 
 def _inside(name: str, modules: Sequence[str]) -> bool:
@@ -169,11 +183,17 @@ def _targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str
     if not names:
         raise ValueError("exclude_modules: nothing is left of target_modules")
     names = _without_saved(config, names, saved)
+    modules = named_targets(model)
     for name in names:
-        reason = refusal(model, name)
+        reason = None if isinstance(modules[name], Linear) else refusal(model, name)
         if reason is not None:
             raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
     return names
+
+
+def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Full names of the linears that ``inject`` would adapt; ``ValueError`` where it would refuse them."""
+    return _targets(model, config, _modules_to_save(model, config))
 
 
 def _modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -187,7 +207,7 @@ def fused_sizes(model: nn.Module, config: LoraConfig, names: Sequence[str] | Non
         split = config.target_modules in ("qkv", "attention")
     if not split:
         return {}
-    modules = dict(model.named_modules())
+    modules = named_targets(model)
     fused = [block for block in attention_blocks(model) if block.fused and (names is None or block.names[0] in names)]
     for block in fused:
         if not block.splits:
@@ -196,39 +216,42 @@ def fused_sizes(model: nn.Module, config: LoraConfig, names: Sequence[str] | Non
                 f"split_qkv: {block.names[0]!r} of {owner.__module__}.{owner.__name__} does not hold q, k and v as "
                 "three blocks of rows; split_qkv=False adapts it as one matrix"
             )
-    return {block.names[0]: dict.fromkeys("qkv", modules[block.names[0]].out_features // 3) for block in fused}
+    return {block.names[0]: dict.fromkeys("qkv", features(modules[block.names[0]])[1] // 3) for block in fused}
 
 
 def _plan(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Planned]:
     """Everything that could fail, before anything changes."""
-    modules = dict(model.named_modules())
+    modules = named_targets(model)
     fused = fused_sizes(model, config, names)
-    slices = {n: fused.get(n, {WHOLE: modules[n].out_features}) for n in names}
+    slices = {n: fused.get(n, {WHOLE: features(modules[n])[1]}) for n in names}
     keys = [matrix_key(n, s) for n in names for s in slices[n]]
-    rank_of = _pattern_lookup(config, "rank_pattern", keys)
-    alpha_of = _pattern_lookup(config, "alpha_pattern", keys)
+    attentions = frozenset(torch_attentions(model))
+    rank_of = _pattern_lookup(config, "rank_pattern", keys, attentions)
+    alpha_of = _pattern_lookup(config, "alpha_pattern", keys, attentions)
     plan = []
     for name in names:
         layer = modules[name]
         if not layer.weight.is_floating_point():
             raise ValueError(f"target_modules: {name!r} has a {layer.weight.dtype} weight, expected a floating dtype")
         ranks = {s: rank_of.get(matrix_key(name, s), config.r) for s in slices[name]}
-        checked_ranks(ranks, layer, slices[name], name)
+        K = features(layer)[0]
+        checked_ranks(ranks, K, slices[name], name)
         scale = {s: config.scaling(r, alpha_of.get(matrix_key(name, s))) for s, r in ranks.items()}
         spec = AdapterSpec(scale, config.lora_dropout, config.init_lora_weights, adapter_dtype_of(config, layer))
-        factors = new_factors(slices[name], ranks, layer.in_features, spec, layer.weight.device)
+        factors = new_factors(slices[name], ranks, K, spec, layer.weight.device)
         plan.append(_Planned(name, layer, slices[name], spec, factors))
     return plan
 
 
-def _pattern_lookup(config: LoraConfig, field: str, keys: list[str]) -> dict[str, Any]:
+def _pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions: Collection[str]) -> dict[str, Any]:
     """Value of each matrix: its exact key wins, then its path, then the first suffix or PEFT pattern that matches.
 
     A pattern that is a matrix's exact name means it alone. A ``peft.LoraConfig`` keeps PEFT's rule: the first match.
+    The name of an ``nn.MultiheadAttention`` means both of its projections.
     """
     found: dict[str, tuple[int, Any]] = {}
     for pattern, value in getattr(config, field).items():
-        strengths = {k: _match_strength(pattern, k, config.exact_names_first) for k in keys}
+        strengths = {k: _match_strength(pattern, k, config.exact_names_first, attentions) for k in keys}
         best = max(strengths.values())
         if best == 0:
             raise ValueError(f"{field}: {pattern!r} matches no adapted matrix{suggestion(pattern, keys)}")
@@ -239,27 +262,39 @@ def _pattern_lookup(config: LoraConfig, field: str, keys: list[str]) -> dict[str
     return {key: value for key, (_, value) in found.items()}
 
 
-def _match_strength(pattern: str, key: str, exact_names_first: bool) -> int:
+def _match_strength(pattern: str, key: str, exact_names_first: bool, attentions: Collection[str]) -> int:
     path = key.partition("[")[0]
+    owner = path.rpartition(".")[0]
+    if owner in attentions and (_has_suffix(owner, pattern) or pattern_matches(pattern, owner)):
+        return 1
     if exact_names_first and pattern in (key, path):
         return 3 if pattern == key else 2
     return int(_has_suffix(key, pattern) or pattern_matches(pattern, path))
 
 
-def _commit(planned: _Planned, config: LoraConfig) -> None:
-    planned.layer.__class__ = Linear if set(planned.slices) == {WHOLE} else QKVLinear
-    attach_state(planned.layer, planned.slices, config)
-    planned.layer.install(DEFAULT, planned.spec, *planned.factors)
-    planned.layer.lora_A.train(planned.layer.training)
-    planned.layer.lora_B.train(planned.layer.training)
+def _commit(model: nn.Module, planned: _Planned, config: LoraConfig, router: Router, adapter: str = DEFAULT) -> None:
+    layer = planned.layer
+    if not isinstance(layer, Linear):
+        layer.in_features, layer.out_features = features(layer)
+        layer.__class__ = adapted_class(layer, split=set(planned.slices) != {WHOLE})
+        attach_state(layer, planned.slices, config, router, planned.path)
+        take_over(model, planned.path, layer)
+    layer.install(adapter, planned.spec, *planned.factors)
+    layer.lora_A.train(layer.training)
+    layer.lora_B.train(layer.training)
 
 
 def _group(model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for block in attention_blocks(model):
-        layers = [modules[n] for n in block.names if isinstance(modules[n], Linear)]
-        if not block.fused and len(layers) > 1:
+        layers = [modules[n] for n in block.names if isinstance(modules.get(n), Linear)]
+        if block.fused or len(layers) < 2:
+            continue
+        known = next((layer.group for layer in layers if layer.group is not None), None)
+        if known is None:
             group_projections(modules[block.owner], layers)
+        elif known.layers != layers:
+            known.regroup(layers)
 
 
 def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
@@ -268,7 +303,7 @@ def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
     keep: set[int] = set()
     for layer in layers.values():
         keep.update(id(p) for p in (*layer.lora_A.parameters(), *layer.lora_B.parameters()))
-        if config.bias == "lora_only" and layer.bias is not None:
+        if config.bias == "lora_only" and layer._parameters.get("bias") is not None:
             keep.add(id(layer.bias))
     modules = dict(model.named_modules())
     for name in saved:
@@ -285,7 +320,8 @@ def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
 
 def _accelerate(model: nn.Module, config: LoraConfig) -> None:
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and not module.weight.requires_grad and refusal(model, name) is None:
+        plain = type(module) is nn.Linear and not module.weight.requires_grad
+        if plain and refusal(model, name) is None and not passed_by(model, name):
             module.__class__ = FrozenLinear
             module.engine = ENGINE_OF_PREPACK[config.prepack]
 
@@ -297,15 +333,16 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT
     not zero, because its training would be lost, unless ``reinit``. Raises ``ValueError`` with the model unchanged.
     """
     layers = adapted_layers(model)
-    known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
-    if not known:
+    if not layers:
         raise ValueError("model: has no adapters; call fastlora.inject first")
+    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
+    layers = {path: layer for path, layer in layers.items() if adapter in layer.adapter_specs}
+    if not layers:
+        raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
+    known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
     config = getattr(model, "fastlora_configs", {}).get(adapter)
     if not isinstance(ranks, Mapping):
         raise ValueError(f"ranks: expected a mapping of matrix keys to ranks, got {type(ranks).__name__}")
-    for path, layer in layers.items():
-        if adapter not in layer.adapter_specs:
-            raise ValueError(f"adapter: {path!r} has no adapter {adapter!r}, only {', '.join(layer.adapter_names)}")
     wanted: dict[str, dict[str, int]] = {}
     for key, rank in ranks.items():
         if key not in known:
@@ -315,12 +352,17 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT
     replaced = []
     for path, changed in wanted.items():
         layer = layers[path]
-        checked_ranks(changed, layer, layer.slices, path)
+        checked_ranks(changed, layer.in_features, layer.slices, path)
         trained = any(b is not None and bool(b.detach().any()) for b in layer.lora_B[adapter]._parameters.values())
         if trained and not reinit and layer.adapter_specs[adapter].init is not False:
             raise ValueError(f"ranks: {path!r} has been trained (B is not zero); pass reinit=True to start it afresh")
         if layer.merged:
             raise ValueError(f"ranks: {path!r} is merged; call fastlora.unmerge first")
+        if layer.router.awaits_backward(adapter):
+            raise ValueError(
+                f"ranks: a forward of {adapter!r} awaits its backward, whose gradients would be lost; run it, or let "
+                "go of the forward's outputs"
+            )
         replaced.append((layer, *_resized(layer, changed, adapter, config)))
     for layer, spec, A, B in replaced:
         layer.install(adapter, spec, A, B)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .nn.linear import DEFAULT, Linear, adapted_layers
+from .routing import Route
 
 
 def _layers(model: nn.Module) -> dict[str, Linear]:
@@ -25,24 +26,29 @@ def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
     The forward is then the base's alone. All layers or none: a delta or a merged weight that is not finite raises
     ``ValueError`` naming the layer before any weight changes, as does a layer that is merged already.
     """
+    layers = _layers(model)
+    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
+    if adapter not in names:
+        raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
+    layers = {path: layer for path, layer in layers.items() if layer.merged or adapter in layer.adapter_specs}
     merged: dict[str, torch.Tensor] = {}
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             users.setdefault(id(parameter), []).append(name)
-    for path, layer in _layers(model).items():
-        sharing = [name for name in users[id(layer.weight)] if name != path]
+    for path, layer in layers.items():
+        # An attention module holds the weight of its stacked projection.
+        holder = path if "weight" in layer._parameters else path.rpartition(".")[0]
+        sharing = [name for name in users[id(layer.weight)] if name != holder]
         if sharing:
             raise ValueError(f"model: {path!r} and {sharing[0]!r} share one weight and cannot be merged")
         if layer.merged:
             raise ValueError(f"model: {path!r} is merged already")
-        if adapter not in layer.adapter_specs:
-            raise ValueError(f"adapter: {path!r} has no adapter {adapter!r}, only {', '.join(layer.adapter_names)}")
         delta = layer.delta(adapter)
         merged[path] = (layer.weight.to(delta.dtype) + delta).to(layer.weight.dtype)
         if not bool(merged[path].isfinite().all()):
             raise ValueError(f"model: merging {path!r} gives weights that are not finite")
-    for path, layer in _layers(model).items():
+    for path, layer in layers.items():
         # The rounding of a low-precision merge cannot be undone by subtraction: keep the original.
         layer.unmerged_weight = layer.weight.detach().clone()
         layer.weight.copy_(merged[path])
@@ -65,13 +71,11 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, every forward is the base model's."""
-    layers = _layers(model)
-    before = {path: layer.lora_enabled for path, layer in layers.items()}
+    """Inside, every forward of this thread is the base model's; so is one that checkpointing repeats later."""
+    routers = {layer.router for layer in _layers(model).values()}
+    before = [(router, router.open(Route(False, router.default.adapter))) for router in routers]
     try:
-        for layer in layers.values():
-            layer.lora_enabled = False
         yield model
     finally:
-        for path, layer in layers.items():
-            layer.lora_enabled = before[path]
+        for router, route in before:
+            router.open(route, reopened=True)

@@ -1,7 +1,6 @@
 """The compiled library: loads ``fastlora/_C.so`` if it was built and registers shapes for tracing.
 
-The operators are ``torch.ops.fastlora.{lora_forward_, lora_backward_, shrink, expand_, wgrad, outer, dropout,
-philox_signs_, add_norms_, cpu_isa}``; their schemas are in ``csrc/library.cpp``. Nothing here raises on import: a
+The operators are ``torch.ops.fastlora``'s; their schemas are in ``csrc/library.cpp``. Nothing here raises on import: a
 missing or unusable library is what :func:`reason` tells.
 """
 
@@ -56,6 +55,20 @@ def _register_fakes() -> None:
         Q = [x.new_empty((b.shape[0], probes), dtype=torch.float32) for b in B] if probes else []
         return dA, dB, Q
 
+    @torch.library.register_fake("fastlora::lora_grouped_forward_")
+    def _(y, x, A, P, B, order, ranges, outputs, columns, scales, width, moments):
+        adapters = ranges.shape[0] if moments else 0
+        sums = [x.new_empty((2, target.shape[1]), dtype=torch.float64) for _ in range(adapters) for target in y]
+        return x.new_empty((x.shape[0], width)), sums
+
+    @torch.library.register_fake("fastlora::lora_grouped_backward_")
+    def _(dx, dy, x, h, A, B, order, ranges, outputs, columns, scales, probes, need_dA, need_dB):
+        dA = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A] if need_dA else []
+        dB = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B] if need_dB else []
+        widths = [probes[i // len(outputs)] for i in range(len(B))] if any(probes) else []
+        Q = [x.new_empty((b.shape[0], k), dtype=torch.float32) for b, k in zip(B, widths, strict=False)]
+        return dA, dB, Q
+
     @torch.library.register_fake("fastlora::shrink")
     def _(x, A):
         return x.new_empty((x.shape[0], A.shape[0]))
@@ -83,6 +96,33 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("fastlora::add_norms_")
     def _(sums, tile):
+        return None
+
+    @torch.library.register_fake("fastlora::build_segments")
+    def _(ids, adapters):
+        # On the CPU an order that is the rows' own is left out, which depends on the ids.
+        rows = torch.library.get_ctx().new_dynamic_size(min=0) if ids.device.type == "cpu" else ids.shape[0]
+        return ids.new_empty((rows,)), ids.new_empty((adapters, 2))
+
+    @torch.library.register_fake("fastlora::segment_tiles")
+    def _(ranges, rows, block):
+        return ranges.new_empty(((rows + block - 1) // block + ranges.shape[0], 2))
+
+    @torch.library.register_fake("fastlora::penalty")
+    def _(A, B, scales, weights):
+        return weights.new_empty((), dtype=torch.float32)
+
+    @torch.library.register_fake("fastlora::penalty_grad_")
+    def _(dA, dB, A, B, scales, weights, lmbda):
+        return None
+
+    @torch.library.register_fake("fastlora::squared_norms")
+    def _(tensors):
+        device = tensors[0].device if tensors else None
+        return torch.empty(len(tensors), dtype=torch.float64, device=device)
+
+    @torch.library.register_fake("fastlora::resize_ranks_")
+    def _(to, source):
         return None
 
     @torch.library.register_fake("fastlora::dropout")

@@ -12,6 +12,7 @@ from .engines import AUTO, ENGINES, UNPACKED
 from .factors import WHOLE
 from .nn.frozen import FrozenLinear
 from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
+from .parameter_roles import ROLES_OF_PARAMETERS, parameter_roles
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Summary:
     head_params: int
     other_trainable: int
     total_params: int
+    norm_params: int = 0  # of other_trainable
+    bias_params: int = 0  # of other_trainable
 
     @property
     def costs(self) -> dict[str, int]:
@@ -59,37 +62,30 @@ class Summary:
 
 
 def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
-    """Count what is trained: adapters, modules to save (the head), and the rest. ``ValueError`` without adapters."""
+    """Count what is trained: adapters, the head, and the rest. ``ValueError`` without adapters or a policy."""
     layers = adapted_layers(model)
-    if not layers:
+    if not layers and getattr(model, "fastlora_policy", None) is None:
         raise ValueError("model: has no adapters; call fastlora.inject first")
     rows = []
+    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
+    if names and adapter not in names:
+        raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
     for path, layer in layers.items():
         if adapter not in layer.adapter_specs:
-            raise ValueError(f"adapter: {path!r} has no adapter {adapter!r}, only {', '.join(layer.adapter_names)}")
+            continue
         ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
         for name, n in layer.slices.items():
             params = ranks[name] * (n + layer.in_features)
             rows.append(Row(matrix_key(path, name), layer.in_features, n, ranks[name], scales[name], params))
-    adapters = {id(p) for layer in layers.values() for f in (layer.lora_A, layer.lora_B) for p in f.parameters()}
-    saved = saved_modules(model, adapter)
-    head = other = total = 0
-    for name, parameter in model.named_parameters():
+    roles, counts, total = parameter_roles(model, adapter), dict.fromkeys(ROLES_OF_PARAMETERS, 0), 0
+    for parameter in model.parameters():
         total += parameter.numel()
-        if id(parameter) in adapters or not parameter.requires_grad:
-            continue
-        if any(name.startswith(prefix + ".") for prefix in saved):
-            head += parameter.numel()
-        else:
-            other += parameter.numel()
-    return Summary(tuple(rows), sum(r.params for r in rows), head, other, total)
-
-
-def saved_modules(model: nn.Module, adapter: str = DEFAULT) -> list[str]:
-    """Full names of the modules that are trained and saved whole (``modules_to_save``)."""
-    config = getattr(model, "fastlora_configs", {}).get(adapter)
-    wanted = list(config.modules_to_save or ()) if config is not None else []
-    return [n for n, _ in model.named_modules() if any(n == w or n.endswith("." + w) for w in wanted)]
+        if parameter.requires_grad:
+            counts[roles[id(parameter)]] += parameter.numel()
+    other = counts["norm"] + counts["bias"] + counts["other"]
+    return Summary(
+        tuple(rows), sum(r.params for r in rows), counts["head"], other, total, counts["norm"], counts["bias"]
+    )
 
 
 class ExplainedLayer(NamedTuple):
@@ -137,7 +133,7 @@ def explain(model: nn.Module) -> Explanation:
         backend, passed = choose(layer.backend, layer.weight.device, layer.weight.dtype)
         together = "" if layer.group is None else f"with {len(layer.group.layers) - 1} siblings; "
         kind = "split q/k/v; " if set(layer.slices) != {WHOLE} else ""
-        every = 1 if layer.probe is None or layer.probe.every is None else layer.probe.every
+        every = max((probe.every or 1 for probe in layer.probes.values()), default=1)
         together += f"statistics every {every} steps; " if every > 1 else ""
         why = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
         rows.append(ExplainedLayer(path, backend.name, engine, (kind + together + why).rstrip("; ")))

@@ -11,12 +11,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LoraConfig
 from .factors import WHOLE
+from .nn.conv1d import Conv1D
 from .nn.linear import DEFAULT, Linear, adapted_layers
-from .overview import saved_modules
+from .parameter_roles import saved_modules
+from .peft_attention import StoredNames
 from .peft_files import FORMAT_VERSION, Slice, write_folder
 from .peft_load import load
 from .peft_names import (
@@ -31,6 +34,7 @@ from .peft_names import (
     saved_tensors,
     unwrapped,
 )
+from .targets import named_targets
 
 __all__ = ["load", "save"]
 
@@ -48,6 +52,7 @@ def save(
     Keys ``base_model.model.<path>.lora_A.weight`` [R, K] and ``.lora_B.weight`` [N, R]; a split q/k/v leaves as one
     matrix, A stacked and B block-diagonal, R = r_q + r_k + r_v. Each matrix gets ``lora_alpha = s R``, so that PEFT
     computes the same ``s``; with ``fold_scale`` it is 1 and B is multiplied by s. Matrices of rank 0 are left out.
+    ``nn.MultiheadAttention`` has one rank and one ``s`` for both projections there: zeros fill the smaller one.
     ``modules_to_save`` and the biases of ``bias=`` go along; ``importance`` (scores by matrix) goes into the side file.
 
     The files appear complete or not at all. Raises ``ValueError``, before anything is written, for a model without this
@@ -56,15 +61,21 @@ def save(
     model = unwrapped(model)
     layers = _saveable(model, adapter)
     config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
-    matrices = {name: _stored(layer, adapter, fold_scale) for name, layer in layers.items()}
+    names = StoredNames(model)
+    matrices = _matrices(model, names, layers, adapter, fold_scale)
+    stored = {path: names.stored(path) for path in matrices}
+    adapted = {names.module(name): matrices[path] for path, name in stored.items()}
     saved = saved_modules(model, adapter)
     every_name = base_names(model, remove_duplicate=False)
-    spec, taken = choose_saved(saved, config.modules_to_save or (), every_name, list(layers))
+    spec, taken = choose_saved(saved, config.modules_to_save or (), every_name, list(adapted))
     refuse_shared(model, taken, "model")
-    _refuse_untold(model, taken, bias_tensors(model, config.bias, layers, taken))
-    fields = _fields(model, config, matrices, spec)
-    tensors = {f"{PREFIX}{n}.lora_{f}.weight": t for n, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))}
-    tensors |= bias_tensors(model, config.bias, layers, taken) | saved_tensors(model, taken)
+    biases = bias_tensors(model, config.bias, stored, taken)
+    _refuse_untold(model, taken, biases)
+    fields = _fields(model, config, adapted, spec)
+    tensors = {
+        f"{PREFIX}{stored[p]}.lora_{f}.weight": t for p, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))
+    }
+    tensors |= biases | saved_tensors(model, taken)
     side = {
         "format_version": FORMAT_VERSION,
         "split": {n: [asdict(s) for s in m.slices] for n, m in matrices.items() if m.slices},
@@ -100,7 +111,7 @@ def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored
         "init_lora_weights": config.init_lora_weights,
         "use_rslora": False,
         "use_dora": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": all(isinstance(model.get_submodule(path), Conv1D) for path in matrices),
         "inference_mode": True,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
     }
@@ -117,7 +128,9 @@ def _saveable(model: nn.Module, adapter: str) -> dict[str, Linear]:
     chosen = {n: x for n, x in layers.items() if adapter in x.adapter_names and any(x.ranks(adapter).values())}
     if not chosen:
         raise ValueError(f"adapter: every matrix of {adapter!r} has rank 0; PEFT has no file without a matrix")
-    if "" in chosen:
+    if "" in chosen or any(
+        name in chosen for name in ("in_proj", "out_proj") if isinstance(model, nn.MultiheadAttention)
+    ):
         raise ValueError("model: is itself the adapted layer, which has no name in a file; put it inside a module")
     names = Counter(id(m) for n, m in model.named_modules(remove_duplicate=False))
     for name, layer in chosen.items():
@@ -134,14 +147,41 @@ def _config_of(layers: Mapping[str, Linear], adapter: str) -> LoraConfig:
     return LoraConfig(lora_dropout=spec.dropout, init_lora_weights=spec.init)
 
 
-def _stored(layer: Linear, adapter: str, fold: bool) -> _Stored:
+def _matrices(
+    model: nn.Module, names: StoredNames, layers: Mapping[str, Linear], adapter: str, fold: bool
+) -> dict[str, _Stored]:
+    """Every matrix of the file by path; those that share a rank and a scale in it, padded and scaled to the same."""
+    out = {}
+    for path in layers:
+        together = {p: layers[p] for p in names.beside(path) if p in layers}
+        rank = max(sum(layer.ranks(adapter).values()) for layer in together.values())
+        s = max((_scale(layer, adapter) for layer in together.values()), key=abs)
+        for other in names.beside(path):
+            if other in layers:
+                out[other] = _stored(layers[other], adapter, fold, s, rank)
+            else:
+                base, like = named_targets(model)[other], out.get(path) or _stored(layers[path], adapter, fold, s, rank)
+                A = like.A.new_zeros(rank, base.in_features)
+                B = like.B.new_zeros(base.out_features, rank)
+                out[other] = _Stored(A, B, like.alpha, (Slice(WHOLE, base.out_features, 0, 1.0),))
+    return out
+
+
+def _scale(layer: Linear, adapter: str) -> float:
+    """The ``s`` of a layer's file entry: that of the slice where it is largest."""
+    ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
+    return max((scales[name] for name in layer.slices if ranks[name]), key=abs)
+
+
+def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _Stored:
+    """A layer's matrix for a file entry of this scale and rank."""
     A, B = layer.lora_A[adapter]._parameters, layer.lora_B[adapter]._parameters
     ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
     live = [name for name in layer.slices if ranks[name]]
-    s = max((scales[name] for name in live), key=abs)
     ratios = {name: scales[name] / s if s and not fold else 1.0 for name in layer.slices}
-    rank = sum(ranks.values())
+    own = sum(ranks.values())
     stacked = torch.cat([A[name].detach() for name in live])
+    stacked = F.pad(stacked, (0, 0, 0, rank - own))
     block = stacked.new_zeros(sum(layer.slices.values()), rank, dtype=B[live[0]].dtype)
     column = 0
     for name in live:
@@ -151,8 +191,8 @@ def _stored(layer: Linear, adapter: str, fold: bool) -> _Stored:
         b = b if factor == 1 else (b.double() * factor).to(b.dtype)
         block[layer.slice_rows(name), column : column + ranks[name]] = b
         column += ranks[name]
-    split = set(layer.slices) != {WHOLE}
-    slices = tuple(Slice(n, rows, ranks[n], ratios[n]) for n, rows in layer.slices.items()) if split else ()
+    told = set(layer.slices) != {WHOLE} or own < rank or any(ratio != 1.0 for ratio in ratios.values())
+    slices = tuple(Slice(n, rows, ranks[n], ratios[n]) for n, rows in layer.slices.items()) if told else ()
     return _Stored(stacked, block, _alpha(1.0 if fold else s, rank), slices)
 
 
@@ -192,6 +232,9 @@ def _detached(key: str, tensor: Tensor) -> Tensor:
 def _refuse_untold(model: nn.Module, saved: list[str], biases: Mapping[str, Tensor]) -> None:
     """Everything that was trained is in the files, or ``ValueError`` with the names of what is not."""
     told = {id(t) for t in (*biases.values(), *saved_tensors(model, saved).values())}
+    # A head that came with another adapter leaves with that one.
+    for name in getattr(model, "fastlora_configs", {}):
+        told.update(id(t) for t in saved_tensors(model, saved_modules(model, name)).values())
     for layer in adapted_layers(model).values():
         told.update(id(p) for factors in (layer.lora_A, layer.lora_B) for p in factors.parameters())
     lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in told]

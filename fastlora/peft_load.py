@@ -12,11 +12,13 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
+from .adapter_set import add_adapter
 from .config import LoraConfig
 from .factors import WHOLE
 from .injection import fused_sizes, inject, refuse_adapted
 from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
-from .overview import saved_modules
+from .parameter_roles import saved_modules
+from .peft_attention import StoredNames
 from .peft_files import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
 from .peft_names import (
     LORA_KEY,
@@ -31,6 +33,7 @@ from .peft_names import (
     saved_tensors,
     unwrapped,
 )
+from .targets import features, is_linear, named_targets
 
 logger = logging.getLogger(__name__)
 
@@ -40,29 +43,31 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> nn.Module:
     """Load PEFT's files from the folder ``path``, ours or foreign; returns the same model.
 
-    A model without adapters gets those of the file, as ``inject`` would; one that has this adapter must have the same
-    matrices, ranks, ``modules_to_save`` and ``bias``, and takes tensors and scales from the file. A fused q/k/v of a
-    foreign file is one matrix; ours say in ``fastlora.json`` what was split.
+    A model without adapters gets those of the file, as ``inject`` would, one with others gets one more, as from
+    ``add_adapter``; one that has this adapter must have the same matrices, ranks, ``modules_to_save`` and ``bias``, and
+    takes tensors and scales from the file. A fused q/k/v of a foreign file is one matrix; ours say in ``fastlora.json``
+    what was split.
 
     All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
     leaves the model as it was. Only safetensors files in local folders are read.
     """
     model = unwrapped(model)
     folder = read_folder(path)
-    adapted = bool(adapted_layers(model))
-    if not adapted:
+    layers = adapted_layers(model)
+    here = any(adapter in layer.adapter_names for layer in layers.values())
+    if not layers:
         refuse_adapted(model)
     plan = _plan(model, folder)
-    if adapted:
+    if here:
         _refuse_differences(model, folder, plan, adapter)
-    elif adapter != DEFAULT:
+    elif not layers and adapter != DEFAULT:
         raise ValueError(f"adapter: a model without adapters gets one named {DEFAULT!r}, got {adapter!r}")
-    config = None if adapted else _config_for(model, folder, plan)
-    dtypes = {n: p.dtype for n, p in _factors(model, plan, adapter).items()} if adapted else {}
+    config = None if here else _config_for(model, folder, plan)
+    dtypes = {n: p.dtype for n, p in _factors(model, plan, adapter).items()} if here else {}
     staged = _staged(folder, plan, dtypes)
     if config is not None:
         try:
-            inject(model, config)
+            add_adapter(model, adapter, config) if layers else inject(model, config)
         except ValueError as error:
             raise ValueError(f"{folder.path}: {error}") from error
     _copy(model, plan, adapter, staged)
@@ -93,33 +98,55 @@ class _Plan:
 
 def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     where, fields = folder.where(TENSORS), folder.fields
-    names = base_names(model)
+    names, known = base_names(model), StoredNames(model)
     pairs = _pairs(folder)
-    for name in pairs.keys() - set(names):
+    for name in {known.module(stored) for stored in pairs} - set(names):
         raise ValueError(f"{where}: adapts {name!r}, and {type(model).__name__} has no module of that name")
     if fields.targets_known:
         selected = {n for n in names if fields.selects(n)}
-        _refuse_keys(where, f"target_modules of {CONFIG}", selected, set(pairs), "adapters of ")
+        expected = {s for n in selected for s in known.keys_of(n)}
+        _refuse_keys(where, f"target_modules of {CONFIG}", expected, set(pairs), "adapters of ")
     saved = saved_by(fields.modules_to_save, base_names(model, remove_duplicate=False))
     trained = saved if folder.side is None else list(folder.side.modules_to_save)
     if not set(trained) <= set(saved):
         raise ValueError(f"{folder.where(SIDE)}: modules_to_save {trained} are not all in those of {CONFIG}, {saved}")
-    others = saved_tensors(model, saved) | bias_tensors(model, fields.bias, pairs, saved)
+    stored = {known.path(name): name for name in pairs}
+    others = saved_tensors(model, saved) | bias_tensors(model, fields.bias, stored, saved)
     rest = {k for k in folder.tensors if not LORA_KEY.fullmatch(k)}
     if fields.bias == "all":
         rest = {k for k in rest if not is_copy_of_saved(k, saved)}
     _refuse_keys(where, "the model", set(others), rest, "")
     refuse_shared(model, saved, where)
-    modules = dict(model.named_modules())
-    matrices = {n: _matrix(folder, n, modules[n], pair) for n, pair in pairs.items()}
+    modules = named_targets(model)
+    matrices = {p: _matrix(folder, known, p, name, modules[p], pairs[name]) for p, name in stored.items()}
     for key, target in others.items():
         _refuse_tensor(where, key, folder.tensors[key], target)
     if folder.side is not None:
         split = set(folder.side.split)
-        _refuse_keys(folder.where(SIDE), where, split & set(pairs), split, "split of ")
+        _refuse_keys(folder.where(SIDE), where, split & set(stored), split, "split of ")
         if folder.side.sha256 != folder.sha256:
             raise ValueError(f"{folder.where(SIDE)}: was written for other tensors than those in {where}; remove it to load them as a foreign file")  # fmt: skip  # noqa: E501
-    return _Plan(matrices, trained, others)
+    if folder.side is None:
+        _warn_of_out_proj(folder, known, matrices)
+    # A projection of an attention that has no adapter of its own is padded in the file.
+    return _Plan({path: matrix for path, matrix in matrices.items() if any(matrix.ranks.values())}, trained, others)
+
+
+def _warn_of_out_proj(folder: AdapterFolder, known: StoredNames, matrices: Mapping[str, _Matrix]) -> None:
+    trained = [
+        path
+        for path, matrix in matrices.items()
+        if len(known.beside(path)) > 1
+        and path.endswith(".out_proj")
+        and any(bool(pair[1].any()) for pair in matrix.factors.values() if pair is not None)
+    ]
+    if trained:
+        logger.warning(
+            "%s: PEFT to 0.21 counts the update of out_proj twice in nn.MultiheadAttention; here it counts once, as "
+            "the file says. Double lora_B where outputs must be those of such a training: %s",
+            folder.path,
+            listed(trained),
+        )
 
 
 def _pairs(folder: AdapterFolder) -> dict[str, tuple[Tensor, Tensor]]:
@@ -164,21 +191,25 @@ def _refuse_tensor(where: str, key: str, tensor: Tensor, target: Tensor) -> None
         raise ValueError(f"model: {key.removeprefix(PREFIX)!r} is on the meta device and cannot be loaded into")
 
 
-def _matrix(folder: AdapterFolder, path: str, module: nn.Module, pair: tuple[Tensor, Tensor]) -> _Matrix:
-    where, (A, B), rank = folder.where(TENSORS), pair, folder.fields.rank(path)
-    if not isinstance(module, nn.Linear):
+def _matrix(
+    folder: AdapterFolder, known: StoredNames, path: str, stored: str, module: nn.Module, pair: tuple[Tensor, Tensor]
+) -> _Matrix:
+    where, (A, B), adapted = folder.where(TENSORS), pair, known.module(stored)
+    rank, s = folder.fields.rank(adapted), folder.fields.scale(adapted)
+    if not is_linear(module):
         raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}; only nn.Linear is implemented")
     if module.weight.is_meta:
         raise ValueError(f"model: {path!r} is on the meta device and cannot be loaded into")
-    _refuse_shape(where, f"{PREFIX}{path}.lora_A.weight", A, (rank, module.in_features))
-    _refuse_shape(where, f"{PREFIX}{path}.lora_B.weight", B, (module.out_features, rank))
+    K, N = features(module)
+    _refuse_shape(where, f"{PREFIX}{stored}.lora_A.weight", A, (rank, K))
+    _refuse_shape(where, f"{PREFIX}{stored}.lora_B.weight", B, (N, rank))
     slices = folder.side.split.get(path, ()) if folder.side is not None else ()
-    s = folder.fields.scale(path)
     if not slices:
-        return _Matrix({WHOLE: module.out_features}, {WHOLE: (A, B)}, {WHOLE: s})
+        return _Matrix({WHOLE: N}, {WHOLE: (A, B)}, {WHOLE: s})
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
-    if (rows, ranks) != (module.out_features, rank):
-        raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {rows} rows and ranks of sum {ranks}, expected {module.out_features} and {rank}")  # fmt: skip  # noqa: E501
+    padded = len(known.keys_of(adapted)) > 1 and ranks <= rank
+    if rows != N or not (ranks == rank or padded):
+        raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {rows} rows and ranks of sum {ranks}, expected {N} and {rank}")  # fmt: skip  # noqa: E501
     factors = _blocks(slices, A, B)
     if factors is None:
         raise ValueError(f"{where}: {path!r} is split in {SIDE}, and its lora_B is not block-diagonal; remove {SIDE} to load it as one matrix")  # fmt: skip  # noqa: E501
@@ -203,9 +234,6 @@ def _blocks(slices: Iterable[Slice], A: Tensor, B: Tensor) -> dict[str, tuple[Te
 def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, adapter: str) -> None:
     """An adapter that is there already must be the one of the file, or ``ValueError`` naming the differences."""
     layers = adapted_layers(model)
-    known = sorted({name for layer in layers.values() for name in layer.adapter_names})
-    if adapter not in known:
-        raise ValueError(f"adapter: expected one of {known}, got {adapter!r}")
     merged = [n for n, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"model: {merged[0]!r} is merged; call fastlora.unmerge first")
@@ -249,7 +277,7 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
         dtype = stored
     try:
         config = LoraConfig(
-            target_modules=choose_targets(paths, base_names(model)),
+            target_modules=choose_targets(paths, [*base_names(model), *StoredNames(model).inputs]),
             lora_dropout=fields.lora_dropout,
             bias=fields.bias,
             modules_to_save=plan.trained or None,
@@ -267,9 +295,9 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder.where(CONFIG if side is None else SIDE)}: {error}") from error
     sizes = fused_sizes(model, config)
-    modules = dict(model.named_modules())
+    modules = named_targets(model)
     for path, m in plan.matrices.items():
-        possible = sizes.get(path, {WHOLE: modules[path].out_features})
+        possible = sizes.get(path, {WHOLE: features(modules[path])[1]})
         if possible != m.rows:
             raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {m.rows}, and this model can {possible}")
     return config

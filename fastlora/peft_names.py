@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import check_rank
+from .nn.attention import InProjection
 from .nn.linear import adapted_layers
 
 PREFIX = "base_model.model."
@@ -22,6 +23,7 @@ LORA_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.lora_(?P<factor>[AB])\
 _NEUTRAL = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "megatron_core", "qalora_group_size",
+    "fan_in_fan_out",  # says that the weight is transposed, as a Conv1D's is: A and B are the same
 }  # fmt: skip
 
 
@@ -199,8 +201,9 @@ def _check_rank(value: Any, name: str) -> None:
 
 def base_names(model: nn.Module, remove_duplicate: bool = True) -> list[str]:
     """Names of the modules that the model has without its adapters, as PEFT would see them."""
-    factors = [f for layer in adapted_layers(model).values() for f in (layer.lora_A, layer.lora_B)]
-    inside = {id(m) for f in factors for m in f.modules()}
+    layers = adapted_layers(model).values()
+    inside = {id(m) for layer in layers for f in (layer.lora_A, layer.lora_B) for m in f.modules()}
+    inside.update(id(layer) for layer in layers if isinstance(layer, InProjection))
     named = model.named_modules(remove_duplicate=remove_duplicate)
     return [name for name, module in named if name and id(module) not in inside]
 
@@ -259,8 +262,11 @@ def saved_tensors(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]
     return out
 
 
-def bias_tensors(model: nn.Module, mode: str, paths: Collection[str], saved: Collection[str]) -> dict[str, Tensor]:
-    """PEFT's keys of the biases that ``bias=mode`` trains -> the model's own parameters, without those in ``saved``."""
+def bias_tensors(model: nn.Module, mode: str, stored: Mapping[str, str], saved: Collection[str]) -> dict[str, Tensor]:
+    """PEFT's keys of the biases that ``bias=mode`` trains -> the model's own parameters, without those in ``saved``.
+
+    ``stored``: path of each adapted layer -> its path in keys.
+    """
     if mode == "none":
         return {}
     out = {}
@@ -268,8 +274,8 @@ def bias_tensors(model: nn.Module, mode: str, paths: Collection[str], saved: Col
         path, _, last = name.rpartition(".")
         if last != "bias" or any(path == s or path.startswith(s + ".") for s in saved):
             continue
-        if path in paths:
-            out[f"{PREFIX}{path}.base_layer.bias"] = tensor
+        if path in stored:
+            out[f"{PREFIX}{stored[path]}.base_layer.bias"] = tensor
         elif mode == "all":
             out[PREFIX + name] = tensor
     return out

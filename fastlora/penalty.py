@@ -1,4 +1,4 @@
-"""FW-LoRA's penalty sum_m w_m ||s_m B_m A_m||_F^2 from r x r Gram matrices, with its gradient by hand."""
+"""FW-LoRA's penalty: the update's norm from r x r Gram matrices or weighted decay, with its gradient by hand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+FORMS = ("delta", "decay")
+NORMALISE = ("sum", "relative", "uniform")
 
 
 def delta_norm_sq(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
@@ -24,73 +27,138 @@ def delta_norm_sq(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def importance_weights(importance: Tensor, normalise: str = "sum") -> Tensor:
-    """Penalty factors 1 - I_m with I_m = F_m / sum F ("sum", FW-LoRA) or F_m / max F ("relative").
+    """Penalty factors 1 - I_m, in fp32 or float64, without gradient.
 
-    importance F [matrices], finite and >= 0; the result has its shape, in fp32 or float64, without gradient. All
-    zeros count as no importance anywhere: every factor is 1. Raises ValueError for other input.
+    ``"sum"``: I_m = F_m / sum F (FW-LoRA); ``"relative"``: F_m / max F; ``"uniform"``: 1 / matrices whatever F is, the
+    control that has the mean of the factors of ``"sum"`` everywhere. importance F [matrices], finite and >= 0. All
+    zeros count as no importance anywhere: under "sum" and "relative" every factor is 1. Raises ValueError for other
+    input.
     """
-    if normalise not in ("sum", "relative"):
-        raise ValueError(f"normalise must be 'sum' or 'relative', got {normalise!r}")
+    _check_choice("normalise", normalise, NORMALISE)
     if not isinstance(importance, Tensor) or not importance.is_floating_point():
         raise TypeError(f"importance must be a floating-point tensor, got {_described(importance)}")
     if importance.dim() != 1 or importance.numel() == 0:
         raise ValueError(f"importance must be a non-empty vector, got shape {tuple(importance.shape)}")
-    values = importance.detach().double()
-    if not bool((torch.isfinite(values) & (values >= 0)).all()):
+    if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
         raise ValueError("importance must be finite and >= 0")
-    # Relative to the largest first, so that a sum of huge values stays finite.
-    largest = values.max()
-    shares = values / torch.where(largest > 0, largest, torch.ones_like(largest))
-    if normalise == "sum":
-        total = shares.sum()
-        shares = shares / torch.where(total > 0, total, torch.ones_like(total))
+    return unchecked_weights(importance, normalise)
+
+
+def unchecked_weights(importance: Tensor, normalise: str) -> Tensor:
+    """``importance_weights`` of values that are known to be valid: nothing is read back from the device."""
+    values = importance.detach().double()
+    if normalise == "uniform":
+        shares = torch.full_like(values, 1.0 / len(values))
+    else:
+        # Relative to the largest first, so that a sum of huge values stays finite.
+        largest = values.max()
+        shares = values / torch.where(largest > 0, largest, torch.ones_like(largest))
+        if normalise == "sum":
+            total = shares.sum()
+            shares = shares / torch.where(total > 0, total, torch.ones_like(total))
     return (1.0 - shares).to(importance.dtype if importance.dtype == torch.float64 else torch.float32)
 
 
-def delta_penalty(
+def weighted_penalty(
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     scales: Sequence[float],
-    weights: Tensor | Sequence[float],
+    weights: Tensor | Sequence[Tensor] | Sequence[float],
     lmbda: float = 1.0,
+    form: str = "delta",
 ) -> Tensor:
-    """lambda sum_m w_m ||s_m B_m A_m||_F^2 as a differentiable scalar on the device of the first factor.
+    """FW-LoRA's regulariser as a differentiable scalar on the device of the first factor.
 
-    As[m] [r_m, K_m], Bs[m] [N_m, r_m], one scale and one weight (from ``importance_weights``) for each. Raises
-    ValueError for lists that are empty or differ in length and for shapes that do not fit.
+    ``"delta"``: lambda sum_m w_m ||s_m B_m A_m||_F^2; ``"decay"``: (lambda / 2) sum_m w_m (||A_m||_F^2 + ||B_m||_F^2),
+    whose gradient is weight decay of A and B with the coefficient lambda w_m. As[m] [r_m, K_m], Bs[m] [N_m, r_m], one
+    scale and one weight (of ``importance_weights``) for each. Raises ValueError for lists that are empty or differ
+    in length and for shapes that do not fit.
     """
+    _check_choice("form", form, FORMS)
     factors = _check_lists(As, Bs, scales, weights)
-    lmbda = _finite("lmbda", lmbda)
-    terms = [
-        (_on(weight, A.device) * delta_norm_sq(A, B, scale)).to(As[0].device)
-        for A, B, scale, weight in zip(As, Bs, scales, factors, strict=True)
-    ]
-    return lmbda * torch.stack(terms).sum()
+    coefficients = _coefficients(scales, factors, lmbda, form)
+    terms = []
+    for members in _alike(As, Bs):
+        A, B, coefficient = _stacked(As, Bs, coefficients, members)
+        with torch.autocast(A.device.type, enabled=False):
+            if form == "delta":
+                norms = ((A @ A.mT) * (B.mT @ B)).sum(dim=(1, 2))
+            else:
+                norms = A.square().sum(dim=(1, 2)) + B.square().sum(dim=(1, 2))
+            terms.append((coefficient.view(-1) * norms).sum().to(As[0].device))
+    return torch.stack(terms).sum()
 
 
 @torch.no_grad()
-def delta_penalty_grad(
+def weighted_penalty_grad(
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
     scales: Sequence[float],
-    weights: Tensor | Sequence[float],
+    weights: Tensor | Sequence[Tensor] | Sequence[float],
     lmbda: float = 1.0,
+    form: str = "delta",
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradient of ``delta_penalty`` by hand: dA = 2 lambda w s^2 (B^T B) A and dB = 2 lambda w s^2 B (A A^T).
+    """Gradient of ``weighted_penalty`` by hand, without a graph.
 
-    Returns (dAs, dBs) in the shapes and dtypes of the factors, computed in fp32 for bf16 and fp16; no graph is built.
-    Raises as ``delta_penalty`` does.
+    ``"delta"``: dA = 2 lambda w s^2 (B^T B) A, dB = 2 lambda w s^2 B (A A^T); ``"decay"``: dA = lambda w A, dB =
+    lambda w B. Returns (dAs, dBs) in the shapes and dtypes of the factors, computed in fp32 for bf16 and fp16.
+    Matrices of one shape go together, in a handful of launches. Raises as ``weighted_penalty`` does.
     """
+    _check_choice("form", form, FORMS)
     factors = _check_lists(As, Bs, scales, weights)
-    lmbda = _finite("lmbda", lmbda)
-    dAs, dBs = [], []
-    for A, B, scale, weight in zip(As, Bs, scales, factors, strict=True):
-        coefficient = 2.0 * lmbda * _finite("scales", scale) ** 2 * _on(weight, A.device)
+    coefficients = _coefficients(scales, factors, lmbda, form)
+    dAs, dBs = list(As), list(Bs)
+    for members in _alike(As, Bs):
+        A, B, coefficient = _stacked(As, Bs, coefficients, members)
         with torch.autocast(A.device.type, enabled=False):
-            wide_A, wide_B = _widened(A, B)
-            dAs.append((coefficient * ((wide_B.T @ wide_B) @ wide_A)).to(A.dtype))
-            dBs.append((coefficient * (wide_B @ (wide_A @ wide_A.T))).to(B.dtype))
+            if form == "delta":
+                dA, dB = (B.mT @ B) @ (2.0 * coefficient * A), B @ (A @ (2.0 * coefficient * A).mT)
+            else:
+                dA, dB = 2.0 * coefficient * A, 2.0 * coefficient * B
+        for index, da, db in zip(members, dA.to(As[members[0]].dtype), dB.to(Bs[members[0]].dtype), strict=True):
+            dAs[index], dBs[index] = da, db
     return dAs, dBs
+
+
+def checked_options(lmbda: float, form: str, normalise: str) -> None:
+    """Refuse what ``weighted_penalty`` and ``importance_weights`` would refuse, by name."""
+    _finite("lmbda", lmbda)
+    _check_choice("form", form, FORMS)
+    _check_choice("normalise", normalise, NORMALISE)
+
+
+def _coefficients(
+    scales: Sequence[float], weights: Sequence[Tensor] | list[float], lmbda: float, form: str
+) -> list[Tensor] | list[float]:
+    """lambda w s^2, or lambda w / 2: one launch when the weights are tensors."""
+    lmbda = _finite("lmbda", lmbda)
+    checked = [_finite("scales", scale) for scale in scales]
+    constants = [lmbda * scale * scale if form == "delta" else lmbda / 2 for scale in checked]
+    if isinstance(weights[0], Tensor):
+        return list(torch._foreach_mul(list(weights), constants))
+    return [constant * weight for constant, weight in zip(constants, weights, strict=True)]
+
+
+def _alike(As: Sequence[Tensor], Bs: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of the matrices that can be computed as one batch."""
+    groups: dict[tuple, list[int]] = {}
+    for index, (A, B) in enumerate(zip(As, Bs, strict=True)):
+        groups.setdefault((A.shape, B.shape, A.dtype, B.dtype, A.device, B.device), []).append(index)
+    return list(groups.values())
+
+
+def _stacked(
+    As: Sequence[Tensor], Bs: Sequence[Tensor], coefficients: Sequence[Tensor | float], members: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A [m, r, K], B [m, N, r] and the coefficients [m, 1, 1], all wide."""
+    A, B = torch.stack([As[i] for i in members]), torch.stack([Bs[i] for i in members])
+    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    chosen = [coefficients[i] for i in members]
+    if isinstance(chosen[0], Tensor):
+        coefficient = torch.stack(chosen).to(A.device, dtype)
+    else:
+        coefficient = torch.tensor(chosen, dtype=dtype, device=A.device)
+    return A.to(dtype), B.to(dtype), coefficient.view(-1, 1, 1)
 
 
 def _widened(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,8 +166,10 @@ def _widened(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A.to(dtype), B.to(dtype)
 
 
-def _on(weight: Tensor | float, device: torch.device) -> Tensor | float:
-    return weight.to(device) if isinstance(weight, Tensor) else weight
+def _check_choice(name: str, value: object, accepted: Sequence[str]) -> None:
+    if value not in accepted:
+        listed = ", ".join(map(repr, accepted[:-1]))
+        raise ValueError(f"{name} must be {listed} or {accepted[-1]!r}, got {value!r}")
 
 
 def _check_pair(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
@@ -113,7 +183,10 @@ def _check_pair(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
 
 
 def _check_lists(
-    As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[float], weights: Tensor | Sequence[float]
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    weights: Tensor | Sequence[Tensor] | Sequence[float],
 ) -> Sequence[Tensor] | list[float]:
     if isinstance(weights, Tensor) and weights.dim() != 1:
         raise ValueError(f"weights must be a vector, got shape {tuple(weights.shape)}")
@@ -125,6 +198,8 @@ def _check_lists(
         _check_pair(A, B, "As", "Bs")
     if isinstance(weights, Tensor):
         return weights.detach().unbind()
+    if all(isinstance(weight, Tensor) for weight in weights):
+        return [weight.detach() for weight in weights]
     return [_finite("weights", weight) for weight in weights]
 
 

@@ -1,43 +1,246 @@
-"""Optimiser parameter groups by role."""
+"""What is trained, and how fast: layerwise policies, and optimiser parameter groups by role."""
 
 from __future__ import annotations
 
+import copy
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from .blocks import block_stacks, norms_of
+from .config import LoraConfig
+from .injection import inject, refuse_adapted, suggestion, target_names
 from .nn.linear import DEFAULT, adapted_layers
-from .overview import saved_modules
+from .parameter_roles import ROLES_OF_PARAMETERS, AppliedPolicy, parameter_roles, task_heads
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+
+@dataclass(frozen=True)
+class Policy:
+    """What a policy trains; the head always is. The final norm is trained under ``norms="all"`` only."""
+
+    lora: str = "none"  # adapters on the linears of "all" blocks or of the "deep" ones
+    norms: str = "none"  # norms of "all" the model, of the "blocks", or of the "shallow" ones: those without adapters
+    biases: bool = False
+
+
+# A further policy is one line here.
+POLICIES: Mapping[str, Policy] = {
+    "deep_lora": Policy(lora="deep", norms="shallow"),
+    "lora_only": Policy(lora="all"),
+    "norm_only": Policy(norms="all"),
+    "hybrid_parallel": Policy(lora="all", norms="blocks"),
+    "bitfit": Policy(biases=True),
+    "head_only": Policy(),
+}
+
+
+def policy(model: nn.Module, name: str, config: Any = None, *, deep: int | None = None) -> nn.Module:
+    """Choose what is trained, by layer; everything else is frozen. Changes the model in place and returns it.
+
+    =================  ==============================================================================
+    deep_lora          adapters on the deepest third of the blocks, the norms of the other blocks
+    lora_only          adapters on every block
+    norm_only          every norm
+    hybrid_parallel    adapters and norms on every block (the final norm stays frozen)
+    bitfit             every bias (Ben Zaken et al., "BitFit", ACL 2022)
+    head_only          nothing else
+    =================  ==============================================================================
+
+    Each trains the head too: ``config.modules_to_save``, or the model's own classifier. Adapters go on all linears of a
+    block unless ``config.target_modules`` says which; a fused qkv gets one dense adapter unless ``split_qkv``.
+    ``deep`` is the number of deep blocks in each stack, a third (rounded) if None. ``config`` may be left out.
+
+    Raises ``ValueError`` naming the argument, with the model as it was, for an unknown policy, a model without blocks,
+    norms, biases or a head where the policy needs them, and whatever ``inject`` refuses.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(name, str) or name not in POLICIES:
+        raise ValueError(f"policy: expected one of {tuple(POLICIES)}, got {name!r}{suggestion(str(name), [*POLICIES])}")
+    chosen = POLICIES[name]
+    config = LoraConfig() if config is None else copy.copy(LoraConfig.coerce(config))
+    refuse_adapted(model)
+    heads = _heads(model, config, needed=name == "head_only")
+    deep_blocks, shallow = _split(model, name, chosen, deep)
+    norms = _norms(model, name, chosen, deep_blocks + shallow, shallow, heads)
+    biases = _biases(model, name) if chosen.biases else []
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        # A policy says what is trained, also where it was frozen before.
+        for module in (*heads, *norms):
+            model.get_submodule(module).requires_grad_(True)
+        if chosen.lora != "none":
+            inject(model, _adapters(model, config, deep_blocks, [*heads, *norms]))
+        else:
+            model.requires_grad_(False)
+            for module in (*heads, *norms):
+                model.get_submodule(module).requires_grad_(True)
+            for parameter in biases:
+                parameter.requires_grad_(True)
+    except BaseException:
+        for parameter, needs in flags:
+            parameter.requires_grad_(needs)
+        raise
+    model.fastlora_policy = AppliedPolicy(name, tuple(heads))
+    return model
+
+
+def _heads(model: nn.Module, config: LoraConfig, needed: bool) -> list[str]:
+    names = [n for n, _ in model.named_modules()]
+    wanted = list(config.modules_to_save or ())
+    for suffix in wanted:
+        if not any(n == suffix or n.endswith("." + suffix) for n in names):
+            near = suggestion(suffix, names)
+            raise ValueError(f"modules_to_save: {suffix!r} matches no module of {type(model).__name__}{near}")
+    found = [n for n in names if any(n == w or n.endswith("." + w) for w in wanted)] if wanted else task_heads(model)
+    if needed and not found:
+        raise ValueError(f"model: {type(model).__name__} has no head that is known; name it in config.modules_to_save")
+    return found
+
+
+def _split(model: nn.Module, name: str, chosen: Policy, deep: int | None) -> tuple[list[str], list[str]]:
+    """Blocks with adapters, and the others."""
+    if deep is not None and (isinstance(deep, bool) or not isinstance(deep, int) or deep < 1):
+        raise ValueError(f"deep: expected a positive number of blocks or None for a third, got {deep!r}")
+    if deep is not None and chosen.lora != "deep":
+        raise ValueError(f"deep: policy {name!r} does not tell deep blocks from others")
+    if chosen.lora == "none" and chosen.norms not in ("blocks", "shallow"):
+        return [], []
+    stacks = block_stacks(model)
+    if not stacks:
+        raise ValueError(
+            f"model: policy {name!r} needs blocks: several modules of one class in a Sequential or ModuleList, each "
+            f"with a linear and a norm; {type(model).__name__} has none"
+        )
+    if chosen.lora != "deep":
+        return [block for blocks in stacks for block in blocks], []
+    below, above = [], []
+    for blocks in stacks:
+        count = max(1, round(len(blocks) / 3)) if deep is None else deep
+        if count > len(blocks):
+            raise ValueError(f"deep: the stack of {blocks[0]!r} has {len(blocks)} blocks, got {deep}")
+        below += blocks[:-count]
+        above += blocks[-count:]
+    return above, below
+
+
+def _norms(
+    model: nn.Module, name: str, chosen: Policy, blocks: list[str], shallow: list[str], heads: list[str]
+) -> list[str]:
+    if chosen.norms == "none":
+        return []
+    inside = {"all": [""], "blocks": blocks, "shallow": shallow}[chosen.norms]
+    found = [n for block in inside for n in norms_of(model, block)]
+    found = [n for n in found if not any(n == head or n.startswith(head + ".") for head in heads)]
+    if inside and not found:
+        raise ValueError(f"model: policy {name!r} trains norms; {type(model).__name__} has none with parameters")
+    return found
+
+
+def _biases(model: nn.Module, name: str) -> list[nn.Parameter]:
+    found = [p for n, p in model.named_parameters() if n.rpartition(".")[2] in ("bias", "in_proj_bias")]
+    if not found:
+        raise ValueError(f"model: policy {name!r} trains biases; {type(model).__name__} has none")
+    return found
+
+
+def _adapters(model: nn.Module, config: LoraConfig, blocks: list[str], saved: list[str]) -> LoraConfig:
+    """The config that puts adapters on these blocks and trains ``saved`` whole, all by full name."""
+    if config.target_modules is None:
+        config.target_modules = "all-linear"
+    if config.split_qkv is None:
+        config.split_qkv = config.target_modules in ("qkv", "attention")
+    every = target_names(model, config)
+    names = [n for n in every if any(n.startswith(block + ".") for block in blocks)]
+    if not names:
+        raise ValueError(f"target_modules: {config.target_modules!r} matches nothing inside the blocks {blocks}")
+    modules = [n for n, _ in model.named_modules()]
+    for field, wanted in (("target_modules", names), ("modules_to_save", saved)):
+        extra = [n for n in modules if n not in wanted and any(n.endswith("." + w) for w in wanted)]
+        if extra:
+            raise ValueError(
+                f"{field}: {extra[0]!r} ends like the name of a chosen module; PEFT could not tell them apart"
+            )
+    config.target_modules, config.exclude_modules, config.modules_to_save = names, None, saved or None
+    return config
 
 
 def param_groups(
-    model: nn.Module, lr_lora: float = 5e-4, lr_norm: float = 1e-3, lr_head: float = 1e-3,
-    weight_decay: float = 0.0, adapter: str = DEFAULT,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Trainable parameters as groups named lora, norm, head and other, for any torch optimiser.
+    model: nn.Module,
+    lr_lora: float | Mapping[str, float] = 5e-4,
+    lr_norm: float = 1e-3,
+    lr_head: float = 1e-3,
+    weight_decay: float | Mapping[str, float] = 0.0,
+    adapter: str = DEFAULT,
+    *,
+    lr_bias: float = 1e-3,
+) -> list[dict[str, Any]]:
+    """Trainable parameters as groups named lora, norm, bias, head and other, for any torch optimiser.
 
-    Weight decay applies to head and other; adapters and norms get 0. ``other`` takes ``lr_head``. Empty groups are left
-    out. Raises ``ValueError`` without adapters.
+    A ``weight_decay`` applies to head and other; adapters, norms and biases get 0. A mapping of group names to numbers
+    sets it group by group (0 where a name is missing). ``other`` takes ``lr_head``. Empty groups are left out. Several
+    adapters have a group lora each, with the adapter's name under ``"adapter"``; ``lr_lora`` may be a mapping of those.
+
+    Raises ``ValueError`` for a model with neither adapters nor a policy, and for rates and decays that are no finite
+    numbers >= 0, by name.
     """
-    layers = adapted_layers(model)
-    if not layers:
+    if not adapted_layers(model) and getattr(model, "fastlora_policy", None) is None:
         raise ValueError("model: has no adapters; call fastlora.inject first")
-    role: dict[int, str] = {}
-    for module in model.modules():
-        if isinstance(module, _NORMS) or "RMSNorm" in type(module).__name__:
-            role.update((id(p), "norm") for p in module.parameters(recurse=False))
-    saved = saved_modules(model, adapter)
-    for name, parameter in model.named_parameters():
-        if any(name.startswith(prefix + ".") for prefix in saved):
-            role[id(parameter)] = "head"
-    for layer in layers.values():
-        role.update((id(p), "lora") for f in (layer.lora_A, layer.lora_B) for p in f.parameters())
-    rates = {"lora": (lr_lora, 0.0), "norm": (lr_norm, 0.0)}
-    rates |= {"head": (lr_head, weight_decay), "other": (lr_head, weight_decay)}
-    groups = {n: {"name": n, "params": [], "lr": lr, "weight_decay": wd} for n, (lr, wd) in rates.items()}
+    by_adapter = _adapter_rates(model, lr_lora)
+    rates = {"lora": ("lr_lora", next(iter(by_adapter.values()), 0.0)), "norm": ("lr_norm", lr_norm)}
+    rates["bias"] = ("lr_bias", lr_bias)
+    rates |= dict.fromkeys(("head", "other"), ("lr_head", lr_head))
+    decays = _decays(weight_decay)
+    groups: dict[str, dict[str, Any]] = {}
+    for name in ROLES_OF_PARAMETERS:
+        groups[name] = {"name": name, "params": [], "lr": _number(*rates[name]), "weight_decay": decays.get(name, 0.0)}
+    roles = parameter_roles(model, adapter)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            groups[role.get(id(parameter), "other")]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+            groups[roles[id(parameter)]]["params"].append(parameter)
+    lora = groups.pop("lora")
+    split = [lora] if len(by_adapter) < 2 else _by_adapter(model, lora, by_adapter)
+    return [group for group in (*split, *groups.values()) if group["params"]]
+
+
+def _adapter_rates(model: nn.Module, lr_lora: float | Mapping[str, float]) -> dict[str, float]:
+    names = list(dict.fromkeys(n for layer in adapted_layers(model).values() for n in layer.adapter_names))
+    if not isinstance(lr_lora, Mapping):
+        return dict.fromkeys(names, _number("lr_lora", lr_lora))
+    if set(lr_lora) != set(names):
+        raise ValueError(f"lr_lora: expected a rate for each of {names}, got {sorted(lr_lora)}")
+    return {name: _number(f"lr_lora[{name!r}]", lr_lora[name]) for name in names}
+
+
+def _by_adapter(model: nn.Module, lora: dict[str, Any], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    owner = {
+        id(parameter): name
+        for layer in adapted_layers(model).values()
+        for name in layer.adapter_names
+        for factors in (layer.lora_A[name], layer.lora_B[name])
+        for parameter in factors.parameters()
+    }
+    return [
+        {**lora, "adapter": name, "lr": rate, "params": [p for p in lora["params"] if owner[id(p)] == name]}
+        for name, rate in rates.items()
+    ]
+
+
+def _decays(weight_decay: float | Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(weight_decay, Mapping):
+        return dict.fromkeys(("head", "other"), _number("weight_decay", weight_decay))
+    for name in weight_decay:
+        if name not in ROLES_OF_PARAMETERS:
+            raise ValueError(f"weight_decay: expected group names among {ROLES_OF_PARAMETERS}, got {name!r}")
+    return {name: _number(f"weight_decay[{name!r}]", value) for name, value in weight_decay.items()}
+
+
+def _number(name: str, value: Any) -> float:
+    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    if not good:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+    return float(value)

@@ -27,15 +27,25 @@ class _Tap(torch.autograd.Function):
     """Identity whose backward keeps (x, dy): recorded if and only if backward ran."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, sink: list, micro: int) -> Tensor:
-        ctx.sink, ctx.micro = sink, micro
+    def forward(ctx, y: Tensor, x: Tensor, sink: list, micro: int, select: tuple[Tensor, bool] | None) -> Tensor:
+        ctx.sink, ctx.micro, ctx.select = sink, micro, select
         ctx.save_for_backward(x)
-        return y.view_as(y)
+        # Not a view of y, which an owner could not add its bias to in place.
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        ctx.sink.append(Contribution(ctx.micro, ctx.saved_tensors[0].detach(), dy.detach()))
-        return dy, None, None, None
+        x, grad = ctx.saved_tensors[0].detach(), dy.detach()
+        ctx.sink.append(Contribution(ctx.micro, _selected(x, ctx.select), _selected(grad, ctx.select)))
+        return dy, None, None, None, None
+
+
+def _selected(tensor: Tensor, select: tuple[Tensor, bool] | None) -> Tensor:
+    if select is None:
+        return tensor
+    index, flat = select
+    return (tensor.reshape(-1, tensor.shape[-1]) if flat else tensor).index_select(0, index)
 
 
 class ProbeRows:
@@ -130,8 +140,8 @@ class LayerProbe:
         if "act_var" in kinds:
             self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
 
-    def operands(self, probes: Sequence[LayerProbe], x: Tensor) -> dict[str, Any]:
-        """Extra operands of the operator for layers that run together on ``x``."""
+    def operands(self, probes: Sequence[LayerProbe], x: Tensor, samples: int | None = None) -> dict[str, Any]:
+        """Extra operands of the operator for layers that run together on ``x``, ``samples`` of it their adapter's."""
         if not torch.is_grad_enabled():
             return {}
         if self.every is None and not torch.compiler.is_compiling():
@@ -145,18 +155,20 @@ class LayerProbe:
         if self.Z:
             found |= {"Z": [z for probe in probes for z in probe.Z.values()], "P": self.P}
             if self.owner.per_sample:
-                found["sign"] = self.owner.signs_for(x)
+                found["sign"] = self.owner.signs_for(x, samples)
         if self.V is not None:
             found["V"] = [probe.V for probe in probes]
         return found
 
-    def tap(self, x: Tensor, y: Tensor) -> Tensor:
-        """The output as the layer returns it."""
+    def tap(self, x: Tensor, y: Tensor, select: tuple[Tensor, bool] | None = None) -> Tensor:
+        """The output as the layer returns it; ``select`` says which of its entries are the adapter's."""
         if not self.exact or not torch.is_grad_enabled():
             return y
         if torch.compiler.is_compiling():
             raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
-        return _Tap.apply(y, x, self.taken, self.owner.micro)
+        if select is not None and select[1] and self.owner.per_sample:
+            raise RuntimeError("track: 'fisher' needs samples: give adapters() one id a sample, not one a token")
+        return _Tap.apply(y, x, self.taken, self.owner.micro, select)
 
     def advance(self, step: int) -> None:
         """Forget what was taken and get ready for an optimiser step."""
@@ -164,6 +176,30 @@ class LayerProbe:
         self.taken.clear()
         for leaf in (*self.Z.values(), *([] if self.V is None else [self.V])):
             leaf.grad = None
+
+
+def group_operands(
+    probes: Mapping[str, Sequence[LayerProbe]], layers: Sequence[Any], batch: Any, x: Tensor
+) -> dict[str, Any]:
+    """Extra operands of the grouped operator: lists over the batch's adapters, empty where one is not tracked."""
+    found = {}
+    for name, mine in probes.items():
+        samples = batch.samples(name) if mine[0].owner.per_sample else None
+        found[name] = mine[0].operands(mine, x, samples)
+    Z, P, sign, V = [], [], [], []
+    acc = accumulate_dtype(x.dtype)
+    for name in batch.names:
+        own = found.get(name, {})
+        widths = [rows for layer in layers for rows in layer.slices.values()]
+        Z += own.get("Z", [x.new_zeros((rows, 0), dtype=acc) for rows in widths])
+        P.append(own.get("P", x.new_zeros((0, x.shape[-1]), dtype=torch.float32)))
+        sign.append(own.get("sign", x.new_zeros((0, 0), dtype=torch.float32)))
+        V += own.get("V", [x.new_zeros((2, layer.out_features + 1), dtype=torch.float64) for layer in layers])
+    if not any("V" in own for own in found.values()):
+        V = []
+    if not any("Z" in own for own in found.values()):
+        Z, P, sign = [], [], []
+    return {"Z": Z, "V": V, "P": P, "sign": sign}
 
 
 def activation_variances(sums: Tensor | None, sizes: Sequence[int]) -> list[Tensor | None]:

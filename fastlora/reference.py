@@ -57,11 +57,24 @@ def keep_threshold(p: float) -> int:
 def dropout(x: Tensor, seed: Tensor, projection: int, p: float) -> Tensor:
     """``x o keep / (1 - p)`` with ``keep`` a function of (seed, projection, row, column) alone.
 
-    x [M, K]; seed int64 scalar tensor. Word ``column % 4`` of ``philox(seed, (column // 4, row, row >> 32,
-    projection))`` is kept if it is at least ``keep_threshold(p)``.
+    x [M, K]; seed int64 scalar tensor. Row m is dropped as ``dropout_rows`` drops one with the key (seed, m).
+    """
+    return dropout_rows(x, row_keys(seed, x.shape[0]), projection, p)
+
+
+def row_keys(seed: Tensor, rows: int) -> Tensor:
+    """``(seed, m)`` for each of M rows: int64 [M, 2]."""
+    return torch.stack([seed.expand(rows), torch.arange(rows, device=seed.device)], dim=1)
+
+
+def dropout_rows(x: Tensor, keys: Tensor, projection: int, p: float) -> Tensor:
+    """``x o keep / (1 - p)``, every row with a key (seed, counter) of its own: x [M, K], keys int64 [M, 2].
+
+    Word ``column % 4`` of ``philox(seed, (column // 4, counter, counter >> 32, projection))`` is kept if it is at least
+    ``keep_threshold(p)``.
     """
     rows, columns = x.shape
-    row = torch.arange(rows, device=x.device).unsqueeze(1)
+    seed, row = keys[:, :1], keys[:, 1:]
     block = torch.arange((columns + 3) // 4, device=x.device).unsqueeze(0)
     row, block = torch.broadcast_tensors(row, block)
     words = torch.stack(philox(seed, block, row & _WORD, row >> 32, torch.full_like(row, projection)), dim=2)
@@ -106,6 +119,57 @@ def lora_linear(
         updates.append(update)
     y = base + torch.cat(updates, dim=1)
     return [part.reshape(*x.shape[:-1], part.shape[1]) for part in y.split([w.shape[0] for w in W], dim=1)]
+
+
+def lora_grouped(
+    x: Tensor,
+    W: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scale: Sequence[float],
+    ids: Tensor,
+    Z: Sequence[Tensor] = (),
+    P: Sequence[Tensor] = (),
+    sign: Sequence[Tensor] = (),
+    keys: Tensor | None = None,
+    p: Sequence[float] = (),
+) -> list[Tensor]:
+    """``lora_linear`` of every row with the adapter that its id names; -1 leaves the frozen linear alone.
+
+    x [*, K], ids int64 [M] for the M rows of x. The lists A, B, scale and Z run over adapters, then projections; P,
+    sign and p over adapters (P_g [k_g, K], sign_g [S, k_g] or empty). keys [M, 2] are the rows' dropout keys.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.cat([torch.nn.functional.linear(rows, w, b) for w, b in zip(W, bias, strict=True)], dim=1)
+    projections = projections_of(W, B)
+    for g in range(len(A) // projections):
+        mine = (ids == g).nonzero()[:, 0]
+        seen, part = rows[mine], slice(g * projections, (g + 1) * projections)
+        probe = None
+        if P and P[g].shape[0]:
+            probe = seen @ P[g].to(seen.dtype).T
+            if sign and sign[g].numel():
+                probe = probe * sign[g].to(seen.dtype)[mine // (rows.shape[0] // sign[g].shape[0])]
+        updates = []
+        for i, (a, b, s) in enumerate(zip(A[part], B[part], scale[part], strict=True)):
+            dropped = dropout_rows(seen, keys[mine], i, p[g]) if p and p[g] > 0 else seen
+            update = s * (dropped @ a.to(seen.dtype).T) @ b.to(seen.dtype).T
+            if probe is not None:
+                update = update + probe @ Z[part][i].to(seen.dtype).T
+            updates.append(update)
+        y = y.index_add(0, mine, torch.cat(updates, dim=1))
+    return [part.reshape(*x.shape[:-1], part.shape[1]) for part in y.split([w.shape[0] for w in W], dim=1)]
+
+
+def projections_of(W: Sequence[Tensor], B: Sequence[Tensor]) -> int:
+    """How many projections one adapter has: those whose rows tile the weights' rows."""
+    rows, covered = sum(w.shape[0] for w in W), 0
+    for count, b in enumerate(B, 1):
+        covered += b.shape[0]
+        if covered == rows:
+            return count
+    raise ValueError(f"lora_B: rows {[b.shape[0] for b in B]} do not tile weights with {rows} rows")
 
 
 def shrink(x: Tensor, A: Tensor) -> Tensor:
@@ -180,10 +244,11 @@ def wgrad(
 _GRADSTAT_ROWS = 256
 
 
-def gradstat(x: Tensor, dy: Tensor, offsets: Sequence[int]) -> Tensor:
+def gradstat(x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = True) -> Tensor:
     """``sum G^2`` and ``sum |G|`` of ``G = dy^T x`` for each run of rows ``offsets[i]:offsets[i + 1]``.
 
-    x [M, K], dy [M, N] -> [len(offsets) - 1, 2]. G is reduced block by block of its rows: no [N, K] buffer.
+    x [M, K], dy [M, N] -> [len(offsets) - 1, 2]. G is reduced block by block of its rows: no [N, K] buffer. Without
+    ``absolute`` the second column is zero.
     """
     acc = accumulate_dtype(x.dtype)
     out = torch.zeros(len(offsets) - 1, 2, dtype=acc, device=x.device)
@@ -192,5 +257,74 @@ def gradstat(x: Tensor, dy: Tensor, offsets: Sequence[int]) -> Tensor:
         for n in range(0, dy.shape[1], _GRADSTAT_ROWS):
             tile = dy[start:stop, n : n + _GRADSTAT_ROWS].to(acc).T @ rows
             out[i, 0] += tile.square().sum()
-            out[i, 1] += tile.abs().sum()
+            if absolute:
+                out[i, 1] += tile.abs().sum()
     return out
+
+
+def build_segments(ids: Tensor, adapters: int) -> tuple[Tensor, Tensor]:
+    """The rows of a mixed batch by adapter: ``(order, ranges)`` with adapter g's rows ``order[begin_g:end_g]``.
+
+    ids int64 [M], -1 for base only -> order int64 [M], stable by adapter with the base-only rows last, and ranges
+    int64 [adapters, 2], (0, 0) without rows. On the CPU order is empty if the rows of every adapter already are one
+    run, which ranges then gives, and an id out of range raises ``RuntimeError``; on a GPU, where nothing is read
+    back, it counts as -1.
+    """
+    if ids.dim() != 1 or ids.dtype != torch.int64:
+        raise RuntimeError(f"ids: expected an int64 vector with one id per row, got {ids.dtype} {tuple(ids.shape)}")
+    outside = (ids < -1) | (ids >= adapters)
+    if ids.device.type == "cpu" and bool(outside.any()):
+        position = int(outside.nonzero()[0])
+        accepted = f"0 to {adapters - 1} (an adapter) and -1 (base only)"
+        raise RuntimeError(f"ids[{position}] is {int(ids[position])}; accepted: {accepted}")
+    keys = torch.where(outside | (ids < 0), adapters, ids)
+    sorted_keys, order = torch.sort(keys, stable=True)
+    numbers = torch.arange(adapters, device=ids.device)
+    begin = torch.searchsorted(sorted_keys, numbers)
+    end = torch.searchsorted(sorted_keys, numbers, right=True)
+    ranges = torch.stack([begin, end], dim=1) * (end > begin).unsqueeze(1)
+    if ids.device.type == "cpu":
+        live = (ranges[:, 1] > ranges[:, 0]).nonzero().flatten().tolist()
+        runs = [(g, order[begin[g] : end[g]]) for g in live]
+        if all(int(rows[-1]) - int(rows[0]) + 1 == rows.numel() for _, rows in runs):
+            for g, rows in runs:
+                ranges[g, 0], ranges[g, 1] = rows[0], rows[-1] + 1
+            return order[:0], ranges
+    return order, ranges
+
+
+def _check_ranges(ranges: Tensor, rows: int) -> None:
+    if ranges.device.type != "cpu":
+        return
+    covered = 0
+    for g, (begin, end) in enumerate(ranges.tolist()):
+        covered += end - begin
+        if begin < 0 or end < begin or end > rows or covered > rows:
+            accepted = f"runs inside the {rows} rows, with no more rows in all"
+            raise RuntimeError(f"ranges[{g}] is {begin} to {end}; accepted: {accepted}")
+
+
+def segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:
+    """Tiles of at most ``block`` rows of one adapter: ``(adapter, first position)`` each, (-1, 0) for the unused ones.
+
+    ranges int64 [adapters, 2] from ``build_segments`` -> int64 [ceil(rows / block) + adapters, 2]: the length is known
+    without reading ranges.
+    """
+    if ranges.dim() != 2 or ranges.shape[1] != 2 or ranges.dtype != torch.int64:
+        raise RuntimeError(
+            f"ranges has {ranges.dim()} dimensions and dtype {ranges.dtype}; expected int64 [adapters, 2]"
+        )
+    if rows < 0 or block < 1:
+        raise RuntimeError(f"rows is {rows}, block is {block}; accepted: 0 or more, 1 or more")
+    _check_ranges(ranges, rows)
+    adapters, device, block = ranges.shape[0], ranges.device, min(block, max(rows, 1))
+    counts = (ranges[:, 1] - ranges[:, 0] + block - 1) // block
+    ends = counts.cumsum(0)
+    numbers = torch.arange((rows + block - 1) // block + adapters, device=device)
+    owner = torch.searchsorted(ends, numbers, right=True)
+    inside = owner < adapters
+    if adapters == 0:
+        return torch.stack([torch.full_like(numbers, -1), torch.zeros_like(numbers)], dim=1)
+    g = owner.clamp(max=adapters - 1)
+    first = ranges[g, 0] + (numbers - (ends - counts)[g]) * block
+    return torch.stack([torch.where(inside, g, -1), torch.where(inside, first, 0)], dim=1)

@@ -7,11 +7,11 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from .config import ROLES
+from .targets import adapted_class, biases_apart, class_name, features, is_linear, named_targets
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class Attention:
 
 ATTENTION = (
     Attention(("qkv",), ("proj", "out_proj")),
+    Attention(("in_proj",), ("out_proj",)),
+    Attention(("q_attn", "c_attn"), ("c_proj",)),  # GPT-2's cross-attention: k and v are one matrix
+    Attention(("c_attn",), ("c_proj",)),
     Attention(("query", "key", "value"), ("^output.dense", "dense")),
     Attention(("query_proj", "key_proj", "value_proj"), ("^output.dense",)),
     Attention(("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj", "dense")),
@@ -39,6 +42,8 @@ ATTENTION = (
 
 MLP = (
     ("fc1", "fc2"),
+    ("fc1_g", "fc1_x", "fc2"),
+    ("linear1", "linear2"),
     ("gate_proj", "up_proj", "down_proj"),
     ("intermediate.dense", "output.dense"),
     ("c_fc", "c_proj"),
@@ -57,11 +62,6 @@ HEADS = (
 # Owners whose fused matrix does not hold q, k and v as three blocks of rows: an attribute that says so, or the class.
 _INTERLEAVED_FLAGS = ("head_first", "use_global")
 _INTERLEAVED_CLASSES = (("timm.models.tiny_vit", "Attention"),)
-
-
-def is_plain_linear(module: Any) -> bool:
-    """An exact ``nn.Linear``: subclasses may read or mean their weight differently."""
-    return type(module) is nn.Linear
 
 
 def _below(owner: nn.Module, name: str) -> nn.Module | None:
@@ -87,32 +87,34 @@ def _join(path: str, name: str) -> str:
 
 def attention_blocks(model: nn.Module) -> Iterator[Projections]:
     """Every attention block of the model, by structure: all inputs must be linears of one input width."""
-    name_of = {module: name for name, module in model.named_modules()}
-    for owner, path in name_of.items():
+    modules = named_targets(model)
+    name_of = {module: name for name, module in modules.items()}
+    for path, owner in modules.items():
         for entry in ATTENTION:
-            found = [_below(owner, name) for name in entry.inputs]
-            if not all(isinstance(m, nn.Linear) for m in found) or len({m.in_features for m in found}) != 1:
+            found = [_below(owner, name) or modules.get(_join(path, name)) for name in entry.inputs]
+            if not all(is_linear(m) for m in found) or len({features(m)[0] for m in found}) != 1:
                 continue
-            if entry.fused and found[0].out_features % 3:
+            if entry.inputs == ("qkv",) and features(found[0])[1] % 3:
                 continue
             output = _output_of(model, path, entry)
             # A module that several owners share goes by its first name.
             names = tuple(name_of[m] for m in found)
-            yield Projections(path, names, entry.fused, _rows_are_blocks(owner), name_of.get(output))
+            yield Projections(path, names, entry.fused, _rows_are_blocks(owner, found[0]), name_of.get(output))
             break
 
 
-def _rows_are_blocks(owner: nn.Module) -> bool:
-    if any(getattr(owner, flag, False) for flag in _INTERLEAVED_FLAGS):
+def _rows_are_blocks(owner: nn.Module, layer: nn.Module) -> bool:
+    if any(getattr(owner, flag, False) for flag in _INTERLEAVED_FLAGS) or class_name(owner) in _INTERLEAVED_CLASSES:
         return False
-    return (type(owner).__module__, type(owner).__name__) not in _INTERLEAVED_CLASSES
+    K, N = features(layer)
+    return N % 3 == 0 and (N == 3 * K or not hasattr(owner, "c_attn"))  # with one k and v for all heads N < 3 K
 
 
 def _output_of(model: nn.Module, path: str, entry: Attention) -> nn.Module | None:
     for name in entry.outputs:
         base = path.rpartition(".")[0] if name.startswith("^") else path
         module = _below(model, _join(base, name.lstrip("^")))
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             return module
     return None
 
@@ -124,7 +126,7 @@ def mlp_linears(model: nn.Module) -> list[str]:
     for owner in name_of:
         for entry in MLP:
             found = [_below(owner, n) for n in entry]
-            if all(isinstance(m, nn.Linear) for m in found):
+            if all(is_linear(m) for m in found):
                 names += [name_of[m] for m in found]
                 break
     return names
@@ -150,7 +152,7 @@ def is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
 def role_targets(model: nn.Module, role: str) -> list[str]:
     """Full names of the linears that play a role (``ROLES``), in the model's order."""
     if role == "all-linear":
-        return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_head(model, n, m)]
+        return [n for n, m in named_targets(model).items() if is_linear(m) and not is_head(model, n, m)]
     if role == "mlp":
         chosen = set(mlp_linears(model))
     elif role in ROLES:
@@ -161,24 +163,41 @@ def role_targets(model: nn.Module, role: str) -> list[str]:
                 chosen.add(block.output)
     else:
         raise ValueError(f"role: expected one of {ROLES}, got {role!r}")
-    return [name for name, _ in model.named_modules() if name in chosen]
+    return [name for name in named_targets(model) if name in chosen]
 
 
 def refusal(model: nn.Module, name: str) -> str | None:
     """Why a linear cannot be adapted in place, or None. Its owner may read the weight instead of calling the layer."""
-    modules = dict(model.named_modules())
-    module, owner = modules[name], modules.get(name.rpartition(".")[0], model)
-    if not is_plain_linear(module):
-        return f"it is a {type(module).__module__}.{type(module).__name__}, not exactly torch.nn.Linear"
-    if isinstance(owner, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-        return f"its owner {type(owner).__name__} reads the weight instead of calling the layer"
-    leaf = name.rpartition(".")[2]
+    modules = named_targets(model)
+    module, (path, _, leaf) = modules[name], name.rpartition(".")
+    owner = modules.get(path, model)
+    if adapted_class(module, split=False) is None:
+        return f"it is a {'.'.join(class_name(module))}, not exactly torch.nn.Linear"
+    readers = _torch_readers(modules, path, leaf)
+    for reader, known in readers:
+        if type(reader) is not known and type(reader).__module__ != f"{__package__}.nn.attention":
+            kind = ".".join(class_name(reader))
+            return f"its owner {kind}, not exactly torch.nn.{known.__name__}, may read the weight instead of calling it"
+    if leaf == "in_proj" and readers and owner.in_proj_weight is None:
+        return "its owner has kdim or vdim other than embed_dim, so that q, k and v are not one stacked matrix"
     # timm's BEiT, EVA and SwinV2: the layer is called only where the biases are apart.
-    conditional = getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
-    if (leaf == "qkv" and conditional) or _reads_weight(type(owner), leaf):
-        kind = type(owner)
-        return f"its owner {kind.__module__}.{kind.__name__} reads {leaf}.weight instead of calling {leaf}"
+    apart = getattr(owner, "q_bias", None) is None or getattr(owner, "qkv_bias_separate", False) or biases_apart(owner)
+    if (leaf == "qkv" and not apart) or (not readers and _reads_weight(type(owner), leaf)):
+        return f"its owner {'.'.join(class_name(owner))} reads {leaf}.weight instead of calling {leaf}"
     return None
+
+
+def _torch_readers(modules: dict[str, nn.Module], path: str, leaf: str) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """torch's modules whose fused paths read the weight of ``path.leaf``, and the class that is known to."""
+    owner, above = modules.get(path), modules.get(path.rpartition(".")[0])
+    found = []
+    if isinstance(owner, nn.MultiheadAttention):
+        found.append((owner, nn.MultiheadAttention))
+        if isinstance(above, nn.TransformerEncoderLayer) and above is not owner:
+            found.append((above, nn.TransformerEncoderLayer))
+    elif isinstance(owner, nn.TransformerEncoderLayer) and leaf in ("linear1", "linear2"):
+        found.append((owner, nn.TransformerEncoderLayer))
+    return found
 
 
 @functools.cache

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .backends import choose
 from .covariance import COVARIANCES, Covariances
 from .nn.linear import DEFAULT, Linear, matrix_key
-from .penalty import delta_penalty, importance_weights
 from .probes import LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
+from .regulariser import Regulariser
 from .scores import Scores
 from .tracking_checks import checked, checked_kinds, checked_layers, checked_probes, positive, refuse_windows
 
@@ -32,6 +32,7 @@ def track(
     seed: int = 0,
     loss_reduction: str = "mean",
     every: int | str = "auto",
+    adapter: str = DEFAULT,
 ) -> Tracker:
     r"""Follow statistics of the weights that adapters leave frozen; use with ``with`` or call ``close``.
 
@@ -50,14 +51,14 @@ def track(
 
     Padding tokens count in ``act_var``. Raises ``ValueError`` naming the argument.
     """
-    return Tracker(model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every)
+    return Tracker(model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter)
 
 
 class Tracker:
     """See :func:`track`."""
 
-    def __init__(self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every):
-        self.layers = checked_layers(model)
+    def __init__(self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter):
+        self.layers, self.adapter = checked_layers(model, adapter), adapter
         self.estimator = checked("estimator", estimator, ("probe", "exact"))
         self.loss_reduction = checked("loss_reduction", loss_reduction, ("mean", "sum"))
         kinds = checked_kinds(statistics, estimator)
@@ -88,16 +89,17 @@ class Tracker:
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._everything = torch.ones(len(self.keys), dtype=torch.bool, device=self.device)
         self._samples: dict[int, int] = {}
-        self._frozen_weights: dict[str, Tensor] = {}
+        self._regulariser = Regulariser(self.layers, self.matrices)
         self._signs: tuple[tuple[int, int, int], Tensor] | None = None
         self._watch = _StepWatch(self.layers)
+        self._learning = getattr(model, "fastlora_learning", None)
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
         kinds = frozenset((*self.kinds, *self._covariances.kinds))
         groups: dict[int, list[Linear]] = {}
         for layer in self.layers.values():
-            layer.probe = LayerProbe(layer, kinds, self.estimator, self)
+            layer.probes[self.adapter] = LayerProbe(layer, kinds, self.estimator, self)
             groups.setdefault(id(layer.group or layer), []).append(layer)
         members = list(groups.values())
         self._rows = None
@@ -105,7 +107,7 @@ class Tracker:
             self._rows = ProbeRows([m[0].in_features for m in members], self.probes, self.seed, self.device)
             for rows, layers in zip(self._rows.rows, members, strict=True):
                 for layer in layers:
-                    layer.probe.P = rows.to(layer.weight.device)
+                    self._probe(layer).P = rows.to(layer.weight.device)
             self._rows.draw(0)
         self._hook = model.register_forward_pre_hook(self._on_forward)
 
@@ -125,16 +127,19 @@ class Tracker:
         """Stop tracking; scores and importance stay readable."""
         self._hook.remove()
         for layer in self.layers.values():
-            if layer.probe is not None and layer.probe.owner is self:
-                layer.probe = None
+            if self._owns(layer):
+                del layer.probes[self.adapter]
 
-    def signs_for(self, x: Tensor) -> Tensor:
-        """±1 per (sample, probe) of the current micro-batch; a sample is an entry of x's dimension 0."""
+    def signs_for(self, x: Tensor, own: int | None = None) -> Tensor:
+        """±1 per (sample, probe) of the current micro-batch; a sample is an entry of x's dimension 0.
+
+        ``own`` of them are the tracked adapter's, all without it.
+        """
         samples = x.shape[0] if x.dim() > 1 else 1
         key = (self.steps, self.micro, samples)
         if self._signs is None or self._signs[0] != key:
             self._signs = (key, sample_signs(self._rows.seed, self.steps, self.micro, samples, self.probes))
-            self._samples[self.micro] = samples
+            self._samples[self.micro] = samples if own is None else own
         return self._signs[1]
 
     @torch.no_grad()
@@ -145,11 +150,15 @@ class Tracker:
         and counted in ``skipped``. Nothing is read back to the host.
         """
         self._watch.stepped()
+        if self._learning is not None:
+            self._learning.examine()
         if not self._live():
             return
         values, seen = self._gather()
         inverse = _inverse_scale(scaler, self.device)
-        taken = {path: layer.probe.taken for path, layer in self.layers.items()} if self._covariances.kinds else {}
+        taken = (
+            {path: self._probe(layer).taken for path, layer in self.layers.items()} if self._covariances.kinds else {}
+        )
         finite = self._covariances.finite(taken, self.device)
         for kind in self.kinds:
             if kind != "act_var":
@@ -162,7 +171,14 @@ class Tracker:
         self._advance()
 
     def _live(self) -> bool:
-        return any(layer.probe is not None and layer.probe.owner is self for layer in self.layers.values())
+        return any(self._owns(layer) for layer in self.layers.values())
+
+    def _probe(self, layer: Linear) -> LayerProbe:
+        return layer.probes[self.adapter]
+
+    def _owns(self, layer: Linear) -> bool:
+        probe = layer.probes.get(self.adapter)
+        return probe is not None and probe.owner is self
 
     def _fold(self, kind: str, value: Tensor, keep: Tensor) -> None:
         mean, count = self._values[kind], self._counts[kind]
@@ -172,7 +188,7 @@ class Tracker:
 
     def _advance(self) -> None:
         for layer in self.layers.values():
-            layer.probe.advance(self.steps + 1)
+            self._probe(layer).advance(self.steps + 1)
         self.steps += 1
         self.micro = 0
         self._samples.clear()
@@ -188,7 +204,7 @@ class Tracker:
         columns: dict[str, list[Tensor | None]] = {}
         if "act_var" in self.kinds:
             variances = {
-                path: activation_variances(layer.probe.V.grad, list(layer.slices.values()))
+                path: activation_variances(self._probe(layer).V.grad, list(layer.slices.values()))
                 for path, layer in self.layers.items()
             }
             columns["act_var"] = [v for path in self.layers for v in variances[path]]
@@ -209,7 +225,7 @@ class Tracker:
         return self._everything if all(flags) else torch.tensor(flags, device=self.device)
 
     def _probe_values(self) -> list[Tensor | None]:
-        grads = [self.layers[path].probe.Z[name].grad for path, name in self.matrices]
+        grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
         norms = iter(
             torch._foreach_norm([g for g in grads if g is not None], 2) if any(g is not None for g in grads) else ()
         )
@@ -223,7 +239,7 @@ class Tracker:
         return float(samples) if self.loss_reduction == "mean" else 1.0 / max(samples, 1)
 
     def _exact_values(self, layer: Linear, name: str, kinds: Sequence[str]) -> dict[str, Tensor]:
-        taken = layer.probe.taken
+        taken = self._probe(layer).taken
         if not taken:
             return {}
         backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
@@ -281,34 +297,35 @@ class Tracker:
         return self._covariances.read(kind)
 
     def penalty(
-        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str = DEFAULT
+        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str | None = None
     ) -> Tensor:
-        r"""FW-LoRA's regulariser, differentiable in A and B.
+        r"""FW-LoRA's regulariser, differentiable in A and B; add it to the loss once per optimiser step.
 
         .. math:: \lambda \sum_m (1 - I_m) \lVert \Delta W_m \rVert_F^2,\qquad I_m = F_m / \textstyle\sum F
 
         Zero before ``warmup`` steps, when importance is frozen; without a warmup the current averages weigh.
-        ``normalise="relative"`` takes ``I_m / max I``.
+        ``form="decay"`` is the paper's shortcut, weight decay of A and B with the coefficient λ (1 - I_m).
+        ``normalise="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
+        ``adapter``: whose factors, the tracked one's unless said otherwise.
         """
-        checked("form", form, ("delta",))
-        importance = self.importance
-        if importance is None and self.warmup is None and self.steps > 0:
-            importance = self._corrected("fisher" if self.per_sample else "grad_sq")
-        if importance is None:
-            return torch.zeros((), device=self.device)
-        weights = self._weights(importance, normalise)
-        terms = [self.layers[p].pairs(adapter)[list(self.layers[p].slices).index(n)] for p, n in self.matrices]
-        return delta_penalty(
-            [a for a, _, _ in terms], [b for _, b, _ in terms], [s for _, _, s in terms], weights, lmbda
-        )
+        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
 
-    def _weights(self, importance: Tensor, normalise: str) -> Tensor:
-        # Checking the values reads them back from the device: once for a frozen importance.
-        if importance is not self.importance:
-            return importance_weights(importance, normalise).float()
-        if normalise not in self._frozen_weights:
-            self._frozen_weights[normalise] = importance_weights(importance, normalise).float()
-        return self._frozen_weights[normalise]
+    def apply_penalty(
+        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str | None = None
+    ) -> None:
+        r"""Add the gradient of :meth:`penalty`, worked out by hand, to ``.grad`` of A and B; no graph is built.
+
+        .. math:: dA = 2\lambda (1 - I) s^2 (B^\top B) A,\qquad dB = 2\lambda (1 - I) s^2 B (A A^\top)
+
+        Call it after backward (and after ``scaler.unscale_``), before clipping and the optimiser's step.
+        """
+        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
+
+    def _weighing(self) -> tuple[Tensor | None, bool]:
+        """The importance that weighs now, and whether it is frozen."""
+        if self.importance is None and self.warmup is None and self.steps > 0:
+            return self._corrected("fisher" if self.per_sample else "grad_sq"), False
+        return self.importance, True
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to go on with the same numbers."""
@@ -337,7 +354,6 @@ class Tracker:
         self._covariances.load_state_dict(state["covariances"])
         self.steps, self.seed = state["steps"], state["seed"]
         self.importance = None if state["importance"] is None else state["importance"].to(self.device)
-        self._frozen_weights.clear()
         if self._rows is not None:
             self._rows.seed.fill_(self.seed)
             self._rows.draw(self.steps)

@@ -27,11 +27,15 @@ def positive(name: str, value: Any, accepted: str) -> Any:
     return value
 
 
-def checked_layers(model: nn.Module) -> dict[str, Linear]:
-    layers = adapted_layers(model) if isinstance(model, nn.Module) else {}
-    if not layers:
+def checked_layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
+    every = adapted_layers(model) if isinstance(model, nn.Module) else {}
+    if not every:
         raise ValueError("model: has no adapters; call fastlora.inject first")
-    if any(layer.probe is not None for layer in layers.values()):
+    layers = {path: layer for path, layer in every.items() if adapter in layer.adapter_specs}
+    if not layers:
+        known = sorted({name for layer in every.values() for name in layer.adapter_names})
+        raise ValueError(f"adapter: expected one of {known}, got {adapter!r}")
+    if any(adapter in layer.probes for layer in layers.values()):
         raise ValueError("model: is tracked already; close the other tracker first")
     return layers
 

@@ -1,4 +1,4 @@
-"""The Triton backend: the verbs of ``backends.Backend`` on ``fastlora.kernels``, which are imported on first use."""
+"""The Triton backend: the verbs of ``verbs.Backend`` on ``fastlora.kernels``, which are imported on first use."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from . import grouped, native, reference
 from .reference import keep_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .backends import Layout
+    from .verbs import Layout
 
 MINIMUM_TRITON = "3.6"
 MINIMUM_CAPABILITY = (8, 0)
@@ -96,7 +97,7 @@ def _dropout(seed: Tensor | None, p: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """The verbs of an adapted group as fused kernels; their meaning is that of ``backends.Backend``."""
+    """The verbs of an adapted group as fused kernels; their meaning is that of ``verbs.Backend``."""
 
     name: str = "triton"
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None] = unsupported_reason
@@ -135,7 +136,8 @@ class TritonBackend:
             scale,
             moments,
         )
-        return [out.view(*x.shape[:-1], out.shape[1]) for out in y], sums
+        # Not views, which autograd would let nobody change in place.
+        return [torch.ops.aten._unsafe_view.default(out, (*x.shape[:-1], out.shape[1])) for out in y], sums
 
     def linear_backward(
         self,
@@ -150,7 +152,7 @@ class TritonBackend:
     ) -> Tensor:
         """``dx = sum_j dy_j W_j + dh A``; dy_j [M, N_j] -> [M, K]."""
         live = [j for j, grad in enumerate(dy) if grad is not None]
-        return _kernel("linear").linear_backward(
+        return _kernel("linear_backward").linear_backward(
             [dy[j] for j in live], [W[j] for j in live], dh, _one_dtype(A), layout.offsets, **_dropout(seed, p)
         )
 
@@ -168,11 +170,7 @@ class TritonBackend:
         p: float,
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
         """dh [M, R], and dA_i, dB_i, Q_i of every projection whose dy is defined (None for the others)."""
-        parts = [
-            None if dy[j] is None else dy[j].narrow(1, column, width)
-            for j, column, width in zip(layout.outputs, layout.columns, layout.widths, strict=True)
-        ]
-        B = _one_dtype(B)
+        parts, B = _parts(dy, layout), _one_dtype(B)
         dh = _kernel("shrink").shrink_backward(parts, B, layout.offsets, scale, layout.rank)
         dA, dB, Q = _kernel("wgrad").wgrad(
             x if need_dA else None,
@@ -192,10 +190,127 @@ class TritonBackend:
         dA = [grad if there else None for grad, there in zip(dA, some, strict=True)] if need_dA else [None] * len(B)
         return dh, dA, placed[0], placed[1]
 
-    def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int] | Tensor, absolute: bool = True) -> Tensor:
-        """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2]; both come out of one pass."""
-        _same_device(x=x, dy=dy)
+    def shrink_moments(
+        self, x: Tensor, A: Sequence[Tensor], P: Tensor | None, seed: Tensor | None, p: float
+    ) -> tuple[Tensor, Tensor]:
+        """``shrink``, and in the same pass the sums of the columns of x and of their squares: float64 [2, K]."""
+        _same_device(x=x, lora_A=A, P=P, seed=seed)
+        factors = _one_dtype([*A, *([] if P is None else [P])])
+        moments = torch.empty(2, x.shape[1], dtype=torch.float64, device=x.device)
+        options = _dropout(seed, p)
+        return _kernel("shrink").shrink(x, factors, 0 if P is None else 1, moments=moments, **options), moments
+
+    def gradstat(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        offsets: Sequence[int] | Tensor,
+        absolute: bool = True,
+        diagonal: Tensor | None = None,
+    ) -> Tensor:
+        """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2]; both come out of one pass.
+
+        ``diagonal``: contiguous fp32 [N, K] to which the runs' squared entries are added.
+        """
+        _same_device(x=x, dy=dy, diagonal=diagonal)
         if isinstance(offsets, Tensor):
-            return _kernel("gradstat").gradstat(x, dy, offsets)
+            return _kernel("gradstat").gradstat(x, dy, offsets, diagonal=diagonal)
         longest = max((b - a for a, b in zip(offsets[:-1], offsets[1:], strict=True)), default=0)
-        return _kernel("gradstat").gradstat(x, dy, _offsets_on(tuple(offsets), x.device), longest=longest)
+        return _kernel("gradstat").gradstat(
+            x, dy, _offsets_on(tuple(offsets), x.device), longest=longest, diagonal=diagonal
+        )
+
+    def add_gram_(self, total: Tensor, rows: Tensor, weight: Tensor) -> None:
+        """``total += weight rows^T rows`` on and above the diagonal, by half of the tiles; below it is undefined.
+
+        total fp32 [D, D], rows [M, D], weight a scalar tensor; 0 adds nothing, whatever the rows hold.
+        """
+        _same_device(total=total, rows=rows, weight=weight)
+        _kernel("gradstat").add_gram_(total, rows, weight.to(torch.float32))
+
+    def grouped_forward(
+        self, x: Tensor, W: Sequence[Tensor], bias: Sequence[Tensor | None], A: Sequence[Tensor], P: Sequence[Tensor],
+        B: Sequence[Tensor], rows: grouped.Rows, layouts: Callable[[int], Layout], scale: Sequence[float],
+        moments: bool, engine: str = "auto",
+    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
+        """``y_j = x W_j^T + bias_j``, then ``y[m] += s_gi h_gi[m] B_gi^T`` for the rows of every adapter g.
+
+        A, B, scale have one entry for each adapter and projection (``g * n + i``), P none or one [k_g, K] for each
+        adapter. Returns y_j, h [M, max_g (R_g + k_g)] and, with ``moments``, float64 [2, N_j] over each adapter's rows,
+        entry ``g * len(y) + j``. With dropout the adapters run one after the other, which reads the ranges back.
+        """
+        _same_device(x=x, weight=W, bias=bias, lora_A=A, lora_B=B, P=P, order=rows.order, ranges=rows.ranges)
+        y, seen = (
+            [torch.nn.functional.linear(x, w, b) for w, b in zip(W, bias, strict=True)],
+            x.reshape(-1, x.shape[-1]),
+        )
+        flat = [out.view(-1, out.shape[-1]) for out in y]
+        if _drops(rows):
+            return y, *grouped.forward(reference, flat, seen, A, P, B, rows, layouts, scale, moments)
+        layout, kernels, batch = layouts(0), _kernel("grouped"), self._batch(rows)
+        own = kernels.Ranks(_by_adapter(A, rows), tuple(p.shape[0] for p in P) or (0,) * rows.ranges.shape[0])
+        factors = _one_dtype([*A, *P])
+        n, probes = len(layout.outputs), factors[len(A) :]
+        stacked = [f for g in range(len(own.ranks)) for f in (*factors[g * n : g * n + n], *probes[g : g + 1])]
+        h = kernels.grouped_shrink(seen, stacked, batch, own)
+        places = list(zip(layout.outputs, layout.columns, strict=True))
+        return y, h, kernels.grouped_expand_(flat, h, W, _one_dtype(B), batch, own, places, scale, moments)
+
+    def grouped_backward(
+        self, dy: Sequence[Tensor | None], x: Tensor, h: Tensor, W: Sequence[Tensor], A: Sequence[Tensor],
+        B: Sequence[Tensor], rows: grouped.Rows, layouts: Callable[[int], Layout], scale: Sequence[float],
+        probes: Sequence[int], need_dx: bool, need_dA: bool, need_dB: bool, engine: str = "auto",
+    ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+        """dx [M, K] and, with an entry for each adapter and projection, dA, dB in the adapters' dtype and Q fp32.
+
+        dy_j [M, N_j] or None, probes k_g by adapter. What is not needed is None or an empty list; Q is empty unless
+        some k_g is positive. Adapters without rows get zeros. At least one dy is given.
+        """
+        layout, kernels, batch, dx = layouts(0), _kernel("grouped"), self._batch(rows), None
+        if need_dx:
+            first, *rest = [(g, w) for g, w in zip(dy, W, strict=True) if g is not None]
+            dx = torch.mm(*first)
+            for grad, w in rest:
+                dx.addmm_(grad, w)
+        if _drops(rows):
+            return dx, *grouped.backward(reference, dx, dy, x, h, A, B, rows, layouts, scale, probes, need_dA)
+        own = kernels.Ranks(_by_adapter(A, rows), tuple(probes) or (0,) * rows.ranges.shape[0])
+        A, B, parts = _one_dtype(A), _one_dtype(B), _parts(dy, layout)
+        dh = kernels.grouped_shrink_backward(parts, B, batch, own, scale) if need_dx or need_dA else h
+        if need_dx:
+            kernels.grouped_linear_backward_(dx, dh, A, batch, own)
+        outer = parts if need_dB or any(probes) else [None] * len(parts)
+        dA, dB, Q = kernels.grouped_wgrad(
+            x if need_dA else None, dh, outer, h, layout.widths, batch, own, scale, dtype=B[0].dtype
+        )
+        return dx, dA, dB if need_dB else [], Q if any(probes) else []
+
+    @staticmethod
+    def _batch(rows: grouped.Rows) -> Any:
+        return _kernel("grouped").Batch(rows.order, rows.ranges, _segment_tiles)
+
+
+def _segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:
+    operator = "fastlora::segment_tiles"
+    if native.available() and torch._C._dispatch_has_kernel_for_dispatch_key(operator, ranges.device.type.upper()):
+        return torch.ops.fastlora.segment_tiles(ranges, rows, block)
+    return reference.segment_tiles(ranges, rows, block)
+
+
+def _drops(rows: grouped.Rows) -> bool:
+    return rows.keys is not None and any(p > 0.0 for p in rows.p)
+
+
+def _parts(dy: Sequence[Tensor | None], layout: Layout) -> list[Tensor | None]:
+    """The columns of dy that are each projection's."""
+    return [
+        None if dy[j] is None else dy[j].narrow(1, column, width)
+        for j, column, width in zip(layout.outputs, layout.columns, layout.widths, strict=True)
+    ]
+
+
+def _by_adapter(A: Sequence[Tensor], rows: grouped.Rows) -> tuple[tuple[int, ...], ...]:
+    """Ranks of each adapter's projections."""
+    ranks, adapters = [a.shape[0] for a in A], rows.ranges.shape[0]
+    n = len(ranks) // adapters
+    return tuple(tuple(ranks[g * n : g * n + n]) for g in range(adapters))

@@ -21,13 +21,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import gradstat, linear, primitives, shrink, wgrad
+from . import gradstat, grouped, linear, linear_backward, primitives, shrink, wgrad
 from .tiling import SHARED_LIMIT, TileConfig, committed
 
 TARGET = GPUTarget("cuda", 90, 32)
 REGISTERS = 65536
 # Kernels whose product is large enough to be meant for wgmma, in 16-bit types.
-WGMMA = ("linear", "linear_backward", "linear_backward_dropout", "wgrad", "gradstat", "covariance")
+WGMMA = ("linear", "linear_moments", "linear_backward", "linear_backward_dropout", "wgrad", "gradstat",
+         "gradstat_diagonal", "covariance")  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -43,6 +44,7 @@ class Row(NamedTuple):
     shared: int
     wgmma: bool
     wide_copies: bool
+    tma: bool
     resident: int
 
     def faults(self) -> list[str]:
@@ -56,7 +58,9 @@ class Row(NamedTuple):
             found.append(f"{self.registers} registers a thread do not fit")
         if self.verb in WGMMA and self.dtype == "bf16" and "matmul" in self.case and not self.wgmma:
             found.append("no wgmma instruction")
-        if "matmul" in self.case and self.dtype == "bf16" and not self.wide_copies:
+        if self.tile.tma and self.verb != "reduce" and not self.tma:
+            found.append("no TMA instruction")
+        if "matmul" in self.case and self.dtype == "bf16" and not (self.wide_copies or self.tma):
             found.append("no 16-byte asynchronous copy")
         return found
 
@@ -104,7 +108,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _empty(*size: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*size, dtype=dtype, device="meta")
+    return torch.empty(size, dtype=dtype, device="meta")
 
 
 class _Operands:
@@ -127,6 +131,10 @@ class _Operands:
         self.ranks, self.scales, self.probes, self.rank = (rank,) * n, (2.0,) * n, probes, n * rank
         self.dropout = {"seed": self.seed, "threshold": 2**31, "keep_scale": 2.0}
         self.places = [(j, 0) for j in range(n)]
+        self.own = grouped.Ranks(((rank,) * n,) * 2, (probes,) * 2)
+        numbers = [torch.empty(some, dtype=torch.int64, device="meta") for some in ((M,), (2, 2), (M // 16, 2))]
+        self.batch = grouped.Batch(*numbers[:2], lambda *sizes: numbers[2])
+        self.moments = torch.empty(2, K, dtype=torch.float64, device="meta")
 
 
 def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], Any]]:
@@ -141,30 +149,54 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
         strategy = "library" if verb == "expand" else "fused"
         return linear.linear(o.x, o.W, o.bias, o.h, o.B, o.places, o.offsets, o.scales, moments, strategy, tile)
 
-    def linear_backward(**options: Any) -> Any:
+    def dx(**options: Any) -> Any:
         strategy = "library" if verb.startswith("expand") else "fused"
-        return linear.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile, **options)
+        return linear_backward.linear_backward(
+            o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile, **options
+        )
 
+    pairs, twice = (o.batch, o.own), list(o.scales) * 2
+    if verb == "grouped_shrink":
+        return {
+            "x": lambda: grouped.grouped_shrink(o.x, [*o.A, o.P] * 2, *pairs, tile),
+            "dy": lambda: grouped.grouped_shrink_backward(o.dy, o.B * 2, *pairs, twice, tile),
+        }
     if verb.startswith("shrink"):
-        cases = {"x": shrunk, "dy": lambda: shrink.shrink_backward(o.dy, o.B, o.offsets, o.scales, o.rank, tile)}
-        return {"x": shrunk} if dropout else cases
+        if verb != "shrink":
+            kept = o.moments if verb == "shrink_moments" else None
+            return {"x": lambda: shrink.shrink(o.x, [*o.A, o.P], 1, moments=kept, tiles=tile, **dropout)}
+        return {"x": shrunk, "dy": lambda: shrink.shrink_backward(o.dy, o.B, o.offsets, o.scales, o.rank, tile)}
     if verb.startswith("wgrad"):
         x = o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes
-        return {"matmul": lambda: wgrad.wgrad(*x, tiles=tile, **dropout)}
+        widths = [b.shape[0] for b in o.B]
+        cases = {"matmul": lambda: wgrad.wgrad(*x, tiles=tile, **dropout)}
+        some = o.x, o.dh, o.dy, o.h, widths, *pairs, twice, torch.float32, tile
+        return cases if dropout else cases | {"matmul, adapters": lambda: grouped.grouped_wgrad(*some)}
     if verb == "gradstat":
         offsets = torch.empty(9, dtype=torch.int64, device="meta")
         return {"matmul": lambda: gradstat.gradstat(o.x, o.dy[0], offsets, tile)}
+    if verb == "gradstat_diagonal":
+        offsets, diagonal = torch.empty(9, dtype=torch.int64, device="meta"), _empty(1024, 1024, dtype=torch.float32)
+        return {"matmul": lambda: gradstat.gradstat(o.x, o.dy[0], offsets, tile, diagonal=diagonal)}
     if verb == "covariance":
-        return {"matmul": lambda: gradstat.covariance(o.x, tile)}
+        total, weight = _empty(1024, 1024, dtype=torch.float32), _empty(dtype=torch.float32)
+        return {
+            "matmul": lambda: gradstat.covariance(o.x, tile),
+            "matmul, added": lambda: gradstat.add_gram_(total, o.x, weight, tile),
+        }
     if verb == "expand":
         return {
             "y": lambda: linear_forward(False),
             "y, moments": lambda: linear_forward(True),
-            "dx": lambda: linear_backward(),
+            "dx": dx,
+            "y, moments, adapters": lambda: grouped.grouped_expand_(
+                o.dy, o.h, o.W, o.B * 2, *pairs, o.places, twice, True, tile
+            ),
+            "dx, adapters": lambda: grouped.grouped_linear_backward_(o.x, o.dh, o.A * 2, *pairs, tile),
         }
     if backward:
-        return {"dx" if verb.startswith("expand") else "matmul": lambda: linear_backward(**dropout)}
-    return {"matmul": lambda: linear_forward(False), "matmul, moments": lambda: linear_forward(True)}
+        return {"dx" if verb.startswith("expand") else "matmul": lambda: dx(**dropout)}
+    return {"matmul": lambda: linear_forward(verb == "linear_moments")}
 
 
 def compile_all(ranks: tuple[int, ...] = (8, 5, 64), verbs: tuple[str, ...] = ()) -> list[Row]:
@@ -175,7 +207,7 @@ def compile_all(ranks: tuple[int, ...] = (8, 5, 64), verbs: tuple[str, ...] = ()
             continue
         # The rank block of linear's kernels is fixed, so that only whether ranks are multiples of 8 changes their code.
         fixed = [rank for rank in ranks if rank <= 16] if verb.startswith(("linear", "expand")) else ranks
-        some = ranks[:1] if verb in ("gradstat", "covariance") else fixed
+        some = ranks[:1] if verb in ("gradstat", "gradstat_diagonal", "covariance") else fixed
         exact_only = verb.endswith("dropout") or verb == "expand"
         settings = [("bf16", rank) for rank in some]
         if kind == "fp32":
@@ -185,7 +217,7 @@ def compile_all(ranks: tuple[int, ...] = (8, 5, 64), verbs: tuple[str, ...] = ()
             for case, call in _cases(verb, entry.tile, operands).items():
                 first = rank == ranks[0] and precision != "tf32"
                 label = case if rank == ranks[0] else f"{case}, r = {rank}"
-                if "moments" in case and not first:
+                if ("moments" in case or verb == "linear_moments") and not first:
                     continue
 
                 def record(
@@ -207,7 +239,8 @@ def _row(verb: str, case: str, name: str, dtype: str, tile: TileConfig, compiled
     if name in ("reduce_kernel", "reduce_pairs_kernel", "moments_kernel"):
         verb, case = "reduce", "-"
     wide_copies = re.search(r"cp\.async\.cg\.shared\.global[^;]*0x10", text) is not None
-    return Row(verb, case, name, dtype, tile, registers, stack, shared, "wgmma" in text, wide_copies, resident)
+    tma = "cp.async.bulk.tensor" in text
+    return Row(verb, case, name, dtype, tile, registers, stack, shared, "wgmma" in text, wide_copies, tma, resident)
 
 
 def table(rows: list[Row]) -> str:
@@ -220,13 +253,13 @@ def table(rows: list[Row]) -> str:
         "Factors are fp32, r = 8 a projection and k = 8 probes unless said; fp32 is exact, tf32 where torch allows it.",
         "Written by `python -m fastlora.kernels.compile_report`.",
         "",
-        "| verb | case | dtype | tile | registers | stack | shared KiB | resident | wgmma | 16-byte async copies |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| verb | case | dtype | tile | registers | stack | shared KiB | resident | wgmma | 16-byte copies | TMA |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         t = row.tile
         tile = "-" if row.verb == "reduce" else f"{t.rows}x{t.columns}x{t.depth}, {t.warps}w, {t.stages}s"
-        flags = " | ".join("yes" if flag else "no" for flag in (row.wgmma, row.wide_copies))
+        flags = " | ".join("yes" if flag else "no" for flag in (row.wgmma, row.wide_copies, row.tma))
         case = row.kernel.removesuffix("_kernel") if row.verb == "reduce" else row.case
         lines.append(
             f"| {row.verb} | {case} | {row.dtype} | {tile} | {row.registers} | {row.stack} "

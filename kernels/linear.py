@@ -1,4 +1,4 @@
-"""Linear: y = x W^T + bias + s h B^T with the expand in the accumulator of the matmul, and dx = sum dy W + dh A."""
+"""Linear: y = x W^T + bias + s h B^T with the expand in the accumulator of the matmul."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import (
+    Segments,
     aligned,
     clear,
     even,
     find_tile,
-    keep_mask,
     launch,
     matmul_loop,
     opaque,
+    own_rows,
     pick,
     precision,
-    stacked_rows,
+    store_moments,
     swizzle,
+    table_row,
     unit_last,
 )
-from .tiling import TileConfig, choose_strategy, choose_tiles
+from .reduce import reduce_moments
+from .tiling import PROGRAMS, TileConfig, choose_strategy, choose_tiles
 
 
 class Projection(NamedTuple):
@@ -44,133 +47,136 @@ class Projection(NamedTuple):
     scale: float
 
 
-@triton.jit(do_not_specialize=["M"])
-def linear_kernel(
-    p_x, p_w, p_bias, p_h, p_b, p_y, p_sums, widths, strides_w, strides_b, strides_y, offsets, ranks, scales,
-    M, K, N, stride_x, stride_h, tiles_n,
-    EVEN_R: tl.constexpr, MATMUL: tl.constexpr, BIAS: tl.constexpr, MOMENTS: tl.constexpr, EVEN_K: tl.constexpr,
-    BAND: tl.constexpr,
+@triton.jit
+def linear_tile(
+    p_x, p_w, desc_x, desc_w, p_bias, p_h, p_b, p_y, p_sums, width, stride_w, stride_b, stride_y, offset, rank, scale,
+    i_m, o_m, m_m, o_first, o_entry, K, N, stride_x, stride_h,
+    MATMUL: tl.constexpr, BIAS: tl.constexpr, MOMENTS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one projection's y. Without MATMUL y holds x W^T + bias already and is updated in place."""
-    i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tiles_n, BAND)
-    i_entry, o_first, o_entry = find_tile(i_n, widths, BLOCK_N)
-    o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), o_first + tl.arange(0, BLOCK_N)
-    m_m, m_n = (o_m < M)[:, None], (o_n < pick(widths, i_entry))[None, :]
+    """Rows ``o_m`` and columns from ``o_first`` of one projection, whose weight, bias, B and y the pointers name."""
+    o_n = o_first + tl.arange(0, BLOCK_N)
+    m_n = (o_n < width)[None, :]
     o_row = o_m.to(tl.int64)[:, None]
     # The expand comes first: scaled in fp32 it becomes the start of the accumulator and needs no registers of its own.
-    rank = clear(pick(ranks, i_entry), EVEN_R)
-    p_rows_h = p_h + o_row * clear(stride_h[0], EVEN_R) + clear(pick(offsets, i_entry), EVEN_R)
-    p_rows_b = pick(p_b, i_entry) + o_n.to(tl.int64)[None, :] * clear(pick(strides_b, i_entry), EVEN_R)
+    p_rows_h = p_h + o_row * stride_h + offset
+    p_rows_b = p_b + o_n.to(tl.int64)[None, :] * stride_b
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r in tl.range(0, rank, BLOCK_R, num_stages=1):
         o_rank = r + tl.arange(0, BLOCK_R)
         b_h = tl.load(p_rows_h + o_rank[None, :], mask=m_m & (o_rank < rank)[None, :], other=0.0)
         b_b = tl.load(p_rows_b + o_rank[:, None], mask=m_n & (o_rank < rank)[:, None], other=0.0).to(b_h.dtype)
         b_acc = tl.dot(b_h, b_b, b_acc, input_precision=PRECISION)
-    b_acc *= pick(scales, i_entry)
-    p_tile = pick(p_y, i_entry) + o_row * pick(strides_y, i_entry) + o_n[None, :]
-    if MATMUL:
-        p_rows_w = pick(p_w, i_entry) + o_n.to(tl.int64)[None, :] * pick(strides_w, i_entry)
+    b_acc *= scale
+    if MATMUL and desc_x is None:
+        p_rows_w = p_w + o_n.to(tl.int64)[None, :] * stride_w
         b_acc = matmul_loop(b_acc, p_x + o_row * stride_x, p_rows_w, 1, m_m, m_n, K, EVEN_K, BLOCK_K, PRECISION)
-        if BIAS:
-            b_acc += tl.load(pick(p_bias, i_entry) + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
-    else:
+    elif MATMUL:
+        for k in tl.range(0, K, BLOCK_K):
+            b_x, b_w = desc_x.load([i_m * BLOCK_M, k]), desc_w.load([o_first, k])
+            b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, input_precision=PRECISION)
+    if BIAS:
+        b_acc += tl.load(p_bias + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
+    p_tile = p_y + o_row * stride_y + o_n[None, :]
+    if not MATMUL:
         b_acc += tl.load(p_tile, mask=m_m & m_n, other=0.0).to(tl.float32)
-    b_y = b_acc.to(p_y[0].dtype.element_ty)
+    b_y = b_acc.to(p_y.dtype.element_ty)
     tl.store(p_tile, b_y, mask=m_m & m_n)
     if MOMENTS:
-        rows = tl.minimum(M - i_m * BLOCK_M, BLOCK_M)
-        b_seen = tl.where(m_m, b_y.to(tl.float32), 0.0)
-        b_sum = tl.sum(b_seen, axis=0)
-        b_shifted = tl.where(m_m, b_seen - (b_sum / rows)[None, :], 0.0)
         p_sum = p_sums + i_m.to(tl.int64) * 2 * N + o_entry + o_n
-        m_sum = o_n < pick(widths, i_entry)
-        tl.store(p_sum, b_sum, mask=m_sum)
-        tl.store(p_sum + N, tl.sum(b_shifted * b_shifted, axis=0), mask=m_sum)
+        store_moments(p_sum, N, b_y.to(tl.float32), m_m, o_n < width)
 
 
 @triton.jit(do_not_specialize=["M"])
-def moments_kernel(
-    p_sums, p_out, widths, strides_out, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr
-):
-    """Column sums of y and y^2 in float64 from each row tile's sum and its squares about its own mean."""
-    i_entry, o_first, o_entry = find_tile(tl.program_id(0), widths, BLOCK_N)
-    o_n = o_first + tl.arange(0, BLOCK_N)
-    m_n = o_n < pick(widths, i_entry)
-    b_total = tl.zeros((TILES, BLOCK_N), tl.float64)
-    b_square = tl.zeros((TILES, BLOCK_N), tl.float64)
-    for i_first in tl.range(0, tl.cdiv(M, BLOCK_M), TILES):
-        o_tile = (i_first + tl.arange(0, TILES))[:, None]
-        m_sum = (o_tile * BLOCK_M < M) & m_n[None, :]
-        p_sum = p_sums + o_tile.to(tl.int64) * 2 * N + (o_entry + o_n)[None, :]
-        b_sum = tl.load(p_sum, mask=m_sum, other=0.0).to(tl.float64)
-        rows = tl.maximum(tl.minimum(M - o_tile * BLOCK_M, BLOCK_M), 1).to(tl.float64)
-        b_total += b_sum
-        b_square += tl.load(p_sum + N, mask=m_sum, other=0.0).to(tl.float64) + b_sum * b_sum / rows
-    p_tile = pick(p_out, i_entry) + o_n
-    tl.store(p_tile, tl.sum(b_total, axis=0), mask=m_n)
-    tl.store(p_tile + pick(strides_out, i_entry), tl.sum(b_square, axis=0), mask=m_n)
-
-
-@triton.jit(do_not_specialize=["M", "threshold"])
-def linear_backward_kernel(
-    p_dy, p_w, p_dh, p_a, p_dx, p_seed, widths, strides_dy, strides_w, strides_a, offsets, ends,
-    M, K, stride_dh, stride_dx, threshold, keep_scale,
-    EVEN_R: tl.constexpr, SOURCES: tl.constexpr, MASKED: tl.constexpr, ALIGNED: tl.constexpr, EVEN_N: tl.constexpr,
-    BAND: tl.constexpr,
+def linear_kernel(
+    p_x, p_w, p_bias, p_h, p_b, p_y, p_sums, widths, strides_w, strides_b, strides_y, offsets, ranks, scales, segments,
+    M, K, N, stride_x, stride_h, tiles_m, tiles_n,
+    EVEN_R: tl.constexpr, MATMUL: tl.constexpr, BIAS: tl.constexpr, MOMENTS: tl.constexpr, EVEN_K: tl.constexpr,
+    GATHER: tl.constexpr, TMA: tl.constexpr, BAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dx [M, K]: dh A (masked per projection), then the sum over SOURCES; without, dx is updated."""
-    i_m, i_n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), BAND)
-    o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m, m_n = (o_m < M)[:, None], (o_n < K)[None, :]
-    o_row = o_m.to(tl.int64)[:, None]
-    b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in tl.static_range(MASKED if MASKED > 0 else 1):
-        first = clear(offsets[i], EVEN_R)
-        end = clear(ends[i if MASKED > 0 else len(ends) - 1], EVEN_R)
-        b_part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for r in tl.range(first, end, BLOCK_R, num_stages=1):
-            o_rank = r + tl.arange(0, BLOCK_R)
-            m_rank = o_rank < end
-            b_dh = tl.load(
-                p_dh + o_row * clear(stride_dh[0], EVEN_R) + o_rank[None, :], mask=m_m & m_rank[None, :], other=0.0
-            )
-            p_rows = stacked_rows(p_a, offsets, strides_a, o_rank, ALIGNED)
-            b_a = tl.load(p_rows[:, None] + o_n[None, :], mask=m_n & m_rank[:, None], other=0.0).to(b_dh.dtype)
-            b_part = tl.dot(b_dh, b_a, b_part, input_precision=PRECISION)
-        if MASKED > 0:
-            m_keep = keep_mask(tl.load(p_seed), i, o_m, i_n * BLOCK_N, threshold, BLOCK_N)
-            b_part = tl.where(m_keep, b_part * keep_scale, 0.0)
-        b_acc += b_part
-    p_tile = p_dx + o_row * stride_dx + o_n[None, :]
-    if SOURCES > 0:
-        for j in tl.static_range(SOURCES):
-            b_acc = matmul_loop(b_acc, p_dy[j] + o_row * strides_dy[j], p_w[j] + o_n[None, :], strides_w[j], m_m, m_n,
-                                widths[j], EVEN_N, BLOCK_K, PRECISION)  # fmt: skip
+    """One tile of one projection's y, or with TMA every so many of them from a fixed number of programs.
+
+    Without MATMUL y holds x W^T + bias already and is updated in place. With ``segments`` a tile is rows of one
+    adapter, and its part of the packed factors ``p_b[0]`` stands in a table.
+    """
+    if TMA:
+        desc_x = tl.make_tensor_descriptor(p_x, [M, K], [stride_x, 1], [BLOCK_M, BLOCK_K])
+        i_next, o_entry = tl.program_id(0), 0
+        for i_entry in tl.range(0, len(widths), num_stages=1):
+            width, stride_w, p_weight = pick(widths, i_entry), pick(strides_w, i_entry), pick(p_w, i_entry)
+            desc_w = tl.make_tensor_descriptor(p_weight, [width, K], [stride_w, 1], [BLOCK_N, BLOCK_K])
+            own = tiles_m * tl.cdiv(width, BLOCK_N)
+            for i_tile in tl.range(i_next, own, tl.num_programs(0), num_stages=1, disable_licm=True):
+                i_m, i_n = swizzle(i_tile, tiles_m, tl.cdiv(width, BLOCK_N), BAND)
+                o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+                linear_tile(
+                    p_x, p_weight, desc_x, desc_w, pick(p_bias, i_entry), p_h, pick(p_b, i_entry), pick(p_y, i_entry),
+                    p_sums, width, stride_w, clear(pick(strides_b, i_entry), EVEN_R), pick(strides_y, i_entry),
+                    clear(pick(offsets, i_entry), EVEN_R), clear(pick(ranks, i_entry), EVEN_R), pick(scales, i_entry),
+                    i_m, o_m, (o_m < M)[:, None], i_n * BLOCK_N, o_entry, K, N, stride_x, clear(stride_h[0], EVEN_R),
+                    MATMUL, BIAS, MOMENTS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, PRECISION,
+                )  # fmt: skip
+            # The next projection's tiles go on where this one's ended, so that every program has as many.
+            i_next += tl.cdiv(tl.maximum(own - i_next, 0), tl.num_programs(0)) * tl.num_programs(0) - own
+            o_entry += width
+        return
+    i_m, i_n = swizzle(tl.program_id(0), tiles_m, tiles_n, BAND)
+    i_entry, o_first, o_entry = find_tile(i_n, widths, BLOCK_N)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < M
+    if segments is not None:
+        adapter = tl.load(segments[0] + 2 * i_m).to(tl.int64)
+        if adapter < 0:
+            return
+        o_m, m_m = own_rows(segments, i_m, GATHER, BLOCK_M)
+        i_pair = adapter * len(widths) + i_entry
+        first, rank, offset = table_row(segments[3], i_pair, 3, EVEN_R)
+        p_factor, stride_b, scale = p_b[0] + first, rank, tl.load(segments[4] + i_pair)
     else:
-        b_acc += tl.load(p_tile, mask=m_m & m_n, other=0.0).to(tl.float32)
-    tl.store(p_tile, b_acc.to(p_dx.dtype.element_ty), mask=m_m & m_n)
+        rank, offset = clear(pick(ranks, i_entry), EVEN_R), clear(pick(offsets, i_entry), EVEN_R)
+        p_factor, stride_b = pick(p_b, i_entry), clear(pick(strides_b, i_entry), EVEN_R)
+        scale = pick(scales, i_entry)
+    linear_tile(
+        p_x, pick(p_w, i_entry), None, None, pick(p_bias, i_entry), p_h, p_factor, pick(p_y, i_entry), p_sums,
+        pick(widths, i_entry), pick(strides_w, i_entry), stride_b, pick(strides_y, i_entry), offset, rank, scale,
+        i_m, o_m, m_m[:, None], o_first, o_entry, K, N, stride_x, clear(stride_h[0], EVEN_R),
+        MATMUL, BIAS, MOMENTS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, PRECISION,
+    )  # fmt: skip
 
 
-def expand(x: Tensor, h: Tensor, projections: Sequence[Projection], matmul: bool, tiles: TileConfig | None) -> None:
-    """Fill (``matmul``) or update every projection's y, and its moments where it has them."""
+def expand(
+    x: Tensor,
+    h: Tensor,
+    projections: Sequence[Projection],
+    matmul: bool,
+    tiles: TileConfig | None,
+    segments: Segments | None = None,
+) -> None:
+    """Fill (``matmul``) or update every projection's y, and its moments where it has them.
+
+    With ``segments`` every row gets its own adapter's part: B is then the packed [elements, 1] of all, and the moments
+    are [adapters, 2, N_i].
+    """
     M, K = x.shape
     widths = tuple(p.W.shape[0] for p in projections)
     ranks, strides_b = [p.B.shape[1] for p in projections], [p.B.stride(0) for p in projections]
     offsets = [p.offset for p in projections]
-    tiles = tiles or choose_tiles("linear" if matmul else "expand", M, sum(widths), K, max(ranks), x.dtype)
     moments = projections[0].moments is not None
-    tiles_m, tiles_n = triton.cdiv(M, tiles.rows), sum(triton.cdiv(width, tiles.columns) for width in widths)
+    verb = ("linear_moments" if moments else "linear") if matmul else "expand"
+    tiles = tiles or choose_tiles(verb, M, sum(widths), K, max(ranks), x.dtype)
+    tma = matmul and tiles.tma and aligned([x, *(p.W for p in projections)])
+    tiles_m = triton.cdiv(M, tiles.rows) if segments is None else segments.tiles.shape[0]
+    tiles_n = sum(triton.cdiv(width, tiles.columns) for width in widths)
     sums = torch.empty(tiles_m, 2, sum(widths), dtype=torch.float32, device=x.device) if moments else x
     biased = matmul and any(p.bias is not None for p in projections)
     bias = [p.W.new_zeros(p.W.shape[0]) if p.bias is None else p.bias for p in projections] if biased else [x]
+    own = even(ranks, strides_b, offsets) if segments is None else segments.even
     launch(
         linear_kernel,
-        (tiles_m * tiles_n,),
+        (min(tiles_m * tiles_n, PROGRAMS) if tma else tiles_m * tiles_n,),
         x,
         tuple(p.W for p in projections),
         tuple(bias),
@@ -185,17 +191,21 @@ def expand(x: Tensor, h: Tensor, projections: Sequence[Projection], matmul: bool
         opaque(offsets),
         opaque(ranks),
         tuple(float(p.scale) for p in projections),
+        None if segments is None else segments.tensors,
         M,
         K,
         sum(widths),
         x.stride(0),
         opaque([h.stride(0)]),
+        tiles_m,
         tiles_n,
-        EVEN_R=even(ranks, strides_b, offsets, [h.stride(0)]),
+        EVEN_R=own and h.stride(0) % 8 == 0,
         MATMUL=matmul,
         BIAS=biased,
         MOMENTS=moments,
         EVEN_K=K % tiles.depth == 0,
+        GATHER=segments is not None and segments.gather,
+        TMA=tma,
         BAND=tiles.band,
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.columns,
@@ -206,25 +216,8 @@ def expand(x: Tensor, h: Tensor, projections: Sequence[Projection], matmul: bool
         num_stages=tiles.stages,
     )
     if moments:
-        _finish_moments(sums, [p.moments for p in projections], M, tiles)
-
-
-def _finish_moments(sums: Tensor, moments: Sequence[Tensor], M: int, tiles: TileConfig) -> None:
-    widths, block = tuple(m.shape[1] for m in moments), 32
-    launch(
-        moments_kernel,
-        (sum(triton.cdiv(width, block) for width in widths),),
-        sums,
-        tuple(moments),
-        widths,
-        tuple(m.stride(0) for m in moments),
-        M,
-        sum(widths),
-        BLOCK_M=tiles.rows,
-        BLOCK_N=block,
-        TILES=32,
-        num_warps=4,
-    )
+        ranges = None if segments is None else segments.ranges
+        reduce_moments(sums, [p.moments for p in projections], M, tiles.rows, ranges)
 
 
 def _augmented(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, mine: Sequence[Projection], y: Tensor) -> None:
@@ -293,82 +286,3 @@ def linear(
     if strategy == "fused" or moments or (strategy == "library" and rank > 0):
         expand(x, h, projections, strategy == "fused", tiles)
     return y, sums
-
-
-def linear_backward(
-    dy: Sequence[Tensor],
-    W: Sequence[Tensor],
-    dh: Tensor,
-    A: Sequence[Tensor],
-    offsets: Sequence[int],
-    seed: Tensor | None = None,
-    threshold: int = 0,
-    keep_scale: float = 1.0,
-    strategy: str | None = None,
-    tiles: TileConfig | None = None,
-) -> Tensor:
-    """``dx = sum_j dy_j W_j + sum_i mask_i o (dh_i A_i)``: dy_j [M, N_j], W_j [N_j, K], A_i [r_i, K] -> dx [M, K].
-
-    The masks are dropout's with their ``keep_scale`` when a seed is given, 1 otherwise. A_i of one dtype.
-    """
-    dy, W, A = [unit_last(t) for t in dy], [unit_last(t) for t in W], [unit_last(t) for t in A]
-    M, K = dy[0].shape[0], W[0].shape[1]
-    if M == 0:
-        return dy[0].new_empty(M, K)
-    N = sum(w.shape[0] for w in W)
-    strategy = strategy or choose_strategy("backward", M, N, K, dh.shape[1], dh.dtype)
-    if strategy == "augmented" and seed is None and dh.shape[1] > 0:
-        return torch.cat([*dy, dh], dim=1) @ torch.cat([*W, torch.cat(list(A)).to(dh.dtype)])
-    if strategy == "fused":
-        dx = torch.empty(M, K, dtype=dy[0].dtype, device=dy[0].device)
-    else:
-        dx = torch.mm(dy[0], W[0])
-        for grad, w in zip(dy[1:], W[1:], strict=True):
-            dx.addmm_(grad, w)
-    if strategy == "fused" or dh.shape[1] > 0:
-        _launch_backward(dy if strategy == "fused" else [], W, dh, A, dx, offsets, seed, threshold, keep_scale, tiles)
-    return dx
-
-
-def _launch_backward(dy, W, dh, A, dx, offsets, seed, threshold, keep_scale, tiles):
-    """Fill dx from ``dy``, or add the adapters' part to it in place when ``dy`` is empty."""
-    M, K = dx.shape
-    widths = tuple(t.shape[1] for t in dy)
-    verb = ("linear_backward" if dy else "expand") + ("" if seed is None else "_dropout")
-    tiles = tiles or choose_tiles(verb, M, sum(widths), K, dh.shape[1], dx.dtype)
-    ends = [o + a.shape[0] for o, a in zip(offsets, A, strict=True)]
-    launch(
-        linear_backward_kernel,
-        (triton.cdiv(M, tiles.rows) * triton.cdiv(K, tiles.columns),),
-        tuple(dy) or (dx,),
-        tuple(W),
-        dh,
-        tuple(A),
-        dx,
-        dh if seed is None else seed,
-        widths or (0,),
-        tuple(t.stride(0) for t in dy) or (0,),
-        tuple(w.stride(0) for w in W),
-        tuple(a.stride(0) for a in A),
-        opaque(offsets),
-        opaque(ends),
-        M,
-        K,
-        opaque([dh.stride(0)]),
-        dx.stride(0),
-        threshold,
-        keep_scale,
-        EVEN_R=even(offsets, ends, [dh.stride(0)]),
-        SOURCES=len(dy),
-        MASKED=0 if seed is None else len(A),
-        ALIGNED=aligned(A),
-        EVEN_N=all(width % tiles.depth == 0 for width in widths),
-        BAND=tiles.band,
-        BLOCK_M=tiles.rows,
-        BLOCK_N=tiles.columns,
-        BLOCK_K=tiles.depth,
-        BLOCK_R=16,
-        PRECISION=precision(dx.dtype),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )

@@ -7,7 +7,9 @@ A group of projections reaches a kernel as tuples (pointers, widths, offsets); `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import nullcontext
+from contextvars import copy_context
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,7 +17,39 @@ import triton.language as tl
 from torch import Tensor
 
 
+class Segments(NamedTuple):
+    """What the kernels read of a batch whose rows belong to several adapters, all on their device.
+
+    tiles [tiles, 2]: adapter (-1: none) and first position of each; ranges [adapters, 2]: positions of its rows; order:
+    row at each position (empty: the position itself); table: where each adapter's factors lie; scales fp32. ``even``:
+    all numbers of the table are multiples of 8; ``widest``: most ranks of one of its rows.
+    """
+
+    tiles: Tensor
+    ranges: Tensor
+    order: Tensor
+    table: Tensor
+    scales: Tensor
+    even: bool
+    widest: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self[:5])
+
+    @property
+    def gather(self) -> bool:
+        return self.order.numel() > 0
+
+
+def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    if options.get("TMA"):
+        # The kernel builds its descriptors in memory that Triton asks for; the caller's own allocator stays as it is.
+        triton.set_allocator(_workspace)
     kernel[grid](*arguments, **options)
 
 
@@ -24,8 +58,14 @@ launcher: Callable[..., None] = _start
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Start ``kernel`` over ``grid``."""
-    launcher(kernel, grid, *arguments, **options)
+    """Start ``kernel`` over ``grid`` on the device of its first argument."""
+    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+    there = torch.cuda.device(first.device) if first.is_cuda else nullcontext()
+    with there:
+        if options.get("TMA"):
+            copy_context().run(launcher, kernel, grid, *arguments, **options)
+        else:
+            launcher(kernel, grid, *arguments, **options)
 
 
 def opaque(values: Sequence[int]) -> tuple[int, ...]:
@@ -101,6 +141,41 @@ def swizzle(i_tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     i_first = (i_tile // band) * GROUP
     rows = tl.minimum(tiles_m - i_first, GROUP)
     return i_first + (i_tile % band) % rows, (i_tile % band) // rows
+
+
+@triton.jit
+def own_rows(segments, i_tile, GATHER: tl.constexpr, BLOCK: tl.constexpr):
+    """(row numbers [BLOCK], which exist) of a tile of one adapter's rows; segments = (tiles, ranges, order, ...)."""
+    adapter = tl.load(segments[0] + 2 * i_tile).to(tl.int64)
+    o_position = tl.load(segments[0] + 2 * i_tile + 1).to(tl.int64) + tl.arange(0, BLOCK)
+    m_position = o_position < tl.load(segments[1] + 2 * adapter + 1)
+    if GATHER:
+        o_position = tl.load(segments[2] + o_position, mask=m_position, other=0)
+    return o_position, m_position
+
+
+@triton.jit
+def table_row(p_table, i_row, FIELDS: tl.constexpr, EVEN: tl.constexpr):
+    """The first three of FIELDS integers of a table's row; EVEN promises that all are multiples of 8."""
+    p_row = p_table + i_row * FIELDS
+    first, second, third = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
+    if EVEN:
+        first, second, third = tl.multiple_of(first, 8), tl.multiple_of(second, 8), tl.multiple_of(third, 8)
+    return first, second, third
+
+
+@triton.jit
+def store_moments(p_sum, stride, b_tile, m_row, m_column):
+    """Sums of a tile's columns, and of their squares about the column's own mean: p_sum [columns], then ``stride`` on.
+
+    b_tile [rows, columns] in fp32, m_row [rows, 1] says which rows exist.
+    """
+    rows = tl.maximum(tl.sum(tl.where(m_row, 1.0, 0.0), axis=0), 1.0)
+    b_seen = tl.where(m_row, b_tile, 0.0)
+    b_sum = tl.sum(b_seen, axis=0)
+    b_shifted = tl.where(m_row, b_seen - (b_sum / rows)[None, :], 0.0)
+    tl.store(p_sum, b_sum, mask=m_column)
+    tl.store(p_sum + stride, tl.sum(b_shifted * b_shifted, axis=0), mask=m_column)
 
 
 @triton.jit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,8 +63,67 @@ def reduce_pairs_kernel(p_partial, p_out, count, BLOCK: tl.constexpr):
     tl.store(p_out + i_run.to(tl.int64) * 2 + o_pair, b_total.to(p_out.dtype.element_ty))
 
 
-def reduce_pairs(partial: Tensor) -> Tensor:
-    """Sum of ``partial`` [runs, count, 2] over count: fp32 [runs, 2]."""
-    out = torch.empty(partial.shape[0], 2, dtype=torch.float32, device=partial.device)
+def reduce_pairs(partial: Tensor, out: Tensor) -> None:
+    """Sum ``partial`` [runs, count, 2] over count into fp32 ``out`` [runs, 2]."""
     launch(reduce_pairs_kernel, (partial.shape[0],), partial, out, partial.shape[1], BLOCK=256, num_warps=4)
-    return out
+
+
+@triton.jit(do_not_specialize=["M"])
+def moments_kernel(
+    p_sums, p_out, p_ranges, widths, strides_out, M, N,
+    ADAPTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Column sums and sums of squares in float64 from each row tile's sum and its squares about its own mean.
+
+    ADAPTERS: 0, or the power of two that holds the number of ``p_ranges``; their tiles follow one another.
+    """
+    i_entry, o_first, o_entry = find_tile(tl.program_id(0), widths, BLOCK_N)
+    o_n = o_first + tl.arange(0, BLOCK_N)
+    m_n = o_n < pick(widths, i_entry)
+    adapter, i_before, own = tl.program_id(1).to(tl.int64), tl.zeros((), tl.int64), M.to(tl.int64)
+    if ADAPTERS > 0:
+        o_adapter = tl.arange(0, ADAPTERS)
+        m_before = o_adapter < adapter
+        p_pair = p_ranges + 2 * o_adapter
+        length = tl.load(p_pair + 1, mask=m_before, other=0) - tl.load(p_pair, mask=m_before, other=0)
+        i_before = tl.sum(tl.cdiv(length, BLOCK_M))
+        own = tl.load(p_ranges + 2 * adapter + 1) - tl.load(p_ranges + 2 * adapter)
+    b_total = tl.zeros((TILES, BLOCK_N), tl.float64)
+    b_square = tl.zeros((TILES, BLOCK_N), tl.float64)
+    for i_first in tl.range(0, tl.cdiv(own, BLOCK_M).to(tl.int32), TILES):
+        o_tile = (i_first + tl.arange(0, TILES)).to(tl.int64)[:, None]
+        m_sum = (o_tile * BLOCK_M < own) & m_n[None, :]
+        p_sum = p_sums + (i_before + o_tile) * 2 * N + (o_entry + o_n)[None, :]
+        b_sum = tl.load(p_sum, mask=m_sum, other=0.0).to(tl.float64)
+        rows = tl.maximum(tl.minimum(own - o_tile * BLOCK_M, BLOCK_M), 1).to(tl.float64)
+        b_total += b_sum
+        b_square += tl.load(p_sum + N, mask=m_sum, other=0.0).to(tl.float64) + b_sum * b_sum / rows
+    stride_out = pick(strides_out, i_entry)
+    p_tile = pick(p_out, i_entry) + adapter * 2 * stride_out + o_n
+    tl.store(p_tile, tl.sum(b_total, axis=0), mask=m_n)
+    tl.store(p_tile + stride_out, tl.sum(b_square, axis=0), mask=m_n)
+
+
+def reduce_moments(sums: Tensor, outputs: Sequence[Tensor], M: int, block: int, ranges: Tensor | None = None) -> None:
+    """Fill float64 outputs [2, N_i] from ``sums`` [tiles, 2, sum N_i] of row tiles of height ``block``.
+
+    With ``ranges`` [adapters, 2] the outputs are [adapters, 2, N_i] and each sums its own tiles.
+    """
+    widths, columns = tuple(m.shape[-1] for m in outputs), 32
+    adapters = 0 if ranges is None else ranges.shape[0]
+    launch(
+        moments_kernel,
+        (sum(triton.cdiv(width, columns) for width in widths), max(adapters, 1)),
+        sums,
+        tuple(outputs),
+        sums if ranges is None else ranges,
+        widths,
+        tuple(m.stride(-2) for m in outputs),
+        M,
+        sum(widths),
+        ADAPTERS=triton.next_power_of_2(adapters) if adapters else 0,
+        BLOCK_M=block,
+        BLOCK_N=columns,
+        TILES=32,
+        num_warps=4,
+    )

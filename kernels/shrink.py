@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import (
+    Segments,
     aligned,
     block_rank,
     clear,
@@ -17,46 +18,67 @@ from .primitives import (
     keep_mask,
     launch,
     opaque,
+    own_rows,
     pick,
     precision,
     stacked_rows,
+    store_moments,
+    table_row,
     unit_last,
 )
-from .reduce import reduce_partials
+from .reduce import reduce_moments, reduce_partials
 from .tiling import TileConfig, choose_split, choose_tiles
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def shrink_kernel(
-    p_x, p_factors, p_out, p_seed, widths, strides_x, strides_factor, offsets, ends, scales,
+    p_x, p_factors, p_out, p_seed, p_sums, widths, strides_x, strides_factor, offsets, ends, scales, segments,
     M, total, threshold,
-    SHARED: tl.constexpr, MASKED: tl.constexpr, EVEN_R: tl.constexpr, ALIGNED: tl.constexpr, EVEN_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, MASKED: tl.constexpr, MOMENTS: tl.constexpr, GATHER: tl.constexpr,
+    EVEN_R: tl.constexpr, ALIGNED: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """SHARED: one x and all factors stacked, rows of the first MASKED factors see their own dropout of x.
 
-    Else factor i multiplies its own x_i, scaled by scales[i]. ``total`` is the number of columns of h.
+    Else factor i multiplies its own x_i, scaled by scales[i]. ``total`` is the number of columns of h. MOMENTS leaves
+    each tile's column sums of x, and of its squares about their mean, in p_sums. With ``segments`` a tile is rows of
+    one adapter, and its part of the packed ``p_factors[0]`` stands in a table.
     """
-    i_split = tl.program_id(2)
+    # Rank blocks of the same rows are neighbours: the second finds x in the cache.
+    columns = BLOCKS if SHARED else BLOCKS * len(widths)
+    i_m, i_column, i_split = tl.program_id(0) // columns, tl.program_id(0) % columns, tl.program_id(1)
     stride_out = clear(total[0], EVEN_R)
-    i_entry = 0 if SHARED else tl.program_id(1) // BLOCKS
-    o_block = (tl.program_id(1) % BLOCKS) * BLOCK_R
-    if SHARED:
-        o_rank = o_block + tl.arange(0, BLOCK_R)
-        m_rank = o_rank < stride_out
+    i_entry = i_column * 0 if SHARED else i_column // BLOCKS
+    o_block = (i_column % BLOCKS) * BLOCK_R
+    o_own = o_block + tl.arange(0, BLOCK_R)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < M
+    stride_depth = 1
+    if segments is not None:
+        adapter = tl.load(segments[0] + 2 * i_m).to(tl.int64)
+        if adapter < 0:
+            return
+        i_pair = adapter * (1 if SHARED else len(widths)) + i_entry
+        first, rank, offset = table_row(segments[3], i_pair, 3, EVEN_R)
+        if o_block >= rank:
+            return
+        o_m, m_m = own_rows(segments, i_m, GATHER, BLOCK_M)
+        o_rank, m_rank, scale = offset + o_own, o_own < rank, tl.load(segments[4] + i_pair)
+        p_rows = p_factors[0] + first + o_own
+        if SHARED:
+            p_rows = p_factors[0] + (first + o_own) * strides_factor[0]
+        else:
+            stride_depth = rank
+    elif SHARED:
+        o_rank, m_rank, scale = o_own, o_own < stride_out, scales[0]
         p_rows = stacked_rows(p_factors, offsets, strides_factor, o_rank, ALIGNED)
-        stride_depth = 1
     else:
-        o_own = o_block + tl.arange(0, BLOCK_R)
         o_rank = clear(pick(offsets, i_entry), EVEN_R) + o_own
-        m_rank = o_rank < clear(pick(ends, i_entry), EVEN_R)
+        m_rank, scale = o_rank < clear(pick(ends, i_entry), EVEN_R), pick(scales, i_entry)
         p_rows = pick(p_factors, i_entry) + o_own
         stride_depth = clear(pick(strides_factor, i_entry), EVEN_R)
     K = pick(widths, i_entry)
     part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < M
     p_rows_x = pick(p_x, i_entry) + o_m.to(tl.int64)[:, None] * pick(strides_x, i_entry)
     b_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if MASKED > 0:
@@ -68,6 +90,9 @@ def shrink_kernel(
             m_x, m_f = m_x & (o_k < K)[None, :], m_f & (o_k < K)[:, None]
         b_x = tl.load(p_rows_x + o_k[None, :], mask=m_x, other=0.0)
         b_f = tl.load(p_rows[None, :] + o_k[:, None].to(tl.int64) * stride_depth, mask=m_f, other=0.0).to(b_x.dtype)
+        if MOMENTS:
+            p_sum = p_sums + i_m.to(tl.int64) * 2 * K + o_k
+            store_moments(p_sum, K, b_x.to(tl.float32), m_m[:, None], (o_k < K) & (o_block == 0))
         if MASKED > 0:
             for i in tl.static_range(MASKED):
                 m_own = (o_rank >= clear(offsets[i])) & (o_rank < clear(ends[i]))
@@ -78,47 +103,73 @@ def shrink_kernel(
             b_f = tl.where((o_rank >= clear(ends[MASKED - 1]))[None, :], b_f, 0.0)
         b_acc = tl.dot(b_x, b_f, b_acc, input_precision=PRECISION)
     if MASKED > 0:
-        b_acc *= tl.where(o_rank < clear(ends[MASKED - 1]), scales[0], 1.0)[None, :]
+        b_acc *= tl.where(o_rank < clear(ends[MASKED - 1]), scale, 1.0)[None, :]
     elif not SHARED:
-        b_acc *= pick(scales, i_entry)
+        b_acc *= scale
     p_tile = p_out + (i_split.to(tl.int64) * M + o_m)[:, None] * stride_out + o_rank[None, :]
     tl.store(p_tile, b_acc.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_rank[None, :])
 
 
-def _run(x, factors, out, seed, offsets, scales, shared, masked, threshold, tiles):
-    """Launch over ``x`` (one a factor, or one for all) and finish a split sum into ``out`` [M, R]."""
+def run(
+    x: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    out: Tensor,
+    offsets: Sequence[int],
+    scales: Sequence[float],
+    shared: bool,
+    tiles: TileConfig | None = None,
+    seed: Tensor | None = None,
+    masked: int = 0,
+    threshold: int = 0,
+    moments: Tensor | None = None,
+    segments: Segments | None = None,
+) -> None:
+    """Launch over ``x`` (one a factor, or one for all) and finish a split sum into ``out`` [M, R].
+
+    With ``segments`` there is one factor, the packed [rows or elements, K or 1] of all adapters, and no split: how a
+    row is summed must not depend on the rest of the batch.
+    """
     M, total = out.shape
     strides = tuple(f.stride(0) for f in factors)
     ranks = [f.shape[0] if shared else f.shape[1] for f in factors]
     widths = tuple(t.shape[1] for t in x)
-    tiles = tiles or choose_tiles("shrink_dropout" if masked else "shrink", M, 0, max(widths), total, x[0].dtype)
-    widest = total if shared else max(ranks)
-    block = block_rank(widest)
-    blocks = triton.cdiv(widest, block)
-    grid = (triton.cdiv(M, tiles.rows), blocks * len(x))
+    plain = "shrink" if moments is None else "shrink_moments"
+    verb = "grouped_shrink" if segments else "shrink_dropout" if masked else plain
+    tiles = tiles or choose_tiles(verb, M, 0, max(widths), total, x[0].dtype)
+    widest = segments.widest if segments else total if shared else max(ranks)
+    block = block_rank(widest) if segments is None else tiles.columns
+    blocks = max(1, triton.cdiv(widest, block))
+    tiles_m = triton.cdiv(M, tiles.rows) if segments is None else segments.tiles.shape[0]
+    programs = tiles_m * blocks * (1 if shared else len(x))
     # Columns that no factor covers keep the caller's zeros, so they may not pass through a sum of partials.
-    covered = sum(ranks) == total
-    split = choose_split(grid[0] * grid[1], triton.cdiv(min(widths), tiles.depth)) if covered else 1
+    covered = sum(ranks) == total and segments is None
+    split = choose_split(programs, triton.cdiv(min(widths), tiles.depth)) if covered else 1
     target = out if split == 1 else torch.empty(split, M, total, dtype=torch.float32, device=out.device)
+    sums = x[0] if moments is None else torch.empty(tiles_m, 2, widths[0], dtype=torch.float32, device=out.device)
+    own = even(offsets, ranks, () if shared else strides) if segments is None else segments.even
     launch(
         shrink_kernel,
-        (*grid, split),
+        (programs, split),
         tuple(x),
         tuple(factors),
         target,
         seed if masked else x[0],
+        sums,
         widths,
         tuple(t.stride(0) for t in x),
         strides if shared else opaque(strides),
         opaque(offsets),
         opaque([o + r for o, r in zip(offsets, ranks, strict=True)]),
         tuple(float(s) for s in scales),
+        None if segments is None else segments.tensors,
         M,
         opaque([total]),
         threshold,
         SHARED=shared,
         MASKED=masked,
-        EVEN_R=even([total], offsets, ranks) and (shared or even(strides)),
+        MOMENTS=moments is not None,
+        GATHER=segments is not None and segments.gather,
+        EVEN_R=own and total % 8 == 0,
         ALIGNED=shared and aligned(factors),
         EVEN_K=all(width % tiles.depth == 0 for width in widths),
         SPLIT=split,
@@ -132,6 +183,8 @@ def _run(x, factors, out, seed, offsets, scales, shared, masked, threshold, tile
     )
     if split > 1:
         reduce_partials(target.view(split, -1), [out], [1.0])
+    if moments is not None:
+        reduce_moments(sums, [moments], M, tiles.rows)
 
 
 def shrink(
@@ -141,20 +194,24 @@ def shrink(
     seed: Tensor | None = None,
     threshold: int = 0,
     keep_scale: float = 1.0,
+    moments: Tensor | None = None,
     tiles: TileConfig | None = None,
 ) -> Tensor:
     """``h = x [F_0; F_1; ...]^T``: x [M, K], F_i [r_i, K] of one dtype -> h [M, sum r_i] in x's dtype.
 
     With a seed each factor but the last ``probes`` sees x under its own dropout mask, scaled by ``keep_scale``.
+    ``moments``: float64 [2, K], filled in the same pass with the sums of the columns of x and of their squares.
     """
     x, factors = unit_last(x), [unit_last(f) for f in factors]
     ranks = [f.shape[0] for f in factors]
     h = torch.empty(x.shape[0], sum(ranks), dtype=x.dtype, device=x.device)
-    if h.numel() == 0:
-        return h
+    if moments is not None and x.numel() == 0:
+        moments.zero_()
+    if x.numel() == 0 or (moments is None and h.numel() == 0):
+        return h.zero_()
     offsets = [sum(ranks[:i]) for i in range(len(ranks))]
     masked = 0 if seed is None else len(factors) - probes
-    _run([x], factors, h, seed, offsets, [keep_scale], True, masked, threshold, tiles)
+    run([x], factors, h, offsets, [keep_scale], True, tiles, seed, masked, threshold, moments)
     return h
 
 
@@ -177,5 +234,5 @@ def shrink_backward(
     if dh.numel() == 0 or not live:
         return dh
     wide, factors = [unit_last(dy[i]) for i in live], [unit_last(B[i]) for i in live]
-    _run(wide, factors, dh, None, [offsets[i] for i in live], [scales[i] for i in live], False, 0, 0, tiles)
+    run(wide, factors, dh, [offsets[i] for i in live], [scales[i] for i in live], False, tiles)
     return dh

@@ -1,13 +1,14 @@
-"""The only block sizes and the only choice of strategy. No GPU has measured them yet: each entry argues its reason.
+"""The only block sizes and the only choice of strategy: what a GPU has measured, and where none has, an argued entry.
 
 Registers and shared memory in the reasons are those of ``benchmarks/results/triton_compile_sm90.md``, which
 ``python -m fastlora.kernels.compile_report`` writes; a multiprocessor of sm_90 has 65,536 registers and 227 KiB. Where
 no reason says otherwise, a neighbour with fewer warps or a deeper step spills at some rank that the report compiles.
-``benchmarks/device/sweep.py`` times every entry and its neighbours.
+``python -m device.sweep --write`` (in ``benchmarks``) times every entry and its neighbours and fills ``MEASURED``.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ class TileConfig(NamedTuple):
     """Tile of the output (rows x columns), step along the sum, warps, pipeline stages, row tiles in a band.
 
     shrink takes its columns from the ranks, and so does wgrad its rows: there ``columns`` is a width of x or dy.
+    ``tma``: operands come through TMA descriptors into a fixed number of programs, where rows are 16-byte aligned.
     """
 
     rows: int
@@ -31,6 +33,7 @@ class TileConfig(NamedTuple):
     warps: int
     stages: int
     band: int = 8
+    tma: bool = False
 
 
 class Entry(NamedTuple):
@@ -53,11 +56,28 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("shrink", "fp32"): (Entry(TileConfig(32, 0, 64, 4, 3), 0, _FFMA),),
     ("shrink_dropout", "half"): (Entry(TileConfig(32, 0, 32, 4, 3), 0, _PHILOX),),
     ("shrink_dropout", "fp32"): (Entry(TileConfig(16, 0, 32, 4, 2), 0, _PHILOX),),
+    ("shrink_moments", "half"): (Entry(TileConfig(64, 0, 64, 4, 4), 0, "as shrink"),),
+    ("shrink_moments", "fp32"): (Entry(TileConfig(32, 0, 32, 4, 3), 0, _FFMA),),
+    # Columns are ranks here; one entry, since how a row is summed may not depend on the other rows of its batch.
+    ("grouped_shrink", "half"): (Entry(TileConfig(32, 32, 64, 4, 4), 0, "as shrink; padding at most 31 ranks"),),
+    ("grouped_shrink", "fp32"): (Entry(TileConfig(32, 32, 32, 4, 3), 0, _FFMA),),
     ("linear", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "few rows: twice the programs of the next, one warpgroup each"),
         Entry(TileConfig(128, 128, 64, 8, 4), 8192, "64 sums a thread; 4 stages hold 128 KiB of operands"),
-        Entry(TileConfig(128, 256, 64, 8, 3), 0, "128 sums a thread: most work per byte of shared memory that fits"),
+        Entry(
+            TileConfig(128, 256, 64, 8, 4, tma=True),
+            0,
+            "many tiles a program: pays for its descriptors, and copies need no addresses, so that a fourth stage fits",
+        ),
     ),
+    ("linear_moments", "half"): (
+        Entry(TileConfig(64, 128, 64, 4, 4), 1024, "as linear"),
+        Entry(TileConfig(128, 128, 64, 8, 4), 8192, "as linear"),
+        Entry(
+            TileConfig(128, 256, 64, 8, 3), 0, "the persistent schedule spills with the moments of 128 sums a thread"
+        ),
+    ),
+    ("linear_moments", "fp32"): (Entry(TileConfig(64, 64, 16, 8, 3), 0, _FFMA),),
     ("linear", "fp32"): (Entry(TileConfig(64, 64, 16, 8, 3), 0, _FFMA),),
     ("linear_backward", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "as linear"),
@@ -85,20 +105,66 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
         Entry(TileConfig(128, 256, 64, 8, 3), 0, "long runs: the largest tile, as for a weight gradient"),
     ),
     ("gradstat", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
+    ("gradstat_diagonal", "half"): (
+        Entry(TileConfig(128, 128, 64, 8, 3), 0, "two sums an entry: half of gradstat's largest tile"),
+    ),
+    ("gradstat_diagonal", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
     ("covariance", "half"): (Entry(TileConfig(128, 128, 64, 8, 3), 0, "square, as a tile is stored twice"),),
     ("covariance", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
 }
 
 
+class Measurement(NamedTuple):
+    """The fastest tile, or strategy, of a sweep at one size, and its milliseconds on a GPU."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    choice: TileConfig | str
+    milliseconds: float
+    device: str
+
+    def distance(self, *size: int) -> float:
+        """How far away a size is, in powers of two; a dimension that does not count is 0."""
+        pairs = zip(self[:4], size, strict=True)
+        return sum(abs(math.log2(mine / other)) for mine, other in pairs if mine > 0 and other > 0)
+
+
+# Verb, or "forward" and "backward" for the strategies, and precision -> measurements.
+# begin measured
+MEASURED: dict[tuple[str, str], tuple[Measurement, ...]] = {}
+# end measured
+
+
+def _measured(verb: str, kind: str, *size: int) -> TileConfig | str | None:
+    """The choice of the nearest measurement."""
+    found = MEASURED.get((verb, kind), ())
+    return min(found, key=lambda m: m.distance(*size)).choice if found else None
+
+
 def choose_tiles(verb: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> TileConfig:
-    """The tile for a verb at a size: M rows (for gradstat, of the longest run), N outputs, K inputs, R ranks."""
-    entries = _TABLE[verb, "fp32" if dtype == torch.float32 else "half"]
-    return next(e.tile for e in entries if e.most_rows == 0 or e.most_rows >= M)
+    """The tile for a verb at a size: M rows (for gradstat, of the longest run), N outputs, K inputs, R ranks.
+
+    The nearest measurement decides, by the logarithms of the sizes; the argued table where nothing was measured.
+    """
+    kind = "fp32" if dtype == torch.float32 else "half"
+    measured = _measured(verb, kind, M, N, K, R)
+    if measured is not None:
+        return measured
+    return next(e.tile for e in _TABLE[verb, kind] if e.most_rows == 0 or e.most_rows >= M)
 
 
 def committed() -> list[tuple[str, str, Entry]]:
-    """Every entry of the table: (verb, precision, entry)."""
-    return [(verb, kind, entry) for (verb, kind), entries in _TABLE.items() for entry in entries]
+    """Every entry of the table and every measured tile: (verb, precision, entry)."""
+    argued = [(verb, kind, entry) for (verb, kind), entries in _TABLE.items() for entry in entries]
+    tiles = {
+        (verb, kind, m.choice): f"{m.milliseconds:.4f} ms on {m.device}"
+        for (verb, kind), found in MEASURED.items()
+        for m in found
+        if isinstance(m.choice, TileConfig)
+    }
+    return argued + [(verb, kind, Entry(tile, 0, reason)) for (verb, kind, tile), reason in tiles.items()]
 
 
 def choose_split(programs: int, steps: int, waves: int = 1) -> int:
@@ -113,10 +179,14 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     """How ``linear`` ("forward" or "backward") runs: "fused", "library" (cuBLAS, then expand) or "augmented".
 
     Fusing saves a read and a write of the output. From the roofline, at width 768 the fused matmul pays from 0.69 of
-    cuBLAS's speed in the forward and 0.88 in the backward, at 4096 from 0.92 and 0.95. Kernels of this kind (pointers,
-    no TMA) are commonly seen at 0.7 to 0.85 of it: so fused up to 1024 columns, the library's matmul above. In exact
-    fp32 the library's tuned kernels win. "augmented" copies W at every call: never the default.
+    cuBLAS's speed in the forward and 0.88 in the backward, at 4096 from 0.92 and 0.95. Kernels of this kind are
+    commonly seen at 0.7 to 0.85 of it by pointers, 0.85 to 0.95 persistent with TMA: so fused up to 1024 columns, the
+    library's matmul above. In exact fp32 the library's tuned kernels win. "augmented" copies W at every call: never the
+    default.
     """
+    measured = _measured(direction, "fp32" if dtype == torch.float32 else "half", M, N, K, R)
+    if measured is not None:
+        return measured
     if dtype == torch.float32:
         return "library"
     return "fused" if K <= 1024 and (direction == "forward" or M <= 8192) else "library"

@@ -10,7 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import block_rank, clear, even, find_tile, keep_mask, launch, opaque, pick, precision, unit_last
+from .primitives import (
+    Segments,
+    block_rank,
+    clear,
+    even,
+    find_tile,
+    keep_mask,
+    launch,
+    opaque,
+    pick,
+    precision,
+    table_row,
+    unit_last,
+)
 from .reduce import reduce_partials
 from .tiling import TileConfig, choose_split, choose_tiles
 
@@ -35,28 +48,53 @@ class Product(NamedTuple):
 @triton.jit(do_not_specialize=["M", "rows", "total", "threshold"])
 def wgrad_kernel(
     p_wide, p_skinny, p_partial, p_seed, widths, strides_wide, strides_skinny, firsts, ranks, probes,
-    regions, strides_column, strides_rank, probe_regions, masks, M, rows, total, first_probe, threshold,
-    EVEN_R: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    regions, strides_column, strides_rank, probe_regions, masks, segments, M, rows, total, first_probe, threshold,
+    EVEN_R: tl.constexpr, MASKED: tl.constexpr, GATHER: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial ``wide^T skinny`` over ``rows`` rows; MASKED projections, ending at ``masks``, see their own dropout."""
+    """Partial ``wide^T skinny`` over ``rows`` rows; MASKED projections, ending at ``masks``, see their own dropout.
+
+    With ``segments`` over a SPLIT-th of one adapter's rows; where its product lies stands in a table of 8 numbers.
+    """
     i_entry, o_first, _ = find_tile(tl.program_id(0), widths, BLOCK_N)
     o_rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    rank, probe = clear(pick(ranks, i_entry), EVEN_R), clear(pick(probes, i_entry), EVEN_R)
+    i_part, scale = tl.program_id(2), 1.0
+    if segments is not None:
+        adapter, i_part = (i_part // SPLIT).to(tl.int64), i_part % SPLIT
+        i_product = adapter * len(widths) + i_entry
+        p_product, scale = segments[3] + i_product * 8, tl.load(segments[4] + i_product)
+        o_factor, rank, probe = table_row(segments[3], i_product, 8, EVEN_R)
+        region, stride_column = tl.load(p_product + 3), tl.load(p_product + 4)
+        stride_rank, probe_region, o_probes = tl.load(p_product + 5), tl.load(p_product + 6), tl.load(p_product + 7)
+        if EVEN_R:
+            o_probes = tl.multiple_of(o_probes, 8)
+        begin, end = tl.load(segments[1] + 2 * adapter), tl.load(segments[1] + 2 * adapter + 1)
+        own = tl.cdiv(tl.cdiv(end - begin, SPLIT), BLOCK_M) * BLOCK_M
+        first = begin + i_part * own
+        last = tl.minimum(first + own, end)
+    else:
+        o_factor, rank = clear(pick(firsts, i_entry), EVEN_R), clear(pick(ranks, i_entry), EVEN_R)
+        probe, o_probes = clear(pick(probes, i_entry), EVEN_R), clear(first_probe[0], EVEN_R)
+        region, probe_region = clear(pick(regions, i_entry)), clear(pick(probe_regions, i_entry))
+        stride_column, stride_rank = clear(pick(strides_column, i_entry)), clear(pick(strides_rank, i_entry))
+        first = i_part * rows
+        last = tl.minimum(first + rows, M)
     if tl.program_id(1) * BLOCK_R >= rank + probe:
         return
     o_n = o_first + tl.arange(0, BLOCK_N)
     m_n, m_rank = o_n < pick(widths, i_entry), o_rank < rank + probe
-    o_skinny = clear(pick(firsts, i_entry), EVEN_R) + o_rank
-    o_skinny = tl.where(o_rank < rank, o_skinny, clear(first_probe[0], EVEN_R) + o_rank - rank)
+    o_skinny = tl.where(o_rank < rank, o_factor + o_rank, o_probes + o_rank - rank)
     p_columns = pick(p_wide, i_entry) + o_n[None, :]
     p_ranks = pick(p_skinny, i_entry) + o_skinny[None, :]
     stride_wide, stride_skinny = pick(strides_wide, i_entry), clear(pick(strides_skinny, i_entry), EVEN_R)
-    first = tl.program_id(2) * rows
     b_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for m in tl.range(first, tl.minimum(first + rows, M), BLOCK_M):
+    for m in tl.range(first, last, BLOCK_M):
         o_m = m + tl.arange(0, BLOCK_M)
-        m_m, o_row = (o_m < M)[:, None], o_m.to(tl.int64)[:, None]
+        m_m = (o_m < last)[:, None]
+        if GATHER:
+            o_m = tl.load(segments[2] + o_m, mask=o_m < last, other=0)
+        o_row = o_m.to(tl.int64)[:, None]
         b_wide = tl.load(p_columns + o_row * stride_wide, mask=m_m & m_n[None, :], other=0.0)
         b_skinny = tl.load(p_ranks + o_row * stride_skinny, mask=m_m & m_rank[None, :], other=0.0)
         if MASKED > 0:
@@ -68,28 +106,47 @@ def wgrad_kernel(
                 b_acc = tl.dot(tl.trans(b_seen), b_own, b_acc, input_precision=PRECISION)
         else:
             b_acc = tl.dot(tl.trans(b_wide), b_skinny, b_acc, input_precision=PRECISION)
+    if segments is not None:
+        b_acc *= tl.where(o_rank < rank, scale, 1.0)[None, :]
     o_column = o_n.to(tl.int64)[:, None]
-    o_out = clear(pick(regions, i_entry)) + o_column * clear(pick(strides_column, i_entry))
-    o_out += o_rank[None, :] * clear(pick(strides_rank, i_entry))
-    o_probe = clear(pick(probe_regions, i_entry)) + o_column * probe + o_rank[None, :] - rank
+    o_out = region + o_column * stride_column + o_rank[None, :] * stride_rank
+    o_probe = probe_region + o_column * probe + o_rank[None, :] - rank
     o_out = tl.where((o_rank < rank)[None, :], o_out, o_probe)
-    p_out = p_partial + tl.program_id(2).to(tl.int64) * total
+    p_out = p_partial + i_part.to(tl.int64) * total
     tl.store(p_out + o_out, b_acc, mask=m_n[:, None] & m_rank[None, :])
 
 
-def _run(products, partial, rows, first_probe, seed, masks, threshold, tiles):
-    """Launch over ``products``, into ``partial`` [splits, total]."""
+def run(
+    products: Sequence[Product],
+    partial: Tensor,
+    rows: int,
+    tiles: TileConfig,
+    first_probe: int = 0,
+    masks: Sequence[int] = (0,),
+    seed: Tensor | None = None,
+    threshold: int = 0,
+    segments: Segments | None = None,
+) -> None:
+    """Launch over ``products``, ``rows`` rows a program, into ``partial`` [splits, total].
+
+    With ``segments`` each program takes one of ``splits`` parts of one adapter's rows; of a product only the tensors
+    count then.
+    """
     if not products:
         return
-    M = products[0].wide.shape[0]
     widths = tuple(p.wide.shape[1] for p in products)
-    widest = max(p.ranks + p.probes for p in products)
-    block = block_rank(widest)
+    widest = max(p.ranks + p.probes for p in products) if segments is None else segments.widest
+    block, parts = (block_rank(widest) if segments is None else 32), partial.shape[0]
     numbers = [number for p in products for number in (p.first, p.ranks, p.probes)]
     strides_skinny = [p.skinny.stride(0) for p in products]
+    own = even(numbers, [first_probe]) if segments is None else segments.even
     launch(
         wgrad_kernel,
-        (sum(triton.cdiv(w, tiles.columns) for w in widths), triton.cdiv(widest, block), partial.shape[0]),
+        (
+            sum(triton.cdiv(w, tiles.columns) for w in widths),
+            triton.cdiv(widest, block),
+            parts if segments is None else parts * segments.ranges.shape[0],
+        ),
         tuple(p.wide for p in products),
         tuple(p.skinny for p in products),
         partial,
@@ -97,21 +154,18 @@ def _run(products, partial, rows, first_probe, seed, masks, threshold, tiles):
         widths,
         tuple(p.wide.stride(0) for p in products),
         opaque(strides_skinny),
-        opaque([p.first for p in products]),
-        opaque([p.ranks for p in products]),
-        opaque([p.probes for p in products]),
-        opaque([p.region for p in products]),
-        opaque([p.strides[0] for p in products]),
-        opaque([p.strides[1] for p in products]),
-        opaque([p.probe_region for p in products]),
+        *(opaque(column) for column in zip(*(_numbers(p) for p in products), strict=True)),
         opaque(masks),
-        M,
+        None if segments is None else segments.tensors,
+        products[0].wide.shape[0],
         rows,
         partial.shape[1],
         opaque([first_probe]),
         threshold,
-        EVEN_R=even(numbers, strides_skinny, [first_probe]),
+        EVEN_R=own and even(strides_skinny),
         MASKED=0 if seed is None else len(masks) - 1,
+        GATHER=segments is not None and segments.gather,
+        SPLIT=parts,
         BLOCK_M=tiles.depth,
         BLOCK_N=tiles.columns,
         BLOCK_R=block,
@@ -119,6 +173,10 @@ def _run(products, partial, rows, first_probe, seed, masks, threshold, tiles):
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+
+
+def _numbers(p: Product) -> tuple[int, ...]:
+    return p.first, p.ranks, p.probes, p.region, *p.strides, p.probe_region
 
 
 def wgrad(
@@ -170,11 +228,10 @@ def wgrad(
     steps = triton.cdiv(M, depth)
     rows = triton.cdiv(steps, choose_split(programs, steps, 2)) * depth
     partial = torch.empty(triton.cdiv(M, rows), starts[-1], dtype=torch.float32, device=device)
-    masks = [*offsets, rank]
     if seed is None:
-        _run([*inputs, *outer], partial, rows, rank, None, masks, 0, plain)
+        run([*inputs, *outer], partial, rows, plain, rank)
     else:
-        _run(inputs, partial, rows, rank, seed, masks, threshold, masked)
-        _run(outer, partial, rows, rank, None, masks, 0, plain)
+        run(inputs, partial, rows, masked, rank, [*offsets, rank], seed, threshold)
+        run(outer, partial, rows, plain, rank)
     reduce_partials(partial, outputs, weights)
     return dA, dB, Q

@@ -236,4 +236,5 @@ def assert_same(mine, other):
     for a, b in zip(mine, other, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            # Sums taken in another order differ by roundings of the largest entries, also where entries cancel.
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * max(1.0, float(b.abs().max()) if b.numel() else 0))

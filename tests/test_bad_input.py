@@ -171,7 +171,7 @@ ADAPTED = [
     (
         "ranks adapter",
         lambda m: fastlora.set_ranks(m, {f"{SELF}.query": 2}, adapter="b"),
-        "adapter: .* has no adapter 'b', only default",
+        r"adapter: expected one of \['default'\], got 'b'",
     ),
     (
         "after training",
@@ -188,8 +188,8 @@ ADAPTED = [
         lambda m: fastlora.set_ranks(m, {f"{SELF}.query": 2.0}, reinit=True),
         f"rank of {SELF}.query: expected an integer",
     ),
-    ("summary adapter", lambda m: fastlora.summary(m, "b"), "adapter: .* has no adapter 'b'"),
-    ("merge adapter", lambda m: fastlora.merge(m, "b"), "adapter: .* has no adapter 'b'"),
+    ("summary adapter", lambda m: fastlora.summary(m, "b"), "adapter: expected one of"),
+    ("merge adapter", lambda m: fastlora.merge(m, "b"), "adapter: expected one of"),
     ("unmerge", lambda m: fastlora.unmerge(m), "model: nothing is merged"),
 ]
 

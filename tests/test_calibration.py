@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -48,10 +51,10 @@ def test_fc_is_the_composite_of_exact_statistics():
 def test_fw_and_a_callable():
     m, batches = model(), [data(seed=s) for s in range(2)]
     own = [weight_gradients(m, [b]) for b in batches]
-    scores = fastlora.calibrate(m, batches, loss_of, method="fw")
+    scores = fastlora.calibrate(m, batches, loss_of, steps=None, method="fw")
     for key in own[0]:
         assert scores[key] == pytest.approx(sum(float(g[key].square().sum()) for g in own) / 2)
-    fisher = fastlora.calibrate(m, batches, loss_of, method=lambda tracker: tracker.scores("fisher"))
+    fisher = fastlora.calibrate(m, batches, loss_of, steps=2, method=lambda tracker: tracker.scores("fisher"))
     assert fisher.kind == "fisher" and list(fisher) == list(scores)
 
 
@@ -59,18 +62,26 @@ class WithBuffers(nn.Module):
     def __init__(self):
         super().__init__()
         self.fc1, self.norm, self.drop = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x):
+        self.calls = self.calls + random.random() + numpy.random.rand()  # a new tensor, not a write into the old one
         return self.drop(self.norm(self.fc1(x)))
 
 
 def everything(m):
     return (
         {k: v.clone() for k, v in m.state_dict().items()},
-        [(n, p.requires_grad, None if p.grad is None else p.grad.clone()) for n, p in m.named_parameters()],
+        [id(b) for b in m.buffers()],
+        [
+            (n, p.requires_grad, None if p.grad is None else (id(p.grad), p.grad.clone()))
+            for n, p in m.named_parameters()
+        ],
         [mod.training for mod in m.modules()],
         [len(mod._forward_hooks) + len(mod._forward_pre_hooks) for mod in m.modules()],
         torch.get_rng_state(),
+        random.getstate(),
+        repr(numpy.random.get_state()),
     )
 
 
@@ -84,12 +95,13 @@ def same(a, b):
     return a == b
 
 
-def buffered():
+def buffered(init=False):
     torch.manual_seed(0)
-    config = fastlora.LoraConfig(r=2, target_modules=["fc1"], init_lora_weights=False)
-    m = fastlora.inject(WithBuffers(), config)
+    config = fastlora.LoraConfig(r=2, target_modules=["fc1"], init_lora_weights=init)
+    m = fastlora.inject(WithBuffers(), config, check="off")  # its hooks go after the first backward
     m(torch.randn(4, 8)).sum().backward()
     m.drop.eval()  # modes differ, and the norm in training mode would move its running statistics
+    m.fc1.lora_A.requires_grad_(False)  # as under a schedule that holds adapters still
     return m
 
 
@@ -97,55 +109,101 @@ def square(m, x):
     return m(x).square().mean()
 
 
-def failing(m, x):
-    m(x)
+def meddling(m, x):
+    """A loss that changes modes and flags on its way, and then stops."""
+    m.train().requires_grad_(True)
+    m(x).sum().backward()
     raise KeyboardInterrupt
 
 
+def rows(*values):
+    return [torch.full((4, 8), value) + torch.arange(32.0).reshape(4, 8) for value in values]
+
+
+def root_at_zero(m, x):
+    """Zero, with infinite gradients."""
+    y = m(x)
+    return (y - y.detach()).sum().sqrt()
+
+
+def beside(m, x):
+    """A loss whose gradient passes the adapted layer by."""
+    return m.norm(x.clone().requires_grad_()).sum()
+
+
+ONE, FIM = {"steps": 1}, {"steps": 1, "method": "fim"}
 BAD = {
-    "no batch": (([], square), {}, ValueError, "batches: yielded nothing"),
-    "no gradient": (
-        ([torch.randn(4, 8)], lambda m, x: m(x).sum().detach()),
-        {},
-        ValueError,
-        "loss of batch 0 has no grad",
-    ),
-    "not a scalar": (([torch.randn(4, 8)], lambda m, x: m(x)), {}, ValueError, "expected a scalar tensor"),
-    "nan": (([torch.full((4, 8), float("nan"))], square), {}, ValueError, "loss_fn: the loss of batch 0 is nan"),
-    "method": (([torch.randn(4, 8)], square), {"method": "svd"}, ValueError, "method: expected one of"),
-    "steps": (([torch.randn(4, 8)], square), {"steps": 0}, ValueError, "steps: expected a positive integer, got 0"),
-    "interrupt": (([torch.randn(4, 8)], failing), {}, KeyboardInterrupt, None),
+    "no batch": ([], square, {}, "batches: yielded nothing, at least one"),
+    "runs out": (iter(rows(1.0, 2.0)), square, {"steps": 3}, "batches: ran out after 2 of steps=3; pass more, or ste"),
+    "not iterable": (3, square, {}, "batches: expected an iterable of batches, got int"),
+    "no gradient": (rows(1.0), lambda m, x: m(x).sum().detach(), {}, "loss of batch 0 has no gradient"),
+    "not a scalar": (rows(1.0), lambda m, x: m(x), {}, r"expected a scalar tensor, got Tensor of shape \(4, 8\)"),
+    "no loss": (rows(1.0), lambda m, x: None, {}, "expected a scalar tensor, got NoneType for batch 0"),
+    "nan": (rows(1.0, float("nan")), square, {"steps": 2}, "loss_fn: the loss of batch 1 is nan"),
+    "infinite G": (rows(1.0), root_at_zero, ONE, "batches: every backward pass gave gradients that are not finite"),
+    "infinite dB": (rows(1.0), root_at_zero, FIM, "batches: every backward pass gave gradients that are not finite"),
+    "unreached": (rows(1.0), beside, ONE, "batches: after 1 of them there is no grad_sq yet for fc1"),
+    "unreached B": (rows(1.0), beside, FIM, "batches: after 1 of them there is no lora_b_var yet for fc1"),
+    "method": (rows(1.0), square, {"method": "svd"}, r"method: expected one of \('fc', 'fc_original', 'fim', 'fw'\)"),
+    "no method": (rows(1.0), square, {"method": ["fc"]}, r"method: expected one of .* got \['fc'\]"),
+    "nothing": (rows(1.0), square, {**ONE, "method": lambda t: None}, "method: expected to return a mapping .*NoneT"),
+    "steps": (rows(1.0), square, {"steps": 0}, "steps: expected a positive integer or None for all batches, got 0"),
+    "loss": (rows(1.0), "ce", {}, "loss_fn: expected a callable"),
+    "centred": (rows(1.0), square, {"centred": True}, "centred: works with method='fim' only, got method='fc'"),
+    "centred flag": (rows(1.0), square, {"centred": 1}, "centred: expected True or False, got 1"),
+    "one pass": (rows(1.0), square, {**FIM, "centred": True}, "there is no centred lora_b_var yet: it takes two"),
+    "progress": (rows(1.0), square, {"progress": "bar"}, "progress: expected True, False, None or a callable"),
 }
 
 
-@pytest.mark.parametrize("name", ["fine", *BAD])
-def test_the_model_is_left_as_it_was(name):
-    m = buffered()
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_the_model_left_as_it_was(name):
+    m = buffered(init=True)
+    batches, loss, kwargs, message = BAD[name]
     before = everything(m)
-    if name == "fine":
-        assert all(
-            v >= 0 for v in fastlora.calibrate(m, [torch.randn(4, 8) for _ in range(2)], square, method="fw").values()
-        )
+    with pytest.raises(ValueError, match=message):
+        fastlora.calibrate(m, batches, loss, **kwargs)
+    assert same(before, everything(m))
+    assert all(not layer.probes for layer in fastlora.nn.linear.adapted_layers(m).values())
+
+
+@pytest.mark.parametrize("method", ["fc", "fc_original", "fim", "fw", lambda tracker: tracker.scores("fisher")])
+@pytest.mark.parametrize("loss", [square, meddling])
+def test_the_model_is_left_as_it_was(method, loss):
+    m, batches = buffered(init=True), rows(1.0, 2.0)
+    before = everything(m)
+    if loss is square:
+        scores = fastlora.calibrate(m, batches, loss, steps=2, method=method)
+        assert list(scores) == ["fc1"] and (scores["fc1"] > 0 or scores.kind.startswith("composite"))
     else:
-        args, kwargs, error, message = BAD[name]
-        rng = torch.get_rng_state()
-        with pytest.raises(error, match=message):
-            fastlora.calibrate(m, *args, **kwargs)
-        torch.set_rng_state(rng)
+        with pytest.raises(KeyboardInterrupt):
+            fastlora.calibrate(m, batches, loss, steps=2, method=method)
+    assert same(before, everything(m))
+    assert all(not layer.probes for layer in fastlora.nn.linear.adapted_layers(m).values())
+
+
+def test_the_checks_above_would_see_a_change():
+    m = buffered(init=True)
+    before = everything(m)
+    m(torch.randn(4, 8))
     after = everything(m)
-    if name == "fine":  # the batches above were drawn outside
-        before, after = before[:-1], after[:-1]
-    assert same(before, after)
-    assert all(layer.probe is None for layer in fastlora.nn.linear.adapted_layers(m).values())
+    # State, buffers, RNG of torch, Python and NumPy; not gradients, modes and hooks.
+    assert [same(a, b) for a, b in zip(before, after, strict=True)] == [False, False, True, True, True] + [False] * 3
 
 
-def test_random_state_is_put_back():
-    m, batch = buffered(), torch.randn(4, 8)
-    state = torch.get_rng_state()
-    fastlora.calibrate(m, [batch], square, method="fw")  # dropout draws inside
-    assert torch.equal(torch.get_rng_state(), state)
+def test_nothing_is_taken_from_the_batches_beyond_the_steps():
+    stream = iter(rows(1.0, 2.0, 3.0, 4.0))
+    fastlora.calibrate(buffered(), stream, square, steps=3, method="fw")
+    assert torch.equal(next(stream), rows(4.0)[0])
+
+
+def test_fim_refuses_a_trained_adapter():
+    with pytest.raises(ValueError, match="model: B of 'fc1' is not zero; 'fim' scores an adapter before its training"):
+        fastlora.calibrate(buffered(init=False), rows(1.0), square, steps=1, method="fim")
 
 
 def test_a_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match="model: has no adapters"):
-        fastlora.calibrate(WithBuffers(), [torch.randn(4, 8)], square)
+        fastlora.calibrate(WithBuffers(), rows(1.0), square)
+    with pytest.raises(ValueError, match="model: has no adapters"):
+        fastlora.calibrate("model", rows(1.0), square)

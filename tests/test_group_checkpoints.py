@@ -141,7 +141,7 @@ def test_functional_call(x):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_disabled_forward_is_not_recomputed_with_adapters(reentrant):
+def test_a_disabled_forward_is_repeated_without_adapters(reentrant):
     layer = fastlora.nn.Linear(6, 4, r=2, init_lora_weights=False)
     x = torch.randn(3, 6, requires_grad=True)
     model = nn.Sequential(layer)
@@ -151,6 +151,7 @@ def test_a_disabled_forward_is_not_recomputed_with_adapters(reentrant):
     torch.testing.assert_close(x.grad, layer.weight.detach().sum(0).expand(3, 6))
     with fastlora.disabled(model):
         y = checkpoint(model, x, use_reentrant=reentrant)
-    with pytest.raises(RuntimeError, match="recomputed after its context has closed|[Cc]heckpoint"):
-        y.sum().backward()
+    x.grad = None
+    y.sum().backward()  # and outside
+    torch.testing.assert_close(x.grad, layer.weight.detach().sum(0).expand(3, 6))
     checkpoint(model, x, use_reentrant=reentrant).sum().backward()  # and the model goes on

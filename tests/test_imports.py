@@ -20,22 +20,27 @@ KERNELS = PACKAGE / "kernels" if (PACKAGE / "kernels").is_dir() else PACKAGE.par
 # Bottom to top. A module imports from layers below its own, or from its own.
 LAYERS = (
     ("reference",),
-    ("native", "_layout", "engines", "triton_backend"),
-    ("backends",),
+    ("native", "plain", "_layout", "engines", "grouped"),
+    ("verbs", "triton_backend"),
+    ("backends", "segments"),
+    ("_operator",),
     ("_ops",),
+    ("_grouped_ops",),
     ("frozen_op",),
-    ("functional",),
+    ("functional", "routing", "probes"),
     ("factors", "config"),
     ("nn",),
-    ("probes", "covariance", "tracking_checks"),
-    ("roles",),
-    ("injection", "merging", "overview", "policies", "tracker", "calibration"),
-    ("peft_names", "peft_files", "peft_io", "peft_load"),
+    ("covariance", "tracking_checks", "regulariser", "restoring", "update_variance", "progress"),
+    ("targets", "learning_checks"),
+    ("roles", "blocks", "parameter_roles", "presets"),
+    ("injection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
+    ("adapter_set",),
+    ("peft_names", "peft_attention", "peft_files", "peft_io", "peft_load"),
     ("integrations",),
     ("demo", "report", "cli", "bench", "doctor", "__main__"),
 )
 # Functions of tensors and dicts: anybody may import them, and they import nothing above themselves.
-PURE = ("scores", "allocation", "penalty", "temperature")
+PURE = ("scores", "score_table", "allocation", "penalty", "temperature")
 ANYWHERE = ("testing",)
 ROOT = "__init__"  # the public names, above everything
 

@@ -186,7 +186,6 @@ def test_bad_tensors(folder, case):
 BAD_CONFIG = {
     "use_dora": (dict(use_dora=True), "use_dora=True is set and not implemented"),
     "lora_bias": (dict(lora_bias=True), "lora_bias=True is set and not implemented"),
-    "fan_in_fan_out": (dict(fan_in_fan_out=True), "fan_in_fan_out=True"),
     "target_parameters": (dict(target_parameters=["a.b"]), "target_parameters"),
     "tokens": (dict(trainable_token_indices=[1]), "trainable_token_indices"),
     "replication": (dict(layer_replication=[[0, 1]]), "layer_replication"),

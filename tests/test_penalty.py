@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlora.penalty import delta_norm_sq, delta_penalty, delta_penalty_grad, importance_weights
+from fastlora.penalty import delta_norm_sq, importance_weights, weighted_penalty, weighted_penalty_grad
 
 SHAPES = [(4, 16, 24), (1, 8, 8), (7, 12, 5), (0, 6, 9)]
 
@@ -56,9 +56,9 @@ def test_low_precision_factors_accumulate_in_fp32(dtype):
 
 def test_autocast_does_not_lower_the_precision():
     As, Bs = factors([(8, 64, 32)], dtype=torch.float32)
-    plain, plain_grads = delta_penalty(As, Bs, [2.0], [1.0]), delta_penalty_grad(As, Bs, [2.0], [1.0])
+    plain, plain_grads = weighted_penalty(As, Bs, [2.0], [1.0]), weighted_penalty_grad(As, Bs, [2.0], [1.0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside, inside_grads = delta_penalty(As, Bs, [2.0], [1.0]), delta_penalty_grad(As, Bs, [2.0], [1.0])
+        inside, inside_grads = weighted_penalty(As, Bs, [2.0], [1.0]), weighted_penalty_grad(As, Bs, [2.0], [1.0])
     assert torch.equal(plain, inside)
     assert torch.equal(plain_grads[0][0], inside_grads[0][0]) and torch.equal(plain_grads[1][0], inside_grads[1][0])
 
@@ -69,28 +69,63 @@ def test_the_penalty_is_the_weighted_sum():
         0.25 * weight * torch.linalg.matrix_norm(scale * B @ A) ** 2
         for A, B, scale, weight in zip(As, Bs, SCALES, WEIGHTS, strict=True)
     )
-    torch.testing.assert_close(delta_penalty(As, Bs, SCALES, WEIGHTS, lmbda=0.25), expected, rtol=1e-12, atol=0)
-    listed = delta_penalty(As, Bs, SCALES, WEIGHTS.tolist(), lmbda=0.25)
+    torch.testing.assert_close(weighted_penalty(As, Bs, SCALES, WEIGHTS, lmbda=0.25), expected, rtol=1e-12, atol=0)
+    listed = weighted_penalty(As, Bs, SCALES, WEIGHTS.tolist(), lmbda=0.25)
     torch.testing.assert_close(listed, expected, rtol=1e-12, atol=0)
 
 
-def test_gradient_by_hand_equals_autograd():
-    As, Bs = factors()
+# Two pairs of one shape go as one batch; their weights and scales differ.
+BATCHED = ([*SHAPES, (4, 16, 24), (1, 8, 8)], [*SCALES, -1.5, 0.25], [*WEIGHTS.tolist(), 0.2, 1.0])
+
+
+@pytest.mark.parametrize("form", ["delta", "decay"])
+def test_gradient_by_hand_equals_autograd(form):
+    shapes, scales, weights = BATCHED
+    As, Bs = factors(shapes)
     for factor in As + Bs:
         factor.requires_grad_()
-    delta_penalty(As, Bs, SCALES, WEIGHTS, lmbda=1e-2).backward()
-    dAs, dBs = delta_penalty_grad(As, Bs, SCALES, WEIGHTS, lmbda=1e-2)
+    weighted_penalty(As, Bs, scales, weights, lmbda=1e-2, form=form).backward()
+    dAs, dBs = weighted_penalty_grad(As, Bs, scales, weights, lmbda=1e-2, form=form)
     for factor, by_hand in zip(As + Bs, dAs + dBs, strict=True):
         assert not by_hand.requires_grad
         torch.testing.assert_close(by_hand, factor.grad, rtol=1e-12, atol=1e-14)
-    assert all(gradient.abs().max() > 0 for gradient in (dAs[0], dBs[0], dAs[1], dBs[1]))
+    assert all(gradient.abs().max() > 0 for gradient in (dAs[0], dBs[0], dAs[1], dBs[1], dAs[4], dBs[5]))
     assert not dAs[2].any() and not dBs[2].any()
+
+
+@pytest.mark.parametrize("weights", ["vector", "tensors", "floats"])
+def test_the_gradient_of_each_matrix_is_the_formula(weights):
+    shapes, scales, values = BATCHED
+    As, Bs = factors(shapes)
+    vector = torch.tensor(values, dtype=torch.float64)
+    given = {"vector": vector, "tensors": list(vector.unbind()), "floats": values}[weights]
+    dAs, dBs = weighted_penalty_grad(As, Bs, scales, given, lmbda=0.1)
+    for A, B, s, w, dA, dB in zip(As, Bs, scales, values, dAs, dBs, strict=True):
+        torch.testing.assert_close(dA, 2 * 0.1 * w * s * s * B.T @ B @ A, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(dB, 2 * 0.1 * w * s * s * B @ A @ A.T, rtol=1e-12, atol=1e-14)
+
+
+def test_decay_is_weight_decay_of_the_factors():
+    """SGD without momentum: the decay form moves A and B as ``weight_decay = lambda w`` does."""
+    shapes, scales, weights = BATCHED
+    As, Bs = factors(shapes)
+    ours, theirs = ([f.clone().requires_grad_() for f in As + Bs] for _ in range(2))
+    dAs, dBs = weighted_penalty_grad(ours[: len(As)], ours[len(As) :], scales, weights, lmbda=0.3, form="decay")
+    for factor, gradient in zip(ours, dAs + dBs, strict=True):
+        factor.grad = gradient
+    for factor in theirs:
+        factor.grad = torch.zeros_like(factor)
+    torch.optim.SGD(ours, lr=0.1).step()
+    groups = [{"params": [f], "weight_decay": 0.3 * w} for f, w in zip(theirs, weights * 2, strict=True)]
+    torch.optim.SGD(groups, lr=0.1).step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-14)
 
 
 def test_low_precision_gradients_are_rounded_once():
     As, Bs = factors([(8, 96, 64)], dtype=torch.bfloat16)
-    dAs, dBs = delta_penalty_grad(As, Bs, [0.5], [0.8])
-    wide_dAs, wide_dBs = delta_penalty_grad([As[0].double()], [Bs[0].double()], [0.5], [0.8])
+    dAs, dBs = weighted_penalty_grad(As, Bs, [0.5], [0.8])
+    wide_dAs, wide_dBs = weighted_penalty_grad([As[0].double()], [Bs[0].double()], [0.5], [0.8])
     assert dAs[0].dtype == dBs[0].dtype == torch.bfloat16
     for narrow, wide in ((dAs[0], wide_dAs[0]), (dBs[0], wide_dBs[0])):
         torch.testing.assert_close(narrow.double(), wide, rtol=2**-8, atol=1e-4 * wide.abs().max().item())
@@ -98,9 +133,9 @@ def test_low_precision_gradients_are_rounded_once():
 
 def test_mixed_dtypes_of_a_pair():
     As, Bs = factors([(3, 6, 5)])
-    dAs, dBs = delta_penalty_grad(As, [Bs[0].float()], [1.0], [1.0])
+    dAs, dBs = weighted_penalty_grad(As, [Bs[0].float()], [1.0], [1.0])
     assert dAs[0].dtype == torch.float64 and dBs[0].dtype == torch.float32
-    expected = delta_penalty_grad(As, [Bs[0].float().double()], [1.0], [1.0])
+    expected = weighted_penalty_grad(As, [Bs[0].float().double()], [1.0], [1.0])
     torch.testing.assert_close(dAs[0], expected[0][0])
 
 
@@ -111,6 +146,13 @@ def test_importance_weights():
     assert importance_weights(importance.double()).dtype == torch.float64
     assert importance_weights(importance.bfloat16()).dtype == torch.float32
     assert importance_weights(importance.requires_grad_()).requires_grad is False
+
+
+def test_the_uniform_control_has_the_mean_of_the_weights():
+    importance = torch.tensor([1.0, 3.0, 4.0, 0.0], dtype=torch.float64)
+    assert importance_weights(importance, "uniform").tolist() == [0.75] * 4
+    assert importance_weights(importance).mean().item() == 0.75
+    assert importance_weights(torch.zeros(4), "uniform").tolist() == [0.75] * 4
 
 
 @pytest.mark.parametrize("normalise", ["sum", "relative"])
@@ -139,14 +181,14 @@ def test_bad_importance(importance, error, message):
 
 
 def test_bad_normalise():
-    with pytest.raises(ValueError, match="normalise must be 'sum' or 'relative', got 'max'"):
+    with pytest.raises(ValueError, match="normalise must be 'sum', 'relative' or 'uniform', got 'max'"):
         importance_weights(torch.ones(2), "max")
 
 
 A, B = torch.ones(2, 3), torch.ones(4, 2)
 
 
-@pytest.mark.parametrize("function", [delta_penalty, delta_penalty_grad])
+@pytest.mark.parametrize("function", [weighted_penalty, weighted_penalty_grad])
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -161,6 +203,7 @@ A, B = torch.ones(2, 3), torch.ones(4, 2)
         (([A], [B], [1.0], [math.inf]), ValueError, "weights must be finite"),
         (([A], [B], [1.0], torch.ones(1, 1)), ValueError, "weights must be a vector"),
         (([A], [B], [1.0], [1.0], math.nan), ValueError, "lmbda must be finite"),
+        (([A], [B], [1.0], [1.0], 1.0, "sum"), ValueError, "form must be 'delta' or 'decay', got 'sum'"),
     ],
 )
 def test_bad_lists(function, arguments, error, message):

@@ -134,7 +134,6 @@ class TestPeftConfig:
             {"use_dora": True},
             {"init_lora_weights": "pissa"},
             {"layers_to_transform": [0]},
-            {"fan_in_fan_out": True},
             {"lora_bias": True},
             {"trainable_token_indices": [1]},
             {"target_parameters": ["weight"]},
@@ -269,10 +268,11 @@ class TestReports:
         names = {id(p): n for n, p in model.named_parameters()}
         listed = {k: sorted(names[id(p)] for p in g["params"]) for k, g in groups.items()}
         assert len(listed["lora"]) == 12 and all("lora_" in n for n in listed["lora"])
-        assert listed["norm"] == ["norm.weight"] and "head.weight" in listed["head"]
-        assert listed["other"] == [f"blocks.{i}.attn.qkv.bias" for i in range(2)]
+        blocks = [f"blocks.{i}.norm1.{n}" for i in range(2) for n in ("bias", "weight")]
+        assert listed["norm"] == sorted([*blocks, "norm.weight"]) and listed["head"] == ["head.bias", "head.weight"]
+        assert listed["bias"] == [f"blocks.{i}.attn.qkv.bias" for i in range(2)]
         assert {k: (g["lr"], g["weight_decay"]) for k, g in groups.items()} == {
-            "lora": (1.0, 0.0), "norm": (2.0, 0.0), "head": (3.0, 0.5), "other": (3.0, 0.5)
+            "lora": (1.0, 0.0), "norm": (2.0, 0.0), "bias": (1e-3, 0.0), "head": (3.0, 0.5)
         }  # fmt: skip
         every = [p for g in groups.values() for p in g["params"]]
         assert len({id(p) for p in every}) == len(every) == sum(p.requires_grad for p in model.parameters())

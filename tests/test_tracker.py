@@ -99,10 +99,10 @@ def test_probe_rows_are_redrawn_each_step_and_depend_on_seed_and_layer_only():
     for seed in (0, 0, 7):
         m = model()
         with track(m, seed=seed) as tracker:
-            first = [layer.probe.P.clone() for layer in tracker.layers.values()]
+            first = [layer.probes["default"].P.clone() for layer in tracker.layers.values()]
             loss_of(m, data()).backward()
             tracker.step()
-            rows.append((first, [layer.probe.P.clone() for layer in tracker.layers.values()]))
+            rows.append((first, [layer.probes["default"].P.clone() for layer in tracker.layers.values()]))
     assert all(torch.equal(a, b) for a, b in zip(rows[0][0], rows[1][0], strict=True))
     assert not torch.equal(rows[0][0][0], rows[2][0][0])
     assert not torch.equal(rows[0][0][0], rows[0][1][0])

@@ -133,7 +133,7 @@ def test_warmup_freezes_importance_and_stops_tracking():
         assert (tracker.penalty(0.1).item() > 0.0) == (step >= 2)
         loss.backward()
         tracker.step()
-    assert tracker.steps == 2 and all(layer.probe is None for layer in tracker.layers.values())
+    assert tracker.steps == 2 and all(not layer.probes for layer in tracker.layers.values())
     importance = tracker.importance / tracker.importance.sum()
     expected = 0.0
     for weight, (path, name) in zip(importance, tracker.matrices, strict=True):
@@ -240,11 +240,12 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_arguments_are_named_and_nothing_is_attached(name):
     m = model()
+    hooks = list(m._forward_pre_hooks)
     kwargs, message = BAD[name]
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         track(m, **kwargs)
-    assert all(layer.probe is None for layer in fastlora.nn.linear.adapted_layers(m).values())
-    assert not m._forward_pre_hooks
+    assert all(not layer.probes for layer in fastlora.nn.linear.adapted_layers(m).values())
+    assert list(m._forward_pre_hooks) == hooks
 
 
 def test_reading_what_is_not_there_is_an_error():

@@ -154,7 +154,7 @@ def _fastlora(case: Case, name: str, device: str, dtype: torch.dtype) -> Variant
     if name == "fastlora_probe":
         tracker = fastlora.track(model, statistics=("grad_sq",), probes=PROBES)
         found.keep.append(tracker)
-        probes = [layer.probe for layer in tracker.layers.values()]
+        probes = [layer.probes["default"] for layer in tracker.layers.values()]
         found.leaves += [z for probe in probes for z in probe.Z.values()]
     if name == "fastlora_exact50":
         backend, _ = backends.choose("auto", torch.device(device), dtype)
@@ -168,7 +168,7 @@ def _weight_gradient(case: Case, name: str, device: str, dtype: torch.dtype) -> 
     backend, _ = backends.choose("auto", torch.device(device), dtype)
     dy = torch.randn(case.rows, case.total, device=device, dtype=dtype)
     if name == "gradstat":
-        return Variant(name, case, lambda x: [backend.gradstat(x, dy, (0, case.rows))], [])
+        return Variant(name, case, lambda x: [backend.gradstat(x.detach(), dy, (0, case.rows))], [])
     return Variant(name, case, lambda x: [torch.mm(dy.t(), x)], [])
 
 

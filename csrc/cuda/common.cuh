@@ -1,7 +1,5 @@
-// What the CUDA operators share: the current stream and conversions to fp32.
+// What the CUDA operators share on the host.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -9,6 +7,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+
+#include "cuda/numbers.cuh"
 
 namespace fastlora::cuda {
 
@@ -25,23 +25,8 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-template <class T>
-__device__ __forceinline__ T from_float(float value);
-template <>
-__device__ __forceinline__ float from_float<float>(float value) {
-  return value;
-}
-template <>
-__device__ __forceinline__ __half from_float<__half>(float value) {
-  return __float2half_rn(value);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
-  return __float2bfloat16_rn(value);
+inline void check_launch(cudaError_t error, const char* name) {
+  STD_TORCH_CHECK(error == cudaSuccess, name, " failed to start: ", cudaGetErrorString(error));
 }
 
 }  // namespace fastlora::cuda

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/block.cuh"
 #include "cuda/common.cuh"
 
 namespace fastlora::cuda {
@@ -10,7 +11,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kRows = kThreads / kWarp * 4;  // rows of x per thread block: four per warp
 constexpr int kRanks = 8;                    // columns of h per thread block
@@ -114,8 +114,7 @@ Tensor shrink(const Tensor& x_, const Tensor& A_) {
     default:
       STD_TORCH_CHECK(false, "x has dtype ", x.scalar_type(), "; the CUDA operator takes Float, Half and BFloat16");
   }
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "shrink failed to start: ", cudaGetErrorString(error));
+  check_launch(cudaGetLastError(), "shrink");
   return h;
 }
 

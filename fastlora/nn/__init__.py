@@ -1,6 +1,8 @@
 """Drop-in modules."""
 
+from .attention import MultiheadAttention, TransformerEncoderLayer
+from .conv1d import Conv1D
 from .frozen import FrozenLinear
 from .linear import Linear, QKVLinear
 
-__all__ = ["FrozenLinear", "Linear", "QKVLinear"]
+__all__ = ["Conv1D", "FrozenLinear", "Linear", "MultiheadAttention", "QKVLinear", "TransformerEncoderLayer"]

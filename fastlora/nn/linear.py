@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from ..config import LoraConfig, check_rank
 from ..engines import AUTO, PACKED, UNPACKED
 from ..factors import WHOLE, AdapterSpec, Factors, new_factors
-from ..functional import check_input, lora_linear
+from ..functional import check_input, lora_grouped, lora_linear
+from ..probes import group_operands
+from ..routing import Route, Router
 
 DEFAULT = "default"
 ENGINE_OF_PREPACK = {"auto": AUTO, True: PACKED, False: UNPACKED}
@@ -60,7 +63,7 @@ class Linear(nn.Linear):
         if not train_base:
             self.requires_grad_(False)
         slices = {WHOLE: out_features}
-        attach_state(self, slices, config)
+        attach_state(self, slices, config, Router(DEFAULT))
         spec = AdapterSpec({WHOLE: config.scaling(r)}, lora_dropout, init_lora_weights, adapter_dtype_of(config, self))
         self.install(DEFAULT, spec, *new_factors(slices, {WHOLE: r}, in_features, spec, self.weight.device))
 
@@ -68,6 +71,13 @@ class Linear(nn.Linear):
         """Put an adapter's factors in place, replacing those of the same name."""
         self.lora_A[name], self.lora_B[name] = A, B
         self.adapter_specs[name] = spec
+        with_rank = any(p is not None for p in A._parameters.values())
+        self.ranked = self.ranked | {name} if with_rank else self.ranked - {name}
+
+    def uninstall(self, name: str) -> None:
+        """Forget an adapter; a layer that has none left runs as its base alone."""
+        del self.lora_A[name], self.lora_B[name], self.adapter_specs[name]
+        self.ranked = self.ranked - {name}
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -87,14 +97,16 @@ class Linear(nn.Linear):
         raise KeyError(name)
 
     def pairs(self, adapter: str = DEFAULT) -> list[tuple[Tensor, Tensor, float]]:
-        """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0."""
-        A, B, spec = self.lora_A[adapter]._parameters, self.lora_B[adapter]._parameters, self.adapter_specs[adapter]
+        """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here."""
+        spec = self.adapter_specs.get(adapter)
+        A = self.lora_A[adapter]._parameters if spec else {}
+        B = self.lora_B[adapter]._parameters if spec else {}
         out = []
         for name, rows in self.slices.items():
-            a, b = A[name], B[name]
+            a, b = A.get(name), B.get(name)
             if a is None or b is None:
                 a, b = self.weight.new_empty((0, self.in_features)), self.weight.new_empty((rows, 0))
-            out.append((a, b, spec.scale[name]))
+            out.append((a, b, spec.scale[name] if spec else 1.0))
         return out
 
     def delta(self, adapter: str = DEFAULT) -> Tensor:
@@ -103,38 +115,34 @@ class Linear(nn.Linear):
         return torch.cat([s * (b.detach().to(acc) @ a.detach().to(acc)) for a, b, s in self.pairs(adapter)])
 
     @property
-    def bypassed(self) -> bool:
-        """Whether the forward is the base's alone: disabled, merged, or nothing to add and nothing to measure."""
-        if not self.lora_enabled or self.merged:
-            return True
-        return self.probe is None and not any(self.ranks(self.active_adapter).values())
+    def active_adapter(self) -> str:
+        """The adapter that runs where no context says otherwise."""
+        return self.router.default.adapter
 
-    def dropout_p(self) -> float:
-        return self.adapter_specs[self.active_adapter].dropout if self.training else 0.0
+    def bypassed(self, route: Route) -> bool:
+        """Whether the forward is the base's alone: disabled, merged, or nothing to add and nothing to measure."""
+        if not route.enabled or self.merged:
+            return True
+        if route.batch is None:
+            return route.adapter not in self.ranked and route.adapter not in self.probes
+        return not any([name in self.ranked or name in self.probes for name in route.batch.names])
+
+    def dropout_p(self, route: Route) -> tuple[float, ...]:
+        """Dropout probability of each adapter of a route, 0 outside training."""
+        names = (route.adapter,) if route.batch is None else route.batch.names
+        if not self.training:
+            return (0.0,) * len(names)
+        return tuple([self.adapter_specs[n].dropout if n in self.adapter_specs else 0.0 for n in names])
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self._check_recomputation()
-        if self.bypassed:
+        if not torch.compiler.is_compiling() and not self.called:
+            self.called = True
+        route = self.router.route(self.training)
+        if self.bypassed(route):
             return F.linear(x, self.weight, self.bias)
         if self.group is not None and not torch.compiler.is_compiling():
-            return self.group(self, x)
-        return forward_together([self], x)[0]
-
-    def _check_recomputation(self) -> None:
-        """Refuse to repeat, with adapters on, a forward that ran under ``disabled``: its gradients would be wrong."""
-        if not in_backward():
-            if self.recomputed:
-                self.modes_seen, self.recomputed = frozenset(), False
-            if self.lora_enabled not in self.modes_seen:
-                self.modes_seen |= {self.lora_enabled}
-            return
-        self.recomputed = True
-        if self.modes_seen and self.lora_enabled not in self.modes_seen:
-            raise RuntimeError(
-                "a forward under fastlora.disabled is recomputed after its context has closed (activation "
-                "checkpointing): run its backward inside the context"
-            )
+            return self.group(self, x, route)
+        return forward_together([self], x, route)[0]
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -149,25 +157,28 @@ class Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # A tracker belongs to the model it was made for, not to its copies.
-        return {**self.__dict__, "probe": None}
+        return {**self.__dict__, "probes": {}}
 
 
 class QKVLinear(Linear):
     """A fused q/k/v projection with one adapter, and one rank, for each of q, k and v (block-diagonal B)."""
 
 
-def attach_state(layer: nn.Linear, slices: Mapping[str, int], config: LoraConfig) -> None:
+def attach_state(
+    layer: nn.Linear, slices: Mapping[str, int], config: LoraConfig, router: Router, path: str = ""
+) -> None:
     """Give a linear layer the attributes that the adapted forward reads."""
     layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
     layer.slices = dict(slices)
     layer.adapter_specs = {}
-    layer.active_adapter = DEFAULT
+    layer.ranked = frozenset()  # adapters with a rank above 0
+    layer.router = router
+    layer.stream = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
-    layer.lora_enabled = True
-    layer.modes_seen, layer.recomputed = frozenset(), False  # forwards since the last recomputation: adapters on, off
     layer.merged = ()
     layer.group = None
-    layer.probe = None
+    layer.called = False
+    layer.probes = {}
 
 
 def adapter_dtype_of(config: LoraConfig, layer: nn.Linear) -> torch.dtype:
@@ -177,17 +188,20 @@ def adapter_dtype_of(config: LoraConfig, layer: nn.Linear) -> torch.dtype:
     return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
-def in_backward() -> bool:
-    """Whether the autograd engine is running: there, a forward is a recomputation under activation checkpointing."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def forward_together(layers: list[Linear], x: Tensor) -> list[Tensor]:
+def forward_together(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along."""
     check_input(x, layers[0].weight)
-    pairs = [pair for layer in layers for pair in layer.pairs(layer.active_adapter)]
-    probes = [layer.probe for layer in layers]
-    tracked = {} if probes[0] is None else probes[0].operands(probes, x)
+    y = _forward_one(layers, x, route) if route.batch is None else _forward_grouped(layers, x, route)
+    if not torch.compiler.is_compiling() and y[0].grad_fn is not None:
+        layers[0].router.built(y[0].grad_fn, route)
+    return y
+
+
+def _forward_one(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
+    """As ``forward_together``, one adapter for every row."""
+    name = route.adapter
+    pairs = [pair for layer in layers for pair in layer.pairs(name)]
+    probes = [layer.probes[name] for layer in layers] if name in layers[0].probes else None
     y = lora_linear(
         x,
         [layer.weight for layer in layers],
@@ -195,20 +209,44 @@ def forward_together(layers: list[Linear], x: Tensor) -> list[Tensor]:
         [a for a, _, _ in pairs],
         [b for _, b, _ in pairs],
         [s for _, _, s in pairs],
-        p=layers[0].dropout_p(),
+        p=layers[0].dropout_p(route)[0],
         backend=layers[0].backend,
         engine=layers[0].engine,
-        **tracked,
+        **({} if probes is None else probes[0].operands(probes, x)),
     )
-    if probes[0] is not None:
+    if probes is not None:
         y = [probe.tap(x, out) for probe, out in zip(probes, y, strict=True)]
     return y
 
 
-def checked_ranks(ranks: Mapping[str, int], layer: nn.Linear, slices: Mapping[str, int], key: str) -> None:
+def _forward_grouped(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
+    """As ``forward_together``, every row with the adapter of its batch."""
+    batch, first = route.batch, layers[0]
+    pairs = [pair for name in batch.names for layer in layers for pair in layer.pairs(name)]
+    probes = {name: [layer.probes[name] for layer in layers] for name in batch.names if name in first.probes}
+    y = lora_grouped(
+        x,
+        [layer.weight for layer in layers],
+        [layer.bias for layer in layers],
+        [a for a, _, _ in pairs],
+        [b for _, b, _ in pairs],
+        [s for _, _, s in pairs],
+        batch,
+        p=first.dropout_p(route),
+        stream=first.stream,
+        backend=first.backend,
+        engine=first.engine,
+        **(group_operands(probes, layers, batch, x) if probes else {}),
+    )
+    for name, mine in probes.items():
+        y = [probe.tap(x, out, batch.select(name, x)) for probe, out in zip(mine, y, strict=True)]
+    return y
+
+
+def checked_ranks(ranks: Mapping[str, int], in_features: int, slices: Mapping[str, int], key: str) -> None:
     """Refuse ranks that a matrix cannot have, naming it."""
     for name, rank in ranks.items():
-        limit = min(layer.in_features, slices[name])
+        limit = min(in_features, slices[name])
         label = key if name == WHOLE else f"{key}[{name}]"
         if check_rank(rank, f"rank of {label}", minimum=0) > limit:
             raise ValueError(f"rank of {label}: at most min(in_features, out_features) = {limit}, got {rank}")

@@ -10,12 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linear import Linear, forward_together, in_backward
-
-
-def _saving_hooks() -> Any:
-    # Those of non-reentrant checkpointing among them, in the forward and in the recomputation.
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+from ..routing import Route, in_backward, saving_hooks
+from .linear import Linear, forward_together
 
 
 class _Token:
@@ -49,6 +45,15 @@ class ProjectionGroup:
         self.layers = layers
         self._clear()
 
+    def regroup(self, layers: list[Linear]) -> None:
+        """Take in other siblings; what was learned of the old ones is forgotten."""
+        for layer in self.layers:
+            layer.group = None
+        self.layers = layers
+        for layer in layers:
+            layer.group = self
+        self._clear()
+
     def _clear(self) -> None:
         self._visits: dict[int, list[_Visit]] = {}
         self._plan: dict[tuple[int, int], frozenset[int]] = {}  # trigger -> siblings not worth computing ahead
@@ -62,29 +67,29 @@ class ProjectionGroup:
         self.layers = state["layers"]
         self._clear()
 
-    def __call__(self, layer: Linear, x: Tensor) -> Tensor:
+    def __call__(self, layer: Linear, x: Tensor, route: Route) -> Tensor:
         visits = self._visits.get(threading.get_ident())
         index = next((i for i, member in enumerate(self.layers) if member is layer), None)
-        if not visits or index is None or _alone(layer, visits[-1]):
-            return forward_together([layer], x)[0]
+        if not visits or index is None or _alone(layer, visits[-1], route):
+            return forward_together([layer], x, route)[0]
         visit = visits[-1]
-        if visit.x is x and visit.state == _state(x):
+        if visit.x is x and visit.state == _state(x, route):
             if index not in visit.waiting:
-                return forward_together([layer], x)[0]
+                return forward_together([layer], x, route)[0]
             visit.unused[visit.trigger].discard(index)
             out = visit.waiting.pop(index)
             if not visit.waiting:
                 visit.x = None
             return out
-        return self._launch(visit, index, x)
+        return self._launch(visit, index, x, route)
 
-    def _launch(self, visit: _Visit, index: int, x: Tensor) -> Tensor:
+    def _launch(self, visit: _Visit, index: int, x: Tensor, route: Route) -> Tensor:
         trigger = (visit.launches, index)
         skip = self._plan.get(trigger, frozenset()) | {index}
-        ahead = [i for i in range(len(self.layers)) if i not in skip and self._joinable(self.layers[i], index)]
-        outputs = forward_together([self.layers[i] for i in (index, *ahead)], x)
+        ahead = [i for i in range(len(self.layers)) if i not in skip and self._joinable(self.layers[i], index, route)]
+        outputs = forward_together([self.layers[i] for i in (index, *ahead)], x, route)
         visit.launches += 1
-        visit.trigger, visit.x, visit.state = trigger, x, _state(x)
+        visit.trigger, visit.x, visit.state = trigger, x, _state(x, route)
         visit.unused[trigger] = set(ahead)
         visit.waiting = dict(zip(ahead, outputs[1:], strict=True))
         if not visit.waiting:
@@ -99,10 +104,10 @@ class ProjectionGroup:
         pending.add(token)
         node.register_prehook(lambda grads: pending.discard(token))
 
-    def _joinable(self, other: Linear, index: int) -> bool:
+    def _joinable(self, other: Linear, index: int, route: Route) -> bool:
         mine = self.layers[index]
         return not (
-            other.bypassed
+            other.bypassed(route)
             or "forward" in other.__dict__
             or other._forward_hooks
             or other._forward_pre_hooks
@@ -111,11 +116,11 @@ class ProjectionGroup:
             or other.weight.device != mine.weight.device
             or other.weight.dtype != mine.weight.dtype
             or type(other.weight) is not type(mine.weight)
-            or other.active_adapter != mine.active_adapter
+            or other.router is not mine.router
             or other.training != mine.training
-            or other.dropout_p() != mine.dropout_p()
+            or other.dropout_p(route) != mine.dropout_p(route)
             or (other.backend, other.engine) != (mine.backend, mine.engine)
-            or (other.probe is None) != (mine.probe is None)
+            or other.probes.keys() != mine.probes.keys()
         )
 
     def enter(self, owner: nn.Module, args: Any) -> None:
@@ -128,7 +133,7 @@ class ProjectionGroup:
         for interrupted in visits:
             # KeyboardInterrupt passes by the exit hook.
             interrupted.x, interrupted.waiting = None, {}
-        visits.append(_Visit(_saving_hooks()))
+        visits.append(_Visit(saving_hooks()))
 
     def release(self, owner: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the owner: free what nobody took, and learn from a pass that went through."""
@@ -149,18 +154,19 @@ class ProjectionGroup:
                 self._learned[trigger] = self._plan.get(trigger, frozenset()) | unused
 
 
-def _alone(layer: Linear, visit: _Visit) -> bool:
+def _alone(layer: Linear, visit: _Visit, route: Route) -> bool:
     """Whether a call must not compute ahead.
 
     With dropout, masks would depend on what runs together, and so on what was learned: not reproducible. A checkpoint
     around the projection alone is recomputed outside its owner, where nothing is computed ahead.
     """
-    return layer.dropout_p() > 0.0 or _saving_hooks() != visit.hooks
+    return any(layer.dropout_p(route)) or saving_hooks() != visit.hooks
 
 
-def _state(x: Tensor) -> tuple:
+def _state(x: Tensor, route: Route) -> tuple:
     device = x.device.type
     return (
+        route,
         None if x.is_inference() else x._version,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

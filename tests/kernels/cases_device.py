@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastlora.kernels import gradstat, linear, shrink, tiling, wgrad
+from fastlora.kernels import gradstat, linear, linear_backward, shrink, tiling, wgrad
 from kernel_support import DEVICE, Data, Problem, assert_close, error, expected_dh, expected_h, wide
 
 from fastlora import reference
@@ -52,7 +52,7 @@ def run_verb(verb, data, tiles):
         ]
     if verb.startswith(("linear_backward", "expand_dropout")):
         strategy = "library" if verb.startswith("expand") else "fused"
-        dx = linear.linear_backward(
+        dx = linear_backward.linear_backward(
             data.dy, data.W, dh, data.A, layout.offsets, strategy=strategy, tiles=tiles, **options
         )
         wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True))

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastlora.kernels import tiling
+from fastlora.kernels import grouped, linear, tiling
 from fastlora.kernels.tiling import TileConfig
+from grouped_support import CASES, Operands, expected_dx, expected_wgrad, expected_y
+from grouped_support import expected_dh as expected_dh_of
+from grouped_support import expected_h as expected_h_of
 from kernel_support import (
     DEVICE,
     FUSED,
@@ -60,10 +63,10 @@ def off_shrink_backward(module, data, p):
     return error(dh, expected_dh(data))
 
 
-def off_linear(module, data, p):
+def off_linear(module, data, p, tiles=TILES):
     h, layout = expected_h(data).to(DEVICE, data.dtype), data.layout
     y, moments = module.linear(
-        data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, True, "fused", TILES
+        data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, True, "fused", tiles
     )
     update = torch.cat(
         [
@@ -102,25 +105,112 @@ def off_gradstat(module, data, p):
     return error(found, reference.gradstat(wide(data.x), wide(data.dy[0]), offsets))
 
 
-FIRST_PROBE = "clear(first_probe[0], EVEN_R) + o_rank"
+def off_linear_tma(module, data, p):
+    return off_linear(module, Data(FUSED, torch.float32), p, TILES._replace(tma=True))
+
+
+def off_moments_of_x(module, data, p):
+    moments = torch.empty(2, data.problem.K, dtype=torch.float64, device=DEVICE)
+    module.shrink(data.x, data.A, moments=moments, tiles=TILES)
+    return error(moments, reference.column_moments(wide(data.x)))
+
+
+def off_diagonal(module, data, p):
+    offsets, dy = [0, 11, data.problem.M], data.dy[0]
+    diagonal = torch.ones(dy.shape[1], data.problem.K, device=DEVICE)
+    module.gradstat(data.x, dy, torch.tensor(offsets, device=DEVICE), TILES, diagonal=diagonal)
+    runs = zip(offsets[:-1], offsets[1:], strict=True)
+    return error(diagonal, 1 + sum((wide(dy)[a:b].T @ wide(data.x)[a:b]).square() for a, b in runs))
+
+
+def off_covariance(module, data, p):
+    found = [module.covariance(data.x, TILES), torch.ones(data.problem.K, data.problem.K, device=DEVICE)]
+    module.add_gram_(found[1], data.x, torch.tensor(2.0, device=DEVICE), TILES)
+    product = wide(data.x).T @ wide(data.x)
+    return max(error(found[0], product / data.problem.M), error(found[1].triu(), (1 + 2 * product).triu()))
+
+
+def off_grouped(module, data, p):
+    """The verbs over rows of several adapters, with one of the files that hold their kernels broken."""
+    return max(_off_mixed(Operands(CASES[name])) for name in ("separate", "long_runs"))
+
+
+def _off_mixed(o):
+    h, dh = expected_h_of(o).float().to(DEVICE), expected_dh_of(o, o.slices(o.dy)).float().to(DEVICE)
+    dy, rest, wanted = o.slices(o.dy), (o.batch, o.own), expected_y(o, h)
+    pairs = [
+        (grouped.grouped_shrink(o.x, o.factors_of_shrink(), *rest, TILES), expected_h_of(o)),
+        (grouped.grouped_shrink_backward(dy, o.B, *rest, o.scales, TILES), expected_dh_of(o, dy)),
+        (grouped.grouped_linear_backward_(o.x.clone(), dh, o.A, *rest, TILES), expected_dx(o, o.x, dh)),
+    ]
+    moments = grouped.grouped_expand_(o.y, h, o.W, o.B, *rest, o.places, o.scales, True, TILES)
+    found = grouped.grouped_wgrad(o.x, dh, dy, h, o.case.widths, *rest, o.scales, tiles=TILES)
+    pairs += zip(o.y, wanted, strict=True)
+    for some, others in zip(found, expected_wgrad(o, o.x, dh, dy, h), strict=True):
+        pairs += zip(some, others, strict=True)
+    sums = [reference.column_moments(wide(y)[o.rows(g)]) for g in range(len(o.case.ranks)) for y in o.y]
+    return max(error(one, other) for one, other in [*pairs, *zip(moments, sums, strict=True)])
+
+
+FIRST_PROBE = "o_probes + o_rank"
 OWN_RANKS = "clear(pick(offsets, i_entry), EVEN_R)"
+ROUTED, SHUFFLED = "own_rows(segments, i_m, GATHER", "own_rows(segments, i_m, False"
 MUTATIONS = {
     "shrink: no mask past K": ("shrink", "if not EVEN_K:", "if False:", off_shrink, 0.0),
     "shrink: parts overlap": ("shrink", "tl.range(i_split * part,", "tl.range(0,", off_shrink, 0.0),
     "shrink: one mask for all": ("shrink", "keep_mask(seed, i, o_m", "keep_mask(seed, 0, o_m", off_shrink, 0.3),
     "shrink: probes drop": ("shrink", "(o_rank >= clear(ends[MASKED - 1]))[", "(o_rank < 0)[", off_shrink, 0.3),
-    "dh: a neighbour's ranks": ("shrink", f"{OWN_RANKS} + o_own", "o_own", off_shrink_backward, 0.0),
-    "dh: no scale": ("shrink", "b_acc *= pick(scales, i_entry)", "b_acc *= 1.0", off_shrink_backward, 0.0),
-    "linear: h of the first": ("linear", f"+ {OWN_RANKS}", "", off_linear, 0.0),
-    "linear: bias of the first": ("linear", "tl.load(pick(p_bias, i_entry)", "tl.load(p_bias[0]", off_linear, 0.0),
-    "linear: moments of padding": ("linear", "tl.where(m_m, b_seen - ", "tl.where(m_n, b_seen - ", off_linear, 0.0),
+    "shrink: moments of one tile": ("shrink", "i_m.to(tl.int64) * 2 * K", "0 * 2 * K", off_moments_of_x, 0.0),
+    "shrink: moments of padding": ("shrink", "m_m[:, None], (o_k < K)", "m_m[:, None] | True, (o_k < K)",
+                                   off_moments_of_x, 0.0),
+    "dh: a neighbour's ranks": ("shrink", f"o_rank = {OWN_RANKS} + o_own", "o_rank = o_own", off_shrink_backward, 0.0),
+    "dh: no scale": ("shrink", "pick(scales, i_entry)", "1.0", off_shrink_backward, 0.0),
+    "linear: h of the first": ("linear", "o_row * stride_h + offset", "o_row * stride_h", off_linear, 0.0),
+    "linear: bias of the first": ("linear", "None, None, pick(p_bias, i_entry)", "None, None, p_bias[0]",
+                                  off_linear, 0.0),
+    "linear: moments of padding": ("linear", "b_y.to(tl.float32), m_m,", "b_y.to(tl.float32), m_m | True,",
+                                   off_linear, 0.0),
     "linear: sum lost": ("linear", "matmul_loop(b_acc, p_x", "matmul_loop(b_acc * 0.0, p_x", off_linear, 0.0),
-    "dx: a source less": ("linear", "static_range(SOURCES)", "static_range(SOURCES - 1)", off_linear_backward, 0.0),
+    "tma: tiles skipped": ("linear", "tl.num_programs(0) - own", "tl.num_programs(0)", off_linear_tma, 0.0),
+    "tma: rows of the first tile": ("linear", "desc_x.load([i_m * BLOCK_M, k])", "desc_x.load([0, k])",
+                                    off_linear_tma, 0.0),
+    "tma: a step lost": ("linear", "for k in tl.range(0, K, BLOCK_K)", "for k in tl.range(BLOCK_K, K, BLOCK_K)",
+                         off_linear_tma, 0.0),
+    "dx: a source less": ("linear_backward", "static_range(SOURCES)", "static_range(SOURCES - 1)",
+                          off_linear_backward, 0.0),
     "wgrad: last row lost": ("wgrad", "tl.minimum(first + rows, M)", "tl.minimum(first + rows, M - 3)", off_wgrad, 0.0),
     "wgrad: a rank as probe": ("wgrad", f"{FIRST_PROBE} - rank", FIRST_PROBE, off_wgrad, 0.0),
-    "wgrad: partials overwritten": ("wgrad", "tl.program_id(2).to(tl.int64) * total", "0 * total", off_wgrad, 0.0),
+    "wgrad: partials overwritten": ("wgrad", "i_part.to(tl.int64) * total", "0 * total", off_wgrad, 0.0),
     "gradstat: run boundary": ("gradstat", "(last - first).to", "(last - first - 1).to", off_gradstat, 0.0),
-}
+    "diagonal: last run only": ("gradstat", "b_squares += b_acc", "b_squares = b_acc", off_diagonal, 0.0),
+    "diagonal: overwritten": ("gradstat", "b_squares + tl.load(", "b_squares + 0 * tl.load(", off_diagonal, 0.0),
+    "covariance: one weight": ("gradstat", "weight = tl.load(p_weight)", "weight = tl.load(p_weight) * 0.5",
+                               off_covariance, 0.0),
+    "covariance: mirrored into itself": ("gradstat", "if i_row != i_column:", "if i_row == i_column:",
+                                         off_covariance, 0.0),
+    "adapters, h: routing": ("shrink", ROUTED, SHUFFLED, off_grouped, 0.0),
+    "adapters, h: a rank more": ("shrink", "offset + o_own, o_own < rank", "offset + o_own, o_own < rank + 1",
+                                 off_grouped, 0.0),
+    "adapters, h: factors of the first": ("shrink", "(first + o_own) * strides", "o_own * strides", off_grouped, 0.0),
+    "adapters, y: routing": ("linear", ROUTED, SHUFFLED, off_grouped, 0.0),
+    "adapters, y: a neighbour's scale": ("linear", "segments[4] + i_pair", "segments[4] + i_entry", off_grouped, 0.0),
+    "adapters, dx: routing": ("linear_backward", ROUTED, SHUFFLED, off_grouped, 0.0),
+    "adapters, dx: factors of the first": ("linear_backward", "(o_skip + o_rank)", "o_rank", off_grouped, 0.0),
+    "adapters, dA: routing": ("wgrad", "if GATHER:", "if False:", off_grouped, 0.0),
+    "adapters, dA: rows twice": ("wgrad", "begin + i_part * own", "begin", off_grouped, 0.0),
+    "adapters, dB: no scale": ("wgrad", "tl.where(o_rank < rank, scale, 1.0)", "tl.where(o_rank < rank, 1.0, 1.0)",
+                               off_grouped, 0.0),
+    "adapters, moments: of the first": ("reduce", "(i_before + o_tile) * 2", "o_tile * 2", off_grouped, 0.0),
+}  # fmt: skip
+
+
+def broken_in(name: str, module, monkeypatch) -> None:
+    """Let the verbs over adapters call the mutant."""
+    if name == "reduce":
+        monkeypatch.setattr(linear, "reduce_moments", module.reduce_moments)
+    else:
+        monkeypatch.setattr(grouped, name, module)
+    monkeypatch.setattr(grouped, "choose_split", lambda *sizes: 2)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
@@ -128,9 +218,10 @@ def test_a_mutant_is_caught(mutation, tmp_path, monkeypatch):
     name, original, broken, off, p = MUTATIONS[mutation]
     monkeypatch.setattr(tiling, "PROGRAMS", 24)
     monkeypatch.setattr(tiling, "choose_split", lambda *sizes: 2)
-    data = Data(SEPARATE, torch.float32)
-    tolerance = 10 * TOLERANCE[torch.float32]
-    assert off(load(name, original, broken, tmp_path), data, p) > tolerance
+    data, module = Data(SEPARATE, torch.float32), load(name, original, broken, tmp_path)
+    if off is off_grouped:
+        broken_in(name, module, monkeypatch)
+    assert off(module, data, p) > 10 * TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(("name", "off"), sorted({(name, off) for name, _, _, off, _ in MUTATIONS.values()}, key=str))
@@ -138,6 +229,8 @@ def test_an_unbroken_copy_is_right(name, off, tmp_path, monkeypatch):
     monkeypatch.setattr(tiling, "PROGRAMS", 24)
     monkeypatch.setattr(tiling, "choose_split", lambda *sizes: 2)
     copy = load(name, "import annotations", "import annotations", tmp_path)
+    if off is off_grouped:
+        broken_in(name, copy, monkeypatch)
     assert off(copy, Data(SEPARATE, torch.float32), 0.0) <= 10 * TOLERANCE[torch.float32]
 
 

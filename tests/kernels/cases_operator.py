@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 
 import pytest
 import torch
+from grouped_support import CASES, Operands, expected_dh, expected_dx
 from kernel_support import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, assert_close, wide
 
-from fastlora import backends, reference
-from fastlora.functional import lora_linear
+from fastlora import backends, reference, triton_backend
+from fastlora.functional import lora_grouped, lora_linear
+from fastlora.segments import Batch
 
 pytestmark = pytest.mark.usefixtures("poisoned", "allowed")
 PROBLEMS = {"separate": SEPARATE, "fused": FUSED, "tiny": TINY, "empty": EMPTY}
@@ -82,6 +86,64 @@ def test_a_projection_without_gradient():
     assert (A[0].grad == 0).all() and A[2].grad.abs().sum() > 0
 
 
+def run_grouped(o, p, double):
+    """Outputs and gradients of x, A, B, Z and V of a mixed batch, by the backend or by the formula in float64."""
+    torch.manual_seed(7)
+    probes = [k for ranks, k in zip(o.case.ranks, o.case.probes, strict=True) for _ in ranks]
+    acc, device = (torch.float64, "cpu") if double else (torch.float32, DEVICE)
+
+    def leaves(tensors):
+        return [(wide(t.to(o.dtype)) if double else t.clone()).requires_grad_() for t in tensors]
+
+    x, A, B = leaves([o.x])[0], leaves(o.A), leaves(o.B)
+    Z = [torch.zeros(b.shape[0], k, dtype=acc, device=device).requires_grad_() for b, k in zip(B, probes, strict=True)]
+    groups = [(g, n) for g in range(len(o.case.ranks)) for n in o.case.outputs]
+    V = [torch.zeros(2, n + 1, dtype=torch.float64, device=device).requires_grad_() for _, n in groups]
+    bias = [None] * len(o.W)
+    batch = Batch(
+        [str(g) for g in range(len(o.case.ranks))], torch.tensor(o.case.ids, dtype=torch.int64, device=DEVICE)
+    )
+    if double:
+        seed = torch.randint(2**62, (), dtype=torch.int64, device=DEVICE)
+        keys = batch.keys(o.x, seed, 0).cpu() if any(p) else None
+        P, ids = [wide(t) for t in o.P], batch.ids.cpu()
+        y = reference.lora_grouped(x, [wide(w) for w in o.W], bias, A, B, o.scales, ids, Z, P, (), keys, p)
+    else:
+        y = lora_grouped(x, o.W, bias, A, B, o.scales, batch, p=p, Z=Z, V=V, P=o.P, backend="triton")
+    torch.autograd.backward(y, [wide(g) if double else g for g in o.dy])
+    found = {"dx": x.grad} | {f"y[{j}]": out.detach() for j, out in enumerate(y)}
+    if double:
+        V = [reference.column_moments(out.detach()[o.rows(g)]) for g in range(len(o.case.ranks)) for out in y]
+    for name, tensors in (("dA", A), ("dB", B), ("Q", Z)):
+        found |= {f"{name}[{i}]": torch.zeros_like(t) if t.grad is None else t.grad for i, t in enumerate(tensors)}
+    return found | {f"moments[{i}]": v if double else v.grad[:, :-1] for i, v in enumerate(V)}
+
+
+@pytest.mark.parametrize("case", ["separate", "fused", "base_only", "empty"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_rows_of_several_adapters(case, p):
+    o = Operands(CASES[case])
+    some = [p if g % 2 == 0 else 0.0 for g in range(len(o.case.ranks))]
+    found, wanted = run_grouped(o, some, False), run_grouped(o, some, True)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert_close(found[name], value, torch.float32, name)
+
+
+def test_an_output_of_a_mixed_batch_without_gradient():
+    o = Operands(CASES["separate"])
+    A, B = ([t.clone().requires_grad_() for t in tensors] for tensors in (o.A, o.B))
+    x, batch = (
+        o.x.clone().requires_grad_(),
+        Batch(["a", "b", "c"], torch.tensor(o.case.ids, dtype=torch.int64, device=DEVICE)),
+    )
+    y = lora_grouped(x, o.W, [None, None], A, B, o.scales, batch, backend="triton")
+    y[1].backward(o.dy[1])
+    dh = expected_dh(o, [None, o.dy[1]])
+    assert_close(x.grad, expected_dx(o, wide(o.dy[1]) @ wide(o.W[1]), dh), torch.float32, "dx")
+    assert (B[0].grad == 0).all() and (A[2].grad == 0).all() and B[1].grad.abs().sum() > 0
+
+
 def test_gradstat_of_the_backend():
     x, dy = torch.randn(20, 9, device=DEVICE), torch.randn(20, 30, device=DEVICE)[:, 3:20]
     offsets = (0, 5, 20)
@@ -99,3 +161,46 @@ def test_mixed_devices_are_named():
     data = Data(SEPARATE, torch.float32)
     with pytest.raises(ValueError, match="lora_A"):
         backends.BACKENDS["triton"].shrink(data.x, [a.cpu() for a in data.A], None, None, 0.0)
+
+
+def reason(monkeypatch, capability=(9, 0), version="3.7.0", found=True):
+    """Why the backend would not run on a GPU of this capability beside this Triton."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found else None)
+    triton_backend._missing.cache_clear()
+    try:
+        return triton_backend.unsupported_reason(torch.device("cuda"), torch.bfloat16)
+    finally:
+        triton_backend._missing.cache_clear()
+
+
+def test_what_is_missing_is_said_with_what_to_do(monkeypatch):
+    assert reason(monkeypatch) is None
+    assert "compute capability 8.0" in reason(monkeypatch, capability=(7, 5))
+    assert "7.5" in reason(monkeypatch, capability=(7, 5))
+    old = reason(monkeypatch, version="3.2.0")
+    assert "3.2.0 is installed" in old and "install triton >= 3.6" in old
+    none = reason(monkeypatch, found=False)
+    assert "not installed" in none and "install triton >= 3.6" in none
+
+
+def test_a_backend_asked_for_by_name_raises_and_auto_says_why(monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "triton", triton_backend.TritonBackend())
+    with pytest.raises(RuntimeError, match="the tensors are on cpu; move them to a GPU"):
+        backends.choose("triton", torch.device("cpu"), torch.float32)
+    _, passed = backends.choose("auto", torch.device("cpu"), torch.float32)
+    assert "GPU" in passed["triton"]
+    assert "float64" in triton_backend.unsupported_reason(torch.device("cuda"), torch.float64)
+
+
+def test_devices_that_differ_are_named_before_anything_runs():
+    backend, data = triton_backend.TritonBackend(), Data(SEPARATE, torch.float32)
+    there = [torch.empty_like(a, device="meta") for a in data.A]
+    with pytest.raises(ValueError, match="lora_A: is on meta, x on"):
+        backend.shrink(data.x, there, None, None, 0.0)
+    with pytest.raises(ValueError, match="weight: is on meta"):
+        whole = [torch.empty_like(w, device="meta") for w in data.W]
+        backend.linear(data.x, whole, data.bias, data.x, data.B, data.layout, data.scale, False)
+    with pytest.raises(ValueError, match="dy: is on meta"):
+        backend.gradstat(data.x, torch.empty_like(data.dy[0], device="meta"), (0, 35))

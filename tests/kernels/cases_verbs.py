@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastlora.kernels import gradstat, linear, shrink, tiling, wgrad
+from fastlora.kernels import linear, linear_backward, shrink, tiling, wgrad
 from fastlora.kernels.tiling import TileConfig
 from kernel_support import (
     DEVICE,
@@ -38,7 +38,6 @@ problems = pytest.mark.parametrize(
     [(PROBLEMS[p], *KINDS[kind]) for p, kind in COMBINATIONS],
     ids=[f"{p}-{kind}" for p, kind in COMBINATIONS],
 )
-kinds = pytest.mark.parametrize(("dtype", "factors"), KINDS.values(), ids=KINDS)
 
 
 def dropped(p: float) -> dict:
@@ -75,13 +74,16 @@ def test_shrink_backward(problem, dtype, factors, missing, monkeypatch):
 
 
 @problems
-@pytest.mark.parametrize("strategy", ["fused", "library", "augmented"])
-def test_linear(problem, dtype, factors, strategy):
+@pytest.mark.parametrize("strategy", ["fused", "tma", "library", "augmented"])
+def test_linear(problem, dtype, factors, strategy, monkeypatch):
     data = Data(problem, dtype, factors, strided=problem is SEPARATE)
+    # Fewer programs than tiles, so that each goes from projection to projection.
+    monkeypatch.setattr(linear, "PROGRAMS", 2)
+    tiles, strategy = (SMALL._replace(tma=True), "fused") if strategy == "tma" else (SMALL, strategy)
     h = expected_h(data).to(DEVICE, dtype)
     layout = data.layout
     y, moments = linear.linear(
-        data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, True, strategy, SMALL
+        data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, True, strategy, tiles
     )
     update = torch.cat(
         [
@@ -95,6 +97,18 @@ def test_linear(problem, dtype, factors, strategy):
         assert out.dtype == dtype and sums.dtype == torch.float64
         assert_close(out, wanted, dtype, "y")
         assert_close(sums, reference.column_moments(wide(out)), torch.float32, "moments")
+
+
+def test_descriptors_are_used_where_rows_are_aligned(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        linear, "launch", lambda kernel, grid, *rest, **options: seen.append((grid, options.get("TMA")))
+    )
+    for problem, wanted in ((FUSED, True), (SEPARATE, False)):
+        data = Data(problem, torch.float16)
+        rest = data.places, data.layout.offsets, data.scale, False, "fused", SMALL._replace(tma=True)
+        linear.linear(data.x, data.W, data.bias, data.x, data.B, *rest)
+        assert seen.pop()[1] is wanted
 
 
 def test_moments_do_not_cancel():
@@ -114,7 +128,7 @@ def test_linear_backward(problem, dtype, factors, strategy, p):
     data = Data(problem, dtype, factors, strided=problem is FUSED)
     dh = torch.randn(problem.M, data.layout.rank, device=DEVICE).to(dtype)
     options = {"seed": data.seed, **dropped(p)} if p else {}
-    dx = linear.linear_backward(
+    dx = linear_backward.linear_backward(
         data.dy, data.W, dh, data.A, data.layout.offsets, strategy=strategy, tiles=SMALL, **options
     )
     wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True))
@@ -153,35 +167,6 @@ def test_wgrad(problem, dtype, factors, p, missing, monkeypatch):
         assert_close(dB[n], data.scale[i] * wide(slices[i]).T @ wide(h)[:, part], rounding, f"dB[{i}]")
         assert_close(Q[n], wide(slices[i]).T @ wide(h)[:, layout.rank :], torch.float32, f"Q[{i}]")
     assert len(dB) == len(Q) == len(live)
-
-
-@kinds
-def test_gradstat(dtype, factors):
-    x, dy = (torch.randn(53, n + 3, device=DEVICE).to(dtype)[:, :n] for n in (40, 35))
-    offsets = [0, 0, 7, 40, 53]
-    found = gradstat.gradstat(x, dy, torch.tensor(offsets, device=DEVICE), SMALL)
-    assert_close(found, reference.gradstat(wide(x), wide(dy), offsets), torch.float32, "gradstat")
-
-
-@pytest.mark.parametrize(("M", "N"), [(21, 50), (3, 7), (0, 5)])
-def test_covariance(M, N):
-    x = torch.randn(M, N, device=DEVICE)
-    found = gradstat.covariance(x, SMALL)
-    assert torch.equal(found, found.T)
-    assert_close(found, wide(x).T @ wide(x) / max(M, 1), torch.float32, "covariance")
-
-
-@pytest.mark.parametrize("N", [1, 16, 17, 33, 80])
-def test_every_triangular_tile_is_met(N):
-    assert torch.isfinite(gradstat.covariance(torch.ones(2, N, device=DEVICE), SMALL)).all()
-
-
-def test_no_matrix_of_the_weight_is_allocated(monkeypatch):
-    sizes, real = [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *s, **o: sizes.append(real(*s, **o)) or sizes[-1])
-    x, dy = torch.randn(30, 64, device=DEVICE), torch.randn(30, 64, device=DEVICE)
-    gradstat.gradstat(x, dy, torch.tensor([0, 30], device=DEVICE), SMALL)
-    assert sum(t.numel() for t in sizes) < 64
 
 
 def test_split_sums_are_repeatable(monkeypatch):

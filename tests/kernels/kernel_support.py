@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.backends import Layout, group_layout
+from fastlora.verbs import Layout, group_layout
 
 DEVICE = os.environ.get("FASTLORA_KERNEL_DEVICE", "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

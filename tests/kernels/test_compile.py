@@ -11,7 +11,11 @@ import pytest
 
 pytest.importorskip("triton")
 # A child a group of verbs: importing torch and triton costs seconds.
-VERBS = ("shrink wgrad", "linear expand", "linear_backward gradstat covariance")
+VERBS = (
+    "shrink shrink_moments grouped_shrink wgrad",
+    "linear linear_moments expand",
+    "linear_backward gradstat gradstat_diagonal covariance",
+)
 
 # A child, so that neither the stand-in driver nor an interpreter chosen elsewhere reaches other tests.
 CHILD = """
@@ -26,6 +30,12 @@ print(json.dumps([[row.verb, row.kernel, row.dtype, list(row.tile), row.faults()
 def cache(tmp_path_factory):
     """A cache of its own: a stale one would hide what the compiler says today."""
     return tmp_path_factory.mktemp("triton")
+
+
+def test_no_verb_is_left_out():
+    code = "from fastlora.kernels import tiling; print(*{verb for verb, _, _ in tiling.committed()})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {verb.removesuffix("_dropout") for verb in done.stdout.split()} == set(" ".join(VERBS).split())
 
 
 @pytest.mark.parametrize("verbs", VERBS)

@@ -179,8 +179,17 @@ FASTLORA_INLINE void store(T* p, Vec v, int count) {
 }
 #endif
 
-// a * b + c; contracted to one instruction where the target has it.
-FASTLORA_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+// a * b + c in one rounding where the target can; by name, since the compiler contracts some copies of a loop only, and
+// a row's result must not depend on the tile that it falls into.
+FASTLORA_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && defined(__AVX2__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
 
 #if defined(__AVX512BF16__) || defined(FASTLORA_EMULATE_BF16)
 #define FASTLORA_BF16_PAIRS 1

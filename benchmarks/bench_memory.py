@@ -1,0 +1,29 @@
+"""Peak memory of a step: statistics of a frozen weight without its gradient."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from . import memory
+
+# What has to run for the check; the other rows are for the report.
+CHECKED = ("naive", "fastlora", "exact")
+
+
+@pytest.mark.skipif(memory.supported() is not None, reason=str(memory.supported()))
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed: nothing to compare with")
+@pytest.mark.benchmark(group="memory")
+def test_peak_memory(benchmark, record):
+    """Exact statistics add less than one [N, K] buffer to a step, the naive way at least one."""
+    names = [name for name in memory.VARIANTS if name in CHECKED or not benchmark.disabled]
+    found = {name: memory.measured(name) for name in names if name != "fastlora"}
+    found["fastlora"] = benchmark.pedantic(memory.measured, ("fastlora",), rounds=1)
+    extra = {name: found[name]["peak"] - found["fastlora"]["peak"] for name in ("exact", "naive")}
+    assert extra["exact"] < memory.GRADIENT_BYTES <= extra["naive"], extra
+    if not benchmark.disabled:
+        s = memory.SHAPE
+        rows = [{"variant": name, **found[name]} for name in memory.VARIANTS]
+        record({"kind": "memory", "model": s.model, "rows_of_x": s.rows, "width": s.width, "outputs": s.outputs,
+                "rank": s.rank, "gradient": memory.GRADIENT_BYTES, "rows": rows})  # fmt: skip

@@ -1,0 +1,308 @@
+// What the two passes over many adapters in one batch share: which rows an adapter has, how they are split over
+// threads, and how rows that lie anywhere are read and written.
+#pragma once
+#include <numeric>
+
+#include "cpu/common.h"
+#include "cpu/group.h"
+#include "cpu/pack.h"
+#include "cpu/transpose.h"
+
+namespace fastlora {
+
+// The rows of one adapter, or some of them: positions begin..end.
+struct Segment {
+  int64_t adapter, begin, end;
+  int64_t partial = -1;  // index among the partial sums, where another part has rows of the same adapter
+};
+
+// Row `order[p]` is at position p; without an order, positions are rows.
+struct Segments {
+  Tensor order_tensor;
+  const int64_t* order = nullptr;
+  int64_t adapters = 0, covered = 0;
+  std::vector<int64_t> rows;     // of every adapter
+  std::vector<Segment> present;  // adapters that have rows, by their positions
+};
+
+inline Tensor read_indices(const Tensor& tensor, const char* name, int64_t dimensions) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.dim() == dimensions, name, " has dtype ",
+                  tensor.scalar_type(), " and ", tensor.dim(), " dimensions; a Long tensor with ", dimensions,
+                  " is needed");
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline void check_order(const int64_t* order, int64_t rows) {
+  for (int64_t p = 0; p < rows; ++p) {
+    STD_TORCH_CHECK(order[p] >= 0 && order[p] < rows, "order: row ", order[p], " at position ", p, "; x has ", rows);
+  }
+}
+
+inline Segments read_segments(const Tensor& order, const Tensor& ranges_, int64_t rows) {
+  Segments out;
+  const Tensor ranges = read_indices(ranges_, "ranges", 2);
+  STD_TORCH_CHECK(ranges.size(1) == 2, "ranges has ", ranges.size(1), " columns; begin and end are needed");
+  out.order_tensor = read_indices(order, "order", 1);
+  const int64_t length = order.size(0);
+  STD_TORCH_CHECK(length == rows || length == 0, "order has ", length, " entries; accepted: 0, or the ", rows,
+                  " rows of x");
+  if (length > 0) {
+    out.order = static_cast<const int64_t*>(out.order_tensor.const_data_ptr());
+    check_order(out.order, rows);
+  }
+  out.adapters = ranges.size(0);
+  const int64_t* range = static_cast<const int64_t*>(ranges.const_data_ptr());
+  for (int64_t g = 0; g < out.adapters; ++g, range += 2) {
+    STD_TORCH_CHECK(0 <= range[0] && range[0] <= range[1] && range[1] <= rows, "ranges: adapter ", g, " has positions ",
+                    range[0], " to ", range[1], " of ", rows);
+    out.rows.push_back(range[1] - range[0]);
+    if (range[0] == range[1]) continue;
+    out.present.push_back({g, range[0], range[1]});
+    out.covered += range[1] - range[0];
+  }
+  std::sort(out.present.begin(), out.present.end(),
+            [](const Segment& a, const Segment& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < out.present.size(); ++i) {
+    const Segment &a = out.present[i - 1], &b = out.present[i];
+    STD_TORCH_CHECK(a.end <= b.begin, "ranges: adapters ", a.adapter, " and ", b.adapter, " overlap at position ",
+                    b.begin);
+  }
+  return out;
+}
+
+// Every adapter's projections, in one list of lists; `probes` is extra columns of h.
+struct Adapters {
+  std::vector<Group> groups;
+  std::vector<int64_t> probes;
+
+  int64_t width(int64_t g) const { return groups[g].rank + probes[g]; }
+};
+
+template <class T>
+std::vector<T> entries(const std::vector<T>& all, int64_t g, size_t count) {
+  return {all.begin() + g * count, all.begin() + (g + 1) * count};
+}
+
+inline Adapters read_adapters(const std::vector<Tensor>& A, const std::vector<Tensor>& B, int64_t adapters,
+                              std::vector<int64_t> probes, const std::vector<int64_t>& outputs,
+                              const std::vector<int64_t>& columns, const std::vector<double>& scales, int64_t depth,
+                              const std::vector<int64_t>& widths) {
+  const size_t count = outputs.size(), all = count * static_cast<size_t>(adapters);
+  STD_TORCH_CHECK(A.size() == all, "A has ", A.size(), " entries; ", adapters, " adapters of ", count,
+                  " projections need ", all);
+  STD_TORCH_CHECK(B.size() == all, "B has ", B.size(), " entries, but A has ", all);
+  STD_TORCH_CHECK(scales.size() == all, "scales has ", scales.size(), " entries, but A has ", all);
+  STD_TORCH_CHECK(columns.size() == count, "columns has ", columns.size(), " entries, but outputs has ", count);
+  Adapters out{{}, std::move(probes)};
+  for (int64_t g = 0; g < adapters; ++g) {
+    out.groups.push_back(read_group(entries(A, g, count), entries(B, g, count), outputs, columns,
+                                    entries(scales, g, count), depth, widths));
+  }
+  return out;
+}
+
+// out [rank, columns] = scale * B^T, with B rounded to x's dtype; scratch holds as many values.
+inline void pack_transposed(const Tensor& B, float scale, ScalarType rounded, float* scratch, float* out) {
+  const int64_t columns = B.size(0), rank = B.size(1);
+  if (columns * rank == 0) return;
+  if (B.scalar_type() == ScalarType::Float && rounded == ScalarType::Float && B.stride(1) == 1) {
+    transpose_scaled(static_cast<const float*>(B.const_data_ptr()), B.stride(0), columns, rank, scale, out, columns);
+    return;
+  }
+  pack(B, 1.0f, rounded, scratch);
+  transpose_scaled(scratch, rank, columns, rank, scale, out, columns);
+}
+
+// Static split over threads by work. It depends only on the segments, the shapes and the thread count, so that results
+// repeat bit by bit. An adapter whose rows lie in several parts has one partial sum in each.
+struct Schedule {
+  std::vector<std::vector<Segment>> parts;
+  std::vector<Segment> shared;  // in the order of the partial sums
+
+  // work[i] is that of one row of segments.present[i], in multiply-adds.
+  Schedule(const Segments& segments, const std::vector<int64_t>& work) {
+    constexpr int64_t kWorkPerThread = 1 << 18;
+    // Packing the factors and writing the gradients costs about as much as these rows.
+    constexpr int64_t kFixedRows = 8;
+    // Kernels take rows in tiles of divisors of this number.
+    constexpr int64_t kStep = 12;
+    int64_t total = 0;
+    std::vector<int64_t> cost;
+    for (size_t i = 0; i < segments.present.size(); ++i) {
+      const int64_t rows = segments.present[i].end - segments.present[i].begin;
+      cost.push_back(std::max<int64_t>(1, work[i] + work[i] * kFixedRows / rows));
+      total += rows * cost.back();
+    }
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t count = std::max<int64_t>(1, std::min({threads, total / kWorkPerThread, segments.covered / 8}));
+    parts.resize(count);
+    int64_t part = 0, before = 0;
+    for (size_t i = 0; i < segments.present.size(); ++i) {
+      const Segment& all = segments.present[i];
+      const int64_t rows = all.end - all.begin;
+      for (int64_t from = 0; from < rows;) {
+        int64_t to = rows;
+        if (part + 1 < count) to = std::min(rows, (total / count * (part + 1) - before) / cost[i] / kStep * kStep);
+        if (to > from) parts[part].push_back({all.adapter, all.begin + from, all.begin + to});
+        if (to < rows) ++part;
+        from = std::max(from, to);
+      }
+      before += rows * cost[i];
+    }
+    for (auto& segments_of_part : parts) {
+      for (Segment& it : segments_of_part) {
+        if (it.end - it.begin == segments.rows[it.adapter]) continue;
+        it.partial = static_cast<int64_t>(shared.size());
+        shared.push_back(it);
+      }
+    }
+  }
+
+  // Calls f(part, its segments) for every part.
+  template <class F>
+  void run(const F& f) const {
+    const int64_t count = static_cast<int64_t>(parts.size());
+    if (count == 1) {
+      f(int64_t{0}, parts[0]);
+      return;
+    }
+    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) f(part, parts[part]);
+    });
+  }
+};
+
+// Rows of a matrix: first, first + step, ... or those of an index.
+struct Rows {
+  const int64_t* index;
+  int64_t first, step, count;
+
+  int64_t at(int64_t i) const { return index ? index[i] : first + i * step; }
+  Rows part(int64_t begin, int64_t end) const {
+    return {index ? index + begin : nullptr, first + begin * step, step, end - begin};
+  }
+};
+
+// The rows of a segment in runs: evenly spaced where there are many in a row, since the kernels take any stride, and
+// else indexed, for rows that are copied to scratch memory and back.
+template <class F>
+void for_each_run(const int64_t* order, int64_t begin, int64_t end, const F& f) {
+  if (order == nullptr) {
+    f(Rows{nullptr, begin, 1, end - begin});
+    return;
+  }
+  constexpr int64_t kLong = 12;
+  int64_t scattered = begin;
+  for (int64_t p = begin; p < end;) {
+    const int64_t step = p + 1 < end ? order[p + 1] - order[p] : 1;
+    int64_t stop = std::min(p + 2, end);
+    while (stop < end && order[stop] - order[stop - 1] == step) ++stop;
+    if (stop - p >= kLong) {
+      if (scattered < p) f(Rows{order + scattered, 0, 0, p - scattered});
+      f(Rows{nullptr, order[p], step, stop - p});
+      scattered = p = stop;
+    } else {
+      // The last row may begin a run of another step.
+      p = std::max(p + 1, stop == end ? end : stop - 1);
+    }
+  }
+  if (scattered < end) f(Rows{order + scattered, 0, 0, end - scattered});
+}
+
+// The rows of a segment in blocks of nearly equal size.
+template <class F>
+void for_each_block(const int64_t* order, const Segment& segment, int64_t block, const F& f) {
+  constexpr int64_t kStep = 12;
+  for_each_run(order, segment.begin, segment.end, [&](const Rows& run) {
+    const int64_t blocks = (run.count + block - 1) / block;
+    const int64_t size = ((run.count + blocks - 1) / blocks + kStep - 1) / kStep * kStep;
+    for (int64_t m = 0; m < run.count; m += size) f(run.part(m, std::min(m + size, run.count)));
+  });
+}
+
+// fp32 rows: the data itself where that is possible, or a copy in the scratch memory.
+struct FloatRows {
+  const float* data;
+  int64_t stride;
+};
+
+template <class T>
+FloatRows float_rows(const T* from, int64_t stride, const Rows& rows, int64_t columns, float* scratch) {
+  if (rows.index == nullptr) {
+    const int64_t step = rows.step * stride;
+    return {rows_as_float(from + rows.first * stride, step, rows.count, columns, scratch),
+            float_stride<T>(step, columns)};
+  }
+  for (int64_t i = 0; i < rows.count; ++i) {
+    kernels().of<T>().widen(from + rows.index[i] * stride, scratch + i * columns, columns);
+  }
+  return {scratch, columns};
+}
+
+// The kernels of one part, which counts the multiply-adds that it asks of them.
+struct Multiplier {
+  int64_t done = 0;
+
+  void dot(const FloatRows& x, int64_t rows, const float* a, int64_t rank, int64_t depth, float* s, int64_t lds) {
+    kernels().dot(x.data, x.stride, rows, a, depth, rank, depth, s, lds);
+    done += rows * rank * depth;
+  }
+  void outer(const float* d, int64_t ldd, int64_t rank, const FloatRows& x, int64_t rows, int64_t columns, float* g) {
+    kernels().outer(d, ldd, rank, x.data, x.stride, rows, columns, g, columns);
+    done += rows * rank * columns;
+  }
+  // y[rows, column..] += s b in place; scratch holds as many values.
+  template <class T>
+  void expand(const float* s, int64_t lds, const Rows& rows, const float* b, int64_t rank, int64_t columns,
+              const Target& y, int64_t column, T* scratch) {
+    if (rank == 0) return;
+    done += rows.count * rank * columns;
+    const TypedKernels<T>& typed = kernels().of<T>();
+    if (rows.index == nullptr) {
+      typed.expand(s, lds, rows.count, b, columns, rank, columns, y.row<T>(rows.first) + column, rows.step * y.stride);
+      return;
+    }
+    // One row at a time is slower than a tile of rows; up to this rank copying rows there and back costs more.
+    constexpr int64_t kLowRank = 16;
+    if (rank <= kLowRank) {
+      expand_each<T>(s, lds, rows, b, rank, columns, y, column);
+      return;
+    }
+    for (int64_t i = 0; i < rows.count; ++i) {
+      std::copy_n(y.row<T>(rows.index[i]) + column, columns, scratch + i * columns);
+    }
+    typed.expand(s, lds, rows.count, b, columns, rank, columns, scratch, columns);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      std::copy_n(scratch + i * columns, columns, y.row<T>(rows.index[i]) + column);
+    }
+  }
+
+ private:
+  template <class T>
+  static void expand_each(const float* s, int64_t lds, const Rows& rows, const float* b, int64_t rank, int64_t columns,
+                          const Target& y, int64_t column) {
+    // The columns of b that meet all rows of the block stay in the first-level cache.
+    constexpr int64_t kFactors = 6144, kStep = 64;
+    const int64_t strip = std::max(kFactors / rank / kStep, int64_t{1}) * kStep;
+    for (int64_t n = 0; n < columns; n += strip) {
+      for (int64_t i = 0; i < rows.count; ++i) {
+        // The kernel fetches the row after its last one ahead: the stride tells it where that is.
+        const int64_t next = i + 1 < rows.count ? rows.index[i + 1] - rows.index[i] : 0;
+        kernels().of<T>().expand(s + i * lds, lds, 1, b + n, columns, rank, std::min(strip, columns - n),
+                                 y.row<T>(rows.index[i]) + column + n, next * y.stride);
+      }
+    }
+  }
+};
+
+// Rows in their own dtype: the data itself, or a copy.
+template <class T>
+std::pair<const T*, int64_t> typed_rows(const Target& from, const Rows& rows, T* scratch) {
+  if (rows.index == nullptr) return {from.row<T>(rows.first), rows.step * from.stride};
+  for (int64_t i = 0; i < rows.count; ++i) {
+    std::copy_n(from.row<T>(rows.index[i]), from.columns, scratch + i * from.columns);
+  }
+  return {scratch, from.columns};
+}
+
+}  // namespace fastlora

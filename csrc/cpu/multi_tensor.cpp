@@ -1,0 +1,286 @@
+// One call for the small matrices of all layers: the penalty and its gradient, squared norms, copies to another rank.
+// Threads take whole matrices, so that results do not depend on their number.
+#include <cstring>
+
+#include "cpu/common.h"
+
+namespace fastlora {
+namespace {
+
+using TensorList = std::vector<Tensor>;
+
+// Calls f(i) for every matrix; `work` is the number of operations of all of them.
+template <class F>
+void for_each_matrix(size_t count, int64_t work, const F& f) {
+  constexpr int64_t kWorkPerThread = 1 << 20;
+  const int64_t matrices = static_cast<int64_t>(count);
+  const int64_t grain = work > kWorkPerThread ? matrices * kWorkPerThread / work + 1 : matrices;
+  if (grain >= matrices || torch::stable::get_num_threads() == 1) {
+    for (size_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  torch::stable::parallel_for(0, matrices, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) f(static_cast<size_t>(i));
+  });
+}
+
+// fp32 view of a whole matrix, widened where it is narrower.
+struct Wide {
+  Scratch<float> own{0};
+  const float* data;
+  int64_t stride;
+
+  explicit Wide(const Matrix& matrix) {
+    if (matrix.dtype != ScalarType::Float) own = Scratch<float>(matrix.rows * matrix.columns);
+    with_type(matrix.dtype, [&](auto type) {
+      using T = decltype(type);
+      data = rows_as_float(matrix.data<T>(), matrix.stride, matrix.rows, matrix.columns, own.get());
+      stride = float_stride<T>(matrix.stride, matrix.columns);
+    });
+  }
+};
+
+// A [r, K] and B [N, r] of one matrix, with weight * scale^2.
+struct Factors {
+  Matrix A, B;
+  double coefficient;
+  int64_t rank;
+};
+
+std::vector<Factors> read_factors(const TensorList& A, const TensorList& B, const std::vector<double>& scales,
+                                  const Tensor& weights_) {
+  const size_t count = A.size();
+  STD_TORCH_CHECK(B.size() == count, "B has ", B.size(), " entries, but A has ", count);
+  STD_TORCH_CHECK(scales.size() == count, "scales has ", scales.size(), " entries, but A has ", count);
+  const ScalarType dtype = weights_.scalar_type();
+  STD_TORCH_CHECK(weights_.dim() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double), "weights has ",
+                  weights_.dim(), " dimensions and dtype ", dtype, "; a Float or Double vector is needed");
+  STD_TORCH_CHECK(weights_.numel() == static_cast<int64_t>(count), "weights has ", weights_.numel(),
+                  " entries, but A has ", count);
+  const Tensor weights = torch::stable::contiguous(weights_);
+  const void* weight = weights.const_data_ptr();
+  std::vector<Factors> out;
+  out.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const double w =
+        dtype == ScalarType::Float ? static_cast<const float*>(weight)[i] : static_cast<const double*>(weight)[i];
+    Factors it{read_matrix(A[i], "A"), read_matrix(B[i], "B"), w * scales[i] * scales[i], A[i].size(0)};
+    STD_TORCH_CHECK(it.B.columns == it.rank, "B[", i, "] has ", it.B.columns, " columns, but A[", i, "] has ", it.rank,
+                    " rows (rank)");
+    out.push_back(std::move(it));
+  }
+  return out;
+}
+
+int64_t work_of(const std::vector<Factors>& factors) {
+  int64_t work = 0;
+  for (const Factors& it : factors) work += it.rank * it.rank * (it.A.columns + it.B.rows);
+  return work;
+}
+
+// A A^T and B^T B, both [r, r].
+struct Grams {
+  Scratch<float> of_A, of_B;
+
+  Grams(const Wide& A, const Wide& B, const Factors& it) : of_A(it.rank * it.rank), of_B(it.rank * it.rank) {
+    const int64_t r = it.rank;
+    kernels().dot(A.data, A.stride, r, A.data, A.stride, r, it.A.columns, of_A.get(), r);
+    std::fill_n(of_B.get(), r * r, 0.0f);
+    if (it.B.rows > 0) kernels().outer(B.data, B.stride, r, B.data, B.stride, it.B.rows, r, of_B.get(), r);
+  }
+};
+
+// sum_i weights[i] scales[i]^2 ||B_i A_i||_F^2
+Tensor penalty(const TensorList& A, const TensorList& B, const std::vector<double>& scales, const Tensor& weights) {
+  const std::vector<Factors> factors = read_factors(A, B, scales, weights);
+  std::vector<double> values(factors.size());
+  for_each_matrix(factors.size(), work_of(factors), [&](size_t i) {
+    const Factors& it = factors[i];
+    if (it.rank == 0) return;
+    const Grams grams(Wide(it.A), Wide(it.B), it);
+    double sum = 0.0;
+    for (int64_t e = 0; e < it.rank * it.rank; ++e)
+      sum += static_cast<double>(grams.of_A.get()[e]) * grams.of_B.get()[e];
+    values[i] = it.coefficient * sum;
+  });
+  Tensor result = new_tensor({}, ScalarType::Float);
+  double total = 0.0;
+  for (const double value : values) total += value;
+  *static_cast<float*>(result.mutable_data_ptr()) = static_cast<float>(total);
+  return result;
+}
+
+void check_gradients(const TensorList& gradients, const char* name, const TensorList& factors, const char* of) {
+  STD_TORCH_CHECK(gradients.size() == factors.size(), name, " has ", gradients.size(), " entries, but ", of, " has ",
+                  factors.size());
+  for (size_t i = 0; i < factors.size(); ++i) {
+    const Tensor& gradient = gradients[i];
+    if (gradient.numel() == 0) continue;
+    check_matrix(gradient, name);
+    check_dtype(gradient.scalar_type(), name);
+    STD_TORCH_CHECK(gradient.size(0) == factors[i].size(0) && gradient.size(1) == factors[i].size(1), name, "[", i,
+                    "] is ", gradient.size(0), " x ", gradient.size(1), ", but ", of, "[", i, "] is ",
+                    factors[i].size(0), " x ", factors[i].size(1));
+    STD_TORCH_CHECK(gradient.size(1) <= 1 || gradient.stride(1) == 1, name, "[", i, "] has column stride ",
+                    gradient.stride(1), "; 1 is needed");
+  }
+}
+
+// gradient [rows, columns] += s [rows, r] b [r, columns]
+template <class T>
+void add_product(T* gradient, int64_t ldg, int64_t rows, int64_t columns, const float* s, int64_t lds, const float* b,
+                 int64_t ldb, int64_t rank) {
+  kernels().of<T>().expand(s, lds, rows, b, ldb, rank, columns, gradient, ldg);
+}
+
+// gradient [rows, r] += s [rows, r] b [r, r]. Rows narrower than a vector go several at a time: as one row that meets a
+// matrix with copies of b on its diagonal.
+template <class T>
+void add_narrow(T* gradient, int64_t ldg, int64_t rows, const float* s, int64_t lds, const float* b, int64_t r) {
+  constexpr int64_t kWidest = 16;
+  const int64_t folds = ldg == r && lds == r ? kWidest / r : 1;
+  if (folds < 2 || rows < folds) {
+    add_product(gradient, ldg, rows, r, s, lds, b, r, r);
+    return;
+  }
+  const int64_t width = folds * r, whole = rows / folds;
+  float diagonal[kWidest * kWidest] = {};
+  for (int64_t fold = 0; fold < folds; ++fold) {
+    for (int64_t q = 0; q < r; ++q) std::copy_n(b + q * r, r, diagonal + (fold * r + q) * width + fold * r);
+  }
+  add_product(gradient, width, whole, width, s, width, diagonal, width, width);
+  const int64_t done = whole * folds;
+  if (done < rows) add_product(gradient + done * r, r, rows - done, r, s + done * r, r, b, r, r);
+}
+
+// dA_i += c_i (B_i^T B_i) A_i,  dB_i += c_i B_i (A_i A_i^T),  c_i = 2 lmbda weights[i] scales[i]^2; empty ones are left
+// out
+void penalty_grad_(TensorList dA, TensorList dB, const TensorList& A, const TensorList& B,
+                   const std::vector<double>& scales, const Tensor& weights, double lmbda) {
+  const std::vector<Factors> factors = read_factors(A, B, scales, weights);
+  check_gradients(dA, "dA", A, "A");
+  check_gradients(dB, "dB", B, "B");
+  for_each_matrix(factors.size(), 2 * work_of(factors), [&](size_t i) {
+    const Factors& it = factors[i];
+    const bool into_A = dA[i].numel() > 0, into_B = dB[i].numel() > 0;
+    if (it.rank == 0 || !(into_A || into_B)) return;
+    const Wide wide_A(it.A), wide_B(it.B);
+    const Grams grams(wide_A, wide_B, it);
+    const float c = static_cast<float>(2.0 * lmbda * it.coefficient);
+    for (int64_t e = 0; e < it.rank * it.rank; ++e) {
+      grams.of_A.get()[e] *= c;
+      grams.of_B.get()[e] *= c;
+    }
+    const int64_t r = it.rank;
+    if (into_A) {
+      with_type(dA[i].scalar_type(), [&](auto type) {
+        add_product(static_cast<decltype(type)*>(dA[i].mutable_data_ptr()), dA[i].stride(0), r, it.A.columns,
+                    grams.of_B.get(), r, wide_A.data, wide_A.stride, r);
+      });
+    }
+    if (into_B) {
+      with_type(dB[i].scalar_type(), [&](auto type) {
+        add_narrow(static_cast<decltype(type)*>(dB[i].mutable_data_ptr()), dB[i].stride(0), it.B.rows, wide_B.data,
+                   wide_B.stride, grams.of_A.get(), r);
+      });
+    }
+  });
+}
+
+template <class T>
+double squared_norm(const T* data, int64_t count) {
+  constexpr int64_t kBlock = 4096;
+  double squares = 0.0, absolute = 0.0;
+  if constexpr (std::is_same_v<T, float>) {
+    kernels().norms(data, count, &squares, &absolute);
+  } else {
+    const Scratch<float> wide(std::min(count, kBlock));
+    for (int64_t i = 0; i < count; i += kBlock) {
+      const int64_t part = std::min(kBlock, count - i);
+      kernels().of<T>().widen(data + i, wide.get(), part);
+      kernels().norms(wide.get(), part, &squares, &absolute);
+    }
+  }
+  return squares;
+}
+
+double squared_norm(const double* data, int64_t count) {
+  double squares = 0.0;
+  for (int64_t i = 0; i < count; ++i) squares += data[i] * data[i];
+  return squares;
+}
+
+// float64 sum of the squares of each tensor
+Tensor squared_norms(const TensorList& tensors) {
+  TensorList dense;
+  int64_t work = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].scalar_type() != ScalarType::Double) check_dtype(tensors[i].scalar_type(), "tensors");
+    dense.push_back(torch::stable::contiguous(tensors[i]));
+    work += tensors[i].numel();
+  }
+  Tensor result = new_tensor({static_cast<int64_t>(tensors.size())}, ScalarType::Double);
+  double* out = static_cast<double*>(result.mutable_data_ptr());
+  for_each_matrix(dense.size(), work, [&](size_t i) {
+    const void* data = dense[i].const_data_ptr();
+    const int64_t count = dense[i].numel();
+    if (dense[i].scalar_type() == ScalarType::Double) {
+      out[i] = squared_norm(static_cast<const double*>(data), count);
+      return;
+    }
+    with_type(dense[i].scalar_type(),
+              [&](auto type) { out[i] = squared_norm(static_cast<const decltype(type)*>(data), count); });
+  });
+  return result;
+}
+
+void check_resize(const Tensor& to, const Tensor& from, size_t i) {
+  check_matrix(to, "to");
+  check_matrix(from, "source");
+  const ScalarType dtype = to.scalar_type();
+  if (dtype != ScalarType::Double) check_dtype(dtype, "to");
+  check_same_dtype(from.scalar_type(), "source", dtype, "to");
+  STD_TORCH_CHECK(to.size(0) == from.size(0) || to.size(1) == from.size(1), "to[", i, "] is ", to.size(0), " x ",
+                  to.size(1), ", but source[", i, "] is ", from.size(0), " x ", from.size(1),
+                  "; only the rank may differ");
+  STD_TORCH_CHECK(to.size(1) <= 1 || to.stride(1) == 1, "to[", i, "] has column stride ", to.stride(1),
+                  "; 1 is needed");
+}
+
+// to_i = source_i where both have the row and the column, else 0
+void resize_ranks_(TensorList to, const TensorList& source) {
+  STD_TORCH_CHECK(source.size() == to.size(), "source has ", source.size(), " entries, but to has ", to.size());
+  TensorList dense;
+  int64_t work = 0;
+  for (size_t i = 0; i < to.size(); ++i) {
+    check_resize(to[i], source[i], i);
+    const bool direct = source[i].size(1) <= 1 || source[i].stride(1) == 1;
+    dense.push_back(direct ? source[i] : torch::stable::contiguous(source[i]));
+    work += to[i].numel();
+  }
+  for_each_matrix(to.size(), work, [&](size_t i) {
+    const ScalarType dtype = to[i].scalar_type();
+    const int64_t item = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+    const int64_t rows = to[i].size(0), columns = to[i].size(1);
+    const int64_t row_bytes = columns * item, ldt = to[i].stride(0) * item, lds = dense[i].stride(0) * item;
+    if (rows == 0 || columns == 0) return;
+    char* target = static_cast<char*>(to[i].mutable_data_ptr());
+    const char* data = static_cast<const char*>(dense[i].const_data_ptr());
+    const int64_t kept = std::min(rows, dense[i].size(0)), copied = std::min(columns, dense[i].size(1)) * item;
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t bytes = m < kept ? copied : 0;
+      if (bytes > 0) std::memcpy(target + m * ldt, data + m * lds, static_cast<size_t>(bytes));
+      std::memset(target + m * ldt + bytes, 0, static_cast<size_t>(row_bytes - bytes));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastlora
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
+  m.impl("penalty", TORCH_BOX(&fastlora::penalty));
+  m.impl("penalty_grad_", TORCH_BOX(&fastlora::penalty_grad_));
+  m.impl("squared_norms", TORCH_BOX(&fastlora::squared_norms));
+  m.impl("resize_ranks_", TORCH_BOX(&fastlora::resize_ranks_));
+}

@@ -1,0 +1,147 @@
+"""Many adapters in one batch from the verbs of one: each adapter's rows are taken out, run and put back.
+
+Backends with segmented kernels have their own; this is what the others do, and what dropout goes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+
+class Rows(NamedTuple):
+    """Rows of x by adapter: those of adapter g are ``order[ranges[g, 0]:ranges[g, 1]]``.
+
+    order int64 [M], or [0] where every adapter's rows are one run and ``ranges`` [G, 2] indexes rows themselves; ids
+    int64 [M] says the same row by row, -1 for the frozen layer alone; keys int64 [M, 2] are the rows' dropout keys and
+    p the adapters' probabilities, where there is dropout.
+    """
+
+    ids: Tensor
+    order: Tensor
+    ranges: Tensor
+    keys: Tensor | None = None
+    p: Sequence[float] = ()
+
+    def each(self) -> Iterator[tuple[int, Tensor]]:
+        """(adapter, its rows) for the adapters that have any; reads ``ranges`` back to the host."""
+        for g, (first, last) in enumerate(self.ranges.tolist()):
+            if first == last:
+                continue
+            if self.order.numel():
+                yield g, self.order[first:last]
+            else:
+                yield g, torch.arange(first, last, device=self.order.device)
+
+
+def width_of(ranks: Sequence[int], projections: int, P: Sequence[Tensor]) -> int:
+    """Columns of h: the largest ``R_g + k_g`` over the adapters."""
+    groups = len(ranks) // projections if projections else 0
+    totals = [sum(ranks[g * projections : (g + 1) * projections]) + (P[g].shape[0] if P else 0) for g in range(groups)]
+    return max(totals, default=0)
+
+
+def forward(
+    kernels: Any, y: list[Tensor], x: Tensor, A: Sequence[Tensor], P: Sequence[Tensor], B: Sequence[Tensor],
+    rows: Rows, layouts: Callable, scale: Sequence[float], moments: bool,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Add every adapter's update to its rows of y_j [M, N_j] in place; h [M, width] and the moments by adapter."""
+    projections = layouts(0).projections
+    h = x.new_zeros(x.shape[0], width_of([a.shape[0] for a in A], projections, P))
+    sums = [x.new_zeros((2, out.shape[1]), dtype=torch.float64) for _ in range(len(A) // projections) for out in y]
+    for g, mine in rows.each():
+        layout, part, seen = layouts(g), slice(g * projections, (g + 1) * projections), x.index_select(0, mine)
+        own = _shrink(kernels, seen, A[part], P[g] if P else None, rows, g, mine)
+        h[mine, : own.shape[1]] = own
+        for j, out in enumerate(y):
+            target = out.index_select(0, mine)
+            it = [i for i, output in enumerate(layout.outputs) if output == j]
+            found = kernels.expand_(
+                target,
+                own,
+                [B[part][i].to(out.dtype).t() for i in it],
+                [layout.offsets[i] for i in it],
+                [layout.columns[i] for i in it],
+                [scale[part][i] for i in it],
+                moments,
+            )
+            out.index_copy_(0, mine, target)
+            if moments:
+                sums[g * len(y) + j] = found
+    return h, sums if moments else []
+
+
+def _shrink(kernels, seen, A, P, rows: Rows, g: int, mine: Tensor) -> Tensor:
+    if not _drops(rows, g):
+        return kernels.shrink(seen, torch.cat([*A, P] if P is not None else list(A)).to(seen.dtype))
+    keys = rows.keys[mine]
+    parts = [
+        kernels.shrink(reference.dropout_rows(seen, keys, i, rows.p[g]), a.to(seen.dtype)) for i, a in enumerate(A)
+    ]
+    if P is not None:
+        parts.append(kernels.shrink(seen, P.to(seen.dtype)))
+    return torch.cat(parts, dim=1)
+
+
+def _drops(rows: Rows, g: int) -> bool:
+    return rows.keys is not None and rows.p[g] > 0.0
+
+
+def backward(
+    kernels: Any, dx: Tensor | None, dy: Sequence[Tensor | None], x: Tensor, h: Tensor, A: Sequence[Tensor],
+    B: Sequence[Tensor], rows: Rows, layouts: Callable, scale: Sequence[float], probes: Sequence[int], need_dA: bool,
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
+    """Add ``dh A`` to each adapter's rows of dx [M, K] in place; dA, dB and Q by adapter and projection, None where
+    no row or no dy contributes."""
+    projections = layouts(0).projections
+    dA: list[Tensor | None] = [None] * len(A)
+    dB, Q = list(dA), list(dA)
+    for g, mine in rows.each():
+        layout, start = layouts(g), g * projections
+        own, seen = A[start : start + projections], x.index_select(0, mine)
+        live = [i for i, j in enumerate(layout.outputs) if dy[j] is not None]
+        if not live:
+            continue
+        grads = {j: dy[j].index_select(0, mine) for j in {layout.outputs[i] for i in live}}
+        dh, packed, found, columns = kernels.wgrad(
+            seen,
+            [grads[layout.outputs[i]].narrow(1, layout.columns[i], layout.widths[i]) for i in live],
+            h.index_select(0, mine)[:, : layout.rank + probes[g]],
+            [B[start + i].to(x.dtype) for i in live],
+            [layout.offsets[i] for i in live],
+            [scale[start + i] for i in live],
+            layout.rank,
+            probes[g],
+            need_dA and not _drops(rows, g),
+        )
+        for position, i in enumerate(live):
+            dB[start + i], Q[start + i] = found[position], columns[position]
+            if need_dA:
+                dA[start + i] = _dA(kernels, seen, dh, packed, layout, i, rows, g, mine)
+        if dx is not None:
+            target = dx.index_select(0, mine)
+            _add_dx(kernels, target, dh, own, layout, rows, g, mine)
+            dx.index_copy_(0, mine, target)
+    return dA, dB, Q
+
+
+def _dA(kernels, seen, dh, packed, layout, i: int, rows: Rows, g: int, mine: Tensor) -> Tensor:
+    if not _drops(rows, g):
+        return packed.narrow(0, layout.offsets[i], layout.ranks[i]).clone()
+    part = dh.narrow(1, layout.offsets[i], layout.ranks[i])
+    return kernels.outer(part, reference.dropout_rows(seen, rows.keys[mine], i, rows.p[g]))
+
+
+def _add_dx(kernels, target, dh, A, layout, rows: Rows, g: int, mine: Tensor) -> None:
+    if not _drops(rows, g):
+        kernels.expand_(target, dh, [torch.cat(list(A)).to(dh.dtype)], [0], [0], [1.0], False)
+        return
+    for i, a in enumerate(A):
+        part = torch.zeros_like(target)
+        kernels.expand_(part, dh, [a.to(dh.dtype)], [layout.offsets[i]], [0], [1.0], False)
+        target += reference.dropout_rows(part, rows.keys[mine], i, rows.p[g])

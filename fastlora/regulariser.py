@@ -1,0 +1,97 @@
+"""FW-LoRA's penalty on the adapters of a tracked model: which factors, which weights, value or gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .nn.linear import Linear
+from .penalty import checked_options, importance_weights, unchecked_weights, weighted_penalty, weighted_penalty_grad
+
+
+class _Terms(NamedTuple):
+    """Factors of the matrices that have an adapter, their scales and their positions among all tracked matrices."""
+
+    As: list[nn.Parameter]
+    Bs: list[nn.Parameter]
+    scales: list[float]
+    positions: list[int]
+
+
+class Regulariser:
+    """The penalty over the matrices of a tracker; matrices without an adapter have nothing to penalise."""
+
+    def __init__(self, layers: Mapping[str, Linear], matrices: Sequence[tuple[str, str]]):
+        self._layers, self._matrices = layers, matrices
+        self._kept: tuple[Tensor, str, Tensor] | None = None
+
+    def value(
+        self, importance: Tensor | None, frozen: bool, lmbda: float, form: str, normalise: str, adapter: str
+    ) -> Tensor:
+        """The penalty as a scalar with a graph; zero while there is no importance."""
+        checked_options(lmbda, form, normalise)
+        terms = self._terms(adapter)
+        if importance is None or not terms.As:
+            return torch.zeros((), device=next(iter(self._layers.values())).weight.device)
+        weights = self._weights(importance, frozen, normalise, terms.positions)
+        return weighted_penalty(terms.As, terms.Bs, terms.scales, weights, lmbda, form)
+
+    @torch.no_grad()
+    def add_gradient(
+        self, importance: Tensor | None, frozen: bool, lmbda: float, form: str, normalise: str, adapter: str
+    ) -> None:
+        """Add the penalty's gradient to ``.grad`` of every trainable factor, in place."""
+        checked_options(lmbda, form, normalise)
+        terms = self._terms(adapter)
+        if importance is None or not terms.As:
+            return
+        weights = self._weights(importance, frozen, normalise, terms.positions)
+        dAs, dBs = weighted_penalty_grad(terms.As, terms.Bs, terms.scales, weights, lmbda, form)
+        grads, added = [], []
+        for parameter, gradient in zip(terms.As + terms.Bs, dAs + dBs, strict=True):
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                # A view of a batch would keep the whole batch alive.
+                parameter.grad = gradient.clone()
+            else:
+                grads.append(parameter.grad)
+                added.append(gradient)
+        if grads:
+            torch._foreach_add_(grads, added)
+
+    def _terms(self, adapter: str) -> _Terms:
+        terms, known = _Terms([], [], [], []), False
+        for position, (path, name) in enumerate(self._matrices):
+            layer = self._layers[path]
+            if adapter not in layer.adapter_specs:
+                continue
+            known = True
+            A, B = layer.lora_A[adapter]._parameters[name], layer.lora_B[adapter]._parameters[name]
+            if A is None or B is None:
+                continue
+            terms.As.append(A)
+            terms.Bs.append(B)
+            terms.scales.append(layer.adapter_specs[adapter].scale[name])
+            terms.positions.append(position)
+        if not known:
+            names = sorted({name for layer in self._layers.values() for name in layer.adapter_names})
+            raise ValueError(f"adapter: no tracked layer has an adapter {adapter!r}, only {', '.join(names)}")
+        return terms
+
+    def _weights(self, importance: Tensor, frozen: bool, normalise: str, positions: list[int]) -> Tensor | list[Tensor]:
+        # Checking the values reads them back from the device: once, for a frozen importance.
+        if not frozen:
+            weights = unchecked_weights(importance, normalise)
+        elif self._kept is not None and self._kept[0] is importance and self._kept[1] == normalise:
+            weights = self._kept[2]
+        else:
+            weights = importance_weights(importance, normalise)
+            self._kept = (importance, normalise, weights)
+        if len(positions) == len(weights):
+            return weights
+        rows = weights.unbind()
+        return [rows[position] for position in positions]

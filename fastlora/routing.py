@@ -1,0 +1,158 @@
+"""Which adapters a forward runs with, for each thread; a recomputation in backward repeats what its forward had."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+
+from .segments import Batch
+
+
+class Route:
+    """One way through a model: base only, one adapter for every row, or a batch with an adapter for each."""
+
+    __slots__ = ("__weakref__", "adapter", "batch", "enabled")
+
+    def __init__(self, enabled: bool, adapter: str, batch: Batch | None = None):
+        self.enabled, self.adapter, self.batch = enabled, adapter, batch
+
+    def same(self, other: Route) -> bool:
+        return self is other or (self.enabled, self.adapter, self.batch) == (other.enabled, other.adapter, other.batch)
+
+
+class Router:
+    """The adapters of a model by number, the one that runs by default, and the contexts that are open.
+
+    Every adapted layer of a model holds the same router. ``slots[id]`` is the adapter's name, None once removed.
+    """
+
+    def __init__(self, adapter: str):
+        self.slots: list[str | None] = [adapter]
+        self.default = Route(True, adapter)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._open = threading.local()
+        # Forwards that a checkpoint may repeat: by the checkpoint's own frame, or only as ways that were taken.
+        self._framed: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
+        self._taken: list[Route] = []
+        self._repeated = False
+        self._graphs: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
+        self.used: list[Batch | str] | None = None  # what contexts asked for since the last step, if somebody wants it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"slots": list(self.slots), "adapter": self.default.adapter}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.slots, self.default = state["slots"], Route(True, state["adapter"])
+        self._clear()
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self.slots if name is not None]
+
+    def add(self, name: str) -> None:
+        if name not in self.slots:
+            self.slots.append(name)
+
+    def current(self) -> Route:
+        """The way of the innermost open context of this thread, or the default."""
+        return getattr(self._open, "route", self.default)
+
+    def remove(self, name: str) -> None:
+        self.slots[self.slots.index(name)] = None
+
+    def open(self, route: Route | None, reopened: bool = False) -> Route | None:
+        """Make ``route`` this thread's way (None: the default again); returns what it replaces."""
+        wanted = self.used is not None and route is not None and route.enabled and not reopened
+        if wanted and torch.is_grad_enabled():
+            self.used.append(route.batch or route.adapter)
+        before = getattr(self._open, "route", None)
+        if route is None:
+            self._open.__dict__.pop("route", None)
+        else:
+            self._open.route = route
+        return before
+
+    def built(self, node: Any, route: Route) -> None:
+        """Remember a node of a graph that runs through the adapters of ``route``."""
+        self._graphs[node] = route
+
+    def awaits_backward(self, name: str) -> bool:
+        """Whether a graph through the adapter is alive whose backward has not run."""
+        for node, route in list(self._graphs.items()):
+            names = (route.adapter,) if route.batch is None else route.batch.names
+            if name in names and not getattr(node, "spent", False):
+                return True
+        return False
+
+    def route(self, training: bool) -> Route:
+        """The way of the forward that is running.
+
+        Raises ``RuntimeError`` in a recomputation whose forward cannot be told from others that went other ways.
+        """
+        if torch.compiler.is_compiling():
+            return self.current()
+        if in_backward():
+            return self._repeat()
+        route = self.current()
+        if self._repeated:
+            self._taken, self._repeated = [], False
+        self._remember(route, training)
+        return route
+
+    def enter(self, module: Any, args: Any) -> None:
+        """Forward pre-hook of the model: whether its forward builds a graph."""
+        if not torch.compiler.is_compiling() and not in_backward():
+            self._open.grad = torch.is_grad_enabled()
+
+    def _remember(self, route: Route, training: bool) -> None:
+        if torch.is_grad_enabled():
+            hooks = saving_hooks()
+            if hooks is None:
+                return
+            frame = _checkpoint_frame(hooks)
+            if frame is not None:
+                self._framed[frame] = route
+                return
+        elif not training or not getattr(self._open, "grad", True):
+            return  # no graph is being built, so nothing will be repeated
+        if not any(route.same(other) for other in self._taken):
+            self._taken.append(route)
+
+    def _repeat(self) -> Route:
+        hooks = saving_hooks()
+        frame = None if hooks is None else _checkpoint_frame(hooks)
+        if frame is not None and frame in self._framed:
+            return self._framed[frame]
+        self._repeated = True
+        if len(self._taken) > 1:
+            raise RuntimeError(
+                "activation checkpointing repeats a forward that cannot be told from others with other adapters: run "
+                "backward before the next forward with other ids, or checkpoint with use_reentrant=False"
+            )
+        return self._taken[0] if self._taken else self.current()
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running: there, a forward is a recomputation under activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def saving_hooks() -> Any:
+    """The innermost hooks on saved tensors: those of non-reentrant checkpointing among them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _checkpoint_frame(hooks: Any) -> Any:
+    """What identifies one non-reentrant checkpoint, from its hooks in the forward and in the recomputation alike."""
+    pack = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])
+    for cell in getattr(pack, "__closure__", None) or ():
+        held = cell.cell_contents
+        held = held() if isinstance(held, weakref.ref) else held
+        if type(held).__name__ == "_CheckpointFrame":
+            return held
+    return None

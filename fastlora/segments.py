@@ -1,0 +1,83 @@
+"""The rows of a batch by adapter: built once for each number of rows, shared by every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import native, reference
+from .grouped import Rows
+
+
+def build_segments(ids: Tensor, adapters: int) -> tuple[Tensor, Tensor]:
+    """``(order, ranges)`` of rows sorted stably by id: see ``fastlora.reference.build_segments``."""
+    if native.available() and (ids.device.type == "cpu" or native.has_kernel("build_segments", ids.device)):
+        return torch.ops.fastlora.build_segments(ids, adapters)
+    return reference.build_segments(ids, adapters)
+
+
+class Batch:
+    """The adapter of every sample or token of a batch, and its rows in a layer that sees them.
+
+    ``ids`` int64 indexes ``names``, -1 meaning the frozen model alone: [S] (one a sample, dimension 0 of what a layer
+    sees), or [S, T] or [M] (one a token). ``row_seeds``, of the same shape as ids [S], makes a row's dropout depend on
+    its sample's seed, the layer and the place in the sample alone.
+    """
+
+    def __init__(self, names: Sequence[str], ids: Tensor, row_seeds: Tensor | None = None):
+        self.names, self.ids, self.row_seeds = tuple(names), ids, row_seeds
+        self._rows: dict[tuple[int, torch.device], Rows] = {}
+
+    def _times(self, x: Tensor) -> int:
+        """Rows of a layer's input for each id."""
+        rows, given = x.shape[:-1].numel(), self.ids.numel()
+        if self.ids.dim() == 1 and x.dim() > 1 and x.shape[0] == given:
+            return rows // max(given, 1)
+        if rows == given:
+            return 1
+        raise ValueError(
+            f"ids: {tuple(self.ids.shape)} given, but a layer sees an input of shape {tuple(x.shape)}; accepted: one a "
+            f"sample ({x.shape[0]}, dimension 0) or one a token ({rows})"
+        )
+
+    def rows(self, x: Tensor) -> Rows:
+        """The rows of ``x`` [*, K] by adapter."""
+        times = self._times(x)
+        if torch.compiler.is_compiling():
+            return self._build(times, x.device)
+        key = (times, x.device)
+        if key not in self._rows:
+            self._rows[key] = self._build(times, x.device)
+        return self._rows[key]
+
+    def _build(self, times: int, device: torch.device) -> Rows:
+        ids = self.ids.reshape(-1).to(device)
+        ids = ids.repeat_interleave(times) if times > 1 else ids
+        return Rows(ids, *build_segments(ids, len(self.names)))
+
+    def keys(self, x: Tensor, seed: Tensor, stream: int) -> Tensor:
+        """Dropout keys of the rows of ``x``: from ``seed`` and the row, or from the row's own seed and the layer."""
+        rows = x.shape[:-1].numel()
+        if self.row_seeds is None:
+            return reference.row_keys(seed, rows)
+        times = self._times(x)
+        seeds = self.row_seeds.reshape(-1).to(x.device).repeat_interleave(times)
+        place = torch.arange(times, device=x.device).repeat(seeds.shape[0] // max(times, 1))
+        return torch.stack([seeds, place + (stream << 32)], dim=1)
+
+    def present(self) -> list[str]:
+        """The adapters that have an id (reads them back from a device)."""
+        found = torch.bincount(self.ids.reshape(-1) + 1, minlength=len(self.names) + 1)[1:].tolist()
+        return [name for name, count in zip(self.names, found, strict=True) if count]
+
+    def samples(self, name: str) -> int:
+        """How many ids are an adapter's (reads them back from a device)."""
+        return int((self.ids == self.names.index(name)).sum())
+
+    def select(self, name: str, x: Tensor) -> tuple[Tensor, bool]:
+        """Where an adapter is in ``x`` [*, K]: entries of dimension 0, or (True) of its flattened rows."""
+        index = self.names.index(name)
+        flat = not (self.ids.dim() == 1 and x.dim() > 1 and x.shape[0] == self.ids.numel())
+        return (self.ids.reshape(-1) == index).nonzero()[:, 0].to(x.device), flat

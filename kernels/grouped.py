@@ -1,0 +1,294 @@
+"""The verbs over rows of several adapters: packed factors and tables for the kernels of the other files.
+
+Everything here is adapter-major: entry ``g * n + i`` of a list is adapter g's factor of projection i. Work is each
+adapter's own rows times its own ranks; a row's result does not depend on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import linear, linear_backward, shrink, wgrad
+from .primitives import Segments, even, unit_last
+from .reduce import reduce_partials
+from .tiling import TileConfig, choose_split, choose_tiles
+
+
+class Ranks(NamedTuple):
+    """Ranks [adapters][projections] and probe columns [adapters]; hashable, so that tables are kept by it."""
+
+    ranks: tuple[tuple[int, ...], ...]
+    probes: tuple[int, ...]
+
+    @property
+    def widths(self) -> list[int]:
+        """Columns of h that each adapter uses."""
+        return [sum(own) + k for own, k in zip(self.ranks, self.probes, strict=True)]
+
+    def offsets(self, g: int) -> list[int]:
+        """First column in h of each projection of adapter g."""
+        return [sum(self.ranks[g][:i]) for i in range(len(self.ranks[g]))]
+
+
+class Batch(NamedTuple):
+    """Where the rows of each adapter stand: order int64 [M] or [0], ranges int64 [adapters, 2], on the device.
+
+    ``schedule(ranges, rows, block)`` -> [tiles, 2]: adapter (-1: none) and first position of each tile of at most
+    ``block`` rows, in the adapters' order.
+    """
+
+    order: Tensor
+    ranges: Tensor
+    schedule: Callable[[Tensor, int, int], Tensor]
+
+
+def pack(factors: Sequence[Tensor]) -> Tensor:
+    """Factors one after another, [elements]: one launch."""
+    return torch.cat([f.reshape(-1) for f in factors])
+
+
+@functools.lru_cache(maxsize=256)
+def _table(kind: str, own: Ranks, widths: tuple[int, ...], live: tuple[int, ...], device: torch.device) -> Tensor:
+    # Ranks change seldom: kept, so that a step copies nothing to the device.
+    make = {"shrink": _shrink_rows, "pairs": _pair_rows, "wgrad": _wgrad_rows}[kind]
+    return torch.tensor(make(own, widths, live), dtype=torch.int64, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def _scales(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _shrink_rows(own: Ranks, widths: tuple[int, ...], live: tuple[int, ...]) -> list[list[int]]:
+    """Of each adapter: its first row of the packed factors, its rows, its first column in h."""
+    rows, first = [], 0
+    for width in own.widths:
+        rows.append([first, width, 0])
+        first += width
+    return rows
+
+
+def _pair_rows(own: Ranks, widths: tuple[int, ...], live: tuple[int, ...]) -> list[list[int]]:
+    """Of each adapter and live projection: first element of B in the packed B, rank, first column in h."""
+    rows, first = [], 0
+    for g, ranks in enumerate(own.ranks):
+        offsets = own.offsets(g)
+        for i, (rank, width) in enumerate(zip(ranks, widths, strict=True)):
+            if i in live:
+                rows.append([first, rank, offsets[i]])
+            first += rank * width
+    return rows
+
+
+def _wgrad_rows(own: Ranks, widths: tuple[int, ...], live: tuple[int, ...]) -> list[list[int]]:
+    """Of each adapter and product (x, if ``widths`` leads with K, then the live dy): what ``wgrad_kernel`` reads.
+
+    First rank column, ranks, probes, region, strides of a column and a rank there, region of the probes, first probe
+    column. Regions: all dA as [ranks, K], all dB as [N, rank], all Q as [N, probes].
+    """
+    depth, *outer = widths
+    at_B = depth * sum(map(sum, own.ranks))
+    at_Q = at_B + sum(rank * outer[i] for ranks in own.ranks for i, rank in enumerate(ranks) if i in live)
+    rows, at_A = [], 0
+    for g, (ranks, probes) in enumerate(zip(own.ranks, own.probes, strict=True)):
+        total, offsets = sum(ranks), own.offsets(g)
+        if depth:
+            rows.append([0, total, 0, at_A, 1, depth, 0, 0])
+            at_A += total * depth
+        for i in live:
+            rows.append([offsets[i], ranks[i], probes, at_B, ranks[i], 1, at_Q, total])
+            at_B, at_Q = at_B + ranks[i] * outer[i], at_Q + probes * outer[i]
+    return rows
+
+
+def _segments(
+    kind: str,
+    batch: Batch,
+    tiles: Tensor,
+    own: Ranks,
+    widths: Sequence[int],
+    live: Sequence[int],
+    scales: Sequence[float],
+) -> Segments:
+    device = batch.ranges.device
+    return Segments(
+        tiles,
+        batch.ranges,
+        batch.order,
+        _table(kind, own, tuple(widths), tuple(live), device),
+        _scales(tuple(scales), device),
+        even(*own.ranks, own.probes),
+        max(max(ranks) for ranks in own.ranks) if kind == "pairs" else max(own.widths),
+    )
+
+
+def _apart(views: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that share no memory, in one launch."""
+    copies = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in views]
+    if copies:
+        torch._foreach_copy_(copies, list(views))
+    return copies
+
+
+def grouped_shrink(
+    x: Tensor, factors: Sequence[Tensor], batch: Batch, own: Ranks, tiles: TileConfig | None = None
+) -> Tensor:
+    """``h[m] = x[m] F_g^T`` for the rows of every adapter g, the rest 0: x [M, K] -> h [M, max_g width_g].
+
+    factors: by adapter its A_i [r_i, K] and, if it has probes, its P [k, K]; all of one dtype.
+    """
+    x = unit_last(x)
+    M, K = x.shape
+    h = torch.zeros(M, max(own.widths), dtype=x.dtype, device=x.device)
+    if h.numel() and K:
+        tiles = tiles or choose_tiles("grouped_shrink", 0, 0, 0, 0, x.dtype)
+        schedule = batch.schedule(batch.ranges, M, tiles.rows)
+        segments = _segments("shrink", batch, schedule, own, (), (), [1.0] * len(own.ranks))
+        shrink.run([x], [pack(factors).view(-1, K)], h, [0], [1.0], True, tiles, segments=segments)
+    return h
+
+
+def grouped_expand_(
+    y: Sequence[Tensor],
+    h: Tensor,
+    W: Sequence[Tensor],
+    B: Sequence[Tensor],
+    batch: Batch,
+    own: Ranks,
+    places: Sequence[tuple[int, int]],
+    scales: Sequence[float],
+    moments: bool = False,
+    tiles: TileConfig | None = None,
+) -> list[Tensor]:
+    """In place ``y[m] += s_gi h_gi[m] B_gi^T`` at projection i's place, for the rows of every adapter g.
+
+    y_j [M, N_j], W_j [N_j, K]. Returns with ``moments`` the column sums of y_j and y_j^2 over each adapter's rows,
+    float64 [2, N_j], entry ``g * len(y) + j``.
+    """
+    G, M, n = len(own.ranks), h.shape[0], len(places)
+    make = torch.zeros if M == 0 else torch.empty
+    sums = [make(G, 2, out.shape[1], dtype=torch.float64, device=h.device) for out in y] if moments else []
+    if M:
+        tiles = tiles or choose_tiles("expand", 0, 0, 0, 0, h.dtype)
+        widths = [B[i].shape[0] for i in range(n)]
+        schedule = batch.schedule(batch.ranges, M, tiles.rows)
+        segments = _segments("pairs", batch, schedule, own, widths, range(n), scales)
+        packed = pack(B).view(-1, 1)
+        projections = [
+            linear.Projection(
+                W[j].narrow(0, column, width),
+                None,
+                packed,
+                y[j].narrow(1, column, width),
+                sums[j].narrow(2, column, width) if moments else None,
+                0,
+                1.0,
+            )
+            for (j, column), width in zip(places, widths, strict=True)
+        ]
+        linear.expand(h, h, projections, False, tiles, segments)
+    return _apart([own_sums[g] for g in range(G) for own_sums in sums])
+
+
+def grouped_shrink_backward(
+    dy: Sequence[Tensor | None],
+    B: Sequence[Tensor],
+    batch: Batch,
+    own: Ranks,
+    scales: Sequence[float],
+    tiles: TileConfig | None = None,
+) -> Tensor:
+    """``dh[m, o_gi :] = s_gi dy_i[m] B_gi`` for the rows of every adapter: dy_i [M, N_i] -> dh [M, max_g R_g].
+
+    At least one dy_i, the part of the gradient that is projection i's, is given.
+    """
+    live = [i for i, part in enumerate(dy) if part is not None]
+    wide = [unit_last(dy[i]) for i in live]
+    n, M = len(dy), wide[0].shape[0]
+    dh = torch.zeros(M, max(map(sum, own.ranks)), dtype=wide[0].dtype, device=wide[0].device)
+    if dh.numel():
+        tiles = tiles or choose_tiles("grouped_shrink", 0, 0, 0, 0, dh.dtype)
+        widths = [B[i].shape[0] for i in range(n)]
+        some = [scales[g * n + i] for g in range(len(own.ranks)) for i in live]
+        schedule = batch.schedule(batch.ranges, M, tiles.rows)
+        segments = _segments("pairs", batch, schedule, own, widths, live, some)
+        packed = pack(B).view(-1, 1)
+        shrink.run(wide, [packed] * len(live), dh, [0] * len(live), [1.0] * len(live), False, tiles, segments=segments)
+    return dh
+
+
+def grouped_linear_backward_(
+    dx: Tensor, dh: Tensor, A: Sequence[Tensor], batch: Batch, own: Ranks, tiles: TileConfig | None = None
+) -> Tensor:
+    """In place ``dx[m] += dh[m] A_g`` for the rows of every adapter g: dx [M, K], dh [M, max_g R_g]; returns dx."""
+    if dx.numel() and dh.numel():
+        tiles = tiles or choose_tiles("expand", 0, 0, 0, 0, dx.dtype)
+        without = own._replace(probes=(0,) * len(own.probes))
+        schedule = batch.schedule(batch.ranges, dx.shape[0], tiles.rows)
+        segments = _segments("shrink", batch, schedule, without, (), (), [1.0] * len(own.ranks))
+        packed = pack(A).view(-1, dx.shape[1])
+        linear_backward.add_adapters_(dx, dh, [packed], [0], tiles=tiles, segments=segments)
+    return dx
+
+
+def grouped_wgrad(
+    x: Tensor | None,
+    dh: Tensor,
+    dy: Sequence[Tensor | None],
+    h: Tensor,
+    widths: Sequence[int],
+    batch: Batch,
+    own: Ranks,
+    scales: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    tiles: TileConfig | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """``dA = dh^T x``, ``dB = s dy_i^T h_i``, ``Q = dy_i^T h_P`` of every adapter over its own rows.
+
+    x [M, K] (None: dA is not wanted), dy_i [M, widths_i] (None: zeros) -> dA [r, K], dB [N_i, r] in ``dtype`` and Q
+    fp32 [N_i, k_g], each with one entry for every adapter and projection.
+    """
+    n, live = len(dy), [i for i, part in enumerate(dy) if part is not None]
+    wide, K = [unit_last(dy[i]) for i in live], 0 if x is None else x.shape[1]
+    pairs = [(rank, i, k) for ranks, k in zip(own.ranks, own.probes, strict=True) for i, rank in enumerate(ranks)]
+    sizes = [
+        [rank * K for rank, _, _ in pairs],
+        [rank * widths[i] if i in live else 0 for rank, i, _ in pairs],
+        [k * widths[i] if i in live else 0 for _, i, k in pairs],
+    ]
+    total, M = sum(map(sum, sizes)), h.shape[0]
+    make = torch.zeros if M == 0 else torch.empty
+    flat = [
+        make(sum(some), dtype=kind, device=h.device)
+        for some, kind in zip(sizes, (dtype, dtype, torch.float32), strict=True)
+    ]
+    if M and total:
+        inputs = [] if x is None else [(unit_last(x), dh)]
+        products = [wgrad.Product(a, b, 0, 0, 0, 0, (0, 0)) for a, b in [*inputs, *((g, h) for g in wide)]]
+        tiles = tiles or choose_tiles("wgrad", M, 0, K, dh.shape[1], h.dtype)
+        programs = sum(triton.cdiv(p.wide.shape[1], tiles.columns) for p in products)
+        # A long run is cut, but partial sums never outweigh what is read.
+        read = sum(p.wide.numel() for p in products)
+        parts = max(1, min(choose_split(programs, triton.cdiv(M, tiles.depth), 2), read // total))
+        partial = torch.empty(parts, total, dtype=torch.float32, device=h.device)
+        some = [s for g in range(len(own.ranks)) for s in [*[1.0] * len(inputs), *(scales[g * n + i] for i in live)]]
+        segments = _segments("wgrad", batch, batch.ranges, own, [K, *widths], live, some)
+        wgrad.run(products, partial, 0, tiles, segments=segments)
+        reduce_partials(partial, flat, [1.0] * 3)
+    shapes = [
+        [(rank, K) for rank, _, _ in pairs],
+        [(widths[i], rank) for rank, i, _ in pairs],
+        [(widths[i], k) for _, i, k in pairs],
+    ]
+    found = []
+    for packed, some, shape in zip(flat, sizes, shapes, strict=True):
+        views = packed.split(some)
+        there = iter(_apart([v.view(s) for v, s, size in zip(views, shape, some, strict=True) if size]))
+        found.append([next(there) if size else packed.new_zeros(s) for size, s in zip(some, shape, strict=True)])
+    return found[0] if x is not None else [], found[1], found[2]
