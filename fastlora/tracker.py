@@ -151,6 +151,9 @@ class Tracker:
         self._watch.stepped()
         if not self._live():
             return
+        if not self._sampled():
+            self._advance()
+            return
         values, seen = self._gather()
         inverse = _inverse_scale(scaler, self.device)
         taken = (
@@ -169,6 +172,10 @@ class Tracker:
 
     def _live(self) -> bool:
         return any(self._owns(layer) for layer in self.layers.values())
+
+    def _sampled(self) -> bool:
+        """Whether some layer takes this step's statistics: the others would pay for nothing."""
+        return any(self._probe(layer).live for layer in self.layers.values())
 
     def _probe(self, layer: Linear) -> LayerProbe:
         return layer.probes[self.adapter]
@@ -190,7 +197,7 @@ class Tracker:
         self.micro = 0
         self._samples.clear()
         self._signs = None
-        if self._rows is not None:
+        if self._rows is not None and self._sampled():
             self._rows.draw(self.steps)
         if self.warmup is not None and self.steps == self.warmup:
             self.importance = self._corrected("fisher" if self.per_sample else "grad_sq")
