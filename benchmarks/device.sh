@@ -15,7 +15,9 @@ step() { printf '\n== %s (%ss)\n' "$1" "$SECONDS"; }
 
 if [ -n "${DRY_RUN:-}" ]; then
     export PYTHONPATH="$PWD:$PWD/benchmarks"
-    run -m device.run --dry-run --repeats 3 --output "$out" && run -m device.sweep --dry-run --output "$out"
+    cp kernels/tiling.py "$out/tiling.py"
+    run -m device.run --dry-run --repeats 3 --output "$out" &&
+        TRITON_INTERPRET=1 run -m device.sweep --dry-run --output "$out" --write "$out/tiling.py"
     exit
 fi
 
@@ -26,6 +28,16 @@ if ! install && ! FASTLORA_BUILD=0 install; then
     export PYTHONPATH="$PWD"
 fi
 run -c "import fastlora, torch, triton; print(fastlora.__file__, torch.__version__, triton.__version__, torch.cuda.get_device_name())" || exit 1
+
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD/benchmarks"
+step sweep
+# What is measured is what is tested and timed below; copy $out/tiling.py over kernels/tiling.py to keep it.
+cp kernels/tiling.py "$out/tiling.py"
+if run -m device.sweep --seconds 60 --output "$out" --write "$out/tiling.py"; then
+    cp "$out/tiling.py" "$(run -c 'import fastlora.kernels.tiling as t; print(t.__file__)')"
+else
+    status=1
+fi
 
 step tests
 workers=$(run -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
@@ -39,16 +51,14 @@ if command -v compute-sanitizer > /dev/null; then
         step "$tool"
         FASTLORA_KERNEL_DEVICE=cuda timeout 45 compute-sanitizer --tool "$tool" --error-exitcode 3 \
             "$python" -P -W ignore -m pytest -q -p no:cacheprovider -o addopts= -o 'python_files=cases_*.py' \
-            --confcutdir=tests/kernels tests/kernels/cases_verbs.py -k 'fp32 and tiny and fused' > "$out/$tool.txt" 2>&1
+            --confcutdir=tests/kernels tests/kernels/cases_verbs.py tests/kernels/cases_grouped.py \
+            -k '(fp32 and tiny and (fused or tma)) or one_row' > "$out/$tool.txt" 2>&1
         code=$?
         [ $code = 3 ] && status=1
         echo "$tool: exit $code (3: errors found, 124: out of time)"; tail -n 3 "$out/$tool.txt"
     done
 fi
 
-export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD/benchmarks"
-step sweep
-run -m device.sweep --seconds 60 --output "$out" || status=1
 step benchmarks
 run -m device.run --seconds "$((400 - SECONDS > 60 ? 400 - SECONDS : 60))" --output "$out" || status=1
 echo "done after ${SECONDS}s, status $status"

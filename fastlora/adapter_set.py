@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import LoraConfig
 from .injection import _commit, _group, _modules_to_save, _plan, _targets, suggestion
+from .learning_checks import watch_learning
 from .nn.linear import Linear, adapted_layers
 from .routing import Route, Router
 from .segments import Batch
@@ -77,6 +78,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     for router in routers:
         router.add(name)
     model.fastlora_configs = {**getattr(model, "fastlora_configs", {}), name: copy.deepcopy(config)}
+    watch_learning(model)
     return model
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from .config import ROLES, LoraConfig
 from .factors import WHOLE, AdapterSpec, Factors, new_factors
+from .learning_checks import checked_mode, watch_learning
 from .nn.frozen import FrozenLinear
 from .nn.linear import (
     DEFAULT,
@@ -49,19 +50,22 @@ class _Planned:
     factors: tuple[Factors, Factors]
 
 
-def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False) -> nn.Module:
+def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, check: str = "raise") -> nn.Module:
     """Adapt the targets of ``config`` in place and freeze the rest; returns the same model.
 
     ``y = x W^T + bias + s x A^T B^T`` with ``B = 0`` at first, so outputs equal the base model's. ``nn.Linear`` targets
     become ``fastlora.nn.Linear`` by a change of class: keys, hooks, ties, deepcopy and pickle survive.
 
     ``accelerate_frozen`` moves every other frozen ``nn.Linear`` to the CPU's fastest matmul engine too (``explain``).
+    ``check``: what is done, after the first backward, about an adapter that its owner passes by, so that it never
+    learns: ``"raise"`` (``RuntimeError`` with the names), ``"warn"``, ``"off"``. What did not run yet is warned of.
 
     Raises ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have, a model that is
     already adapted or wrapped by PEFT; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    checked_mode(check)
     config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
     saved = _modules_to_save(model, config)
@@ -76,6 +80,7 @@ def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False) ->
     if accelerate_frozen:
         _accelerate(model, config)
     model.fastlora_configs = {DEFAULT: copy.deepcopy(config)}
+    watch_learning(model, check)
     return model
 
 

@@ -68,7 +68,7 @@ def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
         raise ValueError("model: has no adapters; call fastlora.inject first")
     rows = []
     names = sorted({name for layer in layers.values() for name in layer.adapter_names})
-    if adapter not in names:
+    if names and adapter not in names:
         raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
     for path, layer in layers.items():
         if adapter not in layer.adapter_specs:

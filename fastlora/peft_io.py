@@ -232,6 +232,9 @@ def _detached(key: str, tensor: Tensor) -> Tensor:
 def _refuse_untold(model: nn.Module, saved: list[str], biases: Mapping[str, Tensor]) -> None:
     """Everything that was trained is in the files, or ``ValueError`` with the names of what is not."""
     told = {id(t) for t in (*biases.values(), *saved_tensors(model, saved).values())}
+    # A head that came with another adapter leaves with that one.
+    for name in getattr(model, "fastlora_configs", {}):
+        told.update(id(t) for t in saved_tensors(model, saved_modules(model, name)).values())
     for layer in adapted_layers(model).values():
         told.update(id(p) for factors in (layer.lora_A, layer.lora_B) for p in factors.parameters())
     lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in told]

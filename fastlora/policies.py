@@ -171,7 +171,7 @@ def _adapters(model: nn.Module, config: LoraConfig, blocks: list[str], saved: li
 
 def param_groups(
     model: nn.Module,
-    lr_lora: float = 5e-4,
+    lr_lora: float | Mapping[str, float] = 5e-4,
     lr_norm: float = 1e-3,
     lr_head: float = 1e-3,
     weight_decay: float | Mapping[str, float] = 0.0,
@@ -182,14 +182,17 @@ def param_groups(
     """Trainable parameters as groups named lora, norm, bias, head and other, for any torch optimiser.
 
     A ``weight_decay`` applies to head and other; adapters, norms and biases get 0. A mapping of group names to numbers
-    sets it group by group (0 where a name is missing). ``other`` takes ``lr_head``. Empty groups are left out.
+    sets it group by group (0 where a name is missing). ``other`` takes ``lr_head``. Empty groups are left out. Several
+    adapters have a group lora each, with the adapter's name under ``"adapter"``; ``lr_lora`` may be a mapping of those.
 
     Raises ``ValueError`` for a model with neither adapters nor a policy, and for rates and decays that are no finite
     numbers >= 0, by name.
     """
     if not adapted_layers(model) and getattr(model, "fastlora_policy", None) is None:
         raise ValueError("model: has no adapters; call fastlora.inject first")
-    rates = {"lora": ("lr_lora", lr_lora), "norm": ("lr_norm", lr_norm), "bias": ("lr_bias", lr_bias)}
+    by_adapter = _adapter_rates(model, lr_lora)
+    rates = {"lora": ("lr_lora", next(iter(by_adapter.values()), 0.0)), "norm": ("lr_norm", lr_norm)}
+    rates["bias"] = ("lr_bias", lr_bias)
     rates |= dict.fromkeys(("head", "other"), ("lr_head", lr_head))
     decays = _decays(weight_decay)
     groups: dict[str, dict[str, Any]] = {}
@@ -199,7 +202,32 @@ def param_groups(
     for parameter in model.parameters():
         if parameter.requires_grad:
             groups[roles[id(parameter)]]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+    lora = groups.pop("lora")
+    split = [lora] if len(by_adapter) < 2 else _by_adapter(model, lora, by_adapter)
+    return [group for group in (*split, *groups.values()) if group["params"]]
+
+
+def _adapter_rates(model: nn.Module, lr_lora: float | Mapping[str, float]) -> dict[str, float]:
+    names = list(dict.fromkeys(n for layer in adapted_layers(model).values() for n in layer.adapter_names))
+    if not isinstance(lr_lora, Mapping):
+        return dict.fromkeys(names, _number("lr_lora", lr_lora))
+    if set(lr_lora) != set(names):
+        raise ValueError(f"lr_lora: expected a rate for each of {names}, got {sorted(lr_lora)}")
+    return {name: _number(f"lr_lora[{name!r}]", lr_lora[name]) for name in names}
+
+
+def _by_adapter(model: nn.Module, lora: dict[str, Any], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    owner = {
+        id(parameter): name
+        for layer in adapted_layers(model).values()
+        for name in layer.adapter_names
+        for factors in (layer.lora_A[name], layer.lora_B[name])
+        for parameter in factors.parameters()
+    }
+    return [
+        {**lora, "adapter": name, "lr": rate, "params": [p for p in lora["params"] if owner[id(p)] == name]}
+        for name, rate in rates.items()
+    ]
 
 
 def _decays(weight_decay: float | Mapping[str, float]) -> dict[str, float]:

@@ -92,6 +92,6 @@ def take_over(model: nn.Module, name: str, layer: nn.Module) -> None:
             owner.__class__ = MultiheadAttention
         if depth == len(parts) - 1:
             if isinstance(layer, InProjection) and "in_proj" not in owner._modules:
-                owner.add_module("in_proj", layer)
+                owner.hold(layer)
             elif biases_apart(owner) and parts[-1] == "qkv":
                 owner.qkv_bias_separate = True

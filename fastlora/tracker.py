@@ -92,6 +92,7 @@ class Tracker:
         self._regulariser = Regulariser(self.layers, self.matrices)
         self._signs: tuple[tuple[int, int, int], Tensor] | None = None
         self._watch = _StepWatch(self.layers)
+        self._learning = getattr(model, "fastlora_learning", None)
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
@@ -149,6 +150,8 @@ class Tracker:
         and counted in ``skipped``. Nothing is read back to the host.
         """
         self._watch.stepped()
+        if self._learning is not None:
+            self._learning.examine()
         if not self._live():
             return
         if not self._sampled():

@@ -147,7 +147,7 @@ def grouped_shrink(
     M, K = x.shape
     h = torch.zeros(M, max(own.widths), dtype=x.dtype, device=x.device)
     if h.numel() and K:
-        tiles = tiles or choose_tiles("grouped_shrink", M, 0, K, h.shape[1], x.dtype)
+        tiles = tiles or choose_tiles("grouped_shrink", 0, 0, 0, 0, x.dtype)
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments = _segments("shrink", batch, schedule, own, (), (), [1.0] * len(own.ranks))
         shrink.run([x], [pack(factors).view(-1, K)], h, [0], [1.0], True, tiles, segments=segments)
@@ -213,7 +213,7 @@ def grouped_shrink_backward(
     n, M = len(dy), wide[0].shape[0]
     dh = torch.zeros(M, max(map(sum, own.ranks)), dtype=wide[0].dtype, device=wide[0].device)
     if dh.numel():
-        tiles = tiles or choose_tiles("grouped_shrink", M, 0, 0, dh.shape[1], dh.dtype)
+        tiles = tiles or choose_tiles("grouped_shrink", 0, 0, 0, 0, dh.dtype)
         widths = [B[i].shape[0] for i in range(n)]
         some = [scales[g * n + i] for g in range(len(own.ranks)) for i in live]
         schedule = batch.schedule(batch.ranges, M, tiles.rows)

@@ -1,13 +1,14 @@
-"""The only block sizes and the only choice of strategy. No GPU has measured them yet: each entry argues its reason.
+"""The only block sizes and the only choice of strategy: what a GPU has measured, and where none has, an argued entry.
 
 Registers and shared memory in the reasons are those of ``benchmarks/results/triton_compile_sm90.md``, which
 ``python -m fastlora.kernels.compile_report`` writes; a multiprocessor of sm_90 has 65,536 registers and 227 KiB. Where
 no reason says otherwise, a neighbour with fewer warps or a deeper step spills at some rank that the report compiles.
-``benchmarks/device/sweep.py`` times every entry and its neighbours.
+``python -m device.sweep --write`` (in ``benchmarks``) times every entry and its neighbours and fills ``MEASURED``.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -113,15 +114,57 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
 }
 
 
+class Measurement(NamedTuple):
+    """The fastest tile, or strategy, of a sweep at one size, and its milliseconds on a GPU."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    choice: TileConfig | str
+    milliseconds: float
+    device: str
+
+    def distance(self, *size: int) -> float:
+        """How far away a size is, in powers of two; a dimension that does not count is 0."""
+        pairs = zip(self[:4], size, strict=True)
+        return sum(abs(math.log2(mine / other)) for mine, other in pairs if mine > 0 and other > 0)
+
+
+# Verb, or "forward" and "backward" for the strategies, and precision -> measurements.
+# begin measured
+MEASURED: dict[tuple[str, str], tuple[Measurement, ...]] = {}
+# end measured
+
+
+def _measured(verb: str, kind: str, *size: int) -> TileConfig | str | None:
+    """The choice of the nearest measurement."""
+    found = MEASURED.get((verb, kind), ())
+    return min(found, key=lambda m: m.distance(*size)).choice if found else None
+
+
 def choose_tiles(verb: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> TileConfig:
-    """The tile for a verb at a size: M rows (for gradstat, of the longest run), N outputs, K inputs, R ranks."""
-    entries = _TABLE[verb, "fp32" if dtype == torch.float32 else "half"]
-    return next(e.tile for e in entries if e.most_rows == 0 or e.most_rows >= M)
+    """The tile for a verb at a size: M rows (for gradstat, of the longest run), N outputs, K inputs, R ranks.
+
+    The nearest measurement decides, by the logarithms of the sizes; the argued table where nothing was measured.
+    """
+    kind = "fp32" if dtype == torch.float32 else "half"
+    measured = _measured(verb, kind, M, N, K, R)
+    if measured is not None:
+        return measured
+    return next(e.tile for e in _TABLE[verb, kind] if e.most_rows == 0 or e.most_rows >= M)
 
 
 def committed() -> list[tuple[str, str, Entry]]:
-    """Every entry of the table: (verb, precision, entry)."""
-    return [(verb, kind, entry) for (verb, kind), entries in _TABLE.items() for entry in entries]
+    """Every entry of the table and every measured tile: (verb, precision, entry)."""
+    argued = [(verb, kind, entry) for (verb, kind), entries in _TABLE.items() for entry in entries]
+    tiles = {
+        (verb, kind, m.choice): f"{m.milliseconds:.4f} ms on {m.device}"
+        for (verb, kind), found in MEASURED.items()
+        for m in found
+        if isinstance(m.choice, TileConfig)
+    }
+    return argued + [(verb, kind, Entry(tile, 0, reason)) for (verb, kind, tile), reason in tiles.items()]
 
 
 def choose_split(programs: int, steps: int, waves: int = 1) -> int:
@@ -141,6 +184,9 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     library's matmul above. In exact fp32 the library's tuned kernels win. "augmented" copies W at every call: never the
     default.
     """
+    measured = _measured(direction, "fp32" if dtype == torch.float32 else "half", M, N, K, R)
+    if measured is not None:
+        return measured
     if dtype == torch.float32:
         return "library"
     return "fused" if K <= 1024 and (direction == "forward" or M <= 8192) else "library"

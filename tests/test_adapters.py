@@ -356,6 +356,18 @@ def test_splits_must_agree():
     fastlora.add_adapter(m, "b", LoraConfig(r=2, target_modules=["qkv"], split_qkv=True))
 
 
+def test_a_parameter_group_for_each_adapter():
+    m = model()
+    groups = fastlora.param_groups(m, lr_lora={"default": 0.1, "b": 0.2, "c": 0.3})
+    assert [(g["name"], g["adapter"], g["lr"]) for g in groups] == [
+        ("lora", "default", 0.1), ("lora", "b", 0.2), ("lora", "c", 0.3)
+    ]  # fmt: skip
+    for group in groups:
+        assert {id(p) for p in group["params"]} == {id(p) for p in factors(m, group["adapter"]).values()}
+    with pytest.raises(ValueError, match=r"lr_lora: expected a rate for each of \['default', 'b', 'c'\], got \['b'\]"):
+        fastlora.param_groups(m, lr_lora={"b": 0.2})
+
+
 def test_per_adapter_mean_is_the_sum_of_means():
     losses, ids = torch.tensor([1.0, 2.0, 4.0, 8.0, 3.0]), torch.tensor([0, 1, 0, -1, 1])
     assert fastlora.per_adapter_mean(losses, ids) == 2.5 + 2.5

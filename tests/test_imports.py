@@ -31,7 +31,7 @@ LAYERS = (
     ("factors", "config"),
     ("nn",),
     ("covariance", "tracking_checks", "regulariser", "restoring", "update_variance", "progress"),
-    ("targets",),
+    ("targets", "learning_checks"),
     ("roles", "blocks", "parameter_roles", "presets"),
     ("injection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
     ("adapter_set",),

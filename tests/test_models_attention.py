@@ -9,6 +9,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from attention_help import OPTIONS, E, H, arguments, mask_2d, outputs, pair, random, run
 from helpers import config, lora_grads, randomise
 from model_zoo import assert_as_exact, build, reference
 from torch import nn
@@ -16,81 +17,6 @@ from torch import nn
 import fastlora
 from fastlora.nn.attention import InProjection
 from fastlora.nn.linear import adapted_layers
-
-E, H = 16, 4
-
-
-class Holder(nn.Module):
-    """An attention module under a name."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.attn = nn.MultiheadAttention(E, H, **options)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-
-    def forward(self, *args, **kwargs):
-        return self.attn(*args, **kwargs)
-
-
-def pair(target="attention", train=False, **options):
-    """A base and its adapted copy with B not zero."""
-    base = Holder(**options).train(train)
-    return base, randomise(fastlora.inject(copy.deepcopy(base), config(target_modules=target)), 0.2)
-
-
-def random(*shape, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]), dtype=torch.float64).to(dtype)
-
-
-def mask_2d(kind, rows, columns):
-    blocked = torch.ones(rows, columns, dtype=torch.bool).triu(1)
-    return blocked if kind is bool else random(rows, columns).masked_fill(blocked, -torch.inf).float()
-
-
-OPTIONS = {
-    "plain": {},
-    "batch_first": {"batch_first": True},
-    "no_bias": {"bias": False},
-    "bias_kv": {"add_bias_kv": True, "batch_first": True},
-    "zero_attn": {"add_zero_attn": True},
-    "both": {"add_zero_attn": True, "add_bias_kv": True},
-}
-
-
-def arguments(which, batch_first, dtype):
-    L, S, N = 5, 7, 3
-    shape = lambda t: (N, t, E) if batch_first else (t, N, E)  # noqa: E731
-    query, key, value = (random(*shape(t), dtype=dtype) * k for t, k in ((L, 1), (S, 2), (S, 3)))
-    return (
-        {
-            "self": (query,) * 3,
-            "cross": (query, key, key),
-            "apart": (query, key, value),
-            "odd": (query, query, key[:5]),
-        }[which]
-        if which != "odd" or not batch_first
-        else (query, query, key[:, :5])
-    )
-
-
-def outputs(model, args, **kwargs):
-    y, weights = model(*args, **kwargs)
-    return y if weights is None else torch.cat([y.flatten(), weights.flatten()])
-
-
-def run(which, batch_first, mask=None, padding=None, **kwargs):
-    def call(model):
-        dtype = next(p for n, p in model.named_parameters() if "lora" not in n).dtype
-        args = arguments(which, batch_first, dtype)
-        given = {
-            "attn_mask": mask.to(dtype) if mask is not None and mask.is_floating_point() else mask,
-            "key_padding_mask": padding.to(dtype) if padding is not None and padding.is_floating_point() else padding,
-        }
-        return outputs(model, args, **given, **kwargs)
-
-    return call
 
 
 def check(base, model, call):
@@ -338,73 +264,3 @@ class TestTheModule:
                 y = run(which, True, need_weights=False)(model)
             assert y.dtype == torch.bfloat16
             torch.testing.assert_close(y.float(), run(which, True, need_weights=False)(model), rtol=0.1, atol=0.1)
-
-
-class TestStatisticsOfCrossAttention:
-    """q sees other rows than k and v, and the stacked matrix is one layer."""
-
-    @pytest.mark.parametrize("target", ["qkv", ["in_proj"]])
-    @pytest.mark.parametrize("which", ["cross", "apart"])
-    def test_exact_and_probed(self, target, which):
-        base, model = pair(target)
-        call = run(which, False, need_weights=False)
-        full = copy.deepcopy(model).double()
-        full.attn.in_proj_weight.requires_grad_(True)
-        call(full).square().sum().backward()
-        gradient = full.attn.in_proj_weight.grad
-        query, key, value = arguments(which, False, torch.float64)
-        weights = [full.attn.in_proj_weight.detach() + full.attn.in_proj.delta()][0].chunk(3)
-        projected = [(x @ w.T).reshape(-1, E) for x, w in zip((query, key, value), weights, strict=True)]
-        spread = [p.var(dim=0, correction=0).sum().item() for p in projected]
-        expected = [g.square().sum().item() for g in gradient.chunk(3)]
-        if target == ["in_proj"]:
-            spread, expected = [sum(spread)], [sum(expected)]
-        with fastlora.track(model, estimator="exact", statistics=("grad_sq", "act_var")) as tracker:
-            call(model).square().sum().backward()
-            tracker.step()
-        assert list(tracker.scores("grad_sq").values()) == pytest.approx(expected, rel=1e-4)
-        assert list(tracker.scores("act_var").values()) == pytest.approx(spread, rel=1e-4)
-        with fastlora.track(model, probes=8, ema=None, every=1, statistics=("grad_sq", "act_var")) as tracker:
-            for _ in range(300):
-                call(model).square().sum().backward()
-                tracker.step()
-        assert list(tracker.scores("grad_sq").values()) == pytest.approx(expected, rel=0.25)
-        assert list(tracker.scores("act_var").values()) == pytest.approx(spread, rel=1e-4)
-
-    @pytest.mark.parametrize("which", ["self", "cross"])
-    def test_samples_are_told_apart_also_where_positions_come_first(self, which):
-        for batch_first in (False, True):
-            _, model = pair("qkv", batch_first=batch_first)
-            call = run(which, batch_first, need_weights=False)
-            with fastlora.track(model, estimator="exact", statistics=("fisher",), loss_reduction="sum") as tracker:
-                call(model).square().sum().backward()
-                tracker.step()
-            args = arguments(which, batch_first, torch.float32)
-            total = torch.zeros(3)
-            for i in range(3):
-                own = [a[i : i + 1] if batch_first else a[:, i : i + 1] for a in args]
-                own = [own[0]] * 3 if which == "self" else [own[0], own[1], own[1]]
-                single = copy.deepcopy(model)
-                single.attn.in_proj_weight.requires_grad_(True)
-                single(*own, need_weights=False)[0].square().sum().backward()
-                total += torch.stack([g.square().sum() for g in single.attn.in_proj_weight.grad.chunk(3)]) / 3
-            assert list(tracker.scores("fisher").values()) == pytest.approx(total.tolist(), rel=1e-4)
-
-
-def test_a_batch_of_several_adapters():
-    """Every sample with its own adapter equals the samples apart, also where positions come first."""
-    for which in ("self", "cross"):
-        for batch_first in (False, True):
-            _, model = pair(batch_first=batch_first)
-            fastlora.add_adapter(model, "b", config(target_modules="attention", r=2))
-            randomise(model, 0.3)
-            args = arguments(which, batch_first, torch.float32)
-            with fastlora.adapters(model, ["default", "b", None]):
-                together, _ = model(*args)
-            for i, name in enumerate(["default", "b", None]):
-                own = [a[i : i + 1] if batch_first else a[:, i : i + 1] for a in args]
-                own = [own[0]] * 3 if which == "self" else [own[0], own[1], own[1]]
-                with fastlora.adapters(model, [name]):
-                    alone, _ = model(*own)
-                mine = together[i : i + 1] if batch_first else together[:, i : i + 1]
-                torch.testing.assert_close(mine, alone, rtol=1e-5, atol=1e-5)

@@ -134,7 +134,6 @@ class TestPeftConfig:
             {"use_dora": True},
             {"init_lora_weights": "pissa"},
             {"layers_to_transform": [0]},
-            {"fan_in_fan_out": True},
             {"lora_bias": True},
             {"trainable_token_indices": [1]},
             {"target_parameters": ["weight"]},

@@ -168,7 +168,7 @@ def _weight_gradient(case: Case, name: str, device: str, dtype: torch.dtype) -> 
     backend, _ = backends.choose("auto", torch.device(device), dtype)
     dy = torch.randn(case.rows, case.total, device=device, dtype=dtype)
     if name == "gradstat":
-        return Variant(name, case, lambda x: [backend.gradstat(x, dy, (0, case.rows))], [])
+        return Variant(name, case, lambda x: [backend.gradstat(x.detach(), dy, (0, case.rows))], [])
     return Variant(name, case, lambda x: [torch.mm(dy.t(), x)], [])
 
 

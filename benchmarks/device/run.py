@@ -1,4 +1,4 @@
-"""``python -m device.run --output FOLDER``: every case, variant, pass and mode; JSON, a table, last the targets."""
+"""``python -m device.run --output FOLDER``: every case, variant, pass and mode; JSON, a table, a plot."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from fastlora.testing import enable_torchvision
 
 from . import measure
 from .cases import BUILDERS, CASES, TINY, Case, build
+from .models import MODEL_VARIANTS, ModelCase, TrainingStep, model_cases
+from .plot import draw
 
 PASSES = ("forward", "backward", "both")
 
@@ -40,13 +42,14 @@ def _output(*command: str) -> str:
         return ""
 
 
-def _row(case: Case, variant: str, passes: str, mode: str, times: dict, ceilings: tuple, peak: float) -> dict[str, Any]:
-    operations, least = case.work("forward" if variant in ("gradstat", "wgrad_library") else passes,
-                                  variant.startswith(("fastlora", "peft", "torch")))  # fmt: skip
+def _row(
+    case: str, variant: str, passes: str, mode: str, times: dict, work: tuple, ceilings: tuple, peak: float
+) -> dict[str, Any]:
+    operations, least = work
     seconds = times["median_ms"] * 1e-3
     ideal = max(operations / ceilings[1], least / ceilings[0])
     return {
-        "case": case.name, "variant": variant, "pass": passes, "mode": mode, **times,
+        "case": case, "variant": variant, "pass": passes, "mode": mode, **times,
         "gbps": least / seconds / 1e9, "tflops": operations / seconds / 1e12, "roofline": ideal / seconds,
         "peak_mib": peak,
     }  # fmt: skip
@@ -68,13 +71,15 @@ def _measure(case: Case, name: str, device: str, dtype: torch.dtype, ceilings: t
     rows = []
     for passes, (call, per_call) in _calls(step, name).items():
         few = max(3, repeats // 10) if name == "fastlora_exact50" else repeats
+        work = case.work("forward" if name in ("gradstat", "wgrad_library") else passes,
+                         name.startswith(("fastlora", "peft", "torch")))  # fmt: skip
         if passes == "backward":
             step.prepare_backward()
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
         times = measure.time_calls(call, per_call, device, few)
         peak = (torch.cuda.max_memory_allocated() - step.spare_bytes()) / 2**20 if device != "cpu" else 0.0
-        rows.append(_row(case, name, passes, "eager", times, ceilings, peak))
+        rows.append(_row(case.name, name, passes, "eager", times, work, ceilings, peak))
         if device == "cpu":
             continue
         if passes == "backward":
@@ -86,11 +91,46 @@ def _measure(case: Case, name: str, device: str, dtype: torch.dtype, ceilings: t
             times = {key: whole[key] - part[key] for key in whole}
         else:
             times = measure.time_calls(measure.captured(call), per_call, device, few)
-        rows.append(_row(case, name, passes, "graph", times, ceilings, peak))
+        rows.append(_row(case.name, name, passes, "graph", times, work, ceilings, peak))
     return rows
 
 
-def run(cases: list[Case], device: str, seconds: float, repeats: int) -> dict[str, Any]:
+def _measure_model(case: ModelCase, name: str, device: str, dtype: torch.dtype, ceilings: tuple, repeats: int):
+    """The rows of a whole training step, optimiser and all: eager, then as a graph if it can be captured."""
+    step, few = TrainingStep(case, name, device, dtype), max(3, repeats // 3)
+    work = case.work(step.parameters)
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    times = measure.time_calls(step, 1, device, few)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device != "cpu" else 0.0
+    rows = [_row(case.name, name, "both", "eager", times, work, ceilings, peak)]
+    if device != "cpu":
+        try:
+            times = measure.time_calls(measure.captured(step), 1, device, few)
+            rows.append(_row(case.name, name, "both", "graph", times, work, ceilings, peak))
+        except Exception:  # the eager row stands; what could not be captured is in the log
+            traceback.print_exc()
+    return rows
+
+
+def _jobs(cases: list[Case | ModelCase], variants: list[str]) -> list[tuple[Case | ModelCase, str]]:
+    """What is measured, in order: what matters most comes first, should the time run out."""
+    layers = [c for c in cases if isinstance(c, Case)]
+    models = [c for c in cases if isinstance(c, ModelCase)]
+    early = 4
+    some = [name for name in BUILDERS if name in variants]
+    whole = [name for name in MODEL_VARIANTS if name in variants]
+    return [
+        *((case, name) for name in some[:early] for case in layers),
+        *((case, name) for name in whole[:early] for case in models),
+        *((case, name) for name in some[early:] for case in layers),
+        *((case, name) for name in whole[early:] for case in models),
+    ]
+
+
+def run(
+    cases: list[Case | ModelCase], variants: list[str], device: str, seconds: float, repeats: int
+) -> dict[str, Any]:
     """Measure until the time is up; what was not reached or failed is listed under "missing"."""
     dtype = torch.bfloat16
     limit = time.monotonic() + seconds
@@ -104,19 +144,19 @@ def run(cases: list[Case], device: str, seconds: float, repeats: int) -> dict[st
         "rows": [],
         "missing": [],
     }
-    for name in BUILDERS:
-        for case in cases:
-            if time.monotonic() > limit:
-                result["missing"].append(f"{case.name} {name}: out of time")
-                continue
-            try:
-                result["rows"] += _measure(case, name, device, dtype, ceilings, repeats)
-            except Exception as problem:  # one broken variant must not lose the others' rows
-                traceback.print_exc()
-                result["missing"].append(f"{case.name} {name}: {type(problem).__name__}: {problem}"[:300])
-            gc.collect()
-            if device != "cpu":
-                torch.cuda.empty_cache()
+    for case, name in _jobs(cases, variants):
+        if time.monotonic() > limit:
+            result["missing"].append(f"{case.name} {name}: out of time")
+            continue
+        one = _measure if isinstance(case, Case) else _measure_model
+        try:
+            result["rows"] += one(case, name, device, dtype, ceilings, repeats)
+        except Exception as problem:  # one broken variant must not lose the others' rows
+            traceback.print_exc()
+            result["missing"].append(f"{case.name} {name}: {type(problem).__name__}: {problem}"[:300])
+        gc.collect()
+        if device != "cpu":
+            torch.cuda.empty_cache()
     return result
 
 
@@ -150,25 +190,32 @@ def table(result: dict[str, Any]) -> str:
             f"| {case} | {mode} | {ratio('fastlora', 'frozen')} | {ratio('fastlora', 'peft_bf16')} "
             f"| {ratio('fastlora_probe', 'fastlora')} | {ratio('fastlora', 'peft_bf16', 'peak_mib')} |"
         )
+    lines += [
+        "",
+        "A `_step` is a whole training step with AdamW; its GB/s and TFLOP/s count the frozen matrices alone.",
+    ]
     return "\n".join([*lines, "", *(f"- missing: {entry}" for entry in result["missing"])]) + "\n"
 
 
 def main() -> None:
-    """Measure, write ``device_<gpu>.json`` and ``.md``, print the table last."""
+    """Measure, write ``device_<gpu>.json``, ``.md`` and ``.png``, print the table last."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", type=Path, default=Path("."))
     parser.add_argument("--seconds", type=float, default=240.0, help="start nothing new after this long")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--cases", nargs="*", default=[*CASES, *model_cases(True)])
+    parser.add_argument("--variants", nargs="*", default=list(BUILDERS))
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU: checks that the script works")
     given = parser.parse_args()
     enable_torchvision()
-    cases = [(TINY if given.dry_run else CASES)[name] for name in given.cases]
-    result = run(cases, "cpu" if given.dry_run else "cuda", given.seconds, given.repeats)
+    known = {**(TINY if given.dry_run else CASES), **model_cases(given.dry_run)}
+    device = "cpu" if given.dry_run else "cuda"
+    result = run([known[name] for name in given.cases], given.variants, device, given.seconds, given.repeats)
     name = re.sub(r"[^a-z0-9]+", "_", result["device"].lower().removeprefix("nvidia ")).strip("_")
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / f"device_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (given.output / f"device_{name}.md").write_text(table(result))
+    draw(result, given.output / f"device_{name}.png")
     print(table(result))
     if not result["rows"]:
         raise SystemExit("nothing was measured")

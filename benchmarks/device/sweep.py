@@ -1,6 +1,6 @@
-"""``python -m device.sweep --output FOLDER``: times every tile of ``tiling.py``, its neighbours and the strategies.
+"""``python -m device.sweep --write``: times every tile of ``tiling.py``, its neighbours and the strategies.
 
-The fastest of each line is what ``fastlora/kernels/tiling.py`` should hold for that verb and shape.
+The fastest of each verb and shape goes into ``kernels/tiling.py``, which then decides by them.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from fastlora.kernels import gradstat, linear, linear_backward, shrink, wgrad
-from fastlora.kernels.tiling import TileConfig, committed
+from fastlora.kernels.tiling import Measurement, TileConfig, committed
 
 from .cases import CASES, PROBES, TINY, Case
 from .measure import captured, time_calls
 
 STRATEGIES = ("fused", "library", "augmented")
+TILING = Path(__file__).parents[2] / "kernels" / "tiling.py"
 
 
 class Operands:
@@ -73,6 +75,8 @@ def candidates(verb: str) -> list[tuple[str, TileConfig | None]]:
     """(strategy, tile) pairs worth timing for a verb."""
     name = verb.split()[0]
     tiles = [t for v, kind, entry in committed() if v == name and kind == "half" for t in neighbours(entry.tile)]
+    if name == "linear":
+        tiles += [t._replace(tma=not t.tma) for t in tiles]
     found: list[tuple[str, TileConfig | None]] = [("fused", t) for t in dict.fromkeys(tiles)]
     if name.startswith("linear"):
         expands = [entry.tile for v, kind, entry in committed() if v == "expand" and kind == "half"]
@@ -80,32 +84,104 @@ def candidates(verb: str) -> list[tuple[str, TileConfig | None]]:
     return found
 
 
-def main() -> None:
-    """Time all candidates, most promising verbs first, until the time is up."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--output", type=Path, default=Path("."))
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--dry-run", action="store_true", help="names the candidates; runs none")
-    given = parser.parse_args()
-    rows, limit = [], time.monotonic() + given.seconds
+def sizes(verb: str, case: Case) -> tuple[int, int, int, int]:
+    """M, N, K, R as the kernels give them to ``choose_tiles``."""
+    M, N, K, R = case.rows, case.total, case.width, 3 * case.rank
+    return {
+        "linear": (M, N, K, case.rank),
+        "linear_backward": (M, N, K, R),
+        "wgrad": (M, N, 0, R),
+        "shrink": (M, 0, K, R + PROBES),
+        "shrink dy": (M, 0, max(case.outputs), R),
+        "gradstat": (M, case.outputs[0], K, 0),
+    }[verb]
+
+
+def fastest(rows: list[dict[str, Any]], device: str) -> dict[tuple[str, str], list[Measurement]]:
+    """What ``tiling.MEASURED`` should hold: the best tile of each verb and case, and the best strategy."""
+    found: dict[tuple[str, str], list[Measurement]] = {}
+
+    def keep(verb: str, row: dict[str, Any], choice: TileConfig | str) -> None:
+        size = sizes(row["verb"], CASES[row["case"]])
+        found.setdefault((verb, "half"), []).append(Measurement(*size, choice, round(row["median_ms"], 4), device))
+
+    for verb, name in dict.fromkeys((r["verb"], r["case"]) for r in rows):
+        timed = [r for r in rows if (r["verb"], r["case"]) == (verb, name) and "median_ms" in r]
+        best = {s: min(some, key=lambda r: r["median_ms"]) for s in STRATEGIES if (some := _of(timed, s))}
+        if "fused" in best:
+            keep(verb.split()[0], best["fused"], best["fused"]["tile"])
+        if "library" in best:
+            keep("expand", best["library"], best["library"]["tile"])
+        if verb.startswith("linear") and best:
+            winner = min(best.values(), key=lambda r: r["median_ms"])
+            keep("forward" if verb == "linear" else "backward", winner, winner["strategy"])
+    return found
+
+
+def _of(rows: list[dict[str, Any]], strategy: str) -> list[dict[str, Any]]:
+    return [r for r in rows if r["strategy"] == strategy]
+
+
+def source(found: dict[tuple[str, str], list[Measurement]]) -> str:
+    """``MEASURED`` as Python."""
+    lines = ["MEASURED: dict[tuple[str, str], tuple[Measurement, ...]] = {"]
+    for key, measured in found.items():
+        lines += [f'    ("{key[0]}", "{key[1]}"): (']
+        for m in measured:
+            choice = f'"{m.choice}"' if isinstance(m.choice, str) else f"TileConfig{tuple(m.choice)}"
+            size = ", ".join(map(str, m[:4]))
+            lines.append(f'        Measurement({size}, {choice}, {m.milliseconds}, "{m.device}"),')
+        lines.append("    ),")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def fill(file: Path, found: dict[tuple[str, str], list[Measurement]]) -> None:
+    """Put the measurements between the marks of ``tiling.py``."""
+    before, begin, rest = file.read_text().partition("# begin measured\n")
+    _, end, after = rest.partition("# end measured\n")
+    if not (begin and end):
+        raise SystemExit(f"{file}: has no lines '# begin measured' and '# end measured'")
+    file.write_text(before + begin + source(found) + end + after)
+
+
+def measure(device: str, cases: dict[str, Case], seconds: float) -> list[dict[str, Any]]:
+    """Time all candidates, most promising verbs first, until the time is up; on the CPU the first of each strategy."""
+    rows, limit = [], time.monotonic() + seconds
     for verb in ("linear", "linear_backward", "wgrad", "shrink", "shrink dy", "gradstat"):
-        for case in (TINY if given.dry_run else CASES).values():
-            operands = Operands(case, "cpu" if given.dry_run else "cuda")
-            for strategy, tile in candidates(verb):
+        for case in cases.values():
+            operands, some = Operands(case, device), candidates(verb)
+            if device == "cpu":
+                some = [next(c for c in some if c[0] == s) for s in dict.fromkeys(s for s, _ in some)]
+            for strategy, tile in some:
                 call = calls(operands, verb, tile, strategy)
-                if given.dry_run or time.monotonic() > limit:
+                if time.monotonic() > limit:
                     continue
                 try:
-                    times = time_calls(captured(call), 1, "cuda", 20)
+                    times = time_calls(call if device == "cpu" else captured(call), 1, device, 20)
                 except Exception as problem:  # a tile that does not fit is a result too
                     times = {"error": f"{type(problem).__name__}: {problem}"[:200]}
                 rows.append({"verb": verb, "case": case.name, "strategy": strategy, "tile": tile, **times})
+    return rows
+
+
+def main() -> None:
+    """Time the candidates, print the best, and with --write put them into tiling.py."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--output", type=Path, default=Path("."))
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--write", type=Path, nargs="?", const=TILING, help="the tiling.py that takes the measurements")
+    parser.add_argument("--dry-run", action="store_true", help="few candidates, tiny shapes, in Triton's interpreter")
+    given = parser.parse_args()
+    device, cases = ("cpu", dict([next(iter(TINY.items()))])) if given.dry_run else ("cuda", CASES)
+    rows = measure(device, cases, given.seconds)
     for verb, name in dict.fromkeys((r["verb"], r["case"]) for r in rows):
         timed = [r for r in rows if (r["verb"], r["case"]) == (verb, name) and "median_ms" in r]
         for r in sorted(timed, key=lambda r: r["median_ms"])[:3]:
             print(f"{verb:16s} {name:18s} {r['strategy']:10s} {r['median_ms']:.4f} ms  {tuple(r['tile'] or ())}")
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if given.write:
+        fill(given.write, fastest(rows, "cpu" if given.dry_run else torch.cuda.get_device_name()))
 
 
 if __name__ == "__main__":

@@ -79,8 +79,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, None, None, batch_first, device, dtype
         )
         self.requires_grad_(False)
-        self.in_proj = StackedProjection(self)
-        self.in_proj.__class__, self.out_proj.__class__ = InProjection, Linear
+        stacked = StackedProjection(self)
+        stacked.__class__, self.out_proj.__class__ = InProjection, Linear
+        self.hold(stacked)
         router = Router(DEFAULT)
         for layer, names in ((self.in_proj, "qkv" if split_qkv else (WHOLE,)), (self.out_proj, (WHOLE,))):
             slices = dict.fromkeys(names, layer.out_features // len(names))
@@ -92,6 +93,11 @@ class MultiheadAttention(nn.MultiheadAttention):
                 adapter_dtype_of(config, layer),
             )  # fmt: skip
             layer.install(DEFAULT, spec, *new_factors(slices, ranks, embed_dim, spec, layer.weight.device))
+
+    def hold(self, layer: InProjection) -> None:
+        """Take the adapted input projection as a child, before the output projection."""
+        output = self._modules.pop("out_proj")
+        self.in_proj, self.out_proj = layer, output
 
     def forward(
         self,

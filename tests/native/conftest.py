@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A slow machine, or an instrumented build, is not a failure.
+settings.register_profile("native", deadline=None)
+settings.load_profile("native")
 
 
 def pytest_configure(config) -> None:
