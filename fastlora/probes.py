@@ -152,7 +152,7 @@ class LayerProbe:
                 x.shape[:-1].numel(), x.shape[-1], width, self.owner.probes, len(self.owner.kinds)
             )
             for probe in probes:
-                probe.every = interval
+                probe.every, probe.live = interval, self.owner.steps % interval == 0
         if not self.live:
             return {}
         found: dict[str, Any] = {}

@@ -155,8 +155,7 @@ class Tracker:
         if not self._live():
             return
         if not self._sampled():
-            self._advance()
-            return
+            return self._advance()
         values, seen = self._gather()
         inverse = _inverse_scale(scaler, self.device)
         taken = (
@@ -360,6 +359,8 @@ class Tracker:
         self._skipped.copy_(state["skipped"])
         self._covariances.load_state_dict(state["covariances"])
         self.steps, self.seed = state["steps"], state["seed"]
+        for layer in filter(self._owns, self.layers.values()):
+            self._probe(layer).advance(self.steps)
         self.importance = None if state["importance"] is None else state["importance"].to(self.device)
         if self._rows is not None:
             self._rows.seed.fill_(self.seed)

@@ -239,6 +239,36 @@ def test_auto_sampling_starts_with_the_first_step_says_so_and_is_unbiased():
     assert_estimates(tracker.scores("grad_sq"), expected, probes=512)
 
 
+@pytest.mark.parametrize("every", [3, "auto"])
+@pytest.mark.parametrize("estimator", ["probe", "exact"])
+def test_a_resumed_tracker_samples_the_same_steps(estimator, every):
+    every = 3 if estimator == "exact" else every
+    m, trackers = model(), []
+    for stop in ((20,), (4, 20)):  # in one go, and saved in the middle of an interval
+        state, begin = None, 0
+        for end in stop:
+            with track(m, estimator, every=every) as tracker:
+                if state is not None:
+                    tracker.load_state_dict(state)
+                for seed in range(begin, end):
+                    loss_of(m, data(seed=seed)).backward()
+                    tracker.step()
+                state, begin = copy.deepcopy(tracker.state_dict()), end
+        trackers.append(tracker)
+    whole, resumed = trackers
+    assert torch.equal(whole._counts["grad_sq"], resumed._counts["grad_sq"])
+    assert dict(whole.scores("grad_sq")) == dict(resumed.scores("grad_sq"))
+
+
+def test_a_step_that_is_not_sampled_keeps_no_tensors():
+    m = model()
+    with track(m, "exact", every=2) as tracker:
+        for kept in (True, False):
+            loss_of(m, data()).backward()
+            assert all(bool(layer.probes["default"].taken) == kept for layer in tracker.layers.values())
+            tracker.step()
+
+
 def test_a_step_that_no_layer_samples_reads_nothing_and_draws_nothing(monkeypatch):
     m, batch, read, drawn = model(), data(), [], []
     with track(m, every=3) as tracker:
