@@ -171,7 +171,7 @@ class Tracker:
             finite &= torch.where(seen[kind], values[kind].isfinite(), True).all()
         for kind in self.kinds:
             self._fold(kind, values[kind], seen[kind] & finite)
-        self._covariances.add(taken, finite, inverse)
+        self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
         self._skipped += ~finite
         self._advance()
 
