@@ -1,0 +1,180 @@
+"""What the benchmarks say: pairing by round, the correctness gate, verdicts, and a report that says all of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benchmarks import gate, peers, report, shapes  # noqa: E402
+from benchmarks.interleave import Interleaved, rows  # noqa: E402
+from benchmarks.plot import plot  # noqa: E402
+
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+TINY = {
+    fused: shapes.Shape("tiny", "tiny", 2, 5, 24, (16, 8, 8) if not fused else (16, 16, 16), 3, fused)
+    for fused in (True, False)
+}
+
+
+@dataclass
+class Ticking:
+    """A variant whose calls take a known time on a clock of its own."""
+
+    name: str
+    clock: Clock
+    every: int = 1
+    tracker: None = None
+    calls: list[int] = field(default_factory=list)
+
+    def forget(self) -> None:
+        pass
+
+    def call(self) -> None:
+        self.clock.now += self.clock.cost[self.name] * (1 + self.clock.slow)
+        self.calls.append(self.clock.turn)
+        self.clock.turn += 1
+
+
+@dataclass
+class Clock:
+    cost: dict[str, float]
+    now: float = 0.0
+    slow: float = 0.0
+    turn: int = 0
+
+
+def run_rounds(clock, variants, rounds):
+    turns = Interleaved(variants, "fastlora", 2, clock=lambda: clock.now)
+    for i in range(rounds):
+        clock.slow = float(i)  # the machine gets slower: ratios within a round do not
+        turns.before()
+        turns.run()
+        turns.after()
+    return turns
+
+
+def test_variants_take_turns_and_ratios_are_within_a_round():
+    clock = Clock({"frozen": 2.0, "fastlora": 3.0, "peft": 4.0, "rare": 8.0})
+    variants = [Ticking(name, clock, every=3 if name == "rare" else 1) for name in clock.cost]
+    found = {row["variant"]: row for row in rows(run_rounds(clock, variants, 7).times)}
+    assert {name: row["ratio_to_peft"]["median"] for name, row in found.items()} == {
+        "frozen": 0.5, "fastlora": 0.75, "peft": 1.0, "rare": 2.0,
+    }  # fmt: skip
+    assert found["rare"]["ratio_to_frozen"]["median"] == 4.0
+    assert found["rare"]["ms"]["rounds"] == 3 and found["peft"]["ms"]["rounds"] == 7
+    assert found["peft"]["ratio_to_peft"]["p10"] == found["peft"]["ratio_to_peft"]["p90"] == 1.0
+    # The second round runs backwards, without the rare one: peft, fastlora, frozen, two calls each.
+    assert [variant.calls[2] for variant in variants[:3]] == [12, 10, 8]
+
+
+@needs_peft
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [True, False])
+def test_every_variant_passes_the_gate(fused, dtype):
+    built = peers.variants(shapes.Problem(TINY[fused], dtype))
+    for variant in built:
+        gate.check(variant)
+        assert variant.saved_bytes() >= (0 if variant.name == "frozen" else variant.x.nbytes)
+    names = [variant.name for variant in built]
+    assert len(set(names)) == len(names) and set(names) <= set(peers.LABELS)
+    assert ({"naive", "exact"} <= set(names)) == (dtype == torch.float32)
+    assert {"function", "python"} <= set(names)
+
+
+@needs_peft
+@pytest.mark.parametrize("build", ["function", "naive", "exact", "python"])
+def test_the_gate_refuses_what_is_wrong(build):
+    problem = shapes.Problem(TINY[False], torch.float32)
+    variant = {
+        "function": peers.function,
+        "naive": peers.naive,
+        "exact": peers.exact,
+        "python": lambda p: peers.ours(p, "python", backend="python"),
+    }[build](problem)
+    gate.check(variant)
+    if build == "naive":
+        variant.parts[0] = variant.parts[1]
+    elif build == "exact":
+        whole = variant.tracker._exact_values
+        variant.tracker._exact_values = lambda *args: {"grad_sq": 1.01 * whole(*args)["grad_sq"]}
+    else:
+        variant.projections[1].B.data.mul_(1.01)
+        problem.expected = (lambda whole: lambda _: whole)(problem.expected(peers.frozen(problem).projections))
+    with pytest.raises(AssertionError, match=f"{build}: relative errors above"):
+        gate.check(variant)
+
+
+def spread(middle, width=0.01, rounds=31):
+    low, high = middle - width, middle + width
+    return {"median": middle, "p10": low, "p25": low, "p75": high, "p90": high, "median_low": low, "median_high": high,
+            "rounds": rounds}  # fmt: skip
+
+
+def row(variant, peft, ours=1.0, frozen=1.0):
+    ratios = {"ratio_to_peft": spread(peft), "ratio_to_fastlora": spread(ours), "ratio_to_frozen": spread(frozen)}
+    return {"variant": variant, "ms": spread(10 * peft), **ratios}
+
+
+def document():
+    measured = [
+        row("frozen", 0.78), row("peft", 1.0, 1.2, 1.28), row("naive", 1.45, 1.7, 1.9), row("fastlora", 0.80),
+        row("python", 0.86, 1.07, 1.10), row("act_var_step", 0.81, 1.009), row("exact_step", 1.2, 1.5),
+    ]  # fmt: skip
+    layer = {"kind": "layer", "shape": "S1", "model": "DeiT-Base qkv", "rows_of_x": 1576, "width": 768, "rank": 8,
+             "outputs": [768] * 3, "fused": True, "dtype": "fp32", "binding": True, "gate": "passed", "every": [1, 2],
+             "targets": [asdict(t) for t in shapes.targets("S1", "fp32")], "errors": {"fastlora": 7e-7},
+             "saved_bytes": {"fastlora": 5 * 2**20}, "calls_per_round": 1, "rows": measured}  # fmt: skip
+    failed = {**layer, "shape": "S2", "gate": "failed", "reason": "dB[0] is off"}
+    memory = {"kind": "memory", "model": "large", "rows_of_x": 512, "width": 4096, "outputs": [4096], "rank": 16,
+              "gradient": 2**26, "rows": [{"variant": "exact", "peak": 2**25, "saved": 2**23}]}  # fmt: skip
+    environment = {"cpu": "a CPU", "cores": 2, "threads": 1, "clock": "CPU time", "warmup_rounds": 2, "python": "3.11",
+                   "load_average": [0.0, 0.0, 0.0], "bf16_matmul": None, "native_isa": None, "torch_cpu": "AVX512",
+                   "torch": "2", "peft": "0", "fastlora": "0", "source": "abc"}  # fmt: skip
+    threads = {"kind": "threads", "shape": "S1", "threads": 2, "rows": measured[:2]}
+    return {"environment": environment, "labels": peers.LABELS, "results": [layer, failed, threads, memory]}
+
+
+def test_verdicts_of_the_report():
+    lines = report.markdown(json.loads(json.dumps(document()))).splitlines()
+    verdicts = [line.split(" | ") for line in lines if line.startswith("| S1 fp32 |")][:5]
+    assert [(cells[1], cells[2], cells[3], cells[5]) for cells in verdicts] == [
+        ("fastlora", "time of PEFT", "0.42", "missed"),
+        ("fastlora", "time of the frozen layers", "1.11", "met"),
+        ('fastlora, backend="python"', "time of PEFT", "0.60", "missed"),
+        ('fastlora, backend="python"', "time of the frozen layers", "1.58", "met"),
+        ("fastlora + probes + act_var + tracker.step()", "time without statistics", "1.01", "met (within noise)"),
+    ]
+    assert "0.780" in verdicts[0][6]  # what the matmul alone takes of PEFT's time
+    assert any("dB[0] is off" in line for line in lines)
+    assert any(line.startswith("| fastlora + exact grad_sq, kept | 32.0 | 8.0 |") for line in lines)
+    assert any("pure-Python backend was measured" in line for line in lines)
+    assert not any(line.startswith("| S2") for line in lines)
+
+
+def test_a_target_that_does_not_bind_is_marked():
+    given = document()
+    given["results"][0]["binding"] = False
+    text = report.markdown(given)
+    assert text.count("not binding here |") == 5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_the_plot_is_drawn_from_what_binds(tmp_path):
+    assert plot(document(), tmp_path / "layer.png") and (tmp_path / "layer.png").stat().st_size > 10_000
+    assert not plot({**document(), "results": []}, tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
+
+
+def test_targets_name_measured_variants():
+    for shape in shapes.SHAPES:
+        for dtype in shapes.DTYPES:
+            for target in shapes.targets(shape, dtype):
+                assert target.variant in peers.LABELS and target.measure in report.MEASURES and target.limit > 0
