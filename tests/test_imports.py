@@ -40,7 +40,7 @@ LAYERS = (
     ("demo", "report", "cli", "bench", "doctor", "__main__"),
 )
 # Functions of tensors and dicts: anybody may import them, and they import nothing above themselves.
-PURE = ("scores", "score_table", "allocation", "penalty", "temperature")
+PURE = ("scores", "score_table", "allocation", "penalty", "temperature", "schedule", "diagnostics")
 ANYWHERE = ("testing",)
 ROOT = "__init__"  # the public names, above everything
 
