@@ -37,7 +37,8 @@ def test_layer(name, dtype, benchmark, interleaved, record):
     result = {"kind": "layer", "shape": name, "model": shape.model, "rows_of_x": shape.rows, "width": shape.width,
               "outputs": shape.outputs, "rank": shape.rank, "fused": shape.fused, "dtype": dtype, "binding": binding,
               "targets": [asdict(target) for target in targets(name, dtype)], "gate": "failed",
-              "every": sampling_interval(shape.rows, shape.width, sum(shape.outputs), 4)}  # fmt: skip
+              "every": [sampling_interval(shape.rows, shape.width, sum(shape.outputs), 4, kinds) for kinds in (1, 2)],
+              }  # fmt: skip
     compiler = shutil.which("c++") or shutil.which("g++")
     compiled = not benchmark.disabled and dtype == "fp32" and name in COMPILED and compiler is not None
     built = variants(problem, compiled)

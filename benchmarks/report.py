@@ -137,7 +137,7 @@ def _statistics(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterat
     yield "Percent over untracked fastlora: median of paired ratios [its 95 % interval]; the naive way over PEFT, on"
     yield "which it is built. The control runs the untracked code again: what it shows is noise. Here every step is"
     yield "sampled; by default `track` samples every n-th step on layers that are too small, which divides the cost by"
-    yield "the n of the last column."
+    yield "the n of the last column (probes / probes and act_var)."
     yield ""
     rows = []
     for result in results:
@@ -149,7 +149,7 @@ def _statistics(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterat
                 f"{result['shape']} {result['dtype']}{mark}",
                 *(_percent(row and row["ratio_to_fastlora"]) for row in ours),
                 _percent(naive and naive["ratio_to_peft"]),
-                str(result["every"]),
+                " / ".join(map(str, result["every"])),
             ]
         )
     names = (labels[name].removeprefix("fastlora ").lstrip("+ ") for name in (*STATISTICS, "naive"))

@@ -8,7 +8,7 @@ import pathlib as _pathlib
 if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_pathlib.Path(__file__).parent.parent))
 
-from . import nn
+from . import nn, schedule
 from .adapter_set import (
     adapter_names,
     adapters,
@@ -21,11 +21,15 @@ from .adapter_set import (
 from .allocation import allocate
 from .calibration import calibrate
 from .config import LoraConfig
+from .diagnostics import Diagnostics
 from .injection import inject, set_ranks
 from .merging import disabled, merge, unmerge
 from .overview import explain, summary
 from .peft_io import load, save
-from .policies import param_groups
+from .policies import param_groups, policy
+from .presets import preset
+from .ranks import reallocate
+from .score_table import breakdown
 from .scores import Scores, composite
 from .temperature import ece, fit_temperature, reliability
 from .tracker import Tracker, track
@@ -33,6 +37,7 @@ from .tracker import Tracker, track
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnostics",
     "LoraConfig",
     "Scores",
     "Tracker",
@@ -40,6 +45,7 @@ __all__ = [
     "adapters",
     "add_adapter",
     "allocate",
+    "breakdown",
     "calibrate",
     "composite",
     "disabled",
@@ -53,9 +59,13 @@ __all__ = [
     "nn",
     "param_groups",
     "per_adapter_mean",
+    "policy",
+    "preset",
+    "reallocate",
     "reliability",
     "remove_adapter",
     "save",
+    "schedule",
     "set_adapter",
     "set_ranks",
     "summary",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from .factors import WHOLE
 from .nn.frozen import FrozenLinear
 from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from .parameter_roles import ROLES_OF_PARAMETERS, parameter_roles
+from .roles import role_targets
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Summary:
     total_params: int
     norm_params: int = 0  # of other_trainable
     bias_params: int = 0  # of other_trainable
+    modules_by_role: Mapping[str, int] = field(default_factory=dict)  # adapted modules: attention, mlp, other
 
     @property
     def costs(self) -> dict[str, int]:
@@ -55,8 +58,10 @@ class Summary:
         head = ("matrix", "in", "out", "rank", "scale", "params")
         rows = [(r.key, r.in_features, r.out_features, r.rank, f"{r.scale:g}", f"{r.params:,}") for r in self.rows]
         share = self.adapter_params / max(self.total_params, 1)
+        roles = ", ".join(f"{role} {count}" for role, count in self.modules_by_role.items() if count)
         return (
-            f"{_table(head, rows)}\nadapters {self.adapter_params:,} ({share:.2%} of {self.total_params:,}), "
+            f"{_table(head, rows)}\nadapted modules: {roles or 'none'}\n"
+            f"adapters {self.adapter_params:,} ({share:.2%} of {self.total_params:,}), "
             f"head {self.head_params:,}, other trainable {self.other_trainable:,}"
         )
 
@@ -66,7 +71,7 @@ def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
     layers = adapted_layers(model)
     if not layers and getattr(model, "fastlora_policy", None) is None:
         raise ValueError("model: has no adapters; call fastlora.inject first")
-    rows = []
+    rows, adapted = [], []
     names = sorted({name for layer in layers.values() for name in layer.adapter_names})
     if names and adapter not in names:
         raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
@@ -74,6 +79,8 @@ def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
         if adapter not in layer.adapter_specs:
             continue
         ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
+        if any(ranks.values()):
+            adapted.append(path)
         for name, n in layer.slices.items():
             params = ranks[name] * (n + layer.in_features)
             rows.append(Row(matrix_key(path, name), layer.in_features, n, ranks[name], scales[name], params))
@@ -84,8 +91,20 @@ def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
             counts[roles[id(parameter)]] += parameter.numel()
     other = counts["norm"] + counts["bias"] + counts["other"]
     return Summary(
-        tuple(rows), sum(r.params for r in rows), counts["head"], other, total, counts["norm"], counts["bias"]
+        tuple(rows),
+        sum(r.params for r in rows),
+        counts["head"],
+        other,
+        total,
+        counts["norm"],
+        counts["bias"],
+        _modules_by_role(model, adapted),
     )
+
+
+def _modules_by_role(model: nn.Module, paths: list[str]) -> dict[str, int]:
+    counts = {role: len(set(role_targets(model, role)).intersection(paths)) for role in ("attention", "mlp")}
+    return {**counts, "other": len(paths) - sum(counts.values())}
 
 
 class ExplainedLayer(NamedTuple):

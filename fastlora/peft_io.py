@@ -153,6 +153,8 @@ def _matrices(
     """Every matrix of the file by path; those that share a rank and a scale in it, padded and scaled to the same."""
     out = {}
     for path in layers:
+        if path in out:
+            continue
         together = {p: layers[p] for p in names.beside(path) if p in layers}
         rank = max(sum(layer.ranks(adapter).values()) for layer in together.values())
         s = max((_scale(layer, adapter) for layer in together.values()), key=abs)
@@ -160,7 +162,7 @@ def _matrices(
             if other in layers:
                 out[other] = _stored(layers[other], adapter, fold, s, rank)
             else:
-                base, like = named_targets(model)[other], out.get(path) or _stored(layers[path], adapter, fold, s, rank)
+                base, like = named_targets(model)[other], _stored(layers[path], adapter, fold, s, rank)
                 A = like.A.new_zeros(rank, base.in_features)
                 B = like.B.new_zeros(base.out_features, rank)
                 out[other] = _Stored(A, B, like.alpha, (Slice(WHOLE, base.out_features, 0, 1.0),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -101,20 +102,21 @@ def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int)
     return signs(seed, *words, samples * probes).view(samples, probes)
 
 
-# Seconds of a statistic's fixed cost per operator call and of one operation on one core, each within a factor of two
-# (benchmarks/bench_layer.py, S4 and S1): they only decide which layers are too small to be sampled at every step.
-_FIXED_SECONDS, _FLOP_SECONDS = 60e-6, 1e-11
+# Seconds of a statistic's fixed cost per group and step, its share of ``tracker.step()`` included, and of one operation
+# on one core, each within a factor of two (twelve S4 layers, S1): they only decide which layers are too small to be
+# sampled at every step.
+_FIXED_SECONDS, _FLOP_SECONDS = 130e-6, 1e-11
 _MOST_STEPS = 16
 
 
-def sampling_interval(rows: int, in_features: int, out_features: int, probes: int) -> int:
-    """Every how many steps a group is sampled so that probes cost at most 1 % of its own forward and backward.
+def sampling_interval(rows: int, in_features: int, out_features: int, probes: int, kinds: int = 1) -> int:
+    """Every how many steps a group is sampled so that statistics cost at most 1 % of its own forward and backward.
 
-    ``cost = fixed + 2 M k (K + ΣN)`` operations against ``6 M K ΣN``.
+    ``cost = kinds * fixed + 2 M k (K + ΣN)`` operations against ``6 M K ΣN``; never above every 16th step.
     """
     step = 6 * rows * in_features * out_features * _FLOP_SECONDS
-    cost = _FIXED_SECONDS + 2 * rows * probes * (in_features + out_features) * _FLOP_SECONDS
-    return max(1, min(_MOST_STEPS, round(cost / (0.01 * step)))) if step else 1
+    cost = kinds * _FIXED_SECONDS + 2 * rows * probes * (in_features + out_features) * _FLOP_SECONDS
+    return max(1, min(_MOST_STEPS, math.ceil(cost / (0.01 * step)))) if step else 1
 
 
 class LayerProbe:
@@ -146,9 +148,11 @@ class LayerProbe:
             return {}
         if self.every is None and not torch.compiler.is_compiling():
             width = sum(probe.width for probe in probes)
-            interval = sampling_interval(x.shape[:-1].numel(), x.shape[-1], width, self.owner.probes)
+            interval = sampling_interval(
+                x.shape[:-1].numel(), x.shape[-1], width, self.owner.probes, len(self.owner.kinds)
+            )
             for probe in probes:
-                probe.every = interval
+                probe.every, probe.live = interval, self.owner.steps % interval == 0
         if not self.live:
             return {}
         found: dict[str, Any] = {}
@@ -162,7 +166,7 @@ class LayerProbe:
 
     def tap(self, x: Tensor, y: Tensor, select: tuple[Tensor, bool] | None = None) -> Tensor:
         """The output as the layer returns it; ``select`` says which of its entries are the adapter's."""
-        if not self.exact or not torch.is_grad_enabled():
+        if not self.exact or not self.live or not torch.is_grad_enabled():
             return y
         if torch.compiler.is_compiling():
             raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")

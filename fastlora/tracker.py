@@ -138,6 +138,9 @@ class Tracker:
         samples = x.shape[0] if x.dim() > 1 else 1
         key = (self.steps, self.micro, samples)
         if self._signs is None or self._signs[0] != key:
+            if self.micro in self._samples:
+                seen = self._signs[0][2]
+                raise RuntimeError(f"fisher: calls of one forward saw {seen} and {samples} samples in dimension 0")
             self._signs = (key, sample_signs(self._rows.seed, self.steps, self.micro, samples, self.probes))
             self._samples[self.micro] = samples if own is None else own
         return self._signs[1]
@@ -154,6 +157,8 @@ class Tracker:
             self._learning.examine()
         if not self._live():
             return
+        if not self._sampled():
+            return self._advance()
         values, seen = self._gather()
         inverse = _inverse_scale(scaler, self.device)
         taken = (
@@ -166,12 +171,16 @@ class Tracker:
             finite &= torch.where(seen[kind], values[kind].isfinite(), True).all()
         for kind in self.kinds:
             self._fold(kind, values[kind], seen[kind] & finite)
-        self._covariances.add(taken, finite, inverse)
+        self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
         self._skipped += ~finite
         self._advance()
 
     def _live(self) -> bool:
         return any(self._owns(layer) for layer in self.layers.values())
+
+    def _sampled(self) -> bool:
+        """Whether some layer takes this step's statistics: the others would pay for nothing."""
+        return any(self._probe(layer).live for layer in self.layers.values())
 
     def _probe(self, layer: Linear) -> LayerProbe:
         return layer.probes[self.adapter]
@@ -193,7 +202,7 @@ class Tracker:
         self.micro = 0
         self._samples.clear()
         self._signs = None
-        if self._rows is not None:
+        if self._rows is not None and self._sampled():
             self._rows.draw(self.steps)
         if self.warmup is not None and self.steps == self.warmup:
             self.importance = self._corrected("fisher" if self.per_sample else "grad_sq")
@@ -353,6 +362,8 @@ class Tracker:
         self._skipped.copy_(state["skipped"])
         self._covariances.load_state_dict(state["covariances"])
         self.steps, self.seed = state["steps"], state["seed"]
+        for layer in filter(self._owns, self.layers.values()):
+            self._probe(layer).advance(self.steps)
         self.importance = None if state["importance"] is None else state["importance"].to(self.device)
         if self._rows is not None:
             self._rows.seed.fill_(self.seed)

@@ -237,7 +237,7 @@ class TritonBackend:
 
         A, B, scale have one entry for each adapter and projection (``g * n + i``), P none or one [k_g, K] for each
         adapter. Returns y_j, h [M, max_g (R_g + k_g)] and, with ``moments``, float64 [2, N_j] over each adapter's rows,
-        entry ``g * len(y) + j``. With dropout the adapters run one after the other, which reads the ranges back.
+        entry ``g * len(y) + j``.
         """
         _same_device(x=x, weight=W, bias=bias, lora_A=A, lora_B=B, P=P, order=rows.order, ranges=rows.ranges)
         y, seen = (
@@ -245,14 +245,12 @@ class TritonBackend:
             x.reshape(-1, x.shape[-1]),
         )
         flat = [out.view(-1, out.shape[-1]) for out in y]
-        if _drops(rows):
-            return y, *grouped.forward(reference, flat, seen, A, P, B, rows, layouts, scale, moments)
         layout, kernels, batch = layouts(0), _kernel("grouped"), self._batch(rows)
         own = kernels.Ranks(_by_adapter(A, rows), tuple(p.shape[0] for p in P) or (0,) * rows.ranges.shape[0])
         factors = _one_dtype([*A, *P])
         n, probes = len(layout.outputs), factors[len(A) :]
         stacked = [f for g in range(len(own.ranks)) for f in (*factors[g * n : g * n + n], *probes[g : g + 1])]
-        h = kernels.grouped_shrink(seen, stacked, batch, own)
+        h = kernels.grouped_shrink(seen, stacked, batch, own, drop=_dropout_of(rows))
         places = list(zip(layout.outputs, layout.columns, strict=True))
         return y, h, kernels.grouped_expand_(flat, h, W, _one_dtype(B), batch, own, places, scale, moments)
 
@@ -267,21 +265,20 @@ class TritonBackend:
         some k_g is positive. Adapters without rows get zeros. At least one dy is given.
         """
         layout, kernels, batch, dx = layouts(0), _kernel("grouped"), self._batch(rows), None
+        drop = _dropout_of(rows)
         if need_dx:
             first, *rest = [(g, w) for g, w in zip(dy, W, strict=True) if g is not None]
             dx = torch.mm(*first)
             for grad, w in rest:
                 dx.addmm_(grad, w)
-        if _drops(rows):
-            return dx, *grouped.backward(reference, dx, dy, x, h, A, B, rows, layouts, scale, probes, need_dA)
         own = kernels.Ranks(_by_adapter(A, rows), tuple(probes) or (0,) * rows.ranges.shape[0])
         A, B, parts = _one_dtype(A), _one_dtype(B), _parts(dy, layout)
         dh = kernels.grouped_shrink_backward(parts, B, batch, own, scale) if need_dx or need_dA else h
         if need_dx:
-            kernels.grouped_linear_backward_(dx, dh, A, batch, own)
+            kernels.grouped_linear_backward_(dx, dh, A, batch, own, drop=drop)
         outer = parts if need_dB or any(probes) else [None] * len(parts)
         dA, dB, Q = kernels.grouped_wgrad(
-            x if need_dA else None, dh, outer, h, layout.widths, batch, own, scale, dtype=B[0].dtype
+            x if need_dA else None, dh, outer, h, layout.widths, batch, own, scale, B[0].dtype, drop=drop
         )
         return dx, dA, dB if need_dB else [], Q if any(probes) else []
 
@@ -297,8 +294,12 @@ def _segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:
     return reference.segment_tiles(ranges, rows, block)
 
 
-def _drops(rows: grouped.Rows) -> bool:
-    return rows.keys is not None and any(p > 0.0 for p in rows.p)
+def _dropout_of(rows: grouped.Rows) -> Any:
+    """What the kernels read of the rows' dropout, None where no adapter has any."""
+    if rows.keys is None or not any(rows.p):
+        return None
+    thresholds, scales = tuple(keep_threshold(p) if p else 0 for p in rows.p), tuple(1.0 / (1.0 - p) for p in rows.p)
+    return _kernel("grouped").Dropout(rows.keys.contiguous(), thresholds, scales)
 
 
 def _parts(dy: Sequence[Tensor | None], layout: Layout) -> list[Tensor | None]:

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +135,7 @@ class _Operands:
         self.own = grouped.Ranks(((rank,) * n,) * 2, (probes,) * 2)
         numbers = [torch.empty(some, dtype=torch.int64, device="meta") for some in ((M,), (2, 2), (M // 16, 2))]
         self.batch = grouped.Batch(*numbers[:2], lambda *sizes: numbers[2])
+        self.drop = grouped.Dropout(torch.empty(M, 2, dtype=torch.int64, device="meta"), (2**31,) * 2, (2.0,) * 2)
         self.moments = torch.empty(2, K, dtype=torch.float64, device="meta")
 
 
@@ -155,12 +157,11 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
             o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile, **options
         )
 
-    pairs, twice = (o.batch, o.own), list(o.scales) * 2
-    if verb == "grouped_shrink":
-        return {
-            "x": lambda: grouped.grouped_shrink(o.x, [*o.A, o.P] * 2, *pairs, tile),
-            "dy": lambda: grouped.grouped_shrink_backward(o.dy, o.B * 2, *pairs, twice, tile),
-        }
+    pairs, twice, drop = (o.batch, o.own), list(o.scales) * 2, o.drop if dropout else None
+    if verb.startswith("grouped_shrink"):
+        h = partial(grouped.grouped_shrink, o.x, [*o.A, o.P] * 2, *pairs, tile, drop)
+        dh = partial(grouped.grouped_shrink_backward, o.dy, o.B * 2, *pairs, twice, tile)
+        return {"x": h} if dropout else {"x": h, "dy": dh}
     if verb.startswith("shrink"):
         if verb != "shrink":
             kept = o.moments if verb == "shrink_moments" else None
@@ -170,8 +171,8 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
         x = o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes
         widths = [b.shape[0] for b in o.B]
         cases = {"matmul": lambda: wgrad.wgrad(*x, tiles=tile, **dropout)}
-        some = o.x, o.dh, o.dy, o.h, widths, *pairs, twice, torch.float32, tile
-        return cases if dropout else cases | {"matmul, adapters": lambda: grouped.grouped_wgrad(*some)}
+        some = o.x, o.dh, o.dy, o.h, widths, *pairs, twice, torch.float32, tile, drop
+        return cases | {"matmul, adapters": lambda: grouped.grouped_wgrad(*some)}
     if verb == "gradstat":
         offsets = torch.empty(9, dtype=torch.int64, device="meta")
         return {"matmul": lambda: gradstat.gradstat(o.x, o.dy[0], offsets, tile)}
@@ -184,18 +185,15 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
             "matmul": lambda: gradstat.covariance(o.x, tile),
             "matmul, added": lambda: gradstat.add_gram_(total, o.x, weight, tile),
         }
+    y = partial(grouped.grouped_expand_, o.dy, o.h, o.W, o.B * 2, *pairs, o.places, twice, True, tile)
+    adapters = partial(grouped.grouped_linear_backward_, o.x, o.dh, o.A * 2, *pairs, tile, drop)
     if verb == "expand":
-        return {
-            "y": lambda: linear_forward(False),
-            "y, moments": lambda: linear_forward(True),
-            "dx": dx,
-            "y, moments, adapters": lambda: grouped.grouped_expand_(
-                o.dy, o.h, o.W, o.B * 2, *pairs, o.places, twice, True, tile
-            ),
-            "dx, adapters": lambda: grouped.grouped_linear_backward_(o.x, o.dh, o.A * 2, *pairs, tile),
-        }
+        plain = {"y": partial(linear_forward, False), "y, moments": partial(linear_forward, True), "dx": dx}
+        return plain | {"y, moments, adapters": y, "dx, adapters": adapters}
+    if verb == "expand_dropout":
+        return {"dx": partial(dx, **dropout), "dx, adapters": adapters}
     if backward:
-        return {"dx" if verb.startswith("expand") else "matmul": lambda: dx(**dropout)}
+        return {"matmul": partial(dx, **dropout)}
     return {"matmul": lambda: linear_forward(verb == "linear_moments")}
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import launch, precision, swizzle, unit_last
+from .primitives import compiled, launch, swizzle, unit_last
 from .reduce import reduce_pairs
 from .tiling import TileConfig, choose_tiles
 
@@ -150,9 +150,7 @@ def gradstat(
             BLOCK_M=tiles.depth,
             BLOCK_N=tiles.rows,
             BLOCK_K=tiles.columns,
-            PRECISION=precision(x.dtype),
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            **compiled(tiles, x.dtype),
         )
     reduce_pairs(partial, out)
     return out
@@ -175,9 +173,7 @@ def _symmetric(x: Tensor, out: Tensor, weight: Tensor | None, scale: float, tile
         ADD=weight is not None,
         BLOCK_M=tiles.depth,
         BLOCK_N=tiles.rows,
-        PRECISION=precision(x.dtype),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        **compiled(tiles, x.dtype),
     )
 
 

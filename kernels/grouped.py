@@ -48,6 +48,14 @@ class Batch(NamedTuple):
     schedule: Callable[[Tensor, int, int], Tensor]
 
 
+class Dropout(NamedTuple):
+    """Keys int64 [M, 2] of the rows; of each adapter the smallest word kept, and what keeps the mean, 1 / (1 - p)."""
+
+    keys: Tensor
+    thresholds: tuple[int, ...]
+    keep_scales: tuple[float, ...]
+
+
 def pack(factors: Sequence[Tensor]) -> Tensor:
     """Factors one after another, [elements]: one launch."""
     return torch.cat([f.reshape(-1) for f in factors])
@@ -56,8 +64,16 @@ def pack(factors: Sequence[Tensor]) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _table(kind: str, own: Ranks, widths: tuple[int, ...], live: tuple[int, ...], device: torch.device) -> Tensor:
     # Ranks change seldom: kept, so that a step copies nothing to the device.
-    make = {"shrink": _shrink_rows, "pairs": _pair_rows, "wgrad": _wgrad_rows}[kind]
-    return torch.tensor(make(own, widths, live), dtype=torch.int64, device=device)
+    if kind.startswith("wgrad"):
+        rows = _wgrad_rows(own, widths, live, kind)
+    else:
+        rows = (_shrink_rows if kind == "shrink" else _pair_rows)(own, widths, live)
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def _thresholds(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -86,8 +102,10 @@ def _pair_rows(own: Ranks, widths: tuple[int, ...], live: tuple[int, ...]) -> li
     return rows
 
 
-def _wgrad_rows(own: Ranks, widths: tuple[int, ...], live: tuple[int, ...]) -> list[list[int]]:
+def _wgrad_rows(own: Ranks, widths: tuple[int, ...], live: tuple[int, ...], kind: str) -> list[list[int]]:
     """Of each adapter and product (x, if ``widths`` leads with K, then the live dy): what ``wgrad_kernel`` reads.
+
+    kind: "wgrad", or "wgrad x" and "wgrad dy" for a launch with the one or the others alone.
 
     First rank column, ranks, probes, region, strides of a column and a rank there, region of the probes, first probe
     column. Regions: all dA as [ranks, K], all dB as [N, rank], all Q as [N, probes].
@@ -98,11 +116,12 @@ def _wgrad_rows(own: Ranks, widths: tuple[int, ...], live: tuple[int, ...]) -> l
     rows, at_A = [], 0
     for g, (ranks, probes) in enumerate(zip(own.ranks, own.probes, strict=True)):
         total, offsets = sum(ranks), own.offsets(g)
-        if depth:
+        if depth and kind != "wgrad dy":
             rows.append([0, total, 0, at_A, 1, depth, 0, 0])
-            at_A += total * depth
+        at_A += total * depth
         for i in live:
-            rows.append([offsets[i], ranks[i], probes, at_B, ranks[i], 1, at_Q, total])
+            if kind != "wgrad x":
+                rows.append([offsets[i], ranks[i], probes, at_B, ranks[i], 1, at_Q, total])
             at_B, at_Q = at_B + ranks[i] * outer[i], at_Q + probes * outer[i]
     return rows
 
@@ -115,8 +134,12 @@ def _segments(
     widths: Sequence[int],
     live: Sequence[int],
     scales: Sequence[float],
+    drop: Dropout | None = None,
 ) -> Segments:
-    device = batch.ranges.device
+    device, dropout = batch.ranges.device, ()
+    if drop is not None:
+        table = _table("pairs", own, (0,) * len(own.ranks[0]), tuple(range(len(own.ranks[0]))), device)
+        dropout = table, drop.keys, _thresholds(drop.thresholds, device), _scales(drop.keep_scales, device)
     return Segments(
         tiles,
         batch.ranges,
@@ -125,6 +148,8 @@ def _segments(
         _scales(tuple(scales), device),
         even(*own.ranks, own.probes),
         max(max(ranks) for ranks in own.ranks) if kind == "pairs" else max(own.widths),
+        dropout,
+        0 if drop is None else len(own.ranks[0]),
     )
 
 
@@ -137,20 +162,27 @@ def _apart(views: Sequence[Tensor]) -> list[Tensor]:
 
 
 def grouped_shrink(
-    x: Tensor, factors: Sequence[Tensor], batch: Batch, own: Ranks, tiles: TileConfig | None = None
+    x: Tensor,
+    factors: Sequence[Tensor],
+    batch: Batch,
+    own: Ranks,
+    tiles: TileConfig | None = None,
+    drop: Dropout | None = None,
 ) -> Tensor:
     """``h[m] = x[m] F_g^T`` for the rows of every adapter g, the rest 0: x [M, K] -> h [M, max_g width_g].
 
-    factors: by adapter its A_i [r_i, K] and, if it has probes, its P [k, K]; all of one dtype.
+    factors: by adapter its A_i [r_i, K] and, if it has probes, its P [k, K]; all of one dtype. With dropout every A_i
+    sees its own mask of x, P none.
     """
     x = unit_last(x)
     M, K = x.shape
     h = torch.zeros(M, max(own.widths), dtype=x.dtype, device=x.device)
     if h.numel() and K:
-        tiles = tiles or choose_tiles("grouped_shrink", 0, 0, 0, 0, x.dtype)
+        tiles = tiles or choose_tiles("grouped_shrink" + ("_dropout" if drop else ""), 0, 0, 0, 0, x.dtype)
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
-        segments = _segments("shrink", batch, schedule, own, (), (), [1.0] * len(own.ranks))
-        shrink.run([x], [pack(factors).view(-1, K)], h, [0], [1.0], True, tiles, segments=segments)
+        segments = _segments("shrink", batch, schedule, own, (), (), [1.0] * len(own.ranks), drop)
+        stacked = pack(factors).view(-1, K)
+        shrink.run([x], [stacked], h, [0], [1.0], True, tiles, x, segments.masked, segments=segments)
     return h
 
 
@@ -224,16 +256,22 @@ def grouped_shrink_backward(
 
 
 def grouped_linear_backward_(
-    dx: Tensor, dh: Tensor, A: Sequence[Tensor], batch: Batch, own: Ranks, tiles: TileConfig | None = None
+    dx: Tensor,
+    dh: Tensor,
+    A: Sequence[Tensor],
+    batch: Batch,
+    own: Ranks,
+    tiles: TileConfig | None = None,
+    drop: Dropout | None = None,
 ) -> Tensor:
     """In place ``dx[m] += dh[m] A_g`` for the rows of every adapter g: dx [M, K], dh [M, max_g R_g]; returns dx."""
     if dx.numel() and dh.numel():
-        tiles = tiles or choose_tiles("expand", 0, 0, 0, 0, dx.dtype)
+        tiles = tiles or choose_tiles("expand" + ("_dropout" if drop else ""), 0, 0, 0, 0, dx.dtype)
         without = own._replace(probes=(0,) * len(own.probes))
         schedule = batch.schedule(batch.ranges, dx.shape[0], tiles.rows)
-        segments = _segments("shrink", batch, schedule, without, (), (), [1.0] * len(own.ranks))
-        packed = pack(A).view(-1, dx.shape[1])
-        linear_backward.add_adapters_(dx, dh, [packed], [0], tiles=tiles, segments=segments)
+        segments = _segments("shrink", batch, schedule, without, (), (), [1.0] * len(own.ranks), drop)
+        packed, seed = pack(A).view(-1, dx.shape[1]), dx if drop else None
+        linear_backward.add_adapters_(dx, dh, [packed], [0], seed=seed, tiles=tiles, segments=segments)
     return dx
 
 
@@ -248,6 +286,7 @@ def grouped_wgrad(
     scales: Sequence[float],
     dtype: torch.dtype = torch.float32,
     tiles: TileConfig | None = None,
+    drop: Dropout | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """``dA = dh^T x``, ``dB = s dy_i^T h_i``, ``Q = dy_i^T h_P`` of every adapter over its own rows.
 
@@ -269,18 +308,10 @@ def grouped_wgrad(
         for some, kind in zip(sizes, (dtype, dtype, torch.float32), strict=True)
     ]
     if M and total:
-        inputs = [] if x is None else [(unit_last(x), dh)]
-        products = [wgrad.Product(a, b, 0, 0, 0, 0, (0, 0)) for a, b in [*inputs, *((g, h) for g in wide)]]
-        tiles = tiles or choose_tiles("wgrad", M, 0, K, dh.shape[1], h.dtype)
-        programs = sum(triton.cdiv(p.wide.shape[1], tiles.columns) for p in products)
-        # A long run is cut, but partial sums never outweigh what is read.
-        read = sum(p.wide.numel() for p in products)
-        parts = max(1, min(choose_split(programs, triton.cdiv(M, tiles.depth), 2), read // total))
-        partial = torch.empty(parts, total, dtype=torch.float32, device=h.device)
-        some = [s for g in range(len(own.ranks)) for s in [*[1.0] * len(inputs), *(scales[g * n + i] for i in live)]]
-        segments = _segments("wgrad", batch, batch.ranges, own, [K, *widths], live, some)
-        wgrad.run(products, partial, 0, tiles, segments=segments)
-        reduce_partials(partial, flat, [1.0] * 3)
+        inputs = [] if x is None else [_product(unit_last(x), dh)]
+        outer = [_product(g, h) for g in wide]
+        some = [scales[g * n + i] for g in range(len(own.ranks)) for i in live]
+        _wgrad_partials(inputs, outer, flat, batch, own, [K, *widths], live, some, tiles, drop)
     shapes = [
         [(rank, K) for rank, _, _ in pairs],
         [(widths[i], rank) for rank, i, _ in pairs],
@@ -292,3 +323,36 @@ def grouped_wgrad(
         there = iter(_apart([v.view(s) for v, s, size in zip(views, shape, some, strict=True) if size]))
         found.append([next(there) if size else packed.new_zeros(s) for size, s in zip(some, shape, strict=True)])
     return found[0] if x is not None else [], found[1], found[2]
+
+
+def _product(wide: Tensor, skinny: Tensor) -> wgrad.Product:
+    return wgrad.Product(wide, skinny, 0, 0, 0, 0, (0, 0))
+
+
+def _wgrad_partials(inputs, outer, flat, batch, own, widths, live, scales, tiles, drop) -> None:
+    """Fill ``flat`` with all dA, dB and Q: x on its own if it is seen through dropout, else beside the dy."""
+    first, total = (inputs or outer)[0].wide, sum(f.numel() for f in flat)
+    M, dtype = first.shape[0], first.dtype
+    plain = tiles or choose_tiles("wgrad", M, 0, widths[0], 0, dtype)
+    masked = tiles or choose_tiles("wgrad_dropout", M, 0, widths[0], 0, dtype)
+    programs = sum(triton.cdiv(p.wide.shape[1], plain.columns) for p in [*inputs, *outer])
+    # A long run is cut, but partial sums never outweigh what is read.
+    read = sum(p.wide.numel() for p in [*inputs, *outer])
+    parts = max(1, min(choose_split(programs, triton.cdiv(M, plain.depth), 2), read // total))
+    partial = torch.empty(parts, total, dtype=torch.float32, device=flat[0].device)
+
+    def launch(kind, products, each, tile, drop=None):
+        if products:
+            segments = _segments(kind, batch, batch.ranges, own, widths, live, each, drop)
+            wgrad.run(products, partial, 0, tile, seed=partial if drop else None, segments=segments)
+
+    adapters = len(own.ranks)
+    if drop is None:
+        mixed = [
+            s for g in range(adapters) for s in [*[1.0] * len(inputs), *scales[g * len(live) : (g + 1) * len(live)]]
+        ]
+        launch("wgrad", [*inputs, *outer], mixed, plain)
+    else:
+        launch("wgrad x", inputs, drop.keep_scales, masked, drop)
+        launch("wgrad dy", outer, scales, plain)
+    reduce_partials(partial, flat, [1.0] * 3)

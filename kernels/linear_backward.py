@@ -12,13 +12,15 @@ from torch import Tensor
 from .primitives import (
     aligned,
     clear,
+    dropout_of,
     even,
     keep_mask,
     launch,
+    masked_ranks,
     matmul_loop,
+    matmul_options,
     opaque,
     own_rows,
-    precision,
     stacked_rows,
     swizzle,
     table_row,
@@ -42,7 +44,7 @@ def linear_backward_kernel(
     """
     i_m, i_n = swizzle(tl.program_id(0), tiles_m, tl.cdiv(K, BLOCK_N), BAND)
     o_m, o_n = i_m * BLOCK_M + tl.arange(0, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m, o_skip = o_m < M, 0
+    m_m, o_skip, adapter = o_m < M, 0, 0
     first, end = clear(offsets[0], EVEN_R), clear(ends[len(ends) - 1], EVEN_R)
     if segments is not None:
         adapter = tl.load(segments[0] + 2 * i_m).to(tl.int64)
@@ -50,12 +52,14 @@ def linear_backward_kernel(
             return
         o_m, m_m = own_rows(segments, i_m, GATHER, BLOCK_M)
         o_skip, end, first = table_row(segments[3], adapter, 3, EVEN_R)
+    if MASKED > 0:
+        seed, o_key, least, kept = dropout_of(segments, p_seed, adapter, o_m, m_m, threshold, keep_scale)
     m_m, m_n = m_m[:, None], (o_n < K)[None, :]
     o_row = o_m.to(tl.int64)[:, None]
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.static_range(MASKED if MASKED > 0 else 1):
         if MASKED > 0:
-            first, end = clear(offsets[i], EVEN_R), clear(ends[i], EVEN_R)
+            first, end = masked_ranks(segments, adapter, i, MASKED, offsets, ends, EVEN_R)
         b_part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for r in tl.range(first, end, BLOCK_R, num_stages=1):
             o_rank = r + tl.arange(0, BLOCK_R)
@@ -70,8 +74,8 @@ def linear_backward_kernel(
             b_a = tl.load(p_rows[:, None] + o_n[None, :], mask=m_n & m_rank[:, None], other=0.0).to(b_dh.dtype)
             b_part = tl.dot(b_dh, b_a, b_part, input_precision=PRECISION)
         if MASKED > 0:
-            m_keep = keep_mask(tl.load(p_seed), i, o_m, i_n * BLOCK_N, threshold, BLOCK_N)
-            b_part = tl.where(m_keep, b_part * keep_scale, 0.0)
+            m_keep = keep_mask(seed, i, o_key, i_n * BLOCK_N, least, BLOCK_N)
+            b_part = tl.where(m_keep, b_part * kept, 0.0)
         b_acc += b_part
     p_tile = p_dx + o_row * stride_dx + o_n[None, :]
     if SOURCES > 0:
@@ -126,46 +130,19 @@ def add_adapters_(dx, dh, A, offsets, dy=(), W=(), seed=None, threshold=0, keep_
     """
     M, K = dx.shape
     widths = tuple(t.shape[1] for t in dy)
-    verb = ("linear_backward" if dy else "expand") + ("" if seed is None else "_dropout")
+    masked = 0 if seed is None else len(A) if segments is None else segments.masked
+    verb = ("linear_backward" if dy else "expand") + ("_dropout" if masked else "")
     tiles = tiles or choose_tiles(verb, M, sum(widths), K, dh.shape[1], dx.dtype)
     tiles_m = triton.cdiv(M, tiles.rows) if segments is None else segments.tiles.shape[0]
     ends = [o + a.shape[0] for o, a in zip(offsets, A, strict=True)]
     own = even(offsets, ends) if segments is None else segments.even
     launch(
-        linear_backward_kernel,
-        (tiles_m * triton.cdiv(K, tiles.columns),),
-        tuple(dy) or (dx,),
-        tuple(W) or (dx,),
-        dh,
-        tuple(A),
-        dx,
-        dh if seed is None else seed,
-        widths or (0,),
-        tuple(t.stride(0) for t in dy) or (0,),
-        tuple(w.stride(0) for w in W) or (0,),
-        tuple(a.stride(0) for a in A),
-        opaque(offsets),
-        opaque(ends),
-        None if segments is None else segments.tensors,
-        M,
-        K,
-        opaque([dh.stride(0)]),
-        dx.stride(0),
-        tiles_m,
-        threshold,
-        keep_scale,
-        EVEN_R=own and dh.stride(0) % 8 == 0,
-        SOURCES=len(dy),
-        MASKED=0 if seed is None else len(A),
-        ALIGNED=aligned(A),
-        EVEN_N=all(width % tiles.depth == 0 for width in widths),
-        GATHER=segments is not None and segments.gather,
-        BAND=tiles.band,
-        BLOCK_M=tiles.rows,
-        BLOCK_N=tiles.columns,
-        BLOCK_K=tiles.depth,
-        BLOCK_R=16,
-        PRECISION=precision(dx.dtype),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+        linear_backward_kernel, (tiles_m * triton.cdiv(K, tiles.columns),),
+        tuple(dy) or (dx,), tuple(W) or (dx,), dh, tuple(A), dx, dh if seed is None else seed, widths or (0,),
+        tuple(t.stride(0) for t in dy) or (0,), tuple(w.stride(0) for w in W) or (0,), tuple(a.stride(0) for a in A),
+        opaque(offsets), opaque(ends), None if segments is None else segments.tensors,
+        M, K, opaque([dh.stride(0)]), dx.stride(0), tiles_m, threshold, keep_scale,
+        EVEN_R=own and dh.stride(0) % 8 == 0, SOURCES=len(dy), MASKED=masked,
+        ALIGNED=aligned(A), EVEN_N=all(width % tiles.depth == 0 for width in widths),
+        GATHER=segments is not None and segments.gather, **matmul_options(tiles, dx.dtype),
+    )  # fmt: skip

@@ -16,13 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiling import TileConfig
+
 
 class Segments(NamedTuple):
     """What the kernels read of a batch whose rows belong to several adapters, all on their device.
 
     tiles [tiles, 2]: adapter (-1: none) and first position of each; ranges [adapters, 2]: positions of its rows; order:
     row at each position (empty: the position itself); table: where each adapter's factors lie; scales fp32. ``even``:
-    all numbers of the table are multiples of 8; ``widest``: most ranks of one of its rows.
+    all numbers of the table are multiples of 8; ``widest``: most ranks of one of its rows. ``dropout``: none, or the
+    table of pairs, keys [M, 2] (seed, counter), thresholds [adapters] and what keeps the mean, fp32 [adapters];
+    ``masked``: projections, which have a mask each.
     """
 
     tiles: Tensor
@@ -32,10 +36,12 @@ class Segments(NamedTuple):
     scales: Tensor
     even: bool
     widest: int
+    dropout: tuple[Tensor, ...] = ()
+    masked: int = 0
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(self[:5])
+        return (*self[:5], *self.dropout)
 
     @property
     def gather(self) -> bool:
@@ -84,6 +90,17 @@ def even(*values: Sequence[int]) -> bool:
 def precision(dtype: torch.dtype) -> str:
     """How ``tl.dot`` treats fp32 operands: as torch's own matmul is told to."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def compiled(tiles: TileConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What every product is compiled with."""
+    return {"PRECISION": precision(dtype), "num_warps": tiles.warps, "num_stages": tiles.stages}
+
+
+def matmul_options(tiles: TileConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Blocks of a matmul with an adapter in its accumulator; ranks go by a tensor core's 16."""
+    blocks = {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_K": tiles.depth, "BLOCK_R": 16}
+    return {"BAND": tiles.band, **blocks, **compiled(tiles, dtype)}
 
 
 def unit_last(tensor: Tensor) -> Tensor:
@@ -205,6 +222,28 @@ def matmul_loop(b_acc, p_a, p_b, stride_b, m_a, m_b, K, EVEN_K: tl.constexpr, BL
             b_b = tl.load(p_b + (k + o_k)[:, None].to(tl.int64) * stride_b, mask=m_b & m_k[:, None], other=0.0)
         b_acc = tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
     return b_acc
+
+
+@triton.jit
+def dropout_of(segments, p_seed, i_group, o_m, m_m, threshold, keep_scale):
+    """(seed, counter of each row, threshold, scale) of dropout: one for all rows, or row keys and the adapter's p."""
+    if segments is None:
+        return tl.load(p_seed), o_m, threshold, keep_scale
+    else:
+        p_key = segments[6] + 2 * o_m
+        seeds, counters = tl.load(p_key, mask=m_m, other=0), tl.load(p_key + 1, mask=m_m, other=0)
+        return seeds[:, None], counters, tl.load(segments[7] + i_group), tl.load(segments[8] + i_group)
+
+
+@triton.jit
+def masked_ranks(segments, i_group, PROJECTION: tl.constexpr, MASKED: tl.constexpr, firsts, ends,
+                 EVEN: tl.constexpr = False):  # fmt: skip
+    """(first, end) of a projection's ranks among the stacked ones."""
+    if segments is None:
+        return clear(firsts[PROJECTION], EVEN), clear(ends[PROJECTION], EVEN)
+    else:
+        _, rank, first = table_row(segments[5], i_group * MASKED + PROJECTION, 3, EVEN)
+        return first, first + rank
 
 
 @triton.jit

@@ -14,13 +14,15 @@ from .primitives import (
     aligned,
     block_rank,
     clear,
+    compiled,
+    dropout_of,
     even,
     keep_mask,
     launch,
+    masked_ranks,
     opaque,
     own_rows,
     pick,
-    precision,
     stacked_rows,
     store_moments,
     table_row,
@@ -28,6 +30,32 @@ from .primitives import (
 )
 from .reduce import reduce_moments, reduce_partials
 from .tiling import TileConfig, choose_split, choose_tiles
+
+
+@triton.jit
+def masked_product(b_acc, b_x, b_f, seed, o_key, o_rank, segments, i_group, offsets, ends, k, threshold,
+                   MASKED: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """(acc + x f with each of MASKED factors' own dropout of x, f without them)."""
+    for i in tl.static_range(MASKED):
+        first, end = masked_ranks(segments, i_group, i, MASKED, offsets, ends)
+        m_own = (o_rank >= first) & (o_rank < end)
+        b_seen = tl.where(keep_mask(seed, i, o_key, k, threshold, BLOCK_K), b_x, 0.0)
+        b_acc = tl.dot(b_seen, tl.where(m_own[None, :], b_f, 0.0), b_acc, input_precision=PRECISION)
+    _, last = masked_ranks(segments, i_group, MASKED - 1, MASKED, offsets, ends)
+    return b_acc, tl.where((o_rank >= last)[None, :], b_f, 0.0)
+
+
+@triton.jit
+def factor_rows(p_factors, strides_factor, offsets, ends, scales, i_entry, o_own, total, SHARED: tl.constexpr,
+                ALIGNED: tl.constexpr, EVEN_R: tl.constexpr):  # fmt: skip
+    """(columns of h, which exist, scale, pointers to their factors, stride along the sum) of a block of one group."""
+    if SHARED:
+        p_rows = stacked_rows(p_factors, offsets, strides_factor, o_own, ALIGNED)
+        return o_own, o_own < total, scales[0], p_rows, 1
+    else:
+        o_rank = clear(pick(offsets, i_entry), EVEN_R) + o_own
+        m_rank, p_rows = o_rank < clear(pick(ends, i_entry), EVEN_R), pick(p_factors, i_entry) + o_own
+        return o_rank, m_rank, pick(scales, i_entry), p_rows, clear(pick(strides_factor, i_entry), EVEN_R)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -52,8 +80,7 @@ def shrink_kernel(
     o_block = (i_column % BLOCKS) * BLOCK_R
     o_own = o_block + tl.arange(0, BLOCK_R)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < M
-    stride_depth = 1
+    m_m, adapter = o_m < M, 0
     if segments is not None:
         adapter = tl.load(segments[0] + 2 * i_m).to(tl.int64)
         if adapter < 0:
@@ -64,25 +91,18 @@ def shrink_kernel(
             return
         o_m, m_m = own_rows(segments, i_m, GATHER, BLOCK_M)
         o_rank, m_rank, scale = offset + o_own, o_own < rank, tl.load(segments[4] + i_pair)
-        p_rows = p_factors[0] + first + o_own
-        if SHARED:
-            p_rows = p_factors[0] + (first + o_own) * strides_factor[0]
-        else:
-            stride_depth = rank
-    elif SHARED:
-        o_rank, m_rank, scale = o_own, o_own < stride_out, scales[0]
-        p_rows = stacked_rows(p_factors, offsets, strides_factor, o_rank, ALIGNED)
+        p_rows = p_factors[0] + ((first + o_own) * strides_factor[0] if SHARED else first + o_own)
+        stride_depth = 1 if SHARED else rank
     else:
-        o_rank = clear(pick(offsets, i_entry), EVEN_R) + o_own
-        m_rank, scale = o_rank < clear(pick(ends, i_entry), EVEN_R), pick(scales, i_entry)
-        p_rows = pick(p_factors, i_entry) + o_own
-        stride_depth = clear(pick(strides_factor, i_entry), EVEN_R)
+        o_rank, m_rank, scale, p_rows, stride_depth = factor_rows(
+            p_factors, strides_factor, offsets, ends, scales, i_entry, o_own, stride_out, SHARED, ALIGNED, EVEN_R
+        )
     K = pick(widths, i_entry)
     part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
     p_rows_x = pick(p_x, i_entry) + o_m.to(tl.int64)[:, None] * pick(strides_x, i_entry)
     b_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if MASKED > 0:
-        seed = tl.load(p_seed)
+        seed, o_key, least, keep_scale = dropout_of(segments, p_seed, adapter, o_m, m_m, threshold, scale)
     for k in tl.range(i_split * part, tl.minimum(K, (i_split + 1) * part), BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         m_x, m_f = m_m[:, None], m_rank[None, :]
@@ -94,16 +114,14 @@ def shrink_kernel(
             p_sum = p_sums + i_m.to(tl.int64) * 2 * K + o_k
             store_moments(p_sum, K, b_x.to(tl.float32), m_m[:, None], (o_k < K) & (o_block == 0))
         if MASKED > 0:
-            for i in tl.static_range(MASKED):
-                m_own = (o_rank >= clear(offsets[i])) & (o_rank < clear(ends[i]))
-                m_keep = keep_mask(seed, i, o_m, k, threshold, BLOCK_K)
-                b_acc = tl.dot(
-                    tl.where(m_keep, b_x, 0.0), tl.where(m_own[None, :], b_f, 0.0), b_acc, input_precision=PRECISION
-                )
-            b_f = tl.where((o_rank >= clear(ends[MASKED - 1]))[None, :], b_f, 0.0)
+            b_acc, b_f = masked_product(
+                b_acc, b_x, b_f, seed, o_key, o_rank, segments, adapter, offsets, ends, k, least,
+                MASKED, BLOCK_K, PRECISION,
+            )  # fmt: skip
         b_acc = tl.dot(b_x, b_f, b_acc, input_precision=PRECISION)
     if MASKED > 0:
-        b_acc *= tl.where(o_rank < clear(ends[MASKED - 1]), scale, 1.0)[None, :]
+        _, last = masked_ranks(segments, adapter, MASKED - 1, MASKED, offsets, ends)
+        b_acc *= tl.where(o_rank < last, keep_scale, 1.0)[None, :]
     elif not SHARED:
         b_acc *= scale
     p_tile = p_out + (i_split.to(tl.int64) * M + o_m)[:, None] * stride_out + o_rank[None, :]
@@ -134,7 +152,7 @@ def run(
     ranks = [f.shape[0] if shared else f.shape[1] for f in factors]
     widths = tuple(t.shape[1] for t in x)
     plain = "shrink" if moments is None else "shrink_moments"
-    verb = "grouped_shrink" if segments else "shrink_dropout" if masked else plain
+    verb = "shrink_dropout" if masked else plain
     tiles = tiles or choose_tiles(verb, M, 0, max(widths), total, x[0].dtype)
     widest = segments.widest if segments else total if shared else max(ranks)
     block = block_rank(widest) if segments is None else tiles.columns
@@ -147,40 +165,16 @@ def run(
     target = out if split == 1 else torch.empty(split, M, total, dtype=torch.float32, device=out.device)
     sums = x[0] if moments is None else torch.empty(tiles_m, 2, widths[0], dtype=torch.float32, device=out.device)
     own = even(offsets, ranks, () if shared else strides) if segments is None else segments.even
+    ends = [o + r for o, r in zip(offsets, ranks, strict=True)]
     launch(
-        shrink_kernel,
-        (programs, split),
-        tuple(x),
-        tuple(factors),
-        target,
-        seed if masked else x[0],
-        sums,
-        widths,
-        tuple(t.stride(0) for t in x),
-        strides if shared else opaque(strides),
-        opaque(offsets),
-        opaque([o + r for o, r in zip(offsets, ranks, strict=True)]),
-        tuple(float(s) for s in scales),
-        None if segments is None else segments.tensors,
-        M,
-        opaque([total]),
-        threshold,
-        SHARED=shared,
-        MASKED=masked,
-        MOMENTS=moments is not None,
-        GATHER=segments is not None and segments.gather,
-        EVEN_R=own and total % 8 == 0,
-        ALIGNED=shared and aligned(factors),
-        EVEN_K=all(width % tiles.depth == 0 for width in widths),
-        SPLIT=split,
-        BLOCKS=blocks,
-        BLOCK_M=tiles.rows,
-        BLOCK_K=tiles.depth,
-        BLOCK_R=block,
-        PRECISION=precision(x[0].dtype),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+        shrink_kernel, (programs, split), tuple(x), tuple(factors), target, seed if masked else x[0], sums, widths,
+        tuple(t.stride(0) for t in x), strides if shared else opaque(strides), opaque(offsets), opaque(ends),
+        tuple(float(s) for s in scales), None if segments is None else segments.tensors, M, opaque([total]), threshold,
+        SHARED=shared, MASKED=masked, MOMENTS=moments is not None, GATHER=segments is not None and segments.gather,
+        EVEN_R=own and total % 8 == 0, ALIGNED=shared and aligned(factors),
+        EVEN_K=all(width % tiles.depth == 0 for width in widths), SPLIT=split, BLOCKS=blocks,
+        BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=block, **compiled(tiles, x[0].dtype),
+    )  # fmt: skip
     if split > 1:
         reduce_partials(target.view(split, -1), [out], [1.0])
     if moments is not None:

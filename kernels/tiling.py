@@ -60,6 +60,8 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("shrink_moments", "fp32"): (Entry(TileConfig(32, 0, 32, 4, 3), 0, _FFMA),),
     # Columns are ranks here; one entry, since how a row is summed may not depend on the other rows of its batch.
     ("grouped_shrink", "half"): (Entry(TileConfig(32, 32, 64, 4, 4), 0, "as shrink; padding at most 31 ranks"),),
+    ("grouped_shrink_dropout", "half"): (Entry(TileConfig(32, 32, 32, 4, 3), 0, _PHILOX),),
+    ("grouped_shrink_dropout", "fp32"): (Entry(TileConfig(16, 32, 32, 4, 2), 0, _PHILOX),),
     ("grouped_shrink", "fp32"): (Entry(TileConfig(32, 32, 32, 4, 3), 0, _FFMA),),
     ("linear", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "few rows: twice the programs of the next, one warpgroup each"),
@@ -89,7 +91,7 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("expand", "half"): (
         Entry(TileConfig(64, 64, 64, 4, 1), 0, "memory bound, one step deep: whole 128-byte lines, many resident"),
     ),
-    ("expand", "fp32"): (Entry(TileConfig(32, 64, 16, 4, 1), 0, _FFMA),),
+    ("expand", "fp32"): (Entry(TileConfig(32, 64, 16, 8, 1), 0, _FFMA),),
     ("expand_dropout", "half"): (Entry(TileConfig(32, 64, 64, 4, 1), 0, _PHILOX),),
     ("expand_dropout", "fp32"): (Entry(TileConfig(32, 64, 16, 4, 1), 0, _PHILOX),),
     ("wgrad", "half"): (

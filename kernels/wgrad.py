@@ -14,13 +14,15 @@ from .primitives import (
     Segments,
     block_rank,
     clear,
+    compiled,
+    dropout_of,
     even,
     find_tile,
     keep_mask,
     launch,
+    masked_ranks,
     opaque,
     pick,
-    precision,
     table_row,
     unit_last,
 )
@@ -45,6 +47,18 @@ class Product(NamedTuple):
     probe_region: int = 0
 
 
+@triton.jit
+def product_row(p_table, i_product, EVEN_R: tl.constexpr):
+    """The 8 numbers of one adapter's product: rank columns, probe columns, and where both go."""
+    o_factor, rank, probe = table_row(p_table, i_product, 8, EVEN_R)
+    p_rest = p_table + i_product * 8
+    o_probes = tl.load(p_rest + 7)
+    if EVEN_R:
+        o_probes = tl.multiple_of(o_probes, 8)
+    region, stride_column, stride_rank = tl.load(p_rest + 3), tl.load(p_rest + 4), tl.load(p_rest + 5)
+    return o_factor, rank, probe, o_probes, region, stride_column, stride_rank, tl.load(p_rest + 6)
+
+
 @triton.jit(do_not_specialize=["M", "rows", "total", "threshold"])
 def wgrad_kernel(
     p_wide, p_skinny, p_partial, p_seed, widths, strides_wide, strides_skinny, firsts, ranks, probes,
@@ -59,16 +73,14 @@ def wgrad_kernel(
     """
     i_entry, o_first, _ = find_tile(tl.program_id(0), widths, BLOCK_N)
     o_rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    i_part, scale = tl.program_id(2), 1.0
+    i_part, scale, adapter = tl.program_id(2), 1.0, 0
     if segments is not None:
         adapter, i_part = (i_part // SPLIT).to(tl.int64), i_part % SPLIT
         i_product = adapter * len(widths) + i_entry
-        p_product, scale = segments[3] + i_product * 8, tl.load(segments[4] + i_product)
-        o_factor, rank, probe = table_row(segments[3], i_product, 8, EVEN_R)
-        region, stride_column = tl.load(p_product + 3), tl.load(p_product + 4)
-        stride_rank, probe_region, o_probes = tl.load(p_product + 5), tl.load(p_product + 6), tl.load(p_product + 7)
-        if EVEN_R:
-            o_probes = tl.multiple_of(o_probes, 8)
+        scale = tl.load(segments[4] + i_product)
+        o_factor, rank, probe, o_probes, region, stride_column, stride_rank, probe_region = product_row(
+            segments[3], i_product, EVEN_R
+        )
         begin, end = tl.load(segments[1] + 2 * adapter), tl.load(segments[1] + 2 * adapter + 1)
         own = tl.cdiv(tl.cdiv(end - begin, SPLIT), BLOCK_M) * BLOCK_M
         first = begin + i_part * own
@@ -91,17 +103,18 @@ def wgrad_kernel(
     b_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for m in tl.range(first, last, BLOCK_M):
         o_m = m + tl.arange(0, BLOCK_M)
-        m_m = (o_m < last)[:, None]
+        m_m = o_m < last
         if GATHER:
-            o_m = tl.load(segments[2] + o_m, mask=o_m < last, other=0)
+            o_m = tl.load(segments[2] + o_m, mask=m_m, other=0)
         o_row = o_m.to(tl.int64)[:, None]
-        b_wide = tl.load(p_columns + o_row * stride_wide, mask=m_m & m_n[None, :], other=0.0)
-        b_skinny = tl.load(p_ranks + o_row * stride_skinny, mask=m_m & m_rank[None, :], other=0.0)
+        b_wide = tl.load(p_columns + o_row * stride_wide, mask=m_m[:, None] & m_n[None, :], other=0.0)
+        b_skinny = tl.load(p_ranks + o_row * stride_skinny, mask=m_m[:, None] & m_rank[None, :], other=0.0)
         if MASKED > 0:
-            seed = tl.load(p_seed)
+            seed, o_key, least, kept = dropout_of(segments, p_seed, adapter, o_m, m_m, threshold, scale)
             for i in tl.static_range(MASKED):
-                m_own = (o_rank >= clear(masks[i])) & (o_rank < clear(masks[i + 1]))
-                b_seen = tl.where(keep_mask(seed, i, o_m, o_first, threshold, BLOCK_N), b_wide, 0.0)
+                low, high = masked_ranks(segments, adapter, i, MASKED, masks, masks[1:])
+                m_own = (o_rank >= low) & (o_rank < high)
+                b_seen = tl.where(keep_mask(seed, i, o_key, o_first, least, BLOCK_N), b_wide, 0.0)
                 b_own = tl.where(m_own[None, :], b_skinny, 0.0)
                 b_acc = tl.dot(tl.trans(b_seen), b_own, b_acc, input_precision=PRECISION)
         else:
@@ -137,42 +150,23 @@ def run(
     widths = tuple(p.wide.shape[1] for p in products)
     widest = max(p.ranks + p.probes for p in products) if segments is None else segments.widest
     block, parts = (block_rank(widest) if segments is None else 32), partial.shape[0]
+    adapters = 1 if segments is None else segments.ranges.shape[0]
+    masked = 0 if seed is None else len(masks) - 1 if segments is None else segments.masked
     numbers = [number for p in products for number in (p.first, p.ranks, p.probes)]
     strides_skinny = [p.skinny.stride(0) for p in products]
     own = even(numbers, [first_probe]) if segments is None else segments.even
     launch(
         wgrad_kernel,
-        (
-            sum(triton.cdiv(w, tiles.columns) for w in widths),
-            triton.cdiv(widest, block),
-            parts if segments is None else parts * segments.ranges.shape[0],
-        ),
-        tuple(p.wide for p in products),
-        tuple(p.skinny for p in products),
-        partial,
-        products[0].wide if seed is None else seed,
-        widths,
-        tuple(p.wide.stride(0) for p in products),
-        opaque(strides_skinny),
-        *(opaque(column) for column in zip(*(_numbers(p) for p in products), strict=True)),
-        opaque(masks),
-        None if segments is None else segments.tensors,
-        products[0].wide.shape[0],
-        rows,
-        partial.shape[1],
-        opaque([first_probe]),
-        threshold,
-        EVEN_R=own and even(strides_skinny),
-        MASKED=0 if seed is None else len(masks) - 1,
-        GATHER=segments is not None and segments.gather,
-        SPLIT=parts,
-        BLOCK_M=tiles.depth,
-        BLOCK_N=tiles.columns,
-        BLOCK_R=block,
-        PRECISION=precision(products[0].wide.dtype),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+        (sum(triton.cdiv(w, tiles.columns) for w in widths), triton.cdiv(widest, block), parts * adapters),
+        tuple(p.wide for p in products), tuple(p.skinny for p in products), partial,
+        products[0].wide if seed is None else seed, widths, tuple(p.wide.stride(0) for p in products),
+        opaque(strides_skinny), *(opaque(column) for column in zip(*(_numbers(p) for p in products), strict=True)),
+        opaque(masks), None if segments is None else segments.tensors,
+        products[0].wide.shape[0], rows, partial.shape[1], opaque([first_probe]), threshold,
+        EVEN_R=own and even(strides_skinny), MASKED=masked,
+        GATHER=segments is not None and segments.gather, SPLIT=parts,
+        BLOCK_M=tiles.depth, BLOCK_N=tiles.columns, BLOCK_R=block, **compiled(tiles, products[0].wide.dtype),
+    )  # fmt: skip
 
 
 def _numbers(p: Product) -> tuple[int, ...]:

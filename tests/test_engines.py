@@ -224,3 +224,20 @@ def test_a_frozen_layer_leaves_the_operator_once_the_plain_linear_has_won(monkey
         y.sum().backward()
         fast(x).sum().backward()
     assert "FrozenLinear" in nodes[0] and nodes[1] == "AddmmBackward0"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(6, 8), (2, 3, 8), (1, 2, 3, 8)])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("adapt", [True, False])
+def test_an_activation_may_change_the_output_in_place(monkeypatch, name, shape, with_bias, adapt):
+    monkeypatch.setenv("FASTLORA_CPU_ENGINE", name)
+    base = nn.Sequential(nn.Linear(8, 4, bias=with_bias), nn.ReLU(inplace=True), nn.Linear(4, 4))
+    model = copy.deepcopy(base)
+    targets = ["0"] if adapt else ["2"]
+    fastlora.inject(model, fastlora.LoraConfig(r=2, target_modules=targets), accelerate_frozen=True)
+    x = torch.randn(shape, requires_grad=True)
+    y = model(x)
+    torch.testing.assert_close(y, base(x))
+    mine, theirs = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, base(x)))
+    torch.testing.assert_close(mine, theirs)

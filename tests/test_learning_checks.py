@@ -173,13 +173,15 @@ class TestNotYet:
         step(model)
         assert not caplog.text
 
-    def test_an_owner_that_only_evaluated(self):
-        model = adapted()
-        with torch.no_grad():
-            model.block(torch.randn(4, 8))
-        model.block.reading = False
-        step(model)
-        step(model)
+    def test_an_owner_that_only_ran_without_gradients(self, caplog):
+        model = adapted(["reader", "experts.a.0"])
+        x = torch.randn(4, 8)
+        for _ in range(2):
+            with torch.no_grad():
+                y = model.block(x)
+            model.head(model.experts["a"](y)).square().sum().backward()
+        model(x)
+        assert "have not run so far: block.reader" in caplog.text
 
 
 class TestNoTrace:

@@ -80,3 +80,15 @@ def test_a_batch_of_several_adapters():
                     alone, _ = model(*own)
                 mine = together[i : i + 1] if batch_first else together[:, i : i + 1]
                 torch.testing.assert_close(mine, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_whose_targets_had_none_before():
+    base, model = pair(["out_proj"])
+    fastlora.add_adapter(model, "b", config(target_modules="qkv", r=2))
+    call = run("cross", False)
+    y = call(model)
+    randomise(model, 0.3)
+    with fastlora.adapters(model, "b"):
+        assert not torch.allclose(call(model), call(base))
+        assert list(fastlora.summary(model, "b").costs) == [f"attn.in_proj[{part}]" for part in "qkv"]
+    assert y.shape == call(model).shape and not model.attn.in_proj_weight.requires_grad

@@ -35,6 +35,32 @@ def test_counts_by_role(name):
     assert counts == tuple(len(role_targets(model, role)) for role in ("qkv", "attention", "mlp", "all-linear"))
 
 
+def without_dropout(model):
+    for module in model.modules():
+        if "Drop" in type(module).__name__:
+            module.eval()
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+@EVERY
+def test_outputs_at_first_are_the_frozen_base_s_bit_for_bit(name, library_matmul):
+    """In training, where torch has no fused path; timm's biases apart are rounded once more."""
+    base = without_dropout(build(name).requires_grad_(False).train())
+    model = without_dropout(fastlora.inject(build(name).train(), config(target_modules="all-linear", r=1)))
+    for _ in range(2):
+        torch.manual_seed(5)
+        mine = ZOO[name].run(model)
+        torch.manual_seed(5)
+        theirs = ZOO[name].run(base)
+        if name in ("timm_beit", "timm_eva02", "timm_swinv2"):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+        else:
+            assert torch.equal(mine, theirs)
+
+
 @EVERY
 def test_output_and_every_gradient_against_float64(name):
     base, run = build(name), ZOO[name].run
@@ -104,3 +130,13 @@ def test_exact_statistics_are_those_of_the_full_gradient(name):
             expected = grad[layer.slice_rows(part)].square().sum().item()
             assert math.isclose(mine[key], expected, rel_tol=1e-3), key
     assert all(v > 0 for kind in kinds for v in tracker.scores(kind).values())
+
+
+@pytest.mark.parametrize("estimator", ["probe", "exact"])
+def test_inputs_that_are_not_of_samples_have_no_fisher(estimator):
+    """DeBERTa's relative positions pass through query and key once more."""
+    model = fastlora.inject(build("deberta_v3"), config(target_modules="qkv"))
+    with fastlora.track(model, estimator=estimator, statistics=("fisher",), every=1) as tracker:
+        with pytest.raises(RuntimeError, match="fisher: calls of one .* saw"):
+            ZOO["deberta_v3"].run(model).square().sum().backward()
+            tracker.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from tracker_help import (
 )
 
 import fastlora
+from fastlora import probes
 from fastlora.probes import sampling_interval
 
 
@@ -192,16 +194,27 @@ def test_covariances_stream_over_steps_and_leave_out_what_is_not_finite():
 
 def test_small_layers_are_sampled_and_large_ones_are_not():
     assert sampling_interval(1576, 768, 2304, 4) == sampling_interval(512, 2048, 3072, 4) == 1
-    assert 1 < sampling_interval(64, 384, 1152, 4) <= 8
+    assert 4 <= sampling_interval(64, 384, 1152, 4) < sampling_interval(64, 384, 1152, 4, kinds=2) <= 16
     assert sampling_interval(1, 8, 8, 4) == 16
+    assert sampling_interval(0, 8, 8, 4) == 1
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_sampled_steps_are_the_average_and_are_explained(compiled):
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_the_interval_holds_the_modelled_cost_at_one_percent_and_is_not_longer_than_that_needs(kinds):
+    for rows, wide in itertools.product((1, 40, 100, 200, 591, 1182, 4096), (192, 384, 768)):
+        step = 6 * rows * wide * 3 * wide * probes._FLOP_SECONDS
+        cost = kinds * probes._FIXED_SECONDS + 2 * rows * 4 * 4 * wide * probes._FLOP_SECONDS
+        every = sampling_interval(rows, wide, 3 * wide, 4, kinds)
+        assert cost <= 0.01 * step * every or every == 16
+        assert every == 1 or cost > 0.01 * step * (every - 1)
+
+
+@pytest.mark.parametrize("estimator, compiled", [("probe", False), ("probe", True), ("exact", False)])
+def test_sampled_steps_are_the_average_and_are_explained(estimator, compiled):
     m, batches = model(), [data(seed=s) for s in range(7)]
     own = [weight_gradients(m, [b]) for b in batches]
     run = torch.compile(m, backend="aot_eager", fullgraph=True) if compiled else m
-    with track(m, "probe", probes=512, ema=None, every=3) as tracker:
+    with track(m, estimator, probes=512, ema=None, every=3) as tracker:
         for batch in batches:
             loss_of(run, batch).backward()
             tracker.step()
@@ -211,13 +224,62 @@ def test_sampled_steps_are_the_average_and_are_explained(compiled):
     assert_estimates(tracker.scores("grad_sq"), expected, probes=512)
 
 
-def test_auto_sampling_starts_with_the_first_step():
-    m = model()
-    with fastlora.track(m) as tracker:
-        for seed in range(17):
-            loss_of(m, data(seed=seed)).backward()
+def test_auto_sampling_starts_with_the_first_step_says_so_and_is_unbiased():
+    m, batches = model(), [data(seed=s) for s in range(17)]
+    own = [weight_gradients(m, [batches[i]]) for i in (0, 16)]
+    with fastlora.track(m, probes=512, ema=None, statistics=("grad_sq", "act_var")) as tracker:
+        assert "statistics every" not in str(fastlora.explain(m))
+        for batch in batches:
+            loss_of(m, batch).backward()
             tracker.step()
-    assert tracker._counts["grad_sq"].unique().tolist() == [2.0]
+        assert str(fastlora.explain(m)).count("statistics every 16 steps") == len(tracker.layers)
+    for kind in tracker.kinds:
+        assert tracker._counts[kind].unique().tolist() == [2.0]
+    expected = {k: (own[0][k].square().sum() + own[1][k].square().sum()) / 2 for k in own[0]}
+    assert_estimates(tracker.scores("grad_sq"), expected, probes=512)
+
+
+@pytest.mark.parametrize("every", [3, "auto"])
+@pytest.mark.parametrize("estimator", ["probe", "exact"])
+def test_a_resumed_tracker_samples_the_same_steps(estimator, every):
+    every = 3 if estimator == "exact" else every
+    m, trackers = model(), []
+    for stop in ((20,), (4, 20)):  # in one go, and saved in the middle of an interval
+        state, begin = None, 0
+        for end in stop:
+            with track(m, estimator, every=every) as tracker:
+                if state is not None:
+                    tracker.load_state_dict(state)
+                for seed in range(begin, end):
+                    loss_of(m, data(seed=seed)).backward()
+                    tracker.step()
+                state, begin = copy.deepcopy(tracker.state_dict()), end
+        trackers.append(tracker)
+    whole, resumed = trackers
+    assert torch.equal(whole._counts["grad_sq"], resumed._counts["grad_sq"])
+    assert dict(whole.scores("grad_sq")) == dict(resumed.scores("grad_sq"))
+
+
+def test_a_step_that_is_not_sampled_keeps_no_tensors():
+    m = model()
+    with track(m, "exact", every=2) as tracker:
+        for kept in (True, False):
+            loss_of(m, data()).backward()
+            assert all(bool(layer.probes["default"].taken) == kept for layer in tracker.layers.values())
+            tracker.step()
+
+
+def test_a_step_that_no_layer_samples_reads_nothing_and_draws_nothing(monkeypatch):
+    m, batch, read, drawn = model(), data(), [], []
+    with track(m, every=3) as tracker:
+        gather, draw = tracker._gather, tracker._rows.draw
+        monkeypatch.setattr(tracker, "_gather", lambda: read.append(tracker.steps) or gather())
+        monkeypatch.setattr(tracker._rows, "draw", lambda step: drawn.append(step) or draw(step))
+        for _ in range(7):
+            loss_of(m, batch).backward()
+            tracker.step()
+        assert tracker.steps == 7
+    assert read == [0, 3, 6] and drawn == [3, 6]
 
 
 BAD = {

@@ -132,8 +132,8 @@ struct Parts {
   // Calls f(part, first row, last row) for every part.
   template <class F>
   void run(const F& f) const {
-    if (count == 1) {
-      f(int64_t{0}, int64_t{0}, rows);
+    if (count == 1 || in_forked_child()) {
+      for (int64_t part = 0; part < count; ++part) f(part, begin(part), begin(part + 1));
       return;
     }
     torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
@@ -142,10 +142,11 @@ struct Parts {
   }
 };
 
-// Rows per block: a block of the widest matrix stays in the second-level cache and amortises the loads of the sums.
+// Rows per block: a block of the widest matrix stays in the second-level cache. At least 48, over which the sums of a
+// wide matrix are loaded and stored once; at most 192, because every row of a matrix lies on pages of its own.
 inline int64_t block_rows(int64_t columns) {
   const int64_t rows = (int64_t{32} << 10) / std::max<int64_t>(columns, 1);
-  return std::clamp<int64_t>(rows / 12 * 12, 24, 192);
+  return std::clamp<int64_t>(rows / 12 * 12, 48, 192);
 }
 
 // sums[0..count) += the partial sums of parts 1.., in their order.

@@ -1,5 +1,6 @@
 // Chooses the instruction set once per process.
 #include <torch/csrc/stable/library.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <string>
@@ -64,6 +65,8 @@ const Kernels& choose() {
   return portable::table;
 }
 
+const pid_t loaded_by = getpid();
+
 std::string cpu_isa() { return kernels().name; }
 
 }  // namespace
@@ -72,6 +75,8 @@ const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
 }
+
+bool in_forked_child() { return getpid() != loaded_by; }
 
 }  // namespace fastlora
 

@@ -66,4 +66,8 @@ struct Kernels {
 // avx512_bf16_emulated is for tests: the kernels of avx512_bf16, their one new instruction written out in others.
 const Kernels& kernels();
 
+// Whether this process was forked after the library was loaded: OpenMP's threads stay behind in the parent, and waiting
+// for them would never end.
+bool in_forked_child();
+
 }  // namespace fastlora

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_verb import run_dropped
 from fastlora.kernels import grouped, linear, tiling
 from fastlora.kernels.tiling import TileConfig
 from grouped_support import CASES, Operands, expected_dx, expected_wgrad, expected_y
@@ -135,6 +136,11 @@ def off_grouped(module, data, p):
     return max(_off_mixed(Operands(CASES[name])) for name in ("separate", "long_runs"))
 
 
+def off_dropped(module, data, p):
+    """The same with dropout, each row with a key and each adapter with a probability of its own."""
+    return max(error(found, wanted) for found, wanted in run_dropped(Operands(CASES["separate"]), TILES, TILES))
+
+
 def _off_mixed(o):
     h, dh = expected_h_of(o).float().to(DEVICE), expected_dh_of(o, o.slices(o.dy)).float().to(DEVICE)
     dy, rest, wanted = o.slices(o.dy), (o.batch, o.own), expected_y(o, h)
@@ -158,8 +164,8 @@ ROUTED, SHUFFLED = "own_rows(segments, i_m, GATHER", "own_rows(segments, i_m, Fa
 MUTATIONS = {
     "shrink: no mask past K": ("shrink", "if not EVEN_K:", "if False:", off_shrink, 0.0),
     "shrink: parts overlap": ("shrink", "tl.range(i_split * part,", "tl.range(0,", off_shrink, 0.0),
-    "shrink: one mask for all": ("shrink", "keep_mask(seed, i, o_m", "keep_mask(seed, 0, o_m", off_shrink, 0.3),
-    "shrink: probes drop": ("shrink", "(o_rank >= clear(ends[MASKED - 1]))[", "(o_rank < 0)[", off_shrink, 0.3),
+    "shrink: one mask for all": ("shrink", "keep_mask(seed, i, o_key", "keep_mask(seed, 0, o_key", off_shrink, 0.3),
+    "shrink: probes drop": ("shrink", "(o_rank >= last)[", "(o_rank < 0)[", off_shrink, 0.3),
     "shrink: moments of one tile": ("shrink", "i_m.to(tl.int64) * 2 * K", "0 * 2 * K", off_moments_of_x, 0.0),
     "shrink: moments of padding": ("shrink", "m_m[:, None], (o_k < K)", "m_m[:, None] | True, (o_k < K)",
                                    off_moments_of_x, 0.0),
@@ -189,7 +195,7 @@ MUTATIONS = {
     "covariance: mirrored into itself": ("gradstat", "if i_row != i_column:", "if i_row == i_column:",
                                          off_covariance, 0.0),
     "adapters, h: routing": ("shrink", ROUTED, SHUFFLED, off_grouped, 0.0),
-    "adapters, h: a rank more": ("shrink", "offset + o_own, o_own < rank", "offset + o_own, o_own < rank + 1",
+    "adapters, h: a rank less": ("shrink", "offset + o_own, o_own < rank", "offset + o_own, o_own < rank - 1",
                                  off_grouped, 0.0),
     "adapters, h: factors of the first": ("shrink", "(first + o_own) * strides", "o_own * strides", off_grouped, 0.0),
     "adapters, y: routing": ("linear", ROUTED, SHUFFLED, off_grouped, 0.0),
@@ -200,6 +206,10 @@ MUTATIONS = {
     "adapters, dA: rows twice": ("wgrad", "begin + i_part * own", "begin", off_grouped, 0.0),
     "adapters, dB: no scale": ("wgrad", "tl.where(o_rank < rank, scale, 1.0)", "tl.where(o_rank < rank, 1.0, 1.0)",
                                off_grouped, 0.0),
+    "adapters, dropout of h: row for key": ("shrink", "o_key, o_rank, segments, adapter",
+                                            "o_m, o_rank, segments, adapter", off_dropped, 0.0),
+    "adapters, dropout of dx: no scale": ("linear_backward", "b_part * kept", "b_part", off_dropped, 0.0),
+    "adapters, dropout of dA: one mask": ("wgrad", "keep_mask(seed, i,", "keep_mask(seed, 0,", off_dropped, 0.0),
     "adapters, moments: of the first": ("reduce", "(i_before + o_tile) * 2", "o_tile * 2", off_grouped, 0.0),
 }  # fmt: skip
 
@@ -219,7 +229,7 @@ def test_a_mutant_is_caught(mutation, tmp_path, monkeypatch):
     monkeypatch.setattr(tiling, "PROGRAMS", 24)
     monkeypatch.setattr(tiling, "choose_split", lambda *sizes: 2)
     data, module = Data(SEPARATE, torch.float32), load(name, original, broken, tmp_path)
-    if off is off_grouped:
+    if off in (off_grouped, off_dropped):
         broken_in(name, module, monkeypatch)
     assert off(module, data, p) > 10 * TOLERANCE[torch.float32]
 
@@ -229,7 +239,7 @@ def test_an_unbroken_copy_is_right(name, off, tmp_path, monkeypatch):
     monkeypatch.setattr(tiling, "PROGRAMS", 24)
     monkeypatch.setattr(tiling, "choose_split", lambda *sizes: 2)
     copy = load(name, "import annotations", "import annotations", tmp_path)
-    if off is off_grouped:
+    if off in (off_grouped, off_dropped):
         broken_in(name, copy, monkeypatch)
     assert off(copy, Data(SEPARATE, torch.float32), 0.0) <= 10 * TOLERANCE[torch.float32]
 

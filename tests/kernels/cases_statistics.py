@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from every_verb import run_verb
 from fastlora.kernels import gradstat, shrink, tiling
 from fastlora.kernels.tiling import TileConfig
-from kernel_support import DEVICE, EMPTY, FUSED, SEPARATE, TINY, WIDE_RANK, Data, assert_close, expected_h, wide
+from kernel_support import (
+    DEVICE,
+    EMPTY,
+    FUSED,
+    SEPARATE,
+    TINY,
+    WIDE_RANK,
+    Data,
+    Problem,
+    assert_close,
+    expected_h,
+    wide,
+)
 
 from fastlora import reference
 
@@ -147,3 +160,10 @@ def test_out_of_memory_leaves_statistics_as_they_were(statistic, monkeypatch):
         else:
             assert (kept != 7.0).any() and fatal > 1
         monkeypatch.setattr(torch, "empty", real)
+
+
+@pytest.mark.parametrize("verb", sorted({verb for verb, _, _ in tiling.committed()}))
+def test_every_committed_verb_as_a_gpu_runs_it(verb):
+    data = Data(Problem(45, 24, (18, 9), (18, 9), (3, 4), 2), torch.float32)
+    for found, wanted in run_verb(verb, data, SMALL._replace(columns=32) if "grouped" in verb else SMALL):
+        assert_close(found, wanted, torch.float32, verb)

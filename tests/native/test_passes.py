@@ -93,6 +93,7 @@ SHAPES = [
     (200, 31, [64, 64, 5], [8, 8, 8]),
     (61, 2048, [33], [9]),
     (5, 9, [4, 3], [0, 0]),
+    (26, 20, [30], [210]),  # more ranks than rows in any block
 ]
 LAYOUTS = ["contiguous", "slice", "transposed"]
 
