@@ -212,3 +212,12 @@ def test_bad_temperature(temperature):
 def test_bad_max_iter(max_iter):
     with pytest.raises((ValueError, TypeError), match="max_iter must be"):
         fit_temperature(LOGITS, LABELS, max_iter=max_iter)
+
+
+def test_ece_is_that_of_torchmetrics():
+    metrics = pytest.importorskip("torchmetrics.functional.classification", exc_type=ImportError)
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(500, 7, generator=generator, dtype=torch.float64)
+    labels = torch.where(torch.rand(500, generator=generator) < 0.6, logits.argmax(1), 3)
+    theirs = metrics.multiclass_calibration_error(logits.softmax(1), labels, 7, n_bins=15, norm="l1")
+    assert ece(logits, labels) == pytest.approx(float(theirs), rel=1e-5)
