@@ -5,7 +5,7 @@ PYTHON ?= python3
 export OMP_NUM_THREADS ?= 1
 RUN := $(ROOT).venv/bin/python
 
-.PHONY: demo test bench lint sanitize tsan setup clean
+.PHONY: demo test bench lint sanitize setup clean
 
 demo: setup ## train, adapt and draw: results in fastlora-demo/
 	cd $(ROOT) && $(RUN) -m fastlora.cli demo
@@ -20,10 +20,7 @@ lint: setup
 	cd $(ROOT) && $(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(ROOT).venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
 sanitize: setup ## the native code's tests under AddressSanitizer and UBSan
-	cd $(ROOT) && $(RUN) tools/sanitize.py address,undefined
-
-tsan: setup ## the same under ThreadSanitizer
-	cd $(ROOT) && $(RUN) tools/sanitize.py thread
+	cd $(ROOT) && $(RUN) tools/sanitize.py
 
 setup:
 	@$(PYTHON) $(ROOT)tools/setup_env.py

@@ -4,6 +4,7 @@ Environment:
     FASTLORA_BUILD       auto (default): build if possible; 1: fail if not; 0: pure Python.
     FASTLORA_CUDA        0 skips the CUDA sources even if nvcc is there.
     FASTLORA_SANITIZE    for example address,undefined: instruments the CPU kernels (see CONTRIBUTING.md).
+    FASTLORA_ISAS        for example avx2,avx512: the instruction sets to build kernels for, beside the portable ones.
     FASTLORA_TORCH_ROOT  folder of the torch package whose headers are used.
     CXX, NVCC            the compilers.
 """
@@ -172,6 +173,8 @@ def sources(pattern: str) -> list[str]:
 def add_operators(build: NinjaFile, torch_root: Path) -> Path:
     headers = ["-isystem", str(torch_root / "include"), TARGET_VERSION, "-Icsrc"]
     variants = {"portable": [], **(X86_VARIANTS if platform.machine().lower() in ("x86_64", "amd64") else {})}
+    if wanted := os.environ.get("FASTLORA_ISAS"):
+        variants = {name: flags for name, flags in variants.items() if name in ("portable", *wanted.split(","))}
     available = [f"-DFASTLORA_WITH_{name.upper()}" for name in variants]
     objects = [build.compile("cxx", "csrc/library.cpp", CXX_FLAGS + headers)]
     objects += [build.compile("cxx", name, CXX_FLAGS + headers + available) for name in sources("cpu/*.cpp")]

@@ -146,7 +146,7 @@ def reason() -> str | None:
 
 
 def isa() -> str:
-    """Instruction set that the CPU kernels use in this process: ``avx512``, ``avx2`` or ``portable``.
+    """Instruction set that the CPU kernels use in this process: one of ``FASTLORA_CPU_ISA``'s.
 
     Raises:
         RuntimeError: the native library is not available.

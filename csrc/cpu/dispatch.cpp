@@ -15,11 +15,31 @@ namespace fastlora {
   extern const Kernels table; \
   }
 FASTLORA_DECLARE(portable)
-#ifdef FASTLORA_WITH_AVX512
 FASTLORA_DECLARE(avx2)
 FASTLORA_DECLARE(avx512)
 FASTLORA_DECLARE(avx512_bf16)
 FASTLORA_DECLARE(avx512_bf16_emulated)
+
+// The table of an instruction set, or null where it is not part of this build.
+#ifdef FASTLORA_WITH_AVX2
+#define FASTLORA_AVX2 &avx2::table
+#else
+#define FASTLORA_AVX2 nullptr
+#endif
+#ifdef FASTLORA_WITH_AVX512
+#define FASTLORA_AVX512 &avx512::table
+#else
+#define FASTLORA_AVX512 nullptr
+#endif
+#ifdef FASTLORA_WITH_AVX512_BF16
+#define FASTLORA_AVX512_BF16 &avx512_bf16::table
+#else
+#define FASTLORA_AVX512_BF16 nullptr
+#endif
+#ifdef FASTLORA_WITH_AVX512_BF16_EMULATED
+#define FASTLORA_AVX512_BF16_EMULATED &avx512_bf16_emulated::table
+#else
+#define FASTLORA_AVX512_BF16_EMULATED nullptr
 #endif
 
 namespace {
@@ -32,25 +52,19 @@ struct Candidate {
 
 // From the most to the least; the first is taken only when it is asked for.
 std::vector<Candidate> candidates() {
-#ifdef FASTLORA_WITH_AVX512
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("fma");
-  const bool has_pairs = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  return {{"avx512_bf16_emulated", &avx512_bf16_emulated::table, has_avx512},
-          {"avx512_bf16", &avx512_bf16::table, has_pairs},
-          {"avx512", &avx512::table, has_avx512},
-          {"avx2", &avx2::table, has_avx2},
-          {"portable", &portable::table, true}};
-#else
-  return {{"avx512_bf16_emulated", nullptr, false},
-          {"avx512_bf16", nullptr, false},
-          {"avx512", nullptr, false},
-          {"avx2", nullptr, false},
-          {"portable", &portable::table, true}};
+  bool has_avx2 = false, has_avx512 = false, has_pairs = false;
+#if defined(__x86_64__) || defined(_M_X64)
+  has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("fma");
+  has_pairs = has_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
+  return {{"avx512_bf16_emulated", FASTLORA_AVX512_BF16_EMULATED, has_avx512},
+          {"avx512_bf16", FASTLORA_AVX512_BF16, has_pairs},
+          {"avx512", FASTLORA_AVX512, has_avx512},
+          {"avx2", FASTLORA_AVX2, has_avx2},
+          {"portable", &portable::table, true}};
 }
 
 const Kernels& choose() {
@@ -59,7 +73,7 @@ const Kernels& choose() {
   bool allowed = false;
   for (const Candidate& it : candidates()) {
     allowed = allowed || limit == it.name;
-    if (allowed && it.runs) return *it.table;
+    if (allowed && it.table != nullptr && it.runs) return *it.table;
   }
   STD_TORCH_CHECK(false, "FASTLORA_CPU_ISA is '", limit, "'; accepted: avx512_bf16, avx512, avx2, portable");
   return portable::table;

@@ -6,7 +6,7 @@
 
 namespace fastlora::cuda {
 
-constexpr int kNormThreads = 512;
+constexpr int kNormThreads = 256;
 constexpr int kCopyThreads = 256;
 constexpr int kCopyBlocks = 8;  // for each matrix
 constexpr int kSignThreads = 256;
