@@ -163,7 +163,8 @@ def show(rows):
     table = Table(*rows[0], title="FW-LoRA")
     for row in cells:
         table.add_row(*row)
-    Console().print(table)
+    # Ten columns do not fit into the 80 that a file or a pipe is given.
+    Console(width=max(Console().width, 120)).print(table)
 
 
 def main(argv=None):

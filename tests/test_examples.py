@@ -149,10 +149,10 @@ def test_matthews_by_its_definition(roberta, texts):
 
     from transformers import AutoTokenizer
 
-    pairs = [("good film", label) for label in (1, 1, 0, 0, 0, 1, 1, 0)]
+    pairs = [("good film", label) for label in (1, 1, 0, 0, 0, 1, 1, 1)]
     args = module.arguments(["--batch", "8", "--device", "cpu"])
     found = module.evaluate(Fixed(), AutoTokenizer.from_pretrained(roberta), pairs, args)
-    assert found == {"accuracy": 0.75, "matthews": pytest.approx((3 * 3 - 1 * 1) / math.sqrt(4 * 4 * 4 * 4))}
+    assert found == {"accuracy": 0.625, "matthews": pytest.approx((3 * 2 - 1 * 2) / math.sqrt(4 * 5 * 3 * 4))}
 
 
 def test_fim_lora(texts, tmp_path):
