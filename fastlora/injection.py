@@ -366,6 +366,7 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT
         replaced.append((layer, *_resized(layer, changed, adapter, config)))
     for layer, spec, A, B in replaced:
         layer.install(adapter, spec, A, B)
+    watch_learning(model)  # the factors are new
     return model
 
 

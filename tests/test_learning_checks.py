@@ -217,3 +217,14 @@ class TestNoTrace:
         for _ in range(2):
             step(model)
         assert "never ran" not in caplog.text
+
+
+@pytest.mark.parametrize("new_ranks", [{}, {"block.caller": 3, "experts.a.0": 1}], ids=["as injected", "new ranks"])
+def test_new_ranks_are_watched_in_place_of_the_old(new_ranks, caplog):
+    model = adapted(("caller", "experts.a.0"))
+    fastlora.set_ranks(model, new_ranks)
+    optimizer = sgd(model)
+    for _ in range(3):
+        step(model, optimizer)
+        optimizer.zero_grad()
+    assert "got no gradient" not in caplog.text
