@@ -19,7 +19,7 @@ import fastlora
 from fastlora import native, testing
 
 from . import report
-from .interleave import Interleaved, rows
+from .interleave import Interleaved, Times, rows
 from .peers import LABELS, Variant
 from .shapes import bf16_matmul
 
@@ -61,7 +61,11 @@ def interleaved(benchmark, request) -> Callable[..., list[dict[str, Any]]]:
     """``measure(variants, rounds, calls)``: rows of interleaved times; the benchmark's own entry is fastlora's."""
 
     def measure(
-        variants: list[Variant], rounds: int, calls: int, clock: Callable[[], float] = time.thread_time
+        variants: list[Variant],
+        rounds: int,
+        calls: int,
+        clock: Callable[[], float] = time.thread_time,
+        summarise: Callable[[Times], list[dict[str, Any]]] = rows,
     ) -> list[dict[str, Any]]:
         rounds = request.config.getoption("--fastlora-rounds") or rounds
         turns = Interleaved(variants, "fastlora", calls, clock)
@@ -78,7 +82,7 @@ def interleaved(benchmark, request) -> Callable[..., list[dict[str, Any]]]:
         kept = {
             name: {i: t for i, t in own.items() if WARMUP <= i < WARMUP + rounds} for name, own in turns.times.items()
         }
-        found = rows({name: own for name, own in kept.items() if own})
+        found = summarise({name: own for name, own in kept.items() if own})
         threads = torch.get_num_threads()
         benchmark.extra_info.update(
             clock=f"time.{clock.__name__}", threads=threads, warmup_rounds=WARMUP, calls_per_round=calls

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from . import report_adapters
 from .plot import plot
+from .tables import cell, table
 
 NOT_MEASURED = "informative: this CPU has neither avx512_bf16 nor AMX, bf16 is emulated"
 # Rows whose ratio to untracked fastlora is the cost of statistics.
@@ -18,19 +20,13 @@ MEASURES = {
     "ratio_to_peft": "time of PEFT",
     "ratio_to_frozen": "time of the frozen layers",
     "ratio_to_fastlora": "time without statistics",
+    "ratio_to_one": "time of one adapter",
+    "part_to_loop": "adapters' part of the loop",
 }
 
 
 def _layers(document: dict[str, Any]) -> list[dict[str, Any]]:
     return [result for result in document["results"] if result["kind"] == "layer"]
-
-
-def _table(header: list[str], rows: list[list[str]], words: tuple[int, ...] = (0,)) -> Iterator[str]:
-    """Columns of words are aligned to the left, numbers to the right."""
-    yield "| " + " | ".join(header) + " |"
-    yield "|" + "|".join("---" if i in words else "---:" for i in range(len(header))) + "|"
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
 
 
 def _environment(environment: dict[str, Any]) -> Iterator[str]:
@@ -54,12 +50,6 @@ def _title(result: dict[str, Any]) -> str:
         f"{result['shape']} {result['dtype']}: {result['model']}, M = {result['rows_of_x']}, "
         f"{result['width']} -> {outputs} {kind}, r = {result['rank']}"
     )
-
-
-def _cell(ratio: dict[str, float] | None, digits: int = 3) -> str:
-    if ratio is None:
-        return ""
-    return f"{ratio['median']:.{digits}f} [{ratio['p10']:.{digits}f}, {ratio['p90']:.{digits}f}]"
 
 
 def _row(result: dict[str, Any], variant: str) -> dict[str, Any] | None:
@@ -92,7 +82,7 @@ def _targets(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[
             verdict = _verdict(ratio, target["limit"], result.get("binding", True))
             what, limit = labels[target["variant"]], f"{target['limit']:.2f}"
             rows.append([case, what, MEASURES[target["measure"]], limit, measured, verdict, shown])
-    yield from _table(
+    yield from table(
         ["case", "what", "of the", "target", "measured [95 %]", "verdict", "frozen / PEFT"], rows, (0, 1, 2, 5)
     )
 
@@ -117,11 +107,11 @@ def _layer(result: dict[str, Any], labels: dict[str, str]) -> Iterator[str]:
     for row in result["rows"]:
         name, saved = row["variant"], result["saved_bytes"].get(row["variant"])
         error = result["errors"].get(name)
-        rows.append([labels[name], f"{row['ms']['median']:.3f}", _cell(row["ratio_to_peft"]),
-                     _cell(row["ratio_to_frozen"]), _mebibytes(saved), "" if error is None else f"{error:.0e}",
+        rows.append([labels[name], f"{row['ms']['median']:.3f}", cell(row["ratio_to_peft"]),
+                     cell(row["ratio_to_frozen"]), _mebibytes(saved), "" if error is None else f"{error:.0e}",
                      str(row["ms"]["rounds"])])  # fmt: skip
     header = ["variant", "ms", "ratio to PEFT [p10, p90]", "ratio to frozen [p10, p90]", "saved", "error", "rounds"]
-    yield from _table(header, rows)
+    yield from table(header, rows)
 
 
 def _percent(ratio: dict[str, float] | None) -> str:
@@ -153,7 +143,7 @@ def _statistics(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterat
             ]
         )
     names = (labels[name].removeprefix("fastlora ").lstrip("+ ") for name in (*STATISTICS, "naive"))
-    yield from _table(["shape", *names, "n"], rows)
+    yield from table(["shape", *names, "n"], rows)
 
 
 def _threads(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
@@ -165,9 +155,9 @@ def _threads(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[
     for result in results:
         for row in result["rows"]:
             name, ms, rounds = labels[row["variant"]], f"{row['ms']['median']:.1f}", str(row["ms"]["rounds"])
-            rows.append([result["shape"], name, ms, _cell(row["ratio_to_peft"]), _cell(row["ratio_to_frozen"]), rounds])
+            rows.append([result["shape"], name, ms, cell(row["ratio_to_peft"]), cell(row["ratio_to_frozen"]), rounds])
     header = ["shape", "variant", "ms", "ratio to PEFT [p10, p90]", "ratio to frozen [p10, p90]", "rounds"]
-    yield from _table(header, rows, (0, 1))
+    yield from table(header, rows, (0, 1))
 
 
 def _memory(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
@@ -182,7 +172,7 @@ def _memory(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[s
         )
         yield ""
         rows = [[labels[row["variant"]], _mebibytes(row["peak"]), _mebibytes(row["saved"])] for row in result["rows"]]
-        yield from _table(["variant", "peak", "saved"], rows)
+        yield from table(["variant", "peak", "saved"], rows)
 
 
 def _steps(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
@@ -193,8 +183,8 @@ def _steps(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[st
     rows = []
     for result in results:
         ms = result["ms"]
-        rows.append([", ".join(result["statistics"]), str(result["matrices"]), _cell(ms), str(ms["rounds"])])
-    yield from _table(["statistics", "matrices", "ms [p10, p90]", "rounds"], rows)
+        rows.append([", ".join(result["statistics"]), str(result["matrices"]), cell(ms), str(ms["rounds"])])
+    yield from table(["statistics", "matrices", "ms [p10, p90]", "rounds"], rows)
 
 
 def _models(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
@@ -209,9 +199,9 @@ def _models(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[s
         yield ""
         rows = []
         for row in result["rows"]:
-            ratio, ours = _cell(row["ratio_to_peft"]), _percent(row["ratio_to_fastlora"])
+            ratio, ours = cell(row["ratio_to_peft"]), _percent(row["ratio_to_fastlora"])
             rows.append([labels[row["variant"]], f"{row['ms']['median']:.1f}", ratio, ours])
-        yield from _table(["variant", "ms", "ratio to PEFT [p10, p90]", "% over fastlora [95 %]"], rows)
+        yield from table(["variant", "ms", "ratio to PEFT [p10, p90]", "% over fastlora [95 %]"], rows)
 
 
 def _lines(document: dict[str, Any]) -> Iterator[str]:
@@ -239,7 +229,8 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     if passed:
         yield ""
         yield from _statistics(passed, labels)
-    for kind, section in (("threads", _threads), ("memory", _memory), ("model", _models), ("step", _steps)):
+    sections = (("threads", _threads), ("memory", _memory), ("model", _models), ("step", _steps))
+    for kind, section in (*sections, *report_adapters.SECTIONS):
         found = [result for result in document["results"] if result["kind"] == kind]
         if found:
             yield ""
