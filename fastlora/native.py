@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["LIBRARY", "RankLayout", "available", "gradstat", "isa", "reason"]
+__all__ = ["LIBRARY", "RankLayout", "available", "gradstat", "has_kernel", "isa", "reason"]
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,14 @@ def available() -> bool:
 def reason() -> str | None:
     """Why the native operators are not available, or None if they are."""
     return _REASON
+
+
+def has_kernel(operator: str, device: torch.device) -> bool:
+    """Whether a native operator has a kernel for a kind of device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    return (
+        available() and key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{operator}", key)
+    )
 
 
 def isa() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +10,20 @@ from torch import Tensor, nn
 
 from .backends import choose
 from .covariance import COVARIANCES, Covariances
+from .multi_tensor import squared_norms
 from .nn.linear import DEFAULT, Linear, matrix_key
 from .probes import LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
 from .regulariser import Regulariser
 from .scores import Scores
-from .tracking_checks import checked, checked_kinds, checked_layers, checked_probes, positive, refuse_windows
-
-logger = logging.getLogger(__name__)
-
-_STEPS_BEFORE_WARNING = 3
+from .tracking_checks import (
+    StepWatch,
+    checked,
+    checked_kinds,
+    checked_layers,
+    checked_probes,
+    positive,
+    refuse_windows,
+)
 
 
 def track(
@@ -91,7 +95,7 @@ class Tracker:
         self._samples: dict[int, int] = {}
         self._regulariser = Regulariser(self.layers, self.matrices)
         self._signs: tuple[tuple[int, int, int], Tensor] | None = None
-        self._watch = _StepWatch(self.layers)
+        self._watch = StepWatch(self.layers)
         self._learning = getattr(model, "fastlora_learning", None)
         self._attach(model)
 
@@ -235,13 +239,11 @@ class Tracker:
 
     def _probe_values(self) -> list[Tensor | None]:
         grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
-        norms = iter(
-            torch._foreach_norm([g for g in grads if g is not None], 2) if any(g is not None for g in grads) else ()
-        )
         factor = 1.0 / self.probes
         if self.per_sample:
             factor *= self._sample_factor(sum(self._samples.values()))
-        return [None if g is None else next(norms).double().square() * factor for g in grads]
+        norms = iter(squared_norms([g for g in grads if g is not None], factor))
+        return [None if g is None else next(norms) for g in grads]
 
     def _sample_factor(self, samples: int) -> float:
         # Backpropagated gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
@@ -370,29 +372,6 @@ class Tracker:
             self._rows.draw(self.steps)
         if self.importance is not None:
             self.close()
-
-
-class _StepWatch:
-    """Warns once when parameters were updated several times without ``tracker.step()``."""
-
-    def __init__(self, layers: dict[str, Linear]):
-        self._parameter = next((p for m in layers.values() for p in m.lora_B.parameters()), None)
-        self._version = None if self._parameter is None else self._parameter._version
-        self._missed, self._warned = 0, False
-
-    def forward(self) -> None:
-        if self._parameter is None or self._parameter._version == self._version:
-            return
-        self._version = self._parameter._version
-        self._missed += 1
-        if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
-            self._warned = True
-            logger.warning(
-                "track: %d optimiser steps without tracker.step(); their statistics run together", self._missed
-            )
-
-    def stepped(self) -> None:
-        self._missed = 0
 
 
 def _inverse_scale(scaler: Any, device: torch.device) -> Tensor:

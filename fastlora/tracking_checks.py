@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch import nn
 from .covariance import COVARIANCES
 from .nn.linear import Linear, adapted_layers
 
+logger = logging.getLogger(__name__)
+
 SCALARS = ("grad_sq", "fisher", "grad_abs", "act_var")
 KINDS = (*SCALARS, *COVARIANCES)
+_STEPS_BEFORE_WARNING = 3
 
 
 def checked(name: str, value: Any, accepted: tuple) -> Any:
@@ -67,3 +71,26 @@ def refuse_windows(model: nn.Module, layers: dict[str, Linear]) -> None:
         kind = type(modules[path.rpartition(".")[0]]).__name__
         if "Window" in kind:
             raise ValueError(f"statistics: 'fisher' needs samples in dimension 0; {path!r} sees windows ({kind})")
+
+
+class StepWatch:
+    """Warns once when parameters were updated several times without ``tracker.step()``."""
+
+    def __init__(self, layers: dict[str, Linear]):
+        self._parameter = next((p for m in layers.values() for p in m.lora_B.parameters()), None)
+        self._version = None if self._parameter is None else self._parameter._version
+        self._missed, self._warned = 0, False
+
+    def forward(self) -> None:
+        if self._parameter is None or self._parameter._version == self._version:
+            return
+        self._version = self._parameter._version
+        self._missed += 1
+        if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
+            self._warned = True
+            logger.warning(
+                "track: %d optimiser steps without tracker.step(); their statistics run together", self._missed
+            )
+
+    def stepped(self) -> None:
+        self._missed = 0

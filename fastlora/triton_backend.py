@@ -288,8 +288,7 @@ class TritonBackend:
 
 
 def _segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:
-    operator = "fastlora::segment_tiles"
-    if native.available() and torch._C._dispatch_has_kernel_for_dispatch_key(operator, ranges.device.type.upper()):
+    if native.has_kernel("segment_tiles", ranges.device):
         return torch.ops.fastlora.segment_tiles(ranges, rows, block)
     return reference.segment_tiles(ranges, rows, block)
 
