@@ -38,8 +38,10 @@ class Router:
         self._open = threading.local()
         # Forwards that a checkpoint may repeat: by the checkpoint's own frame, or only as ways that were taken.
         self._framed: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
-        self._taken: list[Route] = []
+        self._taken: list[tuple[Route, int]] = []  # with the number of changes to adapters by then
         self._repeated = False
+        self._changes = 0
+        self._changed: dict[str, int] = {}  # number of the last change to the ranks of an adapter
         self._graphs: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
         self.used: list[Batch | str] | None = None  # what contexts asked for since the last step, if somebody wants it
 
@@ -61,6 +63,11 @@ class Router:
     def current(self) -> Route:
         """The way of the innermost open context of this thread, or the default."""
         return getattr(self._open, "route", self.default)
+
+    def changed(self, name: str) -> None:
+        """Take note that an adapter has other factors."""
+        self._changes += 1
+        self._changed[name] = self._changes
 
     def remove(self, name: str) -> None:
         self.slots[self.slots.index(name)] = None
@@ -120,8 +127,7 @@ class Router:
                 return
         elif not training or not getattr(self._open, "grad", True):
             return  # no graph is being built, so nothing will be repeated
-        if not any(route.same(other) for other in self._taken):
-            self._taken.append(route)
+        self._taken = [taken for taken in self._taken if not taken[0].same(route)] + [(route, self._changes)]
 
     def _repeat(self) -> Route:
         hooks = saving_hooks()
@@ -134,7 +140,16 @@ class Router:
                 "activation checkpointing repeats a forward that cannot be told from others with other adapters: run "
                 "backward before the next forward with other ids, or checkpoint with use_reentrant=False"
             )
-        return self._taken[0] if self._taken else self.current()
+        if not self._taken:
+            return self.current()
+        route, changes = self._taken[0]
+        for name in (route.adapter,) if route.batch is None else route.batch.names:
+            if self._changed.get(name, 0) > changes:
+                raise RuntimeError(
+                    f"adapter {name!r} was given other factors after the forward that activation checkpointing "
+                    "repeats; change ranks and adapters between backward and the next forward"
+                )
+        return route
 
 
 def in_backward() -> bool:
