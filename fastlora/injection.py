@@ -74,6 +74,7 @@ def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, ch
     for planned in plan:
         _commit(model, planned, config, router)
     model.register_forward_pre_hook(router.enter)
+    model.register_forward_hook(router.leave, always_call=True)
     _group(model)
     _freeze(model, config, saved)
     if accelerate_frozen:

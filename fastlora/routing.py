@@ -39,6 +39,8 @@ class Router:
         # Forwards that a checkpoint may repeat: by the checkpoint's own frame, or only as ways that were taken.
         self._framed: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
         self._taken: list[tuple[Route, int]] = []  # with the number of changes to adapters by then
+        # As well, of forwards of the whole model without a graph: evaluation, or one checkpoint around all of it.
+        self._ungraphed: list[tuple[Route, int]] = []
         self._repeated = False
         self._changes = 0
         self._changed: dict[str, int] = {}  # number of the last change to the ranks of an adapter
@@ -107,7 +109,7 @@ class Router:
             return self._repeat()
         route = self.current()
         if self._repeated:
-            self._taken, self._repeated = [], False
+            self._taken, self._ungraphed, self._repeated = [], [], False
         self._remember(route, training)
         return route
 
@@ -115,6 +117,11 @@ class Router:
         """Forward pre-hook of the model: whether its forward builds a graph."""
         if not torch.compiler.is_compiling() and not in_backward():
             self._open.grad = torch.is_grad_enabled()
+
+    def leave(self, module: Any, args: Any, output: Any) -> None:
+        """Forward hook of the model: calls of its parts alone are not a forward of it."""
+        if not torch.compiler.is_compiling() and not in_backward():
+            self._open.__dict__.pop("grad", None)
 
     def _remember(self, route: Route, training: bool) -> None:
         if torch.is_grad_enabled():
@@ -125,9 +132,13 @@ class Router:
             if frame is not None:
                 self._framed[frame] = route
                 return
-        elif not training or not getattr(self._open, "grad", True):
-            return  # no graph is being built, so nothing will be repeated
-        self._taken = [taken for taken in self._taken if not taken[0].same(route)] + [(route, self._changes)]
+        elif not training:
+            return
+        elif not getattr(self._open, "grad", True):
+            # Two that differ say already that a repetition cannot be told.
+            self._ungraphed = _with(self._ungraphed, route, self._changes)[-2:]
+            return
+        self._taken = _with(self._taken, route, self._changes)
 
     def _repeat(self) -> Route:
         hooks = saving_hooks()
@@ -135,14 +146,15 @@ class Router:
         if frame is not None and frame in self._framed:
             return self._framed[frame]
         self._repeated = True
-        if len(self._taken) > 1:
+        candidates = self._taken or self._ungraphed
+        if len(candidates) > 1:
             raise RuntimeError(
                 "activation checkpointing repeats a forward that cannot be told from others with other adapters: run "
                 "backward before the next forward with other ids, or checkpoint with use_reentrant=False"
             )
-        if not self._taken:
+        if not candidates:
             return self.current()
-        route, changes = self._taken[0]
+        route, changes = candidates[0]
         for name in (route.adapter,) if route.batch is None else route.batch.names:
             if self._changed.get(name, 0) > changes:
                 raise RuntimeError(
@@ -150,6 +162,10 @@ class Router:
                     "repeats; change ranks and adapters between backward and the next forward"
                 )
         return route
+
+
+def _with(taken: list[tuple[Route, int]], route: Route, changes: int) -> list[tuple[Route, int]]:
+    return [other for other in taken if not other[0].same(route)] + [(route, changes)]
 
 
 def in_backward() -> bool:
