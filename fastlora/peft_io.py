@@ -18,6 +18,7 @@ from .config import LoraConfig
 from .factors import WHOLE
 from .nn.conv1d import Conv1D
 from .nn.linear import DEFAULT, Linear, adapted_layers
+from .parallel import unwrapped
 from .parameter_roles import saved_modules
 from .peft_attention import StoredNames
 from .peft_files import FORMAT_VERSION, Slice, write_folder
@@ -32,7 +33,6 @@ from .peft_names import (
     patterns,
     refuse_shared,
     saved_tensors,
-    unwrapped,
 )
 from .targets import named_targets
 

@@ -17,6 +17,7 @@ from .config import LoraConfig
 from .factors import WHOLE
 from .injection import fused_sizes, inject, refuse_adapted
 from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
+from .parallel import unwrapped
 from .parameter_roles import saved_modules
 from .peft_attention import StoredNames
 from .peft_files import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
@@ -31,7 +32,6 @@ from .peft_names import (
     refuse_shared,
     saved_by,
     saved_tensors,
-    unwrapped,
 )
 from .targets import features, is_linear, named_targets
 

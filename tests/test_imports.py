@@ -30,7 +30,7 @@ LAYERS = (
     ("functional", "routing", "probes"),
     ("factors", "config", "committing", "parallel"),
     ("nn",),
-    ("covariance", "tracking_checks", "regulariser", "restoring", "update_variance", "progress"),
+    ("covariance", "reduction", "tracking_checks", "regulariser", "restoring", "update_variance", "progress"),
     ("targets", "learning_checks"),
     ("roles", "blocks", "parameter_roles", "presets"),
     ("injection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
