@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,20 @@ def reshard(model: nn.Module) -> None:
     """Have parameters be the shards again: a forward without backward leaves the outermost ones whole for a while."""
     for module in shards(model):
         module.reshard()
+
+
+def once(ranks: Ranks | None, together: bool, action: Callable[[], None]) -> None:
+    """Run on the first rank only; ``together``: all ranks are here, wait for it, and raise what it raises."""
+    error = None
+    if ranks is None or ranks.rank == 0:
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    if ranks is not None and together:
+        error = ranks.from_first(error)
+    if error is not None:
+        raise error
 
 
 def refuse_parallel(model: nn.Module, function: str) -> None:
