@@ -6,7 +6,7 @@ import functools
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,12 @@ class Shared:
     finite: Tensor  # whether what covariances are made of is finite everywhere
     samples: Tensor  # of all ranks, under ``fisher`` with probes; a float64 scalar
     exact: Sequence[Mapping[str, Tensor]] | None  # values of each matrix under the exact estimator
+
+    def finish(self, tracker: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With probes, ``fisher`` of the samples of all ranks."""
+        if "fisher" in values and self.exact is None:
+            values["fisher"] = values["fisher"] * sample_factor(tracker.loss_reduction, self.samples, self.ranks)
+        return values
 
 
 class Reduction:
@@ -113,22 +119,19 @@ class _Step:
         self.exact = [kind for kind in tracker.kinds if kind != "act_var"] if tracker.estimator == "exact" else []
 
     def reduce(self) -> Shared:
-        leaves: dict[Any, Tensor] = {(path, name): z for path, p in self.live.items() for name, z in p.Z.items()}
-        moments: dict[Any, Tensor] = {path: probe.V for path, probe in self.live.items() if probe.V is not None}
-        leaves |= moments
-        parts = self._counts() | {
-            key: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for key, leaf in leaves.items()
-        }
-        total = _summed(parts, self.ranks, self.device)
-        for key, leaf in leaves.items():
-            grad = total[key] if key in moments else total[key] / self.ranks.divisor
-            leaf.grad = grad.to(leaf.device, leaf.dtype)
-        present = {kind: total["moments" if kind == "act_var" else "weights"] > 0 for kind in self.tracker.kinds}
+        Z: dict[Any, Tensor] = {(path, name): z for path, p in self.live.items() for name, z in p.Z.items()}
+        V: dict[Any, Tensor] = {path: probe.V for path, probe in self.live.items() if probe.V is not None}
+        sums = self._counts() | {path: _gradient(leaf) for path, leaf in V.items()}
+        total = _summed(sums, {key: _gradient(leaf) for key, leaf in Z.items()}, self.ranks, self.device)
+        for key, leaf in (Z | V).items():
+            leaf.grad = total[key].to(leaf.device, leaf.dtype)
+        here = total["here"].view(2, -1) > 0
+        present = {kind: here[int(kind == "act_var")] for kind in self.tracker.kinds}
         exact = self._exact_values(total) if self.exact else None
         return Shared(self.ranks, present, total["bad"] == 0, total["samples"].double(), exact)
 
     def _counts(self) -> dict[Any, Tensor]:
-        """What is added as it is: what is there, whether it is finite, squares of samples and their numbers."""
+        """What is there of weights and of moments, whether it is finite; squares of samples and their numbers."""
         tracker = self.tracker
         weights, moments = [], []
         for path, name in tracker.matrices:
@@ -137,8 +140,7 @@ class _Step:
             moments.append(probe.V is not None and probe.V.grad is not None)
         taken = {path: p.taken for path, p in self.live.items()} if tracker._covariances.kinds else {}
         parts = {
-            "weights": torch.tensor(weights),
-            "moments": torch.tensor(moments),
+            "here": torch.tensor([*weights, *moments]),
             "bad": ~tracker._covariances.finite(taken, self.device),
             "samples": torch.tensor(sum(tracker._samples.values())),
         }
@@ -196,16 +198,27 @@ def averaged(
     Reads back which are there. Gradients that are the same on all ranks, as DDP leaves them, stay what they are.
     """
     there = torch.tensor([name in gradients for name in shapes])
-    zeros = {name: torch.zeros(shape, device=device) for name, shape in shapes.items() if name not in gradients}
-    total = _summed({"there": there, **{n: gradients.get(n, zeros.get(n)) for n in shapes}}, ranks, device)
-    flags = total.pop("there").tolist()
-    return {name: total[name] / ranks.size for name, flag in zip(shapes, flags, strict=True) if flag}
+    every = {
+        name: gradients[name] if name in gradients else torch.zeros(shape, device=device)
+        for name, shape in shapes.items()
+    }
+    total = _summed({"": there}, every, replace(ranks, divisor=float(ranks.size)), device)
+    return {name: total[name] for name, flag in zip(shapes, total[""].tolist(), strict=True) if flag}
 
 
-def _summed(parts: Mapping[Any, Tensor], ranks: Ranks, device: torch.device) -> dict[Any, Tensor]:
-    """The parts' sums over the ranks by one all-reduce, in the widest of their dtypes."""
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _summed(
+    sums: Mapping[Any, Tensor], gradients: Mapping[Any, Tensor], ranks: Ranks, device: torch.device
+) -> dict[Any, Tensor]:
+    """Sums over the ranks, and gradients as they are averaged, by one all-reduce in the widest of the dtypes."""
+    parts = {**sums, **gradients}
     dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts.values()), torch.float32)
-    flat = ranks.sum_(torch.cat([part.reshape(-1).to(device, dtype) for part in parts.values()]))
+    # Without waiting for a GPU: a plain copy from the host would.
+    flat = torch.cat([part.reshape(-1).to(device, dtype, non_blocking=True) for part in parts.values()])
+    ranks.sum_(flat)[sum(part.numel() for part in sums.values()) :] /= ranks.divisor
     split = flat.split([part.numel() for part in parts.values()])
     return {key: piece.view(part.shape) for (key, part), piece in zip(parts.items(), split, strict=True)}
 

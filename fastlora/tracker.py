@@ -14,7 +14,7 @@ from .covariance import COVARIANCES, Covariances
 from .nn.linear import DEFAULT, Linear, matrix_key
 from .parallel import unwrapped
 from .probes import LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
-from .reduction import Reduction, Shared, sample_factor
+from .reduction import Reduction, Shared
 from .regulariser import Regulariser
 from .scores import Scores
 from .tracking_checks import checked, checked_kinds, checked_layers, checked_probes, positive, refuse_windows
@@ -249,7 +249,7 @@ class Tracker:
             for kind, column in columns.items()
         }
         if shared is not None:
-            return stacked, dict(shared.present)
+            return shared.finish(self, stacked), dict(shared.present)
         return stacked, {kind: self._seen([v is not None for v in column]) for kind, column in columns.items()}
 
     def _seen(self, flags: list[bool]) -> Tensor:
@@ -261,12 +261,8 @@ class Tracker:
             torch._foreach_norm([g for g in grads if g is not None], 2) if any(g is not None for g in grads) else ()
         )
         factor = 1.0 / self.probes
-        if self.per_sample:
-            factor *= (
-                self._sample_factor(sum(self._samples.values()))
-                if shared is None
-                else sample_factor(self.loss_reduction, shared.samples, shared.ranks)
-            )
+        if self.per_sample and shared is None:
+            factor *= self._sample_factor(sum(self._samples.values()))
         return [None if g is None else next(norms).double().square() * factor for g in grads]
 
     def _sample_factor(self, samples: int) -> float:
