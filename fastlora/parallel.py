@@ -182,11 +182,11 @@ def _data_parallel(parameter: Any) -> bool:
     return last.is_shard() and all(placement.is_replicate() for placement in others)
 
 
-def _divisor(module: nn.Module) -> float | None:
-    """What ``set_gradient_divide_factor`` said; torch has no public way to read it."""
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-    return getattr(groups[0], "gradient_divide_factor", None)
+def _parameter_groups(model: nn.Module) -> list[Any]:
+    """What ``fully_shard`` keeps of its parameters, which torch has no public way to ask for."""
+    states = [module._get_fsdp_state() for module in shards(model)]
+    found = [getattr(s, "_fsdp_param_groups", None) or [getattr(s, "_fsdp_param_group", None)] for s in states]
+    return [group for groups in found for group in groups if group is not None]
 
 
 def ranks_of(model: nn.Module, process_group: Any = "auto") -> Ranks | None:
@@ -208,9 +208,10 @@ def ranks_of(model: nn.Module, process_group: Any = "auto") -> Ranks | None:
         found = [active]
     if found:
         return _counted((found[0].process_group,), None)
-    mesh = next((p.device_mesh for p in model.parameters() if is_sharded(p)), None)
-    if mesh is not None:
-        return _counted(tuple(mesh.get_group(i) for i in range(mesh.ndim)), _divisor(shards(model)[0]))
+    groups = _parameter_groups(model)
+    if groups:
+        mesh, divisor = groups[0].mesh_info.mesh, getattr(groups[0], "gradient_divide_factor", None)
+        return _counted(tuple(mesh.get_group(i) for i in range(mesh.ndim)), divisor)
     return None
 
 

@@ -19,6 +19,7 @@ from fastlora.nn.linear import adapted_layers
 from fastlora.parallel import whole
 
 STEPS = range(3)
+BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def by_block(m, **kwargs):
@@ -89,8 +90,7 @@ def replicated(rank, world):
 
 def low_precision(rank, world):
     """The base and what runs are bfloat16, the adapters' masters and what is measured float32."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    m = by_block(model(dtype=torch.float32), mp_policy=policy)
+    m = by_block(model(dtype=torch.float32), mp_policy=BFLOAT16)
     with fastlora.track(m, statistics=("grad_sq", "act_var")) as tracker:
         x, y = data(dtype=torch.float32, seed=rank)
         loss_of(m, (x, y)).backward()
@@ -134,6 +134,9 @@ def base(seed):
     return m
 
 
+ALONE = fastlora.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
+
+
 def with_head(seed):
     config = fastlora.LoraConfig(
         r=3, target_modules=["0", "2"], init_lora_weights=False, modules_to_save=["head"], bias="lora_only"
@@ -162,6 +165,20 @@ def files(rank, world, folder):
         except ValueError as error:
             messages.append(str(error))
     return before, after, sharded, messages
+
+
+def files_of_whole(rank, world, folder):
+    """As ``files``, with adapters alone and every parameter whole at the time."""
+    m = fully_shard(fastlora.inject(base(seed=1), ALONE))
+    with torch.no_grad():
+        m(X)
+        fastlora.load(m, f"{folder}/adapter")
+        after = m(X)
+        # What is whole for the moment is of the precision that runs.
+        m = fully_shard(fastlora.inject(base(seed=0), ALONE), mp_policy=BFLOAT16)
+        m(X)
+        fastlora.save(m, f"{folder}/whole{rank}")
+    return after
 
 
 def ddp_files(rank, world, folder):
@@ -202,10 +219,12 @@ def passed_by(rank, world):
 
 def work(rank, world, folder):
     logging.disable(logging.WARNING)
-    found = {"training": {how: training(rank, how, how == "by block") for how in SHARDING}}
+    found = {"training": {how: training(rank, how, how in ("root", "by block")) for how in SHARDING}}
     for scenario in (divided, low_precision, not_finite, calibrated, passed_by, *([replicated] if world == 4 else [])):
         found[scenario.__name__] = scenario(rank, world)
-    return found | {"files": files(rank, world, folder), "ddp_files": ddp_files(rank, world, folder)}
+    for scenario in (files, files_of_whole, ddp_files):
+        found[scenario.__name__] = scenario(rank, world, folder)
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -213,6 +232,7 @@ def ran(request, tmp_path_factory):
     """What each rank found, and the folder with the files."""
     folder = tmp_path_factory.mktemp("fsdp")
     fastlora.save(with_head(seed=0), folder / "plain")
+    fastlora.save(fastlora.inject(base(seed=0), ALONE), folder / "adapter")
     (folder / "file").write_text("")
     return run_ranks(work, request.param, folder), folder
 
@@ -297,6 +317,17 @@ def test_files_of_a_sharded_model_are_whole(ran):
     world = len(ranks)
     for name in ("adapter_model.safetensors", "adapter_config.json", "fastlora.json"):
         assert (folder / f"from{world}" / name).read_bytes() == (folder / "plain" / name).read_bytes()
+
+
+def test_loading_while_parameters_are_whole_is_not_lost_and_one_rank_writes(ran):
+    ranks, folder = ran
+    with torch.no_grad():
+        want = with_base(fastlora.inject(base(seed=1), ALONE), fastlora.inject(base(seed=0), ALONE))(X)
+    for found in ranks:
+        torch.testing.assert_close(found["files_of_whole"], want)
+    name = "adapter_model.safetensors"
+    assert (folder / "whole0" / name).read_bytes() == (folder / "adapter" / name).read_bytes()
+    assert not (folder / "whole1").exists()
 
 
 def with_base(base, adapter):
