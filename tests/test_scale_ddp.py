@@ -98,6 +98,35 @@ def penalty_in_loss(rank, world):
     return {n: p.grad for n, p in m.named_parameters() if p.requires_grad}
 
 
+# By step: the adapter of each of a rank's samples; "b" is nowhere in step 1, and with the last rank alone in step 2.
+IDS = [lambda last: [0, 1, 1], lambda last: [0, 0, -1], lambda last: [0, 1, 0] if last else [0, 0, 0]]
+
+
+def two_adapters():
+    return fastlora.add_adapter(model(), "b", fastlora.LoraConfig(r=1, target_modules=["query"]))
+
+
+def several_loss(parallel, m, step, rank, world):
+    ids = torch.tensor(IDS[step](rank == world - 1))
+    x, y = data(samples=3, seed=10 * step + rank)
+    with fastlora.adapters(m, ids):
+        logits = parallel(x).mean(1)
+    return fastlora.per_adapter_mean(nn.functional.cross_entropy(logits, y, reduction="none"), ids)
+
+
+def several_adapters(rank, world):
+    m = two_adapters()
+    parallel, found = DistributedDataParallel(m), []
+    for options in (dict(statistics=("grad_sq", "act_var")), dict(statistics="fisher"), dict(estimator="exact")):
+        with fastlora.track(parallel, adapter="b", **options) as tracker:
+            for step in range(len(IDS)):
+                several_loss(parallel, m, step, rank, world).backward()
+                tracker.step()
+                m.zero_grad()
+        found.append((read(tracker), {kind: c.tolist() for kind, c in tracker._counts.items()}))
+    return found
+
+
 def not_finite(rank, world):
     m = model()
     parallel = DistributedDataParallel(m)
@@ -214,7 +243,16 @@ def work(rank, world, folder):
         "training": {how: training(rank, world, how) for how in HOW},
         "resume": resume(rank, world, folder),
     }
-    for scenario in (alone, penalty_in_loss, not_finite, partly_absent, all_reduces, disagreeing, calibrated):
+    for scenario in (
+        alone,
+        several_adapters,
+        penalty_in_loss,
+        not_finite,
+        partly_absent,
+        all_reduces,
+        disagreeing,
+        calibrated,
+    ):
         found[scenario.__name__] = scenario(rank, world)
     return found
 
@@ -322,6 +360,21 @@ def test_what_one_rank_lacks_counts_and_what_all_lack_does_not(ranks):
         got, counts = found["partly_absent"]
         assert counts == {"grad_sq": [3.0, 2.0], "act_var": [3.0, 2.0]}
         assert_read(got, read(tracker))
+
+
+def test_statistics_of_one_adapter_of_several(ranks):
+    options = (dict(statistics=("grad_sq", "act_var")), dict(statistics="fisher"), dict(estimator="exact"))
+    for i, kwargs in enumerate(options):
+        m = two_adapters()
+        with fastlora.track(m, adapter="b", every=1, **kwargs) as tracker:
+            for step in range(len(IDS)):
+                for rank in range(len(ranks)):
+                    (several_loss(m, m, step, rank, len(ranks)) / len(ranks)).backward()
+                tracker.step()
+        for found in ranks:
+            got, counts = found["several_adapters"][i]
+            assert all(set(count) == {2.0} for count in counts.values())
+            assert_read(got, read(tracker))
 
 
 def test_one_all_reduce_a_step(ranks):
