@@ -240,7 +240,7 @@ def work(rank, world, folder):
     logging.disable(logging.NOTSET)
     found = {
         "statistics": statistics(rank, world, STATISTICS),
-        "training": {how: training(rank, world, how) for how in HOW},
+        "training": {how: training(rank, world, how) for how in (HOW if world == 2 else HOW[:1])},
         "resume": resume(rank, world, folder),
     }
     for scenario in (
@@ -308,6 +308,8 @@ def test_a_mean_of_the_ranks_squares_is_another_number(ranks):
 
 @pytest.mark.parametrize("how", HOW)
 def test_losses_parameters_and_scores_are_those_of_one_process(ranks, how):
+    if how not in ranks[0]["training"]:
+        pytest.skip("with two ranks only")
     m = model()
     optimizer = optimiser(m)
     with fastlora.track(m, every=1) as tracker:
