@@ -38,7 +38,8 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, grad = ctx.saved_tensors[0].detach(), dy.detach()
-        ctx.sink.append(Contribution(ctx.micro, _selected(x, ctx.select), _selected(grad, ctx.select)))
+        if ctx.select is None or len(ctx.select[0]):  # an adapter that is absent from a batch contributes nothing
+            ctx.sink.append(Contribution(ctx.micro, _selected(x, ctx.select), _selected(grad, ctx.select)))
         return dy, None, None, None, None
 
 
@@ -187,7 +188,12 @@ def group_operands(
 ) -> dict[str, Any]:
     """Extra operands of the grouped operator: lists over the batch's adapters, empty where one is not tracked."""
     found = {}
+    # Data-parallel ranks name all adapters, so that they agree on gradients; one that is absent has no statistics.
+    on_host = batch.ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    here = batch.present() if on_host else batch.names
     for name, mine in probes.items():
+        if name not in here:
+            continue
         samples = batch.samples(name) if mine[0].owner.per_sample else None
         found[name] = mine[0].operands(mine, x, samples)
     Z, P, sign, V = [], [], [], []
