@@ -115,12 +115,11 @@ def by_hand(model, data, steps, micro, clip, lmbda, lr):
         for step in range(steps):
             for i in range(micro):
                 batch = data[(step * micro + i) * 4 :][:4]
-                tokens, labels = (
-                    torch.stack([b["input_ids"] for b in batch]),
-                    torch.tensor([b["labels"] for b in batch]),
-                )
+                tokens = torch.stack([entry["input_ids"] for entry in batch])
+                labels = torch.tensor([entry["labels"] for entry in batch])
                 loss = model(input_ids=tokens, labels=labels).loss
-                ((loss + tracker.penalty(lmbda)) / micro).backward()
+                # The Trainer does not divide losses of models that take further keyword arguments.
+                (loss + tracker.penalty(lmbda) / micro).backward()
             nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -268,13 +267,14 @@ def test_compiled_by_the_trainer(tmp_path):
         assert found[1][1][key] == pytest.approx(value, rel=1e-3)
 
 
-class TestRefusals:
-    @pytest.fixture(scope="class")
-    def run(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("run")
-        trainer(bert(), folder, FastLoraCallback(), max_steps=3).train()
-        return folder
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    trainer(bert(), folder, FastLoraCallback(), max_steps=3).train()
+    return folder
 
+
+class TestRefusals:
     def resume(self, model, run, callback, tmp_path, copied="checkpoint-3", given=None):
         shutil.copytree(run / "checkpoint-3", tmp_path / copied)
         t = trainer(model, tmp_path, callback)
@@ -289,7 +289,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "options, said",
         [
-            (dict(r=8), r"attention.self.query has rank 8 in the model and 4 in the checkpoint, .* and 2 more"),
+            (dict(r=8), r"attention.self.query has rank 8 in the model and 4 in the checkpoint"),
             (dict(targets=["query"]), r"layer.0.attention.self.key has rank 0 in the model and 4 in the checkpoint"),
             (dict(targets="attention"), r"output.dense has rank 4 in the model and 0 in the checkpoint"),
             (dict(modules_to_save=None), r"classifier.weight is trained in the checkpoint and frozen in the model"),
@@ -298,7 +298,6 @@ class TestRefusals:
     def test_other_ranks_or_targets(self, run, tmp_path, options, said):
         model = bert(**options)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        said = said.replace(", .* and 2 more", "")
         with pytest.raises(ValueError, match=said):
             self.resume(model, run, FastLoraCallback(), tmp_path)
         assert_same(dict(model.named_parameters()), before)
@@ -359,6 +358,7 @@ class TestRefusals:
 def test_a_missing_library_is_named(module, library, monkeypatch):
     name = f"fastlora.integrations.{module}"
     monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, library, None)
+    for missing in (library, f"{library}.pytorch"):
+        monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=rf"{name} needs {library}: pip install 'fastlora\[{module}\]'"):
         importlib.import_module(name)

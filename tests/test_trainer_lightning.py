@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from trainer_help import Images, assert_same, factors, images, shifted, trained, trained_parameters, vit
+from trainer_help import Images, assert_same, factors, images, shifted, still, trained, trained_parameters, vit
 
 import fastlora
 
@@ -57,16 +57,6 @@ def test_resumes_bit_for_bit_from_what_was_trained(tmp_path):
     saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["state_dict"]
     assert saved.keys() == trained(modules[0]).keys()
     assert "net.model.patch_embed.proj.weight" in modules[0].state_dict()
-
-
-def still(model):
-    for layer in fastlora.nn.linear.adapted_layers(model).values():
-        layer.adapter_specs = {name: replaced(spec) for name, spec in layer.adapter_specs.items()}
-    return model
-
-
-def replaced(spec):
-    return type(spec)(spec.scale, 0.0, spec.init, spec.dtype)
 
 
 def test_the_penalty_is_clipped_with_the_loss(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 
 import torch
@@ -100,6 +101,13 @@ def shifted(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in trained_parameters(model):
             parameter.add_(0.5)
+    return model
+
+
+def still(model: nn.Module) -> nn.Module:
+    """Without dropout in the adapters."""
+    for layer in adapted_layers(model).values():
+        layer.adapter_specs = {n: dataclasses.replace(s, dropout=0.0) for n, s in layer.adapter_specs.items()}
     return model
 
 

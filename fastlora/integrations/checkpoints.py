@@ -139,11 +139,10 @@ def load_checkpoint(
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-    """A file's content; ``ValueError`` naming the file."""
+    """A file's content; ``ValueError`` naming the file where it is torn, foreign or newer."""
+    data = path.read_bytes()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a torn file raises whatever the unpickler met
         raise ValueError(f"{path}: torn, or not a checkpoint: {error}") from error
     refuse_newer(state, str(path))
