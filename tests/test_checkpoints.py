@@ -290,6 +290,25 @@ def test_timms_saver_holds_what_is_trained(tmp_path):
     assert torch.load(tmp_path / "last.pth.tar")["state_dict"].keys() == trained(models[0]).keys()
 
 
+def test_statistics_under_timms_scaler():
+    from timm.utils import NativeScaler
+
+    found = []
+    for scaled in (False, True):
+        model = still(vit()).train()
+        optimizer = torch.optim.SGD(trained_parameters(model), lr=0.1)
+        native = NativeScaler(device="cpu")
+        native._scaler = scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1, enabled=scaled)
+        with fastlora.track(model, every=1) as tracker:
+            optimizer.register_step_pre_hook(lambda *_: tracker.step(scaler))  # noqa: B023
+            for x, y in BATCHES[:3]:
+                native(model(x, y)["loss"], optimizer, clip_grad=0.5, parameters=model.parameters())
+                optimizer.zero_grad()
+        assert tracker.steps == 3
+        found.append(dict(tracker.scores()))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_a_bert_of_several_dtypes(tmp_path):
     model = bert(adapter_dtype=torch.bfloat16)
     save_checkpoint(tmp_path / "last.pt", model)

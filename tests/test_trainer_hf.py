@@ -84,6 +84,15 @@ def test_a_checkpoint_holds_what_is_trained_and_is_an_adapter(tmp_path):
     assert_same({name: state[name] for name in before}, before)
 
 
+def test_from_pretrained_takes_a_checkpoint_for_an_adapter(tmp_path):
+    pytest.importorskip("peft")
+    model = loaded_vit(tmp_path / "base")
+    trainer(model, tmp_path / "run", FastLoraCallback(), data=images(), max_steps=3).train()
+    other = transformers.ViTForImageClassification.from_pretrained(tmp_path / "run" / "checkpoint-3").eval()
+    x = torch.stack([sample["pixel_values"] for sample in images(4)])
+    torch.testing.assert_close(other(x).logits, model.eval()(x).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_full_checkpoints_on_request(tmp_path):
     t = trainer(bert(), tmp_path, FastLoraCallback(checkpoints="full"), max_steps=3)
     t.train()

@@ -24,7 +24,7 @@ from .session import Session, checked_checkpoints
 
 try:
     from transformers import TrainerCallback
-    from transformers.utils import SAFE_WEIGHTS_NAME
+    from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 except ImportError as error:
     raise ImportError("fastlora.integrations.hf needs transformers: pip install 'fastlora[hf]'") from error
 
@@ -42,8 +42,9 @@ class FastLoraCallback(TrainerCallback):
       it is clipped with the loss's and counted in ``grad_norm``, once a step whatever the accumulation.
     - ``freeze``: optimiser steps in which the adapters stand still (their gradients are off).
     - ``checkpoints="adapters"``: while training, the Trainer's own ``model.safetensors`` holds adapters, the head and
-      other trained parameters, which is what resuming and ``load_best_model_at_end`` load; PEFT's files lie beside it,
-      those of further adapters in folders of their names. ``"full"`` leaves the Trainer's files alone.
+      other trained parameters, which is what resuming and ``load_best_model_at_end`` load; PEFT's files lie beside it
+      in place of ``config.json``, so that ``from_pretrained`` takes the folder for an adapter; those of further
+      adapters are in folders of their names. ``"full"`` leaves the Trainer's files alone.
     - ``resume_from``: the folder to resume from, where it is neither ``args.resume_from_checkpoint`` nor in
       ``args.output_dir``.
 
@@ -97,6 +98,8 @@ class FastLoraCallback(TrainerCallback):
             return
         if self.checkpoints == "adapters":
             _save_adapters(model, folder)
+            # As in a folder of PEFT's: with a config.json in it, from_pretrained would take it for a complete model.
+            (folder / CONFIG_NAME).unlink(missing_ok=True)
             # The Trainer's own file may have the hub's names for weights, which its load_state_dict does not know.
             write_atomically(folder / SAFE_WEIGHTS_NAME, safetensors.torch.save(_tensors(model), {"format": "pt"}))
         own = {"step": state.global_step, "weights": _digest(model)}
