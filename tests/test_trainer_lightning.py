@@ -131,6 +131,38 @@ def test_bf16_autocast(tmp_path):
         assert found[1][key] == pytest.approx(value, rel=0.1)
 
 
+def test_fp16_takes_the_loss_scale_out(tmp_path):
+    """With Lightning's own plugin; fp16 on a CPU needs to be asked for like that."""
+    found = []
+    for enabled in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1, enabled=enabled)
+        plugin = lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+        callback = FastLoraCallback(track={"every": 1}, penalty=0.1)
+        module = Module(still(vit()), lr=1e-4)
+        fit(module, tmp_path / str(enabled), callback, epochs=1, plugins=[plugin])
+        found.append(callback.tracker.scores())
+    for key, value in found[0].items():
+        # Gradients are rounded to fp16 with and without the scale.
+        assert found[1][key] == pytest.approx(value, rel=0.05)
+
+
+def test_a_schedule_with_frozen_groups(tmp_path):
+    class Scheduled(Module):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(fastlora.param_groups(self.net, lr_lora=1e-2, lr_head=1e-2))
+            schedule = fastlora.schedule.Cosine(optimizer, 24, freeze=9)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    whole, again, start, seen = Scheduled(still(vit())), Scheduled(still(vit())), factors(vit()), []
+    whole.on_train_batch_end = lambda *args: seen.append(factors(whole.net))
+    fit(whole, tmp_path, FastLoraCallback())
+    fit(again, tmp_path / "again", FastLoraCallback(), str(tmp_path / "epoch=0.ckpt"))
+    assert_same(seen[8], start)
+    assert not torch.equal(seen[10]["model.blocks.0.attn.qkv.lora_B.default.q"], start["model.blocks.0.attn.qkv.lora_B.default.q"])  # fmt: skip  # noqa: E501
+    assert again.losses == whole.losses[6:]
+    assert_same(trained(again), trained(whole))
+
+
 def test_a_model_that_is_adapted_in_configure_model(tmp_path):
     class Late(Module):
         def __init__(self):
