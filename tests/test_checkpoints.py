@@ -182,6 +182,14 @@ class TestAdaptersOnly:
         base = {k: v for k, v in full.items() if "lora" not in k}
         assert all("lora" in key for key in model.load_state_dict(base, strict=False).missing_keys)
 
+    def test_what_belongs_to_a_quantised_weight_goes_with_it(self):
+        model = vit()
+        scales = lambda module, state, prefix, metadata: state.update({f"{prefix}weight.absmax": torch.ones(2)})  # noqa: E731
+        model.model.blocks[0].mlp.fc1.register_state_dict_post_hook(scales)
+        assert "model.blocks.0.mlp.fc1.weight.absmax" in model.state_dict()
+        with adapters_only(model):
+            assert model.state_dict().keys() == trained(model).keys()
+
     def test_copies_and_pickles(self):
         model = vit()
         with adapters_only(model):
@@ -201,10 +209,10 @@ class TestAdaptersOnly:
         assert model.state_dict().keys() == full
 
 
-def accelerated(model, folder, resume=None):
+def accelerated(model, folder, resume=None, precision="no"):
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(True)
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
     optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-2, lr_head=1e-2))
     schedule = fastlora.schedule.Cosine(optimizer, 3)
     loader = torch.utils.data.DataLoader(DATA, batch_size=4)
@@ -233,11 +241,12 @@ def accelerated(model, folder, resume=None):
     return losses, tracker
 
 
-def test_accelerate_saves_and_resumes_what_is_trained(tmp_path):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate_saves_and_resumes_what_is_trained(precision, tmp_path):
     # Without dropout: the loader of a resumed epoch draws a seed that the one of the whole epoch drew before.
     models = still(vit()), shifted(still(vit()))
-    whole, one = accelerated(models[0], tmp_path)
-    again, two = accelerated(models[1], tmp_path, "state")
+    whole, one = accelerated(models[0], tmp_path, None, precision)
+    again, two = accelerated(models[1], tmp_path, "state", precision)
     assert again == whole[2:] and len(whole) == 6
     assert_same(trained(models[1]), trained(models[0]))
     assert torch.equal(one.importance, two.importance) and one.steps == two.steps

@@ -358,6 +358,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match=said):
             FastLoraCallback(**options)
 
+    def test_an_unknown_adapter(self, tmp_path):
+        with pytest.raises(ValueError, match=r"adapter: expected one of \['default'\], got 'other'"):
+            trainer(bert(), tmp_path, FastLoraCallback(track=False, freeze=1, adapter="other")).train()
+
     def test_freezing_all_there_is(self, tmp_path):
         with pytest.raises(ValueError, match="freeze: nothing else would learn in the first 2 steps"):
             trainer(bert(modules_to_save=None), tmp_path, FastLoraCallback(freeze=2)).train()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.linear import DEFAULT, adapted_layers
+from ..nn.linear import adapted_layers
 from ..tracker import Tracker, track
 from .checkpoints import TrainingState
 
@@ -36,7 +36,11 @@ class Session:
     def begin(self, model: nn.Module, saved: Mapping[str, Any] | None = None) -> None:
         """Track ``model`` from now on, or from where a saved state was. ``ValueError`` for a model without adapters."""
         self.close()
-        layers = [layer for layer in adapted_layers(model).values() if self.adapter in layer.adapter_names]
+        every = adapted_layers(model).values()
+        layers = [layer for layer in every if self.adapter in layer.adapter_names]
+        if every and not layers:
+            known = sorted({name for layer in every for name in layer.adapter_names})
+            raise ValueError(f"adapter: expected one of {known}, got {self.adapter!r}")
         self.model, self.tracker = model, None
         if self.options is not False:
             self.tracker = track(model, **{"adapter": self.adapter, **self.options})
@@ -44,7 +48,8 @@ class Session:
             state = TrainingState(model, self.tracker)
             if saved is not None:
                 state.load_state_dict(saved)
-            self._frozen = [p for layer in layers for f in (layer.lora_A, layer.lora_B) for p in f[self.adapter].parameters()] if self.freeze else []  # fmt: skip  # noqa: E501
+            factors = [f[self.adapter] for layer in layers for f in (layer.lora_A, layer.lora_B)]
+            self._frozen = [p for f in factors for p in f.parameters()] if self.freeze else []
             self._check_freeze()
         except Exception:
             self.close()
@@ -109,6 +114,3 @@ def checked_checkpoints(value: str) -> str:
     if value not in ("adapters", "full"):
         raise ValueError(f"checkpoints: expected 'adapters' or 'full', got {value!r}")
     return value
-
-
-__all__ = ["DEFAULT", "Session", "adapted_model", "checked_checkpoints"]
