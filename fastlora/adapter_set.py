@@ -137,6 +137,7 @@ def adapters(
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise ValueError("model: an adapter is merged; call fastlora.unmerge first")
     route = _route(routers[0], ids, row_seeds)
+    routers[0].explain_recompilation(route)
     before = [(router, router.open(route)) for router in routers]
     try:
         yield model

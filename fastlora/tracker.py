@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +12,11 @@ from .backends import choose
 from .covariance import COVARIANCES, Covariances
 from .nn.linear import DEFAULT, Linear, matrix_key
 from .parallel import unwrapped
-from .probes import LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
+from .probes import CompiledSigns, LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
 from .reduction import Reduction, Shared
 from .regulariser import Regulariser
 from .scores import Scores
-from .tracking_checks import checked, checked_kinds, checked_layers, checked_probes, positive, refuse_windows
-
-logger = logging.getLogger(__name__)
-
-_STEPS_BEFORE_WARNING = 3
+from .tracking_checks import StepWatch, checked, checked_kinds, checked_layers, checked_probes, positive, refuse_windows
 
 
 def track(
@@ -102,7 +97,7 @@ class Tracker:
         self._samples: dict[int, int] = {}
         self._regulariser = Regulariser(self.layers, self.matrices)
         self._signs: tuple[tuple[int, int, int], Tensor] | None = None
-        self._watch = _StepWatch(self.layers)
+        self._watch = StepWatch(self.layers)
         self._learning = getattr(model, "fastlora_learning", None)
         self._attach(model)
 
@@ -113,22 +108,26 @@ class Tracker:
             layer.probes[self.adapter] = LayerProbe(layer, kinds, self.estimator, self)
             groups.setdefault(id(layer.group or layer), []).append(layer)
         members = list(groups.values())
-        self._rows = None
+        self._rows, self._compiled = None, None
         if self.estimator == "probe" and kinds - {"act_var"}:
             self._rows = ProbeRows([m[0].in_features for m in members], self.probes, self.seed, self.device)
             for rows, layers in zip(self._rows.rows, members, strict=True):
                 for layer in layers:
                     self._probe(layer).P = rows.to(layer.weight.device)
             self._rows.draw(0)
+            self._compiled = CompiledSigns(self._rows.seed, self.probes) if self.per_sample else None
         self._reduction.attach(self)
         self._hook = model.register_forward_pre_hook(self._on_forward)
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            # Python numbers that change would be compiled in: what counts here are tensors.
+            if self._compiled is not None and torch.is_grad_enabled():
+                self._compiled.forward(*self._reduction.place())
+        elif torch.is_grad_enabled():
             self.micro += 1
-            if not torch.compiler.is_compiling():
-                self._reduction.search(self, module)
-                self._watch.forward()
+            self._reduction.search(self, module)
+            self._watch.forward()
 
     def __enter__(self) -> Tracker:
         return self
@@ -149,6 +148,8 @@ class Tracker:
         ``own`` of them are the tracked adapter's, all without it.
         """
         samples = x.shape[0] if x.dim() > 1 else 1
+        if torch.compiler.is_compiling():
+            return self._compiled.take(samples, own)
         key = (self.steps, self.micro, samples)
         if self._signs is None or self._signs[0] != key:
             if self.micro in self._samples:
@@ -220,6 +221,8 @@ class Tracker:
         self.micro = 0
         self._samples.clear()
         self._signs = None
+        if self._compiled is not None:
+            self._compiled.advance(self.steps)
         if self._rows is not None and self._sampled():
             self._rows.draw(self.steps)
         if self.warmup is not None and self.steps == self.warmup:
@@ -262,12 +265,18 @@ class Tracker:
         )
         factor = 1.0 / self.probes
         if self.per_sample and shared is None:
-            factor *= self._sample_factor(sum(self._samples.values()))
+            factor = factor * self._sample_factor(self._sample_count())
         return [None if g is None else next(norms).double().square() * factor for g in grads]
 
-    def _sample_factor(self, samples: int) -> float:
+    def _sample_count(self) -> int | Tensor:
+        seen = sum(self._samples.values())
+        compiled = self._compiled is not None and self._compiled.used
+        return seen + self._compiled.samples if compiled else seen
+
+    def _sample_factor(self, samples: int | Tensor) -> float | Tensor:
         # Backpropagated gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
-        return float(samples) if self.loss_reduction == "mean" else 1.0 / max(samples, 1)
+        samples = samples.double() if isinstance(samples, Tensor) else float(samples)
+        return samples if self.loss_reduction == "mean" else 1.0 / max(samples, 1.0)
 
     def _exact_values(self, layer: Linear, name: str, kinds: Sequence[str]) -> dict[str, Tensor]:
         taken = self._probe(layer).taken
@@ -398,31 +407,10 @@ class Tracker:
         if self._rows is not None:
             self._rows.seed.fill_(self.seed)
             self._rows.draw(self.steps)
+        if self._compiled is not None:
+            self._compiled.advance(self.steps)
         if self.importance is not None:
             self.close()
-
-
-class _StepWatch:
-    """Warns once when parameters were updated several times without ``tracker.step()``."""
-
-    def __init__(self, layers: dict[str, Linear]):
-        self._parameter = next((p for m in layers.values() for p in m.lora_B.parameters()), None)
-        self._version = None if self._parameter is None else self._parameter._version
-        self._missed, self._warned = 0, False
-
-    def forward(self) -> None:
-        if self._parameter is None or self._parameter._version == self._version:
-            return
-        self._version = self._parameter._version
-        self._missed += 1
-        if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
-            self._warned = True
-            logger.warning(
-                "track: %d optimiser steps without tracker.step(); their statistics run together", self._missed
-            )
-
-    def stepped(self) -> None:
-        self._missed = 0
 
 
 def _inverse_scale(scaler: Any, device: torch.device) -> Tensor:
