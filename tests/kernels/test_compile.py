@@ -77,6 +77,35 @@ def test_the_table_is_written_and_the_committed_one_is_of_these_kernels(tables):
     assert set(committed[len(head) :]) == set(rows), stale
 
 
+ROWS = """
+import collections, torch
+from fastlora.kernels import compile_report, primitives, shrink, linear, wgrad
+from fastlora.kernels.tiling import TileConfig
+from triton.runtime import driver
+found = collections.defaultdict(set)
+def launch(kernel, grid, *arguments, **options):
+    found[kernel.fn.__name__].add(kernel.warmup(*arguments, grid=grid, **options).hash)
+driver.set_active(compile_report.Offline())
+primitives.launcher = launch
+for M in (1, 100, 4096):
+    operands = compile_report._Operands(torch.bfloat16, M=M, K=256)
+    for verb in ("linear", "linear_backward", "wgrad"):
+        for call in compile_report._cases(verb, TileConfig(16, 16, 16, 4, 2), operands).values():
+            call()
+print(*[f"{name} {len(found[name])}" for name in sorted(found) if name != "reduce_kernel"], sep=chr(10))
+"""
+
+
+def test_another_number_of_rows_compiles_nothing(cache):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ROWS], env=environment, capture_output=True, text=True, check=True
+    )
+    # wgrad's kernel is two: with tables of adapters and without.
+    assert done.stdout.split() == ["linear_backward_kernel", "1", "linear_kernel", "1", "wgrad_kernel", "2"]
+
+
 def test_importing_fastlora_does_not_import_triton():
     code = "import sys, fastlora; print('triton' in sys.modules, 'fastlora.kernels' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
