@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .nn.linear import DEFAULT, Linear, adapted_layers
+from .parallel import shards
 from .routing import Route
 
 
@@ -26,6 +27,8 @@ def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
     The forward is then the base's alone. All layers or none: a delta or a merged weight that is not finite raises
     ``ValueError`` naming the layer before any weight changes, as does a layer that is merged already.
     """
+    if shards(model):
+        raise ValueError("model: is sharded by fully_shard; save the adapter, and load and merge it in one process")
     layers = _layers(model)
     names = sorted({name for layer in layers.values() for name in layer.adapter_names})
     if adapter not in names:
