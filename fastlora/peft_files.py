@@ -23,6 +23,7 @@ TENSORS = "adapter_model.safetensors"
 SIDE = "fastlora.json"
 PICKLE = "adapter_model.bin"
 FORMAT_VERSION = 1
+_LARGEST_JSON = 2**26
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,14 @@ def _sync(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def read_folder(path: str | os.PathLike) -> AdapterFolder:
-    """Read an adapter; ``FileNotFoundError`` or ``ValueError`` naming the file and what is wrong with it."""
+def read_folder(path: str | os.PathLike, limit: int | None = None) -> AdapterFolder:
+    """Read an adapter; ``FileNotFoundError`` or ``ValueError`` naming the file and what is wrong with it.
+
+    A tensor file of more than ``limit`` bytes is refused unread. Links are followed, to regular files only: a cache of
+    downloads consists of them.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path: expected the path of a folder, got {path!r}")
     folder = pathlib.Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder (only local folders are read)")
@@ -120,7 +127,7 @@ def read_folder(path: str | os.PathLike) -> AdapterFolder:
         raise FileNotFoundError(f"{folder / TENSORS}: no such file")
     fields = parse_fields(_read_json(folder / CONFIG), str(folder / CONFIG))
     side = parse_side(_read_json(folder / SIDE), str(folder / SIDE)) if (folder / SIDE).is_file() else None
-    tensors, digest = _read_tensors(folder / TENSORS)
+    tensors, digest = _read_tensors(folder / TENSORS, limit)
     return AdapterFolder(folder, fields, tensors, side, digest)
 
 
@@ -128,13 +135,18 @@ def _read_json(path: pathlib.Path) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not a number")
 
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path}: has {path.stat().st_size} bytes, expected at most {_LARGEST_JSON}")
     try:
         return json.loads(path.read_bytes().decode(), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
-def _read_tensors(path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
+def _read_tensors(path: pathlib.Path, limit: int | None) -> tuple[dict[str, Tensor], str]:
+    size = path.stat().st_size
+    if limit is not None and size > limit:
+        raise ValueError(f"{path}: has {size} bytes, and adapters of this model have at most {limit}")
     data = path.read_bytes()
     try:
         tensors = safetensors.torch.load(data)

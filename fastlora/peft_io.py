@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import LoraConfig
+from .config import LoraConfig, check_flag
 from .factors import WHOLE
 from .nn.conv1d import Conv1D
 from .nn.linear import DEFAULT, Linear, adapted_layers
@@ -59,6 +59,9 @@ def save(
     adapter and for trained parameters that the files have no place for, by name.
     """
     model = unwrapped(model)
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path: expected the path of a folder, got {path!r}")
+    check_flag(fold_scale, "fold_scale")
     layers = _saveable(model, adapter)
     config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
     names = StoredNames(model)

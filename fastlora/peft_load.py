@@ -16,7 +16,7 @@ from .adapter_set import add_adapter
 from .config import LoraConfig
 from .factors import WHOLE
 from .injection import fused_sizes, inject, refuse_adapted
-from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
+from .nn.linear import DEFAULT, Linear, adapted_layers, check_adapter, matrix_key
 from .parameter_roles import saved_modules
 from .peft_attention import StoredNames
 from .peft_files import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
@@ -52,7 +52,8 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
     leaves the model as it was. Only safetensors files in local folders are read.
     """
     model = unwrapped(model)
-    folder = read_folder(path)
+    folder = read_folder(path, _most_bytes(model))
+    check_adapter(adapter)
     layers = adapted_layers(model)
     here = any(adapter in layer.adapter_names for layer in layers.values())
     if not layers:
@@ -72,6 +73,15 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
             raise ValueError(f"{folder.path}: {error}") from error
     _copy(model, plan, adapter, staged)
     return model
+
+
+def _most_bytes(model: nn.Module) -> int:
+    """No file for this model is larger: A and B of matrices in three slices at full rank, the whole model beside them.
+
+    ``R <= 3 min(n, K)`` for ``W`` [3n, K], so that A [R, K] and B [3n, R] have at most four times its entries.
+    """
+    entries = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    return 2**27 + 8 * 5 * entries
 
 
 @dataclass(frozen=True)

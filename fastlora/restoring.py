@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .nn.linear import DEFAULT, adapted_layers
+from .nn.linear import DEFAULT, adapted_layers, check_adapter
 
 
 @contextmanager
@@ -26,6 +26,7 @@ def restored(model: nn.Module, adapter: str = DEFAULT) -> Iterator[None]:
     layers = adapted_layers(model) if isinstance(model, nn.Module) else {}
     if not layers:
         raise ValueError("model: has no adapters; call fastlora.inject first")
+    check_adapter(adapter)
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     # By name too: a forward may assign a new tensor instead of writing into the old one.
     buffers = [

@@ -15,7 +15,17 @@ from .nn.linear import DEFAULT, Linear, matrix_key
 from .probes import LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
 from .regulariser import Regulariser
 from .scores import Scores
-from .tracking_checks import checked, checked_kinds, checked_layers, checked_probes, positive, refuse_windows
+from .tracking_checks import (
+    checked,
+    checked_decay,
+    checked_kinds,
+    checked_layers,
+    checked_probes,
+    checked_state,
+    checked_steps,
+    inverse_scale,
+    refuse_windows,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +77,10 @@ class Tracker:
         self.per_sample = "fisher" in self.kinds
         self.device = next(iter(self.layers.values())).weight.device
         self.probes = checked_probes(probes, self.device)
-        if ema is not None and not 0.0 <= ema < 1.0:
-            raise ValueError(f"ema: expected a number in [0, 1) or None, got {ema!r}")
-        if warmup is not None:
-            positive("warmup", warmup, "a positive number of steps or None")
-        if every != "auto":
-            positive("every", every, "'auto' or a positive number of steps")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed: expected an integer, got {seed!r}")
+        checked_steps(warmup, every, seed)
         if self.per_sample:
             refuse_windows(model, self.layers)
-        self.ema, self.warmup, self.seed = ema, warmup, seed
+        self.ema, self.warmup, self.seed = checked_decay(ema), warmup, seed
         self.every = (1 if estimator == "exact" or self.device.type != "cpu" else None) if every == "auto" else every
         self.steps, self.micro, self.importance = 0, 0, None
         self.matrices = [(path, name) for path, layer in self.layers.items() for name in layer.slices]
@@ -152,6 +155,7 @@ class Tracker:
         With a ``GradScaler`` pass it, before ``scaler.update()``. A step with a gradient that is not finite is left out
         and counted in ``skipped``. Nothing is read back to the host.
         """
+        inverse = inverse_scale(scaler, self.device)
         self._watch.stepped()
         if self._learning is not None:
             self._learning.examine()
@@ -160,7 +164,6 @@ class Tracker:
         if not self._sampled():
             return self._advance()
         values, seen = self._gather()
-        inverse = _inverse_scale(scaler, self.device)
         taken = (
             {path: self._probe(layer).taken for path, layer in self.layers.items()} if self._covariances.kinds else {}
         )
@@ -317,7 +320,7 @@ class Tracker:
         ``normalise="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
         ``adapter``: whose factors, the tracked one's unless said otherwise.
         """
-        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
+        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, self._whose(adapter))
 
     def apply_penalty(
         self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str | None = None
@@ -328,7 +331,10 @@ class Tracker:
 
         Call it after backward (and after ``scaler.unscale_``), before clipping and the optimiser's step.
         """
-        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
+        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, self._whose(adapter))
+
+    def _whose(self, adapter: str | None) -> str:
+        return self.adapter if adapter is None else adapter
 
     def _weighing(self) -> tuple[Tensor | None, bool]:
         """The importance that weighs now, and whether it is frozen."""
@@ -352,10 +358,7 @@ class Tracker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state; ``ValueError`` names what differs, with this tracker unchanged."""
-        for name, mine in (("keys", list(self.keys)), ("probes", self.probes), ("statistics", list(self.kinds))):
-            given = list(state["values"]) if name == "statistics" else state[name]
-            if given != mine:
-                raise ValueError(f"state: {name} differ: saved {given}, tracked {mine}")
+        checked_state(state, self.state_dict())
         for kind in self.kinds:
             self._values[kind].copy_(state["values"][kind])
             self._counts[kind].copy_(state["counts"][kind])
@@ -393,10 +396,3 @@ class _StepWatch:
 
     def stepped(self) -> None:
         self._missed = 0
-
-
-def _inverse_scale(scaler: Any, device: torch.device) -> Tensor:
-    scale = getattr(scaler, "_scale", None)
-    if scaler is None or scale is None:
-        return torch.ones((), dtype=torch.float64, device=device)
-    return scale.to(device=device, dtype=torch.float64).reciprocal()
