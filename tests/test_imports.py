@@ -28,7 +28,7 @@ LAYERS = (
     ("_grouped_ops",),
     ("frozen_op",),
     ("functional", "routing", "probes"),
-    ("factors", "config"),
+    ("factors", "config", "committing", "parallel"),
     ("nn",),
     ("covariance", "tracking_checks", "regulariser", "restoring", "update_variance", "progress"),
     ("targets", "learning_checks"),
