@@ -204,6 +204,8 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
 def _alpha(s: float, rank: int) -> float:
     """``s * rank``, as the integer that PEFT's type asks for where that is exact."""
     alpha = s * rank
+    if not math.isfinite(alpha):
+        raise ValueError(f"model: a scale of {s} at rank {rank} makes a lora_alpha that no file can hold")
     return round(alpha) if round(alpha) / rank == s else alpha
 
 

@@ -214,6 +214,9 @@ def _matrix(
     _refuse_shape(where, f"{PREFIX}{stored}.lora_A.weight", A, (rank, K))
     _refuse_shape(where, f"{PREFIX}{stored}.lora_B.weight", B, (N, rank))
     slices = folder.side.split.get(path, ()) if folder.side is not None else ()
+    for scale in (s, *(s * x.scale_ratio for x in slices)):
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
     if not slices:
         return _Matrix({WHOLE: N}, {WHOLE: (A, B)}, {WHOLE: s})
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)

@@ -164,9 +164,8 @@ class Tracker:
         if not self._sampled():
             return self._advance()
         values, seen = self._gather()
-        taken = (
-            {path: self._probe(layer).taken for path, layer in self.layers.items()} if self._covariances.kinds else {}
-        )
+        followed = self.layers.items() if self._covariances.kinds else ()
+        taken = {path: self._probe(layer).taken for path, layer in followed}
         finite = self._covariances.finite(taken, self.device)
         for kind in self.kinds:
             if kind != "act_var":
@@ -177,6 +176,13 @@ class Tracker:
         self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
         self._skipped += ~finite
         self._advance()
+
+    def discard(self) -> None:
+        """Forget the gradients since the last ``step``: those of a step that failed or was given up."""
+        for layer in filter(self._owns, self.layers.values()):
+            self._probe(layer).advance(self.steps)
+        self.micro, self._signs = 0, None
+        self._samples.clear()
 
     def _live(self) -> bool:
         return any(self._owns(layer) for layer in self.layers.values())
@@ -199,12 +205,8 @@ class Tracker:
         mean.copy_(torch.where(keep, mean + weight * (value - mean), mean))
 
     def _advance(self) -> None:
-        for layer in self.layers.values():
-            self._probe(layer).advance(self.steps + 1)
         self.steps += 1
-        self.micro = 0
-        self._samples.clear()
-        self._signs = None
+        self.discard()
         if self._rows is not None and self._sampled():
             self._rows.draw(self.steps)
         if self.warmup is not None and self.steps == self.warmup:
@@ -365,8 +367,7 @@ class Tracker:
         self._skipped.copy_(state["skipped"])
         self._covariances.load_state_dict(state["covariances"])
         self.steps, self.seed = state["steps"], state["seed"]
-        for layer in filter(self._owns, self.layers.values()):
-            self._probe(layer).advance(self.steps)
+        self.discard()
         self.importance = None if state["importance"] is None else state["importance"].to(self.device)
         if self._rows is not None:
             self._rows.seed.fill_(self.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pickle
 import sys
@@ -10,16 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_help import CONFIG, SIDE, TENSORS, refused
+from peft_help import CONFIG, SIDE, TENSORS, edit_json, refused
 from safetensors.torch import load_file, save_file
 
 import fastlora
 
-PATH = Path(__file__).parent.parent / "tools" / "fuzz_adapter_files.py"
-spec = importlib.util.spec_from_file_location("fuzz_adapter_files", PATH)
-fuzz = importlib.util.module_from_spec(spec)
-sys.modules["fuzz_adapter_files"] = fuzz
-spec.loader.exec_module(fuzz)
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+import fuzz_adapter_files as fuzz  # noqa: E402
 
 pytestmark = [pytest.mark.skipif(os.name != "posix", reason="links and pipes"), pytest.mark.filterwarnings("ignore")]
 
@@ -70,23 +66,32 @@ def folder(tmp_path):
 
 def test_a_huge_file_is_refused_unread(folder):
     os.truncate(folder / TENSORS, 2**40)  # sparse: nothing is on the disk
-    for model in (fuzz.Model(), fuzz.adapted()):
+    for model in (fuzz.plain(), fuzz.adapted()):
         refused(model, folder, rf"{TENSORS}: has {2**40} bytes, expected at most")
     fastlora.save(fuzz.adapted(), folder)
     os.truncate(folder / SIDE, 2**40)
-    refused(fuzz.Model(), folder, rf"{SIDE}: has {2**40} bytes, expected at most")
+    refused(fuzz.plain(), folder, rf"{SIDE}: has {2**40} bytes, expected at most")
 
 
 def test_the_largest_adapter_is_within_the_limit(tmp_path):
     """Full rank in each slice: B of a split projection is three times as wide as it has to be."""
-    model = fuzz.Model()
+    model = fuzz.plain()
     config = fastlora.LoraConfig(r=8, target_modules=["qkv", "proj"], split_qkv=True, adapter_dtype=torch.float64,
                                  modules_to_save=["head"])  # fmt: skip
     fastlora.save(fastlora.inject(model, config), tmp_path / "x")
     from fastlora.peft_load import _most_bytes
 
-    assert (tmp_path / "x" / TENSORS).stat().st_size - 2**14 < _most_bytes(fuzz.Model()) - 2**27
-    fastlora.load(fuzz.Model(), tmp_path / "x")
+    assert (tmp_path / "x" / TENSORS).stat().st_size - 2**14 < _most_bytes(fuzz.plain()) - 2**27
+    fastlora.load(fuzz.plain(), tmp_path / "x")
+
+
+def test_a_scale_beyond_float32_is_refused(folder):
+    """Found by the fuzzer: it loaded, and could not be saved again."""
+    edit_json(folder, CONFIG, lora_alpha=1e308)
+    refused(fuzz.plain(), folder, "the scale of .* is .*, which is no float32")
+    model = fastlora.inject(fuzz.plain(), fastlora.LoraConfig(r=2, lora_alpha=1e308, target_modules="qkv"))
+    with pytest.raises(ValueError, match="makes a lora_alpha that no file can hold"):
+        fastlora.save(model, folder)
 
 
 @pytest.mark.parametrize("name", ["../../blocks.0.attn.qkv", "/blocks.0.attn.qkv", "blocks.0.attn.qkv/../qkv", "~"])
@@ -97,7 +102,7 @@ def test_names_are_names_of_modules_and_never_paths(folder, name):
         key = f"base_model.model.blocks.0.attn.qkv.lora_{factor}.weight"
         tensors[key.replace("blocks.0.attn.qkv", name)] = tensors.pop(key)
     save_file(tensors, folder / TENSORS)
-    refused(fuzz.Model(), folder, "Model has no module of that name")
+    refused(fuzz.plain(), folder, "Model has no module of that name")
 
 
 def test_links_are_followed_to_files_when_reading_and_never_when_writing(folder, tmp_path):
@@ -106,7 +111,7 @@ def test_links_are_followed_to_files_when_reading_and_never_when_writing(folder,
     for name in (CONFIG, TENSORS, SIDE):
         (folder / name).rename(tmp_path / name)
         (tmp_path / "cache" / name).symlink_to(tmp_path / name)
-    fastlora.load(fuzz.Model(), tmp_path / "cache")
+    fastlora.load(fuzz.plain(), tmp_path / "cache")
     before = {name: (tmp_path / name).read_bytes() for name in (CONFIG, TENSORS, SIDE)}
     model = fuzz.adapted()
     with torch.no_grad():
@@ -120,10 +125,10 @@ def test_links_are_followed_to_files_when_reading_and_never_when_writing(folder,
 def test_pipes_and_devices_do_not_block_or_feed(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    refused(fuzz.Model(), folder, "no such file", FileNotFoundError)
+    refused(fuzz.plain(), folder, "no such file", FileNotFoundError)
     (folder / name).unlink()
     (folder / name).symlink_to("/dev/zero")
-    refused(fuzz.Model(), folder, "no such file", FileNotFoundError)
+    refused(fuzz.plain(), folder, "no such file", FileNotFoundError)
 
 
 @pytest.mark.parametrize("name", [CONFIG, TENSORS, SIDE])
@@ -133,7 +138,7 @@ def test_a_pickle_under_any_name_is_not_run(folder, name, tmp_path):
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
     (folder / name).write_bytes(pickle.dumps(Bomb()))
-    refused(fuzz.Model(), folder, name)
+    refused(fuzz.plain(), folder, name)
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-    refused(fuzz.Model(), folder, name)
+    refused(fuzz.plain(), folder, name)
     assert not (tmp_path / "ran").exists()

@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import os
-import platform
 import random
 import shutil
 import sys
@@ -26,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from small_model import adapted, machine, plain, snapshot
 from torch import nn
 
 import fastlora
@@ -40,40 +39,6 @@ VALUES = [None, True, False, 0, 1, 2, -1, 3.5, 2**31, 2**63, 10**30, 1e308, "", 
           "head\x00", ".*", "(", "(a+)+$", "__class__", "blocks.0.attn.qkv", "weight", [], {}, [[]], [None], ["head"],
           ["../head"], [0, 8], [8, 0], [-1, 4], [0, 2**62], [2**62, 2], {"": 1}, {"a": {}}, "F32", "I64", "F8_E4M3",
           "constant", "per_rank"]  # fmt: skip
-
-
-class Attention(nn.Module):
-    """A fused projection, so that our folder says how it was split."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
-
-
-class Model(nn.Module):
-    """Small enough that loading takes milliseconds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.ModuleDict({"attn": Attention(), "norm": nn.LayerNorm(8)}) for _ in range(2)])
-        self.head = nn.Linear(8, 3)
-
-
-def adapted() -> nn.Module:
-    torch.manual_seed(0)
-    config = fastlora.LoraConfig(r=2, target_modules="qkv", modules_to_save=["head"], init_lora_weights=False,
-                                 rank_pattern={"blocks.0.attn.qkv[k]": 1})  # fmt: skip
-    return fastlora.inject(Model(), config)
-
-
-def snapshot(model: nn.Module) -> Any:
-    """Everything that a refused file must leave alone; numbers as bytes, since NaN equals nothing."""
-    tensors = {k: (v.dtype, v.requires_grad, v.numpy().tobytes()) for k, v in model.state_dict(keep_vars=False).items()}
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    layers = fastlora.nn.linear.adapted_layers(model)
-    scales = {(n, a): dict(spec.scale) for n, layer in layers.items() for a, spec in layer.adapter_specs.items()}
-    kinds = {n: (type(m), sorted(vars(m))) for n, m in model.named_modules()}
-    return tensors, flags, scales, kinds
 
 
 class Choices:
@@ -210,8 +175,7 @@ class Target:
         fastlora.save(adapted(), root / "ours")
         shutil.copytree(root / "ours", root / "theirs")
         (root / "theirs" / SIDE).unlink()
-        torch.manual_seed(1)
-        self.models = [Model(), adapted()]
+        self.models = [plain(), adapted()]
         self.before = [snapshot(model) for model in self.models]
 
     def run(self, data: bytes) -> str:
@@ -237,7 +201,7 @@ class Target:
         assert not self.guard.seen, f"loading did {self.guard.seen}"
         if outcome == "loaded":
             self._whole(model)
-            self.models[which] = copy.deepcopy(Model() if which == 0 else adapted())
+            self.models[which] = plain() if which == 0 else adapted()
             self.before[which] = snapshot(self.models[which])
         self.outcomes[outcome] += 1
         return outcome
@@ -282,16 +246,7 @@ def guided(target: Target, seconds: int, finish: Callable[[], None]) -> None:
 def result(target: Target, began: float, mode: str) -> dict[str, Any]:
     return {"mode": mode, "command": f"python tools/{Path(__file__).name} {' '.join(sys.argv[1:])}",
             "seconds": round(time.time() - began, 1), "inputs": sum(target.outcomes.values()),
-            "outcomes": dict(target.outcomes), "wrong": 0, "python": platform.python_version(),
-            "torch": torch.__version__, "fastlora": fastlora.__version__, "cpu": cpu_name()}  # fmt: skip
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+            "outcomes": dict(target.outcomes), "wrong": 0, **machine()}  # fmt: skip
 
 
 def main() -> int:
