@@ -1,4 +1,4 @@
-"""Faults on purpose: killed, interrupted, out of memory, out of disk, not a number. ``tools/faults.py`` has the harness."""
+"""Faults on purpose: killed, interrupted, out of memory, out of disk, not a number; the harness is tools/faults.py."""
 
 from __future__ import annotations
 
