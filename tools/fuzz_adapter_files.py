@@ -176,7 +176,6 @@ class Target:
         shutil.copytree(root / "ours", root / "theirs")
         (root / "theirs" / SIDE).unlink()
         self.models = [plain(), adapted()]
-        self.before = [snapshot(model) for model in self.models]
 
     def run(self, data: bytes) -> str:
         """What became of an input: ``"loaded"`` or the kind of error; ``AssertionError`` when that was not right."""
@@ -187,6 +186,7 @@ class Target:
         damage(folder, choices)
         which = choices.below(2)
         model = self.models[which]
+        before = snapshot(model)
         self.guard.seen, self.guard.armed = [], folder
         try:
             fastlora.load(model, folder)
@@ -195,14 +195,13 @@ class Target:
             outcome = type(error).__name__
             self.guard.armed = None
             assert str(folder) in str(error), f"the error does not name the folder: {error}"
-            assert snapshot(model) == self.before[which], f"refused and changed: {error}"
+            assert snapshot(model) == before, f"refused and changed: {error}"
         finally:
             self.guard.armed = None
         assert not self.guard.seen, f"loading did {self.guard.seen}"
         if outcome == "loaded":
             self._whole(model)
             self.models[which] = plain() if which == 0 else adapted()
-            self.before[which] = snapshot(self.models[which])
         self.outcomes[outcome] += 1
         return outcome
 
