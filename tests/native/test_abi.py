@@ -1,4 +1,4 @@
-"""The binary built on one torch loads on another: it uses torch's stable C interface as of 2.11, and nothing else of it."""
+"""The binary built on one torch loads on another: of torch it uses the stable C interface as of 2.11, nothing else."""
 
 from __future__ import annotations
 
