@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--fastlora-name", default="layer", metavar="NAME", help="their name (default: %(default)s)")
     group.addoption("--fastlora-data", type=Path, metavar="PATH",
                     help="folder with SST-2 (default: sentences made up for the purpose)")  # fmt: skip
+    group.addoption("--fastlora-large", action="store_true", help="layers sized for a GPU too: seconds a call")
     group.addoption("--fastlora-rounds", type=int, metavar="N", help="rounds of every layer benchmark")
 
 
