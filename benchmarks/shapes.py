@@ -43,8 +43,8 @@ SHAPES = {
 }
 
 
-# Sized for a GPU, where ``benchmarks/device.sh`` measures them in bf16. Here in fp32 and few rounds, the large ones only
-# when asked for.
+# Sized for a GPU, where ``benchmarks/device.sh`` measures them in bf16. Here in fp32 and few rounds, and the large ones
+# only when asked for.
 ANCHORS = {
     shape.name: shape
     for shape in (
