@@ -14,6 +14,7 @@ from .config import LoraConfig
 from .injection import _commit, _group, _modules_to_save, _plan, _targets, suggestion
 from .learning_checks import watch_learning
 from .nn.linear import Linear, adapted_layers
+from .parallel import refuse_parallel
 from .routing import Route, Router
 from .segments import Batch
 
@@ -47,6 +48,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     ``modules_to_save`` are shared by all adapters. Raises ``ValueError`` naming the argument; the model is then as it
     was.
     """
+    refuse_parallel(model, "add_adapter")
     routers = routers_of(model)
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"name: expected a non-empty string without dots, got {name!r}")
@@ -87,6 +89,7 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
 
     The adapter that runs by default, a merged, a tracked one and one whose graph awaits its backward stay.
     """
+    refuse_parallel(model, "remove_adapter")
     routers = routers_of(model)
     _known(routers[0], name, "name")
     layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapter_specs}
@@ -134,6 +137,7 @@ def adapters(
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise ValueError("model: an adapter is merged; call fastlora.unmerge first")
     route = _route(routers[0], ids, row_seeds)
+    routers[0].explain_recompilation(route)
     before = [(router, router.open(route)) for router in routers]
     try:
         yield model

@@ -28,6 +28,7 @@ from .nn.linear import (
     matrix_key,
 )
 from .nn.qkv import group_projections
+from .parallel import refuse_parallel
 from .roles import attention_blocks, pattern_matches, refusal, role_targets
 from .routing import Router
 from .targets import adapted_class, features, is_linear, named_targets, passed_by, take_over, torch_attentions
@@ -61,11 +62,12 @@ def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, ch
     learns: ``"raise"`` (``RuntimeError`` with the names), ``"warn"``, ``"off"``. What did not run yet is warned of.
 
     Raises ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have, a model that is
-    already adapted or wrapped by PEFT; the model is then as it was.
+    already adapted, wrapped by PEFT or DDP, or sharded; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     checked_mode(check)
+    refuse_parallel(model, "inject")
     check_flag(accelerate_frozen, "accelerate_frozen")
     config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
@@ -333,6 +335,7 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT
     Keys are matrix keys; others keep their rank and factors. Rank 0 removes the adapter of a matrix. Refused once B is
     not zero, because its training would be lost, unless ``reinit``. Raises ``ValueError`` with the model unchanged.
     """
+    refuse_parallel(model, "set_ranks")
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model: has no adapters; call fastlora.inject first")

@@ -17,6 +17,7 @@ from .config import LoraConfig
 from .factors import WHOLE
 from .injection import fused_sizes, inject, refuse_adapted
 from .nn.linear import DEFAULT, Linear, adapted_layers, check_adapter, matrix_key
+from .parallel import like, refuse_parallel, reshard, unwrapped
 from .parameter_roles import saved_modules
 from .peft_attention import StoredNames
 from .peft_files import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
@@ -31,7 +32,6 @@ from .peft_names import (
     refuse_shared,
     saved_by,
     saved_tensors,
-    unwrapped,
 )
 from .targets import features, is_linear, named_targets
 
@@ -48,12 +48,15 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
     takes tensors and scales from the file. A fused q/k/v of a foreign file is one matrix; ours say in ``fastlora.json``
     what was split.
 
+    Under ``fully_shard`` every rank reads the files and keeps its part; adapters must have been injected before.
+
     All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
     leaves the model as it was. Only safetensors files in local folders are read.
     """
-    model = unwrapped(model)
-    folder = read_folder(path, _most_bytes(model))
+    given, model = model, unwrapped(model)
     check_adapter(adapter)
+    reshard(model)
+    folder = read_folder(path, _most_bytes(model))
     layers = adapted_layers(model)
     here = any(adapter in layer.adapter_names for layer in layers.values())
     if not layers:
@@ -67,6 +70,7 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
     dtypes = {n: p.dtype for n, p in _factors(model, plan, adapter).items()} if here else {}
     staged = _staged(folder, plan, dtypes)
     if config is not None:
+        refuse_parallel(given, "load")
         try:
             add_adapter(model, adapter, config) if layers else inject(model, config)
         except ValueError as error:
@@ -361,9 +365,9 @@ def _converted(value: Tensor, dtype: torch.dtype, label: str, lossy: list[str]) 
 @torch.no_grad()
 def _copy(model: nn.Module, plan: _Plan, adapter: str, staged: Mapping) -> None:
     for key, parameter in _factors(model, plan, adapter).items():
-        parameter.copy_(staged[key])
+        parameter.copy_(like(staged[key], parameter))
     for key, target in plan.others.items():
-        target.copy_(staged[key])
+        target.copy_(like(staged[key], target))
     layers = adapted_layers(model)
     for path, matrix in plan.matrices.items():
         spec = layers[path].adapter_specs[adapter]

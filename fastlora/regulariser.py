@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn.linear import Linear, check_adapter
+from .parallel import is_sharded, like, whole
 from .penalty import checked_options, importance_weights, unchecked_weights, weighted_penalty, weighted_penalty_grad
 
 
@@ -37,7 +38,7 @@ class Regulariser:
         if importance is None or not terms.As:
             return torch.zeros((), device=next(iter(self._layers.values())).weight.device)
         weights = self._weights(importance, frozen, normalise, terms.positions)
-        return weighted_penalty(terms.As, terms.Bs, terms.scales, weights, lmbda, form)
+        return weighted_penalty(*map(_whole, (terms.As, terms.Bs)), terms.scales, weights, lmbda, form)
 
     @torch.no_grad()
     def add_gradient(
@@ -49,14 +50,16 @@ class Regulariser:
         if importance is None or not terms.As:
             return
         weights = self._weights(importance, frozen, normalise, terms.positions)
-        dAs, dBs = weighted_penalty_grad(terms.As, terms.Bs, terms.scales, weights, lmbda, form)
+        dAs, dBs = weighted_penalty_grad(*map(_whole, (terms.As, terms.Bs)), terms.scales, weights, lmbda, form)
         grads, added = [], []
         for parameter, gradient in zip(terms.As + terms.Bs, dAs + dBs, strict=True):
             if not parameter.requires_grad:
                 continue
             if parameter.grad is None:
                 # A view of a batch would keep the whole batch alive.
-                parameter.grad = gradient.clone()
+                parameter.grad = like(gradient.clone(), parameter)
+            elif is_sharded(parameter):
+                parameter.grad += like(gradient, parameter)
             else:
                 grads.append(parameter.grad)
                 added.append(gradient)
@@ -96,3 +99,8 @@ class Regulariser:
             return weights
         rows = weights.unbind()
         return [rows[position] for position in positions]
+
+
+def _whole(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Every rank works out the penalty of whole factors, with the gradient back to its shard."""
+    return [whole(factor) for factor in factors]

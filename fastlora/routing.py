@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 
 from .segments import Batch
+
+logger = logging.getLogger(__name__)
+
+_EXPLAINED = 8  # sets of adapters; torch gives up compiling at about as many
 
 
 class Route:
@@ -41,6 +46,7 @@ class Router:
         self._taken: list[Route] = []
         self._repeated = False
         self._graphs: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
+        self.compiled, self._compiled_for = False, []
         self.used: list[Batch | str] | None = None  # what contexts asked for since the last step, if somebody wants it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,6 +83,20 @@ class Router:
             self._open.route = route
         return before
 
+    def explain_recompilation(self, route: Route) -> None:
+        """Say why a compiled model is compiled again: which adapters run is part of its code; their ids are not."""
+        kind = (route.batch is None, (route.adapter,) if route.batch is None else route.batch.names)
+        if not self.compiled:
+            self._compiled_for = [kind]
+        elif kind not in self._compiled_for and len(self._compiled_for) < _EXPLAINED:
+            logger.warning(
+                "the compiled model is compiled again for the adapters of this batch, %s: which ones run is part of "
+                "the code, and so far these did: %s. A tensor of ids may change as long as the same adapters occur",
+                _listed(kind[1]),
+                "; ".join(_listed(names) for _, names in self._compiled_for),
+            )
+            self._compiled_for.append(kind)
+
     def built(self, node: Any, route: Route) -> None:
         """Remember a node of a graph that runs through the adapters of ``route``."""
         self._graphs[node] = route
@@ -95,6 +115,7 @@ class Router:
         Raises ``RuntimeError`` in a recomputation whose forward cannot be told from others that went other ways.
         """
         if torch.compiler.is_compiling():
+            self.compiled = True
             return self.current()
         if in_backward():
             return self._repeat()
@@ -135,6 +156,10 @@ class Router:
                 "backward before the next forward with other ids, or checkpoint with use_reentrant=False"
             )
         return self._taken[0] if self._taken else self.current()
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"
 
 
 def in_backward() -> bool:

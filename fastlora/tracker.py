@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +11,13 @@ from torch import Tensor, nn
 from .backends import choose
 from .covariance import COVARIANCES, Covariances
 from .nn.linear import DEFAULT, Linear, matrix_key
-from .probes import LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
+from .parallel import unwrapped
+from .probes import CompiledSigns, LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
+from .reduction import Reduction, Shared
 from .regulariser import Regulariser
 from .scores import Scores
 from .tracking_checks import (
+    StepWatch,
     checked,
     checked_decay,
     checked_kinds,
@@ -26,10 +28,6 @@ from .tracking_checks import (
     inverse_scale,
     refuse_windows,
 )
-
-logger = logging.getLogger(__name__)
-
-_STEPS_BEFORE_WARNING = 3
 
 
 def track(
@@ -43,6 +41,7 @@ def track(
     loss_reduction: str = "mean",
     every: int | str = "auto",
     adapter: str = DEFAULT,
+    process_group: Any = "auto",
 ) -> Tracker:
     r"""Follow statistics of the weights that adapters leave frozen; use with ``with`` or call ``close``.
 
@@ -59,15 +58,23 @@ def track(
       step (``explain`` shows n). Averages are over the sampled steps, so estimates stay unbiased.
     - ``exact`` keeps x and dy of every layer until ``step``; several backward passes count as one gradient.
 
+    - ``process_group``: whose ranks' gradients are one. ``"auto"``: DDP's or ``fully_shard``'s, else nobody's; every
+      rank calls ``step``. Under ``exact`` that takes an all-reduce of G_W [N, K] for each layer, not one for all.
+
     Padding tokens count in ``act_var``. Raises ``ValueError`` naming the argument.
     """
-    return Tracker(model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter)
+    return Tracker(
+        model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group
+    )
 
 
 class Tracker:
     """See :func:`track`."""
 
-    def __init__(self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter):
+    def __init__(
+        self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group
+    ):
+        self._reduction, model = Reduction(model, process_group), unwrapped(model)
         self.layers, self.adapter = checked_layers(model, adapter), adapter
         self.estimator = checked("estimator", estimator, ("probe", "exact"))
         self.loss_reduction = checked("loss_reduction", loss_reduction, ("mean", "sum"))
@@ -94,7 +101,7 @@ class Tracker:
         self._samples: dict[int, int] = {}
         self._regulariser = Regulariser(self.layers, self.matrices)
         self._signs: tuple[tuple[int, int, int], Tensor] | None = None
-        self._watch = _StepWatch(self.layers)
+        self._watch = StepWatch(self.layers)
         self._learning = getattr(model, "fastlora_learning", None)
         self._attach(model)
 
@@ -105,20 +112,26 @@ class Tracker:
             layer.probes[self.adapter] = LayerProbe(layer, kinds, self.estimator, self)
             groups.setdefault(id(layer.group or layer), []).append(layer)
         members = list(groups.values())
-        self._rows = None
+        self._rows, self._compiled = None, None
         if self.estimator == "probe" and kinds - {"act_var"}:
             self._rows = ProbeRows([m[0].in_features for m in members], self.probes, self.seed, self.device)
             for rows, layers in zip(self._rows.rows, members, strict=True):
                 for layer in layers:
                     self._probe(layer).P = rows.to(layer.weight.device)
             self._rows.draw(0)
+            self._compiled = CompiledSigns(self._rows.seed, self.probes) if self.per_sample else None
+        self._reduction.attach(self)
         self._hook = model.register_forward_pre_hook(self._on_forward)
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            # Python numbers that change would be compiled in: what counts here are tensors.
+            if self._compiled is not None and torch.is_grad_enabled():
+                self._compiled.forward(*self._reduction.place())
+        elif torch.is_grad_enabled():
             self.micro += 1
-            if not torch.compiler.is_compiling():
-                self._watch.forward()
+            self._reduction.search(self, module)
+            self._watch.forward()
 
     def __enter__(self) -> Tracker:
         return self
@@ -139,12 +152,15 @@ class Tracker:
         ``own`` of them are the tracked adapter's, all without it.
         """
         samples = x.shape[0] if x.dim() > 1 else 1
+        if torch.compiler.is_compiling():
+            return self._compiled.take(samples, own)
         key = (self.steps, self.micro, samples)
         if self._signs is None or self._signs[0] != key:
             if self.micro in self._samples:
                 seen = self._signs[0][2]
                 raise RuntimeError(f"fisher: calls of one forward saw {seen} and {samples} samples in dimension 0")
-            self._signs = (key, sample_signs(self._rows.seed, self.steps, self.micro, samples, self.probes))
+            micro = self._reduction.micro(self.micro)
+            self._signs = (key, sample_signs(self._rows.seed, self.steps, micro, samples, self.probes))
             self._samples[self.micro] = samples if own is None else own
         return self._signs[1]
 
@@ -163,17 +179,21 @@ class Tracker:
             return
         if not self._sampled():
             return self._advance()
-        values, seen = self._gather()
+        shared = self._reduction.run(self)
+        values, seen = self._gather(shared)
         followed = self.layers.items() if self._covariances.kinds else ()
         taken = {path: self._probe(layer).taken for path, layer in followed}
-        finite = self._covariances.finite(taken, self.device)
+        finite = self._covariances.finite(taken, self.device) if shared is None else shared.finite
         for kind in self.kinds:
             if kind != "act_var":
                 values[kind] = values[kind] * (inverse if kind == "grad_abs" else inverse * inverse)
             finite &= torch.where(seen[kind], values[kind].isfinite(), True).all()
         for kind in self.kinds:
             self._fold(kind, values[kind], seen[kind] & finite)
-        self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
+        if shared is not None:
+            self._reduction.add_covariances(self, taken, finite, inverse)
+        else:
+            self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
         self._skipped += ~finite
         self._advance()
 
@@ -207,13 +227,15 @@ class Tracker:
     def _advance(self) -> None:
         self.steps += 1
         self.discard()
+        if self._compiled is not None:
+            self._compiled.advance(self.steps)
         if self._rows is not None and self._sampled():
             self._rows.draw(self.steps)
         if self.warmup is not None and self.steps == self.warmup:
             self.importance = self._corrected("fisher" if self.per_sample else "grad_sq")
             self.close()
 
-    def _gather(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _gather(self, shared: Shared | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """This step's value of every statistic and matrix, and whether there is one."""
         columns: dict[str, list[Tensor | None]] = {}
         if "act_var" in self.kinds:
@@ -224,33 +246,43 @@ class Tracker:
             columns["act_var"] = [v for path in self.layers for v in variances[path]]
         weight_kinds = [kind for kind in self.kinds if kind != "act_var"]
         if weight_kinds and self.estimator == "probe":
-            columns[weight_kinds[0]] = self._probe_values()
+            columns[weight_kinds[0]] = self._probe_values(shared)
         elif weight_kinds:
-            exact = [self._exact_values(self.layers[path], name, weight_kinds) for path, name in self.matrices]
+            exact = shared and shared.exact
+            if exact is None:
+                exact = [self._exact_values(self.layers[path], name, weight_kinds) for path, name in self.matrices]
             columns |= {kind: [values.get(kind) for values in exact] for kind in weight_kinds}
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         stacked = {
             kind: torch.stack([zero if v is None else v.to(self.device, torch.float64) for v in column])
             for kind, column in columns.items()
         }
+        if shared is not None:
+            return shared.finish(self, stacked), dict(shared.present)
         return stacked, {kind: self._seen([v is not None for v in column]) for kind, column in columns.items()}
 
     def _seen(self, flags: list[bool]) -> Tensor:
         return self._everything if all(flags) else torch.tensor(flags, device=self.device)
 
-    def _probe_values(self) -> list[Tensor | None]:
+    def _probe_values(self, shared: Shared | None) -> list[Tensor | None]:
         grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
         norms = iter(
             torch._foreach_norm([g for g in grads if g is not None], 2) if any(g is not None for g in grads) else ()
         )
         factor = 1.0 / self.probes
-        if self.per_sample:
-            factor *= self._sample_factor(sum(self._samples.values()))
+        if self.per_sample and shared is None:
+            factor = factor * self._sample_factor(self._sample_count())
         return [None if g is None else next(norms).double().square() * factor for g in grads]
 
-    def _sample_factor(self, samples: int) -> float:
+    def _sample_count(self) -> int | Tensor:
+        seen = sum(self._samples.values())
+        compiled = self._compiled is not None and self._compiled.used
+        return seen + self._compiled.samples if compiled else seen
+
+    def _sample_factor(self, samples: int | Tensor) -> float | Tensor:
         # Backpropagated gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
-        return float(samples) if self.loss_reduction == "mean" else 1.0 / max(samples, 1)
+        samples = samples.double() if isinstance(samples, Tensor) else float(samples)
+        return samples if self.loss_reduction == "mean" else 1.0 / max(samples, 1.0)
 
     def _exact_values(self, layer: Linear, name: str, kinds: Sequence[str]) -> dict[str, Tensor]:
         taken = self._probe(layer).taken
@@ -263,13 +295,20 @@ class Tracker:
             both = backend.gradstat(x, dy[:, rows], offsets, absolute="grad_abs" in kinds)
             found["grad_sq"], found["grad_abs"] = both[0]
         if "fisher" in kinds:
-            total, samples = torch.zeros((), dtype=torch.float64, device=layer.weight.device), 0
-            for micro in sorted({c.micro for c in taken}):
-                x, dy, offsets = by_sample([c for c in taken if c.micro == micro])
-                total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
-                samples += len(offsets) - 1
+            total, samples = self._sample_squares(layer, name)
             found["fisher"] = total * self._sample_factor(samples)
         return found
+
+    def _sample_squares(self, layer: Linear, name: str) -> tuple[Tensor, int]:
+        """``Σ_i ||G_i||²`` over the samples that were taken, and their number."""
+        taken, rows = self._probe(layer).taken, layer.slice_rows(name)
+        total, samples = torch.zeros((), dtype=torch.float64, device=layer.weight.device), 0
+        for micro in sorted({c.micro for c in taken}):
+            x, dy, offsets = by_sample([c for c in taken if c.micro == micro])
+            backend, _ = choose(layer.backend, x.device, x.dtype)
+            total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
+            samples += len(offsets) - 1
+        return total, samples
 
     @property
     def skipped(self) -> int:
@@ -367,33 +406,13 @@ class Tracker:
         self._skipped.copy_(state["skipped"])
         self._covariances.load_state_dict(state["covariances"])
         self.steps, self.seed = state["steps"], state["seed"]
+        self._reduction.restart()
         self.discard()
         self.importance = None if state["importance"] is None else state["importance"].to(self.device)
         if self._rows is not None:
             self._rows.seed.fill_(self.seed)
             self._rows.draw(self.steps)
+        if self._compiled is not None:
+            self._compiled.advance(self.steps)
         if self.importance is not None:
             self.close()
-
-
-class _StepWatch:
-    """Warns once when parameters were updated several times without ``tracker.step()``."""
-
-    def __init__(self, layers: dict[str, Linear]):
-        self._parameter = next((p for m in layers.values() for p in m.lora_B.parameters()), None)
-        self._version = None if self._parameter is None else self._parameter._version
-        self._missed, self._warned = 0, False
-
-    def forward(self) -> None:
-        if self._parameter is None or self._parameter._version == self._version:
-            return
-        self._version = self._parameter._version
-        self._missed += 1
-        if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
-            self._warned = True
-            logger.warning(
-                "track: %d optimiser steps without tracker.step(); their statistics run together", self._missed
-            )
-
-    def stepped(self) -> None:
-        self._missed = 0

@@ -1,7 +1,8 @@
-"""What a tracker accepts: every refusal names the argument, what was given and what is accepted."""
+"""What a tracker accepts, with refusals that name the argument, and a watch on steps that it is not told of."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import nn
 from .covariance import COVARIANCES
 from .nn.linear import Linear, adapted_layers, check_adapter
 
+logger = logging.getLogger(__name__)
+
+_STEPS_BEFORE_WARNING = 3
 SCALARS = ("grad_sq", "fisher", "grad_abs", "act_var")
 KINDS = (*SCALARS, *COVARIANCES)
 
@@ -108,3 +112,26 @@ def refuse_windows(model: nn.Module, layers: dict[str, Linear]) -> None:
         kind = type(modules[path.rpartition(".")[0]]).__name__
         if "Window" in kind:
             raise ValueError(f"statistics: 'fisher' needs samples in dimension 0; {path!r} sees windows ({kind})")
+
+
+class StepWatch:
+    """Warns once when parameters were updated several times without ``tracker.step()``."""
+
+    def __init__(self, layers: dict[str, Linear]):
+        self._parameter = next((p for m in layers.values() for p in m.lora_B.parameters()), None)
+        self._version = None if self._parameter is None else self._parameter._version
+        self._missed, self._warned = 0, False
+
+    def forward(self) -> None:
+        if self._parameter is None or self._parameter._version == self._version:
+            return
+        self._version = self._parameter._version
+        self._missed += 1
+        if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
+            self._warned = True
+            logger.warning(
+                "track: %d optimiser steps without tracker.step(); their statistics run together", self._missed
+            )
+
+    def stepped(self) -> None:
+        self._missed = 0

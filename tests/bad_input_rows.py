@@ -91,6 +91,7 @@ def state_of_other_probes(good):
 NOT_A_MODEL = ("bert", "model: expected a torch.nn.Module, got str")
 NO_ADAPTERS = (without_adapters, "model: has no adapters; call fastlora.inject first")
 MODEL = rows(NOT_A_MODEL, NO_ADAPTERS)
+GROUP = rows(("gloo", "process_group: expected 'auto', None or a process group, got 'gloo'"), (3, "process_group: exp"))
 LORA = {
     "r": rows((0, "r: expected a rank >= 1, got 0"), (2.0, "r: expected an integer"), (9, "r: at most .* = 8, got 9")),
     "lora_alpha": rows((NAN, "lora_alpha: expected a finite number"), (True, "lora_alpha: expected a finite number")),
@@ -137,6 +138,7 @@ TRACK = {
         (("grad_abs",), "'grad_abs' cannot be estimated from .* use estimator='exact'"),
         (("grad_sq", "fisher"), "'grad_sq' or 'fisher', not both"), (("act_cov",), "not estimated from probes"),
     ),
+    "process_group": GROUP,
     "seed": rows((0.5, "seed: expected an integer"), (True, "seed: expected an integer")),
     "loss_reduction": rows(("none", "loss_reduction: expected one of")),
     "every": rows((0, "every: expected 'auto' or a positive number of steps"), (1.5, "every: expected 'auto'")),
@@ -241,6 +243,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "method": rows(("best", "method: expected one of"), ("fim", "B")),
         "centred": rows((1, "centred: expected True or False"), (True, "centred: works with method='fim' only")),
         "progress": rows(("bar", "progress")),
+        "process_group": GROUP,
         "adapter": rows(("c", "adapter: expected one of"), (["b"], "adapter: expected the name")),
     },
     "composite": {

@@ -116,7 +116,7 @@ GOOD: dict[str, Callable[[Path], dict[str, Any]]] = {
     "Scores": lambda at: {"values": {"a": 1.0, "b": 2.0}, "kind": "grad_sq"},
     "Tracker": lambda at: {"model": adapted(), "estimator": "probe", "probes": 4, "ema": 0.9, "warmup": None,
                            "statistics": ("grad_sq",), "seed": 0, "loss_reduction": "mean", "every": 1,
-                           "adapter": "default"},
+                           "adapter": "default", "process_group": "auto"},
     "adapter_names": lambda at: {"model": adapted()},
     "adapters": lambda at: {"model": adapted(), "ids": torch.tensor([0, 1, -1])},
     "add_adapter": lambda at: {"model": adapted(), "name": "c", "config": config()},
