@@ -34,10 +34,10 @@ def adapter_names(model: nn.Module) -> list[str | None]:
     return list(routers_of(model)[0].slots)
 
 
-def _known(router: Router, name: Any) -> str:
+def _known(router: Router, name: Any, argument: str) -> str:
     if not isinstance(name, str) or name not in router.names:
         near = suggestion(name, router.names) if isinstance(name, str) else ""
-        raise ValueError(f"adapter: expected one of {router.names}, got {name!r}{near}")
+        raise ValueError(f"{argument}: expected one of {router.names}, got {name!r}{near}")
     return name
 
 
@@ -91,7 +91,7 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
     """
     refuse_parallel(model, "remove_adapter")
     routers = routers_of(model)
-    _known(routers[0], name)
+    _known(routers[0], name, "name")
     layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapter_specs}
     if any(router.default.adapter == name for router in routers):
         raise ValueError(f"name: {name!r} runs by default; call fastlora.set_adapter with another first")
@@ -113,7 +113,7 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """The adapter of every forward that runs outside of ``adapters``. ``ValueError`` for an unknown name."""
     routers = routers_of(model)
-    _known(routers[0], name)
+    _known(routers[0], name, "name")
     for router in routers:
         router.default = Route(True, name)
     return model
@@ -152,14 +152,16 @@ def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
     ):
         raise ValueError(f"row_seeds: expected an int64 tensor [S], got {_described(row_seeds)}")
     if isinstance(ids, str):
-        name = _known(router, ids)
+        name = _known(router, ids, "ids")
         if row_seeds is None:
             return Route(True, name)
         return Route(True, name, Batch([name], torch.zeros_like(row_seeds), row_seeds))
     if not isinstance(ids, Tensor):
         if not isinstance(ids, Sequence):
             raise ValueError(f"ids: expected an int64 tensor, names or one name, got {type(ids).__name__}")
-        ids = torch.tensor([-1 if n is None else router.slots.index(_known(router, n)) for n in ids], dtype=torch.int64)
+        ids = torch.tensor(
+            [-1 if n is None else router.slots.index(_known(router, n, "ids")) for n in ids], dtype=torch.int64
+        )
     if ids.dtype != torch.int64 or ids.dim() not in (1, 2):
         raise ValueError(f"ids: expected an int64 tensor [S], [S, T] or [M], got {_described(ids)}")
     if row_seeds is not None and row_seeds.shape != ids.shape:
@@ -203,6 +205,10 @@ def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
 
     losses [S] or [M], ids int64 of the same shape; -1 does not count. Raises ``ValueError`` for shapes that differ.
     """
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        raise ValueError(f"losses: expected a floating tensor, got {_described(losses)}")
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise ValueError(f"ids: expected an int64 tensor, got {_described(ids)}")
     if losses.shape != ids.shape:
         raise ValueError(f"losses: expected the shape of ids {tuple(ids.shape)}, got {tuple(losses.shape)}")
     own = ids.to(losses.device).reshape(-1)
@@ -220,6 +226,8 @@ def hold_absent(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     hook's handle.
     """
     routers = routers_of(model)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     for router in routers:
         router.used = []
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ROLES, LoraConfig
+from .config import ROLES, LoraConfig, check_flag
 from .factors import WHOLE, AdapterSpec, Factors, new_factors
 from .learning_checks import checked_mode, watch_learning
 from .nn.frozen import FrozenLinear
@@ -68,6 +68,7 @@ def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, ch
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     checked_mode(check)
     refuse_parallel(model, "inject")
+    check_flag(accelerate_frozen, "accelerate_frozen")
     config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
     saved = _modules_to_save(model, config)
@@ -338,10 +339,11 @@ def set_ranks(model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model: has no adapters; call fastlora.inject first")
+    check_flag(reinit, "reinit")
     names = sorted({name for layer in layers.values() for name in layer.adapter_names})
-    layers = {path: layer for path, layer in layers.items() if adapter in layer.adapter_specs}
-    if not layers:
+    if adapter not in names:
         raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
+    layers = {path: layer for path, layer in layers.items() if adapter in layer.adapter_specs}
     known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
     config = getattr(model, "fastlora_configs", {}).get(adapter)
     if not isinstance(ranks, Mapping):

@@ -16,7 +16,7 @@ from .adapter_set import add_adapter
 from .config import LoraConfig
 from .factors import WHOLE
 from .injection import fused_sizes, inject, refuse_adapted
-from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
+from .nn.linear import DEFAULT, Linear, adapted_layers, check_adapter, matrix_key
 from .parallel import like, refuse_parallel, reshard, unwrapped
 from .parameter_roles import saved_modules
 from .peft_attention import StoredNames
@@ -54,8 +54,9 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
     leaves the model as it was. Only safetensors files in local folders are read.
     """
     given, model = model, unwrapped(model)
+    check_adapter(adapter)
     reshard(model)
-    folder = read_folder(path)
+    folder = read_folder(path, _most_bytes(model))
     layers = adapted_layers(model)
     here = any(adapter in layer.adapter_names for layer in layers.values())
     if not layers:
@@ -76,6 +77,15 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
             raise ValueError(f"{folder.path}: {error}") from error
     _copy(model, plan, adapter, staged)
     return model
+
+
+def _most_bytes(model: nn.Module) -> int:
+    """No file for this model is larger: A and B of matrices in three slices at full rank, the whole model beside them.
+
+    ``R <= 3 min(n, K)`` for ``W`` [3n, K], so that A [R, K] and B [3n, R] have at most four times its entries.
+    """
+    entries = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    return 2**27 + 8 * 5 * entries
 
 
 @dataclass(frozen=True)
@@ -208,6 +218,9 @@ def _matrix(
     _refuse_shape(where, f"{PREFIX}{stored}.lora_A.weight", A, (rank, K))
     _refuse_shape(where, f"{PREFIX}{stored}.lora_B.weight", B, (N, rank))
     slices = folder.side.split.get(path, ()) if folder.side is not None else ()
+    for scale in (s, *(s * x.scale_ratio for x in slices)):
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
     if not slices:
         return _Matrix({WHOLE: N}, {WHOLE: (A, B)}, {WHOLE: s})
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)

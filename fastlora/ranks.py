@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .allocation import allocate
+from .config import check_rank
 from .injection import set_ranks, suggestion
 from .nn.linear import DEFAULT, adapted_layers
 from .overview import summary
@@ -37,6 +38,11 @@ def reallocate(
     rows = {row.key: row for row in summary(model, adapter).rows}
     if not rows or not adapted_layers(model):
         raise ValueError("model: has no adapters; call fastlora.inject first")
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"scores: expected a mapping of matrix keys to numbers, got {type(scores).__name__}")
+    check_rank(r_min, "r_min", minimum=0)
+    if r_max is not None:
+        check_rank(r_max, "r_max")
     for key in scores:
         if key not in rows:
             raise ValueError(f"scores: unknown matrix {key!r}{suggestion(str(key), list(rows))}")

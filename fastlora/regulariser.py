@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .nn.linear import Linear
+from .nn.linear import Linear, check_adapter
 from .parallel import is_sharded, like, whole
 from .penalty import checked_options, importance_weights, unchecked_weights, weighted_penalty, weighted_penalty_grad
 
@@ -67,6 +67,7 @@ class Regulariser:
             torch._foreach_add_(grads, added)
 
     def _terms(self, adapter: str) -> _Terms:
+        check_adapter(adapter)
         terms, known = _Terms([], [], [], []), False
         for position, (path, name) in enumerate(self._matrices):
             layer = self._layers[path]

@@ -16,7 +16,18 @@ from .probes import CompiledSigns, LayerProbe, ProbeRows, activation_variances, 
 from .reduction import Reduction, Shared
 from .regulariser import Regulariser
 from .scores import Scores
-from .tracking_checks import StepWatch, checked, checked_kinds, checked_layers, checked_probes, positive, refuse_windows
+from .tracking_checks import (
+    StepWatch,
+    checked,
+    checked_decay,
+    checked_kinds,
+    checked_layers,
+    checked_probes,
+    checked_state,
+    checked_steps,
+    inverse_scale,
+    refuse_windows,
+)
 
 
 def track(
@@ -73,17 +84,10 @@ class Tracker:
         self.per_sample = "fisher" in self.kinds
         self.device = next(iter(self.layers.values())).weight.device
         self.probes = checked_probes(probes, self.device)
-        if ema is not None and not 0.0 <= ema < 1.0:
-            raise ValueError(f"ema: expected a number in [0, 1) or None, got {ema!r}")
-        if warmup is not None:
-            positive("warmup", warmup, "a positive number of steps or None")
-        if every != "auto":
-            positive("every", every, "'auto' or a positive number of steps")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed: expected an integer, got {seed!r}")
+        checked_steps(warmup, every, seed)
         if self.per_sample:
             refuse_windows(model, self.layers)
-        self.ema, self.warmup, self.seed = ema, warmup, seed
+        self.ema, self.warmup, self.seed = checked_decay(ema), warmup, seed
         self.every = (1 if estimator == "exact" or self.device.type != "cpu" else None) if every == "auto" else every
         self.steps, self.micro, self.importance = 0, 0, None
         self.matrices = [(path, name) for path, layer in self.layers.items() for name in layer.slices]
@@ -167,6 +171,7 @@ class Tracker:
         With a ``GradScaler`` pass it, before ``scaler.update()``. A step with a gradient that is not finite is left out
         and counted in ``skipped``. Nothing is read back to the host.
         """
+        inverse = inverse_scale(scaler, self.device)
         self._watch.stepped()
         if self._learning is not None:
             self._learning.examine()
@@ -176,10 +181,8 @@ class Tracker:
             return self._advance()
         shared = self._reduction.run(self)
         values, seen = self._gather(shared)
-        inverse = _inverse_scale(scaler, self.device)
-        taken = (
-            {path: self._probe(layer).taken for path, layer in self.layers.items()} if self._covariances.kinds else {}
-        )
+        followed = self.layers.items() if self._covariances.kinds else ()
+        taken = {path: self._probe(layer).taken for path, layer in followed}
         finite = self._covariances.finite(taken, self.device) if shared is None else shared.finite
         for kind in self.kinds:
             if kind != "act_var":
@@ -193,6 +196,13 @@ class Tracker:
             self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
         self._skipped += ~finite
         self._advance()
+
+    def discard(self) -> None:
+        """Forget the gradients since the last ``step``: those of a step that failed or was given up."""
+        for layer in filter(self._owns, self.layers.values()):
+            self._probe(layer).advance(self.steps)
+        self.micro, self._signs = 0, None
+        self._samples.clear()
 
     def _live(self) -> bool:
         return any(self._owns(layer) for layer in self.layers.values())
@@ -215,12 +225,8 @@ class Tracker:
         mean.copy_(torch.where(keep, mean + weight * (value - mean), mean))
 
     def _advance(self) -> None:
-        for layer in self.layers.values():
-            self._probe(layer).advance(self.steps + 1)
         self.steps += 1
-        self.micro = 0
-        self._samples.clear()
-        self._signs = None
+        self.discard()
         if self._compiled is not None:
             self._compiled.advance(self.steps)
         if self._rows is not None and self._sampled():
@@ -355,7 +361,7 @@ class Tracker:
         ``normalise="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
         ``adapter``: whose factors, the tracked one's unless said otherwise.
         """
-        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
+        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, self._whose(adapter))
 
     def apply_penalty(
         self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str | None = None
@@ -366,7 +372,10 @@ class Tracker:
 
         Call it after backward (and after ``scaler.unscale_``), before clipping and the optimiser's step.
         """
-        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
+        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, self._whose(adapter))
+
+    def _whose(self, adapter: str | None) -> str:
+        return self.adapter if adapter is None else adapter
 
     def _weighing(self) -> tuple[Tensor | None, bool]:
         """The importance that weighs now, and whether it is frozen."""
@@ -390,10 +399,7 @@ class Tracker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state; ``ValueError`` names what differs, with this tracker unchanged."""
-        for name, mine in (("keys", list(self.keys)), ("probes", self.probes), ("statistics", list(self.kinds))):
-            given = list(state["values"]) if name == "statistics" else state[name]
-            if given != mine:
-                raise ValueError(f"state: {name} differ: saved {given}, tracked {mine}")
+        checked_state(state, self.state_dict())
         for kind in self.kinds:
             self._values[kind].copy_(state["values"][kind])
             self._counts[kind].copy_(state["counts"][kind])
@@ -401,8 +407,7 @@ class Tracker:
         self._covariances.load_state_dict(state["covariances"])
         self.steps, self.seed = state["steps"], state["seed"]
         self._reduction.restart()
-        for layer in filter(self._owns, self.layers.values()):
-            self._probe(layer).advance(self.steps)
+        self.discard()
         self.importance = None if state["importance"] is None else state["importance"].to(self.device)
         if self._rows is not None:
             self._rows.seed.fill_(self.seed)
@@ -411,10 +416,3 @@ class Tracker:
             self._compiled.advance(self.steps)
         if self.importance is not None:
             self.close()
-
-
-def _inverse_scale(scaler: Any, device: torch.device) -> Tensor:
-    scale = getattr(scaler, "_scale", None)
-    if scaler is None or scale is None:
-        return torch.ones((), dtype=torch.float64, device=device)
-    return scale.to(device=device, dtype=torch.float64).reciprocal()
