@@ -372,4 +372,4 @@ def _copy(model: nn.Module, plan: _Plan, adapter: str, staged: Mapping) -> None:
     for path, matrix in plan.matrices.items():
         spec = layers[path].adapter_specs[adapter]
         if not all(_same(spec.scale[name], s) for name, s in matrix.scale.items()):
-            layers[path].adapter_specs[adapter] = spec.with_scale(matrix.scale)
+            layers[path].rescale(adapter, matrix.scale)

@@ -43,8 +43,10 @@ class Router:
         self._open = threading.local()
         # Forwards that a checkpoint may repeat: by the checkpoint's own frame, or only as ways that were taken.
         self._framed: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
-        self._taken: list[Route] = []
+        self._taken: list[tuple[Route, int]] = []  # with the number of changes to adapters by then
         self._repeated = False
+        self._changes = 0
+        self._changed: dict[str, int] = {}  # number of the last change to the ranks of an adapter
         self._graphs: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
         self.compiled, self._compiled_for = False, []
         self.used: list[Batch | str] | None = None  # what contexts asked for since the last step, if somebody wants it
@@ -67,6 +69,11 @@ class Router:
     def current(self) -> Route:
         """The way of the innermost open context of this thread, or the default."""
         return getattr(self._open, "route", self.default)
+
+    def changed(self, name: str) -> None:
+        """Take note that an adapter has other factors."""
+        self._changes += 1
+        self._changed[name] = self._changes
 
     def remove(self, name: str) -> None:
         self.slots[self.slots.index(name)] = None
@@ -126,9 +133,10 @@ class Router:
         return route
 
     def enter(self, module: Any, args: Any) -> None:
-        """Forward pre-hook of the model: whether its forward builds a graph."""
+        """Forward pre-hook of the model: whether its forward builds a graph, now or when a checkpoint repeats it."""
         if not torch.compiler.is_compiling() and not in_backward():
-            self._open.grad = torch.is_grad_enabled()
+            repeated = any(isinstance(given, torch.Tensor) and given.requires_grad for given in args)
+            self._open.grad = torch.is_grad_enabled() or repeated
 
     def _remember(self, route: Route, training: bool) -> None:
         if torch.is_grad_enabled():
@@ -141,8 +149,7 @@ class Router:
                 return
         elif not training or not getattr(self._open, "grad", True):
             return  # no graph is being built, so nothing will be repeated
-        if not any(route.same(other) for other in self._taken):
-            self._taken.append(route)
+        self._taken = [taken for taken in self._taken if not taken[0].same(route)] + [(route, self._changes)]
 
     def _repeat(self) -> Route:
         hooks = saving_hooks()
@@ -155,7 +162,16 @@ class Router:
                 "activation checkpointing repeats a forward that cannot be told from others with other adapters: run "
                 "backward before the next forward with other ids, or checkpoint with use_reentrant=False"
             )
-        return self._taken[0] if self._taken else self.current()
+        if not self._taken:
+            return self.current()
+        route, changes = self._taken[0]
+        for name in (route.adapter,) if route.batch is None else route.batch.names:
+            if self._changed.get(name, 0) > changes:
+                raise RuntimeError(
+                    f"adapter {name!r} was given other factors after the forward that activation checkpointing "
+                    "repeats; change ranks and adapters between backward and the next forward"
+                )
+        return route
 
 
 def _listed(names: tuple[str, ...]) -> str:

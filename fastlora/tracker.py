@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .backends import choose
 from .covariance import COVARIANCES, Covariances
+from .multi_tensor import squared_norms
 from .nn.linear import DEFAULT, Linear, matrix_key
 from .parallel import unwrapped
 from .probes import CompiledSigns, LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
@@ -266,13 +267,11 @@ class Tracker:
 
     def _probe_values(self, shared: Shared | None) -> list[Tensor | None]:
         grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
-        norms = iter(
-            torch._foreach_norm([g for g in grads if g is not None], 2) if any(g is not None for g in grads) else ()
-        )
         factor = 1.0 / self.probes
         if self.per_sample and shared is None:
             factor = factor * self._sample_factor(self._sample_count())
-        return [None if g is None else next(norms).double().square() * factor for g in grads]
+        norms = iter(squared_norms([g for g in grads if g is not None], factor))
+        return [None if g is None else next(norms) for g in grads]
 
     def _sample_count(self) -> int | Tensor:
         seen = sum(self._samples.values())

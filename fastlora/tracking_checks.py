@@ -14,9 +14,9 @@ from .nn.linear import Linear, adapted_layers, check_adapter
 
 logger = logging.getLogger(__name__)
 
-_STEPS_BEFORE_WARNING = 3
 SCALARS = ("grad_sq", "fisher", "grad_abs", "act_var")
 KINDS = (*SCALARS, *COVARIANCES)
+_STEPS_BEFORE_WARNING = 3
 
 
 def checked(name: str, value: Any, accepted: tuple) -> Any:

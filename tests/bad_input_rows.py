@@ -330,6 +330,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
                       ({KEY: 2.0}, f"rank of {KEY}: expected an integer")),
         "adapter": rows(("c", "adapter: expected one of")),
         "reinit": rows((1, "reinit: expected True or False"), (False, "pass reinit=True")),
+        "keep": rows((1, "keep: expected True or False"), (True, "keep: expected one of keep and reinit, got both")),
     },
     "summary": {"model": MODEL, "adapter": rows(("c", r"adapter: expected one of \['b', 'default'\], got 'c'"))},
     "track": TRACK,

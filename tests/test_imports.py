@@ -21,7 +21,7 @@ KERNELS = PACKAGE / "kernels" if (PACKAGE / "kernels").is_dir() else PACKAGE.par
 LAYERS = (
     ("reference",),
     ("native", "plain", "_layout", "engines", "grouped"),
-    ("verbs", "triton_backend"),
+    ("verbs", "triton_backend", "multi_tensor"),
     ("backends", "segments"),
     ("_operator",),
     ("_ops",),

@@ -16,6 +16,7 @@ from ..factors import WHOLE, AdapterSpec, Factors, new_factors
 from ..functional import check_input, lora_grouped, lora_linear
 from ..probes import group_operands
 from ..routing import Route, Router
+from .packing import packing_of
 
 DEFAULT = "default"
 ENGINE_OF_PREPACK = {"auto": AUTO, True: PACKED, False: UNPACKED}
@@ -75,12 +76,21 @@ class Linear(nn.Linear):
         """Put an adapter's factors in place, replacing those of the same name."""
         self.lora_A[name], self.lora_B[name] = A, B
         self.adapter_specs[name] = spec
+        self.changes += 1
+        self.router.changed(name)
         with_rank = any(p is not None for p in A._parameters.values())
         self.ranked = self.ranked | {name} if with_rank else self.ranked - {name}
+
+    def rescale(self, name: str, scale: Mapping[str, float]) -> None:
+        """Other scales for an adapter's slices."""
+        self.adapter_specs[name] = self.adapter_specs[name].with_scale(scale)
+        self.changes += 1
 
     def uninstall(self, name: str) -> None:
         """Forget an adapter; a layer that has none left runs as its base alone."""
         del self.lora_A[name], self.lora_B[name], self.adapter_specs[name]
+        self.changes += 1
+        self.router.changed(name)
         self.ranked = self.ranked - {name}
 
     @property
@@ -160,8 +170,8 @@ class Linear(nn.Linear):
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # A tracker belongs to the model it was made for, not to its copies.
-        return {**self.__dict__, "probes": {}}
+        # A tracker belongs to the model it was made for, not to its copies; a packing refers to other layers.
+        return {**self.__dict__, "probes": {}, "packings": {}}
 
 
 class QKVLinear(Linear):
@@ -176,6 +186,8 @@ def attach_state(
     layer.slices = dict(slices)
     layer.adapter_specs = {}
     layer.ranked = frozenset()  # adapters with a rank above 0
+    layer.changes = 0  # to its adapters: what packings look at
+    layer.packings = {}
     layer.router = router
     layer.stream = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
@@ -226,16 +238,17 @@ def _forward_one(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
 def _forward_grouped(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
     """As ``forward_together``, every row with the adapter of its batch."""
     batch, first = route.batch, layers[0]
-    pairs = [pair for name in batch.names for layer in layers for pair in layer.pairs(name)]
+    A, B, scale, starts = _operands(layers, batch.names)
     probes = {name: [layer.probes[name] for layer in layers] for name in batch.names if name in first.probes}
     y = lora_grouped(
         x,
         [layer.weight for layer in layers],
         [layer.bias for layer in layers],
-        [a for a, _, _ in pairs],
-        [b for _, b, _ in pairs],
-        [s for _, _, s in pairs],
+        A,
+        B,
+        scale,
         batch,
+        starts=starts,
         p=first.dropout_p(route),
         stream=first.stream,
         backend=first.backend,
@@ -245,6 +258,14 @@ def _forward_grouped(layers: list[Linear], x: Tensor, route: Route) -> list[Tens
     for name, mine in probes.items():
         y = [probe.tap(x, out, batch.select(name, x)) for probe, out in zip(mine, y, strict=True)]
     return y
+
+
+def _operands(layers: list[Linear], names: tuple[str, ...]) -> tuple[list, list, list, list[int] | None]:
+    """A, B and scales by adapter and projection, and where they lie (None: not known beforehand)."""
+    if not torch.compiler.is_compiling() and all([isinstance(layer, Linear) for layer in layers]):
+        return packing_of(layers).operands(names)
+    pairs = [pair for name in names for layer in layers for pair in layer.pairs(name)]
+    return [a for a, _, _ in pairs], [b for _, b, _ in pairs], [s for _, _, s in pairs], None
 
 
 def checked_ranks(ranks: Mapping[str, int], in_features: int, slices: Mapping[str, int], key: str) -> None:
@@ -260,7 +281,22 @@ def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     """Every adapted layer of a model by its path; ``ValueError`` for what is no model."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    found: dict[str, Linear] = {}
+    _collect(model, "", set(), found)
+    return found
+
+
+def _collect(module: nn.Module, path: str, seen: set[nn.Module], found: dict[str, Linear]) -> None:
+    # The modules of an adapted layer are its factors, of which there are many with many adapters.
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, Linear):
+        found[path] = module
+        return
+    for name, child in module._modules.items():
+        if child is not None:
+            _collect(child, f"{path}.{name}" if path else name, seen, found)
 
 
 def check_adapter(adapter: object, name: str = "adapter") -> None:
