@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import weakref
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 from .segments import Batch
 
@@ -135,8 +137,7 @@ class Router:
     def enter(self, module: Any, args: Any) -> None:
         """Forward pre-hook of the model: whether its forward builds a graph, now or when a checkpoint repeats it."""
         if not torch.compiler.is_compiling() and not in_backward():
-            repeated = any(isinstance(given, torch.Tensor) and given.requires_grad for given in args)
-            self._open.grad = torch.is_grad_enabled() or repeated
+            self._open.grad = torch.is_grad_enabled() or _in_reentrant_checkpoint()
 
     def _remember(self, route: Route, training: bool) -> None:
         if torch.is_grad_enabled():
@@ -181,6 +182,16 @@ def _listed(names: tuple[str, ...]) -> str:
 def in_backward() -> bool:
     """Whether the autograd engine is running: there, a forward is a recomputation under activation checkpointing."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Whether a caller is the forward of a reentrant checkpoint, which runs without gradients and is repeated."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def saving_hooks() -> Any:

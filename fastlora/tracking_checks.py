@@ -92,7 +92,8 @@ def checked_state(state: Any, like: dict[str, Any]) -> None:
 
 def inverse_scale(scaler: Any, device: torch.device) -> torch.Tensor:
     """What a ``GradScaler`` multiplied the loss by, inverted, on the device; 1 without one."""
-    if scaler is not None and not hasattr(scaler, "_scale"):
+    switched_off = hasattr(scaler, "is_enabled") and not scaler.is_enabled()  # it has no scale then
+    if scaler is not None and not hasattr(scaler, "_scale") and not switched_off:
         raise ValueError(f"scaler: expected a GradScaler or None, got {type(scaler).__name__}")
     scale = getattr(scaler, "_scale", None)
     if scale is None:
