@@ -14,6 +14,7 @@ from .config import LoraConfig
 from .injection import _commit, _group, _modules_to_save, _plan, _targets, suggestion
 from .learning_checks import watch_learning
 from .nn.linear import Linear, adapted_layers
+from .parallel import refuse_parallel
 from .routing import Route, Router
 from .segments import Batch
 
@@ -37,10 +38,10 @@ def adapter_names(model: nn.Module) -> list[str | None]:
     return list(routers_of(model)[0].slots)
 
 
-def _known(router: Router, name: Any) -> str:
+def _known(router: Router, name: Any, argument: str) -> str:
     if not isinstance(name, str) or name not in router.names:
         near = suggestion(name, router.names) if isinstance(name, str) else ""
-        raise ValueError(f"adapter: expected one of {router.names}, got {name!r}{near}")
+        raise ValueError(f"{argument}: expected one of {router.names}, got {name!r}{near}")
     return name
 
 
@@ -51,6 +52,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     ``modules_to_save`` are shared by all adapters. Raises ``ValueError`` naming the argument; the model is then as it
     was.
     """
+    refuse_parallel(model, "add_adapter")
     routers = routers_of(model)
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"name: expected a non-empty string without dots, got {name!r}")
@@ -91,8 +93,9 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
 
     The adapter that runs by default, a merged, a tracked one and one whose graph awaits its backward stay.
     """
+    refuse_parallel(model, "remove_adapter")
     routers = routers_of(model)
-    _known(routers[0], name)
+    _known(routers[0], name, "name")
     layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapter_specs}
     if any(router.default.adapter == name for router in routers):
         raise ValueError(f"name: {name!r} runs by default; call fastlora.set_adapter with another first")
@@ -114,7 +117,7 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """The adapter of every forward that runs outside of ``adapters``. ``ValueError`` for an unknown name."""
     routers = routers_of(model)
-    _known(routers[0], name)
+    _known(routers[0], name, "name")
     for router in routers:
         router.default = Route(True, name)
     return model
@@ -148,6 +151,7 @@ def adapters(
             listed = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"{name}: is on {given.device}; accepted: the CPU, or the model's device ({listed})")
     route = _route(routers[0], ids, row_seeds)
+    routers[0].explain_recompilation(route)
     before = [(router, router.open(route)) for router in routers]
     try:
         yield model
@@ -162,7 +166,7 @@ def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
     ):
         raise ValueError(f"row_seeds: expected an int64 tensor [S], got {_described(row_seeds)}")
     if isinstance(ids, str):
-        name = _known(router, ids)
+        name = _known(router, ids, "ids")
         if row_seeds is None:
             return Route(True, name)
         return Route(True, name, Batch([name], torch.zeros_like(row_seeds), row_seeds))
@@ -171,7 +175,9 @@ def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
     if not isinstance(ids, Tensor):
         if not isinstance(ids, Sequence):
             raise ValueError(f"ids: expected an int64 tensor, names, one name or ranges, got {type(ids).__name__}")
-        ids = torch.tensor([-1 if n is None else router.slots.index(_known(router, n)) for n in ids], dtype=torch.int64)
+        ids = torch.tensor(
+            [-1 if n is None else router.slots.index(_known(router, n, "ids")) for n in ids], dtype=torch.int64
+        )
     if ids.dtype != torch.int64 or ids.dim() not in (1, 2):
         raise ValueError(f"ids: expected an int64 tensor [S], [S, T] or [M], got {_described(ids)}")
     if row_seeds is not None and row_seeds.shape != ids.shape:
@@ -184,7 +190,7 @@ def _of_ranges(router: Router, ranges: Mapping[str | None, tuple[int, int]]) -> 
     """Ids of ranges by name that cover everything from 0 once."""
     for name, given in ranges.items():
         if name is not None:
-            _known(router, name)
+            _known(router, name, "ids")
         whole = isinstance(given, Sequence) and len(given) == 2 and all(type(v) is int for v in given)
         if not whole or not 0 <= given[0] <= given[1]:
             raise ValueError(f"ids: expected a range (begin, end) with 0 <= begin <= end for {name!r}, got {given!r}")
@@ -234,6 +240,10 @@ def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
 
     losses [S] or [M], ids int64 of the same shape; -1 does not count. Raises ``ValueError`` for shapes that differ.
     """
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        raise ValueError(f"losses: expected a floating tensor, got {_described(losses)}")
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise ValueError(f"ids: expected an int64 tensor, got {_described(ids)}")
     if losses.shape != ids.shape:
         raise ValueError(f"losses: expected the shape of ids {tuple(ids.shape)}, got {tuple(losses.shape)}")
     own = ids.to(losses.device).reshape(-1)
@@ -251,6 +261,8 @@ def hold_absent(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     hook's handle.
     """
     routers = routers_of(model)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     for router in routers:
         router.used = []
 

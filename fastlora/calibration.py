@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .nn.linear import DEFAULT
+from .parallel import ranks_of, several_processes, unwrapped
 from .progress import Report, reporting
 from .restoring import restored
 from .scores import Scores, composite
@@ -42,12 +44,18 @@ class Calibration(Scores):
 class Method(NamedTuple):
     """What to collect during the passes, and the scores it makes: ``score(collector)`` is called after each batch."""
 
-    collect: Callable[[nn.Module, str], AbstractContextManager]
+    collect: Callable[[nn.Module, str, Any], AbstractContextManager]  # of model, adapter, process_group
     score: Callable[[Any], Mapping[str, float]]
 
 
-def _exact(*kinds: str) -> Callable[[nn.Module, str], AbstractContextManager[Tracker]]:
-    return lambda model, adapter: track(model, "exact", ema=None, statistics=kinds, adapter=adapter)
+def _exact(*kinds: str) -> Callable[[nn.Module, str, Any], AbstractContextManager[Tracker]]:
+    return lambda model, adapter, group: track(
+        model, "exact", ema=None, statistics=kinds, adapter=adapter, process_group=group
+    )
+
+
+def _update_variance(centred: bool) -> Callable[[nn.Module, str, Any], AbstractContextManager[UpdateVariance]]:
+    return lambda model, adapter, group: UpdateVariance(model, adapter, centred, group)
 
 
 def _composite(normalise: str) -> Callable[[Tracker], Scores]:
@@ -61,7 +69,7 @@ def _composite(normalise: str) -> Callable[[Tracker], Scores]:
 METHODS: dict[str, Method] = {
     "fc": Method(_exact("grad_sq", "grad_abs", "act_var"), _composite("zscore")),
     "fc_original": Method(_exact("grad_sq", "grad_abs", "act_var"), _composite("minmax")),
-    "fim": Method(UpdateVariance, UpdateVariance.scores),
+    "fim": Method(_update_variance(False), UpdateVariance.scores),
     "fw": Method(_exact("grad_sq"), lambda tracker: tracker.scores("grad_sq")),
 }
 
@@ -76,6 +84,7 @@ def calibrate(
     centred: bool = False,
     progress: bool | Report | None = None,
     adapter: str = DEFAULT,
+    process_group: Any = "auto",
 ) -> Calibration:
     """One score a matrix from ``steps`` backward passes; ``allocate`` makes ranks of them.
 
@@ -88,6 +97,10 @@ def calibrate(
     ``progress``: True shows a bar (tqdm), None does so in a terminal and logs otherwise, False does neither; a callable
     gets ``(done, steps, rank correlation with the estimate before)``, which ``settled`` of the result keeps.
 
+    ``process_group``: whose ranks take part, each with its own batches and all of them in this call; their batches are
+    one, and every rank gets the same scores. ``"auto"``: the ranks that train the model, or all processes that
+    ``torch.distributed`` runs; None: this one alone.
+
     Gradients, requires_grad, buffers, modes and RNG states are put back, also after an error. Raises ``ValueError``
     naming the argument: batches that run out, a loss that is not a finite scalar or has no gradient, gradients that
     are never finite, a matrix that no gradient reaches, B that is not zero under ``"fim"``.
@@ -99,9 +112,16 @@ def calibrate(
         raise ValueError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
     if not callable(loss_fn):
         raise ValueError(f"loss_fn: expected a callable (model, batch) -> loss, got {type(loss_fn).__name__}")
-    with restored(model, adapter), chosen.collect(model, adapter) as collector, reporting(progress, steps) as report:
+    inner, group = unwrapped(model), _group(model, process_group)
+    ranks = ranks_of(model, group)
+    with (
+        restored(inner, adapter),
+        chosen.collect(model, adapter, group) as collector,
+        reporting(progress, steps) as report,
+    ):
         done, estimate, settled = 0, None, []
-        for batch in itertools.islice(batches, steps):
+        items = itertools.islice(batches, steps)
+        for batch in items if ranks is None else ranks.in_step(items):
             loss = loss_fn(model, batch)
             _check_loss(loss, done)
             loss.backward()
@@ -113,7 +133,14 @@ def calibrate(
         _check_enough(done, steps, collector.skipped)
         if estimate is None:
             estimate = _final(chosen, collector, done, callable(method))
-        return Calibration(estimate, settled)
+        found = Calibration(estimate, settled)
+        # Sums are the same everywhere, but kinds of processors may round what is made of them differently.
+        return found if ranks is None else ranks.from_first(found)
+
+
+def _group(model: nn.Module, process_group: Any) -> Any:
+    alone = isinstance(process_group, str) and ranks_of(model, process_group) is None
+    return torch.distributed.group.WORLD if alone and several_processes() else process_group
 
 
 def _chosen(method: Any, centred: bool) -> Method:
@@ -129,7 +156,7 @@ def _chosen(method: Any, centred: bool) -> Method:
         return chosen
     if method != "fim":
         raise ValueError(f"centred: works with method='fim' only, got method={method!r}")
-    return chosen._replace(collect=lambda model, adapter: UpdateVariance(model, adapter, centred=True))
+    return chosen._replace(collect=_update_variance(True))
 
 
 def _as_scores(found: Any) -> Scores:

@@ -72,13 +72,26 @@ class Covariances:
                 self._rows[path] += keep.to(x.device, torch.float64) * x.shape[0]
 
     def _allocate(self, path: str, call: Contribution) -> None:
-        """Zeros where a layer has no sums yet."""
         x = call.x
-        for kind, rows in (("act_cov", x), ("grad_cov", call.dy)):
+        self.reserve(path, x.shape[-1], call.dy.shape[-1], accumulate_dtype(x.dtype), x.device)
+
+    def reserve(self, path: str, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Zeros where a layer has no sums yet."""
+        for kind, width in (("act_cov", in_features), ("grad_cov", out_features)):
             if kind in self._sums and path not in self._sums[kind]:
-                self._sums[kind][path] = x.new_zeros((rows.shape[-1],) * 2, dtype=accumulate_dtype(x.dtype))
+                self._sums[kind][path] = torch.zeros(width, width, dtype=dtype, device=device)
         if path not in self._rows:
-            self._rows[path] = torch.zeros((), dtype=torch.float64, device=x.device)
+            self._rows[path] = torch.zeros((), dtype=torch.float64, device=device)
+
+    def tensors(self) -> list[Tensor]:
+        """The sums and the numbers of rows themselves."""
+        return [*[total for sums in self._sums.values() for total in sums.values()], *self._rows.values()]
+
+    def absorb(self, other: Covariances) -> None:
+        """Take over the sums of another, of the same kinds."""
+        for mine, theirs in (*((self._sums[k], other._sums[k]) for k in self.kinds), (self._rows, other._rows)):
+            for path, total in theirs.items():
+                mine[path] = mine[path] + total if path in mine else total
 
     def read(self, kind: str) -> dict[str, Tensor]:
         """Module path -> symmetric matrix."""

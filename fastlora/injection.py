@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import ROLES, LoraConfig
+from .config import ROLES, LoraConfig, check_flag
 from .factors import WHOLE, AdapterSpec, Factors, new_factors
 from .learning_checks import checked_mode, watch_learning
 from .nn.frozen import FrozenLinear
@@ -27,6 +27,7 @@ from .nn.linear import (
     matrix_key,
 )
 from .nn.qkv import group_projections
+from .parallel import refuse_parallel
 from .roles import attention_blocks, pattern_matches, refusal, role_targets
 from .routing import Router
 from .targets import adapted_class, features, is_linear, named_targets, passed_by, take_over, torch_attentions
@@ -60,11 +61,13 @@ def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, ch
     learns: ``"raise"`` (``RuntimeError`` with the names), ``"warn"``, ``"off"``. What did not run yet is warned of.
 
     Raises ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have, a model that is
-    already adapted or wrapped by PEFT; the model is then as it was.
+    already adapted, wrapped by PEFT or DDP, or sharded; the model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     checked_mode(check)
+    refuse_parallel(model, "inject")
+    check_flag(accelerate_frozen, "accelerate_frozen")
     config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
     saved = _modules_to_save(model, config)
@@ -74,7 +77,6 @@ def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, ch
     for planned in plan:
         _commit(model, planned, config, router)
     model.register_forward_pre_hook(router.enter)
-    model.register_forward_hook(router.leave, always_call=True)
     _group(model)
     _freeze(model, config, saved)
     if accelerate_frozen:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .nn.linear import Linear, adapted_layers
+from .parallel import is_sharded, shards
 from .routing import in_backward
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ class LearningCheck:
             self.owners.setdefault(path.rpartition(".")[0] if path else "", []).append(path)
         self.kinds: dict[str, str] = {}
         self.ran: set[str] = set()
-        self.versions = {id(p): p._version for p in model.parameters() if p.requires_grad}
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.model = model
+        self.versions = {id(p): p._version for p in self._trainable()}
         self._root = model.register_forward_pre_hook(self._before_forward)
         self._hooks: dict[str, Any] = {}
         for name, paths in self.owners.items():
@@ -55,18 +56,21 @@ class LearningCheck:
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled() and not in_backward():
             self.examine()
+            for p in self._trainable() if self._root is not None else ():
+                self.versions.setdefault(id(p), p._version)  # parameters that took the place of others
 
     def examine(self) -> None:
         """Speak up if backward has run: ``RuntimeError`` with the names where an adapter was passed by."""
-        if self._root is None or not any(self._learned(p) for p in self.trainable):
+        if self._root is None or not any(self._learned(p) for p in self._trainable()):
             return
+        if not self.ran and not any(layer.called for layer in self.layers.values()):
+            return  # nothing of an eager forward was seen: to take the hooks of a compiled model would recompile it
         passed_by = [p for name in self._hooks for p in self.owners[name] if name in self.ran and not self._called(p)]
         if passed_by and self.mode == "raise":
             raise RuntimeError(self._text(passed_by))
         self.close()
         if passed_by:
             logger.warning("%s", self._text(passed_by))
-        # Nothing of an eager forward was seen: the model is compiled.
         resting = [p for p in self.layers if p not in passed_by and not self._called(p)] if self.ran else []
         if resting:
             logger.warning("adapters of modules that have not run so far: %s", _listed(resting))
@@ -78,7 +82,11 @@ class LearningCheck:
         """Take all hooks away."""
         for hook in (*self._hooks.values(), *([] if self._root is None else [self._root])):
             hook.remove()
-        self._root, self._hooks, self.trainable = None, {}, []
+        self._root, self._hooks = None, {}
+
+    def _trainable(self) -> list[nn.Parameter]:
+        # Asked anew: fully_shard puts other parameters in the place of those that were there.
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def _called(self, path: str) -> bool:
         return self.layers[path].called
@@ -88,7 +96,9 @@ class LearningCheck:
 
     def _got_gradient(self, layer: Linear) -> bool:
         live = [p for f in (layer.lora_A, layer.lora_B) for p in f.parameters() if p.requires_grad]
-        return not live or any(self._learned(p) for p in live)
+        # The gradients of a sharded model are with the shards, which a running forward has put aside.
+        aside = bool(shards(self.model)) and not any(is_sharded(p) for p in live)
+        return not live or aside or any(self._learned(p) for p in live)
 
     def _text(self, paths: list[str]) -> str:
         named = [f"{path} (in {self.kinds[path.rpartition('.')[0]]})" for path in paths]

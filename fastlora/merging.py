@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .nn.linear import DEFAULT, Linear, adapted_layers
+from .parallel import shards
 from .routing import Route
 
 
@@ -27,6 +28,8 @@ def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
     ``ValueError`` naming the layer before any weight changes, as does a layer that is merged already.
     """
     layers = _layers(model)
+    if shards(model):
+        raise ValueError("model: is sharded by fully_shard; save the adapter, and load and merge it in one process")
     names = sorted({name for layer in layers.values() for name in layer.adapter_names})
     if adapter not in names:
         raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")

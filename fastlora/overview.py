@@ -144,6 +144,8 @@ def _engine(weight: Tensor, engine: str) -> str:
 
 def explain(model: nn.Module) -> Explanation:
     """Backend and matmul engine of each layer, for inputs of its weight's dtype, and why others are passed over."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     rows, packed = [], 0
     for path, layer in model.named_modules():
         if not isinstance(layer, (Linear, FrozenLinear)):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pathlib
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from .committing import read_together, replace_together
 from .config import check_rank
 from .peft_names import PeftFields, parse_fields
 
@@ -23,6 +23,7 @@ TENSORS = "adapter_model.safetensors"
 SIDE = "fastlora.json"
 PICKLE = "adapter_model.bin"
 FORMAT_VERSION = 1
+_LARGEST_JSON = 2**26
 
 
 @dataclass(frozen=True)
@@ -61,81 +62,62 @@ class AdapterFolder:
 
 
 def write_folder(folder: pathlib.Path, config: dict, tensors: Mapping[str, Tensor], side: dict) -> None:
-    """Write the three files under temporary names, flush them to disk, then rename; the config comes last.
+    """Write the three files, all or none: a save that is killed leaves the adapter that was there, or the new one.
 
-    The old config goes before the first rename, so that a folder with files of two saves never loads.
+    Raises ``ValueError`` for a path that is no folder, ``OSError`` for what the system refuses, as on a full disk.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"path: expected a folder, and {folder} is or is below a file") from None
     data = safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
     side = {**side, "sha256": hashlib.sha256(data).hexdigest()}
-    contents = {TENSORS: data, SIDE: _json_bytes(side), CONFIG: _json_bytes(config)}
-    temporary = {name: folder / f".{name}.{uuid.uuid4().hex}.tmp" for name in contents}
     try:
-        for name, content in contents.items():
-            with open(temporary[name], "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        (folder / CONFIG).unlink(missing_ok=True)
-        _sync(folder)
-        for name in contents:
-            os.replace(temporary[name], folder / name)
-        _sync(folder)
-    finally:
-        for leftover in temporary.values():
-            leftover.unlink(missing_ok=True)
+        replace_together(folder, {TENSORS: data, SIDE: _json_bytes(side), CONFIG: _json_bytes(config)})
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"path: expected a folder, and {folder} is or is below a file") from None
 
 
 def _json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _sync(folder: pathlib.Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def read_folder(path: str | os.PathLike, limit: int | None = None) -> AdapterFolder:
+    """Read an adapter; ``FileNotFoundError`` or ``ValueError`` naming the file and what is wrong with it.
 
-
-def read_folder(path: str | os.PathLike) -> AdapterFolder:
-    """Read an adapter; ``FileNotFoundError`` or ``ValueError`` naming the file and what is wrong with it."""
+    A tensor file of more than ``limit`` bytes is refused unread. Links are followed, to regular files only: a cache of
+    downloads consists of them.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path: expected the path of a folder, got {path!r}")
     folder = pathlib.Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder (only local folders are read)")
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder with {CONFIG} and {TENSORS}, got a file")
-    if not (folder / CONFIG).is_file():
+    most = {SIDE: _LARGEST_JSON, CONFIG: _LARGEST_JSON} | ({} if limit is None else {TENSORS: limit})
+    found = read_together(folder, (TENSORS, SIDE, CONFIG), most)
+    if found[CONFIG] is None:
         raise FileNotFoundError(f"{folder / CONFIG}: no such file; is this an adapter, and was its save completed?")
-    if not (folder / TENSORS).is_file():
+    if found[TENSORS] is None:
         if (folder / PICKLE).is_file():
             raise ValueError(
                 f"{folder / PICKLE}: pickle files can run code and are not read; save it as {TENSORS} with PEFT first"
             )
         raise FileNotFoundError(f"{folder / TENSORS}: no such file")
-    fields = parse_fields(_read_json(folder / CONFIG), str(folder / CONFIG))
-    side = parse_side(_read_json(folder / SIDE), str(folder / SIDE)) if (folder / SIDE).is_file() else None
-    tensors, digest = _read_tensors(folder / TENSORS)
+    fields = parse_fields(_parsed(found[CONFIG], folder / CONFIG), str(folder / CONFIG))
+    side = None if found[SIDE] is None else parse_side(_parsed(found[SIDE], folder / SIDE), str(folder / SIDE))
+    tensors, digest = _tensors(found[TENSORS], folder / TENSORS)
     return AdapterFolder(folder, fields, tensors, side, digest)
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def _parsed(data: bytes, path: pathlib.Path) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not a number")
 
     try:
-        return json.loads(path.read_bytes().decode(), parse_constant=refuse)
+        return json.loads(data.decode(), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
-def _read_tensors(path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
-    data = path.read_bytes()
+def _tensors(data: bytes, path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # the reader raises types of several libraries for a damaged header

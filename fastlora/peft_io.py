@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import LoraConfig
+from .config import LoraConfig, check_flag
 from .factors import WHOLE
 from .nn.conv1d import Conv1D
 from .nn.linear import DEFAULT, Linear, adapted_layers
+from .parallel import once, ranks_of, reshard, shards, unwrapped, whole
 from .parameter_roles import saved_modules
 from .peft_attention import StoredNames
 from .peft_files import FORMAT_VERSION, Slice, write_folder
@@ -32,7 +33,6 @@ from .peft_names import (
     patterns,
     refuse_shared,
     saved_tensors,
-    unwrapped,
 )
 from .targets import named_targets
 
@@ -55,10 +55,17 @@ def save(
     ``nn.MultiheadAttention`` has one rank and one ``s`` for both projections there: zeros fill the smaller one.
     ``modules_to_save`` and the biases of ``bias=`` go along; ``importance`` (scores by matrix) goes into the side file.
 
-    The files appear complete or not at all. Raises ``ValueError``, before anything is written, for a model without this
-    adapter and for trained parameters that the files have no place for, by name.
+    The first rank alone writes under data-parallel training; of a sharded model (``fully_shard``) every rank must call
+    this, and waits for the files. They appear complete or not at all, also when the process is killed. Raises
+    ``ValueError``, before anything is written, for a model without this adapter and for trained parameters that the
+    files have no place for, by name; ``OSError`` where they cannot be written, with the old ones still there.
     """
-    model = unwrapped(model)
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path: expected the path of a folder, got {path!r}")
+    check_flag(fold_scale, "fold_scale")
+    ranks, model = ranks_of(model), unwrapped(model)
+    sharded = bool(shards(model))
+    reshard(model)
     layers = _saveable(model, adapter)
     config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
     names = StoredNames(model)
@@ -83,7 +90,8 @@ def save(
         "modules_to_save": saved,
         **({} if importance is None else {"importance": _plain(importance)}),
     }
-    write_folder(pathlib.Path(path), fields, {k: _detached(k, t) for k, t in tensors.items()}, side)
+    whole_tensors = {k: _detached(k, t) for k, t in tensors.items()}
+    once(ranks, sharded, lambda: write_folder(pathlib.Path(path), fields, whole_tensors, side))
 
 
 @dataclass(frozen=True)
@@ -182,13 +190,13 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
     live = [name for name in layer.slices if ranks[name]]
     ratios = {name: scales[name] / s if s and not fold else 1.0 for name in layer.slices}
     own = sum(ranks.values())
-    stacked = torch.cat([A[name].detach() for name in live])
+    stacked = torch.cat([whole(A[name].detach()) for name in live])
     stacked = F.pad(stacked, (0, 0, 0, rank - own))
     block = stacked.new_zeros(sum(layer.slices.values()), rank, dtype=B[live[0]].dtype)
     column = 0
     for name in live:
         factor = scales[name] if fold else ratios[name]
-        b = B[name].detach()
+        b = whole(B[name].detach())
         # Products of low-precision factors are rounded once.
         b = b if factor == 1 else (b.double() * factor).to(b.dtype)
         block[layer.slice_rows(name), column : column + ranks[name]] = b
@@ -201,6 +209,8 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
 def _alpha(s: float, rank: int) -> float:
     """``s * rank``, as the integer that PEFT's type asks for where that is exact."""
     alpha = s * rank
+    if not math.isfinite(alpha):
+        raise ValueError(f"model: a scale of {s} at rank {rank} makes a lora_alpha that no file can hold")
     return round(alpha) if round(alpha) / rank == s else alpha
 
 
@@ -228,7 +238,7 @@ def _plain(importance: Mapping[str, float]) -> dict[str, float]:
 def _detached(key: str, tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         raise ValueError(f"model: {key!r} is on the meta device and has no values")
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return whole(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def _refuse_untold(model: nn.Module, saved: list[str], biases: Mapping[str, Tensor]) -> None:

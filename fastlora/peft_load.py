@@ -16,7 +16,8 @@ from .adapter_set import add_adapter
 from .config import LoraConfig
 from .factors import WHOLE
 from .injection import fused_sizes, inject, refuse_adapted
-from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
+from .nn.linear import DEFAULT, Linear, adapted_layers, check_adapter, matrix_key
+from .parallel import like, refuse_parallel, reshard, unwrapped
 from .parameter_roles import saved_modules
 from .peft_attention import StoredNames
 from .peft_files import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
@@ -31,7 +32,6 @@ from .peft_names import (
     refuse_shared,
     saved_by,
     saved_tensors,
-    unwrapped,
 )
 from .targets import features, is_linear, named_targets
 
@@ -48,11 +48,15 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
     takes tensors and scales from the file. A fused q/k/v of a foreign file is one matrix; ours say in ``fastlora.json``
     what was split.
 
+    Under ``fully_shard`` every rank reads the files and keeps its part; adapters must have been injected before.
+
     All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
     leaves the model as it was. Only safetensors files in local folders are read.
     """
-    model = unwrapped(model)
-    folder = read_folder(path)
+    given, model = model, unwrapped(model)
+    check_adapter(adapter)
+    reshard(model)
+    folder = read_folder(path, _most_bytes(model))
     layers = adapted_layers(model)
     here = any(adapter in layer.adapter_names for layer in layers.values())
     if not layers:
@@ -66,12 +70,22 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
     dtypes = {n: p.dtype for n, p in _factors(model, plan, adapter).items()} if here else {}
     staged = _staged(folder, plan, dtypes)
     if config is not None:
+        refuse_parallel(given, "load")
         try:
             add_adapter(model, adapter, config) if layers else inject(model, config)
         except ValueError as error:
             raise ValueError(f"{folder.path}: {error}") from error
     _copy(model, plan, adapter, staged)
     return model
+
+
+def _most_bytes(model: nn.Module) -> int:
+    """No file for this model is larger: A and B of matrices in three slices at full rank, the whole model beside them.
+
+    ``R <= 3 min(n, K)`` for ``W`` [3n, K], so that A [R, K] and B [3n, R] have at most four times its entries.
+    """
+    entries = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    return 2**27 + 8 * 5 * entries
 
 
 @dataclass(frozen=True)
@@ -204,6 +218,9 @@ def _matrix(
     _refuse_shape(where, f"{PREFIX}{stored}.lora_A.weight", A, (rank, K))
     _refuse_shape(where, f"{PREFIX}{stored}.lora_B.weight", B, (N, rank))
     slices = folder.side.split.get(path, ()) if folder.side is not None else ()
+    for scale in (s, *(s * x.scale_ratio for x in slices)):
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
     if not slices:
         return _Matrix({WHOLE: N}, {WHOLE: (A, B)}, {WHOLE: s})
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
@@ -348,9 +365,9 @@ def _converted(value: Tensor, dtype: torch.dtype, label: str, lossy: list[str]) 
 @torch.no_grad()
 def _copy(model: nn.Module, plan: _Plan, adapter: str, staged: Mapping) -> None:
     for key, parameter in _factors(model, plan, adapter).items():
-        parameter.copy_(staged[key])
+        parameter.copy_(like(staged[key], parameter))
     for key, target in plan.others.items():
-        target.copy_(staged[key])
+        target.copy_(like(staged[key], target))
     layers = adapted_layers(model)
     for path, matrix in plan.matrices.items():
         spec = layers[path].adapter_specs[adapter]

@@ -287,14 +287,6 @@ def is_copy_of_saved(key: str, saved: Iterable[str]) -> bool:
     return key.endswith(".bias") and key.startswith(tuple(copies))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model under ``torch.compile`` and DDP, whose wrappers lengthen every name."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
 def refuse_shared(model: nn.Module, saved: Iterable[str], where: str) -> None:
     """PEFT copies a module to save: a parameter that others share would be one thing here and two there."""
     inside = {id(t) for t in saved_tensors(model, saved).values() if isinstance(t, nn.Parameter)}

@@ -38,7 +38,8 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, grad = ctx.saved_tensors[0].detach(), dy.detach()
-        ctx.sink.append(Contribution(ctx.micro, _selected(x, ctx.select), _selected(grad, ctx.select)))
+        if ctx.select is None or len(ctx.select[0]):  # an adapter that is absent from a batch contributes nothing
+            ctx.sink.append(Contribution(ctx.micro, _selected(x, ctx.select), _selected(grad, ctx.select)))
         return dy, None, None, None, None
 
 
@@ -100,6 +101,34 @@ def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int)
         return out[: samples * probes].view(samples, probes)
     words = (torch.tensor(v, device=seed.device) for v in (step, micro, _SIGN_TAG))
     return signs(seed, *words, samples * probes).view(samples, probes)
+
+
+class CompiledSigns:
+    """The signs of :func:`sample_signs` inside compiled code: the step and the micro-batch are tensors there."""
+
+    def __init__(self, seed: Tensor, probes: int):
+        self.seed, self.probes, self.used = seed, probes, False
+        self._step, self._micro, self.samples = (torch.zeros_like(seed) for _ in range(3))
+        self._signs: Tensor | None = None
+
+    def forward(self, rank: int, size: int) -> None:
+        """One more micro-batch begins; those of all ranks are numbered through."""
+        self._signs, self.used = None, True
+        self._micro.add_(torch.where(self._micro == 0, rank + 1, size))
+
+    def take(self, samples: int, own: int | None) -> Tensor:
+        """[S, k], the same for every layer of a forward."""
+        if self._signs is None:
+            tag = torch.full_like(self.seed, _SIGN_TAG)
+            drawn = signs(self.seed, self._step, self._micro, tag, samples * self.probes)
+            self._signs = drawn.view(samples, self.probes)
+            self.samples.add_(samples if own is None else own)
+        return self._signs
+
+    def advance(self, step: int) -> None:
+        self._step.fill_(step)
+        self._micro.zero_()
+        self.samples.zero_()
 
 
 # Seconds of a statistic's fixed cost per group and step, its share of ``tracker.step()`` included, and of one operation
@@ -187,7 +216,12 @@ def group_operands(
 ) -> dict[str, Any]:
     """Extra operands of the grouped operator: lists over the batch's adapters, empty where one is not tracked."""
     found = {}
+    # Data-parallel ranks name all adapters, so that they agree on gradients; one that is absent has no statistics.
+    on_host = batch.ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    here = batch.present() if on_host else batch.names
     for name, mine in probes.items():
+        if name not in here:
+            continue
         samples = batch.samples(name) if mine[0].owner.per_sample else None
         found[name] = mine[0].operands(mine, x, samples)
     Z, P, sign, V = [], [], [], []

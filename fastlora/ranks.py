@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import allocate
-from .config import LoraConfig
+from .config import LoraConfig, check_flag, check_rank
 from .factors import new_factors
 from .injection import suggestion
 from .learning_checks import watch_learning
 from .multi_tensor import copy_overlap_
 from .nn.linear import DEFAULT, Linear, adapted_layers, checked_ranks, matrix_key
 from .overview import summary
+from .parallel import refuse_parallel
 
 
 def set_ranks(
@@ -29,15 +30,17 @@ def set_ranks(
     and columns of B stay, all matrices copied in one launch, and further columns of B are zero, so that a matrix which
     grows computes what it did. Raises ``ValueError`` with the model unchanged.
     """
-    if keep and reinit:
-        raise ValueError("keep: expected one of keep and reinit, got both")
+    refuse_parallel(model, "set_ranks")
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("model: has no adapters; call fastlora.inject first")
+    check_flag(reinit, "reinit")
+    if check_flag(keep, "keep") and reinit:
+        raise ValueError("keep: expected one of keep and reinit, got both")
     names = sorted({name for layer in layers.values() for name in layer.adapter_names})
-    layers = {path: layer for path, layer in layers.items() if adapter in layer.adapter_specs}
-    if not layers:
+    if adapter not in names:
         raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
+    layers = {path: layer for path, layer in layers.items() if adapter in layer.adapter_specs}
     known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
     config = getattr(model, "fastlora_configs", {}).get(adapter)
     if not isinstance(ranks, Mapping):
@@ -139,6 +142,11 @@ def reallocate(
     rows = {row.key: row for row in summary(model, adapter).rows}
     if not rows or not adapted_layers(model):
         raise ValueError("model: has no adapters; call fastlora.inject first")
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"scores: expected a mapping of matrix keys to numbers, got {type(scores).__name__}")
+    check_rank(r_min, "r_min", minimum=0)
+    if r_max is not None:
+        check_rank(r_max, "r_max")
     for key in scores:
         if key not in rows:
             raise ValueError(f"scores: unknown matrix {key!r}{suggestion(str(key), list(rows))}")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import multi_tensor
-from .nn.linear import Linear
+from .nn.linear import Linear, check_adapter
+from .parallel import is_sharded, like, whole
 from .penalty import checked_options, importance_weights, unchecked_weights, weighted_penalty, weighted_penalty_grad
 
 
@@ -50,7 +51,7 @@ class Regulariser:
         weights = self._weights(importance, frozen, normalise, terms.positions)
         if terms.formula_because(form) is None:
             return multi_tensor.penalty(terms.As, terms.Bs, terms.scales, weights, lmbda)
-        return weighted_penalty(terms.As, terms.Bs, terms.scales, weights, lmbda, form)
+        return weighted_penalty(*map(_whole, (terms.As, terms.Bs)), terms.scales, weights, lmbda, form)
 
     @torch.no_grad()
     def add_gradient(
@@ -74,6 +75,7 @@ class Regulariser:
         return ("native", "") if why is None else ("formula", why)
 
     def _terms(self, adapter: str) -> _Terms:
+        check_adapter(adapter)
         terms, known = _Terms([], [], [], [], set()), False
         for position, (path, name) in enumerate(self._matrices):
             layer = self._layers[path]
@@ -102,7 +104,15 @@ class Regulariser:
         else:
             weights = importance_weights(importance, normalise)
             self._kept = (importance, normalise, weights)
-        return weights if len(positions) == len(weights) else torch.stack([weights[at] for at in positions])
+        if len(positions) == len(weights):
+            return weights
+        rows = weights.unbind()
+        return torch.stack([rows[position] for position in positions])
+
+
+def _whole(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Every rank works out the penalty of whole factors, with the gradient back to its shard."""
+    return [whole(factor) for factor in factors]
 
 
 def _add_in_one_launch(terms: _Terms, weights: Tensor, lmbda: float) -> None:
@@ -121,14 +131,16 @@ def _add_in_one_launch(terms: _Terms, weights: Tensor, lmbda: float) -> None:
 
 def _add_by_formula(terms: _Terms, weights: Tensor, lmbda: float, form: str) -> None:
     """The batched products of ``weighted_penalty_grad``, added to the gradients."""
-    dAs, dBs = weighted_penalty_grad(terms.As, terms.Bs, terms.scales, weights, lmbda, form)
+    dAs, dBs = weighted_penalty_grad(*map(_whole, (terms.As, terms.Bs)), terms.scales, weights, lmbda, form)
     grads, added = [], []
     for parameter, gradient in zip(terms.As + terms.Bs, dAs + dBs, strict=True):
         if not parameter.requires_grad:
             continue
         if parameter.grad is None:
             # A view of a batch would keep the whole batch alive.
-            parameter.grad = gradient.clone()
+            parameter.grad = like(gradient.clone(), parameter)
+        elif is_sharded(parameter):
+            parameter.grad += like(gradient, parameter)
         else:
             grads.append(parameter.grad)
             added.append(gradient)

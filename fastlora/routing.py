@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 import weakref
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 from .segments import Batch
+
+logger = logging.getLogger(__name__)
+
+_EXPLAINED = 8  # sets of adapters; torch gives up compiling at about as many
 
 
 class Route:
@@ -39,12 +46,11 @@ class Router:
         # Forwards that a checkpoint may repeat: by the checkpoint's own frame, or only as ways that were taken.
         self._framed: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
         self._taken: list[tuple[Route, int]] = []  # with the number of changes to adapters by then
-        # As well, of forwards of the whole model without a graph: evaluation, or one checkpoint around all of it.
-        self._ungraphed: list[tuple[Route, int]] = []
         self._repeated = False
         self._changes = 0
         self._changed: dict[str, int] = {}  # number of the last change to the ranks of an adapter
         self._graphs: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
+        self.compiled, self._compiled_for = False, []
         self.used: list[Batch | str] | None = None  # what contexts asked for since the last step, if somebody wants it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,6 +92,20 @@ class Router:
             self._open.route = route
         return before
 
+    def explain_recompilation(self, route: Route) -> None:
+        """Say why a compiled model is compiled again: which adapters run is part of its code; their ids are not."""
+        kind = (route.batch is None, (route.adapter,) if route.batch is None else route.batch.names)
+        if not self.compiled:
+            self._compiled_for = [kind]
+        elif kind not in self._compiled_for and len(self._compiled_for) < _EXPLAINED:
+            logger.warning(
+                "the compiled model is compiled again for the adapters of this batch, %s: which ones run is part of "
+                "the code, and so far these did: %s. A tensor of ids may change as long as the same adapters occur",
+                _listed(kind[1]),
+                "; ".join(_listed(names) for _, names in self._compiled_for),
+            )
+            self._compiled_for.append(kind)
+
     def built(self, node: Any, route: Route) -> None:
         """Remember a node of a graph that runs through the adapters of ``route``."""
         self._graphs[node] = route
@@ -104,24 +124,20 @@ class Router:
         Raises ``RuntimeError`` in a recomputation whose forward cannot be told from others that went other ways.
         """
         if torch.compiler.is_compiling():
+            self.compiled = True
             return self.current()
         if in_backward():
             return self._repeat()
         route = self.current()
         if self._repeated:
-            self._taken, self._ungraphed, self._repeated = [], [], False
+            self._taken, self._repeated = [], False
         self._remember(route, training)
         return route
 
     def enter(self, module: Any, args: Any) -> None:
-        """Forward pre-hook of the model: whether its forward builds a graph."""
+        """Forward pre-hook of the model: whether its forward builds a graph, now or when a checkpoint repeats it."""
         if not torch.compiler.is_compiling() and not in_backward():
-            self._open.grad = torch.is_grad_enabled()
-
-    def leave(self, module: Any, args: Any, output: Any) -> None:
-        """Forward hook of the model: calls of its parts alone are not a forward of it."""
-        if not torch.compiler.is_compiling() and not in_backward():
-            self._open.__dict__.pop("grad", None)
+            self._open.grad = torch.is_grad_enabled() or _in_reentrant_checkpoint()
 
     def _remember(self, route: Route, training: bool) -> None:
         if torch.is_grad_enabled():
@@ -132,13 +148,9 @@ class Router:
             if frame is not None:
                 self._framed[frame] = route
                 return
-        elif not training:
-            return
-        elif not getattr(self._open, "grad", True):
-            # Two that differ say already that a repetition cannot be told.
-            self._ungraphed = _with(self._ungraphed, route, self._changes)[-2:]
-            return
-        self._taken = _with(self._taken, route, self._changes)
+        elif not training or not getattr(self._open, "grad", True):
+            return  # no graph is being built, so nothing will be repeated
+        self._taken = [taken for taken in self._taken if not taken[0].same(route)] + [(route, self._changes)]
 
     def _repeat(self) -> Route:
         hooks = saving_hooks()
@@ -146,15 +158,14 @@ class Router:
         if frame is not None and frame in self._framed:
             return self._framed[frame]
         self._repeated = True
-        candidates = self._taken or self._ungraphed
-        if len(candidates) > 1:
+        if len(self._taken) > 1:
             raise RuntimeError(
                 "activation checkpointing repeats a forward that cannot be told from others with other adapters: run "
                 "backward before the next forward with other ids, or checkpoint with use_reentrant=False"
             )
-        if not candidates:
+        if not self._taken:
             return self.current()
-        route, changes = candidates[0]
+        route, changes = self._taken[0]
         for name in (route.adapter,) if route.batch is None else route.batch.names:
             if self._changed.get(name, 0) > changes:
                 raise RuntimeError(
@@ -164,13 +175,23 @@ class Router:
         return route
 
 
-def _with(taken: list[tuple[Route, int]], route: Route, changes: int) -> list[tuple[Route, int]]:
-    return [other for other in taken if not other[0].same(route)] + [(route, changes)]
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"
 
 
 def in_backward() -> bool:
     """Whether the autograd engine is running: there, a forward is a recomputation under activation checkpointing."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Whether a caller is the forward of a reentrant checkpoint, which runs without gradients and is repeated."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def saving_hooks() -> Any:

@@ -29,6 +29,7 @@ class Batch:
     def __init__(self, names: Sequence[str], ids: Tensor, row_seeds: Tensor | None = None):
         self.names, self.ids, self.row_seeds = tuple(names), ids, row_seeds
         self._rows: dict[tuple[int, torch.device], Rows] = {}
+        self._present: list[str] | None = None
 
     def _times(self, x: Tensor) -> int:
         """Rows of a layer's input for each id."""
@@ -69,8 +70,10 @@ class Batch:
 
     def present(self) -> list[str]:
         """The adapters that have an id (reads them back from a device)."""
-        found = torch.bincount(self.ids.reshape(-1) + 1, minlength=len(self.names) + 1)[1:].tolist()
-        return [name for name, count in zip(self.names, found, strict=True) if count]
+        if self._present is None:
+            found = torch.bincount(self.ids.reshape(-1) + 1, minlength=len(self.names) + 1)[1:].tolist()
+            self._present = [name for name, count in zip(self.names, found, strict=True) if count]
+        return self._present
 
     def samples(self, name: str) -> int:
         """How many ids are an adapter's (reads them back from a device)."""

@@ -12,16 +12,21 @@ from .backends import choose
 from .covariance import COVARIANCES, Covariances
 from .multi_tensor import squared_norms
 from .nn.linear import DEFAULT, Linear, matrix_key
-from .probes import LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
+from .parallel import unwrapped
+from .probes import CompiledSigns, LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
+from .reduction import Reduction, Shared
 from .regulariser import Regulariser
 from .scores import Scores
 from .tracking_checks import (
     StepWatch,
     checked,
+    checked_decay,
     checked_kinds,
     checked_layers,
     checked_probes,
-    positive,
+    checked_state,
+    checked_steps,
+    inverse_scale,
     refuse_windows,
 )
 
@@ -37,6 +42,7 @@ def track(
     loss_reduction: str = "mean",
     every: int | str = "auto",
     adapter: str = DEFAULT,
+    process_group: Any = "auto",
 ) -> Tracker:
     r"""Follow statistics of the weights that adapters leave frozen; use with ``with`` or call ``close``.
 
@@ -53,15 +59,23 @@ def track(
       step (``explain`` shows n). Averages are over the sampled steps, so estimates stay unbiased.
     - ``exact`` keeps x and dy of every layer until ``step``; several backward passes count as one gradient.
 
+    - ``process_group``: whose ranks' gradients are one. ``"auto"``: DDP's or ``fully_shard``'s, else nobody's; every
+      rank calls ``step``. Under ``exact`` that takes an all-reduce of G_W [N, K] for each layer, not one for all.
+
     Padding tokens count in ``act_var``. Raises ``ValueError`` naming the argument.
     """
-    return Tracker(model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter)
+    return Tracker(
+        model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group
+    )
 
 
 class Tracker:
     """See :func:`track`."""
 
-    def __init__(self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter):
+    def __init__(
+        self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group
+    ):
+        self._reduction, model = Reduction(model, process_group), unwrapped(model)
         self.layers, self.adapter = checked_layers(model, adapter), adapter
         self.estimator = checked("estimator", estimator, ("probe", "exact"))
         self.loss_reduction = checked("loss_reduction", loss_reduction, ("mean", "sum"))
@@ -71,17 +85,10 @@ class Tracker:
         self.per_sample = "fisher" in self.kinds
         self.device = next(iter(self.layers.values())).weight.device
         self.probes = checked_probes(probes, self.device)
-        if ema is not None and not 0.0 <= ema < 1.0:
-            raise ValueError(f"ema: expected a number in [0, 1) or None, got {ema!r}")
-        if warmup is not None:
-            positive("warmup", warmup, "a positive number of steps or None")
-        if every != "auto":
-            positive("every", every, "'auto' or a positive number of steps")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed: expected an integer, got {seed!r}")
+        checked_steps(warmup, every, seed)
         if self.per_sample:
             refuse_windows(model, self.layers)
-        self.ema, self.warmup, self.seed = ema, warmup, seed
+        self.ema, self.warmup, self.seed = checked_decay(ema), warmup, seed
         self.every = (1 if estimator == "exact" or self.device.type != "cpu" else None) if every == "auto" else every
         self.steps, self.micro, self.importance = 0, 0, None
         self.matrices = [(path, name) for path, layer in self.layers.items() for name in layer.slices]
@@ -106,20 +113,26 @@ class Tracker:
             layer.probes[self.adapter] = LayerProbe(layer, kinds, self.estimator, self)
             groups.setdefault(id(layer.group or layer), []).append(layer)
         members = list(groups.values())
-        self._rows = None
+        self._rows, self._compiled = None, None
         if self.estimator == "probe" and kinds - {"act_var"}:
             self._rows = ProbeRows([m[0].in_features for m in members], self.probes, self.seed, self.device)
             for rows, layers in zip(self._rows.rows, members, strict=True):
                 for layer in layers:
                     self._probe(layer).P = rows.to(layer.weight.device)
             self._rows.draw(0)
+            self._compiled = CompiledSigns(self._rows.seed, self.probes) if self.per_sample else None
+        self._reduction.attach(self)
         self._hook = model.register_forward_pre_hook(self._on_forward)
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            # Python numbers that change would be compiled in: what counts here are tensors.
+            if self._compiled is not None and torch.is_grad_enabled():
+                self._compiled.forward(*self._reduction.place())
+        elif torch.is_grad_enabled():
             self.micro += 1
-            if not torch.compiler.is_compiling():
-                self._watch.forward()
+            self._reduction.search(self, module)
+            self._watch.forward()
 
     def __enter__(self) -> Tracker:
         return self
@@ -140,12 +153,15 @@ class Tracker:
         ``own`` of them are the tracked adapter's, all without it.
         """
         samples = x.shape[0] if x.dim() > 1 else 1
+        if torch.compiler.is_compiling():
+            return self._compiled.take(samples, own)
         key = (self.steps, self.micro, samples)
         if self._signs is None or self._signs[0] != key:
             if self.micro in self._samples:
                 seen = self._signs[0][2]
                 raise RuntimeError(f"fisher: calls of one forward saw {seen} and {samples} samples in dimension 0")
-            self._signs = (key, sample_signs(self._rows.seed, self.steps, self.micro, samples, self.probes))
+            micro = self._reduction.micro(self.micro)
+            self._signs = (key, sample_signs(self._rows.seed, self.steps, micro, samples, self.probes))
             self._samples[self.micro] = samples if own is None else own
         return self._signs[1]
 
@@ -156,6 +172,7 @@ class Tracker:
         With a ``GradScaler`` pass it, before ``scaler.update()``. A step with a gradient that is not finite is left out
         and counted in ``skipped``. Nothing is read back to the host.
         """
+        inverse = inverse_scale(scaler, self.device)
         self._watch.stepped()
         if self._learning is not None:
             self._learning.examine()
@@ -163,21 +180,30 @@ class Tracker:
             return
         if not self._sampled():
             return self._advance()
-        values, seen = self._gather()
-        inverse = _inverse_scale(scaler, self.device)
-        taken = (
-            {path: self._probe(layer).taken for path, layer in self.layers.items()} if self._covariances.kinds else {}
-        )
-        finite = self._covariances.finite(taken, self.device)
+        shared = self._reduction.run(self)
+        values, seen = self._gather(shared)
+        followed = self.layers.items() if self._covariances.kinds else ()
+        taken = {path: self._probe(layer).taken for path, layer in followed}
+        finite = self._covariances.finite(taken, self.device) if shared is None else shared.finite
         for kind in self.kinds:
             if kind != "act_var":
                 values[kind] = values[kind] * (inverse if kind == "grad_abs" else inverse * inverse)
             finite &= torch.where(seen[kind], values[kind].isfinite(), True).all()
         for kind in self.kinds:
             self._fold(kind, values[kind], seen[kind] & finite)
-        self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
+        if shared is not None:
+            self._reduction.add_covariances(self, taken, finite, inverse)
+        else:
+            self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
         self._skipped += ~finite
         self._advance()
+
+    def discard(self) -> None:
+        """Forget the gradients since the last ``step``: those of a step that failed or was given up."""
+        for layer in filter(self._owns, self.layers.values()):
+            self._probe(layer).advance(self.steps)
+        self.micro, self._signs = 0, None
+        self._samples.clear()
 
     def _live(self) -> bool:
         return any(self._owns(layer) for layer in self.layers.values())
@@ -200,19 +226,17 @@ class Tracker:
         mean.copy_(torch.where(keep, mean + weight * (value - mean), mean))
 
     def _advance(self) -> None:
-        for layer in self.layers.values():
-            self._probe(layer).advance(self.steps + 1)
         self.steps += 1
-        self.micro = 0
-        self._samples.clear()
-        self._signs = None
+        self.discard()
+        if self._compiled is not None:
+            self._compiled.advance(self.steps)
         if self._rows is not None and self._sampled():
             self._rows.draw(self.steps)
         if self.warmup is not None and self.steps == self.warmup:
             self.importance = self._corrected("fisher" if self.per_sample else "grad_sq")
             self.close()
 
-    def _gather(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _gather(self, shared: Shared | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """This step's value of every statistic and matrix, and whether there is one."""
         columns: dict[str, list[Tensor | None]] = {}
         if "act_var" in self.kinds:
@@ -223,31 +247,41 @@ class Tracker:
             columns["act_var"] = [v for path in self.layers for v in variances[path]]
         weight_kinds = [kind for kind in self.kinds if kind != "act_var"]
         if weight_kinds and self.estimator == "probe":
-            columns[weight_kinds[0]] = self._probe_values()
+            columns[weight_kinds[0]] = self._probe_values(shared)
         elif weight_kinds:
-            exact = [self._exact_values(self.layers[path], name, weight_kinds) for path, name in self.matrices]
+            exact = shared and shared.exact
+            if exact is None:
+                exact = [self._exact_values(self.layers[path], name, weight_kinds) for path, name in self.matrices]
             columns |= {kind: [values.get(kind) for values in exact] for kind in weight_kinds}
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         stacked = {
             kind: torch.stack([zero if v is None else v.to(self.device, torch.float64) for v in column])
             for kind, column in columns.items()
         }
+        if shared is not None:
+            return shared.finish(self, stacked), dict(shared.present)
         return stacked, {kind: self._seen([v is not None for v in column]) for kind, column in columns.items()}
 
     def _seen(self, flags: list[bool]) -> Tensor:
         return self._everything if all(flags) else torch.tensor(flags, device=self.device)
 
-    def _probe_values(self) -> list[Tensor | None]:
+    def _probe_values(self, shared: Shared | None) -> list[Tensor | None]:
         grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
         factor = 1.0 / self.probes
-        if self.per_sample:
-            factor *= self._sample_factor(sum(self._samples.values()))
+        if self.per_sample and shared is None:
+            factor = factor * self._sample_factor(self._sample_count())
         norms = iter(squared_norms([g for g in grads if g is not None], factor))
         return [None if g is None else next(norms) for g in grads]
 
-    def _sample_factor(self, samples: int) -> float:
+    def _sample_count(self) -> int | Tensor:
+        seen = sum(self._samples.values())
+        compiled = self._compiled is not None and self._compiled.used
+        return seen + self._compiled.samples if compiled else seen
+
+    def _sample_factor(self, samples: int | Tensor) -> float | Tensor:
         # Backpropagated gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
-        return float(samples) if self.loss_reduction == "mean" else 1.0 / max(samples, 1)
+        samples = samples.double() if isinstance(samples, Tensor) else float(samples)
+        return samples if self.loss_reduction == "mean" else 1.0 / max(samples, 1.0)
 
     def _exact_values(self, layer: Linear, name: str, kinds: Sequence[str]) -> dict[str, Tensor]:
         taken = self._probe(layer).taken
@@ -260,13 +294,20 @@ class Tracker:
             both = backend.gradstat(x, dy[:, rows], offsets, absolute="grad_abs" in kinds)
             found["grad_sq"], found["grad_abs"] = both[0]
         if "fisher" in kinds:
-            total, samples = torch.zeros((), dtype=torch.float64, device=layer.weight.device), 0
-            for micro in sorted({c.micro for c in taken}):
-                x, dy, offsets = by_sample([c for c in taken if c.micro == micro])
-                total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
-                samples += len(offsets) - 1
+            total, samples = self._sample_squares(layer, name)
             found["fisher"] = total * self._sample_factor(samples)
         return found
+
+    def _sample_squares(self, layer: Linear, name: str) -> tuple[Tensor, int]:
+        """``Σ_i ||G_i||²`` over the samples that were taken, and their number."""
+        taken, rows = self._probe(layer).taken, layer.slice_rows(name)
+        total, samples = torch.zeros((), dtype=torch.float64, device=layer.weight.device), 0
+        for micro in sorted({c.micro for c in taken}):
+            x, dy, offsets = by_sample([c for c in taken if c.micro == micro])
+            backend, _ = choose(layer.backend, x.device, x.dtype)
+            total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
+            samples += len(offsets) - 1
+        return total, samples
 
     @property
     def skipped(self) -> int:
@@ -319,7 +360,7 @@ class Tracker:
         ``normalise="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
         ``adapter``: whose factors, the tracked one's unless said otherwise.
         """
-        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
+        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, self._whose(adapter))
 
     def apply_penalty(
         self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str | None = None
@@ -330,7 +371,10 @@ class Tracker:
 
         Call it after backward (and after ``scaler.unscale_``), before clipping and the optimiser's step.
         """
-        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
+        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, self._whose(adapter))
+
+    def _whose(self, adapter: str | None) -> str:
+        return self.adapter if adapter is None else adapter
 
     def _weighing(self) -> tuple[Tensor | None, bool]:
         """The importance that weighs now, and whether it is frozen."""
@@ -354,28 +398,20 @@ class Tracker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state; ``ValueError`` names what differs, with this tracker unchanged."""
-        for name, mine in (("keys", list(self.keys)), ("probes", self.probes), ("statistics", list(self.kinds))):
-            given = list(state["values"]) if name == "statistics" else state[name]
-            if given != mine:
-                raise ValueError(f"state: {name} differ: saved {given}, tracked {mine}")
+        checked_state(state, self.state_dict())
         for kind in self.kinds:
             self._values[kind].copy_(state["values"][kind])
             self._counts[kind].copy_(state["counts"][kind])
         self._skipped.copy_(state["skipped"])
         self._covariances.load_state_dict(state["covariances"])
         self.steps, self.seed = state["steps"], state["seed"]
-        for layer in filter(self._owns, self.layers.values()):
-            self._probe(layer).advance(self.steps)
+        self._reduction.restart()
+        self.discard()
         self.importance = None if state["importance"] is None else state["importance"].to(self.device)
         if self._rows is not None:
             self._rows.seed.fill_(self.seed)
             self._rows.draw(self.steps)
+        if self._compiled is not None:
+            self._compiled.advance(self.steps)
         if self.importance is not None:
             self.close()
-
-
-def _inverse_scale(scaler: Any, device: torch.device) -> Tensor:
-    scale = getattr(scaler, "_scale", None)
-    if scaler is None or scale is None:
-        return torch.ones((), dtype=torch.float64, device=device)
-    return scale.to(device=device, dtype=torch.float64).reciprocal()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .nn.linear import DEFAULT, matrix_key
+from .parallel import ranks_of, unwrapped, whole
+from .reduction import averaged
 from .scores import Scores
 from .tracking_checks import checked_layers
 
@@ -17,12 +21,13 @@ class UpdateVariance:
 
     with bars for means over passes and the last term with ``centred`` only. dB carries the scale s. At B = 0 dA is 0
     and dB is not, so B alone is read: N r numbers where the weight's own gradient has N K. A pass with a gradient that
-    is not finite is left out.
+    is not finite is left out. dB is averaged over the ranks of ``process_group`` before it is squared.
 
     Raises ``ValueError`` for a model without adapters or whose B is not zero.
     """
 
-    def __init__(self, model: nn.Module, adapter: str = DEFAULT, centred: bool = False):
+    def __init__(self, model: nn.Module, adapter: str = DEFAULT, centred: bool = False, process_group: Any = None):
+        self._ranks, model = ranks_of(model, process_group), unwrapped(model)
         layers = checked_layers(model, adapter)
         self._centred = centred
         self._matrices: dict[str, nn.Parameter] = {}
@@ -51,7 +56,10 @@ class UpdateVariance:
     @torch.no_grad()
     def step(self) -> None:
         """Take in the gradients of one backward pass and clear them."""
-        taken = {key: B.grad for key, B in self._matrices.items() if B.grad is not None}
+        taken = {key: whole(B.grad) for key, B in self._matrices.items() if B.grad is not None}
+        if self._ranks is not None:
+            shapes = {key: B.shape for key, B in self._matrices.items()}
+            taken = averaged(taken, shapes, self._ranks, self._squares.device)
         device = self._squares.device
         squares = {key: grad.double().square().mean().to(device) for key, grad in taken.items()}
         finite = (
@@ -67,7 +75,8 @@ class UpdateVariance:
             if self._centred:
                 kept = torch.where(finite.to(grad.device), grad.double(), 0.0)
                 self._sums[key] = kept + self._sums.get(key, 0.0)
-            self._matrices[key].grad = None
+        for B in self._matrices.values():
+            B.grad = None
 
     @property
     def skipped(self) -> int:

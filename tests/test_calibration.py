@@ -205,5 +205,5 @@ def test_fim_refuses_a_trained_adapter():
 def test_a_model_without_adapters_is_refused():
     with pytest.raises(ValueError, match="model: has no adapters"):
         fastlora.calibrate(WithBuffers(), rows(1.0), square)
-    with pytest.raises(ValueError, match="model: has no adapters"):
+    with pytest.raises(ValueError, match="model: expected a torch.nn.Module, got str"):
         fastlora.calibrate("model", rows(1.0), square)

@@ -103,6 +103,15 @@ def test_more_sentences_than_there_are(folder):
         sized(Settings(), 63)
 
 
+def test_batches_of_similar_length_lose_no_sentence():
+    given = data.Sentences([f"{i} " + "word " * (i * 7 % 13) for i in range(70)], [i % 2 for i in range(70)])
+    grouped = data.by_length(given, 8, seed=3)
+    assert sorted(zip(*grouped, strict=True)) == sorted(zip(*given, strict=True))
+    spread = [{len(text.split()) for text in grouped.texts[i : i + 8]} for i in range(0, 64, 8)]
+    assert all(max(lengths) - min(lengths) <= 2 for lengths in spread)
+    assert grouped == data.by_length(given, 8, seed=3) != data.by_length(given, 8, seed=4)
+
+
 def test_intervals_and_tests_against_known_values():
     pytest.importorskip("scipy")
     # t(0.975, 4) = 2.776445; the standard deviation of 1..5 is sqrt(2.5).

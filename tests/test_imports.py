@@ -28,9 +28,9 @@ LAYERS = (
     ("_grouped_ops",),
     ("frozen_op",),
     ("functional", "routing", "probes"),
-    ("factors", "config"),
+    ("factors", "config", "committing", "parallel"),
     ("nn",),
-    ("covariance", "tracking_checks", "regulariser", "restoring", "update_variance", "progress"),
+    ("covariance", "reduction", "tracking_checks", "regulariser", "restoring", "update_variance", "progress"),
     ("targets", "learning_checks"),
     ("roles", "blocks", "parameter_roles", "presets"),
     ("injection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
@@ -46,7 +46,8 @@ ROOT = "__init__"  # the public names, above everything
 
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 OPTIONAL = (
-    "timm", "transformers", "peft", "matplotlib", "rich", "sklearn", "triton", "torchvision", "tqdm", "accelerate"
+    "timm", "transformers", "peft", "matplotlib", "rich", "sklearn", "triton", "torchvision", "tqdm", "accelerate",
+    "lightning", "pytorch_lightning",
 )  # fmt: skip
 
 

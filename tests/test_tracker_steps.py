@@ -273,7 +273,7 @@ def test_a_step_that_no_layer_samples_reads_nothing_and_draws_nothing(monkeypatc
     m, batch, read, drawn = model(), data(), [], []
     with track(m, every=3) as tracker:
         gather, draw = tracker._gather, tracker._rows.draw
-        monkeypatch.setattr(tracker, "_gather", lambda: read.append(tracker.steps) or gather())
+        monkeypatch.setattr(tracker, "_gather", lambda shared: read.append(tracker.steps) or gather(shared))
         monkeypatch.setattr(tracker._rows, "draw", lambda step: drawn.append(step) or draw(step))
         for _ in range(7):
             loss_of(m, batch).backward()

@@ -52,6 +52,22 @@ def draw(sentences: Sentences, count: int, seed: int) -> Sentences:
     return Sentences([sentences.texts[i] for i in chosen], [sentences.labels[i] for i in chosen])
 
 
+def by_length(sentences: Sentences, size: int, seed: int) -> Sentences:
+    """The same sentences in batches of similar length, batches in random order: two thirds of the padding go.
+
+    Sorted within pools of 50 batches, so that what a batch holds still depends on chance.
+    """
+    lengths = [len(text.split()) for text in sentences.texts]
+    order: list[list[int]] = []
+    for start in range(0, len(lengths), 50 * size):
+        pool = sorted(range(start, min(start + 50 * size, len(lengths))), key=lengths.__getitem__)
+        order += [pool[i : i + size] for i in range(0, len(pool), size)]
+    whole = [batch for batch in order if len(batch) == size]
+    turns = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [i for turn in turns for i in whole[turn]] + [i for batch in order if len(batch) < size for i in batch]
+    return Sentences([sentences.texts[i] for i in chosen], [sentences.labels[i] for i in chosen])
+
+
 def batches(sentences: Sentences, tokenizer: Any, size: int, max_tokens: int, drop_last: bool) -> Iterator[Batch]:
     """Batches in order, padded to their longest sentence."""
     stop = len(sentences.texts) // size * size if drop_last else len(sentences.texts)

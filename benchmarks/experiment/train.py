@@ -12,7 +12,7 @@ import torch
 import fastlora
 from fastlora.schedule import Cosine
 
-from .data import Sentences, batches, draw
+from .data import Sentences, batches, by_length, draw
 from .methods import BASELINE, METHODS, Prepared, Task, loss_fn
 from .runs import environment
 from .settings import HEAD, Settings
@@ -111,7 +111,7 @@ def run(
     torch.set_num_threads(1)
     started = time.perf_counter()
     model, tokenizer = load(model_path, seed)
-    drawn = draw(train, settings.sentences, seed)
+    drawn = by_length(draw(train, settings.sentences, seed), settings.batch, seed)
     data = list(batches(drawn, tokenizer, settings.batch, settings.max_tokens, drop_last=True))
     few = max(1, min(settings.calibration_steps, len(data)))
     setup = time.thread_time()

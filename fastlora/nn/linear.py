@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import LoraConfig, check_rank
+from ..config import LoraConfig, check_flag, check_rank
 from ..engines import AUTO, PACKED, UNPACKED
 from ..factors import WHOLE, AdapterSpec, Factors, new_factors
 from ..functional import check_input, lora_grouped, lora_linear
@@ -58,6 +58,10 @@ class Linear(nn.Linear):
             init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend,
             prepack=prepack,
         )  # fmt: skip
+        check_flag(train_base, "train_base")
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int):
+                raise ValueError(f"{name}: expected an integer, got {size!r}")
         if r > min(in_features, out_features):
             raise ValueError(f"r: at most min(in_features, out_features) = {min(in_features, out_features)}, got {r}")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
@@ -274,7 +278,9 @@ def checked_ranks(ranks: Mapping[str, int], in_features: int, slices: Mapping[st
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:
-    """Every adapted layer of a model by its path."""
+    """Every adapted layer of a model by its path; ``ValueError`` for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     found: dict[str, Linear] = {}
     _collect(model, "", set(), found)
     return found
@@ -291,6 +297,12 @@ def _collect(module: nn.Module, path: str, seen: set[nn.Module], found: dict[str
     for name, child in module._modules.items():
         if child is not None:
             _collect(child, f"{path}.{name}" if path else name, seen, found)
+
+
+def check_adapter(adapter: object, name: str = "adapter") -> None:
+    """Refuse what cannot be the name of an adapter."""
+    if not isinstance(adapter, str):
+        raise ValueError(f"{name}: expected the name of an adapter, got {adapter!r}")
 
 
 def matrix_key(path: str, name: str) -> str:

@@ -284,7 +284,7 @@ def test_backward_errors(change, message):
 
 
 @pytest.mark.skipif("FASTLORA_CPU_ISA" in os.environ, reason="runs inside the subprocess of this very test")
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_other_instruction_sets(isa):
     order = ["portable", "avx2", "avx512", "avx512_bf16"]
     if order.index(isa) >= order.index(native.isa()):
