@@ -22,7 +22,7 @@ def _layers(model: nn.Module) -> dict[str, Linear]:
 
 @torch.no_grad()
 def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
-    """``W ← W + s B A``, summed in fp32 (float64 for float64) and rounded once to the weight's dtype.
+    """``W ← W + s B A``, summed in fp32 (float64 for float64) by blocks of rows and rounded once to the weight's dtype.
 
     The forward is then the base's alone. All layers or none: a delta or a merged weight that is not finite raises
     ``ValueError`` naming the layer before any weight changes, as does a layer that is merged already.
@@ -47,10 +47,10 @@ def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
             raise ValueError(f"model: {path!r} and {sharing[0]!r} share one weight and cannot be merged")
         if layer.merged:
             raise ValueError(f"model: {path!r} is merged already")
-        delta = layer.delta(adapter)
-        merged[path] = (layer.weight.to(delta.dtype) + delta).to(layer.weight.dtype)
-        if not bool(merged[path].isfinite().all()):
+        weight = layer.merged_weight(adapter)
+        if weight is None:
             raise ValueError(f"model: merging {path!r} gives weights that are not finite")
+        merged[path] = weight
     for path, layer in layers.items():
         # The rounding of a low-precision merge cannot be undone by subtraction: keep the original.
         layer.unmerged_weight = layer.weight.detach().clone()
