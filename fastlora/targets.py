@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,11 @@ def class_name(module: Any) -> tuple[str, str]:
     """(module, name) of a class, which tells it without importing its library."""
     kind = type(module)
     return kind.__module__, kind.__qualname__
+
+
+def conv1d_class() -> type[nn.Module]:
+    """The class of transformers that ``Conv1D`` was before it had an adapter."""
+    return getattr(importlib.import_module(_CONV1D[0]), _CONV1D[1])
 
 
 def is_linear(module: Any) -> bool:

@@ -33,9 +33,10 @@ LAYERS = (
     ("covariance", "reduction", "tracking_checks", "regulariser", "restoring", "update_variance", "progress"),
     ("targets", "learning_checks"),
     ("roles", "blocks", "parameter_roles", "presets"),
-    ("injection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
+    ("injection", "ejection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
     ("adapter_set",),
     ("peft_names", "peft_attention", "peft_files", "peft_io", "peft_load"),
+    ("handover", "migration"),
     ("integrations",),
     ("demo", "report", "cli", "bench", "doctor", "__main__"),
 )

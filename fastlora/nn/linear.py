@@ -191,6 +191,11 @@ class QKVLinear(Linear):
     """A fused q/k/v projection with one adapter, and one rank, for each of q, k and v (block-diagonal B)."""
 
 
+_STATE = (
+    "slices", "adapter_specs", "ranked", "router", "stream", "backend", "engine", "merged", "group", "called", "probes",
+)  # fmt: skip
+
+
 def attach_state(
     layer: nn.Linear, slices: Mapping[str, int], config: LoraConfig, router: Router, path: str = ""
 ) -> None:
@@ -206,6 +211,13 @@ def attach_state(
     layer.group = None
     layer.called = False
     layer.probes = {}
+
+
+def detach_state(layer: nn.Linear) -> None:
+    """Take away what ``attach_state`` gave."""
+    del layer.lora_A, layer.lora_B
+    for name in _STATE:
+        delattr(layer, name)
 
 
 def adapter_dtype_of(config: LoraConfig, layer: nn.Linear) -> torch.dtype:
