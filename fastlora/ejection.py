@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
 from .nn.conv1d import Conv1D
+from .nn.foreign import ForeignLinear, original_class
 from .nn.frozen import FrozenLinear
 from .nn.linear import adapted_layers, detach_state
 from .targets import conv1d_class
@@ -34,6 +35,8 @@ def eject(model: nn.Module) -> nn.Module:
         if isinstance(layer, Conv1D):
             layer.__class__ = conv1d_class()
             del layer.in_features, layer.out_features
+        elif isinstance(layer, ForeignLinear):
+            layer.__class__ = original_class(layer)
         elif not isinstance(layer, InProjection):
             layer.__class__ = nn.Linear
     for module in model.modules():

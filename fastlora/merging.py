@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .nn.foreign import foreign_base
 from .nn.linear import DEFAULT, Linear, adapted_layers
 from .parallel import shards
 from .routing import Route
@@ -40,6 +41,12 @@ def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
         for parameter in module._parameters.values():
             users.setdefault(id(parameter), []).append(name)
     for path, layer in layers.items():
+        foreign = foreign_base(layer)
+        if foreign is not None:
+            raise ValueError(
+                f"model: {path!r} is quantised ({foreign}), and rounding would lose the update; save the adapter, and "
+                "load and merge it into the model in full precision"
+            )
         # An attention module holds the weight of its stacked projection.
         holder = path if "weight" in layer._parameters else path.rpartition(".")[0]
         sharing = [name for name in users[id(layer.weight)] if name != holder]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .backends import choose
 from .engines import AUTO, ENGINES, UNPACKED
 from .factors import WHOLE
+from .nn.foreign import compute_dtype, foreign_base, update_backend
 from .nn.frozen import FrozenLinear
 from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from .parameter_roles import ROLES_OF_PARAMETERS, parameter_roles
@@ -149,8 +150,13 @@ def explain(model: nn.Module) -> Explanation:
         if isinstance(layer, FrozenLinear):
             rows.append(ExplainedLayer(path, "frozen", engine, ""))
             continue
-        backend, passed = choose(layer.backend, layer.weight.device, layer.weight.dtype)
+        foreign = foreign_base(layer)
+        dtype = layer.weight.dtype if foreign is None else compute_dtype(layer)
+        wanted = layer.backend if foreign is None else update_backend(layer)
+        backend, passed = choose(wanted, layer.weight.device, dtype)
         together = "" if layer.group is None else f"with {len(layer.group.layers) - 1} siblings; "
+        if foreign is not None:
+            engine, together = f"{foreign}'s own", "a quantised base runs alone; "
         kind = "split q/k/v; " if set(layer.slices) != {WHOLE} else ""
         every = max((probe.every or 1 for probe in layer.probes.values()), default=1)
         together += f"statistics every {every} steps; " if every > 1 else ""

@@ -10,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .nn.attention import InProjection, MultiheadAttention, StackedProjection, TransformerEncoderLayer
 from .nn.conv1d import Conv1D
+from .nn.foreign import foreign_base, foreign_class
 from .nn.linear import Linear, QKVLinear
 
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -48,6 +49,8 @@ def adapted_class(module: nn.Module, split: bool) -> type[Linear] | None:
     """The class that a linear becomes, or None where it is not known what its kind of linear does."""
     if class_name(module) == _CONV1D:
         return Conv1D
+    if foreign_base(module) is not None:
+        return foreign_class(module)
     if type(module) is StackedProjection:
         return InProjection
     if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear):

@@ -35,6 +35,7 @@ class Linear(nn.Linear):
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
+    joins = True  # whether it may run together with siblings
 
     def __init__(
         self,
@@ -107,9 +108,13 @@ class Linear(nn.Linear):
         for name, rows in self.slices.items():
             a, b = A.get(name), B.get(name)
             if a is None or b is None:
-                a, b = self.weight.new_empty((0, self.in_features)), self.weight.new_empty((rows, 0))
+                a, b = self.empty(0, self.in_features), self.empty(rows, 0)
             out.append((a, b, spec.scale[name] if spec else 1.0))
         return out
+
+    def empty(self, *shape: int) -> Tensor:
+        """A factor of rank 0."""
+        return self.weight.new_empty(shape)
 
     def delta(self, adapter: str = DEFAULT) -> Tensor:
         """``s B A`` of the whole weight [N, K], summed in fp32 (float64 for float64)."""
