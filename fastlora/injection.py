@@ -289,7 +289,7 @@ def _commit(model: nn.Module, planned: _Planned, config: LoraConfig, router: Rou
 def _group(model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for block in attention_blocks(model):
-        layers = [m for m in map(modules.get, block.names) if isinstance(m, Linear) and m.joins]
+        layers = [modules[n] for n in block.names if isinstance(modules.get(n), Linear)]
         if block.fused or len(layers) < 2:
             continue
         known = next((layer.group for layer in layers if layer.group is not None), None)

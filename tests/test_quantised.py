@@ -6,7 +6,9 @@ References are the dequantised weight's, in float64.
 from __future__ import annotations
 
 import copy
+import pathlib
 import pickle
+import re
 
 import pytest
 import torch
@@ -242,6 +244,20 @@ def test_whole_models(family, tmp_path):
             )
 
 
+@EVERY
+def test_compiled_without_a_graph_break(kind):
+    model, _ = adapted(kind)
+    x, found = inputs(6, K), []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        with fastlora.track(model, statistics=("grad_sq", "act_var"), every=1) as tracker:
+            model.zero_grad()
+            run(x).square().sum().backward()
+            tracker.step()
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            found.append((grads, tracker.scores("grad_sq"), tracker.scores("act_var")))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_bf16_and_autocast():
     model, weights = adapted("torchao int8")
     x = inputs(4, K)
@@ -274,3 +290,12 @@ def test_other_frozen_linears_stay():
     fastlora.inject(model, config(target_modules=["0"]), accelerate_frozen=True)
     assert type(model[2]) is nn.Linear
     model(inputs(4, K))
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.chdir(tmp_path)
+    page, names = pathlib.Path(fastlora.__file__).parent.parent / "docs" / "quantised.md", {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()

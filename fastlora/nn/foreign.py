@@ -49,8 +49,6 @@ class ForeignLinear(Linear):
                 y = _Moments.apply(y, probe.V, None if route.batch is None else route.batch.select(name, x))
         return y
 
-    joins = False
-
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, device=self.weight.device)
 

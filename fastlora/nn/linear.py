@@ -35,7 +35,6 @@ class Linear(nn.Linear):
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
-    joins = True  # whether it may run together with siblings
 
     def __init__(
         self,
