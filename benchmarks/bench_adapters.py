@@ -12,7 +12,6 @@ import torch
 
 import fastlora
 from fastlora import native, reference
-from fastlora.penalty import weighted_penalty_grad
 from fastlora.segments import build_segments
 
 from .interleave import Times, paired, rows, spread
@@ -165,27 +164,28 @@ class _Block:
 
 
 class _Penalty:
-    """The penalty's gradient of 72 matrices, as the tracker has it worked out, or by the native operator."""
+    """``tracker.apply_penalty`` on the whole encoder: by the native operator, or by the formula."""
 
     every, tracker = 1, None
 
-    def __init__(self, name: str, layers, operator: bool):
-        self.name, self.operator = name, operator
-        pairs = [p for layer in layers for p in layer.pairs()] * LAYERS
-        self.A = [a.detach().clone() for a, _, _ in pairs]
-        self.B = [torch.randn(b.shape) * 0.1 for _, b, _ in pairs]
-        self.scales, self.weights = [s for *_, s in pairs], torch.linspace(0.5, 1.0, len(pairs))
-        self.dA, self.dB = ([torch.zeros_like(t) for t in each] for each in (self.A, self.B))
+    def __init__(self, name: str, backend: str):
+        torch.manual_seed(0)
+        self.name, model = name, _encoder(LAYERS)
+        self.factors = [p for p in model.parameters() if p.requires_grad]
+        for factor in self.factors:
+            factor.data.normal_(std=0.1)
+            factor.grad = torch.zeros_like(factor)
+        self.penalised = fastlora.track(model)
+        self.penalised.importance = torch.linspace(0.1, 1.0, MATRICES)
+        for layer in self.penalised.layers.values():
+            layer.backend = backend
+        self.how = fastlora.explain(model).penalty["default"][0]
 
     def forget(self) -> None:
         """Sums of repeated calls do not matter to the time."""
 
     def call(self) -> None:
-        if self.operator:
-            torch.ops.fastlora.penalty_grad_(self.dA, self.dB, self.A, self.B, self.scales, self.weights, 1e-4)
-            return
-        dA, dB = weighted_penalty_grad(self.A, self.B, self.scales, self.weights, 1e-4)
-        torch._foreach_add_([*self.dA, *self.dB], [*dA, *dB])
+        self.penalised.apply_penalty(1e-4)
 
 
 def _share(times: Times) -> list[dict[str, Any]]:
@@ -203,17 +203,12 @@ def _share(times: Times) -> list[dict[str, Any]]:
 @pytest.mark.benchmark(group="penalty", timer=time.thread_time)
 def test_penalty(interleaved, record):
     """72 matrices of RoBERTa-base against twelve times the forward and backward of one of its blocks."""
-    block = _Block()
-    layers = [m for m in block.model.modules() if isinstance(m, fastlora.nn.Linear)]
-    torch.manual_seed(0)
-    tracker = _Penalty("penalty", layers, operator=False)
-    torch.manual_seed(0)
-    operator = _Penalty("penalty_op", layers, operator=True)
-    assert len(tracker.A) == MATRICES
-    tracker.call()
-    operator.call()
-    for a, b in zip([*tracker.dA, *tracker.dB], [*operator.dA, *operator.dB], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
-    found = interleaved([block, tracker, operator], 11, 1, summarise=_share)
+    block, native_, formula = _Block(), _Penalty("penalty", "auto"), _Penalty("penalty_formula", "reference")
+    assert (native_.how, formula.how, len(native_.factors)) == ("native", "formula", 2 * MATRICES)
+    for penalty in (native_, formula):
+        penalty.call()
+    for a, b in zip(native_.factors, formula.factors, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-9)
+    found = interleaved([block, native_, formula], 11, 1, summarise=_share)
     if found:
         record({"kind": "penalty", "matrices": MATRICES, "rows_of_x": 32 * 64, "rows": found, "limit_percent": 0.3})

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,44 @@ from fastlora.probes import sampling_interval
 
 from . import gate
 from .peers import frozen, ours, peft, variants
-from .shapes import DTYPES, SHAPES, Problem, bf16_matmul, targets
+from .shapes import ANCHORS, DTYPES, SHAPES, Problem, Shape, bf16_matmul, targets, too_large
 
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="peft is not installed: nothing to compare with"
 )
 THREADS, THREAD_ROUNDS = 2, 15
 COMPILED = ("S1", "S2", "S3")  # fp32 only: compiling costs far more than measuring
+
+
+def described(shape: Shape, dtype: str) -> dict[str, Any]:
+    """A result before anything was measured."""
+    every = [sampling_interval(shape.rows, shape.width, sum(shape.outputs), 4, kinds) for kinds in (1, 2)]
+    return {"kind": "layer", "shape": shape.name, "model": shape.model, "rows_of_x": shape.rows, "width": shape.width,
+            "outputs": shape.outputs, "rank": shape.rank, "fused": shape.fused, "dtype": dtype, "binding": True,
+            "targets": [], "gate": "failed", "every": every, "saved_bytes": {},
+            "calls_per_round": shape.calls}  # fmt: skip
+
+
+@needs_peft
+@pytest.mark.benchmark(group="layer", timer=time.thread_time)
+@pytest.mark.parametrize("name", ANCHORS)
+def test_anchor(name, interleaved, record, request):
+    """The shapes of the GPU's roofline, where the CPU can take them."""
+    shape = ANCHORS[name]
+    if too_large(shape) and not request.config.getoption("--fastlora-large"):
+        pytest.skip(f"{name}, {shape.model}: sized for a GPU (benchmarks/device.sh); --fastlora-large runs it here")
+    torch.manual_seed(0)
+    problem, result = Problem(shape, torch.float32), described(shape, "fp32")
+    built = [frozen(problem), peft(problem), ours(problem), ours(problem, "probes", ("grad_sq",)),
+             ours(problem, "control")]  # fmt: skip
+    try:
+        result |= {"errors": {variant.name: max(gate.check(variant).values()) for variant in built}, "gate": "passed"}
+    except AssertionError as error:
+        record({**result, "reason": str(error)})
+        raise
+    found = interleaved(built, shape.rounds, shape.calls)
+    if found:
+        record({**result, "rows": found})
 
 
 @needs_peft
@@ -34,11 +66,8 @@ def test_layer(name, dtype, benchmark, interleaved, record):
     torch.manual_seed(0)
     problem = Problem(shape, DTYPES[dtype])
     binding = dtype != "bf16" or bf16_matmul() is not None
-    result = {"kind": "layer", "shape": name, "model": shape.model, "rows_of_x": shape.rows, "width": shape.width,
-              "outputs": shape.outputs, "rank": shape.rank, "fused": shape.fused, "dtype": dtype, "binding": binding,
-              "targets": [asdict(target) for target in targets(name, dtype)], "gate": "failed",
-              "every": [sampling_interval(shape.rows, shape.width, sum(shape.outputs), 4, kinds) for kinds in (1, 2)],
-              }  # fmt: skip
+    result = {**described(shape, dtype), "binding": binding,
+              "targets": [asdict(target) for target in targets(name, dtype)]}  # fmt: skip
     compiler = shutil.which("c++") or shutil.which("g++")
     compiled = not benchmark.disabled and dtype == "fp32" and name in COMPILED and compiler is not None
     built = variants(problem, compiled)

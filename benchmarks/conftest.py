@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import subprocess
@@ -31,6 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastlora")
     group.addoption("--fastlora-results", type=Path, metavar="PATH",
                     help="folder for layer.json, layer.md, layer.png (default: nothing is written)")  # fmt: skip
+    group.addoption("--fastlora-name", default="layer", metavar="NAME", help="their name (default: %(default)s)")
+    group.addoption("--fastlora-data", type=Path, metavar="PATH",
+                    help="folder with SST-2 (default: sentences made up for the purpose)")  # fmt: skip
+    group.addoption("--fastlora-large", action="store_true", help="layers sized for a GPU too: seconds a call")
     group.addoption("--fastlora-rounds", type=int, metavar="N", help="rounds of every layer benchmark")
 
 
@@ -96,7 +101,15 @@ def interleaved(benchmark, request) -> Callable[..., list[dict[str, Any]]]:
 @pytest.fixture
 def record(request) -> Callable[[dict[str, Any]], None]:
     """Puts one result into the report of the session."""
-    return request.config.stash[_RESULTS].append
+
+    def keep(result: dict[str, Any]) -> None:
+        request.config.stash[_RESULTS].append(result)
+        stream = os.environ.get("FASTLORA_BENCH_STREAM")
+        if stream:  # `fastlora bench` shows results as they come
+            with open(stream, "a") as file:
+                file.write(json.dumps({"labels": LABELS, "result": result}) + "\n")
+
+    return keep
 
 
 def environment() -> dict[str, Any]:
@@ -135,7 +148,11 @@ def _source() -> str | None:
 
 def _document(config: pytest.Config) -> dict[str, Any] | None:
     results = config.stash[_RESULTS]
-    return {"environment": environment(), "labels": LABELS, "results": results} if results else None
+    if not results:
+        return None
+    name = config.getoption("--fastlora-name")
+    title = "Layer benchmarks" if name == "layer" else f"Benchmarks: {name}"
+    return {"title": title, "environment": environment(), "labels": LABELS, "results": results}
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -146,5 +163,5 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     terminalreporter.write_line(report.markdown(document))
     folder = config.getoption("--fastlora-results")
     if folder is not None:
-        for path in report.write(document, folder):
+        for path in report.write(document, folder, config.getoption("--fastlora-name")):
             terminalreporter.write_line(f"wrote {path}")

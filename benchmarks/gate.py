@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .peers import NaiveStatistics, Variant
+from .peers import HookStatistics, NaiveStatistics, Variant
 
 # Relative error in the Frobenius norm: fp32 sums of up to 2048 terms, and one rounding of inputs kept in bf16.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -20,7 +20,7 @@ def check(variant: Variant) -> dict[str, float]:
     errors = {name: _error(found[name], value) for name, value in expected.items()}
     if variant.tracker is not None:
         errors |= _statistics(variant, probe_rows, expected["y"])
-    if isinstance(variant, NaiveStatistics):
+    if isinstance(variant, (NaiveStatistics, HookStatistics)):
         variant.call()
         errors |= _naive(variant)
     wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[problem.dtype]}
@@ -58,7 +58,7 @@ def _squared(dy: Tensor, x: Tensor) -> Tensor:
     return (dy.t() @ x).square().sum()
 
 
-def _naive(variant: NaiveStatistics) -> dict[str, float]:
+def _naive(variant: NaiveStatistics | HookStatistics) -> dict[str, float]:
     x, dy = variant.problem.flat(variant.problem.x), variant.problem.flat(variant.problem.dy)
     expected = [_squared(part, x) for part in dy.split(list(variant.problem.shape.outputs), dim=1)]
     return {

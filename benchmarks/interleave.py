@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from .peers import Variant
 
 
@@ -29,10 +31,13 @@ class Interleaved:
         due = [v for v in self.variants if self.round % v.every == 0]
         return due[:: -1 if self.round % 2 else 1]
 
+    def _place(self, order: list[Variant]) -> int:
+        return next(i for i, variant in enumerate(order) if variant is self.target)
+
     def before(self) -> None:
         gc.collect()
         order = self._order()
-        for variant in order[: order.index(self.target)]:
+        for variant in order[: self._place(order)]:
             self._measure(variant)
 
     def run(self) -> None:
@@ -40,7 +45,7 @@ class Interleaved:
 
     def after(self) -> None:
         order = self._order()
-        for variant in order[order.index(self.target) + 1 :]:
+        for variant in order[self._place(order) + 1 :]:
             self._measure(variant)
         self.round += 1
 
@@ -68,11 +73,13 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Order statistics that hold the true median with 95 % probability (binomial, normal approximation)."""
-    ordered, n = sorted(values), len(values)
-    reach = 0.98 * math.sqrt(n)
-    return ordered[max(math.floor(n / 2 - reach), 0)], ordered[min(math.ceil(n / 2 + reach), n - 1)]
+def median_interval(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the median: the same in every run on the same values."""
+    sample, n = torch.tensor(values, dtype=torch.float64), len(values)
+    chosen = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+    ordered = sample[chosen].sort(dim=1).values
+    medians = (ordered[:, (n - 1) // 2] + ordered[:, n // 2]) / 2
+    return tuple(medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

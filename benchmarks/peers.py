@@ -23,6 +23,7 @@ LABELS = {
     "handwritten": "hand-written torch",
     "function": "hand-written autograd.Function",
     "naive": "PEFT + requires_grad on W, squared",
+    "hooks": "fastlora + hooks that form dyᵀx, squared",
     "fastlora": "fastlora",
     "fastlora_compiled": "fastlora under torch.compile",
     "python": 'fastlora, backend="python"',
@@ -146,6 +147,32 @@ class NaiveStatistics(Variant):
             weight.grad = None
         super().call()
         self.grad_sq = [weight.grad[rows].square().sum() for weight, rows in self.parts]
+
+
+@dataclass
+class HookStatistics(Variant):
+    """Squared gradients as hooks take them: x kept by the forward, dy^T x when dy comes along."""
+
+    grad_sq: list[Tensor] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.order = list(self.problem.split(torch.arange(sum(self.problem.shape.outputs))))
+        layers = [getattr(self.model.attn, name) for name in self.model.attn.names]
+        for place, layer in enumerate(layers):
+            layer.register_forward_hook(lambda module, args, y, place=place: self._seen(place, args[0], y))
+
+    def _seen(self, place: int, x: Tensor, y: Tensor) -> None:
+        def keep(dy: Tensor) -> None:
+            gradient = dy.flatten(0, -2).t() @ x.detach().flatten(0, -2)
+            parts = gradient.split(list(self.problem.shape.outputs)) if self.problem.shape.fused else [gradient]
+            self.grad_sq[place : place + 1] = [part.square().sum() for part in parts]
+
+        y.register_hook(keep)
+
+    def call(self) -> None:
+        self.grad_sq = [None] * len(self.order)
+        super().call()
 
 
 def _columns(sizes: list[int]) -> list[slice]:
@@ -283,14 +310,21 @@ def ours(
     statistics: tuple[str, ...] = (),
     backend: str = "auto",
     estimator: str = "probe",
+    probes: int | str = "auto",
 ) -> Variant:
     """What ``fastlora.inject`` makes of the model, with a tracker at its defaults where statistics are asked for."""
     model, rank = Model(problem), problem.shape.rank
     config = fastlora.LoraConfig(r=rank, lora_alpha=problem.scale * rank, target_modules="qkv", backend=backend)
     fastlora.inject(model, config)
     pairs = [(a, b) for n in model.attn.names for a, b, _ in getattr(model.attn, n).pairs()]
-    tracker = fastlora.track(model, estimator, statistics=statistics, every=1) if statistics else None
+    tracker = fastlora.track(model, estimator, probes, statistics=statistics, every=1) if statistics else None
     return Variant(name, model, problem, _fill(problem, pairs, problem.scale), tracker)
+
+
+def hooks(problem: Problem) -> HookStatistics:
+    """Our layers, with the squared gradient of W from hooks that a user writes."""
+    built = ours(problem)
+    return HookStatistics("hooks", built.model, problem, built.projections, every=INFORMATIVE)
 
 
 def exact(problem: Problem) -> Variant:

@@ -26,9 +26,16 @@ COST_ROWS = {
 _WHISKERS = {"elinewidth": 0.8, "ecolor": "#444444"}
 
 
+def failed(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Results whose numbers were wrong: while there are any, no time of anything is shown."""
+    return [result for result in document["results"] if result.get("gate", "passed") != "passed"]
+
+
 def plot(document: dict[str, Any], path: Path) -> bool:
-    """Draw ``path``; False where matplotlib is not installed or nothing binding was measured."""
-    results = [r for r in document["results"] if r["kind"] == "layer" and r["gate"] == "passed" and r["binding"]]
+    """Draw ``path``; False where matplotlib is not installed, nothing binding was measured, or the gate is red."""
+    results = [r for r in document["results"] if r["kind"] == "layer" and r["binding"]]
+    if failed(document):
+        return False
     try:
         import matplotlib
     except ImportError:

@@ -75,8 +75,8 @@ def _segments(results: Results, labels: dict[str, str]) -> Iterator[str]:
 
 def _penalty(results: Results, labels: dict[str, str]) -> Iterator[str]:
     named = {
-        "penalty": "`weighted_penalty_grad`, added to the gradients",
-        "penalty_op": "the native operator, one call",
+        "penalty": "`tracker.apply_penalty`, one native launch",
+        "penalty_formula": "the same by the formula in PyTorch",
     }
     for result in results:
         block = next(row for row in result["rows"] if row["variant"] == "fastlora")

@@ -43,6 +43,24 @@ SHAPES = {
 }
 
 
+# Sized for a GPU, where ``benchmarks/device.sh`` measures them in bf16. Here in fp32 and few rounds, and the large ones
+# only when asked for.
+ANCHORS = {
+    shape.name: shape
+    for shape in (
+        Shape("A1", "DeiT-Base qkv, 25,216 tokens", 128, 197, 768, (768, 768, 768), 8, fused=True, rounds=5),
+        Shape("A2", "RoBERTa-Base q, k, v, 4,096 tokens", 64, 64, 768, (768, 768, 768), 8, fused=False, rounds=7),
+        Shape("A3", "Llama-3-8B q, k, v, 8,192 tokens", 8, 1024, 4096, (4096, 1024, 1024), 16, False, rounds=3),
+    )
+}
+CPU_LIMIT = 5e10  # operations of one forward and backward
+
+
+def too_large(shape: Shape) -> bool:
+    """Whether a CPU takes seconds for one call."""
+    return 4 * shape.rows * shape.width * sum(shape.outputs) > CPU_LIMIT
+
+
 @dataclass(frozen=True)
 class Target:
     """At most ``limit`` of what ``measure`` divides by; in percent for the cost of statistics."""

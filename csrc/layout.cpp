@@ -132,6 +132,15 @@ int64_t RankLayout::width(const std::vector<int64_t>& probes) const {
   return widest;
 }
 
+std::vector<int64_t> RankLayout::column_starts() const {
+  std::vector<int64_t> found;
+  found.reserve(adapters_.size() * (shape_->out_features.size() + 1));
+  for (const Packing& adapter : adapters_) {
+    found.insert(found.end(), adapter->rank_offsets.begin(), adapter->rank_offsets.end());
+  }
+  return found;
+}
+
 RankLayout RankLayout::add_adapter(const std::vector<int64_t>& ranks) const {
   std::vector<Packing> changed = adapters_;
   changed.push_back(pack(ranks, num_adapters(), *shape_));
@@ -150,6 +159,16 @@ RankLayout RankLayout::with_ranks(int64_t adapter, const std::vector<int64_t>& r
   std::vector<Packing> changed = adapters_;
   changed[static_cast<size_t>(adapter)] = pack(ranks, adapter, *shape_);
   return RankLayout(shape_, std::move(changed));
+}
+
+RankLayout RankLayout::select(const std::vector<int64_t>& adapters) const {
+  std::vector<Packing> chosen;
+  chosen.reserve(adapters.size());
+  for (const int64_t adapter : adapters) {
+    at(adapter);
+    chosen.push_back(adapters_[static_cast<size_t>(adapter)]);
+  }
+  return RankLayout(shape_, std::move(chosen));
 }
 
 int64_t RankLayout::shared_with(const RankLayout& other) const {

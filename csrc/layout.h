@@ -47,12 +47,16 @@ class RankLayout {
   std::vector<int64_t> b_offsets() const { return flat(&AdapterPacking::b_offsets, &Start::b); }
   // One adapter's columns of h: prefix sums of its ranks, with num_projections + 1 entries.
   const std::vector<int64_t>& adapter_offsets(int64_t adapter) const { return at(adapter).rank_offsets; }
+  // The same of all adapters, one after another: what the operators over many adapters take.
+  std::vector<int64_t> column_starts() const;
   // Columns of h of a mixed batch: the largest total rank of an adapter, with that adapter's probes.
   int64_t width(const std::vector<int64_t>& probes) const;
 
   RankLayout add_adapter(const std::vector<int64_t>& ranks) const;
   RankLayout remove_adapter(int64_t adapter) const;
   RankLayout with_ranks(int64_t adapter, const std::vector<int64_t>& ranks) const;
+  // The adapters of a batch, in its order; their packings are shared.
+  RankLayout select(const std::vector<int64_t>& adapters) const;
   // Adapters whose packing is the same object in both layouts.
   int64_t shared_with(const RankLayout& other) const;
 

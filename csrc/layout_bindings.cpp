@@ -45,6 +45,10 @@ PYBIND11_MODULE(_layout, m) {
            "The same layer without an adapter; later adapters move up by one.")
       .def("with_ranks", &RankLayout::with_ranks, py::arg("adapter"), py::arg("ranks"),
            "The same layer with other ranks for one adapter; packings of the others are shared.")
+      .def("column_starts", &RankLayout::column_starts,
+           "adapter_offsets of all adapters, one after another: what the operators over many adapters take.")
+      .def("select", &RankLayout::select, py::arg("adapters"),
+           "The same layer with these adapters alone, in this order; their packings are shared.")
       .def("shared_with", &RankLayout::shared_with, py::arg("other"),
            "How many of other's adapters were not packed again but are those of this layout.")
       .def(

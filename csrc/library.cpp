@@ -11,17 +11,20 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
       "Q)");
   m.def(
       "lora_grouped_forward_(Tensor(a!)[] y, Tensor x, Tensor[] A, Tensor[] P, Tensor[] B, Tensor order, Tensor "
-      "ranges, int[] outputs, int[] columns, float[] scales, int width, bool moments) -> (Tensor h, Tensor[] moments)");
+      "ranges, int[] outputs, int[] columns, float[] scales, int[] starts, bool moments) -> (Tensor h, Tensor[] "
+      "moments)");
   m.def(
       "lora_grouped_backward_(Tensor(a!)? dx, Tensor[] dy, Tensor x, Tensor h, Tensor[] A, Tensor[] B, Tensor order, "
-      "Tensor ranges, int[] outputs, int[] columns, float[] scales, int[] probes, bool need_dA, bool need_dB) -> "
+      "Tensor ranges, int[] outputs, int[] columns, float[] scales, int[] starts, int[] probes, bool need_dA, bool "
+      "need_dB) -> "
       "(Tensor[] dA, Tensor[] dB, Tensor[] Q)");
   m.def(
       "grouped_forward_multiply_adds_(Tensor(a!)[] y, Tensor x, Tensor[] A, Tensor[] P, Tensor[] B, Tensor order, "
-      "Tensor ranges, int[] outputs, int[] columns, float[] scales, int width, bool moments) -> int");
+      "Tensor ranges, int[] outputs, int[] columns, float[] scales, int[] starts, bool moments) -> int");
   m.def(
       "grouped_backward_multiply_adds_(Tensor(a!)? dx, Tensor[] dy, Tensor x, Tensor h, Tensor[] A, Tensor[] B, Tensor "
-      "order, Tensor ranges, int[] outputs, int[] columns, float[] scales, int[] probes, bool need_dA, bool need_dB) "
+      "order, Tensor ranges, int[] outputs, int[] columns, float[] scales, int[] starts, int[] probes, bool need_dA, "
+      "bool need_dB) "
       "-> int");
   m.def("shrink(Tensor x, Tensor A) -> Tensor");
   m.def(

@@ -23,14 +23,14 @@ from .calibration import calibrate
 from .config import LoraConfig
 from .diagnostics import Diagnostics
 from .handover import from_peft, to_peft
-from .injection import inject, set_ranks
+from .injection import inject
 from .merging import disabled, merge, unmerge
 from .migration import load_layout
 from .overview import explain, summary
 from .peft_io import load, save
 from .policies import param_groups, policy
 from .presets import preset
-from .ranks import reallocate
+from .ranks import reallocate, set_ranks
 from .score_table import breakdown
 from .scores import Scores, composite
 from .temperature import ece, fit_temperature, reliability

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,30 +11,25 @@ from . import reference
 from ._operator import DA, DB, DBIAS, DW, DX, DZ, LIBRARY, Operator
 from ._ops import as_rows, like
 from .backends import choose
-from .grouped import Rows, width_of
+from .grouped import Rows
 from .reference import projections_of
-from .verbs import Layout, group_layout
+from .verbs import Layouts
 
 LIBRARY.define(
     "lora_grouped(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor[] P, "
-    "Tensor[] sign, Tensor? keys, Tensor ids, Tensor order, Tensor ranges, float[] scale, float[] p, str backend, "
-    "str engine) -> Tensor[]"
+    "Tensor[] sign, Tensor? keys, Tensor ids, Tensor order, Tensor ranges, int[] starts, float[] scale, float[] p, "
+    "str backend, str engine) -> Tensor[]"
 )
 LIBRARY.define(
     "lora_grouped_backward(Tensor?[] dy, Tensor x, Tensor h, Tensor[] W, Tensor[] A, Tensor[] B, Tensor? keys, "
-    "Tensor ids, Tensor order, Tensor ranges, float[] scale, float[] p, int[] probes, bool[] need, str backend, "
-    "str engine) -> Tensor[]"
+    "Tensor ids, Tensor order, Tensor ranges, int[] starts, float[] scale, float[] p, int[] probes, bool[] need, "
+    "str backend, str engine) -> Tensor[]"
 )
 
 
-def _layouts(W: Sequence[Tensor], B: Sequence[Tensor]) -> Callable[[int], Layout]:
-    projections = projections_of(W, B)
-    return lambda g: group_layout(W, B[g * projections : (g + 1) * projections])
-
-
-def _forward(x, W, bias, A, B, Z, V, P, sign, keys, ids, order, ranges, scale, p, backend, engine):
+def _forward(x, W, bias, A, B, Z, V, P, sign, keys, ids, order, ranges, starts, scale, p, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
-    layouts, rows = _layouts(W, B), Rows(ids, order, ranges, keys, p)
+    layouts, rows = Layouts(W, B, starts), Rows(ids, order, ranges, keys, p)
     outputs, h, moments = chosen.grouped_forward(x, W, bias, A, P, B, rows, layouts, scale, bool(V), engine)
     for g, signs in enumerate(sign):
         if signs.numel():
@@ -45,24 +40,24 @@ def _forward(x, W, bias, A, B, Z, V, P, sign, keys, ids, order, ranges, scale, p
     return [*outputs, h, *moments]
 
 
-def _forward_fake(x, W, bias, A, B, Z, V, P, sign, keys, ids, order, ranges, scale, p, backend, engine):
+def _forward_fake(x, W, bias, A, B, Z, V, P, sign, keys, ids, order, ranges, starts, scale, p, backend, engine):
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
     projections = projections_of(W, B)
     outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in W]
     moments = [x.new_empty((2, w.shape[0]), dtype=torch.float64) for _ in range(len(A) // projections) for w in W]
-    width = width_of([a.shape[0] for a in A], projections, P)
+    width = Layouts(W, B, starts).width([m.shape[0] for m in P])
     return [*outputs, x.new_empty((rows, width)), *(moments if V else [])]
 
 
-def _backward(dy, x, h, W, A, B, keys, ids, order, ranges, scale, p, probes, need, backend, engine):
+def _backward(dy, x, h, W, A, B, keys, ids, order, ranges, starts, scale, p, probes, need, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
     seen = as_rows(x)
     grads = [None if g is None else as_rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
     rows, columns = Rows(ids, order, ranges, keys, p), _columns(probes, len(A))
     dx, dA, dB, Q = chosen.grouped_backward(
-        grads, seen, h, W, A, B, rows, _layouts(W, B), scale, probes, need[DX], need[DA], need[DB], engine
+        grads, seen, h, W, A, B, rows, Layouts(W, B, starts), scale, probes, need[DX], need[DA], need[DB], engine
     )
     out = [dx.view(x.shape)] if need[DX] else []
     out += map(like, dA, A) if need[DA] else []
@@ -87,7 +82,7 @@ def _columns(probes: Sequence[int], factors: int) -> list[int]:
     return [k for k in probes for _ in range(each)]
 
 
-def _backward_fake(dy, x, h, W, A, B, keys, ids, order, ranges, scale, p, probes, need, backend, engine):
+def _backward_fake(dy, x, h, W, A, B, keys, ids, order, ranges, starts, scale, p, probes, need, backend, engine):
     acc = reference.accumulate_dtype(x.dtype)
     out = [x.new_empty(x.shape)] if need[DX] else []
     if need[DA]:
@@ -104,12 +99,12 @@ def _backward_fake(dy, x, h, W, A, B, keys, ids, order, ranges, scale, p, probes
 
 
 def _backward_rest(rest: tuple) -> tuple:
-    P, sign, keys, ids, order, ranges, scale, p, _, _ = rest
-    return keys, ids, order, ranges, scale, p, [m.shape[0] for m in P] if P else [0] * ranges.shape[0]
+    P, _, keys, ids, order, ranges, starts, scale, p, _, _ = rest
+    return keys, ids, order, ranges, starts, scale, p, [m.shape[0] for m in P] if P else [0] * ranges.shape[0]
 
 
 def _formula(x, W, bias, A, B, Z, rest):
-    P, sign, keys, ids, order, ranges, scale, p, _, _ = rest
+    P, sign, keys, ids, _, _, _, scale, p, _, _ = rest
     return reference.lora_grouped(x, W, bias, A, B, scale, ids, Z, P, sign, keys, p)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,11 @@ from .segments import Batch
 
 def routers_of(model: nn.Module) -> list[Router]:
     """The routers of a model's adapted layers: one, unless they were built by hand. ``ValueError`` without any."""
-    found = list({id(layer.router): layer.router for layer in adapted_layers(model).values()}.values())
+    return _agreeing(adapted_layers(model))
+
+
+def _agreeing(layers: Mapping[str, Linear]) -> list[Router]:
+    found = list({id(layer.router): layer.router for layer in layers.values()}.values())
     if not found:
         raise ValueError("model: has no adapters; call fastlora.inject first")
     if any(router.slots != found[0].slots for router in found):
@@ -34,10 +38,10 @@ def adapter_names(model: nn.Module) -> list[str | None]:
     return list(routers_of(model)[0].slots)
 
 
-def _known(router: Router, name: Any) -> str:
+def _known(router: Router, name: Any, argument: str) -> str:
     if not isinstance(name, str) or name not in router.names:
         near = suggestion(name, router.names) if isinstance(name, str) else ""
-        raise ValueError(f"adapter: expected one of {router.names}, got {name!r}{near}")
+        raise ValueError(f"{argument}: expected one of {router.names}, got {name!r}{near}")
     return name
 
 
@@ -91,7 +95,7 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
     """
     refuse_parallel(model, "remove_adapter")
     routers = routers_of(model)
-    _known(routers[0], name)
+    _known(routers[0], name, "name")
     layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapter_specs}
     if any(router.default.adapter == name for router in routers):
         raise ValueError(f"name: {name!r} runs by default; call fastlora.set_adapter with another first")
@@ -113,7 +117,7 @@ def remove_adapter(model: nn.Module, name: str) -> nn.Module:
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """The adapter of every forward that runs outside of ``adapters``. ``ValueError`` for an unknown name."""
     routers = routers_of(model)
-    _known(routers[0], name)
+    _known(routers[0], name, "name")
     for router in routers:
         router.default = Route(True, name)
     return model
@@ -121,22 +125,33 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
 
 @contextmanager
 def adapters(
-    model: nn.Module, ids: str | Sequence[str | None] | Tensor, *, row_seeds: Tensor | None = None
+    model: nn.Module,
+    ids: str | Sequence[str | None] | Tensor | Mapping[str | None, tuple[int, int]],
+    *,
+    row_seeds: Tensor | None = None,
 ) -> Iterator[nn.Module]:
     """Inside, forwards of this thread run every sample or token with the adapter of its id, -1 (or None): the base.
 
     ``ids``: an int64 tensor [S] (one a sample, dimension 0), [S, T] or [M] (one a token) of indices into
-    ``adapter_names(model)``, a list of S names, or one name for all. Ids on the CPU are checked, and adapters that they
-    do not name get no gradient; ids on a GPU are not read back, see ``hold_absent``. ``row_seeds`` int64 [S] makes the
+    ``adapter_names(model)``, a list of S names, one name for all, or one range (begin, end) for each name (None: the
+    base), which together cover the samples or tokens. Ids on the CPU are checked, and adapters that they do not name
+    get no gradient; ids on a GPU are not read back, see ``hold_absent``. ``row_seeds`` int64 [S] makes the
     dropout of a sample depend on its seed, the layer and the place in the sample alone, not on the batch.
 
     Backward may run after the context has closed, under activation checkpointing too. Raises ``ValueError`` naming ids
     or names that are unknown or removed; a layer whose input the ids do not fit raises with both shapes.
     """
-    routers = routers_of(model)
-    if any(layer.merged for layer in adapted_layers(model).values()):
+    layers = adapted_layers(model)
+    routers = _agreeing(layers)
+    if any(layer.merged for layer in layers.values()):
         raise ValueError("model: an adapter is merged; call fastlora.unmerge first")
+    devices = {layer.weight.device for layer in layers.values()}
+    for name, given in (("ids", ids), ("row_seeds", row_seeds)):
+        if isinstance(given, Tensor) and given.device.type != "cpu" and given.device not in devices:
+            listed = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"{name}: is on {given.device}; accepted: the CPU, or the model's device ({listed})")
     route = _route(routers[0], ids, row_seeds)
+    routers[0].explain_recompilation(route)
     before = [(router, router.open(route)) for router in routers]
     try:
         yield model
@@ -151,20 +166,43 @@ def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
     ):
         raise ValueError(f"row_seeds: expected an int64 tensor [S], got {_described(row_seeds)}")
     if isinstance(ids, str):
-        name = _known(router, ids)
+        name = _known(router, ids, "ids")
         if row_seeds is None:
             return Route(True, name)
         return Route(True, name, Batch([name], torch.zeros_like(row_seeds), row_seeds))
+    if isinstance(ids, Mapping):
+        ids = _of_ranges(router, ids)
     if not isinstance(ids, Tensor):
         if not isinstance(ids, Sequence):
-            raise ValueError(f"ids: expected an int64 tensor, names or one name, got {type(ids).__name__}")
-        ids = torch.tensor([-1 if n is None else router.slots.index(_known(router, n)) for n in ids], dtype=torch.int64)
+            raise ValueError(f"ids: expected an int64 tensor, names, one name or ranges, got {type(ids).__name__}")
+        ids = torch.tensor(
+            [-1 if n is None else router.slots.index(_known(router, n, "ids")) for n in ids], dtype=torch.int64
+        )
     if ids.dtype != torch.int64 or ids.dim() not in (1, 2):
         raise ValueError(f"ids: expected an int64 tensor [S], [S, T] or [M], got {_described(ids)}")
     if row_seeds is not None and row_seeds.shape != ids.shape:
         raise ValueError(f"row_seeds: expected one for each of {ids.shape[0]} ids, got {row_seeds.shape[0]}")
     names, compact = _compact(router, ids)
     return Route(True, router.default.adapter, Batch(names, compact, row_seeds))
+
+
+def _of_ranges(router: Router, ranges: Mapping[str | None, tuple[int, int]]) -> Tensor:
+    """Ids of ranges by name that cover everything from 0 once."""
+    for name, given in ranges.items():
+        if name is not None:
+            _known(router, name, "ids")
+        whole = isinstance(given, Sequence) and len(given) == 2 and all(type(v) is int for v in given)
+        if not whole or not 0 <= given[0] <= given[1]:
+            raise ValueError(f"ids: expected a range (begin, end) with 0 <= begin <= end for {name!r}, got {given!r}")
+    ids, before = [], ("the start", 0)
+    for name, (begin, end) in sorted(ranges.items(), key=lambda item: tuple(item[1])):
+        if begin < before[1]:
+            raise ValueError(f"ids: {before[0]} ends at {before[1]}, but {name!r} begins at {begin}: they overlap")
+        if begin > before[1]:
+            raise ValueError(f"ids: nobody has {before[1]} to {begin}, ahead of {name!r}; None names the base alone")
+        ids.append(torch.full((end - begin,), -1 if name is None else router.slots.index(name), dtype=torch.int64))
+        before = (repr(name), end)
+    return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64)
 
 
 def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
@@ -202,6 +240,10 @@ def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
 
     losses [S] or [M], ids int64 of the same shape; -1 does not count. Raises ``ValueError`` for shapes that differ.
     """
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        raise ValueError(f"losses: expected a floating tensor, got {_described(losses)}")
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise ValueError(f"ids: expected an int64 tensor, got {_described(ids)}")
     if losses.shape != ids.shape:
         raise ValueError(f"losses: expected the shape of ids {tuple(ids.shape)}, got {tuple(losses.shape)}")
     own = ids.to(losses.device).reshape(-1)
@@ -219,6 +261,8 @@ def hold_absent(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     hook's handle.
     """
     routers = routers_of(model)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     for router in routers:
         router.used = []
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from . import grouped, native, plain, reference
+from . import native, plain, reference
 from .engines import ENGINES
 from .triton_backend import TritonBackend
 from .verbs import Backend, Layout, matmul_backward
@@ -104,7 +104,7 @@ class NativeBackend(Backend):
             layout.outputs,
             layout.columns,
             scale,
-            grouped.width_of([a.shape[0] for a in A], layout.projections, P),
+            layouts.starts,
             moments,
         )
         return outputs, h, sums
@@ -132,6 +132,7 @@ class NativeBackend(Backend):
             [position[j] for j in layout.outputs],
             layout.columns,
             scale,
+            layouts.starts,
             probes,
             need_dA,
             need_dB,

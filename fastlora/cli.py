@@ -59,6 +59,23 @@ def _demo(arguments: argparse.Namespace) -> int:
     return _run_demo(settings, arguments.out)
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("fastlora-bench"), help="folder for the report (%(default)s)")
+    parser.add_argument("--short", action="store_true", help="a minute: few rounds of the smallest cases")
+    parser.add_argument("--rounds", type=_positive, help="rounds of every benchmark")
+    parser.add_argument("-k", metavar="EXPRESSION", dest="chosen", help="only the benchmarks that match, as in pytest")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import MissingBenchmarks, run
+
+    try:
+        return run(arguments.out, arguments.short, arguments.rounds, arguments.chosen)
+    except MissingBenchmarks as error:
+        sys.stderr.write(f"fastlora: {error}\n")
+        return UNUSABLE
+
+
 def _run_demo(settings, out: Path) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -88,6 +105,7 @@ def _run_demo(settings, out: Path) -> int:
 
 # A further sub-command is one entry here.
 COMMANDS: dict[str, Command] = {
+    "bench": Command("measure this machine with the benchmarks of a checkout", _bench_arguments, _bench),
     "demo": Command("adapt a small vision transformer to new digits in five ways and report", _demo_arguments, _demo),
 }
 

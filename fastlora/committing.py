@@ -47,14 +47,19 @@ def replace_together(folder: pathlib.Path, contents: Mapping[str, bytes]) -> Non
         _publish(folder, list(contents))
 
 
-def read_together(folder: pathlib.Path, names: Sequence[str]) -> dict[str, bytes | None]:
+def read_together(
+    folder: pathlib.Path, names: Sequence[str], most: Mapping[str, int] | None = None
+) -> dict[str, bytes | None]:
     """The files of one ``replace_together``, None for one that is not there; also while another process writes.
 
-    Raises ``OSError`` for a file that cannot be read, ``RuntimeError`` for a folder that never rests.
+    What is no regular file (a pipe, a device, a folder) is not there; links are followed. Raises ``ValueError`` for a
+    file of more bytes than ``most`` says of its name, before any of them is read, ``OSError`` for one that cannot be
+    read, ``RuntimeError`` for a folder that never rests.
     """
+    most = most or {}
     for _ in range(_ATTEMPTS):
         before = _each(folder, names, _stamp)
-        found = _each(folder, names, pathlib.Path.read_bytes)
+        found = _each(folder, names, lambda path: _content(path, most.get(path.name)))
         if before is not None and found is not None and _each(folder, names, _stamp) == before:
             return found
     raise RuntimeError(f"{folder}: its files are being replaced all the time")
@@ -95,6 +100,9 @@ def _each(folder: pathlib.Path, names: Sequence[str], look: Callable[[pathlib.Pa
     found = {}
     for name in names:
         pending = (folder / PENDING / name).is_file()
+        if not pending and not (folder / name).is_file():
+            found[name] = None
+            continue
         try:
             found[name] = look(folder / PENDING / name if pending else folder / name)
         except FileNotFoundError:
@@ -102,6 +110,13 @@ def _each(folder: pathlib.Path, names: Sequence[str], look: Callable[[pathlib.Pa
                 return None
             found[name] = None
     return found
+
+
+def _content(path: pathlib.Path, most: int | None) -> bytes:
+    size = path.stat().st_size
+    if most is not None and size > most:
+        raise ValueError(f"{path}: has {size} bytes, expected at most {most}")
+    return path.read_bytes()
 
 
 def _stamp(path: pathlib.Path) -> tuple[int, ...]:

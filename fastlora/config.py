@@ -31,6 +31,31 @@ def check_rank(value: Any, name: str, minimum: int = 1) -> int:
     return value
 
 
+def check_finite(value: Any, name: str) -> float:
+    """``value`` as a number that is neither NaN nor infinite; ``ValueError`` naming the argument otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return value
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """``value`` as True or False; ``ValueError`` naming the argument otherwise."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value)
+
+
 @dataclass
 class LoraConfig:
     """What to adapt and how.
@@ -76,8 +101,7 @@ class LoraConfig:
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name}: expected a mapping of names to numbers, got {getattr(self, name)!r}")
         for name, value in (("lora_alpha", self.lora_alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())):  # fmt: skip  # noqa: E501
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name}: expected a finite number, got {value!r}")
+            check_finite(value, name)
         for key, rank in self.rank_pattern.items():
             check_rank(rank, f"rank_pattern[{key!r}]", minimum=0)
         if not isinstance(self.lora_dropout, (int, float)) or not 0.0 <= self.lora_dropout < 1.0:
@@ -99,8 +123,12 @@ class LoraConfig:
                     re.compile(value)
                 except re.error as error:
                     raise ValueError(f"{name}: {value!r} is neither a role {ROLES} nor a regular expression: {error}") from None  # fmt: skip  # noqa: E501
+            if value is not None and not isinstance(value, str) and not _names(value):
+                raise ValueError(f"{name}: expected a role {ROLES}, a regular expression or a list of names, got {value!r}")  # fmt: skip  # noqa: E501
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save: expected a list of names, got the string {self.modules_to_save!r}")
+        if self.modules_to_save is not None and not _names(self.modules_to_save):
+            raise ValueError(f"modules_to_save: expected a list of names, got {self.modules_to_save!r}")
 
     def _check_choice(self, name: str, accepted: tuple) -> None:
         value = getattr(self, name)
@@ -109,7 +137,8 @@ class LoraConfig:
 
     def scaling(self, rank: int, alpha: float | None = None) -> float:
         """``s`` of a matrix of this rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        alpha = self.lora_alpha if alpha is None else alpha
+        check_rank(rank, "rank", minimum=0)
+        alpha = self.lora_alpha if alpha is None else check_finite(alpha, "alpha")
         divisor = rank if self.scale == "per_rank" and rank > 0 else self.r
         return alpha / math.sqrt(divisor) if self.use_rslora else alpha / divisor
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ._grouped_ops import LORA_GROUPED
 from ._ops import LORA_LINEAR
+from .grouped import column_starts
+from .reference import projections_of
 from .segments import Batch
 
 
@@ -68,6 +70,7 @@ def lora_grouped(
     *,
     p: Sequence[float] = (),
     stream: int = 0,
+    starts: Sequence[int] | None = None,
     Z: Sequence[Tensor] = (),
     V: Sequence[Tensor] = (),
     P: Sequence[Tensor] = (),
@@ -81,16 +84,19 @@ def lora_grouped(
 
     A, B, scale and Z run over the batch's adapters, then projections, V over adapters, then weights; P, sign and p
     over adapters, with [0, K] and [0, 0] where an adapter is not measured. ``stream`` tells the layers of one
-    ``row_seeds`` apart. Gradients of an adapter come from its own rows. Raises as ``lora_linear`` does, and for ids
+    ``row_seeds`` apart; ``starts`` are ``RankLayout.column_starts`` of the batch's adapters, worked out here without.
+    Gradients of an adapter come from its own rows. Raises as ``lora_linear`` does, and for ids
     that do not fit x.
     """
     check_input(x, W[0])
     rows, keys = batch.rows(x), None
+    if starts is None:
+        starts = column_starts([b.shape[1] for b in B], projections_of(W, B))
     if any(p):
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
         keys = batch.keys(x, seed, stream)
     out = LORA_GROUPED.apply(
-        x, W, bias, A, B, Z, V, P, sign, keys, rows.ids, rows.order, rows.ranges, [float(s) for s in scale],
+        x, W, bias, A, B, Z, V, P, sign, keys, rows.ids, rows.order, rows.ranges, starts, [float(s) for s in scale],
         [float(q) for q in p] or [0.0] * len(batch.names), backend, engine,
     )  # fmt: skip
     return out[: len(W)]

@@ -5,7 +5,8 @@ Backends with segmented kernels have their own; this is what the others do, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,20 +40,21 @@ class Rows(NamedTuple):
                 yield g, torch.arange(first, last, device=self.order.device)
 
 
-def width_of(ranks: Sequence[int], projections: int, P: Sequence[Tensor]) -> int:
-    """Columns of h: the largest ``R_g + k_g`` over the adapters."""
-    groups = len(ranks) // projections if projections else 0
-    totals = [sum(ranks[g * projections : (g + 1) * projections]) + (P[g].shape[0] if P else 0) for g in range(groups)]
-    return max(totals, default=0)
+def column_starts(ranks: Sequence[int], projections: int) -> list[int]:
+    """Of each adapter, one after another: the first column of h of each of its projections, then its total rank."""
+    starts: list[int] = []
+    for first in range(0, len(ranks), projections):
+        starts += [0, *itertools.accumulate(ranks[first : first + projections])]
+    return starts
 
 
 def forward(
     kernels: Any, y: list[Tensor], x: Tensor, A: Sequence[Tensor], P: Sequence[Tensor], B: Sequence[Tensor],
-    rows: Rows, layouts: Callable, scale: Sequence[float], moments: bool,
+    rows: Rows, layouts: Any, scale: Sequence[float], moments: bool,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Add every adapter's update to its rows of y_j [M, N_j] in place; h [M, width] and the moments by adapter."""
-    projections = layouts(0).projections
-    h = x.new_zeros(x.shape[0], width_of([a.shape[0] for a in A], projections, P))
+    projections = layouts.projections
+    h = x.new_zeros(x.shape[0], layouts.width([p.shape[0] for p in P]))
     sums = [x.new_zeros((2, out.shape[1]), dtype=torch.float64) for _ in range(len(A) // projections) for out in y]
     for g, mine in rows.each():
         layout, part, seen = layouts(g), slice(g * projections, (g + 1) * projections), x.index_select(0, mine)
@@ -94,11 +96,11 @@ def _drops(rows: Rows, g: int) -> bool:
 
 def backward(
     kernels: Any, dx: Tensor | None, dy: Sequence[Tensor | None], x: Tensor, h: Tensor, A: Sequence[Tensor],
-    B: Sequence[Tensor], rows: Rows, layouts: Callable, scale: Sequence[float], probes: Sequence[int], need_dA: bool,
+    B: Sequence[Tensor], rows: Rows, layouts: Any, scale: Sequence[float], probes: Sequence[int], need_dA: bool,
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     """Add ``dh A`` to each adapter's rows of dx [M, K] in place; dA, dB and Q by adapter and projection, None where
     no row or no dy contributes."""
-    projections = layouts(0).projections
+    projections = layouts.projections
     dA: list[Tensor | None] = [None] * len(A)
     dB, Q = list(dA), list(dA)
     for g, mine in rows.each():

@@ -12,7 +12,7 @@ from torch import nn
 
 from .ejection import eject, sharing_copy
 from .injection import suggestion
-from .nn.linear import DEFAULT, adapted_layers
+from .nn.linear import DEFAULT, adapted_layers, check_adapter
 from .parallel import shards, unwrapped
 from .peft_attention import StoredNames
 from .peft_files import read_folder
@@ -37,6 +37,7 @@ def to_peft(model: nn.Module, adapter: str = DEFAULT) -> Any:
     import peft
 
     inner = unwrapped(model)
+    check_adapter(adapter)
     if shards(inner):
         raise ValueError("model: is sharded by fully_shard; save the adapter, and load it into PEFT in one process")
     merged = [path for path, layer in adapted_layers(inner).items() if layer.merged]
@@ -101,8 +102,7 @@ def _take_scales(model: nn.Module, tuned: list[tuple[str, Any]], adapter: str) -
         if path in layers and adapter in module.scaling:
             twice = path != names.stored(path) and path.endswith(".out_proj")
             s = module.scaling[adapter] * (_out_proj_counts() if twice else 1)
-            spec = layers[path].adapter_specs[DEFAULT]
-            layers[path].adapter_specs[DEFAULT] = spec.with_scale(dict.fromkeys(spec.scale, s))
+            layers[path].rescale(DEFAULT, dict.fromkeys(layers[path].slices, s))
 
 
 def _chosen(peft_model: Any, adapter: str | None) -> str:
@@ -113,7 +113,7 @@ def _chosen(peft_model: Any, adapter: str | None) -> str:
         if len(active) != 1:
             raise ValueError(f"adapter: {active} are active; say which one of {known}")
         adapter = active[0]
-    if adapter not in known:
+    if not isinstance(adapter, str) or adapter not in known:
         raise ValueError(f"adapter: expected one of {known}, got {adapter!r}{suggestion(str(adapter), known)}")
     kind = getattr(peft_model.peft_config[adapter].peft_type, "value", None)
     if kind != "LORA":

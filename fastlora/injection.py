@@ -7,13 +7,12 @@ import difflib
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from .config import ROLES, LoraConfig
+from .config import ROLES, LoraConfig, check_flag
 from .factors import WHOLE, AdapterSpec, Factors, new_factors
 from .learning_checks import checked_mode, watch_learning
 from .nn.foreign import check_weight, foreign_base
@@ -69,6 +68,7 @@ def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, ch
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     checked_mode(check)
     refuse_parallel(model, "inject")
+    check_flag(accelerate_frozen, "accelerate_frozen")
     config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
     saved = _modules_to_save(model, config)
@@ -326,74 +326,3 @@ def _accelerate(model: nn.Module, config: LoraConfig) -> None:
         if plain and refusal(model, name) is None and not passed_by(model, name):
             module.__class__ = FrozenLinear
             module.engine = ENGINE_OF_PREPACK[config.prepack]
-
-
-def set_ranks(model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT, reinit: bool = False) -> nn.Module:
-    """Give matrices new ranks, with fresh factors; the scale ``s`` stays (``scale="per_rank"``: follows the rank).
-
-    Keys are matrix keys; others keep their rank and factors. Rank 0 removes the adapter of a matrix. Refused once B is
-    not zero, because its training would be lost, unless ``reinit``. Raises ``ValueError`` with the model unchanged.
-    """
-    refuse_parallel(model, "set_ranks")
-    layers = adapted_layers(model)
-    if not layers:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
-    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
-    layers = {path: layer for path, layer in layers.items() if adapter in layer.adapter_specs}
-    if not layers:
-        raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
-    known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
-    config = getattr(model, "fastlora_configs", {}).get(adapter)
-    if not isinstance(ranks, Mapping):
-        raise ValueError(f"ranks: expected a mapping of matrix keys to ranks, got {type(ranks).__name__}")
-    wanted: dict[str, dict[str, int]] = {}
-    for key, rank in ranks.items():
-        if key not in known:
-            raise ValueError(f"ranks: unknown matrix {key!r}{suggestion(str(key), list(known))}")
-        path, name = known[key]
-        wanted.setdefault(path, {})[name] = rank
-    replaced = []
-    for path, changed in wanted.items():
-        layer = layers[path]
-        checked_ranks(changed, layer.in_features, layer.slices, path)
-        trained = any(b is not None and bool(b.detach().any()) for b in layer.lora_B[adapter]._parameters.values())
-        if trained and not reinit and layer.adapter_specs[adapter].init is not False:
-            raise ValueError(f"ranks: {path!r} has been trained (B is not zero); pass reinit=True to start it afresh")
-        if layer.merged:
-            raise ValueError(f"ranks: {path!r} is merged; call fastlora.unmerge first")
-        if layer.router.awaits_backward(adapter):
-            raise ValueError(
-                f"ranks: a forward of {adapter!r} awaits its backward, whose gradients would be lost; run it, or let "
-                "go of the forward's outputs"
-            )
-        replaced.append((layer, *_resized(layer, changed, adapter, config)))
-    for layer, spec, A, B in replaced:
-        layer.install(adapter, spec, A, B)
-    watch_learning(model)  # the factors are new
-    return model
-
-
-def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: LoraConfig | None):
-    spec, ranks = layer.adapter_specs[adapter], layer.ranks(adapter)
-    scale = dict(spec.scale)
-    for name, rank in changed.items():
-        if config is not None and config.scale == "per_rank":
-            exponent = 0.5 if config.use_rslora else 1.0
-            scale[name] *= ((ranks[name] or config.r) / (rank or config.r)) ** exponent
-    # The factors may have been moved to another dtype since the adapter was made.
-    dtype = next((p.dtype for p in layer.lora_B[adapter].parameters()), spec.dtype)
-    spec = replace(spec, scale=scale, dtype=dtype)
-    with torch.no_grad():
-        A, B = new_factors(layer.slices, {**ranks, **changed}, layer.in_features, spec, layer.weight.device)
-        for name in layer.slices:
-            if name not in changed and ranks[name]:
-                A._parameters[name], B._parameters[name] = (
-                    layer.lora_A[adapter]._parameters[name],
-                    layer.lora_B[adapter]._parameters[name],
-                )
-    for factors, old in ((A, layer.lora_A[adapter]), (B, layer.lora_B[adapter])):
-        factors.train(old.training)
-        for name, parameter in factors.named_parameters():
-            before = old._parameters[name]
-            parameter.requires_grad_(before is None or before.requires_grad)
-    return spec, A, B

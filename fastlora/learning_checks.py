@@ -63,13 +63,14 @@ class LearningCheck:
         """Speak up if backward has run: ``RuntimeError`` with the names where an adapter was passed by."""
         if self._root is None or not any(self._learned(p) for p in self._trainable()):
             return
+        if not self.ran and not any(layer.called for layer in self.layers.values()):
+            return  # nothing of an eager forward was seen: to take the hooks of a compiled model would recompile it
         passed_by = [p for name in self._hooks for p in self.owners[name] if name in self.ran and not self._called(p)]
         if passed_by and self.mode == "raise":
             raise RuntimeError(self._text(passed_by))
         self.close()
         if passed_by:
             logger.warning("%s", self._text(passed_by))
-        # Nothing of an eager forward was seen: the model is compiled.
         resting = [p for p in self.layers if p not in passed_by and not self._called(p)] if self.ran else []
         if resting:
             logger.warning("adapters of modules that have not run so far: %s", _listed(resting))

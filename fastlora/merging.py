@@ -28,9 +28,9 @@ def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
     The forward is then the base's alone. All layers or none: a delta or a merged weight that is not finite raises
     ``ValueError`` naming the layer before any weight changes, as does a layer that is merged already.
     """
+    layers = _layers(model)
     if shards(model):
         raise ValueError("model: is sharded by fully_shard; save the adapter, and load and merge it in one process")
-    layers = _layers(model)
     names = sorted({name for layer in layers.values() for name in layer.adapter_names})
     if adapter not in names:
         raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")

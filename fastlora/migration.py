@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .injection import suggestion
-from .nn.linear import DEFAULT
+from .nn.linear import DEFAULT, check_adapter
 from .peft_files import AdapterFolder, Side, Slice
 from .peft_load import load_folder
 from .peft_names import PREFIX, base_names, choose_targets, listed, parse_fields, patterns
@@ -59,6 +59,13 @@ def load_layout(
     """
     if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_adapter(adapter)
+    if enable_lora is not None and not (
+        isinstance(enable_lora, Sequence) and enable_lora and all(isinstance(flag, bool) for flag in enable_lora)
+    ):
+        raise ValueError(f"enable_lora: expected True or False for each part of a fused matrix, got {enable_lora!r}")
     pairs = _renamed(_pairs(state_dict, layout), rename)
     modules = dict(model.named_modules())
     unknown = [path for path in pairs if not is_linear(modules.get(path))]
@@ -73,14 +80,14 @@ def load_layout(
 
 def _pairs(state_dict: Mapping[str, Tensor], layout: str) -> dict[str, tuple[Tensor, Tensor]]:
     """(A, B) by path, both there and both matrices."""
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {tuple(LAYOUTS)}, got {layout!r}")
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}")
     found: dict[str, dict[str, Tensor]] = {}
     others = []
     for key, tensor in state_dict.items():
-        match = LAYOUTS[layout].fullmatch(key)
+        match = LAYOUTS[layout].fullmatch(key) if isinstance(key, str) else None
         if match is None:
             others.append(key)
             continue
@@ -90,7 +97,7 @@ def _pairs(state_dict: Mapping[str, Tensor], layout: str) -> dict[str, tuple[Ten
         found.setdefault(match["path"], {})[match["factor"].upper()] = tensor.detach()
     if others:
         raise ValueError(
-            f"state_dict: these keys are no adapters in {layout}'s layout: {listed(others)}; load them with "
+            f"state_dict: these keys are no adapters in {layout}'s layout: {listed(map(str, others))}; load them with "
             "model.load_state_dict(..., strict=False) first and leave them out here"
         )
     if not found:
@@ -108,7 +115,7 @@ def _renamed(pairs: dict[str, tuple[Tensor, Tensor]], rename: Mapping[str, str] 
     if isinstance(rename, Mapping):
         unknown = [path for path in rename if path not in pairs]
         if unknown:
-            raise ValueError(f"rename: {unknown[0]!r} is not in state_dict{suggestion(unknown[0], list(pairs))}")
+            raise ValueError(f"rename: {unknown[0]!r} is not in state_dict{suggestion(str(unknown[0]), list(pairs))}")
         names = {path: rename.get(path, path) for path in pairs}
     elif callable(rename):
         names = {path: rename(path) for path in pairs}

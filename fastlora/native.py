@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["LIBRARY", "RankLayout", "available", "gradstat", "isa", "reason"]
+__all__ = ["LIBRARY", "RankLayout", "available", "gradstat", "has_kernel", "isa", "reason"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,16 @@ def _register_fakes() -> None:
         return dA, dB, Q
 
     @torch.library.register_fake("fastlora::lora_grouped_forward_")
-    def _(y, x, A, P, B, order, ranges, outputs, columns, scales, width, moments):
+    def _(y, x, A, P, B, order, ranges, outputs, columns, scales, starts, moments):
         adapters = ranges.shape[0] if moments else 0
+        projections = len(outputs)
+        totals = [starts[g * (projections + 1) + projections] for g in range(ranges.shape[0])]
+        width = max((rank + (P[g].shape[0] if P else 0) for g, rank in enumerate(totals)), default=0)
         sums = [x.new_empty((2, target.shape[1]), dtype=torch.float64) for _ in range(adapters) for target in y]
         return x.new_empty((x.shape[0], width)), sums
 
     @torch.library.register_fake("fastlora::lora_grouped_backward_")
-    def _(dx, dy, x, h, A, B, order, ranges, outputs, columns, scales, probes, need_dA, need_dB):
+    def _(dx, dy, x, h, A, B, order, ranges, outputs, columns, scales, starts, probes, need_dA, need_dB):
         dA = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A] if need_dA else []
         dB = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B] if need_dB else []
         widths = [probes[i // len(outputs)] for i in range(len(B))] if any(probes) else []
@@ -133,6 +136,13 @@ def _register_fakes() -> None:
 _REASON = _load()
 if _REASON is None:
     _register_fakes()
+# Looked up once: torch.compile cannot trace the dispatcher's tables.
+_KERNELS = frozenset(
+    (name.removeprefix("fastlora::"), device)
+    for device in ("cpu", "cuda")
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key(device.upper())
+    if name.startswith("fastlora::")
+)
 
 
 def available() -> bool:
@@ -143,6 +153,11 @@ def available() -> bool:
 def reason() -> str | None:
     """Why the native operators are not available, or None if they are."""
     return _REASON
+
+
+def has_kernel(operator: str, device: torch.device) -> bool:
+    """Whether a native operator has a kernel for a kind of device."""
+    return (operator, device.type) in _KERNELS
 
 
 def isa() -> str:

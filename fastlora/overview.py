@@ -15,6 +15,7 @@ from .nn.foreign import compute_dtype, foreign_base, update_backend
 from .nn.frozen import FrozenLinear
 from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from .parameter_roles import ROLES_OF_PARAMETERS, parameter_roles
+from .regulariser import Regulariser
 from .roles import role_targets
 
 
@@ -123,10 +124,13 @@ class Explanation:
 
     rows: tuple[ExplainedLayer, ...]
     packed_bytes: int
+    penalty: dict[str, tuple[str, str]]  # by adapter: "native" (one launch) or "formula", and why not native
 
     def __str__(self) -> str:
         table = _table(("layer", "backend", "matmul engine", "why not a faster one"), list(self.rows))
-        return f"{table}\npacked copies of frozen weights: {self.packed_bytes / 2**20:.1f} MiB"
+        lines = [table, f"packed copies of frozen weights: {self.packed_bytes / 2**20:.1f} MiB"]
+        lines += [f"penalty of {name}: {how}{why and f' ({why})'}" for name, (how, why) in self.penalty.items()]
+        return "\n".join(lines)
 
 
 def _engine(weight: Tensor, engine: str) -> str:
@@ -141,6 +145,8 @@ def _engine(weight: Tensor, engine: str) -> str:
 
 def explain(model: nn.Module) -> Explanation:
     """Backend and matmul engine of each layer, for inputs of its weight's dtype, and why others are passed over."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     rows, packed = [], 0
     for path, layer in model.named_modules():
         if not isinstance(layer, (Linear, FrozenLinear)):
@@ -162,4 +168,11 @@ def explain(model: nn.Module) -> Explanation:
         together += f"statistics every {every} steps; " if every > 1 else ""
         why = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
         rows.append(ExplainedLayer(path, backend.name, engine, (kind + together + why).rstrip("; ")))
-    return Explanation(tuple(rows), packed)
+    return Explanation(tuple(rows), packed, _penalties(model))
+
+
+def _penalties(model: nn.Module) -> dict[str, tuple[str, str]]:
+    layers = adapted_layers(model)
+    regulariser = Regulariser(layers, [(path, name) for path, layer in layers.items() for name in layer.slices])
+    names = dict.fromkeys(name for layer in layers.values() for name in layer.adapter_names)
+    return {name: regulariser.backend(name) for name in names}

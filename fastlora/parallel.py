@@ -189,18 +189,25 @@ def _parameter_groups(model: nn.Module) -> list[Any]:
     return [group for groups in found for group in groups if group is not None]
 
 
+def _check_group(process_group: Any) -> None:
+    known = process_group is None or (isinstance(process_group, str) and process_group == "auto")
+    if not known and not (
+        torch.distributed.is_available() and isinstance(process_group, torch.distributed.ProcessGroup)
+    ):
+        raise ValueError(f"process_group: expected 'auto', None or a process group, got {process_group!r}")
+
+
 def ranks_of(model: nn.Module, process_group: Any = "auto") -> Ranks | None:
     """Who trains this model together, or None for nobody but this process.
 
     ``"auto"``: the group of the DDP wrapper that is given or runs right now, or the mesh of ``fully_shard``; a process
     group says it. Raises ``ValueError`` for parallel training that is not implemented.
     """
+    _check_group(process_group)
     if process_group is None or not _available():
         return None
     if not isinstance(process_group, str):
         return _counted((process_group,), None)
-    if process_group != "auto":
-        raise ValueError(f"process_group: expected 'auto', None or a process group, got {process_group!r}")
     found = [m for m in wrappers(model) if isinstance(m, nn.parallel.DistributedDataParallel)]
     model, active = unwrapped(model), nn.parallel.DistributedDataParallel._get_active_ddp_module()
     _refuse_tensor_parallel(model)

@@ -23,6 +23,7 @@ TENSORS = "adapter_model.safetensors"
 SIDE = "fastlora.json"
 PICKLE = "adapter_model.bin"
 FORMAT_VERSION = 1
+_LARGEST_JSON = 2**26
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,21 @@ def _json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def read_folder(path: str | os.PathLike) -> AdapterFolder:
-    """Read an adapter; ``FileNotFoundError`` or ``ValueError`` naming the file and what is wrong with it."""
+def read_folder(path: str | os.PathLike, limit: int | None = None) -> AdapterFolder:
+    """Read an adapter; ``FileNotFoundError`` or ``ValueError`` naming the file and what is wrong with it.
+
+    A tensor file of more than ``limit`` bytes is refused unread. Links are followed, to regular files only: a cache of
+    downloads consists of them.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path: expected the path of a folder, got {path!r}")
     folder = pathlib.Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder (only local folders are read)")
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder with {CONFIG} and {TENSORS}, got a file")
-    found = read_together(folder, (TENSORS, SIDE, CONFIG))
+    most = {SIDE: _LARGEST_JSON, CONFIG: _LARGEST_JSON} | ({} if limit is None else {TENSORS: limit})
+    found = read_together(folder, (TENSORS, SIDE, CONFIG), most)
     if found[CONFIG] is None:
         raise FileNotFoundError(f"{folder / CONFIG}: no such file; is this an adapter, and was its save completed?")
     if found[TENSORS] is None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import LoraConfig
+from .config import LoraConfig, check_flag
 from .factors import WHOLE
 from .nn.conv1d import Conv1D
 from .nn.linear import DEFAULT, Linear, adapted_layers
@@ -60,6 +60,9 @@ def save(
     ``ValueError``, before anything is written, for a model without this adapter and for trained parameters that the
     files have no place for, by name; ``OSError`` where they cannot be written, with the old ones still there.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path: expected the path of a folder, got {path!r}")
+    check_flag(fold_scale, "fold_scale")
     ranks, model = ranks_of(model), unwrapped(model)
     sharded = bool(shards(model))
     reshard(model)
@@ -206,6 +209,8 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
 def _alpha(s: float, rank: int) -> float:
     """``s * rank``, as the integer that PEFT's type asks for where that is exact."""
     alpha = s * rank
+    if not math.isfinite(alpha):
+        raise ValueError(f"model: a scale of {s} at rank {rank} makes a lora_alpha that no file can hold")
     return round(alpha) if round(alpha) / rank == s else alpha
 
 

@@ -16,7 +16,7 @@ from .adapter_set import add_adapter
 from .config import LoraConfig
 from .factors import WHOLE
 from .injection import fused_sizes, inject, refuse_adapted
-from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
+from .nn.linear import DEFAULT, Linear, adapted_layers, check_adapter, matrix_key
 from .parallel import like, refuse_parallel, reshard, unwrapped
 from .parameter_roles import saved_modules
 from .peft_attention import StoredNames
@@ -53,8 +53,9 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
     All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
     leaves the model as it was. Only safetensors files in local folders are read.
     """
-    folder = read_folder(path)
+    check_adapter(adapter)
     reshard(unwrapped(model))
+    folder = read_folder(path, _most_bytes(unwrapped(model)))
     plan = load_folder(model, folder, adapter)
     if folder.side is None:
         _warn_of_out_proj(folder, StoredNames(unwrapped(model)), plan.matrices)
@@ -84,6 +85,15 @@ def load_folder(model: nn.Module, folder: AdapterFolder, adapter: str = DEFAULT)
             raise ValueError(f"{folder.path}: {error}") from error
     _copy(model, plan, adapter, staged)
     return plan
+
+
+def _most_bytes(model: nn.Module) -> int:
+    """No file for this model is larger: A and B of matrices in three slices at full rank, the whole model beside them.
+
+    ``R <= 3 min(n, K)`` for ``W`` [3n, K], so that A [R, K] and B [3n, R] have at most four times its entries.
+    """
+    entries = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    return 2**27 + 8 * 5 * entries
 
 
 @dataclass(frozen=True)
@@ -214,6 +224,9 @@ def _matrix(
     _refuse_shape(where, f"{PREFIX}{stored}.lora_A.weight", A, (rank, K))
     _refuse_shape(where, f"{PREFIX}{stored}.lora_B.weight", B, (N, rank))
     slices = folder.side.split.get(path, ()) if folder.side is not None else ()
+    for scale in (s, *(s * x.scale_ratio for x in slices)):
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
     if not slices:
         return _Matrix({WHOLE: N}, {WHOLE: (A, B)}, {WHOLE: s})
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
@@ -365,4 +378,4 @@ def _copy(model: nn.Module, plan: _Plan, adapter: str, staged: Mapping) -> None:
     for path, matrix in plan.matrices.items():
         spec = layers[path].adapter_specs[adapter]
         if not all(_same(spec.scale[name], s) for name, s in matrix.scale.items()):
-            layers[path].adapter_specs[adapter] = spec.with_scale(matrix.scale)
+            layers[path].rescale(adapter, matrix.scale)

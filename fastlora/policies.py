@@ -60,7 +60,7 @@ def policy(model: nn.Module, name: str, config: Any = None, *, deep: int | None 
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(name, str) or name not in POLICIES:
-        raise ValueError(f"policy: expected one of {tuple(POLICIES)}, got {name!r}{suggestion(str(name), [*POLICIES])}")
+        raise ValueError(f"name: expected one of {tuple(POLICIES)}, got {name!r}{suggestion(str(name), [*POLICIES])}")
     chosen = POLICIES[name]
     config = LoraConfig() if config is None else copy.copy(LoraConfig.coerce(config))
     refuse_adapted(model)
@@ -191,6 +191,8 @@ def param_groups(
     if not adapted_layers(model) and getattr(model, "fastlora_policy", None) is None:
         raise ValueError("model: has no adapters; call fastlora.inject first")
     by_adapter = _adapter_rates(model, lr_lora)
+    if adapter != DEFAULT and adapter not in list(by_adapter):
+        raise ValueError(f"adapter: expected one of {list(by_adapter)}, got {adapter!r}")
     rates = {"lora": ("lr_lora", next(iter(by_adapter.values()), 0.0)), "norm": ("lr_norm", lr_norm)}
     rates["bias"] = ("lr_bias", lr_bias)
     rates |= dict.fromkeys(("head", "other"), ("lr_head", lr_head))

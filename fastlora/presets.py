@@ -26,7 +26,7 @@ def preset(difficulty: str, **fields: Any) -> LoraConfig:
     fused qkv gets one dense adapter unless ``split_qkv=True``. Raises ``ValueError`` for an unknown difficulty and for
     fields that ``LoraConfig`` refuses.
     """
-    if difficulty not in PRESETS:
+    if not isinstance(difficulty, str) or difficulty not in PRESETS:
         raise ValueError(f"difficulty: expected one of {tuple(PRESETS)}, got {difficulty!r}")
     r, alpha, targets = PRESETS[difficulty]
     return LoraConfig(**{"r": r, "lora_alpha": alpha, "target_modules": targets, "split_qkv": False, **fields})

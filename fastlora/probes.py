@@ -104,6 +104,34 @@ def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int)
     return signs(seed, *words, samples * probes).view(samples, probes)
 
 
+class CompiledSigns:
+    """The signs of :func:`sample_signs` inside compiled code: the step and the micro-batch are tensors there."""
+
+    def __init__(self, seed: Tensor, probes: int):
+        self.seed, self.probes, self.used = seed, probes, False
+        self._step, self._micro, self.samples = (torch.zeros_like(seed) for _ in range(3))
+        self._signs: Tensor | None = None
+
+    def forward(self, rank: int, size: int) -> None:
+        """One more micro-batch begins; those of all ranks are numbered through."""
+        self._signs, self.used = None, True
+        self._micro.add_(torch.where(self._micro == 0, rank + 1, size))
+
+    def take(self, samples: int, own: int | None) -> Tensor:
+        """[S, k], the same for every layer of a forward."""
+        if self._signs is None:
+            tag = torch.full_like(self.seed, _SIGN_TAG)
+            drawn = signs(self.seed, self._step, self._micro, tag, samples * self.probes)
+            self._signs = drawn.view(samples, self.probes)
+            self.samples.add_(samples if own is None else own)
+        return self._signs
+
+    def advance(self, step: int) -> None:
+        self._step.fill_(step)
+        self._micro.zero_()
+        self.samples.zero_()
+
+
 # Seconds of a statistic's fixed cost per group and step, its share of ``tracker.step()`` included, and of one operation
 # on one core, each within a factor of two (twelve S4 layers, S1): they only decide which layers are too small to be
 # sampled at every step.

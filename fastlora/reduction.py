@@ -71,7 +71,12 @@ class Reduction:
 
     def micro(self, own: int) -> int:
         """The number of a rank's micro-batch among those of all ranks."""
-        return own if self.ranks is None else (own - 1) * self.ranks.size + self.ranks.rank + 1
+        rank, size = self.place()
+        return (own - 1) * size + rank + 1
+
+    def place(self) -> tuple[int, int]:
+        """This rank and the number of ranks."""
+        return (0, 1) if self.ranks is None else (self.ranks.rank, self.ranks.size)
 
     def restart(self) -> None:
         """The tracker took up another state: ranks have to agree again."""
@@ -142,7 +147,7 @@ class _Step:
         parts = {
             "here": torch.tensor([*weights, *moments]),
             "bad": ~tracker._covariances.finite(taken, self.device),
-            "samples": torch.tensor(sum(tracker._samples.values())),
+            "samples": torch.as_tensor(tracker._sample_count()),
         }
         if "fisher" in self.exact:
             found = [tracker._sample_squares(tracker.layers[path], name) for path, name in tracker.matrices]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .nn.linear import DEFAULT, adapted_layers
+from .nn.linear import DEFAULT, adapted_layers, check_adapter
 
 
 @contextmanager
@@ -26,6 +26,7 @@ def restored(model: nn.Module, adapter: str = DEFAULT) -> Iterator[None]:
     layers = adapted_layers(model) if isinstance(model, nn.Module) else {}
     if not layers:
         raise ValueError("model: has no adapters; call fastlora.inject first")
+    check_adapter(adapter)
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     # By name too: a forward may assign a new tensor instead of writing into the old one.
     buffers = [
@@ -44,17 +45,30 @@ def restored(model: nn.Module, adapter: str = DEFAULT) -> Iterator[None]:
                     layer.lora_B[adapter].requires_grad_(True)
             yield
         finally:
-            for p, grad, needs in parameters:
-                p.grad = grad
-                p.requires_grad_(needs)
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    module._buffers[name] = buffer
-                    if buffer is not None:
-                        buffer.copy_(value)
-            for module, training in modes:
-                module.training = training
-            put_back()
+
+            def restore() -> None:
+                for p, grad, needs in parameters:
+                    p.grad = grad
+                    p.requires_grad_(needs)
+                with torch.no_grad():
+                    for module, name, buffer, value in buffers:
+                        module._buffers[name] = buffer
+                        if buffer is not None:
+                            buffer.copy_(value)
+                for module, training in modes:
+                    module.training = training
+                put_back()
+
+            uninterrupted(restore)
+
+
+def uninterrupted(work: Callable[[], None]) -> None:
+    """Call ``work``, which may begin anew at any point, to its end: Ctrl-C meanwhile is passed on afterwards."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        work()
+        raise
 
 
 def _python_generators() -> Callable[[], None]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 import weakref
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 from .segments import Batch
+
+logger = logging.getLogger(__name__)
+
+_EXPLAINED = 8  # sets of adapters; torch gives up compiling at about as many
 
 
 class Route:
@@ -38,9 +45,12 @@ class Router:
         self._open = threading.local()
         # Forwards that a checkpoint may repeat: by the checkpoint's own frame, or only as ways that were taken.
         self._framed: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
-        self._taken: list[Route] = []
+        self._taken: list[tuple[Route, int]] = []  # with the number of changes to adapters by then
         self._repeated = False
+        self._changes = 0
+        self._changed: dict[str, int] = {}  # number of the last change to the ranks of an adapter
         self._graphs: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
+        self.compiled, self._compiled_for = False, []
         self.used: list[Batch | str] | None = None  # what contexts asked for since the last step, if somebody wants it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,6 +72,11 @@ class Router:
         """The way of the innermost open context of this thread, or the default."""
         return getattr(self._open, "route", self.default)
 
+    def changed(self, name: str) -> None:
+        """Take note that an adapter has other factors."""
+        self._changes += 1
+        self._changed[name] = self._changes
+
     def remove(self, name: str) -> None:
         self.slots[self.slots.index(name)] = None
 
@@ -76,6 +91,20 @@ class Router:
         else:
             self._open.route = route
         return before
+
+    def explain_recompilation(self, route: Route) -> None:
+        """Say why a compiled model is compiled again: which adapters run is part of its code; their ids are not."""
+        kind = (route.batch is None, (route.adapter,) if route.batch is None else route.batch.names)
+        if not self.compiled:
+            self._compiled_for = [kind]
+        elif kind not in self._compiled_for and len(self._compiled_for) < _EXPLAINED:
+            logger.warning(
+                "the compiled model is compiled again for the adapters of this batch, %s: which ones run is part of "
+                "the code, and so far these did: %s. A tensor of ids may change as long as the same adapters occur",
+                _listed(kind[1]),
+                "; ".join(_listed(names) for _, names in self._compiled_for),
+            )
+            self._compiled_for.append(kind)
 
     def built(self, node: Any, route: Route) -> None:
         """Remember a node of a graph that runs through the adapters of ``route``."""
@@ -95,6 +124,7 @@ class Router:
         Raises ``RuntimeError`` in a recomputation whose forward cannot be told from others that went other ways.
         """
         if torch.compiler.is_compiling():
+            self.compiled = True
             return self.current()
         if in_backward():
             return self._repeat()
@@ -105,9 +135,9 @@ class Router:
         return route
 
     def enter(self, module: Any, args: Any) -> None:
-        """Forward pre-hook of the model: whether its forward builds a graph."""
+        """Forward pre-hook of the model: whether its forward builds a graph, now or when a checkpoint repeats it."""
         if not torch.compiler.is_compiling() and not in_backward():
-            self._open.grad = torch.is_grad_enabled()
+            self._open.grad = torch.is_grad_enabled() or _in_reentrant_checkpoint()
 
     def _remember(self, route: Route, training: bool) -> None:
         if torch.is_grad_enabled():
@@ -120,8 +150,7 @@ class Router:
                 return
         elif not training or not getattr(self._open, "grad", True):
             return  # no graph is being built, so nothing will be repeated
-        if not any(route.same(other) for other in self._taken):
-            self._taken.append(route)
+        self._taken = [taken for taken in self._taken if not taken[0].same(route)] + [(route, self._changes)]
 
     def _repeat(self) -> Route:
         hooks = saving_hooks()
@@ -134,12 +163,35 @@ class Router:
                 "activation checkpointing repeats a forward that cannot be told from others with other adapters: run "
                 "backward before the next forward with other ids, or checkpoint with use_reentrant=False"
             )
-        return self._taken[0] if self._taken else self.current()
+        if not self._taken:
+            return self.current()
+        route, changes = self._taken[0]
+        for name in (route.adapter,) if route.batch is None else route.batch.names:
+            if self._changed.get(name, 0) > changes:
+                raise RuntimeError(
+                    f"adapter {name!r} was given other factors after the forward that activation checkpointing "
+                    "repeats; change ranks and adapters between backward and the next forward"
+                )
+        return route
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"
 
 
 def in_backward() -> bool:
     """Whether the autograd engine is running: there, a forward is a recomputation under activation checkpointing."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Whether a caller is the forward of a reentrant checkpoint, which runs without gradients and is repeated."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def saving_hooks() -> Any:

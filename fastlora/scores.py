@@ -159,6 +159,8 @@ def composite(
     if normalise not in ("zscore", "minmax"):
         raise ValueError(f"normalise must be 'zscore' or 'minmax', got {normalise!r}")
     parts = {"grad_sq": grad_sq, "grad_abs": grad_abs, "act_var": act_var}
+    if not isinstance(weights, Sequence):
+        raise TypeError(f"weights must be a sequence of 3 numbers, got {type(weights).__name__}")
     factors = [_finite_float(weight, f"weights[{index}]") for index, weight in enumerate(weights)]
     if len(factors) != len(parts):
         raise ValueError(f"weights must hold 3 numbers (grad_sq, grad_abs, act_var), got {len(factors)}")

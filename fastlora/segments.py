@@ -13,7 +13,7 @@ from .grouped import Rows
 
 def build_segments(ids: Tensor, adapters: int) -> tuple[Tensor, Tensor]:
     """``(order, ranges)`` of rows sorted stably by id: see ``fastlora.reference.build_segments``."""
-    if native.available() and (ids.device.type == "cpu" or native.has_kernel("build_segments", ids.device)):
+    if native.has_kernel("build_segments", ids.device):
         return torch.ops.fastlora.build_segments(ids, adapters)
     return reference.build_segments(ids, adapters)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +10,25 @@ from torch import Tensor, nn
 
 from .backends import choose
 from .covariance import COVARIANCES, Covariances
+from .multi_tensor import squared_norms
 from .nn.linear import DEFAULT, Linear, matrix_key
 from .parallel import unwrapped
-from .probes import LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
+from .probes import CompiledSigns, LayerProbe, ProbeRows, activation_variances, as_one_batch, by_sample, sample_signs
 from .reduction import Reduction, Shared
 from .regulariser import Regulariser
 from .scores import Scores
-from .tracking_checks import checked, checked_kinds, checked_layers, checked_probes, positive, refuse_windows
-
-logger = logging.getLogger(__name__)
-
-_STEPS_BEFORE_WARNING = 3
+from .tracking_checks import (
+    StepWatch,
+    checked,
+    checked_decay,
+    checked_kinds,
+    checked_layers,
+    checked_probes,
+    checked_state,
+    checked_steps,
+    inverse_scale,
+    refuse_windows,
+)
 
 
 def track(
@@ -78,17 +85,10 @@ class Tracker:
         self.per_sample = "fisher" in self.kinds
         self.device = next(iter(self.layers.values())).weight.device
         self.probes = checked_probes(probes, self.device)
-        if ema is not None and not 0.0 <= ema < 1.0:
-            raise ValueError(f"ema: expected a number in [0, 1) or None, got {ema!r}")
-        if warmup is not None:
-            positive("warmup", warmup, "a positive number of steps or None")
-        if every != "auto":
-            positive("every", every, "'auto' or a positive number of steps")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise ValueError(f"seed: expected an integer, got {seed!r}")
+        checked_steps(warmup, every, seed)
         if self.per_sample:
             refuse_windows(model, self.layers)
-        self.ema, self.warmup, self.seed = ema, warmup, seed
+        self.ema, self.warmup, self.seed = checked_decay(ema), warmup, seed
         self.every = (1 if estimator == "exact" or self.device.type != "cpu" else None) if every == "auto" else every
         self.steps, self.micro, self.importance = 0, 0, None
         self.matrices = [(path, name) for path, layer in self.layers.items() for name in layer.slices]
@@ -102,7 +102,7 @@ class Tracker:
         self._samples: dict[int, int] = {}
         self._regulariser = Regulariser(self.layers, self.matrices)
         self._signs: tuple[tuple[int, int, int], Tensor] | None = None
-        self._watch = _StepWatch(self.layers)
+        self._watch = StepWatch(self.layers)
         self._learning = getattr(model, "fastlora_learning", None)
         self._attach(model)
 
@@ -113,22 +113,26 @@ class Tracker:
             layer.probes[self.adapter] = LayerProbe(layer, kinds, self.estimator, self)
             groups.setdefault(id(layer.group or layer), []).append(layer)
         members = list(groups.values())
-        self._rows = None
+        self._rows, self._compiled = None, None
         if self.estimator == "probe" and kinds - {"act_var"}:
             self._rows = ProbeRows([m[0].in_features for m in members], self.probes, self.seed, self.device)
             for rows, layers in zip(self._rows.rows, members, strict=True):
                 for layer in layers:
                     self._probe(layer).P = rows.to(layer.weight.device)
             self._rows.draw(0)
+            self._compiled = CompiledSigns(self._rows.seed, self.probes) if self.per_sample else None
         self._reduction.attach(self)
         self._hook = model.register_forward_pre_hook(self._on_forward)
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            # Python numbers that change would be compiled in: what counts here are tensors.
+            if self._compiled is not None and torch.is_grad_enabled():
+                self._compiled.forward(*self._reduction.place())
+        elif torch.is_grad_enabled():
             self.micro += 1
-            if not torch.compiler.is_compiling():
-                self._reduction.search(self, module)
-                self._watch.forward()
+            self._reduction.search(self, module)
+            self._watch.forward()
 
     def __enter__(self) -> Tracker:
         return self
@@ -149,6 +153,8 @@ class Tracker:
         ``own`` of them are the tracked adapter's, all without it.
         """
         samples = x.shape[0] if x.dim() > 1 else 1
+        if torch.compiler.is_compiling():
+            return self._compiled.take(samples, own)
         key = (self.steps, self.micro, samples)
         if self._signs is None or self._signs[0] != key:
             if self.micro in self._samples:
@@ -166,6 +172,7 @@ class Tracker:
         With a ``GradScaler`` pass it, before ``scaler.update()``. A step with a gradient that is not finite is left out
         and counted in ``skipped``. Nothing is read back to the host.
         """
+        inverse = inverse_scale(scaler, self.device)
         self._watch.stepped()
         if self._learning is not None:
             self._learning.examine()
@@ -175,10 +182,8 @@ class Tracker:
             return self._advance()
         shared = self._reduction.run(self)
         values, seen = self._gather(shared)
-        inverse = _inverse_scale(scaler, self.device)
-        taken = (
-            {path: self._probe(layer).taken for path, layer in self.layers.items()} if self._covariances.kinds else {}
-        )
+        followed = self.layers.items() if self._covariances.kinds else ()
+        taken = {path: self._probe(layer).taken for path, layer in followed}
         finite = self._covariances.finite(taken, self.device) if shared is None else shared.finite
         for kind in self.kinds:
             if kind != "act_var":
@@ -192,6 +197,13 @@ class Tracker:
             self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
         self._skipped += ~finite
         self._advance()
+
+    def discard(self) -> None:
+        """Forget the gradients since the last ``step``: those of a step that failed or was given up."""
+        for layer in filter(self._owns, self.layers.values()):
+            self._probe(layer).advance(self.steps)
+        self.micro, self._signs = 0, None
+        self._samples.clear()
 
     def _live(self) -> bool:
         return any(self._owns(layer) for layer in self.layers.values())
@@ -214,12 +226,10 @@ class Tracker:
         mean.copy_(torch.where(keep, mean + weight * (value - mean), mean))
 
     def _advance(self) -> None:
-        for layer in self.layers.values():
-            self._probe(layer).advance(self.steps + 1)
         self.steps += 1
-        self.micro = 0
-        self._samples.clear()
-        self._signs = None
+        self.discard()
+        if self._compiled is not None:
+            self._compiled.advance(self.steps)
         if self._rows is not None and self._sampled():
             self._rows.draw(self.steps)
         if self.warmup is not None and self.steps == self.warmup:
@@ -257,17 +267,21 @@ class Tracker:
 
     def _probe_values(self, shared: Shared | None) -> list[Tensor | None]:
         grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
-        norms = iter(
-            torch._foreach_norm([g for g in grads if g is not None], 2) if any(g is not None for g in grads) else ()
-        )
         factor = 1.0 / self.probes
         if self.per_sample and shared is None:
-            factor *= self._sample_factor(sum(self._samples.values()))
-        return [None if g is None else next(norms).double().square() * factor for g in grads]
+            factor = factor * self._sample_factor(self._sample_count())
+        norms = iter(squared_norms([g for g in grads if g is not None], factor))
+        return [None if g is None else next(norms) for g in grads]
 
-    def _sample_factor(self, samples: int) -> float:
+    def _sample_count(self) -> int | Tensor:
+        seen = sum(self._samples.values())
+        compiled = self._compiled is not None and self._compiled.used
+        return seen + self._compiled.samples if compiled else seen
+
+    def _sample_factor(self, samples: int | Tensor) -> float | Tensor:
         # Backpropagated gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
-        return float(samples) if self.loss_reduction == "mean" else 1.0 / max(samples, 1)
+        samples = samples.double() if isinstance(samples, Tensor) else float(samples)
+        return samples if self.loss_reduction == "mean" else 1.0 / max(samples, 1.0)
 
     def _exact_values(self, layer: Linear, name: str, kinds: Sequence[str]) -> dict[str, Tensor]:
         taken = self._probe(layer).taken
@@ -346,7 +360,7 @@ class Tracker:
         ``normalise="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
         ``adapter``: whose factors, the tracked one's unless said otherwise.
         """
-        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
+        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, self._whose(adapter))
 
     def apply_penalty(
         self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str | None = None
@@ -357,7 +371,10 @@ class Tracker:
 
         Call it after backward (and after ``scaler.unscale_``), before clipping and the optimiser's step.
         """
-        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, adapter or self.adapter)
+        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, self._whose(adapter))
+
+    def _whose(self, adapter: str | None) -> str:
+        return self.adapter if adapter is None else adapter
 
     def _weighing(self) -> tuple[Tensor | None, bool]:
         """The importance that weighs now, and whether it is frozen."""
@@ -381,10 +398,7 @@ class Tracker:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state; ``ValueError`` names what differs, with this tracker unchanged."""
-        for name, mine in (("keys", list(self.keys)), ("probes", self.probes), ("statistics", list(self.kinds))):
-            given = list(state["values"]) if name == "statistics" else state[name]
-            if given != mine:
-                raise ValueError(f"state: {name} differ: saved {given}, tracked {mine}")
+        checked_state(state, self.state_dict())
         for kind in self.kinds:
             self._values[kind].copy_(state["values"][kind])
             self._counts[kind].copy_(state["counts"][kind])
@@ -392,41 +406,12 @@ class Tracker:
         self._covariances.load_state_dict(state["covariances"])
         self.steps, self.seed = state["steps"], state["seed"]
         self._reduction.restart()
-        for layer in filter(self._owns, self.layers.values()):
-            self._probe(layer).advance(self.steps)
+        self.discard()
         self.importance = None if state["importance"] is None else state["importance"].to(self.device)
         if self._rows is not None:
             self._rows.seed.fill_(self.seed)
             self._rows.draw(self.steps)
+        if self._compiled is not None:
+            self._compiled.advance(self.steps)
         if self.importance is not None:
             self.close()
-
-
-class _StepWatch:
-    """Warns once when parameters were updated several times without ``tracker.step()``."""
-
-    def __init__(self, layers: dict[str, Linear]):
-        self._parameter = next((p for m in layers.values() for p in m.lora_B.parameters()), None)
-        self._version = None if self._parameter is None else self._parameter._version
-        self._missed, self._warned = 0, False
-
-    def forward(self) -> None:
-        if self._parameter is None or self._parameter._version == self._version:
-            return
-        self._version = self._parameter._version
-        self._missed += 1
-        if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
-            self._warned = True
-            logger.warning(
-                "track: %d optimiser steps without tracker.step(); their statistics run together", self._missed
-            )
-
-    def stepped(self) -> None:
-        self._missed = 0
-
-
-def _inverse_scale(scaler: Any, device: torch.device) -> Tensor:
-    scale = getattr(scaler, "_scale", None)
-    if scaler is None or scale is None:
-        return torch.ones((), dtype=torch.float64, device=device)
-    return scale.to(device=device, dtype=torch.float64).reciprocal()

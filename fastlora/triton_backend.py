@@ -20,7 +20,7 @@ from .reference import keep_threshold
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .verbs import Layout
+    from .verbs import Layout, Layouts
 
 MINIMUM_TRITON = "3.6"
 MINIMUM_CAPABILITY = (8, 0)
@@ -230,7 +230,7 @@ class TritonBackend:
 
     def grouped_forward(
         self, x: Tensor, W: Sequence[Tensor], bias: Sequence[Tensor | None], A: Sequence[Tensor], P: Sequence[Tensor],
-        B: Sequence[Tensor], rows: grouped.Rows, layouts: Callable[[int], Layout], scale: Sequence[float],
+        B: Sequence[Tensor], rows: grouped.Rows, layouts: Layouts, scale: Sequence[float],
         moments: bool, engine: str = "auto",
     ) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
         """``y_j = x W_j^T + bias_j``, then ``y[m] += s_gi h_gi[m] B_gi^T`` for the rows of every adapter g.
@@ -246,7 +246,7 @@ class TritonBackend:
         )
         flat = [out.view(-1, out.shape[-1]) for out in y]
         layout, kernels, batch = layouts(0), _kernel("grouped"), self._batch(rows)
-        own = kernels.Ranks(_by_adapter(A, rows), tuple(p.shape[0] for p in P) or (0,) * rows.ranges.shape[0])
+        own = kernels.Ranks(layouts.ranks, tuple(p.shape[0] for p in P) or (0,) * rows.ranges.shape[0])
         factors = _one_dtype([*A, *P])
         n, probes = len(layout.outputs), factors[len(A) :]
         stacked = [f for g in range(len(own.ranks)) for f in (*factors[g * n : g * n + n], *probes[g : g + 1])]
@@ -256,7 +256,7 @@ class TritonBackend:
 
     def grouped_backward(
         self, dy: Sequence[Tensor | None], x: Tensor, h: Tensor, W: Sequence[Tensor], A: Sequence[Tensor],
-        B: Sequence[Tensor], rows: grouped.Rows, layouts: Callable[[int], Layout], scale: Sequence[float],
+        B: Sequence[Tensor], rows: grouped.Rows, layouts: Layouts, scale: Sequence[float],
         probes: Sequence[int], need_dx: bool, need_dA: bool, need_dB: bool, engine: str = "auto",
     ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
         """dx [M, K] and, with an entry for each adapter and projection, dA, dB in the adapters' dtype and Q fp32.
@@ -271,7 +271,7 @@ class TritonBackend:
             dx = torch.mm(*first)
             for grad, w in rest:
                 dx.addmm_(grad, w)
-        own = kernels.Ranks(_by_adapter(A, rows), tuple(probes) or (0,) * rows.ranges.shape[0])
+        own = kernels.Ranks(layouts.ranks, tuple(probes) or (0,) * rows.ranges.shape[0])
         A, B, parts = _one_dtype(A), _one_dtype(B), _parts(dy, layout)
         dh = kernels.grouped_shrink_backward(parts, B, batch, own, scale) if need_dx or need_dA else h
         if need_dx:
@@ -288,8 +288,7 @@ class TritonBackend:
 
 
 def _segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:
-    operator = "fastlora::segment_tiles"
-    if native.available() and torch._C._dispatch_has_kernel_for_dispatch_key(operator, ranges.device.type.upper()):
+    if native.has_kernel("segment_tiles", ranges.device):
         return torch.ops.fastlora.segment_tiles(ranges, rows, block)
     return reference.segment_tiles(ranges, rows, block)
 
@@ -308,10 +307,3 @@ def _parts(dy: Sequence[Tensor | None], layout: Layout) -> list[Tensor | None]:
         None if dy[j] is None else dy[j].narrow(1, column, width)
         for j, column, width in zip(layout.outputs, layout.columns, layout.widths, strict=True)
     ]
-
-
-def _by_adapter(A: Sequence[Tensor], rows: grouped.Rows) -> tuple[tuple[int, ...], ...]:
-    """Ranks of each adapter's projections."""
-    ranks, adapters = [a.shape[0] for a in A], rows.ranges.shape[0]
-    n = len(ranks) // adapters
-    return tuple(tuple(ranks[g * n : g * n + n]) for g in range(adapters))

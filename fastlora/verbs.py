@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import grouped
 from .engines import ENGINES
+from .reference import projections_of
 
 
 class Layout(NamedTuple):
@@ -56,6 +57,33 @@ def _layout_of(rows: tuple[int, ...], shapes: tuple[torch.Size, ...]) -> Layout:
     if sum(widths) != sum(rows):
         raise ValueError(f"lora_B: rows {list(widths)} do not tile weights with {list(rows)} rows")
     return Layout(ranks, tuple(offsets), tuple(outputs), tuple(columns), widths)
+
+
+class Layouts:
+    """The layout of each adapter of a batch, ``layouts(g)``: they differ in their ranks alone.
+
+    ``starts``: of each adapter, one after another, the first columns of its projections in h and the end.
+    """
+
+    def __init__(self, W: Sequence[Tensor], B: Sequence[Tensor], starts: Sequence[int]):
+        self.starts, self.projections = starts, projections_of(W, B)
+        self._rows, self._B = tuple([w.shape[0] for w in W]), B
+
+    def __call__(self, g: int) -> Layout:
+        part = self._B[g * self.projections : (g + 1) * self.projections]
+        return _layout_of(self._rows, tuple([b.shape for b in part]))
+
+    def width(self, probes: Sequence[int]) -> int:
+        """Columns of h: the largest rank of an adapter with its probe columns (none: ``probes`` is empty)."""
+        totals = self.starts[self.projections :: self.projections + 1]
+        return max((r + k for r, k in zip(totals, probes or [0] * len(totals), strict=True)), default=0)
+
+    @property
+    def ranks(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks of each adapter's projections."""
+        n = self.projections + 1
+        each = [self.starts[first : first + n] for first in range(0, len(self.starts), n)]
+        return tuple([tuple([b - a for a, b in zip(own, own[1:], strict=False)]) for own in each])
 
 
 def matmul_backward(dy: Sequence[Tensor | None], W: Sequence[Tensor], engine: str) -> Tensor | None:
@@ -198,7 +226,7 @@ class Backend:
         P: Sequence[Tensor],
         B: Sequence[Tensor],
         rows: grouped.Rows,
-        layouts: Callable[[int], Layout],
+        layouts: Layouts,
         scale: Sequence[float],
         moments: bool,
         engine: str,
@@ -222,7 +250,7 @@ class Backend:
         A: Sequence[Tensor],
         B: Sequence[Tensor],
         rows: grouped.Rows,
-        layouts: Callable[[int], Layout],
+        layouts: Layouts,
         scale: Sequence[float],
         probes: Sequence[int],
         need_dx: bool,

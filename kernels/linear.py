@@ -88,7 +88,7 @@ def linear_tile(
         store_moments(p_sum, N, b_y.to(tl.float32), m_m, o_n < width)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "tiles_m", "tiles_n"])
 def linear_kernel(
     p_x, p_w, p_bias, p_h, p_b, p_y, p_sums, widths, strides_w, strides_b, strides_y, offsets, ranks, scales, segments,
     M, K, N, stride_x, stride_h, tiles_m, tiles_n,

@@ -29,7 +29,7 @@ from .primitives import (
 from .tiling import TileConfig, choose_strategy, choose_tiles
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "tiles_m", "threshold"])
 def linear_backward_kernel(
     p_dy, p_w, p_dh, p_a, p_dx, p_seed, widths, strides_dy, strides_w, strides_a, offsets, ends, segments,
     M, K, stride_dh, stride_dx, tiles_m, threshold, keep_scale,

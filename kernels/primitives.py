@@ -89,7 +89,12 @@ def even(*values: Sequence[int]) -> bool:
 
 def precision(dtype: torch.dtype) -> str:
     """How ``tl.dot`` treats fp32 operands: as torch's own matmul is told to."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # Where torch has both settings, the newer one follows the older; reading the older after the newer was set raises.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 def compiled(tiles: TileConfig, dtype: torch.dtype) -> dict[str, Any]:

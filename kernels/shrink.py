@@ -58,12 +58,38 @@ def factor_rows(p_factors, strides_factor, offsets, ends, scales, i_entry, o_own
         return o_rank, m_rank, pick(scales, i_entry), p_rows, clear(pick(strides_factor, i_entry), EVEN_R)
 
 
+@triton.jit
+def shrink_loop(
+    b_acc, p_x, p_f, stride_f, m_m, m_rank, K, k_first, k_last, p_sums, i_m, o_block, seed, o_key, o_rank, segments,
+    i_group, offsets, ends, threshold,
+    MASKED: tl.constexpr, MOMENTS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc += x f`` from k_first to k_last: p_x [BLOCK_M, 1], p_f [BLOCK_R] at column 0."""
+    for k in tl.range(k_first, k_last, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        m_x, m_f = m_m[:, None], m_rank[None, :]
+        if not EVEN_K:
+            m_x, m_f = m_x & (o_k < K)[None, :], m_f & (o_k < K)[:, None]
+        b_x = tl.load(p_x + o_k[None, :], mask=m_x, other=0.0)
+        b_f = tl.load(p_f[None, :] + o_k[:, None].to(tl.int64) * stride_f, mask=m_f, other=0.0).to(b_x.dtype)
+        if MOMENTS:
+            p_sum = p_sums + i_m.to(tl.int64) * 2 * K + o_k
+            store_moments(p_sum, K, b_x.to(tl.float32), m_m[:, None], (o_k < K) & (o_block == 0))
+        if MASKED > 0:
+            b_acc, b_f = masked_product(
+                b_acc, b_x, b_f, seed, o_key, o_rank, segments, i_group, offsets, ends, k, threshold,
+                MASKED, BLOCK_K, PRECISION,
+            )  # fmt: skip
+        b_acc = tl.dot(b_x, b_f, b_acc, input_precision=PRECISION)
+    return b_acc
+
+
 @triton.jit(do_not_specialize=["M", "threshold"])
 def shrink_kernel(
     p_x, p_factors, p_out, p_seed, p_sums, widths, strides_x, strides_factor, offsets, ends, scales, segments,
     M, total, threshold,
     SHARED: tl.constexpr, MASKED: tl.constexpr, MOMENTS: tl.constexpr, GATHER: tl.constexpr,
-    EVEN_R: tl.constexpr, ALIGNED: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr, BLOCKS: tl.constexpr,
+    EVEN_R: tl.constexpr, ALIGNED: tl.constexpr, EVEN_K: tl.constexpr, BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """SHARED: one x and all factors stacked, rows of the first MASKED factors see their own dropout of x.
@@ -98,27 +124,17 @@ def shrink_kernel(
             p_factors, strides_factor, offsets, ends, scales, i_entry, o_own, stride_out, SHARED, ALIGNED, EVEN_R
         )
     K = pick(widths, i_entry)
-    part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
+    part = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K
     p_rows_x = pick(p_x, i_entry) + o_m.to(tl.int64)[:, None] * pick(strides_x, i_entry)
     b_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    seed, o_key, least, keep_scale = None, o_m, threshold, scale
     if MASKED > 0:
         seed, o_key, least, keep_scale = dropout_of(segments, p_seed, adapter, o_m, m_m, threshold, scale)
-    for k in tl.range(i_split * part, tl.minimum(K, (i_split + 1) * part), BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
-        m_x, m_f = m_m[:, None], m_rank[None, :]
-        if not EVEN_K:
-            m_x, m_f = m_x & (o_k < K)[None, :], m_f & (o_k < K)[:, None]
-        b_x = tl.load(p_rows_x + o_k[None, :], mask=m_x, other=0.0)
-        b_f = tl.load(p_rows[None, :] + o_k[:, None].to(tl.int64) * stride_depth, mask=m_f, other=0.0).to(b_x.dtype)
-        if MOMENTS:
-            p_sum = p_sums + i_m.to(tl.int64) * 2 * K + o_k
-            store_moments(p_sum, K, b_x.to(tl.float32), m_m[:, None], (o_k < K) & (o_block == 0))
-        if MASKED > 0:
-            b_acc, b_f = masked_product(
-                b_acc, b_x, b_f, seed, o_key, o_rank, segments, adapter, offsets, ends, k, least,
-                MASKED, BLOCK_K, PRECISION,
-            )  # fmt: skip
-        b_acc = tl.dot(b_x, b_f, b_acc, input_precision=PRECISION)
+    b_acc = shrink_loop(
+        b_acc, p_rows_x, p_rows, stride_depth, m_m, m_rank, K, i_split * part, tl.minimum(K, (i_split + 1) * part),
+        p_sums, i_m, o_block, seed, o_key, o_rank, segments, adapter, offsets, ends, least,
+        MASKED, MOMENTS, EVEN_K, BLOCK_K, PRECISION,
+    )  # fmt: skip
     if MASKED > 0:
         _, last = masked_ranks(segments, adapter, MASKED - 1, MASKED, offsets, ends)
         b_acc *= tl.where(o_rank < last, keep_scale, 1.0)[None, :]
@@ -172,7 +188,7 @@ def run(
         tuple(float(s) for s in scales), None if segments is None else segments.tensors, M, opaque([total]), threshold,
         SHARED=shared, MASKED=masked, MOMENTS=moments is not None, GATHER=segments is not None and segments.gather,
         EVEN_R=own and total % 8 == 0, ALIGNED=shared and aligned(factors),
-        EVEN_K=all(width % tiles.depth == 0 for width in widths), SPLIT=split, BLOCKS=blocks,
+        EVEN_K=all(width % tiles.depth == 0 for width in widths), BLOCKS=blocks,
         BLOCK_M=tiles.rows, BLOCK_K=tiles.depth, BLOCK_R=block, **compiled(tiles, x[0].dtype),
     )  # fmt: skip
     if split > 1:

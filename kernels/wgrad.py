@@ -59,30 +59,58 @@ def product_row(p_table, i_product, EVEN_R: tl.constexpr):
     return o_factor, rank, probe, o_probes, region, stride_column, stride_rank, tl.load(p_rest + 6)
 
 
-@triton.jit(do_not_specialize=["M", "rows", "total", "threshold"])
+@triton.jit
+def wgrad_loop(
+    b_acc, p_columns, p_ranks, stride_wide, stride_skinny, m_n, m_rank, first, last, p_seed, o_first, o_rank, masks,
+    segments, i_group, threshold, scale,
+    MASKED: tl.constexpr, GATHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc += wide^T skinny`` over the rows from first to last."""
+    for m in tl.range(first, last, BLOCK_M):
+        o_m = m + tl.arange(0, BLOCK_M)
+        m_m = o_m < last
+        if GATHER:
+            o_m = tl.load(segments[2] + o_m, mask=m_m, other=0)
+        o_row = o_m.to(tl.int64)[:, None]
+        b_wide = tl.load(p_columns + o_row * stride_wide, mask=m_m[:, None] & m_n[None, :], other=0.0)
+        b_skinny = tl.load(p_ranks + o_row * stride_skinny, mask=m_m[:, None] & m_rank[None, :], other=0.0)
+        if MASKED > 0:
+            seed, o_key, least, kept = dropout_of(segments, p_seed, i_group, o_m, m_m, threshold, scale)
+            for i in tl.static_range(MASKED):
+                low, high = masked_ranks(segments, i_group, i, MASKED, masks, masks[1:])
+                m_own = (o_rank >= low) & (o_rank < high)
+                b_seen = tl.where(keep_mask(seed, i, o_key, o_first, least, BLOCK_N), b_wide, 0.0)
+                b_own = tl.where(m_own[None, :], b_skinny, 0.0)
+                b_acc = tl.dot(tl.trans(b_seen), b_own, b_acc, input_precision=PRECISION)
+        else:
+            b_acc = tl.dot(tl.trans(b_wide), b_skinny, b_acc, input_precision=PRECISION)
+    return b_acc
+
+
+@triton.jit(do_not_specialize=["M", "rows", "splits", "total", "threshold"])
 def wgrad_kernel(
     p_wide, p_skinny, p_partial, p_seed, widths, strides_wide, strides_skinny, firsts, ranks, probes,
-    regions, strides_column, strides_rank, probe_regions, masks, segments, M, rows, total, first_probe, threshold,
-    EVEN_R: tl.constexpr, MASKED: tl.constexpr, GATHER: tl.constexpr, SPLIT: tl.constexpr,
+    regions, strides_column, strides_rank, probe_regions, masks, segments, M, rows, splits, total, first_probe,
+    threshold, EVEN_R: tl.constexpr, MASKED: tl.constexpr, GATHER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial ``wide^T skinny`` over ``rows`` rows; MASKED projections, ending at ``masks``, see their own dropout.
 
-    With ``segments`` over a SPLIT-th of one adapter's rows; where its product lies stands in a table of 8 numbers.
+    With ``segments`` over one of ``splits`` parts of one adapter's rows; where its product lies: a table of 8 numbers.
     """
     i_entry, o_first, _ = find_tile(tl.program_id(0), widths, BLOCK_N)
     o_rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     i_part, scale, adapter = tl.program_id(2), 1.0, 0
     if segments is not None:
-        adapter, i_part = (i_part // SPLIT).to(tl.int64), i_part % SPLIT
+        adapter, i_part = (i_part // splits).to(tl.int64), i_part % splits
         i_product = adapter * len(widths) + i_entry
         scale = tl.load(segments[4] + i_product)
         o_factor, rank, probe, o_probes, region, stride_column, stride_rank, probe_region = product_row(
             segments[3], i_product, EVEN_R
         )
         begin, end = tl.load(segments[1] + 2 * adapter), tl.load(segments[1] + 2 * adapter + 1)
-        own = tl.cdiv(tl.cdiv(end - begin, SPLIT), BLOCK_M) * BLOCK_M
+        own = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_M) * BLOCK_M
         first = begin + i_part * own
         last = tl.minimum(first + own, end)
     else:
@@ -99,26 +127,12 @@ def wgrad_kernel(
     o_skinny = tl.where(o_rank < rank, o_factor + o_rank, o_probes + o_rank - rank)
     p_columns = pick(p_wide, i_entry) + o_n[None, :]
     p_ranks = pick(p_skinny, i_entry) + o_skinny[None, :]
-    stride_wide, stride_skinny = pick(strides_wide, i_entry), clear(pick(strides_skinny, i_entry), EVEN_R)
     b_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for m in tl.range(first, last, BLOCK_M):
-        o_m = m + tl.arange(0, BLOCK_M)
-        m_m = o_m < last
-        if GATHER:
-            o_m = tl.load(segments[2] + o_m, mask=m_m, other=0)
-        o_row = o_m.to(tl.int64)[:, None]
-        b_wide = tl.load(p_columns + o_row * stride_wide, mask=m_m[:, None] & m_n[None, :], other=0.0)
-        b_skinny = tl.load(p_ranks + o_row * stride_skinny, mask=m_m[:, None] & m_rank[None, :], other=0.0)
-        if MASKED > 0:
-            seed, o_key, least, kept = dropout_of(segments, p_seed, adapter, o_m, m_m, threshold, scale)
-            for i in tl.static_range(MASKED):
-                low, high = masked_ranks(segments, adapter, i, MASKED, masks, masks[1:])
-                m_own = (o_rank >= low) & (o_rank < high)
-                b_seen = tl.where(keep_mask(seed, i, o_key, o_first, least, BLOCK_N), b_wide, 0.0)
-                b_own = tl.where(m_own[None, :], b_skinny, 0.0)
-                b_acc = tl.dot(tl.trans(b_seen), b_own, b_acc, input_precision=PRECISION)
-        else:
-            b_acc = tl.dot(tl.trans(b_wide), b_skinny, b_acc, input_precision=PRECISION)
+    b_acc = wgrad_loop(
+        b_acc, p_columns, p_ranks, pick(strides_wide, i_entry), clear(pick(strides_skinny, i_entry), EVEN_R),
+        m_n, m_rank, first, last, p_seed, o_first, o_rank, masks, segments, adapter, threshold, scale,
+        MASKED, GATHER, BLOCK_M, BLOCK_N, PRECISION,
+    )  # fmt: skip
     if segments is not None:
         b_acc *= tl.where(o_rank < rank, scale, 1.0)[None, :]
     o_column = o_n.to(tl.int64)[:, None]
@@ -162,9 +176,9 @@ def run(
         products[0].wide if seed is None else seed, widths, tuple(p.wide.stride(0) for p in products),
         opaque(strides_skinny), *(opaque(column) for column in zip(*(_numbers(p) for p in products), strict=True)),
         opaque(masks), None if segments is None else segments.tensors,
-        products[0].wide.shape[0], rows, partial.shape[1], opaque([first_probe]), threshold,
+        products[0].wide.shape[0], rows, parts, partial.shape[1], opaque([first_probe]), threshold,
         EVEN_R=own and even(strides_skinny), MASKED=masked,
-        GATHER=segments is not None and segments.gather, SPLIT=parts,
+        GATHER=segments is not None and segments.gather,
         BLOCK_M=tiles.depth, BLOCK_N=tiles.columns, BLOCK_R=block, **compiled(tiles, products[0].wide.dtype),
     )  # fmt: skip
 

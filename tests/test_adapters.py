@@ -264,7 +264,7 @@ def test_each_adapter_has_its_own_summary_ranks_tracker_files_and_merge(tmp_path
 
 
 REFUSED = {
-    "unknown name": (lambda m: fastlora.adapters(m, "d"), r"adapter: expected one of \['default', 'b', 'c'\], got 'd'"),
+    "unknown name": (lambda m: fastlora.adapters(m, "d"), r"ids: expected one of \['default', 'b', 'c'\], got 'd'"),
     "unknown in a list": (lambda m: fastlora.adapters(m, ["b", "defualt"]), "did you mean 'default'"),
     "unknown id": (lambda m: fastlora.adapters(m, torch.tensor([0, 3])), "ids: 3 at position 1 is unknown"),
     "id below -1": (lambda m: fastlora.adapters(m, torch.tensor([-2])), "ids: -2 at position 0 is unknown"),
@@ -309,10 +309,10 @@ BAD_SETS = {
     "not adapted": (
         lambda m: fastlora.add_adapter(nn.Sequential(nn.Linear(2, 2)), "d", LoraConfig()), "model: has no adapters"
     ),
-    "remove unknown": (lambda m: fastlora.remove_adapter(m, "d"), "adapter: expected one of"),
+    "remove unknown": (lambda m: fastlora.remove_adapter(m, "d"), "name: expected one of"),
     "remove default": (lambda m: fastlora.remove_adapter(m, "default"), "runs by default; call fastlora.set_adapter"),
-    "set unknown": (lambda m: fastlora.set_adapter(m, "d"), "adapter: expected one of"),
-    "set removed": (lambda m: fastlora.set_adapter(fastlora.remove_adapter(m, "c"), "c"), "adapter: expected one of"),
+    "set unknown": (lambda m: fastlora.set_adapter(m, "d"), "name: expected one of"),
+    "set removed": (lambda m: fastlora.set_adapter(fastlora.remove_adapter(m, "c"), "c"), "name: expected one of"),
 }  # fmt: skip
 
 

@@ -299,8 +299,11 @@ def test_empty_and_single_inputs_of_a_model(build, name, shape):
     y = model(torch.randn(shape)) if name == "timm_vit" else model(input_ids=torch.full(shape, 5)).logits
     assert y.shape[0] == shape[0]
     y.sum().backward()
-    grads = [p.grad for n, p in model.named_parameters() if ".lora_" in n]
-    assert all(g is not None and g.isfinite().all() and g.any().item() is (shape[0] > 0) for g in grads)
+    grads = {n: p.grad for n, p in model.named_parameters() if ".lora_" in n}
+    assert all(g is not None and g.isfinite().all() for g in grads.values())
+    # One token attends to itself whatever q and k are: their gradients are nothing but rounding.
+    felt = [g for n, g in grads.items() if ".query." not in n and ".key." not in n]
+    assert all(g.any().item() is (shape[0] > 0) for g in felt) and felt
 
 
 def test_a_refused_rank_in_the_last_layer_leaves_the_first_alone(build):

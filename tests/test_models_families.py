@@ -15,6 +15,7 @@ from fastlora.config import ROLES
 from fastlora.nn.linear import adapted_layers
 from fastlora.roles import role_targets
 
+SAMPLES_FIRST = ("open_clip", "torch_encoder", "torch_transformer")
 EVERY = pytest.mark.parametrize("name", ZOO)
 
 
@@ -35,6 +36,18 @@ def test_counts_by_role(name):
     assert counts == tuple(len(role_targets(model, role)) for role in ("qkv", "attention", "mlp", "all-linear"))
 
 
+def rows_have_equal_bits() -> bool:
+    """Whether a row's product has the same bits wherever the row stands; not so with every library on every CPU."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 32, generator=generator)
+    for rows in range(5, 20):
+        x = torch.randn(rows, 32, generator=generator)
+        product = torch.nn.functional.linear(x, weight)
+        if not torch.equal(product.flip(0), torch.nn.functional.linear(x.flip(0), weight)):
+            return False
+    return True
+
+
 def without_dropout(model):
     for module in model.modules():
         if "Drop" in type(module).__name__:
@@ -47,7 +60,10 @@ def without_dropout(model):
 
 @EVERY
 def test_outputs_at_first_are_the_frozen_base_s_bit_for_bit(name, library_matmul):
-    """In training, where torch has no fused path; timm's biases apart are rounded once more."""
+    """In training, where torch has no fused path; timm's biases apart are rounded once more.
+
+    Torch's attention puts tokens first and ours samples: equal bits where the library's do not depend on a row's place.
+    """
     base = without_dropout(build(name).requires_grad_(False).train())
     model = without_dropout(fastlora.inject(build(name).train(), config(target_modules="all-linear", r=1)))
     for _ in range(2):
@@ -55,7 +71,8 @@ def test_outputs_at_first_are_the_frozen_base_s_bit_for_bit(name, library_matmul
         mine = ZOO[name].run(model)
         torch.manual_seed(5)
         theirs = ZOO[name].run(base)
-        if name in ("timm_beit", "timm_eva02", "timm_swinv2"):
+        rounded_apart = name in ("timm_beit", "timm_eva02", "timm_swinv2")
+        if rounded_apart or (name in SAMPLES_FIRST and not rows_have_equal_bits()):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
         else:
             assert torch.equal(mine, theirs)

@@ -11,6 +11,7 @@ from helpers import FAMILIES, config, lora_grads, randomise
 from torch import nn
 
 import fastlora
+from fastlora import native
 from fastlora.nn.linear import adapted_layers
 
 
@@ -200,6 +201,29 @@ class TestSetRanks:
         qkv = model.blocks[0].attn.qkv
         assert qkv.ranks() == {"q": 2, "k": 4, "v": 4}
         assert qkv.lora_B["default"].k.any() and not qkv.lora_B["default"].q.any()
+
+    @pytest.mark.parametrize("without", [False, True], ids=["", "without the native library"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_kept_components(self, model, dtype, without, monkeypatch):
+        """q grows, v shrinks: what both ranks have stays bit for bit, and a matrix that grows computes what it did."""
+        if without:
+            monkeypatch.setattr(native, "_REASON", "taken away")
+        randomise(model.to(dtype))
+        qkv = model.blocks[0].attn.qkv
+        before, deltas = qkv.pairs(), [b.double() @ a.double() for a, b, _ in qkv.pairs()]
+        fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 7, "blocks.0.attn.qkv[v]": 3}, keep=True)
+        assert qkv.ranks() == {"q": 7, "k": 4, "v": 3} and [s for *_, s in qkv.pairs()] == [s for *_, s in before]
+        for (a, b, _), (old_a, old_b, _), kept in zip(qkv.pairs(), before, (4, 4, 3), strict=True):
+            assert a.dtype == b.dtype == old_a.dtype
+            assert torch.equal(a[:kept], old_a[:kept]) and torch.equal(b[:, :kept], old_b[:, :kept])
+            assert not b[:, kept:].any() and a[kept:].abs().sum(1).all()
+        for (a, b, _), delta in zip(qkv.pairs()[:2], deltas[:2], strict=True):
+            torch.testing.assert_close(b.double() @ a.double(), delta, rtol=1e-14, atol=1e-14)
+        fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 0}, keep=True)
+        fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 2}, keep=True)
+        assert not qkv.lora_B["default"].q.any()
+        with pytest.raises(ValueError, match="keep: expected one of keep and reinit, got both"):
+            fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 1}, keep=True, reinit=True)
 
     @pytest.mark.parametrize(
         "bad, message",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from tracker_help import data, loss_of, model, track
 
 import fastlora
+from fastlora import multi_tensor, native
 
 OPTIONS = list(itertools.product(("delta", "decay"), ("sum", "relative", "uniform")))
 
@@ -125,3 +130,102 @@ def test_bad_arguments_are_named_before_anything_changes(call, kwargs, error, me
         with pytest.raises(error, match=message):
             getattr(tracker, call)(**kwargs)
     assert all(p.grad is None for p in m.parameters())
+
+
+@pytest.fixture
+def launches(monkeypatch) -> Counter:
+    """Calls of the native multi-tensor operators by name."""
+    found = Counter()
+
+    def counted(name: str, operator: Any) -> Callable:
+        def call(*args):
+            found[name] += 1
+            return operator(*args)
+
+        return call
+
+    for name in ("penalty", "penalty_grad_", "squared_norms"):
+        monkeypatch.setattr(torch.ops.fastlora, name, counted(name, getattr(torch.ops.fastlora, name)))
+    return found
+
+
+def gradients_of(m, add):
+    m.zero_grad(set_to_none=True)
+    add()
+    return gradients(m)
+
+
+needs_native = pytest.mark.skipif(not native.available(), reason="the native library is not there")
+
+
+@needs_native
+@pytest.mark.parametrize("normalise", ["sum", "relative", "uniform"])
+def test_all_matrices_in_one_launch(launches, normalise):
+    """Value, backward and gradient by hand each: the numbers of the formula, four times its own error at most."""
+    m, exact = model(torch.float32), model(torch.float64)
+    exact.load_state_dict(m.state_dict())
+    with tracked(m, [data(torch.float32)]) as tracker, tracked(exact, [data()]) as wide:
+        assert fastlora.explain(m).penalty == {"default": ("native", "")}
+        assert fastlora.explain(exact).penalty["default"][0] == "formula"
+        wide.importance = tracker._weighing()[0].double()  # the same weights in both
+        mine = gradients_of(m, lambda: tracker.penalty(0.1, normalise=normalise).backward())
+        by_hand = gradients_of(m, lambda: tracker.apply_penalty(0.1, normalise=normalise))
+        assert launches == {"penalty": 1, "penalty_grad_": 2}
+        value = tracker.penalty(0.1, normalise=normalise)
+        for layer in tracker.layers.values():
+            layer.backend = "reference"
+        assert fastlora.explain(m).penalty == {"default": ("formula", "backend 'reference' was asked for")}
+        formula = gradients_of(m, lambda: tracker.apply_penalty(0.1, normalise=normalise))
+        assert launches == {"penalty": 2, "penalty_grad_": 2}
+        truth = gradients_of(exact, lambda: wide.apply_penalty(0.1, normalise=normalise))
+        torch.testing.assert_close(value.double(), wide.penalty(0.1, normalise=normalise), rtol=1e-6, atol=0)
+        assert len(truth) == len(mine) == len(by_hand)
+        for a, b, f, t in zip(mine, by_hand, formula, truth, strict=True):
+            allowed = 4 * (f - t).abs().max() + torch.finfo(torch.float32).eps * t.abs().max()
+            assert (a - t).abs().max() <= allowed and (b - t).abs().max() <= allowed
+
+
+@needs_native
+def test_the_native_penalty_leaves_frozen_factors_out_and_can_be_differentiated_again(launches):
+    m = model(torch.float32)
+    with tracked(m, [data(torch.float32)]) as tracker:
+        frozen = m[1].value.lora_A["default"].weight.requires_grad_(False)
+        by_hand = gradients_of(m, lambda: tracker.apply_penalty(0.1))
+        assert frozen.grad is None
+        by_autograd = gradients_of(m, lambda: tracker.penalty(0.1).backward())
+        assert frozen.grad is None and launches["penalty_grad_"] == 2
+        a = m[0].query.lora_A["default"].weight
+        (again,) = torch.autograd.grad(tracker.penalty(0.1), a, create_graph=True)
+        (second,) = torch.autograd.grad(again.square().sum(), a)
+        assert second.abs().max() > 0
+        m.zero_grad(set_to_none=True)
+        (2.0 * tracker.penalty(0.1)).backward()
+        # One operator on the same operands, and a power of two: no rounding differs.
+        for one, other, twice in zip(by_hand, by_autograd, gradients(m), strict=True):
+            assert torch.equal(one, other) and torch.equal(twice, 2 * one)
+
+
+@needs_native
+def test_a_step_reduces_all_statistics_in_one_launch(launches):
+    m = model(torch.float32)
+    with track(m) as tracker:
+        loss_of(m, data(torch.float32)).backward()
+        grads = [tracker._probe(tracker.layers[path]).Z[name].grad.double() for path, name in tracker.matrices]
+        expected = [g.square().sum().item() / tracker.probes for g in grads]
+        tracker.step()
+        assert launches == {"squared_norms": 1}
+        assert list(tracker.scores("grad_sq").values()) == pytest.approx(expected, rel=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "tensors, why",
+    [
+        ([torch.zeros(2, 2), torch.zeros(2, 2, device="meta")], "one launch takes one device, .* cpu and meta"),
+        ([torch.zeros(2, 2, dtype=torch.float64)], "take float32, bfloat16, float16, not float64"),
+        ([torch.zeros(2, 2, device="meta")], "no kernel for meta"),
+        ([torch.zeros(2, 2).as_subclass(type("Sharded", (torch.Tensor,), {}))], "plain tensors, not Sharded"),
+    ],
+)
+def test_what_the_native_operators_do_not_take_is_said(tensors, why):
+    assert re.search(why, multi_tensor.unsupported_reason("penalty_grad_", tensors))

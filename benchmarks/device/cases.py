@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -135,6 +136,13 @@ def _torch(case: Case, name: str, device: str, dtype: torch.dtype) -> Variant:
     return Variant(name, case, model, [p for p in model.parameters() if p.requires_grad])
 
 
+def compiled(model: nn.Module) -> Callable:
+    """``torch.compile``, for a backward that is timed several times over one graph."""
+    # Buffers that a compiled backward reuses for its results are gone the second time.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(model)
+
+
 def _peft(case: Case, name: str, device: str, dtype: torch.dtype) -> Variant:
     from peft import LoraConfig, get_peft_model
 
@@ -142,7 +150,7 @@ def _peft(case: Case, name: str, device: str, dtype: torch.dtype) -> Variant:
     config = LoraConfig(r=case.rank, lora_alpha=ALPHA, target_modules=list(model.attn.names))
     base = get_peft_model(model, config, autocast_adapter_dtype=name == "peft_default").get_base_model()
     leaves = _randomise([p for p in base.parameters() if p.requires_grad])
-    return Variant(name, case, torch.compile(base) if name == "peft_compiled" else base, leaves)
+    return Variant(name, case, compiled(base) if name == "peft_compiled" else base, leaves)
 
 
 def _fastlora(case: Case, name: str, device: str, dtype: torch.dtype) -> Variant:

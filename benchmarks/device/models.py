@@ -11,7 +11,7 @@ from torch import nn
 
 import fastlora
 
-from .cases import ALPHA, PROBES
+from .cases import ALPHA, PROBES, compiled
 
 RANK = 8
 # What a whole model is timed with, in the order in which it is.
@@ -118,4 +118,4 @@ def _with_peft(model: nn.Module, case: ModelCase, variant: str) -> nn.Module:
 
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(case.targets))
     base = get_peft_model(model, config, autocast_adapter_dtype=variant == "peft_default").get_base_model()
-    return torch.compile(base) if variant == "peft_compiled" else base
+    return compiled(base) if variant == "peft_compiled" else base

@@ -1,16 +1,20 @@
 """``python -m device.sweep --write``: times every tile of ``tiling.py``, its neighbours and the strategies.
 
-The fastest of each verb and shape goes into ``kernels/tiling.py``, which then decides by them.
+The fastest of each verb and shape goes into ``kernels/tiling.py``, which then decides by them. All candidates are
+compiled first, on every core: one after the other that takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastlora.kernels import gradstat, linear, linear_backward, shrink, wgrad
@@ -20,6 +24,8 @@ from .cases import CASES, PROBES, TINY, Case
 from .measure import captured, time_calls
 
 STRATEGIES = ("fused", "library", "augmented")
+# The most promising first, should the time run out.
+VERBS = ("linear", "linear_backward", "wgrad", "shrink", "shrink dy", "gradstat")
 TILING = Path(__file__).parents[2] / "kernels" / "tiling.py"
 
 
@@ -65,7 +71,7 @@ def neighbours(tile: TileConfig) -> Iterator[TileConfig]:
     """The tile, and those with another depth, number of stages, warps or rows."""
     yield tile
     yield tile._replace(depth=tile.depth // 2 if tile.depth > 32 else tile.depth * 2)
-    yield tile._replace(stages=tile.stages - 1)
+    yield tile._replace(stages=tile.stages - 1 if tile.stages > 1 else 2)
     yield tile._replace(warps=12 - tile.warps if tile.warps in (4, 8) else 4)
     if tile.rows >= 64:
         yield tile._replace(rows=tile.rows // 2)
@@ -144,23 +150,66 @@ def fill(file: Path, found: dict[tuple[str, str], list[Measurement]]) -> None:
     file.write_text(before + begin + source(found) + end + after)
 
 
-def measure(device: str, cases: dict[str, Case], seconds: float) -> list[dict[str, Any]]:
-    """Time all candidates, most promising verbs first, until the time is up; on the CPU the first of each strategy."""
-    rows, limit = [], time.monotonic() + seconds
-    for verb in ("linear", "linear_backward", "wgrad", "shrink", "shrink dy", "gradstat"):
+class Job(NamedTuple):
+    """A verb of a case with one way to compute it."""
+
+    verb: str
+    case: Case
+    strategy: str
+    tile: TileConfig | None
+
+    def call(self, operands: Operands) -> Callable[[], object]:
+        """What is timed."""
+        return calls(operands, self.verb, self.tile, self.strategy)
+
+
+def jobs(cases: dict[str, Case], dry: bool) -> list[list[Job]]:
+    """All candidates by verb and case; for a dry run the first of each strategy."""
+    found = []
+    for verb in VERBS:
         for case in cases.values():
-            operands, some = Operands(case, device), candidates(verb)
-            if device == "cpu":
-                some = [next(c for c in some if c[0] == s) for s in dict.fromkeys(s for s, _ in some)]
-            for strategy, tile in some:
-                call = calls(operands, verb, tile, strategy)
-                if time.monotonic() > limit:
-                    continue
-                try:
-                    times = time_calls(call if device == "cpu" else captured(call), 1, device, 20)
-                except Exception as problem:  # a tile that does not fit is a result too
-                    times = {"error": f"{type(problem).__name__}: {problem}"[:200]}
-                rows.append({"verb": verb, "case": case.name, "strategy": strategy, "tile": tile, **times})
+            some = [Job(verb, case, strategy, tile) for strategy, tile in candidates(verb)]
+            firsts = {job.strategy: job for job in reversed(some)}
+            found.append([firsts[s] for s in STRATEGIES if s in firsts] if dry else some)
+    return found
+
+
+def compile_one(job: Job, capability: int) -> str | None:
+    """Put a job's kernels into Triton's cache, without a GPU; why that failed, or None."""
+    from fastlora.kernels import compile_report, primitives
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    driver.set_active(compile_report.Offline(GPUTarget("cuda", capability, 32)))
+    primitives.launcher = lambda kernel, grid, *arguments, **options: kernel.warmup(*arguments, grid=grid, **options)
+    try:
+        job.call(Operands(job.case, "meta"))()
+    except Exception as problem:  # it will be timed all the same, and fail there by name
+        return f"{job.verb} {tuple(job.tile or ())}: {type(problem).__name__}: {problem}"[:200]
+    return None
+
+
+def compile_ahead(listed: list[list[Job]], capability: int, workers: int) -> list[str]:
+    """Compile every job on ``workers`` cores; what went wrong."""
+    some = [job for several in listed for job in several]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return [problem for problem in pool.map(compile_one, some, [capability] * len(some)) if problem]
+
+
+def measure(device: str, listed: list[list[Job]], seconds: float) -> list[dict[str, Any]]:
+    """Time the jobs until the time is up."""
+    rows, limit = [], time.monotonic() + seconds
+    for several in listed:
+        operands = Operands(several[0].case, device)
+        for job in several:
+            if time.monotonic() > limit:
+                return rows
+            call = job.call(operands)
+            try:
+                times = time_calls(call if device == "cpu" else captured(call), 1, device, 20)
+            except Exception as problem:  # a tile that does not fit is a result too
+                times = {"error": f"{type(problem).__name__}: {problem}"[:200]}
+            rows.append({"verb": job.verb, "case": job.case.name, "strategy": job.strategy, "tile": job.tile, **times})
     return rows
 
 
@@ -171,9 +220,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--write", type=Path, nargs="?", const=TILING, help="the tiling.py that takes the measurements")
     parser.add_argument("--dry-run", action="store_true", help="few candidates, tiny shapes, in Triton's interpreter")
+    parser.add_argument("--compile-only", action="store_true", help="compile for sm_90, on a machine without a GPU")
     given = parser.parse_args()
-    device, cases = ("cpu", dict([next(iter(TINY.items()))])) if given.dry_run else ("cuda", CASES)
-    rows = measure(device, cases, given.seconds)
+    listed = jobs(dict([next(iter(TINY.items()))]) if given.dry_run else CASES, given.dry_run)
+    device = "cpu" if given.dry_run else "cuda"
+    if given.compile_only or device == "cuda":
+        capability = (9, 0) if given.compile_only else torch.cuda.get_device_capability()
+        problems = compile_ahead(listed, 10 * capability[0] + capability[1], len(os.sched_getaffinity(0)))
+        print(*problems, sep="\n")
+        if given.compile_only:
+            raise SystemExit(bool(problems))
+    rows = measure(device, listed, given.seconds)
     for verb, name in dict.fromkeys((r["verb"], r["case"]) for r in rows):
         timed = [r for r in rows if (r["verb"], r["case"]) == (verb, name) and "median_ms" in r]
         for r in sorted(timed, key=lambda r: r["median_ms"])[:3]:

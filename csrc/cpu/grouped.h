@@ -78,25 +78,59 @@ struct Adapters {
   int64_t width(int64_t g) const { return groups[g].rank + probes[g]; }
 };
 
-template <class T>
-std::vector<T> entries(const std::vector<T>& all, int64_t g, size_t count) {
-  return {all.begin() + g * count, all.begin() + (g + 1) * count};
+// What every adapter has in common: where its projections lie in the outputs.
+struct Places {
+  const std::vector<int64_t>&outputs, &columns, &widths;
+  int64_t depth;
+};
+
+// One adapter's slots; starts[i] is the first column of projection i in h, as the layout of the layer has it.
+inline Group read_slots(const std::vector<Tensor>& A, const std::vector<Tensor>& B, const std::vector<double>& scales,
+                        const int64_t* starts, const Places& places, int64_t g) {
+  const int64_t matrices = static_cast<int64_t>(places.widths.size());
+  const size_t count = places.outputs.size(), first = static_cast<size_t>(g) * count;
+  STD_TORCH_CHECK(starts[0] == 0, "starts: adapter ", g, " begins at ", starts[0], "; accepted: 0");
+  Group group;
+  group.slots.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor &a = A[first + i], &b = B[first + i];
+    check_operand(a, "A");
+    check_operand(b, "B");
+    const int64_t rank = starts[i + 1] - starts[i], columns = b.size(0), output = places.outputs[i];
+    STD_TORCH_CHECK(a.size(0) == rank && b.size(1) == rank, "A is ", a.size(0), " x ", a.size(1), " and B ", columns,
+                    " x ", b.size(1), " for adapter ", g, ", projection ", i, ", but its rank is ", rank,
+                    " in the layout (starts)");
+    STD_TORCH_CHECK(a.size(1) == places.depth, "A has ", a.size(1), " columns, but x has ", places.depth,
+                    " (in_features)");
+    STD_TORCH_CHECK(output >= -1 && output < matrices, "outputs: ", output, " was asked for, of ", matrices);
+    STD_TORCH_CHECK(output < 0 || (places.columns[i] >= 0 && places.columns[i] + columns <= places.widths[output]),
+                    "columns: ", places.columns[i], " to ", places.columns[i] + columns,
+                    " were asked for, but there are ", output < 0 ? 0 : places.widths[output]);
+    group.slots.push_back(
+        {rank, columns, starts[i], output, places.columns[i], group.packed, static_cast<float>(scales[first + i])});
+    group.packed += rank * columns;
+  }
+  group.rank = starts[count];
+  return group;
 }
 
 inline Adapters read_adapters(const std::vector<Tensor>& A, const std::vector<Tensor>& B, int64_t adapters,
-                              std::vector<int64_t> probes, const std::vector<int64_t>& outputs,
-                              const std::vector<int64_t>& columns, const std::vector<double>& scales, int64_t depth,
-                              const std::vector<int64_t>& widths) {
-  const size_t count = outputs.size(), all = count * static_cast<size_t>(adapters);
+                              std::vector<int64_t> probes, const std::vector<double>& scales,
+                              const std::vector<int64_t>& starts, const Places& places) {
+  const size_t count = places.outputs.size(), all = count * static_cast<size_t>(adapters);
   STD_TORCH_CHECK(A.size() == all, "A has ", A.size(), " entries; ", adapters, " adapters of ", count,
                   " projections need ", all);
   STD_TORCH_CHECK(B.size() == all, "B has ", B.size(), " entries, but A has ", all);
   STD_TORCH_CHECK(scales.size() == all, "scales has ", scales.size(), " entries, but A has ", all);
-  STD_TORCH_CHECK(columns.size() == count, "columns has ", columns.size(), " entries, but outputs has ", count);
+  STD_TORCH_CHECK(starts.size() == all + static_cast<size_t>(adapters), "starts has ", starts.size(), " entries; ",
+                  adapters, " adapters of ", count, " projections need ", all + static_cast<size_t>(adapters));
+  STD_TORCH_CHECK(places.columns.size() == count, "columns has ", places.columns.size(), " entries, but outputs has ",
+                  count);
   Adapters out{{}, std::move(probes)};
+  out.groups.reserve(static_cast<size_t>(adapters));
   for (int64_t g = 0; g < adapters; ++g) {
-    out.groups.push_back(read_group(entries(A, g, count), entries(B, g, count), outputs, columns,
-                                    entries(scales, g, count), depth, widths));
+    const int64_t* own = starts.data() + static_cast<size_t>(g) * (count + 1);
+    out.groups.push_back(read_slots(A, B, scales, own, places, g));
   }
   return out;
 }

@@ -231,7 +231,8 @@ std::pair<Gradients, int64_t> backward(std::optional<Tensor>& dx, const std::vec
                                        const Tensor& h, const std::vector<Tensor>& A, const std::vector<Tensor>& B,
                                        const Tensor& order, const Tensor& ranges, const std::vector<int64_t>& outputs,
                                        const std::vector<int64_t>& columns, const std::vector<double>& scales,
-                                       const std::vector<int64_t>& probes, bool need_dA, bool need_dB) {
+                                       const std::vector<int64_t>& starts, const std::vector<int64_t>& probes,
+                                       bool need_dA, bool need_dB) {
   Pass pass{read_matrix(x, "x"), {}, {}, std::nullopt, {}, {}, A, B, need_dA, need_dB};
   read_inputs(pass, dy, h, dx);
   std::vector<int64_t> widths;
@@ -239,7 +240,8 @@ std::pair<Gradients, int64_t> backward(std::optional<Tensor>& dx, const std::vec
   pass.segments = read_segments(order, ranges, pass.x.rows);
   check_probes(probes, pass.segments.adapters);
   pass.need_Q = std::any_of(probes.begin(), probes.end(), [](int64_t count) { return count > 0; });
-  pass.adapters = read_adapters(A, B, pass.segments.adapters, probes, outputs, columns, scales, pass.x.columns, widths);
+  pass.adapters =
+      read_adapters(A, B, pass.segments.adapters, probes, scales, starts, {outputs, columns, widths, pass.x.columns});
   for (int64_t g = 0; g < pass.segments.adapters; ++g) {
     STD_TORCH_CHECK(pass.h.columns >= pass.adapters.width(g), "h has ", pass.h.columns, " columns, but adapter ", g,
                     " has ", pass.adapters.groups[g].rank, " ranks and ", probes[g], " probes");
@@ -255,8 +257,10 @@ Result lora_grouped_backward_(std::optional<Tensor> dx, const std::vector<Tensor
                               const std::vector<Tensor>& A, const std::vector<Tensor>& B, const Tensor& order,
                               const Tensor& ranges, const std::vector<int64_t>& outputs,
                               const std::vector<int64_t>& columns, const std::vector<double>& scales,
-                              const std::vector<int64_t>& probes, bool need_dA, bool need_dB) {
-  Gradients out = backward(dx, dy, x, h, A, B, order, ranges, outputs, columns, scales, probes, need_dA, need_dB).first;
+                              const std::vector<int64_t>& starts, const std::vector<int64_t>& probes, bool need_dA,
+                              bool need_dB) {
+  Gradients out =
+      backward(dx, dy, x, h, A, B, order, ranges, outputs, columns, scales, starts, probes, need_dA, need_dB).first;
   return {std::move(out.dA), std::move(out.dB), std::move(out.Q)};
 }
 
@@ -265,8 +269,9 @@ int64_t grouped_backward_multiply_adds_(std::optional<Tensor> dx, const std::vec
                                         const Tensor& h, const std::vector<Tensor>& A, const std::vector<Tensor>& B,
                                         const Tensor& order, const Tensor& ranges, const std::vector<int64_t>& outputs,
                                         const std::vector<int64_t>& columns, const std::vector<double>& scales,
-                                        const std::vector<int64_t>& probes, bool need_dA, bool need_dB) {
-  return backward(dx, dy, x, h, A, B, order, ranges, outputs, columns, scales, probes, need_dA, need_dB).second;
+                                        const std::vector<int64_t>& starts, const std::vector<int64_t>& probes,
+                                        bool need_dA, bool need_dB) {
+  return backward(dx, dy, x, h, A, B, order, ranges, outputs, columns, scales, starts, probes, need_dA, need_dB).second;
 }
 
 }  // namespace

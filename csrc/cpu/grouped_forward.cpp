@@ -148,8 +148,8 @@ std::pair<Result, int64_t> forward(std::vector<Tensor>& y, const Tensor& x_, con
                                    const std::vector<Tensor>& P, const std::vector<Tensor>& B, const Tensor& order,
                                    const Tensor& ranges, const std::vector<int64_t>& outputs,
                                    const std::vector<int64_t>& columns, const std::vector<double>& scales,
-                                   int64_t width, bool need_moments) {
-  Pass pass{read_matrix(x_, "x"), {}, {}, {}, A, P, B, width, {}};
+                                   const std::vector<int64_t>& starts, bool need_moments) {
+  Pass pass{read_matrix(x_, "x"), {}, {}, {}, A, P, B, 0, {}};
   const Matrix& x = pass.x;
   std::vector<int64_t> widths;
   for (Tensor& target : y) {
@@ -161,14 +161,11 @@ std::pair<Result, int64_t> forward(std::vector<Tensor>& y, const Tensor& x_, con
   for (const int64_t output : outputs) STD_TORCH_CHECK(output >= 0, "outputs: -1 is for the backward only");
   pass.segments = read_segments(order, ranges, x.rows);
   const int64_t adapters = pass.segments.adapters;
-  pass.adapters =
-      read_adapters(A, B, adapters, read_probes(P, adapters, x.columns), outputs, columns, scales, x.columns, widths);
-  for (int64_t g = 0; g < adapters; ++g) {
-    STD_TORCH_CHECK(pass.adapters.width(g) <= width, "width is ", width, ", but adapter ", g, " has ",
-                    pass.adapters.groups[g].rank, " ranks and ", pass.adapters.probes[g], " probes");
-  }
+  pass.adapters = read_adapters(A, B, adapters, read_probes(P, adapters, x.columns), scales, starts,
+                                {outputs, columns, widths, x.columns});
+  for (int64_t g = 0; g < adapters; ++g) pass.width = std::max(pass.width, pass.adapters.width(g));
   // Base-only rows are zero; the others are written in full.
-  Tensor h = new_tensor({x.rows, width}, x.dtype, pass.segments.covered < x.rows);
+  Tensor h = new_tensor({x.rows, pass.width}, x.dtype, pass.segments.covered < x.rows);
   pass.h = h.mutable_data_ptr();
   std::vector<Tensor> moments;
   for (size_t i = 0; need_moments && i < adapters * y.size(); ++i) {
@@ -181,9 +178,9 @@ std::pair<Result, int64_t> forward(std::vector<Tensor>& y, const Tensor& x_, con
 Result lora_grouped_forward_(std::vector<Tensor> y, const Tensor& x, const std::vector<Tensor>& A,
                              const std::vector<Tensor>& P, const std::vector<Tensor>& B, const Tensor& order,
                              const Tensor& ranges, const std::vector<int64_t>& outputs,
-                             const std::vector<int64_t>& columns, const std::vector<double>& scales, int64_t width,
-                             bool moments) {
-  return forward(y, x, A, P, B, order, ranges, outputs, columns, scales, width, moments).first;
+                             const std::vector<int64_t>& columns, const std::vector<double>& scales,
+                             const std::vector<int64_t>& starts, bool moments) {
+  return forward(y, x, A, P, B, order, ranges, outputs, columns, scales, starts, moments).first;
 }
 
 // The same pass, for the multiply-adds that its kernels were asked for.
@@ -191,8 +188,8 @@ int64_t grouped_forward_multiply_adds_(std::vector<Tensor> y, const Tensor& x, c
                                        const std::vector<Tensor>& P, const std::vector<Tensor>& B, const Tensor& order,
                                        const Tensor& ranges, const std::vector<int64_t>& outputs,
                                        const std::vector<int64_t>& columns, const std::vector<double>& scales,
-                                       int64_t width, bool moments) {
-  return forward(y, x, A, P, B, order, ranges, outputs, columns, scales, width, moments).second;
+                                       const std::vector<int64_t>& starts, bool moments) {
+  return forward(y, x, A, P, B, order, ranges, outputs, columns, scales, starts, moments).second;
 }
 
 }  // namespace

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..allocation import allocate
 from ..calibration import calibrate
 from ..config import LoraConfig
-from ..injection import inject, set_ranks
+from ..injection import inject
 from ..overview import summary
 from ..policies import param_groups
+from ..ranks import set_ranks
 from ..scores import Scores
 from ..temperature import ece, fit_temperature
 from ..tracker import Tracker, track

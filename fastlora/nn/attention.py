@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import LoraConfig
 from ..factors import WHOLE, AdapterSpec, new_factors
 from ..routing import Router
-from .linear import DEFAULT, Linear, QKVLinear, adapter_dtype_of, attach_state, checked_ranks
+from .linear import DEFAULT, Linear, QKVLinear, adapter_dtype_of, attach_state
 from .views import LayerView
 
 
@@ -75,6 +75,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         **fields: Any,
     ):
         config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, split_qkv=split_qkv, **fields)
+        if isinstance(embed_dim, int) and r > embed_dim:
+            raise ValueError(f"r: at most embed_dim = {embed_dim}, got {r}")
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, None, None, batch_first, device, dtype
         )
@@ -86,7 +88,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         for layer, names in ((self.in_proj, "qkv" if split_qkv else (WHOLE,)), (self.out_proj, (WHOLE,))):
             slices = dict.fromkeys(names, layer.out_features // len(names))
             ranks = dict.fromkeys(slices, r)
-            checked_ranks(ranks, embed_dim, slices, "r")
             attach_state(layer, slices, config, router, "out_proj" if layer is self.out_proj else "in_proj")
             spec = AdapterSpec(
                 dict.fromkeys(slices, config.scaling(r)), lora_dropout, config.init_lora_weights,

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import LoraConfig, check_rank
+from ..config import LoraConfig, check_flag, check_rank
 from ..engines import AUTO, PACKED, UNPACKED
 from ..factors import WHOLE, AdapterSpec, Factors, new_factors
 from ..functional import check_input, lora_grouped, lora_linear
 from ..probes import group_operands
 from ..routing import Route, Router
+from .packing import packing_of
 
 DEFAULT = "default"
 _MERGED_AT_ONCE = 2**17  # entries of a weight: 512 KiB in fp32, the fastest of 2^15 to 2^20 for both dtypes
@@ -59,6 +60,10 @@ class Linear(nn.Linear):
             init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend,
             prepack=prepack,
         )  # fmt: skip
+        check_flag(train_base, "train_base")
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int):
+                raise ValueError(f"{name}: expected an integer, got {size!r}")
         if r > min(in_features, out_features):
             raise ValueError(f"r: at most min(in_features, out_features) = {min(in_features, out_features)}, got {r}")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
@@ -73,12 +78,21 @@ class Linear(nn.Linear):
         """Put an adapter's factors in place, replacing those of the same name."""
         self.lora_A[name], self.lora_B[name] = A, B
         self.adapter_specs[name] = spec
+        self.changes += 1
+        self.router.changed(name)
         with_rank = any(p is not None for p in A._parameters.values())
         self.ranked = self.ranked | {name} if with_rank else self.ranked - {name}
+
+    def rescale(self, name: str, scale: Mapping[str, float]) -> None:
+        """Other scales for an adapter's slices."""
+        self.adapter_specs[name] = self.adapter_specs[name].with_scale(scale)
+        self.changes += 1
 
     def uninstall(self, name: str) -> None:
         """Forget an adapter; a layer that has none left runs as its base alone."""
         del self.lora_A[name], self.lora_B[name], self.adapter_specs[name]
+        self.changes += 1
+        self.router.changed(name)
         self.ranked = self.ranked - {name}
 
     @property
@@ -187,8 +201,8 @@ class Linear(nn.Linear):
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # A tracker belongs to the model it was made for, not to its copies.
-        return {**self.__dict__, "probes": {}}
+        # A tracker belongs to the model it was made for, not to its copies; a packing refers to other layers.
+        return {**self.__dict__, "probes": {}, "packings": {}}
 
 
 class QKVLinear(Linear):
@@ -196,7 +210,8 @@ class QKVLinear(Linear):
 
 
 _STATE = (
-    "slices", "adapter_specs", "ranked", "router", "stream", "backend", "engine", "merged", "group", "called", "probes",
+    "slices", "adapter_specs", "ranked", "changes", "packings", "router", "stream", "backend", "engine", "merged",
+    "group", "called", "probes",
 )  # fmt: skip
 
 
@@ -208,6 +223,8 @@ def attach_state(
     layer.slices = dict(slices)
     layer.adapter_specs = {}
     layer.ranked = frozenset()  # adapters with a rank above 0
+    layer.changes = 0  # to its adapters: what packings look at
+    layer.packings = {}
     layer.router = router
     layer.stream = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
@@ -265,16 +282,17 @@ def _forward_one(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
 def _forward_grouped(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
     """As ``forward_together``, every row with the adapter of its batch."""
     batch, first = route.batch, layers[0]
-    pairs = [pair for name in batch.names for layer in layers for pair in layer.pairs(name)]
+    A, B, scale, starts = _operands(layers, batch.names)
     probes = {name: [layer.probes[name] for layer in layers] for name in batch.names if name in first.probes}
     y = lora_grouped(
         x,
         [layer.weight for layer in layers],
         [layer.bias for layer in layers],
-        [a for a, _, _ in pairs],
-        [b for _, b, _ in pairs],
-        [s for _, _, s in pairs],
+        A,
+        B,
+        scale,
         batch,
+        starts=starts,
         p=first.dropout_p(route),
         stream=first.stream,
         backend=first.backend,
@@ -284,6 +302,14 @@ def _forward_grouped(layers: list[Linear], x: Tensor, route: Route) -> list[Tens
     for name, mine in probes.items():
         y = [probe.tap(x, out, batch.select(name, x)) for probe, out in zip(mine, y, strict=True)]
     return y
+
+
+def _operands(layers: list[Linear], names: tuple[str, ...]) -> tuple[list, list, list, list[int] | None]:
+    """A, B and scales by adapter and projection, and where they lie (None: not known beforehand)."""
+    if not torch.compiler.is_compiling() and all([isinstance(layer, Linear) for layer in layers]):
+        return packing_of(layers).operands(names)
+    pairs = [pair for name in names for layer in layers for pair in layer.pairs(name)]
+    return [a for a, _, _ in pairs], [b for _, b, _ in pairs], [s for _, _, s in pairs], None
 
 
 def checked_ranks(ranks: Mapping[str, int], in_features: int, slices: Mapping[str, int], key: str) -> None:
@@ -296,8 +322,31 @@ def checked_ranks(ranks: Mapping[str, int], in_features: int, slices: Mapping[st
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:
-    """Every adapted layer of a model by its path."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    """Every adapted layer of a model by its path; ``ValueError`` for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    found: dict[str, Linear] = {}
+    _collect(model, "", set(), found)
+    return found
+
+
+def _collect(module: nn.Module, path: str, seen: set[nn.Module], found: dict[str, Linear]) -> None:
+    # The modules of an adapted layer are its factors, of which there are many with many adapters.
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, Linear):
+        found[path] = module
+        return
+    for name, child in module._modules.items():
+        if child is not None:
+            _collect(child, f"{path}.{name}" if path else name, seen, found)
+
+
+def check_adapter(adapter: object, name: str = "adapter") -> None:
+    """Refuse what cannot be the name of an adapter."""
+    if not isinstance(adapter, str):
+        raise ValueError(f"{name}: expected the name of an adapter, got {adapter!r}")
 
 
 def matrix_key(path: str, name: str) -> str:

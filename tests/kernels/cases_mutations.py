@@ -163,7 +163,7 @@ OWN_RANKS = "clear(pick(offsets, i_entry), EVEN_R)"
 ROUTED, SHUFFLED = "own_rows(segments, i_m, GATHER", "own_rows(segments, i_m, False"
 MUTATIONS = {
     "shrink: no mask past K": ("shrink", "if not EVEN_K:", "if False:", off_shrink, 0.0),
-    "shrink: parts overlap": ("shrink", "tl.range(i_split * part,", "tl.range(0,", off_shrink, 0.0),
+    "shrink: parts overlap": ("shrink", "i_split * part, tl.minimum", "0, tl.minimum", off_shrink, 0.0),
     "shrink: one mask for all": ("shrink", "keep_mask(seed, i, o_key", "keep_mask(seed, 0, o_key", off_shrink, 0.3),
     "shrink: probes drop": ("shrink", "(o_rank >= last)[", "(o_rank < 0)[", off_shrink, 0.3),
     "shrink: moments of one tile": ("shrink", "i_m.to(tl.int64) * 2 * K", "0 * 2 * K", off_moments_of_x, 0.0),

@@ -8,6 +8,7 @@ import importlib.util
 
 import pytest
 import torch
+from fastlora.kernels import primitives
 from grouped_support import CASES, Operands, expected_dh, expected_dx
 from kernel_support import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, assert_close, wide
 
@@ -204,3 +205,15 @@ def test_devices_that_differ_are_named_before_anything_runs():
         backend.linear(data.x, whole, data.bias, data.x, data.B, data.layout, data.scale, False)
     with pytest.raises(ValueError, match="dy: is on meta"):
         backend.gradstat(data.x, torch.empty_like(data.dy[0], device="meta"), (0, 35))
+
+
+def test_tf32_follows_the_newer_setting_of_torch():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for setting, wanted in (("tf32", "tf32"), ("ieee", "ieee")):
+            matmul.fp32_precision = setting
+            assert primitives.precision(torch.float32) == wanted
+            assert primitives.precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = before

@@ -11,6 +11,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter_fixes
 
     interpreter_fixes.apply()
+if os.environ.get("FASTLORA_KERNEL_COMPILE_ONLY") == "1":
+    import compile_only
+
+    compile_only.apply()
+    pytest_runtest_call = compile_only.pytest_runtest_call
 
 
 @pytest.fixture(autouse=True)

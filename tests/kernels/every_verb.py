@@ -65,6 +65,51 @@ def run_grouped(data, tiles):
     return [*pairs, *zip(o.y, wanted, strict=True), *zip(moments, sums, strict=True)]
 
 
+def run_linear(verb, data, tiles, h):
+    """(found, wanted) pairs of y, and of its moments where the verb has them."""
+    layout = data.layout
+    strategy = "library" if verb == "expand" else "fused"
+    y, sums = linear.linear(
+        data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, verb != "linear",
+        strategy, tiles,
+    )  # fmt: skip
+    update = [
+        s * wide(h)[:, o : o + b.shape[1]] @ wide(b.to(data.dtype)).T
+        for b, o, s in zip(data.B, layout.offsets, data.scale, strict=True)
+    ]
+    base = [wide(data.x) @ wide(w).T + (0 if b is None else wide(b)) for w, b in zip(data.W, data.bias, strict=True)]
+    wanted = torch.cat(base, 1) + torch.cat(update, 1)
+    found = [(m, reference.column_moments(wide(o))) for m, o in zip(sums, y, strict=bool(sums))]
+    return [(torch.cat(y, 1), wanted), *found]
+
+
+def run_wgrad(data, tiles, h, dh, p, options):
+    """(found, wanted) pairs of dA, dB and Q."""
+    layout, s = data.layout, data.problem
+    dA, dB, Q = wgrad.wgrad(
+        data.x, dh, data.slices(), h, layout.offsets, s.ranks, data.scale, s.probes, tiles=tiles, **options
+    )
+    found = []
+    for i, part in enumerate(data.slices()):
+        own = slice(layout.offsets[i], layout.offsets[i] + s.ranks[i])
+        x = reference.dropout(wide(data.x), data.seed.cpu(), i, p) if p else wide(data.x)
+        found += [(dA[i], wide(dh)[:, own].T @ x), (Q[i], wide(part).T @ wide(h)[:, layout.rank :])]
+        found.append((dB[i], data.scale[i] * wide(part).T @ wide(h)[:, own]))
+    return found
+
+
+def run_gradstat(verb, data, tiles):
+    """(found, wanted) pairs of three runs, and of the diagonal where the verb has it."""
+    s = data.problem
+    offsets, shape = [0, 3, s.M // 2, s.M], (data.dy[0].shape[1], s.K)
+    diagonal = torch.zeros(shape, device=DEVICE) if verb == "gradstat_diagonal" else None
+    stat = gradstat.gradstat(data.x, data.dy[0], torch.tensor(offsets, device=DEVICE), tiles, diagonal=diagonal)
+    found = [(stat, reference.gradstat(wide(data.x), wide(data.dy[0]), offsets))]
+    runs = zip(offsets[:-1], offsets[1:], strict=True)
+    squares = sum((wide(data.dy[0])[a:b].T @ wide(data.x)[a:b]).square() for a, b in runs)
+    return found if diagonal is None else [*found, (diagonal, squares)]
+
+
 def run_verb(verb, data, tiles):
     """(found, wanted) pairs of a verb with one tile."""
     layout, s = data.layout, data.problem
@@ -87,21 +132,7 @@ def run_verb(verb, data, tiles):
             found.append((dh, expected_dh(data)))
         return found
     if verb in ("linear", "linear_moments", "expand"):
-        strategy = "library" if verb == "expand" else "fused"
-        y, sums = linear.linear(
-            data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, verb != "linear",
-            strategy, tiles,
-        )  # fmt: skip
-        update = [
-            s * wide(h)[:, o : o + b.shape[1]] @ wide(b.to(data.dtype)).T
-            for b, o, s in zip(data.B, layout.offsets, data.scale, strict=True)
-        ]
-        base = [
-            wide(data.x) @ wide(w).T + (0 if b is None else wide(b)) for w, b in zip(data.W, data.bias, strict=True)
-        ]
-        wanted = torch.cat(base, 1) + torch.cat(update, 1)
-        found = [(m, reference.column_moments(wide(o))) for m, o in zip(sums, y, strict=bool(sums))]
-        return [(torch.cat(y, 1), wanted), *found]
+        return run_linear(verb, data, tiles, h)
     if verb.startswith(("linear_backward", "expand_dropout")):
         strategy = "library" if verb.startswith("expand") else "fused"
         dx = linear_backward.linear_backward(
@@ -113,24 +144,9 @@ def run_verb(verb, data, tiles):
             wanted = wanted + (reference.dropout(part, data.seed.cpu(), i, p) if p else part)
         return [(dx, wanted)]
     if verb.startswith("wgrad"):
-        dA, dB, Q = wgrad.wgrad(
-            data.x, dh, data.slices(), h, layout.offsets, s.ranks, data.scale, s.probes, tiles=tiles, **options
-        )
-        found = []
-        for i, part in enumerate(data.slices()):
-            own = slice(layout.offsets[i], layout.offsets[i] + s.ranks[i])
-            x = reference.dropout(wide(data.x), data.seed.cpu(), i, p) if p else wide(data.x)
-            found += [(dA[i], wide(dh)[:, own].T @ x), (Q[i], wide(part).T @ wide(h)[:, layout.rank :])]
-            found.append((dB[i], data.scale[i] * wide(part).T @ wide(h)[:, own]))
-        return found
+        return run_wgrad(data, tiles, h, dh, p, options)
     if verb.startswith("gradstat"):
-        offsets, shape = [0, 3, s.M // 2, s.M], (data.dy[0].shape[1], s.K)
-        diagonal = torch.zeros(shape, device=DEVICE) if verb == "gradstat_diagonal" else None
-        stat = gradstat.gradstat(data.x, data.dy[0], torch.tensor(offsets, device=DEVICE), tiles, diagonal=diagonal)
-        found = [(stat, reference.gradstat(wide(data.x), wide(data.dy[0]), offsets))]
-        runs = zip(offsets[:-1], offsets[1:], strict=True)
-        squares = sum((wide(data.dy[0])[a:b].T @ wide(data.x)[a:b]).square() for a, b in runs)
-        return found if diagonal is None else [*found, (diagonal, squares)]
+        return run_gradstat(verb, data, tiles)
     assert verb == "covariance"
     total = torch.zeros(s.K, s.K, device=DEVICE)
     gradstat.add_gram_(total, data.x, torch.tensor(0.5, device=DEVICE), tiles)

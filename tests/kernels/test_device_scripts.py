@@ -87,3 +87,8 @@ def test_the_sweep_fills_the_table(tmp_path):
     assert filled.choose_tiles("linear", 100, 2304, 768, 8, torch.float32).rows == 64
     assert filled.choose_strategy("forward", 100, 2304, 768, 8, torch.float16) in ("fused", "library", "augmented")
     assert {verb for verb, _, entry in filled.committed() if "cpu" in entry.reason} == verbs - {"forward", "backward"}
+
+
+def test_the_sweep_compiles_its_candidates_ahead(tmp_path):
+    run("device.sweep", tmp_path, "--compile-only", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert list(tmp_path.rglob("*.cubin"))

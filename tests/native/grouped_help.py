@@ -71,12 +71,16 @@ class Batch:
     outputs: list[int]
     columns: list[int]
     scales: list[float]
-    width: int
+    starts: list[int]  # of each adapter: the first columns of its projections in h, and the end
     probes: list[int] = field(default_factory=list)
 
     @property
     def projections(self) -> int:
         return len(self.outputs)
+
+    @property
+    def width(self) -> int:
+        return max((self.rank(g) + self.probes[g] for g in range(self.adapters)), default=0)
 
     @property
     def adapters(self) -> int:
@@ -90,11 +94,11 @@ class Batch:
         return sum(a.shape[0] for a in self.factors(g)[0])
 
     def where(self):
-        return self.order, self.ranges, self.outputs, self.columns, self.scales
+        return self.order, self.ranges, self.outputs, self.columns, self.scales, self.starts
 
     def forward(self, moments: bool = True, op=None):
         op = op or ops.lora_grouped_forward_
-        return op(self.y, self.x, self.A, self.P, self.B, *self.where(), self.width, moments)
+        return op(self.y, self.x, self.A, self.P, self.B, *self.where(), moments)
 
     def backward(self, h, need=(True, True), dx=True, op=None, probes=None):
         op = op or ops.lora_grouped_backward_
@@ -111,7 +115,7 @@ def make(
     rank = [ranks[at % len(ranks)] for at in range(adapters * count)]
     shapes = [sum(widths)] if fused else widths
     k = [probes[g % len(probes)] for g in range(adapters)]
-    totals = [sum(rank[g * count : (g + 1) * count]) + k[g] for g in range(adapters)]
+    starts = [sum(rank[g * count : g * count + i]) for g in range(adapters) for i in range(count + 1)]
     order, ranges = segments(ids, adapters, direct)
     return Batch(
         x=strided(rows, depth, dtype, layout),
@@ -125,7 +129,7 @@ def make(
         outputs=[0] * count if fused else list(range(count)),
         columns=[sum(widths[:i]) for i in range(count)] if fused else [0] * count,
         scales=[0.5 + 0.25 * (at % 7) for at in range(len(rank))],
-        width=max(totals, default=0), probes=k,
+        starts=starts, probes=k,
     )  # fmt: skip
 
 

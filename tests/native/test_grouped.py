@@ -213,7 +213,7 @@ def test_schemas_and_fake_tensors(dtype):
     )
     h, ops, utils = batch.forward()[0], torch.ops.fastlora, ("test_schema", "test_faketensor")
     for moments in (True, False):
-        arguments = (batch.y, batch.x, batch.A, batch.P, batch.B, *batch.where(), batch.width, moments)
+        arguments = (batch.y, batch.x, batch.A, batch.P, batch.B, *batch.where(), moments)
         torch.library.opcheck(ops.lora_grouped_forward_.default, arguments, test_utils=utils)
         torch.library.opcheck(ops.grouped_forward_multiply_adds_.default, arguments, test_utils="test_schema")
     for dx in (batch.dx, None):
@@ -244,7 +244,9 @@ def test_schemas_and_fake_tensors(dtype):
         ({"A": [torch.ones(2, 5), torch.ones(2, 6)]}, "A has 5 columns, but x has 6"),
         ({"P": [torch.ones(1, 6)]}, "P has 1 entries; accepted: 0, or one for each of the 2 adapters"),
         ({"P": [torch.ones(1, 5)] * 2}, "P has 5 columns, but x has 6"),
-        ({"width": 1}, "width is 1, but adapter 0 has 2 ranks and 0 probes"),
+        ({"starts": [0, 2]}, "starts has 2 entries; 2 adapters of 1 projections need 4"),
+        ({"starts": [1, 3, 0, 2]}, "starts: adapter 0 begins at 1"),
+        ({"starts": [0, 2, 0, 3]}, "A is 2 x 6 and B 4 x 2 for adapter 1, projection 0, but its rank is 3"),
         ({"y": [torch.ones(4, 4)]}, "y has 4 rows, but x has 5"),
     ],
 )
@@ -282,9 +284,9 @@ def test_backward_errors(change, message):
 
 
 @pytest.mark.skipif("FASTLORA_CPU_ISA" in os.environ, reason="runs inside the subprocess of this very test")
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 def test_other_instruction_sets(isa):
-    order = ["portable", "avx2", "avx512"]
+    order = ["portable", "avx2", "avx512", "avx512_bf16"]
     if order.index(isa) >= order.index(native.isa()):
         pytest.skip(f"this processor's choice is {native.isa()}")
     files = [__file__, __file__.replace(".py", "_rows.py")]

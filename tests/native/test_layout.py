@@ -106,6 +106,17 @@ def test_offsets_width_and_work_of_an_adapter(given_arguments, data):
     assert layout.factor_bytes(2) == 2 * (layout.a_numel + layout.b_numel)
 
 
+@given(arguments(), st.data())
+def test_the_adapters_of_a_batch(given_arguments, data):
+    layout = RankLayout(*given_arguments)
+    known = range(layout.num_adapters)
+    chosen = data.draw(st.lists(st.sampled_from(known), max_size=6)) if known else []
+    batch = layout.select(chosen)
+    assert batch == RankLayout([layout.ranks[g] for g in chosen], *given_arguments[1:])
+    assert batch.shared_with(layout) == len(set(chosen))
+    assert batch.column_starts() == [start for g in chosen for start in layout.adapter_offsets(g)]
+
+
 def test_operations_ignore_the_ranks_of_other_adapters():
     alone = RankLayout([[8]], [32], 16).operations([100])
     for rank in (1, 64, 1024):
@@ -169,6 +180,7 @@ def test_an_unknown_adapter(adapter, method, arguments):
         ("add_adapter", [[-4]], r"ranks\[1\]\[0\] is -4; accepted: 0 or more"),
         ("add_adapter", [[2**62]], "ranks is too large"),
         ("with_ranks", [0, [2**60]], "ranks is too large"),
+        ("select", [[0, 1]], "adapter is 1, but the layout has 1 adapters"),
         ("width", [[1, 2]], "probes has 2 entries, but the layout has 1 adapters"),
         ("width", [[-1]], r"probes\[0\] is -1"),
         ("width", [[2**63 - 1]], "probes is too large"),

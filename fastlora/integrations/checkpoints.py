@@ -1,0 +1,198 @@
+"""Checkpoints of training: adapters, head and tracker, and the states of whatever else a loop has."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pathlib
+import random
+import sys
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn.linear import DEFAULT, adapted_layers, matrix_key
+from ..peft_names import listed
+from ..tracker import Tracker
+from .adapters_only import AdaptersOnly, adapters_only, refuse_other, trained_state
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+class TrainingState:
+    """What a checkpoint needs beside weights: which ranks they have, and the tracker's averages.
+
+    An object with ``state_dict`` and ``load_state_dict``, as trainers take them. Loading raises ``ValueError`` for a
+    state from a newer version, and names the ranks, targets or tracker settings that differ, with nothing changed.
+    """
+
+    def __init__(self, model: nn.Module, tracker: Tracker | None = None):
+        self.model, self.tracker = model, tracker
+        if not adapted_layers(model):
+            raise ValueError("model: has no adapters; call fastlora.inject first")
+
+    def state_dict(self) -> dict[str, Any]:
+        tracker = None if self.tracker is None else self.tracker.state_dict()
+        return {"version": VERSION, "ranks": _ranks(self.model), "tracker": tracker}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        refuse_newer(state, "state")
+        refuse_ranks(self.model, state)
+        if self.tracker is not None and state["tracker"] is not None:
+            self.tracker.load_state_dict(state["tracker"])
+        elif self.tracker is not None:
+            logger.warning("the checkpoint has no statistics: the tracker starts anew")
+        elif state["tracker"] is not None:
+            logger.warning("the checkpoint has statistics, and nothing is tracked now: they are left out")
+
+
+def refuse_newer(state: Mapping[str, Any], where: str) -> None:
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{where}: is no state of fastlora's (version {version!r})")
+    if version > VERSION:
+        raise ValueError(f"{where}: version {version} is newer than {VERSION}; update fastlora")
+
+
+def refuse_ranks(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """``ValueError`` naming the matrices whose ranks a saved state has otherwise."""
+    differences = _differences(_ranks(model), state["ranks"])
+    if differences:
+        raise ValueError(f"checkpoint: does not fit the model: {listed(differences)}")
+
+
+def _ranks(model: nn.Module) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for path, layer in adapted_layers(model).items():
+        for adapter in layer.adapter_names:
+            for name, rank in layer.ranks(adapter).items():
+                found.setdefault(adapter, {})[matrix_key(path, name)] = rank
+    return found
+
+
+def _differences(mine: Mapping[str, Mapping[str, int]], theirs: Mapping[str, Mapping[str, int]]) -> list[str]:
+    found = []
+    for adapter in sorted(mine.keys() | theirs.keys()):
+        here, there = mine.get(adapter, {}), theirs.get(adapter, {})
+        found += [
+            f"{key} has rank {here.get(key, 0)} in the model and {there.get(key, 0)} in the checkpoint"
+            + ("" if adapter == DEFAULT else f" (adapter {adapter!r})")
+            for key in dict.fromkeys([*here, *there])
+            if here.get(key, 0) != there.get(key, 0)
+        ]
+    return found
+
+
+def register_for_checkpointing(accelerator: Any, model: nn.Module, tracker: Tracker | None = None) -> AdaptersOnly:
+    """``accelerator.save_state`` and ``load_state`` of Accelerate handle adapters, head and tracker, not the base.
+
+    Call it once, before ``load_state``, with the model that was adapted. Returns what :func:`adapters_only` does.
+    """
+    state = TrainingState(model, tracker)
+    accelerator.register_for_checkpointing(state)
+    return adapters_only(model)
+
+
+def save_checkpoint(path: str | os.PathLike, model: nn.Module, tracker: Tracker | None = None, **others: Any) -> None:
+    """Write one file with all that a loop needs to go on with the same numbers; the frozen base is not in it.
+
+    Adapters, ``modules_to_save``, other trained parameters, buffers, the tracker and the states of the random number
+    generators (torch, Python, NumPy). ``others``: objects with ``state_dict``, such as ``optimizer=optimizer``, and
+    plain values, such as ``step=step``. In a distributed run one process calls it. The file appears complete or not at
+    all.
+    """
+    state = TrainingState(_unwrapped(model), tracker).state_dict()
+    objects = {name: other.state_dict() for name, other in others.items() if hasattr(other, "state_dict")}
+    values = {name: other for name, other in others.items() if name not in objects}
+    content = {**state, "model": dict(trained_state(_unwrapped(model))), "objects": objects, "values": values}
+    write_atomically(pathlib.Path(path), packed({**content, "generators": _generators()}))
+
+
+def load_checkpoint(
+    path: str | os.PathLike, model: nn.Module, tracker: Tracker | None = None, **objects: Any
+) -> dict[str, Any]:
+    """Take up what ``save_checkpoint`` wrote; returns its plain values.
+
+    ``objects``: those whose state is wanted, by the names they were saved under. Random number generators are set too.
+    Raises ``ValueError`` for a file that is torn, newer, or does not fit, naming the differences, with the model,
+    the tracker and the generators as they were.
+    """
+    model = _unwrapped(model)
+    state = read(pathlib.Path(path))
+    missing = sorted(set(objects) - set(state["objects"]))
+    if missing:
+        raise ValueError(f"{path}: has no state of {missing}, only of {sorted(state['objects'])}")
+    refuse_other(model, state["model"])
+    TrainingState(model, tracker).load_state_dict(state)
+    for name, other in objects.items():
+        other.load_state_dict(state["objects"][name])
+    with adapters_only(model):
+        model.load_state_dict(state["model"])
+    _set_generators(state["generators"])
+    return state["values"]
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """A file's content; ``ValueError`` naming the file where it is torn, foreign or newer."""
+    data = path.read_bytes()
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a torn file raises whatever the unpickler met
+        raise ValueError(f"{path}: torn, or not a checkpoint: {error}") from error
+    refuse_newer(state, str(path))
+    return state
+
+
+def packed(content: Mapping[str, Any]) -> bytes:
+    """``torch.save`` into memory."""
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    return buffer.getvalue()
+
+
+def write_atomically(path: pathlib.Path, data: bytes) -> None:
+    """Written under a temporary name, flushed to disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch's wrappers, whose names have no prefix."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        inner = model.module if inner is None and isinstance(model, nn.parallel.DistributedDataParallel) else inner
+        if inner is None:
+            return model
+        model = inner
+
+
+def _generators() -> dict[str, Any]:
+    found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        found["numpy"] = (kind, keys.tolist(), *rest)
+    return found
+
+
+def _set_generators(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(state["numpy"])

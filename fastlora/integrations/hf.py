@@ -1,0 +1,161 @@
+"""Hugging Face's Trainer: statistics, penalty and freezing as a callback, and checkpoints that hold adapters only."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from ..adapter_set import adapter_names
+from ..nn.linear import DEFAULT, adapted_layers
+from ..peft_io import save
+from ..tracker import Tracker
+from .adapters_only import AdaptersOnly, adapters_only, trained_state
+from .checkpoints import packed, read, refuse_ranks, write_atomically
+from .session import Session, checked_checkpoints
+
+try:
+    from transformers import TrainerCallback
+    from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+except ImportError as error:
+    raise ImportError("fastlora.integrations.hf needs transformers: pip install 'fastlora[hf]'") from error
+
+logger = logging.getLogger(__name__)
+
+STATE = "fastlora_training.pt"
+
+
+class FastLoraCallback(TrainerCallback):
+    r"""Statistics, FW-LoRA's penalty and a frozen start for ``transformers.Trainer``, and small checkpoints.
+
+    - ``track``: True, False, or options of :func:`fastlora.track`; the tracker is ``callback.tracker``, and its scores
+      stay readable after training.
+    - ``penalty``: λ, or options of ``Tracker.penalty``. Its gradient is there before the first backward of a step, so
+      it is clipped with the loss's and counted in ``grad_norm``, once a step whatever the accumulation.
+    - ``freeze``: optimiser steps in which the adapters stand still (their gradients are off).
+    - ``checkpoints="adapters"``: while training, the Trainer's own ``model.safetensors`` holds adapters, the head and
+      other trained parameters, which is what resuming and ``load_best_model_at_end`` load; PEFT's files lie beside it
+      in place of ``config.json``, so that ``from_pretrained`` takes the folder for an adapter; those of further
+      adapters are in folders of their names. ``"full"`` leaves the Trainer's files alone.
+    - ``resume_from``: the folder to resume from, where it is neither ``args.resume_from_checkpoint`` nor in
+      ``args.output_dir``.
+
+    Raises ``ValueError`` for a model without adapters, and for a checkpoint that does not fit, naming the differences.
+    """
+
+    def __init__(
+        self,
+        *,
+        track: bool | Mapping[str, Any] = True,
+        penalty: float | Mapping[str, Any] | None = None,
+        freeze: int = 0,
+        checkpoints: str = "adapters",
+        resume_from: str | os.PathLike | None = None,
+        adapter: str = DEFAULT,
+    ):
+        self.session = Session(track, penalty, freeze, adapter)
+        self.checkpoints, self.resume_from = checked_checkpoints(checkpoints), resume_from
+        self._only: AdaptersOnly | None = None
+
+    @property
+    def tracker(self) -> Tracker | None:
+        return self.session.tracker
+
+    def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs) -> None:
+        self._open(model)
+
+    def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs) -> None:
+        self._open(model)
+        if self.checkpoints == "adapters" and args.save_strategy != "no" and args.should_save:
+            # What has no place in PEFT's files is found now, not at the first checkpoint.
+            with tempfile.TemporaryDirectory() as folder:
+                _save_adapters(model, pathlib.Path(folder))
+        saved = self._saved(args, state, model) if state.global_step else None
+        self.session.begin(model, saved)
+
+    def on_step_begin(self, args, state, control, optimizer: Any = None, **kwargs) -> None:
+        self.session.hold(state.global_step)
+        # No event lies between backward and clipping: gradients start with the penalty's.
+        self.session.add_penalty(getattr(optimizer, "scaler", None))
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer: Any = None, **kwargs) -> None:
+        self.session.step(getattr(optimizer, "scaler", None))
+
+    def on_save(self, args, state, control, model: nn.Module | None = None, **kwargs) -> None:
+        folder = _folder(args, state)
+        if not args.should_save:
+            return
+        if not folder.is_dir():
+            logger.warning("%s: no such folder, so the adapter and the statistics are not saved beside it", folder)
+            return
+        if self.checkpoints == "adapters":
+            _save_adapters(model, folder)
+            # As in a folder of PEFT's: with a config.json in it, from_pretrained would take it for a complete model.
+            (folder / CONFIG_NAME).unlink(missing_ok=True)
+            # The Trainer's own file may have the hub's names for weights, which its load_state_dict does not know.
+            write_atomically(folder / SAFE_WEIGHTS_NAME, safetensors.torch.save(_tensors(model), {"format": "pt"}))
+        own = {"step": state.global_step, "weights": _digest(model)}
+        write_atomically(folder / STATE, packed({**self.session.state_dict(), **own}))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop tracking and make state dicts complete again: for a training that was interrupted."""
+        self.session.close()
+        if self._only is not None:
+            self._only.close()
+            self._only = None
+
+    def _open(self, model: nn.Module) -> None:
+        if not adapted_layers(model):
+            raise ValueError("model: has no adapters; call fastlora.inject before the Trainer is made")
+        if self._only is not None:
+            self._only.close()
+        self._only = adapters_only(model) if self.checkpoints == "adapters" else None
+
+    def _saved(self, args: Any, state: Any, model: nn.Module) -> dict[str, Any]:
+        """Our state in the folder that the Trainer has just resumed from, which it does not tell."""
+        asked = [self.resume_from] if self.resume_from is not None else [args.resume_from_checkpoint]
+        places = [pathlib.Path(p) for p in (*asked, _folder(args, state)) if isinstance(p, (str, os.PathLike))]
+        found = {place: read(place / STATE) for place in places if (place / STATE).is_file()}
+        for saved in found.values():
+            if saved["step"] == state.global_step and saved["weights"] == _digest(model):
+                return saved
+        for saved in found.values():
+            refuse_ranks(model, saved)
+        raise ValueError(
+            f"resume: no {STATE} with step {state.global_step} and the weights that were loaded in "
+            f"{[str(place) for place in places]}; name the folder: FastLoraCallback(resume_from=...)"
+        )
+
+
+def _folder(args: Any, state: Any) -> pathlib.Path:
+    return pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _save_adapters(model: nn.Module, folder: pathlib.Path) -> None:
+    for name in adapter_names(model):
+        if name is not None:
+            save(model, folder if name == DEFAULT else folder / name, name)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in trained_state(model).items()}
+
+
+def _digest(model: nn.Module) -> str:
+    """Of the trained weights: tells whether a folder's state belongs to what the model holds."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(_tensors(model).items()):
+        found.update(name.encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,96 @@
+"""Lightning: statistics, penalty and freezing as a callback, and checkpoints that hold adapters only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..nn.linear import DEFAULT, adapted_layers
+from ..tracker import Tracker
+from .adapters_only import AdaptersOnly, adapters_only
+from .checkpoints import refuse_newer
+from .session import Session, adapted_model, checked_checkpoints
+
+try:
+    from lightning.pytorch import Callback
+except ImportError as error:
+    raise ImportError("fastlora.integrations.lightning needs lightning: pip install 'fastlora[lightning]'") from error
+
+
+class FastLoraCallback(Callback):
+    r"""Statistics, FW-LoRA's penalty and a frozen start for ``lightning.Trainer``, and small checkpoints.
+
+    - ``track``: True, False, or options of :func:`fastlora.track`; the tracker is ``callback.tracker``, and its scores
+      stay readable after ``fit``.
+    - ``penalty``: λ, or options of ``Tracker.penalty``; its gradient joins the loss's before clipping.
+    - ``freeze``: optimiser steps in which the adapters stand still (their gradients are off).
+    - ``checkpoints="adapters"``: inside the Trainer's entry points, state dicts leave out the frozen base, and the
+      checkpoints with them; ``"full"`` leaves them alone. The tracker's state is the callback's in either.
+
+    The LightningModule holds one model that ``inject`` was called on. Raises ``ValueError`` where it holds none, and
+    for a checkpoint that does not fit, naming the differences.
+    """
+
+    def __init__(
+        self,
+        *,
+        track: bool | Mapping[str, Any] = True,
+        penalty: float | Mapping[str, Any] | None = None,
+        freeze: int = 0,
+        checkpoints: str = "adapters",
+        adapter: str = DEFAULT,
+    ):
+        self.session = Session(track, penalty, freeze, adapter)
+        self.checkpoints = checked_checkpoints(checkpoints)
+        self._only: AdaptersOnly | None = None
+        self._saved: dict[str, Any] | None = None
+
+    @property
+    def tracker(self) -> Tracker | None:
+        return self.session.tracker
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._close_only()
+        if self.checkpoints == "adapters":
+            self._only = adapters_only(pl_module)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        saved, self._saved = self._saved, None
+        self.session.begin(adapted_model(pl_module), saved)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.session.hold(trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if not self._steps_adapters(optimizer):
+            return
+        self.session.add_penalty()  # gradients are unscaled by now
+        self.session.step(getattr(trainer.precision_plugin, "scaler", None))
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.session.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.session.close()
+        self._close_only()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._close_only()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.session.model is None else self.session.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        refuse_newer(state_dict, "checkpoint")
+        self._saved = state_dict
+
+    def _steps_adapters(self, optimizer: Any) -> bool:
+        """Whether this optimiser, of perhaps several, has the adapters."""
+        layers = adapted_layers(self.session.model).values()
+        own = {id(p) for layer in layers for f in (layer.lora_A, layer.lora_B) for p in f.parameters()}
+        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+
+    def _close_only(self) -> None:
+        if self._only is not None:
+            self._only.close()
+            self._only = None
