@@ -48,7 +48,7 @@ ROOT = "__init__"  # the public names, above everything
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 OPTIONAL = (
     "timm", "transformers", "peft", "matplotlib", "rich", "sklearn", "triton", "torchvision", "tqdm", "accelerate",
-    "lightning", "pytorch_lightning",
+    "lightning", "pytorch_lightning", "torchao", "bitsandbytes",
 )  # fmt: skip
 
 
