@@ -87,8 +87,10 @@ def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
             params = ranks[name] * (n + layer.in_features)
             rows.append(Row(matrix_key(path, name), layer.in_features, n, ranks[name], scales[name], params))
     roles, counts, total = parameter_roles(model, adapter), dict.fromkeys(ROLES_OF_PARAMETERS, 0), 0
+    # Two weights of 4 bits lie in one byte.
+    packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if foreign_base(m) is not None}
     for parameter in model.parameters():
-        total += parameter.numel()
+        total += packed.get(id(parameter), parameter.numel())
         if parameter.requires_grad:
             counts[roles[id(parameter)]] += parameter.numel()
     other = counts["norm"] + counts["bias"] + counts["other"]

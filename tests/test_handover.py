@@ -118,6 +118,17 @@ def test_one_of_several_adapters():
         fastlora.from_peft(theirs, "d")
 
 
+def test_while_a_tracker_watches():
+    model = nested()
+    with fastlora.track(model, every=1) as tracker:
+        theirs = fastlora.to_peft(model)
+        assert not any(m._forward_pre_hooks for m in theirs.base_model.model.modules())
+        logits(theirs)
+        model(torch.randn(2, 8)).square().sum().backward()
+        tracker.step()
+        assert all(value > 0 for value in tracker.scores().values())
+
+
 def test_the_scale_that_runs_is_taken():
     theirs = fastlora.to_peft(nested())
     for module in theirs.modules():

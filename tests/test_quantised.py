@@ -275,6 +275,7 @@ def test_bf16_and_autocast():
 def test_said_and_refused_by_name(kind):
     model, _ = adapted(kind)
     assert all(isinstance(layer, ForeignLinear) for layer in adapted_layers(model).values())
+    assert fastlora.summary(model).total_params == fastlora.summary(fastlora.inject(plain(), config(target_modules=["0", "2"], r=4))).total_params  # fmt: skip  # noqa: E501
     row = fastlora.explain(model).rows[0]
     assert row.engine.startswith(("torchao", "bitsandbytes")) and row.engine.endswith("'s own")
     before = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor) and "lora" in k}
