@@ -43,9 +43,10 @@ LAYERS = (
     ),
     ("targets", "learning_checks"),
     ("roles", "blocks", "parameter_roles", "presets"),
-    ("injection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
+    ("injection", "ejection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
     ("adapter_set",),
     ("peft_names", "peft_attention", "peft_files", "peft_io", "peft_load"),
+    ("handover", "migration"),
     ("integrations",),
     ("demo", "report", "cli", "bench", "doctor", "__main__"),
 )
@@ -58,7 +59,7 @@ ROOT = "__init__"  # the public names, above everything
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 OPTIONAL = (
     "timm", "transformers", "peft", "matplotlib", "rich", "sklearn", "triton", "torchvision", "tqdm", "accelerate",
-    "lightning", "pytorch_lightning",
+    "lightning", "pytorch_lightning", "torchao", "bitsandbytes",
 )  # fmt: skip
 
 
