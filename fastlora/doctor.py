@@ -1,0 +1,166 @@
+"""``fastlora doctor``: what is installed, what of it is used, and whether each backend computes what it should."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .backends import BACKENDS
+from .engines import onednn_reason
+from .functional import lora_linear
+
+PACKAGES = (
+    "fastlora", "torch", "triton", "numpy", "safetensors", "packaging", "transformers", "peft", "timm", "accelerate",
+    "lightning", "torchao", "bitsandbytes", "torchvision", "open_clip_torch", "matplotlib", "rich", "tqdm",
+)  # fmt: skip
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_M, _K, _N, _R, _PROBES = 7, 19, (11, 5), (3, 2), 2
+
+
+def report() -> dict[str, Any]:
+    """Versions, devices, compilers, the native library, a self-test of every backend, and clashes; JSON types only."""
+    tests = list(self_tests())
+    return {
+        "platform": f"{platform.platform()}, Python {platform.python_version()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": _devices(),
+        "compilers": {name: _first_line(name) for name in ("c++", "g++", "clang++", "nvcc", "ninja")},
+        "native": {
+            "available": native.available(),
+            "reason": native.reason(),
+            "path": str(native.LIBRARY),
+            "instruction_set": native.isa() if native.available() else None,
+            "onednn": onednn_reason() or "available",
+        },
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTLORA_")},
+        "self_tests": tests,
+        "clashes": list(clashes()),
+        "passed": not any(test["verdict"] == "wrong" for test in tests),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, Any]:
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch uses {torch.backends.cpu.get_cpu_capability()}",
+        "cuda": names,
+        "torch_cuda": torch.version.cuda,
+    }
+
+
+def _first_line(program: str) -> str | None:
+    path = shutil.which(program)
+    if path is None:
+        return None
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{path} does not answer: {error}"
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    # nvcc's first line is only its name.
+    return next((line for line in lines if "release" in line), lines[0]) if lines else path
+
+
+def self_tests() -> Iterator[dict[str, Any]]:
+    """Outputs, gradients and probes of every backend, dtype and kind of device against the float64 formula."""
+    for name, backend in BACKENDS.items():
+        for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
+            for dtype in DTYPES:
+                found = {"backend": name, "device": device, "dtype": str(dtype).removeprefix("torch.")}
+                reason = backend.unsupported_reason(torch.device(device), dtype)
+                if reason is not None:
+                    yield found | {"verdict": "not here", "reason": reason}
+                    continue
+                try:
+                    yield found | _compared(name, torch.device(device), dtype)
+                except Exception as error:  # whatever a broken build raises is what this command is asked about
+                    yield found | {"verdict": "wrong", "reason": f"{type(error).__name__}: {error}"}
+
+
+def _compared(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Largest error against float64 over the largest value, and what the formula itself has in this dtype."""
+    operands = _operands(device, dtype)
+    exact = _run("reference", [t.double() for t in operands])
+    worst, allowed = 0.0, 0.0
+    formula = _run("reference", operands)
+    for mine, plain, true in zip(_run(backend, operands), formula, exact, strict=True):
+        scale = true.abs().max().clamp(min=1e-30)
+        worst = max(worst, float((mine.double() - true).abs().max() / scale))
+        allowed = max(allowed, float((plain.double() - true).abs().max() / scale))
+    # The operands are rounded once; sums of this length may be taken in another order.
+    allowed = 4 * allowed + 16 * torch.finfo(dtype).eps
+    return {"verdict": "right" if worst <= allowed else "wrong", "error": worst, "allowed": allowed}
+
+
+def _operands(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(_M, _K), *((n, _K) for n in _N), *((r, _K) for r in _R), *zip(_N, _R, strict=True)]
+    made = [torch.randn(shape, generator=generator) for shape in (*shapes, *((_M, n) for n in _N))]
+    return [t.to(device, dtype) for t in made]
+
+
+def _run(backend: str, operands: list[Tensor]) -> list[Tensor]:
+    """[y, dx, dA, dB, Q] of a group of two projections."""
+    x, *rest = [t.detach().clone() for t in operands]
+    weights, A, B, dy = rest[:2], rest[2:4], rest[4:6], rest[6:]
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    Z = [torch.zeros(n, _PROBES, dtype=acc, device=x.device, requires_grad=True) for n in _N]
+    P = torch.ones(_PROBES, _K, dtype=acc, device=x.device)
+    P[1, ::2] = -1.0
+    leaves = [t.requires_grad_() for t in (x, *A, *B)]
+    y = lora_linear(x, weights, [None, None], A, B, [0.5, 2.0], Z=Z, P=P, backend=backend)
+    torch.autograd.backward(y, dy)
+    return [*(t.detach() for t in y), *(t.grad for t in (*leaves, *Z))]
+
+
+def clashes() -> Iterator[str]:
+    """What is installed beside fastlora and gets in its way or in that of its users."""
+    found = importlib.util.find_spec("kernels")
+    if found is not None and found.origin and not importlib.util.find_spec("fastlora.kernels"):
+        yield f"a package named kernels at {found.origin} hides fastlora.kernels"
+    try:
+        importlib.import_module("torchvision")
+    except ModuleNotFoundError:
+        pass
+    except Exception as error:
+        yield f"torchvision does not import beside this torch ({error}); see fastlora.testing.enable_torchvision"
+    if not native.available():
+        yield f"the native library is not used: {native.reason()}"
+    for variable in ("FASTLORA_CPU_ISA", "FASTLORA_CPU_ENGINE", "FASTLORA_LIBRARY"):
+        if variable in os.environ:
+            yield f"{variable}={os.environ[variable]} overrides what would be chosen"
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """The report as text, self-tests last."""
+    yield found["platform"]
+    yield "packages: " + ", ".join(f"{name} {version or '-'}" for name, version in found["packages"].items())
+    yield f"devices: {found['devices']['cpu']}; CUDA: {', '.join(found['devices']['cuda']) or 'none'}"
+    yield "compilers: " + "; ".join(f"{name}: {line or '-'}" for name, line in found["compilers"].items())
+    library = found["native"]
+    used = f"yes, {library['instruction_set']}" if library["available"] else f"no: {library['reason']}"
+    yield f"native library: {used} ({library['path']}); oneDNN: {library['onednn']}"
+    for clash in found["clashes"]:
+        yield f"note: {clash}"
+    for test in found["self_tests"]:
+        where = f"{test['backend']} {test['device']} {test['dtype']}"
+        told = f"error {test['error']:.1e}, allowed {test['allowed']:.1e}" if "error" in test else test["reason"]
+        yield f"{test['verdict']:8} {where}: {told}"
