@@ -93,11 +93,13 @@ def test_frozen_weights_are_shared_and_modes_kept():
 
 
 def test_a_model_loaded_for_inference_trains_here(tmp_path):
-    fastlora.save(nested(modules_to_save=["head"]), tmp_path)
-    theirs = peft.PeftModel.from_pretrained(Nested(), str(tmp_path))
+    fastlora.save(nested(modules_to_save=["head"], bias="all"), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Nested(), str(tmp_path)).requires_grad_(False)
     mine = fastlora.from_peft(theirs)
-    assert mine.head.weight.requires_grad and all(
-        p.requires_grad for layer in adapted_layers(mine).values() for p in layer.lora_A.parameters()
+    assert (
+        mine.head.weight.requires_grad
+        and mine.layer[0]["q"].bias.requires_grad
+        and all(p.requires_grad for layer in adapted_layers(mine).values() for p in layer.lora_A.parameters())
     )
     assert not any(p.requires_grad for p in theirs.parameters())
 
