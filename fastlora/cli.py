@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -76,6 +77,40 @@ def _bench(arguments: argparse.Namespace) -> int:
         return UNUSABLE
 
 
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from . import doctor
+
+    found = doctor.report()
+    text = json.dumps(found, indent=2) if arguments.json else "\n".join(doctor.lines(found))
+    sys.stdout.write(text + "\n")
+    return OK if found["passed"] else CLAIM_FAILED
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json and adapter_model.safetensors")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rank map, too (needs matplotlib)")
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .inspecting import describe, draw
+
+    try:
+        sys.stdout.write(describe(arguments.adapter) + "\n")
+        if arguments.plot is not None:
+            draw(arguments.adapter, arguments.plot)
+    except ModuleNotFoundError:
+        sys.stderr.write("fastlora: --plot needs matplotlib: pip install matplotlib\n")
+        return UNUSABLE
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"fastlora: {error}\n")
+        return UNUSABLE
+    return OK
+
+
 def _run_demo(settings, out: Path) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -106,6 +141,8 @@ def _run_demo(settings, out: Path) -> int:
 # A further sub-command is one entry here.
 COMMANDS: dict[str, Command] = {
     "bench": Command("measure this machine with the benchmarks of a checkout", _bench_arguments, _bench),
+    "doctor": Command("versions, devices, and a self-test of every backend", _doctor_arguments, _doctor),
+    "inspect": Command("ranks and rank map of an adapter's files", _inspect_arguments, _inspect),
     "demo": Command("adapt a small vision transformer to new digits in five ways and report", _demo_arguments, _demo),
 }
 

@@ -106,7 +106,7 @@ def _compared(backend: str, device: torch.device, dtype: torch.dtype) -> dict[st
         worst = max(worst, float((mine.double() - true).abs().max() / scale))
         allowed = max(allowed, float((plain.double() - true).abs().max() / scale))
     # The operands are rounded once; sums of this length may be taken in another order.
-    allowed = 4 * allowed + 16 * torch.finfo(dtype).eps
+    allowed = 4 * allowed + 2 * torch.finfo(dtype).eps
     return {"verdict": "right" if worst <= allowed else "wrong", "error": worst, "allowed": allowed}
 
 

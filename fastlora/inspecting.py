@@ -37,16 +37,16 @@ class Row(NamedTuple):
 
 
 def rows(folder: AdapterFolder) -> list[Row]:
-    """Every matrix of the adapter, in the order of the file."""
-    found = []
+    """Every matrix of the adapter, from the first layer to the last."""
+    found: list[Row] = []
     for path, (A, B) in factor_pairs(folder).items():
-        scale = folder.fields.scale_of(path, A.shape[0])
+        scale = folder.fields.scale(path)
         parts = folder.side.split.get(path) if folder.side else None
         if parts is None:
             found.append(Row(path, "", A.shape[0], scale, B.shape[0], A.shape[1]))
             continue
         found += [Row(path, p.name, p.rank, scale * p.scale_ratio, p.rows, A.shape[1]) for p in parts]
-    return found
+    return sorted(found, key=lambda row: (row.place[0], row.path))
 
 
 def describe(path: str | Path) -> str:
@@ -57,7 +57,8 @@ def describe(path: str | Path) -> str:
         (row.key, str(row.rank), f"{row.scale:g}", str(row.out_features), str(row.in_features), f"{row.params:,}")
         for row in found
     ]
-    total = f"{len(found)} matrices, rank {sum(row.rank for row in found)} in all, {sum(r.params for r in found):,} parameters"
+    ranks, params = sum(row.rank for row in found), sum(row.params for row in found)
+    total = f"{len(found)} matrices, rank {ranks} in all, {params:,} parameters"
     return "\n".join([*_aligned(table), total, "", *_aligned(rank_map(found))])
 
 
@@ -76,7 +77,8 @@ def rank_map(found: list[Row]) -> list[tuple[str, ...]]:
 
 def _aligned(table: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    return ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]) for line in table]
+    cells = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in table)
+    return ["  ".join(line) for line in cells]
 
 
 def draw(path: str | Path, picture: Path) -> None:

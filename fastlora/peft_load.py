@@ -121,7 +121,7 @@ class _Plan:
 def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     where, fields = folder.where(TENSORS), folder.fields
     names, known = base_names(model), StoredNames(model)
-    pairs = _pairs(folder)
+    pairs = factor_pairs(folder)
     for name in {known.module(stored) for stored in pairs} - set(names):
         raise ValueError(f"{where}: adapts {name!r}, and {type(model).__name__} has no module of that name")
     if fields.targets_known:
@@ -169,7 +169,7 @@ def _warn_of_out_proj(folder: AdapterFolder, known: StoredNames, matrices: Mappi
         )
 
 
-def _pairs(folder: AdapterFolder) -> dict[str, tuple[Tensor, Tensor]]:
+def factor_pairs(folder: AdapterFolder) -> dict[str, tuple[Tensor, Tensor]]:
     """(A, B) by module name, both there and both matrices."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in folder.tensors.items():

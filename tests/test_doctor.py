@@ -1,0 +1,80 @@
+"""``fastlora doctor`` and ``fastlora inspect``: what they say, and that they can say no."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import config, randomise
+
+import fastlora
+from fastlora import doctor
+from fastlora.backends import BACKENDS
+from fastlora.cli import main
+
+
+def test_every_backend_is_tested_or_says_why_not(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    tests = found["self_tests"]
+    assert {test["backend"] for test in tests} == set(BACKENDS)
+    assert all(test["verdict"] == "right" or test["reason"] for test in tests)
+    right = {(test["backend"], test["dtype"]) for test in tests if test["verdict"] == "right"}
+    assert {("reference", "float32"), ("python", "bfloat16")} <= right
+    assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert found["native"]["available"] == (found["native"]["reason"] is None)
+
+
+@pytest.mark.parametrize("broken", ["numbers", "raises"])
+def test_a_backend_that_is_wrong_is_found(broken, monkeypatch, capsys):
+    plain = type(BACKENDS["reference"]).shrink
+
+    def shrink(self, *operands):
+        if self.name != "python":
+            return plain(self, *operands)
+        if broken == "raises":
+            raise RuntimeError("no such kernel")
+        return plain(self, *operands) * 1.5
+
+    monkeypatch.setattr(type(BACKENDS["python"]), "shrink", shrink)
+    assert main(["doctor"]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrong")]
+    assert wrong and all("python cpu" in line for line in wrong)
+    assert broken == "numbers" or "no such kernel" in wrong[0]
+
+
+def test_overrides_are_named(monkeypatch):
+    monkeypatch.setenv("FASTLORA_CPU_ENGINE", "linear")
+    assert any("FASTLORA_CPU_ENGINE=linear" in clash for clash in doctor.clashes())
+
+
+@pytest.fixture
+def adapter(build, tmp_path):
+    model = fastlora.inject(build("timm_vit"), config(r=3, lora_alpha=6, target_modules=["qkv", "fc1"], split_qkv=True))
+    first = next(row.key for row in fastlora.summary(model).rows)
+    fastlora.set_ranks(model, {first: 1})
+    randomise(model)
+    fastlora.save(model, tmp_path / "adapter")
+    return model, tmp_path / "adapter"
+
+
+def test_inspect_shows_what_the_model_has(adapter, tmp_path, capsys):
+    model, path = adapter
+    assert main(["inspect", str(path), "--plot", str(tmp_path / "map.png")]) == 0
+    shown = capsys.readouterr().out
+    summary = fastlora.summary(model)
+    for row in summary.rows:
+        (line,) = [line.split() for line in shown.splitlines() if line.split()[:1] == [row.key]]
+        assert int(line[1]) == row.rank and int(line[5].replace(",", "")) == row.params
+        assert float(line[2]) == 2.0  # alpha / r stays when ranks change
+    assert f"{summary.adapter_params:,} parameters" in shown
+    header = next(line.split() for line in shown.splitlines() if line.startswith("depth"))
+    assert header == ["depth", "attn.qkv[q]", "attn.qkv[k]", "attn.qkv[v]", "mlp.fc1"]
+    assert "0 1 3 3 3" in [" ".join(line.split()) for line in shown.splitlines()]
+    assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_inspect_refuses_what_is_no_adapter(tmp_path, capsys):
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "adapter_config.json: no such file" in capsys.readouterr().err
