@@ -21,6 +21,7 @@ from fastlora import native, testing
 
 from . import report
 from .interleave import Interleaved, Times, rows
+from .machine import cpu_name
 from .peers import LABELS, Variant
 from .shapes import bf16_matmul
 
@@ -115,7 +116,7 @@ def record(request) -> Callable[[dict[str, Any]], None]:
 def environment() -> dict[str, Any]:
     """What the figures depend on."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": 1,
         "clock": "CPU time of one thread (time.thread_time)",
@@ -130,14 +131,6 @@ def environment() -> dict[str, Any]:
         "fastlora": fastlora.__version__,
         "source": _source(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _source() -> str | None:

@@ -129,6 +129,12 @@ def _saveable(model: nn.Module, adapter: str) -> dict[str, Linear]:
     """Layers in which the adapter has a rank, or ``ValueError``."""
     layers = adapted_layers(model)
     if not layers:
+        applied = getattr(model, "fastlora_policy", None)
+        if applied is not None:
+            raise ValueError(
+                f"model: policy {applied.name!r} trains no adapter, and PEFT has no file without one; save the "
+                "parameters that require gradients, for instance with safetensors.torch.save_file"
+            )
         raise ValueError("model: has no adapters; call fastlora.inject first")
     known = sorted({name for layer in layers.values() for name in layer.adapter_names})
     if adapter not in known:

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import textwrap
 
+import model_zoo as zoo
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,13 +66,26 @@ def deep_lora(model, loader, steps):
         return diagnostics.epoch()
 
 
+def clip(model, loader):
+    targets = ["in_proj", "out_proj", "c_fc", "c_proj"]
+    model = fastlora.inject(model, fastlora.preset("medium", r=4, target_modules=targets))
+    optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=2e-4))
+    for images, texts in loader:
+        out = model(images, texts)
+        logits = out["logit_scale"] * out["image_features"] @ out["text_features"].T
+        F.cross_entropy(logits, torch.arange(len(images))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return fastlora.summary(model)
+
+
 @pytest.fixture
 def batches():
     g = torch.Generator().manual_seed(0)
     return [(torch.randn(4, 3, 16, 16, generator=g), torch.randint(5, (4,), generator=g)) for _ in range(6)]
 
 
-@pytest.mark.parametrize("method", [fc_lora, fw_lora, fim_lora, deep_lora])
+@pytest.mark.parametrize("method", [fc_lora, fw_lora, fim_lora, deep_lora, clip])
 def test_under_fifteen_lines(method):
     body = textwrap.dedent(inspect.getsource(method)).strip().splitlines()[1:]
     assert len(body) < 15
@@ -101,3 +115,14 @@ def test_deep_lora(build, batches):
     stream = itertools.islice(itertools.cycle(batches), 9)
     found = deep_lora(build("timm_vit"), stream, 9)
     assert [(name, group.steps) for name, group in found.items()] == [("lora", 6), ("norm", 9), ("head", 9)]
+
+
+def test_clip():
+    g = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(3, 3, 16, 16, generator=g), torch.randint(50, (3, 9), generator=g)) for _ in range(3)]
+    model = zoo.build("open_clip").train()
+    summary = clip(model, pairs)
+    assert summary.modules_by_role == {"attention": 8, "mlp": 8, "other": 0}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == summary.adapter_params
+    assert all(bool(b.any()) for n, b in model.named_parameters() if ".lora_B." in n)

@@ -185,6 +185,13 @@ class TestOptions:
         assert trained(model) == {f"{n}.{p}" for n in ("bert.pooler.dense", "classifier") for p in ("weight", "bias")}
         assert fastlora.summary(model).head_params == 33 * 32 + 33 * 2
 
+    @pytest.mark.parametrize("name", ["norm_only", "bitfit", "head_only"])
+    def test_without_adapters_there_is_no_file(self, name, build, tmp_path):
+        model = fastlora.policy(build("timm_vit"), name)
+        with pytest.raises(ValueError, match=f"policy '{name}' trains no adapter, and PEFT has no file without one"):
+            fastlora.save(model, tmp_path / "adapter")
+        assert not (tmp_path / "adapter").exists()
+
     def test_what_is_trained_goes_into_the_file(self, build, tmp_path):
         model = policy(build("timm_vit"), "deep_lora", config())
         with torch.no_grad():

@@ -107,6 +107,18 @@ def _factors(runs: Runs, normalise: str) -> list[float] | None:
     return [min(factors), statistics.median(factors), max(factors)] if factors else None
 
 
+def _same_predictions(runs: Runs) -> dict[str, float]:
+    """Share of dev sentences on which a penalty's run predicts what plain LoRA's of that seed does."""
+    found = {}
+    for method in ("fw-sum", "fw-relative", "fw-uniform"):
+        mine, base = _both(runs, method, "predictions") if method in runs else ([], [])
+        if mine:
+            found[method] = statistics.fmean(
+                a == b for one, other in zip(mine, base, strict=True) for a, b in zip(one, other, strict=True)
+            )
+    return found
+
+
 def analyse(runs: Runs) -> dict[str, Any]:
     """Everything that the report says, from the files of runs."""
     methods = {name: _method(runs, name) for name in METHODS if name in runs}
@@ -120,5 +132,6 @@ def analyse(runs: Runs) -> dict[str, Any]:
         "methods": methods,
         "agreement": {when: _agreement(runs, f"agreement_{when}") for when in ("before", "after")},
         "drift": _drift(runs),
+        "same_predictions": _same_predictions(runs),
         "factors": {normalise: _factors(runs, normalise) for normalise in ("sum", "relative")},
     }

@@ -99,6 +99,12 @@ def _estimates(results: Mapping[str, Any]) -> list[str]:
                 f"- Factors 1 - I under `{normalise}`: {low:.3f} to {high:.3f}, median {middle:.3f}; the nearer "
                 "to each other, the more the penalty is a uniform one."
             )
+    if results["same_predictions"]:
+        shares = ", ".join(f"{results['methods'][n]['label']} {s:.2%}" for n, s in results["same_predictions"].items())
+        lines.append(
+            f"- Dev sentences predicted as by plain LoRA of the same seed: {shares}. Near 100 %, the penalty is too small "
+            f"(lambda {results['settings']['penalty']:g}) to tell its forms apart."
+        )
     for method in results["methods"].values():
         if method["settled"]:
             low = min(method["settled"])
@@ -144,9 +150,10 @@ def markdown(results: Mapping[str, Any], drawn: list[tuple[str, str]]) -> str:
     lines += ["", *_estimates(results)]
     lines += [
         "",
-        "Read with care: one model, one task, one epoch; one learning rate for all adapters, tuned for none; AdaLoRA "
-        "trains 1.5 times the rank before it prunes, which the column of adapters shows; EVA and AdaLoRA run PEFT's "
-        "layers, so that their step times compare implementations as well as methods.",
+        "Read with care: one model, one task, one epoch; one learning rate for all adapters and heads, tuned for none "
+        "(the head alone is still learning when the epoch ends); AdaLoRA trains 1.5 times the rank before it prunes, "
+        "which the column of adapters shows; EVA and AdaLoRA run PEFT's layers, so that their step times compare "
+        "implementations as well as methods.",
     ]
     for name, caption in drawn:
         lines += ["", f"![{caption}]({name}.png)"]
