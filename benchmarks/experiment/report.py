@@ -102,8 +102,8 @@ def _estimates(results: Mapping[str, Any]) -> list[str]:
     if results["same_predictions"]:
         shares = ", ".join(f"{results['methods'][n]['label']} {s:.2%}" for n, s in results["same_predictions"].items())
         lines.append(
-            f"- Dev sentences predicted as by plain LoRA of the same seed: {shares}. Near 100 %, the penalty is too small "
-            f"(lambda {results['settings']['penalty']:g}) to tell its forms apart."
+            f"- Dev sentences predicted as by plain LoRA of the same seed: {shares}. Near 100 %, the penalty is too "
+            f"small (lambda {results['settings']['penalty']:g}) to tell its forms apart."
         )
     for method in results["methods"].values():
         if method["settled"]:
