@@ -15,6 +15,7 @@ from fastlora.config import ROLES
 from fastlora.nn.linear import adapted_layers
 from fastlora.roles import role_targets
 
+BIASES_APART = ("timm_beit", "timm_eva02", "timm_swinv2")
 SAMPLES_FIRST = ("open_clip", "torch_encoder", "torch_transformer")
 EVERY = pytest.mark.parametrize("name", ZOO)
 
@@ -36,18 +37,6 @@ def test_counts_by_role(name):
     assert counts == tuple(len(role_targets(model, role)) for role in ("qkv", "attention", "mlp", "all-linear"))
 
 
-def rows_have_equal_bits() -> bool:
-    """Whether a row's product has the same bits wherever the row stands; not so with every library on every CPU."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(96, 32, generator=generator)
-    for rows in range(5, 20):
-        x = torch.randn(rows, 32, generator=generator)
-        product = torch.nn.functional.linear(x, weight)
-        if not torch.equal(product.flip(0), torch.nn.functional.linear(x.flip(0), weight)):
-            return False
-    return True
-
-
 def without_dropout(model):
     for module in model.modules():
         if "Drop" in type(module).__name__:
@@ -62,7 +51,7 @@ def without_dropout(model):
 def test_outputs_at_first_are_the_frozen_base_s_bit_for_bit(name, library_matmul):
     """In training, where torch has no fused path; timm's biases apart are rounded once more.
 
-    Torch's attention puts tokens first and ours samples: equal bits where the library's do not depend on a row's place.
+    Torch's attention puts tokens first and ours samples, and the bits of a row may depend on where it stands.
     """
     base = without_dropout(build(name).requires_grad_(False).train())
     model = without_dropout(fastlora.inject(build(name).train(), config(target_modules="all-linear", r=1)))
@@ -71,8 +60,7 @@ def test_outputs_at_first_are_the_frozen_base_s_bit_for_bit(name, library_matmul
         mine = ZOO[name].run(model)
         torch.manual_seed(5)
         theirs = ZOO[name].run(base)
-        rounded_apart = name in ("timm_beit", "timm_eva02", "timm_swinv2")
-        if rounded_apart or (name in SAMPLES_FIRST and not rows_have_equal_bits()):
+        if name in (*BIASES_APART, *SAMPLES_FIRST):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
         else:
             assert torch.equal(mine, theirs)

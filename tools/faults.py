@@ -175,6 +175,15 @@ def not_a_number(steps: int = 6) -> int:
 
 def ctrl_c(trials: int, seed: int = 0) -> Counter:
     """A real SIGINT at random operations and at random moments of a calibration: the model is as it was."""
+    # A shell that starts a job in the background has it ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return _interrupted_calibrations(trials, seed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupted_calibrations(trials: int, seed: int) -> Counter:
     model, chance, found = adapted(), random.Random(seed), Counter()
     model.register_buffer("calls", torch.zeros(()))  # a forward changes it, and putting it back takes an operation
     model.register_forward_pre_hook(lambda module, args: module.calls.add_(1) and None)
