@@ -1,17 +1,33 @@
 #!/usr/bin/env bash
-# Build, test and time the GPU backend: one command, under nine minutes on an H100 or H200, its tables printed last.
-#   benchmarks/device.sh [OUTPUT FOLDER]          on a machine with a GPU
-#   DRY_RUN=1 benchmarks/device.sh                the Python parts on the CPU, with tiny shapes
+# Build, test and time the GPU backend: one command, at most nine minutes on an H100 or H200, its tables printed last.
+#   benchmarks/device.sh [OUTPUT FOLDER]                       on a machine with a GPU
+#   STEPS=build,test,sanitize benchmarks/device.sh FOLDER      some steps, in this order, each call within LIMIT seconds
+#   DRY_RUN=1 benchmarks/device.sh                             the Python parts on the CPU, with tiny shapes
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-benchmarks/results}}
-mkdir -p "$out"
 python=${PYTHON:-python3}
+limit=${LIMIT:-540}
+# The sweep comes before what it changes: the tiles it finds are those that are tested and timed.
+steps=${STEPS:-build,sweep,test,sanitize,bench}
+for name in ${steps//,/ }; do
+    case $name in
+        build | sweep | test | sanitize | bench) ;;
+        *) echo "STEPS=$steps: '$name' is none of build, sweep, test, sanitize, bench" >&2; exit 2 ;;
+    esac
+done
+mkdir -p "$out"
 export OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 status=0
 # -P: the checkout's own folders must not hide the package that was installed from it.
 run() { "$python" -P -W ignore "$@"; }
-step() { printf '\n== %s (%ss)\n' "$1" "$SECONDS"; }
+# within SECONDS COMMAND: at most so long, and never past the limit of the whole call.
+within() {
+    local left=$((limit - SECONDS)) most=$1
+    shift
+    [ "$left" -gt 0 ] || { echo "out of time, left out: $*"; return 124; }
+    timeout -k 5 "$((most < left ? most : left))" "$@"
+}
 
 if [ -n "${DRY_RUN:-}" ]; then
     export PYTHONPATH="$PWD:$PWD/benchmarks"
@@ -21,47 +37,66 @@ if [ -n "${DRY_RUN:-}" ]; then
     exit
 fi
 
-step build
-install() { timeout 200 "$python" -m pip install -q --no-index --no-build-isolation --no-deps --force-reinstall . ; }
-if ! install && ! FASTLORA_BUILD=0 install; then
-    echo "pip could not install the checkout: using it as it is"
-    export PYTHONPATH="$PWD"
-fi
-run -c "import fastlora, torch, triton; print(fastlora.__file__, torch.__version__, triton.__version__, torch.cuda.get_device_name())" || exit 1
+step_build() {
+    local install=("$python" -m pip install -q --no-index --no-build-isolation --no-deps --force-reinstall .)
+    within 200 "${install[@]}" || within 30 env FASTLORA_BUILD=0 "${install[@]}"
+}
 
-export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD/benchmarks"
-step sweep
-# What is measured is what is tested and timed below; copy $out/tiling.py over kernels/tiling.py to keep it.
-cp kernels/tiling.py "$out/tiling.py"
-if run -m device.sweep --seconds 60 --output "$out" --write "$out/tiling.py"; then
+step_sweep() {
+    # Copy $out/tiling.py over kernels/tiling.py to keep what was measured.
+    cp kernels/tiling.py "$out/tiling.py"
+    within 150 "$python" -P -W ignore -m device.sweep --seconds 60 --output "$out" --write "$out/tiling.py" || return 1
     cp "$out/tiling.py" "$(run -c 'import fastlora.kernels.tiling as t; print(t.__file__)')"
-else
-    status=1
-fi
+}
 
-step tests
-workers=$(run -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
-FASTLORA_KERNEL_DEVICE=cuda FASTLORA_KERNEL_SEED=fresh timeout 180 "$python" -P -W ignore -m pytest -q --tb=short \
-    -p no:cacheprovider $workers -o addopts= -o 'python_files=cases_*.py' --confcutdir=tests/kernels tests/kernels \
-    2>&1 | tee "$out/tests.txt" | tail -n 60
-[ "${PIPESTATUS[0]}" = 0 ] || { status=1; echo "TESTS FAILED: the figures below are not to be trusted"; }
+step_test() {
+    local workers
+    workers=$(run -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
+    # shellcheck disable=SC2086
+    FASTLORA_KERNEL_DEVICE=cuda FASTLORA_KERNEL_SEED=fresh within 180 "$python" -P -W ignore -m pytest -q --tb=short \
+        -p no:cacheprovider $workers -o addopts= -o 'python_files=cases_*.py' --confcutdir=tests/kernels tests/kernels \
+        2>&1 | tee "$out/tests.txt" | tail -n 60
+    [ "${PIPESTATUS[0]}" = 0 ] || { echo "TESTS FAILED: the figures are not to be trusted"; return 1; }
+}
 
-if command -v compute-sanitizer > /dev/null; then
+step_sanitize() {
+    if ! command -v compute-sanitizer > /dev/null; then
+        echo "compute-sanitizer is not installed: memcheck and racecheck were left out"
+        return
+    fi
+    local tool code found=0
     for tool in memcheck racecheck; do
-        step "$tool"
-        FASTLORA_KERNEL_DEVICE=cuda timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 3 \
+        FASTLORA_KERNEL_DEVICE=cuda within 60 compute-sanitizer --tool "$tool" --error-exitcode 3 \
             "$python" -P -W ignore -m pytest -q -p no:cacheprovider -o addopts= -o 'python_files=cases_*.py' \
             --confcutdir=tests/kernels tests/kernels/cases_statistics.py tests/kernels/cases_grouped.py \
             -k 'test_every_committed_verb or one_row' > "$out/$tool.txt" 2>&1
         code=$?
-        [ $code = 3 ] && status=1
+        [ $code = 3 ] && found=1
         echo "$tool: exit $code (3: errors found, 124: out of time)"; tail -n 3 "$out/$tool.txt"
     done
-else
-    echo "compute-sanitizer is not installed: memcheck and racecheck were left out"
-fi
+    return $found
+}
 
-step benchmarks
-run -m device.run --seconds "$((400 - SECONDS > 60 ? 400 - SECONDS : 60))" --output "$out" || status=1
+step_bench() {
+    # Starts nothing new in the last minute; every variant's rows are written as soon as they are there.
+    local seconds=$((limit - SECONDS - 60))
+    within "$limit" "$python" -P -W ignore -m device.run --seconds "$((seconds > 20 ? seconds : 20))" --output "$out"
+}
+
+prepared=""
+for name in ${steps//,/ }; do
+    printf '\n== %s (%ss)\n' "$name" "$SECONDS"
+    if [ "$name" = build ]; then
+        step_build || { echo "pip could not install the checkout: using it as it is"; export PYTHONPATH="$PWD"; }
+        continue
+    fi
+    if [ -z "$prepared" ]; then
+        run -c "import fastlora" 2> /dev/null || export PYTHONPATH="$PWD"
+        run -c "import fastlora, torch, triton; print(fastlora.__file__, torch.__version__, triton.__version__, torch.cuda.get_device_name())" || exit 1
+        export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD/benchmarks"
+        prepared=1
+    fi
+    "step_$name" || status=1
+done
 echo "done after ${SECONDS}s, status $status"
 exit $status

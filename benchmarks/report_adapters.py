@@ -73,6 +73,19 @@ def _segments(results: Results, labels: dict[str, str]) -> Iterator[str]:
     yield from table(header, rows, (0, 5))
 
 
+def _layout(results: Results, labels: dict[str, str]) -> Iterator[str]:
+    yield "## The layout of a layer's adapters"
+    yield ""
+    yield "Kept from batch to batch; a change packs one adapter again."
+    yield ""
+    rows = []
+    for result in results:
+        rows.append([result["what"], str(result["adapters"]), str(result["projections"]), cell(result["ms"]),
+                     str(result["bytes"]), str(result["factor_bytes"]), str(result["ms"]["rounds"])])  # fmt: skip
+    header = ["what", "adapters", "projections", "ms [p10, p90]", "bytes of the layout", "bytes of A and B", "rounds"]
+    yield from table(header, rows)
+
+
 def _penalty(results: Results, labels: dict[str, str]) -> Iterator[str]:
     named = {
         "penalty": "`tracker.apply_penalty`, one native launch",
@@ -95,4 +108,10 @@ def _penalty(results: Results, labels: dict[str, str]) -> Iterator[str]:
         yield from table(header, rows, (0, 4))
 
 
-SECTIONS = (("adapters", _batches), ("apart", _apart), ("segments", _segments), ("penalty", _penalty))
+SECTIONS = (
+    ("adapters", _batches),
+    ("apart", _apart),
+    ("segments", _segments),
+    ("layout", _layout),
+    ("penalty", _penalty),
+)

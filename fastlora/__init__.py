@@ -22,8 +22,10 @@ from .allocation import allocate
 from .calibration import calibrate
 from .config import LoraConfig
 from .diagnostics import Diagnostics
+from .handover import from_peft, to_peft
 from .injection import inject
 from .merging import disabled, merge, unmerge
+from .migration import load_layout
 from .overview import explain, summary
 from .peft_io import load, save
 from .policies import param_groups, policy
@@ -52,9 +54,11 @@ __all__ = [
     "ece",
     "explain",
     "fit_temperature",
+    "from_peft",
     "hold_absent",
     "inject",
     "load",
+    "load_layout",
     "merge",
     "nn",
     "param_groups",
@@ -69,6 +73,7 @@ __all__ = [
     "set_adapter",
     "set_ranks",
     "summary",
+    "to_peft",
     "track",
     "unmerge",
 ]

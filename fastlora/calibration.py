@@ -106,12 +106,7 @@ def calibrate(
     are never finite, a matrix that no gradient reaches, B that is not zero under ``"fim"``.
     """
     chosen = _chosen(method, centred)
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"steps: expected a positive integer or None for all batches, got {steps!r}")
-    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
-        raise ValueError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
-    if not callable(loss_fn):
-        raise ValueError(f"loss_fn: expected a callable (model, batch) -> loss, got {type(loss_fn).__name__}")
+    _check_call(batches, loss_fn, steps)
     inner, group = unwrapped(model), _group(model, process_group)
     ranks = ranks_of(model, group)
     with (
@@ -136,6 +131,15 @@ def calibrate(
         found = Calibration(estimate, settled)
         # Sums are the same everywhere, but kinds of processors may round what is made of them differently.
         return found if ranks is None else ranks.from_first(found)
+
+
+def _check_call(batches: Any, loss_fn: Any, steps: Any) -> None:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps: expected a positive integer or None for all batches, got {steps!r}")
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise ValueError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn: expected a callable (model, batch) -> loss, got {type(loss_fn).__name__}")
 
 
 def _group(model: nn.Module, process_group: Any) -> Any:

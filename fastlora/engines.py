@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 AUTO, UNPACKED = "auto", "unpacked"
+NONE = "none"  # somebody else multiplies: forward and backward are zero
 LINEAR, ONEDNN, PACKED = "linear", "onednn", "onednn_packed"
 NAMES = (LINEAR, ONEDNN, PACKED)
 CHOICES = (AUTO, UNPACKED, *NAMES)
@@ -72,6 +73,8 @@ class MatmulEngines:
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None, engine: str = AUTO) -> Tensor:
         """``x W^T + bias``: x [*, K], W [N, K] -> [*, N]."""
+        if engine == NONE:
+            return x.new_zeros((*x.shape[:-1], W.shape[0]))
         rows = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
         name = self._known("forward", rows, W, engine)
         if name is None:
@@ -80,6 +83,8 @@ class MatmulEngines:
 
     def backward(self, dy: Tensor, W: Tensor, engine: str = AUTO, into: Tensor | None = None) -> Tensor:
         """``into + dy W``: dy [M, N], W [N, K] -> [M, K]; may write into ``into``."""
+        if engine == NONE:
+            return dy.new_zeros((dy.shape[0], W.shape[1])) if into is None else into
         rows = dy.shape[0]
         name = self._known("backward", rows, W, engine)
         if name is None:

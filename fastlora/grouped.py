@@ -30,7 +30,14 @@ class Rows(NamedTuple):
     p: Sequence[float] = ()
 
     def each(self) -> Iterator[tuple[int, Tensor]]:
-        """(adapter, its rows) for the adapters that have any; reads ``ranges`` back to the host."""
+        """(adapter, its rows): indices for the adapters that have any, which takes ``ranges`` from the CPU.
+
+        Elsewhere a mask of all rows for every adapter, since how many rows it has would have to be read back: this
+        costs each adapter's rank for every row, which kernels over segments do not.
+        """
+        if not on_host(self.ranges.device):
+            yield from ((g, self.ids == g) for g in range(self.ranges.shape[0]))
+            return
         for g, (first, last) in enumerate(self.ranges.tolist()):
             if first == last:
                 continue
@@ -38,6 +45,28 @@ class Rows(NamedTuple):
                 yield g, self.order[first:last]
             else:
                 yield g, torch.arange(first, last, device=self.order.device)
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether reading a tensor's values waits for nothing."""
+    return device.type == "cpu"
+
+
+def _take(tensor: Tensor, mine: Tensor) -> Tensor:
+    """The rows of an index, or all rows with zeros outside of a mask."""
+    return torch.where(mine.unsqueeze(1), tensor, 0) if mine.dtype == torch.bool else tensor.index_select(0, mine)
+
+
+def _put_(tensor: Tensor, mine: Tensor, rows: Tensor) -> None:
+    """Write what was made of ``_take``."""
+    if mine.dtype == torch.bool:
+        tensor.copy_(torch.where(mine.unsqueeze(1), rows, tensor))
+    else:
+        tensor.index_copy_(0, mine, rows)
+
+
+def _keys(rows: Rows, mine: Tensor) -> Tensor:
+    return rows.keys if mine.dtype == torch.bool else rows.keys[mine]
 
 
 def column_starts(ranks: Sequence[int], projections: int) -> list[int]:
@@ -57,11 +86,11 @@ def forward(
     h = x.new_zeros(x.shape[0], layouts.width([p.shape[0] for p in P]))
     sums = [x.new_zeros((2, out.shape[1]), dtype=torch.float64) for _ in range(len(A) // projections) for out in y]
     for g, mine in rows.each():
-        layout, part, seen = layouts(g), slice(g * projections, (g + 1) * projections), x.index_select(0, mine)
+        layout, part, seen = layouts(g), slice(g * projections, (g + 1) * projections), _take(x, mine)
         own = _shrink(kernels, seen, A[part], P[g] if P else None, rows, g, mine)
-        h[mine, : own.shape[1]] = own
+        _put_(h[:, : own.shape[1]], mine, own)
         for j, out in enumerate(y):
-            target = out.index_select(0, mine)
+            target = _take(out, mine)
             it = [i for i, output in enumerate(layout.outputs) if output == j]
             found = kernels.expand_(
                 target,
@@ -72,7 +101,7 @@ def forward(
                 [scale[part][i] for i in it],
                 moments,
             )
-            out.index_copy_(0, mine, target)
+            _put_(out, mine, target)
             if moments:
                 sums[g * len(y) + j] = found
     return h, sums if moments else []
@@ -81,7 +110,7 @@ def forward(
 def _shrink(kernels, seen, A, P, rows: Rows, g: int, mine: Tensor) -> Tensor:
     if not _drops(rows, g):
         return kernels.shrink(seen, torch.cat([*A, P] if P is not None else list(A)).to(seen.dtype))
-    keys = rows.keys[mine]
+    keys = _keys(rows, mine)
     parts = [
         kernels.shrink(reference.dropout_rows(seen, keys, i, rows.p[g]), a.to(seen.dtype)) for i, a in enumerate(A)
     ]
@@ -105,15 +134,15 @@ def backward(
     dB, Q = list(dA), list(dA)
     for g, mine in rows.each():
         layout, start = layouts(g), g * projections
-        own, seen = A[start : start + projections], x.index_select(0, mine)
+        own, seen = A[start : start + projections], _take(x, mine)
         live = [i for i, j in enumerate(layout.outputs) if dy[j] is not None]
         if not live:
             continue
-        grads = {j: dy[j].index_select(0, mine) for j in {layout.outputs[i] for i in live}}
+        grads = {j: _take(dy[j], mine) for j in {layout.outputs[i] for i in live}}
         dh, packed, found, columns = kernels.wgrad(
             seen,
             [grads[layout.outputs[i]].narrow(1, layout.columns[i], layout.widths[i]) for i in live],
-            h.index_select(0, mine)[:, : layout.rank + probes[g]],
+            _take(h, mine)[:, : layout.rank + probes[g]],
             [B[start + i].to(x.dtype) for i in live],
             [layout.offsets[i] for i in live],
             [scale[start + i] for i in live],
@@ -126,9 +155,9 @@ def backward(
             if need_dA:
                 dA[start + i] = _dA(kernels, seen, dh, packed, layout, i, rows, g, mine)
         if dx is not None:
-            target = dx.index_select(0, mine)
+            target = _take(dx, mine)
             _add_dx(kernels, target, dh, own, layout, rows, g, mine)
-            dx.index_copy_(0, mine, target)
+            _put_(dx, mine, target)
     return dA, dB, Q
 
 
@@ -136,7 +165,7 @@ def _dA(kernels, seen, dh, packed, layout, i: int, rows: Rows, g: int, mine: Ten
     if not _drops(rows, g):
         return packed.narrow(0, layout.offsets[i], layout.ranks[i]).clone()
     part = dh.narrow(1, layout.offsets[i], layout.ranks[i])
-    return kernels.outer(part, reference.dropout_rows(seen, rows.keys[mine], i, rows.p[g]))
+    return kernels.outer(part, reference.dropout_rows(seen, _keys(rows, mine), i, rows.p[g]))
 
 
 def _add_dx(kernels, target, dh, A, layout, rows: Rows, g: int, mine: Tensor) -> None:
@@ -146,4 +175,4 @@ def _add_dx(kernels, target, dh, A, layout, rows: Rows, g: int, mine: Tensor) ->
     for i, a in enumerate(A):
         part = torch.zeros_like(target)
         kernels.expand_(part, dh, [a.to(dh.dtype)], [layout.offsets[i]], [0], [1.0], False)
-        target += reference.dropout_rows(part, rows.keys[mine], i, rows.p[g])
+        target += reference.dropout_rows(part, _keys(rows, mine), i, rows.p[g])

@@ -15,6 +15,7 @@ from torch import nn
 from .config import ROLES, LoraConfig, check_flag
 from .factors import WHOLE, AdapterSpec, Factors, new_factors
 from .learning_checks import checked_mode, watch_learning
+from .nn.foreign import check_weight, foreign_base
 from .nn.frozen import FrozenLinear
 from .nn.linear import (
     DEFAULT,
@@ -233,8 +234,7 @@ def _plan(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Plann
     plan = []
     for name in names:
         layer = modules[name]
-        if not layer.weight.is_floating_point():
-            raise ValueError(f"target_modules: {name!r} has a {layer.weight.dtype} weight, expected a floating dtype")
+        check_weight(name, layer, config.backend)
         ranks = {s: rank_of.get(matrix_key(name, s), config.r) for s in slices[name]}
         K = features(layer)[0]
         checked_ranks(ranks, K, slices[name], name)
@@ -322,7 +322,7 @@ def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
 
 def _accelerate(model: nn.Module, config: LoraConfig) -> None:
     for name, module in model.named_modules():
-        plain = type(module) is nn.Linear and not module.weight.requires_grad
+        plain = type(module) is nn.Linear and not module.weight.requires_grad and foreign_base(module) is None
         if plain and refusal(model, name) is None and not passed_by(model, name):
             module.__class__ = FrozenLinear
             module.engine = ENGINE_OF_PREPACK[config.prepack]

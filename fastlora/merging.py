@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .nn.foreign import foreign_base
 from .nn.linear import DEFAULT, Linear, adapted_layers
 from .parallel import shards
 from .routing import Route
@@ -22,7 +23,7 @@ def _layers(model: nn.Module) -> dict[str, Linear]:
 
 @torch.no_grad()
 def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
-    """``W ← W + s B A``, summed in fp32 (float64 for float64) and rounded once to the weight's dtype.
+    """``W ← W + s B A``, summed in fp32 (float64 for float64) by blocks of rows and rounded once to the weight's dtype.
 
     The forward is then the base's alone. All layers or none: a delta or a merged weight that is not finite raises
     ``ValueError`` naming the layer before any weight changes, as does a layer that is merged already.
@@ -40,6 +41,12 @@ def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
         for parameter in module._parameters.values():
             users.setdefault(id(parameter), []).append(name)
     for path, layer in layers.items():
+        foreign = foreign_base(layer)
+        if foreign is not None:
+            raise ValueError(
+                f"model: {path!r} is quantised ({foreign}), and rounding would lose the update; save the adapter, and "
+                "load and merge it into the model in full precision"
+            )
         # An attention module holds the weight of its stacked projection.
         holder = path if "weight" in layer._parameters else path.rpartition(".")[0]
         sharing = [name for name in users[id(layer.weight)] if name != holder]
@@ -47,10 +54,10 @@ def merge(model: nn.Module, adapter: str = DEFAULT) -> nn.Module:
             raise ValueError(f"model: {path!r} and {sharing[0]!r} share one weight and cannot be merged")
         if layer.merged:
             raise ValueError(f"model: {path!r} is merged already")
-        delta = layer.delta(adapter)
-        merged[path] = (layer.weight.to(delta.dtype) + delta).to(layer.weight.dtype)
-        if not bool(merged[path].isfinite().all()):
+        weight = layer.merged_weight(adapter)
+        if weight is None:
             raise ValueError(f"model: merging {path!r} gives weights that are not finite")
+        merged[path] = weight
     for path, layer in layers.items():
         # The rounding of a low-precision merge cannot be undone by subtraction: keep the original.
         layer.unmerged_weight = layer.weight.detach().clone()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .backends import choose
 from .engines import AUTO, ENGINES, UNPACKED
 from .factors import WHOLE
+from .nn.foreign import compute_dtype, foreign_base, update_backend
 from .nn.frozen import FrozenLinear
 from .nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from .parameter_roles import ROLES_OF_PARAMETERS, parameter_roles
@@ -86,8 +87,10 @@ def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
             params = ranks[name] * (n + layer.in_features)
             rows.append(Row(matrix_key(path, name), layer.in_features, n, ranks[name], scales[name], params))
     roles, counts, total = parameter_roles(model, adapter), dict.fromkeys(ROLES_OF_PARAMETERS, 0), 0
+    # Two weights of 4 bits lie in one byte.
+    packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if foreign_base(m) is not None}
     for parameter in model.parameters():
-        total += parameter.numel()
+        total += packed.get(id(parameter), parameter.numel())
         if parameter.requires_grad:
             counts[roles[id(parameter)]] += parameter.numel()
     other = counts["norm"] + counts["bias"] + counts["other"]
@@ -155,8 +158,13 @@ def explain(model: nn.Module) -> Explanation:
         if isinstance(layer, FrozenLinear):
             rows.append(ExplainedLayer(path, "frozen", engine, ""))
             continue
-        backend, passed = choose(layer.backend, layer.weight.device, layer.weight.dtype)
+        foreign = foreign_base(layer)
+        dtype = layer.weight.dtype if foreign is None else compute_dtype(layer)
+        wanted = layer.backend if foreign is None else update_backend(layer)
+        backend, passed = choose(wanted, layer.weight.device, dtype)
         together = "" if layer.group is None else f"with {len(layer.group.layers) - 1} siblings; "
+        if foreign is not None:
+            engine, together = f"{foreign}'s own", "a quantised base runs alone; "
         kind = "split q/k/v; " if set(layer.slices) != {WHOLE} else ""
         every = max((probe.every or 1 for probe in layer.probes.values()), default=1)
         together += f"statistics every {every} steps; " if every > 1 else ""

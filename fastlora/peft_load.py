@@ -53,10 +53,18 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
     All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
     leaves the model as it was. Only safetensors files in local folders are read.
     """
-    given, model = model, unwrapped(model)
     check_adapter(adapter)
-    reshard(model)
-    folder = read_folder(path, _most_bytes(model))
+    reshard(unwrapped(model))
+    folder = read_folder(path, _most_bytes(unwrapped(model)))
+    plan = load_folder(model, folder, adapter)
+    if folder.side is None:
+        _warn_of_out_proj(folder, StoredNames(unwrapped(model)), plan.matrices)
+    return model
+
+
+def load_folder(model: nn.Module, folder: AdapterFolder, adapter: str = DEFAULT) -> _Plan:
+    """Put what was read from a folder into a model; says what it was."""
+    given, model = model, unwrapped(model)
     layers = adapted_layers(model)
     here = any(adapter in layer.adapter_names for layer in layers.values())
     if not layers:
@@ -76,7 +84,7 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
         except ValueError as error:
             raise ValueError(f"{folder.path}: {error}") from error
     _copy(model, plan, adapter, staged)
-    return model
+    return plan
 
 
 def _most_bytes(model: nn.Module) -> int:
@@ -140,8 +148,6 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
         _refuse_keys(folder.where(SIDE), where, split & set(stored), split, "split of ")
         if folder.side.sha256 != folder.sha256:
             raise ValueError(f"{folder.where(SIDE)}: was written for other tensors than those in {where}; remove it to load them as a foreign file")  # fmt: skip  # noqa: E501
-    if folder.side is None:
-        _warn_of_out_proj(folder, known, matrices)
     # A projection of an attention that has no adapter of its own is padded in the file.
     return _Plan({path: matrix for path, matrix in matrices.items() if any(matrix.ranks.values())}, trained, others)
 

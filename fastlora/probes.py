@@ -39,11 +39,12 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, grad = ctx.saved_tensors[0].detach(), dy.detach()
         if ctx.select is None or len(ctx.select[0]):  # an adapter that is absent from a batch contributes nothing
-            ctx.sink.append(Contribution(ctx.micro, _selected(x, ctx.select), _selected(grad, ctx.select)))
+            ctx.sink.append(Contribution(ctx.micro, selected(x, ctx.select), selected(grad, ctx.select)))
         return dy, None, None, None, None
 
 
-def _selected(tensor: Tensor, select: tuple[Tensor, bool] | None) -> Tensor:
+def selected(tensor: Tensor, select: tuple[Tensor, bool] | None) -> Tensor:
+    """The entries of a tensor that are an adapter's: all, those of dimension 0, or rows."""
     if select is None:
         return tensor
     index, flat = select

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .nn.attention import InProjection, MultiheadAttention, StackedProjection, TransformerEncoderLayer
 from .nn.conv1d import Conv1D
+from .nn.foreign import foreign_base, foreign_class
 from .nn.linear import Linear, QKVLinear
 
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -28,6 +30,11 @@ def class_name(module: Any) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
 
 
+def conv1d_class() -> type[nn.Module]:
+    """The class of transformers that ``Conv1D`` was before it had an adapter."""
+    return getattr(importlib.import_module(_CONV1D[0]), _CONV1D[1])
+
+
 def is_linear(module: Any) -> bool:
     """Whether a module multiplies by one weight matrix: ``nn.Linear``, or transformers' ``Conv1D``."""
     return isinstance(module, nn.Linear) or class_name(module) == _CONV1D
@@ -42,6 +49,8 @@ def adapted_class(module: nn.Module, split: bool) -> type[Linear] | None:
     """The class that a linear becomes, or None where it is not known what its kind of linear does."""
     if class_name(module) == _CONV1D:
         return Conv1D
+    if foreign_base(module) is not None:
+        return foreign_class(module)
     if type(module) is StackedProjection:
         return InProjection
     if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import tracking_state
 from .backends import choose
 from .covariance import COVARIANCES, Covariances
 from .multi_tensor import squared_norms
@@ -24,7 +25,6 @@ from .tracking_checks import (
     checked_kinds,
     checked_layers,
     checked_probes,
-    checked_state,
     checked_steps,
     inverse_scale,
     refuse_windows,
@@ -384,34 +384,8 @@ class Tracker:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to go on with the same numbers."""
-        return {
-            "keys": list(self.keys),
-            "steps": self.steps,
-            "seed": self.seed,
-            "probes": self.probes,
-            "values": {k: v.clone() for k, v in self._values.items()},
-            "counts": {k: v.clone() for k, v in self._counts.items()},
-            "skipped": self._skipped.clone(),
-            "covariances": self._covariances.state_dict(),
-            "importance": None if self.importance is None else self.importance.clone(),
-        }
+        return tracking_state.saved(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state; ``ValueError`` names what differs, with this tracker unchanged."""
-        checked_state(state, self.state_dict())
-        for kind in self.kinds:
-            self._values[kind].copy_(state["values"][kind])
-            self._counts[kind].copy_(state["counts"][kind])
-        self._skipped.copy_(state["skipped"])
-        self._covariances.load_state_dict(state["covariances"])
-        self.steps, self.seed = state["steps"], state["seed"]
-        self._reduction.restart()
-        self.discard()
-        self.importance = None if state["importance"] is None else state["importance"].to(self.device)
-        if self._rows is not None:
-            self._rows.seed.fill_(self.seed)
-            self._rows.draw(self.steps)
-        if self._compiled is not None:
-            self._compiled.advance(self.steps)
-        if self.importance is not None:
-            self.close()
+        tracking_state.load(self, state)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .primitives import compiled, launch, swizzle, unit_last
 from .reduce import reduce_pairs
-from .tiling import TileConfig, choose_tiles
+from .tiling import GRID_LIMIT, TileConfig, choose_tiles
 
 
 @triton.jit
@@ -128,8 +128,8 @@ def gradstat(
     count = triton.cdiv(N, tiles.rows) * triton.cdiv(K, tiles.columns)
     partial = torch.empty(runs, count, 2, dtype=torch.float32, device=x.device)
     out = torch.empty(runs, 2, dtype=torch.float32, device=x.device)
-    # Without a diagonal a program takes one run; 65535 is the limit of a grid's second axis.
-    each = 65535 if diagonal is None else runs
+    # Without a diagonal a program takes one run.
+    each = GRID_LIMIT if diagonal is None else runs
     for start in range(0, runs, each):
         some = min(each, runs - start)
         launch(

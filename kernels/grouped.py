@@ -17,7 +17,7 @@ from torch import Tensor
 from . import linear, linear_backward, shrink, wgrad
 from .primitives import Segments, even, unit_last
 from .reduce import reduce_partials
-from .tiling import TileConfig, choose_split, choose_tiles
+from .tiling import GRID_LIMIT, TileConfig, choose_split, choose_tiles
 
 
 class Ranks(NamedTuple):
@@ -136,6 +136,8 @@ def _segments(
     scales: Sequence[float],
     drop: Dropout | None = None,
 ) -> Segments:
+    if len(own.ranks) > GRID_LIMIT:
+        raise ValueError(f"adapters: {len(own.ranks)} in one batch; the Triton backend takes at most {GRID_LIMIT}")
     device, dropout = batch.ranges.device, ()
     if drop is not None:
         table = _table("pairs", own, (0,) * len(own.ranks[0]), tuple(range(len(own.ranks[0]))), device)
@@ -336,9 +338,10 @@ def _wgrad_partials(inputs, outer, flat, batch, own, widths, live, scales, tiles
     plain = tiles or choose_tiles("wgrad", M, 0, widths[0], 0, dtype)
     masked = tiles or choose_tiles("wgrad_dropout", M, 0, widths[0], 0, dtype)
     programs = sum(triton.cdiv(p.wide.shape[1], plain.columns) for p in [*inputs, *outer])
-    # A long run is cut, but partial sums never outweigh what is read.
+    # A long run is cut, but partial sums never outweigh what is read, and parts times adapters fit the grid.
     read = sum(p.wide.numel() for p in [*inputs, *outer])
-    parts = max(1, min(choose_split(programs, triton.cdiv(M, plain.depth), 2), read // total))
+    most = min(read // total, GRID_LIMIT // len(own.ranks))
+    parts = max(1, min(choose_split(programs, triton.cdiv(M, plain.depth), 2), most))
     partial = torch.empty(parts, total, dtype=torch.float32, device=flat[0].device)
 
     def launch(kind, products, each, tile, drop=None):

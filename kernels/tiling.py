@@ -16,6 +16,8 @@ import torch
 SHARED_LIMIT = 232448
 # Multiprocessors of an H100 or H200. A constant, so that sums are split alike, and results agree, on every GPU.
 PROGRAMS = 132
+# Programs along the second and the third axis of a grid: CUDA's limit.
+GRID_LIMIT = 65535
 # Elements a program of a reduction owns.
 REDUCE_BLOCK = 1024
 

@@ -273,6 +273,20 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "adapter": rows(("b", "adapter: a model without adapters gets one named 'default'"),
                         ({}, "adapter: expected the name")),
     },
+    "from_peft": {
+        "peft_model": rows(("bert", "peft_model: expected a peft.PeftModel, got str"),
+                           (without_adapters, "peft_model: expected a peft.PeftModel, got Blocks")),
+        "adapter": rows(("c", r"adapter: expected one of \['default'\], got 'c'")),
+    },
+    "load_layout": {
+        "model": rows(NOT_A_MODEL),
+        "state_dict": rows(({}, "state_dict: has no keys"), ([1], "state_dict: expected a mapping")),
+        "layout": rows(("peft", "layout: expected one of"), ([], "layout: expected one of")),
+        "lora_alpha": rows((NAN, "lora_alpha: expected a finite number"), ("1", "lora_alpha: expected a finite")),
+        "rename": rows(({"x": "y"}, "rename: 'x' is not in state_dict"), (3, "rename: expected a mapping")),
+        "enable_lora": rows(("qkv", "enable_lora: expected True or False"), ([], "enable_lora: expected True or")),
+        "adapter": rows((3, "adapter: expected the name"), ("b", "adapter: a model without adapters gets one named")),
+    },
     "merge": {"model": MODEL + rows((already_merged, "is merged already")), "adapter": rows(("c",
                                     "adapter: expected one of"))},
     "param_groups": {
@@ -334,6 +348,10 @@ ROWS: dict[str, dict[str, list[Row]]] = {
     },
     "summary": {"model": MODEL, "adapter": rows(("c", r"adapter: expected one of \['b', 'default'\], got 'c'"))},
     "track": TRACK,
+    "to_peft": {
+        "model": MODEL + rows((already_merged, "is merged; call fastlora.unmerge")),
+        "adapter": rows(("c", "adapter: expected one of")),
+    },
     "unmerge": {"model": MODEL + rows((lambda good: adapted(), "model: nothing is merged"))},
     "schedule.Cosine": {
         "optimizer": rows((None, "optimizer: expected a torch.optim.Optimizer, got NoneType")),

@@ -64,6 +64,12 @@ def config(**fields: Any) -> fastlora.LoraConfig:
     return fastlora.LoraConfig(**{"r": 2, "target_modules": "qkv", **fields})
 
 
+def peft_model() -> nn.Module:
+    import peft
+
+    return peft.get_peft_model(plain(), peft.LoraConfig(r=2, target_modules=["q"]))
+
+
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(fastlora.param_groups(model))
 
@@ -129,9 +135,12 @@ GOOD: dict[str, Callable[[Path], dict[str, Any]]] = {
     "ece": lambda at: classified(),
     "explain": lambda at: {"model": adapted()},
     "fit_temperature": lambda at: classified(),
+    "from_peft": lambda at: {"peft_model": peft_model()},
     "hold_absent": lambda at: with_optimizer(),
     "inject": lambda at: {"model": plain(), "config": config()},
     "load": lambda at: {"model": plain(), "path": saved(at)},
+    "load_layout": lambda at: {"model": plain(), "layout": "loralib", "lora_alpha": 4,
+                               "state_dict": {f"{KEY}.lora_A": torch.ones(2, 8), f"{KEY}.lora_B": torch.ones(8, 2)}},
     "merge": lambda at: {"model": adapted()},
     "param_groups": lambda at: {"model": adapted()},
     "per_adapter_mean": lambda at: {"losses": torch.ones(3), "ids": torch.tensor([0, 1, -1])},
@@ -144,6 +153,7 @@ GOOD: dict[str, Callable[[Path], dict[str, Any]]] = {
     "set_adapter": lambda at: {"model": adapted(), "name": "b"},
     "set_ranks": lambda at: {"model": adapted(), "ranks": {KEY: 3}, "reinit": True},
     "summary": lambda at: {"model": adapted()},
+    "to_peft": lambda at: {"model": adapted()},
     "track": lambda at: {"model": adapted()},
     "unmerge": lambda at: {"model": merged()},
     "LoraConfig.scaling": lambda at: {"self": config(), "rank": 4},

@@ -14,6 +14,7 @@ from test_grouped_ops import make, run
 from fastlora import native
 
 RANKS = [1, 2, 3, 5, 8, 16, 17, 64, 128]
+ADAPTERS = [1, 8, 32, 128]
 DISTRIBUTIONS = ["distinct", "uniform", "identical", "zipf", "skewed"]
 
 
@@ -39,13 +40,15 @@ def draw_ids(distribution: str, rows: int, adapters: int, base: float, generator
 def layouts(draw):
     """Operands of one call: adapters, their ranks by projection, rows, ids, uneven projections, probes."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    adapters, N = draw(st.integers(1, 40)), draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    adapters = draw(st.sampled_from(ADAPTERS) | st.integers(1, 40))
+    rows = draw(st.sampled_from([0, 1, 133]) | st.integers(0, 133))
+    N = draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
     # A rank of 128 is rare enough that forty adapters stay quick, and still comes up beside small ones.
     pool = draw(st.lists(st.sampled_from(RANKS), min_size=1, max_size=4))
     picks = torch.randint(len(pool), (adapters, len(N)), generator=generator)
     ranks = tuple(tuple(pool[i] for i in each) for each in picks.tolist())
-    ids = draw_ids(draw(st.sampled_from(DISTRIBUTIONS)), draw(st.integers(0, 133)), adapters,
-                   draw(st.sampled_from([0.0, 0.1, 1.0])), generator)  # fmt: skip
+    base = draw(st.sampled_from([0.0, 0.1, 1.0]))
+    ids = draw_ids(draw(st.sampled_from(DISTRIBUTIONS)), rows, adapters, base, generator)
     probes = tuple(torch.randint(4, (adapters,), generator=generator).tolist())
     case = make(ids, K=draw(st.integers(1, 48)), N=tuple(N), ranks=ranks, probes=probes, seed=draw(st.integers(0, 999)))
     # Sums of up to 128 products keep the scale of the others.
@@ -64,19 +67,34 @@ def magnitudes(case: dict) -> dict:
     return {name: unsigned(value) for name, value in case.items()}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(layouts())
-def test_generated_layouts(case):
-    """Outputs, dx, and dA, dB and Q of every adapter that there is, with rows or without.
-
-    Four times the plain formula's own error in fp32, and four roundings of the terms, some of which cancel.
-    """
+def within_error(case: dict) -> None:
+    """Four times the plain formula's own error in fp32, and four roundings of the terms, some of which cancel."""
     exact, terms = (run(operands, None, dtype=torch.float64) for operands in (case, magnitudes(case)))
     for a, e, size, p in zip(run(case, "auto"), exact, terms, run(case), strict=True):
         assert a.shape == e.shape
         if e.numel():
             allowed = 4 * (p - e).abs().max() + 4 * torch.finfo(torch.float32).eps * size
             assert ((a - e).abs() <= allowed).all(), ((a - e).abs().max(), e.abs().max())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(layouts())
+def test_generated_layouts(case):
+    """Outputs, dx, and dA, dB and Q of every adapter that there is, with rows or without."""
+    within_error(case)
+
+
+@pytest.mark.parametrize("adapters", ADAPTERS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_distribution_and_every_rank(distribution, adapters):
+    """What generated layouts may miss: each distribution with each number of adapters and all ranks among them."""
+    generator = torch.Generator().manual_seed(adapters)
+    for rows in (1, 133):
+        ids = draw_ids(distribution, rows, adapters, 0.1, generator)
+        ranks = tuple((RANKS[g % 9], RANKS[(g + 4) % 9]) for g in range(adapters))
+        case = make(ids, K=24, N=(10, 6), ranks=ranks, probes=())
+        case["B"] = [b / b.shape[1] ** 0.5 for b in case["B"]]
+        within_error(case)
 
 
 @pytest.fixture

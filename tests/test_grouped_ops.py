@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from op_help import BACKENDS, assert_close_as
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora import reference
+from fastlora import grouped, reference
 from fastlora.functional import lora_grouped
 from fastlora.segments import Batch
 
@@ -157,3 +158,30 @@ def test_ids_that_do_not_fit_are_named(shape):
     batch = Batch(["a0"], torch.zeros(shape, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"ids: .* given, but a layer sees an input of shape \(13, 20\)"):
         lora_grouped(case["x"], case["W"], case["bias"], case["A"], case["B"], case["scale"], batch)
+
+
+class NothingIsReadBack(TorchDispatchMode):
+    """Fails where the host would wait for a device's values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "masked_select", "equal")), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("p", [(), (0.3, 0.0, 0.5)], ids=["", "dropout"])
+@pytest.mark.parametrize("ids", IDS)
+def test_by_masks_where_reading_ranges_would_wait(ids, p, monkeypatch):
+    """What the generic verbs do on a GPU that has no segmented kernels: the same numbers, with no value read back."""
+    case = make(IDS[ids], dtype=torch.float64)
+    case["x"][[i for i, g in enumerate(IDS[ids]) if g < 0]] = float("inf")  # rows that no adapter may look at
+    want = run(case, "reference", p=p, moments=True)
+    case["batch"].rows(case["x"])  # the native library builds them on a GPU without waiting
+    monkeypatch.setattr(grouped, "on_host", lambda device: False)
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, _name=name: pytest.fail(f"{_name} waits for the device"))
+    with NothingIsReadBack():
+        found = run(case, "reference", p=p, moments=True)
+    monkeypatch.undo()
+    for a, e in zip(found, want, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12, equal_nan=True)

@@ -18,9 +18,10 @@ PACKAGE = pathlib.Path(fastlora.__file__).parent
 KERNELS = PACKAGE / "kernels" if (PACKAGE / "kernels").is_dir() else PACKAGE.parent / "kernels"
 
 # Bottom to top. A module imports from layers below its own, or from its own.
+# fmt: off
 LAYERS = (
     ("reference",),
-    ("native", "plain", "_layout", "engines", "grouped"),
+    ("native", "native_shapes", "plain", "_layout", "engines", "grouped"),
     ("verbs", "triton_backend", "multi_tensor"),
     ("backends", "segments"),
     ("_operator",),
@@ -30,15 +31,26 @@ LAYERS = (
     ("functional", "routing", "probes"),
     ("factors", "config", "committing", "parallel"),
     ("nn",),
-    ("covariance", "reduction", "tracking_checks", "regulariser", "restoring", "update_variance", "progress"),
+    (
+        "covariance",
+        "reduction",
+        "tracking_checks",
+        "tracking_state",
+        "regulariser",
+        "restoring",
+        "update_variance",
+        "progress",
+    ),
     ("targets", "learning_checks"),
     ("roles", "blocks", "parameter_roles", "presets"),
-    ("injection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
+    ("injection", "ejection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
     ("adapter_set",),
     ("peft_names", "peft_attention", "peft_files", "peft_io", "peft_load"),
+    ("handover", "migration"),
     ("integrations",),
     ("demo", "report", "cli", "bench", "doctor", "__main__"),
 )
+# fmt: on
 # Functions of tensors and dicts: anybody may import them, and they import nothing above themselves.
 PURE = ("scores", "score_table", "allocation", "penalty", "temperature", "schedule", "diagnostics")
 ANYWHERE = ("testing",)
@@ -47,7 +59,7 @@ ROOT = "__init__"  # the public names, above everything
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 OPTIONAL = (
     "timm", "transformers", "peft", "matplotlib", "rich", "sklearn", "triton", "torchvision", "tqdm", "accelerate",
-    "lightning", "pytorch_lightning",
+    "lightning", "pytorch_lightning", "torchao", "bitsandbytes",
 )  # fmt: skip
 
 

@@ -76,6 +76,36 @@ def test_bf16_is_rounded_once():
     assert (layer.weight.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("entries", [1, 7 * 48, 2**17])
+def test_blocks_of_rows_give_the_whole_sum(dtype, entries, monkeypatch):
+    """A last block that is shorter, one row at a time, and a matrix that is one block."""
+    monkeypatch.setattr(fastlora.nn.linear, "_MERGED_AT_ONCE", entries)
+    layer = randomise(fastlora.nn.Linear(48, 40, r=4, lora_alpha=6, dtype=dtype), 0.1)
+    a, b, s = layer.pairs()[0]
+    exact = layer.weight.double() + s * b.double() @ a.double()
+    # One rounding to the dtype, after sums of r + 1 terms in fp32.
+    eps = torch.finfo(dtype).eps / 2 + (0 if dtype == torch.float64 else 6 * 2**-24)
+    bound = (
+        eps
+        * (layer.weight.double().abs() + s * b.double().abs() @ a.double().abs())
+        * (6 if dtype == torch.float64 else 1)
+    )
+    fastlora.merge(layer)
+    assert layer.weight.dtype == dtype and bool(((layer.weight.double() - exact).abs() <= bound).all())
+
+
+def test_slices_and_the_transposed_layout():
+    from model_zoo import build as zoo
+
+    model = randomise(fastlora.inject(zoo("gpt2"), config(target_modules="qkv", split_qkv=True, rank_pattern={"transformer.h.0.attn.c_attn[k]": 0})), 0.1)  # fmt: skip  # noqa: E501
+    layers = adapted_layers(model)
+    exact = {path: layer.weight + layer.delta() for path, layer in layers.items()}
+    fastlora.merge(model)
+    for path, layer in layers.items():
+        torch.testing.assert_close(layer.weight, exact[path])
+
+
 def test_repr_and_gradients_while_merged(adapted):
     model, run = adapted
     fastlora.merge(model)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import time
 import traceback
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from . import measure
 from .cases import BUILDERS, CASES, TINY, Case, build
 from .models import MODEL_VARIANTS, ModelCase, TrainingStep, model_cases
 from .plot import draw
+from .table import table
 
 PASSES = ("forward", "backward", "both")
 
@@ -129,10 +131,15 @@ def _jobs(cases: list[Case | ModelCase], variants: list[str]) -> list[tuple[Case
 
 
 def run(
-    cases: list[Case | ModelCase], variants: list[str], device: str, seconds: float, repeats: int
-) -> dict[str, Any]:
-    """Measure until the time is up; what was not reached or failed is listed under "missing"."""
-    dtype = torch.bfloat16
+    cases: list[Case | ModelCase],
+    variants: list[str],
+    device: str,
+    seconds: float,
+    repeats: int,
+    keep: Callable[[dict[str, Any], str], None],
+) -> None:
+    """Measure until the time is up, handing ``keep`` the result so far and its Markdown after every variant."""
+    dtype, missing = torch.bfloat16, []
     limit = time.monotonic() + seconds
     ceilings = measure.ceilings(device, dtype)
     result: dict[str, Any] = {
@@ -140,61 +147,25 @@ def run(
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "versions": _versions(),
         "commit": _output("git", "rev-parse", "HEAD"),
-        "ceilings": {"gbps": ceilings[0] / 1e9, "tflops": ceilings[1] / 1e12},
         "rows": [],
-        "missing": [],
     }
     for case, name in _jobs(cases, variants):
         if time.monotonic() > limit:
-            result["missing"].append(f"{case.name} {name}: out of time")
+            missing.append(f"{case.name} {name}: out of time")
             continue
         one = _measure if isinstance(case, Case) else _measure_model
         try:
             result["rows"] += one(case, name, device, dtype, ceilings, repeats)
         except Exception as problem:  # one broken variant must not lose the others' rows
             traceback.print_exc()
-            result["missing"].append(f"{case.name} {name}: {type(problem).__name__}: {problem}"[:300])
+            missing.append(f"{case.name} {name}: {type(problem).__name__}: {problem}"[:300])
         gc.collect()
         if device != "cpu":
+            # A workspace for every stream that a variant captured on would count in the next one's peak.
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
-    return result
-
-
-def table(result: dict[str, Any]) -> str:
-    """The rows as Markdown, and the ratios that the targets speak of."""
-    lines = [f"# {result['device']}, driver {result['driver']}, {result['versions']}", ""]
-    lines += [
-        f"Measured ceilings: {result['ceilings']['gbps']:.0f} GB/s, {result['ceilings']['tflops']:.0f} TFLOP/s.",
-        "",
-    ]
-    lines += ["| case | variant | pass | mode | median ms | p10 | p90 | GB/s | TFLOP/s | of roofline | peak MiB |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
-    for r in result["rows"]:
-        lines.append(
-            f"| {r['case']} | {r['variant']} | {r['pass']} | {r['mode']} | {r['median_ms']:.4f} | {r['p10_ms']:.4f} "
-            f"| {r['p90_ms']:.4f} | {r['gbps']:.0f} | {r['tflops']:.1f} | {r['roofline']:.2f} | {r['peak_mib']:.0f} |"
-        )
-    lines += [
-        "",
-        "| case | mode | over frozen | over PEFT bf16 | probes | memory over PEFT bf16 |",
-        "|---|---|---|---|---|---|",
-    ]
-    found = {(r["case"], r["variant"], r["mode"]): r for r in result["rows"] if r["pass"] == "both"}
-    for case, mode in sorted({(r["case"], r["mode"]) for r in result["rows"]}):
-
-        def ratio(a: str, b: str, key: str = "median_ms", case: str = case, mode: str = mode) -> str:
-            top, bottom = found.get((case, a, mode)), found.get((case, b, mode))
-            return f"{top[key] / bottom[key]:.3f}" if top and bottom and bottom[key] else "-"
-
-        lines.append(
-            f"| {case} | {mode} | {ratio('fastlora', 'frozen')} | {ratio('fastlora', 'peft_bf16')} "
-            f"| {ratio('fastlora_probe', 'fastlora')} | {ratio('fastlora', 'peft_bf16', 'peak_mib')} |"
-        )
-    lines += [
-        "",
-        "A `_step` is a whole training step with AdamW; its GB/s and TFLOP/s count the frozen matrices alone.",
-    ]
-    return "\n".join([*lines, "", *(f"- missing: {entry}" for entry in result["missing"])]) + "\n"
+        keep(result, table(result, ceilings, missing))
+    keep(result, table(result, ceilings, missing))
 
 
 def main() -> None:
@@ -210,14 +181,20 @@ def main() -> None:
     enable_torchvision()
     known = {**(TINY if given.dry_run else CASES), **model_cases(given.dry_run)}
     device = "cpu" if given.dry_run else "cuda"
-    result = run([known[name] for name in given.cases], given.variants, device, given.seconds, given.repeats)
-    name = re.sub(r"[^a-z0-9]+", "_", result["device"].lower().removeprefix("nvidia ")).strip("_")
+    last: dict[str, Any] = {}
+
+    def keep(result: dict[str, Any], markdown: str) -> None:
+        name = re.sub(r"[^a-z0-9]+", "_", result["device"].lower().removeprefix("nvidia ")).strip("_")
+        target = given.output / f"device_{name}"
+        target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        target.with_suffix(".md").write_text(markdown)
+        last.update(result=result, markdown=markdown, plot=target.with_suffix(".png"))
+
     given.output.mkdir(parents=True, exist_ok=True)
-    (given.output / f"device_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (given.output / f"device_{name}.md").write_text(table(result))
-    draw(result, given.output / f"device_{name}.png")
-    print(table(result))
-    if not result["rows"]:
+    run([known[name] for name in given.cases], given.variants, device, given.seconds, given.repeats, keep)
+    draw(last["result"], last["plot"])
+    print(last["markdown"])
+    if not last["result"]["rows"]:
         raise SystemExit("nothing was measured")
 
 

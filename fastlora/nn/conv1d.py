@@ -23,3 +23,6 @@ class Conv1D(Linear):
     def delta(self, adapter: str = "default") -> Tensor:
         """``s (B A)^T`` of the whole weight [K, N]."""
         return super().delta(adapter).t()
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()

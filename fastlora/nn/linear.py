@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from ..routing import Route, Router
 from .packing import packing_of
 
 DEFAULT = "default"
+_MERGED_AT_ONCE = 2**17  # entries of a weight: 512 KiB in fp32, the fastest of 2^15 to 2^20 for both dtypes
 ENGINE_OF_PREPACK = {"auto": AUTO, True: PACKED, False: UNPACKED}
 
 
@@ -119,14 +121,43 @@ class Linear(nn.Linear):
         for name, rows in self.slices.items():
             a, b = A.get(name), B.get(name)
             if a is None or b is None:
-                a, b = self.weight.new_empty((0, self.in_features)), self.weight.new_empty((rows, 0))
+                a, b = self.empty(0, self.in_features), self.empty(rows, 0)
             out.append((a, b, spec.scale[name] if spec else 1.0))
         return out
+
+    def empty(self, *shape: int) -> Tensor:
+        """A factor of rank 0."""
+        return self.weight.new_empty(shape)
 
     def delta(self, adapter: str = DEFAULT) -> Tensor:
         """``s B A`` of the whole weight [N, K], summed in fp32 (float64 for float64)."""
         acc = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         return torch.cat([s * (b.detach().to(acc) @ a.detach().to(acc)) for a, b, s in self.pairs(adapter)])
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor in the layout of this layer's weight as [N, K]."""
+        return weight
+
+    @torch.no_grad()
+    def merged_weight(self, adapter: str = DEFAULT) -> Tensor | None:
+        """``W + s B A`` in the weight's dtype and layout, None where it is not finite.
+
+        Summed in fp32 (float64 for float64) a few rows at a time, which stay in cache, and rounded once.
+        """
+        acc = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        merged = torch.empty_like(self.weight)
+        source, target, start = self.as_matrix(self.weight), self.as_matrix(merged), 0
+        step = max(1, _MERGED_AT_ONCE // max(self.in_features, 1))
+        for a, b, s in self.pairs(adapter):
+            a, stop = a.to(acc), start + b.shape[0]
+            for first in range(start, stop, step):
+                rows = slice(first, min(first + step, stop))
+                out = target[rows]
+                out.copy_(torch.addmm(source[rows].to(acc), b[first - start : rows.stop - start].to(acc), a, alpha=s))
+                if not all(map(math.isfinite, map(float, out.aminmax()))):
+                    return None
+            start = stop
+        return merged
 
     @property
     def active_adapter(self) -> str:
@@ -178,6 +209,12 @@ class QKVLinear(Linear):
     """A fused q/k/v projection with one adapter, and one rank, for each of q, k and v (block-diagonal B)."""
 
 
+_STATE = (
+    "slices", "adapter_specs", "ranked", "changes", "packings", "router", "stream", "backend", "engine", "merged",
+    "group", "called", "probes",
+)  # fmt: skip
+
+
 def attach_state(
     layer: nn.Linear, slices: Mapping[str, int], config: LoraConfig, router: Router, path: str = ""
 ) -> None:
@@ -195,6 +232,13 @@ def attach_state(
     layer.group = None
     layer.called = False
     layer.probes = {}
+
+
+def detach_state(layer: nn.Linear) -> None:
+    """Take away what ``attach_state`` gave."""
+    del layer.lora_A, layer.lora_B
+    for name in _STATE:
+        delattr(layer, name)
 
 
 def adapter_dtype_of(config: LoraConfig, layer: nn.Linear) -> torch.dtype:

@@ -29,7 +29,7 @@ class LayerView:
         self.probes, self.stream = layer.probes, layer.stream
         if rows is not None:
             self.stream = (layer.stream + rows.start) & 0x7FFFFFFF  # parts see other rows, and have other dropout
-            self.probes = {name: _PartOfProbe(probe, rows, self.parts, count) for name, probe in layer.probes.items()}
+            self.probes = {name: PartOfProbe(probe, rows, self.parts, count) for name, probe in layer.probes.items()}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
@@ -58,7 +58,7 @@ def _parts(layer: Linear, rows: slice) -> dict[str, slice]:
     return found
 
 
-class _PartOfProbe:
+class PartOfProbe:
     """The statistics of some rows of a layer, added to the layer's own.
 
     The moments of a layer have one count of the rows of x: the part with the layer's first row brings it, and the
@@ -86,7 +86,7 @@ class _PartOfProbe:
     def every(self, steps: int) -> None:
         self.probe.every = steps
 
-    def operands(self, probes: list[_PartOfProbe], x: Tensor, samples: int | None = None) -> dict[str, Any]:
+    def operands(self, probes: list[PartOfProbe], x: Tensor, samples: int | None = None) -> dict[str, Any]:
         return type(self.probe).operands(self, probes, x, samples)
 
     def tap(self, x: Tensor, y: Tensor, select: tuple[Tensor, bool] | None = None) -> Tensor:

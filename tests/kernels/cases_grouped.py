@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastlora.kernels import grouped
+from fastlora.kernels import grouped, wgrad
 from fastlora.kernels.tiling import TileConfig
 from grouped_support import CASES, Mixed, Operands, expected_dh, expected_dx, expected_h, expected_wgrad, expected_y
 from kernel_support import DEVICE, INTERPRETED, assert_close, wide
@@ -79,6 +79,26 @@ def test_wgrad(name, kind, variant, monkeypatch):
         assert len(found) == len(wanted)
         for at, (one, other) in enumerate(zip(found, wanted, strict=True)):
             assert_close(one, other, torch.float32, f"{name}[{at}]")
+
+
+def test_the_grid_stays_within_its_limit(monkeypatch):
+    """Parts times adapters are one axis of wgrad's grid; beyond it the adapters alone are too many."""
+    o, grids = Operands(CASES["long_runs"]), []
+    dh, h, dy = expected_dh(o, o.slices(o.dy)).float().to(DEVICE), expected_h(o).float().to(DEVICE), o.slices(o.dy)
+    real = wgrad.launch
+    monkeypatch.setattr(
+        wgrad, "launch", lambda kernel, grid, *rest, **own: [grids.append(grid), real(kernel, grid, *rest, **own)]
+    )
+    monkeypatch.setattr(grouped, "choose_split", lambda *sizes: 8)
+    monkeypatch.setattr(grouped, "GRID_LIMIT", 5)
+    found = grouped.grouped_wgrad(o.x, dh, dy, h, o.case.widths, o.batch, o.own, o.scales, tiles=SMALL)
+    assert [grid[2] for grid in grids] == [4]
+    for some, others in zip(found, expected_wgrad(o, o.x, dh, dy, h), strict=True):
+        for one, other in zip(some, others, strict=True):
+            assert_close(one, other, torch.float32, "wgrad")
+    monkeypatch.setattr(grouped, "GRID_LIMIT", 1)
+    with pytest.raises(ValueError, match="adapters: 2 in one batch; the Triton backend takes at most 1"):
+        grouped.grouped_shrink(o.x, o.factors_of_shrink(), o.batch, o.own, SMALL)
 
 
 def test_rows_do_not_depend_on_the_rest_of_the_batch():

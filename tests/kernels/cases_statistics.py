@@ -63,6 +63,25 @@ def test_gradstat(dtype, factors):
     assert_close(found, reference.gradstat(wide(x), wide(dy), offsets), torch.float32, "gradstat")
 
 
+def test_more_runs_than_a_grid_takes(monkeypatch):
+    x, dy, grids, real = torch.randn(53, 40, device=DEVICE), torch.randn(53, 35, device=DEVICE), [], gradstat.launch
+
+    def launch(kernel, grid, *rest, **options):
+        grids.append(grid)
+        real(kernel, grid, *rest, **options)
+
+    monkeypatch.setattr(gradstat, "launch", launch)
+    monkeypatch.setattr(gradstat, "GRID_LIMIT", 3)
+    offsets = [0, 5, 7, 7, 20, 31, 40, 53]
+    found = gradstat.gradstat(x, dy, torch.tensor(offsets, device=DEVICE), SMALL)
+    assert [grid[1] for grid in grids] == [3, 3, 1]
+    assert_close(found, reference.gradstat(wide(x), wide(dy), offsets), torch.float32, "gradstat")
+
+
+def test_splits_fit_the_grid():
+    assert tiling.choose_split(1, 2**40, 2) <= tiling.GRID_LIMIT
+
+
 @pytest.mark.parametrize(("M", "N"), [(21, 50), (3, 7), (0, 5)])
 def test_covariance(M, N):
     x = torch.randn(M, N, device=DEVICE)

@@ -15,10 +15,26 @@ import pytest
 for name in ("triton", "peft", "timm", "transformers", "matplotlib"):
     pytest.importorskip(name)
 ROOT = Path(__file__).parents[2]
-CASES = {"deit_base_qkv", "roberta_base_qkv", "llama3_8b_qkv"}
+sys.path.insert(0, str(ROOT))
+from benchmarks.device import table  # noqa: E402
+
 VARIANTS = set(
     "frozen frozen_fused peft_bf16 peft_default peft_compiled torch fastlora fastlora_probe fastlora_exact50".split()
 )
+CASE_NAMES = ("deit_base_qkv", "roberta_base_qkv", "llama3_8b_qkv")
+# Name, case, at most: the targets of the GPU backend.
+TARGETS = [
+    ("separate q, k, v over the frozen layers", "roberta_base_qkv", "1.00"),
+    ("separate q, k, v over the frozen layers", "llama3_8b_qkv", "1.00"),
+    ("one fused qkv over the frozen layer", "deit_base_qkv", "1.25"),
+    ("over PEFT bf16", "deit_base_qkv", "0.50"),
+    ("over PEFT bf16", "roberta_base_qkv", "0.42"),
+    ("over PEFT bf16", "llama3_8b_qkv", "0.70"),
+    *(("probes over the same without", case, "1.01") for case in CASE_NAMES),
+    *(("exact gradstat over one weight-gradient matmul", case, "1.15") for case in CASE_NAMES),
+    *(("gradstat's memory beyond x and dy, over one bf16 [N,K]", case, "1.00") for case in CASE_NAMES),
+    *(("peak memory over PEFT bf16", case, "0.75") for case in (*CASE_NAMES, "deit_base_step", "llama_8_layers_step")),
+]
 KEYS = "case variant pass mode median_ms p10_ms p90_ms gbps tflops roofline peak_mib".split()
 
 
@@ -36,8 +52,7 @@ def test_rows_json_table_and_plot(tmp_path):
     variants = ["frozen", "fastlora", "fastlora_probe", "peft_bf16", "fastlora_exact50", "gradstat"]
     shown = run("device.run", tmp_path, "--repeats", "2", "--cases", *cases, "--variants", *variants)
     result = json.loads((tmp_path / "device_cpu.json").read_text())
-    assert list(result) == ["device", "driver", "versions", "commit", "ceilings", "rows", "missing"]
-    assert result["missing"] == []
+    assert list(result) == ["device", "driver", "versions", "commit", "rows"]
     assert all(list(row) == KEYS and row["mode"] == "eager" for row in result["rows"])
     timed = {(row["case"], row["variant"], row["pass"]) for row in result["rows"]}
     for case in cases[:2]:
@@ -48,8 +63,45 @@ def test_rows_json_table_and_plot(tmp_path):
     assert all(0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] for row in result["rows"])
     table = (tmp_path / "device_cpu.md").read_text()
     assert table in shown and table.count("\n| ") > len(result["rows"])
+    assert "Measured ceilings: " in table and "missing" not in table
+    assert all(f"| {name} | {case} | {limit} | - | open: not measured |" in table for name, case, limit in TARGETS)
     assert all(re.search(rf"\| {case} \| {variant} \|", table) for case, variant, _ in timed)
     assert (tmp_path / "device_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def row(case: str, variant: str, median: float, peak: float, mode: str = "graph", passes: str = "both") -> dict:
+    return {**dict.fromkeys(KEYS, 1.0), "case": case, "variant": variant, "pass": passes, "mode": mode,
+            "median_ms": median, "peak_mib": peak}  # fmt: skip
+
+
+def test_every_target_has_a_verdict():
+    assert sorted((t.name, t.case, f"{t.limit:.2f}") for t in table.TARGETS) == sorted(TARGETS)
+    rows, case = [], "roberta_base_qkv"
+    for mode in ("eager", "graph"):
+        slower = 1.0 if mode == "graph" else 9.0
+        rows += [row(case, "frozen", 1.0, 0.0, mode), row(case, "fastlora", 1.0 * slower, 74.0, mode)]
+        rows += [row(case, "peft_bf16", 2.3, 100.0, mode), row(case, "fastlora_probe", 1.02 * slower, 0.0, mode)]
+        # x and dy are 24 MiB, [N,K] is 3.375 MiB in bf16.
+        rows += [row(case, "gradstat", 1.1 * slower, 24.1, mode, "forward")]
+        rows += [row(case, "wgrad_library", 1.0, 60.0, mode, "forward")]
+    result = {"device": "NVIDIA H200", "driver": "1", "versions": {}, "rows": rows}
+    shown = table.table(result, (4e12, 8e14), ["deit_base_qkv torch: out of time"])
+    expected = {
+        "separate q, k, v over the frozen layers": "1.00 | 1.000 | met",
+        "over PEFT bf16": "0.42 | 0.435 | missed",
+        "probes over the same without": "1.01 | 1.020 | missed",
+        "exact gradstat over one weight-gradient matmul": "1.15 | 1.100 | met",
+        "gradstat's memory beyond x and dy, over one bf16 [N,K]": "1.00 | 0.030 | met",
+        "peak memory over PEFT bf16": "0.75 | 0.740 | met",
+    }
+    for name, rest in expected.items():
+        assert f"| {name} | {case} | {rest} |" in shown
+    assert shown.count("open: not measured") == len(TARGETS) - len(expected)
+    assert "4000 GB/s, 800 TFLOP/s" in shown and "- missing: deit_base_qkv torch: out of time" in shown
+    elsewhere = table.table({**result, "device": "NVIDIA H100"}, (4e12, 8e14), [])
+    assert "| 1.00 | 1.000 | met, not on an H200 |" in elsewhere
+    with_buffer = [row(case, "gradstat", 1.0, 28.0, "eager", "forward")]
+    assert "| 1.00 | 1.185 | missed |" in table.table({**result, "rows": with_buffer}, (1.0, 1.0), [])
 
 
 def test_the_names_are_the_agreed_ones():
@@ -60,7 +112,7 @@ def test_the_names_are_the_agreed_ones():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     cases, variants, models = (set(line.split()) for line in done.stdout.splitlines())
-    assert cases == CASES and variants == VARIANTS | {"gradstat", "wgrad_library"}
+    assert cases == set(CASE_NAMES) and variants == VARIANTS | {"gradstat", "wgrad_library"}
     assert models == {"deit_base_step", "llama_8_layers_step"}
 
 
@@ -92,3 +144,51 @@ def test_the_sweep_fills_the_table(tmp_path):
 def test_the_sweep_compiles_its_candidates_ahead(tmp_path):
     run("device.sweep", tmp_path, "--compile-only", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert list(tmp_path.rglob("*.cubin"))
+
+
+FAKE_PYTHON = """#!/bin/sh
+echo "$@" >> "$FAKE/calls"
+case "$*" in *tiling*) echo "$FAKE/installed_tiling.py" ;; esac
+"""
+
+
+def call_script(folder: Path, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """``device.sh`` with a Python that only writes down what it is asked for: (what came of it, which steps ran)."""
+    fake = folder / "python"
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(fake), "FAKE": str(folder), **environment}
+    script = [str(ROOT / "benchmarks" / "device.sh"), str(folder / "out")]
+    done = subprocess.run(["bash", *script], capture_output=True, text=True, env=environment)
+    calls = (folder / "calls").read_text() if (folder / "calls").exists() else ""
+    marks = {"pip install": "build", "device.sweep": "sweep", "pytest -q --tb": "test", "device.run": "bench"}
+    return done, [step for line in calls.splitlines() for mark, step in marks.items() if mark in line]
+
+
+def test_the_script_runs_the_steps_that_are_asked_for(tmp_path):
+    done, ran = call_script(tmp_path)
+    assert done.returncode == 0 and ran == ["build", "sweep", "test", "bench"], done.stdout + done.stderr
+    assert re.findall(r"^== (\w+)", done.stdout, re.M) == ["build", "sweep", "test", "sanitize", "bench"]
+    (tmp_path / "calls").unlink()
+    done, ran = call_script(tmp_path, STEPS="build,bench,sweep")
+    assert done.returncode == 0 and ran == ["build", "bench", "sweep"]
+
+
+def test_the_script_refuses_unknown_steps_and_keeps_its_limit(tmp_path):
+    done, ran = call_script(tmp_path, STEPS="build,tests")
+    assert done.returncode == 2 and not ran and "'tests' is none of build, sweep, test, sanitize, bench" in done.stderr
+    done, ran = call_script(tmp_path, LIMIT="0")
+    assert done.returncode == 1 and not ran and done.stdout.count("out of time, left out: ") >= 4
+
+
+def test_calls_of_the_documented_steps_fit_nine_minutes():
+    text = (ROOT / "benchmarks" / "device.sh").read_text()
+    bodies = dict(re.findall(r"^step_(\w+)\(\) \{\n(.*?)^\}", text, re.M | re.S))
+    seconds = {step: sum(map(int, re.findall(r"within (\d+)", body))) for step, body in bodies.items()}
+    seconds["sanitize"] *= 2  # memcheck and racecheck
+    assert set(seconds) == {"build", "sweep", "test", "sanitize", "bench"} and "limit=${LIMIT:-540}" in text
+    readme = (ROOT / "benchmarks" / "results" / "README.md").read_text()
+    documented = [steps.split(",") for steps in re.findall(r"STEPS=(\S+) benchmarks/device.sh", readme)]
+    assert len(documented) == 2 and {step for steps in documented for step in steps} == set(seconds)
+    # What is left is the benchmarks', which stop by themselves: they need two minutes at least.
+    assert all(sum(seconds[s] for s in steps) <= 540 - 120 * ("bench" in steps) for steps in documented)

@@ -1,0 +1,302 @@
+"""Quantised bases of torchao and bitsandbytes: their own forward and backward, our adapters and statistics.
+
+References are the dequantised weight's, in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+import pickle
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import config, randomise
+from model_zoo import ZOO
+from model_zoo import build as zoo
+from torch import nn
+
+import fastlora
+from fastlora.ejection import eject
+from fastlora.nn.foreign import ForeignLinear
+from fastlora.nn.linear import adapted_layers
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+K, N = 64, 32
+
+
+def plain(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(K, N), nn.GELU(), nn.Linear(N, K)).to(dtype)
+
+
+def by_torchao(model, name="Int8WeightOnlyConfig", **fields):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model, getattr(torchao, name)(**fields))
+    return model
+
+
+def by_bitsandbytes(model, kind, **fields):
+    bnb = pytest.importorskip("bitsandbytes")
+    for i in (0, 2):
+        source = model[i]
+        model[i] = getattr(bnb.nn, kind)(source.in_features, source.out_features, **fields)
+        model[i].load_state_dict(source.state_dict())
+    return model.to("cpu")  # which quantises
+
+
+def intx(model):
+    granularity = pytest.importorskip("torchao.quantization.granularity").PerGroup(32)
+    return by_torchao(model, "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=granularity)
+
+
+QUANTISED = {
+    "torchao int8": by_torchao,
+    "torchao int4 in int8": intx,
+    "8-bit": lambda model: by_bitsandbytes(model, "Linear8bitLt", has_fp16_weights=False),
+    "4-bit nf4": lambda model: by_bitsandbytes(model, "Linear4bit", quant_type="nf4", compute_dtype=torch.float32),
+    "4-bit fp4": lambda model: by_bitsandbytes(model, "LinearFP4", compute_dtype=torch.float32),
+}
+EVERY = pytest.mark.parametrize("kind", QUANTISED)
+
+
+def make(kind, dtype=torch.float32):
+    return QUANTISED[kind](plain(dtype))
+
+
+def dequantised(layer):
+    """The weight that the base multiplies by, from its output for the unit vectors."""
+    with torch.no_grad():
+        return (layer(torch.eye(K if layer.in_features == K else N)) - layer.bias).t().double()
+
+
+def adapted(kind, **fields):
+    model = make(kind)
+    weights = [dequantised(model[i]) for i in (0, 2)]
+    fastlora.inject(model, config(**{"target_modules": ["0", "2"], "r": 4, **fields}))
+    return randomise(model), weights
+
+
+def inputs(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def reference(model, weights, x, adapter="default"):
+    """Output, dx and gradients of every factor in float64, of the sum of squares; dy of each layer."""
+    x = x.double().requires_grad_()
+    y, leaves, outputs, seen = x, {}, [], []
+    for i, W in zip((0, 2), weights, strict=True):
+        layer = model[i]
+        seen.append(y)
+        a, b, s = layer.pairs(adapter)[0]
+        a, b = a.detach().double().requires_grad_(), b.detach().double().requires_grad_()
+        leaves |= {f"{i}.lora_A.{adapter}.weight": a, f"{i}.lora_B.{adapter}.weight": b}
+        y = F.linear(y, W, layer.bias.detach().double()) + s * y @ a.t() @ b.t()
+        outputs.append(y)
+        y = F.gelu(y) if i == 0 else y
+    dy = torch.autograd.grad(y.square().sum(), outputs, retain_graph=True)
+    y.square().sum().backward()
+    return y.detach(), x.grad, {n: t.grad for n, t in leaves.items()}, [t.detach() for t in seen], outputs, dy
+
+
+def assert_near(mine, exact, of=2e-4):
+    """Sums of up to 64 products in fp32, which the libraries round once more."""
+    assert (mine.double() - exact).abs().max() <= of * exact.abs().max()
+
+
+@EVERY
+def test_forward_and_every_gradient(kind):
+    model, weights = adapted(kind)
+    x = inputs(3, 5, K).requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    exact, dx, grads, *_ = reference(model, weights, x.detach())
+    assert_near(y.detach(), exact)
+    assert_near(x.grad, dx)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name)
+        if "lora_" in name:
+            assert_near(parameter.grad, grads[name])
+
+
+@EVERY
+def test_outputs_are_the_base_s_at_first_and_when_off(kind):
+    base = make(kind)
+    x = inputs(4, K)
+    with torch.no_grad():
+        expected = base(x)
+        model = fastlora.inject(copy.deepcopy(base), config(target_modules=["0", "2"]))
+        assert torch.equal(model(x), expected)
+        randomise(model)
+        assert not torch.allclose(model(x), expected)
+        with fastlora.disabled(model):
+            assert torch.equal(model(x), expected)
+        assert torch.equal(eject(model)(x), expected)
+    assert [type(m) for m in model] == [type(m) for m in base]
+
+
+@EVERY
+def test_statistics(kind):
+    model, weights = adapted(kind)
+    x = inputs(6, K)
+    *_, seen, outputs, dy = reference(model, weights, x)
+    with fastlora.track(model, statistics=("grad_sq", "act_var"), estimator="exact") as tracker:
+        model(x).square().sum().backward()
+        tracker.step()
+        squares, variances = tracker.scores("grad_sq"), tracker.scores("act_var")
+    for key, inp, out, g in zip(("0", "2"), seen, outputs, dy, strict=True):
+        assert squares[key] == pytest.approx(float((g.t() @ inp).square().sum()), rel=1e-3)
+        assert variances[key] == pytest.approx(float(out.var(0, correction=0).sum()), rel=1e-3)
+
+
+@EVERY
+def test_probes_read_the_gradient(kind):
+    model, weights = adapted(kind)
+    x = inputs(6, K)
+    *_, seen, outputs, dy = reference(model, weights, x)
+    with fastlora.track(model, statistics=("grad_sq",), every=1):
+        model(x).square().sum().backward()
+        for i, inp, g in zip((0, 2), seen, dy, strict=True):
+            probe = model[i].probes["default"]
+            assert_near(probe.Z["weight"].grad, g.t() @ inp @ probe.P.double().t())
+
+
+@EVERY
+def test_several_adapters_in_one_batch(kind):
+    model, weights = adapted(kind)
+    fastlora.add_adapter(model, "b", config(target_modules=["0", "2"], r=2))
+    randomise(model)
+    x, ids = inputs(5, K), torch.tensor([0, 1, -1, 1, 0])
+    with fastlora.adapters(model, ids):
+        y = model(x)
+    for index, name in enumerate(("default", "b")):
+        exact, *_ = reference(model, weights, x[ids == index], name)
+        assert_near(y[ids == index].detach(), exact)
+    with torch.no_grad(), fastlora.disabled(model):
+        torch.testing.assert_close(y[ids == -1].detach(), model(x[ids == -1]))
+
+
+@EVERY
+def test_copies_pickles_and_files(kind, tmp_path):
+    model, _ = adapted(kind)
+    x = inputs(4, K)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(copy.deepcopy(model)(x), expected)
+        fastlora.save(model, tmp_path)
+        assert torch.equal(fastlora.load(make(kind), tmp_path)(x), expected)
+        if not kind.startswith("torchao"):  # torchao 0.18's own models do not come back from a pickle
+            assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+
+
+@EVERY
+def test_to_peft(kind):
+    peft = pytest.importorskip("peft")
+    model, _ = adapted(kind)
+    theirs = fastlora.to_peft(model)
+    assert isinstance(theirs, peft.PeftModel)
+    x = inputs(4, K)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), model(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fastlora.from_peft(theirs)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@EVERY
+def test_dropout_and_checkpointing(kind):
+    from torch.utils.checkpoint import checkpoint
+
+    model, _ = adapted(kind, lora_dropout=0.3)
+    x, grads = inputs(4, K).requires_grad_(), []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        torch.manual_seed(3)
+        model.zero_grad()
+        run(x).square().sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *grads))
+    model.eval()
+    assert not torch.equal(model(x), model.train()(x))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "timm_vit", "t5"])
+def test_whole_models(family, tmp_path):
+    """Siblings that share an input, and a fused q/k/v with a rank for each, against the dequantised model."""
+    model = by_torchao(zoo(family))
+    exact = copy.deepcopy(model)
+    for module in exact.modules():
+        if isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter:
+            module.weight = nn.Parameter(module.weight.dequantize())
+    fields = dict(target_modules="attention", split_qkv=family == "timm_vit")
+    randomise(fastlora.inject(model, config(**fields)), 0.1)
+    fastlora.save(model, tmp_path)
+    fastlora.load(exact, tmp_path)
+    outputs = []
+    for each in (model, exact):
+        outputs.append(ZOO[family].run(each))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4 * float(outputs[1].detach().abs().max()))
+    for path, layer in adapted_layers(model).items():
+        mine, theirs = (x.lora_A["default"]._parameters for x in (layer, adapted_layers(exact)[path]))
+        for name, p in mine.items():
+            torch.testing.assert_close(
+                p.grad, theirs[name].grad, rtol=1e-3, atol=1e-3 * float(theirs[name].grad.abs().max())
+            )
+
+
+@EVERY
+def test_compiled_without_a_graph_break(kind):
+    model, _ = adapted(kind)
+    x, found = inputs(6, K), []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        with fastlora.track(model, statistics=("grad_sq", "act_var"), every=1) as tracker:
+            model.zero_grad()
+            run(x).square().sum().backward()
+            tracker.step()
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            found.append((grads, tracker.scores("grad_sq"), tracker.scores("act_var")))
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_bf16_and_autocast():
+    model, weights = adapted("torchao int8")
+    x = inputs(4, K)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+        assert y.dtype == make("torchao int8")(x).dtype
+    exact, *_ = reference(model, weights, x)
+    assert_near(y.detach(), exact, of=2**-5)  # a few roundings to bf16, of 2^-9 each
+    low = randomise(fastlora.inject(make("torchao int8", torch.bfloat16), config(target_modules=["0"])))
+    assert low(x.bfloat16()).dtype == torch.bfloat16
+    assert fastlora.explain(low).rows[0].backend in ("native", "python")
+
+
+@EVERY
+def test_said_and_refused_by_name(kind):
+    model, _ = adapted(kind)
+    assert all(isinstance(layer, ForeignLinear) for layer in adapted_layers(model).values())
+    assert fastlora.summary(model).total_params == fastlora.summary(fastlora.inject(plain(), config(target_modules=["0", "2"], r=4))).total_params  # fmt: skip  # noqa: E501
+    row = fastlora.explain(model).rows[0]
+    assert row.engine.startswith(("torchao", "bitsandbytes")) and row.engine.endswith("'s own")
+    before = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor) and "lora" in k}
+    with pytest.raises(ValueError, match="model: '0' is quantised .(torchao|bitsandbytes) .*in full precision"):
+        fastlora.merge(model)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    with pytest.raises(ValueError, match="backend: 'triton' multiplies by the weight itself"):
+        fastlora.inject(make(kind), config(target_modules=["0"], backend="triton"))
+
+
+def test_other_frozen_linears_stay():
+    model = make("torchao int8")
+    fastlora.inject(model, config(target_modules=["0"]), accelerate_frozen=True)
+    assert type(model[2]) is nn.Linear
+    model(inputs(4, K))
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.chdir(tmp_path)
+    page, names = pathlib.Path(fastlora.__file__).parent.parent / "docs" / "quantised.md", {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
