@@ -1,0 +1,20 @@
+"""Sphinx: the guides as they are, and the reference from docstrings."""
+
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fastlora import __version__  # noqa: E402  the path above finds it
+
+project = "fastlora"
+release = version = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"fastlora {release}"
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings give shapes, which types do not
+autodoc_preserve_defaults = True

@@ -1,0 +1,73 @@
+"""The pages run as they stand, and the reference leaves no public name out."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import fastlora
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+# Guides with tests of their own, which need more than one process or a library that is optional.
+ELSEWHERE = {"your_trainer", "scale_out"}
+PAGES = sorted(path.stem for path in DOCS.glob("*.md") if path.stem not in ELSEWHERE)
+
+
+def blocks(text: str) -> list[str]:
+    """Python code of a page, each block at its own line so that errors point into the page."""
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return ["\n" * (text[: match.start(1)].count("\n")) + match[1] for match in found]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, scope = DOCS / f"{page}.md", {"__name__": page}
+    for block in blocks(path.read_text()):
+        exec(compile(block, str(path), "exec"), scope)
+
+
+def test_every_guide_has_code():
+    guides = {"drop_in", "statistics", "ranks", "many_adapters", "your_trainer"}
+    assert guides <= {path.stem for path in DOCS.glob("*.md")}
+    assert all(len(blocks((DOCS / f"{guide}.md").read_text())) >= 3 for guide in guides)
+
+
+def test_every_block_is_found():
+    for path in DOCS.glob("*.md"):
+        text = path.read_text()
+        assert len(blocks(text)) == text.count("```python"), path.name
+
+
+def test_an_error_points_into_the_page():
+    with pytest.raises(ZeroDivisionError) as error:
+        exec(compile(blocks("# Title\n\n```python\n1 / 0\n```\n")[0], "page", "exec"), {})
+    assert error.traceback[-1].lineno + 1 == 4
+
+
+def test_the_reference_names_every_public_name_and_no_other():
+    text = (DOCS / "reference.md").read_text()
+    names = re.findall(r"^\.\. auto(?:class|function|module):: fastlora\.(\w+)$", text, re.MULTILINE)
+    assert sorted(names) == sorted(fastlora.__all__)
+    kinds = dict(re.findall(r"^\.\. auto(\w+):: fastlora\.(\w+)$", text, re.MULTILINE))
+    assert set(kinds) == {"class", "function", "module"}
+    assert all(inspect.getdoc(getattr(fastlora, name)) for name in names)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    for library in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(library)
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr
+    page = (tmp_path / "reference.html").read_text()
+    assert all(f'id="fastlora.{name}"' in page or f'id="module-fastlora.{name}"' in page for name in fastlora.__all__)
+    index = (tmp_path / "index.html").read_text()
+    assert all(f"{path.stem}.html" in index for path in DOCS.glob("*.md") if path.stem != "index")
