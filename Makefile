@@ -5,7 +5,7 @@ PYTHON ?= python3
 export OMP_NUM_THREADS ?= 1
 RUN := $(ROOT).venv/bin/python
 
-.PHONY: demo test bench lint sanitize setup clean
+.PHONY: demo test bench docs lint sanitize setup clean
 
 demo: setup ## train, adapt and draw: results in fastlora-demo/
 	cd $(ROOT) && $(RUN) -m fastlora.cli demo
@@ -15,6 +15,9 @@ test: setup ## the whole test suite
 
 bench: setup ## the benchmarks; see benchmarks/results/README.md
 	cd $(ROOT) && $(RUN) -m pytest --benchmark-only
+
+docs: setup ## the guides and the reference: docs/_build/index.html
+	cd $(ROOT) && $(RUN) -m sphinx -W --keep-going -b html docs docs/_build
 
 lint: setup
 	cd $(ROOT) && $(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(ROOT).venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
@@ -26,4 +29,4 @@ setup:
 	@$(PYTHON) $(ROOT)tools/setup_env.py
 
 clean:
-	rm -rf $(ROOT).venv $(ROOT)build $(ROOT)fastlora-demo
+	rm -rf $(ROOT).venv $(ROOT)build $(ROOT)docs/_build $(ROOT)fastlora-demo

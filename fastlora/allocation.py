@@ -38,13 +38,14 @@ def allocate(
     Ties go to the smaller rank, then to the earlier key; comparisons are exact (rational). The result is integer
     water-filling, clip(round(t w), r_min, r_max), and spends min(budget, sum of r_max) exactly with ``step=1``.
 
-    scores: key -> importance. Weights w follow from ``shares``: "raw" the scores, "softmax" softmax(score / tau),
-        "shift" score - min; "auto" is softmax for signed scores (composites) and raw for norms. Then w ** power.
-    budget: total rank, or with ``unit="params"`` total parameters, where a rank of matrix i costs c_i = N_i + K_i
-        (``costs``, else ``scores.costs``); steps that cannot be paid are skipped.
-    r_min, r_max: bounds, one integer for all or a mapping with one integer per key.
-    per: "param" divides the priority by c_i (importance per parameter).
-    rule: "webster", or "fc_original": FC-LoRA as published, which overspends (see ``_fc_original``).
+    - ``scores``: key -> importance. Weights w follow from ``shares``: ``"raw"`` the scores, ``"softmax"``
+      softmax(score / tau), ``"shift"`` score - min; ``"auto"`` is softmax for signed scores (composites) and raw for
+      norms. Then w ** power.
+    - ``budget``: total rank, or with ``unit="params"`` total parameters, where a rank of matrix i costs
+      c_i = N_i + K_i (``costs``, else ``scores.costs``); steps that cannot be paid are skipped.
+    - ``r_min``, ``r_max``: bounds, one integer for all or a mapping with one integer per key.
+    - ``per``: ``"param"`` divides the priority by c_i (importance per parameter).
+    - ``rule``: ``"webster"``, or ``"fc_original"``: FC-LoRA as published, which overspends (see ``_fc_original``).
 
     Returns {key: rank} in the order of ``scores``; rank 0 means no adapter. Raises TypeError for wrong types and
     ValueError for empty, non-finite or (under raw) negative scores, r_min > r_max, missing costs and a budget below

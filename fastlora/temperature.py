@@ -67,7 +67,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, max_iter: int = 100) -> floa
 
 
 def ece(logits: Tensor, labels: Tensor, bins: int = 15, temperature: float = 1.0) -> float:
-    """Expected calibration error sum_b (n_b / n) |accuracy_b - confidence_b| of the top label.
+    """Expected calibration error ``sum_b (n_b / n) |accuracy_b - confidence_b|`` of the top label.
 
     logits [n, classes] floating, labels [n] integer; ``bins`` of equal width over [0, 1], closed on the right;
     probabilities are softmax(logits / temperature) in float64. Raises ValueError as ``fit_temperature`` does.
