@@ -240,11 +240,9 @@ class Tracker:
         """This step's value of every statistic and matrix, and whether there is one."""
         columns: dict[str, list[Tensor | None]] = {}
         if "act_var" in self.kinds:
-            variances = {
-                path: activation_variances(self._probe(layer).V.grad, list(layer.slices.values()))
-                for path, layer in self.layers.items()
-            }
-            columns["act_var"] = [v for path in self.layers for v in variances[path]]
+            sums = [self._probe(layer).V.grad for layer in self.layers.values()]
+            sizes = [list(layer.slices.values()) for layer in self.layers.values()]
+            columns["act_var"] = activation_variances(sums, sizes, self.device)
         weight_kinds = [kind for kind in self.kinds if kind != "act_var"]
         if weight_kinds and self.estimator == "probe":
             columns[weight_kinds[0]] = self._probe_values(shared)
