@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,24 @@ def test_another_number_of_rows_compiles_nothing(cache):
     )
     # wgrad's kernel is two: with tables of adapters and without.
     assert done.stdout.split() == ["linear_backward_kernel", "1", "linear_kernel", "1", "wgrad_kernel", "2"]
+
+
+# Arguments of 1, odd and even strides, fp32 and bf16: a part of the cases that compiles in seconds.
+LAUNCHED = "tiny-fp32 or one_row-fp32 or (fused and bf16) or test_gradstat or test_covariance"
+
+
+def test_what_the_cases_launch_compiles(tmp_path):
+    """The types and specialisations of a real launch, which the interpreter does not check."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"FASTLORA_KERNEL_COMPILE_ONLY": "1", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    files = [str(Path(__file__).parent / f"cases_{name}.py") for name in ("verbs", "grouped", "statistics")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="]
+    command += ["-o", "python_files=cases_*.py", f"--confcutdir={Path(__file__).parent}", f"--rootdir={ROOT}"]
+    done = subprocess.run([*command, "-k", LAUNCHED, *files], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    compiled = {cubin.stem for cubin in tmp_path.rglob("*.cubin")}
+    kernels = (ROOT / "kernels").glob("*.py")
+    assert compiled == {name for file in kernels for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)}
 
 
 def test_importing_fastlora_does_not_import_triton():
