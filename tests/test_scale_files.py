@@ -145,24 +145,29 @@ def test_a_first_save_that_is_killed_leaves_no_adapter_or_a_whole_one(models, tm
 
 
 def test_killed_at_random_moments_by_another_process(models, tmp_path):
-    (old, new), expected = models
-    fastlora.save(old, tmp_path)
-    seconds, chance = [], random.Random(0)
-    for model in (new, old):
-        start = time.perf_counter()
-        fastlora.save(model, tmp_path)
-        seconds.append(time.perf_counter() - start)
-    found = []
+    old, new, third = *models[0], adapted(3)
+    expected, chance = [*models[1], logits(third)], random.Random(0)
     for _ in range(20):
+        fastlora.save(old, tmp_path)
+        done, told = os.pipe()
         child = os.fork()
         if child == 0:
-            for model in itertools.cycle((new, old)):
-                fastlora.save(model, tmp_path)
-        time.sleep(chance.uniform(0.2, 3.0) * max(seconds))
+            try:
+                for model in itertools.cycle((new, third, old)):
+                    fastlora.save(model, tmp_path)
+                    os.write(told, b".")
+            finally:
+                os._exit(1)
+        os.close(told)
+        # The saves that were told of, and not the clock, say which adapter has to be there.
+        began = time.perf_counter()
+        saves = sum(len(os.read(done, 1)) for _ in range(chance.randint(1, 4)))
+        time.sleep(chance.random() * (time.perf_counter() - began) / saves)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        found.append(which(tmp_path, expected))
-    assert set(found) == {0, 1}
+        with os.fdopen(done, "rb") as rest:
+            saves += len(rest.read())
+        assert which(tmp_path, expected) in {saves % 3, (saves + 1) % 3}
 
 
 def test_a_reader_beside_a_writer_sees_one_save(tmp_path):
