@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..nn.linear import adapted_layers
+from ..schedule import set_learning
 from ..tracker import Tracker, track
 from .checkpoints import TrainingState
 
@@ -70,8 +71,7 @@ class Session:
 
     def hold(self, step: int) -> None:
         """Before the forward of optimiser step ``step`` (from 0): adapters stand still in the first ``freeze``."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(step >= self.freeze)
+        set_learning(self._frozen, step >= self.freeze)
         if step >= self.freeze:
             self._frozen = []
 
@@ -93,8 +93,7 @@ class Session:
 
     def close(self) -> None:
         """Stop tracking and let go of frozen adapters; the tracker's scores stay readable."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        set_learning(self._frozen, True)
         self._frozen = []
         if self.tracker is not None:
             self.tracker.close()
