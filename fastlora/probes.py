@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from . import native
+from .column_probes import measured
+from .column_rows import looks
+from .multi_tensor import squared_norms
 from .reference import accumulate_dtype, philox, signs
 
 _ROWS_TAG, _SIGN_TAG = 1, 2  # fourth Philox counter word: probe rows and sample signs never share bits
@@ -58,7 +61,7 @@ class ProbeRows:
     """
 
     def __init__(self, widths: Sequence[int], probes: int, seed: int, device: torch.device):
-        self.seed = torch.tensor(seed, dtype=torch.int64, device=device)
+        self.seed, self.probes = torch.tensor(seed, dtype=torch.int64, device=device), probes
         counts = [(width * probes + 127) // 128 for width in widths]
         self._counts = counts
         self._flat = torch.zeros(sum(counts) * 128, device=device)
@@ -77,6 +80,17 @@ class ProbeRows:
         words = torch.stack(philox(self.seed, block, c1, group, torch.full_like(c1, _ROWS_TAG)), dim=1)
         bits = (words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1
         self._flat.copy_((1 - 2 * bits).reshape(-1))
+
+    def restart(self, seed: int) -> None:
+        """Draw from another seed."""
+        self.seed.fill_(seed)
+
+    def values(
+        self, grads: Sequence[Tensor | None], kinds: Sequence[str], factor: float | Tensor
+    ) -> dict[str, list[Tensor | None]]:
+        """The statistic of every matrix from its Q [N, k]; ``factor`` multiplies it."""
+        norms = iter(squared_norms([g for g in grads if g is not None], factor / self.probes))
+        return {kind: [None if g is None else next(norms) for g in grads] for kind in kinds[:1]}
 
     @functools.cached_property
     def _counters(self) -> tuple[Tensor, Tensor]:
@@ -159,8 +173,12 @@ class LayerProbe:
         self.exact = estimator == "exact" and bool(kinds - {"act_var"})
         self.every: int | None = owner.every  # None: decided by the first forward
         self.live = True  # whether this step is sampled
+        self.looking = True  # whether this step looks at the columns' norms
         self.P: Tensor | None = None
+        self.columns: Tensor | None = None  # [n, k] columns of x to measure each slice on, in place of P
         self.Z: dict[str, Tensor] = {}
+        self.norms: dict[str, Tensor] = {}
+        self.backend = layer.backend
         self.V: Tensor | None = None
         self.taken: list[Contribution] = []
         acc, device = accumulate_dtype(layer.weight.dtype), layer.weight.device
@@ -169,6 +187,11 @@ class LayerProbe:
                 name: torch.zeros(rows, owner.probes, dtype=acc, device=device, requires_grad=True)
                 for name, rows in layer.slices.items()
             }
+            if owner.probe_kind == "columns":
+                self.norms = {
+                    name: torch.zeros(layer.in_features, dtype=acc, device=device, requires_grad=True)
+                    for name in layer.slices
+                }
         if "act_var" in kinds:
             self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
 
@@ -182,11 +205,12 @@ class LayerProbe:
                 x.shape[:-1].numel(), x.shape[-1], width, self.owner.probes, len(self.owner.kinds)
             )
             for probe in probes:
-                probe.every, probe.live = interval, self.owner.steps % interval == 0
+                probe.every = interval
+                LayerProbe.turn(probe, self.owner.steps)
         if not self.live:
             return {}
         found: dict[str, Any] = {}
-        if self.Z:
+        if self.Z and self.columns is None:
             found |= {"Z": [z for probe in probes for z in probe.Z.values()], "P": self.P}
             if self.owner.per_sample:
                 found["sign"] = self.owner.signs_for(x, samples)
@@ -194,22 +218,59 @@ class LayerProbe:
             found["V"] = [probe.V for probe in probes]
         return found
 
-    def tap(self, x: Tensor, y: Tensor, select: tuple[Tensor, bool] | None = None) -> Tensor:
-        """The output as the layer returns it; ``select`` says which of its entries are the adapter's."""
-        if not self.exact or not self.live or not torch.is_grad_enabled():
+    def tap(self, x: Tensor, y: Tensor, place: tuple[Any, str] | None = None) -> Tensor:
+        """The output as the layer returns it; ``place`` is a batch and the adapter whose rows of it count."""
+        if not self.live or not torch.is_grad_enabled():
+            return y
+        if self.columns is not None:
+            return LayerProbe._measure(self, x, y, place)
+        if not self.exact:
             return y
         if torch.compiler.is_compiling():
             raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
+        select = None if place is None else place[0].select(place[1], x)
         if select is not None and select[1] and self.owner.per_sample:
             raise RuntimeError("track: 'fisher' needs samples: give adapters() one id a sample, not one a token")
         return _Tap.apply(y, x, self.taken, self.owner.micro, select)
 
+    def _measure(self, x: Tensor, y: Tensor, place: tuple[Any, str] | None) -> Tensor:
+        """``y``, whose backward gives every slice its columns of G, and in some steps their norms."""
+        if place is not None and place[1] not in here(place[0]):
+            return y
+        # A part of a layer has some of its slices.
+        mine = [i for i, name in enumerate(self.slices) if name in self.Z]
+        index = self.columns if len(mine) == len(self.columns) else self.columns[mine]
+        rows = x.detach().reshape(-1, x.shape[-1])
+        picked = rows.index_select(1, index.reshape(-1)).to(y.dtype)
+        if self.owner.per_sample:
+            samples = None if place is None else place[0].samples(place[1])
+            sign = self.owner.signs_for(x, samples).to(picked.dtype).repeat(1, len(mine))
+            picked = (picked.view(sign.shape[0], -1, sign.shape[1]) * sign.unsqueeze(1)).flatten(0, 1)
+        if place is not None:
+            own = (place[0].rows(x).ids == place[0].names.index(place[1])).unsqueeze(1)
+            picked = torch.where(own, picked, 0)
+            rows = torch.where(own, rows, 0) if self.looking else rows
+        norms = [self.norms[name] for name in self.Z] if self.looking else []
+        return measured(y, picked, list(self.Z.values()), self.backend, rows if self.looking else None, norms)
+
+    def turn(self, step: int) -> None:
+        """Whether an optimiser step is sampled, and whether it looks at the columns' norms."""
+        self.live = self.every is None or step % self.every == 0
+        self.looking = looks(step // (self.every or 1))
+
     def advance(self, step: int) -> None:
         """Forget what was taken and get ready for an optimiser step."""
-        self.live = self.every is None or step % self.every == 0
+        LayerProbe.turn(self, step)
         self.taken.clear()
-        for leaf in (*self.Z.values(), *([] if self.V is None else [self.V])):
+        for leaf in (*self.Z.values(), *self.norms.values(), *([] if self.V is None else [self.V])):
             leaf.grad = None
+
+
+def here(batch: Any) -> Sequence[str]:
+    """The adapters of a batch that have statistics."""
+    # Data-parallel ranks name all adapters, so that they agree on gradients; one that is absent has no statistics.
+    on_host = batch.ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    return batch.present() if on_host else batch.names
 
 
 def group_operands(
@@ -217,11 +278,8 @@ def group_operands(
 ) -> dict[str, Any]:
     """Extra operands of the grouped operator: lists over the batch's adapters, empty where one is not tracked."""
     found = {}
-    # Data-parallel ranks name all adapters, so that they agree on gradients; one that is absent has no statistics.
-    on_host = batch.ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    here = batch.present() if on_host else batch.names
     for name, mine in probes.items():
-        if name not in here:
+        if name not in here(batch):
             continue
         samples = batch.samples(name) if mine[0].owner.per_sample else None
         found[name] = mine[0].operands(mine, x, samples)

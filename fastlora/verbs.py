@@ -217,6 +217,10 @@ class Backend:
         """
         return self.kernels.gradstat(x, dy, offsets, absolute)
 
+    def skinny(self, dy: Tensor, columns: Tensor) -> Tensor:
+        """``dy^T columns``: dy [M, N], columns [M, k] in its dtype -> [N, k] in the accumulation dtype."""
+        return self.kernels.outer(columns, dy).t().contiguous()
+
     def grouped_forward(
         self,
         x: Tensor,

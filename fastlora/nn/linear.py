@@ -300,7 +300,7 @@ def _forward_grouped(layers: list[Linear], x: Tensor, route: Route) -> list[Tens
         **(group_operands(probes, layers, batch, x) if probes else {}),
     )
     for name, mine in probes.items():
-        y = [probe.tap(x, out, batch.select(name, x)) for probe, out in zip(mine, y, strict=True)]
+        y = [probe.tap(x, out, (batch, name)) for probe, out in zip(mine, y, strict=True)]
     return y
 
 

@@ -89,8 +89,8 @@ class PartOfProbe:
     def operands(self, probes: list[PartOfProbe], x: Tensor, samples: int | None = None) -> dict[str, Any]:
         return type(self.probe).operands(self, probes, x, samples)
 
-    def tap(self, x: Tensor, y: Tensor, select: tuple[Tensor, bool] | None = None) -> Tensor:
-        return type(self.probe).tap(self, x, y, select)
+    def tap(self, x: Tensor, y: Tensor, place: tuple[Any, str] | None = None) -> Tensor:
+        return type(self.probe).tap(self, x, y, place)
 
 
 class _Widened:
