@@ -1,4 +1,4 @@
-"""The operator ``fastlora::column_probes``: some columns of G = dy^T x, from a pass over dy of its own in the backward."""
+"""The operator ``fastlora::column_probes``: some columns of G = dy^T x, by a pass over dy in the backward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIBRARY.define("column_probes(Tensor dy, Tensor columns, Tensor? x, int[] sizes,
 
 
 def _kernel(dy: Tensor, columns: Tensor, x: Tensor | None, sizes: Sequence[int], backend: str) -> list[Tensor]:
-    """``Q_i = dy_i^T c_i`` [N_i, k] of every run of ``sizes`` columns of dy; with ``x`` the norms of its columns last."""
+    """``Q_i = dy_i^T c_i`` [N_i, k] of every run of ``sizes`` columns of dy; with ``x`` the norms of its columns."""
     chosen, _ = choose(backend, dy.device, dy.dtype)
     parts, k = as_rows(dy).split(list(sizes), dim=1), columns.shape[1] // len(sizes)
     out = [chosen.skinny(part, columns.narrow(1, i * k, k)) for i, part in enumerate(parts)]

@@ -14,8 +14,8 @@ from .reference import column_shares, philox
 _COLUMN_TAG = 3  # fourth Philox counter word: draws share no bits with signs
 _AHEAD = 64  # steps whose random numbers are made at once: a step alone costs as many launches
 _DECAY = 0.9  # of the norms, at every look
-# Norms are looked at in the first steps that are sampled, and then in every eighth: they change slowly, and a look costs
-# about what the probes do.
+# Norms are looked at in the first steps that are sampled, and then in every eighth: they change slowly, and a look
+# costs twice what the probes do.
 LOOK_FIRST, LOOK_EVERY = 8, 8
 
 
@@ -30,8 +30,8 @@ class ColumnRows:
     .. math:: \sum_i w_i \lVert G_{:, j_i} \rVert^2,\quad \sum_i w_i \lVert G_{:, j_i} \rVert_1,\quad
               w_i = \frac{1}{k\, p_{j_i}},\quad p = 0.9\, q + 0.1 / K
 
-    q follows an average of the squared norms ``sum_m ||dy_m||^2 x_mj^2``. The weights are applied to Q in ``values``, so
-    that what a layer multiplies are columns of x as they are. Shares are integers, so that every rank draws the same.
+    q follows an average of the squared norms ``sum_m ||dy_m||^2 x_mj^2``. The weights are applied to Q in ``values``,
+    so that what a layer multiplies are columns of x as they are. Shares are integers: every rank draws the same.
     A matrix counts from the step after the first that showed its norms: ``known``.
     """
 

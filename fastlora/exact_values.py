@@ -26,7 +26,7 @@ def exact_values(tracker: Any, layer: Linear, name: str, kinds: Sequence[str]) -
         found["grad_sq"], found["grad_abs"] = both[0]
     if "fisher" in kinds:
         total, samples = sample_squares(tracker, layer, name)
-        found["fisher"] = total * tracker.sample_factor(samples)
+        found["fisher"] = total * tracker._sample_factor(samples)
     return found
 
 

@@ -44,9 +44,9 @@ class Reduction:
     .. math:: Q = \frac{1}{D} \sum_r Q_r,\qquad \text{grad\_sq} = \lVert Q \rVert_F^2 / k
 
     D is what data-parallel training divides gradients by (the number of ranks). Q is linear in the gradient, squared
-    norms are not: their mean would be the noise of the ranks, too. Sums and counts of ``act_var``, norms of the columns of
-    x, numbers of samples and flags of what is there are added. The exact estimator adds each matrix's G_W [N, K] and the covariances of each
-    layer by a further all-reduce.
+    norms are not: their mean would be the noise of the ranks, too. Sums and counts of ``act_var``, norms of the columns
+    of x, numbers of samples and flags of what is there are added. The exact estimator adds each matrix's G_W [N, K] and
+    the covariances of each layer by a further all-reduce.
     """
 
     def __init__(self, model: nn.Module, process_group: Any):
@@ -240,7 +240,8 @@ def _agree(tracker: Any, ranks: Ranks) -> None:
         "every": tracker.every,
         "warmup": tracker.warmup or 0,
         "matrices": zlib.crc32(" ".join(tracker.keys).encode()),
-        "statistics": zlib.crc32(" ".join((*tracker.kinds, *tracker._covariances.kinds, tracker.estimator, tracker.probe_kind)).encode()),
+        "probe_kind": zlib.crc32(tracker.probe_kind.encode()),
+        "statistics": zlib.crc32(" ".join((*tracker.kinds, *tracker._covariances.kinds, tracker.estimator)).encode()),
     }
     values = torch.tensor(list(own.values()), dtype=torch.int64, device=tracker.device)
     low, high = ranks.min(torch.stack([values, -values]))

@@ -263,8 +263,8 @@ def column_norms(x: Tensor, dy: Sequence[Tensor]) -> Tensor:
 def column_shares(norms: Tensor, squares: bool, absolutes: bool, uniform: float = 0.1) -> Tensor:
     """Probabilities of the columns of every matrix, from their squared norms [n, K]: [n, K], each row sums to 1.
 
-    ``p = (1 - u) q + u / K``, q proportional to the norms squared (least noise for ``grad_sq``), to the norms themselves
-    (for ``grad_abs``), or the mean of both. Uniform where every norm is 0.
+    ``p = (1 - u) q + u / K``, q proportional to the squared norms (least noise for ``grad_sq``), to their roots (for
+    ``grad_abs``), or the mean of both. Uniform where every norm is 0.
     """
     wanted = [norms] * squares + [norms.sqrt()] * absolutes
     total = norms.sum(1, keepdim=True)

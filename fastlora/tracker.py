@@ -56,8 +56,8 @@ def track(
       ``columns`` or ``exact``, which also takes the matrices ``"act_cov"``, ``"grad_cov"`` (see ``covariances``).
       Units: of the loss that was backpropagated, squared for grad_sq and fisher.
     - ``probes``: k, ``"auto"`` is 8 on CUDA and 4 elsewhere; P is redrawn at every step from ``(seed, step, layer)``.
-    - ``probe_kind``: ``"rademacher"``, rows of ±1, or ``"columns"``: k columns of x for each matrix, drawn by their norms
-      in past steps; ``f = Σ_i ‖G_{:,j_i}‖² / (k p_{j_i})``. A matrix's first step only shows its norms and is not counted.
+    - ``probe_kind``: ``"rademacher"``, rows of ±1, or ``"columns"``: k columns j of x a matrix, drawn by their norms in
+      past steps; ``f = Σ_i ‖G_{j_i}‖² / (k p_{j_i})``. A matrix's first step only shows its norms and is not counted.
     - ``ema``: β, bias-corrected per matrix; None takes the plain mean. ``warmup``: step at which importance is frozen
       for ``penalty`` and tracking stops. ``loss_reduction``: how ``fisher`` undoes the loss's mean over samples.
     - ``every``: sample each n-th step; ``"auto"`` does so on layers so small that probes would cost over 1 % of their
@@ -302,7 +302,7 @@ class Tracker:
         grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
         factor = 1.0
         if self.per_sample and shared is None:
-            factor = self.sample_factor(self._sample_count())
+            factor = self._sample_factor(self._sample_count())
         return self._rows.values(grads, kinds, factor)
 
     def _sample_count(self) -> int | Tensor:
@@ -310,7 +310,7 @@ class Tracker:
         compiled = self._compiled is not None and self._compiled.used
         return seen + self._compiled.samples if compiled else seen
 
-    def sample_factor(self, samples: int | Tensor) -> float | Tensor:
+    def _sample_factor(self, samples: int | Tensor) -> float | Tensor:
         # Backpropagated gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
         samples = samples.double() if isinstance(samples, Tensor) else float(samples)
         return samples if self.loss_reduction == "mean" else 1.0 / max(samples, 1.0)
