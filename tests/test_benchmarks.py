@@ -222,7 +222,8 @@ def test_fitted_powers():
 def test_estimates_are_unbiased_and_their_error_falls_with_the_number_of_probes():
     generator = torch.Generator().manual_seed(0)
     x, dy = torch.randn(40, 24, generator=generator), torch.randn(40, 12, generator=generator)
-    calls = [recorded.Recorded(name, 0, x * (i + 1), dy) for i, name in enumerate("abc")]
+    norms = torch.rand(24, generator=generator, dtype=torch.float64)
+    calls = [recorded.Recorded(name, 0, x * (i + 1), dy, norms) for i, name in enumerate("abc")]
     for kind in estimators.KINDS:
         few, many = estimators.errors(calls, kind, 1), estimators.errors(calls, kind, 16)
         assert abs(few["bias"]) < 6 * few["single"] / (few["draws"] * 3) ** 0.5
