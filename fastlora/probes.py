@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import native
 from .column_probes import measured
-from .column_rows import looks
+from .column_rows import ColumnRows, looks
+from .kept_rows import rows_that_count, with_moments
 from .multi_tensor import squared_norms
 from .reference import accumulate_dtype, philox, signs
 
@@ -195,8 +196,13 @@ class LayerProbe:
         if "act_var" in kinds:
             self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
 
-    def operands(self, probes: Sequence[LayerProbe], x: Tensor, samples: int | None = None) -> dict[str, Any]:
-        """Extra operands of the operator for layers that run together on ``x``, ``samples`` of it their adapter's."""
+    def operands(
+        self, probes: Sequence[LayerProbe], x: Tensor, samples: int | None = None, masked: bool = False
+    ) -> dict[str, Any]:
+        """Extra operands of the operator for layers that run together on ``x``, ``samples`` of it their adapter's.
+
+        Of y's rows the operator counts all, or none where they are ``masked``: ``tap`` does then.
+        """
         if not torch.is_grad_enabled():
             return {}
         if self.every is None and not torch.compiler.is_compiling():
@@ -214,14 +220,17 @@ class LayerProbe:
             found |= {"Z": [z for probe in probes for z in probe.Z.values()], "P": self.P}
             if self.owner.per_sample:
                 found["sign"] = self.owner.signs_for(x, samples)
-        if self.V is not None:
+        if self.V is not None and not masked:
             found["V"] = [probe.V for probe in probes]
         return found
 
-    def tap(self, x: Tensor, y: Tensor, place: tuple[Any, str] | None = None) -> Tensor:
-        """The output as the layer returns it; ``place`` is a batch and the adapter whose rows of it count."""
+    def tap(self, x: Tensor, y: Tensor, route: Any, name: str) -> Tensor:
+        """The output as the layer returns it; ``route`` says which of its rows are the adapter's and count."""
         if not self.live or not torch.is_grad_enabled():
             return y
+        place = None if route.batch is None else (route.batch, name)
+        if self.V is not None and route.mask is not None and (place is None or name in here(route.batch)):
+            y = with_moments(y, self.V, rows_that_count(x, route, name), self.backend)
         if self.columns is not None:
             return LayerProbe._measure(self, x, y, place)
         if not self.exact:
@@ -266,6 +275,25 @@ class LayerProbe:
             leaf.grad = None
 
 
+def sign_rows(tracker: Any, groups: Sequence[Sequence[Any]]) -> ProbeRows:
+    """Rows of ±1 for the layers of a tracker; those that share an input share P."""
+    made = ProbeRows([group[0].in_features for group in groups], tracker.probes, tracker.seed, tracker.device)
+    for rows, layers in zip(made.rows, groups, strict=True):
+        for layer in layers:
+            layer.probes[tracker.adapter].P = rows.to(layer.weight.device)
+    return made
+
+
+def column_rows(tracker: Any, groups: Sequence[Sequence[Any]]) -> ColumnRows:
+    """Columns for the matrices of a tracker, each its own: how large they are differs between q, k and v."""
+    layers = tracker.layers.values()
+    widths = [layer.in_features for layer in layers for _ in layer.slices]
+    made = ColumnRows(widths, tracker.probes, tracker.seed, tracker.device, tracker.kinds)
+    for index, layer in zip(made.index.split([len(layer.slices) for layer in layers]), layers, strict=True):
+        layer.probes[tracker.adapter].columns = index.to(layer.weight.device)
+    return made
+
+
 def here(batch: Any) -> Sequence[str]:
     """The adapters of a batch that have statistics."""
     # Data-parallel ranks name all adapters, so that they agree on gradients; one that is absent has no statistics.
@@ -274,7 +302,7 @@ def here(batch: Any) -> Sequence[str]:
 
 
 def group_operands(
-    probes: Mapping[str, Sequence[LayerProbe]], layers: Sequence[Any], batch: Any, x: Tensor
+    probes: Mapping[str, Sequence[LayerProbe]], layers: Sequence[Any], batch: Any, x: Tensor, masked: bool = False
 ) -> dict[str, Any]:
     """Extra operands of the grouped operator: lists over the batch's adapters, empty where one is not tracked."""
     found = {}
@@ -282,7 +310,7 @@ def group_operands(
         if name not in here(batch):
             continue
         samples = batch.samples(name) if mine[0].owner.per_sample else None
-        found[name] = mine[0].operands(mine, x, samples)
+        found[name] = mine[0].operands(mine, x, samples, masked)
     Z, P, sign, V = [], [], [], []
     acc = accumulate_dtype(x.dtype)
     for name in batch.names:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from . import tracking_state
 from .column_rows import ColumnRows
 from .covariance import COVARIANCES, Covariances
 from .exact_values import exact_values
+from .kept_rows import checked_mask, masked
 from .nn.linear import DEFAULT, Linear, matrix_key
 from .parallel import unwrapped
-from .probes import CompiledSigns, LayerProbe, ProbeRows, activation_variances, sample_signs
+from .probes import CompiledSigns, LayerProbe, activation_variances, column_rows, sample_signs, sign_rows
 from .reduction import Reduction, Shared
 from .regulariser import Regulariser
 from .scores import Scores
@@ -67,7 +69,8 @@ def track(
     - ``process_group``: whose ranks' gradients are one. ``"auto"``: DDP's or ``fully_shard``'s, else nobody's; every
       rank calls ``step``. Under ``exact`` that takes an all-reduce of G_W [N, K] for each layer, not one for all.
 
-    Padding tokens count in ``act_var``. Raises ``ValueError`` naming the argument.
+    Padding tokens count in ``act_var`` outside of ``tracker.mask(attention_mask)``. Raises ``ValueError`` naming the
+    argument.
     """
     return Tracker(
         model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group,
@@ -123,28 +126,11 @@ class Tracker:
         members = list(groups.values())
         self._rows, self._compiled = None, None
         if self.estimator == "probe" and kinds - {"act_var"}:
-            self._rows = self._column_rows() if self.probe_kind == "columns" else self._sign_rows(members)
+            self._rows = (column_rows if self.probe_kind == "columns" else sign_rows)(self, members)
             self._rows.draw(0)
             self._compiled = CompiledSigns(self._rows.seed, self.probes) if self.per_sample else None
         self._reduction.attach(self)
         self._hook = model.register_forward_pre_hook(self._on_forward)
-
-    def _sign_rows(self, groups: Sequence[Sequence[Linear]]) -> ProbeRows:
-        """P of layers that share an input is one."""
-        made = ProbeRows([group[0].in_features for group in groups], self.probes, self.seed, self.device)
-        for rows, layers in zip(made.rows, groups, strict=True):
-            for layer in layers:
-                self._probe(layer).P = rows.to(layer.weight.device)
-        return made
-
-    def _column_rows(self) -> ColumnRows:
-        """Every matrix has columns of its own: how large they are differs between q, k and v."""
-        widths = [self.layers[path].in_features for path, _ in self.matrices]
-        made = ColumnRows(widths, self.probes, self.seed, self.device, self.kinds)
-        each = made.index.split([len(layer.slices) for layer in self.layers.values()])
-        for index, layer in zip(each, self.layers.values(), strict=True):
-            self._probe(layer).columns = index.to(layer.weight.device)
-        return made
 
     def _on_forward(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -168,6 +154,18 @@ class Tracker:
         for layer in self.layers.values():
             if self._owns(layer):
                 del layer.probes[self.adapter]
+
+    @contextlib.contextmanager
+    def mask(self, mask: Tensor) -> Iterator[Tracker]:
+        """Inside, ``act_var`` of this thread's forwards is over the tokens where ``mask`` is 1, as without padding.
+
+        ``mask`` is [S, T] (a tokenizer's ``attention_mask``) or [M], booleans or 0 and 1; without one every token
+        counts. Backward may run after the context has closed, under checkpointing too. The weights' statistics are not
+        touched: padding has a gradient there or has none. Raises ``ValueError`` for another kind of mask, and in a
+        layer that sees other tokens.
+        """
+        with masked(self.layers, checked_mask(mask)):
+            yield self
 
     def signs_for(self, x: Tensor, own: int | None = None) -> Tensor:
         """±1 per (sample, probe) of the current micro-batch; a sample is an entry of x's dimension 0.

@@ -189,6 +189,10 @@ ROWS: dict[str, dict[str, list[Row]]] = {
                      ("grad_abs", "needs probe_kind='columns' or estimator='exact'")),
         "reduce": rows(("max", r"reduce: expected one of \('sum', 'mean'\)")),
     },
+    "Tracker.mask": {
+        "mask": rows((None, "mask: expected booleans or integers"), (torch.ones(2, 3), r"got torch.float32 \(2, 3\)"),
+                     (torch.tensor(True), "mask: expected"), (torch.tensor([0, 2]), r"0 and 1 only, got \[2\]")),
+    },
     "Tracker.covariances": {"kind": rows(("act_cov", "kind: 'act_cov' is not tracked"))},
     "Tracker.penalty": PENALTY,
     "Tracker.apply_penalty": PENALTY,

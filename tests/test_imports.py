@@ -27,7 +27,7 @@ LAYERS = (
     ("_operator",),
     ("_ops",),
     ("_grouped_ops",),
-    ("frozen_op", "column_probes", "column_rows"),
+    ("frozen_op", "column_probes", "column_rows", "kept_rows"),
     ("functional", "routing", "probes"),
     ("factors", "config", "committing", "parallel"),
     ("nn",),
