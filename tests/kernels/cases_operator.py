@@ -86,7 +86,7 @@ def test_columns_of_the_gradient_and_their_norms(dtype):
     Z = [torch.zeros(n, 3, device=DEVICE, requires_grad=True) for n in sizes]
     norms = [torch.zeros(x.shape[1], device=DEVICE, requires_grad=True) for _ in sizes]
     dy = torch.cat(data.dy, dim=1)
-    measured(y, picked, Z, "triton", x, norms).backward(dy)
+    measured(y, sizes, "triton", picked, Z, x, norms).backward(dy)
     expected = reference.column_norms(wide(x), [wide(g) for g in data.dy])
     for i, (grad, z) in enumerate(zip(data.dy, Z, strict=True)):
         wanted = reference.column_gradients(wide(x), wide(grad), index[3 * i : 3 * i + 3].cpu())
