@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 
 namespace fastlora {
 
@@ -132,11 +133,7 @@ struct Parts {
   // Calls f(part, first row, last row) for every part.
   template <class F>
   void run(const F& f) const {
-    if (count == 1 || in_forked_child()) {
-      for (int64_t part = 0; part < count; ++part) f(part, begin(part), begin(part + 1));
-      return;
-    }
-    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    parallel_for(count, 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part) f(part, begin(part), begin(part + 1));
     });
   }
