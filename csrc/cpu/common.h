@@ -123,7 +123,7 @@ struct Parts {
   int64_t rows, count;
 
   Parts(int64_t rows_, int64_t work_per_row) : rows(rows_), count(1) {
-    constexpr int64_t kWorkPerThread = 1 << 19;
+    constexpr int64_t kWorkPerThread = worth_a_thread(1 << 19);
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t useful = rows * std::max<int64_t>(work_per_row, 1) / kWorkPerThread;
     count = std::max<int64_t>(1, std::min({threads, useful, rows / 8}));

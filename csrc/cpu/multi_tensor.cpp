@@ -12,7 +12,7 @@ using TensorList = std::vector<Tensor>;
 // Calls f(i) for every matrix; `work` is the number of operations of all of them.
 template <class F>
 void for_each_matrix(size_t count, int64_t work, const F& f) {
-  constexpr int64_t kWorkPerThread = 1 << 20;
+  constexpr int64_t kWorkPerThread = worth_a_thread(1 << 20);
   const int64_t matrices = static_cast<int64_t>(count);
   const int64_t grain = work > kWorkPerThread ? matrices * kWorkPerThread / work + 1 : matrices;
   parallel_for(matrices, grain, [&](int64_t first, int64_t last) {

@@ -14,6 +14,13 @@
 
 namespace fastlora {
 
+// Least number of operations that a thread is worth; under ThreadSanitizer small shapes have to show races too.
+#ifdef __SANITIZE_THREAD__
+constexpr int64_t worth_a_thread(int64_t) { return 1; }
+#else
+constexpr int64_t worth_a_thread(int64_t operations) { return operations; }
+#endif
+
 // Calls f(first, last) for ranges of [0, count) of at least `grain`, side by side. In a forked child on the caller
 // alone: OpenMP's threads stayed behind in the parent.
 template <class F>
