@@ -85,22 +85,22 @@ class ProbeRows:
         groups = torch.arange(len(counts), device=device)
         return (
             torch.cat([torch.arange(c, device=device) for c in counts]),
-            torch.repeat_interleave(groups, torch.tensor(counts, device=device)),
+            torch.repeat_interleave(groups, torch.tensor(counts, device=device), output_size=sum(counts)),
         )
 
 
 def _in_native(seed: Tensor) -> bool:
-    return seed.device.type == "cpu" and native.available()
+    return native.has_kernel("philox_signs_", seed.device)
 
 
 def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int) -> Tensor:
     """Independent ±1 for each (sample, probe) of a micro-batch: [S, k]."""
     if _in_native(seed):
         blocks = (samples * probes + 127) // 128
-        out = torch.empty(128 * blocks)
+        out = torch.empty(128 * blocks, device=seed.device)
         torch.ops.fastlora.philox_signs_.default(out, seed, step, micro, _SIGN_TAG, [blocks])
         return out[: samples * probes].view(samples, probes)
-    words = (torch.tensor(v, device=seed.device) for v in (step, micro, _SIGN_TAG))
+    words = (torch.full_like(seed, v) for v in (step, micro, _SIGN_TAG))
     return signs(seed, *words, samples * probes).view(samples, probes)
 
 

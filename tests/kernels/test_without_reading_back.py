@@ -1,0 +1,151 @@
+"""Whole training steps on a device that has no values: what runs on the host between two launches of Triton kernels.
+
+Tensors of the meta device cannot be read, so that a step which waits for a value fails; the launches are counted
+instead of made. Copies from the host are counted too: one that does not say ``non_blocking`` waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("triton")
+from fastlora.kernels import primitives  # noqa: E402
+
+import fastlora  # noqa: E402
+from fastlora import _operator, backends, triton_backend  # noqa: E402
+
+META = torch.device("meta")
+QKV = ["q", "k", "v"]
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(64, width) for width in (64, 64, 24))
+        self.head = torch.nn.Linear(64, 5)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.q(x) + self.k(x), self.v(x)], -1)[..., 24:])
+
+
+class WaitingCopies(TorchFunctionMode):
+    """Names the calls that move host values to the device and wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if isinstance(out, torch.Tensor) and out.device == META and not (kwargs or {}).get("non_blocking"):
+            made = func in (torch.tensor, torch.as_tensor) and all(t.device != META for t in given)
+            if made or any(t.device != META and t.dim() for t in given):
+                self.found.append(func.__name__)
+        return out
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that would have been started, on a device that the Triton backend takes for its own."""
+    names = []
+
+    def record(kernel, grid, *arguments, **options):
+        assert all(isinstance(size, int) and size > 0 for size in grid)
+        found = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+        assert all(t.device == META for t in found), "a kernel is given a tensor of the host"
+        names.append(kernel.fn.__name__)
+
+    triton = dataclasses.replace(backends.BACKENDS["triton"], unsupported_reason=lambda device, dtype: None)
+    monkeypatch.setitem(backends.BACKENDS, "triton", triton)
+    monkeypatch.setattr(primitives, "launcher", record)
+    # The operator's own shape function would stand in for its kernels on this device, and autocast does not know it.
+    monkeypatch.setattr(_operator, "eager", lambda tensors: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)
+    monkeypatch.setattr(torch, "autocast", lambda *given, **options: contextlib.nullcontext())
+    # On this device the operator that gives no view gives one.
+    monkeypatch.setattr(triton_backend, "_reshaped", lambda y, shape: y.new_empty(shape))
+    return names
+
+
+def build(dropout, adapters, dtype=torch.float32):
+    with META:
+        model = Attention().to(dtype)
+    config = {"target_modules": QKV, "lora_dropout": dropout}
+    fastlora.inject(model, fastlora.LoraConfig(r=4, modules_to_save=["head"], **config))
+    for name in adapters:
+        fastlora.add_adapter(model, name, fastlora.LoraConfig(r=2, **config))
+    return model
+
+
+def steps(model, tracker, launched, ids=None, count=3):
+    """Names of waiting copies and of launches of the last step; the first ones may fill caches."""
+    optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-3))
+    for _ in range(count):
+        x = torch.empty(8, 5, 64, dtype=model.q.weight.dtype, device=META)
+        launched.clear()
+        with WaitingCopies() as copies:
+            with contextlib.nullcontext() if ids is None else fastlora.adapters(model, ids):
+                loss = model(x).square().mean()
+            if tracker is not None and tracker.estimator == "probe":
+                loss = loss + tracker.penalty(1e-3).to(loss.dtype)
+            loss.backward()
+            if tracker is not None:
+                tracker.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    return copies.found, list(launched)
+
+
+PROBES = [("grad_sq",), ("grad_sq", "act_var"), ("fisher",), ("fisher", "act_var")]
+IDS = {"one adapter": None, "ids on the device": META, "ids on the host": torch.device("cpu")}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("whose", IDS)
+@pytest.mark.parametrize("statistics", PROBES, ids="+".join)
+def test_a_step_with_probes_reads_nothing_back(launched, statistics, whose, dropout):
+    model = build(dropout, [] if IDS[whose] is None else ["b", "c"])
+    ids = None if IDS[whose] is None else torch.zeros(8, dtype=torch.int64, device=IDS[whose])
+    with fastlora.track(model, statistics=statistics) as tracker:
+        copies, kernels = steps(model, tracker, launched, ids)
+    assert not copies
+    assert {"shrink_kernel", "linear_kernel", "wgrad_kernel"} <= set(kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_adapters_take_the_launches_of_one(launched, dtype):
+    _, one = steps(build(0.0, [], dtype), None, launched)
+    several = build(0.0, ["b", "c", "d"], dtype)
+    _, many = steps(several, None, launched, torch.zeros(8, dtype=torch.int64, device=META))
+    # h for q, k, v; their outputs; dh; both weight gradients and their sums; x needs no gradient.
+    assert one == ["shrink_kernel", "linear_kernel", "shrink_kernel", "wgrad_kernel", "reduce_kernel"] == many
+
+
+@pytest.mark.parametrize("statistics", [("grad_sq", "grad_abs", "act_cov", "grad_cov"), ("fisher", "act_var")])
+def test_an_exact_step_of_one_adapter_reads_nothing_back(launched, statistics):
+    model = build(0.0, [])
+    with fastlora.track(model, statistics=statistics, estimator="exact") as tracker:
+        copies, kernels = steps(model, tracker, launched)
+    assert not copies
+    assert any(name.startswith("gradstat") for name in kernels)
+
+
+def test_a_value_that_is_read_back_is_seen(launched):
+    model = build(0.0, [])
+    model.q.register_forward_hook(lambda layer, args, y: y * float(y.detach().sum()))
+    with pytest.raises(RuntimeError, match="meta"):
+        steps(model, None, launched)
+
+
+def test_a_copy_that_waits_is_seen(launched):
+    model = build(0.0, [])
+    model.q.register_forward_hook(lambda layer, args, y: y * torch.tensor(2.0, device=META))
+    copies, _ = steps(model, None, launched)
+    assert copies == ["tensor"]
