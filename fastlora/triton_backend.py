@@ -100,6 +100,11 @@ def _reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.ops.aten._unsafe_view.default(y, shape)
 
 
+def signs_(out: Tensor, seed: Tensor, step: int, block: Tensor, group: Tensor, tag: int) -> Tensor:
+    """Fill ``out`` float32 [128 C] with the signs of the counters (block_i, step, group_i, tag), i < C."""
+    return _kernel("signs").signs_(out, seed, step, block, group, tag)
+
+
 @dataclass(frozen=True)
 class TritonBackend:
     """The verbs of an adapted group as fused kernels; their meaning is that of ``verbs.Backend``."""

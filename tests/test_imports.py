@@ -23,7 +23,7 @@ LAYERS = (
     ("reference",),
     ("native", "native_shapes", "plain", "_layout", "engines", "grouped"),
     ("verbs", "triton_backend", "multi_tensor"),
-    ("backends", "segments"),
+    ("backends", "segments", "signs"),
     ("_operator",),
     ("_ops",),
     ("_grouped_ops",),

@@ -63,6 +63,7 @@ def launched(monkeypatch):
         names.append(kernel.fn.__name__)
 
     triton = dataclasses.replace(backends.BACKENDS["triton"], unsupported_reason=lambda device, dtype: None)
+    monkeypatch.setattr(triton_backend, "unsupported_reason", triton.unsupported_reason)
     monkeypatch.setitem(backends.BACKENDS, "triton", triton)
     monkeypatch.setattr(primitives, "launcher", record)
     # The operator's own shape function would stand in for its kernels on this device, and autocast does not know it.
@@ -117,6 +118,8 @@ def test_a_step_with_probes_reads_nothing_back(launched, statistics, whose, drop
         copies, kernels = steps(model, tracker, launched, ids)
     assert not copies
     assert {"shrink_kernel", "linear_kernel", "wgrad_kernel"} <= set(kernels)
+    # P of all layers, and under fisher a sign for each sample.
+    assert kernels.count("signs_kernel") == 1 + ("fisher" in statistics)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
