@@ -261,7 +261,7 @@ class Tracker:
         return stacked, {kind: self._seen([v is not None for v in column]) for kind, column in columns.items()}
 
     def _seen(self, flags: list[bool]) -> Tensor:
-        return self._everything if all(flags) else torch.tensor(flags, device=self.device)
+        return self._everything if all(flags) else torch.tensor(flags).to(self.device, non_blocking=True)
 
     def _probe_values(self, shared: Shared | None) -> list[Tensor | None]:
         grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
@@ -278,8 +278,9 @@ class Tracker:
 
     def _sample_factor(self, samples: int | Tensor) -> float | Tensor:
         # Backpropagated gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
-        samples = samples.double() if isinstance(samples, Tensor) else float(samples)
-        return samples if self.loss_reduction == "mean" else 1.0 / max(samples, 1.0)
+        if not isinstance(samples, Tensor):
+            return float(samples) if self.loss_reduction == "mean" else 1.0 / max(samples, 1)
+        return samples.double() if self.loss_reduction == "mean" else 1.0 / samples.double().clamp(min=1)
 
     def _exact_values(self, layer: Linear, name: str, kinds: Sequence[str]) -> dict[str, Tensor]:
         taken = self._probe(layer).taken

@@ -12,6 +12,7 @@ import dataclasses
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
@@ -120,6 +121,47 @@ def test_a_step_with_probes_reads_nothing_back(launched, statistics, whose, drop
     assert {"shrink_kernel", "linear_kernel", "wgrad_kernel"} <= set(kernels)
     # P of all layers, and under fisher a sign for each sample.
     assert kernels.count("signs_kernel") == 1 + ("fisher" in statistics)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_fisher_of_an_adapter_and_a_layer_without_gradient_reads_nothing_back(launched, reduction):
+    model = build(0.0, ["b"])
+    model.head.register_forward_pre_hook(
+        lambda layer, args: (torch.cat([args[0][..., :40] * 0 + 1, args[0][..., 40:]], -1),)
+    )
+    ids = torch.zeros(8, dtype=torch.int64, device=META)
+    with fastlora.track(model, statistics=("fisher",), loss_reduction=reduction) as tracker:
+        copies, _ = steps(model, tracker, launched, ids)
+    assert not copies
+
+
+class Counted(TorchDispatchMode):
+    """How many operations that start something on a device; views and memory do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and "empty" not in func.name() and "detach" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("statistics", PROBES, ids="+".join)
+def test_a_step_of_the_tracker_takes_the_same_launches_for_any_number_of_layers(launched, statistics):
+    found = []
+    for layers in (2, 9):
+        with META:
+            model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(layers)))
+        fastlora.inject(model, fastlora.LoraConfig(r=4, target_modules=[str(i) for i in range(layers)]))
+        with fastlora.track(model, statistics=statistics) as tracker:
+            for _ in range(2):
+                model(torch.empty(8, 5, 64, device=META)).square().mean().backward()
+                launched.clear()
+                with Counted() as counted:
+                    tracker.step()
+        found.append((counted.count, list(launched)))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
