@@ -1,13 +1,12 @@
-"""Whole training steps on a device that has no values: what runs on the host between two launches of Triton kernels.
+"""Whole training steps through the Triton backend on a device without values: what runs between two launches.
 
-Tensors of the meta device cannot be read, so that a step which waits for a value fails; the launches are counted
-instead of made. Copies from the host are counted too: one that does not say ``non_blocking`` waits for the GPU.
+A step that waits for a value fails there. Copies from the host are found too: one that does not say ``non_blocking``
+waits for the GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
@@ -16,13 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
-from fastlora.kernels import primitives  # noqa: E402
+from without_values import META, record_launches  # noqa: E402
 
 import fastlora  # noqa: E402
-from fastlora import _operator, backends, triton_backend  # noqa: E402
 
-META = torch.device("meta")
 QKV = ["q", "k", "v"]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    return record_launches(monkeypatch)
 
 
 class Attention(torch.nn.Module):
@@ -50,30 +52,6 @@ class WaitingCopies(TorchFunctionMode):
             if made or any(t.device != META and t.dim() for t in given):
                 self.found.append(func.__name__)
         return out
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Names of the kernels that would have been started, on a device that the Triton backend takes for its own."""
-    names = []
-
-    def record(kernel, grid, *arguments, **options):
-        assert all(isinstance(size, int) and size > 0 for size in grid)
-        found = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
-        assert all(t.device == META for t in found), "a kernel is given a tensor of the host"
-        names.append(kernel.fn.__name__)
-
-    triton = dataclasses.replace(backends.BACKENDS["triton"], unsupported_reason=lambda device, dtype: None)
-    monkeypatch.setattr(triton_backend, "unsupported_reason", triton.unsupported_reason)
-    monkeypatch.setitem(backends.BACKENDS, "triton", triton)
-    monkeypatch.setattr(primitives, "launcher", record)
-    # The operator's own shape function would stand in for its kernels on this device, and autocast does not know it.
-    monkeypatch.setattr(_operator, "eager", lambda tensors: True)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)
-    monkeypatch.setattr(torch, "autocast", lambda *given, **options: contextlib.nullcontext())
-    # On this device the operator that gives no view gives one.
-    monkeypatch.setattr(triton_backend, "_reshaped", lambda y, shape: y.new_empty(shape))
-    return names
 
 
 def build(dropout, adapters, dtype=torch.float32):
