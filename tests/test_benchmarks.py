@@ -245,7 +245,8 @@ def statistics_results():
                  "rows": [errors], "rounding": 1e-7}  # fmt: skip
     fitted = bench_growth.fit([1, 2, 4], [1.0, 2.0, 4.1])
     growth = {"kind": "growth", "axis": "rows M", "case": "small", "sizes": [1, 2, 4], "ms": [spread(1.0)] * 3,
-              "bytes": [1, 2, 4], "time": fitted, "kept": fitted, "expected": "1"}  # fmt: skip
+              "bytes": [1, 2, 4], "peaks": [2**20, 2**21, 2**22], "time": fitted, "kept": fitted, "peak": fitted,
+              "expected": "1"}  # fmt: skip
     return [costs, estimates, growth]
 
 
@@ -257,7 +258,7 @@ def test_statistics_and_growth_are_reported_and_drawn(tmp_path):
     text = (tmp_path / "statistics.md").read_text()
     assert "| rademacher | 4 | 20.0 [10.0, 30.0] | 2.00 | +0.10 | 0.9990 |" in text
     assert "+40.0 [+39.0, +41.0]" in text  # the naive way is over PEFT
-    assert "| rows M | 1 to 4 |" in text
+    assert "| rows M | 1 to 4 |" in text and "| 1.00 to 4.00 |" in text
     given["results"][0]["gate"] = "failed"
     given["results"][0]["reason"] = "grad_sq[0] is off"
     assert [path.name for path in report.write(given, tmp_path, "red")] == ["red.json", "red.md"]
