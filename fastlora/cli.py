@@ -79,12 +79,20 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--model", metavar="MODULE:NAME", help="a model, or a function that makes one: can it be adapted?"
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from . import doctor
 
-    found = doctor.report()
+    try:
+        model = None if arguments.model is None else doctor.found_model(arguments.model)
+    except ValueError as error:
+        sys.stderr.write(f"fastlora: {error}\n")
+        return UNUSABLE
+    found = doctor.report(model)
     text = json.dumps(found, indent=2) if arguments.json else "\n".join(doctor.lines(found))
     sys.stdout.write(text + "\n")
     return OK if found["passed"] else CLAIM_FAILED

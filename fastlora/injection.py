@@ -107,12 +107,21 @@ def _with_task_head(model: nn.Module, config: LoraConfig, task: str | None) -> L
 
 
 def refuse_adapted(model: nn.Module) -> None:
+    refuse_peft(model)
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             raise ValueError(f"model: {name!r} already has an adapter; use set_ranks to change ranks")
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """``ValueError`` for a model that PEFT has wrapped, as a whole or in part."""
+    for name, module in model.named_modules():
         if type(module).__module__.split(".")[0] == "peft":
             where = f"{name!r} is" if name else "it is"
-            raise ValueError(f"model: {where} wrapped by PEFT ({type(module).__name__}); unload it first")
+            raise ValueError(
+                f"model: {where} wrapped by PEFT ({type(module).__name__}); fastlora.from_peft takes its adapter over, "
+                "PEFT's unload() drops it"
+            )
 
 
 def _has_suffix(name: str, suffix: str) -> bool:
