@@ -287,8 +287,12 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "enable_lora": rows(("qkv", "enable_lora: expected True or False"), ([], "enable_lora: expected True or")),
         "adapter": rows((3, "adapter: expected the name"), ("b", "adapter: a model without adapters gets one named")),
     },
-    "merge": {"model": MODEL + rows((already_merged, "is merged already")), "adapter": rows(("c",
-                                    "adapter: expected one of"))},
+    "merge": {
+        "model": MODEL + rows((already_merged, "is merged already")),
+        "adapter": rows(("c", "adapter: expected one of")),
+        "requantise": rows((1, "requantise: expected True or False")),
+        "progress": rows(("bar", "progress: expected True, False, None or a callable")),
+    },
     "param_groups": {
         "model": MODEL,
         **{name: rows(*RATE) for name in ("lr_norm", "lr_head", "lr_bias")},

@@ -29,7 +29,7 @@ LAYERS = (
     ("_grouped_ops",),
     ("frozen_op",),
     ("functional", "routing", "probes"),
-    ("factors", "config", "committing", "parallel"),
+    ("factors", "config", "committing", "parallel", "progress"),
     ("nn",),
     (
         "covariance",
@@ -39,7 +39,6 @@ LAYERS = (
         "regulariser",
         "restoring",
         "update_variance",
-        "progress",
     ),
     ("targets", "learning_checks"),
     ("roles", "blocks", "parameter_roles", "presets"),
