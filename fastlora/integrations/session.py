@@ -55,6 +55,10 @@ class Session:
             self.close()
             raise
 
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a saved state, after :meth:`begin`."""
+        TrainingState(self.model, self.tracker).load_state_dict(saved)
+
     def _check_freeze(self) -> None:
         if not self.freeze:
             return
