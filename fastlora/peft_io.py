@@ -33,6 +33,7 @@ from .peft_names import (
     patterns,
     refuse_shared,
     saved_tensors,
+    unranked_biases,
 )
 from .targets import named_targets
 
@@ -53,7 +54,8 @@ def save(
     matrix, A stacked and B block-diagonal, R = r_q + r_k + r_v. Each matrix gets ``lora_alpha = s R``, so that PEFT
     computes the same ``s``; with ``fold_scale`` it is 1 and B is multiplied by s. Matrices of rank 0 are left out.
     ``nn.MultiheadAttention`` has one rank and one ``s`` for both projections there: zeros fill the smaller one.
-    ``modules_to_save`` and the biases of ``bias=`` go along; ``importance`` (scores by matrix) goes into the side file.
+    ``modules_to_save`` and the biases of ``bias=`` go along, with ``"lora_only"`` those of targets without a rank, too;
+    ``importance`` (scores by matrix) goes into the side file.
 
     The first rank alone writes under data-parallel training; of a sharded model (``fully_shard``) every rank must call
     this, and waits for the files. They appear complete or not at all, also when the process is killed. Raises
@@ -76,7 +78,7 @@ def save(
     every_name = base_names(model, remove_duplicate=False)
     spec, taken = choose_saved(saved, config.modules_to_save or (), every_name, list(adapted))
     refuse_shared(model, taken, "model")
-    biases = bias_tensors(model, config.bias, stored, taken)
+    biases = bias_tensors(model, config.bias, stored, taken, unranked_biases(model, adapter, config.bias, stored))
     _refuse_untold(model, taken, biases)
     fields = _fields(model, config, adapted, spec)
     tensors = {
