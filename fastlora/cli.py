@@ -161,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastlora", description="Fused LoRA with statistics of the frozen weights.")
     parser.add_argument("--version", action="version", version=f"fastlora {__version__}")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: everything)")
+    parser.suggest_on_error = True  # from Python 3.14
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.help, description=command.help))

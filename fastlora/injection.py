@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .choices import suggestion
 from .config import ROLES, LoraConfig, check_flag
 from .factors import WHOLE, AdapterSpec, Factors, new_factors
 from .learning_checks import checked_mode, watch_learning
@@ -34,12 +34,6 @@ from .routing import Router
 from .targets import adapted_class, features, is_linear, named_targets, passed_by, take_over, torch_attentions
 
 logger = logging.getLogger(__name__)
-
-
-def suggestion(name: str, known: Sequence[str]) -> str:
-    """`` (did you mean ...?)`` for the nearest known name, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .choices import unknown
 from .config import check_flag
 from .nn.foreign import foreign_base
 from .nn.linear import DEFAULT, Linear, adapted_layers
@@ -54,7 +55,7 @@ def merge(
         raise ValueError("model: is sharded by fully_shard; save the adapter, and load and merge it in one process")
     names = sorted({name for layer in layers.values() for name in layer.adapter_names})
     if adapter not in names:
-        raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
+        raise unknown("adapter", adapter, names)
     layers = {path: layer for path, layer in layers.items() if layer.merged or adapter in layer.adapter_specs}
     users = _users(model)
     for path, layer in layers.items():

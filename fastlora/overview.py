@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .backends import choose
+from .choices import unknown
 from .engines import AUTO, ENGINES, UNPACKED
 from .factors import WHOLE
 from .nn.foreign import compute_dtype, foreign_base, update_backend
@@ -98,7 +99,7 @@ def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
     rows, adapted = [], []
     names = sorted({name for layer in layers.values() for name in layer.adapter_names})
     if names and adapter not in names:
-        raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
+        raise unknown("adapter", adapter, names)
     for path, layer in layers.items():
         if adapter not in layer.adapter_specs:
             continue

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .choices import unknown
 from .config import LoraConfig, check_flag
 from .factors import WHOLE
 from .nn.conv1d import Conv1D
@@ -140,7 +141,7 @@ def _saveable(model: nn.Module, adapter: str) -> dict[str, Linear]:
         raise ValueError("model: has no adapters; call fastlora.inject first")
     known = sorted({name for layer in layers.values() for name in layer.adapter_names})
     if adapter not in known:
-        raise ValueError(f"adapter: expected one of {known}, got {adapter!r}")
+        raise unknown("adapter", adapter, known)
     chosen = {n: x for n, x in layers.items() if adapter in x.adapter_names and any(x.ranks(adapter).values())}
     if not chosen:
         raise ValueError(f"adapter: every matrix of {adapter!r} has rank 0; PEFT has no file without a matrix")

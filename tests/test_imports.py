@@ -51,7 +51,7 @@ LAYERS = (
 )
 # fmt: on
 # Functions of tensors and dicts: anybody may import them, and they import nothing above themselves.
-PURE = ("scores", "score_table", "allocation", "penalty", "temperature", "schedule", "diagnostics")
+PURE = ("scores", "score_table", "allocation", "penalty", "temperature", "schedule", "diagnostics", "choices")
 ANYWHERE = ("testing",)
 ROOT = "__init__"  # the public names, above everything
 

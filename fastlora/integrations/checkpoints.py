@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..choices import suggestion
 from ..nn.linear import DEFAULT, adapted_layers, matrix_key
 from ..parallel import shards
 from ..peft_names import listed
@@ -130,7 +131,8 @@ def load_checkpoint(
     state = read(pathlib.Path(path))
     missing = sorted(set(objects) - set(state["objects"]))
     if missing:
-        raise ValueError(f"{path}: has no state of {missing}, only of {sorted(state['objects'])}")
+        near = suggestion(missing[0], state["objects"])
+        raise ValueError(f"{path}: has no state of {missing}, only of {sorted(state['objects'])}{near}")
     refuse_other(model, state["model"])
     TrainingState(model, tracker).load_state_dict(state)
     for name, other in objects.items():
