@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import tracking_state
 from .backends import choose
+from .choices import suggestion
 from .covariance import COVARIANCES, Covariances
 from .multi_tensor import squared_norms
 from .nn.linear import DEFAULT, Linear, matrix_key
@@ -325,7 +326,9 @@ class Tracker:
         checked("reduce", reduce, ("sum", "mean"))
         if kind not in self.kinds:
             hint = "; it needs estimator='exact'" if kind == "grad_abs" and self.estimator == "probe" else ""
-            raise ValueError(f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint}")
+            raise ValueError(
+                f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint or suggestion(kind, self.kinds)}"
+            )
         missing = [key for key, count in zip(self.keys, self._counts[kind].tolist(), strict=True) if count == 0]
         if missing:
             shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
@@ -344,7 +347,7 @@ class Tracker:
         """
         if kind not in self._covariances.kinds:
             shown = ", ".join(self._covariances.kinds) or "none; name it in statistics and use estimator='exact'"
-            raise ValueError(f"kind: {kind!r} is not tracked, only {shown}")
+            raise ValueError(f"kind: {kind!r} is not tracked, only {shown}{suggestion(kind, self._covariances.kinds)}")
         return self._covariances.read(kind)
 
     def penalty(

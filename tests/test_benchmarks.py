@@ -13,7 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import bench_growth, bench_statistics, estimators, gate, peers, recorded, report, shapes  # noqa: E402
+from benchmarks import bench_growth, bench_merge, bench_statistics, estimators, gate, peers, recorded, report, shapes  # noqa: E402
 from benchmarks.interleave import Interleaved, median_interval, rows  # noqa: E402
 from benchmarks.plot import plot  # noqa: E402
 
@@ -283,3 +283,22 @@ def test_targets_name_measured_variants():
         for dtype in shapes.DTYPES:
             for target in shapes.targets(shape, dtype):
                 assert target.variant in peers.LABELS and target.measure in report.MEASURES and target.limit > 0
+
+
+def test_merges_are_checked_and_reported(monkeypatch):
+    monkeypatch.setattr(bench_merge, "BLOCKS", 1)
+    monkeypatch.setattr(bench_merge, "WIDTH", 64)
+    variants = [
+        bench_merge.Merge(name, dtype) for name, dtype in (("merge_fp32", torch.float32), ("fastlora", torch.bfloat16))
+    ]
+    with pytest.raises(AssertionError, match="fastlora"):
+        variants[0].call()
+        bench_merge.check(variants)  # the second has not merged
+    for variant in variants:
+        variant.forget()
+        variant.call()
+    bench_merge.check(variants)
+    found = bench_merge.rows({"merge_fp32": {0: 2.0, 1: 4.0}, "fastlora": {0: 1.0, 1: 3.0}})
+    assert found[1]["ratio_to_fp32"]["median"] == 0.625
+    result = {"kind": "merge", "weights": 10, "matrices": 6, "rank": 2, "rows": found}
+    assert "| fastlora, bf16 weights | 2000.0 [" in "\n".join(report._merges([result], peers.LABELS))

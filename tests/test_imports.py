@@ -29,7 +29,7 @@ LAYERS = (
     ("_grouped_ops",),
     ("frozen_op",),
     ("functional", "routing", "probes"),
-    ("factors", "config", "committing", "parallel"),
+    ("factors", "config", "committing", "parallel", "progress"),
     ("nn",),
     (
         "covariance",
@@ -39,7 +39,6 @@ LAYERS = (
         "regulariser",
         "restoring",
         "update_variance",
-        "progress",
     ),
     ("targets", "learning_checks"),
     ("roles", "blocks", "parameter_roles", "presets"),
@@ -52,7 +51,7 @@ LAYERS = (
 )
 # fmt: on
 # Functions of tensors and dicts: anybody may import them, and they import nothing above themselves.
-PURE = ("scores", "score_table", "allocation", "penalty", "temperature", "schedule", "diagnostics")
+PURE = ("scores", "score_table", "allocation", "penalty", "temperature", "schedule", "diagnostics", "choices")
 ANYWHERE = ("testing",)
 ROOT = "__init__"  # the public names, above everything
 
