@@ -246,6 +246,38 @@ def wgrad(
     return dh, dA, dB, Q
 
 
+def column_gradients(x: Tensor, dy: Tensor, index: Tensor) -> Tensor:
+    """``G[:, index]`` of ``G = dy^T x``: x [M, K], dy [M, N], index int64 [k] -> [N, k] in the accumulation dtype.
+
+    With ``P(index_i = j) = p_j`` and ``w_i = 1 / (k p_{index_i})``, ``sum_i w_i ||Q_i||^2`` and ``sum_i w_i ||Q_i||_1``
+    of its columns Q_i have the expectations ``||G||_F^2`` and ``sum |G|``: P of one-hot rows scaled ``w_i^(1/2)``.
+    """
+    return outer(dy, x.index_select(1, index))
+
+
+def column_norms(x: Tensor, dy: Sequence[Tensor]) -> Tensor:
+    """``sum_m ||dy_im||^2 x_mj^2``, the squared column norms of G_i if its tokens do not add up: [n, K].
+
+    x [M, K], dy_i [M, N_i], in the accumulation dtype.
+    """
+    acc = accumulate_dtype(x.dtype)
+    weight = torch.stack([torch.linalg.vector_norm(grad, dim=1, dtype=acc).square() for grad in dy])
+    return weight @ x.to(acc).square()
+
+
+def column_shares(norms: Tensor, squares: bool, absolutes: bool, uniform: float = 0.1) -> Tensor:
+    """Probabilities of the columns of every matrix, from their squared norms [n, K]: [n, K], each row sums to 1.
+
+    ``p = (1 - u) q + u / K``, q proportional to the squared norms (least noise for ``grad_sq``), to their roots (for
+    ``grad_abs``), or the mean of both. Uniform where every norm is 0.
+    """
+    wanted = [norms] * squares + [norms.sqrt()] * absolutes
+    total = norms.sum(1, keepdim=True)
+    shares = sum(part / part.sum(1, keepdim=True) for part in wanted) / len(wanted)
+    even = 1.0 / norms.shape[1]
+    return torch.where(total > 0, (1.0 - uniform) * shares + uniform * even, even)
+
+
 _GRADSTAT_ROWS = 256
 
 

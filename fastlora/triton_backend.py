@@ -229,6 +229,18 @@ class TritonBackend:
             x, dy, _offsets_on(tuple(offsets), x.device), longest=longest, diagonal=diagonal
         )
 
+    def column_moments(self, y: Tensor) -> Tensor:
+        """Column sums of y [M, N] and of its squares: float64 [2, N]."""
+        squares = torch.linalg.vector_norm(y, dim=0, dtype=torch.float64).square()
+        return torch.stack([y.sum(0, dtype=torch.float64), squares])
+
+    def skinny(self, dy: Tensor, columns: Tensor) -> Tensor:
+        """``dy^T columns``: dy [M, N], columns [M, k] in its dtype -> fp32 [N, k]."""
+        _same_device(dy=dy, columns=columns)
+        count = columns.shape[1]
+        _, (found,), _ = _kernel("wgrad").wgrad(None, columns[:, :0], [dy], columns, [0], [count], [1.0], 0)
+        return found
+
     def add_gram_(self, total: Tensor, rows: Tensor, weight: Tensor) -> None:
         """``total += weight rows^T rows`` on and above the diagonal, by half of the tiles; below it is undefined.
 
