@@ -64,11 +64,11 @@ def build(dropout, adapters, dtype=torch.float32):
     return model
 
 
-def steps(model, tracker, launched, ids=None, count=3):
+def steps(model, tracker, launched, ids=None, count=3, shape=(8, 5, 64)):
     """Names of waiting copies and of launches of the last step; the first ones may fill caches."""
     optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-3))
     for _ in range(count):
-        x = torch.empty(8, 5, 64, dtype=model.q.weight.dtype, device=META)
+        x = torch.empty(shape, dtype=model.q.weight.dtype, device=META)
         launched.clear()
         with WaitingCopies() as copies:
             with contextlib.nullcontext() if ids is None else fastlora.adapters(model, ids):
@@ -99,6 +99,17 @@ def test_a_step_with_probes_reads_nothing_back(launched, statistics, whose, drop
     assert {"shrink_kernel", "linear_kernel", "wgrad_kernel"} <= set(kernels)
     # P of all layers, and under fisher a sign for each sample.
     assert kernels.count("signs_kernel") == 1 + ("fisher" in statistics)
+
+
+@pytest.mark.parametrize("statistics", [("grad_sq", "grad_abs"), ("fisher",)], ids="+".join)
+@pytest.mark.parametrize("whose", IDS)
+def test_a_step_with_columns_reads_nothing_back(launched, statistics, whose):
+    model = build(0.0, [] if IDS[whose] is None else ["b", "c"])
+    ids = None if IDS[whose] is None else torch.zeros(8, dtype=torch.int64, device=IDS[whose])
+    with fastlora.track(model, statistics=statistics, probe_kind="columns") as tracker:
+        # Of two dimensions: on this device F.linear would give a view of its result for more.
+        copies, _ = steps(model, tracker, launched, ids, count=10, shape=(8, 64))
+    assert not copies
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
