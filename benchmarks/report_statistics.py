@@ -60,21 +60,27 @@ def _errors(results: Results, labels: dict[str, str]) -> Iterator[str]:
         yield from table(header, rows)
 
 
+def _mebibytes(some: list[int] | None) -> str:
+    return f"{some[0] / 2**20:.2f} to {some[-1] / 2**20:.2f}" if some else "-"
+
+
 def _growth(results: Results, labels: dict[str, str]) -> Iterator[str]:
     yield "## Growth"
     yield ""
-    yield "Time of forward and backward (median of rounds), and bytes that autograd keeps, as c·n^p: p by least squares"
-    yield "on logarithms [95 % interval, from the residuals]. Expected: what the operations alone say at these sizes."
+    yield "Time of forward and backward (median of rounds), bytes that autograd keeps, and the peak of resident memory"
+    yield "over parameters and x, as c·n^p: p by least squares on logarithms [95 % interval, from the residuals]."
+    yield "Expected: what the operations alone say at these sizes."
     yield ""
     rows = []
     for result in results:
-        powers = [f"{f['p']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in (result["time"], result["kept"])]
+        fits = result["time"], result["kept"], result.get("peak")
+        powers = [f"{f['p']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" if f else "-" for f in fits]
         span = f"{result['sizes'][0]} to {result['sizes'][-1]}"
         rows.append([result["axis"], span, *powers,
                      result["expected"], f"{result['ms'][0]['median']:.2f} to {result['ms'][-1]['median']:.2f}",
-                     f"{result['bytes'][0] / 2**20:.2f} to {result['bytes'][-1] / 2**20:.2f}"])  # fmt: skip
-    header = ["over", "sizes", "time: p", "kept: p", "expected of time", "ms", "MiB kept"]
-    yield from table(header, rows, (0, 1, 4))
+                     _mebibytes(result["bytes"]), _mebibytes(result.get("peaks"))])  # fmt: skip
+    header = ["over", "sizes", "time: p", "kept: p", "peak: p", "expected of time", "ms", "MiB kept", "MiB at the peak"]
+    yield from table(header, rows, (0, 1, 5))
     for result in results:
         yield ""
         yield f"{result['axis']}: {result['case']}. {cell(result['ms'][-1], 2)} ms at the largest."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
 from .column_probes import measured
 from .column_rows import ColumnRows, looks
 from .kept_rows import rows_that_count, with_moments
 from .multi_tensor import squared_norms
-from .reference import accumulate_dtype, philox, signs
+from .reference import accumulate_dtype, signs
+from .signs import Signs
 
 _ROWS_TAG, _SIGN_TAG = 1, 2  # fourth Philox counter word: probe rows and sample signs never share bits
 
@@ -64,7 +63,7 @@ class ProbeRows:
     def __init__(self, widths: Sequence[int], probes: int, seed: int, device: torch.device):
         self.seed, self.probes = torch.tensor(seed, dtype=torch.int64, device=device), probes
         counts = [(width * probes + 127) // 128 for width in widths]
-        self._counts = counts
+        self._signs = Signs(counts, _ROWS_TAG)
         self._flat = torch.zeros(sum(counts) * 128, device=device)
         self.rows = [
             part[: width * probes].view(probes, width)
@@ -73,14 +72,7 @@ class ProbeRows:
 
     def draw(self, step: int) -> None:
         """Fill P for an optimiser step, in place."""
-        if _in_native(self.seed):
-            torch.ops.fastlora.philox_signs_.default(self._flat, self.seed, step, 0, _ROWS_TAG, self._counts)
-            return
-        block, group = self._counters
-        c1 = torch.full_like(block, step)
-        words = torch.stack(philox(self.seed, block, c1, group, torch.full_like(c1, _ROWS_TAG)), dim=1)
-        bits = (words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1
-        self._flat.copy_((1 - 2 * bits).reshape(-1))
+        self._signs.fill_(self._flat, self.seed, step)
 
     def restart(self, seed: int) -> None:
         """Draw from another seed."""
@@ -93,30 +85,13 @@ class ProbeRows:
         norms = iter(squared_norms([g for g in grads if g is not None], factor / self.probes))
         return {kind: [None if g is None else next(norms) for g in grads] for kind in kinds[:1]}
 
-    @functools.cached_property
-    def _counters(self) -> tuple[Tensor, Tensor]:
-        """The first and third counter word of every block of 128 signs: its number in the group, and the group."""
-        device, counts = self._flat.device, self._counts
-        groups = torch.arange(len(counts), device=device)
-        return (
-            torch.cat([torch.arange(c, device=device) for c in counts]),
-            torch.repeat_interleave(groups, torch.tensor(counts, device=device)),
-        )
-
-
-def _in_native(seed: Tensor) -> bool:
-    return seed.device.type == "cpu" and native.available()
-
 
 def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int) -> Tensor:
     """Independent ±1 for each (sample, probe) of a micro-batch: [S, k]."""
-    if _in_native(seed):
-        blocks = (samples * probes + 127) // 128
-        out = torch.empty(128 * blocks)
-        torch.ops.fastlora.philox_signs_.default(out, seed, step, micro, _SIGN_TAG, [blocks])
-        return out[: samples * probes].view(samples, probes)
-    words = (torch.tensor(v, device=seed.device) for v in (step, micro, _SIGN_TAG))
-    return signs(seed, *words, samples * probes).view(samples, probes)
+    blocks = (samples * probes + 127) // 128
+    out = torch.empty(128 * blocks, device=seed.device)
+    Signs([blocks], _SIGN_TAG, first=micro).fill_(out, seed, step)
+    return out[: samples * probes].view(samples, probes)
 
 
 class CompiledSigns:

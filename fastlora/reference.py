@@ -41,12 +41,17 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
     return c0, c1, c2, c3
 
 
-def signs(seed: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, numel: int) -> Tensor:
-    """``numel`` fair signs (+1 or -1, float32) from the bits of Philox words; 128 signs a counter."""
-    c0 = torch.arange((numel + 127) // 128, device=seed.device)
-    words = torch.stack(philox(seed, c0, c1.expand_as(c0), c2.expand_as(c0), c3.expand_as(c0)), dim=1)
+def signs_of(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
+    """Fair signs (+1 or -1, float32) from the bits of Philox words: 128 of each of the counters [C]."""
+    words = torch.stack(philox(seed, c0, c1, c2, c3), dim=1)
     bits = (words.unsqueeze(-1) >> torch.arange(32, device=seed.device)) & 1
-    return (1 - 2 * bits).reshape(-1)[:numel].float()
+    return (1 - 2 * bits).reshape(-1).float()
+
+
+def signs(seed: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, numel: int) -> Tensor:
+    """The first ``numel`` signs of the counters (0, c1, c2, c3), (1, c1, c2, c3), ..."""
+    c0 = torch.arange((numel + 127) // 128, device=seed.device)
+    return signs_of(seed, c0, c1.expand_as(c0), c2.expand_as(c0), c3.expand_as(c0))[:numel]
 
 
 def keep_threshold(p: float) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tracking_state
+from .choices import suggestion
 from .column_rows import ColumnRows
 from .covariance import COVARIANCES, Covariances
 from .exact_values import exact_values
@@ -294,7 +295,7 @@ class Tracker:
         return stacked, {kind: self._seen([v is not None for v in column]) for kind, column in columns.items()}
 
     def _seen(self, flags: list[bool]) -> Tensor:
-        return self._everything if all(flags) else torch.tensor(flags, device=self.device)
+        return self._everything if all(flags) else torch.tensor(flags).to(self.device, non_blocking=True)
 
     def _probe_values(self, shared: Shared | None, kinds: Sequence[str]) -> dict[str, list[Tensor | None]]:
         grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
@@ -310,8 +311,9 @@ class Tracker:
 
     def _sample_factor(self, samples: int | Tensor) -> float | Tensor:
         # Backpropagated gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
-        samples = samples.double() if isinstance(samples, Tensor) else float(samples)
-        return samples if self.loss_reduction == "mean" else 1.0 / max(samples, 1.0)
+        if not isinstance(samples, Tensor):
+            return float(samples) if self.loss_reduction == "mean" else 1.0 / max(samples, 1)
+        return samples.double() if self.loss_reduction == "mean" else 1.0 / samples.double().clamp(min=1)
 
     @property
     def skipped(self) -> int:
@@ -330,7 +332,9 @@ class Tracker:
         checked("reduce", reduce, ("sum", "mean"))
         if kind not in self.kinds:
             hint = f"; {ABSOLUTE_NEEDS}" if kind == "grad_abs" and self.probe_kind != "columns" else ""
-            raise ValueError(f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint}")
+            raise ValueError(
+                f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint or suggestion(kind, self.kinds)}"
+            )
         missing = [key for key, count in zip(self.keys, self._counts[kind].tolist(), strict=True) if count == 0]
         if missing:
             shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
@@ -349,7 +353,7 @@ class Tracker:
         """
         if kind not in self._covariances.kinds:
             shown = ", ".join(self._covariances.kinds) or "none; name it in statistics and use estimator='exact'"
-            raise ValueError(f"kind: {kind!r} is not tracked, only {shown}")
+            raise ValueError(f"kind: {kind!r} is not tracked, only {shown}{suggestion(kind, self._covariances.kinds)}")
         return self._covariances.read(kind)
 
     def penalty(

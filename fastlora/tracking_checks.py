@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .choices import unknown
 from .covariance import COVARIANCES
 from .nn.linear import Linear, adapted_layers, check_adapter
 
@@ -23,7 +24,7 @@ _STEPS_BEFORE_WARNING = 3
 
 def checked(name: str, value: Any, accepted: tuple) -> Any:
     if value not in accepted:
-        raise ValueError(f"{name}: expected one of {accepted}, got {value!r}")
+        raise unknown(name, value, accepted)
     return value
 
 
@@ -48,7 +49,7 @@ def checked_layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
     layers = {path: layer for path, layer in every.items() if adapter in layer.adapter_specs}
     if not layers:
         known = sorted({name for layer in every.values() for name in layer.adapter_names})
-        raise ValueError(f"adapter: expected one of {known}, got {adapter!r}")
+        raise unknown("adapter", adapter, known)
     if any(adapter in layer.probes for layer in layers.values()):
         raise ValueError("model: is tracked already; close the other tracker first")
     return layers

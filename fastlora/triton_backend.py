@@ -95,6 +95,16 @@ def _dropout(seed: Tensor | None, p: float) -> dict[str, Any]:
     return {"seed": seed, "threshold": keep_threshold(p), "keep_scale": 1.0 / (1.0 - p)}
 
 
+def _reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Not a view, which autograd would let nobody change in place."""
+    return torch.ops.aten._unsafe_view.default(y, shape)
+
+
+def signs_(out: Tensor, seed: Tensor, step: int, block: Tensor, group: Tensor, tag: int) -> Tensor:
+    """Fill ``out`` float32 [128 C] with the signs of the counters (block_i, step, group_i, tag), i < C."""
+    return _kernel("signs").signs_(out, seed, step, block, group, tag)
+
+
 @dataclass(frozen=True)
 class TritonBackend:
     """The verbs of an adapted group as fused kernels; their meaning is that of ``verbs.Backend``."""
@@ -138,8 +148,7 @@ class TritonBackend:
             scale,
             moments,
         )
-        # Not views, which autograd would let nobody change in place.
-        return [torch.ops.aten._unsafe_view.default(out, (*x.shape[:-1], out.shape[1])) for out in y], sums
+        return [_reshaped(out, (*x.shape[:-1], out.shape[1])) for out in y], sums
 
     def linear_backward(
         self,

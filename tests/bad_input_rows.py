@@ -292,8 +292,12 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "enable_lora": rows(("qkv", "enable_lora: expected True or False"), ([], "enable_lora: expected True or")),
         "adapter": rows((3, "adapter: expected the name"), ("b", "adapter: a model without adapters gets one named")),
     },
-    "merge": {"model": MODEL + rows((already_merged, "is merged already")), "adapter": rows(("c",
-                                    "adapter: expected one of"))},
+    "merge": {
+        "model": MODEL + rows((already_merged, "is merged already")),
+        "adapter": rows(("c", "adapter: expected one of")),
+        "requantise": rows((1, "requantise: expected True or False")),
+        "progress": rows(("bar", "progress: expected True, False, None or a callable")),
+    },
     "param_groups": {
         "model": MODEL,
         **{name: rows(*RATE) for name in ("lr_norm", "lr_head", "lr_bias")},
@@ -349,7 +353,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
                       ({KEY: 2.0}, f"rank of {KEY}: expected an integer")),
         "adapter": rows(("c", "adapter: expected one of")),
         "reinit": rows((1, "reinit: expected True or False"), (False, "pass reinit=True")),
-        "keep": rows((1, "keep: expected True or False"), (True, "keep: expected one of keep and reinit, got both")),
+        "keep": rows((1, "keep: expected True or False"), (True, "keep: expected keep or reinit, got both")),
     },
     "summary": {"model": MODEL, "adapter": rows(("c", r"adapter: expected one of \['b', 'default'\], got 'c'"))},
     "track": TRACK,
@@ -365,7 +369,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
                       (1.0, "floor: 1.0 is above the learning rate")),
         "warmup": rows((10, "warmup: expected less than steps = 10"), (-1, "warmup: expected")),
         "freeze": rows((10, "freeze: .*would not learn"), ({"x": 2}, "freeze: no parameter group is named 'x'")),
-        "freeze_by": rows(("detach", "freeze_by: expected 'requires_grad' or 'lr'")),
+        "freeze_by": rows(("detach", "freeze_by: expected one of")),
     },
     "schedule.matched_control": {
         "scheduler": rows((None, "scheduler: expected a fastlora.schedule.Cosine")),

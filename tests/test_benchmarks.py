@@ -13,7 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import bench_growth, bench_statistics, estimators, gate, peers, recorded, report, shapes  # noqa: E402
+from benchmarks import bench_growth, bench_merge, bench_statistics, estimators, gate, peers, recorded, report, shapes  # noqa: E402
 from benchmarks.interleave import Interleaved, median_interval, rows  # noqa: E402
 from benchmarks.plot import plot  # noqa: E402
 from fastlora import tracker  # noqa: E402
@@ -247,7 +247,8 @@ def statistics_results():
                  "rows": [errors], "rounding": 1e-7}  # fmt: skip
     fitted = bench_growth.fit([1, 2, 4], [1.0, 2.0, 4.1])
     growth = {"kind": "growth", "axis": "rows M", "case": "small", "sizes": [1, 2, 4], "ms": [spread(1.0)] * 3,
-              "bytes": [1, 2, 4], "time": fitted, "kept": fitted, "expected": "1"}  # fmt: skip
+              "bytes": [1, 2, 4], "peaks": [2**20, 2**21, 2**22], "time": fitted, "kept": fitted, "peak": fitted,
+              "expected": "1"}  # fmt: skip
     return [costs, estimates, growth]
 
 
@@ -259,7 +260,7 @@ def test_statistics_and_growth_are_reported_and_drawn(tmp_path):
     text = (tmp_path / "statistics.md").read_text()
     assert "| rademacher | 4 | 20.0 [10.0, 30.0] | 2.00 | +0.10 | 0.9990 |" in text
     assert "+40.0 [+39.0, +41.0]" in text  # the naive way is over PEFT
-    assert "| rows M | 1 to 4 |" in text
+    assert "| rows M | 1 to 4 |" in text and "| 1.00 to 4.00 |" in text
     given["results"][0]["gate"] = "failed"
     given["results"][0]["reason"] = "grad_sq[0] is off"
     assert [path.name for path in report.write(given, tmp_path, "red")] == ["red.json", "red.md"]
@@ -284,3 +285,22 @@ def test_targets_name_measured_variants():
         for dtype in shapes.DTYPES:
             for target in shapes.targets(shape, dtype):
                 assert target.variant in peers.LABELS and target.measure in report.MEASURES and target.limit > 0
+
+
+def test_merges_are_checked_and_reported(monkeypatch):
+    monkeypatch.setattr(bench_merge, "BLOCKS", 1)
+    monkeypatch.setattr(bench_merge, "WIDTH", 64)
+    variants = [
+        bench_merge.Merge(name, dtype) for name, dtype in (("merge_fp32", torch.float32), ("fastlora", torch.bfloat16))
+    ]
+    with pytest.raises(AssertionError, match="fastlora"):
+        variants[0].call()
+        bench_merge.check(variants)  # the second has not merged
+    for variant in variants:
+        variant.forget()
+        variant.call()
+    bench_merge.check(variants)
+    found = bench_merge.rows({"merge_fp32": {0: 2.0, 1: 4.0}, "fastlora": {0: 1.0, 1: 3.0}})
+    assert found[1]["ratio_to_fp32"]["median"] == 0.625
+    result = {"kind": "merge", "weights": 10, "matrices": 6, "rank": 2, "rows": found}
+    assert "| fastlora, bf16 weights | 2000.0 [" in "\n".join(report._merges([result], peers.LABELS))
