@@ -226,7 +226,7 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
     table = torch.full((len(slots) + 1,), -1, dtype=torch.int64)
     table[live] = torch.arange(len(live))
     if ids.device.type != "cpu":
-        table = table.to(ids.device)
+        table = table.to(ids.device, non_blocking=True)
         torch._assert_async(((ids >= -1) & (ids < len(slots)) & ((ids < 0) | (table[ids] >= 0))).all())
     return [slots[i] for i in live], table[ids]
 

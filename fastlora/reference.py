@@ -41,12 +41,17 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
     return c0, c1, c2, c3
 
 
-def signs(seed: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, numel: int) -> Tensor:
-    """``numel`` fair signs (+1 or -1, float32) from the bits of Philox words; 128 signs a counter."""
-    c0 = torch.arange((numel + 127) // 128, device=seed.device)
-    words = torch.stack(philox(seed, c0, c1.expand_as(c0), c2.expand_as(c0), c3.expand_as(c0)), dim=1)
+def signs_of(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
+    """Fair signs (+1 or -1, float32) from the bits of Philox words: 128 of each of the counters [C]."""
+    words = torch.stack(philox(seed, c0, c1, c2, c3), dim=1)
     bits = (words.unsqueeze(-1) >> torch.arange(32, device=seed.device)) & 1
-    return (1 - 2 * bits).reshape(-1)[:numel].float()
+    return (1 - 2 * bits).reshape(-1).float()
+
+
+def signs(seed: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, numel: int) -> Tensor:
+    """The first ``numel`` signs of the counters (0, c1, c2, c3), (1, c1, c2, c3), ..."""
+    c0 = torch.arange((numel + 127) // 128, device=seed.device)
+    return signs_of(seed, c0, c1.expand_as(c0), c2.expand_as(c0), c3.expand_as(c0))[:numel]
 
 
 def keep_threshold(p: float) -> int:
@@ -239,6 +244,38 @@ def wgrad(
         Q.append(wide.T @ h[:, rank : rank + probes].to(acc))
     dA = outer(dh, x) if need_dA else x.new_empty((0, x.shape[1]), dtype=acc)
     return dh, dA, dB, Q
+
+
+def column_gradients(x: Tensor, dy: Tensor, index: Tensor) -> Tensor:
+    """``G[:, index]`` of ``G = dy^T x``: x [M, K], dy [M, N], index int64 [k] -> [N, k] in the accumulation dtype.
+
+    With ``P(index_i = j) = p_j`` and ``w_i = 1 / (k p_{index_i})``, ``sum_i w_i ||Q_i||^2`` and ``sum_i w_i ||Q_i||_1``
+    of its columns Q_i have the expectations ``||G||_F^2`` and ``sum |G|``: P of one-hot rows scaled ``w_i^(1/2)``.
+    """
+    return outer(dy, x.index_select(1, index))
+
+
+def column_norms(x: Tensor, dy: Sequence[Tensor]) -> Tensor:
+    """``sum_m ||dy_im||^2 x_mj^2``, the squared column norms of G_i if its tokens do not add up: [n, K].
+
+    x [M, K], dy_i [M, N_i], in the accumulation dtype.
+    """
+    acc = accumulate_dtype(x.dtype)
+    weight = torch.stack([torch.linalg.vector_norm(grad, dim=1, dtype=acc).square() for grad in dy])
+    return weight @ x.to(acc).square()
+
+
+def column_shares(norms: Tensor, squares: bool, absolutes: bool, uniform: float = 0.1) -> Tensor:
+    """Probabilities of the columns of every matrix, from their squared norms [n, K]: [n, K], each row sums to 1.
+
+    ``p = (1 - u) q + u / K``, q proportional to the squared norms (least noise for ``grad_sq``), to their roots (for
+    ``grad_abs``), or the mean of both. Uniform where every norm is 0.
+    """
+    wanted = [norms] * squares + [norms.sqrt()] * absolutes
+    total = norms.sum(1, keepdim=True)
+    shares = sum(part / part.sum(1, keepdim=True) for part in wanted) / len(wanted)
+    even = 1.0 / norms.shape[1]
+    return torch.where(total > 0, (1.0 - uniform) * shares + uniform * even, even)
 
 
 _GRADSTAT_ROWS = 256

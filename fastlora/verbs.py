@@ -217,6 +217,14 @@ class Backend:
         """
         return self.kernels.gradstat(x, dy, offsets, absolute)
 
+    def column_moments(self, y: Tensor) -> Tensor:
+        """Column sums of y [M, N] and of its squares: float64 [2, N]."""
+        return self.kernels.column_moments(y)
+
+    def skinny(self, dy: Tensor, columns: Tensor) -> Tensor:
+        """``dy^T columns``: dy [M, N], columns [M, k] in its dtype -> [N, k] in the accumulation dtype."""
+        return self.kernels.outer(columns, dy).t().contiguous()
+
     def grouped_forward(
         self,
         x: Tensor,

@@ -135,10 +135,11 @@ TRACK = {
     "statistics": rows(
         ((), "statistics: expected at least one of"), (("norm",), "statistics: expected one of"),
         (3, "statistics: exp"),
-        (("grad_abs",), "'grad_abs' cannot be estimated from .* use estimator='exact'"),
+        (("grad_abs",), "'grad_abs' cannot be estimated from .* it needs probe_kind='columns' or estimator='exact'"),
         (("grad_sq", "fisher"), "'grad_sq' or 'fisher', not both"), (("act_cov",), "not estimated from probes"),
     ),
     "process_group": GROUP,
+    "probe_kind": rows(("rows", r"probe_kind: expected one of \('rademacher', 'columns'\)"), (None, "probe_kind: exp")),
     "seed": rows((0.5, "seed: expected an integer"), (True, "seed: expected an integer")),
     "loss_reduction": rows(("none", "loss_reduction: expected one of")),
     "every": rows((0, "every: expected 'auto' or a positive number of steps"), (1.5, "every: expected 'auto'")),
@@ -185,8 +186,12 @@ ROWS: dict[str, dict[str, list[Row]]] = {
     "Tracker.step": {"scaler": rows((3, "scaler: expected a GradScaler"))},
     "Tracker.scores": {
         "kind": rows(("fisher", "kind: 'fisher' is not tracked, only grad_sq"),
-                     ("grad_abs", "needs estimator='exact'")),
+                     ("grad_abs", "needs probe_kind='columns' or estimator='exact'")),
         "reduce": rows(("max", r"reduce: expected one of \('sum', 'mean'\)")),
+    },
+    "Tracker.mask": {
+        "mask": rows((None, "mask: expected booleans or integers"), (torch.ones(2, 3), r"got torch.float32 \(2, 3\)"),
+                     (torch.tensor(True), "mask: expected"), (torch.tensor([0, 2]), r"0 and 1 only, got \[2\]")),
     },
     "Tracker.covariances": {"kind": rows(("act_cov", "kind: 'act_cov' is not tracked"))},
     "Tracker.penalty": PENALTY,

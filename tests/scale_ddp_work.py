@@ -19,6 +19,8 @@ STATISTICS = {
     "fisher": dict(statistics=("fisher", "act_var")),
     "fisher of sums": dict(statistics="fisher", loss_reduction="sum"),
     "plain mean": dict(statistics="grad_sq", ema=None, probes=3),
+    "columns": dict(statistics=("grad_sq", "grad_abs", "act_var"), probe_kind="columns"),
+    "fisher by columns": dict(statistics="fisher", probe_kind="columns"),
     "exact": dict(estimator="exact", statistics=("grad_sq", "fisher", "grad_abs", "act_var", "act_cov", "grad_cov")),
     "exact fisher of sums": dict(estimator="exact", statistics="fisher", loss_reduction="sum"),
 }

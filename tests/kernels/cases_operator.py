@@ -13,6 +13,7 @@ from grouped_support import CASES, Operands, expected_dh, expected_dx
 from kernel_support import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, assert_close, wide
 
 from fastlora import backends, reference, triton_backend
+from fastlora.column_probes import measured
 from fastlora.functional import lora_grouped, lora_linear
 from fastlora.segments import Batch
 
@@ -74,6 +75,23 @@ def test_outputs_and_gradients(problem, dtype, p):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert_close(found[name], value, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_columns_of_the_gradient_and_their_norms(dtype):
+    data = Data(SEPARATE, dtype, torch.float32)
+    x, sizes = data.x, data.problem.outputs
+    index = torch.arange(3 * len(sizes), device=DEVICE) * 5 % x.shape[1]
+    picked, y = x.index_select(1, index), torch.cat(data.dy, dim=1) * 0.0
+    Z = [torch.zeros(n, 3, device=DEVICE, requires_grad=True) for n in sizes]
+    norms = [torch.zeros(x.shape[1], device=DEVICE, requires_grad=True) for _ in sizes]
+    dy = torch.cat(data.dy, dim=1)
+    measured(y, picked, Z, "triton", x, norms).backward(dy)
+    expected = reference.column_norms(wide(x), [wide(g) for g in data.dy])
+    for i, (grad, z) in enumerate(zip(data.dy, Z, strict=True)):
+        wanted = reference.column_gradients(wide(x), wide(grad), index[3 * i : 3 * i + 3].cpu())
+        assert_close(z.grad, wanted, dtype, f"Q[{i}]")
+        assert_close(norms[i].grad, expected[i], dtype, f"norms[{i}]")
 
 
 def test_a_projection_without_gradient():
