@@ -172,11 +172,11 @@ class LayerProbe:
             self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
 
     def operands(
-        self, probes: Sequence[LayerProbe], x: Tensor, samples: int | None = None, masked: bool = False
+        self, probes: Sequence[LayerProbe], x: Tensor, route: Any, samples: int | None = None
     ) -> dict[str, Any]:
         """Extra operands of the operator for layers that run together on ``x``, ``samples`` of it their adapter's.
 
-        Of y's rows the operator counts all, or none where they are ``masked``: ``tap`` does then.
+        Columns of x in a batch of several adapters, and rows of y under a mask, are left to ``tap``.
         """
         if not torch.is_grad_enabled():
             return {}
@@ -191,11 +191,12 @@ class LayerProbe:
         if not self.live:
             return {}
         found: dict[str, Any] = {}
-        if self.Z and self.columns is None:
-            found |= {"Z": [z for probe in probes for z in probe.Z.values()], "P": self.P}
+        if self.Z and (self.columns is None or route.batch is None):
+            P = self.P if self.columns is None else torch.cat([LayerProbe.index(probe) for probe in probes])
+            found |= {"Z": [z for probe in probes for z in probe.Z.values()], "P": P}
             if self.owner.per_sample:
                 found["sign"] = self.owner.signs_for(x, samples)
-        if self.V is not None and not masked:
+        if self.V is not None and route.mask is None:
             found["V"] = [probe.V for probe in probes]
         return found
 
@@ -207,7 +208,7 @@ class LayerProbe:
         if self.V is not None and route.mask is not None and (place is None or name in here(route.batch)):
             y = with_moments(y, self.V, rows_that_count(x, route, name), self.backend)
         if self.columns is not None:
-            return LayerProbe._measure(self, x, y, place)
+            return LayerProbe._measure(self, x, y, place) if self.looking or place else y
         if not self.exact:
             return y
         if torch.compiler.is_compiling():
@@ -217,25 +218,29 @@ class LayerProbe:
             raise RuntimeError("track: 'fisher' needs samples: give adapters() one id a sample, not one a token")
         return _Tap.apply(y, x, self.taken, self.owner.micro, select)
 
+    def index(self) -> Tensor:
+        """Columns of x [n, k] for its slices: a part of a layer has some of them."""
+        mine = [i for i, name in enumerate(self.slices) if name in self.Z]
+        return self.columns if len(mine) == len(self.columns) else self.columns[mine]
+
     def _measure(self, x: Tensor, y: Tensor, place: tuple[Any, str] | None) -> Tensor:
-        """``y``, whose backward gives every slice its columns of G, and in some steps their norms."""
+        """``y``, whose backward gives what the operator does not: norms of columns, and Q of one adapter of several."""
         if place is not None and place[1] not in here(place[0]):
             return y
-        # A part of a layer has some of its slices.
-        mine = [i for i, name in enumerate(self.slices) if name in self.Z]
-        index = self.columns if len(mine) == len(self.columns) else self.columns[mine]
-        rows = x.detach().reshape(-1, x.shape[-1])
-        picked = rows.index_select(1, index.reshape(-1)).to(y.dtype)
-        if self.owner.per_sample:
-            samples = None if place is None else place[0].samples(place[1])
-            sign = self.owner.signs_for(x, samples).to(picked.dtype).repeat(1, len(mine))
-            picked = (picked.view(sign.shape[0], -1, sign.shape[1]) * sign.unsqueeze(1)).flatten(0, 1)
+        rows, own = x.detach().reshape(-1, x.shape[-1]), None
         if place is not None:
             own = (place[0].rows(x).ids == place[0].names.index(place[1])).unsqueeze(1)
-            picked = torch.where(own, picked, 0)
-            rows = torch.where(own, rows, 0) if self.looking else rows
-        norms = [self.norms[name] for name in self.Z] if self.looking else []
-        return measured(y, picked, list(self.Z.values()), self.backend, rows if self.looking else None, norms)
+        picked, Z = None, []
+        if place is not None:
+            index = LayerProbe.index(self)
+            picked, Z = torch.where(own, rows.index_select(1, index.reshape(-1)), 0).to(y.dtype), list(self.Z.values())
+            if self.owner.per_sample:
+                sign = self.owner.signs_for(x, place[0].samples(place[1])).to(picked.dtype).repeat(1, len(index))
+                picked = (picked.view(sign.shape[0], -1, sign.shape[1]) * sign.unsqueeze(1)).flatten(0, 1)
+        sizes, norms = [z.shape[0] for z in self.Z.values()], []
+        if self.looking:
+            norms, rows = [self.norms[name] for name in self.Z], rows if own is None else torch.where(own, rows, 0)
+        return measured(y, sizes, self.backend, picked, Z, rows if norms else None, norms)
 
     def turn(self, step: int) -> None:
         """Whether an optimiser step is sampled, and whether it looks at the columns' norms."""
@@ -277,15 +282,15 @@ def here(batch: Any) -> Sequence[str]:
 
 
 def group_operands(
-    probes: Mapping[str, Sequence[LayerProbe]], layers: Sequence[Any], batch: Any, x: Tensor, masked: bool = False
+    probes: Mapping[str, Sequence[LayerProbe]], layers: Sequence[Any], route: Any, x: Tensor
 ) -> dict[str, Any]:
     """Extra operands of the grouped operator: lists over the batch's adapters, empty where one is not tracked."""
-    found = {}
+    found, batch = {}, route.batch
     for name, mine in probes.items():
         if name not in here(batch):
             continue
         samples = batch.samples(name) if mine[0].owner.per_sample else None
-        found[name] = mine[0].operands(mine, x, samples, masked)
+        found[name] = mine[0].operands(mine, x, route, samples)
     Z, P, sign, V = [], [], [], []
     acc = accumulate_dtype(x.dtype)
     for name in batch.names:

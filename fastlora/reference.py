@@ -102,23 +102,24 @@ def lora_linear(
 ) -> list[Tensor]:
     """The adapted linears of one group, written as the formula and differentiable any number of times.
 
-    ``y_i = x W_i^T + bias_i + s_i dropout(x) A_i^T B_i^T + (x P^T o sign) Z_i^T``
+    ``y_i = x W_i^T + bias_i + s_i dropout(x) A_i^T B_i^T + (x P^T o sign) Z_i^T``, ``x[:, P_i]`` for ``x P^T`` where P
+    are columns of x.
 
     x [*, K]; W_j [N_j, K]; projection i covers the next N_i columns of the concatenated outputs, A_i [r_i, K],
-    B_i [N_i, r_i]; P [k, K], Z_i [N_i, k] (zero: it only collects the gradient Q_i = G_W P^T), sign [S, k] for the S
-    samples of dimension 0. Returns one y_j [*, N_j] a weight.
+    B_i [N_i, r_i]; P [k, K] or int64 [projections, k], Z_i [N_i, k] (zero: it only collects the gradient
+    Q_i = G_W P^T), sign [S, k] for the S samples of dimension 0. Returns one y_j [*, N_j] a weight.
     """
     rows = x.reshape(-1, x.shape[-1])
     base = torch.cat([torch.nn.functional.linear(rows, w, b) for w, b in zip(W, bias, strict=True)], dim=1)
-    probe = None
-    if P is not None:
-        probe = rows @ P.to(rows.dtype).T
-        if sign is not None:
-            probe = (probe.reshape(sign.shape[0], -1, sign.shape[1]) * sign.to(rows.dtype).unsqueeze(1)).flatten(0, 1)
-    updates = []
+    updates, probe = [], None
     for i, (a, b) in enumerate(zip(A, B, strict=True)):
         seen = dropout(rows, seed, i, p) if p > 0 else rows
         update = scale[i] * (seen @ a.to(rows.dtype).T) @ b.to(rows.dtype).T
+        if P is not None and (probe is None or not P.is_floating_point()):
+            probe = rows @ P.to(rows.dtype).T if P.is_floating_point() else rows[:, P[i]]
+            if sign is not None:
+                own = probe.reshape(sign.shape[0], -1, sign.shape[1]) * sign.to(rows.dtype).unsqueeze(1)
+                probe = own.flatten(0, 1)
         if probe is not None:
             update = update + probe @ Z[i].to(rows.dtype).T
         updates.append(update)
@@ -232,18 +233,25 @@ def wgrad(
     ``dh_i = s_i dy_i B_i``, ``dA = dh^T x``, ``dB_i = s_i dy_i^T h_i``, ``Q_i = dy_i^T h_P``
 
     x [M, K], dy_i [M, N_i], h [M, rank + probes], B_i [N_i, r_i] -> dh [M, rank], dA [rank, K] (empty [0, K] unless
-    needed), dB_i [N_i, r_i], Q_i [N_i, probes], all in the accumulation dtype.
+    needed), dB_i [N_i, r_i], Q_i [N_i, probes], all in the accumulation dtype. With ``probes`` columns of h for each
+    projection, one run after the other, h_P are projection i's.
     """
-    acc = accumulate_dtype(x.dtype)
+    acc, firsts = accumulate_dtype(x.dtype), first_probes(h, rank, probes, len(dy))
     dh = torch.zeros(x.shape[0], rank, dtype=acc, device=x.device)
     dB, Q = [], []
-    for grad, b, offset, s in zip(dy, B, offsets, scales, strict=True):
+    for grad, b, offset, s, first in zip(dy, B, offsets, scales, firsts, strict=True):
         wide = grad.to(acc)
         dh[:, offset : offset + b.shape[1]] = s * (wide @ b.to(acc))
         dB.append(s * (wide.T @ h[:, offset : offset + b.shape[1]].to(acc)))
-        Q.append(wide.T @ h[:, rank : rank + probes].to(acc))
+        Q.append(wide.T @ h[:, first : first + probes].to(acc))
     dA = outer(dh, x) if need_dA else x.new_empty((0, x.shape[1]), dtype=acc)
     return dh, dA, dB, Q
+
+
+def first_probes(h: Tensor, rank: int, probes: int, projections: int) -> list[int]:
+    """The first probe column of h [M, rank + ...] that each projection meets: one for all, or a run for each."""
+    stride = probes if h.shape[1] - rank == probes * projections else 0
+    return [rank + i * stride for i in range(projections)]
 
 
 def column_gradients(x: Tensor, dy: Tensor, index: Tensor) -> Tensor:

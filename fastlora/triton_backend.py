@@ -115,6 +115,8 @@ class TritonBackend:
     def shrink(self, x: Tensor, A: Sequence[Tensor], P: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
         """``h = [dropout(x) A_i^T ... | x P^T]``; x [M, K] -> [M, R + k]. One pass over x computes every mask."""
         _same_device(x=x, lora_A=A, P=P, seed=seed)
+        if P is not None and not P.is_floating_point():
+            return torch.cat([self.shrink(x, A, None, seed, p), x.index_select(1, P.reshape(-1))], dim=1)
         factors = _one_dtype([*A, *([] if P is None else [P])])
         return _kernel("shrink").shrink(x, factors, 0 if P is None else 1, **_dropout(seed, p))
 

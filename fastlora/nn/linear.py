@@ -272,7 +272,7 @@ def _forward_one(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
         p=layers[0].dropout_p(route)[0],
         backend=layers[0].backend,
         engine=layers[0].engine,
-        **({} if probes is None else probes[0].operands(probes, x, masked=route.mask is not None)),
+        **({} if probes is None else probes[0].operands(probes, x, route)),
     )
     if probes is not None:
         y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
@@ -297,7 +297,7 @@ def _forward_grouped(layers: list[Linear], x: Tensor, route: Route) -> list[Tens
         stream=first.stream,
         backend=first.backend,
         engine=first.engine,
-        **(group_operands(probes, layers, batch, x, route.mask is not None) if probes else {}),
+        **(group_operands(probes, layers, route, x) if probes else {}),
     )
     for name, mine in probes.items():
         y = [probe.tap(x, out, route, name) for probe, out in zip(mine, y, strict=True)]

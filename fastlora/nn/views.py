@@ -86,10 +86,8 @@ class PartOfProbe:
     def every(self, steps: int) -> None:
         self.probe.every = steps
 
-    def operands(
-        self, probes: list[PartOfProbe], x: Tensor, samples: int | None = None, masked: bool = False
-    ) -> dict[str, Any]:
-        return type(self.probe).operands(self, probes, x, samples, masked)
+    def operands(self, probes: list[PartOfProbe], x: Tensor, route: Any, samples: int | None = None) -> dict[str, Any]:
+        return type(self.probe).operands(self, probes, x, route, samples)
 
     def tap(self, x: Tensor, y: Tensor, route: Any, name: str) -> Tensor:
         return type(self.probe).tap(self, x, y, route, name)

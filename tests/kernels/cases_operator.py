@@ -54,7 +54,7 @@ def run(data, p, double):
     torch.manual_seed(7)
     W, bias = ([wide(t) if double else t for t in ts] for ts in (data.W, data.bias))
     if double:
-        P = None if data.P is None else wide(data.P)
+        P = None if data.P is None else wide(data.P) if data.P.is_floating_point() else data.P.cpu()
         y = reference.lora_linear(x, W, bias, A, B, data.scale, Z, P, None, seed, p)
     else:
         y = lora_linear(x, W, bias, A, B, data.scale, p=p, Z=Z, V=V, P=data.P, backend="triton")
@@ -77,6 +77,18 @@ def test_outputs_and_gradients(problem, dtype, p):
         assert_close(found[name], value, dtype, name)
 
 
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+@pytest.mark.parametrize(("dtype", "p"), [(torch.float32, 0.0), (torch.float32, 0.4), (torch.float16, 0.0)])
+def test_columns_of_x_in_the_place_of_probe_rows(problem, dtype, p):
+    data = Data(dataclasses.replace(problem, probes=3), dtype, torch.float32)
+    index = torch.arange(3 * len(problem.widths), device=DEVICE).view(-1, 3) * 5
+    data.P = index % max(data.x.shape[1], 1)
+    found, wanted = run(data, p, False), run(data, p, True)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert_close(found[name], value, dtype, name)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_columns_of_the_gradient_and_their_norms(dtype):
     data = Data(SEPARATE, dtype, torch.float32)
@@ -86,7 +98,7 @@ def test_columns_of_the_gradient_and_their_norms(dtype):
     Z = [torch.zeros(n, 3, device=DEVICE, requires_grad=True) for n in sizes]
     norms = [torch.zeros(x.shape[1], device=DEVICE, requires_grad=True) for _ in sizes]
     dy = torch.cat(data.dy, dim=1)
-    measured(y, picked, Z, "triton", x, norms).backward(dy)
+    measured(y, sizes, "triton", picked, Z, x, norms).backward(dy)
     expected = reference.column_norms(wide(x), [wide(g) for g in data.dy])
     for i, (grad, z) in enumerate(zip(data.dy, Z, strict=True)):
         wanted = reference.column_gradients(wide(x), wide(grad), index[3 * i : 3 * i + 3].cpu())
