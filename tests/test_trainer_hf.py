@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import shutil
 import sys
 
@@ -324,6 +325,25 @@ class TestRefusals:
         path.write_bytes(path.read_bytes()[:-200])
         with pytest.raises(ValueError, match=r"fastlora_training.pt: torn, or not a checkpoint"):
             trainer(bert(), tmp_path, FastLoraCallback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+    def test_a_full_disk(self, run, tmp_path, monkeypatch):
+        """Training stops with the system's words; what was half written is not resumed from, what was whole is."""
+        shutil.copytree(run / "checkpoint-3", tmp_path / "checkpoint-3")
+
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+
+        model, callback = bert(), FastLoraCallback()
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+            model.register_forward_pre_hook(lambda *_: patch.setattr(os, "fsync", full))
+            t = trainer(model, tmp_path, callback)
+            t.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        callback.close()
+        assert not (tmp_path / "checkpoint-6" / STATE).exists()
+        with pytest.raises(ValueError, match=rf"no {STATE} with step 6"):
+            trainer(bert(), tmp_path, FastLoraCallback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+        trainer(bert(), tmp_path, FastLoraCallback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert (tmp_path / "checkpoint-6" / STATE).exists()
 
     def test_a_folder_that_cannot_be_known(self, run, tmp_path):
         with pytest.raises(ValueError, match=r"no fastlora_training.pt with step 3 .*resume_from"):
