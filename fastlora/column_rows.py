@@ -89,8 +89,9 @@ class ColumnRows:
     def learn(self, found: Sequence[Tensor | None], keep: Tensor) -> None:
         """Fold norms [K] of every matrix of one step into the averages, where ``keep`` [matrices] says so."""
         for members, places, norms in zip(self._members, self._places, self.norms, strict=True):
-            rows = [norms.new_zeros(norms.shape[1]) if found[i] is None else found[i] for i in places]
-            fresh = torch.stack([row.to(norms.device, norms.dtype) for row in rows])
+            nothing = norms.new_zeros(norms.shape[1])
+            rows = [nothing if found[i] is None else found[i].to(norms.device) for i in places]
+            fresh = torch.stack(rows).to(norms.dtype)
             total = fresh.sum(1, keepdim=True)
             usable = keep[members].unsqueeze(1) & total.isfinite() & (total > 0)
             norms.copy_(torch.where(usable, _DECAY * norms + (1.0 - _DECAY) * (fresh / total), norms))
@@ -104,13 +105,12 @@ class ColumnRows:
         live = [i for i, grad in enumerate(grads) if grad is not None]
         found: dict[str, list[Tensor | None]] = {kind: [None] * len(grads) for kind in kinds}
         Q = [grads[i] for i in live]
-        weight = [self.weight[i].to(q.device, q.dtype) for i, q in zip(live, Q, strict=True)]
         for kind in kinds if live else ():
-            if kind == "grad_abs":
-                # Weights are positive, so that the 1-norm is the weighted sum.
-                sums = torch._foreach_norm(torch._foreach_mul(Q, weight), 1)
-            else:
-                sums = squared_norms(torch._foreach_mul(Q, torch._foreach_sqrt(weight)), factor)
+            # Weights are positive, so that the 1-norm is the weighted sum.
+            weight = self.weight if kind == "grad_abs" else self.weight.sqrt()
+            made = {key: weight.to(*key).unbind() for key in dict.fromkeys((q.device, q.dtype) for q in Q)}
+            weighted = torch._foreach_mul(Q, [made[q.device, q.dtype][i] for i, q in zip(live, Q, strict=True)])
+            sums = torch._foreach_norm(weighted, 1) if kind == "grad_abs" else squared_norms(weighted, factor)
             for i, value in zip(live, sums, strict=True):
                 found[kind][i] = value
         return found

@@ -285,6 +285,7 @@ def test_autocast_multiplies_rounded_columns():
 
 @pytest.mark.parametrize("kinds", [("grad_sq", "grad_abs", "act_var"), ("fisher",)])
 def test_compiled_model_gives_the_same_statistics(kinds):
+    torch._dynamo.reset()
     batch, found = data(dtype=torch.float32), []
     for compiled in (False, True):
         m = model(dtype=torch.float32)

@@ -136,16 +136,18 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("probe_kind", ["rademacher", "columns"])
 @pytest.mark.parametrize("statistics", PROBES, ids="+".join)
-def test_a_step_of_the_tracker_takes_the_same_launches_for_any_number_of_layers(launched, statistics):
+def test_a_step_of_the_tracker_takes_the_same_launches_for_any_number_of_layers(launched, statistics, probe_kind):
     found = []
     for layers in (2, 9):
         with META:
             model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(layers)))
         fastlora.inject(model, fastlora.LoraConfig(r=4, target_modules=[str(i) for i in range(layers)]))
-        with fastlora.track(model, statistics=statistics) as tracker:
+        shape = (8, 64) if probe_kind == "columns" else (8, 5, 64)  # as above
+        with fastlora.track(model, statistics=statistics, probe_kind=probe_kind) as tracker:
             for _ in range(2):
-                model(torch.empty(8, 5, 64, device=META)).square().mean().backward()
+                model(torch.empty(shape, device=META)).square().mean().backward()
                 launched.clear()
                 with Counted() as counted:
                     tracker.step()
