@@ -10,6 +10,7 @@ from .tables import cell, table
 
 Results = list[dict[str, Any]]
 # Ways to the whole gradient, whose error is rounding; the naive way is PEFT's with requires_grad on W.
+COLOURS = {"rademacher": "#1f77b4", "columns": "#d62728"}
 WHOLE = {"naive": "ratio_to_peft", "hooks": "ratio_to_fastlora", "exact_step": "ratio_to_fastlora"}
 
 
@@ -137,7 +138,8 @@ def pareto(document: dict[str, Any], path: Path) -> bool:
                     axis.text(middle, height, f"{label}: {error:.0e}", rotation=90, size=7, ha="right", va="top",
                               transform=axis.get_xaxis_transform())  # fmt: skip
                     continue
-                axis.errorbar(middle, 100 * error, xerr=[[middle - low], [high - middle]], fmt="o", color="#1f77b4")
+                axis.errorbar(middle, 100 * error, xerr=[[middle - low], [high - middle]], fmt="o",
+                              color=COLOURS.get(kind, "#555555"), label=kind if label == "k = 1" else None)  # fmt: skip
                 axis.annotate(label, (middle, 100 * error), xytext=(4, 5), textcoords="offset points", size=8)
             axis.set_xscale("symlog", linthresh=2)
             axis.set_ylim(bottom=0)
@@ -145,6 +147,8 @@ def pareto(document: dict[str, Any], path: Path) -> bool:
             axis.set_xlabel("added to the layer's step, %")
             axis.set_title(result["model"], size=9)
         figure.axes[0].set_ylabel("error of the average, %")
+        if figure.axes[0].get_legend_handles_labels()[0]:
+            figure.axes[0].legend(fontsize=8, loc="lower right")
         cpu = document["environment"]["cpu"]
         figure.suptitle(f"||G_W||²: cost against error (tensors of {errors['model']}); {cpu}, one thread", size=9)
 

@@ -79,12 +79,20 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--model", metavar="MODULE:NAME", help="a model, or a function that makes one: can it be adapted?"
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from . import doctor
 
-    found = doctor.report()
+    try:
+        model = None if arguments.model is None else doctor.found_model(arguments.model)
+    except ValueError as error:
+        sys.stderr.write(f"fastlora: {error}\n")
+        return UNUSABLE
+    found = doctor.report(model)
     text = json.dumps(found, indent=2) if arguments.json else "\n".join(doctor.lines(found))
     sys.stdout.write(text + "\n")
     return OK if found["passed"] else CLAIM_FAILED
@@ -141,7 +149,7 @@ def _run_demo(settings, out: Path) -> int:
 # A further sub-command is one entry here.
 COMMANDS: dict[str, Command] = {
     "bench": Command("measure this machine with the benchmarks of a checkout", _bench_arguments, _bench),
-    "doctor": Command("versions, devices, and a self-test of every backend", _doctor_arguments, _doctor),
+    "doctor": Command("versions, devices, and a self-test of every operator and backend", _doctor_arguments, _doctor),
     "inspect": Command("ranks and rank map of an adapter's files", _inspect_arguments, _inspect),
     "demo": Command("adapt a small vision transformer to new digits in five ways and report", _demo_arguments, _demo),
 }
@@ -153,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastlora", description="Fused LoRA with statistics of the frozen weights.")
     parser.add_argument("--version", action="version", version=f"fastlora {__version__}")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: everything)")
+    parser.suggest_on_error = True  # from Python 3.14
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.help, description=command.help))

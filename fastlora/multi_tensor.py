@@ -40,7 +40,10 @@ def squared_norms(tensors: Sequence[Tensor], factor: float = 1.0) -> Sequence[Te
         return []
     if unsupported_reason("squared_norms", tensors, (*_FACTORS, torch.float64)) is None:
         return (torch.ops.fastlora.squared_norms(tensors) * factor).unbind()
-    return [norm.double().square() * factor for norm in torch._foreach_norm(tensors, 2)]
+    norms = torch._foreach_norm(tensors, 2)
+    if len({norm.device for norm in norms}) == 1:
+        return (torch.stack(list(norms)).double().square() * factor).unbind()
+    return [norm.double().square() * factor for norm in norms]
 
 
 def copy_overlap_(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:

@@ -23,23 +23,23 @@ LAYERS = (
     ("reference",),
     ("native", "native_shapes", "plain", "_layout", "engines", "grouped"),
     ("verbs", "triton_backend", "multi_tensor"),
-    ("backends", "segments"),
+    ("backends", "segments", "signs"),
     ("_operator",),
     ("_ops",),
     ("_grouped_ops",),
-    ("frozen_op",),
+    ("frozen_op", "column_probes", "column_rows", "kept_rows"),
     ("functional", "routing", "probes"),
-    ("factors", "config", "committing", "parallel"),
+    ("factors", "config", "committing", "parallel", "progress"),
     ("nn",),
     (
         "covariance",
+        "exact_values",
         "reduction",
         "tracking_checks",
         "tracking_state",
         "regulariser",
         "restoring",
         "update_variance",
-        "progress",
     ),
     ("targets", "learning_checks"),
     ("roles", "blocks", "parameter_roles", "presets"),
@@ -48,11 +48,11 @@ LAYERS = (
     ("peft_names", "peft_attention", "peft_files", "peft_io", "peft_load"),
     ("handover", "migration"),
     ("integrations",),
-    ("demo", "report", "cli", "bench", "doctor", "inspecting", "__main__"),
+    ("demo", "report", "cli", "bench", "doctor", "self_test", "inspecting", "__main__"),
 )
 # fmt: on
 # Functions of tensors and dicts: anybody may import them, and they import nothing above themselves.
-PURE = ("scores", "score_table", "allocation", "penalty", "temperature", "schedule", "diagnostics")
+PURE = ("scores", "score_table", "allocation", "penalty", "temperature", "schedule", "diagnostics", "choices")
 ANYWHERE = ("testing",)
 ROOT = "__init__"  # the public names, above everything
 
