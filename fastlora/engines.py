@@ -98,10 +98,10 @@ class MatmulEngines:
             y = F.linear(x, W, bias)
         else:
             y = _pointwise(x.reshape(rows, W.shape[1]), W if name == ONEDNN else self._pack("forward", W, rows), bias)
-        if x.dim() == 2 and not y._is_view():
-            return y
+            if x.dim() != 2:
+                y = y.view(*x.shape[:-1], W.shape[0])
         # Autograd lets nobody change a view that an operator made, as an in-place ReLU behind the layer would.
-        return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], W.shape[0]))
+        return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
 
     def _backward(self, name: str, dy: Tensor, W: Tensor, rows: int, into: Tensor | None) -> Tensor:
         if name == LINEAR:

@@ -52,10 +52,18 @@ def lora_linear(
     backend that cannot run.
     """
     check_input(x, W[0])
+    scale = [float(s) for s in scale]
+    return checked_linear(x, W, bias, A, B, scale, float(p), Z, V, P, sign, backend, engine)
+
+
+def checked_linear(
+    x, W, bias, A, B, scale, p, Z=(), V=(), P=None, sign=None, backend="auto", engine="auto"
+) -> list[Tensor]:
+    """``lora_linear`` of an input that was checked; scales and p are floats."""
     seed = None
     if p > 0.0:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
-    out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, P, sign, seed, [float(s) for s in scale], float(p), backend, engine)
+    out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
     return out[: len(W)]
 
 
