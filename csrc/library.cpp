@@ -44,6 +44,7 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
       "penalty_grad_(Tensor(a!)[] dA, Tensor(b!)[] dB, Tensor[] A, Tensor[] B, float[] scales, Tensor weights, "
       "float lmbda) -> ()");
   m.def("squared_norms(Tensor[] tensors) -> Tensor");
+  m.def("output_variances(Tensor[] moments, int[] runs, int[] sizes) -> Tensor");
   m.def("resize_ranks_(Tensor(a!)[] to, Tensor[] source) -> ()");
   m.def("cpu_isa() -> str");
 }

@@ -241,24 +241,6 @@ def group_operands(
     return {"Z": Z, "V": V, "P": P, "sign": sign}
 
 
-def activation_variances(
-    sums: Sequence[Tensor | None], sizes: Sequence[Sequence[int]], device: torch.device
-) -> list[Tensor | None]:
-    """``Σ_o E y_o² - (E y_o)²`` over each run of columns of every layer, in a fixed number of launches.
-
-    ``sums``: [Σ y; Σ y²] of a layer with the count in the last column, or None; ``sizes``: its runs of columns.
-    """
-    live = [(given.to(device), list(runs)) for given, runs in zip(sums, sizes, strict=True) if given is not None]
-    if not live:
-        return [None] * sum(map(len, sizes))
-    flat = torch.cat([given[:, :-1] for given, _ in live], dim=1)
-    mean, square = flat / torch.cat([given[0, -1:].expand(sum(runs)) for given, runs in live])
-    # Nothing is negative here, so that the 1-norm is the sum.
-    parts = (square - mean.square()).clamp_(min=0).split([size for _, runs in live for size in runs])
-    found = iter(torch._foreach_norm(parts, 1))
-    return [None if given is None else next(found) for given, runs in zip(sums, sizes, strict=True) for _ in runs]
-
-
 def as_one_batch(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
     """Every row of every call: their sum is one gradient."""
     x = torch.cat([c.x.reshape(-1, c.x.shape[-1]) for c in taken])

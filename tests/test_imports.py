@@ -32,6 +32,7 @@ LAYERS = (
     ("factors", "config", "committing", "parallel"),
     ("nn",),
     (
+        "averages",
         "covariance",
         "reduction",
         "tracking_checks",
