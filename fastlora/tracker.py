@@ -320,7 +320,8 @@ class Tracker:
         if kind not in self.kinds:
             hint = "; it needs estimator='exact'" if kind == "grad_abs" and self.estimator == "probe" else ""
             raise ValueError(f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint}")
-        missing = [key for key, count in zip(self.keys, self._averages.counts[kind].tolist(), strict=True) if count == 0]
+        counts = self._averages.counts[kind].tolist()
+        missing = [key for key, count in zip(self.keys, counts, strict=True) if count == 0]
         if missing:
             shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
             raise RuntimeError(f"no {kind} yet for {shown}: run backward and tracker.step()")
