@@ -21,6 +21,11 @@ _without_graph = torch._C._AutoDispatchBelowAutograd
 _untracked = torch._C._AutoDispatchBelowADInplaceOrView
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on where a tensor is; torch knows none for tensors without storage."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def eager(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing watches the dispatcher, so that a kernel may be called without it.
 
@@ -52,7 +57,7 @@ class Operator(NamedTuple):
     def apply(self, x: Tensor, *arguments) -> list[Tensor]:
         """The operator, without the dispatcher where that has the same effect."""
         W, bias, A, B, Z, V = arguments[:6]
-        if not torch.is_autocast_enabled(x.device.type) and eager((x, *W, *bias, *A, *B, *Z, *V)):
+        if not autocasting(x) and eager((x, *W, *bias, *A, *B, *Z, *V)):
             return _autograd(self, x, *arguments, plain=True)
         return getattr(torch.ops.fastlora, self.name)(x, *arguments)
 

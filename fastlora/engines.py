@@ -21,6 +21,7 @@ NONE = "none"  # somebody else multiplies: forward and backward are zero
 LINEAR, ONEDNN, PACKED = "linear", "onednn", "onednn_packed"
 NAMES = (LINEAR, ONEDNN, PACKED)
 CHOICES = (AUTO, UNPACKED, *NAMES)
+_OVERRIDE = "FASTLORA_CPU_ENGINE"  # names one of NAMES for every product whose layer names none
 
 # Another engine replaces F.linear, whose bits are the base model's, only if it saves at least this share of its time.
 # At 0.05 of the best of five runs, noise chose engines that were 3 to 8 % slower over a whole step; at 0.15 a packed
@@ -113,13 +114,13 @@ class MatmulEngines:
 
     def _known(self, direction: str, rows: int, W: Tensor, engine: str) -> str | None:
         """What was chosen before, without the checks of a first choice: on a small layer they cost 2 % of a step."""
-        if "FASTLORA_CPU_ENGINE" in os.environ or W.requires_grad or not W.is_cpu:
+        if _OVERRIDE in os.environ or W.requires_grad or not W.is_cpu:
             return None
         choice = self._choices.get(self._key(direction, rows, W, engine))
         return None if choice is None else choice.name
 
     def _choose(self, direction: str, rows: int, W: Tensor, engine: str, run: Callable[[str], Tensor]) -> str:
-        wanted = os.environ.get("FASTLORA_CPU_ENGINE", "") if engine in (AUTO, UNPACKED) else engine
+        wanted = os.environ.get(_OVERRIDE, "") if engine in (AUTO, UNPACKED) else engine
         if W.device.type != "cpu" or rows == 0:
             return LINEAR
         if wanted:
@@ -142,7 +143,8 @@ class MatmulEngines:
     def settled_on_linear(self, rows: int, W: Tensor, engine: str) -> bool:
         """Whether both directions were measured and the library's own linear won: nothing is left to decide."""
         found = [self._choices.get(self._key(d, rows, W, engine)) for d in ("forward", "backward")]
-        return all(choice is not None and choice.name == LINEAR for choice in found)
+        won = all([choice is not None and choice.name == LINEAR for choice in found])
+        return won and _OVERRIDE not in os.environ
 
     def _pack(self, direction: str, W: Tensor, rows: int) -> Tensor:
         """The packed copy of a weight for one direction, made anew whenever the weight has changed."""

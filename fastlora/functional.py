@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._grouped_ops import LORA_GROUPED
+from ._operator import autocasting
 from ._ops import LORA_LINEAR
 from .grouped import column_starts
 from .reference import projections_of
@@ -116,5 +117,5 @@ def check_input(x: Tensor, W: Tensor) -> None:
         raise ValueError(f"x: expected last dimension {W.shape[1]} (in_features), got shape {tuple(x.shape)}")
     if x.device != W.device:
         raise ValueError(f"x: is on {x.device}, the weight on {W.device}; move one of them")
-    if x.dtype != W.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != W.dtype and not autocasting(x):
         raise ValueError(f"x: has dtype {x.dtype}, the weight {W.dtype}; cast one of them or use torch.autocast")
