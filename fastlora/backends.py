@@ -193,6 +193,7 @@ def _native_kernels() -> SimpleNamespace | None:
         wgrad=ops.wgrad,
         outer=ops.outer,
         dropout=ops.dropout,
+        dropout_rows=ops.dropout_rows,
         gradstat=native.gradstat,
     )
 

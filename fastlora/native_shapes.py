@@ -102,6 +102,10 @@ def _dropout(x, seed, projection, p):
     return x.new_empty(x.shape)
 
 
+def _dropout_rows(x, keys, projection, p):
+    return x.new_empty(x.shape)
+
+
 SHAPES = {
     "lora_forward_": _lora_forward,
     "lora_backward_": _lora_backward,
@@ -121,6 +125,7 @@ SHAPES = {
     "output_variances": _output_variances,
     "resize_ranks_": _resize_ranks,
     "dropout": _dropout,
+    "dropout_rows": _dropout_rows,
 }
 
 

@@ -104,8 +104,8 @@ def matmul_backward(dy: Sequence[Tensor | None], W: Sequence[Tensor], engine: st
 class Backend:
     """The verbs of one adapted group, composed from skinny kernels around the library's matmul.
 
-    ``kernels`` supplies shrink, expand_, wgrad, outer, dropout and gradstat with the meaning that ``reference`` gives
-    them. A backend with fused kernels overrides the verbs themselves.
+    ``kernels`` supplies shrink, expand_, wgrad, outer, dropout, dropout_rows and gradstat with the meaning that
+    ``reference`` gives them. A backend with fused kernels overrides the verbs themselves.
     """
 
     name: str
