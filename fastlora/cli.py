@@ -149,7 +149,7 @@ def _run_demo(settings, out: Path) -> int:
 # A further sub-command is one entry here.
 COMMANDS: dict[str, Command] = {
     "bench": Command("measure this machine with the benchmarks of a checkout", _bench_arguments, _bench),
-    "doctor": Command("versions, devices, and a self-test of every backend", _doctor_arguments, _doctor),
+    "doctor": Command("versions, devices, and a self-test of every operator and backend", _doctor_arguments, _doctor),
     "inspect": Command("ranks and rank map of an adapter's files", _inspect_arguments, _inspect),
     "demo": Command("adapt a small vision transformer to new digits in five ways and report", _demo_arguments, _demo),
 }

@@ -13,25 +13,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import native
-from .backends import BACKENDS
 from .engines import onednn_reason
-from .functional import lora_linear
 from .injection import refuse_peft
 from .parallel import refuse_parallel
+from .self_test import self_tests
 
 PACKAGES = (
     "fastlora", "torch", "triton", "numpy", "safetensors", "packaging", "transformers", "peft", "timm", "accelerate",
     "lightning", "torchao", "bitsandbytes", "torchvision", "open_clip_torch", "matplotlib", "rich", "tqdm",
 )  # fmt: skip
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_M, _K, _N, _R, _PROBES = 7, 19, (11, 5), (3, 2), 2
 
 
 def report(model: nn.Module | None = None) -> dict[str, Any]:
-    """Versions, devices, compilers, the native library, a self-test of every backend, and clashes; JSON types only.
+    """Versions, devices, compilers, the native library, a self-test of every operator and backend, clashes; JSON types.
 
     ``model``: one that is to be adapted, or does not work as expected; what stands in the way of it is under
     ``"model"``. ``passed``: no backend is wrong, and nothing stands in the model's way.
@@ -85,58 +82,6 @@ def _first_line(program: str) -> str | None:
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     # nvcc's first line is only its name.
     return next((line for line in lines if "release" in line), lines[0]) if lines else path
-
-
-def self_tests() -> Iterator[dict[str, Any]]:
-    """Outputs, gradients and probes of every backend, dtype and kind of device against the float64 formula."""
-    for name, backend in BACKENDS.items():
-        for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
-            for dtype in DTYPES:
-                found = {"backend": name, "device": device, "dtype": str(dtype).removeprefix("torch.")}
-                reason = backend.unsupported_reason(torch.device(device), dtype)
-                if reason is not None:
-                    yield found | {"verdict": "not here", "reason": reason}
-                    continue
-                try:
-                    yield found | _compared(name, torch.device(device), dtype)
-                except Exception as error:  # whatever a broken build raises is what this command is asked about
-                    yield found | {"verdict": "wrong", "reason": f"{type(error).__name__}: {error}"}
-
-
-def _compared(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Largest error against float64 over the largest value, and what the formula itself has in this dtype."""
-    operands = _operands(device, dtype)
-    exact = _run("reference", [t.double() for t in operands])
-    worst, allowed = 0.0, 0.0
-    formula = _run("reference", operands)
-    for mine, plain, true in zip(_run(backend, operands), formula, exact, strict=True):
-        scale = true.abs().max().clamp(min=1e-30)
-        worst = max(worst, float((mine.double() - true).abs().max() / scale))
-        allowed = max(allowed, float((plain.double() - true).abs().max() / scale))
-    # The operands are rounded once; sums of this length may be taken in another order.
-    allowed = 4 * allowed + 2 * torch.finfo(dtype).eps
-    return {"verdict": "right" if worst <= allowed else "wrong", "error": worst, "allowed": allowed}
-
-
-def _operands(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(_M, _K), *((n, _K) for n in _N), *((r, _K) for r in _R), *zip(_N, _R, strict=True)]
-    made = [torch.randn(shape, generator=generator) for shape in (*shapes, *((_M, n) for n in _N))]
-    return [t.to(device, dtype) for t in made]
-
-
-def _run(backend: str, operands: list[Tensor]) -> list[Tensor]:
-    """[y, dx, dA, dB, Q] of a group of two projections."""
-    x, *rest = [t.detach().clone() for t in operands]
-    weights, A, B, dy = rest[:2], rest[2:4], rest[4:6], rest[6:]
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    Z = [torch.zeros(n, _PROBES, dtype=acc, device=x.device, requires_grad=True) for n in _N]
-    P = torch.ones(_PROBES, _K, dtype=acc, device=x.device)
-    P[1, ::2] = -1.0
-    leaves = [t.requires_grad_() for t in (x, *A, *B)]
-    y = lora_linear(x, weights, [None, None], A, B, [0.5, 2.0], Z=Z, P=P, backend=backend)
-    torch.autograd.backward(y, dy)
-    return [*(t.detach() for t in y), *(t.grad for t in (*leaves, *Z))]
 
 
 def clashes() -> Iterator[str]:
@@ -198,6 +143,6 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     for clash in found["model"]:
         yield f"clash: {clash}"
     for test in found["self_tests"]:
-        where = f"{test['backend']} {test['device']} {test['dtype']}"
+        where = f"{test['operator']} by {test['backend']} {test['device']} {test['dtype']}"
         told = f"error {test['error']:.1e}, allowed {test['allowed']:.1e}" if "error" in test else test["reason"]
         yield f"{test['verdict']:8} {where}: {told}"

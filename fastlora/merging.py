@@ -115,14 +115,14 @@ def _quantised_sum(path: str, layer: Linear, adapter: str) -> tuple[torch.Tensor
     if not any(layer.ranks(adapter).values()):
         return layer.weight, 0.0
     delta = layer.delta(adapter)
-    exact = dequantised(layer).add_(delta)
+    exact = dequantised(layer) + delta
     if not exact.isfinite().all():
         return None, math.nan
     try:
         weight = requantised(layer, exact)
     except ValueError as error:
         raise ValueError(f"model: {path!r}: {error}") from error
-    moved = dequantised(layer, weight).sub_(exact)
+    moved = dequantised(layer, weight) - exact
     if not moved.isfinite().all():
         return None, math.nan
     return weight, float(moved.norm() / delta.norm().clamp(min=torch.finfo(torch.float32).tiny))

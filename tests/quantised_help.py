@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from helpers import config, randomise
@@ -42,7 +40,7 @@ def intx(model):
 def int4(model):
     """torchao's layout for CPUs, which its Int4WeightOnlyConfig does not know of."""
     torchao = pytest.importorskip("torchao.quantization")
-    layout = importlib.import_module("torchao.prototype.quantization.int4")
+    layout = pytest.importorskip("torchao.prototype.quantization.int4")
     torchao.quantize_(model, layout.PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False))
     return model
 

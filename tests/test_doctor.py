@@ -10,19 +10,22 @@ import torch
 from helpers import config, randomise
 
 import fastlora
-from fastlora import doctor
+from fastlora import doctor, native, self_test
 from fastlora.backends import BACKENDS
 from fastlora.cli import main
+from fastlora.self_test import OPERATORS
 
 
 def test_every_backend_is_tested_or_says_why_not(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     tests = found["self_tests"]
-    assert {test["backend"] for test in tests} == set(BACKENDS)
+    assert {(test["operator"], test["backend"]) for test in tests} == {(o, b) for o in OPERATORS for b in BACKENDS}
     assert all(test["verdict"] == "right" or test["reason"] for test in tests)
-    right = {(test["backend"], test["dtype"]) for test in tests if test["verdict"] == "right"}
-    assert {("reference", "float32"), ("python", "bfloat16")} <= right
+    right = {(test["operator"], test["backend"], test["dtype"]) for test in tests if test["verdict"] == "right"}
+    for operator in OPERATORS:
+        assert (operator, "reference", "float32") in right
+        assert operator == "penalty" or (operator, "python", "bfloat16") in right
     assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert found["native"]["available"] == (found["native"]["reason"] is None)
 
@@ -41,8 +44,31 @@ def test_a_backend_that_is_wrong_is_found(broken, monkeypatch, capsys):
     monkeypatch.setattr(type(BACKENDS["python"]), "shrink", shrink)
     assert main(["doctor"]) == 1
     wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrong")]
-    assert wrong and all("python cpu" in line for line in wrong)
+    assert {line.split()[1] for line in wrong} == {"lora_linear"}  # several adapters have kernels of their own
+    assert all("by python cpu" in line for line in wrong)
     assert broken == "numbers" or "no such kernel" in wrong[0]
+
+
+def test_an_operator_that_is_wrong_is_found(monkeypatch):
+    kind = type(BACKENDS["python"])
+    for operator, owner, name, own in (
+        ("lora_grouped", kind, "grouped_forward", True),
+        ("gradstat", kind, "gradstat", True),
+        ("penalty", self_test.multi_tensor, "penalty", False),
+    ):
+        if operator == "penalty" and not native.available():
+            continue  # this operator is the native library's
+        plain = getattr(owner, name)
+
+        def wrong(*args, plain=plain, own=own, **kwargs):
+            if own and args[0].name == "python":
+                raise RuntimeError("no such kernel")
+            return plain(*args, **kwargs) if own else 1.5 * plain(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, wrong)
+            found = {test["operator"] for test in self_test.self_tests() if test["verdict"] == "wrong"}
+        assert found == {operator}
 
 
 def test_overrides_are_named(monkeypatch):

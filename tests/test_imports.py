@@ -48,7 +48,7 @@ LAYERS = (
     ("peft_names", "peft_attention", "peft_files", "peft_io", "peft_load"),
     ("handover", "migration"),
     ("integrations",),
-    ("demo", "report", "cli", "bench", "doctor", "inspecting", "__main__"),
+    ("demo", "report", "cli", "bench", "doctor", "self_test", "inspecting", "__main__"),
 )
 # fmt: on
 # Functions of tensors and dicts: anybody may import them, and they import nothing above themselves.

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from helpers import config, randomise
-from quantised_help import EVERY, QUANTISED, K, N, adapted, by_torchao, inputs, make, plain
+from quantised_help import EVERY, QUANTISED, K, N, adapted, by_bitsandbytes, by_torchao, inputs, make, plain
 
 import fastlora
 from fastlora.nn import requantising
@@ -119,6 +119,34 @@ def test_int8_of_activations_and_of_whole_tensors_keeps_its_settings():
         after = model[0].weight
         assert after is not before and after.block_size == before.block_size
         assert after.act_quant_kwargs == before.act_quant_kwargs and after.scale.shape == before.scale.shape
+
+
+@pytest.mark.parametrize(
+    "kind, fields",
+    [
+        ("Linear8bitLt", dict(has_fp16_weights=True)),  # quantised anew at every forward
+        ("Linear8bitLt", dict(has_fp16_weights=False, threshold=6.0)),
+        ("Linear4bit", dict(quant_type="nf4", compute_dtype=torch.float32, compress_statistics=True)),
+        ("Linear4bit", dict(quant_type="fp4", compute_dtype=torch.float32, quant_storage=torch.float32)),
+    ],
+)
+def test_other_settings_of_bitsandbytes(kind, fields):
+    """Also after an evaluation, for which a CPU packs 4-bit weights."""
+    layer = by_bitsandbytes(plain(), kind, **fields)[0]
+    model, x = torch.nn.Sequential(layer), inputs(4, K)
+    randomise(fastlora.inject(model, config(target_modules=["0"], r=4)))
+    exact = requantising.dequantised(layer) + layer.delta()
+    with torch.no_grad():
+        model.eval()(x)
+        before, stored = model(x), layer.weight.data.clone()
+        fastlora.merge(model, requantise=True)
+        # Half of the widest step, 1/3 of the largest value in fp4 and 1/127 in int8, and the rounding of what it is
+        # made from: 4-bit scales of 8 bits, fp16 before int8.
+        half = 1 / 6 + 2**-9 if kind == "Linear4bit" else 1 / 254 + 2**-11
+        assert (requantising.dequantised(layer) - exact).abs().max() <= half * exact.abs().max()
+        torch.testing.assert_close(model(x), x @ requantising.dequantised(layer).t() + layer.bias, rtol=0.05, atol=0.05)
+        fastlora.unmerge(model)
+        assert torch.equal(model(x), before) and torch.equal(layer.weight.data, stored)
 
 
 class TestErrorsChangeNothing:

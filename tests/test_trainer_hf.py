@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import shutil
 import sys
 
@@ -216,9 +217,9 @@ def test_a_batch_that_does_not_fit_is_tried_again_smaller(tmp_path):
             raise RuntimeError("CUDA out of memory.")
 
     model.register_forward_pre_hook(full, with_kwargs=True)
-    t = trainer(model, tmp_path, callback, batch=8, auto_find_batch_size=True, max_steps=3)
+    t = trainer(model, tmp_path, callback, batch=5, auto_find_batch_size=True, max_steps=3)
     t.train()
-    assert seen[0] == 8 and max(seen[-3:]) <= 4
+    assert seen[0] == 5 and max(seen[-3:]) <= 4
     assert callback.tracker.steps == t.state.global_step == 3
     assert not any(layer.probes for layer in fastlora.nn.linear.adapted_layers(model).values())
 
@@ -265,11 +266,11 @@ def test_compiled_by_the_trainer(tmp_path):
     for compiled in (False, True):
         callback = FastLoraCallback(track={"every": 1})
         extra = dict(torch_compile=True, torch_compile_backend="eager") if compiled else {}
-        t = trainer(bert(dropout=0.0), tmp_path / str(compiled), callback, max_steps=3, **extra)
+        t = trainer(bert(dropout=0.0), tmp_path / str(compiled), callback, max_steps=2, save_steps=2, **extra)
         t.train()
         found.append((losses(t), callback.tracker.scores()))
         assert (
-            load_file(tmp_path / str(compiled) / "checkpoint-3" / "model.safetensors").keys() == trained(t.model).keys()
+            load_file(tmp_path / str(compiled) / "checkpoint-2" / "model.safetensors").keys() == trained(t.model).keys()
         )
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
     for key, value in found[0][1].items():
@@ -325,6 +326,25 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"fastlora_training.pt: torn, or not a checkpoint"):
             trainer(bert(), tmp_path, FastLoraCallback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
+    def test_a_full_disk(self, run, tmp_path, monkeypatch):
+        """Training stops with the system's words; what was half written is not resumed from, what was whole is."""
+        shutil.copytree(run / "checkpoint-3", tmp_path / "checkpoint-3")
+
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+
+        model, callback = bert(), FastLoraCallback()
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
+            model.register_forward_pre_hook(lambda *_: patch.setattr(os, "fsync", full))
+            t = trainer(model, tmp_path, callback)
+            t.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        callback.close()
+        assert not (tmp_path / "checkpoint-6" / STATE).exists()
+        with pytest.raises(ValueError, match=rf"no {STATE} with step 6"):
+            trainer(bert(), tmp_path, FastLoraCallback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+        trainer(bert(), tmp_path, FastLoraCallback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert (tmp_path / "checkpoint-6" / STATE).exists()
+
     def test_a_folder_that_cannot_be_known(self, run, tmp_path):
         with pytest.raises(ValueError, match=r"no fastlora_training.pt with step 3 .*resume_from"):
             self.resume(bert(), run, FastLoraCallback(), tmp_path, "elsewhere")
@@ -351,7 +371,7 @@ class TestRefusals:
             (dict(penalty="1"), "penalty: expected a number"),
             (dict(penalty=1.0, track=False), "penalty: is weighed by statistics"),
             (dict(freeze=-1), "freeze: expected a number of optimiser steps"),
-            (dict(checkpoints="none"), "checkpoints: expected 'adapters' or 'full'"),
+            (dict(checkpoints="none"), "checkpoints: expected one of"),
         ],
     )
     def test_options(self, options, said):

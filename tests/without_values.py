@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 
 import torch
+import torch._dynamo  # keeps torch's functions as they are when it is imported: before they are replaced
 from torch.utils._pytree import tree_leaves
 
 from fastlora import _operator, backends, triton_backend
