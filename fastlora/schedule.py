@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from . import choices
+
+
+def set_learning(parameters: Iterable[torch.Tensor], learns: bool) -> None:
+    """``requires_grad_`` that compiled models notice.
+
+    torch 2.11 goes on with code that was compiled for what had gradients before (pytorch issue 139476): parameters that
+    are let go would get none. There everything that was compiled is dropped; 2.13 compiles again by itself.
+    """
+    changed = [p for p in parameters if p.requires_grad is not learns]
+    for parameter in changed:
+        parameter.requires_grad_(learns)
+    if changed and torch.__version__ < (2, 13) and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 class _Factor:
@@ -87,9 +102,9 @@ class Cosine(LambdaLR):
             until = self.freeze.get(group.get("name"))
             if until is None:
                 continue
-            for parameter in group["params"]:
-                parameter.requires_grad_(self.last_epoch >= until)
-                if self.last_epoch < until:
+            set_learning(group["params"], self.last_epoch >= until)
+            if self.last_epoch < until:
+                for parameter in group["params"]:
                     # A gradient that is left over would still be stepped.
                     parameter.grad = None
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..choices import suggestion, unknown
 from ..nn.linear import adapted_layers
+from ..schedule import set_learning
 from ..tracker import Tracker, track
 from .checkpoints import TrainingState
 
@@ -78,8 +79,7 @@ class Session:
 
     def hold(self, step: int) -> None:
         """Before the forward of optimiser step ``step`` (from 0): adapters stand still in the first ``freeze``."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(step >= self.freeze)
+        set_learning(self._frozen, step >= self.freeze)
         if step >= self.freeze:
             self._frozen = []
 
@@ -101,8 +101,7 @@ class Session:
 
     def close(self) -> None:
         """Stop tracking and let go of frozen adapters; the tracker's scores stay readable."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        set_learning(self._frozen, True)
         self._frozen = []
         if self.tracker is not None:
             self.tracker.close()
