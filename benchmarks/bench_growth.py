@@ -1,9 +1,14 @@
-"""Time and memory over rows, width, rank, adapters and layers, with the fitted powers."""
+"""Time and memory over rows, width, rank, adapters and layers, with the fitted powers.
+
+``python -m benchmarks.bench_growth AXIS SIZES`` prints the peaks of resident memory, in a process without other memory.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from . import memory
 from .interleave import Interleaved, spread
 from .many import Mixed, draw_factors
 from .peers import Variant, ours
@@ -67,10 +73,26 @@ def kept_bytes(call: Callable[[], None], parameters: list[Tensor]) -> int:
     return sum(kept.values())
 
 
-def _one(variant: Any) -> int:
-    if isinstance(variant, _Stack):
-        return sum(_one(layer) for layer in variant.layers)
-    return kept_bytes(variant.call, list(variant.model.parameters()))
+def _parts(variant: Any) -> list[Any]:
+    return variant.layers if isinstance(variant, _Stack) else [variant]
+
+
+def _kept(variant: Any) -> int:
+    return sum(kept_bytes(part.call, list(part.model.parameters())) for part in _parts(variant))
+
+
+def peaks(axis: str, sizes: list[int]) -> list[int]:
+    """Bytes that one forward and backward adds at most, gradients included, parameters and x not."""
+    torch.set_num_threads(1)
+    found = []
+    for n in sizes:
+        variant = AXES[axis].build(n)
+        for _ in range(WARMUP):
+            variant.call()
+        for part in _parts(variant):
+            memory.rest(part)
+        found.append(memory.resident_peak(variant.call))
+    return found
 
 
 def _adapters(count: int) -> Mixed:
@@ -116,12 +138,23 @@ def test_growth(axis, benchmark, record, request):
     turns = Interleaved(built, str(sizes[-1]), 1)
     rounds = request.config.getoption("--fastlora-rounds") or ROUNDS
     benchmark.pedantic(turns.run, setup=turns.before, teardown=turns.after, rounds=rounds, warmup_rounds=WARMUP)
-    kept = [_one(variant) for variant in built]
+    kept = [_kept(variant) for variant in built]
     assert kept == sorted(kept)
+    # Blocks of a page or more go back to the system when they are freed, so that resident memory is what is in use.
+    supported = memory.supported() is None
+    peak = memory.in_child("benchmarks.bench_growth", axis, *map(str, sizes), large=4096) if supported else []
+    assert all(top > 0 for top in peak)
     if benchmark.disabled:
         return
     times = [[t for i, t in turns.times[str(n)].items() if i >= WARMUP] for n in sizes]
     ms = [spread([1e3 * t for t in each]) for each in times]
     record({"kind": "growth", "axis": axis, "case": given.case, "sizes": list(sizes), "ms": ms, "bytes": kept,
-            "time": fit(sizes, [m["median"] for m in ms]), "kept": fit(sizes, kept),
-            "expected": given.expected})  # fmt: skip
+            "peaks": peak, "time": fit(sizes, [m["median"] for m in ms]), "kept": fit(sizes, kept),
+            "peak": fit(sizes, peak) if peak else None, "expected": given.expected})  # fmt: skip
+
+
+if __name__ == "__main__":
+    from fastlora import testing
+
+    testing.enable_torchvision()
+    sys.stdout.write(json.dumps(peaks(sys.argv[1], [int(n) for n in sys.argv[2:]])) + "\n")

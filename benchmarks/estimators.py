@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora import Scores
+from fastlora import Scores, reference
 
 from .interleave import quantile
 from .recorded import Recorded
@@ -18,24 +18,31 @@ DRAWS = 192  # independent P for each recorded call
 
 
 class Kind(NamedTuple):
-    """``draw(count, x, k, generator)``: probe rows [count, k, K] and what ``||dy^T x P^T||^2`` is divided by."""
+    """``draw(count, call, k, generator)``: probe rows [count, k, K] and what ``||dy^T x P^T||^2`` is divided by."""
 
     label: str
-    draw: Callable[[int, Tensor, int, torch.Generator], tuple[Tensor, float]]
+    draw: Callable[[int, Recorded, int, torch.Generator], tuple[Tensor, float]]
 
 
-def _rademacher(count: int, x: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, float]:
-    signs = torch.randint(2, (count, k, x.shape[1]), generator=generator, dtype=torch.float64)
+def _rademacher(count: int, call: Recorded, k: int, generator: torch.Generator) -> tuple[Tensor, float]:
+    signs = torch.randint(2, (count, k, call.x.shape[1]), generator=generator, dtype=torch.float64)
     return 2 * signs - 1, float(k)
 
 
+def _columns(count: int, call: Recorded, k: int, generator: torch.Generator) -> tuple[Tensor, float]:
+    p = reference.column_shares(call.norms.unsqueeze(0), True, False)[0]
+    index = torch.multinomial(p, count * k, replacement=True, generator=generator)
+    one_hot = torch.nn.functional.one_hot(index, len(p)) / (k * p).sqrt()
+    return one_hot.view(count, k, len(p)), 1.0
+
+
 # A further kind of probe is one entry here and one in ``bench_statistics.TRACKED_BY``, which times it.
-KINDS: dict[str, Kind] = {"rademacher": Kind("±1 rows", _rademacher)}
+KINDS: dict[str, Kind] = {"rademacher": Kind("±1 rows", _rademacher), "columns": Kind("columns of x", _columns)}
 
 
 def estimates(gradient: Tensor, call: Recorded, kind: str, k: int, seed: int) -> Tensor:
     """``DRAWS`` independent estimates over the truth, float64."""
-    P, divisor = KINDS[kind].draw(DRAWS, call.x, k, torch.Generator().manual_seed(seed))
+    P, divisor = KINDS[kind].draw(DRAWS, call, k, torch.Generator().manual_seed(seed))
     Q = torch.einsum("nk,djk->dnj", gradient, P)
     return Q.square().sum(dim=(1, 2)) / divisor / gradient.square().sum()
 

@@ -1,4 +1,4 @@
-"""Peak memory of one step of one variant, for a process of its own: ``python -m benchmarks.memory VARIANT``."""
+"""Peak memory of one step, for a process of its own: ``python -m benchmarks.memory VARIANT``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,13 +51,21 @@ def _step(variant: Variant) -> None:
         variant.tracker.step()
 
 
-def _rest(variant: Variant) -> None:
+def rest(variant: Any) -> None:
     """Back to what lies between steps: parameters and input, no gradients."""
     for tensor in (variant.x, *variant.model.parameters()):
         tensor.grad = None
     variant.forget()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_peak(call: Callable[[], None]) -> int:
+    """Bytes of resident memory that a call adds at most, scratch of native code included."""
+    _CLEAR.write_text("5")
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
 
 
 def peak(name: str) -> dict[str, int]:
@@ -67,22 +76,24 @@ def peak(name: str) -> dict[str, int]:
     saved = variant.saved_bytes()
     for _ in range(2):
         _step(variant)
-    _rest(variant)
-    _CLEAR.write_text("5")
-    before = _status("VmRSS")
-    _step(variant)
-    return {"peak": _status("VmHWM") - before, "saved": saved}
+    rest(variant)
+    return {"peak": resident_peak(lambda: _step(variant)), "saved": saved}
 
 
 def measured(name: str) -> dict[str, int]:
-    """``peak`` in a fresh process, whose allocator gives large blocks back at once."""
+    """``peak`` in a fresh process."""
+    return in_child("benchmarks.memory", name)
+
+
+def in_child(module: str, *arguments: str, large: int = 2**20) -> Any:
+    """What a module prints as JSON, run in a process whose allocator gives blocks of ``large`` bytes back at once."""
     root = Path(__file__).parent.parent
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.memory", name]
+    environment = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(large), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"benchmarks.memory {name}: {done.stderr}")
+        raise RuntimeError(f"{module} {' '.join(arguments)}: {done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -130,6 +130,16 @@ class Variant:
 
 
 @dataclass
+class Looking(Variant):
+    """Probes by columns whose every step looks at the columns' norms, as one in eight does."""
+
+    def forget(self) -> None:
+        super().forget()
+        for layer in self.tracker.layers.values():
+            layer.probes["default"].looking = True
+
+
+@dataclass
 class NaiveStatistics(Variant):
     """Squared gradients as one gets them otherwise: frozen weights ask for theirs, [N, K] each."""
 
@@ -311,19 +321,27 @@ def ours(
     backend: str = "auto",
     estimator: str = "probe",
     probes: int | str = "auto",
+    probe_kind: str = "rademacher",
 ) -> Variant:
     """What ``fastlora.inject`` makes of the model, with a tracker at its defaults where statistics are asked for."""
     model, rank = Model(problem), problem.shape.rank
     config = fastlora.LoraConfig(r=rank, lora_alpha=problem.scale * rank, target_modules="qkv", backend=backend)
     fastlora.inject(model, config)
     pairs = [(a, b) for n in model.attn.names for a, b, _ in getattr(model.attn, n).pairs()]
-    projections = _fill(problem, pairs, problem.scale)
+    projections, tracker = _fill(problem, pairs, problem.scale), None
     # A first step: the check for adapters that never learn watches until a forward finds gradients or changed weights,
     # which a round, clearing gradients and moving no weight, would never show it.
     torch.autograd.backward(model(problem.x), problem.split(problem.dy, dim=2))
     model(problem.x)
-    tracker = fastlora.track(model, estimator, probes, statistics=statistics, every=1) if statistics else None
+    if statistics:
+        tracker = fastlora.track(model, estimator, probes, statistics=statistics, every=1, probe_kind=probe_kind)
     return Variant(name, model, problem, projections, tracker)
+
+
+def looking(problem: Problem) -> Looking:
+    """``columns`` with k = 8, at its most expensive."""
+    built = ours(problem, "columns_8_look", ("grad_sq",), probes=8, probe_kind="columns")
+    return Looking(built.name, built.model, problem, built.projections, built.tracker)
 
 
 def hooks(problem: Problem) -> HookStatistics:

@@ -11,20 +11,26 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.column_rows import ColumnRows, looks
+from fastlora.reference import column_norms
 
 from .experiment import data as sst2
 
 RANK, BATCH, MAX_TOKENS = 8, 32, 48
-STEPS = (0, 8, 24)  # optimiser steps at which tensors are kept: at B = 0, early, later
+STEPS = (1, 9, 25)  # optimiser steps at which tensors are kept: after the first, early, later
 
 
 class Recorded(NamedTuple):
-    """One call of one layer: rows of x [M, K] and dy [M, N], padding included."""
+    """One call of one layer: rows of x [M, K] and dy [M, N], padding included; its columns' norms in the steps before.
+
+    norms [K] are what ``column_rows`` averages: a tracker's at that step.
+    """
 
     layer: str
     step: int
     x: Tensor
     dy: Tensor
+    norms: Tensor
 
 
 def made_up(count: int, seed: int = 0) -> sst2.Sentences:
@@ -54,18 +60,28 @@ def _batches(tokenizer: Any, given: sst2.Sentences) -> Iterator[dict[str, Tensor
 
 
 class _Recorder:
-    """Forward hooks that keep what passes while ``step`` is one of those wanted."""
+    """Forward hooks that keep what passes while ``step`` is one of those wanted, and norms of columns before."""
 
     def __init__(self, model: nn.Module):
-        self.step, self.kept, self.found = -1, {}, []
-        for path, layer in fastlora.nn.linear.adapted_layers(model).items():
+        self.step, self.found = -1, []
+        layers = fastlora.nn.linear.adapted_layers(model)
+        self.rows = {
+            path: ColumnRows([m.in_features], 1, 0, m.weight.device, ("grad_sq",)) for path, m in layers.items()
+        }
+        for path, layer in layers.items():
             layer.register_forward_hook(lambda module, args, y, path=path: self._seen(path, args[0], y))
 
     def _seen(self, path: str, x: Tensor, y: Tensor) -> None:
-        if self.step not in STEPS or not y.requires_grad:
-            return
-        step, rows = self.step, x.detach().flatten(0, -2).clone()
-        y.register_hook(lambda dy: self.found.append(Recorded(path, step, rows, dy.flatten(0, -2).clone())) and None)
+        if y.requires_grad and (self.step in STEPS or looks(self.step)):
+            step, rows = self.step, x.detach().flatten(0, -2).clone()
+            y.register_hook(lambda dy: self._passed(path, step, rows, dy.flatten(0, -2).clone()))
+
+    def _passed(self, path: str, step: int, x: Tensor, dy: Tensor) -> None:
+        own = self.rows[path]
+        if step in STEPS:
+            self.found.append(Recorded(path, step, x, dy, own.norms[0][0].clone()))
+        if looks(step):
+            own.learn([column_norms(x, [dy])[0]], torch.ones(1, dtype=torch.bool))
 
 
 def record(model_path: str, folder: Path | None = None) -> tuple[list[Recorded], str]:

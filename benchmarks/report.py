@@ -201,6 +201,19 @@ def _models(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[s
         yield from table(["variant", "ms", "ratio to PEFT [p10, p90]", "% over fastlora [95 %]"], rows)
 
 
+def _merges(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
+    for result in results:
+        yield "## merge"
+        yield ""
+        weights = f"{result['weights'] / 1e6:.1f} M weights"
+        yield f"W + s B A of {result['matrices']} matrices with {weights}, r = {result['rank']}, looked through for"
+        yield "what is not finite; taking it back is not timed."
+        yield ""
+        rows = [[r["label"], cell(r["ms"], 1), cell(r["ratio_to_fp32"]), str(r["ms"]["rounds"])]
+                for r in result["rows"]]  # fmt: skip
+        yield from table(["variant", "ms [p10, p90]", "ratio to fp32 [p10, p90]", "rounds"], rows)
+
+
 def _red(results: list[dict[str, Any]]) -> Iterator[str]:
     yield "## The correctness gate is red: no time is given"
     yield ""
@@ -252,7 +265,7 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     if layers:
         yield ""
         yield from _statistics(layers, labels)
-    sections = (("threads", _threads), ("memory", _memory), ("model", _models), ("step", _steps))
+    sections = (("threads", _threads), ("memory", _memory), ("model", _models), ("step", _steps), ("merge", _merges))
     for kind, section in (*sections, *report_adapters.SECTIONS, *report_statistics.SECTIONS):
         found = [result for result in document["results"] if result["kind"] == kind]
         if found:

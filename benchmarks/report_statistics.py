@@ -10,6 +10,7 @@ from .tables import cell, table
 
 Results = list[dict[str, Any]]
 # Ways to the whole gradient, whose error is rounding; the naive way is PEFT's with requires_grad on W.
+COLOURS = {"rademacher": "#1f77b4", "columns": "#d62728"}
 WHOLE = {"naive": "ratio_to_peft", "hooks": "ratio_to_fastlora", "exact_step": "ratio_to_fastlora"}
 
 
@@ -59,21 +60,27 @@ def _errors(results: Results, labels: dict[str, str]) -> Iterator[str]:
         yield from table(header, rows)
 
 
+def _mebibytes(some: list[int] | None) -> str:
+    return f"{some[0] / 2**20:.2f} to {some[-1] / 2**20:.2f}" if some else "-"
+
+
 def _growth(results: Results, labels: dict[str, str]) -> Iterator[str]:
     yield "## Growth"
     yield ""
-    yield "Time of forward and backward (median of rounds), and bytes that autograd keeps, as c·n^p: p by least squares"
-    yield "on logarithms [95 % interval, from the residuals]. Expected: what the operations alone say at these sizes."
+    yield "Time of forward and backward (median of rounds), bytes that autograd keeps, and the peak of resident memory"
+    yield "over parameters and x, as c·n^p: p by least squares on logarithms [95 % interval, from the residuals]."
+    yield "Expected: what the operations alone say at these sizes."
     yield ""
     rows = []
     for result in results:
-        powers = [f"{f['p']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in (result["time"], result["kept"])]
+        fits = result["time"], result["kept"], result.get("peak")
+        powers = [f"{f['p']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" if f else "-" for f in fits]
         span = f"{result['sizes'][0]} to {result['sizes'][-1]}"
         rows.append([result["axis"], span, *powers,
                      result["expected"], f"{result['ms'][0]['median']:.2f} to {result['ms'][-1]['median']:.2f}",
-                     f"{result['bytes'][0] / 2**20:.2f} to {result['bytes'][-1] / 2**20:.2f}"])  # fmt: skip
-    header = ["over", "sizes", "time: p", "kept: p", "expected of time", "ms", "MiB kept"]
-    yield from table(header, rows, (0, 1, 4))
+                     _mebibytes(result["bytes"]), _mebibytes(result.get("peaks"))])  # fmt: skip
+    header = ["over", "sizes", "time: p", "kept: p", "peak: p", "expected of time", "ms", "MiB kept", "MiB at the peak"]
+    yield from table(header, rows, (0, 1, 5))
     for result in results:
         yield ""
         yield f"{result['axis']}: {result['case']}. {cell(result['ms'][-1], 2)} ms at the largest."
@@ -131,7 +138,8 @@ def pareto(document: dict[str, Any], path: Path) -> bool:
                     axis.text(middle, height, f"{label}: {error:.0e}", rotation=90, size=7, ha="right", va="top",
                               transform=axis.get_xaxis_transform())  # fmt: skip
                     continue
-                axis.errorbar(middle, 100 * error, xerr=[[middle - low], [high - middle]], fmt="o", color="#1f77b4")
+                axis.errorbar(middle, 100 * error, xerr=[[middle - low], [high - middle]], fmt="o",
+                              color=COLOURS.get(kind, "#555555"), label=kind if label == "k = 1" else None)  # fmt: skip
                 axis.annotate(label, (middle, 100 * error), xytext=(4, 5), textcoords="offset points", size=8)
             axis.set_xscale("symlog", linthresh=2)
             axis.set_ylim(bottom=0)
@@ -139,6 +147,8 @@ def pareto(document: dict[str, Any], path: Path) -> bool:
             axis.set_xlabel("added to the layer's step, %")
             axis.set_title(result["model"], size=9)
         figure.axes[0].set_ylabel("error of the average, %")
+        if figure.axes[0].get_legend_handles_labels()[0]:
+            figure.axes[0].legend(fontsize=8, loc="lower right")
         cpu = document["environment"]["cpu"]
         figure.suptitle(f"||G_W||²: cost against error (tensors of {errors['model']}); {cpu}, one thread", size=9)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from ._operator import DA, DB, DBIAS, DW, DX, DZ, LIBRARY, Operator
 from .backends import NativeBackend, choose
-from .verbs import as_rows, group_layout
+from .verbs import as_rows, group_layout, picks_columns
 
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor? P, "
@@ -18,7 +18,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "lora_linear_backward(Tensor?[] dy, Tensor x, Tensor h, Tensor[] W, Tensor[] A, Tensor[] B, Tensor? seed, "
-    "float[] scale, float p, bool[] need, str backend, str engine) -> Tensor[]"
+    "float[] scale, float p, int probes, bool[] need, str backend, str engine) -> Tensor[]"
 )
 
 
@@ -32,8 +32,8 @@ def _forward_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, en
         outputs, moments = chosen.linear(x, W, bias, h, B, layout, scale, bool(V), engine)
     if sign is not None:
         # The probe columns of h take no part in y.
-        probe = h.view(sign.shape[0], -1, h.shape[1]).narrow(2, layout.rank, sign.shape[1])
-        probe.mul_(sign.to(h.dtype).unsqueeze(1))
+        probe = h.view(sign.shape[0], -1, h.shape[1]).narrow(2, layout.rank, h.shape[1] - layout.rank)
+        probe.mul_(sign.to(h.dtype).repeat(1, probe.shape[2] // sign.shape[1]).unsqueeze(1))
     return [*outputs, h, *moments]
 
 
@@ -41,22 +41,23 @@ def _forward_fake(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engi
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
-    rank = sum(a.shape[0] for a in A) + (P.shape[0] if P is not None else 0)
+    rank = sum(a.shape[0] for a in A) + (0 if P is None else P.numel() if picks_columns(P) else P.shape[0])
     outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in W]
     moments = [x.new_empty((2, w.shape[0]), dtype=torch.float64) for w in W] if V else []
     return [*outputs, x.new_empty((rows, rank)), *moments]
 
 
-def _probe_columns(h: Tensor, A: Sequence[Tensor]) -> int:
-    return h.shape[1] - sum(a.shape[0] for a in A)
+def _probes(P: Tensor | None) -> int:
+    """Columns of Q: rows of P, or columns of x for each projection."""
+    return 0 if P is None else P.shape[1] if picks_columns(P) else P.shape[0]
 
 
-def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
+def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, probes, need, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
     layout = group_layout(W, B)
     rows = as_rows(x)
     grads = [None if g is None else as_rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
-    probes = _probe_columns(h, A) if need[DZ] else 0
+    probes = probes if need[DZ] else 0
     out: list[Tensor] = []
     if p == 0.0 and isinstance(chosen, NativeBackend):
         dx, dA, dB, Q = chosen.backward(
@@ -100,7 +101,7 @@ def like(grad: Tensor | None, target: Tensor) -> Tensor:
     return grad if grad.dtype == target.dtype else grad.to(target.dtype)
 
 
-def _backward_fake(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
+def _backward_fake(dy, x, h, W, A, B, seed, scale, p, probes, need, backend, engine):
     acc = reference.accumulate_dtype(x.dtype)
     out = [x.new_empty(x.shape)] if need[DX] else []
     if need[DA]:
@@ -108,7 +109,7 @@ def _backward_fake(dy, x, h, W, A, B, seed, scale, p, need, backend, engine):
     if need[DB]:
         out += [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B]
     if need[DZ]:
-        out += [x.new_empty((b.shape[0], _probe_columns(h, A)), dtype=acc) for b in B]
+        out += [x.new_empty((b.shape[0], probes), dtype=acc) for b in B]
     if need[DW]:
         out += [x.new_empty(w.shape) for w in W]
     if need[DBIAS]:
@@ -125,7 +126,7 @@ def _counts(x: Tensor, rest: tuple, moments: int) -> list[int]:
 
 def _backward_rest(rest: tuple) -> tuple:
     P, sign, seed, scale, p, _, _ = rest
-    return seed, scale, p
+    return seed, scale, p, _probes(P)
 
 
 def _formula(x, W, bias, A, B, Z, rest):
@@ -134,7 +135,7 @@ def _formula(x, W, bias, A, B, Z, rest):
 
 
 def _probe_leaves(B: Sequence[Tensor], rest: tuple) -> list[Tensor]:
-    return [b.new_zeros((b.shape[0], rest[0].shape[0])).requires_grad_() for b in B]
+    return [b.new_zeros((b.shape[0], _probes(rest[0]))).requires_grad_() for b in B]
 
 
 LORA_LINEAR = Operator(

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .choices import unknown
 from .config import LoraConfig
-from .injection import _commit, _group, _modules_to_save, _plan, _targets, suggestion
+from .injection import _commit, _group, _modules_to_save, _plan, _targets
 from .learning_checks import watch_learning
 from .nn.linear import Linear, adapted_layers
 from .parallel import refuse_parallel
@@ -40,8 +41,7 @@ def adapter_names(model: nn.Module) -> list[str | None]:
 
 def _known(router: Router, name: Any, argument: str) -> str:
     if not isinstance(name, str) or name not in router.names:
-        near = suggestion(name, router.names) if isinstance(name, str) else ""
-        raise ValueError(f"{argument}: expected one of {router.names}, got {name!r}{near}")
+        raise unknown(argument, name, router.names)
     return name
 
 
@@ -226,7 +226,7 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
     table = torch.full((len(slots) + 1,), -1, dtype=torch.int64)
     table[live] = torch.arange(len(live))
     if ids.device.type != "cpu":
-        table = table.to(ids.device)
+        table = table.to(ids.device, non_blocking=True)
         torch._assert_async(((ids >= -1) & (ids < len(slots)) & ((ids < 0) | (table[ids] >= 0))).all())
     return [slots[i] for i in live], table[ids]
 

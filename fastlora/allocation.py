@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Context, Decimal
 from fractions import Fraction
 
+from .choices import suggestion
 from .scores import Scores, finite_floats, minmax, positive_costs, same_keys
 
 logger = logging.getLogger(__name__)
@@ -240,7 +241,8 @@ def _refuse_options(given: Mapping[str, object]) -> None:
 
 def _choice(name: str, value: object, accepted: Sequence[str]) -> None:
     if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+        listed = ", ".join(map(repr, accepted))
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}{suggestion(value, accepted)}")
 
 
 def _integer(name: str, value: object, least: int) -> int:

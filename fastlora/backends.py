@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import native, plain, reference
+from .choices import unknown
 from .engines import ENGINES
 from .triton_backend import TritonBackend
 from .verbs import Backend, Layout, as_rows, matmul_backward
@@ -195,6 +196,7 @@ def _native_kernels() -> SimpleNamespace | None:
         dropout=ops.dropout,
         dropout_rows=ops.dropout_rows,
         gradstat=native.gradstat,
+        column_moments=lambda y: ops.expand_(y, y[:, :0], [], [], [], [], True),
     )
 
 
@@ -213,7 +215,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend
     """
     if name != "auto":
         if name not in BACKENDS:
-            raise ValueError(f"backend: unknown {name!r}; accepted: 'auto', {', '.join(map(repr, BACKENDS))}")
+            raise unknown("backend", name, ("auto", *BACKENDS))
         reason = BACKENDS[name].unsupported_reason(device, dtype)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} was asked for and cannot run: {reason}")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .choices import unknown
 from .nn.linear import DEFAULT
 from .parallel import ranks_of, several_processes, unwrapped
 from .progress import Report, reporting
@@ -153,7 +154,7 @@ def _chosen(method: Any, centred: bool) -> Method:
     elif isinstance(method, str) and method in METHODS:
         chosen = METHODS[method]
     else:
-        raise ValueError(f"method: expected one of {tuple(METHODS)} or a callable, got {method!r}")
+        raise unknown("method", method, tuple(METHODS), " or a callable")
     if not isinstance(centred, bool):
         raise ValueError(f"centred: expected True or False, got {centred!r}")
     if not centred:

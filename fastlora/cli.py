@@ -79,12 +79,20 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--model", metavar="MODULE:NAME", help="a model, or a function that makes one: can it be adapted?"
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from . import doctor
 
-    found = doctor.report()
+    try:
+        model = None if arguments.model is None else doctor.found_model(arguments.model)
+    except ValueError as error:
+        sys.stderr.write(f"fastlora: {error}\n")
+        return UNUSABLE
+    found = doctor.report(model)
     text = json.dumps(found, indent=2) if arguments.json else "\n".join(doctor.lines(found))
     sys.stdout.write(text + "\n")
     return OK if found["passed"] else CLAIM_FAILED
@@ -153,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastlora", description="Fused LoRA with statistics of the frozen weights.")
     parser.add_argument("--version", action="version", version=f"fastlora {__version__}")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: everything)")
+    parser.suggest_on_error = True  # from Python 3.14
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(commands.add_parser(name, help=command.help, description=command.help))

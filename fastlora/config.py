@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from .backends import BACKENDS
+from .choices import suggestion, unknown
 
 ROLES = ("qkv", "attention", "mlp", "all-linear")
 
@@ -56,6 +58,23 @@ def _names(value: Any) -> bool:
     return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value)
 
 
+def _naming_fields(made: type) -> type:
+    """A dataclass whose constructor, given a field that it does not have, says which one may be meant."""
+    init, known = made.__init__, [f.name for f in dataclasses.fields(made)]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **fields: Any) -> None:
+        for name in fields:
+            if name not in known:
+                near = suggestion(name, known)
+                raise TypeError(f"{made.__name__} has no field {name!r}, only {', '.join(known)}{near}")
+        init(self, *args, **fields)
+
+    made.__init__ = checked
+    return made
+
+
+@_naming_fields
 @dataclass
 class LoraConfig:
     """What to adapt and how.
@@ -133,7 +152,7 @@ class LoraConfig:
     def _check_choice(self, name: str, accepted: tuple) -> None:
         value = getattr(self, name)
         if not any(value is a or (isinstance(a, str) and value == a) for a in accepted):
-            raise ValueError(f"{name}: expected one of {accepted}, got {value!r}")
+            raise unknown(name, value, accepted)
 
     def scaling(self, rank: int, alpha: float | None = None) -> float:
         """``s`` of a matrix of this rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""

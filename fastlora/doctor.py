@@ -8,16 +8,19 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import native
 from .backends import BACKENDS
 from .engines import onednn_reason
 from .functional import lora_linear
+from .injection import refuse_peft
+from .parallel import refuse_parallel
 
 PACKAGES = (
     "fastlora", "torch", "triton", "numpy", "safetensors", "packaging", "transformers", "peft", "timm", "accelerate",
@@ -27,9 +30,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _M, _K, _N, _R, _PROBES = 7, 19, (11, 5), (3, 2), 2
 
 
-def report() -> dict[str, Any]:
-    """Versions, devices, compilers, the native library, a self-test of every backend, and clashes; JSON types only."""
-    tests = list(self_tests())
+def report(model: nn.Module | None = None) -> dict[str, Any]:
+    """Versions, devices, compilers, the native library, a self-test of every backend, and clashes; JSON types only.
+
+    ``model``: one that is to be adapted, or does not work as expected; what stands in the way of it is under
+    ``"model"``. ``passed``: no backend is wrong, and nothing stands in the model's way.
+    """
+    tests, about = list(self_tests()), [] if model is None else list(model_clashes(model))
     return {
         "platform": f"{platform.platform()}, Python {platform.python_version()}",
         "packages": {name: _version(name) for name in PACKAGES},
@@ -45,7 +52,8 @@ def report() -> dict[str, Any]:
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTLORA_")},
         "self_tests": tests,
         "clashes": list(clashes()),
-        "passed": not any(test["verdict"] == "wrong" for test in tests),
+        "model": about,
+        "passed": not about and not any(test["verdict"] == "wrong" for test in tests),
     }
 
 
@@ -149,6 +157,33 @@ def clashes() -> Iterator[str]:
             yield f"{variable}={os.environ[variable]} overrides what would be chosen"
 
 
+def model_clashes(model: nn.Module) -> Iterator[str]:
+    """What stands in the way of adapting a model: PEFT's wrappers, data- or tensor-parallel ones."""
+    for check in (refuse_peft, lambda model: refuse_parallel(model, "inject")):
+        try:
+            check(model)
+        except ValueError as error:
+            yield str(error)
+
+
+def found_model(where: str) -> nn.Module:
+    """The model that ``module:name`` names, or that a function of this name returns; ``ValueError`` if it is none."""
+    module, colon, name = where.partition(":")
+    if not colon:
+        raise ValueError(f"--model: expected MODULE:NAME of a model or of a function that makes one, got {where!r}")
+    sys.path.insert(0, os.getcwd())  # as ``python -m`` does
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--model: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    model = found if isinstance(found, nn.Module) or not callable(found) else found()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model: {where} gives a {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """The report as text, self-tests last."""
     yield found["platform"]
@@ -160,6 +195,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"native library: {used} ({library['path']}); oneDNN: {library['onednn']}"
     for clash in found["clashes"]:
         yield f"note: {clash}"
+    for clash in found["model"]:
+        yield f"clash: {clash}"
     for test in found["self_tests"]:
         where = f"{test['backend']} {test['device']} {test['dtype']}"
         told = f"error {test['error']:.1e}, allowed {test['allowed']:.1e}" if "error" in test else test["reason"]

@@ -16,7 +16,7 @@ from .nn.frozen import FrozenLinear
 from .nn.linear import adapted_layers, detach_state
 from .targets import conv1d_class
 
-_OF_MODEL = ("fastlora_configs", "fastlora_learning", "fastlora_policy")
+_OF_MODEL = ("fastlora_biases", "fastlora_configs", "fastlora_learning", "fastlora_policy")
 
 
 def sharing_copy(model: nn.Module, own: Collection[int] = ()) -> nn.Module:

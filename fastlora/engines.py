@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .choices import unknown
+
 AUTO, UNPACKED = "auto", "unpacked"
 NONE = "none"  # somebody else multiplies: forward and backward are zero
 LINEAR, ONEDNN, PACKED = "linear", "onednn", "onednn_packed"
@@ -187,7 +189,7 @@ def _sample(W: Tensor) -> Tensor:
 
 def _checked(name: str) -> str:
     if name not in NAMES:
-        raise ValueError(f"FASTLORA_CPU_ENGINE or engine: expected one of {CHOICES}, got {name!r}")
+        raise unknown("FASTLORA_CPU_ENGINE or engine", name, CHOICES)
     reason = None if name == LINEAR else onednn_reason()
     if reason is not None:
         raise RuntimeError(f"engine {name!r} was asked for and cannot run: {reason}")

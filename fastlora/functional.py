@@ -43,7 +43,8 @@ def lora_linear(
     Z          [N_i, k]        zero leaves; their gradient is ``Q_i = G_{W_i} P^T``
     V          [2, N_j + 1]    zero float64 leaves; their gradient is the column sums of y
                                and y^2, with the number of rows in the last column
-    P          [k, K]          probe rows (needed with Z)
+    P          [k, K]          probe rows (needed with Z); or int64 [projections, k], columns of
+                               x instead of ``x P^T``, each projection's own
     sign       [S, k]          one sign per (sample of dimension 0, probe)
     =========  ==============  ==========================================================
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .choices import unknown
 from .ejection import eject, sharing_copy
-from .injection import suggestion
 from .nn.linear import DEFAULT, adapted_layers, check_adapter
 from .parallel import shards, unwrapped
 from .peft_attention import StoredNames
@@ -114,7 +114,7 @@ def _chosen(peft_model: Any, adapter: str | None) -> str:
             raise ValueError(f"adapter: {active} are active; say which one of {known}")
         adapter = active[0]
     if not isinstance(adapter, str) or adapter not in known:
-        raise ValueError(f"adapter: expected one of {known}, got {adapter!r}{suggestion(str(adapter), known)}")
+        raise unknown("adapter", adapter, known)
     kind = getattr(peft_model.peft_config[adapter].peft_type, "value", None)
     if kind != "LORA":
         raise ValueError(f"peft_model: adapter {adapter!r} is of type {kind}, expected LORA")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .choices import suggestion
 from .config import ROLES, LoraConfig, check_flag
 from .factors import WHOLE, AdapterSpec, Factors, new_factors
 from .learning_checks import checked_mode, watch_learning
@@ -34,12 +34,6 @@ from .routing import Router
 from .targets import adapted_class, features, is_linear, named_targets, passed_by, take_over, torch_attentions
 
 logger = logging.getLogger(__name__)
-
-
-def suggestion(name: str, known: Sequence[str]) -> str:
-    """`` (did you mean ...?)`` for the nearest known name, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 @dataclass
@@ -107,12 +101,21 @@ def _with_task_head(model: nn.Module, config: LoraConfig, task: str | None) -> L
 
 
 def refuse_adapted(model: nn.Module) -> None:
+    refuse_peft(model)
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             raise ValueError(f"model: {name!r} already has an adapter; use set_ranks to change ranks")
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """``ValueError`` for a model that PEFT has wrapped, as a whole or in part."""
+    for name, module in model.named_modules():
         if type(module).__module__.split(".")[0] == "peft":
             where = f"{name!r} is" if name else "it is"
-            raise ValueError(f"model: {where} wrapped by PEFT ({type(module).__name__}); unload it first")
+            raise ValueError(
+                f"model: {where} wrapped by PEFT ({type(module).__name__}); fastlora.from_peft takes its adapter over, "
+                "PEFT's unload() drops it"
+            )
 
 
 def _has_suffix(name: str, suffix: str) -> bool:

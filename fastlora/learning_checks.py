@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .choices import unknown
 from .nn.linear import Linear, adapted_layers
 from .parallel import is_sharded, shards
 from .routing import in_backward
@@ -127,7 +128,7 @@ def _listed(names: Iterable[str]) -> str:
 
 def checked_mode(check: Any) -> str:
     if not isinstance(check, str) or check not in MODES:
-        raise ValueError(f"check: expected one of {MODES}, got {check!r}")
+        raise unknown("check", check, MODES)
     return check
 
 

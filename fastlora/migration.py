@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .injection import suggestion
+from .choices import suggestion, unknown
 from .nn.linear import DEFAULT, check_adapter
 from .peft_files import AdapterFolder, Side, Slice
 from .peft_load import load_folder
@@ -81,7 +81,7 @@ def load_layout(
 def _pairs(state_dict: Mapping[str, Tensor], layout: str) -> dict[str, tuple[Tensor, Tensor]]:
     """(A, B) by path, both there and both matrices."""
     if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {tuple(LAYOUTS)}, got {layout!r}")
+        raise unknown("layout", layout, tuple(LAYOUTS))
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}")
     found: dict[str, dict[str, Tensor]] = {}

@@ -38,8 +38,10 @@ def squared_norms(tensors: Sequence[Tensor], factor: float | Tensor = 1.0) -> Te
     """``factor ||t||^2`` of one tensor or more, float64 [tensors]: one launch where a native operator takes them."""
     if unsupported_reason("squared_norms", tensors, (*_FACTORS, torch.float64)) is None:
         return torch.ops.fastlora.squared_norms(tensors).mul_(factor)
-    device = tensors[0].device
-    return torch.stack([norm.to(device).double().square() for norm in torch._foreach_norm(tensors, 2)]).mul_(factor)
+    norms, device = torch._foreach_norm(tensors, 2), tensors[0].device
+    if any([norm.device != device for norm in norms]):
+        norms = [norm.to(device) for norm in norms]
+    return torch.stack(list(norms)).double().square() * factor
 
 
 def output_variances(sums: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 
 
 def _lora_forward(y, x, A, P, B, outputs, columns, scales, moments):
-    rank = sum(b.shape[1] for b in B) + (0 if P is None else P.shape[0])
+    rank = sum(b.shape[1] for b in B) + (0 if P is None else P.shape[0] if P.is_floating_point() else P.numel())
     sums = [x.new_empty((2, target.shape[1]), dtype=torch.float64) for target in y] if moments else []
     return x.new_empty((x.shape[0], rank)), sums
 

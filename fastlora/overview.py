@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .backends import choose
+from .choices import unknown
 from .engines import AUTO, ENGINES, UNPACKED
 from .factors import WHOLE
 from .nn.foreign import compute_dtype, foreign_base, update_backend
@@ -38,9 +39,23 @@ def _table(head: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
+def _rich_table(head: tuple[str, ...], rows: list[tuple], below: list[str], numbers: range) -> Any:
+    """The same for rich's consoles, which call this through ``__rich__``; ``[q]`` of a key is no markup there."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return Group(table, *map(Text, below))
+
+
 @dataclass(frozen=True)
 class Summary:
-    """Adapted matrices and parameter counts; prints as a table."""
+    """Adapted matrices and parameter counts; ``print`` gives plain text, ``rich.print`` a table with lines."""
 
     rows: tuple[Row, ...]
     adapter_params: int
@@ -56,16 +71,24 @@ class Summary:
         """Parameters that one rank of each matrix costs, N + K."""
         return {row.key: row.in_features + row.out_features for row in self.rows}
 
-    def __str__(self) -> str:
+    def _parts(self) -> tuple[tuple[str, ...], list[tuple], list[str]]:
+        """Header, cells, and the lines below."""
         head = ("matrix", "in", "out", "rank", "scale", "params")
         rows = [(r.key, r.in_features, r.out_features, r.rank, f"{r.scale:g}", f"{r.params:,}") for r in self.rows]
         share = self.adapter_params / max(self.total_params, 1)
         roles = ", ".join(f"{role} {count}" for role, count in self.modules_by_role.items() if count)
-        return (
-            f"{_table(head, rows)}\nadapted modules: {roles or 'none'}\n"
+        trained = (
             f"adapters {self.adapter_params:,} ({share:.2%} of {self.total_params:,}), "
             f"head {self.head_params:,}, other trainable {self.other_trainable:,}"
         )
+        return head, rows, [f"adapted modules: {roles or 'none'}", trained]
+
+    def __str__(self) -> str:
+        head, rows, below = self._parts()
+        return "\n".join([_table(head, rows), *below])
+
+    def __rich__(self) -> Any:
+        return _rich_table(*self._parts(), numbers=range(1, 6))
 
 
 def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
@@ -76,7 +99,7 @@ def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
     rows, adapted = [], []
     names = sorted({name for layer in layers.values() for name in layer.adapter_names})
     if names and adapter not in names:
-        raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
+        raise unknown("adapter", adapter, names)
     for path, layer in layers.items():
         if adapter not in layer.adapter_specs:
             continue
@@ -111,6 +134,9 @@ def _modules_by_role(model: nn.Module, paths: list[str]) -> dict[str, int]:
     return {**counts, "other": len(paths) - sum(counts.values())}
 
 
+_EXPLAINED = ("layer", "backend", "matmul engine", "why not a faster one")
+
+
 class ExplainedLayer(NamedTuple):
     """How one layer runs."""
 
@@ -122,17 +148,21 @@ class ExplainedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """How each layer runs and why not faster; prints as a table."""
+    """How each layer runs and why not faster; prints as ``Summary`` does."""
 
     rows: tuple[ExplainedLayer, ...]
     packed_bytes: int
     penalty: dict[str, tuple[str, str]]  # by adapter: "native" (one launch) or "formula", and why not native
 
+    def _below(self) -> list[str]:
+        lines = [f"packed copies of frozen weights: {self.packed_bytes / 2**20:.1f} MiB"]
+        return lines + [f"penalty of {name}: {how}{why and f' ({why})'}" for name, (how, why) in self.penalty.items()]
+
     def __str__(self) -> str:
-        table = _table(("layer", "backend", "matmul engine", "why not a faster one"), list(self.rows))
-        lines = [table, f"packed copies of frozen weights: {self.packed_bytes / 2**20:.1f} MiB"]
-        lines += [f"penalty of {name}: {how}{why and f' ({why})'}" for name, (how, why) in self.penalty.items()]
-        return "\n".join(lines)
+        return "\n".join([_table(_EXPLAINED, list(self.rows)), *self._below()])
+
+    def __rich__(self) -> Any:
+        return _rich_table(_EXPLAINED, list(self.rows), self._below(), numbers=range(0))
 
 
 def _engine(weight: Tensor, engine: str) -> str:

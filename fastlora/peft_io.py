@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .choices import unknown
 from .config import LoraConfig, check_flag
 from .factors import WHOLE
 from .nn.conv1d import Conv1D
@@ -33,6 +34,7 @@ from .peft_names import (
     patterns,
     refuse_shared,
     saved_tensors,
+    unranked_biases,
 )
 from .targets import named_targets
 
@@ -53,7 +55,8 @@ def save(
     matrix, A stacked and B block-diagonal, R = r_q + r_k + r_v. Each matrix gets ``lora_alpha = s R``, so that PEFT
     computes the same ``s``; with ``fold_scale`` it is 1 and B is multiplied by s. Matrices of rank 0 are left out.
     ``nn.MultiheadAttention`` has one rank and one ``s`` for both projections there: zeros fill the smaller one.
-    ``modules_to_save`` and the biases of ``bias=`` go along; ``importance`` (scores by matrix) goes into the side file.
+    ``modules_to_save`` and the biases of ``bias=`` go along, with ``"lora_only"`` those of targets without a rank, too;
+    ``importance`` (scores by matrix) goes into the side file.
 
     The first rank alone writes under data-parallel training; of a sharded model (``fully_shard``) every rank must call
     this, and waits for the files. They appear complete or not at all, also when the process is killed. Raises
@@ -76,7 +79,7 @@ def save(
     every_name = base_names(model, remove_duplicate=False)
     spec, taken = choose_saved(saved, config.modules_to_save or (), every_name, list(adapted))
     refuse_shared(model, taken, "model")
-    biases = bias_tensors(model, config.bias, stored, taken)
+    biases = bias_tensors(model, config.bias, stored, taken, unranked_biases(model, adapter, config.bias, stored))
     _refuse_untold(model, taken, biases)
     fields = _fields(model, config, adapted, spec)
     tensors = {
@@ -138,7 +141,7 @@ def _saveable(model: nn.Module, adapter: str) -> dict[str, Linear]:
         raise ValueError("model: has no adapters; call fastlora.inject first")
     known = sorted({name for layer in layers.values() for name in layer.adapter_names})
     if adapter not in known:
-        raise ValueError(f"adapter: expected one of {known}, got {adapter!r}")
+        raise unknown("adapter", adapter, known)
     chosen = {n: x for n, x in layers.items() if adapter in x.adapter_names and any(x.ranks(adapter).values())}
     if not chosen:
         raise ValueError(f"adapter: every matrix of {adapter!r} has rank 0; PEFT has no file without a matrix")

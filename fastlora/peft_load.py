@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -32,6 +32,7 @@ from .peft_names import (
     refuse_shared,
     saved_by,
     saved_tensors,
+    unranked_biases,
 )
 from .targets import features, is_linear, named_targets
 
@@ -79,10 +80,15 @@ def load_folder(model: nn.Module, folder: AdapterFolder, adapter: str = DEFAULT)
     staged = _staged(folder, plan, dtypes)
     if config is not None:
         refuse_parallel(given, "load")
+        trained = [b for b in (model.get_submodule(path).bias for path in plan.unranked) if b.requires_grad]
         try:
             add_adapter(model, adapter, config) if layers else inject(model, config)
         except ValueError as error:
             raise ValueError(f"{folder.path}: {error}") from error
+        for bias in trained:
+            bias.requires_grad_()
+        if plan.unranked:
+            model.fastlora_biases = {**getattr(model, "fastlora_biases", {}), adapter: sorted(plan.unranked)}
     _copy(model, plan, adapter, staged)
     return plan
 
@@ -116,6 +122,7 @@ class _Plan:
     matrices: dict[str, _Matrix]
     trained: list[str]  # modules to save
     others: dict[str, Tensor]  # key -> the model's parameter or buffer outside of the adapters
+    unranked: set[str]  # modules of which the file has a bias alone, under "lora_only"
 
 
 def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
@@ -137,6 +144,8 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     rest = {k for k in folder.tensors if not LORA_KEY.fullmatch(k)}
     if fields.bias == "all":
         rest = {k for k in rest if not is_copy_of_saved(k, saved)}
+    unranked = _unranked(fields.bias, rest - set(others))
+    others |= bias_tensors(model, fields.bias, {}, saved, unranked) if unranked else {}
     _refuse_keys(where, "the model", set(others), rest, "")
     refuse_shared(model, saved, where)
     modules = named_targets(model)
@@ -149,7 +158,12 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
         if folder.side.sha256 != folder.sha256:
             raise ValueError(f"{folder.where(SIDE)}: was written for other tensors than those in {where}; remove it to load them as a foreign file")  # fmt: skip  # noqa: E501
     # A projection of an attention that has no adapter of its own is padded in the file.
-    return _Plan({path: matrix for path, matrix in matrices.items() if any(matrix.ranks.values())}, trained, others)
+    return _Plan({p: m for p, m in matrices.items() if any(m.ranks.values())}, trained, others, unranked)
+
+
+def _unranked(mode: str, keys: Collection[str]) -> set[str]:
+    """Modules that keys give a bias and nothing else."""
+    return {k[len(PREFIX) : -len(".bias")] for k in keys if mode == "lora_only" and k.endswith(".bias")}
 
 
 def _warn_of_out_proj(folder: AdapterFolder, known: StoredNames, matrices: Mapping[str, _Matrix]) -> None:
@@ -283,6 +297,10 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
         differences.append(f"modules_to_save are {sorted(saved)} in the model and {sorted(plan.trained)} in the file")
     if bias != folder.fields.bias:
         differences.append(f"bias is {bias!r} in the model and {folder.fields.bias!r} in the file")
+    mine = unranked_biases(model, adapter, bias, plan.matrices)
+    for path in sorted(mine ^ plan.unranked):
+        places = ("model", "file") if path in mine else ("file", "model")
+        differences.append(f"{path}.bias is trained in the {places[0]} and not in the {places[1]}")
     if differences:
         raise ValueError(f"{folder.path}: does not fit the model's adapter {adapter!r}: {listed(differences)}")
 

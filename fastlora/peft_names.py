@@ -262,10 +262,12 @@ def saved_tensors(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]
     return out
 
 
-def bias_tensors(model: nn.Module, mode: str, stored: Mapping[str, str], saved: Collection[str]) -> dict[str, Tensor]:
+def bias_tensors(
+    model: nn.Module, mode: str, stored: Mapping[str, str], saved: Collection[str], unranked: Collection[str] = ()
+) -> dict[str, Tensor]:
     """PEFT's keys of the biases that ``bias=mode`` trains -> the model's own parameters, without those in ``saved``.
 
-    ``stored``: path of each adapted layer -> its path in keys.
+    ``stored``: path of each adapted layer -> its path in keys. ``unranked``: further modules, which are bare in keys.
     """
     if mode == "none":
         return {}
@@ -276,9 +278,18 @@ def bias_tensors(model: nn.Module, mode: str, stored: Mapping[str, str], saved: 
             continue
         if path in stored:
             out[f"{PREFIX}{stored[path]}.base_layer.bias"] = tensor
-        elif mode == "all":
+        elif mode == "all" or path in unranked:
             out[PREFIX + name] = tensor
     return out
+
+
+def unranked_biases(model: nn.Module, adapter: str, mode: str, stored: Collection[str]) -> set[str]:
+    """Modules whose biases ``lora_only`` trains, and in which the adapter has no rank, so that no key is a matrix's."""
+    if mode != "lora_only":
+        return set()
+    layers = adapted_layers(model).items()
+    targets = {p for p, x in layers if adapter in x.adapter_names and x._parameters.get("bias") is not None}
+    return {*targets, *getattr(model, "fastlora_biases", {}).get(adapter, ())} - set(stored)
 
 
 def is_copy_of_saved(key: str, saved: Iterable[str]) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .choices import suggestion
+
 FORMS = ("delta", "decay")
 NORMALISE = ("sum", "relative", "uniform")
 
@@ -169,7 +171,7 @@ def _widened(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 def _check_choice(name: str, value: object, accepted: Sequence[str]) -> None:
     if value not in accepted:
         listed = ", ".join(map(repr, accepted[:-1]))
-        raise ValueError(f"{name} must be {listed} or {accepted[-1]!r}, got {value!r}")
+        raise ValueError(f"{name} must be {listed} or {accepted[-1]!r}, got {value!r}{suggestion(value, accepted)}")
 
 
 def _check_pair(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:

@@ -100,7 +100,8 @@ def wgrad(
     """``dh_i = s_i dy_i B_i``, ``dA = dh^T x``, ``[dB_i / s_i, Q_i] = dy_i^T [h_i, h_P]``, block by block of the rows.
 
     x [M, K], dy_i [M, N_i], h [M, rank + probes], B_i [N_i, r_i] -> dh [M, rank], dA [rank, K] (empty [0, K] unless
-    needed), dB_i [N_i, r_i], Q_i [N_i, probes], all fp32.
+    needed), dB_i [N_i, r_i], Q_i [N_i, probes], all fp32. With ``probes`` columns of h for each projection,
+    h_P are projection i's.
     """
     single = {"dtype": torch.float32, "device": x.device}
     ranks = [b.shape[1] for b in B]
@@ -109,7 +110,8 @@ def wgrad(
     dA = torch.zeros(rank if need_dA else 0, x.shape[1], **single)
     parts = [dh.narrow(1, offset, r) for offset, r in zip(offsets, ranks, strict=True)]
     factors = [s * b.float() for s, b in zip(scales, B, strict=True)]
-    lefts = [_beside(h, offset, r, rank, probes) for offset, r in zip(offsets, ranks, strict=True)]
+    firsts = reference.first_probes(h, rank, probes, len(dy))
+    lefts = [_beside(h, offset, r, first, probes) for offset, r, first in zip(offsets, ranks, firsts, strict=True)]
     products = [torch.zeros(r + probes, grad.shape[1], **single) for r, grad in zip(ranks, dy, strict=True)]
     for rows in _blocks(x.shape[0]):
         for grad, factor, part, left, product in zip(dy, factors, parts, lefts, products, strict=True):
@@ -122,11 +124,11 @@ def wgrad(
     return dh, dA, dB, [_transposed(product[r:]) for product, r in zip(products, ranks, strict=True)]
 
 
-def _beside(h: Tensor, offset: int, rank: int, total: int, probes: int) -> Tensor:
+def _beside(h: Tensor, offset: int, rank: int, first: int, probes: int) -> Tensor:
     """``[h_i, h_P]`` in fp32, a view of h where the two touch."""
-    if probes == 0 or offset + rank == total:
+    if probes == 0 or offset + rank == first:
         return h.narrow(1, offset, rank + probes).float()
-    return torch.cat([h.narrow(1, offset, rank), h.narrow(1, total, probes)], dim=1).float()
+    return torch.cat([h.narrow(1, offset, rank), h.narrow(1, first, probes)], dim=1).float()
 
 
 def _transposed(product: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from .blocks import block_stacks, norms_of
+from .choices import suggestion, unknown
 from .config import LoraConfig
-from .injection import inject, refuse_adapted, suggestion, target_names
+from .injection import inject, refuse_adapted, target_names
 from .nn.linear import DEFAULT, adapted_layers
 from .parameter_roles import ROLES_OF_PARAMETERS, AppliedPolicy, parameter_roles, task_heads
 
@@ -60,7 +61,7 @@ def policy(model: nn.Module, name: str, config: Any = None, *, deep: int | None 
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(name, str) or name not in POLICIES:
-        raise ValueError(f"name: expected one of {tuple(POLICIES)}, got {name!r}{suggestion(str(name), [*POLICIES])}")
+        raise unknown("name", name, tuple(POLICIES))
     chosen = POLICIES[name]
     config = LoraConfig() if config is None else copy.copy(LoraConfig.coerce(config))
     refuse_adapted(model)
@@ -192,7 +193,7 @@ def param_groups(
         raise ValueError("model: has no adapters; call fastlora.inject first")
     by_adapter = _adapter_rates(model, lr_lora)
     if adapter != DEFAULT and adapter not in list(by_adapter):
-        raise ValueError(f"adapter: expected one of {list(by_adapter)}, got {adapter!r}")
+        raise unknown("adapter", adapter, list(by_adapter))
     rates = {"lora": ("lr_lora", next(iter(by_adapter.values()), 0.0)), "norm": ("lr_norm", lr_norm)}
     rates["bias"] = ("lr_bias", lr_bias)
     rates |= dict.fromkeys(("head", "other"), ("lr_head", lr_head))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from .choices import unknown
 from .config import LoraConfig
 
 # difficulty -> (r, lora_alpha, target_modules)
@@ -27,6 +28,6 @@ def preset(difficulty: str, **fields: Any) -> LoraConfig:
     fields that ``LoraConfig`` refuses.
     """
     if not isinstance(difficulty, str) or difficulty not in PRESETS:
-        raise ValueError(f"difficulty: expected one of {tuple(PRESETS)}, got {difficulty!r}")
+        raise unknown("difficulty", difficulty, tuple(PRESETS))
     r, alpha, targets = PRESETS[difficulty]
     return LoraConfig(**{"r": r, "lora_alpha": alpha, "target_modules": targets, "split_qkv": False, **fields})

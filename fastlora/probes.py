@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,8 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
-from .reference import accumulate_dtype, philox, signs
+from .column_probes import measured
+from .column_rows import ColumnRows, looks
+from .kept_rows import rows_that_count, with_moments
+from .multi_tensor import squared_norms
+from .reference import accumulate_dtype, signs
+from .signs import Signs
 
 _ROWS_TAG, _SIGN_TAG = 1, 2  # fourth Philox counter word: probe rows and sample signs never share bits
 
@@ -58,9 +61,9 @@ class ProbeRows:
     """
 
     def __init__(self, widths: Sequence[int], probes: int, seed: int, device: torch.device):
-        self.seed = torch.tensor(seed, dtype=torch.int64, device=device)
+        self.seed, self.probes = torch.tensor(seed, dtype=torch.int64, device=device), probes
         counts = [(width * probes + 127) // 128 for width in widths]
-        self._counts = counts
+        self._signs = Signs(counts, _ROWS_TAG)
         self._flat = torch.zeros(sum(counts) * 128, device=device)
         self.rows = [
             part[: width * probes].view(probes, width)
@@ -69,39 +72,30 @@ class ProbeRows:
 
     def draw(self, step: int) -> None:
         """Fill P for an optimiser step, in place."""
-        if _in_native(self.seed):
-            torch.ops.fastlora.philox_signs_.default(self._flat, self.seed, step, 0, _ROWS_TAG, self._counts)
-            return
-        block, group = self._counters
-        c1 = torch.full_like(block, step)
-        words = torch.stack(philox(self.seed, block, c1, group, torch.full_like(c1, _ROWS_TAG)), dim=1)
-        bits = (words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1
-        self._flat.copy_((1 - 2 * bits).reshape(-1))
+        self._signs.fill_(self._flat, self.seed, step)
 
-    @functools.cached_property
-    def _counters(self) -> tuple[Tensor, Tensor]:
-        """The first and third counter word of every block of 128 signs: its number in the group, and the group."""
-        device, counts = self._flat.device, self._counts
-        groups = torch.arange(len(counts), device=device)
-        return (
-            torch.cat([torch.arange(c, device=device) for c in counts]),
-            torch.repeat_interleave(groups, torch.tensor(counts, device=device)),
-        )
+    def restart(self, seed: int) -> None:
+        """Draw from another seed."""
+        self.seed.fill_(seed)
 
-
-def _in_native(seed: Tensor) -> bool:
-    return seed.device.type == "cpu" and native.available()
+    def values(
+        self, grads: Sequence[Tensor | None], kinds: Sequence[str], factor: float | Tensor
+    ) -> dict[str, Tensor | list[Tensor | None]]:
+        """The statistic of every matrix from its Q [N, k]; ``factor`` multiplies it."""
+        live = [g for g in grads if g is not None]
+        norms = squared_norms(live, factor / self.probes) if live else []
+        if len(live) < len(grads):
+            each = iter(norms)
+            norms = [None if g is None else next(each) for g in grads]
+        return {kind: norms for kind in kinds[:1]}
 
 
 def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int) -> Tensor:
     """Independent ±1 for each (sample, probe) of a micro-batch: [S, k]."""
-    if _in_native(seed):
-        blocks = (samples * probes + 127) // 128
-        out = torch.empty(128 * blocks)
-        torch.ops.fastlora.philox_signs_.default(out, seed, step, micro, _SIGN_TAG, [blocks])
-        return out[: samples * probes].view(samples, probes)
-    words = (torch.tensor(v, device=seed.device) for v in (step, micro, _SIGN_TAG))
-    return signs(seed, *words, samples * probes).view(samples, probes)
+    blocks = (samples * probes + 127) // 128
+    out = torch.empty(128 * blocks, device=seed.device)
+    Signs([blocks], _SIGN_TAG, first=micro).fill_(out, seed, step)
+    return out[: samples * probes].view(samples, probes)
 
 
 class CompiledSigns:
@@ -159,8 +153,12 @@ class LayerProbe:
         self.exact = estimator == "exact" and bool(kinds - {"act_var"})
         self.every: int | None = owner.every  # None: decided by the first forward
         self.live = True  # whether this step is sampled
+        self.looking = True  # whether this step looks at the columns' norms
         self.P: Tensor | None = None
+        self.columns: Tensor | None = None  # [n, k] columns of x to measure each slice on, in place of P
         self.Z: dict[str, Tensor] = {}
+        self.norms: dict[str, Tensor] = {}
+        self.backend = layer.backend
         self.V: Tensor | None = None
         self.taken: list[Contribution] = []
         acc, device = accumulate_dtype(layer.weight.dtype), layer.weight.device
@@ -169,11 +167,21 @@ class LayerProbe:
                 name: torch.zeros(rows, owner.probes, dtype=acc, device=device, requires_grad=True)
                 for name, rows in layer.slices.items()
             }
+            if owner.probe_kind == "columns":
+                self.norms = {
+                    name: torch.zeros(layer.in_features, dtype=acc, device=device, requires_grad=True)
+                    for name in layer.slices
+                }
         if "act_var" in kinds:
             self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
 
-    def operands(self, probes: Sequence[LayerProbe], x: Tensor, samples: int | None = None) -> dict[str, Any]:
-        """Extra operands of the operator for layers that run together on ``x``, ``samples`` of it their adapter's."""
+    def operands(
+        self, probes: Sequence[LayerProbe], x: Tensor, route: Any, samples: int | None = None
+    ) -> dict[str, Any]:
+        """Extra operands of the operator for layers that run together on ``x``, ``samples`` of it their adapter's.
+
+        Columns of x in a batch of several adapters, and rows of y under a mask, are left to ``tap``.
+        """
         if not torch.is_grad_enabled():
             return {}
         if self.every is None and not torch.compiler.is_compiling():
@@ -182,49 +190,111 @@ class LayerProbe:
                 x.shape[:-1].numel(), x.shape[-1], width, self.owner.probes, len(self.owner.kinds)
             )
             for probe in probes:
-                probe.every, probe.live = interval, self.owner.steps % interval == 0
+                probe.every = interval
+                LayerProbe.turn(probe, self.owner.steps)
         if not self.live:
             return {}
         found: dict[str, Any] = {}
-        if self.Z:
-            found |= {"Z": [z for probe in probes for z in probe.Z.values()], "P": self.P}
+        if self.Z and (self.columns is None or route.batch is None):
+            P = self.P if self.columns is None else torch.cat([LayerProbe.index(probe) for probe in probes])
+            found |= {"Z": [z for probe in probes for z in probe.Z.values()], "P": P}
             if self.owner.per_sample:
                 found["sign"] = self.owner.signs_for(x, samples)
-        if self.V is not None:
+        if self.V is not None and route.mask is None:
             found["V"] = [probe.V for probe in probes]
         return found
 
-    def tap(self, x: Tensor, y: Tensor, select: tuple[Tensor, bool] | None = None) -> Tensor:
-        """The output as the layer returns it; ``select`` says which of its entries are the adapter's."""
-        if not self.exact or not self.live or not torch.is_grad_enabled():
+    def tap(self, x: Tensor, y: Tensor, route: Any, name: str) -> Tensor:
+        """The output as the layer returns it; ``route`` says which of its rows are the adapter's and count."""
+        if not self.live or not torch.is_grad_enabled():
+            return y
+        place = None if route.batch is None else (route.batch, name)
+        if self.V is not None and route.mask is not None and (place is None or name in here(route.batch)):
+            y = with_moments(y, self.V, rows_that_count(x, route, name), self.backend)
+        if self.columns is not None:
+            return LayerProbe._measure(self, x, y, place) if self.looking or place else y
+        if not self.exact:
             return y
         if torch.compiler.is_compiling():
             raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
+        select = None if place is None else place[0].select(place[1], x)
         if select is not None and select[1] and self.owner.per_sample:
             raise RuntimeError("track: 'fisher' needs samples: give adapters() one id a sample, not one a token")
         return _Tap.apply(y, x, self.taken, self.owner.micro, select)
 
+    def index(self) -> Tensor:
+        """Columns of x [n, k] for its slices: a part of a layer has some of them."""
+        mine = [i for i, name in enumerate(self.slices) if name in self.Z]
+        return self.columns if len(mine) == len(self.columns) else self.columns[mine]
+
+    def _measure(self, x: Tensor, y: Tensor, place: tuple[Any, str] | None) -> Tensor:
+        """``y``, whose backward gives what the operator does not: norms of columns, and Q of one adapter of several."""
+        if place is not None and place[1] not in here(place[0]):
+            return y
+        rows, own = x.detach().reshape(-1, x.shape[-1]), None
+        if place is not None:
+            own = (place[0].rows(x).ids == place[0].names.index(place[1])).unsqueeze(1)
+        picked, Z = None, []
+        if place is not None:
+            index = LayerProbe.index(self)
+            picked, Z = torch.where(own, rows.index_select(1, index.reshape(-1)), 0).to(y.dtype), list(self.Z.values())
+            if self.owner.per_sample:
+                sign = self.owner.signs_for(x, place[0].samples(place[1])).to(picked.dtype).repeat(1, len(index))
+                picked = (picked.view(sign.shape[0], -1, sign.shape[1]) * sign.unsqueeze(1)).flatten(0, 1)
+        sizes, norms = [z.shape[0] for z in self.Z.values()], []
+        if self.looking:
+            norms, rows = [self.norms[name] for name in self.Z], rows if own is None else torch.where(own, rows, 0)
+        return measured(y, sizes, self.backend, picked, Z, rows if norms else None, norms)
+
+    def turn(self, step: int) -> None:
+        """Whether an optimiser step is sampled, and whether it looks at the columns' norms."""
+        self.live = self.every is None or step % self.every == 0
+        self.looking = looks(step // (self.every or 1))
+
     def advance(self, step: int) -> None:
         """Forget what was taken and get ready for an optimiser step."""
-        self.live = self.every is None or step % self.every == 0
+        LayerProbe.turn(self, step)
         self.taken.clear()
-        for leaf in (*self.Z.values(), *([] if self.V is None else [self.V])):
+        for leaf in (*self.Z.values(), *self.norms.values(), *([] if self.V is None else [self.V])):
             leaf.grad = None
 
 
-def group_operands(
-    probes: Mapping[str, Sequence[LayerProbe]], layers: Sequence[Any], batch: Any, x: Tensor
-) -> dict[str, Any]:
-    """Extra operands of the grouped operator: lists over the batch's adapters, empty where one is not tracked."""
-    found = {}
+def sign_rows(tracker: Any, groups: Sequence[Sequence[Any]]) -> ProbeRows:
+    """Rows of ±1 for the layers of a tracker; those that share an input share P."""
+    made = ProbeRows([group[0].in_features for group in groups], tracker.probes, tracker.seed, tracker.device)
+    for rows, layers in zip(made.rows, groups, strict=True):
+        for layer in layers:
+            layer.probes[tracker.adapter].P = rows.to(layer.weight.device)
+    return made
+
+
+def column_rows(tracker: Any, groups: Sequence[Sequence[Any]]) -> ColumnRows:
+    """Columns for the matrices of a tracker, each its own: how large they are differs between q, k and v."""
+    layers = tracker.layers.values()
+    widths = [layer.in_features for layer in layers for _ in layer.slices]
+    made = ColumnRows(widths, tracker.probes, tracker.seed, tracker.device, tracker.kinds)
+    for index, layer in zip(made.index.split([len(layer.slices) for layer in layers]), layers, strict=True):
+        layer.probes[tracker.adapter].columns = index.to(layer.weight.device)
+    return made
+
+
+def here(batch: Any) -> Sequence[str]:
+    """The adapters of a batch that have statistics."""
     # Data-parallel ranks name all adapters, so that they agree on gradients; one that is absent has no statistics.
     on_host = batch.ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    here = batch.present() if on_host else batch.names
+    return batch.present() if on_host else batch.names
+
+
+def group_operands(
+    probes: Mapping[str, Sequence[LayerProbe]], layers: Sequence[Any], route: Any, x: Tensor
+) -> dict[str, Any]:
+    """Extra operands of the grouped operator: lists over the batch's adapters, empty where one is not tracked."""
+    found, batch = {}, route.batch
     for name, mine in probes.items():
-        if name not in here:
+        if name not in here(batch):
             continue
         samples = batch.samples(name) if mine[0].owner.per_sample else None
-        found[name] = mine[0].operands(mine, x, samples)
+        found[name] = mine[0].operands(mine, x, route, samples)
     Z, P, sign, V = [], [], [], []
     acc = accumulate_dtype(x.dtype)
     for name in batch.names:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import allocate
+from .choices import suggestion, unknown
 from .config import LoraConfig, check_flag, check_rank
 from .factors import new_factors
-from .injection import suggestion
 from .learning_checks import watch_learning
 from .multi_tensor import copy_overlap_
 from .nn.linear import DEFAULT, Linear, adapted_layers, checked_ranks, matrix_key
@@ -36,10 +36,10 @@ def set_ranks(
         raise ValueError("model: has no adapters; call fastlora.inject first")
     check_flag(reinit, "reinit")
     if check_flag(keep, "keep") and reinit:
-        raise ValueError("keep: expected one of keep and reinit, got both")
+        raise ValueError("keep: expected keep or reinit, got both")
     names = sorted({name for layer in layers.values() for name in layer.adapter_names})
     if adapter not in names:
-        raise ValueError(f"adapter: expected one of {names}, got {adapter!r}")
+        raise unknown("adapter", adapter, names)
     layers = {path: layer for path, layer in layers.items() if adapter in layer.adapter_specs}
     known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
     config = getattr(model, "fastlora_configs", {}).get(adapter)

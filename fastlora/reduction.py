@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .covariance import Covariances
+from .exact_values import sample_squares
 from .parallel import Ranks, ranks_of, several_processes
 from .probes import Contribution, as_one_batch
 from .reference import accumulate_dtype
@@ -43,9 +44,9 @@ class Reduction:
     .. math:: Q = \frac{1}{D} \sum_r Q_r,\qquad \text{grad\_sq} = \lVert Q \rVert_F^2 / k
 
     D is what data-parallel training divides gradients by (the number of ranks). Q is linear in the gradient, squared
-    norms are not: their mean would be the noise of the ranks, too. Sums and counts of ``act_var``, numbers of samples
-    and flags of what is there are added. The exact estimator adds each matrix's G_W [N, K] and the covariances of each
-    layer by a further all-reduce.
+    norms are not: their mean would be the noise of the ranks, too. Sums and counts of ``act_var``, norms of the columns
+    of x, numbers of samples and flags of what is there are added. The exact estimator adds each matrix's G_W [N, K] and
+    the covariances of each layer by a further all-reduce.
     """
 
     def __init__(self, model: nn.Module, process_group: Any):
@@ -126,9 +127,11 @@ class _Step:
     def reduce(self) -> Shared:
         Z: dict[Any, Tensor] = {(path, name): z for path, p in self.live.items() for name, z in p.Z.items()}
         V: dict[Any, Tensor] = {path: probe.V for path, probe in self.live.items() if probe.V is not None}
-        sums = self._counts() | {path: _gradient(leaf) for path, leaf in V.items()}
+        looks = {path: p for path, p in self.live.items() if p.looking}
+        norms = {("norms", path, name): leaf for path, p in looks.items() for name, leaf in p.norms.items()}
+        sums = self._counts() | {key: _gradient(leaf) for key, leaf in (V | norms).items()}
         total = _summed(sums, {key: _gradient(leaf) for key, leaf in Z.items()}, self.ranks, self.device)
-        for key, leaf in (Z | V).items():
+        for key, leaf in (Z | V | norms).items():
             leaf.grad = total[key].to(leaf.device, leaf.dtype)
         here = total["here"].view(2, -1) > 0
         present = {kind: here[int(kind == "act_var")] for kind in self.tracker.kinds}
@@ -150,7 +153,7 @@ class _Step:
             "samples": torch.as_tensor(tracker._sample_count()),
         }
         if "fisher" in self.exact:
-            found = [tracker._sample_squares(tracker.layers[path], name) for path, name in tracker.matrices]
+            found = [sample_squares(tracker, tracker.layers[path], name) for path, name in tracker.matrices]
             parts["squares"] = torch.stack([square.to(self.device) for square, _ in found])
             parts["numbers"] = torch.tensor([number for _, number in found])
         return parts
@@ -237,6 +240,7 @@ def _agree(tracker: Any, ranks: Ranks) -> None:
         "every": tracker.every,
         "warmup": tracker.warmup or 0,
         "matrices": zlib.crc32(" ".join(tracker.keys).encode()),
+        "probe_kind": zlib.crc32(tracker.probe_kind.encode()),
         "statistics": zlib.crc32(" ".join((*tracker.kinds, *tracker._covariances.kinds, tracker.estimator)).encode()),
     }
     values = torch.tensor(list(own.values()), dtype=torch.int64, device=tracker.device)

@@ -41,12 +41,17 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
     return c0, c1, c2, c3
 
 
-def signs(seed: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, numel: int) -> Tensor:
-    """``numel`` fair signs (+1 or -1, float32) from the bits of Philox words; 128 signs a counter."""
-    c0 = torch.arange((numel + 127) // 128, device=seed.device)
-    words = torch.stack(philox(seed, c0, c1.expand_as(c0), c2.expand_as(c0), c3.expand_as(c0)), dim=1)
+def signs_of(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
+    """Fair signs (+1 or -1, float32) from the bits of Philox words: 128 of each of the counters [C]."""
+    words = torch.stack(philox(seed, c0, c1, c2, c3), dim=1)
     bits = (words.unsqueeze(-1) >> torch.arange(32, device=seed.device)) & 1
-    return (1 - 2 * bits).reshape(-1)[:numel].float()
+    return (1 - 2 * bits).reshape(-1).float()
+
+
+def signs(seed: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, numel: int) -> Tensor:
+    """The first ``numel`` signs of the counters (0, c1, c2, c3), (1, c1, c2, c3), ..."""
+    c0 = torch.arange((numel + 127) // 128, device=seed.device)
+    return signs_of(seed, c0, c1.expand_as(c0), c2.expand_as(c0), c3.expand_as(c0))[:numel]
 
 
 def keep_threshold(p: float) -> int:
@@ -97,23 +102,24 @@ def lora_linear(
 ) -> list[Tensor]:
     """The adapted linears of one group, written as the formula and differentiable any number of times.
 
-    ``y_i = x W_i^T + bias_i + s_i dropout(x) A_i^T B_i^T + (x P^T o sign) Z_i^T``
+    ``y_i = x W_i^T + bias_i + s_i dropout(x) A_i^T B_i^T + (x P^T o sign) Z_i^T``, ``x[:, P_i]`` for ``x P^T`` where P
+    are columns of x.
 
     x [*, K]; W_j [N_j, K]; projection i covers the next N_i columns of the concatenated outputs, A_i [r_i, K],
-    B_i [N_i, r_i]; P [k, K], Z_i [N_i, k] (zero: it only collects the gradient Q_i = G_W P^T), sign [S, k] for the S
-    samples of dimension 0. Returns one y_j [*, N_j] a weight.
+    B_i [N_i, r_i]; P [k, K] or int64 [projections, k], Z_i [N_i, k] (zero: it only collects the gradient
+    Q_i = G_W P^T), sign [S, k] for the S samples of dimension 0. Returns one y_j [*, N_j] a weight.
     """
     rows = x.reshape(-1, x.shape[-1])
     base = torch.cat([torch.nn.functional.linear(rows, w, b) for w, b in zip(W, bias, strict=True)], dim=1)
-    probe = None
-    if P is not None:
-        probe = rows @ P.to(rows.dtype).T
-        if sign is not None:
-            probe = (probe.reshape(sign.shape[0], -1, sign.shape[1]) * sign.to(rows.dtype).unsqueeze(1)).flatten(0, 1)
-    updates = []
+    updates, probe = [], None
     for i, (a, b) in enumerate(zip(A, B, strict=True)):
         seen = dropout(rows, seed, i, p) if p > 0 else rows
         update = scale[i] * (seen @ a.to(rows.dtype).T) @ b.to(rows.dtype).T
+        if P is not None and (probe is None or not P.is_floating_point()):
+            probe = rows @ P.to(rows.dtype).T if P.is_floating_point() else rows[:, P[i]]
+            if sign is not None:
+                own = probe.reshape(sign.shape[0], -1, sign.shape[1]) * sign.to(rows.dtype).unsqueeze(1)
+                probe = own.flatten(0, 1)
         if probe is not None:
             update = update + probe @ Z[i].to(rows.dtype).T
         updates.append(update)
@@ -227,18 +233,57 @@ def wgrad(
     ``dh_i = s_i dy_i B_i``, ``dA = dh^T x``, ``dB_i = s_i dy_i^T h_i``, ``Q_i = dy_i^T h_P``
 
     x [M, K], dy_i [M, N_i], h [M, rank + probes], B_i [N_i, r_i] -> dh [M, rank], dA [rank, K] (empty [0, K] unless
-    needed), dB_i [N_i, r_i], Q_i [N_i, probes], all in the accumulation dtype.
+    needed), dB_i [N_i, r_i], Q_i [N_i, probes], all in the accumulation dtype. With ``probes`` columns of h for each
+    projection, one run after the other, h_P are projection i's.
     """
-    acc = accumulate_dtype(x.dtype)
+    acc, firsts = accumulate_dtype(x.dtype), first_probes(h, rank, probes, len(dy))
     dh = torch.zeros(x.shape[0], rank, dtype=acc, device=x.device)
     dB, Q = [], []
-    for grad, b, offset, s in zip(dy, B, offsets, scales, strict=True):
+    for grad, b, offset, s, first in zip(dy, B, offsets, scales, firsts, strict=True):
         wide = grad.to(acc)
         dh[:, offset : offset + b.shape[1]] = s * (wide @ b.to(acc))
         dB.append(s * (wide.T @ h[:, offset : offset + b.shape[1]].to(acc)))
-        Q.append(wide.T @ h[:, rank : rank + probes].to(acc))
+        Q.append(wide.T @ h[:, first : first + probes].to(acc))
     dA = outer(dh, x) if need_dA else x.new_empty((0, x.shape[1]), dtype=acc)
     return dh, dA, dB, Q
+
+
+def first_probes(h: Tensor, rank: int, probes: int, projections: int) -> list[int]:
+    """The first probe column of h [M, rank + ...] that each projection meets: one for all, or a run for each."""
+    stride = probes if h.shape[1] - rank == probes * projections else 0
+    return [rank + i * stride for i in range(projections)]
+
+
+def column_gradients(x: Tensor, dy: Tensor, index: Tensor) -> Tensor:
+    """``G[:, index]`` of ``G = dy^T x``: x [M, K], dy [M, N], index int64 [k] -> [N, k] in the accumulation dtype.
+
+    With ``P(index_i = j) = p_j`` and ``w_i = 1 / (k p_{index_i})``, ``sum_i w_i ||Q_i||^2`` and ``sum_i w_i ||Q_i||_1``
+    of its columns Q_i have the expectations ``||G||_F^2`` and ``sum |G|``: P of one-hot rows scaled ``w_i^(1/2)``.
+    """
+    return outer(dy, x.index_select(1, index))
+
+
+def column_norms(x: Tensor, dy: Sequence[Tensor]) -> Tensor:
+    """``sum_m ||dy_im||^2 x_mj^2``, the squared column norms of G_i if its tokens do not add up: [n, K].
+
+    x [M, K], dy_i [M, N_i], in the accumulation dtype.
+    """
+    acc = accumulate_dtype(x.dtype)
+    weight = torch.stack([torch.linalg.vector_norm(grad, dim=1, dtype=acc).square() for grad in dy])
+    return weight @ x.to(acc).square()
+
+
+def column_shares(norms: Tensor, squares: bool, absolutes: bool, uniform: float = 0.1) -> Tensor:
+    """Probabilities of the columns of every matrix, from their squared norms [n, K]: [n, K], each row sums to 1.
+
+    ``p = (1 - u) q + u / K``, q proportional to the squared norms (least noise for ``grad_sq``), to their roots (for
+    ``grad_abs``), or the mean of both. Uniform where every norm is 0.
+    """
+    wanted = [norms] * squares + [norms.sqrt()] * absolutes
+    total = norms.sum(1, keepdim=True)
+    shares = sum(part / part.sum(1, keepdim=True) for part in wanted) / len(wanted)
+    even = 1.0 / norms.shape[1]
+    return torch.where(total > 0, (1.0 - uniform) * shares + uniform * even, even)
 
 
 _GRADSTAT_ROWS = 256

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import multi_tensor
+from .choices import suggestion
 from .nn.linear import Linear, check_adapter
 from .parallel import is_sharded, like, whole
 from .penalty import checked_options, importance_weights, unchecked_weights, weighted_penalty, weighted_penalty_grad
@@ -92,7 +93,8 @@ class Regulariser:
             terms.backends.add(layer.backend)
         if not known:
             names = sorted({name for layer in self._layers.values() for name in layer.adapter_names})
-            raise ValueError(f"adapter: no tracked layer has an adapter {adapter!r}, only {', '.join(names)}")
+            near = suggestion(adapter, names)
+            raise ValueError(f"adapter: no tracked layer has an adapter {adapter!r}, only {', '.join(names)}{near}")
         return terms
 
     def _weights(self, importance: Tensor, frozen: bool, normalise: str, positions: list[int]) -> Tensor:

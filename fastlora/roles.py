@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .choices import unknown
 from .config import ROLES
 from .targets import adapted_class, biases_apart, class_name, features, is_linear, named_targets
 
@@ -162,7 +163,7 @@ def role_targets(model: nn.Module, role: str) -> list[str]:
             if role == "attention" and block.output:
                 chosen.add(block.output)
     else:
-        raise ValueError(f"role: expected one of {ROLES}, got {role!r}")
+        raise unknown("role", role, ROLES)
     return [name for name in named_targets(model) if name in chosen]
 
 

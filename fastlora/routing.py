@@ -9,6 +9,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from .segments import Batch
@@ -20,19 +21,27 @@ _EXPLAINED = 8  # sets of adapters; torch gives up compiling at about as many
 
 
 class Route:
-    """One way through a model: base only, one adapter for every row, or a batch with an adapter for each."""
+    """One way through a model: base only, one adapter for every row, or a batch with an adapter for each.
 
-    __slots__ = ("__weakref__", "adapter", "batch", "enabled")
+    ``mask``: which tokens count in statistics of the output, None for all.
+    """
 
-    def __init__(self, enabled: bool, adapter: str, batch: Batch | None = None):
-        self.enabled, self.adapter, self.batch = enabled, adapter, batch
+    __slots__ = ("__weakref__", "adapter", "batch", "enabled", "mask")
+
+    def __init__(self, enabled: bool, adapter: str, batch: Batch | None = None, mask: Tensor | None = None):
+        self.enabled, self.adapter, self.batch, self.mask = enabled, adapter, batch, mask
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.adapter,) if self.batch is None else self.batch.names
 
     def same(self, other: Route) -> bool:
-        return self is other or (self.enabled, self.adapter, self.batch) == (other.enabled, other.adapter, other.batch)
+        mine, its = (self.enabled, self.adapter, self.batch), (other.enabled, other.adapter, other.batch)
+        return self is other or (mine == its and self.mask is other.mask)
+
+    def masked(self, mask: Tensor) -> Route:
+        """The same way with other tokens that count."""
+        return Route(self.enabled, self.adapter, self.batch, mask)
 
 
 class Router:
@@ -92,6 +101,8 @@ class Router:
         if wanted and torch.is_grad_enabled():
             self.used.append(route.batch or route.adapter)
         before = getattr(self._open, "route", None)
+        if route is not None and route.mask is None and not reopened and before is not None:
+            route.mask = before.mask
         if route is None:
             self._open.__dict__.pop("route", None)
         else:
@@ -169,8 +180,8 @@ class Router:
         self._repeated = True
         if len(self._taken) > 1:
             raise RuntimeError(
-                "activation checkpointing repeats a forward that cannot be told from others with other adapters: run "
-                "backward before the next forward with other ids, or checkpoint with use_reentrant=False"
+                "activation checkpointing repeats a forward that cannot be told from others with other adapters or "
+                "masks: run backward before the next forward with other ones, or checkpoint with use_reentrant=False"
             )
         if not self._taken:
             return self.current()

@@ -10,6 +10,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from . import choices
+
 
 class _Factor:
     """Multiplier of one group's base rate after ``step`` optimiser steps; an object, so that a state dict holds it."""
@@ -59,7 +61,7 @@ class Cosine(LambdaLR):
         if warmup >= steps:
             raise ValueError(f"warmup: expected less than steps = {steps}, got {warmup}")
         if freeze_by not in ("requires_grad", "lr"):
-            raise ValueError(f"freeze_by: expected 'requires_grad' or 'lr', got {freeze_by!r}")
+            raise choices.unknown("freeze_by", freeze_by, ("requires_grad", "lr"))
         self.floor, self.freeze_by = _checked_floor(optimizer, floor), freeze_by
         self.freeze = _checked_freeze(optimizer, freeze, steps)
         super().__init__(optimizer, [self._factor(group) for group in optimizer.param_groups], last_epoch)

@@ -9,6 +9,8 @@ from types import MappingProxyType
 
 import torch
 
+from .choices import suggestion
+
 # True: values may be negative. A kind that is not listed is undecided and judged by its values.
 SIGNED_KINDS: Mapping[str, bool] = MappingProxyType(
     {
@@ -157,7 +159,8 @@ def composite(
     Raises ValueError when the keys of the three differ (the difference is named) or values are not finite.
     """
     if normalise not in ("zscore", "minmax"):
-        raise ValueError(f"normalise must be 'zscore' or 'minmax', got {normalise!r}")
+        near = suggestion(normalise, ("zscore", "minmax"))
+        raise ValueError(f"normalise must be 'zscore' or 'minmax', got {normalise!r}{near}")
     parts = {"grad_sq": grad_sq, "grad_abs": grad_abs, "act_var": act_var}
     if not isinstance(weights, Sequence):
         raise TypeError(f"weights must be a sequence of 3 numbers, got {type(weights).__name__}")

@@ -30,6 +30,7 @@ class Batch:
         self.names, self.ids, self.row_seeds = tuple(names), ids, row_seeds
         self._rows: dict[tuple[int, torch.device], Rows] = {}
         self._present: list[str] | None = None
+        self._entries: dict[tuple[int, torch.device], Tensor] = {}
 
     def _times(self, x: Tensor) -> int:
         """Rows of a layer's input for each id."""
@@ -54,7 +55,7 @@ class Batch:
         return self._rows[key]
 
     def _build(self, times: int, device: torch.device) -> Rows:
-        ids = self.ids.reshape(-1).to(device)
+        ids = self.ids.reshape(-1).to(device, non_blocking=True)
         ids = ids.repeat_interleave(times) if times > 1 else ids
         return Rows(ids, *build_segments(ids, len(self.names)))
 
@@ -64,7 +65,7 @@ class Batch:
         if self.row_seeds is None:
             return reference.row_keys(seed, rows)
         times = self._times(x)
-        seeds = self.row_seeds.reshape(-1).to(x.device).repeat_interleave(times)
+        seeds = self.row_seeds.reshape(-1).to(x.device, non_blocking=True).repeat_interleave(times)
         place = torch.arange(times, device=x.device).repeat(seeds.shape[0] // max(times, 1))
         return torch.stack([seeds, place + (stream << 32)], dim=1)
 
@@ -75,12 +76,23 @@ class Batch:
             self._present = [name for name, count in zip(self.names, found, strict=True) if count]
         return self._present
 
-    def samples(self, name: str) -> int:
-        """How many ids are an adapter's (reads them back from a device)."""
-        return int((self.ids == self.names.index(name)).sum())
+    def samples(self, name: str) -> int | Tensor:
+        """How many ids are an adapter's: a tensor where they are on a device, so that nothing waits for it."""
+        count = (self.ids == self.names.index(name)).sum()
+        return int(count) if count.device.type == "cpu" and not torch.compiler.is_compiling() else count
 
     def select(self, name: str, x: Tensor) -> tuple[Tensor, bool]:
-        """Where an adapter is in ``x`` [*, K]: entries of dimension 0, or (True) of its flattened rows."""
-        index = self.names.index(name)
+        """Where an adapter is in ``x`` [*, K]: entries of dimension 0, or (True) of its flattened rows.
+
+        Reads ids back from a device, once for all layers.
+        """
         flat = not (self.ids.dim() == 1 and x.dim() > 1 and x.shape[0] == self.ids.numel())
-        return (self.ids.reshape(-1) == index).nonzero()[:, 0].to(x.device), flat
+        key = (self.names.index(name), x.device)
+        if torch.compiler.is_compiling():
+            return self._entries_of(*key), flat
+        if key not in self._entries:
+            self._entries[key] = self._entries_of(*key)
+        return self._entries[key], flat
+
+    def _entries_of(self, index: int, device: torch.device) -> Tensor:
+        return (self.ids.reshape(-1) == index).nonzero()[:, 0].to(device, non_blocking=True)

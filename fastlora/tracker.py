@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,21 +11,26 @@ from torch import Tensor, nn
 
 from . import tracking_state
 from .averages import Averages
-from .backends import choose
+from .choices import suggestion
+from .column_rows import ColumnRows
 from .covariance import COVARIANCES, Covariances
-from .multi_tensor import output_variances, squared_norms
+from .exact_values import exact_values
+from .kept_rows import checked_mask, masked
+from .multi_tensor import output_variances
 from .nn.linear import DEFAULT, Linear, matrix_key
 from .parallel import unwrapped
-from .probes import CompiledSigns, LayerProbe, ProbeRows, as_one_batch, by_sample, sample_signs
+from .probes import CompiledSigns, LayerProbe, column_rows, sample_signs, sign_rows
 from .reduction import Reduction, Shared
 from .regulariser import Regulariser
 from .scores import Scores
 from .tracking_checks import (
+    ABSOLUTE_NEEDS,
     StepWatch,
     checked,
     checked_decay,
     checked_kinds,
     checked_layers,
+    checked_probe_kind,
     checked_probes,
     checked_steps,
     inverse_scale,
@@ -44,16 +50,19 @@ def track(
     every: int | str = "auto",
     adapter: str = DEFAULT,
     process_group: Any = "auto",
+    probe_kind: str = "rademacher",
 ) -> Tracker:
     r"""Follow statistics of the weights that adapters leave frozen; use with ``with`` or call ``close``.
 
     .. math:: F \leftarrow \beta F + (1 - \beta) f,\quad \text{probe: } f = \lVert G_W P^\top \rVert_F^2 / k,\quad
               \text{exact: } f = \lVert G_W \rVert_F^2,\quad G_W = dy^\top x
 
-    - ``statistics``: ``"grad_sq"`` or ``"fisher"`` (one of the two under ``probe``), ``"act_var"``; ``exact`` also
-      takes ``"grad_abs"`` and the matrices ``"act_cov"``, ``"grad_cov"`` (see ``covariances``). Units: of the loss that
-      was backpropagated, squared for grad_sq and fisher.
+    - ``statistics``: ``"grad_sq"`` or ``"fisher"`` (one of the two under ``probe``), ``"act_var"``; ``"grad_abs"`` with
+      ``columns`` or ``exact``, which also takes the matrices ``"act_cov"``, ``"grad_cov"`` (see ``covariances``).
+      Units: of the loss that was backpropagated, squared for grad_sq and fisher.
     - ``probes``: k, ``"auto"`` is 8 on CUDA and 4 elsewhere; P is redrawn at every step from ``(seed, step, layer)``.
+    - ``probe_kind``: ``"rademacher"``, rows of ±1, or ``"columns"``: k columns j of x a matrix, drawn by their norms in
+      past steps; ``f = Σ_i ‖G_{j_i}‖² / (k p_{j_i})``. A matrix's first step only shows its norms and is not counted.
     - ``ema``: β, bias-corrected per matrix; None takes the plain mean. ``warmup``: step at which importance is frozen
       for ``penalty`` and tracking stops. ``loss_reduction``: how ``fisher`` undoes the loss's mean over samples.
     - ``every``: sample each n-th step; ``"auto"`` does so on layers so small that probes would cost over 1 % of their
@@ -63,24 +72,28 @@ def track(
     - ``process_group``: whose ranks' gradients are one. ``"auto"``: DDP's or ``fully_shard``'s, else nobody's; every
       rank calls ``step``. Under ``exact`` that takes an all-reduce of G_W [N, K] for each layer, not one for all.
 
-    Padding tokens count in ``act_var``. Raises ``ValueError`` naming the argument.
+    Padding tokens count in ``act_var`` outside of ``tracker.mask(attention_mask)``. Raises ``ValueError`` naming the
+    argument.
     """
     return Tracker(
-        model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group
-    )
+        model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group,
+        probe_kind,
+    )  # fmt: skip
 
 
 class Tracker:
     """See :func:`track`."""
 
     def __init__(
-        self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group
-    ):
+        self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group,
+        probe_kind="rademacher",
+    ):  # fmt: skip
         self._reduction, model = Reduction(model, process_group), unwrapped(model)
         self.layers, self.adapter = checked_layers(model, adapter), adapter
         self.estimator = checked("estimator", estimator, ("probe", "exact"))
         self.loss_reduction = checked("loss_reduction", loss_reduction, ("mean", "sum"))
-        kinds = checked_kinds(statistics, estimator)
+        self.probe_kind = checked_probe_kind(probe_kind, estimator)
+        kinds = checked_kinds(statistics, estimator, probe_kind)
         self.kinds = tuple(kind for kind in kinds if kind not in COVARIANCES)
         self._covariances = Covariances([kind for kind in kinds if kind in COVARIANCES])
         self.per_sample = "fisher" in self.kinds
@@ -112,10 +125,7 @@ class Tracker:
         members = list(groups.values())
         self._rows, self._compiled = None, None
         if self.estimator == "probe" and kinds - {"act_var"}:
-            self._rows = ProbeRows([m[0].in_features for m in members], self.probes, self.seed, self.device)
-            for rows, layers in zip(self._rows.rows, members, strict=True):
-                for layer in layers:
-                    self._probe(layer).P = rows.to(layer.weight.device)
+            self._rows = (column_rows if self.probe_kind == "columns" else sign_rows)(self, members)
             self._rows.draw(0)
             self._compiled = CompiledSigns(self._rows.seed, self.probes) if self.per_sample else None
         self._reduction.attach(self)
@@ -143,6 +153,18 @@ class Tracker:
         for layer in self.layers.values():
             if self._owns(layer):
                 del layer.probes[self.adapter]
+
+    @contextlib.contextmanager
+    def mask(self, mask: Tensor) -> Iterator[Tracker]:
+        """Inside, ``act_var`` of this thread's forwards is over the tokens where ``mask`` is 1, as without padding.
+
+        ``mask`` is [S, T] (a tokenizer's ``attention_mask``) or [M], booleans or 0 and 1; without one every token
+        counts. Backward may run after the context has closed, under checkpointing too. The weights' statistics are not
+        touched: padding has a gradient there or has none. Raises ``ValueError`` for another kind of mask, and in a
+        layer that sees other tokens.
+        """
+        with masked(self.layers, checked_mask(mask)):
+            yield self
 
     def signs_for(self, x: Tensor, own: int | None = None) -> Tensor:
         """±1 per (sample, probe) of the current micro-batch; a sample is an entry of x's dimension 0.
@@ -187,11 +209,32 @@ class Tracker:
             taken = {path: self._probe(layer).taken for path, layer in self.layers.items()}
             finite = self._covariances.finite(taken, self.device) if shared is None else finite
         if self.kinds:
-            finite = self._averages.add(values, seen, finite)
+            step = self._averages.judged(values, seen, finite)
+            finite = step.finite
+            self._averages.add(step, self._learn(seen, finite))
         if taken:
             self._add_covariances(taken, shared, finite, inverse)
         self._skipped += ~finite
         self._advance()
+
+    def _add_covariances(self, taken: dict, shared: Shared | None, finite: Tensor, inverse: Tensor | None) -> None:
+        inverse = torch.ones((), dtype=torch.float64, device=self.device) if inverse is None else inverse
+        if shared is not None:
+            self._reduction.add_covariances(self, taken, finite, inverse)
+        else:
+            self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
+
+    def _learn(self, seen: dict[str, Tensor], finite: Tensor) -> Tensor | None:
+        """Let ``columns`` see this step's norms; which matrices they were drawn by norms for (None: all)."""
+        if not isinstance(self._rows, ColumnRows):
+            return None
+        probes = [(self._probe(self.layers[path]), name) for path, name in self.matrices]
+        looked = [probe.norms[name].grad if probe.live and probe.looking else None for probe, name in probes]
+        if any(norms is not None for norms in looked):
+            kind = next(kind for kind in self.kinds if kind != "act_var")
+            flags = torch.tensor([norms is not None for norms in looked]).to(self.device, non_blocking=True)
+            self._rows.learn(looked, seen[kind] & finite & flags)
+        return self._rows.known
 
     def discard(self) -> None:
         """Forget the gradients since the last ``step``: those of a step that failed or was given up."""
@@ -214,13 +257,6 @@ class Tracker:
         probe = layer.probes.get(self.adapter)
         return probe is not None and probe.owner is self
 
-    def _add_covariances(self, taken: dict, shared: Shared | None, finite: Tensor, inverse: Tensor | None) -> None:
-        inverse = torch.ones((), dtype=torch.float64, device=self.device) if inverse is None else inverse
-        if shared is not None:
-            self._reduction.add_covariances(self, taken, finite, inverse)
-        else:
-            self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
-
     def _advance(self) -> None:
         self.steps += 1
         self.discard()
@@ -234,41 +270,39 @@ class Tracker:
 
     def _gather(self, shared: Shared | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """This step's value of every statistic and matrix, and whether there is one."""
-        columns: dict[str, tuple[Tensor, Tensor]] = {}
+        columns: dict[str, Tensor | list[Tensor | None]] = {}
         if "act_var" in self.kinds:
             columns["act_var"] = self._variances()
         weight_kinds = [kind for kind in self.kinds if kind != "act_var"]
         if weight_kinds and self.estimator == "probe":
-            columns[weight_kinds[0]] = self._probe_values(shared)
+            columns |= self._probe_values(shared, weight_kinds)
         elif weight_kinds:
             exact = shared and shared.exact
             if exact is None:
-                exact = [self._exact_values(self.layers[path], name, weight_kinds) for path, name in self.matrices]
-            for kind in weight_kinds:
-                found = [values.get(kind) for values in exact]
-                live = [v.to(self.device, torch.float64) for v in found if v is not None]
-                there = [v is not None for v in found]
-                columns[kind] = self._averages.placed(torch.stack(live) if live else None, there)
-        values = {kind: value for kind, (value, _) in columns.items()}
+                exact = [exact_values(self, self.layers[path], name, weight_kinds) for path, name in self.matrices]
+            columns |= {kind: [values.get(kind) for values in exact] for kind in weight_kinds}
+        placed = {kind: self._averages.placed(column) for kind, column in columns.items()}
+        values = {kind: value for kind, (value, _) in placed.items()}
         if shared is not None:
             return shared.finish(self, values), dict(shared.present)
-        return values, {kind: seen for kind, (_, seen) in columns.items()}
+        return values, {kind: seen for kind, (_, seen) in placed.items()}
 
-    def _variances(self) -> tuple[Tensor, Tensor]:
+    def _variances(self) -> Tensor | list[Tensor | None]:
         sums = [self._probe(layer).V.grad for layer in self.layers.values()]
         sizes = [list(layer.slices.values()) for layer in self.layers.values()]
         live = [pair for pair in zip(sums, sizes, strict=True) if pair[0] is not None]
-        found = output_variances(*zip(*live, strict=True)).to(self.device) if live else None
-        return self._averages.placed(found, [s is not None for s, runs in zip(sums, sizes, strict=True) for _ in runs])
+        found = output_variances(*zip(*live, strict=True)) if live else []
+        if len(live) == len(sums):
+            return found
+        each = iter(found)
+        return [None if s is None else next(each) for s, runs in zip(sums, sizes, strict=True) for _ in runs]
 
-    def _probe_values(self, shared: Shared | None) -> tuple[Tensor, Tensor]:
+    def _probe_values(self, shared: Shared | None, kinds: Sequence[str]) -> dict[str, Tensor | list[Tensor | None]]:
         grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
-        factor = 1.0 / self.probes
+        factor = 1.0
         if self.per_sample and shared is None:
-            factor = factor * self._sample_factor(self._sample_count())
-        live = [g for g in grads if g is not None]
-        found = squared_norms(live, factor).to(self.device) if live else None
-        return self._averages.placed(found, [g is not None for g in grads])
+            factor = self._sample_factor(self._sample_count())
+        return self._rows.values(grads, kinds, factor)
 
     def _sample_count(self) -> int | Tensor:
         seen = sum(self._samples.values())
@@ -277,34 +311,9 @@ class Tracker:
 
     def _sample_factor(self, samples: int | Tensor) -> float | Tensor:
         # Backpropagated gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
-        samples = samples.double() if isinstance(samples, Tensor) else float(samples)
-        return samples if self.loss_reduction == "mean" else 1.0 / max(samples, 1.0)
-
-    def _exact_values(self, layer: Linear, name: str, kinds: Sequence[str]) -> dict[str, Tensor]:
-        taken = self._probe(layer).taken
-        if not taken:
-            return {}
-        backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
-        rows, found = layer.slice_rows(name), {}
-        if set(kinds) & {"grad_sq", "grad_abs"}:
-            x, dy, offsets = as_one_batch(taken)
-            both = backend.gradstat(x, dy[:, rows], offsets, absolute="grad_abs" in kinds)
-            found["grad_sq"], found["grad_abs"] = both[0]
-        if "fisher" in kinds:
-            total, samples = self._sample_squares(layer, name)
-            found["fisher"] = total * self._sample_factor(samples)
-        return found
-
-    def _sample_squares(self, layer: Linear, name: str) -> tuple[Tensor, int]:
-        """``Σ_i ||G_i||²`` over the samples that were taken, and their number."""
-        taken, rows = self._probe(layer).taken, layer.slice_rows(name)
-        total, samples = torch.zeros((), dtype=torch.float64, device=layer.weight.device), 0
-        for micro in sorted({c.micro for c in taken}):
-            x, dy, offsets = by_sample([c for c in taken if c.micro == micro])
-            backend, _ = choose(layer.backend, x.device, x.dtype)
-            total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
-            samples += len(offsets) - 1
-        return total, samples
+        if not isinstance(samples, Tensor):
+            return float(samples) if self.loss_reduction == "mean" else 1.0 / max(samples, 1)
+        return samples.double() if self.loss_reduction == "mean" else 1.0 / samples.double().clamp(min=1)
 
     @property
     def skipped(self) -> int:
@@ -318,8 +327,10 @@ class Tracker:
         """
         checked("reduce", reduce, ("sum", "mean"))
         if kind not in self.kinds:
-            hint = "; it needs estimator='exact'" if kind == "grad_abs" and self.estimator == "probe" else ""
-            raise ValueError(f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint}")
+            hint = f"; {ABSOLUTE_NEEDS}" if kind == "grad_abs" and self.probe_kind != "columns" else ""
+            raise ValueError(
+                f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint or suggestion(kind, self.kinds)}"
+            )
         counts = self._averages.counts[kind].tolist()
         missing = [key for key, count in zip(self.keys, counts, strict=True) if count == 0]
         if missing:
@@ -339,7 +350,7 @@ class Tracker:
         """
         if kind not in self._covariances.kinds:
             shown = ", ".join(self._covariances.kinds) or "none; name it in statistics and use estimator='exact'"
-            raise ValueError(f"kind: {kind!r} is not tracked, only {shown}")
+            raise ValueError(f"kind: {kind!r} is not tracked, only {shown}{suggestion(kind, self._covariances.kinds)}")
         return self._covariances.read(kind)
 
     def penalty(

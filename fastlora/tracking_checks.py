@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .choices import unknown
 from .covariance import COVARIANCES
 from .nn.linear import Linear, adapted_layers, check_adapter
 
@@ -16,12 +17,14 @@ logger = logging.getLogger(__name__)
 
 SCALARS = ("grad_sq", "fisher", "grad_abs", "act_var")
 KINDS = (*SCALARS, *COVARIANCES)
+PROBE_KINDS = ("rademacher", "columns")
+ABSOLUTE_NEEDS = "it needs probe_kind='columns' or estimator='exact'"
 _STEPS_BEFORE_WARNING = 3
 
 
 def checked(name: str, value: Any, accepted: tuple) -> Any:
     if value not in accepted:
-        raise ValueError(f"{name}: expected one of {accepted}, got {value!r}")
+        raise unknown(name, value, accepted)
     return value
 
 
@@ -46,13 +49,20 @@ def checked_layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
     layers = {path: layer for path, layer in every.items() if adapter in layer.adapter_specs}
     if not layers:
         known = sorted({name for layer in every.values() for name in layer.adapter_names})
-        raise ValueError(f"adapter: expected one of {known}, got {adapter!r}")
+        raise unknown("adapter", adapter, known)
     if any(adapter in layer.probes for layer in layers.values()):
         raise ValueError("model: is tracked already; close the other tracker first")
     return layers
 
 
-def checked_kinds(statistics: Sequence[str], estimator: str) -> tuple[str, ...]:
+def checked_probe_kind(probe_kind: Any, estimator: str) -> str:
+    checked("probe_kind", probe_kind, PROBE_KINDS)
+    if estimator != "probe" and probe_kind != "rademacher":
+        raise ValueError(f"probe_kind: {probe_kind!r} is for estimator='probe', got estimator={estimator!r}")
+    return probe_kind
+
+
+def checked_kinds(statistics: Sequence[str], estimator: str, probe_kind: str) -> tuple[str, ...]:
     if not isinstance(statistics, (str, Sequence, set, frozenset)):
         raise ValueError(f"statistics: expected some of {KINDS}, got {statistics!r}")
     kinds = (statistics,) if isinstance(statistics, str) else tuple(statistics)
@@ -63,8 +73,10 @@ def checked_kinds(statistics: Sequence[str], estimator: str) -> tuple[str, ...]:
         checked("statistics", kind, KINDS)
         if estimator == "probe" and kind in COVARIANCES:
             raise ValueError(f"statistics: {kind!r} is not estimated from probes; use estimator='exact'")
-    if estimator == "probe" and "grad_abs" in kinds:
-        raise ValueError("statistics: 'grad_abs' cannot be estimated from ±1 probes; use estimator='exact'")
+    if estimator == "probe" and "grad_abs" in kinds and probe_kind == "rademacher":
+        raise ValueError(f"statistics: 'grad_abs' cannot be estimated from ±1 probes; {ABSOLUTE_NEEDS}")
+    if estimator == "probe" and {"grad_abs", "fisher"} <= set(kinds):
+        raise ValueError("statistics: 'fisher' has signs that 'grad_abs' must not have; use estimator='exact' for both")
     if estimator == "probe" and {"grad_sq", "fisher"} <= set(kinds):
         raise ValueError("statistics: one set of probes gives 'grad_sq' or 'fisher', not both; use estimator='exact'")
     return kinds
@@ -83,7 +95,7 @@ def checked_state(state: Any, like: dict[str, Any]) -> None:
     if not isinstance(state, dict) or not like.keys() <= state.keys():
         missing = sorted(like.keys() - state.keys()) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"state: expected what state_dict() of a tracker gives, with {list(like)}; missing: {missing}")
-    for name in ("keys", "probes"):
+    for name in ("keys", "probes", "probe_kind"):
         if state[name] != like[name]:
             raise ValueError(f"state: {name} differ: saved {state[name]}, tracked {like[name]}")
     if list(state["values"]) != list(like["values"]):

@@ -14,6 +14,8 @@ def saved(tracker: Any) -> dict[str, Any]:
         "steps": tracker.steps,
         "seed": tracker.seed,
         "probes": tracker.probes,
+        "probe_kind": tracker.probe_kind,
+        "columns": tracker._rows.state_dict() if tracker.probe_kind == "columns" and tracker._rows else None,
         "values": {k: v.clone() for k, v in tracker._averages.values.items()},
         "counts": {k: v.clone() for k, v in tracker._averages.counts.items()},
         "skipped": tracker._skipped.clone(),
@@ -36,7 +38,9 @@ def load(tracker: Any, state: dict[str, Any]) -> None:
     tracker.discard()
     tracker.importance = None if state["importance"] is None else state["importance"].to(tracker.device)
     if tracker._rows is not None:
-        tracker._rows.seed.fill_(tracker.seed)
+        if state["columns"] is not None:
+            tracker._rows.load_state_dict(state["columns"])
+        tracker._rows.restart(tracker.seed)
         tracker._rows.draw(tracker.steps)
     if tracker._compiled is not None:
         tracker._compiled.advance(tracker.steps)

@@ -95,6 +95,16 @@ def _dropout(seed: Tensor | None, p: float) -> dict[str, Any]:
     return {"seed": seed, "threshold": keep_threshold(p), "keep_scale": 1.0 / (1.0 - p)}
 
 
+def _reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Not a view, which autograd would let nobody change in place."""
+    return torch.ops.aten._unsafe_view.default(y, shape)
+
+
+def signs_(out: Tensor, seed: Tensor, step: int, block: Tensor, group: Tensor, tag: int) -> Tensor:
+    """Fill ``out`` float32 [128 C] with the signs of the counters (block_i, step, group_i, tag), i < C."""
+    return _kernel("signs").signs_(out, seed, step, block, group, tag)
+
+
 @dataclass(frozen=True)
 class TritonBackend:
     """The verbs of an adapted group as fused kernels; their meaning is that of ``verbs.Backend``."""
@@ -105,6 +115,8 @@ class TritonBackend:
     def shrink(self, x: Tensor, A: Sequence[Tensor], P: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
         """``h = [dropout(x) A_i^T ... | x P^T]``; x [M, K] -> [M, R + k]. One pass over x computes every mask."""
         _same_device(x=x, lora_A=A, P=P, seed=seed)
+        if P is not None and not P.is_floating_point():
+            return torch.cat([self.shrink(x, A, None, seed, p), x.index_select(1, P.reshape(-1))], dim=1)
         factors = _one_dtype([*A, *([] if P is None else [P])])
         return _kernel("shrink").shrink(x, factors, 0 if P is None else 1, **_dropout(seed, p))
 
@@ -136,8 +148,7 @@ class TritonBackend:
             scale,
             moments,
         )
-        # Not views, which autograd would let nobody change in place.
-        return [torch.ops.aten._unsafe_view.default(out, (*x.shape[:-1], out.shape[1])) for out in y], sums
+        return [_reshaped(out, (*x.shape[:-1], out.shape[1])) for out in y], sums
 
     def linear_backward(
         self,
@@ -219,6 +230,18 @@ class TritonBackend:
         return _kernel("gradstat").gradstat(
             x, dy, _offsets_on(tuple(offsets), x.device), longest=longest, diagonal=diagonal
         )
+
+    def column_moments(self, y: Tensor) -> Tensor:
+        """Column sums of y [M, N] and of its squares: float64 [2, N]."""
+        squares = torch.linalg.vector_norm(y, dim=0, dtype=torch.float64).square()
+        return torch.stack([y.sum(0, dtype=torch.float64), squares])
+
+    def skinny(self, dy: Tensor, columns: Tensor) -> Tensor:
+        """``dy^T columns``: dy [M, N], columns [M, k] in its dtype -> fp32 [N, k]."""
+        _same_device(dy=dy, columns=columns)
+        count = columns.shape[1]
+        _, (found,), _ = _kernel("wgrad").wgrad(None, columns[:, :0], [dy], columns, [0], [count], [1.0], 0)
+        return found
 
     def add_gram_(self, total: Tensor, rows: Tensor, weight: Tensor) -> None:
         """``total += weight rows^T rows`` on and above the diagonal, by half of the tiles; below it is undefined.

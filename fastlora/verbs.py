@@ -91,6 +91,11 @@ class Layouts:
         return tuple([tuple([b - a for a, b in zip(own, own[1:], strict=False)]) for own in each])
 
 
+def picks_columns(P: Tensor | None) -> bool:
+    """Whether P are columns of x, int64 [projections, k], and not probe rows."""
+    return P is not None and not P.is_floating_point()
+
+
 def matmul_backward(dy: Sequence[Tensor | None], W: Sequence[Tensor], engine: str) -> Tensor | None:
     """``sum_j dy_j W_j`` over the outputs that have a gradient."""
     dx = None
@@ -113,7 +118,9 @@ class Backend:
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None]
 
     def shrink(self, x: Tensor, A: Sequence[Tensor], P: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
-        """``h = [dropout(x) A_i^T ... | x P^T]``; x [M, K] -> [M, R + k]."""
+        """``h = [dropout(x) A_i^T ... | x P^T]``; x [M, K] -> [M, R + k], or ``x[:, P]`` of an int64 P [n, k]."""
+        if picks_columns(P):
+            return torch.cat([self.shrink(x, A, None, seed, p), x.index_select(1, P.reshape(-1))], dim=1)
         if p == 0.0:
             return self.kernels.shrink(x, torch.cat([*A, P] if P is not None else list(A)).to(x.dtype))
         parts = [self.kernels.shrink(self.kernels.dropout(x, seed, i, p), a.to(x.dtype)) for i, a in enumerate(A)]
@@ -190,6 +197,10 @@ class Backend:
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
         """dh [M, R], and dA_i, dB_i, Q_i of every projection whose dy is defined (None for the others)."""
         live = [i for i, j in enumerate(layout.outputs) if dy[j] is not None]
+        if probes and len(live) < len(B) and h.shape[1] - layout.rank > probes:
+            # Every projection has columns of its own: those of the live ones.
+            own = [h.narrow(1, layout.rank + i * probes, probes) for i in live]
+            h = torch.cat([h.narrow(1, 0, layout.rank), *own], dim=1)
         slices = [dy[layout.outputs[i]].narrow(1, layout.columns[i], layout.widths[i]) for i in live]
         dh, dA_packed, dB, Q = self.kernels.wgrad(
             x,
@@ -221,6 +232,14 @@ class Backend:
         Without ``absolute`` the second column is zero, and short runs may cost less.
         """
         return self.kernels.gradstat(x, dy, offsets, absolute)
+
+    def column_moments(self, y: Tensor) -> Tensor:
+        """Column sums of y [M, N] and of its squares: float64 [2, N]."""
+        return self.kernels.column_moments(y)
+
+    def skinny(self, dy: Tensor, columns: Tensor) -> Tensor:
+        """``dy^T columns``: dy [M, N], columns [M, k] in its dtype -> [N, k] in the accumulation dtype."""
+        return self.kernels.outer(columns, dy).t().contiguous()
 
     def grouped_forward(
         self,

@@ -20,6 +20,8 @@ PROGRAMS = 132
 GRID_LIMIT = 65535
 # Elements a program of a reduction owns.
 REDUCE_BLOCK = 1024
+# Counters of 128 signs that a program draws: 32 KiB of fp32; 36 layers of width 768 with k = 8 fill a chip of 132.
+SIGNS_BLOCK = 64
 
 
 class TileConfig(NamedTuple):

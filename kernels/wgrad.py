@@ -31,10 +31,10 @@ from .tiling import TileConfig, choose_split, choose_tiles
 
 
 class Product(NamedTuple):
-    """One ``wide^T skinny``: wide [M, n], columns ``first : first + ranks`` and the last ``probes`` ones of skinny.
+    """One ``wide^T skinny``: wide [M, n], columns ``first : first + ranks`` and ``probes`` further ones of skinny.
 
     The rank columns go to ``region`` of the partial sums at ``column * strides[0] + rank * strides[1]``, the probe
-    columns behind ``probe_region`` as [n, probes].
+    columns, from ``first_probe`` on, behind ``probe_region`` as [n, probes].
     """
 
     wide: Tensor
@@ -45,6 +45,7 @@ class Product(NamedTuple):
     region: int
     strides: tuple[int, int]
     probe_region: int = 0
+    first_probe: int = 0
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def wgrad_loop(
 @triton.jit(do_not_specialize=["M", "rows", "splits", "total", "threshold"])
 def wgrad_kernel(
     p_wide, p_skinny, p_partial, p_seed, widths, strides_wide, strides_skinny, firsts, ranks, probes,
-    regions, strides_column, strides_rank, probe_regions, masks, segments, M, rows, splits, total, first_probe,
+    regions, strides_column, strides_rank, probe_regions, firsts_probe, masks, segments, M, rows, splits, total,
     threshold, EVEN_R: tl.constexpr, MASKED: tl.constexpr, GATHER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -115,7 +116,7 @@ def wgrad_kernel(
         last = tl.minimum(first + own, end)
     else:
         o_factor, rank = clear(pick(firsts, i_entry), EVEN_R), clear(pick(ranks, i_entry), EVEN_R)
-        probe, o_probes = clear(pick(probes, i_entry), EVEN_R), clear(first_probe[0], EVEN_R)
+        probe, o_probes = clear(pick(probes, i_entry), EVEN_R), clear(pick(firsts_probe, i_entry), EVEN_R)
         region, probe_region = clear(pick(regions, i_entry)), clear(pick(probe_regions, i_entry))
         stride_column, stride_rank = clear(pick(strides_column, i_entry)), clear(pick(strides_rank, i_entry))
         first = i_part * rows
@@ -148,7 +149,6 @@ def run(
     partial: Tensor,
     rows: int,
     tiles: TileConfig,
-    first_probe: int = 0,
     masks: Sequence[int] = (0,),
     seed: Tensor | None = None,
     threshold: int = 0,
@@ -166,9 +166,9 @@ def run(
     block, parts = (block_rank(widest) if segments is None else 32), partial.shape[0]
     adapters = 1 if segments is None else segments.ranges.shape[0]
     masked = 0 if seed is None else len(masks) - 1 if segments is None else segments.masked
-    numbers = [number for p in products for number in (p.first, p.ranks, p.probes)]
+    numbers = [number for p in products for number in (p.first, p.ranks, p.probes, p.first_probe)]
     strides_skinny = [p.skinny.stride(0) for p in products]
-    own = even(numbers, [first_probe]) if segments is None else segments.even
+    own = even(numbers) if segments is None else segments.even
     launch(
         wgrad_kernel,
         (sum(triton.cdiv(w, tiles.columns) for w in widths), triton.cdiv(widest, block), parts * adapters),
@@ -176,7 +176,7 @@ def run(
         products[0].wide if seed is None else seed, widths, tuple(p.wide.stride(0) for p in products),
         opaque(strides_skinny), *(opaque(column) for column in zip(*(_numbers(p) for p in products), strict=True)),
         opaque(masks), None if segments is None else segments.tensors,
-        products[0].wide.shape[0], rows, parts, partial.shape[1], opaque([first_probe]), threshold,
+        products[0].wide.shape[0], rows, parts, partial.shape[1], threshold,
         EVEN_R=own and even(strides_skinny), MASKED=masked,
         GATHER=segments is not None and segments.gather,
         BLOCK_M=tiles.depth, BLOCK_N=tiles.columns, BLOCK_R=block, **compiled(tiles, products[0].wide.dtype),
@@ -184,7 +184,7 @@ def run(
 
 
 def _numbers(p: Product) -> tuple[int, ...]:
-    return p.first, p.ranks, p.probes, p.region, *p.strides, p.probe_region
+    return p.first, p.ranks, p.probes, p.region, *p.strides, p.probe_region, p.first_probe
 
 
 def wgrad(
@@ -205,8 +205,9 @@ def wgrad(
     """``dA_i = dh_i^T x_i``, ``dB_i = s_i dy_i^T h_i``, ``Q_i = dy_i^T h_P``.
 
     x [M, K] (None: dA is not wanted), dh [M, R] with the ranks of the projections side by side, dy_i [M, N_i] (None: no
-    gradient came), h [M, R + probes] -> dA_i [r_i, K] for every projection, dB_i [N_i, r_i], both in ``dtype``, and
-    Q_i fp32 [N_i, probes] for those with a dy. With a seed x_i is x under dropout mask i times ``keep_scale``.
+    gradient came), h [M, R + probes], or R + probes for each projection -> dA_i [r_i, K] for every projection, dB_i
+    [N_i, r_i], both in ``dtype``, and Q_i fp32 [N_i, probes] for those with a dy. With a seed x_i is x under dropout
+    mask i times ``keep_scale``.
     """
     live = [i for i, g in enumerate(dy) if g is not None]
     wide, h, dh = [unit_last(dy[i]) for i in live], unit_last(h), unit_last(dh)
@@ -224,8 +225,9 @@ def wgrad(
         return dA, dB, Q
     at_B, at_Q = starts[len(dA) :], starts[len(dA) + len(dB) :]
     inputs = [] if x is None or rank == 0 else [Product(unit_last(x), dh, 0, rank, 0, 0, (1, x.shape[1]))]
+    stride = probes if h.shape[1] - rank == probes * len(ranks) else 0
     outer = [
-        Product(g, h, offsets[i], ranks[i], probes, at_B[n], (ranks[i], 1), at_Q[n])
+        Product(g, h, offsets[i], ranks[i], probes, at_B[n], (ranks[i], 1), at_Q[n], rank + i * stride)
         for n, (i, g) in enumerate(zip(live, wide, strict=True))
         if ranks[i] + probes > 0
     ]
@@ -237,9 +239,9 @@ def wgrad(
     rows = triton.cdiv(steps, choose_split(programs, steps, 2)) * depth
     partial = torch.empty(triton.cdiv(M, rows), starts[-1], dtype=torch.float32, device=device)
     if seed is None:
-        run([*inputs, *outer], partial, rows, plain, rank)
+        run([*inputs, *outer], partial, rows, plain)
     else:
-        run(inputs, partial, rows, masked, rank, [*offsets, rank], seed, threshold)
-        run(outer, partial, rows, plain, rank)
+        run(inputs, partial, rows, masked, [*offsets, rank], seed, threshold)
+        run(outer, partial, rows, plain)
     reduce_partials(partial, outputs, weights)
     return dA, dB, Q

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable
 
@@ -12,6 +13,10 @@ from helpers import built
 from torch import nn
 
 from fastlora.testing import enable_torchvision
+
+# On import torchao says what it has no use for here: kernels of GPUs and an interface of torch that will change.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 # timm, peft and transformers import torchvision, whose build may not load beside a torch without CUDA.
 enable_torchvision()

@@ -10,8 +10,8 @@ from fastlora.functional import lora_linear
 BACKENDS = ["reference", "python", *(["native"] if native.available() else [])]
 
 
-def make(M=13, K=20, N=(12, 6, 6), r=(3, 0, 5), fused=False, k=0, dtype=torch.float32, seed=0, S=None):
-    """Random operands of one group, B not zero."""
+def make(M=13, K=20, N=(12, 6, 6), r=(3, 0, 5), fused=False, k=0, dtype=torch.float32, seed=0, S=None, picks=False):
+    """Random operands of one group, B not zero; k probe rows, or with ``picks`` k columns of x for each projection."""
     g = torch.Generator().manual_seed(seed)
 
     def rand(*shape):
@@ -29,7 +29,9 @@ def make(M=13, K=20, N=(12, 6, 6), r=(3, 0, 5), fused=False, k=0, dtype=torch.fl
         "scale": [0.5 + 0.25 * i for i in range(len(N))],
         "dy": [rand(M, sum(N))] if fused else [rand(M, n) for n in N],
     }
-    if k:
+    if picks:
+        case["P"] = torch.randint(K, (len(N), k), generator=g)
+    elif k:
         case["P"] = torch.where(torch.rand(k, K, generator=g) < 0.5, 1.0, -1.0)
     if S:
         case["sign"] = torch.where(torch.rand(S, k, generator=g) < 0.5, 1.0, -1.0)
@@ -44,7 +46,8 @@ def run(case, backend="auto", p=0.0, function=None, dtype=None, moments=False, p
     W, bias = [cast(w) for w in case["W"]], [cast(b) for b in case["bias"]]
     P = case.get("P") if probes else None
     acc = reference.accumulate_dtype(x.dtype)
-    Z = [torch.zeros(b.shape[0], P.shape[0], dtype=acc, requires_grad=True) for b in B] if P is not None else []
+    k = 0 if P is None else P.shape[0] if P.is_floating_point() else P.shape[1]
+    Z = [torch.zeros(b.shape[0], k, dtype=acc, requires_grad=True) for b in B] if P is not None else []
     V = [torch.zeros(2, w.shape[0] + 1, dtype=torch.float64, requires_grad=True) for w in W] if moments else []
     if function is None:
         torch.manual_seed(5)

@@ -161,6 +161,7 @@ GOOD: dict[str, Callable[[Path], dict[str, Any]]] = {
     "Scores.rank_correlation": lambda at: {"self": fastlora.Scores(scores(), "grad_sq"), "other": scores()},
     "Tracker.step": lambda at: {"self": scored_tracker()},
     "Tracker.scores": lambda at: {"self": scored_tracker()},
+    "Tracker.mask": lambda at: {"self": scored_tracker(), "mask": torch.ones(2, 3, dtype=torch.bool)},
     "Tracker.covariances": lambda at: {"self": scored_tracker(), "kind": "act_cov"},
     "Tracker.penalty": lambda at: {"self": scored_tracker()},
     "Tracker.apply_penalty": lambda at: {"self": scored_tracker()},

@@ -231,7 +231,7 @@ def test_a_model_wrapped_by_peft(build, wrapped):
     model = model if wrapped == "model" else model.base_model.model
     before = state_of(model)
     where = "it is" if wrapped == "model" else f"'{SELF}.query' is"
-    with pytest.raises(ValueError, match=f"model: {where} wrapped by PEFT .*; unload it first"):
+    with pytest.raises(ValueError, match=f"model: {where} wrapped by PEFT .*; fastlora.from_peft takes"):
         fastlora.inject(model, config(target_modules=["value"]))
     assert_untouched(model, before)
 

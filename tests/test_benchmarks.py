@@ -13,9 +13,10 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import bench_growth, bench_statistics, estimators, gate, peers, recorded, report, shapes  # noqa: E402
+from benchmarks import bench_growth, bench_merge, bench_statistics, estimators, gate, peers, recorded, report, shapes  # noqa: E402
 from benchmarks.interleave import Interleaved, median_interval, rows  # noqa: E402
 from benchmarks.plot import plot  # noqa: E402
+from fastlora import tracker  # noqa: E402
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 TINY = {
@@ -91,7 +92,7 @@ def test_every_variant_passes_the_gate(fused, dtype):
 
 @needs_peft
 @pytest.mark.parametrize("build", ["function", "naive", "hooks", "exact", "python"])
-def test_the_gate_refuses_what_is_wrong(build):
+def test_the_gate_refuses_what_is_wrong(build, monkeypatch):
     problem = shapes.Problem(TINY[False], torch.float32)
     variant = {
         "function": peers.function,
@@ -109,8 +110,8 @@ def test_the_gate_refuses_what_is_wrong(build):
         variant.dy = variant.problem.split(variant.problem.dy, dim=2)
         variant.problem.dy = variant.problem.dy * 1.01
     elif build == "exact":
-        whole = variant.tracker._exact_values
-        variant.tracker._exact_values = lambda *args: {"grad_sq": 1.01 * whole(*args)["grad_sq"]}
+        whole = tracker.exact_values
+        monkeypatch.setattr(tracker, "exact_values", lambda *args: {"grad_sq": 1.01 * whole(*args)["grad_sq"]})
     else:
         variant.projections[1].B.data.mul_(1.01)
         problem.expected = (lambda whole: lambda _: whole)(problem.expected(peers.frozen(problem).projections))
@@ -221,7 +222,8 @@ def test_fitted_powers():
 def test_estimates_are_unbiased_and_their_error_falls_with_the_number_of_probes():
     generator = torch.Generator().manual_seed(0)
     x, dy = torch.randn(40, 24, generator=generator), torch.randn(40, 12, generator=generator)
-    calls = [recorded.Recorded(name, 0, x * (i + 1), dy) for i, name in enumerate("abc")]
+    norms = torch.rand(24, generator=generator, dtype=torch.float64)
+    calls = [recorded.Recorded(name, 0, x * (i + 1), dy, norms) for i, name in enumerate("abc")]
     for kind in estimators.KINDS:
         few, many = estimators.errors(calls, kind, 1), estimators.errors(calls, kind, 16)
         assert abs(few["bias"]) < 6 * few["single"] / (few["draws"] * 3) ** 0.5
@@ -245,7 +247,8 @@ def statistics_results():
                  "rows": [errors], "rounding": 1e-7}  # fmt: skip
     fitted = bench_growth.fit([1, 2, 4], [1.0, 2.0, 4.1])
     growth = {"kind": "growth", "axis": "rows M", "case": "small", "sizes": [1, 2, 4], "ms": [spread(1.0)] * 3,
-              "bytes": [1, 2, 4], "time": fitted, "kept": fitted, "expected": "1"}  # fmt: skip
+              "bytes": [1, 2, 4], "peaks": [2**20, 2**21, 2**22], "time": fitted, "kept": fitted, "peak": fitted,
+              "expected": "1"}  # fmt: skip
     return [costs, estimates, growth]
 
 
@@ -257,7 +260,7 @@ def test_statistics_and_growth_are_reported_and_drawn(tmp_path):
     text = (tmp_path / "statistics.md").read_text()
     assert "| rademacher | 4 | 20.0 [10.0, 30.0] | 2.00 | +0.10 | 0.9990 |" in text
     assert "+40.0 [+39.0, +41.0]" in text  # the naive way is over PEFT
-    assert "| rows M | 1 to 4 |" in text
+    assert "| rows M | 1 to 4 |" in text and "| 1.00 to 4.00 |" in text
     given["results"][0]["gate"] = "failed"
     given["results"][0]["reason"] = "grad_sq[0] is off"
     assert [path.name for path in report.write(given, tmp_path, "red")] == ["red.json", "red.md"]
@@ -282,3 +285,22 @@ def test_targets_name_measured_variants():
         for dtype in shapes.DTYPES:
             for target in shapes.targets(shape, dtype):
                 assert target.variant in peers.LABELS and target.measure in report.MEASURES and target.limit > 0
+
+
+def test_merges_are_checked_and_reported(monkeypatch):
+    monkeypatch.setattr(bench_merge, "BLOCKS", 1)
+    monkeypatch.setattr(bench_merge, "WIDTH", 64)
+    variants = [
+        bench_merge.Merge(name, dtype) for name, dtype in (("merge_fp32", torch.float32), ("fastlora", torch.bfloat16))
+    ]
+    with pytest.raises(AssertionError, match="fastlora"):
+        variants[0].call()
+        bench_merge.check(variants)  # the second has not merged
+    for variant in variants:
+        variant.forget()
+        variant.call()
+    bench_merge.check(variants)
+    found = bench_merge.rows({"merge_fp32": {0: 2.0, 1: 4.0}, "fastlora": {0: 1.0, 1: 3.0}})
+    assert found[1]["ratio_to_fp32"]["median"] == 0.625
+    result = {"kind": "merge", "weights": 10, "matrices": 6, "rank": 2, "rows": found}
+    assert "| fastlora, bf16 weights | 2000.0 [" in "\n".join(report._merges([result], peers.LABELS))

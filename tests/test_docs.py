@@ -12,6 +12,7 @@ import sys
 import pytest
 
 import fastlora
+from fastlora.cli import COMMANDS, main
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 REFERENCE = DOCS / "reference" / "index.md"
@@ -72,3 +73,23 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert all(f'id="fastlora.{name}"' in page or f'id="module-fastlora.{name}"' in page for name in fastlora.__all__)
     index = (tmp_path / "index.html").read_text()
     assert all(f"{path.stem}.html" in index for path in DOCS.glob("*.md") if path.stem != "index")
+
+
+def test_every_page_with_code_is_run_by_some_test():
+    """What is left to other files is named there."""
+    others = [path.read_text() for path in DOCS.parent.glob("tests/test_*.py") if path.name != "test_docs.py"]
+    for page in ELSEWHERE:
+        assert any(f"{page}.md" in text for text in others), page
+
+
+def test_the_commands_of_the_pages_exist(tmp_path, monkeypatch, capsys):
+    """``fastlora inspect adapter`` after the page has saved one, and no command that there is not."""
+    monkeypatch.chdir(tmp_path)
+    scope = {"__name__": "drop_in"}
+    for block in blocks((DOCS / "drop_in.md").read_text()):
+        exec(compile(block, "drop_in", "exec"), scope)
+    capsys.readouterr()
+    assert main(["inspect", "adapter"]) == 0
+    assert "body.0" in capsys.readouterr().out
+    named = {name for path in DOCS.glob("*.md") for name in re.findall(r"`fastlora (\w+)", path.read_text())}
+    assert {"inspect", "doctor"} <= named <= set(COMMANDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -47,6 +48,53 @@ def test_a_backend_that_is_wrong_is_found(broken, monkeypatch, capsys):
 def test_overrides_are_named(monkeypatch):
     monkeypatch.setenv("FASTLORA_CPU_ENGINE", "linear")
     assert any("FASTLORA_CPU_ENGINE=linear" in clash for clash in doctor.clashes())
+
+
+MODELS = """
+import torch, peft
+
+plain = torch.nn.Sequential(torch.nn.Linear(4, 4))
+number = 3
+wrapped = lambda: peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
+"""
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A module in the working directory, as a user's script is."""
+    (tmp_path / "models_of_a_user.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    yield "models_of_a_user"
+    sys.modules.pop("models_of_a_user", None)
+
+
+def test_a_model_wrapped_by_peft_is_a_clash(models, capsys):
+    pytest.importorskip("peft")
+    assert main(["doctor", "--model", f"{models}:plain"]) == 0
+    assert "clash" not in capsys.readouterr().out
+    assert main(["doctor", "--model", f"{models}:wrapped"]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("clash")]
+    assert "model: it is wrapped by PEFT (PeftModel); fastlora.from_peft takes its adapter over" in line
+    assert main(["doctor", "--json", "--model", f"{models}:wrapped"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["passed"] and len(found["model"]) == 1
+
+
+@pytest.mark.parametrize(
+    "where, said",
+    [
+        ("plain", "expected MODULE:NAME of a model or of a function that makes one, got 'plain'"),
+        ("no_such_module_here:model", "No module named 'no_such_module_here'"),
+        ("models_of_a_user:plane", "has no attribute 'plane'"),
+        ("models_of_a_user:number", "models_of_a_user:number gives a int, expected a torch.nn.Module"),
+    ],
+)
+def test_what_is_no_model_is_refused(models, where, said, capsys):
+    before = list(sys.path)
+    assert main(["doctor", "--model", where]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("fastlora: --model: ") and said in message
+    assert sys.path == before
 
 
 @pytest.fixture

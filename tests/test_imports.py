@@ -23,24 +23,24 @@ LAYERS = (
     ("reference",),
     ("native", "native_shapes", "plain", "_layout", "engines", "grouped"),
     ("verbs", "triton_backend", "multi_tensor"),
-    ("backends", "segments"),
+    ("backends", "segments", "signs"),
     ("_operator",),
     ("_ops",),
     ("_grouped_ops",),
-    ("frozen_op",),
+    ("frozen_op", "column_probes", "column_rows", "kept_rows"),
     ("functional", "routing", "probes"),
-    ("factors", "config", "committing", "parallel"),
+    ("factors", "config", "committing", "parallel", "progress"),
     ("nn",),
     (
         "averages",
         "covariance",
+        "exact_values",
         "reduction",
         "tracking_checks",
         "tracking_state",
         "regulariser",
         "restoring",
         "update_variance",
-        "progress",
     ),
     ("targets", "learning_checks"),
     ("roles", "blocks", "parameter_roles", "presets"),
@@ -53,7 +53,7 @@ LAYERS = (
 )
 # fmt: on
 # Functions of tensors and dicts: anybody may import them, and they import nothing above themselves.
-PURE = ("scores", "score_table", "allocation", "penalty", "temperature", "schedule", "diagnostics")
+PURE = ("scores", "score_table", "allocation", "penalty", "temperature", "schedule", "diagnostics", "choices")
 ANYWHERE = ("testing",)
 ROOT = "__init__"  # the public names, above everything
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -124,6 +125,41 @@ def test_a_merged_copy_unmerges_on_its_own(adapted):
     fastlora.unmerge(other)
     assert_unchanged(other, before)
     assert next(iter(adapted_layers(model).values())).merged
+
+
+class TestProgress:
+    def test_a_callable_sees_every_layer(self, adapted):
+        model, _ = adapted
+        seen, size = [], len(adapted_layers(model))
+        fastlora.merge(model, progress=lambda done, wanted, _: seen.append((done, wanted)))
+        assert seen == [(i, size) for i in range(1, size + 1)]
+
+    @pytest.mark.parametrize("progress", [None, False])
+    def test_logged_or_silent_where_nobody_looks(self, adapted, progress, caplog, capsys):
+        model, _ = adapted
+        with caplog.at_level(logging.INFO, "fastlora"):
+            fastlora.merge(model, progress=progress)
+        size = len(adapted_layers(model))
+        said = [f"merge: {i} of {size} layers" for i in range(1, size + 1)]
+        assert [record.getMessage() for record in caplog.records] == ([] if progress is False else said)
+        assert not any(capsys.readouterr())
+
+    def test_a_bar_on_request(self, adapted, capsys, monkeypatch):
+        pytest.importorskip("tqdm")
+        monkeypatch.setattr(fastlora.merging, "_PATIENCE", 0.0)
+        fastlora.merge(adapted[0], progress=True)
+        assert "merge: 100%" in capsys.readouterr().err
+
+    def test_one_that_raises_leaves_the_model_as_it_was(self, adapted):
+        model, _ = adapted
+        before = snapshot(model)
+
+        def stop(done, wanted, _):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fastlora.merge(model, progress=stop)
+        assert_unchanged(model, before)
 
 
 class TestErrorsChangeNothing:

@@ -60,8 +60,9 @@ def test_native_kernels_run_once_per_group():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_opcheck(p):
-    case = make(k=2, S=13)
+@pytest.mark.parametrize("picks", [False, True])
+def test_opcheck(p, picks):
+    case = make(k=2, S=13, picks=picks)
     seed = torch.tensor(7) if p else None
     x, A, B = (
         case["x"].requires_grad_(),
@@ -72,10 +73,10 @@ def test_opcheck(p):
     V = [torch.zeros(2, w.shape[0] + 1, dtype=torch.float64, requires_grad=True) for w in case["W"]]
     args = (x, case["W"], case["bias"], A, B, Z, V, case["P"], case["sign"], seed, case["scale"], p, "auto", "auto")
     torch.library.opcheck(torch.ops.fastlora.lora_linear.default, args)
-    h = torch.randn(13, 10)
+    h = torch.randn(13, 8 + (6 if picks else 2))
     back = (case["dy"], case["x"].detach(), h, case["W"], [a.detach() for a in A], [b.detach() for b in B], seed)
     torch.library.opcheck(
-        torch.ops.fastlora.lora_linear_backward.default, (*back, case["scale"], p, [True] * 6, "auto", "auto")
+        torch.ops.fastlora.lora_linear_backward.default, (*back, case["scale"], p, 2, [True] * 6, "auto", "auto")
     )
 
 

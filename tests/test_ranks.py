@@ -222,7 +222,7 @@ class TestSetRanks:
         fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 0}, keep=True)
         fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 2}, keep=True)
         assert not qkv.lora_B["default"].q.any()
-        with pytest.raises(ValueError, match="keep: expected one of keep and reinit, got both"):
+        with pytest.raises(ValueError, match="keep: expected keep or reinit, got both"):
             fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 1}, keep=True, reinit=True)
 
     @pytest.mark.parametrize(

@@ -290,7 +290,10 @@ BAD = {
     "warmup": ({"warmup": 0}, "warmup: expected a positive number"),
     "statistics": ({"statistics": ("grad",)}, "statistics: expected one of"),
     "nothing": ({"statistics": ()}, "statistics: expected at least one"),
-    "grad_abs": ({"statistics": ("grad_abs",)}, "statistics: 'grad_abs' cannot be estimated from ±1 probes; use"),
+    "grad_abs": ({"statistics": ("grad_abs",)}, "'grad_abs' cannot be estimated from ±1 probes; it needs"),
+    "probe_kind": ({"probe_kind": "rows"}, "probe_kind: expected one of"),
+    "probe_kind of exact": ({"probe_kind": "columns", "estimator": "exact"}, "probe_kind: 'columns' is for"),
+    "signs": ({"probe_kind": "columns", "statistics": ("fisher", "grad_abs")}, "'fisher' has signs that 'grad_abs'"),
     "both": ({"statistics": ("grad_sq", "fisher")}, "one set of probes gives 'grad_sq' or 'fisher'"),
     "reduction": ({"loss_reduction": "max"}, "loss_reduction: expected one of"),
     "every": ({"every": 0}, "every: expected 'auto' or a positive number of steps, got 0"),
@@ -319,7 +322,7 @@ def test_reading_what_is_not_there_is_an_error():
             track(m)
         with pytest.raises(RuntimeError, match="no grad_sq yet for 0.query"):
             tracker.scores("grad_sq")
-        with pytest.raises(ValueError, match="'grad_abs' is not tracked, only grad_sq; it needs estimator='exact'"):
+        with pytest.raises(ValueError, match="not tracked, only grad_sq; it needs probe_kind='columns' or estimator="):
             tracker.scores("grad_abs")
 
 

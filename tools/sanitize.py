@@ -1,10 +1,13 @@
-"""Run the tests of the native code against a build with AddressSanitizer and UBSan: python tools/sanitize.py
+"""Run the tests of the native code against builds with AddressSanitizer and UBSan, then with ThreadSanitizer.
 
-The instrumented build lies beside the ordinary one, is incremental, and has no CUDA. ``tests/native`` runs with the
-processor's own instruction set, then what depends on the instruction set once more with the portable code.
+    python tools/sanitize.py [address,undefined | thread]
 
-ThreadSanitizer is no use here: it does not see the barriers of the OpenMP runtime that torch brings, and takes every
-second use of a buffer for a race.
+The instrumented builds lie beside the ordinary one, are incremental, and have no CUDA. ``tests/native`` runs with the
+processor's own instruction set; with AddressSanitizer what depends on the instruction set runs once more with the
+portable code.
+
+ThreadSanitizer does not see the barriers of the OpenMP runtime that torch brings: its build starts threads of its own
+(``csrc/cpu/threads.h``), takes any work to be worth one, and what torch itself does is not watched.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SANITIZERS = "address,undefined"
+SANITIZERS = ("address,undefined", "thread")
+THREADS = 3  # of torch, under ThreadSanitizer
 # Tests that start others for each instruction set, read other builds, hang or end processes on purpose, or repeat on
 # 10^6 rows what fewer rows show.
 LEFT_OUT = (
@@ -26,9 +30,12 @@ LEFT_OUT = (
     "test_threads.py::test_a_forked_child_gets_the_same_bits_and_does_not_hang",
     "test_emulated_cuda.py::test_more_rows_than_the_smallest_chunks_hold",
 )
+# The emulated GPU switches stacks, which ThreadSanitizer cannot follow; it has one thread of the processor anyway.
+LEFT_OUT_THREADS = (*LEFT_OUT, "test_emulated_cuda.py", "test_abi.py")
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter keeps what it likes until it exits
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1",
 }
 
 
@@ -49,18 +56,19 @@ def own_instruction_set() -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def build() -> Path:
+def build(sanitizers: str) -> Path:
     """The folder of the instrumented _C and _layout."""
-    folder = Path("build") / "sanitized"
-    environment = {"FASTLORA_SANITIZE": SANITIZERS, "FASTLORA_BUILD": "1", "FASTLORA_CUDA": "0"}
+    folder = Path("build") / f"sanitized-{sanitizers.replace(',', '-')}"
+    environment = {"FASTLORA_SANITIZE": sanitizers, "FASTLORA_BUILD": "1", "FASTLORA_CUDA": "0"}
     environment["FASTLORA_ISAS"] = own_instruction_set()
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=True)
     return ROOT / folder / "fastlora"
 
 
-def test(folder: Path, isa: str | None) -> int:
-    libraries = [runtime("libasan.so"), runtime("libstdc++.so.6")]
+def test(sanitizers: str, folder: Path, isa: str | None = None) -> int:
+    races = sanitizers == "thread"
+    libraries = [runtime("libtsan.so" if races else "libasan.so"), runtime("libstdc++.so.6")]
     environment = {
         **os.environ,
         **OPTIONS,
@@ -68,9 +76,12 @@ def test(folder: Path, isa: str | None) -> int:
         "PYTHONPATH": str(ROOT),
         "FASTLORA_LIBRARY": str(folder / "_C.so"),
         "FASTLORA_CUDA": "0",
-        "FASTLORA_SANITIZE": SANITIZERS,
+        "FASTLORA_SANITIZE": sanitizers,
     }
-    selected = ["tests/native", *(f"--deselect=tests/native/{name}" for name in LEFT_OUT)]
+    left_out = LEFT_OUT_THREADS if races else LEFT_OUT
+    selected = ["tests/native", *(f"--deselect=tests/native/{name}" for name in left_out)]
+    if races:
+        environment["OMP_NUM_THREADS"] = str(THREADS)
     if isa is not None:
         environment["FASTLORA_CPU_ISA"] = isa
         selected += ["-m", "every_isa"]
@@ -94,8 +105,15 @@ def run(folder: Path, arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--run"]:
         return run(Path(arguments[1]), arguments[2:])
-    folder = build()
-    return test(folder, None) or test(folder, "portable")
+    for sanitizers in arguments or SANITIZERS:
+        if sanitizers not in SANITIZERS:
+            raise SystemExit(f"sanitizers {sanitizers!r}; accepted: {' or '.join(SANITIZERS)}")
+        folder = build(sanitizers)
+        if failed := test(sanitizers, folder):
+            return failed
+        if sanitizers != "thread" and (failed := test(sanitizers, folder, "portable")):
+            return failed
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 // The backward of a group in one pass over row blocks, after the frozen matmul has written dy W into dx:
 // dh_i = scale_i dy_i B_i    dB_i = scale_i dy_i^T h_i    Q_i = dy_i^T h_P    dA = dh^T x    dx += dh A
+// h_P are the columns of h after the ranks: the same for every projection, or a run for each.
 #include "cpu/group.h"
 
 namespace fastlora {
@@ -11,12 +12,13 @@ struct Pass {
   std::optional<Target> dx;
   Group group;
   Scratch<float> A{0}, B{0};
-  Scratch<bf16> B_pairs{0};  // B^T without the scale, which is not exact in bf16
-  int64_t probes = 0;
+  Scratch<bf16> B_pairs{0};              // B^T without the scale, which is not exact in bf16
+  int64_t probes = 0, probe_stride = 0;  // from the probes of one projection to those of the next
   bool need_dA = false, need_dB = false;
   std::vector<int64_t> gradient;  // of [rank + probes, columns] of every projection in the sums of a part
   int64_t first_dA = 0, sums = 0;
   int64_t met(const Slot& it) const { return (need_dB ? it.rank : 0) + probes; }
+  int64_t first_probe(size_t i) const { return group.rank + static_cast<int64_t>(i) * probe_stride; }
 };
 
 // As run_slots below, on products of bf16 pairs.
@@ -34,7 +36,7 @@ void run_slots_in_pairs(const Pass& pass, int64_t m, int64_t rows, bf16* met, fl
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t r = 0; r < it.rank; ++r) dh[row * rank + it.offset + r] *= it.scale;
     }
-    gather(h, pass.h.stride, rows, it.offset, pass.need_dB ? it.rank : 0, rank, pass.probes, met);
+    gather(h, pass.h.stride, rows, it.offset, pass.need_dB ? it.rank : 0, pass.first_probe(i), pass.probes, met);
     kernels().outer_bf16(met, count, count, dy, from.stride, rows, it.columns, sums + pass.gradient[i], it.columns);
   }
 }
@@ -52,8 +54,8 @@ void run_slots(const Pass& pass, int64_t m, int64_t rows, float* wide, float* wi
     const float* dy = rows_as_float(from.data<T>() + m * from.stride + it.column, from.stride, rows, it.columns, wide);
     const int64_t stride = float_stride<T>(from.stride, it.columns), count = pass.met(it);
     kernels().dot(dy, stride, rows, pass.B.get() + it.packed, it.columns, it.rank, it.columns, dh + it.offset, rank);
-    gather(h, float_stride<T>(pass.h.stride, width), rows, it.offset, pass.need_dB ? it.rank : 0, rank, pass.probes,
-           met);
+    gather(h, float_stride<T>(pass.h.stride, width), rows, it.offset, pass.need_dB ? it.rank : 0, pass.first_probe(i),
+           pass.probes, met);
     kernels().outer(met, count, count, dy, stride, rows, it.columns, sums + pass.gradient[i], it.columns);
   }
 }
@@ -166,6 +168,7 @@ Result lora_backward_(std::optional<Tensor> dx, const std::vector<Tensor>& dy, c
   STD_TORCH_CHECK(probes >= 0, "probes is ", probes, "; accepted: 0 or more");
   STD_TORCH_CHECK(pass.h.columns >= pass.group.rank + probes, "h has ", pass.h.columns, " columns; rank + probes is ",
                   pass.group.rank + probes);
+  pass.probe_stride = probe_stride(pass.h.columns - pass.group.rank, probes, A.size());
   for (const Slot& it : pass.group.slots) {
     pass.gradient.push_back(pass.sums);
     pass.sums += pass.met(it) * it.columns;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 
 namespace fastlora {
 
@@ -122,7 +123,7 @@ struct Parts {
   int64_t rows, count;
 
   Parts(int64_t rows_, int64_t work_per_row) : rows(rows_), count(1) {
-    constexpr int64_t kWorkPerThread = 1 << 19;
+    constexpr int64_t kWorkPerThread = worth_a_thread(1 << 19);
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t useful = rows * std::max<int64_t>(work_per_row, 1) / kWorkPerThread;
     count = std::max<int64_t>(1, std::min({threads, useful, rows / 8}));
@@ -132,11 +133,7 @@ struct Parts {
   // Calls f(part, first row, last row) for every part.
   template <class F>
   void run(const F& f) const {
-    if (count == 1 || in_forked_child()) {
-      for (int64_t part = 0; part < count; ++part) f(part, begin(part), begin(part + 1));
-      return;
-    }
-    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    parallel_for(count, 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part) f(part, begin(part), begin(part + 1));
     });
   }

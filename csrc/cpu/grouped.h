@@ -155,7 +155,7 @@ struct Schedule {
 
   // work[i] is that of one row of segments.present[i], in multiply-adds.
   Schedule(const Segments& segments, const std::vector<int64_t>& work) {
-    constexpr int64_t kWorkPerThread = 1 << 18;
+    constexpr int64_t kWorkPerThread = worth_a_thread(1 << 18);
     // Packing the factors and writing the gradients costs about as much as these rows.
     constexpr int64_t kFixedRows = 8;
     // Kernels take rows in tiles of divisors of this number.
@@ -195,12 +195,7 @@ struct Schedule {
   // Calls f(part, its segments) for every part.
   template <class F>
   void run(const F& f) const {
-    const int64_t count = static_cast<int64_t>(parts.size());
-    if (count == 1) {
-      f(int64_t{0}, parts[0]);
-      return;
-    }
-    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    parallel_for(static_cast<int64_t>(parts.size()), 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part) f(part, parts[part]);
     });
   }

@@ -12,14 +12,10 @@ using TensorList = std::vector<Tensor>;
 // Calls f(i) for every matrix; `work` is the number of operations of all of them.
 template <class F>
 void for_each_matrix(size_t count, int64_t work, const F& f) {
-  constexpr int64_t kWorkPerThread = 1 << 20;
+  constexpr int64_t kWorkPerThread = worth_a_thread(1 << 20);
   const int64_t matrices = static_cast<int64_t>(count);
   const int64_t grain = work > kWorkPerThread ? matrices * kWorkPerThread / work + 1 : matrices;
-  if (grain >= matrices || torch::stable::get_num_threads() == 1) {
-    for (size_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-  torch::stable::parallel_for(0, matrices, grain, [&](int64_t first, int64_t last) {
+  parallel_for(matrices, grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) f(static_cast<size_t>(i));
   });
 }

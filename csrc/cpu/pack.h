@@ -82,6 +82,11 @@ inline Scratch<bf16> pack_pairs(const Scratch<float>& exact, int64_t count, Scal
   return out;
 }
 
+// From the probe columns of one projection to those of the next: 0 where all meet the same ones.
+inline int64_t probe_stride(int64_t columns, int64_t probes, size_t projections) {
+  return columns == probes * static_cast<int64_t>(projections) ? probes : 0;
+}
+
 // Columns of h that one projection meets, side by side: its own ranks, then the probes.
 template <class T>
 void gather(const T* h, int64_t ldh, int64_t rows, int64_t offset, int64_t rank, int64_t first_probe, int64_t probes,

@@ -1,5 +1,6 @@
 // Gradients of the adapters in one pass over row blocks, while dy and x are in cache:
 // dh_i = scale_i dy_i B_i    dB_i = scale_i dy_i^T h_i    Q_i = dy_i^T h[:, rank:]    dA = dh^T x
+// Behind the ranks h has `probes` columns for all projections, or as many for each.
 #include "cpu/common.h"
 #include "cpu/pack.h"
 
@@ -18,7 +19,7 @@ struct Problem {
   Matrix x, h;
   std::vector<Projection> projections;
   Scratch<float> factors{0};
-  int64_t rank, probes, widest = 0, gradients = 0;
+  int64_t rank, probes, probe_stride = 0, widest = 0, gradients = 0;
   bool need_dA;
   // Sums of a part: dB and Q of every projection, then dA.
   int64_t sums() const { return gradients + (need_dA ? rank * x.columns : 0); }
@@ -46,11 +47,12 @@ Problem prepare(const Tensor& x, const std::vector<Tensor>& dy, const Tensor& h,
   STD_TORCH_CHECK(scales.size() == dy.size(), "scales has ", scales.size(), " entries, but dy has ", dy.size());
   STD_TORCH_CHECK(rank >= 0, "rank is ", rank, "; accepted: 0 or more");
   STD_TORCH_CHECK(probes >= 0, "probes is ", probes, "; accepted: 0 or more");
-  Problem out{read_matrix(x, "x"), read_matrix(h, "h"), {}, Scratch<float>(0), rank, probes, 0, 0, need_dA};
+  Problem out{read_matrix(x, "x"), read_matrix(h, "h"), {}, Scratch<float>(0), rank, probes, 0, 0, 0, need_dA};
   check_same_dtype(out.h.dtype, "h", out.x.dtype, "x");
   STD_TORCH_CHECK(out.h.rows == out.x.rows, "h has ", out.h.rows, " rows, but x has ", out.x.rows);
-  STD_TORCH_CHECK(out.h.columns == rank + probes, "h has ", out.h.columns, " columns; rank + probes is ",
-                  rank + probes);
+  out.probe_stride = probe_stride(out.h.columns - rank, probes, dy.size());
+  STD_TORCH_CHECK(out.h.columns == rank + probes || out.probe_stride > 0, "h has ", out.h.columns,
+                  " columns; rank + probes is ", rank + probes);
   int64_t packed = 0;
   for (size_t i = 0; i < dy.size(); ++i) {
     Projection it = check_projection(out, dy[i], B[i], offsets[i], scales[i]);
@@ -72,7 +74,7 @@ Problem prepare(const Tensor& x, const std::vector<Tensor>& dy, const Tensor& h,
 template <class T>
 void run_part(const Problem& problem, int64_t begin, int64_t end, float* dh, float* sums) {
   constexpr bool kNarrow = !std::is_same_v<T, float>;
-  const int64_t depth = problem.x.columns, rank = problem.rank, probes = problem.probes, width = rank + probes;
+  const int64_t depth = problem.x.columns, rank = problem.rank, probes = problem.probes, width = problem.h.columns;
   const int64_t block = block_rows(std::max(problem.widest, depth));
   const Scratch<float> wide(kNarrow ? block * std::max(problem.widest, depth) : 0);
   const Scratch<float> wide_h(kNarrow ? block * width : 0), met(block * width);
@@ -80,12 +82,14 @@ void run_part(const Problem& problem, int64_t begin, int64_t end, float* dh, flo
     const int64_t rows = std::min(block, end - m);
     const Matrix &x = problem.x, &h = problem.h;
     const float* h_rows = rows_as_float(h.data<T>() + m * h.stride, h.stride, rows, width, wide_h.get());
+    int64_t first_probe = rank - problem.probe_stride;
     for (const Projection& it : problem.projections) {
+      first_probe += problem.probe_stride;
       const int64_t columns = it.dy.columns, stride = float_stride<T>(it.dy.stride, columns);
       const float* dy = rows_as_float(it.dy.data<T>() + m * it.dy.stride, it.dy.stride, rows, columns, wide.get());
       kernels().dot(dy, stride, rows, problem.factors.get() + it.factor, columns, it.rank, columns,
                     dh + m * rank + it.offset, rank);
-      gather(h_rows, float_stride<T>(h.stride, width), rows, it.offset, it.rank, rank, probes, met.get());
+      gather(h_rows, float_stride<T>(h.stride, width), rows, it.offset, it.rank, first_probe, probes, met.get());
       kernels().outer(met.get(), it.rank + probes, it.rank + probes, dy, stride, rows, columns, sums + it.gradient,
                       columns);
     }

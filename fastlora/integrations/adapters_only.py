@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn.linear import adapted_layers, matrix_key
+from ..parallel import shards, whole
 from ..parameter_roles import saved_modules
 from ..peft_names import listed
 
@@ -25,9 +26,9 @@ def adapters_only(model: nn.Module) -> AdaptersOnly:
 
 
 class AdaptersOnly:
-    """See :func:`adapters_only`."""
+    """See :func:`adapters_only`; ``once_sharded``: from when ``fully_shard`` has the model, complete before."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, once_sharded: bool = False):
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         hooks = model._load_state_dict_pre_hooks.values()
@@ -35,7 +36,7 @@ class AdaptersOnly:
             before = _BeforeLoad()
             model.register_load_state_dict_pre_hook(before)
             model.register_load_state_dict_post_hook(_AfterLoad(before))
-        self._handle = model.register_state_dict_post_hook(_LeaveOutBase())
+        self._handle = model.register_state_dict_post_hook(_LeaveOutBase(once_sharded))
 
     def __enter__(self) -> AdaptersOnly:
         return self
@@ -49,9 +50,9 @@ class AdaptersOnly:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the frozen base."""
+    """The state dict without the frozen base; of a sharded model whole tensors, for which every rank calls this."""
     with adapters_only(model):
-        return model.state_dict()
+        return {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
 def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> set[str]:
@@ -72,8 +73,14 @@ def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = ""
 
 
 class _LeaveOutBase:
+    def __init__(self, once_sharded: bool):
+        self.once_sharded = once_sharded
+
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        if not adapted_layers(module):
+        if not adapted_layers(module) or (self.once_sharded and not shards(module)):
+            return
+        # Whoever shards a model on the meta device fills it from a state dict, of which the base is a part.
+        if any(parameter.is_meta for parameter in module.parameters()):
             return
         trained = _trained(module)
         frozen = [prefix + name for name in _parameters(module) if name not in trained]

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..choices import suggestion
 from ..nn.linear import DEFAULT, adapted_layers, matrix_key
+from ..parallel import shards
 from ..peft_names import listed
 from ..tracker import Tracker
 from .adapters_only import AdaptersOnly, adapters_only, refuse_other, trained_state
@@ -105,8 +107,9 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, tracker: Tracker 
     Adapters, ``modules_to_save``, other trained parameters, buffers, the tracker and the states of the random number
     generators (torch, Python, NumPy). ``others``: objects with ``state_dict``, such as ``optimizer=optimizer``, and
     plain values, such as ``step=step``. In a distributed run one process calls it. The file appears complete or not at
-    all.
+    all. ``ValueError`` for a sharded model, of which no process has the whole.
     """
+    _refuse_shards(model)
     state = TrainingState(_unwrapped(model), tracker).state_dict()
     objects = {name: other.state_dict() for name, other in others.items() if hasattr(other, "state_dict")}
     values = {name: other for name, other in others.items() if name not in objects}
@@ -123,11 +126,13 @@ def load_checkpoint(
     Raises ``ValueError`` for a file that is torn, newer, or does not fit, naming the differences, with the model,
     the tracker and the generators as they were.
     """
+    _refuse_shards(model)
     model = _unwrapped(model)
     state = read(pathlib.Path(path))
     missing = sorted(set(objects) - set(state["objects"]))
     if missing:
-        raise ValueError(f"{path}: has no state of {missing}, only of {sorted(state['objects'])}")
+        near = suggestion(missing[0], state["objects"])
+        raise ValueError(f"{path}: has no state of {missing}, only of {sorted(state['objects'])}{near}")
     refuse_other(model, state["model"])
     TrainingState(model, tracker).load_state_dict(state)
     for name, other in objects.items():
@@ -167,6 +172,14 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    if isinstance(model, nn.Module) and shards(model):
+        raise ValueError(
+            "model: is sharded by fully_shard; save its state dict under adapters_only(model), and the optimiser's, "
+            "with torch.distributed.checkpoint, and TrainingState(model, tracker).state_dict() beside it"
+        )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

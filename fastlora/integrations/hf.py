@@ -16,9 +16,10 @@ from torch import nn
 
 from ..adapter_set import adapter_names
 from ..nn.linear import DEFAULT, adapted_layers
+from ..parallel import shards
 from ..peft_io import save
 from ..tracker import Tracker
-from .adapters_only import AdaptersOnly, adapters_only, trained_state
+from .adapters_only import AdaptersOnly, trained_state
 from .checkpoints import packed, read, refuse_ranks, write_atomically
 from .session import Session, checked_checkpoints
 
@@ -70,11 +71,11 @@ class FastLoraCallback(TrainerCallback):
         return self.session.tracker
 
     def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs) -> None:
-        self._open(model)
+        self._open(model, args)
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs) -> None:
-        self._open(model)
-        if self.checkpoints == "adapters" and args.save_strategy != "no" and args.should_save:
+        self._open(model, args)
+        if self.checkpoints == "adapters" and args.save_strategy != "no" and _takes_part(args, model):
             # What has no place in PEFT's files is found now, not at the first checkpoint.
             with tempfile.TemporaryDirectory() as folder:
                 _save_adapters(model, pathlib.Path(folder))
@@ -91,18 +92,21 @@ class FastLoraCallback(TrainerCallback):
 
     def on_save(self, args, state, control, model: nn.Module | None = None, **kwargs) -> None:
         folder = _folder(args, state)
-        if not args.should_save:
+        if not _takes_part(args, model):
             return
-        if not folder.is_dir():
+        if not shards(model) and not folder.is_dir():
             logger.warning("%s: no such folder, so the adapter and the statistics are not saved beside it", folder)
             return
+        tensors, own = _tensors(model), {"step": state.global_step, "weights": _digest(model)}
         if self.checkpoints == "adapters":
             _save_adapters(model, folder)
+        if not args.should_save:
+            return
+        if self.checkpoints == "adapters":
             # As in a folder of PEFT's: with a config.json in it, from_pretrained would take it for a complete model.
             (folder / CONFIG_NAME).unlink(missing_ok=True)
             # The Trainer's own file may have the hub's names for weights, which its load_state_dict does not know.
-            write_atomically(folder / SAFE_WEIGHTS_NAME, safetensors.torch.save(_tensors(model), {"format": "pt"}))
-        own = {"step": state.global_step, "weights": _digest(model)}
+            write_atomically(folder / SAFE_WEIGHTS_NAME, safetensors.torch.save(tensors, {"format": "pt"}))
         write_atomically(folder / STATE, packed({**self.session.state_dict(), **own}))
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -115,12 +119,13 @@ class FastLoraCallback(TrainerCallback):
             self._only.close()
             self._only = None
 
-    def _open(self, model: nn.Module) -> None:
+    def _open(self, model: nn.Module, args: Any) -> None:
         if not adapted_layers(model):
             raise ValueError("model: has no adapters; call fastlora.inject before the Trainer is made")
         if self._only is not None:
             self._only.close()
-        self._only = adapters_only(model) if self.checkpoints == "adapters" else None
+        # Accelerate may shard a model by way of its state dict.
+        self._only = AdaptersOnly(model, once_sharded=bool(args.fsdp)) if self.checkpoints == "adapters" else None
 
     def _saved(self, args: Any, state: Any, model: nn.Module) -> dict[str, Any]:
         """Our state in the folder that the Trainer has just resumed from, which it does not tell."""
@@ -140,6 +145,11 @@ class FastLoraCallback(TrainerCallback):
 
 def _folder(args: Any, state: Any) -> pathlib.Path:
     return pathlib.Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _takes_part(args: Any, model: nn.Module) -> bool:
+    """Whether this process has a part in saving: the first one, and every one that holds a shard."""
+    return bool(args.should_save or shards(model))
 
 
 def _save_adapters(model: nn.Module, folder: pathlib.Path) -> None:

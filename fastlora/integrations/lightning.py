@@ -58,6 +58,12 @@ class FastLoraCallback(Callback):
         saved, self._saved = self._saved, None
         self.session.begin(adapted_model(pl_module), saved)
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        # Strategies that shard restore a checkpoint after they have set the model up, which is after on_fit_start.
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            self.session.resume(saved)
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.session.hold(trainer.global_step)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..choices import suggestion, unknown
 from ..nn.linear import adapted_layers
 from ..tracker import Tracker, track
 from .checkpoints import TrainingState
@@ -25,6 +27,8 @@ class Session:
             raise ValueError(f"penalty: expected a number, options of Tracker.penalty or None, got {penalty!r}")
         if penalty is not None and options is False:
             raise ValueError("penalty: is weighed by statistics, and track=False leaves them out")
+        _check_names("track", options if isinstance(options, Mapping) else (), track)
+        _check_names("penalty", penalty or (), Tracker.penalty)
         if isinstance(freeze, bool) or not isinstance(freeze, int) or freeze < 0:
             raise ValueError(f"freeze: expected a number of optimiser steps >= 0, got {freeze!r}")
         self.options = {} if options is True else options
@@ -40,7 +44,7 @@ class Session:
         layers = [layer for layer in every if self.adapter in layer.adapter_names]
         if every and not layers:
             known = sorted({name for layer in every for name in layer.adapter_names})
-            raise ValueError(f"adapter: expected one of {known}, got {self.adapter!r}")
+            raise unknown("adapter", self.adapter, known)
         self.model, self.tracker = model, None
         if self.options is not False:
             self.tracker = track(model, **{"adapter": self.adapter, **self.options})
@@ -54,6 +58,10 @@ class Session:
         except Exception:
             self.close()
             raise
+
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a saved state, after :meth:`begin`."""
+        TrainingState(self.model, self.tracker).load_state_dict(saved)
 
     def _check_freeze(self) -> None:
         if not self.freeze:
@@ -100,6 +108,14 @@ class Session:
             self.tracker.close()
 
 
+def _check_names(argument: str, given: Iterable[str], function: Callable[..., Any]) -> None:
+    """Refuse options that a function does not have before training begins."""
+    known = [name for name in inspect.signature(function).parameters if name not in ("self", "model")]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{argument}: has no option {name!r}, only {', '.join(known)}{suggestion(name, known)}")
+
+
 def adapted_model(module: nn.Module) -> nn.Module:
     """The model inside ``module`` that ``inject`` was called on, or ``module`` where layers were built by hand."""
     if not adapted_layers(module):
@@ -112,5 +128,5 @@ def adapted_model(module: nn.Module) -> nn.Module:
 
 def checked_checkpoints(value: str) -> str:
     if value not in ("adapters", "full"):
-        raise ValueError(f"checkpoints: expected 'adapters' or 'full', got {value!r}")
+        raise unknown("checkpoints", value, ("adapters", "full"))
     return value

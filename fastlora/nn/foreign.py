@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..engines import NONE
-from ..plain import column_moments
-from ..probes import selected
+from ..kept_rows import rows_that_count, with_moments
+from ..probes import here
 from ..routing import Route
 from .linear import Linear, forward_together
+from .requantising import OwnForward, has_derivative
 from .views import LayerView, PartOfProbe
 
 _BITSANDBYTES = ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt")
@@ -31,7 +32,8 @@ class ForeignLinear(Linear):
         if not torch.compiler.is_compiling() and not self.called:
             self.called = True
         route = self.router.route(self.training)
-        y = super(Linear, self).forward(x)
+        own = super(Linear, self).forward
+        y = own(x) if has_derivative(self) else OwnForward.apply(x, self, own)
         if self.bypassed(route):
             return y
         device = x.device.type
@@ -45,8 +47,9 @@ class ForeignLinear(Linear):
         names = (route.adapter,) if route.batch is None else route.batch.names
         for name in names if torch.is_grad_enabled() else ():
             probe = self.probes.get(name)
-            if probe is not None and probe.V is not None and probe.live:
-                y = _Moments.apply(y, probe.V, None if route.batch is None else route.batch.select(name, x))
+            there = route.batch is None or name in here(route.batch)
+            if probe is not None and probe.V is not None and probe.live and there:
+                y = with_moments(y, probe.V, rows_that_count(x, route, name), update_backend(self))
         return y
 
     def empty(self, *shape: int) -> Tensor:
@@ -70,22 +73,6 @@ class _WithoutMoments(PartOfProbe):
 
     def __init__(self, probe: Any):
         self.probe, self.width, self.taken, self.Z, self.V = probe, probe.width, probe.taken, probe.Z, None
-
-
-class _Moments(torch.autograd.Function):
-    """Identity; the gradient of the moment leaf is [Σ y; Σ y²] of the rows that are the adapter's, and their number."""
-
-    @staticmethod
-    def forward(ctx, y: Tensor, V: Tensor, select: tuple[Tensor, bool] | None) -> Tensor:
-        rows = selected(y, select).reshape(-1, y.shape[-1])
-        sums = column_moments(rows)
-        ctx.save_for_backward(torch.cat([sums, sums.new_full((2, 1), rows.shape[0])], dim=1))
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        return dy, ctx.saved_tensors[0], None
 
 
 def update_backend(layer: ForeignLinear) -> str:

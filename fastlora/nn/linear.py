@@ -272,10 +272,10 @@ def _forward_one(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
         layers[0].dropout_p(route)[0],
         backend=layers[0].backend,
         engine=layers[0].engine,
-        **({} if probes is None else probes[0].operands(probes, x)),
+        **({} if probes is None else probes[0].operands(probes, x, route)),
     )
     if probes is not None:
-        y = [probe.tap(x, out) for probe, out in zip(probes, y, strict=True)]
+        y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
     return y
 
 
@@ -297,10 +297,10 @@ def _forward_grouped(layers: list[Linear], x: Tensor, route: Route) -> list[Tens
         stream=first.stream,
         backend=first.backend,
         engine=first.engine,
-        **(group_operands(probes, layers, batch, x) if probes else {}),
+        **(group_operands(probes, layers, route, x) if probes else {}),
     )
     for name, mine in probes.items():
-        y = [probe.tap(x, out, batch.select(name, x)) for probe, out in zip(mine, y, strict=True)]
+        y = [probe.tap(x, out, route, name) for probe, out in zip(mine, y, strict=True)]
     return y
 
 

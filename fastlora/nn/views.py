@@ -86,11 +86,11 @@ class PartOfProbe:
     def every(self, steps: int) -> None:
         self.probe.every = steps
 
-    def operands(self, probes: list[PartOfProbe], x: Tensor, samples: int | None = None) -> dict[str, Any]:
-        return type(self.probe).operands(self, probes, x, samples)
+    def operands(self, probes: list[PartOfProbe], x: Tensor, route: Any, samples: int | None = None) -> dict[str, Any]:
+        return type(self.probe).operands(self, probes, x, route, samples)
 
-    def tap(self, x: Tensor, y: Tensor, select: tuple[Tensor, bool] | None = None) -> Tensor:
-        return type(self.probe).tap(self, x, y, select)
+    def tap(self, x: Tensor, y: Tensor, route: Any, name: str) -> Tensor:
+        return type(self.probe).tap(self, x, y, route, name)
 
 
 class _Widened:

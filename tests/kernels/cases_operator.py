@@ -13,6 +13,7 @@ from grouped_support import CASES, Operands, expected_dh, expected_dx
 from kernel_support import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, assert_close, wide
 
 from fastlora import backends, reference, triton_backend
+from fastlora.column_probes import measured
 from fastlora.functional import lora_grouped, lora_linear
 from fastlora.segments import Batch
 
@@ -53,7 +54,7 @@ def run(data, p, double):
     torch.manual_seed(7)
     W, bias = ([wide(t) if double else t for t in ts] for ts in (data.W, data.bias))
     if double:
-        P = None if data.P is None else wide(data.P)
+        P = None if data.P is None else wide(data.P) if data.P.is_floating_point() else data.P.cpu()
         y = reference.lora_linear(x, W, bias, A, B, data.scale, Z, P, None, seed, p)
     else:
         y = lora_linear(x, W, bias, A, B, data.scale, p=p, Z=Z, V=V, P=data.P, backend="triton")
@@ -74,6 +75,35 @@ def test_outputs_and_gradients(problem, dtype, p):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert_close(found[name], value, dtype, name)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+@pytest.mark.parametrize(("dtype", "p"), [(torch.float32, 0.0), (torch.float32, 0.4), (torch.float16, 0.0)])
+def test_columns_of_x_in_the_place_of_probe_rows(problem, dtype, p):
+    data = Data(dataclasses.replace(problem, probes=3), dtype, torch.float32)
+    index = torch.arange(3 * len(problem.widths), device=DEVICE).view(-1, 3) * 5
+    data.P = index % max(data.x.shape[1], 1)
+    found, wanted = run(data, p, False), run(data, p, True)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert_close(found[name], value, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_columns_of_the_gradient_and_their_norms(dtype):
+    data = Data(SEPARATE, dtype, torch.float32)
+    x, sizes = data.x, data.problem.outputs
+    index = torch.arange(3 * len(sizes), device=DEVICE) * 5 % x.shape[1]
+    picked, y = x.index_select(1, index), torch.cat(data.dy, dim=1) * 0.0
+    Z = [torch.zeros(n, 3, device=DEVICE, requires_grad=True) for n in sizes]
+    norms = [torch.zeros(x.shape[1], device=DEVICE, requires_grad=True) for _ in sizes]
+    dy = torch.cat(data.dy, dim=1)
+    measured(y, sizes, "triton", picked, Z, x, norms).backward(dy)
+    expected = reference.column_norms(wide(x), [wide(g) for g in data.dy])
+    for i, (grad, z) in enumerate(zip(data.dy, Z, strict=True)):
+        wanted = reference.column_gradients(wide(x), wide(grad), index[3 * i : 3 * i + 3].cpu())
+        assert_close(z.grad, wanted, dtype, f"Q[{i}]")
+        assert_close(norms[i].grad, expected[i], dtype, f"norms[{i}]")
 
 
 def test_a_projection_without_gradient():

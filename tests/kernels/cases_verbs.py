@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastlora.kernels import linear, linear_backward, shrink, tiling, wgrad
+from fastlora.kernels import linear, linear_backward, shrink, signs, tiling, wgrad
 from fastlora.kernels.tiling import TileConfig
 from kernel_support import (
     DEVICE,
@@ -184,3 +184,14 @@ def test_rows_of_an_empty_batch():
     )
     assert all((grad == 0).all() for grad in [*dA, *dB, *Q])
     assert dA[0].shape == (2, 16) and dB[1].shape == (8, 3) and Q[0].shape == (16, 2)
+
+
+@pytest.mark.parametrize("step", [0, 2**31 + 5, 2**32 - 1])
+@pytest.mark.parametrize("counts", [(1,), (3, 0, 130, 1), (0,)])
+def test_signs_are_those_of_the_reference(counts, step):
+    seed = torch.tensor(-5, device=DEVICE)
+    block = torch.cat([torch.arange(count, device=DEVICE) for count in counts])
+    group = torch.cat([torch.full((count,), 2**31 - 1 + g, device=DEVICE) for g, count in enumerate(counts)])
+    out = signs.signs_(torch.empty(128 * sum(counts), device=DEVICE), seed, step, block, group, 2**32 - 7)
+    words = [torch.full_like(block, word) for word in (step, 2**32 - 7)]
+    assert torch.equal(out, reference.signs_of(seed, block, words[0], group, words[1]))

@@ -56,14 +56,25 @@ def call(y, dx):
     dA, dB, _ = torch.ops.fastlora.lora_backward_(dx, [dy], x, h, [A], [B], [0], [0], [1.0], 0, True, True)
     return [h, y, dx, *dA, *dB]
 
+order, ranges = torch.empty(0, dtype=torch.int64), torch.tensor([[0, 2000]])
+factors = [torch.randn(24, 256) for _ in range(64)], [torch.randn(512, 24) for _ in range(64)]
+ones = [1.0] * 64, torch.ones(64, dtype=torch.float64)
+
+def of_many(y, dx):
+    few = [A], [B], order, ranges, [0], [0], [1.0], [0, 24]
+    h, _ = torch.ops.fastlora.lora_grouped_forward_([y], x, [A], [], *few[1:], False)
+    dA, dB, _ = torch.ops.fastlora.lora_grouped_backward_(dx, [dy], x, h, *few, [0], True, True)
+    return [h, y, dx, *dA, *dB, torch.ops.fastlora.penalty(*factors, *ones)]
+
 # In the child even torch.zeros would wait for ever for the parent's threads.
 layer = fastlora.nn.Linear(64, 64, r=4)
-buffers = torch.zeros(2000, 512), torch.zeros(2000, 256), torch.zeros(2000, 512), torch.zeros(2000, 256)
-before = call(*buffers[:2])
+buffers = [torch.zeros(2000, width) for _ in range(4) for width in (512, 256)]
+before = call(*buffers[:2]) + of_many(*buffers[2:4])
 output = layer(x[:, :64])
 child = os.fork()
 if child == 0:
-    same = all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(before, call(*buffers[2:])))
+    after = call(*buffers[4:6]) + of_many(*buffers[6:])
+    same = all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(before, after))
     torch.set_num_threads(1)
     layer(x[:, :64]).sum().backward()
     same = same and bool(((layer(x[:, :64]) - output).abs() < 1e-3).all())

@@ -1,0 +1,84 @@
+"""The operator ``fastlora::column_probes``: norms of x's columns, and columns of G = dy^T x, by a pass over dy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._operator import LIBRARY, eager
+from ._ops import as_rows
+from .backends import choose
+
+LIBRARY.define("column_probes(Tensor dy, Tensor? columns, Tensor? x, int[] sizes, str backend) -> Tensor[]")
+
+
+def _kernel(dy: Tensor, columns: Tensor | None, x: Tensor | None, sizes: Sequence[int], backend: str) -> list[Tensor]:
+    """Of every run of ``sizes`` columns of dy: ``Q_i = dy_i^T c_i`` [N_i, k], then the norms of x's columns [n, K]."""
+    parts, out = as_rows(dy).split(list(sizes), dim=1), []
+    if columns is not None:
+        (chosen, _), k = choose(backend, dy.device, dy.dtype), columns.shape[1] // len(sizes)
+        out = [chosen.skinny(part, columns.narrow(1, i * k, k)) for i, part in enumerate(parts)]
+    return out if x is None else [*out, reference.column_norms(as_rows(x), parts)]
+
+
+def _fake(dy, columns, x, sizes, backend):
+    out = []
+    if columns is not None:
+        acc, k = reference.accumulate_dtype(dy.dtype), columns.shape[1] // len(sizes)
+        out = [dy.new_empty((size, k), dtype=acc) for size in sizes]
+    if x is None:
+        return out
+    return [*out, x.new_empty((len(sizes), x.shape[-1]), dtype=reference.accumulate_dtype(x.dtype))]
+
+
+LIBRARY.impl("column_probes", _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("fastlora::column_probes", _fake, lib=LIBRARY)
+
+
+class _Measured(torch.autograd.Function):
+    """Identity on y; the gradients of its leaves are columns of G, and norms of columns."""
+
+    @staticmethod
+    def forward(
+        ctx, y: Tensor, columns: Tensor | None, x: Tensor | None, sizes: tuple[int, ...], backend: str, *leaves
+    ):
+        ctx.sizes, ctx.backend = sizes, backend
+        ctx.save_for_backward(columns, x)
+        # Not a view of y, which an owner could not add its bias to in place.
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        columns, x = ctx.saved_tensors
+        if torch.is_grad_enabled() and columns is not None:  # create_graph: the formula can be differentiated again
+            acc, k = reference.accumulate_dtype(dy.dtype), columns.shape[1] // len(ctx.sizes)
+            parts = as_rows(dy).to(acc).split(ctx.sizes, dim=1)
+            found = [part.T @ columns[:, i * k : i * k + k].to(acc) for i, part in enumerate(parts)]
+            found += [] if x is None else [reference.column_norms(as_rows(x), parts).detach()]
+        else:
+            run = _kernel if eager((dy, columns, x)) else torch.ops.fastlora.column_probes
+            found = run(dy.detach(), columns, x, ctx.sizes, ctx.backend)
+        count = 0 if columns is None else len(ctx.sizes)
+        norms = () if x is None else found[-1].unbind()
+        return (dy, None, None, None, None, *found[:count], *norms)
+
+
+def measured(
+    y: Tensor,
+    sizes: Sequence[int],
+    backend: str,
+    columns: Tensor | None = None,
+    Z: Sequence[Tensor] = (),
+    x: Tensor | None = None,
+    norms: Sequence[Tensor] = (),
+) -> Tensor:
+    """y [*, sum N_i] as it is, with N_i = ``sizes``. Counted if and only if backward ran:
+
+    with n k ``columns`` [M, n k] of x backward adds ``dy_i^T c_i`` to Z_i [N_i, k], with x [*, K] it adds
+    ``sum_m ||dy_im||^2 x_mj^2`` to norms_i [K].
+    """
+    return _Measured.apply(y, columns, x, tuple(sizes), backend, *Z, *norms)

@@ -1,0 +1,125 @@
+"""Which columns of x each matrix is measured on: one-hot probe rows, from what past steps say of the columns' norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .multi_tensor import squared_norms
+from .reference import column_shares, philox
+
+_COLUMN_TAG = 3  # fourth Philox counter word: draws share no bits with signs
+_AHEAD = 64  # steps whose random numbers are made at once: a step alone costs as many launches
+_DECAY = 0.9  # of the norms, at every look
+# Norms are looked at in the first steps that are sampled, and then in every eighth: they change slowly, and a look
+# costs twice what the probes do.
+LOOK_FIRST, LOOK_EVERY = 8, 8
+
+
+def looks(sampled: int) -> bool:
+    """Whether a tracker looks at the columns' norms in the n-th step that it samples."""
+    return sampled < LOOK_FIRST or sampled % LOOK_EVERY == 0
+
+
+class ColumnRows:
+    r"""k columns of x for every matrix, drawn with replacement from (seed, step, matrix) and the norms seen before.
+
+    .. math:: \sum_i w_i \lVert G_{:, j_i} \rVert^2,\quad \sum_i w_i \lVert G_{:, j_i} \rVert_1,\quad
+              w_i = \frac{1}{k\, p_{j_i}},\quad p = 0.9\, q + 0.1 / K
+
+    q follows an average of the squared norms ``sum_m ||dy_m||^2 x_mj^2``. The weights are applied to Q in ``values``,
+    so that what a layer multiplies are columns of x as they are. Shares are integers: every rank draws the same.
+    A matrix counts from the step after the first that showed its norms: ``known``.
+    """
+
+    def __init__(self, widths: Sequence[int], probes: int, seed: int, device: torch.device, kinds: Sequence[str]):
+        self.seed = torch.tensor(seed, dtype=torch.int64, device=device)
+        self.probes, self._kinds = probes, (bool({"grad_sq", "fisher"} & {*kinds}), "grad_abs" in kinds)
+        self.index = torch.zeros(len(widths), probes, dtype=torch.int64, device=device)
+        self.weight = torch.ones(len(widths), probes, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(len(widths), dtype=torch.int64, device=device)
+        self.known = torch.zeros(len(widths), dtype=torch.bool, device=device)
+        each = {width: [i for i, other in enumerate(widths) if other == width] for width in dict.fromkeys(widths)}
+        self._members = [torch.tensor(members, device=device) for members in each.values()]
+        self._places = list(each.values())
+        self.norms = [
+            torch.zeros(len(members), width, dtype=torch.float64, device=device) for width, members in each.items()
+        ]
+        self._ahead: tuple[tuple[int, int], Tensor] | None = None
+        self._share()
+
+    def _share(self) -> None:
+        shares = [(column_shares(norms, *self._kinds) * 2.0**48).long().clamp(min=1) for norms in self.norms]
+        self._shares = [(part, part.cumsum(1)) for part in shares]
+
+    def draw(self, step: int) -> None:
+        """Fill ``index``, ``weight`` and ``known`` for an optimiser step, in place."""
+        chance = self._chances(step)
+        for members, (shares, ends) in zip(self._members, self._shares, strict=True):
+            total = ends[:, -1:]
+            place = (chance[members] * total).long()
+            found = torch.searchsorted(ends, place, right=True)
+            self.index.index_copy_(0, members, found)
+            self.weight.index_copy_(0, members, total / (self.probes * shares.gather(1, found)).double())
+        self.known.copy_(self.counts > 0)
+
+    def _chances(self, step: int) -> Tensor:
+        """Uniform numbers of 52 bits in [0, 1): float64 [matrices, k]."""
+        key = (step // _AHEAD, int(self.probes))
+        if self._ahead is None or self._ahead[0] != key:
+            device, pairs = self.index.device, (self.probes + 1) // 2
+            steps = torch.arange(key[0] * _AHEAD, (key[0] + 1) * _AHEAD, device=device).view(-1, 1, 1)
+            counters = torch.broadcast_tensors(
+                torch.arange(pairs, device=device), steps, torch.arange(len(self.index), device=device).view(-1, 1)
+            )
+            a, b, c, d = philox(self.seed, *counters, torch.full_like(counters[0], _COLUMN_TAG))
+            words = torch.stack([(a >> 6 << 26) + (b >> 6), (c >> 6 << 26) + (d >> 6)], dim=-1)
+            self._ahead = key, words.flatten(2)[..., : self.probes].double() * 2.0**-52
+        return self._ahead[1][step % _AHEAD]
+
+    def restart(self, seed: int) -> None:
+        """Draw from another seed, and from norms that were put in place."""
+        self.seed.fill_(seed)
+        self._ahead = None
+        self._share()
+
+    def learn(self, found: Sequence[Tensor | None], keep: Tensor) -> None:
+        """Fold norms [K] of every matrix of one step into the averages, where ``keep`` [matrices] says so."""
+        for members, places, norms in zip(self._members, self._places, self.norms, strict=True):
+            rows = [norms.new_zeros(norms.shape[1]) if found[i] is None else found[i] for i in places]
+            fresh = torch.stack([row.to(norms.device, norms.dtype) for row in rows])
+            total = fresh.sum(1, keepdim=True)
+            usable = keep[members].unsqueeze(1) & total.isfinite() & (total > 0)
+            norms.copy_(torch.where(usable, _DECAY * norms + (1.0 - _DECAY) * (fresh / total), norms))
+        self.counts += keep
+        self._share()
+
+    def values(
+        self, grads: Sequence[Tensor | None], kinds: Sequence[str], factor: float | Tensor
+    ) -> dict[str, list[Tensor | None]]:
+        """Every statistic of every matrix from its Q [N, k]; ``factor`` multiplies what is squared."""
+        live = [i for i, grad in enumerate(grads) if grad is not None]
+        found: dict[str, list[Tensor | None]] = {kind: [None] * len(grads) for kind in kinds}
+        Q = [grads[i] for i in live]
+        weight = [self.weight[i].to(q.device, q.dtype) for i, q in zip(live, Q, strict=True)]
+        for kind in kinds if live else ():
+            if kind == "grad_abs":
+                # Weights are positive, so that the 1-norm is the weighted sum.
+                sums = torch._foreach_norm(torch._foreach_mul(Q, weight), 1)
+            else:
+                sums = squared_norms(torch._foreach_mul(Q, torch._foreach_sqrt(weight)), factor)
+            for i, value in zip(live, sums, strict=True):
+                found[kind][i] = value
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": [norms.clone() for norms in self.norms], "counts": self.counts.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put a saved state's norms in place; ``restart`` makes draws of them."""
+        for norms, saved in zip(self.norms, state["norms"], strict=True):
+            norms.copy_(saved)
+        self.counts.copy_(state["counts"])
