@@ -34,7 +34,7 @@ def every_draw(tracker, run, kinds=("grad_sq", "grad_abs")):
         grads = [tracker._probe(tracker.layers[path]).Z[name].grad for path, name in tracker.matrices]
         factor = tracker._sample_factor(tracker._sample_count()) if tracker.per_sample else 1.0
         for kind, values in rows.values(grads, kinds, factor).items():
-            expected[kind] += p[:, j] * torch.stack(values).double()
+            expected[kind] += p[:, j] * values.to(p.dtype)
         tracker.discard()
     tracker.load_state_dict(before)
     return {kind: dict(zip(tracker.keys, value.tolist(), strict=True)) for kind, value in expected.items()}

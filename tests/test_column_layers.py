@@ -42,7 +42,7 @@ def test_an_adapter_that_is_absent_neither_learns_nor_counts():
             with fastlora.adapters(m, torch.tensor([0, 0, -1, 0, 0, 0])):
                 loss_of(m, data()).backward()
             tracker.step()
-    assert tracker._rows.counts.tolist() == [0, 0] and tracker._counts["grad_sq"].tolist() == [0.0, 0.0]
+    assert tracker._rows.counts.tolist() == [0, 0] and tracker._averages.counts["grad_sq"].tolist() == [0.0, 0.0]
 
 
 class Cross(nn.Module):

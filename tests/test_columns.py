@@ -108,12 +108,12 @@ def test_a_first_step_shows_norms_and_is_not_counted():
     m = model()
     with columns(m) as tracker:
         shown(m, tracker)
-        assert tracker._counts["grad_sq"].unique().tolist() == [0.0]
-        assert tracker._counts["act_var"].unique().tolist() == [1.0]
+        assert tracker._averages.counts["grad_sq"].unique().tolist() == [0.0]
+        assert tracker._averages.counts["act_var"].unique().tolist() == [1.0]
         with pytest.raises(RuntimeError, match="no grad_sq yet for 0.query"):
             tracker.scores("grad_sq")
         shown(m, tracker)
-        assert tracker._counts["grad_sq"].unique().tolist() == [1.0]
+        assert tracker._averages.counts["grad_sq"].unique().tolist() == [1.0]
         assert all(value > 0 for kind in KINDS for value in tracker.scores(kind).values())
 
 
@@ -174,7 +174,7 @@ def test_a_step_that_is_not_finite_teaches_nothing():
         torch.testing.assert_close(tracker._rows.state_dict(), before, rtol=0, atol=0)
         loss_of(m, (x, y)).backward()
         tracker.step()
-    assert tracker._counts["grad_sq"].unique().tolist() == [1.0]
+    assert tracker._averages.counts["grad_sq"].unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -204,7 +204,7 @@ def test_what_runs_without_backward_or_is_asked_for_alone_counts_nothing():
         m(batch[0])
         torch.autograd.grad(loss_of(m, batch), trained)
         tracker.step()
-        assert tracker._counts["grad_sq"].unique().tolist() == [0.0]
+        assert tracker._averages.counts["grad_sq"].unique().tolist() == [0.0]
         grads = torch.autograd.grad(loss_of(m, batch), trained, create_graph=True)
         sum(g.square().sum() for g in grads).backward()
 
