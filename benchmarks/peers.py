@@ -328,10 +328,15 @@ def ours(
     config = fastlora.LoraConfig(r=rank, lora_alpha=problem.scale * rank, target_modules="qkv", backend=backend)
     fastlora.inject(model, config)
     pairs = [(a, b) for n in model.attn.names for a, b, _ in getattr(model.attn, n).pairs()]
+    projections = _fill(problem, pairs, problem.scale)
+    # A first step: the check for adapters that never learn watches until a forward finds gradients or changed weights,
+    # which a round, clearing gradients and moving no weight, would never show it.
+    torch.autograd.backward(model(problem.x), problem.split(problem.dy, dim=2))
+    model(problem.x)
     tracker = None
     if statistics:
         tracker = fastlora.track(model, estimator, probes, statistics=statistics, every=1, probe_kind=probe_kind)
-    return Variant(name, model, problem, _fill(problem, pairs, problem.scale), tracker)
+    return Variant(name, model, problem, projections, tracker)
 
 
 def looking(problem: Problem) -> Looking:

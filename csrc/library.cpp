@@ -35,6 +35,7 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
       "bool need_dA) -> (Tensor dh, Tensor dA, Tensor[] dB, Tensor[] Q)");
   m.def("outer(Tensor d, Tensor x) -> Tensor");
   m.def("dropout(Tensor x, Tensor seed, int projection, float p) -> Tensor");
+  m.def("dropout_rows(Tensor x, Tensor keys, int projection, float p) -> Tensor");
   m.def("philox_signs_(Tensor(a!) out, Tensor seed, int step, int first, int tag, int[] counts) -> ()");
   m.def("add_norms_(Tensor(a!) sums, Tensor tile) -> ()");
   m.def("build_segments(Tensor ids, int adapters) -> (Tensor order, Tensor ranges)");
@@ -44,6 +45,7 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
       "penalty_grad_(Tensor(a!)[] dA, Tensor(b!)[] dB, Tensor[] A, Tensor[] B, float[] scales, Tensor weights, "
       "float lmbda) -> ()");
   m.def("squared_norms(Tensor[] tensors) -> Tensor");
+  m.def("output_variances(Tensor[] moments, int[] runs, int[] sizes) -> Tensor");
   m.def("resize_ranks_(Tensor(a!)[] to, Tensor[] source) -> ()");
   m.def("cpu_isa() -> str");
 }

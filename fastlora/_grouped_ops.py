@@ -9,11 +9,11 @@ from torch import Tensor
 
 from . import reference
 from ._operator import DA, DB, DBIAS, DW, DX, DZ, LIBRARY, Operator
-from ._ops import as_rows, like
+from ._ops import like
 from .backends import choose
 from .grouped import Rows
 from .reference import projections_of
-from .verbs import Layouts
+from .verbs import Layouts, as_rows
 
 LIBRARY.define(
     "lora_grouped(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor[] P, "

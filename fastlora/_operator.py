@@ -14,7 +14,16 @@ LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 # Order of the gradients that a backward returns, and of its `need` flags.
 DX, DA, DB, DZ, DW, DBIAS = range(6)
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+_without_graph = torch._C._AutoDispatchBelowAutograd
+# Neither views nor versions are tracked: what a kernel that is called directly makes and changes is new.
+_untracked = torch._C._AutoDispatchBelowADInplaceOrView
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on where a tensor is; torch knows none for tensors without storage."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def eager(tensors: Sequence[Tensor | None]) -> bool:
@@ -27,7 +36,7 @@ def eager(tensors: Sequence[Tensor | None]) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
-        and all([t is None or type(t) in _PLAIN for t in tensors])
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 
@@ -48,8 +57,8 @@ class Operator(NamedTuple):
     def apply(self, x: Tensor, *arguments) -> list[Tensor]:
         """The operator, without the dispatcher where that has the same effect."""
         W, bias, A, B, Z, V = arguments[:6]
-        if not torch.is_autocast_enabled(x.device.type) and eager((x, *W, *bias, *A, *B, *Z, *V)):
-            return _autograd(self, x, *arguments)
+        if not autocasting(x) and eager((x, *W, *bias, *A, *B, *Z, *V)):
+            return _autograd(self, x, *arguments, plain=True)
         return getattr(torch.ops.fastlora, self.name)(x, *arguments)
 
     def register(self, fake: Callable, backward_fake: Callable) -> None:
@@ -70,6 +79,7 @@ class _Call(NamedTuple):
     counts: tuple[int, int, int, int]  # weights, adapter factors, probe leaves, moment leaves
     rest: tuple
     kernel: Callable  # the forward, through the dispatcher or not
+    below: Callable  # guard under which it runs
 
     def split(self, tensors: Sequence) -> tuple[Sequence, ...]:
         """Cut the flat list [W, bias, A, B, Z, V] into its six parts."""
@@ -84,14 +94,13 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, x: Tensor, *flat: Tensor | None):
         W, bias, A, B, Z, V = call.split(flat)
-        with torch._C._AutoDispatchBelowAutograd():
+        with call.below():
             out = call.kernel(x, W, bias, A, B, Z, V, *call.rest)
         plain = out[call.counts[0] :]
         ctx.call = call
-        ctx.bias = [b is not None for b in bias]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*plain)
-        ctx.save_for_backward(x, plain[0], *W, *[b for b in bias if b is not None], *A, *B, *plain[1:])
+        ctx.save_for_backward(x, plain[0], *W, *bias, *A, *B, *plain[1:])
         return tuple(out)
 
     @staticmethod
@@ -104,17 +113,18 @@ class _LoRALinear(torch.autograd.Function):
         if all([g is None for g in dy]):
             return (None,) * len(needs)
         x, h, *saved = ctx.saved_tensors
-        bias = [saved.pop(weights) if has else None for has in ctx.bias]
-        first, last = weights + projections, weights + 2 * projections
-        W, A, B, moments = saved[:weights], saved[weights:first], saved[first:last], saved[last:]
+        first = 2 * weights
+        second, last = first + projections, first + 2 * projections
+        W, A, B, moments = saved[:weights], saved[first:second], saved[second:last], saved[last:]
         if torch.is_grad_enabled():
+            bias = saved[weights:first]
             return (None, *_differentiable_backward(call, needs[1:], list(dy), x, W, bias, A, B, moments))
         parts = call.split(needs[2:])
         need = [needs[1], True in parts[2], True in parts[3], True in parts[4], True in parts[0], True in parts[1]]
-        kernel = operator.backward
+        kernel, below = operator.backward, _untracked
         if not eager((x, h, *dy, *saved)):
-            kernel = getattr(torch.ops.fastlora, f"{operator.name}_backward")
-        with torch._C._AutoDispatchBelowAutograd():
+            kernel, below = getattr(torch.ops.fastlora, f"{operator.name}_backward"), _without_graph
+        with below():
             out = kernel(dy, x, h, W, A, B, *operator.backward_rest(call.rest), need, *call.rest[-2:])
         return (None, *_arrange(call, need, parts, out, x, moments))
 
@@ -129,18 +139,13 @@ _apply_eager = super(torch.autograd.Function, _LoRALinear).apply
 
 def _arrange(call, need, parts, out, x, moments):
     """Place the returned gradients beside the inputs [x, W, bias, A, B, Z, V], None where none is needed."""
-    start = 1 if need[DX] else 0
-    placed = [out[0] if need[DX] else None]
-    taken = {}
-    for index, flags in ((DA, parts[2]), (DB, parts[3]), (DZ, parts[4]), (DW, parts[0]), (DBIAS, parts[1])):
-        if need[index]:
-            taken[index] = [g if flag else None for g, flag in zip(out[start:], flags, strict=False)]
-            start += len(flags)
-        else:
-            taken[index] = [None] * len(flags)
-    for index in (DW, DBIAS, DA, DB, DZ):
-        placed += taken[index]
-    return placed + _moment_gradients(call, moments, x)
+    found = iter(out)
+    dx = next(found) if need[DX] else None
+    A, B, Z, W, bias = [
+        [g if flag else None for flag, g in zip(flags, found, strict=False)] if need[index] else [None] * len(flags)
+        for index, flags in ((DA, parts[2]), (DB, parts[3]), (DZ, parts[4]), (DW, parts[0]), (DBIAS, parts[1]))
+    ]
+    return [dx, *W, *bias, *A, *B, *Z, *_moment_gradients(call, moments, x)]
 
 
 def _moment_gradients(call: _Call, moments: Sequence[Tensor], x: Tensor) -> list[Tensor]:
@@ -171,14 +176,18 @@ def _differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
     return (*placed, *_moment_gradients(call, moments, x))
 
 
-def _autograd(operator: Operator, x, W, bias, A, B, Z, V, *rest):
+def _autograd(operator: Operator, x, W, bias, A, B, Z, V, *rest, plain: bool | None = None):
+    """The operator with a graph; ``plain`` is what ``eager`` says of its tensors, where the caller has asked."""
     flat = (*W, *bias, *A, *B, *Z, *V)
-    plain = eager((x, *flat))
-    kernel = operator.forward if plain else getattr(torch.ops.fastlora, operator.name)
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, *flat)]):
-        call = _Call(operator, (len(W), len(A), len(Z), len(V)), rest, kernel)
+    if plain is None:
+        plain = eager((x, *flat))
+    kernel, below = operator.forward, _untracked
+    if not plain:
+        kernel, below = getattr(torch.ops.fastlora, operator.name), _without_graph
+    if torch.is_grad_enabled() and (x.requires_grad or any([t is not None and t.requires_grad for t in flat])):
+        call = _Call(operator, (len(W), len(A), len(Z), len(V)), rest, kernel, below)
         return list((_apply_eager if plain else _LoRALinear.apply)(call, x, *flat))
-    with torch._C._AutoDispatchBelowAutograd():
+    with below():
         return kernel(x, W, bias, A, B, Z, V, *rest)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import reference
 from ._operator import DA, DB, DBIAS, DW, DX, DZ, LIBRARY, Operator
 from .backends import NativeBackend, choose
-from .verbs import group_layout, picks_columns
+from .verbs import as_rows, group_layout, picks_columns
 
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor? P, "
@@ -20,10 +20,6 @@ LIBRARY.define(
     "lora_linear_backward(Tensor?[] dy, Tensor x, Tensor h, Tensor[] W, Tensor[] A, Tensor[] B, Tensor? seed, "
     "float[] scale, float p, int probes, bool[] need, str backend, str engine) -> Tensor[]"
 )
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _forward_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine):
@@ -67,7 +63,7 @@ def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, probes, need, backend, e
         dx, dA, dB, Q = chosen.backward(
             grads, rows, h, W, A, B, layout, scale, probes, need[DX], need[DA], need[DB], engine
         )
-        out += [*([dx.view(x.shape)] if need[DX] else []), *map(like, dA, A), *map(like, dB, B)]
+        out += [*([dx.view(x.shape)] if need[DX] else []), *dA, *dB]
         if need[DZ]:
             out += Q if probes else [rows.new_zeros((b.shape[0], 0), dtype=torch.float32) for b in B]
     else:

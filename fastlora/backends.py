@@ -16,7 +16,7 @@ from . import native, plain, reference
 from .choices import unknown
 from .engines import ENGINES
 from .triton_backend import TritonBackend
-from .verbs import Backend, Layout, matmul_backward
+from .verbs import Backend, Layout, as_rows, matmul_backward
 
 
 class NativeBackend(Backend):
@@ -38,8 +38,8 @@ class NativeBackend(Backend):
         """``shrink`` and ``linear`` without dropout: y_j [*, N_j], h [M, R + k] and the column moments."""
         outputs = [ENGINES.forward(x, w, b, engine) for w, b in zip(W, bias, strict=True)]
         h, sums = torch.ops.fastlora.lora_forward_.default(
-            [y if y.dim() == 2 else y.view(-1, y.shape[-1]) for y in outputs],
-            x if x.dim() == 2 else x.reshape(-1, x.shape[-1]),
+            [as_rows(y) for y in outputs],
+            as_rows(x),
             _readable(A),
             P,
             _readable(B),
@@ -72,13 +72,14 @@ class NativeBackend(Backend):
         """
         dx = matmul_backward(dy, W, engine) if need_dx else None
         position, live = _defined(dy)
+        seen_A, seen_B = _readable(A), _readable(B)
         dA, dB, Q = torch.ops.fastlora.lora_backward_.default(
             dx,
             live,
             x,
             h,
-            _readable(A),
-            _readable(B),
+            seen_A,
+            seen_B,
             [position[j] for j in layout.outputs],
             layout.columns,
             scale,
@@ -86,6 +87,10 @@ class NativeBackend(Backend):
             need_dA,
             need_dB,
         )
+        if seen_A is not A:
+            dA = [grad.to(a.dtype) for grad, a in zip(dA, A, strict=False)]
+        if seen_B is not B:
+            dB = [grad.to(b.dtype) for grad, b in zip(dB, B, strict=False)]
         return dx, dA, dB, Q
 
     def grouped_forward(self, x, W, bias, A, P, B, rows, layouts, scale, moments, engine):
@@ -153,12 +158,12 @@ def _defined(dy: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
 
 def _readable(factors: Sequence[Tensor]) -> Sequence[Tensor]:
     """Factors in a dtype that the kernels read."""
-    if any(f.dtype not in _NATIVE_DTYPES for f in factors):
-        return [f.to(torch.float32) for f in factors]
-    return factors
+    if _NATIVE_DTYPES.issuperset([f.dtype for f in factors]):
+        return factors
+    return [f.to(torch.float32) for f in factors]
 
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NATIVE_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def _native_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -189,6 +194,7 @@ def _native_kernels() -> SimpleNamespace | None:
         wgrad=ops.wgrad,
         outer=ops.outer,
         dropout=ops.dropout,
+        dropout_rows=ops.dropout_rows,
         gradstat=native.gradstat,
         column_moments=lambda y: ops.expand_(y, y[:, :0], [], [], [], [], True),
     )

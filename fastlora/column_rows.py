@@ -98,21 +98,19 @@ class ColumnRows:
         self.counts += keep
         self._share()
 
-    def values(
-        self, grads: Sequence[Tensor | None], kinds: Sequence[str], factor: float | Tensor
-    ) -> dict[str, list[Tensor | None]]:
-        """Every statistic of every matrix from its Q [N, k]; ``factor`` multiplies what is squared."""
+    def values(self, grads: Sequence[Tensor | None], kinds: Sequence[str], factor: float | Tensor) -> dict[str, Tensor]:
+        """Every statistic of the matrices that have a Q [N, k], float64; ``factor`` multiplies what is squared."""
         live = [i for i, grad in enumerate(grads) if grad is not None]
-        found: dict[str, list[Tensor | None]] = {kind: [None] * len(grads) for kind in kinds}
-        Q = [grads[i] for i in live]
-        for kind in kinds if live else ():
+        Q, device, found = [grads[i] for i in live], self.weight.device, {}
+        for kind in kinds:
             # Weights are positive, so that the 1-norm is the weighted sum.
             weight = self.weight if kind == "grad_abs" else self.weight.sqrt()
             made = {key: weight.to(*key).unbind() for key in dict.fromkeys((q.device, q.dtype) for q in Q)}
             weighted = torch._foreach_mul(Q, [made[q.device, q.dtype][i] for i, q in zip(live, Q, strict=True)])
-            sums = torch._foreach_norm(weighted, 1) if kind == "grad_abs" else squared_norms(weighted, factor)
-            for i, value in zip(live, sums, strict=True):
-                found[kind][i] = value
+            if kind == "grad_abs":
+                found[kind] = torch.stack([norm.to(device) for norm in torch._foreach_norm(weighted, 1)]).double()
+            else:
+                found[kind] = squared_norms(weighted, factor).to(device)
         return found
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ NONE = "none"  # somebody else multiplies: forward and backward are zero
 LINEAR, ONEDNN, PACKED = "linear", "onednn", "onednn_packed"
 NAMES = (LINEAR, ONEDNN, PACKED)
 CHOICES = (AUTO, UNPACKED, *NAMES)
+_OVERRIDE = "FASTLORA_CPU_ENGINE"  # names one of NAMES for every product whose layer names none
 
 # Another engine replaces F.linear, whose bits are the base model's, only if it saves at least this share of its time.
 # At 0.05 of the best of five runs, noise chose engines that were 3 to 8 % slower over a whole step; at 0.15 a packed
@@ -100,10 +101,10 @@ class MatmulEngines:
             y = F.linear(x, W, bias)
         else:
             y = _pointwise(x.reshape(rows, W.shape[1]), W if name == ONEDNN else self._pack("forward", W, rows), bias)
-        if x.dim() == 2 and not y._is_view():
-            return y
+            if x.dim() != 2:
+                y = y.view(*x.shape[:-1], W.shape[0])
         # Autograd lets nobody change a view that an operator made, as an in-place ReLU behind the layer would.
-        return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], W.shape[0]))
+        return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
 
     def _backward(self, name: str, dy: Tensor, W: Tensor, rows: int, into: Tensor | None) -> Tensor:
         if name == LINEAR:
@@ -115,13 +116,13 @@ class MatmulEngines:
 
     def _known(self, direction: str, rows: int, W: Tensor, engine: str) -> str | None:
         """What was chosen before, without the checks of a first choice: on a small layer they cost 2 % of a step."""
-        if "FASTLORA_CPU_ENGINE" in os.environ or W.requires_grad or not W.is_cpu:
+        if _OVERRIDE in os.environ or W.requires_grad or not W.is_cpu:
             return None
         choice = self._choices.get(self._key(direction, rows, W, engine))
         return None if choice is None else choice.name
 
     def _choose(self, direction: str, rows: int, W: Tensor, engine: str, run: Callable[[str], Tensor]) -> str:
-        wanted = os.environ.get("FASTLORA_CPU_ENGINE", "") if engine in (AUTO, UNPACKED) else engine
+        wanted = os.environ.get(_OVERRIDE, "") if engine in (AUTO, UNPACKED) else engine
         if W.device.type != "cpu" or rows == 0:
             return LINEAR
         if wanted:
@@ -144,7 +145,8 @@ class MatmulEngines:
     def settled_on_linear(self, rows: int, W: Tensor, engine: str) -> bool:
         """Whether both directions were measured and the library's own linear won: nothing is left to decide."""
         found = [self._choices.get(self._key(d, rows, W, engine)) for d in ("forward", "backward")]
-        return all(choice is not None and choice.name == LINEAR for choice in found)
+        won = all([choice is not None and choice.name == LINEAR for choice in found])
+        return won and _OVERRIDE not in os.environ
 
     def _pack(self, direction: str, W: Tensor, rows: int) -> Tensor:
         """The packed copy of a weight for one direction, made anew whenever the weight has changed."""

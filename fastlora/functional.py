@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._grouped_ops import LORA_GROUPED
+from ._operator import autocasting
 from ._ops import LORA_LINEAR
 from .grouped import column_starts
 from .reference import projections_of
@@ -53,10 +54,18 @@ def lora_linear(
     backend that cannot run.
     """
     check_input(x, W[0])
+    scale = [float(s) for s in scale]
+    return checked_linear(x, W, bias, A, B, scale, float(p), Z, V, P, sign, backend, engine)
+
+
+def checked_linear(
+    x, W, bias, A, B, scale, p, Z=(), V=(), P=None, sign=None, backend="auto", engine="auto"
+) -> list[Tensor]:
+    """``lora_linear`` of an input that was checked; scales and p are floats."""
     seed = None
     if p > 0.0:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
-    out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, P, sign, seed, [float(s) for s in scale], float(p), backend, engine)
+    out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
     return out[: len(W)]
 
 
@@ -109,5 +118,5 @@ def check_input(x: Tensor, W: Tensor) -> None:
         raise ValueError(f"x: expected last dimension {W.shape[1]} (in_features), got shape {tuple(x.shape)}")
     if x.device != W.device:
         raise ValueError(f"x: is on {x.device}, the weight on {W.device}; move one of them")
-    if x.dtype != W.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != W.dtype and not autocasting(x):
         raise ValueError(f"x: has dtype {x.dtype}, the weight {W.dtype}; cast one of them or use torch.autocast")

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-
 
 class Rows(NamedTuple):
     """Rows of x by adapter: those of adapter g are ``order[ranges[g, 0]:ranges[g, 1]]``.
@@ -111,9 +109,7 @@ def _shrink(kernels, seen, A, P, rows: Rows, g: int, mine: Tensor) -> Tensor:
     if not _drops(rows, g):
         return kernels.shrink(seen, torch.cat([*A, P] if P is not None else list(A)).to(seen.dtype))
     keys = _keys(rows, mine)
-    parts = [
-        kernels.shrink(reference.dropout_rows(seen, keys, i, rows.p[g]), a.to(seen.dtype)) for i, a in enumerate(A)
-    ]
+    parts = [kernels.shrink(kernels.dropout_rows(seen, keys, i, rows.p[g]), a.to(seen.dtype)) for i, a in enumerate(A)]
     if P is not None:
         parts.append(kernels.shrink(seen, P.to(seen.dtype)))
     return torch.cat(parts, dim=1)
@@ -165,7 +161,7 @@ def _dA(kernels, seen, dh, packed, layout, i: int, rows: Rows, g: int, mine: Ten
     if not _drops(rows, g):
         return packed.narrow(0, layout.offsets[i], layout.ranks[i]).clone()
     part = dh.narrow(1, layout.offsets[i], layout.ranks[i])
-    return kernels.outer(part, reference.dropout_rows(seen, _keys(rows, mine), i, rows.p[g]))
+    return kernels.outer(part, kernels.dropout_rows(seen, _keys(rows, mine), i, rows.p[g]))
 
 
 def _add_dx(kernels, target, dh, A, layout, rows: Rows, g: int, mine: Tensor) -> None:
@@ -175,4 +171,4 @@ def _add_dx(kernels, target, dh, A, layout, rows: Rows, g: int, mine: Tensor) ->
     for i, a in enumerate(A):
         part = torch.zeros_like(target)
         kernels.expand_(part, dh, [a.to(dh.dtype)], [layout.offsets[i]], [0], [1.0], False)
-        target += reference.dropout_rows(part, _keys(rows, mine), i, rows.p[g])
+        target += kernels.dropout_rows(part, _keys(rows, mine), i, rows.p[g])

@@ -34,16 +34,31 @@ def unsupported_reason(
     return None if native.has_kernel(operator, device) else f"it has no kernel for {device.type}"
 
 
-def squared_norms(tensors: Sequence[Tensor], factor: float = 1.0) -> Sequence[Tensor]:
-    """``factor ||t||^2`` of every tensor, float64 scalars: one launch where a native operator takes the tensors."""
-    if not tensors:
-        return []
+def squared_norms(tensors: Sequence[Tensor], factor: float | Tensor = 1.0) -> Tensor:
+    """``factor ||t||^2`` of one tensor or more, float64 [tensors]: one launch where a native operator takes them."""
     if unsupported_reason("squared_norms", tensors, (*_FACTORS, torch.float64)) is None:
-        return (torch.ops.fastlora.squared_norms(tensors) * factor).unbind()
-    norms = torch._foreach_norm(tensors, 2)
-    if len({norm.device for norm in norms}) == 1:
-        return (torch.stack(list(norms)).double().square() * factor).unbind()
-    return [norm.double().square() * factor for norm in norms]
+        return torch.ops.fastlora.squared_norms(tensors).mul_(factor)
+    device = tensors[0].device
+    norms = torch.stack([norm.to(device) for norm in torch._foreach_norm(tensors, 2)])
+    return norms.double().square().mul_(factor)
+
+
+def output_variances(sums: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> Tensor:
+    """``sum_o max(0, E y_o^2 - (E y_o)^2)`` over each run of columns of one layer or more, float64 [runs].
+
+    ``sums``: [sum y; sum y^2] of a layer with the number of rows in the last column; ``sizes``: its runs of columns.
+    A fixed number of launches, one where a native operator takes the tensors.
+    """
+    flat_sizes = [size for runs in sizes for size in runs]
+    if unsupported_reason("output_variances", sums, (torch.float64,)) is None:
+        return torch.ops.fastlora.output_variances(sums, [len(runs) for runs in sizes], flat_sizes)
+    device = sums[0].device
+    live = [given.to(device) for given in sums]
+    flat = torch.cat([given[:, :-1] for given in live], dim=1)
+    mean, square = flat / torch.cat([given[0, -1:].expand(given.shape[1] - 1) for given in live])
+    # Nothing is negative here, so that the 1-norm is the sum.
+    parts = (square - mean.square()).clamp_(min=0).split(flat_sizes)
+    return torch.stack(torch._foreach_norm(parts, 1))
 
 
 def copy_overlap_(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:

@@ -89,11 +89,20 @@ def _squared_norms(tensors):
     return torch.empty(len(tensors), dtype=torch.float64, device=device)
 
 
+def _output_variances(moments, runs, sizes):
+    device = moments[0].device if moments else None
+    return torch.empty(len(sizes), dtype=torch.float64, device=device)
+
+
 def _resize_ranks(to, source):
     return None
 
 
 def _dropout(x, seed, projection, p):
+    return x.new_empty(x.shape)
+
+
+def _dropout_rows(x, keys, projection, p):
     return x.new_empty(x.shape)
 
 
@@ -113,8 +122,10 @@ SHAPES = {
     "penalty": _penalty,
     "penalty_grad_": _penalty_grad,
     "squared_norms": _squared_norms,
+    "output_variances": _output_variances,
     "resize_ranks_": _resize_ranks,
     "dropout": _dropout,
+    "dropout_rows": _dropout_rows,
 }
 
 

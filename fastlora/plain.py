@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import reference
 
-__all__ = ["DTYPES", "column_moments", "dropout", "expand_", "gradstat", "outer", "shrink", "wgrad"]
+__all__ = ["DTYPES", "column_moments", "dropout", "dropout_rows", "expand_", "gradstat", "outer", "shrink", "wgrad"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -137,17 +137,16 @@ def _transposed(product: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, seed: Tensor, projection: int, p: float) -> Tensor:
-    """``reference.dropout``, a few rows at a time: the generator's words stay in cache."""
-    out, quads = torch.empty_like(x), (x.shape[1] + 3) // 4
-    column = torch.arange(quads, device=x.device)
-    fourth = torch.tensor(projection, device=x.device)
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    """``reference.dropout``, a few rows at a time."""
+    return dropout_rows(x, reference.row_keys(seed, x.shape[0]), projection, p)
+
+
+def dropout_rows(x: Tensor, keys: Tensor, projection: int, p: float) -> Tensor:
+    """``reference.dropout_rows``, a few rows at a time: the generator's words stay in cache."""
+    out = torch.empty_like(x)
     for start in range(0, x.shape[0], _WIDE_ROWS):
-        part = x[start : start + _WIDE_ROWS]
-        row = torch.arange(start, start + part.shape[0], device=x.device).unsqueeze(1)
-        words = torch.stack(reference.philox(seed, column, row & 0xFFFFFFFF, row >> 32, fourth), dim=2)
-        keep = words.view(part.shape[0], 4 * quads)[:, : x.shape[1]] >= reference.keep_threshold(p)
-        out[start : start + _WIDE_ROWS] = torch.where(keep, part / (1.0 - p), zero)
+        rows = slice(start, start + _WIDE_ROWS)
+        out[rows] = reference.dropout_rows(x[rows], keys[rows], projection, p)
     return out
 
 

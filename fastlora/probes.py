@@ -78,12 +78,10 @@ class ProbeRows:
         """Draw from another seed."""
         self.seed.fill_(seed)
 
-    def values(
-        self, grads: Sequence[Tensor | None], kinds: Sequence[str], factor: float | Tensor
-    ) -> dict[str, list[Tensor | None]]:
-        """The statistic of every matrix from its Q [N, k]; ``factor`` multiplies it."""
-        norms = iter(squared_norms([g for g in grads if g is not None], factor / self.probes))
-        return {kind: [None if g is None else next(norms) for g in grads] for kind in kinds[:1]}
+    def values(self, grads: Sequence[Tensor | None], kinds: Sequence[str], factor: float | Tensor) -> dict[str, Tensor]:
+        """The statistic of the matrices that have a Q [N, k], float64; ``factor`` multiplies it."""
+        norms = squared_norms([grad for grad in grads if grad is not None], factor / self.probes)
+        return {kind: norms.to(self.seed.device) for kind in kinds}
 
 
 def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int) -> Tensor:
@@ -305,24 +303,6 @@ def group_operands(
     if not any("Z" in own for own in found.values()):
         Z, P, sign = [], [], []
     return {"Z": Z, "V": V, "P": P, "sign": sign}
-
-
-def activation_variances(
-    sums: Sequence[Tensor | None], sizes: Sequence[Sequence[int]], device: torch.device
-) -> list[Tensor | None]:
-    """``Σ_o E y_o² - (E y_o)²`` over each run of columns of every layer, in a fixed number of launches.
-
-    ``sums``: [Σ y; Σ y²] of a layer with the count in the last column, or None; ``sizes``: its runs of columns.
-    """
-    live = [(given.to(device), list(runs)) for given, runs in zip(sums, sizes, strict=True) if given is not None]
-    if not live:
-        return [None] * sum(map(len, sizes))
-    flat = torch.cat([given[:, :-1] for given, _ in live], dim=1)
-    mean, square = flat / torch.cat([given[0, -1:].expand(sum(runs)) for given, runs in live])
-    # Nothing is negative here, so that the 1-norm is the sum.
-    parts = (square - mean.square()).clamp_(min=0).split([size for _, runs in live for size in runs])
-    found = iter(torch._foreach_norm(parts, 1))
-    return [None if given is None else next(found) for given, runs in zip(sums, sizes, strict=True) for _ in runs]
 
 
 def as_one_batch(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:

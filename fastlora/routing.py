@@ -16,6 +16,7 @@ from .segments import Batch
 
 logger = logging.getLogger(__name__)
 
+_FEW_GRAPHS = 256
 _EXPLAINED = 8  # sets of adapters; torch gives up compiling at about as many
 
 
@@ -29,6 +30,10 @@ class Route:
 
     def __init__(self, enabled: bool, adapter: str, batch: Batch | None = None, mask: Tensor | None = None):
         self.enabled, self.adapter, self.batch, self.mask = enabled, adapter, batch, mask
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.adapter,) if self.batch is None else self.batch.names
 
     def same(self, other: Route) -> bool:
         mine, its = (self.enabled, self.adapter, self.batch), (other.enabled, other.adapter, other.batch)
@@ -58,7 +63,8 @@ class Router:
         self._repeated = False
         self._changes = 0
         self._changed: dict[str, int] = {}  # number of the last change to the ranks of an adapter
-        self._graphs: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
+        self._graphs: list[tuple[weakref.ref, tuple[str, ...]]] = []
+        self._most = _FEW_GRAPHS  # graphs kept before those that are gone are sorted out
         self.compiled, self._compiled_for = False, []
         self.used: list[Batch | str] | None = None  # what contexts asked for since the last step, if somebody wants it
 
@@ -119,13 +125,16 @@ class Router:
 
     def built(self, node: Any, route: Route) -> None:
         """Remember a node of a graph that runs through the adapters of ``route``."""
-        self._graphs[node] = route
+        self._graphs.append((weakref.ref(node), route.names))
+        if len(self._graphs) > self._most:
+            self._graphs = [kept for kept in self._graphs if kept[0]() is not None]
+            self._most = max(_FEW_GRAPHS, 2 * len(self._graphs))
 
     def awaits_backward(self, name: str) -> bool:
         """Whether a graph through the adapter is alive whose backward has not run."""
-        for node, route in list(self._graphs.items()):
-            names = (route.adapter,) if route.batch is None else route.batch.names
-            if name in names and not getattr(node, "spent", False):
+        for kept, names in self._graphs:
+            node = kept()
+            if node is not None and name in names and not getattr(node, "spent", False):
                 return True
         return False
 
@@ -177,7 +186,7 @@ class Router:
         if not self._taken:
             return self.current()
         route, changes = self._taken[0]
-        for name in (route.adapter,) if route.batch is None else route.batch.names:
+        for name in route.names:
             if self._changed.get(name, 0) > changes:
                 raise RuntimeError(
                     f"adapter {name!r} was given other factors after the forward that activation checkpointing "

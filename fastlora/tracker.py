@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from . import tracking_state
+from .averages import Averages
 from .choices import suggestion
 from .column_rows import ColumnRows
 from .covariance import COVARIANCES, Covariances
 from .exact_values import exact_values
 from .kept_rows import checked_mask, masked
+from .multi_tensor import output_variances
 from .nn.linear import DEFAULT, Linear, matrix_key
 from .parallel import unwrapped
-from .probes import CompiledSigns, LayerProbe, activation_variances, column_rows, sample_signs, sign_rows
+from .probes import CompiledSigns, LayerProbe, column_rows, sample_signs, sign_rows
 from .reduction import Reduction, Shared
 from .regulariser import Regulariser
 from .scores import Scores
@@ -105,12 +107,8 @@ class Tracker:
         self.steps, self.micro, self.importance = 0, 0, None
         self.matrices = [(path, name) for path, layer in self.layers.items() for name in layer.slices]
         self.keys = [matrix_key(path, name) for path, name in self.matrices]
-        self._values = {
-            kind: torch.zeros(len(self.keys), dtype=torch.float64, device=self.device) for kind in self.kinds
-        }
-        self._counts = {kind: torch.zeros_like(value) for kind, value in self._values.items()}
+        self._averages = Averages(self.kinds, len(self.keys), self.ema, self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._everything = torch.ones(len(self.keys), dtype=torch.bool, device=self.device)
         self._samples: dict[int, int] = {}
         self._regulariser = Regulariser(self.layers, self.matrices)
         self._signs: tuple[tuple[int, int, int], Tensor] | None = None
@@ -203,34 +201,35 @@ class Tracker:
             return self._advance()
         shared = self._reduction.run(self)
         values, seen = self._gather(shared)
-        followed = self.layers.items() if self._covariances.kinds else ()
-        taken = {path: self._probe(layer).taken for path, layer in followed}
-        finite = self._covariances.finite(taken, self.device) if shared is None else shared.finite
-        for kind in self.kinds:
+        for kind in self.kinds if inverse is not None else ():
             if kind != "act_var":
                 values[kind] = values[kind] * (inverse if kind == "grad_abs" else inverse * inverse)
-            finite &= torch.where(seen[kind], values[kind].isfinite(), True).all()
-        known = self._learn(seen, finite)
-        for kind in self.kinds:
-            self._fold(kind, values[kind], seen[kind] & finite if kind == "act_var" else seen[kind] & finite & known)
-        if shared is not None:
-            self._reduction.add_covariances(self, taken, finite, inverse)
-        else:
-            self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
+        finite, taken = None if shared is None else shared.finite, {}
+        if self._covariances.kinds:
+            taken = {path: self._probe(layer).taken for path, layer in self.layers.items()}
+            finite = self._covariances.finite(taken, self.device) if shared is None else finite
+        if self.kinds:
+            finite = self._averages.add(values, seen, finite, self._drawn())
+            self._learn(seen, finite)
+        if taken:
+            self._add_covariances(taken, shared, finite, inverse)
         self._skipped += ~finite
         self._advance()
 
-    def _learn(self, seen: dict[str, Tensor], finite: Tensor) -> Tensor:
-        """Let ``columns`` see this step's norms; which matrices they were drawn by norms for."""
+    def _drawn(self) -> Tensor | None:
+        """The matrices whose columns were drawn by norms that had been seen; None where all count."""
+        return self._rows.known if isinstance(self._rows, ColumnRows) else None
+
+    def _learn(self, seen: dict[str, Tensor], finite: Tensor) -> None:
+        """Let ``columns`` see this step's norms."""
         if not isinstance(self._rows, ColumnRows):
-            return self._everything
+            return
         probes = [(self._probe(self.layers[path]), name) for path, name in self.matrices]
         looked = [probe.norms[name].grad if probe.live and probe.looking else None for probe, name in probes]
         if any(norms is not None for norms in looked):
             kind = next(kind for kind in self.kinds if kind != "act_var")
             flags = torch.tensor([norms is not None for norms in looked]).to(self.device, non_blocking=True)
             self._rows.learn(looked, seen[kind] & finite & flags)
-        return self._rows.known
 
     def discard(self) -> None:
         """Forget the gradients since the last ``step``: those of a step that failed or was given up."""
@@ -253,11 +252,12 @@ class Tracker:
         probe = layer.probes.get(self.adapter)
         return probe is not None and probe.owner is self
 
-    def _fold(self, kind: str, value: Tensor, keep: Tensor) -> None:
-        mean, count = self._values[kind], self._counts[kind]
-        count += keep
-        weight = 1.0 / count.clamp(min=1) if self.ema is None else torch.full_like(mean, 1.0 - self.ema)
-        mean.copy_(torch.where(keep, mean + weight * (value - mean), mean))
+    def _add_covariances(self, taken: dict, shared: Shared | None, finite: Tensor, inverse: Tensor | None) -> None:
+        inverse = torch.ones((), dtype=torch.float64, device=self.device) if inverse is None else inverse
+        if shared is not None:
+            self._reduction.add_covariances(self, taken, finite, inverse)
+        else:
+            self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
 
     def _advance(self) -> None:
         self.steps += 1
@@ -267,16 +267,14 @@ class Tracker:
         if self._rows is not None and self._sampled():
             self._rows.draw(self.steps)
         if self.warmup is not None and self.steps == self.warmup:
-            self.importance = self._corrected("fisher" if self.per_sample else "grad_sq")
+            self.importance = self._averages.corrected("fisher" if self.per_sample else "grad_sq")
             self.close()
 
     def _gather(self, shared: Shared | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """This step's value of every statistic and matrix, and whether there is one."""
-        columns: dict[str, list[Tensor | None]] = {}
+        columns: dict[str, tuple[Tensor, Tensor]] = {}
         if "act_var" in self.kinds:
-            sums = [self._probe(layer).V.grad for layer in self.layers.values()]
-            sizes = [list(layer.slices.values()) for layer in self.layers.values()]
-            columns["act_var"] = activation_variances(sums, sizes, self.device)
+            columns["act_var"] = self._variances()
         weight_kinds = [kind for kind in self.kinds if kind != "act_var"]
         if weight_kinds and self.estimator == "probe":
             columns |= self._probe_values(shared, weight_kinds)
@@ -284,25 +282,31 @@ class Tracker:
             exact = shared and shared.exact
             if exact is None:
                 exact = [exact_values(self, self.layers[path], name, weight_kinds) for path, name in self.matrices]
-            columns |= {kind: [values.get(kind) for values in exact] for kind in weight_kinds}
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        stacked = {
-            kind: torch.stack([zero if v is None else v.to(self.device, torch.float64) for v in column])
-            for kind, column in columns.items()
-        }
+            for kind in weight_kinds:
+                found = [values.get(kind) for values in exact]
+                live = [v.to(self.device, torch.float64) for v in found if v is not None]
+                there = [v is not None for v in found]
+                columns[kind] = self._averages.placed(torch.stack(live) if live else None, there)
+        values = {kind: value for kind, (value, _) in columns.items()}
         if shared is not None:
-            return shared.finish(self, stacked), dict(shared.present)
-        return stacked, {kind: self._seen([v is not None for v in column]) for kind, column in columns.items()}
+            return shared.finish(self, values), dict(shared.present)
+        return values, {kind: seen for kind, (_, seen) in columns.items()}
 
-    def _seen(self, flags: list[bool]) -> Tensor:
-        return self._everything if all(flags) else torch.tensor(flags).to(self.device, non_blocking=True)
+    def _variances(self) -> tuple[Tensor, Tensor]:
+        sums = [self._probe(layer).V.grad for layer in self.layers.values()]
+        sizes = [list(layer.slices.values()) for layer in self.layers.values()]
+        live = [pair for pair in zip(sums, sizes, strict=True) if pair[0] is not None]
+        found = output_variances(*zip(*live, strict=True)).to(self.device) if live else None
+        return self._averages.placed(found, [s is not None for s, runs in zip(sums, sizes, strict=True) for _ in runs])
 
-    def _probe_values(self, shared: Shared | None, kinds: Sequence[str]) -> dict[str, list[Tensor | None]]:
+    def _probe_values(self, shared: Shared | None, kinds: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
         factor = 1.0
         if self.per_sample and shared is None:
             factor = self._sample_factor(self._sample_count())
-        return self._rows.values(grads, kinds, factor)
+        there = [grad is not None for grad in grads]
+        found = self._rows.values(grads, kinds, factor) if any(there) else {}
+        return {kind: self._averages.placed(found.get(kind), there) for kind in kinds}
 
     def _sample_count(self) -> int | Tensor:
         seen = sum(self._samples.values())
@@ -320,10 +324,6 @@ class Tracker:
         """Steps that were left out because a gradient was not finite (reads back from the device)."""
         return int(self._skipped)
 
-    def _corrected(self, kind: str) -> Tensor:
-        value, count = self._values[kind], self._counts[kind]
-        return value / (1.0 - self.ema**count).clamp(min=1e-300) if self.ema is not None else value.clone()
-
     def scores(self, kind: str = "grad_sq", reduce: str = "sum") -> Scores:
         """The averages by matrix key. ``reduce="mean"`` divides grad_sq and fisher by N·K; grad_abs is always a mean.
 
@@ -335,11 +335,12 @@ class Tracker:
             raise ValueError(
                 f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint or suggestion(kind, self.kinds)}"
             )
-        missing = [key for key, count in zip(self.keys, self._counts[kind].tolist(), strict=True) if count == 0]
+        counts = self._averages.counts[kind].tolist()
+        missing = [key for key, count in zip(self.keys, counts, strict=True) if count == 0]
         if missing:
             shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
             raise RuntimeError(f"no {kind} yet for {shown}: run backward and tracker.step()")
-        values = self._corrected(kind).tolist()
+        values = self._averages.corrected(kind).tolist()
         shapes = [(self.layers[path].slices[name], self.layers[path].in_features) for path, name in self.matrices]
         if kind == "grad_abs" or (reduce == "mean" and kind != "act_var"):
             values = [v / (n * k) for v, (n, k) in zip(values, shapes, strict=True)]
@@ -387,7 +388,7 @@ class Tracker:
     def _weighing(self) -> tuple[Tensor | None, bool]:
         """The importance that weighs now, and whether it is frozen."""
         if self.importance is None and self.warmup is None and self.steps > 0:
-            return self._corrected("fisher" if self.per_sample else "grad_sq"), False
+            return self._averages.corrected("fisher" if self.per_sample else "grad_sq"), False
         return self.importance, True
 
     def state_dict(self) -> dict[str, Any]:

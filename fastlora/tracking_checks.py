@@ -102,15 +102,13 @@ def checked_state(state: Any, like: dict[str, Any]) -> None:
         raise ValueError(f"state: statistics differ: saved {[*state['values']]}, tracked {[*like['values']]}")
 
 
-def inverse_scale(scaler: Any, device: torch.device) -> torch.Tensor:
-    """What a ``GradScaler`` multiplied the loss by, inverted, on the device; 1 without one."""
+def inverse_scale(scaler: Any, device: torch.device) -> torch.Tensor | None:
+    """What a ``GradScaler`` multiplied the loss by, inverted, on the device; None without one."""
     switched_off = hasattr(scaler, "is_enabled") and not scaler.is_enabled()  # it has no scale then
     if scaler is not None and not hasattr(scaler, "_scale") and not switched_off:
         raise ValueError(f"scaler: expected a GradScaler or None, got {type(scaler).__name__}")
     scale = getattr(scaler, "_scale", None)
-    if scale is None:
-        return torch.ones((), dtype=torch.float64, device=device)
-    return scale.to(device=device, dtype=torch.float64).reciprocal()
+    return None if scale is None else scale.to(device=device, dtype=torch.float64).reciprocal()
 
 
 def checked_probes(probes: Any, device: torch.device) -> int:

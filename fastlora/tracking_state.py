@@ -16,8 +16,8 @@ def saved(tracker: Any) -> dict[str, Any]:
         "probes": tracker.probes,
         "probe_kind": tracker.probe_kind,
         "columns": tracker._rows.state_dict() if tracker.probe_kind == "columns" and tracker._rows else None,
-        "values": {k: v.clone() for k, v in tracker._values.items()},
-        "counts": {k: v.clone() for k, v in tracker._counts.items()},
+        "values": {k: v.clone() for k, v in tracker._averages.values.items()},
+        "counts": {k: v.clone() for k, v in tracker._averages.counts.items()},
         "skipped": tracker._skipped.clone(),
         "covariances": tracker._covariances.state_dict(),
         "importance": None if tracker.importance is None else tracker.importance.clone(),
@@ -27,9 +27,10 @@ def saved(tracker: Any) -> dict[str, Any]:
 def load(tracker: Any, state: dict[str, Any]) -> None:
     """Take up a saved state; ``ValueError`` names what differs, with the tracker unchanged."""
     checked_state(state, saved(tracker))
-    for kind in tracker.kinds:
-        tracker._values[kind].copy_(state["values"][kind])
-        tracker._counts[kind].copy_(state["counts"][kind])
+    for kind, value in tracker._averages.values.items():
+        value.copy_(state["values"][kind])
+    for kind, count in tracker._averages.counts.items():
+        count.copy_(state["counts"][kind])
     tracker._skipped.copy_(state["skipped"])
     tracker._covariances.load_state_dict(state["covariances"])
     tracker.steps, tracker.seed = state["steps"], state["seed"]

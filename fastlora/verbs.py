@@ -33,6 +33,11 @@ class Layout(NamedTuple):
         return len(self.ranks)
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """[*, K] as [M, K]."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
 def group_layout(W: Sequence[Tensor], B: Sequence[Tensor]) -> Layout:
     """Lay the projections over the concatenated rows of ``W``; a projection never straddles two weights."""
     return _layout_of(tuple([w.shape[0] for w in W]), tuple([b.shape for b in B]))
@@ -104,8 +109,8 @@ def matmul_backward(dy: Sequence[Tensor | None], W: Sequence[Tensor], engine: st
 class Backend:
     """The verbs of one adapted group, composed from skinny kernels around the library's matmul.
 
-    ``kernels`` supplies shrink, expand_, wgrad, outer, dropout and gradstat with the meaning that ``reference`` gives
-    them. A backend with fused kernels overrides the verbs themselves.
+    ``kernels`` supplies shrink, expand_, wgrad, outer, dropout, dropout_rows and gradstat with the meaning that
+    ``reference`` gives them. A backend with fused kernels overrides the verbs themselves.
     """
 
     name: str

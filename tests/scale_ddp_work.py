@@ -115,7 +115,7 @@ def several_adapters(rank, world):
                 several_loss(parallel, m, step, rank, world).backward()
                 tracker.step()
                 m.zero_grad()
-        found.append((read(tracker), {kind: c.tolist() for kind, c in tracker._counts.items()}))
+        found.append((read(tracker), {kind: c.tolist() for kind, c in tracker._averages.counts.items()}))
     return found
 
 
@@ -130,7 +130,7 @@ def not_finite(rank, world):
             loss_of(parallel, (x, y)).backward()
             tracker.step()
             m.zero_grad()
-    return tracker.skipped, tracker._counts["grad_sq"].tolist(), read(tracker)
+    return tracker.skipped, tracker._averages.counts["grad_sq"].tolist(), read(tracker)
 
 
 def partly_absent(rank, world):
@@ -141,7 +141,7 @@ def partly_absent(rank, world):
             loss_of(parallel, routed(rank, reached(rank))).backward()
             tracker.step()
             m.zero_grad()
-    return read(tracker), {kind: c.tolist() for kind, c in tracker._counts.items()}
+    return read(tracker), {kind: c.tolist() for kind, c in tracker._averages.counts.items()}
 
 
 def all_reduces(rank, world):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from column_help import KINDS, columns, every_draw, shown
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tracker_help import (
@@ -24,40 +25,6 @@ import fastlora
 from fastlora import reference
 from fastlora.column_rows import LOOK_EVERY, LOOK_FIRST, ColumnRows, looks
 from fastlora.factors import WHOLE
-
-KINDS = ("grad_sq", "grad_abs", "act_var")
-
-
-def columns(m, statistics=KINDS, **kwargs):
-    return track(m, statistics=statistics, probe_kind="columns", **{"ema": None, **kwargs})
-
-
-def shown(m, tracker, batch=None):
-    """One step, after which every matrix's norms are known."""
-    loss_of(m, batch or data()).backward()
-    tracker.step()
-    m.zero_grad()
-
-
-def every_draw(tracker, run, kinds=("grad_sq", "grad_abs")):
-    """Expectations over all columns at k = 1, by putting each in turn in the place of the draw: no chance is left."""
-    rows, widths = tracker._rows, {layer.in_features for layer in tracker.layers.values()}
-    (width,) = widths
-    expected = {kind: torch.zeros(len(tracker.keys), dtype=torch.float64) for kind in kinds}
-    shares = rows._shares[0][0]
-    p = shares.double() / shares.sum(1, keepdim=True)
-    before = tracker.state_dict()
-    for j in range(width):
-        rows.index.fill_(j)
-        rows.weight.copy_(1 / p[:, j : j + 1])
-        run()
-        grads = [tracker._probe(tracker.layers[path]).Z[name].grad for path, name in tracker.matrices]
-        factor = tracker._sample_factor(tracker._sample_count()) if tracker.per_sample else 1.0
-        for kind, values in rows.values(grads, kinds, factor).items():
-            expected[kind] += p[:, j] * torch.stack(values).double()
-        tracker.discard()
-    tracker.load_state_dict(before)
-    return {kind: dict(zip(tracker.keys, value.tolist(), strict=True)) for kind, value in expected.items()}
 
 
 @pytest.mark.parametrize("backend", ["reference", "python", "native"])
@@ -141,12 +108,12 @@ def test_a_first_step_shows_norms_and_is_not_counted():
     m = model()
     with columns(m) as tracker:
         shown(m, tracker)
-        assert tracker._counts["grad_sq"].unique().tolist() == [0.0]
-        assert tracker._counts["act_var"].unique().tolist() == [1.0]
+        assert tracker._averages.counts["grad_sq"].unique().tolist() == [0.0]
+        assert tracker._averages.counts["act_var"].unique().tolist() == [1.0]
         with pytest.raises(RuntimeError, match="no grad_sq yet for 0.query"):
             tracker.scores("grad_sq")
         shown(m, tracker)
-        assert tracker._counts["grad_sq"].unique().tolist() == [1.0]
+        assert tracker._averages.counts["grad_sq"].unique().tolist() == [1.0]
         assert all(value > 0 for kind in KINDS for value in tracker.scores(kind).values())
 
 
@@ -207,7 +174,7 @@ def test_a_step_that_is_not_finite_teaches_nothing():
         torch.testing.assert_close(tracker._rows.state_dict(), before, rtol=0, atol=0)
         loss_of(m, (x, y)).backward()
         tracker.step()
-    assert tracker._counts["grad_sq"].unique().tolist() == [1.0]
+    assert tracker._averages.counts["grad_sq"].unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -237,7 +204,7 @@ def test_what_runs_without_backward_or_is_asked_for_alone_counts_nothing():
         m(batch[0])
         torch.autograd.grad(loss_of(m, batch), trained)
         tracker.step()
-        assert tracker._counts["grad_sq"].unique().tolist() == [0.0]
+        assert tracker._averages.counts["grad_sq"].unique().tolist() == [0.0]
         grads = torch.autograd.grad(loss_of(m, batch), trained, create_graph=True)
         sum(g.square().sum() for g in grads).backward()
 
@@ -332,70 +299,3 @@ def test_rank_changes_leave_columns_alone():
         G = weight_gradients(m, [batch])
         found = every_draw(tracker, lambda: loss_of(m, batch).backward())
     assert_scores(found["grad_sq"], {key: g.square().sum() for key, g in G.items()})
-
-
-def test_an_adapter_of_a_mixed_batch_is_measured_on_its_own_rows():
-    m = model()
-    fastlora.add_adapter(m, "b", fastlora.LoraConfig(r=1, target_modules=["query", "value"], init_lora_weights=False))
-    x, y = data()
-    for ids in (torch.tensor([1, 0, 1, -1, 1, 0]), torch.tensor([0, 1, -1, 1, 0, 1]).repeat_interleave(5).view(6, 5)):
-        mine = ids == 1
-
-        def loss(m, ids=ids, mine=mine):
-            with fastlora.adapters(m, ids):
-                logits = m(x)
-            each = nn.functional.cross_entropy(logits.flatten(0, 1), y.repeat_interleave(5), reduction="none")
-            return (each.view(6, 5) * (mine if ids.dim() == 2 else mine[:, None])).sum()
-
-        with fastlora.track(m, "exact", ema=None, adapter="b", statistics=("grad_sq",)) as exact:
-            loss(m).backward()
-            exact.step()
-        with columns(m, ("grad_sq",), adapter="b", probes=1) as tracker:
-            loss(m).backward()
-            tracker.step()
-            found = every_draw(tracker, lambda loss=loss: loss(m).backward(), ("grad_sq",))
-        assert_scores(found["grad_sq"], dict(exact.scores("grad_sq")))
-
-
-def test_an_adapter_that_is_absent_neither_learns_nor_counts():
-    m = model()
-    fastlora.add_adapter(m, "b", fastlora.LoraConfig(r=1, target_modules=["query"], init_lora_weights=False))
-    with columns(m, ("grad_sq",), adapter="b") as tracker:
-        for _ in range(2):
-            with fastlora.adapters(m, torch.tensor([0, 0, -1, 0, 0, 0])):
-                loss_of(m, data()).backward()
-            tracker.step()
-    assert tracker._rows.counts.tolist() == [0, 0] and tracker._counts["grad_sq"].tolist() == [0.0, 0.0]
-
-
-class Cross(nn.Module):
-    """Query, key and value of one stacked matrix; the query sees other rows."""
-
-    def __init__(self):
-        super().__init__()
-        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x, other):
-        return self.attn(x, other, other, need_weights=False)[0]
-
-
-@pytest.mark.parametrize("target", ["qkv", ["in_proj"]])
-def test_parts_of_a_layer_that_see_other_rows(target):
-    torch.manual_seed(0)
-    m = Cross().double()
-    fastlora.inject(m, fastlora.LoraConfig(r=2, target_modules=target, init_lora_weights=False))
-    x, other = data()[0], data(seed=2, tokens=7)[0]
-
-    def run():
-        m(x, other).square().sum().backward()
-
-    kinds = ("grad_sq", "grad_abs", "act_var")
-    with columns(m, kinds, probes=1) as tracker:
-        run()
-        tracker.step()
-        found = every_draw(tracker, run)
-    with track(m, "exact", ema=None, statistics=kinds) as exact:
-        run()
-        exact.step()
-    assert_scores(found["grad_sq"], dict(exact.scores("grad_sq")))
-    assert dict(tracker.scores("act_var")) == pytest.approx(dict(exact.scores("act_var")))

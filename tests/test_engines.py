@@ -241,3 +241,60 @@ def test_an_activation_may_change_the_output_in_place(monkeypatch, name, shape, 
     torch.testing.assert_close(y, base(x))
     mine, theirs = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, base(x)))
     torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.skipif(PACKED not in NAMES, reason="this torch has no oneDNN linear")
+def test_packed_layers_of_a_model_follow_loads_merges_and_moves(monkeypatch):
+    torch.manual_seed(0)
+    model, other = accelerated(), {name: 0.5 * t for name, t in accelerated().state_dict().items()}
+
+    def check(dtype=torch.float32):
+        x, found = torch.randn(5, 12, dtype=dtype), []
+        for name in (LINEAR, PACKED):
+            monkeypatch.setenv("FASTLORA_CPU_ENGINE", name)
+            seen = x.clone().requires_grad_()
+            y = model(seen)
+            y.sum().backward()
+            found += [y.detach(), seen.grad]
+        # The engines round differently: a few roundings of the largest number.
+        tolerance = 16 * torch.finfo(dtype).eps * max(t.abs().max().item() for t in found)
+        torch.testing.assert_close(found[:2], found[2:], rtol=0, atol=tolerance)
+
+    check()
+    assert ENGINES.packed_bytes(model.fc1.weight) > 0 and ENGINES.packed_bytes(model.fc2.weight) > 0
+    for change in (
+        lambda: model.load_state_dict(other),
+        lambda: model.load_state_dict(accelerated().state_dict(), assign=True),
+        lambda: fastlora.merge(model),
+        lambda: fastlora.unmerge(model),
+    ):
+        change()
+        check()
+    model.to(torch.bfloat16)
+    check(torch.bfloat16)
+    model.to("meta")
+    assert model(torch.randn(5, 12, dtype=torch.bfloat16, device="meta")).device.type == "meta"
+    with pytest.raises(ValueError, match="x: is on cpu, the weight on meta"):
+        model(torch.randn(5, 12, dtype=torch.bfloat16))
+    assert ENGINES.packed_bytes(model.fc1.weight) == ENGINES.packed_bytes(model.fc2.weight) == 0
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (2, 3, 8), (1, 2, 3, 8), (8,)])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "slice", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_linear_engine_keeps_the_base_model_s_bits_and_makes_no_view(monkeypatch, shape, with_bias, layout, dtype):
+    monkeypatch.setenv("FASTLORA_CPU_ENGINE", LINEAR)
+    base = nn.Linear(8, 4, bias=with_bias, dtype=dtype).requires_grad_(False)
+    layer = fastlora.inject(nn.Sequential(copy.deepcopy(base)), fastlora.LoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(shape, dtype=dtype)
+    if layout == "slice":
+        x = torch.randn(*shape[:-1], 19, dtype=dtype)[..., 3:11]
+    elif layout == "transposed" and len(shape) > 1:
+        x = torch.randn(*shape[:-2], 8, shape[-2], dtype=dtype).transpose(-1, -2)
+    for seen in (x, x.detach().requires_grad_()):
+        y = layer(seen)
+        assert torch.equal(y, base(seen)) and not y._is_view()
+    with torch.no_grad():
+        y = layer(x)
+        assert torch.equal(y, base(x)) and not y._is_view()

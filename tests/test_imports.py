@@ -32,6 +32,7 @@ LAYERS = (
     ("factors", "config", "committing", "parallel", "progress"),
     ("nn",),
     (
+        "averages",
         "covariance",
         "exact_values",
         "reduction",

@@ -234,4 +234,4 @@ def test_another_shape_is_refused_by_both_names():
         assert m[0].query.router.current().mask is None
         loss_of(m, batch).backward()
         tracker.step()
-    assert tracker._counts["act_var"].unique().tolist() == [1.0]
+    assert tracker._averages.counts["act_var"].unique().tolist() == [1.0]

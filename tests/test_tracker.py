@@ -142,8 +142,8 @@ def test_forward_without_backward_counts_nothing():
         tracker.step()
         torch.autograd.grad(loss_of(m, batch), [p for p in m.parameters() if p.requires_grad])
         tracker.step()
-    assert tracker._counts["grad_sq"].unique().tolist() == [1.0]
-    assert tracker._counts["act_var"].unique().tolist() == [1.0]
+    assert tracker._averages.counts["grad_sq"].unique().tolist() == [1.0]
+    assert tracker._averages.counts["act_var"].unique().tolist() == [1.0]
 
 
 def test_act_var_is_the_trace_of_the_output_covariance():

@@ -65,7 +65,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(bad, estimator):
     assert_scores(tracker.scores("grad_sq"), dict(plain.scores("grad_sq")))
     loss_of(m, batch).backward()
     tracker.step()
-    assert tracker.skipped == 1 and tracker._counts["grad_sq"].unique().tolist() == [2.0]
+    assert tracker.skipped == 1 and tracker._averages.counts["grad_sq"].unique().tolist() == [2.0]
 
 
 def test_ema_is_bias_corrected_per_matrix():
@@ -219,7 +219,7 @@ def test_sampled_steps_are_the_average_and_are_explained(estimator, compiled):
             loss_of(run, batch).backward()
             tracker.step()
         assert "statistics every 3 steps" in str(fastlora.explain(m))
-    assert tracker._counts["grad_sq"].unique().tolist() == [3.0]
+    assert tracker._averages.counts["grad_sq"].unique().tolist() == [3.0]
     expected = {k: sum(own[i][k].square().sum() for i in (0, 3, 6)) / 3 for k in own[0]}
     assert_estimates(tracker.scores("grad_sq"), expected, probes=512)
 
@@ -234,7 +234,7 @@ def test_auto_sampling_starts_with_the_first_step_says_so_and_is_unbiased():
             tracker.step()
         assert str(fastlora.explain(m)).count("statistics every 16 steps") == len(tracker.layers)
     for kind in tracker.kinds:
-        assert tracker._counts[kind].unique().tolist() == [2.0]
+        assert tracker._averages.counts[kind].unique().tolist() == [2.0]
     expected = {k: (own[0][k].square().sum() + own[1][k].square().sum()) / 2 for k in own[0]}
     assert_estimates(tracker.scores("grad_sq"), expected, probes=512)
 
@@ -256,7 +256,7 @@ def test_a_resumed_tracker_samples_the_same_steps(estimator, every):
                 state, begin = copy.deepcopy(tracker.state_dict()), end
         trackers.append(tracker)
     whole, resumed = trackers
-    assert torch.equal(whole._counts["grad_sq"], resumed._counts["grad_sq"])
+    assert torch.equal(whole._averages.counts["grad_sq"], resumed._averages.counts["grad_sq"])
     assert dict(whole.scores("grad_sq")) == dict(resumed.scores("grad_sq"))
 
 

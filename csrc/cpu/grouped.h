@@ -268,6 +268,28 @@ FloatRows float_rows(const T* from, int64_t stride, const Rows& rows, int64_t co
   return {scratch, columns};
 }
 
+// Rows in their own dtype: the data itself, or a copy.
+template <class T>
+struct TypedRows {
+  const T* data;
+  int64_t stride;
+};
+
+template <class T>
+TypedRows<T> typed_rows(const T* from, int64_t stride, const Rows& rows, int64_t columns, T* scratch) {
+  if (rows.index == nullptr) return {from + rows.first * stride, rows.step * stride};
+  for (int64_t i = 0; i < rows.count; ++i) {
+    std::copy_n(from + rows.index[i] * stride, columns, scratch + i * columns);
+  }
+  return {scratch, columns};
+}
+
+// Whether rows of this type are multiplied as bf16 pairs; elsewhere they are widened to fp32.
+template <class T>
+bool in_pairs() {
+  return std::is_same_v<T, bf16> && kernels().dot_bf16;
+}
+
 // The kernels of one part, which counts the multiply-adds that it asks of them.
 struct Multiplier {
   int64_t done = 0;
@@ -278,6 +300,15 @@ struct Multiplier {
   }
   void outer(const float* d, int64_t ldd, int64_t rank, const FloatRows& x, int64_t rows, int64_t columns, float* g) {
     kernels().outer(d, ldd, rank, x.data, x.stride, rows, columns, g, columns);
+    done += rows * rank * columns;
+  }
+  void dot(const TypedRows<bf16>& x, int64_t rows, const bf16* a, int64_t rank, int64_t depth, float* s, int64_t lds) {
+    kernels().dot_bf16(x.data, x.stride, rows, a, depth, rank, depth, s, lds);
+    done += rows * rank * depth;
+  }
+  void outer(const bf16* d, int64_t ldd, int64_t rank, const TypedRows<bf16>& x, int64_t rows, int64_t columns,
+             float* g) {
+    kernels().outer_bf16(d, ldd, rank, x.data, x.stride, rows, columns, g, columns);
     done += rows * rank * columns;
   }
   // y[rows, column..] += s b in place; scratch holds as many values.
@@ -323,15 +354,5 @@ struct Multiplier {
     }
   }
 };
-
-// Rows in their own dtype: the data itself, or a copy.
-template <class T>
-std::pair<const T*, int64_t> typed_rows(const Target& from, const Rows& rows, T* scratch) {
-  if (rows.index == nullptr) return {from.row<T>(rows.first), rows.step * from.stride};
-  for (int64_t i = 0; i < rows.count; ++i) {
-    std::copy_n(from.row<T>(rows.index[i]), from.columns, scratch + i * from.columns);
-  }
-  return {scratch, from.columns};
-}
 
 }  // namespace fastlora

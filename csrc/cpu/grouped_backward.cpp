@@ -47,7 +47,13 @@ class Part {
         h_(block * pass.h.columns),
         met_(block * pass.h.columns),
         dh_(block * pass.largest([&](int64_t g) { return rank(g); })),
-        dx_(block * pass.x.columns) {}
+        dx_(block * pass.x.columns),
+        dy_pairs_(in_pairs<T>() ? block * widest : 0),
+        h_pairs_(in_pairs<T>() ? block * pass.h.columns : 0),
+        met_pairs_(in_pairs<T>() ? block * pass.h.columns : 0),
+        B_pairs_(in_pairs<T>() && pass.need_dh()
+                     ? pass.largest([&](int64_t g) { return pass.adapters.groups[g].packed; })
+                     : 0) {}
 
   void run(const Segment& segment, float* sums) {
     adapter_ = segment.adapter;
@@ -69,22 +75,54 @@ class Part {
       const Slot& it = group_->slots[i];
       const size_t at = adapter_ * count + i;
       if (pass_.dx) pack(pass_.A[at], 1.0f, pass_.x.dtype, A_.get() + it.offset * pass_.x.columns);
-      if (pass_.need_dh() && it.output >= 0)
-        pack_transposed(pass_.B[at], it.scale, pass_.x.dtype, unpacked_.get(), B_.get() + it.packed);
+      if (!pass_.need_dh() || it.output < 0) continue;
+      // The scale is not exact in bf16.
+      const float scale = in_pairs<T>() ? 1.0f : it.scale;
+      pack_transposed(pass_.B[at], scale, pass_.x.dtype, unpacked_.get(), B_.get() + it.packed);
+      if (in_pairs<T>()) {
+        kernels().of_bf16.narrow(B_.get() + it.packed, B_pairs_.get() + it.packed, it.rank * it.columns);
+      }
     }
   }
 
   // What dy of one projection meets: its own ranks of h, then the probes, side by side.
-  FloatRows met_by(const Slot& it, const FloatRows& h, int64_t rows) {
+  template <class In, class Value>
+  In met_by(const Slot& it, const In& h, int64_t rows, Value* scratch) {
     const int64_t probes = pass_.adapters.probes[adapter_], rank = pass_.need_dB ? it.rank : 0;
     if (probes == 0) return {h.data + it.offset, h.stride};
     if (rank == 0) return {h.data + group_->rank, h.stride};
-    gather(h.data, h.stride, rows, it.offset, rank, group_->rank, probes, met_.get());
-    return {met_.get(), rank + probes};
+    gather(h.data, h.stride, rows, it.offset, rank, group_->rank, probes, scratch);
+    return {scratch, rank + probes};
   }
 
-  void run_block(const Rows& rows, float* sums) {
-    const int64_t depth = pass_.x.columns, rank = group_->rank, width = pass_.adapters.width(adapter_);
+  // dh, and what dy meets, dB and Q of every projection, on products of bf16 pairs; the end of what it added to.
+  float* run_slots_in_pairs(const Rows& rows, float* sums) {
+    const int64_t rank = group_->rank, width = pass_.adapters.width(adapter_);
+    const TypedRows<bf16> h = typed_rows(pass_.h.data<bf16>(), pass_.h.stride, rows, width, h_pairs_.get());
+    for (const Slot& it : group_->slots) {
+      const int64_t count = pass_.met(adapter_, it);
+      if (it.output >= 0) {
+        const Matrix& from = pass_.dy[it.output];
+        const TypedRows<bf16> dy =
+            typed_rows(from.data<bf16>() + it.column, from.stride, rows, it.columns, dy_pairs_.get());
+        if (pass_.need_dh()) {
+          float* dh = dh_.get() + it.offset;
+          multiplier_.dot(dy, rows.count, B_pairs_.get() + it.packed, it.rank, it.columns, dh, rank);
+          for (int64_t row = 0; row < rows.count; ++row, dh += rank) {
+            for (int64_t r = 0; r < it.rank; ++r) dh[r] *= it.scale;
+          }
+        }
+        const TypedRows<bf16> met = met_by(it, h, rows.count, met_pairs_.get());
+        multiplier_.outer(met.data, met.stride, count, dy, rows.count, it.columns, sums);
+      }
+      sums += count * it.columns;
+    }
+    return sums;
+  }
+
+  // As run_slots_in_pairs, on fp32 rows.
+  float* run_slots(const Rows& rows, float* sums) {
+    const int64_t rank = group_->rank, width = pass_.adapters.width(adapter_);
     const FloatRows h = float_rows(pass_.h.data<T>(), pass_.h.stride, rows, width, h_.get());
     for (const Slot& it : group_->slots) {
       const int64_t count = pass_.met(adapter_, it);
@@ -94,11 +132,17 @@ class Part {
         if (pass_.need_dh()) {
           multiplier_.dot(dy, rows.count, B_.get() + it.packed, it.rank, it.columns, dh_.get() + it.offset, rank);
         }
-        const FloatRows met = met_by(it, h, rows.count);
+        const FloatRows met = met_by(it, h, rows.count, met_.get());
         multiplier_.outer(met.data, met.stride, count, dy, rows.count, it.columns, sums);
       }
       sums += count * it.columns;
     }
+    return sums;
+  }
+
+  void run_block(const Rows& rows, float* sums) {
+    const int64_t depth = pass_.x.columns, rank = group_->rank;
+    sums = in_pairs<T>() ? run_slots_in_pairs(rows, sums) : run_slots(rows, sums);
     if (rank == 0) return;
     if (pass_.need_dA) {
       const FloatRows x = float_rows(pass_.x.data<T>(), pass_.x.stride, rows, depth, wide_.get());
@@ -112,6 +156,7 @@ class Part {
   int64_t adapter_ = 0, block_;
   Scratch<float> A_, B_, unpacked_, wide_, h_, met_, dh_;
   Scratch<T> dx_;
+  Scratch<bf16> dy_pairs_, h_pairs_, met_pairs_, B_pairs_;
   Multiplier multiplier_;
 };
 

@@ -34,9 +34,12 @@ class Part {
         A_(pass.largest([&](int64_t g) { return pass.adapters.width(g) * pass.x.columns; })),
         B_(pass.largest([&](int64_t g) { return pass.adapters.groups[g].packed; })),
         unpacked_(pass.largest([&](int64_t g) { return pass.adapters.groups[g].packed; })),
-        wide_(block * pass.x.columns),
+        wide_(in_pairs<T>() ? 0 : block * pass.x.columns),
         s_(block * pass.width),
-        y_(block * widest) {}
+        y_(block * widest),
+        x_(in_pairs<T>() ? block * pass.x.columns : 0),
+        A_pairs_(in_pairs<T>() ? pass.largest([&](int64_t g) { return pass.adapters.width(g) * pass.x.columns; }) : 0) {
+  }
 
   void run(const Segment& segment, double* sums) {
     group_ = &pass_.adapters.groups[segment.adapter];
@@ -57,12 +60,25 @@ class Part {
       pack_transposed(pass_.B[g * count + i], it.scale, pass_.x.dtype, unpacked_.get(), B_.get() + it.packed);
     }
     if (width_ > group_->rank) pack(pass_.P[g], 1.0f, pass_.x.dtype, A_.get() + group_->rank * depth);
+    if (in_pairs<T>()) kernels().of_bf16.narrow(A_.get(), A_pairs_.get(), width_ * depth);
+  }
+
+  // s = x [A; P]^T in fp32
+  void shrink(const Rows& rows) {
+    const int64_t depth = pass_.x.columns;
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (in_pairs<T>()) {
+        const TypedRows<T> x = typed_rows(pass_.x.data<T>(), pass_.x.stride, rows, depth, x_.get());
+        multiplier_.dot(x, rows.count, A_pairs_.get(), width_, depth, s_.get(), width_);
+        return;
+      }
+    }
+    const FloatRows x = float_rows(pass_.x.data<T>(), pass_.x.stride, rows, depth, wide_.get());
+    multiplier_.dot(x, rows.count, A_.get(), width_, depth, s_.get(), width_);
   }
 
   void run_block(const Rows& rows, double* sums) {
-    const int64_t depth = pass_.x.columns;
-    const FloatRows x = float_rows(pass_.x.data<T>(), pass_.x.stride, rows, depth, wide_.get());
-    multiplier_.dot(x, rows.count, A_.get(), width_, depth, s_.get(), width_);
+    shrink(rows);
     T* h = static_cast<T*>(pass_.h);
     for (int64_t i = 0; i < rows.count; ++i) {
       T* to = h + rows.at(i) * pass_.width;
@@ -75,7 +91,7 @@ class Part {
     }
     for (size_t j = 0; sums && j < pass_.y.size(); ++j) {
       const int64_t columns = pass_.y[j].columns;
-      const auto [y, stride] = typed_rows<T>(pass_.y[j], rows, y_.get());
+      const auto [y, stride] = typed_rows<T>(pass_.y[j].row<T>(0), pass_.y[j].stride, rows, columns, y_.get());
       double* to = sums + pass_.first[j];
       kernels().of<T>().moments(y, stride, rows.count, columns, to, to + columns);
     }
@@ -85,7 +101,8 @@ class Part {
   const Group* group_ = nullptr;
   int64_t block_, width_ = 0;
   Scratch<float> A_, B_, unpacked_, wide_, s_;
-  Scratch<T> y_;
+  Scratch<T> y_, x_;
+  Scratch<bf16> A_pairs_;
   Multiplier multiplier_;
 };
 

@@ -230,6 +230,44 @@ Tensor squared_norms(const TensorList& tensors) {
   return result;
 }
 
+// Runs of columns of each [sum y; sum y^2 | rows]: sum over a run of max(0, E y^2 - (E y)^2)
+Tensor output_variances(const TensorList& moments, const std::vector<int64_t>& runs,
+                        const std::vector<int64_t>& sizes) {
+  STD_TORCH_CHECK(runs.size() == moments.size(), "runs has ", runs.size(), " entries, but moments has ",
+                  moments.size());
+  TensorList dense;
+  size_t first = 0;
+  for (size_t i = 0; i < moments.size(); ++i) {
+    check_matrix(moments[i], "moments");
+    check_same_dtype(moments[i].scalar_type(), "moments", ScalarType::Double, "the sums of every layer");
+    STD_TORCH_CHECK(runs[i] >= 0 && first + static_cast<size_t>(runs[i]) <= sizes.size(), "runs: more than the ",
+                    sizes.size(), " sizes were asked for");
+    int64_t columns = 1;
+    for (int64_t run = 0; run < runs[i]; ++run, ++first) columns += sizes[first];
+    STD_TORCH_CHECK(moments[i].size(0) == 2 && moments[i].size(1) == columns, "moments[", i, "] is ",
+                    moments[i].size(0), " x ", moments[i].size(1), "; its sizes make 2 x ", columns);
+    dense.push_back(torch::stable::contiguous(moments[i]));
+  }
+  STD_TORCH_CHECK(first == sizes.size(), "sizes has ", sizes.size(), " entries, but runs ask for ", first);
+  Tensor result = new_tensor({static_cast<int64_t>(sizes.size())}, ScalarType::Double);
+  double* out = static_cast<double*>(result.mutable_data_ptr());
+  size_t next = 0;
+  for (size_t i = 0; i < dense.size(); ++i) {
+    const int64_t columns = dense[i].size(1) - 1;
+    const double* sum = static_cast<const double*>(dense[i].const_data_ptr());
+    const double *square = sum + columns + 1, rows = sum[columns];
+    for (int64_t run = 0; run < runs[i]; ++run, ++next) {
+      double total = 0.0;
+      for (int64_t n = 0; n < sizes[next]; ++n, ++sum, ++square) {
+        const double mean = *sum / rows, variance = *square / rows - mean * mean;
+        total += variance < 0.0 ? 0.0 : variance;  // NaN stays
+      }
+      out[next] = total;
+    }
+  }
+  return result;
+}
+
 void check_resize(const Tensor& to, const Tensor& from, size_t i) {
   check_matrix(to, "to");
   check_matrix(from, "source");
@@ -278,5 +316,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("penalty", TORCH_BOX(&fastlora::penalty));
   m.impl("penalty_grad_", TORCH_BOX(&fastlora::penalty_grad_));
   m.impl("squared_norms", TORCH_BOX(&fastlora::squared_norms));
+  m.impl("output_variances", TORCH_BOX(&fastlora::output_variances));
   m.impl("resize_ranks_", TORCH_BOX(&fastlora::resize_ranks_));
 }

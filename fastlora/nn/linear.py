@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import LoraConfig, check_flag, check_rank
 from ..engines import AUTO, PACKED, UNPACKED
 from ..factors import WHOLE, AdapterSpec, Factors, new_factors
-from ..functional import check_input, lora_grouped, lora_linear
+from ..functional import check_input, checked_linear, lora_grouped
 from ..probes import group_operands
 from ..routing import Route, Router
 from .packing import packing_of
@@ -180,7 +180,7 @@ class Linear(nn.Linear):
         return tuple([self.adapter_specs[n].dropout if n in self.adapter_specs else 0.0 for n in names])
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and not self.called:
+        if not self.called and not torch.compiler.is_compiling():
             self.called = True
         route = self.router.route(self.training)
         if self.bypassed(route):
@@ -260,16 +260,16 @@ def forward_together(layers: list[Linear], x: Tensor, route: Route) -> list[Tens
 def _forward_one(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
     """As ``forward_together``, one adapter for every row."""
     name = route.adapter
-    pairs = [pair for layer in layers for pair in layer.pairs(name)]
+    A, B, scale = zip(*[pair for layer in layers for pair in layer.pairs(name)], strict=True)
     probes = [layer.probes[name] for layer in layers] if name in layers[0].probes else None
-    y = lora_linear(
+    y = checked_linear(
         x,
         [layer.weight for layer in layers],
         [layer.bias for layer in layers],
-        [a for a, _, _ in pairs],
-        [b for _, b, _ in pairs],
-        [s for _, _, s in pairs],
-        p=layers[0].dropout_p(route)[0],
+        A,
+        B,
+        scale,
+        layers[0].dropout_p(route)[0],
         backend=layers[0].backend,
         engine=layers[0].engine,
         **({} if probes is None else probes[0].operands(probes, x, route)),

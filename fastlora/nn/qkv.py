@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._operator import autocasting
 from ..routing import Route, in_backward, saving_hooks
 from .linear import Linear, forward_together
 
@@ -164,13 +165,12 @@ def _alone(layer: Linear, visit: _Visit, route: Route) -> bool:
 
 
 def _state(x: Tensor, route: Route) -> tuple:
-    device = x.device.type
     return (
         route,
         None if x.is_inference() else x._version,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+        torch.get_autocast_dtype(x.device.type) if autocasting(x) else None,
     )
 
 

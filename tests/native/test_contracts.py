@@ -20,7 +20,7 @@ def test_library_is_loaded():
     assert native.available(), native.reason()
     assert native.reason() is None
     assert native.isa().startswith(("avx512", "avx2", "portable"))
-    for name in ("shrink", "expand_", "wgrad", "outer", "dropout"):
+    for name in ("shrink", "expand_", "wgrad", "outer", "dropout", "dropout_rows"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{name}", "CPU"), name
 
 
@@ -85,6 +85,8 @@ def x_and(**changes):
         (lambda: ops.dropout(torch.ones(2, 2), torch.tensor(1), 0, 1.0), "p is 1"),
         (lambda: ops.dropout(torch.ones(2, 2), torch.ones(1), 0, 0.5), "seed has 1 dimensions"),
         (lambda: ops.dropout(torch.ones(2, 2), torch.tensor(1), -1, 0.5), "projection is -1"),
+        (lambda: ops.dropout_rows(torch.ones(2, 2), torch.ones(2, 2), 0, 0.5), "keys has 2 dimensions and dtype"),
+        (lambda: ops.dropout_rows(torch.ones(2, 2), torch.ones(3, 2).long(), 0, 0.5), "keys is 3 x 2"),
     ],
 )
 def test_errors_name_the_argument(call, message):
@@ -144,6 +146,7 @@ def test_schemas_and_fake_tensors(dtype):
         (ops.wgrad, (x, dy, h, B, [0, 1], [1.0, 2.0], 3, 1, False)),
         (ops.outer, (h, x)),
         (ops.dropout, (x, torch.tensor(4), 1, 0.5)),
+        (ops.dropout_rows, (x, torch.ones(len(x), 2, dtype=torch.int64), 1, 0.5)),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))

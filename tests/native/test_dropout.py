@@ -7,6 +7,8 @@ import pytest
 import torch
 from native_help import DTYPES, LAYOUTS, check, make, needs_library
 
+from fastlora import reference
+
 pytestmark = [needs_library, pytest.mark.every_isa]
 
 ops = torch.ops.fastlora
@@ -49,3 +51,15 @@ def test_dropout_mask_is_philox(seed, dtype):
 def test_dropout_with_probability_zero_changes_no_bit():
     x = torch.randn(9, 21)
     assert torch.equal(ops.dropout(x, torch.tensor(3), 0, 0.0), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_with_keys_of_their_own_are_those_of_the_reference(dtype):
+    for rows, columns, projection, p in [(0, 5, 0, 0.5), (3, 1, 2, 0.5), (40, 130, 1, 0.1)]:
+        x = make(rows, columns, dtype, LAYOUTS[columns % 4])
+        keys = torch.stack([torch.randint(-(2**62), 2**62, (rows,)), torch.randint(2**62, (rows,))]).t()
+        out, exact = ops.dropout_rows(x, keys, projection, p), reference.dropout_rows(x.double(), keys, projection, p)
+        assert torch.equal(out != 0, exact != 0)
+        check(out, exact, reference.dropout_rows(x, keys, projection, p), f"p={p}")
+    seed = torch.tensor(-5)
+    assert torch.equal(ops.dropout(x, seed, 3, 0.3), ops.dropout_rows(x, reference.row_keys(seed, len(x)), 3, 0.3))

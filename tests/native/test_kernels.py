@@ -207,3 +207,15 @@ def test_outer(rows, d_dtype, x_dtype):
             assert actual.dtype == torch.float32
             terms = d.double().abs().t() @ x.double().abs()  # a short sum may cancel: its terms set the scale
             check(actual, d.double().t() @ x.double(), d.float().t() @ x.float(), f"r={rank}, K={size}", terms)
+
+
+def test_expand_rounds_every_value_to_bfloat16_as_torch_does():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).view(512, 128)
+    for y in (every, every.nan_to_num(nan=0.5), every.clamp(0.25, 8.0)):  # tiles of odd values, and without them
+        for value in (0.0, 1.0, 2.0**-9, -(2.0**-130)):
+            h, factor = torch.full((512, 1), value, dtype=torch.bfloat16), torch.ones(1, 128, dtype=torch.bfloat16)
+            got = y.clone()
+            ops.expand_(got, h, [factor], [0], [0], [1.0], False)
+            expected = (y.float() + value).to(torch.bfloat16)
+            assert torch.equal(got.isnan(), expected.isnan())
+            assert torch.equal(got.view(torch.int16)[~expected.isnan()], expected.view(torch.int16)[~expected.isnan()])

@@ -246,10 +246,46 @@ def test_fake_tensors_have_the_shapes():
     torch.library.opcheck(ops.penalty.default, (A, B, scales, weights))
     torch.library.opcheck(ops.penalty_grad_.default, (*zeros, A, B, scales, weights, 0.1))
     torch.library.opcheck(ops.squared_norms.default, (A + B,))
+    torch.library.opcheck(ops.output_variances.default, ([torch.rand(2, 4).double()], [2], [1, 2]))
     torch.library.opcheck(ops.resize_ranks_.default, (zeros[0], A))
 
 
 def test_operators_are_registered():
     assert native.available(), native.reason()
-    for name in ("penalty", "penalty_grad_", "squared_norms", "resize_ranks_"):
+    for name in ("penalty", "penalty_grad_", "squared_norms", "output_variances", "resize_ranks_"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{name}", "CPU"), name
+
+
+def test_output_variances():
+    sizes = [[5], [], [3, 0, 40], [1]]
+    y = [torch.randn(33, sum(runs), dtype=torch.float64) + 3.0 for runs in sizes]
+    rows = torch.full((2, 1), 33.0, dtype=torch.float64)
+    sums = [torch.cat([torch.stack([t.sum(0), t.square().sum(0)]), rows], dim=1) for t in y]
+    sums[0] = sums[0].t().contiguous().t()
+    found = ops.output_variances(sums, [len(runs) for runs in sizes], [n for runs in sizes for n in runs])
+    parts = [part for t, runs in zip(y, sizes, strict=True) for part in t.split(runs, dim=1)]
+    exact = torch.stack([(part - part.mean(0)).square().mean(0).sum() for part in parts])
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_output_variances_are_never_negative_and_keep_what_is_not_finite():
+    constant = torch.tensor([[3.0, 0.3, 3.0], [3.0, 0.03 - 1e-9, 3.0]], dtype=torch.float64)
+    assert ops.output_variances([constant], [1], [2]).item() == 0.0
+    for odd in (float("nan"), float("inf")):
+        given = constant.clone()
+        given[1, 0] = odd
+        assert not ops.output_variances([given], [1], [2]).isfinite().all()
+    assert ops.output_variances([torch.zeros(2, 3, dtype=torch.float64)], [1], [2]).isnan().all()  # no rows
+
+
+def test_output_variances_name_bad_arguments():
+    good = torch.zeros(2, 4, dtype=torch.float64)
+    for arguments, message in (
+        (([good], [1, 1], [3]), "runs has 2 entries"),
+        (([good], [2], [3]), "runs: more than the 1 sizes"),
+        (([good], [1], [3, 1]), "sizes has 2 entries"),
+        (([good], [1], [4]), r"moments\[0\] is 2 x 4; its sizes make 2 x 5"),
+        (([good.float()], [1], [3]), "moments has dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.output_variances(*arguments)

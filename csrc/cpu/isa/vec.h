@@ -62,6 +62,18 @@ FASTLORA_INLINE VecU16 round_to_bf16(Vec v) {
   return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), VecU16);
 }
 
+#if defined(__AVX512BF16__)
+// Whether the instruction below rounds v otherwise: it writes subnormal values as zero, and other quiet NaNs.
+FASTLORA_INLINE uint32_t rounds_otherwise(Vec v) {
+  constexpr int kQuiet = 0x01, kSubnormal = 0x20, kSignalling = 0x80;
+  return _mm512_fpclass_ps_mask((__m512)v, kQuiet | kSubnormal | kSignalling);
+}
+FASTLORA_INLINE void store_rounded(bf16* p, Vec v) {
+  const __m256bh u = _mm512_cvtneps_pbh((__m512)v);
+  __builtin_memcpy(p, &u, sizeof u);
+}
+#endif
+
 FASTLORA_INLINE void store(bf16* p, Vec v) {
   const VecU16 u = round_to_bf16(v);
   __builtin_memcpy(p, &u, sizeof u);
