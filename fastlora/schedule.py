@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from . import choices
-
-
-def set_learning(parameters: Iterable[torch.Tensor], learns: bool) -> None:
-    """``requires_grad_`` that compiled models notice.
-
-    torch 2.11 goes on with code that was compiled for what had gradients before (pytorch issue 139476): parameters that
-    are let go would get none. There everything that was compiled is dropped; 2.13 compiles again by itself.
-    """
-    changed = [p for p in parameters if p.requires_grad is not learns]
-    for parameter in changed:
-        parameter.requires_grad_(learns)
-    if changed and torch.__version__ < (2, 13) and "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+from . import choices, letting_go
 
 
 class _Factor:
@@ -102,7 +87,7 @@ class Cosine(LambdaLR):
             until = self.freeze.get(group.get("name"))
             if until is None:
                 continue
-            set_learning(group["params"], self.last_epoch >= until)
+            letting_go.set_learning(group["params"], self.last_epoch >= until)
             if self.last_epoch < until:
                 for parameter in group["params"]:
                     # A gradient that is left over would still be stepped.

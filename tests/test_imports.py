@@ -53,7 +53,17 @@ LAYERS = (
 )
 # fmt: on
 # Functions of tensors and dicts: anybody may import them, and they import nothing above themselves.
-PURE = ("scores", "score_table", "allocation", "penalty", "temperature", "schedule", "diagnostics", "choices")
+PURE = (
+    "scores",
+    "score_table",
+    "allocation",
+    "penalty",
+    "temperature",
+    "schedule",
+    "diagnostics",
+    "choices",
+    "letting_go",
+)
 ANYWHERE = ("testing",)
 ROOT = "__init__"  # the public names, above everything
 

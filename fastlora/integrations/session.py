@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..choices import suggestion, unknown
+from ..letting_go import set_learning
 from ..nn.linear import adapted_layers
-from ..schedule import set_learning
 from ..tracker import Tracker, track
 from .checkpoints import TrainingState
 
