@@ -32,15 +32,20 @@ class ForeignLinear(Linear):
         if not torch.compiler.is_compiling() and not self.called:
             self.called = True
         route = self.router.route(self.training)
-        own = super(Linear, self).forward
-        y = own(x) if has_derivative(self) else OwnForward.apply(x, self, own)
+        y = self.base_forward(x) if has_derivative(self) else OwnForward.apply(x, self)
         if self.bypassed(route):
             return y
         device = x.device.type
         seen = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
         (update,) = forward_together([_Update(self, seen)], seen, route)
-        y = update.add_(y) if update.dtype == y.dtype else y + update.to(y.dtype)
+        # Compiled code of torch 2.11 takes the update for a view; it needs no help to save memory.
+        in_place = update.dtype == y.dtype and not torch.compiler.is_compiling()
+        y = update.add_(y) if in_place else y + update.to(y.dtype)
         return self._with_moments(y, x, route)
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """The other library's own."""
+        return super(Linear, self).forward(x)
 
     def _with_moments(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
         """``y``, whose column sums reach the moment leaves of tracked adapters in the backward."""

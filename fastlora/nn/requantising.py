@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,9 +34,9 @@ class OwnForward(torch.autograd.Function):
     r"""A base whose kernel has no derivative: its own forward, and :math:`dx = dy\, W` with W from unit vectors."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: nn.Linear, base: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx, x: Tensor, layer: Any) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        return base(x)
+        return layer.base_forward(x)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -46,7 +45,7 @@ class OwnForward(torch.autograd.Function):
             last = min(first + _UNITS, layer.in_features)
             columns = outputs_for_units(layer, layer.weight, first, last, ctx.dtype)
             parts.append(dy @ columns.t().to(dy.dtype))
-        return torch.cat(parts, dim=-1).to(ctx.dtype), None, None
+        return torch.cat(parts, dim=-1).to(ctx.dtype), None
 
 
 def dequantised(layer: nn.Linear, weight: Tensor | None = None) -> Tensor:
