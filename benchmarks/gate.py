@@ -39,8 +39,8 @@ def _settle(variant: Variant) -> None:
         variant.call()
         variant.tracker.step()
     for kind in variant.tracker.kinds:
-        variant.tracker._values[kind].zero_()
-        variant.tracker._counts[kind].zero_()
+        variant.tracker._averages.values[kind].zero_()
+        variant.tracker._averages.counts[kind].zero_()
 
 
 def _probe_rows(tracker: fastlora.Tracker) -> list[Tensor | None]:
