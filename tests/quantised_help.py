@@ -18,8 +18,10 @@ def plain(dtype=torch.float32):
 
 
 def by_torchao(model, name="Int8WeightOnlyConfig", **fields):
-    torchao = pytest.importorskip("torchao.quantization")
-    torchao.quantize_(model, getattr(torchao, name)(**fields))
+    pytest.importorskip("torchao")
+    from torchao import quantization
+
+    quantization.quantize_(model, getattr(quantization, name)(**fields))
     return model
 
 
@@ -33,15 +35,19 @@ def by_bitsandbytes(model, kind, **fields):
 
 
 def intx(model):
-    granularity = pytest.importorskip("torchao.quantization.granularity").PerGroup(32)
-    return by_torchao(model, "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=granularity)
+    pytest.importorskip("torchao")
+    from torchao.quantization.granularity import PerGroup
+
+    return by_torchao(model, "IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=PerGroup(32))
 
 
 def int4(model):
     """torchao's layout for CPUs, which its Int4WeightOnlyConfig does not know of."""
-    torchao = pytest.importorskip("torchao.quantization")
-    layout = pytest.importorskip("torchao.prototype.quantization.int4")
-    torchao.quantize_(model, layout.PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False))
+    pytest.importorskip("torchao")
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import quantize_
+
+    quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False))
     return model
 
 

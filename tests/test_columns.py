@@ -12,12 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from tracker_help import (
     Attention,
     Twice,
+    assert_scale_divided_out,
     assert_scores,
     data,
     loss_of,
     model,
     per_sample_gradients,
     track,
+    tracked_in_parts,
     weight_gradients,
 )
 
@@ -222,18 +224,8 @@ def test_create_graph_gives_the_same_columns():
 
 
 def test_loss_scale_is_divided_out():
-    m, batch, found = model(torch.float32), data(torch.float32), []
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for use in (False, True):
-        with columns(m) as tracker:
-            for _ in range(2):
-                loss = loss_of(m, batch)
-                (scaler.scale(loss) if use else loss).backward()
-                tracker.step(scaler=scaler if use else None)
-        m.zero_grad()
-        found.append({kind: dict(tracker.scores(kind)) for kind in KINDS})
-    for kind in KINDS:
-        assert_scores(found[1][kind], found[0][kind], rtol=1e-5)
+    m, batch = model(torch.float32), data(torch.float32)
+    assert_scale_divided_out(m, batch, KINDS, lambda: columns(m), steps=2)
 
 
 def test_autocast_multiplies_rounded_columns():
@@ -268,16 +260,8 @@ def test_compiled_model_gives_the_same_statistics(kinds):
 
 def test_a_saved_state_goes_on_bit_for_bit():
     m, found = model(), []
-    for stop in ((20,), (3, 13, 20)):
-        state, begin = None, 0
-        for end in stop:
-            with columns(m, ema=0.9) as tracker:
-                if state is not None:
-                    tracker.load_state_dict(state)
-                for seed in range(begin, end):
-                    loss_of(m, data(seed=seed)).backward()
-                    tracker.step()
-                state, begin = copy.deepcopy(tracker.state_dict()), end
+    for stops in ((20,), (3, 13, 20)):
+        _, state = tracked_in_parts(m, stops, lambda: columns(m, ema=0.9))
         found.append({k: state[k] for k in ("values", "counts", "columns", "skipped")})
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 

@@ -11,6 +11,7 @@ from tracker_help import (
     Twice,
     accumulated,
     assert_estimates,
+    assert_scale_divided_out,
     assert_scores,
     data,
     loss_of,
@@ -165,18 +166,8 @@ def test_act_var_is_the_trace_of_the_output_covariance():
 @pytest.mark.parametrize("estimator", ["probe", "exact"])
 def test_loss_scale_is_divided_out(estimator):
     m, batch = model(dtype=torch.float32), data(dtype=torch.float32)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     kinds = ("grad_sq", "act_var") if estimator == "probe" else ("grad_sq", "grad_abs", "act_var")
-    found = []
-    for use in (False, True):
-        with track(m, estimator, ema=None, statistics=kinds) as tracker:
-            loss = loss_of(m, batch)
-            (scaler.scale(loss) if use else loss).backward()
-            tracker.step(scaler=scaler if use else None)
-        m.zero_grad()
-        found.append({kind: dict(tracker.scores(kind)) for kind in kinds})
-    for kind in kinds:
-        assert_scores(found[1][kind], found[0][kind], rtol=1e-5)
+    assert_scale_divided_out(m, batch, kinds, lambda: track(m, estimator, ema=None, statistics=kinds))
 
 
 def test_dropout_does_not_bias_the_probes():

@@ -16,6 +16,7 @@ from tracker_help import (
     loss_of,
     model,
     track,
+    tracked_in_parts,
     weight_gradients,
 )
 
@@ -243,18 +244,9 @@ def test_auto_sampling_starts_with_the_first_step_says_so_and_is_unbiased():
 @pytest.mark.parametrize("estimator", ["probe", "exact"])
 def test_a_resumed_tracker_samples_the_same_steps(estimator, every):
     every = 3 if estimator == "exact" else every
-    m, trackers = model(), []
-    for stop in ((20,), (4, 20)):  # in one go, and saved in the middle of an interval
-        state, begin = None, 0
-        for end in stop:
-            with track(m, estimator, every=every) as tracker:
-                if state is not None:
-                    tracker.load_state_dict(state)
-                for seed in range(begin, end):
-                    loss_of(m, data(seed=seed)).backward()
-                    tracker.step()
-                state, begin = copy.deepcopy(tracker.state_dict()), end
-        trackers.append(tracker)
+    m = model()
+    # In one go, and saved in the middle of an interval.
+    trackers = [tracked_in_parts(m, stops, lambda: track(m, estimator, every=every))[0] for stops in ((20,), (4, 20))]
     whole, resumed = trackers
     assert torch.equal(whole._averages.counts["grad_sq"], resumed._averages.counts["grad_sq"])
     assert dict(whole.scores("grad_sq")) == dict(resumed.scores("grad_sq"))

@@ -102,3 +102,32 @@ def assert_estimates(scores, expected, probes=4096):
     # Rademacher quadratic form: variance of ||Q||²/k is at most 2 ||G||_F^4 / k.
     for key, value in expected.items():
         assert abs(scores[key] / float(value) - 1) < 5 * math.sqrt(2 / probes), key
+
+
+def assert_scale_divided_out(m, batch, kinds, tracking, steps=1):
+    """Scores are the same with and without a loss scale; ``tracking`` makes the tracker."""
+    scaler, found = torch.amp.GradScaler("cpu", init_scale=1024.0), []
+    for use in (False, True):
+        with tracking() as tracker:
+            for _ in range(steps):
+                loss = loss_of(m, batch)
+                (scaler.scale(loss) if use else loss).backward()
+                tracker.step(scaler=scaler if use else None)
+        m.zero_grad()
+        found.append({kind: dict(tracker.scores(kind)) for kind in kinds})
+    for kind in kinds:
+        assert_scores(found[1][kind], found[0][kind], rtol=1e-5)
+
+
+def tracked_in_parts(m, stops, tracking):
+    """Steps up to each of ``stops``, a new tracker taking up the state of the one before: the last, and its state."""
+    state, begin = None, 0
+    for end in stops:
+        with tracking() as tracker:
+            if state is not None:
+                tracker.load_state_dict(state)
+            for seed in range(begin, end):
+                loss_of(m, data(seed=seed)).backward()
+                tracker.step()
+            state, begin = copy.deepcopy(tracker.state_dict()), end
+    return tracker, state
