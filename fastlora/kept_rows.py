@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ._operator import LIBRARY, eager
-from ._ops import as_rows
 from .backends import choose
 from .grouped import on_host
+from .verbs import as_rows
 
 LIBRARY.define("kept_moments(Tensor y, Tensor? keep, str backend) -> Tensor")
 
@@ -69,7 +69,7 @@ def rows_that_count(x: Tensor, route: Any, name: str) -> Tensor | None:
         if keep.shape not in (tokens, (tokens.numel(),)):
             seen = tuple(tokens)
             raise ValueError(f"mask: {tuple(keep.shape)} given, but a layer sees {seen} tokens; accepted: {seen}")
-        keep = keep.reshape(-1).to(x.device)
+        keep = keep.reshape(-1).to(x.device, non_blocking=True)
     if route.batch is None:
         return keep
     own = route.batch.rows(x).ids == route.batch.names.index(name)

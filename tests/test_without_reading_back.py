@@ -112,6 +112,14 @@ def test_a_step_with_columns_reads_nothing_back(launched, statistics, whose):
     assert not copies
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_step_under_a_mask_reads_nothing_back(launched, device):
+    model, mask = build(0.0, []), torch.ones(8, 5, dtype=torch.bool, device=device)
+    with fastlora.track(model, statistics=("grad_sq", "act_var")) as tracker, tracker.mask(mask):
+        copies, _ = steps(model, tracker, launched)
+    assert not copies
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_fisher_of_an_adapter_and_a_layer_without_gradient_reads_nothing_back(launched, reduction):
     model = build(0.0, ["b"])
