@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import native, reference
-from fastlora.segments import build_segments
+from fastlora.ops import native, reference
+from fastlora.ops.layout import build_segments
 
 from .interleave import Times, paired, rows, spread
 from .many import Loop, Mixed, Separate, by_row, check, draw_factors, expected

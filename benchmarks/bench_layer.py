@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.probes import sampling_interval
+from fastlora.nn.probe import sampling_interval
 
 from . import gate
 from .peers import frozen, ours, peft, variants

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import native, testing
+from fastlora.ops import native
+from fastlora import testing
 
 from . import report
 from .interleave import Interleaved, Times, rows

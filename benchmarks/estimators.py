@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora import Scores, reference
+from fastlora import Scores
+from fastlora.ops import reference
 
 from .interleave import quantile
 from .recorded import Recorded

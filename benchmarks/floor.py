@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastlora.engines import LINEAR, ONEDNN, PACKED, MatmulEngines, onednn_reason
+from fastlora.ops.matmul import LINEAR, ONEDNN, PACKED, MatmulEngines, onednn_reason
 
 from .machine import cpu_name
 from .shapes import DTYPES, SHAPES

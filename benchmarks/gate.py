@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import fastlora
-from fastlora.column_rows import looks
+from fastlora.nn.probe_rows import looks
 
 from .peers import HookStatistics, NaiveStatistics, Variant
 

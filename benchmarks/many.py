@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import reference
+from fastlora.ops import reference
 
 from .peers import LABELS, Model
 from .shapes import ALPHA, Problem

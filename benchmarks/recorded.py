@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.column_rows import ColumnRows, looks
-from fastlora.reference import column_norms
+from fastlora.nn.probe_rows import ColumnRows, looks
+from fastlora.ops.reference import column_norms
 
 from .experiment import data as sst2
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastlora
-from fastlora.schedule import Cosine
+from fastlora.training import Cosine
 from fastlora.testing import enable_torchvision
 
 PROMPT = "a photo of a {}, a type of flower."

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import fastlora
-from fastlora.schedule import Cosine
+from fastlora.training import Cosine
 from fastlora.testing import enable_torchvision
 
 HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}
@@ -101,7 +101,7 @@ def train(model, data, prepare, args):
     both = {"lora", "norm"} <= {group["name"] for group in optimizer.param_groups}
     scheduler = Cosine(optimizer, steps, floor=args.floor, freeze=args.freeze if both else 0)
     epochs = []
-    with fastlora.Diagnostics(optimizer) as diagnostics:
+    with fastlora.training.Diagnostics(optimizer) as diagnostics:
         for epoch in range(args.epochs):
             model.train()
             for x, y in batches(data, prepare, args, shuffle=True):

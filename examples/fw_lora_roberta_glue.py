@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import fastlora
-from fastlora.schedule import Cosine
+from fastlora.training import Cosine
 from fastlora.testing import enable_torchvision
 
 ABLATION = {

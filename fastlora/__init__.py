@@ -8,8 +8,11 @@ import pathlib as _pathlib
 if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_pathlib.Path(__file__).parent.parent))
 
-from . import nn, schedule
-from .adapter_set import (
+from . import nn, training
+from .config import LoraConfig
+from .importance.allocation import allocate
+from .importance.scores import Scores, breakdown, composite
+from .model.adapters import (
     adapter_names,
     adapters,
     add_adapter,
@@ -18,28 +21,18 @@ from .adapter_set import (
     remove_adapter,
     set_adapter,
 )
-from .allocation import allocate
-from .calibration import calibrate
-from .config import LoraConfig
-from .diagnostics import Diagnostics
-from .handover import from_peft, to_peft
-from .injection import inject
-from .merging import disabled, merge, unmerge
-from .migration import load_layout
-from .overview import explain, summary
-from .peft_io import load, save
-from .policies import param_groups, policy
-from .presets import preset
-from .ranks import reallocate, set_ranks
-from .score_table import breakdown
-from .scores import Scores, composite
-from .temperature import ece, fit_temperature, reliability
-from .tracker import Tracker, track
+from .model.inject import inject
+from .model.merge import disabled, merge, unmerge
+from .model.ranks import reallocate, set_ranks
+from .model.summary import explain, summary
+from .model.trainable import param_groups, policy, preset
+from .peft_io import from_peft, load, load_layout, save, to_peft
+from .tracking.calibrate import calibrate
+from .tracking.tracker import Tracker, track
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Diagnostics",
     "LoraConfig",
     "Scores",
     "Tracker",
@@ -51,9 +44,7 @@ __all__ = [
     "calibrate",
     "composite",
     "disabled",
-    "ece",
     "explain",
-    "fit_temperature",
     "from_peft",
     "hold_absent",
     "inject",
@@ -66,14 +57,13 @@ __all__ = [
     "policy",
     "preset",
     "reallocate",
-    "reliability",
     "remove_adapter",
     "save",
-    "schedule",
     "set_adapter",
     "set_ranks",
     "summary",
     "to_peft",
     "track",
+    "training",
     "unmerge",
 ]

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from .backends import BACKENDS
-from .choices import suggestion, unknown
+from ._utils.errors import check_finite, check_rank, suggestion, unknown_choice
+from .ops.backends import BACKENDS
 
 ROLES = ("qkv", "attention", "mlp", "all-linear")
 
@@ -22,36 +22,6 @@ _PEFT_NEUTRAL = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "ephemeral_gpu_offload", "megatron_core", "fan_in_fan_out",
 }  # fmt: skip
-
-
-def check_rank(value: Any, name: str, minimum: int = 1) -> int:
-    """``value`` as a rank; ``ValueError`` naming the argument otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}: expected an integer rank >= {minimum}, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected a rank >= {minimum}, got {value}")
-    return value
-
-
-def check_finite(value: Any, name: str) -> float:
-    """``value`` as a number that is neither NaN nor infinite; ``ValueError`` naming the argument otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return value
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer that no float can hold
-        return False
-
-
-def check_flag(value: Any, name: str) -> bool:
-    """``value`` as True or False; ``ValueError`` naming the argument otherwise."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected True or False, got {value!r}")
-    return value
 
 
 def _names(value: Any) -> bool:
@@ -152,7 +122,7 @@ class LoraConfig:
     def _check_choice(self, name: str, accepted: tuple) -> None:
         value = getattr(self, name)
         if not any(value is a or (isinstance(a, str) and value == a) for a in accepted):
-            raise unknown(name, value, accepted)
+            raise unknown_choice(name, value, accepted)
 
     def scaling(self, rank: int, alpha: float | None = None) -> float:
         """``s`` of a matrix of this rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""

@@ -372,7 +372,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "freeze_by": rows(("detach", "freeze_by: expected one of")),
     },
     "schedule.matched_control": {
-        "scheduler": rows((None, "scheduler: expected a fastlora.schedule.Cosine")),
+        "scheduler": rows((None, "scheduler: expected a fastlora.training.Cosine")),
         "optimizer": rows((None, "optimizer: expected a torch.optim.Optimizer")),
     },
     "nn.Conv1D": LAYER,

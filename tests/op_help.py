@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastlora import native, reference
-from fastlora.functional import lora_linear
+from fastlora.ops import native, reference
+from fastlora.ops.lora import lora_linear
 
 BACKENDS = ["reference", "python", *(["native"] if native.available() else [])]
 

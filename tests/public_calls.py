@@ -112,7 +112,7 @@ def scored_tracker() -> fastlora.Tracker:
 def a_schedule() -> dict[str, Any]:
     model = adapted()
     first, second = adamw(model), adamw(model)
-    return {"scheduler": fastlora.schedule.Cosine(first, 10), "optimizer": second}
+    return {"scheduler": fastlora.training.Cosine(first, 10), "optimizer": second}
 
 
 # A right call of every public function; the tests replace one argument.

@@ -181,7 +181,7 @@ def alone(rank, world):
     found, records = [], []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("fastlora.reduction").addHandler(handler)
+    logging.getLogger("fastlora.tracking.all_reduce").addHandler(handler)
     for options in ({"process_group": None}, {}):
         m = model()
         with fastlora.track(m, every=1, **options) as tracker:

@@ -23,7 +23,7 @@ from trainer_help import bert, images, shifted, still, texts, trained_parameters
 
 from fastlora.integrations.hf import FastLoraCallback  # noqa: E402
 from fastlora.integrations.lightning import FastLoraCallback as LightningCallback  # noqa: E402
-from fastlora.parallel import whole  # noqa: E402
+from fastlora._utils.distributed import whole  # noqa: E402
 
 TRACK = {"every": 1, "warmup": 3}
 OPTIONS = dict(

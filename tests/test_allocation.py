@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlora.allocation import allocate
-from fastlora.scores import Scores, composite
+from fastlora.importance.allocation import allocate
+from fastlora.importance.scores import Scores, composite
 
 PROPERTY = settings(max_examples=100, deadline=None)
 COSTS = (1536, 1536, 3840, 3840)
@@ -305,7 +305,7 @@ PUBLISHED_SCORES = [20.0, 18.0, 17.0, 16.0, 15.0, 14.0, 13.0] + [3.0 - 0.1 * ind
 def test_fc_original_reproduces_the_stated_counts(budget, at_cap, rest_of_budget, total, parameters, caplog):
     shuffled = list(PUBLISHED_SCORES)
     random.Random(0).shuffle(shuffled)
-    with caplog.at_level(logging.INFO, logger="fastlora.allocation"):
+    with caplog.at_level(logging.INFO, logger="fastlora.importance.allocation"):
         ranks = ranks_of(shuffled, budget, rule="fc_original")
     by_score = [rank for _, rank in sorted(zip(shuffled, ranks, strict=True), reverse=True)]
     assert by_score == [16] * at_cap + [rest_of_budget] + [1] * (35 - at_cap)

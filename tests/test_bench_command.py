@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlora import bench, cli
+from fastlora.cli.__main__ import bench, __main__ as cli
 
 ROW = {"variant": "fastlora", "ms": {"median": 1.5}, "ratio_to_peft": {"median": 0.8}}
 RESULT = {"kind": "layer", "shape": "S4", "dtype": "fp32", "gate": "passed", "rows": [ROW]}

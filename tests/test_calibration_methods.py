@@ -13,9 +13,9 @@ import torch
 from tracker_help import data, loss_of, model, weight_gradients
 
 import fastlora
-from fastlora import progress
+from fastlora._utils import reporting as progress
 from fastlora.nn.linear import adapted_layers
-from fastlora.scores import minmax
+from fastlora.importance.scores import minmax
 
 
 def fresh(**kwargs):
@@ -131,7 +131,7 @@ def test_one_matrix_has_no_rank_correlation():
 
 class TestProgress:
     def test_logged_where_nobody_looks(self, caplog):
-        with caplog.at_level(logging.INFO, "fastlora.progress"):
+        with caplog.at_level(logging.INFO, "fastlora._utils.reporting"):
             scores = fastlora.calibrate(model(), BATCHES, loss_of, steps=2, method="fw")
         assert [r.message for r in caplog.records] == [
             "calibrate: 1 of 2 batches",

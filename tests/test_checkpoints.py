@@ -42,7 +42,7 @@ def step(model, batch, optimizer, tracker):
 def loop(model, file, resume=False):
     """Six steps with dropout; a checkpoint after the third."""
     optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-2, lr_head=1e-2))
-    schedule = fastlora.schedule.Cosine(optimizer, 6, freeze=1)
+    schedule = fastlora.training.Cosine(optimizer, 6, freeze=1)
     tracker = fastlora.track(model.train(), every=1, warmup=5)
     losses, first = [], 0
     if resume:
@@ -214,7 +214,7 @@ def accelerated(model, folder, resume=None, precision="no"):
     accelerate.state.AcceleratorState._reset_state(True)
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
     optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-2, lr_head=1e-2))
-    schedule = fastlora.schedule.Cosine(optimizer, 3)
+    schedule = fastlora.training.Cosine(optimizer, 3)
     loader = torch.utils.data.DataLoader(DATA, batch_size=4)
     prepared, optimizer, loader, schedule = accelerator.prepare(model.train(), optimizer, loader, schedule)
     losses = []

@@ -14,8 +14,8 @@ from public_calls import adapted, batches, plain
 from torch import nn
 
 import fastlora
-from fastlora.choices import suggestion, unknown
-from fastlora.migration import load_layout
+from fastlora._utils.errors import suggestion, unknown_choice
+from fastlora.peft_io.convert import load_layout
 
 
 def config(**fields):
@@ -61,7 +61,7 @@ MISSPELT = {
     "ranks": (lambda: fastlora.set_ranks(adapted(), {"blocks.0.qq": 2}), "blocks.0.q"),
     "scores": (lambda: fastlora.reallocate(adapted(), {"blocks.0.qq": 2.0}, budget=4), "blocks.0.q"),
     "freeze_by": (
-        lambda: fastlora.schedule.Cosine(optimizer(), 4, freeze=1, freeze_by="requires-grad"),
+        lambda: fastlora.training.Cosine(optimizer(), 4, freeze=1, freeze_by="requires-grad"),
         "requires_grad",
     ),
     "layout": (lambda: load_layout(plain(), {}, "torchtun", lora_alpha=2), "torchtune"),
@@ -105,7 +105,7 @@ def test_nothing_is_said_where_nothing_is_near_and_of_what_is_no_name():
     for name, known in (("zzzz", ["default"]), (3, ["3"]), ("a", []), ("a", ["a"])):
         assert suggestion(name, known) == ""
     assert suggestion("tru", ["true", True, None]) == " (did you mean 'true'?)"
-    error = unknown("mode", 3, ("a", None), " or a callable")
+    error = unknown_choice("mode", 3, ("a", None), " or a callable")
     assert str(error) == "mode: expected one of ('a', None) or a callable, got 3"
 
 

@@ -24,9 +24,9 @@ from tracker_help import (
 )
 
 import fastlora
-from fastlora import reference
-from fastlora.column_rows import LOOK_EVERY, LOOK_FIRST, ColumnRows, looks
-from fastlora.factors import WHOLE
+from fastlora.ops import reference
+from fastlora.nn.probe_rows import LOOK_EVERY, LOOK_FIRST, ColumnRows, looks
+from fastlora.nn.adapter import WHOLE
 
 
 @pytest.mark.parametrize("backend", ["reference", "python", "native"])

@@ -163,7 +163,7 @@ def test_a_schedule_that_lets_go_is_one_more_graph():
     )
     eager, run = copy.deepcopy(model), torch.compile(model, backend="aot_eager", fullgraph=True)
     optimizer = torch.optim.SGD(fastlora.param_groups(model, lr_lora=1e-3))
-    scheduler = fastlora.schedule.Cosine(optimizer, 9, freeze={"lora": 2})
+    scheduler = fastlora.training.Cosine(optimizer, 9, freeze={"lora": 2})
     fastlora.track(model, every=1)
     for step in range(4):
         eager.load_state_dict(model.state_dict())

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import fastlora
-from fastlora.cli import COMMANDS, main
+from fastlora.cli.__main__ import COMMANDS, main
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 REFERENCE = DOCS / "reference" / "index.md"

@@ -10,10 +10,11 @@ import torch
 from helpers import config, randomise
 
 import fastlora
-from fastlora import doctor, native, self_test
-from fastlora.backends import BACKENDS
-from fastlora.cli import main
-from fastlora.self_test import OPERATORS
+from fastlora.cli.__main__ import doctor, doctor as self_test
+from fastlora.ops import native
+from fastlora.ops.backends import BACKENDS
+from fastlora.cli.__main__ import main
+from fastlora.cli.doctor import OPERATORS
 
 
 def test_every_backend_is_tested_or_says_why_not(capsys):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastlora
-from fastlora import engines
-from fastlora.engines import ENGINES, LINEAR, ONEDNN, PACKED, MatmulEngines
+from fastlora.ops import matmul as engines
+from fastlora.ops.matmul import ENGINES, LINEAR, ONEDNN, PACKED, MatmulEngines
 
 NAMES = [LINEAR, *([] if engines.onednn_reason() else [ONEDNN, PACKED])]
 

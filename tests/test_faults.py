@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import restoring
+from fastlora.tracking import calibrate as restoring
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.append(str(TOOLS))

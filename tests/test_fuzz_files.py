@@ -79,7 +79,7 @@ def test_the_largest_adapter_is_within_the_limit(tmp_path):
     config = fastlora.LoraConfig(r=8, target_modules=["qkv", "proj"], split_qkv=True, adapter_dtype=torch.float64,
                                  modules_to_save=["head"])  # fmt: skip
     fastlora.save(fastlora.inject(model, config), tmp_path / "x")
-    from fastlora.peft_load import _most_bytes
+    from fastlora.peft_io.load import _most_bytes
 
     assert (tmp_path / "x" / TENSORS).stat().st_size - 2**14 < _most_bytes(fuzz.plain()) - 2**27
     fastlora.load(fuzz.plain(), tmp_path / "x")

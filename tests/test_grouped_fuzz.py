@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_grouped_ops import make, run
 
-from fastlora import native
+from fastlora.ops import native
 
 RANKS = [1, 2, 3, 5, 8, 16, 17, 64, 128]
 ADAPTERS = [1, 8, 32, 128]

@@ -7,9 +7,10 @@ import torch
 from op_help import BACKENDS, assert_close_as
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora import grouped, reference
-from fastlora.functional import lora_grouped
-from fastlora.segments import Batch
+from fastlora.ops.backends import base as grouped
+from fastlora.ops import reference
+from fastlora.ops.lora import lora_grouped
+from fastlora.ops.layout import Batch
 
 RANKS = (1, 2, 3, 5, 8, 16, 17)
 IDS = {

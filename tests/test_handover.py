@@ -12,7 +12,7 @@ from peft_help import Nested, assert_same, logits, snapshot, train
 from test_models_peft import FUSED, assert_equal, for_peft, output, peft
 
 import fastlora
-from fastlora.ejection import eject
+from fastlora.model.inject import eject
 from fastlora.nn.linear import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")

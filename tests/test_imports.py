@@ -157,12 +157,12 @@ def test_imports_point_down(name):
     "name, dotted",
     [
         ("_ops", "fastlora.nn.linear.Linear"),
-        ("nn.linear", "fastlora.injection.inject"),
+        ("nn.linear", "fastlora.model.inject.inject"),
         ("config", "fastlora.nn.Linear"),
-        ("scores", "fastlora.reference.signs"),
-        ("penalty", "fastlora.tracker.Tracker"),
+        ("scores", "fastlora.ops.reference.signs"),
+        ("penalty", "fastlora.tracking.tracker.Tracker"),
         ("tracker", "fastlora.peft_io.save"),
-        ("reference", "fastlora.backends.choose"),
+        ("reference", "fastlora.ops.backends.choose"),
         ("nn.linear", "fastlora.inject"),
         ("tracker", "fastlora.kernels.shrink"),
         ("testing", "fastlora.nn.Linear"),
@@ -179,7 +179,7 @@ def test_relative_imports_are_resolved(tmp_path):
         "def f():\n    import timm\nif TYPE_CHECKING:\n    from .. import tracker\n"
     )
     assert imported(path, "nn.linear", "fastlora") == {
-        "fastlora.config.LoraConfig", "fastlora.nn.qkv", "fastlora.native", "timm"
+        "fastlora.config.LoraConfig", "fastlora.nn.projection_group", "fastlora.ops.native", "timm"
     }  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import LoraConfig, reference
-from fastlora.segments import build_segments
+from fastlora import LoraConfig
+from fastlora.ops import reference
+from fastlora.ops.layout import build_segments
 
 
 def state(m):

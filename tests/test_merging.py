@@ -146,7 +146,7 @@ class TestProgress:
 
     def test_a_bar_on_request(self, adapted, capsys, monkeypatch):
         pytest.importorskip("tqdm")
-        monkeypatch.setattr(fastlora.merging, "_PATIENCE", 0.0)
+        monkeypatch.setattr(fastlora.model.merge, "_PATIENCE", 0.0)
         fastlora.merge(adapted[0], progress=True)
         assert "merge: 100%" in capsys.readouterr().err
 

@@ -29,8 +29,8 @@ def fc_lora(model, loader, validation):
         optimizer.step()
         optimizer.zero_grad()
     logits, labels = model(validation[0]).detach(), validation[1]
-    temperature = fastlora.fit_temperature(logits, labels)
-    return fastlora.ece(logits, labels), fastlora.ece(logits, labels, temperature=temperature)
+    temperature = fastlora.training.fit_temperature(logits, labels)
+    return fastlora.training.ece(logits, labels), fastlora.training.ece(logits, labels, temperature=temperature)
 
 
 def fw_lora(model, loader):
@@ -56,8 +56,8 @@ def fim_lora(model, loader):
 def deep_lora(model, loader, steps):
     model = fastlora.policy(model, "deep_lora", fastlora.LoraConfig(r=4, lora_alpha=8))
     optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=5e-4, lr_norm=1e-3, lr_head=1e-3))
-    scheduler = fastlora.schedule.Cosine(optimizer, steps, floor=1e-5, freeze=steps // 3)
-    with fastlora.Diagnostics(optimizer) as diagnostics:
+    scheduler = fastlora.training.Cosine(optimizer, steps, floor=1e-5, freeze=steps // 3)
+    with fastlora.training.Diagnostics(optimizer) as diagnostics:
         for batch in loader:
             loss_fn(model, batch).backward()
             optimizer.step()

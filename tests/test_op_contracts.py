@@ -9,8 +9,8 @@ from op_help import make, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import native
-from fastlora.functional import lora_linear
+from fastlora.ops import native
+from fastlora.ops.lora import lora_linear
 
 
 class Counter(TorchDispatchMode):

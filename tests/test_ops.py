@@ -6,8 +6,8 @@ import pytest
 import torch
 from op_help import BACKENDS, assert_close_as, make, oracle, run
 
-from fastlora import reference
-from fastlora.functional import lora_linear
+from fastlora.ops import reference
+from fastlora.ops.lora import lora_linear
 
 CASES = {
     "group": {},

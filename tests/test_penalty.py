@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlora.penalty import delta_norm_sq, importance_weights, weighted_penalty, weighted_penalty_grad
+from fastlora.ops.penalty import delta_norm_sq, importance_weights, weighted_penalty, weighted_penalty_grad
 
 SHAPES = [(4, 16, 24), (1, 8, 8), (7, 12, 5), (0, 6, 9)]
 

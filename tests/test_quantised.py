@@ -20,9 +20,9 @@ from quantised_help import EVERY, K, adapted, by_torchao, inputs, make, plain
 from torch import nn
 
 import fastlora
-from fastlora.ejection import eject
-from fastlora.nn import requantising
-from fastlora.nn.foreign import ForeignLinear
+from fastlora.model.inject import eject
+from fastlora.nn import quantized as requantising
+from fastlora.nn.quantized import ForeignLinear
 from fastlora.nn.linear import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from helpers import config, randomise
 from quantised_help import EVERY, QUANTISED, K, N, adapted, by_bitsandbytes, by_torchao, inputs, make, plain
 
 import fastlora
-from fastlora.nn import requantising
+from fastlora.nn import quantized as requantising
 from fastlora.nn.linear import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -46,7 +46,7 @@ def test_the_sum_is_quantised_as_the_library_would(kind, caplog):
         worst = (theirs.t() - layer.bias[:, None] - exact).abs().max()
         assert ((mine - theirs).abs() > 1e-4 * theirs.abs().max()).float().mean() < 0.02
         assert (mine.t() - layer.bias[:, None] - exact).abs().max() <= 1.5 * worst
-    (said,) = [record.getMessage() for record in caplog.records if record.name == "fastlora.merging"]
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "fastlora.model.merge"]
     assert said.startswith("merge: rounding to the quantised grid moved the merged weight of '")
 
 

@@ -11,7 +11,7 @@ from helpers import FAMILIES, config, lora_grads, randomise
 from torch import nn
 
 import fastlora
-from fastlora import native
+from fastlora.ops import native
 from fastlora.nn.linear import adapted_layers
 
 

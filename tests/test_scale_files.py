@@ -17,7 +17,7 @@ import torch
 from peft_help import CONFIG, SIDE, TENSORS, logits, make_vit, peft
 
 import fastlora
-from fastlora.committing import PENDING, read_together, replace_together
+from fastlora._utils.files import PENDING, read_together, replace_together
 
 STEPS = ("open", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 

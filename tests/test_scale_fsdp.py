@@ -16,7 +16,7 @@ from tracker_help import data, loss_of, model
 
 import fastlora
 from fastlora.nn.linear import adapted_layers
-from fastlora.parallel import whole
+from fastlora._utils.distributed import whole
 
 STEPS = range(3)
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tracker_help import data, loss_of, model
 
 import fastlora
-from fastlora.parallel import ranks_of
+from fastlora._utils.distributed import ranks_of
 
 CONFIG = fastlora.LoraConfig(r=2, target_modules=["0"])
 

@@ -16,7 +16,7 @@ from trainer_help import shifted
 
 import fastlora
 from fastlora.integrations import TrainingState, adapters_only, load_checkpoint, save_checkpoint
-from fastlora.parallel import whole
+from fastlora._utils.distributed import whole
 
 STEPS, CUT, SHARDS = 4, 2, 4
 TRACK = dict(statistics=("grad_sq", "act_var"), every=1, warmup=3)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
-from fastlora.diagnostics import Diagnostics
-from fastlora.schedule import Cosine, matched_control
+from fastlora.training.diagnostics import Diagnostics
+from fastlora.training import Cosine, matched_control
 
 
 def grouped(optimizer=torch.optim.SGD, rates=(0.5, 0.1), **kwargs):
@@ -129,7 +129,7 @@ class TestCosine:
         control = matched_control(scheduler, second)
         assert (control.steps, control.floor, control.warmup, control.freeze) == (12, 2e-3, 2, {})
         assert all(p.requires_grad for p in model.parameters())
-        with pytest.raises(ValueError, match="scheduler: expected a fastlora.schedule.Cosine, got ConstantLR"):
+        with pytest.raises(ValueError, match="scheduler: expected a fastlora.training.Cosine, got ConstantLR"):
             matched_control(torch.optim.lr_scheduler.ConstantLR(second), second)
 
     @pytest.mark.parametrize(

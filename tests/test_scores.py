@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlora.scores import Scores, composite, minmax, zscore
+from fastlora.importance.scores import Scores, composite, minmax, zscore
 
 PROPERTY = settings(max_examples=100, deadline=None)
 VALUES = {"a": 3.0, "b": 1.0, "c": 2.0}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlora import native, reference
-from fastlora.signs import Signs
+from fastlora.ops import native, reference
+from fastlora.ops.multi_tensor import Signs
 
 
 @pytest.mark.parametrize("how", ["native", "formula"])

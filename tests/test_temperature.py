@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from fastlora.temperature import ece, fit_temperature, reliability
+from fastlora.training.temperature import ece, fit_temperature, reliability
 
 PROPERTY = settings(max_examples=60, deadline=None)
 
@@ -82,7 +82,7 @@ def test_low_precision_logits_are_read_exactly(dtype):
 def test_many_rows_are_worked_off_in_chunks(monkeypatch):
     logits, labels = sampled(1000, seed=5)
     whole = fit_temperature(logits, labels), ece(logits, labels)
-    monkeypatch.setattr("fastlora.temperature._CHUNK_ELEMENTS", 170)
+    monkeypatch.setattr("fastlora.training.temperature._CHUNK_ELEMENTS", 170)
     assert (fit_temperature(logits, labels), ece(logits, labels)) == pytest.approx(whole, rel=1e-9)
 
 
@@ -110,7 +110,7 @@ def test_extreme_logits_end():
 
 def test_an_early_stop_is_reported(caplog):
     logits, labels = sampled(300, true_temperature=6.0, seed=7)
-    with caplog.at_level(logging.WARNING, logger="fastlora.temperature"):
+    with caplog.at_level(logging.WARNING, logger="fastlora.training.temperature"):
         rough = fit_temperature(logits, labels, max_iter=1)
     assert "max_iter=1" in caplog.text and 0.05 <= rough <= 20.0
     caplog.clear()

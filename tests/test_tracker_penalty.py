@@ -13,7 +13,7 @@ import torch
 from tracker_help import data, loss_of, model, track
 
 import fastlora
-from fastlora import multi_tensor, native
+from fastlora.ops import multi_tensor, native
 
 OPTIONS = list(itertools.product(("delta", "decay"), ("sum", "relative", "uniform")))
 

@@ -21,8 +21,8 @@ from tracker_help import (
 )
 
 import fastlora
-from fastlora import probes
-from fastlora.probes import sampling_interval
+from fastlora.nn import probe as probes
+from fastlora.nn.probe import sampling_interval
 
 
 def test_statistics_do_not_change_training():

@@ -193,7 +193,7 @@ def test_adapters_stand_still_at_first(tmp_path):
 def test_a_schedule_with_frozen_groups(tmp_path):
     def run(model, watch, resume=None):
         optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-2, lr_head=1e-2))
-        schedule = fastlora.schedule.Cosine(optimizer, 6, freeze=2)
+        schedule = fastlora.training.Cosine(optimizer, 6, freeze=2)
         t = trainer(model, tmp_path, FastLoraCallback(), optimizers=(optimizer, schedule))
         t.add_callback(watch)
         t.train(resume_from_checkpoint=resume)

@@ -150,7 +150,7 @@ def test_a_schedule_with_frozen_groups(tmp_path):
     class Scheduled(Module):
         def configure_optimizers(self):
             optimizer = torch.optim.AdamW(fastlora.param_groups(self.net, lr_lora=1e-2, lr_head=1e-2))
-            schedule = fastlora.schedule.Cosine(optimizer, 24, freeze=9)
+            schedule = fastlora.training.Cosine(optimizer, 24, freeze=9)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     whole, again, start, seen = Scheduled(still(vit())), Scheduled(still(vit())), factors(vit()), []

@@ -9,7 +9,8 @@ import torch
 import torch._dynamo  # keeps torch's functions as they are when it is imported: before they are replaced
 from torch.utils._pytree import tree_leaves
 
-from fastlora import _operator, backends, triton_backend
+from fastlora.ops import autograd, backends
+from fastlora.ops.backends import triton as triton_backend
 
 META = torch.device("meta")
 
@@ -31,7 +32,7 @@ def record_launches(monkeypatch) -> list[str]:
     monkeypatch.setitem(backends.BACKENDS, "triton", triton)
     monkeypatch.setattr(primitives, "launcher", record)
     # The operator's own shape function would stand in for its kernels on this device, and autocast does not know it.
-    monkeypatch.setattr(_operator, "eager", lambda tensors: True)
+    monkeypatch.setattr(autograd, "eager", lambda tensors: True)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)
     monkeypatch.setattr(torch, "autocast", lambda *given, **options: contextlib.nullcontext())
     # On this device the operator that gives no view gives one.

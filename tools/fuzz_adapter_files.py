@@ -29,7 +29,7 @@ from small_model import adapted, machine, plain, snapshot
 from torch import nn
 
 import fastlora
-from fastlora.peft_files import CONFIG, SIDE, TENSORS
+from fastlora.peft_io.folder import CONFIG, SIDE, TENSORS
 
 NAMES = (TENSORS, CONFIG, SIDE)
 FORBIDDEN = ("pickle.find_class", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.",

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._utils.distributed import shards, whole
+from .._utils.errors import listed
+from ..model.trainable import saved_modules
 from ..nn.linear import adapted_layers, matrix_key
-from ..parallel import shards, whole
-from ..parameter_roles import saved_modules
-from ..peft_names import listed
 
 
 def adapters_only(model: nn.Module) -> AdaptersOnly:

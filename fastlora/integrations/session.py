@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..choices import suggestion, unknown
-from ..letting_go import set_learning
+from .._utils.errors import suggestion, unknown_choice
+from .._utils.torch_compat import set_learning
 from ..nn.linear import adapted_layers
-from ..tracker import Tracker, track
+from ..tracking.tracker import Tracker, track
 from .checkpoints import TrainingState
 
 
@@ -45,7 +45,7 @@ class Session:
         layers = [layer for layer in every if self.adapter in layer.adapter_names]
         if every and not layers:
             known = sorted({name for layer in every for name in layer.adapter_names})
-            raise unknown("adapter", self.adapter, known)
+            raise unknown_choice("adapter", self.adapter, known)
         self.model, self.tracker = model, None
         if self.options is not False:
             self.tracker = track(model, **{"adapter": self.adapter, **self.options})
@@ -127,5 +127,5 @@ def adapted_model(module: nn.Module) -> nn.Module:
 
 def checked_checkpoints(value: str) -> str:
     if value not in ("adapters", "full"):
-        raise unknown("checkpoints", value, ("adapters", "full"))
+        raise unknown_choice("checkpoints", value, ("adapters", "full"))
     return value

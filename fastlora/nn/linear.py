@@ -1,4 +1,4 @@
-"""``Linear``: an ``nn.Linear`` with low-rank adapters fused into its forward and backward."""
+"""Linear, QKVLinear, FrozenLinear."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import LoraConfig, check_flag, check_rank
-from ..engines import AUTO, PACKED, UNPACKED
-from ..factors import WHOLE, AdapterSpec, Factors, new_factors
-from ..functional import check_input, checked_linear, lora_grouped
-from ..probes import group_operands
-from ..routing import Route, Router
-from .packing import packing_of
+from .._utils.errors import check_flag, check_rank
+from ..config import LoraConfig
+from ..ops.lora import check_input, checked_linear, lora_grouped
+from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
+from .adapter import WHOLE, AdapterSpec, Factors, new_factors, packing_of
+from .probe import group_operands
+from .routing import Route, Router
 
 DEFAULT = "default"
 _MERGED_AT_ONCE = 2**17  # entries of a weight: 512 KiB in fp32, the fastest of 2^15 to 2^20 for both dtypes
@@ -352,3 +352,22 @@ def check_adapter(adapter: object, name: str = "adapter") -> None:
 def matrix_key(path: str, name: str) -> str:
     """The name of a matrix: module path, with the slice of a fused one in brackets."""
     return path if name == WHOLE else f"{path}[{name}]"
+
+
+class FrozenLinear(nn.Linear):
+    r"""``y = x W^\top + b`` without gradients for W and b; the plain path once either asks for one, or off the CPU.
+
+    Made by ``inject(..., accelerate_frozen=True)`` out of ``nn.Linear`` by a change of class.
+    """
+
+    engine: str = AUTO
+
+    def forward(self, x: Tensor) -> Tensor:
+        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if trained or x.device.type != "cpu":
+            return super().forward(x)
+        if not torch.compiler.is_compiling() and ENGINES.settled_on_linear(
+            x.shape[:-1].numel(), self.weight, self.engine
+        ):
+            return super().forward(x)
+        return torch.ops.fastlora.frozen_linear(x, self.weight, self.bias, self.engine)

@@ -8,7 +8,7 @@ from every_verb import run_verb
 from fastlora.kernels import linear, shrink, tiling
 from kernel_support import DEVICE, Data, Problem, assert_close, error, wide
 
-from fastlora.functional import lora_linear
+from fastlora.ops.lora import lora_linear
 
 pytestmark = [
     pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU"),

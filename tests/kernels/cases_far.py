@@ -9,7 +9,7 @@ from fastlora.kernels.grouped import Batch, Ranks
 from fastlora.kernels.tiling import TileConfig
 from kernel_support import DEVICE, assert_close, wide
 
-from fastlora import reference
+from fastlora.ops import reference
 
 SMALL = TileConfig(16, 16, 16, 4, 2, band=2)
 STRIDE = 2**30 + 64

@@ -9,7 +9,7 @@ from fastlora.kernels.tiling import TileConfig
 from grouped_support import CASES, Mixed, Operands, expected_dh, expected_dx, expected_h, expected_wgrad, expected_y
 from kernel_support import DEVICE, INTERPRETED, assert_close, wide
 
-from fastlora import reference
+from fastlora.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SMALL = TileConfig(16, 16, 16, 4, 2, band=2)

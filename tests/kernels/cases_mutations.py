@@ -30,7 +30,8 @@ from kernel_support import (
     wide,
 )
 
-from fastlora import kernels, reference
+from fastlora import kernels
+from fastlora.ops import reference
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),

@@ -12,10 +12,11 @@ from fastlora.kernels import primitives
 from grouped_support import CASES, Operands, expected_dh, expected_dx
 from kernel_support import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, assert_close, wide
 
-from fastlora import backends, reference, triton_backend
-from fastlora.column_probes import measured
-from fastlora.functional import lora_grouped, lora_linear
-from fastlora.segments import Batch
+from fastlora.ops import backends, reference
+from fastlora.ops.backends import triton as triton_backend
+from fastlora.ops.probe_ops import measured
+from fastlora.ops.lora import lora_grouped, lora_linear
+from fastlora.ops.layout import Batch
 
 pytestmark = pytest.mark.usefixtures("poisoned", "allowed")
 PROBLEMS = {"separate": SEPARATE, "fused": FUSED, "tiny": TINY, "empty": EMPTY}

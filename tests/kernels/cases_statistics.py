@@ -21,7 +21,7 @@ from kernel_support import (
     wide,
 )
 
-from fastlora import reference
+from fastlora.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SMALL = TileConfig(16, 16, 16, 4, 2, band=2)

@@ -9,7 +9,7 @@ from grouped_support import expected_dh as expected_mixed_dh
 from grouped_support import expected_h as expected_mixed_h
 from kernel_support import DEVICE, expected_dh, expected_h, wide
 
-from fastlora import reference
+from fastlora.ops import reference
 
 
 def run_dropped(o, tiles, others=None):

@@ -8,7 +8,7 @@ import torch
 from fastlora.kernels.grouped import Batch, Ranks
 from kernel_support import DEVICE, wide
 
-from fastlora import reference
+from fastlora.ops import reference
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastlora import reference
-from fastlora.verbs import Layout, group_layout
+from fastlora.ops import reference
+from fastlora.ops.layout import Layout, group_layout
 
 DEVICE = os.environ.get("FASTLORA_KERNEL_DEVICE", "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from native_help import needs_library
 
-from fastlora import native
+from fastlora.ops import native
 
 TARGET = "0x020b000000000000"  # 2.11, as setup.py builds it
 HEADERS = ("torch/csrc/stable/c/shim.h", "torch/csrc/inductor/aoti_torch/c/shim.h")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from native_help import DTYPES, make, needs_library
 
-from fastlora import native
+from fastlora.ops import native
 
 pytestmark = needs_library
 

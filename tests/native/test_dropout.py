@@ -7,7 +7,7 @@ import pytest
 import torch
 from native_help import DTYPES, LAYOUTS, check, make, needs_library
 
-from fastlora import reference
+from fastlora.ops import reference
 
 pytestmark = [needs_library, pytest.mark.every_isa]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.penalty import weighted_penalty, weighted_penalty_grad
-from fastlora.reference import signs
+from fastlora.ops.penalty import weighted_penalty, weighted_penalty_grad
+from fastlora.ops.reference import signs
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from grouped_help import DISTRIBUTIONS, DTYPES, RANKS, close, draw_ids, loop_backward, loop_forward, make, strided
 
-from fastlora import native, reference
+from fastlora.ops import native, reference
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("FASTLORA_BUILD") == "0", reason="FASTLORA_BUILD=0: the native library is left out on purpose"

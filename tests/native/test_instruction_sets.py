@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from native_help import needs_library
 
-from fastlora import native
+from fastlora.ops import native
 
 pytestmark = needs_library
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastlora.native import RankLayout
+from fastlora.ops.native import RankLayout
 
 if RankLayout is None:
     pytest.skip("the native layout module was not built", allow_module_level=True)

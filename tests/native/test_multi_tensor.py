@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from fastlora import native
-from fastlora.penalty import weighted_penalty, weighted_penalty_grad
+from fastlora.ops import native
+from fastlora.ops.penalty import weighted_penalty, weighted_penalty_grad
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("FASTLORA_BUILD") == "0", reason="FASTLORA_BUILD=0: the native library is left out on purpose"

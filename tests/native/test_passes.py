@@ -8,7 +8,7 @@ import pytest
 import torch
 from native_help import DTYPES, needs_library
 
-from fastlora import native, reference
+from fastlora.ops import native, reference
 
 pytestmark = [needs_library, pytest.mark.every_isa]
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastlora import native, reference
+from fastlora.ops import native, reference
 
 NATIVE = os.environ.get("FASTLORA_BUILD") != "0"
 ops = torch.ops.fastlora if native.available() else None

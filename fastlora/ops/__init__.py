@@ -1,0 +1,1 @@
+"""The operator, its reference, its backends."""
