@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.ops import native
 from fastlora import testing
+from fastlora.ops import native
 
 from . import report
 from .interleave import Interleaved, Times, rows

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastlora
-from fastlora.training import Cosine
 from fastlora.testing import enable_torchvision
+from fastlora.training import Cosine
 
 PROMPT = "a photo of a {}, a type of flower."
 

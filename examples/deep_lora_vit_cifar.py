@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 import fastlora
-from fastlora.training import Cosine
 from fastlora.testing import enable_torchvision
+from fastlora.training import Cosine
 
 HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}
 COMPARED = ("deep_lora", "lora_only", "norm_only", "hybrid_parallel", "bitfit", "head_only")

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import fastlora
-from fastlora.training import Cosine
 from fastlora.testing import enable_torchvision
+from fastlora.training import Cosine
 
 ABLATION = {
     "warmup": (300, 500, 800),

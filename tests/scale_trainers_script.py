@@ -21,9 +21,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from trainer_help import bert, images, shifted, still, texts, trained_parameters, vit  # noqa: E402
 
+from fastlora._utils.distributed import whole  # noqa: E402
 from fastlora.integrations.hf import FastLoraCallback  # noqa: E402
 from fastlora.integrations.lightning import FastLoraCallback as LightningCallback  # noqa: E402
-from fastlora._utils.distributed import whole  # noqa: E402
 
 TRACK = {"every": 1, "warmup": 3}
 OPTIONS = dict(

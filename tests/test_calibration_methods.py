@@ -14,8 +14,8 @@ from tracker_help import data, loss_of, model, weight_gradients
 
 import fastlora
 from fastlora._utils import reporting as progress
-from fastlora.nn.linear import adapted_layers
 from fastlora.importance.scores import minmax
+from fastlora.nn.linear import adapted_layers
 
 
 def fresh(**kwargs):

@@ -24,9 +24,9 @@ from tracker_help import (
 )
 
 import fastlora
-from fastlora.ops import reference
-from fastlora.nn.probe_rows import LOOK_EVERY, LOOK_FIRST, ColumnRows, looks
 from fastlora.nn.adapter import WHOLE
+from fastlora.nn.probe_rows import LOOK_EVERY, LOOK_FIRST, ColumnRows, looks
+from fastlora.ops import reference
 
 
 @pytest.mark.parametrize("backend", ["reference", "python", "native"])

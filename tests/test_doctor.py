@@ -10,11 +10,11 @@ import torch
 from helpers import config, randomise
 
 import fastlora
-from fastlora.cli.__main__ import doctor, doctor as self_test
+from fastlora.cli.__main__ import doctor, main
+from fastlora.cli.__main__ import doctor as self_test
+from fastlora.cli.doctor import OPERATORS
 from fastlora.ops import native
 from fastlora.ops.backends import BACKENDS
-from fastlora.cli.__main__ import main
-from fastlora.cli.doctor import OPERATORS
 
 
 def test_every_backend_is_tested_or_says_why_not(capsys):

@@ -7,10 +7,9 @@ import torch
 from op_help import BACKENDS, assert_close_as
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.ops.backends import base as grouped
-from fastlora.ops import reference
-from fastlora.ops.lora import lora_grouped
+from fastlora.ops import layout, reference
 from fastlora.ops.layout import Batch
+from fastlora.ops.lora import lora_grouped
 
 RANKS = (1, 2, 3, 5, 8, 16, 17)
 IDS = {
@@ -178,7 +177,7 @@ def test_by_masks_where_reading_ranges_would_wait(ids, p, monkeypatch):
     case["x"][[i for i, g in enumerate(IDS[ids]) if g < 0]] = float("inf")  # rows that no adapter may look at
     want = run(case, "reference", p=p, moments=True)
     case["batch"].rows(case["x"])  # the native library builds them on a GPU without waiting
-    monkeypatch.setattr(grouped, "on_host", lambda device: False)
+    monkeypatch.setattr(layout, "on_host", lambda device: False)
     for name in ("tolist", "item", "__bool__", "__int__", "__float__"):
         monkeypatch.setattr(torch.Tensor, name, lambda tensor, _name=name: pytest.fail(f"{_name} waits for the device"))
     with NothingIsReadBack():

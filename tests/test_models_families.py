@@ -12,8 +12,8 @@ from model_zoo import ZOO, assert_as_exact, build, reference
 
 import fastlora
 from fastlora.config import ROLES
-from fastlora.nn.linear import adapted_layers
 from fastlora.model.modules import role_targets
+from fastlora.nn.linear import adapted_layers
 
 BIASES_APART = ("timm_beit", "timm_eva02", "timm_swinv2")
 SAMPLES_FIRST = ("open_clip", "torch_encoder", "torch_transformer")

@@ -11,8 +11,8 @@ from test_adapters import IDS, NAMES, batch, gradients, model
 
 import fastlora
 from fastlora import LoraConfig
-from fastlora.ops import native
 from fastlora.nn.adapter import Packing, packing_of
+from fastlora.ops import native
 
 needs_native = pytest.mark.skipif(native.RankLayout is None, reason="the native layout module was not built")
 

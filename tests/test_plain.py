@@ -11,9 +11,9 @@ import torch
 from op_help import make
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.ops.backends import eager as plain
 from fastlora.ops import reference
 from fastlora.ops.backends import BACKENDS, choose
+from fastlora.ops.backends import eager as plain
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")

@@ -12,10 +12,8 @@ from test_bad_input import assert_untouched, state_of
 from torch import nn
 
 import fastlora
-from fastlora.model.trainable import block_stacks, is_norm, norms_of
+from fastlora.model.trainable import POLICIES, block_stacks, is_norm, norms_of, parameter_roles, policy, task_heads
 from fastlora.nn.linear import adapted_layers
-from fastlora.model.trainable import parameter_roles, task_heads
-from fastlora.model.trainable import POLICIES, policy
 
 
 def vit_small():

@@ -22,8 +22,8 @@ from torch import nn
 import fastlora
 from fastlora.model.inject import eject
 from fastlora.nn import quantized as requantising
-from fastlora.nn.quantized import ForeignLinear
 from fastlora.nn.linear import adapted_layers
+from fastlora.nn.quantized import ForeignLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,8 +11,8 @@ from helpers import FAMILIES, config, lora_grads, randomise
 from torch import nn
 
 import fastlora
-from fastlora.ops import native
 from fastlora.nn.linear import adapted_layers
+from fastlora.ops import native
 
 
 def of_matrices(model: nn.Module, column: str) -> dict[str, float]:

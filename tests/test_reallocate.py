@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from test_bad_input import assert_untouched, state_of
 
 import fastlora
-from fastlora.model.trainable import PRESETS, preset
-from fastlora.model.ranks import reallocate
 from fastlora.importance.scores import breakdown
+from fastlora.model.ranks import reallocate
+from fastlora.model.trainable import PRESETS, preset
 
 
 def ranks_of(model):

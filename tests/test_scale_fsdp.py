@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tracker_help import data, loss_of, model
 
 import fastlora
-from fastlora.nn.linear import adapted_layers
 from fastlora._utils.distributed import whole
+from fastlora.nn.linear import adapted_layers
 
 STEPS = range(3)
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

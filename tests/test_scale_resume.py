@@ -15,8 +15,8 @@ from tracker_help import loss_of, model
 from trainer_help import shifted
 
 import fastlora
-from fastlora.integrations import TrainingState, adapters_only, load_checkpoint, save_checkpoint
 from fastlora._utils.distributed import whole
+from fastlora.integrations import TrainingState, adapters_only, load_checkpoint, save_checkpoint
 
 STEPS, CUT, SHARDS = 4, 2, 4
 TRACK = dict(statistics=("grad_sq", "act_var"), every=1, warmup=3)

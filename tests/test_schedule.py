@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
 from fastlora.training.diagnostics import Diagnostics
-from fastlora.training import Cosine, matched_control
+from fastlora.training.schedule import Cosine, matched_control
 
 
 def grouped(optimizer=torch.optim.SGD, rates=(0.5, 0.1), **kwargs):

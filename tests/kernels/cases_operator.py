@@ -14,9 +14,9 @@ from kernel_support import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, assert_cl
 
 from fastlora.ops import backends, reference
 from fastlora.ops.backends import triton as triton_backend
-from fastlora.ops.probe_ops import measured
-from fastlora.ops.lora import lora_grouped, lora_linear
 from fastlora.ops.layout import Batch
+from fastlora.ops.lora import lora_grouped, lora_linear
+from fastlora.ops.probe_ops import measured
 
 pytestmark = pytest.mark.usefixtures("poisoned", "allowed")
 PROBLEMS = {"separate": SEPARATE, "fused": FUSED, "tiny": TINY, "empty": EMPTY}
