@@ -8,7 +8,7 @@ RUN := $(ROOT).venv/bin/python
 .PHONY: demo test bench docs lint sanitize setup clean
 
 demo: setup ## train, adapt and draw: results in fastlora-demo/
-	cd $(ROOT) && $(RUN) -m fastlora.cli.__main__ demo
+	cd $(ROOT) && $(RUN) -m fastlora.cli demo
 
 test: setup ## the whole test suite
 	cd $(ROOT) && $(RUN) -m pytest tests

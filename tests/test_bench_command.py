@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastlora.cli.__main__ import __main__ as cli
-from fastlora.cli.__main__ import bench
+from fastlora.cli import __main__ as cli
+from fastlora.cli import bench
 
 ROW = {"variant": "fastlora", "ms": {"median": 1.5}, "ratio_to_peft": {"median": 0.8}}
 RESULT = {"kind": "layer", "shape": "S4", "dtype": "fp32", "gate": "passed", "rows": [ROW]}

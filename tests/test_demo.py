@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
-from fastlora.cli.__main__ import __main__ as cli
+from fastlora.cli import __main__ as cli
 from fastlora.demo import MissingExtra, Settings, recipe, require, verdict
 from fastlora.demo.lanes import ADAPTERS, METHODS
 

@@ -10,8 +10,8 @@ import torch
 from helpers import config, randomise
 
 import fastlora
-from fastlora.cli.__main__ import doctor, main
-from fastlora.cli.__main__ import doctor as self_test
+from fastlora.cli import doctor
+from fastlora.cli.__main__ import main
 from fastlora.cli.doctor import OPERATORS
 from fastlora.ops import native
 from fastlora.ops.backends import BACKENDS
@@ -55,7 +55,7 @@ def test_an_operator_that_is_wrong_is_found(monkeypatch):
     for operator, owner, name, own in (
         ("lora_grouped", kind, "grouped_forward", True),
         ("gradstat", kind, "gradstat", True),
-        ("penalty", self_test.multi_tensor, "penalty", False),
+        ("penalty", doctor.multi_tensor, "penalty", False),
     ):
         if operator == "penalty" and not native.available():
             continue  # this operator is the native library's
@@ -68,7 +68,7 @@ def test_an_operator_that_is_wrong_is_found(monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, wrong)
-            found = {test["operator"] for test in self_test.self_tests() if test["verdict"] == "wrong"}
+            found = {test["operator"] for test in doctor.self_tests() if test["verdict"] == "wrong"}
         assert found == {operator}
 
 

@@ -1,14 +1,15 @@
-"""The import law: arrows point down, statistics are pure, and ``import fastlora`` is light."""
+"""The law of the house: who may import whom, where private names may stand, how long a file may be."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,58 +17,12 @@ import fastlora
 
 PACKAGE = pathlib.Path(fastlora.__file__).parent
 KERNELS = PACKAGE / "kernels" if (PACKAGE / "kernels").is_dir() else PACKAGE.parent / "kernels"
-
-# Bottom to top. A module imports from layers below its own, or from its own.
-# fmt: off
-LAYERS = (
-    ("reference",),
-    ("native", "native_shapes", "plain", "_layout", "engines", "grouped"),
-    ("verbs", "triton_backend", "multi_tensor"),
-    ("backends", "segments", "signs"),
-    ("_operator",),
-    ("_ops",),
-    ("_grouped_ops",),
-    ("frozen_op", "column_probes", "column_rows", "kept_rows"),
-    ("functional", "routing", "probes"),
-    ("factors", "config", "committing", "parallel", "progress"),
-    ("nn",),
-    (
-        "averages",
-        "covariance",
-        "exact_values",
-        "reduction",
-        "tracking_checks",
-        "tracking_state",
-        "regulariser",
-        "restoring",
-        "update_variance",
-    ),
-    ("targets", "learning_checks"),
-    ("roles", "blocks", "parameter_roles", "presets"),
-    ("injection", "ejection", "merging", "overview", "policies", "ranks", "tracker", "calibration"),
-    ("adapter_set",),
-    ("peft_names", "peft_attention", "peft_files", "peft_io", "peft_load"),
-    ("handover", "migration"),
-    ("integrations",),
-    ("demo", "report", "cli", "bench", "doctor", "self_test", "inspecting", "__main__"),
-)
-# fmt: on
-# Functions of tensors and dicts: anybody may import them, and they import nothing above themselves.
-PURE = (
-    "scores",
-    "score_table",
-    "allocation",
-    "penalty",
-    "temperature",
-    "schedule",
-    "diagnostics",
-    "choices",
-    "letting_go",
-)
-ANYWHERE = ("testing",)
-ROOT = "__init__"  # the public names, above everything
-
-LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+# A file imports from folders to the right of its own, or from its own folder.
+ORDER = "cli demo integrations peft_io training model tracking nn config ops importance kernels _utils".split()
+PURE = ("importance", "training")
+OUTSIDE = ("__init__", "testing", "__main__")  # the public names, above everything, and what nothing imports
+PRIVATE_OF_TORCH = re.compile(r"\btorch\._[a-z]\w*|\bF\._[a-z]\w*|\btorch\.\w+\._(?!_)\w+")
+DOORS = ("_utils.torch_compat", "_utils.distributed")
 OPTIONAL = (
     "timm", "transformers", "peft", "matplotlib", "rich", "sklearn", "triton", "torchvision", "tqdm", "accelerate",
     "lightning", "pytorch_lightning", "torchao", "bitsandbytes",
@@ -75,137 +30,114 @@ OPTIONAL = (
 
 
 def sources(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Dotted name below the package of every module in a folder."""
-    found = {}
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
-    return found
+    """Dotted name below the folder of every file in it."""
+    return {".".join(p.relative_to(folder).with_suffix("").parts): p for p in sorted(folder.rglob("*.py"))}
 
 
-def at_run_time(node: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those that only a type checker sees."""
-    yield node
-    for child in ast.iter_child_nodes(node):
-        if not (isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING"):
-            yield from at_run_time(child)
+FILES = {name: path for name, path in sources(PACKAGE).items() if not name.startswith("kernels.")}
 
 
-def imported(path: pathlib.Path, name: str, package: str) -> set[str]:
-    """Absolute dotted names of everything a module imports, wherever in it."""
-    is_package = path.name == "__init__.py"
-    here = [package, *(name.split(".") if name != ROOT else [])]
-    here = here if is_package else here[:-1]
-    found = set()
-    for node in at_run_time(ast.parse(path.read_text())):
+def imports(name: str, text: str) -> list[tuple[str, str]]:
+    """(file, name) of everything that a file imports from the package, wherever in it."""
+    here, found = name.split(".")[:-1], []
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*here[: len(here) - node.level + 1], *([node.module] if node.module else [])])
-            base = base if node.level else node.module
-            found.update(f"{base}.{alias.name}" for alias in node.names)
+            found += [(a.name, "") for a in node.names]
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = [*here[: len(here) - node.level + 1], *filter(None, [node.module])] if node.level else [node.module]
+        for alias in node.names:
+            whole, origin = ".".join([*base, alias.name]), ".".join(base)
+            places = (whole, f"{whole}.__init__", origin, f"{origin}.__init__" if origin else "__init__")
+            found.append((next((p for p in places if node.level and p in FILES), origin), alias.name))
     return found
 
 
-def top(dotted: str) -> str | None:
-    """Which module of the package an imported name comes from: ``fastlora.nn.linear.Linear`` -> ``nn``."""
-    parts = dotted.split(".")
-    if parts[0] != "fastlora":
-        return None
-    return parts[1] if len(parts) > 1 and (parts[1] in LEVEL or parts[1] in PURE + ANYWHERE + ("kernels",)) else ROOT
+def broken(name: str, text: str) -> list[str]:
+    """What of the law a file breaks, but for cycles."""
+    own, wrong = name.split(".")[0], []
+    for target, imported in imports(name, text):
+        root = target.split(".")[0]
+        if root in ORDER and own in ORDER and ORDER.index(root) < ORDER.index(own):
+            wrong.append(f"{name} imports {target}, which is above it")
+        if own in PURE and root in ORDER and root not in (own, "_utils"):
+            wrong.append(f"{name} imports {target}; {own} needs torch and _utils alone")
+        if root == "__init__" and not (own in ("cli", "demo") or name in OUTSIDE):
+            wrong.append(f"{name} imports the public names")
+        if imported.startswith("_") and not imported.startswith("__") and imported != "_utils" and target in FILES:
+            wrong.append(f"{name} imports the private {target}.{imported}")
+    if name not in DOORS:
+        wrong += [f"{name} reads {found} of torch" for found in PRIVATE_OF_TORCH.findall(code_of(text))]
+    if re.search(r"\btracker: Any\b", text):
+        wrong.append(f"{name} takes a tracker of any type")
+    lines = text.count("\n")
+    return wrong + ([f"{name} has {lines} lines"] if lines > 500 else [])
 
 
-MODULES = {name: path for name, path in sources(PACKAGE).items() if not name.startswith("kernels")}
+def code_of(text: str) -> str:
+    """A file without its docstrings and comments."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            node.value.value = ""
+    return ast.unparse(tree)
 
 
-def violations(name: str, names: set[str]) -> list[str]:
-    """Arrows of one module that point up."""
-    own, bad = name.split(".")[0], []
-    for dotted in sorted(names):
-        target = top(dotted)
-        if target is None or target == own or own == ROOT:
-            continue
-        if target == ROOT:
-            # The command line may use the public names; anything else would import itself.
-            allowed = own in LAYERS[-1] or own in LAYERS[-2]
-        elif own in PURE:
-            allowed = target in PURE
-        elif target == "kernels":
-            allowed = own in ("backends", "triton_backend")
-        elif own in ANYWHERE or target in PURE:
-            allowed = own not in ANYWHERE
-        elif target in ANYWHERE:
-            allowed = own in LAYERS[-1]
-        else:
-            allowed = LEVEL[target] <= LEVEL[own]
-        if not allowed:
-            bad.append(f"{name} -> {dotted}")
-    return bad
+@pytest.mark.parametrize("name", FILES)
+def test_the_law(name):
+    assert name.split(".")[0] in (*ORDER, *OUTSIDE)
+    assert broken(name, FILES[name].read_text()) == []
 
 
-def test_every_module_has_its_place():
-    known = {*LEVEL, *PURE, *ANYWHERE, ROOT}
-    assert {name.split(".")[0] for name in MODULES} <= known
+def test_no_cycle_of_files():
+    graph = {name: {t for t, _ in imports(name, path.read_text()) if t in FILES} for name, path in FILES.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_point_down(name):
-    assert violations(name, imported(MODULES[name], name, "fastlora")) == []
+def test_few_files_outside_of_folders():
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
 
 
 @pytest.mark.parametrize(
-    "name, dotted",
+    "name, text, says",
     [
-        ("_ops", "fastlora.nn.linear.Linear"),
-        ("nn.linear", "fastlora.model.inject.inject"),
-        ("config", "fastlora.nn.Linear"),
-        ("scores", "fastlora.ops.reference.signs"),
-        ("penalty", "fastlora.tracking.tracker.Tracker"),
-        ("tracker", "fastlora.peft_io.save"),
-        ("reference", "fastlora.ops.backends.choose"),
-        ("nn.linear", "fastlora.inject"),
-        ("tracker", "fastlora.kernels.shrink"),
-        ("testing", "fastlora.nn.Linear"),
+        ("nn.linear", "from ..model.inject import inject", "above it"),
+        ("config", "from .nn import Linear", "above it"),
+        ("importance.scores", "from ..ops import reference", "torch and _utils alone"),
+        ("training.schedule", "def f():\n    from ..importance import allocation", "torch and _utils alone"),
+        ("nn.linear", "from .. import inject", "public names"),
+        ("tracking.tracker", "from ..peft_io.save import save", "above it"),
+        ("model.ranks", "from .inject import _named", "private"),
+        ("ops.native", "x = torch._C._len_torch_dispatch_stack()", "of torch"),
+        ("nn.attention", "F._canonical_mask(x)", "of torch"),
+        ("tracking.checks", "def f(tracker: Any): ...", "any type"),
+        ("nn.linear", "\n" * 501, "501 lines"),
     ],
 )
-def test_an_arrow_that_points_up_is_seen(name, dotted):
-    assert violations(name, {dotted}) == [f"{name} -> {dotted}"]
+def test_what_breaks_the_law_is_seen(name, text, says):
+    assert says in " ".join(broken(name, text))
 
 
-def test_relative_imports_are_resolved(tmp_path):
-    path = tmp_path / "linear.py"
-    path.write_text(
-        "from ..config import LoraConfig\nfrom . import qkv\nfrom .. import native\n"
-        "def f():\n    import timm\nif TYPE_CHECKING:\n    from .. import tracker\n"
-    )
-    assert imported(path, "nn.linear", "fastlora") == {
-        "fastlora.config.LoraConfig", "fastlora.nn.projection_group", "fastlora.ops.native", "timm"
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] not in LAYERS[-1]])
+@pytest.mark.parametrize("name", [n for n in FILES if n.split(".")[0] not in ("cli", "demo")])
 def test_only_hard_dependencies_at_the_top_of_a_module(name):
-    tree = ast.parse(MODULES[name].read_text())
+    tree = ast.parse(FILES[name].read_text())
     names = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in tree.body if isinstance(n, ast.ImportFrom) and not n.level}
     assert {n.split(".")[0] for n in names} <= {"torch", "safetensors", "packaging", *sys.stdlib_module_names}
-
-
-@pytest.mark.parametrize("name", PURE)
-def test_statistics_need_torch_alone(name):
-    roots = {dotted.split(".")[0] for dotted in imported(MODULES[name], name, "fastlora")}
-    assert roots <= {"torch", "fastlora", *sys.stdlib_module_names}
 
 
 def test_kernels_import_torch_triton_and_each_other():
     files = sources(KERNELS)
     assert files
     for name, path in files.items():
-        for dotted in imported(path, name, "kernels"):
-            root = dotted.split(".")[0]
-            assert root in {"torch", "triton", "kernels", *sys.stdlib_module_names}, f"{name} -> {dotted}"
-        absolute = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and not n.level]
-        assert not any((n.module or "").split(".")[0] in ("kernels", "fastlora") for n in absolute), name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                roots = {a.name.split(".")[0] for a in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                roots = {node.module.split(".")[0]}
+            else:
+                continue
+            assert roots <= {"torch", "triton", *sys.stdlib_module_names}, name
 
 
 def test_import_fastlora_loads_nothing_optional():

@@ -32,8 +32,8 @@ def checkout() -> Path:
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "conftest.py").is_file():
         raise MissingBenchmarks(
-            f"bench: no benchmarks beside {Path(__file__).parents[1]}; they are not installed with the package: run the "
-            "command from a checkout of the repository (pip install -e .)"
+            f"bench: no benchmarks beside {Path(__file__).parents[1]}; they are not installed with the package: run "
+            "the command from a checkout of the repository (pip install -e .)"
         )
     for name in ("pytest", "pytest_benchmark"):
         if importlib.util.find_spec(name) is None:
