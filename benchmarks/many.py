@@ -43,7 +43,7 @@ def draw_factors(problem: Problem, ranks: Sequence[int]) -> Factors:
 
 @dataclass
 class Mixed:
-    """``fastlora.adapters(model, ids)`` around one forward and backward: building the rows' order is in the time.
+    """``fastlora.use_adapters(model, ids)`` around one forward and backward: building the rows' order is in the time.
 
     ids int64 [S] (a sample each) or [M] (a token each), or None: one adapter without a context.
     """
@@ -94,7 +94,7 @@ class Mixed:
 
     def run(self) -> list[Tensor]:
         """The outputs of one forward, after its backward."""
-        with fastlora.adapters(self.model, self.ids) if self.ids is not None else nullcontext():
+        with fastlora.use_adapters(self.model, self.ids) if self.ids is not None else nullcontext():
             y = self.model(self.x)
         torch.autograd.backward(y, self.dy)
         return y
@@ -184,7 +184,7 @@ class Separate(Mixed):
     def run(self) -> list[Tensor]:
         found = []
         for name, _, x, dy in self.own:
-            with fastlora.adapters(self.model, name):
+            with fastlora.use_adapters(self.model, name):
                 y = self.model(x)
             torch.autograd.backward(y, dy)
             found.append(y)
@@ -195,7 +195,7 @@ class Separate(Mixed):
         for leaf in self.leaves:
             leaf.grad = None
         for name, _, x, dy in self.own:
-            with fastlora.adapters(self.model, name):
+            with fastlora.use_adapters(self.model, name):
                 y = self.model(x)
             torch.autograd.backward(y, dy)
 

@@ -26,7 +26,7 @@ VARIANTS: dict[str, Callable[[Problem], Variant]] = {
     "function": function,
     "naive": naive,
     "fastlora": ours,
-    "python": lambda problem: ours(problem, "python", backend="python"),
+    "python": lambda problem: ours(problem, "python", backend="eager"),
     "act_var": lambda problem: ours(problem, "act_var", ("grad_sq", "act_var")),
     "exact": exact,
 }

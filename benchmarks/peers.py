@@ -26,7 +26,7 @@ LABELS = {
     "hooks": "fastlora + hooks that form dyᵀx, squared",
     "fastlora": "fastlora",
     "fastlora_compiled": "fastlora under torch.compile",
-    "python": 'fastlora, backend="python"',
+    "python": 'fastlora, backend="eager"',
     "control": "fastlora again (control: same code)",
     "probes": "fastlora + probes",
     "probes_step": "fastlora + probes + tracker.step()",
@@ -364,7 +364,7 @@ def variants(problem: Problem, compile: bool = False) -> list[Variant]:
     if problem.dtype != torch.float32:
         builders.append(lambda p: peft(p, "peft_fp32", autocast_adapter_dtype=True))
     built = [build(problem) for build in builders]
-    built += [ours(problem), ours(problem, "python", backend="python")]
+    built += [ours(problem), ours(problem, "python", backend="eager")]
     built += [ours(problem, name, kinds) for name, kinds in TRACKED.items()]
     if problem.dtype == torch.float32:
         built += [naive(problem), exact(problem)]

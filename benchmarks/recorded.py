@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.nn.probe_rows import ColumnRows, looks
+from fastlora.nn.probe_rows import ColumnSampler, looks
 from fastlora.ops.reference import column_norms
 
 from .experiment import data as sst2
@@ -66,7 +66,7 @@ class _Recorder:
         self.step, self.found = -1, []
         layers = fastlora.nn.linear.adapted_layers(model)
         self.rows = {
-            path: ColumnRows([m.in_features], 1, 0, m.weight.device, ("grad_sq",)) for path, m in layers.items()
+            path: ColumnSampler([m.in_features], 1, 0, m.weight.device, ("grad_sq",)) for path, m in layers.items()
         }
         for path, layer in layers.items():
             layer.register_forward_hook(lambda module, args, y, path=path: self._seen(path, args[0], y))

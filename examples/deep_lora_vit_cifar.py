@@ -140,7 +140,7 @@ def run(args, training, test):
     classes = int(max(training[1].max(), test[1].max())) + 1
     model, prepare = load_model(args, classes)
     config = fastlora.LoraConfig(r=args.rank, lora_alpha=2 * args.rank)
-    model = fastlora.policy(model, args.policy, config).to(args.device)
+    model = fastlora.apply_policy(model, args.policy, config).to(args.device)
     total = fastlora.summary(model)
     counts = {"adapters": total.adapter_params, "norms": total.norm_params, "head": total.head_params}
     epochs = train(model, training, prepare, args)

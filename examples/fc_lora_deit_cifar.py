@@ -106,7 +106,7 @@ def adapt(model, calibration, args):
     scores = fastlora.calibrate(model, calibration, loss_fn, steps=args.passes, method=args.method)
     rule = "fc_original" if args.method == "fc_original" else "webster"
     fastlora.set_ranks(model, fastlora.allocate(scores, rule=rule, **bounds))
-    print(fastlora.breakdown({row.key: row.rank for row in fastlora.summary(model).rows}))
+    print(fastlora.Scores({row.key: row.rank for row in fastlora.summary(model).rows}, kind="rank").breakdown())
     return scores
 
 

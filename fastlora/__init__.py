@@ -11,21 +11,21 @@ if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
 from . import nn, training
 from .config import LoraConfig
 from .importance.allocation import allocate
-from .importance.scores import Scores, breakdown, composite
+from .importance.scores import Scores
 from .model.adapters import (
     adapter_names,
-    adapters,
     add_adapter,
-    hold_absent,
+    delete_adapter,
+    freeze_unused_adapters,
     per_adapter_mean,
-    remove_adapter,
     set_adapter,
+    use_adapters,
 )
 from .model.inject import inject
-from .model.merge import disabled, merge, unmerge
+from .model.merge import disable_adapters, merge, unmerge
 from .model.ranks import reallocate, set_ranks
 from .model.summary import explain, summary
-from .model.trainable import param_groups, policy, preset
+from .model.trainable import apply_policy, param_groups
 from .peft_io import from_peft, load, load_layout, save, to_peft
 from .tracking.calibrate import calibrate
 from .tracking.tracker import Tracker, track
@@ -37,16 +37,14 @@ __all__ = [
     "Scores",
     "Tracker",
     "adapter_names",
-    "adapters",
+    "use_adapters",
     "add_adapter",
     "allocate",
-    "breakdown",
     "calibrate",
-    "composite",
-    "disabled",
+    "disable_adapters",
     "explain",
     "from_peft",
-    "hold_absent",
+    "freeze_unused_adapters",
     "inject",
     "load",
     "load_layout",
@@ -54,10 +52,9 @@ __all__ = [
     "nn",
     "param_groups",
     "per_adapter_mean",
-    "policy",
-    "preset",
+    "apply_policy",
     "reallocate",
-    "remove_adapter",
+    "delete_adapter",
     "save",
     "set_adapter",
     "set_ranks",

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,15 @@ from .ops.backends import BACKENDS
 
 ROLES = ("qkv", "attention", "mlp", "all-linear")
 
+# difficulty -> (r, lora_alpha, target_modules)
+PRESETS: Mapping[str, tuple[int, int, str]] = MappingProxyType(
+    {
+        "simple": (8, 16, "attention"),
+        "medium": (16, 32, "all-linear"),
+        "complex": (32, 64, "all-linear"),
+        "very_complex": (64, 128, "all-linear"),
+    }
+)
 # Fields of peft.LoraConfig that say where a file came from or how PEFT runs, and change no number here.
 _PEFT_NEUTRAL = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -143,6 +153,19 @@ class LoraConfig:
         taken = cls(**_from_peft_fields(config))
         taken.exact_names_first = False
         return taken
+
+    @classmethod
+    def preset(cls, difficulty: str, **fields: Any) -> LoraConfig:
+        """A ``LoraConfig`` for a task: r / alpha 8 / 16 on the attention, 16 / 32, 32 / 64 or 64 / 128 on all linears.
+
+        ``difficulty``: ``"simple"``, ``"medium"``, ``"complex"``, ``"very_complex"``. ``fields`` override any field. A
+        fused qkv gets one dense adapter unless ``split_qkv=True``. Raises ``ValueError`` for an unknown difficulty and
+        for fields that ``LoraConfig`` refuses.
+        """
+        if not isinstance(difficulty, str) or difficulty not in PRESETS:
+            raise unknown_choice("difficulty", difficulty, tuple(PRESETS))
+        r, alpha, targets = PRESETS[difficulty]
+        return cls(**{"r": r, "lora_alpha": alpha, "target_modules": targets, "split_qkv": False, **fields})
 
 
 def _from_peft_fields(config: Any) -> dict[str, Any]:

@@ -147,15 +147,15 @@ TRACK = {
                     (["b"], "adapter: expected the name")),
 }  # fmt: skip
 PENALTY = {
-    "lmbda": rows((NAN, "lmbda")) + rows(("1", "lmbda"), error=TypeError),
+    "weight": rows((NAN, "weight")) + rows(("1", "weight"), error=TypeError),
     "form": rows(("l2", "form")),
-    "normalise": rows(("max", "normalise")),
+    "normalize": rows(("max", "normalize")),
     "adapter": rows(("c", "adapter: no tracked layer has an adapter 'c'")),
 }
 RATE = ((-1.0, "expected a finite number >= 0, got -1.0"), (NAN, "expected a finite number >= 0"))
 
 ROWS: dict[str, dict[str, list[Row]]] = {
-    "Diagnostics": {"optimizer": rows((None, "optimizer: expected a torch.optim.Optimizer, got NoneType"))},
+    "training.Diagnostics": {"optimizer": rows((None, "optimizer: expected a torch.optim.Optimizer, got NoneType"))},
     "LoraConfig": {
         **{k: v for k, v in LAYER.items() if k not in ("r", "train_base")},
         "r": LORA["r"][:2],
@@ -202,7 +202,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
                       ({}, "state: ")),
     },
     "adapter_names": {"model": MODEL},
-    "adapters": {
+    "use_adapters": {
         "model": rows(*((r.bad, r.match) for r in MODEL), (already_merged, "model: an adapter is merged")),
         "ids": rows(
             (torch.tensor([0, 7]), "ids: 7 at position 1 is unknown"),
@@ -246,22 +246,24 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "loss_fn": rows((3, "loss_fn: expected a callable"), (lambda good: None, "loss_fn: ")),
         "steps": rows((0, "steps: expected a positive integer or None"), (True, "steps: expected")),
         "method": rows(("best", "method: expected one of"), ("fim", "B")),
-        "centred": rows((1, "centred: expected True or False"), (True, "centred: works with method='fim' only")),
+        "centered": rows((1, "centered: expected True or False"), (True, "centered: works with method='fim' only")),
         "progress": rows(("bar", "progress")),
         "process_group": GROUP,
         "adapter": rows(("c", "adapter: expected one of"), (["b"], "adapter: expected the name")),
     },
-    "composite": {
+    "Scores.composite": {
         "grad_sq": NUMBERS, "grad_abs": NUMBERS, "act_var": NUMBERS,
         "weights": rows(((1.0, 1.0), "weights must hold 3 numbers"), ((NAN, 1.0, 1.0), r"weights\[0\] must be finite"))
         + rows((3, "weights must be a sequence"), error=TypeError),
-        "normalise": rows(("max", "normalise must be 'zscore' or 'minmax'")),
+        "normalize": rows(("max", "normalize must be 'zscore' or 'minmax'")),
     },
-    "disabled": {"model": MODEL},
-    "ece": {"logits": TENSORS, "labels": LABELS, "bins": BINS, "temperature": TEMPERATURE},
+    "disable_adapters": {"model": MODEL},
+    "training.ece": {"logits": TENSORS, "labels": LABELS, "bins": BINS, "temperature": TEMPERATURE},
     "explain": {"model": MODEL[:1]},
-    "fit_temperature": {"logits": TENSORS, "labels": LABELS, "max_iter": rows((0, "max_iter must be at least 1"))},
-    "hold_absent": {"model": MODEL, "optimizer": rows((3, "optimizer: expected a torch.optim.Optimizer, got int"))},
+    "training.fit_temperature": {"logits": TENSORS, "labels": LABELS, "max_iter": rows((0, "max_iter must be at least 1"))},
+    "freeze_unused_adapters": {
+        "model": MODEL, "optimizer": rows((3, "optimizer: expected a torch.optim.Optimizer, got int")),
+    },
     "inject": {
         "model": rows(NOT_A_MODEL, (lambda good: adapted(), "model: 'blocks.0.q' already has an adapter"),
                       (wrapped_by_peft, "model: it is wrapped by PEFT")),
@@ -295,7 +297,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
     "merge": {
         "model": MODEL + rows((already_merged, "is merged already")),
         "adapter": rows(("c", "adapter: expected one of")),
-        "requantise": rows((1, "requantise: expected True or False")),
+        "requantize": rows((1, "requantize: expected True or False")),
         "progress": rows(("bar", "progress: expected True, False, None or a callable")),
     },
     "param_groups": {
@@ -311,7 +313,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "ids": rows((torch.zeros(3), "ids: expected an int64 tensor"),
                     ([0, 1, 2], "ids: expected an int64 tensor, got list")),
     },
-    "policy": {
+    "apply_policy": {
         "model": rows(NOT_A_MODEL, (lambda good: adapted(), "already has an adapter"),
                       (lambda good: torch.nn.Linear(8, 3), "model: policy 'deep_lora' needs blocks")),
         "name": rows(("deep_lara", "name: expected one of .*did you mean 'deep_lora'")),
@@ -319,7 +321,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "deep": rows((0, "deep: expected a positive number of blocks"),
                      (3, "deep: the stack of .* has 2 blocks, got 3")),
     },
-    "preset": {"difficulty": rows(("hard", "difficulty: expected one of"),
+    "LoraConfig.preset": {"difficulty": rows(("hard", "difficulty: expected one of"),
                                   (["simple"], "difficulty: expected one of"))},
     "reallocate": {
         "model": MODEL,
@@ -331,8 +333,8 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "adapter": rows(("c", "adapter: expected one of")),
         "reinit": rows(("yes", "reinit: expected True or False"), (False, "pass reinit=True")),
     },
-    "reliability": {"logits": TENSORS, "labels": LABELS, "bins": BINS, "temperature": TEMPERATURE},
-    "remove_adapter": {
+    "training.reliability": {"logits": TENSORS, "labels": LABELS, "bins": BINS, "temperature": TEMPERATURE},
+    "delete_adapter": {
         "model": MODEL + rows((awaits_backward, "name: a forward of 'b' awaits its backward")),
         "name": rows(("c", r"name: expected one of \['default', 'b'\], got 'c'"),
                      ("default", "'default' runs by default")),
@@ -362,7 +364,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "adapter": rows(("c", "adapter: expected one of")),
     },
     "unmerge": {"model": MODEL + rows((lambda good: adapted(), "model: nothing is merged"))},
-    "schedule.Cosine": {
+    "training.Cosine": {
         "optimizer": rows((None, "optimizer: expected a torch.optim.Optimizer, got NoneType")),
         "steps": rows((0, "steps: expected an integer >= 1"), (2.5, "steps: expected an integer")),
         "floor": rows((0.0, "floor: expected a positive learning rate"),
@@ -371,7 +373,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "freeze": rows((10, "freeze: .*would not learn"), ({"x": 2}, "freeze: no parameter group is named 'x'")),
         "freeze_by": rows(("detach", "freeze_by: expected one of")),
     },
-    "schedule.matched_control": {
+    "training.schedule.matched_control": {
         "scheduler": rows((None, "scheduler: expected a fastlora.training.Cosine")),
         "optimizer": rows((None, "optimizer: expected a torch.optim.Optimizer")),
     },

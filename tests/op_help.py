@@ -7,7 +7,7 @@ import torch
 from fastlora.ops import native, reference
 from fastlora.ops.lora import lora_linear
 
-BACKENDS = ["reference", "python", *(["native"] if native.available() else [])]
+BACKENDS = ["reference", "eager", *(["native"] if native.available() else [])]
 
 
 def make(M=13, K=20, N=(12, 6, 6), r=(3, 0, 5), fused=False, k=0, dtype=torch.float32, seed=0, S=None, picks=False):

@@ -1,4 +1,4 @@
-"""Small models on quantised bases, by the public ways of torchao and bitsandbytes."""
+"""Small models on quantized bases, by the public ways of torchao and bitsandbytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def by_bitsandbytes(model, kind, **fields):
         source = model[i]
         model[i] = getattr(bnb.nn, kind)(source.in_features, source.out_features, **fields)
         model[i].load_state_dict(source.state_dict())
-    return model.to("cpu")  # which quantises
+    return model.to("cpu")  # which quantizes
 
 
 def intx(model):
@@ -66,7 +66,7 @@ def make(kind, dtype=torch.float32):
     return QUANTISED[kind](plain(dtype))
 
 
-def dequantised(layer):
+def dequantized(layer):
     """The weight that the base multiplies by, from its output for the unit vectors."""
     with torch.no_grad():
         return (layer(torch.eye(K if layer.in_features == K else N)) - layer.bias).t().double()
@@ -74,7 +74,7 @@ def dequantised(layer):
 
 def adapted(kind, **fields):
     model = make(kind)
-    weights = [dequantised(model[i]) for i in (0, 2)]
+    weights = [dequantized(model[i]) for i in (0, 2)]
     fastlora.inject(model, config(**{"target_modules": ["0", "2"], "r": 4, **fields}))
     return randomise(model), weights
 

@@ -101,7 +101,7 @@ def two_adapters():
 def several_loss(parallel, m, step, rank, world):
     ids = torch.tensor(IDS[step](rank == world - 1))
     x, y = data(samples=3, seed=10 * step + rank)
-    with fastlora.adapters(m, ids):
+    with fastlora.use_adapters(m, ids):
         logits = parallel(x).mean(1)
     return fastlora.per_adapter_mean(nn.functional.cross_entropy(logits, y, reduction="none"), ids)
 

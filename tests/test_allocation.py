@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlora.importance.allocation import allocate
-from fastlora.importance.scores import Scores, composite
+from fastlora.importance.scores import Scores
 
 PROPERTY = settings(max_examples=100, deadline=None)
 COSTS = (1536, 1536, 3840, 3840)
@@ -56,7 +56,7 @@ def test_worked_example_with_a_parameter_budget(per, expected, spent):
     ("shares", "expected"), [("auto", [15, 8, 3, 2, 2]), ("softmax", [15, 8, 3, 2, 2]), ("shift", [15, 10, 2, 2, 1])]
 )
 def test_worked_example_of_the_composite(shares, expected):
-    scores = composite(named((9, 4, 1, 1, 0.5)), named((3, 2, 1, 1, 0.7)), named((10, 40, 20, 20, 10)))
+    scores = Scores.composite(named((9, 4, 1, 1, 0.5)), named((3, 2, 1, 1, 0.7)), named((10, 40, 20, 20, 10)))
     assert list(allocate(scores, 30, r_min=1, r_max=16, shares=shares).values()) == expected
 
 

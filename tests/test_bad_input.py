@@ -152,7 +152,7 @@ PLAIN = [
         "modules_to_save: 'classifier' is also a target; a module is adapted or trained",
     ),
     ("set_ranks", lambda m: fastlora.set_ranks(m, {}), "model: has no adapters"),
-    ("disabled", lambda m: fastlora.disabled(m).__enter__(), "model: has no adapters"),
+    ("disabled", lambda m: fastlora.disable_adapters(m).__enter__(), "model: has no adapters"),
 ]
 
 # the same on an adapted model that was trained

@@ -149,9 +149,9 @@ BAD = {
     "nothing": (rows(1.0), square, {**ONE, "method": lambda t: None}, "method: expected to return a mapping .*NoneT"),
     "steps": (rows(1.0), square, {"steps": 0}, "steps: expected a positive integer or None for all batches, got 0"),
     "loss": (rows(1.0), "ce", {}, "loss_fn: expected a callable"),
-    "centred": (rows(1.0), square, {"centred": True}, "centred: works with method='fim' only, got method='fc'"),
-    "centred flag": (rows(1.0), square, {"centred": 1}, "centred: expected True or False, got 1"),
-    "one pass": (rows(1.0), square, {**FIM, "centred": True}, "there is no centred lora_b_var yet: it takes two"),
+    "centered": (rows(1.0), square, {"centered": True}, "centered: works with method='fim' only, got method='fc'"),
+    "centered flag": (rows(1.0), square, {"centered": 1}, "centered: expected True or False, got 1"),
+    "one pass": (rows(1.0), square, {**FIM, "centered": True}, "there is no centered lora_b_var yet: it takes two"),
     "progress": (rows(1.0), square, {"progress": "bar"}, "progress: expected True, False, None or a callable"),
 }
 

@@ -41,15 +41,15 @@ def b_gradients(m, batches):
 BATCHES = [data(seed=s) for s in range(4)]
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_fim_is_the_mean_square_of_the_gradient_of_b(centred):
+@pytest.mark.parametrize("centered", [False, True])
+def test_fim_is_the_mean_square_of_the_gradient_of_b(centered):
     m = fresh()
-    scores = fastlora.calibrate(m, BATCHES, loss_of, steps=4, method="fim", centred=centred)
+    scores = fastlora.calibrate(m, BATCHES, loss_of, steps=4, method="fim", centered=centered)
     assert scores.kind == "lora_b_var" and scores.costs == fastlora.summary(m).costs
     grads = b_gradients(m, BATCHES)
     assert list(scores) == list(grads)
     for key, g in grads.items():
-        expected = g.var(0, unbiased=False).mean() if centred else g.square().mean()
+        expected = g.var(0, unbiased=False).mean() if centered else g.square().mean()
         assert scores[key] == pytest.approx(float(expected), rel=1e-9), key
 
 
@@ -110,7 +110,7 @@ def test_settled_is_the_rank_correlation_with_the_estimate_before():
     for count in (1, 2, 3, 4):
         prefixes.append(fastlora.calibrate(m, BATCHES, loss_of, steps=count, method="fw"))
     expected = [after.rank_correlation(before) for before, after in zip(prefixes, prefixes[1:], strict=False)]
-    assert prefixes[-1].settled == pytest.approx(tuple(expected)) and prefixes[0].settled == ()
+    assert prefixes[-1].convergence == pytest.approx(tuple(expected)) and prefixes[0].convergence == ()
     assert any(value < 1.0 for value in expected)
 
 
@@ -118,15 +118,17 @@ def test_the_result_is_still_a_mapping_of_scores():
     scores = fastlora.calibrate(model(), BATCHES, loss_of, steps=2, method="fw")
     assert isinstance(scores, fastlora.Scores) and dict(scores) == {**scores} and len(scores) == 6
     for copied in (pickle.loads(pickle.dumps(scores)), copy.deepcopy(scores)):
-        assert copied == scores and copied.settled == scores.settled and copied.costs == scores.costs
+        assert copied == scores and copied.convergence == scores.convergence and copied.costs == scores.costs
         assert type(copied) is type(scores)
     with pytest.raises(AttributeError):
-        scores.settled = ()
+        scores.convergence = ()
 
 
 def test_one_matrix_has_no_rank_correlation():
     m = model(targets=("query",), depth=1)
-    assert [math.isnan(v) for v in fastlora.calibrate(m, BATCHES, loss_of, steps=3, method="fw").settled] == [True] * 2
+    assert [math.isnan(v) for v in fastlora.calibrate(m, BATCHES, loss_of, steps=3, method="fw").convergence] == [
+        True
+    ] * 2
 
 
 class TestProgress:
@@ -135,7 +137,7 @@ class TestProgress:
             scores = fastlora.calibrate(model(), BATCHES, loss_of, steps=2, method="fw")
         assert [r.message for r in caplog.records] == [
             "calibrate: 1 of 2 batches",
-            f"calibrate: 2 of 2 batches, rank correlation with the estimate before {scores.settled[0]:.3f}",
+            f"calibrate: 2 of 2 batches, rank correlation with the estimate before {scores.convergence[0]:.3f}",
         ]
 
     def test_a_callable_sees_every_batch(self):
@@ -144,7 +146,7 @@ class TestProgress:
             model(), BATCHES, loss_of, steps=None, method="fw", progress=lambda *args: seen.append(args)
         )
         assert [args[:2] for args in seen] == [(i, None) for i in (1, 2, 3, 4)]
-        assert math.isnan(seen[0][2]) and tuple(args[2] for args in seen[1:]) == scores.settled
+        assert math.isnan(seen[0][2]) and tuple(args[2] for args in seen[1:]) == scores.convergence
 
     @pytest.mark.parametrize("wanted, terminal", [(True, False), (None, True)])
     def test_a_bar(self, wanted, terminal, monkeypatch, capsys):

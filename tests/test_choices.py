@@ -51,13 +51,13 @@ MISSPELT = {
     "backend": (lambda: config(backend="nativ"), "native"),
     "check": (lambda: fastlora.inject(plain(), config(), check="rise"), "raise"),
     "method": (lambda: fastlora.calibrate(adapted(), batches(), loss, method="fimm"), "fim"),
-    "policy": (lambda: fastlora.policy(plain(), "deep-lora", config()), "deep_lora"),
-    "preset": (lambda: fastlora.preset("midium"), "medium"),
+    "policy": (lambda: fastlora.apply_policy(plain(), "deep-lora", config()), "deep_lora"),
+    "preset": (lambda: fastlora.LoraConfig.preset("midium"), "medium"),
     "statistic": (lambda: fastlora.track(adapted(), statistics="grad_sqq"), "grad_sq"),
     "estimator": (lambda: fastlora.track(adapted(), "exakt"), "exact"),
     "kind": (lambda: tracked_scores("grad-sq"), "grad_sq"),
     "rule": (lambda: fastlora.allocate(SCORES, budget=4, rule="webstr"), "webster"),
-    "normalise": (lambda: fastlora.composite(SCORES, SCORES, SCORES, normalise="zskore"), "zscore"),
+    "normalize": (lambda: fastlora.Scores.composite(SCORES, SCORES, SCORES, normalize="zskore"), "zscore"),
     "ranks": (lambda: fastlora.set_ranks(adapted(), {"blocks.0.qq": 2}), "blocks.0.q"),
     "scores": (lambda: fastlora.reallocate(adapted(), {"blocks.0.qq": 2.0}, budget=4), "blocks.0.q"),
     "freeze_by": (
@@ -72,7 +72,7 @@ MISSPELT = {
             "merge": fastlora.merge,
             "save": lambda model, adapter: fastlora.save(model, "nowhere", adapter),
             "set_adapter": fastlora.set_adapter,
-            "remove_adapter": fastlora.remove_adapter,
+            "delete_adapter": fastlora.delete_adapter,
             "set_ranks": lambda model, adapter: fastlora.set_ranks(model, {}, adapter=adapter),
             "track": lambda model, adapter: fastlora.track(model, adapter=adapter),
             "param_groups": lambda model, adapter: fastlora.param_groups(model, **RATES, adapter=adapter),
@@ -94,7 +94,7 @@ def test_options_of_the_callbacks(module):
     callbacks = pytest.importorskip(f"fastlora.integrations.{module}", exc_type=ImportError)
     for options, meant in (
         (dict(track={"wamup": 3}), "warmup"),
-        (dict(penalty={"lambda": 1.0}), "lmbda"),
+        (dict(penalty={"lambda": 1.0}), "weight"),
         (dict(checkpoints="adaptors"), "adapters"),
     ):
         with pytest.raises(ValueError, match=re.escape(f"(did you mean {meant!r}?)")):

@@ -19,7 +19,7 @@ def test_an_adapter_of_a_mixed_batch_is_measured_on_its_own_rows():
         mine = ids == 1
 
         def loss(m, ids=ids, mine=mine):
-            with fastlora.adapters(m, ids):
+            with fastlora.use_adapters(m, ids):
                 logits = m(x)
             each = nn.functional.cross_entropy(logits.flatten(0, 1), y.repeat_interleave(5), reduction="none")
             return (each.view(6, 5) * (mine if ids.dim() == 2 else mine[:, None])).sum()
@@ -39,7 +39,7 @@ def test_an_adapter_that_is_absent_neither_learns_nor_counts():
     fastlora.add_adapter(m, "b", fastlora.LoraConfig(r=1, target_modules=["query"], init_lora_weights=False))
     with columns(m, ("grad_sq",), adapter="b") as tracker:
         for _ in range(2):
-            with fastlora.adapters(m, torch.tensor([0, 0, -1, 0, 0, 0])):
+            with fastlora.use_adapters(m, torch.tensor([0, 0, -1, 0, 0, 0])):
                 loss_of(m, data()).backward()
             tracker.step()
     assert tracker._rows.counts.tolist() == [0, 0] and tracker._averages.counts["grad_sq"].tolist() == [0.0, 0.0]

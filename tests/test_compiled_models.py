@@ -188,14 +188,14 @@ def test_adapters_that_change_are_explained(caplog):
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     with caplog.at_level(logging.WARNING, "fastlora"):
         for ids in ([0, 1, 1, 0, -1], [1, 0, 0, 0, 1], ["b", "default", None, "b", "b"]):
-            with fastlora.adapters(model, torch.tensor(ids) if isinstance(ids[0], int) else ids):
+            with fastlora.use_adapters(model, torch.tensor(ids) if isinstance(ids[0], int) else ids):
                 run(batch(0)).square().mean().backward()
         assert graphs() == 1 and not caplog.records
         for _ in range(2):
-            with fastlora.adapters(model, ["b", "c", "c", "c", "b"]):
+            with fastlora.use_adapters(model, ["b", "c", "c", "c", "b"]):
                 run(batch(0)).square().mean().backward()
         assert graphs() == 2
-        with fastlora.adapters(model, "c"):
+        with fastlora.use_adapters(model, "c"):
             run(batch(0)).square().mean().backward()
         assert graphs() == 3
     said = [record.getMessage() for record in caplog.records]
@@ -208,7 +208,7 @@ def test_eager_models_hear_nothing_of_compilation(caplog):
     model = small()
     fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=2, target_modules="all-linear"))
     for ids in ("b", "default", torch.tensor([0, 1, 1, 0, -1])):
-        with fastlora.adapters(model, ids):
+        with fastlora.use_adapters(model, ids):
             model(batch(0))
     assert "compiled" not in caplog.text
 

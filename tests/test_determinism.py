@@ -29,7 +29,7 @@ def trained(backend: str, steps: int = 6, seed: int = 0) -> tuple[list[torch.Ten
     with fastlora.track(model, statistics=("grad_sq", "act_var"), every=1) as tracker:
         for i in range(steps):
             x, y = batch(i)
-            with fastlora.adapters(model, ids):
+            with fastlora.use_adapters(model, ids):
                 losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
             (fastlora.per_adapter_mean(losses, ids) + loss_fn(model, batch(50 + i))).backward()
             optimizer.step()

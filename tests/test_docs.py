@@ -17,7 +17,7 @@ from fastlora.cli.__main__ import COMMANDS, main
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 REFERENCE = DOCS / "reference" / "index.md"
 # Pages with tests of their own: these need a process group, or a library that is optional.
-ELSEWHERE = {"your_trainer", "scale_out", "migration", "quantised"}
+ELSEWHERE = {"your_trainer", "scale_out", "migration", "quantized"}
 PAGES = sorted(path.stem for path in DOCS.glob("*.md") if path.stem not in ELSEWHERE)
 
 

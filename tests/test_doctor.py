@@ -26,7 +26,7 @@ def test_every_backend_is_tested_or_says_why_not(capsys):
     right = {(test["operator"], test["backend"], test["dtype"]) for test in tests if test["verdict"] == "right"}
     for operator in OPERATORS:
         assert (operator, "reference", "float32") in right
-        assert operator == "penalty" or (operator, "python", "bfloat16") in right
+        assert operator == "penalty" or (operator, "eager", "bfloat16") in right
     assert found["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert found["native"]["available"] == (found["native"]["reason"] is None)
 
@@ -36,13 +36,13 @@ def test_a_backend_that_is_wrong_is_found(broken, monkeypatch, capsys):
     plain = type(BACKENDS["reference"]).shrink
 
     def shrink(self, *operands):
-        if self.name != "python":
+        if self.name != "eager":
             return plain(self, *operands)
         if broken == "raises":
             raise RuntimeError("no such kernel")
         return plain(self, *operands) * 1.5
 
-    monkeypatch.setattr(type(BACKENDS["python"]), "shrink", shrink)
+    monkeypatch.setattr(type(BACKENDS["eager"]), "shrink", shrink)
     assert main(["doctor"]) == 1
     wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrong")]
     assert {line.split()[1] for line in wrong} == {"lora_linear"}  # several adapters have kernels of their own
@@ -51,7 +51,7 @@ def test_a_backend_that_is_wrong_is_found(broken, monkeypatch, capsys):
 
 
 def test_an_operator_that_is_wrong_is_found(monkeypatch):
-    kind = type(BACKENDS["python"])
+    kind = type(BACKENDS["eager"])
     for operator, owner, name, own in (
         ("lora_grouped", kind, "grouped_forward", True),
         ("gradstat", kind, "gradstat", True),
@@ -62,7 +62,7 @@ def test_an_operator_that_is_wrong_is_found(monkeypatch):
         plain = getattr(owner, name)
 
         def wrong(*args, plain=plain, own=own, **kwargs):
-            if own and args[0].name == "python":
+            if own and args[0].name == "eager":
                 raise RuntimeError("no such kernel")
             return plain(*args, **kwargs) if own else 1.5 * plain(*args, **kwargs)
 

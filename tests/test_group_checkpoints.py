@@ -145,11 +145,11 @@ def test_a_disabled_forward_is_repeated_without_adapters(reentrant):
     layer = fastlora.nn.Linear(6, 4, r=2, init_lora_weights=False)
     x = torch.randn(3, 6, requires_grad=True)
     model = nn.Sequential(layer)
-    with fastlora.disabled(model):
+    with fastlora.disable_adapters(model):
         y = checkpoint(model, x, use_reentrant=reentrant)
         y.sum().backward()  # inside the context: the base's gradient
     torch.testing.assert_close(x.grad, layer.weight.detach().sum(0).expand(3, 6))
-    with fastlora.disabled(model):
+    with fastlora.disable_adapters(model):
         y = checkpoint(model, x, use_reentrant=reentrant)
     x.grad = None
     y.sum().backward()  # and outside

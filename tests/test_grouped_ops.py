@@ -8,7 +8,7 @@ from op_help import BACKENDS, assert_close_as
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.ops import layout, reference
-from fastlora.ops.layout import Batch
+from fastlora.ops.layout import AdapterBatch
 from fastlora.ops.lora import lora_grouped
 
 RANKS = (1, 2, 3, 5, 8, 16, 17)
@@ -39,7 +39,7 @@ def make(ids, K=20, N=(12, 6), ranks=((3, 5), (1, 0), (17, 2)), probes=(2, 0, 3)
         "scale": [0.5 + 0.1 * i for i in range(len(ranks) * len(N))],
         "P": [torch.where(torch.rand(k, K, generator=g) < 0.5, 1.0, -1.0) for k in probes],
         "sign": [torch.where(torch.rand(signs, k, generator=g) < 0.5, 1.0, -1.0) for k in probes] if signs else [],
-        "batch": Batch(names, torch.tensor(ids, dtype=torch.int64)),
+        "batch": AdapterBatch(names, torch.tensor(ids, dtype=torch.int64)),
         "dy": [rand(M, n) for n in N],
     }
 
@@ -119,7 +119,7 @@ def test_signs_change_the_probe_columns_of_their_samples(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shuffled_routing_is_seen(backend):
     case = make(IDS["scattered"])
-    other = {**case, "batch": Batch(case["batch"].names, case["batch"].ids.roll(1))}
+    other = {**case, "batch": AdapterBatch(case["batch"].names, case["batch"].ids.roll(1))}
     assert not torch.allclose(run(case, backend)[0], run(other, backend)[0])
 
 
@@ -129,7 +129,7 @@ def test_a_row_does_not_depend_on_the_others(backend):
     case = make(ids.tolist())
     mixed = run(case, backend)
     for g in range(3):
-        alone = run({**case, "batch": Batch(case["batch"].names, torch.where(ids == g, ids, -1))}, backend)
+        alone = run({**case, "batch": AdapterBatch(case["batch"].names, torch.where(ids == g, ids, -1))}, backend)
         for a, b in zip(mixed[:3], alone[:3], strict=True):  # y of both projections, dx
             assert torch.equal(a[ids == g], b[ids == g])
 
@@ -155,7 +155,7 @@ def test_gradients_can_be_differentiated_again():
 @pytest.mark.parametrize("shape", [(3,), (2, 3)])
 def test_ids_that_do_not_fit_are_named(shape):
     case = make(IDS["scattered"])
-    batch = Batch(["a0"], torch.zeros(shape, dtype=torch.int64))
+    batch = AdapterBatch(["a0"], torch.zeros(shape, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"ids: .* given, but a layer sees an input of shape \(13, 20\)"):
         lora_grouped(case["x"], case["W"], case["bias"], case["A"], case["B"], case["scale"], batch)
 

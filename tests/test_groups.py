@@ -203,7 +203,7 @@ class TestNotTogether:
     def test_disabled_between_q_and_k(self, x):
         def body(self, x, memory):
             q = self.q_proj(x)
-            with fastlora.disabled(self):
+            with fastlora.disable_adapters(self):
                 return q, self.k_proj(x), self.v_proj(x)
 
         model = adapted(body)

@@ -123,7 +123,7 @@ class TestPassedBy:
         step(model)
         fastlora.add_adapter(model, "b", config(target_modules=["reader"]))
         model.zero_grad()
-        with fastlora.adapters(model, "b"):
+        with fastlora.use_adapters(model, "b"):
             step(model)
             with pytest.raises(RuntimeError, match=PASSED_BY):
                 step(model)

@@ -44,9 +44,9 @@ def same(a, b) -> bool:
 )
 def test_ranges_by_name(ranges, ids):
     m, x = model(), batch()
-    with fastlora.adapters(m, torch.tensor(ids)):
+    with fastlora.use_adapters(m, torch.tensor(ids)):
         want = m(x)
-    with fastlora.adapters(m, ranges):
+    with fastlora.use_adapters(m, ranges):
         assert torch.equal(m(x), want)
         assert not m[0].query.router.current().batch.rows(x).order.numel()  # no permutation is made or followed
 
@@ -70,14 +70,14 @@ def test_ranges_that_are_refused(name):
     before = state(m)
     ranges, message = REFUSED_RANGES[name]
     with pytest.raises(ValueError, match=message):
-        fastlora.adapters(m, ranges).__enter__()
+        fastlora.use_adapters(m, ranges).__enter__()
     assert same(state(m), before)
 
 
 def test_ranges_that_do_not_fit_the_input():
     m, x = model(), batch()
     with pytest.raises(ValueError, match=r"ids: \(7,\) given, but a layer sees an input of shape \(6, 4, 8\)"):
-        with fastlora.adapters(m, {"b": (0, 3), "c": (3, 7)}):
+        with fastlora.use_adapters(m, {"b": (0, 3), "c": (3, 7)}):
             m(x)
 
 
@@ -87,7 +87,7 @@ def test_another_device_is_named(argument):
     far = torch.zeros(6, dtype=torch.int64, device="meta")
     given = {"ids": far} if argument == "ids" else {"ids": IDS, "row_seeds": far}
     with pytest.raises(ValueError, match=rf"{argument}: is on meta; accepted: the CPU, or the model's device \(cpu\)"):
-        fastlora.adapters(m, **given).__enter__()
+        fastlora.use_adapters(m, **given).__enter__()
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
@@ -95,14 +95,14 @@ def test_another_device_is_named(argument):
 def test_changes_while_a_checkpointed_graph_is_alive(reentrant, change):
     """Refused beforehand, or when the forward is repeated, of which reentrant checkpointing keeps no graph."""
     m, x = model(), batch().requires_grad_()
-    with fastlora.adapters(m, IDS):
+    with fastlora.use_adapters(m, IDS):
         loss = checkpoint(m, x, use_reentrant=reentrant).sum()
 
     def alter():
         if change == "ranks":
             fastlora.set_ranks(m, {"0.query": 1}, adapter="b", reinit=True)
         else:
-            fastlora.remove_adapter(m, "b")
+            fastlora.delete_adapter(m, "b")
 
     if reentrant:
         alter()
@@ -121,7 +121,7 @@ def test_changes_between_checkpointed_steps_are_fine():
     m, x = model(), batch().requires_grad_()
     for rank in (1, 4, 2):
         fastlora.set_ranks(m, {"0.query": rank}, adapter="b", reinit=True)
-        with fastlora.adapters(m, IDS):
+        with fastlora.use_adapters(m, IDS):
             checkpoint(m, x, use_reentrant=True).sum().backward()
 
 
@@ -153,17 +153,17 @@ def test_a_tracked_or_merged_adapter_stays():
     with fastlora.track(m, adapter="b", every=1):
         before = state(m)
         with pytest.raises(ValueError, match="'b' is tracked; close its tracker first"):
-            fastlora.remove_adapter(m, "b")
+            fastlora.delete_adapter(m, "b")
         assert same(state(m), before)
     fastlora.merge(m, "c")
     before = state(m)
     with pytest.raises(ValueError, match="'c' is merged into '0.query'; call fastlora.unmerge first"):
-        fastlora.remove_adapter(m, "c")
+        fastlora.delete_adapter(m, "c")
     assert same(state(m), before)
 
 
 def test_layers_with_different_sets_are_refused():
     m, other = model(), model()
-    mixed = nn.ModuleList([m, fastlora.remove_adapter(other, "c")])
+    mixed = nn.ModuleList([m, fastlora.delete_adapter(other, "c")])
     with pytest.raises(ValueError, match="its layers have different sets of adapters"):
-        fastlora.adapters(mixed, IDS).__enter__()
+        fastlora.use_adapters(mixed, IDS).__enter__()

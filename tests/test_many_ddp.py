@@ -33,7 +33,7 @@ def optimiser(m):
 
 def losses(m, base, step, rank):
     ids = torch.tensor(IDS[step][rank])
-    with fastlora.adapters(base, ids):
+    with fastlora.use_adapters(base, ids):
         return fastlora.per_adapter_mean(m(data(step, rank)).square().sum(1), ids)
 
 
@@ -41,7 +41,7 @@ def work(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     m = model()
     parallel, optimizer = DistributedDataParallel(m), optimiser(m)
-    fastlora.hold_absent(m, optimizer)
+    fastlora.freeze_unused_adapters(m, optimizer)
     for step in range(len(IDS)):
         losses(parallel, m, step, rank).backward()
         optimizer.step()

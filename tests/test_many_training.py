@@ -66,7 +66,7 @@ def together(dtype, dropout):
     m = model(dtype, dropout)
     optimizer = optimiser([p for name in RANKS for p in own(m, name).values()])
     for x, labels, ids, seeds in batches(dtype):
-        with fastlora.adapters(m, ids, row_seeds=seeds if dropout else None):
+        with fastlora.use_adapters(m, ids, row_seeds=seeds if dropout else None):
             fastlora.per_adapter_mean(losses(m, x, labels), ids).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -80,7 +80,7 @@ def alone(name, dtype, dropout):
         mine = ids == list(RANKS).index(name)
         if not mine.any():
             continue
-        with fastlora.adapters(m, name, row_seeds=seeds[mine] if dropout else None):
+        with fastlora.use_adapters(m, name, row_seeds=seeds[mine] if dropout else None):
             losses(m, x[mine], labels[mine]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -116,23 +116,23 @@ def test_row_seeds_differ_between_layers_and_places():
         layer.register_forward_hook(lambda module, args, out, n=n: seen.setdefault(n, []).append(out.detach()))
     x = torch.ones(2, 3, 6)
     for _ in range(2):
-        with fastlora.adapters(m, "default", row_seeds=torch.tensor([7, 7])):
+        with fastlora.use_adapters(m, "default", row_seeds=torch.tensor([7, 7])):
             m(x)
     first = seen["0.query"]
     assert torch.equal(first[0], first[1])  # the seeds alone decide
     assert torch.equal(first[0][0], first[0][1])  # and not the place in the batch
     assert not torch.equal(first[0][0, 0], first[0][0, 1])  # but the place in the sample does
     layers = list(fastlora.nn.linear.adapted_layers(m).values())
-    assert len({layer.stream for layer in layers}) == len(layers)
+    assert len({layer.dropout_salt for layer in layers}) == len(layers)
 
 
 def statistics(m, x, labels, ids, name, **options):
     with fastlora.track(m, adapter=name, ema=None, every=1, **options) as tracker:
         if ids is None:
-            with fastlora.adapters(m, name):
+            with fastlora.use_adapters(m, name):
                 losses(m, x, labels).mean().backward()
         else:
-            with fastlora.adapters(m, ids):
+            with fastlora.use_adapters(m, ids):
                 fastlora.per_adapter_mean(losses(m, x, labels), ids).backward()
         tracker.step()
         return {kind: dict(tracker.scores(kind)) for kind in options["statistics"]}
@@ -177,7 +177,7 @@ def test_two_trackers_of_one_batch():
         fastlora.track(m, adapter="b", ema=None, every=1) as b,
         fastlora.track(m, adapter="c", ema=None, every=1, probes=2) as c,
     ):
-        with fastlora.adapters(m, ids):
+        with fastlora.use_adapters(m, ids):
             fastlora.per_adapter_mean(losses(m, x, labels), ids).backward()
         b.step(), c.step()
         both = dict(b.scores()), dict(c.scores())
@@ -190,16 +190,16 @@ def test_two_trackers_of_one_batch():
 def test_hold_absent_keeps_weights_and_state_where_gradients_are_zero():
     m = model(torch.float64)
     optimizer = optimiser([p for name in RANKS for p in own(m, name).values()])
-    fastlora.hold_absent(m, optimizer)
+    fastlora.freeze_unused_adapters(m, optimizer)
     x, labels, ids = mixed_batch()
-    with fastlora.adapters(m, ids):
+    with fastlora.use_adapters(m, ids):
         fastlora.per_adapter_mean(losses(m, x, labels), ids).backward()
     optimizer.step()
     before = {n: p.detach().clone() for n, p in own(m, "c").items()}
     state = {n: optimizer.state[p]["exp_avg"].clone() for n, p in own(m, "c").items()}
     for p in m.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    with fastlora.adapters(m, torch.where(ids == 2, 0, ids)):
+    with fastlora.use_adapters(m, torch.where(ids == 2, 0, ids)):
         fastlora.per_adapter_mean(losses(m, x, labels), ids).backward()
     optimizer.step()
     for n, p in own(m, "c").items():

@@ -230,7 +230,7 @@ class TestDisabled:
             model = randomise(fastlora.inject(copy.deepcopy(base), config(target_modules="attention")))
             with torch.no_grad():
                 before = run(model)
-                with fastlora.disabled(model) as inside:
+                with fastlora.disable_adapters(model) as inside:
                     assert inside is model and torch.equal(run(model), run(base))
                 assert torch.equal(run(model), before) and not torch.equal(before, run(base))
 
@@ -238,8 +238,8 @@ class TestDisabled:
         model, run = adapted
         with torch.no_grad():
             before = run(model)
-            with pytest.raises(KeyError), fastlora.disabled(model):
-                with fastlora.disabled(model):
+            with pytest.raises(KeyError), fastlora.disable_adapters(model):
+                with fastlora.disable_adapters(model):
                     off = run(model)
                 assert torch.equal(run(model), off)
                 raise KeyError

@@ -39,7 +39,7 @@ def fw_lora(model, loader):
     with fastlora.track(model, warmup=3, every=1) as tracker:
         for batch in loader:
             loss_fn(model, batch).backward()
-            tracker.apply_penalty(1e-4, normalise="relative")
+            tracker.apply_penalty(1e-4, normalize="relative")
             optimizer.step()
             optimizer.zero_grad()
             tracker.step()
@@ -50,11 +50,11 @@ def fim_lora(model, loader):
     model = fastlora.inject(model, fastlora.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["head"]))
     scores = fastlora.calibrate(model, loader, loss_fn, steps=6, method="fim")
     ranks = fastlora.reallocate(model, scores)  # the same total; floor 2, cap twice r
-    return ranks, scores.settled, fastlora.breakdown(scores)
+    return ranks, scores.convergence, scores.breakdown()
 
 
 def deep_lora(model, loader, steps):
-    model = fastlora.policy(model, "deep_lora", fastlora.LoraConfig(r=4, lora_alpha=8))
+    model = fastlora.apply_policy(model, "deep_lora", fastlora.LoraConfig(r=4, lora_alpha=8))
     optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=5e-4, lr_norm=1e-3, lr_head=1e-3))
     scheduler = fastlora.training.Cosine(optimizer, steps, floor=1e-5, freeze=steps // 3)
     with fastlora.training.Diagnostics(optimizer) as diagnostics:
@@ -68,7 +68,7 @@ def deep_lora(model, loader, steps):
 
 def clip(model, loader):
     targets = ["in_proj", "out_proj", "c_fc", "c_proj"]
-    model = fastlora.inject(model, fastlora.preset("medium", r=4, target_modules=targets))
+    model = fastlora.inject(model, fastlora.LoraConfig.preset("medium", r=4, target_modules=targets))
     optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=2e-4))
     for images, texts in loader:
         out = model(images, texts)
@@ -106,9 +106,9 @@ def test_fw_lora(build, batches):
 
 
 def test_fim_lora(build, batches):
-    ranks, settled, table = fim_lora(build("timm_vit"), batches)
+    ranks, convergence, table = fim_lora(build("timm_vit"), batches)
     assert sum(ranks.values()) == 4 * 8 and min(ranks.values()) >= 2 and max(ranks.values()) <= 8
-    assert len(settled) == 5 and list(table.by_depth) == ["blocks.0", "blocks.1"]
+    assert len(convergence) == 5 and list(table.by_depth) == ["blocks.0", "blocks.1"]
 
 
 def test_deep_lora(build, batches):

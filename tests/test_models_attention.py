@@ -32,7 +32,7 @@ def check(base, model, call):
         assert_as_exact(grad, plain_grads[key], exact_grads[key], key)
     with torch.no_grad():
         expected = call(base)
-        with fastlora.disabled(model):
+        with fastlora.disable_adapters(model):
             torch.testing.assert_close(call(model), expected)
         assert not torch.allclose(call(model), expected, rtol=1e-3)
         torch.testing.assert_close(call(model), y.detach())

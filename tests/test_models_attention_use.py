@@ -71,12 +71,12 @@ def test_a_batch_of_several_adapters():
             fastlora.add_adapter(model, "b", config(target_modules="attention", r=2))
             randomise(model, 0.3)
             args = arguments(which, batch_first, torch.float32)
-            with fastlora.adapters(model, ["default", "b", None]):
+            with fastlora.use_adapters(model, ["default", "b", None]):
                 together, _ = model(*args)
             for i, name in enumerate(["default", "b", None]):
                 own = [a[i : i + 1] if batch_first else a[:, i : i + 1] for a in args]
                 own = [own[0]] * 3 if which == "self" else [own[0], own[1], own[1]]
-                with fastlora.adapters(model, [name]):
+                with fastlora.use_adapters(model, [name]):
                     alone, _ = model(*own)
                 mine = together[i : i + 1] if batch_first else together[:, i : i + 1]
                 torch.testing.assert_close(mine, alone, rtol=1e-5, atol=1e-5)
@@ -88,7 +88,7 @@ def test_an_adapter_whose_targets_had_none_before():
     call = run("cross", False)
     y = call(model)
     randomise(model, 0.3)
-    with fastlora.adapters(model, "b"):
+    with fastlora.use_adapters(model, "b"):
         assert not torch.allclose(call(model), call(base))
         assert list(fastlora.summary(model, "b").costs) == [f"attn.in_proj[{part}]" for part in "qkv"]
     assert y.shape == call(model).shape and not model.attn.in_proj_weight.requires_grad

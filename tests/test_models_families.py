@@ -91,7 +91,7 @@ def test_what_the_modules_offer(name):
     model = adapted(name)
     with torch.no_grad():
         y = run(model)
-        with fastlora.disabled(model):
+        with fastlora.disable_adapters(model):
             torch.testing.assert_close(run(model), run(build(name)), rtol=1e-4, atol=1e-5)
         state = copy.deepcopy(model.state_dict())
         fastlora.merge(model)

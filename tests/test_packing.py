@@ -11,7 +11,7 @@ from test_adapters import IDS, NAMES, batch, gradients, model
 
 import fastlora
 from fastlora import LoraConfig
-from fastlora.nn.adapter import Packing, packing_of
+from fastlora.nn.adapter import OperandCache, operand_cache
 from fastlora.ops import native
 
 needs_native = pytest.mark.skipif(native.RankLayout is None, reason="the native layout module was not built")
@@ -19,15 +19,15 @@ needs_native = pytest.mark.skipif(native.RankLayout is None, reason="the native 
 
 def run(m, ids=IDS, x=None):
     m.zero_grad()
-    with fastlora.adapters(m, ids):
+    with fastlora.use_adapters(m, ids):
         y = m(batch() if x is None else x)
     y.square().sum().backward()
     return y, gradients(m)
 
 
-def kept(m) -> Packing:
+def kept(m) -> OperandCache:
     """The packing of q, k and v of the first block, which run together."""
-    (packing,) = [p for p in m[0].query.packings.values() if len(p.layers) == 3]
+    (packing,) = [p for p in m[0].query.operand_caches.values() if len(p.layers) == 3]
     return packing
 
 
@@ -74,7 +74,7 @@ def test_only_the_adapter_that_changed_is_packed_again():
     assert after(add, torch.tensor([0, 1, 2, 3, 3, -1])) == 3
     assert packing.layout.num_adapters == 4
     ids = torch.tensor([0, 2, 2, 3, 3, -1])
-    assert after(lambda: fastlora.remove_adapter(m, "b"), ids) == 3 and "b" not in packing.names
+    assert after(lambda: fastlora.delete_adapter(m, "b"), ids) == 3 and "b" not in packing.names
     assert after(lambda: None, ids) == 3 and before.num_adapters == 3
 
 
@@ -82,7 +82,7 @@ def test_scales_follow_a_file(tmp_path):
     """A loaded adapter may have another scale than the one before."""
     m, other = model(torch.float32), model(torch.float32)
     x = batch(torch.float32)
-    fastlora.remove_adapter(other, "b")
+    fastlora.delete_adapter(other, "b")
     fastlora.add_adapter(
         other, "b", LoraConfig(r=3, lora_alpha=30, target_modules="attention", init_lora_weights=False)
     )
@@ -91,7 +91,7 @@ def test_scales_follow_a_file(tmp_path):
     run(m, ids, x)
     fastlora.load(m, tmp_path, adapter="b")
     y, _ = run(m, ids, x)
-    with fastlora.adapters(other, "b"):
+    with fastlora.use_adapters(other, "b"):
         torch.testing.assert_close(y, other(x))
 
 
@@ -110,7 +110,7 @@ def test_copies_have_their_own(again):
     m = model()
     y, _ = run(m)
     other = again(m)
-    assert not other[0].query.packings
+    assert not other[0].query.operand_caches
     with torch.no_grad():
         for parameter in other[0].query.lora_B["b"].parameters():
             parameter.zero_()
@@ -124,7 +124,7 @@ def test_parameters_are_read_at_every_call():
     y, _ = run(m)
     name = "0.query.lora_B.b.weight"
     doubled = {name: 2 * dict(m.named_parameters())[name].detach()}
-    with fastlora.adapters(m, IDS):
+    with fastlora.use_adapters(m, IDS):
         other = torch.func.functional_call(m, doubled, (x,))
     assert torch.equal(run(m)[0], y) and not torch.allclose(other[IDS == 1], y[IDS == 1])
     assert torch.equal(other[IDS != 1], y[IDS != 1])
@@ -142,7 +142,7 @@ def test_rank_zero_and_adapters_of_some_layers():
     m = model()
     fastlora.set_ranks(m, {"0.key": 0}, adapter="b", reinit=True)
     run(m)
-    assert packing_of(kept(m).layers) is kept(m)
+    assert operand_cache(kept(m).layers) is kept(m)
     operands = kept(m).operands(NAMES)
     assert [a.shape[0] for a in operands.A] == [2, 2, 2, 3, 0, 3, 1, 0, 0]
     assert operands.starts == [0, 2, 4, 6, 0, 3, 3, 6, 0, 1, 1, 1]

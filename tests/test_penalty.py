@@ -69,8 +69,8 @@ def test_the_penalty_is_the_weighted_sum():
         0.25 * weight * torch.linalg.matrix_norm(scale * B @ A) ** 2
         for A, B, scale, weight in zip(As, Bs, SCALES, WEIGHTS, strict=True)
     )
-    torch.testing.assert_close(weighted_penalty(As, Bs, SCALES, WEIGHTS, lmbda=0.25), expected, rtol=1e-12, atol=0)
-    listed = weighted_penalty(As, Bs, SCALES, WEIGHTS.tolist(), lmbda=0.25)
+    torch.testing.assert_close(weighted_penalty(As, Bs, SCALES, WEIGHTS, weight=0.25), expected, rtol=1e-12, atol=0)
+    listed = weighted_penalty(As, Bs, SCALES, WEIGHTS.tolist(), weight=0.25)
     torch.testing.assert_close(listed, expected, rtol=1e-12, atol=0)
 
 
@@ -84,8 +84,8 @@ def test_gradient_by_hand_equals_autograd(form):
     As, Bs = factors(shapes)
     for factor in As + Bs:
         factor.requires_grad_()
-    weighted_penalty(As, Bs, scales, weights, lmbda=1e-2, form=form).backward()
-    dAs, dBs = weighted_penalty_grad(As, Bs, scales, weights, lmbda=1e-2, form=form)
+    weighted_penalty(As, Bs, scales, weights, weight=1e-2, form=form).backward()
+    dAs, dBs = weighted_penalty_grad(As, Bs, scales, weights, weight=1e-2, form=form)
     for factor, by_hand in zip(As + Bs, dAs + dBs, strict=True):
         assert not by_hand.requires_grad
         torch.testing.assert_close(by_hand, factor.grad, rtol=1e-12, atol=1e-14)
@@ -99,7 +99,7 @@ def test_the_gradient_of_each_matrix_is_the_formula(weights):
     As, Bs = factors(shapes)
     vector = torch.tensor(values, dtype=torch.float64)
     given = {"vector": vector, "tensors": list(vector.unbind()), "floats": values}[weights]
-    dAs, dBs = weighted_penalty_grad(As, Bs, scales, given, lmbda=0.1)
+    dAs, dBs = weighted_penalty_grad(As, Bs, scales, given, weight=0.1)
     for A, B, s, w, dA, dB in zip(As, Bs, scales, values, dAs, dBs, strict=True):
         torch.testing.assert_close(dA, 2 * 0.1 * w * s * s * B.T @ B @ A, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(dB, 2 * 0.1 * w * s * s * B @ A @ A.T, rtol=1e-12, atol=1e-14)
@@ -110,7 +110,7 @@ def test_decay_is_weight_decay_of_the_factors():
     shapes, scales, weights = BATCHED
     As, Bs = factors(shapes)
     ours, theirs = ([f.clone().requires_grad_() for f in As + Bs] for _ in range(2))
-    dAs, dBs = weighted_penalty_grad(ours[: len(As)], ours[len(As) :], scales, weights, lmbda=0.3, form="decay")
+    dAs, dBs = weighted_penalty_grad(ours[: len(As)], ours[len(As) :], scales, weights, weight=0.3, form="decay")
     for factor, gradient in zip(ours, dAs + dBs, strict=True):
         factor.grad = gradient
     for factor in theirs:
@@ -155,12 +155,12 @@ def test_the_uniform_control_has_the_mean_of_the_weights():
     assert importance_weights(torch.zeros(4), "uniform").tolist() == [0.75] * 4
 
 
-@pytest.mark.parametrize("normalise", ["sum", "relative"])
-def test_importance_weights_at_the_edges(normalise):
-    assert importance_weights(torch.zeros(3), normalise).tolist() == [1.0, 1.0, 1.0]
-    assert importance_weights(torch.tensor([2.0]), normalise).tolist() == [0.0]
+@pytest.mark.parametrize("normalize", ["sum", "relative"])
+def test_importance_weights_at_the_edges(normalize):
+    assert importance_weights(torch.zeros(3), normalize).tolist() == [1.0, 1.0, 1.0]
+    assert importance_weights(torch.tensor([2.0]), normalize).tolist() == [0.0]
     huge = torch.tensor([1e308, 1e308], dtype=torch.float64)
-    assert importance_weights(huge, normalise).tolist() == ([0.5, 0.5] if normalise == "sum" else [0.0, 0.0])
+    assert importance_weights(huge, normalize).tolist() == ([0.5, 0.5] if normalize == "sum" else [0.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_bad_importance(importance, error, message):
 
 
 def test_bad_normalise():
-    with pytest.raises(ValueError, match="normalise must be 'sum', 'relative' or 'uniform', got 'max'"):
+    with pytest.raises(ValueError, match="normalize must be 'sum', 'relative' or 'uniform', got 'max'"):
         importance_weights(torch.ones(2), "max")
 
 
@@ -202,7 +202,7 @@ A, B = torch.ones(2, 3), torch.ones(4, 2)
         (([A], [B], ["1"], [1.0]), TypeError, "scale.* must be a number"),
         (([A], [B], [1.0], [math.inf]), ValueError, "weights must be finite"),
         (([A], [B], [1.0], torch.ones(1, 1)), ValueError, "weights must be a vector"),
-        (([A], [B], [1.0], [1.0], math.nan), ValueError, "lmbda must be finite"),
+        (([A], [B], [1.0], [1.0], math.nan), ValueError, "weight must be finite"),
         (([A], [B], [1.0], [1.0], 1.0, "sum"), ValueError, "form must be 'delta' or 'decay', got 'sum'"),
     ],
 )

@@ -184,20 +184,18 @@ def test_opcheck(p):
     Z = [torch.zeros(b.shape[0], 2, requires_grad=True) for b in B]
     V = [torch.zeros(2, w.shape[0] + 1, dtype=torch.float64, requires_grad=True) for w in case["W"]]
     seed = torch.tensor(7) if p else None
-    leaves = (A, B, Z, V, case["P"], case["sign"], seed, case["scale"], p, "python", "linear")
+    leaves = (A, B, Z, V, case["P"], case["sign"], seed, case["scale"], p, "eager", "linear")
     torch.library.opcheck(torch.ops.fastlora.lora_linear.default, (x[0], case["W"], case["bias"], *leaves))
 
 
 def test_order_of_the_table_and_what_python_refuses():
-    assert list(BACKENDS) == ["triton", "native", "python", "reference"]
-    with pytest.raises(
-        RuntimeError, match="backend 'python' was asked for and cannot run: it takes float32, .*float64"
-    ):
-        choose("python", CPU, torch.float64)
-    with pytest.raises(RuntimeError, match="'python' .*a CPU's cache, the tensors are on cuda"):
-        choose("python", torch.device("cuda"), torch.float32)
+    assert list(BACKENDS) == ["triton", "native", "eager", "reference"]
+    with pytest.raises(RuntimeError, match="backend 'eager' was asked for and cannot run: it takes float32, .*float64"):
+        choose("eager", CPU, torch.float64)
+    with pytest.raises(RuntimeError, match="'eager' .*a CPU's cache, the tensors are on cuda"):
+        choose("eager", torch.device("cuda"), torch.float32)
     backend, passed = choose("auto", CPU, torch.float64)
-    assert backend.name == "reference" and "float64" in passed["python"]
+    assert backend.name == "reference" and "float64" in passed["eager"]
 
 
 CHOSEN_WITHOUT_A_LIBRARY = """
@@ -219,5 +217,5 @@ def test_chosen_when_the_native_library_is_missing(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.splitlines() if line.startswith("0 "))
-    assert row.split()[1] == "python"
+    assert row.split()[1] == "eager"
     assert "native: the native library is not there: " in row and "missing.so" in row

@@ -12,7 +12,15 @@ from test_bad_input import assert_untouched, state_of
 from torch import nn
 
 import fastlora
-from fastlora.model.trainable import POLICIES, block_stacks, is_norm, norms_of, parameter_roles, policy, task_heads
+from fastlora.model.trainable import (
+    POLICIES,
+    apply_policy,
+    block_stacks,
+    is_norm,
+    norms_of,
+    parameter_roles,
+    task_heads,
+)
 from fastlora.nn.linear import adapted_layers
 
 
@@ -55,7 +63,7 @@ class TestStatedCounts:
         ],
     )
     def test_counts(self, name, adapters, norms, stated):
-        model = policy(vit_small(), name, fastlora.LoraConfig(r=8, lora_alpha=16))
+        model = apply_policy(vit_small(), name, fastlora.LoraConfig(r=8, lora_alpha=16))
         counted = fastlora.summary(model)
         assert (counted.adapter_params, counted.norm_params, counted.head_params) == (adapters, norms, 38_500)
         assert counted.bias_params == 0 and counted.other_trainable == norms
@@ -66,7 +74,7 @@ class TestStatedCounts:
         }
 
     def test_deep_lora_is_where_it_should_be(self):
-        model = policy(vit_small(), "deep_lora", fastlora.LoraConfig(r=8, lora_alpha=16))
+        model = apply_policy(vit_small(), "deep_lora", fastlora.LoraConfig(r=8, lora_alpha=16))
         leaves = ("attn.proj", "attn.qkv", "mlp.fc1", "mlp.fc2")
         assert sorted(adapted_layers(model)) == sorted(f"blocks.{i}.{leaf}" for i in range(8, 12) for leaf in leaves)
         norms = {f"blocks.{i}.norm{j}.{p}" for i in range(8) for j in (1, 2) for p in ("weight", "bias")}
@@ -74,7 +82,7 @@ class TestStatedCounts:
         assert all(row.scale == 2.0 and row.rank == 8 for row in fastlora.summary(model).rows)
 
     def test_bitfit_trains_biases_and_the_head(self):
-        model = policy(vit_small(), "bitfit")
+        model = apply_policy(vit_small(), "bitfit")
         expected = {n for n, _ in model.named_parameters() if n.endswith("bias")} | {"head.weight"}
         assert trained(model) == expected
         counted = fastlora.summary(model)
@@ -140,7 +148,7 @@ class TestBlocks:
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_trains_what_it_says_on_real_models(build, family, name):
     model, base = build(family), build(family)
-    policy(model, name, config())
+    apply_policy(model, name, config())
     torch.testing.assert_close(FAMILIES[family].run(model), FAMILIES[family].run(base), rtol=1e-5, atol=1e-6)
     FAMILIES[family].run(model).square().sum().backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == trained(model)
@@ -161,37 +169,40 @@ def test_every_policy_trains_what_it_says_on_real_models(build, family, name):
 class TestOptions:
     def test_targets_ranks_and_depth(self, build):
         fields = config(target_modules="qkv", rank_pattern={"blocks.1.attn.qkv[v]": 2})
-        model = policy(build("timm_vit"), "deep_lora", fields)
+        model = apply_policy(build("timm_vit"), "deep_lora", fields)
         assert [(r.key, r.rank) for r in fastlora.summary(model).rows] == [
             (f"blocks.1.attn.qkv[{s}]", 2 if s == "v" else 4) for s in "qkv"
         ]
         assert fields.modules_to_save is None and fields.target_modules == "qkv"
-        model = policy(plain(5), "deep_lora", config(), deep=3)
+        model = apply_policy(plain(5), "deep_lora", config(), deep=3)
         assert {n.partition(".")[0] for n in adapted_layers(model)} == {"2", "3", "4"}
-        assert {n.partition(".")[0] for n in adapted_layers(policy(plain(5), "deep_lora", config()))} == {"3", "4"}
-        assert norms_of(policy(plain(2), "deep_lora", config(), deep=2)) == ["0.norm", "1.norm", "2"]
+        assert {n.partition(".")[0] for n in adapted_layers(apply_policy(plain(5), "deep_lora", config()))} == {
+            "3",
+            "4",
+        }
+        assert norms_of(apply_policy(plain(2), "deep_lora", config(), deep=2)) == ["0.norm", "1.norm", "2"]
 
     def test_what_was_frozen_is_trained_if_the_policy_says_so(self):
         for name in ("norm_only", "deep_lora"):
-            model = policy(plain(3).requires_grad_(False), name, config())
+            model = apply_policy(plain(3).requires_grad_(False), name, config())
             assert {"0.norm.weight", "0.norm.bias"} <= trained(model) and ("2.norm.weight" in trained(model)) == (
                 name == "norm_only"
             )
 
     def test_the_head_that_is_named(self, build):
-        model = policy(build("bert"), "head_only", config(modules_to_save=["pooler", "classifier"]))
+        model = apply_policy(build("bert"), "head_only", config(modules_to_save=["pooler", "classifier"]))
         assert trained(model) == {f"{n}.{p}" for n in ("bert.pooler.dense", "classifier") for p in ("weight", "bias")}
         assert fastlora.summary(model).head_params == 33 * 32 + 33 * 2
 
     @pytest.mark.parametrize("name", ["norm_only", "bitfit", "head_only"])
     def test_without_adapters_there_is_no_file(self, name, build, tmp_path):
-        model = fastlora.policy(build("timm_vit"), name)
+        model = fastlora.apply_policy(build("timm_vit"), name)
         with pytest.raises(ValueError, match=f"policy '{name}' trains no adapter, and PEFT has no file without one"):
             fastlora.save(model, tmp_path / "adapter")
         assert not (tmp_path / "adapter").exists()
 
     def test_what_is_trained_goes_into_the_file(self, build, tmp_path):
-        model = policy(build("timm_vit"), "deep_lora", config())
+        model = apply_policy(build("timm_vit"), "deep_lora", config())
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:
@@ -239,18 +250,18 @@ def test_refused_by_name_with_the_model_as_it_was(model, args, kwargs, message):
     next(model.parameters()).requires_grad_(False)
     before = state_of(model)
     with pytest.raises(ValueError, match=message):
-        policy(model, *args, **kwargs)
+        apply_policy(model, *args, **kwargs)
     assert_untouched(model, before)
 
 
 def test_adapted_models_and_outside_targets_are_refused(build):
     model = fastlora.inject(build("bert"), config(target_modules="qkv"))
     with pytest.raises(ValueError, match="already has an adapter"):
-        policy(model, "norm_only")
+        apply_policy(model, "norm_only")
     with pytest.raises(ValueError, match="target_modules: .* matches nothing inside the blocks"):
-        policy(build("bert"), "deep_lora", config(target_modules=["pooler.dense"]))
+        apply_policy(build("bert"), "deep_lora", config(target_modules=["pooler.dense"]))
     with pytest.raises(ValueError, match="model: expected a torch.nn.Module, got str"):
-        policy("bert", "norm_only")
+        apply_policy("bert", "norm_only")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +276,7 @@ def test_adapted_models_and_outside_targets_are_refused(build):
     ],
 )
 def test_rates_of_parameter_groups(kwargs, message):
-    model = policy(plain(3), "deep_lora", config())
+    model = apply_policy(plain(3), "deep_lora", config())
     with pytest.raises(ValueError, match=message):
         fastlora.param_groups(model, **kwargs)
     groups = {g["name"]: g["weight_decay"] for g in fastlora.param_groups(model, weight_decay={"norm": 0.5})}

@@ -1,4 +1,4 @@
-"""Merging into a quantised base: on request, quantised anew by the library's own rule, or not at all."""
+"""Merging into a quantized base: on request, quantized anew by the library's own rule, or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers import config, randomise
 from quantised_help import EVERY, QUANTISED, K, N, adapted, by_bitsandbytes, by_torchao, inputs, make, plain
 
 import fastlora
-from fastlora.nn import quantized as requantising
+from fastlora.nn import quantized as requantizing
 from fastlora.nn.linear import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,7 +38,7 @@ def test_the_sum_is_quantised_as_the_library_would(kind, caplog):
     model, weights = adapted(kind)
     sums = [W + model[i].delta().double() for i, W in zip((0, 2), weights, strict=True)]
     with caplog.at_level(logging.WARNING, "fastlora"):
-        assert fastlora.merge(model, requantise=True) is model
+        assert fastlora.merge(model, requantize=True) is model
     assert [type(model[i].weight) for i in (0, 2)] == [type(make(kind)[i].weight) for i in (0, 2)]
     for mine, theirs, exact, layer in zip(outputs(model), outputs(fresh(kind, sums)), sums, model[::2], strict=True):
         # What the base multiplied by is known to the rounding of fp32 (8-bit: fp16), so a few entries fall on the
@@ -47,7 +47,7 @@ def test_the_sum_is_quantised_as_the_library_would(kind, caplog):
         assert ((mine - theirs).abs() > 1e-4 * theirs.abs().max()).float().mean() < 0.02
         assert (mine.t() - layer.bias[:, None] - exact).abs().max() <= 1.5 * worst
     (said,) = [record.getMessage() for record in caplog.records if record.name == "fastlora.model.merge"]
-    assert said.startswith("merge: rounding to the quantised grid moved the merged weight of '")
+    assert said.startswith("merge: rounding to the quantized grid moved the merged weight of '")
 
 
 @EVERY
@@ -57,12 +57,12 @@ def test_forward_is_the_base_s_alone_and_unmerge_gives_all_back(kind):
     with torch.no_grad():
         before = model(x)
         weights = [model[i].weight for i in (0, 2)]
-        fastlora.merge(model, requantise=True)
+        fastlora.merge(model, requantize=True)
         merged = model(x)
         other = copy.deepcopy(model)
         assert not torch.equal(merged, before)
         # Closer to the adapted model than the base is: the update is in the weights.
-        with fastlora.disabled(fastlora.unmerge(copy.deepcopy(model))) as base:
+        with fastlora.disable_adapters(fastlora.unmerge(copy.deepcopy(model))) as base:
             assert (merged - before).norm() < 0.5 * (base(x) - before).norm()
         assert torch.equal(other(x), merged)
         assert all(layer.merged == ("default",) for layer in adapted_layers(model).values())
@@ -78,7 +78,7 @@ def test_forward_is_the_base_s_alone_and_unmerge_gives_all_back(kind):
 def test_state_dicts_of_a_merged_model_load_into_the_plain_one(kind):
     """A merged base is the library's own: its files are what that library writes."""
     model, _ = adapted(kind)
-    fastlora.merge(model, requantise=True)
+    fastlora.merge(model, requantize=True)
     x = inputs(4, K)
     state = {key: value for key, value in model.state_dict().items() if "lora_" not in key}
     assert state.keys() == make(kind).state_dict().keys()
@@ -90,18 +90,18 @@ def test_no_rank_no_change():
     model = fastlora.inject(make("torchao int8"), config(target_modules=["0", "2"], r=4, rank_pattern={"0": 0}))
     randomise(model)
     weight = model[0].weight
-    fastlora.merge(model, requantise=True)
+    fastlora.merge(model, requantize=True)
     assert model[0].weight is weight and model[0].merged and model[2].weight is not weight
 
 
 def test_a_base_that_is_quantised_in_part():
-    """Full-precision layers are merged as ever beside quantised ones."""
+    """Full-precision layers are merged as ever beside quantized ones."""
     torchao = pytest.importorskip("torchao.quantization")
     model = plain()
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, name: name == "0")
     randomise(fastlora.inject(model, config(target_modules=["0", "2"], r=4)))
     exact = model[2].weight + model[2].delta()
-    fastlora.merge(model, requantise=True)
+    fastlora.merge(model, requantize=True)
     torch.testing.assert_close(model[2].weight, exact)
     assert type(model[0].weight).__name__ == "Int8Tensor"
 
@@ -115,7 +115,7 @@ def test_int8_of_activations_and_of_whole_tensors_keeps_its_settings():
         model = by_torchao(plain(), name, **fields)
         before = model[0].weight
         randomise(fastlora.inject(model, config(target_modules=["0"], r=4)))
-        fastlora.merge(model, requantise=True)
+        fastlora.merge(model, requantize=True)
         after = model[0].weight
         assert after is not before and after.block_size == before.block_size
         assert after.act_quant_kwargs == before.act_quant_kwargs and after.scale.shape == before.scale.shape
@@ -124,7 +124,7 @@ def test_int8_of_activations_and_of_whole_tensors_keeps_its_settings():
 @pytest.mark.parametrize(
     "kind, fields",
     [
-        ("Linear8bitLt", dict(has_fp16_weights=True)),  # quantised anew at every forward
+        ("Linear8bitLt", dict(has_fp16_weights=True)),  # quantized anew at every forward
         ("Linear8bitLt", dict(has_fp16_weights=False, threshold=6.0)),
         ("Linear4bit", dict(quant_type="nf4", compute_dtype=torch.float32, compress_statistics=True)),
         ("Linear4bit", dict(quant_type="fp4", compute_dtype=torch.float32, quant_storage=torch.float32)),
@@ -135,16 +135,16 @@ def test_other_settings_of_bitsandbytes(kind, fields):
     layer = by_bitsandbytes(plain(), kind, **fields)[0]
     model, x = torch.nn.Sequential(layer), inputs(4, K)
     randomise(fastlora.inject(model, config(target_modules=["0"], r=4)))
-    exact = requantising.dequantised(layer) + layer.delta()
+    exact = requantizing.dequantized(layer) + layer.delta()
     with torch.no_grad():
         model.eval()(x)
         before, stored = model(x), layer.weight.data.clone()
-        fastlora.merge(model, requantise=True)
+        fastlora.merge(model, requantize=True)
         # Half of the widest step, 1/3 of the largest value in fp4 and 1/127 in int8, and the rounding of what it is
         # made from: 4-bit scales of 8 bits, fp16 before int8.
         half = 1 / 6 + 2**-9 if kind == "Linear4bit" else 1 / 254 + 2**-11
-        assert (requantising.dequantised(layer) - exact).abs().max() <= half * exact.abs().max()
-        torch.testing.assert_close(model(x), x @ requantising.dequantised(layer).t() + layer.bias, rtol=0.05, atol=0.05)
+        assert (requantizing.dequantized(layer) - exact).abs().max() <= half * exact.abs().max()
+        torch.testing.assert_close(model(x), x @ requantizing.dequantized(layer).t() + layer.bias, rtol=0.05, atol=0.05)
         fastlora.unmerge(model)
         assert torch.equal(model(x), before) and torch.equal(layer.weight.data, stored)
 
@@ -153,7 +153,7 @@ class TestErrorsChangeNothing:
     def refused(self, model, match):
         expected, kept = outputs(model), [model[i].weight for i in (0, 2)]
         with pytest.raises(ValueError, match=match):
-            fastlora.merge(model, requantise=True)
+            fastlora.merge(model, requantize=True)
         assert all(
             torch.equal(mine, was) or not was.isfinite().all()
             for mine, was in zip(outputs(model), expected, strict=True)
@@ -177,13 +177,13 @@ class TestErrorsChangeNothing:
 
     def test_a_kind_that_cannot_be_made_anew(self, monkeypatch):
         model, _ = adapted("torchao int8")
-        monkeypatch.setattr(requantising, "_KINDS", {"Params4bit": None})
-        self.refused(model, "model: '0': a Int8Tensor cannot be quantised anew here, only Params4bit")
+        monkeypatch.setattr(requantizing, "_KINDS", {"Params4bit": None})
+        self.refused(model, "model: '0': a Int8Tensor cannot be quantized anew here, only Params4bit")
 
     def test_merged_twice(self):
         model, _ = adapted("torchao int8")
-        fastlora.merge(model, requantise=True)
+        fastlora.merge(model, requantize=True)
         weight = model[0].weight
         with pytest.raises(ValueError, match="model: '0' is merged already"):
-            fastlora.merge(model, requantise=True)
+            fastlora.merge(model, requantize=True)
         assert model[0].weight is weight

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from test_bad_input import assert_untouched, state_of
 
 import fastlora
-from fastlora.importance.scores import breakdown
+from fastlora.config import PRESETS, LoraConfig
+from fastlora.importance.scores import Scores
 from fastlora.model.ranks import reallocate
-from fastlora.model.trainable import PRESETS, preset
 
 
 def ranks_of(model):
@@ -94,7 +94,7 @@ class TestReallocate:
 class TestBreakdown:
     def test_by_hand(self):
         scores = {"blocks.0.attn.qkv[q]": 1.0, "blocks.0.mlp.fc1": 2.0, "blocks.1.attn.qkv[q]": 5.0, "pooler": 8.0}
-        found = breakdown(scores)
+        found = Scores(scores, kind="grad_sq").breakdown()
         assert found.by_projection == {"attn.qkv[q]": 3.0, "mlp.fc1": 2.0, "pooler": 8.0}
         assert found.by_depth == {"blocks.0": 1.5, "blocks.1": 5.0, "": 8.0}
         lines = str(found).splitlines()
@@ -112,13 +112,13 @@ class TestBreakdown:
         ],
     )
     def test_keys_of_families(self, key, block, projection):
-        assert list(breakdown({key: 1.0}).cells) == [(block, projection)]
+        assert list(Scores({key: 1.0}, kind="grad_sq").breakdown().cells) == [(block, projection)]
 
     def test_bad_scores(self):
         with pytest.raises(ValueError, match="scores must not be empty"):
-            breakdown({})
-        with pytest.raises(ValueError, match="scores.* must be finite"):
-            breakdown({"a": float("inf")})
+            Scores({}, kind="grad_sq").breakdown()
+        with pytest.raises(ValueError, match="must be finite"):
+            Scores({"a": float("inf")}, kind="grad_sq").breakdown()
 
 
 class TestPresets:
@@ -132,15 +132,16 @@ class TestPresets:
         with torch.device("meta"):
             sizes = dict(img_size=16, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=5)
             model = timm.create_model("vit_tiny_patch16_224", **sizes)
-        chosen = preset(difficulty, modules_to_save=["head"])
+        chosen = LoraConfig.preset(difficulty, modules_to_save=["head"])
         assert (chosen.r, chosen.lora_alpha, chosen.modules_to_save) == (r, alpha, ["head"])
         rows = fastlora.summary(fastlora.inject(model, chosen)).rows
         assert len(rows) == matrices and {(row.rank, row.scale) for row in rows} == {(r, 2.0)}
 
     def test_overrides_and_refusals(self):
-        assert preset("simple", r=4, split_qkv=True).split_qkv is True and preset("simple", r=4).r == 4
+        assert LoraConfig.preset("simple", r=4, split_qkv=True).split_qkv is True
+        assert LoraConfig.preset("simple", r=4).r == 4
         with pytest.raises(ValueError, match=r"difficulty: expected one of \('simple', .*got 'easy'"):
-            preset("easy")
+            LoraConfig.preset("easy")
         with pytest.raises(ValueError, match="r: expected"):
-            preset("simple", r=0)
+            LoraConfig.preset("simple", r=0)
         assert list(PRESETS) == ["simple", "medium", "complex", "very_complex"]

@@ -45,7 +45,7 @@ TOO_LATE = {
     "inject": (lambda m: fastlora.inject(m, CONFIG), plain),
     "set_ranks": (lambda m: fastlora.set_ranks(m, {"0": 1}), lambda: fastlora.inject(plain(), CONFIG)),
     "add_adapter": (lambda m: fastlora.add_adapter(m, "b", CONFIG), lambda: fastlora.inject(plain(), CONFIG)),
-    "remove_adapter": (lambda m: fastlora.remove_adapter(m, "default"), lambda: fastlora.inject(plain(), CONFIG)),
+    "delete_adapter": (lambda m: fastlora.delete_adapter(m, "default"), lambda: fastlora.inject(plain(), CONFIG)),
 }
 WRAPPED = {
     "fully_shard": (fully_shard, "is sharded by fully_shard"),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlora.importance.scores import Scores, composite, minmax, zscore
+from fastlora.importance.scores import Scores, minmax, zscore
 
 PROPERTY = settings(max_examples=100, deadline=None)
 VALUES = {"a": 3.0, "b": 1.0, "c": 2.0}
@@ -173,45 +173,45 @@ GRAD_SQ, GRAD_ABS, ACT_VAR = (named(v) for v in ((9, 4, 1, 1, 0.5), (3, 2, 1, 1,
 
 
 def test_composite_worked_example():
-    scores = composite(GRAD_SQ, GRAD_ABS, ACT_VAR)
+    scores = Scores.composite(GRAD_SQ, GRAD_ABS, ACT_VAR)
     assert [round(value, 3) for value in scores.values()] == [1.266, 0.642, -0.520, -0.520, -0.867]
     assert scores.kind == "composite" and scores.signed is True and scores.costs is None
 
 
 def test_composite_weights_and_order():
     reordered = dict(reversed(list(GRAD_ABS.items())))
-    assert composite(GRAD_SQ, reordered, ACT_VAR) == composite(GRAD_SQ, GRAD_ABS, ACT_VAR)
-    assert list(composite(GRAD_SQ, reordered, ACT_VAR)) == list(GRAD_SQ)
-    assert composite(GRAD_SQ, GRAD_ABS, ACT_VAR, weights=(0, 0, 1)) == zscore(ACT_VAR)
+    assert Scores.composite(GRAD_SQ, reordered, ACT_VAR) == Scores.composite(GRAD_SQ, GRAD_ABS, ACT_VAR)
+    assert list(Scores.composite(GRAD_SQ, reordered, ACT_VAR)) == list(GRAD_SQ)
+    assert Scores.composite(GRAD_SQ, GRAD_ABS, ACT_VAR, weights=(0, 0, 1)) == zscore(ACT_VAR)
 
 
 def test_composite_by_minmax():
-    scores = composite(GRAD_SQ, GRAD_ABS, ACT_VAR, normalise="minmax")
+    scores = Scores.composite(GRAD_SQ, GRAD_ABS, ACT_VAR, normalize="minmax")
     assert scores.kind == "composite_minmax" and scores.signed is False
     expected = 0.6 * 3.5 / 8.5 + 0.2 * 1.3 / 2.3 + 0.2
     assert scores["layer.1"] == pytest.approx(expected, abs=1e-15)
     assert min(scores.values()) == 0.0 and max(scores.values()) <= 1.0
-    assert composite(GRAD_SQ, GRAD_ABS, ACT_VAR, weights=(1, -1, 0), normalise="minmax").signed is True
+    assert Scores.composite(GRAD_SQ, GRAD_ABS, ACT_VAR, weights=(1, -1, 0), normalize="minmax").signed is True
 
 
 def test_composite_carries_costs():
     costs = dict.fromkeys(GRAD_SQ, 1536)
-    scores = composite(GRAD_SQ, Scores(GRAD_ABS, "grad_abs", costs=costs), ACT_VAR)
+    scores = Scores.composite(GRAD_SQ, Scores(GRAD_ABS, "grad_abs", costs=costs), ACT_VAR)
     assert dict(scores.costs) == costs
 
 
 def test_composite_bad_input():
     with pytest.raises(ValueError, match="grad_sq and grad_abs must have the same keys: grad_abs lacks 'layer.4'"):
-        composite(GRAD_SQ, named((3, 2, 1, 1)), ACT_VAR)
+        Scores.composite(GRAD_SQ, named((3, 2, 1, 1)), ACT_VAR)
     with pytest.raises(ValueError, match="act_var lacks 'layer.0'; grad_sq lacks 'other'"):
-        composite(named((1, 2)), named((1, 2)), {"layer.1": 2.0, "other": 1.0})
+        Scores.composite(named((1, 2)), named((1, 2)), {"layer.1": 2.0, "other": 1.0})
     with pytest.raises(ValueError, match=r"act_var\['layer.0'\] must be finite"):
-        composite(named((1, 2)), named((1, 2)), named((math.nan, 1)))
+        Scores.composite(named((1, 2)), named((1, 2)), named((math.nan, 1)))
     with pytest.raises(ValueError, match="weights must hold 3 numbers"):
-        composite(GRAD_SQ, GRAD_ABS, ACT_VAR, weights=(1.0, 2.0))
+        Scores.composite(GRAD_SQ, GRAD_ABS, ACT_VAR, weights=(1.0, 2.0))
     with pytest.raises(ValueError, match=r"weights\[2\] must be finite"):
-        composite(GRAD_SQ, GRAD_ABS, ACT_VAR, weights=(1.0, 2.0, math.inf))
-    with pytest.raises(ValueError, match="normalise must be 'zscore' or 'minmax', got 'rank'"):
-        composite(GRAD_SQ, GRAD_ABS, ACT_VAR, normalise="rank")
+        Scores.composite(GRAD_SQ, GRAD_ABS, ACT_VAR, weights=(1.0, 2.0, math.inf))
+    with pytest.raises(ValueError, match="normalize must be 'zscore' or 'minmax', got 'rank'"):
+        Scores.composite(GRAD_SQ, GRAD_ABS, ACT_VAR, normalize="rank")
     with pytest.raises(ValueError, match="must not be empty"):
-        composite({}, {}, {})
+        Scores.composite({}, {}, {})

@@ -75,9 +75,9 @@ def test_two_threads_with_two_models():
         optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-2))
         with fastlora.track(model, every=1, seed=seed) as tracker:
             for i in range(12):
-                with fastlora.adapters(model, "default"):
+                with fastlora.use_adapters(model, "default"):
                     loss = loss_fn(model, batch(100 * seed + i))
-                with fastlora.disabled(model), torch.no_grad():
+                with fastlora.disable_adapters(model), torch.no_grad():
                     model(batch(0)[0])
                 loss.backward()
                 optimizer.step()

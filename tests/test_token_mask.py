@@ -62,7 +62,7 @@ def test_a_padded_batch_has_the_variance_of_its_tokens(kind, estimator):
     assert all(found[key] != pytest.approx(everything[key], rel=1e-3) for key in found)
 
 
-@pytest.mark.parametrize("backend", ["reference", "python", "native"])
+@pytest.mark.parametrize("backend", ["reference", "eager", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_backend_in_low_precision(backend, dtype):
     m, (x, y), mask = model(dtype), data(dtype), padding()
@@ -170,11 +170,11 @@ def test_an_adapter_of_a_mixed_batch(inside):
     m, (x, y), mask = model(), data(), padding()
     fastlora.add_adapter(m, "b", fastlora.LoraConfig(r=1, target_modules="qkv", init_lora_weights=False))
     ids = torch.tensor([1, 0, 1, -1, 1, 0])
-    with fastlora.adapters(m, "b"):
+    with fastlora.use_adapters(m, "b"):
         expected = variances(m, [((x, y), mask * (ids == 1)[:, None])])
 
     def run(tracker):
-        contexts = [tracker.mask(mask), fastlora.adapters(m, ids)]
+        contexts = [tracker.mask(mask), fastlora.use_adapters(m, ids)]
         with contextlib.ExitStack() as stack:
             for context in contexts[:: -1 if inside else 1]:
                 stack.enter_context(context)

@@ -27,18 +27,18 @@ def tracked(m, batches, **kwargs):
     return tracker
 
 
-def expected_penalty(tracker, lmbda, form, normalise):
+def expected_penalty(tracker, weight, form, normalize):
     """The definition in plain torch, matrix by matrix."""
     F = torch.tensor(list(tracker.scores("grad_sq").values()), dtype=torch.float64)
-    shares = {"sum": F / F.sum(), "relative": F / F.max(), "uniform": torch.full_like(F, 1 / len(F))}[normalise]
+    shares = {"sum": F / F.sum(), "relative": F / F.max(), "uniform": torch.full_like(F, 1 / len(F))}[normalize]
     total = 0.0
     for share, (path, name) in zip(shares.tolist(), tracker.matrices, strict=True):
         layer = tracker.layers[path]
         a, b, s = layer.pairs()[list(layer.slices).index(name)]
         if form == "delta":
-            total = total + lmbda * (1 - share) * (s * b @ a).square().sum()
+            total = total + weight * (1 - share) * (s * b @ a).square().sum()
         else:
-            total = total + lmbda / 2 * (1 - share) * (a.square().sum() + b.square().sum())
+            total = total + weight / 2 * (1 - share) * (a.square().sum() + b.square().sum())
     return total
 
 
@@ -46,19 +46,19 @@ def gradients(m):
     return [p.grad.clone() for p in m.parameters() if p.requires_grad and p.grad is not None]
 
 
-@pytest.mark.parametrize("form, normalise", OPTIONS)
-def test_value_and_gradient_by_hand(form, normalise):
+@pytest.mark.parametrize("form, normalize", OPTIONS)
+def test_value_and_gradient_by_hand(form, normalize):
     m = model()
     with tracked(m, [data(seed=s) for s in range(3)]) as tracker:
-        expected = expected_penalty(tracker, 0.1, form, normalise)
-        value = tracker.penalty(0.1, form, normalise)
+        expected = expected_penalty(tracker, 0.1, form, normalize)
+        value = tracker.penalty(0.1, form, normalize)
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
         (loss_of(m, data()) + value).backward()
         by_autograd = gradients(m)
         m.zero_grad()
         loss_of(m, data()).backward()
         before = [p.grad for p in m.parameters() if p.grad is not None]
-        tracker.apply_penalty(0.1, form, normalise)
+        tracker.apply_penalty(0.1, form, normalize)
         assert all(p.grad is g for p, g in zip([p for p in m.parameters() if p.grad is not None], before, strict=True))
         for mine, other in zip(gradients(m), by_autograd, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-14)
@@ -118,9 +118,9 @@ def test_nothing_is_added_before_importance_is_frozen():
     "kwargs, error, message",
     [
         ({"form": "l1"}, ValueError, "form must be 'delta' or 'decay', got 'l1'"),
-        ({"normalise": "max"}, ValueError, "normalise must be 'sum', 'relative' or 'uniform', got 'max'"),
-        ({"lmbda": float("nan")}, ValueError, "lmbda must be finite"),
-        ({"lmbda": "1"}, TypeError, "lmbda must be a number"),
+        ({"normalize": "max"}, ValueError, "normalize must be 'sum', 'relative' or 'uniform', got 'max'"),
+        ({"weight": float("nan")}, ValueError, "weight must be finite"),
+        ({"weight": "1"}, TypeError, "weight must be a number"),
         ({"adapter": "b"}, ValueError, "adapter: no tracked layer has an adapter 'b', only default"),
     ],
 )
@@ -159,8 +159,8 @@ needs_native = pytest.mark.skipif(not native.available(), reason="the native lib
 
 
 @needs_native
-@pytest.mark.parametrize("normalise", ["sum", "relative", "uniform"])
-def test_all_matrices_in_one_launch(launches, normalise):
+@pytest.mark.parametrize("normalize", ["sum", "relative", "uniform"])
+def test_all_matrices_in_one_launch(launches, normalize):
     """Value, backward and gradient by hand each: the numbers of the formula, four times its own error at most."""
     m, exact = model(torch.float32), model(torch.float64)
     exact.load_state_dict(m.state_dict())
@@ -168,17 +168,17 @@ def test_all_matrices_in_one_launch(launches, normalise):
         assert fastlora.explain(m).penalty == {"default": ("native", "")}
         assert fastlora.explain(exact).penalty["default"][0] == "formula"
         wide.importance = tracker._weighing()[0].double()  # the same weights in both
-        mine = gradients_of(m, lambda: tracker.penalty(0.1, normalise=normalise).backward())
-        by_hand = gradients_of(m, lambda: tracker.apply_penalty(0.1, normalise=normalise))
+        mine = gradients_of(m, lambda: tracker.penalty(0.1, normalize=normalize).backward())
+        by_hand = gradients_of(m, lambda: tracker.apply_penalty(0.1, normalize=normalize))
         assert launches == {"penalty": 1, "penalty_grad_": 2}
-        value = tracker.penalty(0.1, normalise=normalise)
+        value = tracker.penalty(0.1, normalize=normalize)
         for layer in tracker.layers.values():
             layer.backend = "reference"
         assert fastlora.explain(m).penalty == {"default": ("formula", "backend 'reference' was asked for")}
-        formula = gradients_of(m, lambda: tracker.apply_penalty(0.1, normalise=normalise))
+        formula = gradients_of(m, lambda: tracker.apply_penalty(0.1, normalize=normalize))
         assert launches == {"penalty": 2, "penalty_grad_": 2}
-        truth = gradients_of(exact, lambda: wide.apply_penalty(0.1, normalise=normalise))
-        torch.testing.assert_close(value.double(), wide.penalty(0.1, normalise=normalise), rtol=1e-6, atol=0)
+        truth = gradients_of(exact, lambda: wide.apply_penalty(0.1, normalize=normalize))
+        torch.testing.assert_close(value.double(), wide.penalty(0.1, normalize=normalize), rtol=1e-6, atol=0)
         assert len(truth) == len(mine) == len(by_hand)
         for a, b, f, t in zip(mine, by_hand, formula, truth, strict=True):
             allowed = 4 * (f - t).abs().max() + torch.finfo(torch.float32).eps * t.abs().max()

@@ -117,7 +117,7 @@ def test_the_best_model_is_loaded_at_the_end(make, tmp_path):
     assert not torch.equal(next(iter(best.values())), next(iter(last.values())))
 
 
-def by_hand(model, data, steps, micro, clip, lmbda, lr):
+def by_hand(model, data, steps, micro, clip, weight, lr):
     """The loop of the README, with the batches in the same order."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     model.train()
@@ -129,7 +129,7 @@ def by_hand(model, data, steps, micro, clip, lmbda, lr):
                 labels = torch.tensor([entry["labels"] for entry in batch])
                 loss = model(input_ids=tokens, labels=labels).loss
                 # The Trainer does not divide losses of models that take further keyword arguments.
-                (loss + tracker.penalty(lmbda) / micro).backward()
+                (loss + tracker.penalty(weight) / micro).backward()
             nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -138,9 +138,9 @@ def by_hand(model, data, steps, micro, clip, lmbda, lr):
 
 
 def test_the_penalty_is_clipped_with_the_loss(tmp_path):
-    data, lmbda = texts(48), 5.0
+    data, weight = texts(48), 5.0
     model = bert(dropout=0.0, init_lora_weights=False)
-    callback = FastLoraCallback(track=TRACK, penalty=lmbda)
+    callback = FastLoraCallback(track=TRACK, penalty=weight)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     t = trainer(
         model, tmp_path, callback, data=data, optimizers=(optimizer, None), max_grad_norm=0.5, save_strategy="no",
@@ -148,7 +148,7 @@ def test_the_penalty_is_clipped_with_the_loss(tmp_path):
     )  # fmt: skip
     t.train()
     other = bert(dropout=0.0, init_lora_weights=False)
-    tracker = by_hand(other, data, 6, 2, 0.5, lmbda, 0.05)
+    tracker = by_hand(other, data, 6, 2, 0.5, weight, 0.05)
     torch.testing.assert_close(callback.tracker.importance, tracker.importance, rtol=1e-4, atol=0)
     mine, theirs = trained(model), trained(other)
     start = trained(bert(dropout=0.0, init_lora_weights=False))

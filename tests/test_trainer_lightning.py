@@ -61,7 +61,7 @@ def test_resumes_bit_for_bit_from_what_was_trained(tmp_path):
 
 def test_the_penalty_is_clipped_with_the_loss(tmp_path):
     """Against a loop by hand: two micro-batches a step, SGD, clipping that binds."""
-    lmbda, data = 5.0, images()
+    weight, data = 5.0, images()
 
     class Sgd(Module):
         def configure_optimizers(self):
@@ -75,7 +75,7 @@ def test_the_penalty_is_clipped_with_the_loss(tmp_path):
                     p.copy_(torch.linspace(-0.3, 0.3, p.numel()).view_as(p))
         return model
 
-    callback = FastLoraCallback(track={"every": 1, "warmup": 2}, penalty=lmbda)
+    callback = FastLoraCallback(track={"every": 1, "warmup": 2}, penalty=weight)
     module = Sgd(start())
     options = dict(accumulate_grad_batches=2, gradient_clip_val=0.5)
     fit(module, tmp_path, callback, epochs=2, **options)
@@ -86,7 +86,7 @@ def test_the_penalty_is_clipped_with_the_loss(tmp_path):
             for i in range(0, 24, 8):
                 for batch in (data[i : i + 4], data[i + 4 : i + 8]):
                     x, y = torch.stack([b["pixel_values"] for b in batch]), torch.tensor([b["labels"] for b in batch])
-                    ((other.train()(x, y)["loss"] + tracker.penalty(lmbda)) / 2).backward()
+                    ((other.train()(x, y)["loss"] + tracker.penalty(weight)) / 2).backward()
                 nn.utils.clip_grad_norm_(other.parameters(), 0.5)
                 optimizer.step()
                 optimizer.zero_grad()

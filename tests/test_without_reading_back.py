@@ -71,7 +71,7 @@ def steps(model, tracker, launched, ids=None, count=3, shape=(8, 5, 64)):
         x = torch.empty(shape, dtype=model.q.weight.dtype, device=META)
         launched.clear()
         with WaitingCopies() as copies:
-            with contextlib.nullcontext() if ids is None else fastlora.adapters(model, ids):
+            with contextlib.nullcontext() if ids is None else fastlora.use_adapters(model, ids):
                 loss = model(x).square().mean()
             if tracker is not None and tracker.estimator == "probe":
                 loss = loss + tracker.penalty(1e-3).to(loss.dtype)

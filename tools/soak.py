@@ -54,14 +54,14 @@ class Soak:
         name, model = f"extra{self.number}", self.model
         fastlora.add_adapter(model, name, fastlora.LoraConfig(r=3, target_modules=["proj"], init_lora_weights=False))
         optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-3))
-        handle = fastlora.hold_absent(model, optimizer)
+        handle = fastlora.freeze_unused_adapters(model, optimizer)
         second = fastlora.track(model, "exact", adapter=name)
         newest = len(fastlora.adapter_names(model)) - 1
         for step in range(CYCLE):
             self.step(optimizer, torch.tensor([0, newest, -1, step % 2 * newest]), second)
         second.close()
         handle.remove()
-        fastlora.remove_adapter(model, name)
+        fastlora.delete_adapter(model, name)
         fastlora.save(model, self.folder)
         fastlora.load(plain(), self.folder)
         copy.deepcopy(model)(batch(0)[0]).sum().backward()
@@ -70,14 +70,14 @@ class Soak:
             model, [batch(0)], lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), 1, progress=False
         )
         self.tracker = fastlora.track(model, statistics=("grad_sq", "act_var"), every=1)
-        with fastlora.disabled(model), torch.no_grad():
+        with fastlora.disable_adapters(model), torch.no_grad():
             model(batch(0)[0])
         self.number += 1
         return {"steps": self.number * CYCLE, **counted(model)}
 
     def step(self, optimizer: torch.optim.Optimizer, ids: torch.Tensor, second: fastlora.Tracker) -> None:
         x, y = batch(self.number * CYCLE + int(ids.sum()))
-        with fastlora.adapters(self.model, ids):
+        with fastlora.use_adapters(self.model, ids):
             losses = nn.functional.cross_entropy(self.model(x), y, reduction="none")
         (fastlora.per_adapter_mean(losses, ids) + self.tracker.penalty(1e-4)).backward()
         optimizer.step()

@@ -92,11 +92,11 @@ def _estimates(results: Mapping[str, Any]) -> list[str]:
             f"- Exact importance before training against its average over the steps until it is frozen: Spearman "
             f"{_number(results['drift'])}. Below 1 it says how far importance drifts."
         )
-    for normalise, factors in results["factors"].items():
+    for normalize, factors in results["factors"].items():
         if factors:
             low, middle, high = factors
             lines.append(
-                f"- Factors 1 - I under `{normalise}`: {low:.3f} to {high:.3f}, median {middle:.3f}; the nearer "
+                f"- Factors 1 - I under `{normalize}`: {low:.3f} to {high:.3f}, median {middle:.3f}; the nearer "
                 "to each other, the more the penalty is a uniform one."
             )
     if results["same_predictions"]:

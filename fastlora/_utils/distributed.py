@@ -13,7 +13,7 @@ _FIRST = "call fastlora.{} before DistributedDataParallel, fully_shard and Accel
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroupInfo:
     """The processes that train one model on different data, and what they divide the sum of their gradients by."""
 
     groups: tuple[Any, ...]  # one process group a mesh dimension: one but for replicated shards
@@ -126,7 +126,7 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def once(ranks: Ranks | None, together: bool, action: Callable[[], None]) -> None:
+def once(ranks: ProcessGroupInfo | None, together: bool, action: Callable[[], None]) -> None:
     """Run on the first rank only; ``together``: all ranks are here, wait for it, and raise what it raises."""
     error = None
     if ranks is None or ranks.rank == 0:
@@ -197,7 +197,7 @@ def _check_group(process_group: Any) -> None:
         raise ValueError(f"process_group: expected 'auto', None or a process group, got {process_group!r}")
 
 
-def ranks_of(model: nn.Module, process_group: Any = "auto") -> Ranks | None:
+def ranks_of(model: nn.Module, process_group: Any = "auto") -> ProcessGroupInfo | None:
     """Who trains this model together, or None for nobody but this process.
 
     ``"auto"``: the group of the DDP wrapper that is given or runs right now, or the mesh of ``fully_shard``; a process
@@ -222,9 +222,9 @@ def ranks_of(model: nn.Module, process_group: Any = "auto") -> Ranks | None:
     return None
 
 
-def _counted(groups: tuple[Any, ...], divisor: float | None) -> Ranks | None:
-    ranks = Ranks(groups, 1.0)
-    return None if ranks.size == 1 else Ranks(groups, float(divisor or ranks.size))
+def _counted(groups: tuple[Any, ...], divisor: float | None) -> ProcessGroupInfo | None:
+    ranks = ProcessGroupInfo(groups, 1.0)
+    return None if ranks.size == 1 else ProcessGroupInfo(groups, float(divisor or ranks.size))
 
 
 def several_processes() -> bool:

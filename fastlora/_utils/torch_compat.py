@@ -23,7 +23,7 @@ def autocasting(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def eager(tensors: Sequence[Tensor | None]) -> bool:
+def can_skip_dispatcher(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing watches the dispatcher, so that a kernel may be called without it.
 
     On a small layer going through the dispatcher to a kernel written in Python costs more than the kernel.
@@ -68,7 +68,7 @@ def checkpoint_frame(hooks: Any) -> Any:
     return None
 
 
-def set_learning(parameters: Iterable[torch.Tensor], learns: bool) -> None:
+def set_requires_grad(parameters: Iterable[torch.Tensor], learns: bool) -> None:
     """``requires_grad_`` that compiled models notice.
 
     torch 2.11 goes on with code that was compiled for what had gradients before (pytorch issue 139476): parameters that

@@ -18,7 +18,7 @@ from .._utils.distributed import refuse_parallel
 from ..model.inject import refuse_peft
 from ..ops import native, penalty
 from ..ops.backends import BACKENDS
-from ..ops.layout import Batch
+from ..ops.layout import AdapterBatch
 from ..ops.lora import lora_grouped, lora_linear
 from ..ops.matmul import onednn_reason
 from ..ops.penalty import weighted_penalty
@@ -232,7 +232,7 @@ def _grouped(backend: str, operands: list[Tensor]) -> list[Tensor]:
     A, B = A + [a[:1] * 0.5 for a in A], B + [b[:, :1] * 2 for b in B]
     Z, P = _probes(x, 2)
     leaves = [t.detach().requires_grad_() for t in (x, *A, *B)]
-    batch = Batch(("a", "b"), torch.tensor([0, 1, -1, 0, 1, 1, 0]))
+    batch = AdapterBatch(("a", "b"), torch.tensor([0, 1, -1, 0, 1, 1, 0]))
     y = lora_grouped(
         leaves[0], weights, [None, None], leaves[1:5], leaves[5:], _SCALE * 2, batch, Z=Z, P=P, backend=backend
     )

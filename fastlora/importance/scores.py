@@ -120,6 +120,60 @@ class Scores(Mapping[str, float]):
         product = sum(left * right for left, right in zip(first, second, strict=True))
         return product / math.sqrt(first_spread * second_spread)
 
+    def breakdown(self) -> Breakdown:
+        """Means of scores by projection (``attn.qkv[q]``) and by block (``blocks.0``), in the order of the scores.
+
+        A key's block is its path up to the first number (and on to ``blocks.<n>`` inside a stage), its projection
+        the rest; a key without a number is a projection of the block "". Raises ``ValueError`` for no scores.
+        """
+        if not self:
+            raise ValueError("scores must not be empty")
+        cells: dict[tuple[str, str], float] = {}
+        for key, value in self.items():
+            found = _BLOCK.fullmatch(key)
+            cells[found.groups() if found else ("", key)] = value
+        return Breakdown(_means(cells, 1), _means(cells, 0), cells)
+
+    @staticmethod
+    def composite(
+        grad_sq: Mapping[str, float],
+        grad_abs: Mapping[str, float],
+        act_var: Mapping[str, float],
+        weights: Sequence[float] = (0.6, 0.2, 0.2),
+        normalize: str = "zscore",
+    ) -> Scores:
+        """FC-LoRA's importance c = 0.6 z(grad_sq) + 0.2 z(grad_abs) + 0.2 z(act_var), z over all matrices.
+
+        ``normalize="minmax"`` is the published variant (kind ``"composite_minmax"``, values in [0, 1] for weights that
+        sum to 1). Keys keep the order of ``grad_sq``; costs are taken from the first argument that carries them.
+
+        Raises ValueError when the keys of the three differ (the difference is named) or values are not finite.
+        """
+        if normalize not in ("zscore", "minmax"):
+            near = suggestion(normalize, ("zscore", "minmax"))
+            raise ValueError(f"normalize must be 'zscore' or 'minmax', got {normalize!r}{near}")
+        parts = {"grad_sq": grad_sq, "grad_abs": grad_abs, "act_var": act_var}
+        if not isinstance(weights, Sequence):
+            raise TypeError(f"weights must be a sequence of 3 numbers, got {type(weights).__name__}")
+        factors = [_finite_float(weight, f"weights[{index}]") for index, weight in enumerate(weights)]
+        if len(factors) != len(parts):
+            raise ValueError(f"weights must hold 3 numbers (grad_sq, grad_abs, act_var), got {len(factors)}")
+        checked = {name: finite_floats(part, name) for name, part in parts.items()}
+        for name in ("grad_abs", "act_var"):
+            same_keys(checked["grad_sq"], checked[name], "grad_sq", name)
+        rescale = zscore if normalize == "zscore" else minmax
+        columns = [rescale(part) for part in checked.values()]
+        weighted = list(zip(factors, columns, strict=True))
+        totals = {key: math.fsum(factor * column[key] for factor, column in weighted) for key in checked["grad_sq"]}
+        costs = next(
+            (part.costs for part in parts.values() if isinstance(part, Scores) and part.costs is not None), None
+        )
+        if normalize == "zscore":
+            return Scores(totals, kind="composite", costs=costs)
+        # Negative weights are unusual but legal, so the values decide.
+        signed = min(totals.values()) < 0
+        return Scores(totals, kind="composite_minmax", signed=signed, costs=costs)
+
 
 def zscore(values: Mapping[str, float]) -> dict[str, float]:
     """z_i = (v_i - mean v) / std v with the population deviation; all 0 when max v - min v <= 1e-12 * max|v|.
@@ -144,44 +198,6 @@ def minmax(values: Mapping[str, float]) -> dict[str, float]:
         return dict.fromkeys(scaled, 0.0)
     low, high = min(scaled.values()), max(scaled.values())
     return {key: (value - low) / (high - low) for key, value in scaled.items()}
-
-
-def composite(
-    grad_sq: Mapping[str, float],
-    grad_abs: Mapping[str, float],
-    act_var: Mapping[str, float],
-    weights: Sequence[float] = (0.6, 0.2, 0.2),
-    normalise: str = "zscore",
-) -> Scores:
-    """FC-LoRA's importance c = 0.6 z(grad_sq) + 0.2 z(grad_abs) + 0.2 z(act_var), z over all matrices.
-
-    ``normalise="minmax"`` is the published variant (kind ``"composite_minmax"``, values in [0, 1] for weights that
-    sum to 1). Keys keep the order of ``grad_sq``; costs are taken from the first argument that carries them.
-
-    Raises ValueError when the keys of the three differ (the difference is named) or values are not finite.
-    """
-    if normalise not in ("zscore", "minmax"):
-        near = suggestion(normalise, ("zscore", "minmax"))
-        raise ValueError(f"normalise must be 'zscore' or 'minmax', got {normalise!r}{near}")
-    parts = {"grad_sq": grad_sq, "grad_abs": grad_abs, "act_var": act_var}
-    if not isinstance(weights, Sequence):
-        raise TypeError(f"weights must be a sequence of 3 numbers, got {type(weights).__name__}")
-    factors = [_finite_float(weight, f"weights[{index}]") for index, weight in enumerate(weights)]
-    if len(factors) != len(parts):
-        raise ValueError(f"weights must hold 3 numbers (grad_sq, grad_abs, act_var), got {len(factors)}")
-    checked = {name: finite_floats(part, name) for name, part in parts.items()}
-    for name in ("grad_abs", "act_var"):
-        same_keys(checked["grad_sq"], checked[name], "grad_sq", name)
-    rescale = zscore if normalise == "zscore" else minmax
-    columns = [rescale(part) for part in checked.values()]
-    weighted = list(zip(factors, columns, strict=True))
-    totals = {key: math.fsum(factor * column[key] for factor, column in weighted) for key in checked["grad_sq"]}
-    costs = next((part.costs for part in parts.values() if isinstance(part, Scores) and part.costs is not None), None)
-    if normalise == "zscore":
-        return Scores(totals, kind="composite", costs=costs)
-    # Negative weights are unusual but legal, so the values decide.
-    signed = min(totals.values()) < 0
-    return Scores(totals, kind="composite_minmax", signed=signed, costs=costs)
 
 
 def finite_floats(values: Mapping[str, float], name: str) -> dict[str, float]:
@@ -272,7 +288,7 @@ def _is_flat(values: Mapping[str, float]) -> bool:
 
 
 def _doubled_ranks(values: Sequence[float]) -> list[int]:
-    """Twice the mean ranks, centred: integers, so that the correlation has no rounding in its sums."""
+    """Twice the mean ranks, centered: integers, so that the correlation has no rounding in its sums."""
     order = sorted(range(len(values)), key=values.__getitem__)
     ranks = [0] * len(values)
     start = 0
@@ -310,23 +326,6 @@ class Breakdown:
         lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
                  for row in [head, *rows]]  # fmt: skip
         return "\n".join(line.rstrip() for line in [lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
-
-
-def breakdown(scores: Mapping[str, float]) -> Breakdown:
-    """Means of scores by projection (``attn.qkv[q]``) and by block (``blocks.0``), in the order of the scores.
-
-    A key's block is its path up to the first number (and on to ``blocks.<n>`` inside a stage), its projection the rest;
-    a key without a number is a projection of the block "". Raises ``ValueError`` for no scores or values that are not
-    finite.
-    """
-    values = finite_floats(scores, "scores")
-    if not values:
-        raise ValueError("scores must not be empty")
-    cells: dict[tuple[str, str], float] = {}
-    for key, value in values.items():
-        found = _BLOCK.fullmatch(key)
-        cells[found.groups() if found else ("", key)] = value
-    return Breakdown(_means(cells, 1), _means(cells, 0), cells)
 
 
 def _means(cells: Mapping[tuple[str, str], float], position: int) -> dict[str, float]:

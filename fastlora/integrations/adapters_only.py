@@ -86,7 +86,7 @@ class _LeaveOutBase:
         frozen = [prefix + name for name in _parameters(module) if name not in trained]
         for name in frozen:
             state.pop(name, None)
-        # Quantised weights keep their scales under the weight's name.
+        # Quantized weights keep their scales under the weight's name.
         parts = tuple(name + "." for name in frozen)
         for key in [key for key in state if key.startswith(parts)]:
             del state[key]

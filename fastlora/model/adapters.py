@@ -15,7 +15,7 @@ from .._utils.errors import unknown_choice
 from ..config import LoraConfig
 from ..nn.linear import Linear, adapted_layers
 from ..nn.routing import Route, Router
-from ..ops.layout import Batch
+from ..ops.layout import AdapterBatch
 from .inject import commit_injection, find_modules_to_save, find_targets, group_layers, plan_injection
 from .learning_check import watch_learning
 
@@ -88,12 +88,12 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     return model
 
 
-def remove_adapter(model: nn.Module, name: str) -> nn.Module:
+def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     """Take an adapter out; its id is not given again. Raises ``ValueError`` with the model as it was.
 
     The adapter that runs by default, a merged, a tracked one and one whose graph awaits its backward stay.
     """
-    refuse_parallel(model, "remove_adapter")
+    refuse_parallel(model, "delete_adapter")
     routers = routers_of(model)
     _known(routers[0], name, "name")
     layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapter_specs}
@@ -124,7 +124,7 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
 
 
 @contextmanager
-def adapters(
+def use_adapters(
     model: nn.Module,
     ids: str | Sequence[str | None] | Tensor | Mapping[str | None, tuple[int, int]],
     *,
@@ -135,7 +135,7 @@ def adapters(
     ``ids``: an int64 tensor [S] (one a sample, dimension 0), [S, T] or [M] (one a token) of indices into
     ``adapter_names(model)``, a list of S names, one name for all, or one range (begin, end) for each name (None: the
     base), which together cover the samples or tokens. Ids on the CPU are checked, and adapters that they do not name
-    get no gradient; ids on a GPU are not read back, see ``hold_absent``. ``row_seeds`` int64 [S] makes the
+    get no gradient; ids on a GPU are not read back, see ``freeze_unused_adapters``. ``row_seeds`` int64 [S] makes the
     dropout of a sample depend on its seed, the layer and the place in the sample alone, not on the batch.
 
     Backward may run after the context has closed, under activation checkpointing too. Raises ``ValueError`` naming ids
@@ -169,7 +169,7 @@ def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
         name = _known(router, ids, "ids")
         if row_seeds is None:
             return Route(True, name)
-        return Route(True, name, Batch([name], torch.zeros_like(row_seeds), row_seeds))
+        return Route(True, name, AdapterBatch([name], torch.zeros_like(row_seeds), row_seeds))
     if isinstance(ids, Mapping):
         ids = _of_ranges(router, ids)
     if not isinstance(ids, Tensor):
@@ -183,7 +183,7 @@ def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
     if row_seeds is not None and row_seeds.shape != ids.shape:
         raise ValueError(f"row_seeds: expected one for each of {ids.shape[0]} ids, got {row_seeds.shape[0]}")
     names, compact = _compact(router, ids)
-    return Route(True, router.default.adapter, Batch(names, compact, row_seeds))
+    return Route(True, router.default.adapter, AdapterBatch(names, compact, row_seeds))
 
 
 def _of_ranges(router: Router, ranges: Mapping[str | None, tuple[int, int]]) -> Tensor:
@@ -253,7 +253,7 @@ def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
     return torch.where(own >= 0, losses.reshape(-1) / counts[place], 0.0).sum()
 
 
-def hold_absent(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     """Keep adapters that were in no batch since the last step as they are: weights and optimiser state.
 
     Where their gradient is zero rather than absent (ids on a GPU, torch.compile, data-parallel training) an optimiser
@@ -287,7 +287,7 @@ def _distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def _present(router: Router, used: Sequence[Batch | str]) -> set[str]:
+def _present(router: Router, used: Sequence[AdapterBatch | str]) -> set[str]:
     names = router.names
     flags = torch.zeros(len(names), dtype=torch.int64)
     for item in used or [router.default.adapter]:

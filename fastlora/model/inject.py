@@ -31,7 +31,7 @@ from ..nn.linear import (
     matrix_key,
 )
 from ..nn.projection_group import group_projections
-from ..nn.quantized import ForeignLinear, check_weight, foreign_base, original_class
+from ..nn.quantized import QuantizedLinear, check_weight, foreign_base, original_class
 from ..nn.routing import Router
 from .learning_check import checked_mode, watch_learning
 from .modules import (
@@ -368,7 +368,7 @@ def eject(model: nn.Module) -> nn.Module:
         if isinstance(layer, Conv1D):
             layer.__class__ = conv1d_class()
             del layer.in_features, layer.out_features
-        elif isinstance(layer, ForeignLinear):
+        elif isinstance(layer, QuantizedLinear):
             layer.__class__ = original_class(layer)
         elif not isinstance(layer, InProjection):
             layer.__class__ = nn.Linear

@@ -14,7 +14,7 @@ from .._utils.distributed import shards
 from .._utils.errors import check_flag, unknown_choice
 from .._utils.reporting import Report, check_progress, reporting
 from ..nn.linear import DEFAULT, Linear, adapted_layers
-from ..nn.quantized import dequantised, foreign_base, put_back, replace_weight, requantised
+from ..nn.quantized import dequantized, foreign_base, put_back, replace_weight, requantized
 from ..nn.routing import Route
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def merge(
     model: nn.Module,
     adapter: str = DEFAULT,
     *,
-    requantise: bool = False,
+    requantize: bool = False,
     progress: bool | Report | None = None,
 ) -> nn.Module:
     """``W ← W + s B A``, summed in fp32 (float64 for float64) by blocks of rows and rounded once to the weight's dtype.
@@ -42,12 +42,12 @@ def merge(
     The forward is then the base's alone. All layers or none: a delta or a merged weight that is not finite raises
     ``ValueError`` naming the layer before any weight changes, as does a layer that is merged already.
 
-    A quantised base is refused, because rounding to its grid may lose the update; with ``requantise`` the sum is
-    quantised anew, as the weight was, and a warning says how much of the update the rounding moved. ``progress``: True
+    A quantized base is refused, because rounding to its grid may lose the update; with ``requantize`` the sum is
+    quantized anew, as the weight was, and a warning says how much of the update the rounding moved. ``progress``: True
     for a bar (needs tqdm), None for one in a terminal when it takes a second, or the log; False; or a callable.
     """
     layers = _layers(model)
-    check_flag(requantise, "requantise")
+    check_flag(requantize, "requantize")
     check_progress(progress)
     if shards(model):
         raise ValueError("model: is sharded by fully_shard; save the adapter, and load and merge it in one process")
@@ -57,7 +57,7 @@ def merge(
     layers = {path: layer for path, layer in layers.items() if layer.merged or adapter in layer.adapter_specs}
     users = _users(model)
     for path, layer in layers.items():
-        _refuse(path, layer, users, requantise)
+        _refuse(path, layer, users, requantize)
     merged: dict[str, torch.Tensor] = {}
     losses: dict[str, float] = {}
     with reporting(progress, len(layers), "merge", "layer", _PATIENCE) as report:
@@ -75,7 +75,7 @@ def merge(
     if losses:
         worst = max(losses, key=losses.__getitem__)
         logger.warning(
-            "merge: rounding to the quantised grid moved the merged weight of %r by %.2f of its update, the most of %d "
+            "merge: rounding to the quantized grid moved the merged weight of %r by %.2f of its update, the most of %d "
             "layers; merge into the model in full precision to lose nothing",
             worst, losses[worst], len(losses),
         )  # fmt: skip
@@ -91,13 +91,13 @@ def _users(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
-def _refuse(path: str, layer: Linear, users: Mapping[int, list[str]], requantise: bool) -> None:
+def _refuse(path: str, layer: Linear, users: Mapping[int, list[str]], requantize: bool) -> None:
     """``ValueError`` for a layer that cannot be merged."""
     foreign = foreign_base(layer)
-    if foreign is not None and not requantise:
+    if foreign is not None and not requantize:
         raise ValueError(
-            f"model: {path!r} is quantised ({foreign}), and rounding may lose the update; save the adapter, and load "
-            "and merge it into the model in full precision, or accept the rounding with requantise=True"
+            f"model: {path!r} is quantized ({foreign}), and rounding may lose the update; save the adapter, and load "
+            "and merge it into the model in full precision, or accept the rounding with requantize=True"
         )
     # An attention module holds the weight of its stacked projection.
     holder = path if "weight" in layer._parameters else path.rpartition(".")[0]
@@ -109,18 +109,18 @@ def _refuse(path: str, layer: Linear, users: Mapping[int, list[str]], requantise
 
 
 def _quantised_sum(path: str, layer: Linear, adapter: str) -> tuple[torch.Tensor | None, float]:
-    """The merged weight, quantised as the layer's is, and the rounding's norm over the update's."""
+    """The merged weight, quantized as the layer's is, and the rounding's norm over the update's."""
     if not any(layer.ranks(adapter).values()):
         return layer.weight, 0.0
     delta = layer.delta(adapter)
-    exact = dequantised(layer) + delta
+    exact = dequantized(layer) + delta
     if not exact.isfinite().all():
         return None, math.nan
     try:
-        weight = requantised(layer, exact)
+        weight = requantized(layer, exact)
     except ValueError as error:
         raise ValueError(f"model: {path!r}: {error}") from error
-    moved = dequantised(layer, weight) - exact
+    moved = dequantized(layer, weight) - exact
     if not moved.isfinite().all():
         return None, math.nan
     return weight, float(moved.norm() / delta.norm().clamp(min=torch.finfo(torch.float32).tiny))
@@ -153,7 +153,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, every forward of this thread is the base model's; so is one that checkpointing repeats later."""
     routers = {layer.router for layer in _layers(model).values()}
     before = [(router, router.open(Route(False, router.default.adapter))) for router in routers]

@@ -15,7 +15,7 @@ from ..nn.linear import DEFAULT, FrozenLinear, Linear, adapted_layers, matrix_ke
 from ..nn.quantized import compute_dtype, foreign_base, update_backend
 from ..ops.backends import choose
 from ..ops.matmul import AUTO, ENGINES, UNPACKED
-from ..tracking.penalty import Regulariser
+from ..tracking.penalty import FisherPenalty
 from .modules import role_targets
 from .trainable import ROLES_OF_PARAMETERS, parameter_roles
 
@@ -173,7 +173,7 @@ def explain(model: nn.Module) -> Explanation:
         backend, passed = choose(wanted, layer.weight.device, dtype)
         together = "" if layer.group is None else f"with {len(layer.group.layers) - 1} siblings; "
         if foreign is not None:
-            engine, together = f"{foreign}'s own", "a quantised base runs alone; "
+            engine, together = f"{foreign}'s own", "a quantized base runs alone; "
         kind = "split q/k/v; " if set(layer.slices) != {WHOLE} else ""
         every = max((probe.every or 1 for probe in layer.probes.values()), default=1)
         together += f"statistics every {every} steps; " if every > 1 else ""
@@ -184,6 +184,6 @@ def explain(model: nn.Module) -> Explanation:
 
 def _penalties(model: nn.Module) -> dict[str, tuple[str, str]]:
     layers = adapted_layers(model)
-    regulariser = Regulariser(layers, [(path, name) for path, layer in layers.items() for name in layer.slices])
+    regulariser = FisherPenalty(layers, [(path, name) for path, layer in layers.items() for name in layer.slices])
     names = dict.fromkeys(name for layer in layers.values() for name in layer.adapter_names)
     return {name: regulariser.backend(name) for name in names}

@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -38,7 +37,7 @@ POLICIES: Mapping[str, Policy] = {
 }
 
 
-def policy(model: nn.Module, name: str, config: Any = None, *, deep: int | None = None) -> nn.Module:
+def apply_policy(model: nn.Module, name: str, config: Any = None, *, deep: int | None = None) -> nn.Module:
     """Choose what is trained, by layer; everything else is frozen. Changes the model in place and returns it.
 
     =================  ==============================================================================
@@ -353,27 +352,3 @@ def head_modules(model: nn.Module, adapter: str = DEFAULT) -> list[str]:
     names = [*saved_modules(model, adapter), *(applied.heads if applied is not None else ())]
     modules = dict(model.named_modules())
     return [n for n in dict.fromkeys(names) if not is_norm(modules[n])]
-
-
-# difficulty -> (r, lora_alpha, target_modules)
-PRESETS: Mapping[str, tuple[int, int, str]] = MappingProxyType(
-    {
-        "simple": (8, 16, "attention"),
-        "medium": (16, 32, "all-linear"),
-        "complex": (32, 64, "all-linear"),
-        "very_complex": (64, 128, "all-linear"),
-    }
-)
-
-
-def preset(difficulty: str, **fields: Any) -> LoraConfig:
-    """A ``LoraConfig`` for a task: r / alpha 8 / 16 on the attention, 16 / 32, 32 / 64 or 64 / 128 on all linears.
-
-    ``difficulty``: ``"simple"``, ``"medium"``, ``"complex"``, ``"very_complex"``. ``fields`` override any field. A
-    fused qkv gets one dense adapter unless ``split_qkv=True``. Raises ``ValueError`` for an unknown difficulty and for
-    fields that ``LoraConfig`` refuses.
-    """
-    if not isinstance(difficulty, str) or difficulty not in PRESETS:
-        raise unknown_choice("difficulty", difficulty, tuple(PRESETS))
-    r, alpha, targets = PRESETS[difficulty]
-    return LoraConfig(**{"r": r, "lora_alpha": alpha, "target_modules": targets, "split_qkv": False, **fields})

@@ -89,7 +89,7 @@ class _Entry(NamedTuple):
     ranks: list[int]
 
 
-class Packing:
+class OperandCache:
     """Where the factors of every adapter lie; a change to one adapter packs that one alone.
 
     ``layout`` is the ``RankLayout`` of the layers, its adapters those of ``names``; None without the native library.
@@ -168,7 +168,7 @@ class Packing:
 
     def _drop(self, name: str) -> None:
         if self.layout is not None:
-            self.layout = self.layout.remove_adapter(self.names.index(name))
+            self.layout = self.layout.delete_adapter(self.names.index(name))
         self.names.remove(name)
         del self._entries[name]
 
@@ -186,10 +186,10 @@ class Packing:
         return _Entry(self._sources(name), places, scale, ranks)
 
 
-def packing_of(layers: Sequence[Linear]) -> Packing:
+def operand_cache(layers: Sequence[Linear]) -> OperandCache:
     """The packing of layers that run together, made at their first call."""
     key = tuple(map(id, layers))  # of layers that the packing keeps alive
-    kept = layers[0].packings
+    kept = layers[0].operand_caches
     if key not in kept:
-        kept[key] = Packing(layers)
+        kept[key] = OperandCache(layers)
     return kept[key]

@@ -26,9 +26,11 @@ class LayerView:
         self.parts = _parts(layer, slice(0, layer.out_features) if rows is None else rows)
         self.slices = {name: part.stop - part.start for name, part in self.parts.items()}
         self.out_features = sum(self.slices.values())
-        self.probes, self.stream = layer.probes, layer.stream
+        self.probes, self.dropout_salt = layer.probes, layer.dropout_salt
         if rows is not None:
-            self.stream = (layer.stream + rows.start) & 0x7FFFFFFF  # parts see other rows, and have other dropout
+            self.dropout_salt = (
+                layer.dropout_salt + rows.start
+            ) & 0x7FFFFFFF  # parts see other rows, and have other dropout
             self.probes = {name: PartOfProbe(probe, rows, self.parts, count) for name, probe in layer.probes.items()}
 
     def __getattr__(self, name: str) -> Any:

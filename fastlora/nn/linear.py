@@ -15,7 +15,7 @@ from .._utils.errors import check_flag, check_rank
 from ..config import LoraConfig
 from ..ops.lora import check_input, checked_linear, lora_grouped
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
-from .adapter import WHOLE, AdapterSpec, Factors, new_factors, packing_of
+from .adapter import WHOLE, AdapterSpec, Factors, new_factors, operand_cache
 from .probe import group_operands
 from .routing import Route, Router
 
@@ -202,7 +202,7 @@ class Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # A tracker belongs to the model it was made for, not to its copies; a packing refers to other layers.
-        return {**self.__dict__, "probes": {}, "packings": {}}
+        return {**self.__dict__, "probes": {}, "operand_caches": {}}
 
 
 class QKVLinear(Linear):
@@ -210,8 +210,8 @@ class QKVLinear(Linear):
 
 
 _STATE = (
-    "slices", "adapter_specs", "ranked", "changes", "packings", "router", "stream", "backend", "engine", "merged",
-    "group", "called", "probes",
+    "slices", "adapter_specs", "ranked", "changes", "operand_caches", "router", "dropout_salt", "backend", "engine",
+    "merged", "group", "called", "probes",
 )  # fmt: skip
 
 
@@ -223,10 +223,10 @@ def attach_state(
     layer.slices = dict(slices)
     layer.adapter_specs = {}
     layer.ranked = frozenset()  # adapters with a rank above 0
-    layer.changes = 0  # to its adapters: what packings look at
-    layer.packings = {}
+    layer.changes = 0  # to its adapters: what operand_caches look at
+    layer.operand_caches = {}
     layer.router = router
-    layer.stream = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
+    layer.dropout_salt = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
     layer.merged = ()
     layer.group = None
@@ -294,7 +294,7 @@ def _forward_grouped(layers: list[Linear], x: Tensor, route: Route) -> list[Tens
         batch,
         starts=starts,
         p=first.dropout_p(route),
-        stream=first.stream,
+        dropout_salt=first.dropout_salt,
         backend=first.backend,
         engine=first.engine,
         **(group_operands(probes, layers, route, x) if probes else {}),
@@ -307,7 +307,7 @@ def _forward_grouped(layers: list[Linear], x: Tensor, route: Route) -> list[Tens
 def _operands(layers: list[Linear], names: tuple[str, ...]) -> tuple[list, list, list, list[int] | None]:
     """A, B and scales by adapter and projection, and where they lie (None: not known beforehand)."""
     if not torch.compiler.is_compiling() and all([isinstance(layer, Linear) for layer in layers]):
-        return packing_of(layers).operands(names)
+        return operand_cache(layers).operands(names)
     pairs = [pair for name in names for layer in layers for pair in layer.pairs(name)]
     return [a for a, _, _ in pairs], [b for _, b, _ in pairs], [s for _, _, s in pairs], None
 

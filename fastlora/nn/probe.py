@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops.layout import on_host
 from ..ops.probe_ops import measured, with_moments
 from ..ops.reference import accumulate_dtype
-from .probe_rows import looks
+from .probe_rows import refreshes_norms
 
 
 class Contribution(NamedTuple):
@@ -134,8 +134,8 @@ class LayerProbe:
         if not self.live or not torch.is_grad_enabled():
             return y
         place = None if route.batch is None else (route.batch, name)
-        if self.V is not None and route.mask is not None and (place is None or name in here(route.batch)):
-            y = with_moments(y, self.V, rows_that_count(x, route, name), self.backend)
+        if self.V is not None and route.mask is not None and (place is None or name in tracked_adapters(route.batch)):
+            y = with_moments(y, self.V, token_mask_rows(x, route, name), self.backend)
         if self.columns is not None:
             return LayerProbe._measure(self, x, y, place) if self.looking or place else y
         if not self.exact:
@@ -144,7 +144,7 @@ class LayerProbe:
             raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
         select = None if place is None else place[0].select(place[1], x)
         if select is not None and select[1] and self.owner.per_sample:
-            raise RuntimeError("track: 'fisher' needs samples: give adapters() one id a sample, not one a token")
+            raise RuntimeError("track: 'fisher' needs samples: give use_adapters() one id a sample, not one a token")
         return _Tap.apply(y, x, self.taken, self.owner.micro, select)
 
     def index(self) -> Tensor:
@@ -154,7 +154,7 @@ class LayerProbe:
 
     def _measure(self, x: Tensor, y: Tensor, place: tuple[Any, str] | None) -> Tensor:
         """``y``, whose backward gives what the operator does not: norms of columns, and Q of one adapter of several."""
-        if place is not None and place[1] not in here(place[0]):
+        if place is not None and place[1] not in tracked_adapters(place[0]):
             return y
         rows, own = x.detach().reshape(-1, x.shape[-1]), None
         if place is not None:
@@ -174,7 +174,7 @@ class LayerProbe:
     def turn(self, step: int) -> None:
         """Whether an optimiser step is sampled, and whether it looks at the columns' norms."""
         self.live = self.every is None or step % self.every == 0
-        self.looking = looks(step // (self.every or 1))
+        self.looking = refreshes_norms(step // (self.every or 1))
 
     def advance(self, step: int) -> None:
         """Forget what was taken and get ready for an optimiser step."""
@@ -184,7 +184,7 @@ class LayerProbe:
             leaf.grad = None
 
 
-def here(batch: Any) -> Sequence[str]:
+def tracked_adapters(batch: Any) -> Sequence[str]:
     """The adapters of a batch that have statistics."""
     # Data-parallel ranks name all adapters, so that they agree on gradients; one that is absent has no statistics.
     on_host = batch.ids.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -197,7 +197,7 @@ def group_operands(
     """Extra operands of the grouped operator: lists over the batch's adapters, empty where one is not tracked."""
     found, batch = {}, route.batch
     for name, mine in probes.items():
-        if name not in here(batch):
+        if name not in tracked_adapters(batch):
             continue
         samples = batch.samples(name) if mine[0].owner.per_sample else None
         found[name] = mine[0].operands(mine, x, route, samples)
@@ -217,7 +217,7 @@ def group_operands(
     return {"Z": Z, "V": V, "P": P, "sign": sign}
 
 
-def rows_that_count(x: Tensor, route: Any, name: str) -> Tensor | None:
+def token_mask_rows(x: Tensor, route: Any, name: str) -> Tensor | None:
     """Which rows of ``x`` [*, K] a route's mask keeps that are an adapter's: bool [M], or None for all.
 
     Raises ``ValueError`` where the mask is not one of x's tokens.

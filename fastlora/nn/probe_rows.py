@@ -19,12 +19,12 @@ _DECAY = 0.9  # of the norms, at every look
 LOOK_FIRST, LOOK_EVERY = 8, 8
 
 
-def looks(sampled: int) -> bool:
+def refreshes_norms(sampled: int) -> bool:
     """Whether a tracker looks at the columns' norms in the n-th step that it samples."""
     return sampled < LOOK_FIRST or sampled % LOOK_EVERY == 0
 
 
-class ColumnRows:
+class ColumnSampler:
     r"""k columns of x for every matrix, drawn with replacement from (seed, step, matrix) and the norms seen before.
 
     .. math:: \sum_i w_i \lVert G_{:, j_i} \rVert^2,\quad \sum_i w_i \lVert G_{:, j_i} \rVert_1,\quad
@@ -126,7 +126,7 @@ class ColumnRows:
 _ROWS_TAG, _SIGN_TAG = 1, 2  # fourth Philox counter word: probe rows and sample signs never share bits
 
 
-class ProbeRows:
+class RademacherProbes:
     """P of every group of layers: ±1 rows from (seed, step, group), all groups in one pass.
 
     ``E P^T P = k I``, so ``E ||G P^T||^2 / k = ||G||_F^2``.
@@ -192,20 +192,20 @@ class CompiledSigns:
         self.samples.zero_()
 
 
-def sign_rows(tracker: Any, groups: Sequence[Sequence[Any]]) -> ProbeRows:
+def sign_rows(tracker: Any, groups: Sequence[Sequence[Any]]) -> RademacherProbes:
     """Rows of ±1 for the layers of a tracker; those that share an input share P."""
-    made = ProbeRows([group[0].in_features for group in groups], tracker.probes, tracker.seed, tracker.device)
+    made = RademacherProbes([group[0].in_features for group in groups], tracker.probes, tracker.seed, tracker.device)
     for rows, layers in zip(made.rows, groups, strict=True):
         for layer in layers:
             layer.probes[tracker.adapter].P = rows.to(layer.weight.device)
     return made
 
 
-def column_rows(tracker: Any, groups: Sequence[Sequence[Any]]) -> ColumnRows:
+def column_rows(tracker: Any, groups: Sequence[Sequence[Any]]) -> ColumnSampler:
     """Columns for the matrices of a tracker, each its own: how large they are differs between q, k and v."""
     layers = tracker.layers.values()
     widths = [layer.in_features for layer in layers for _ in layer.slices]
-    made = ColumnRows(widths, tracker.probes, tracker.seed, tracker.device, tracker.kinds)
+    made = ColumnSampler(widths, tracker.probes, tracker.seed, tracker.device, tracker.kinds)
     for index, layer in zip(made.index.split([len(layer.slices) for layer in layers]), layers, strict=True):
         layer.probes[tracker.adapter].columns = index.to(layer.weight.device)
     return made

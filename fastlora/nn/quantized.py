@@ -1,4 +1,4 @@
-"""Quantised bases of torchao and bitsandbytes; dequantise, requantise."""
+"""Quantized bases of torchao and bitsandbytes; dequantize, requantize."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..ops.matmul import NONE
 from ..ops.probe_ops import with_moments
 from .layer_view import LayerView, PartOfProbe
 from .linear import Linear, forward_together
-from .probe import here, rows_that_count
+from .probe import token_mask_rows, tracked_adapters
 from .routing import Route
 
 _BITSANDBYTES = ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt")
 
 
-class ForeignLinear(Linear):
-    r"""A linear with a quantised weight (torchao's tensors in an ``nn.Linear``) and a low-rank update.
+class QuantizedLinear(Linear):
+    r"""A linear with a quantized weight (torchao's tensors in an ``nn.Linear``) and a low-rank update.
 
     .. math:: y = \mathrm{base}(x) + s\, \mathrm{dropout}(x) A^\top B^\top
 
@@ -32,7 +32,7 @@ class ForeignLinear(Linear):
         if not torch.compiler.is_compiling() and not self.called:
             self.called = True
         route = self.router.route(self.training)
-        y = self.base_forward(x) if has_derivative(self) else OwnForward.apply(x, self)
+        y = self.base_forward(x) if has_derivative(self) else ForwardOnlyBase.apply(x, self)
         if self.bypassed(route):
             return y
         device = x.device.type
@@ -52,9 +52,9 @@ class ForeignLinear(Linear):
         names = (route.adapter,) if route.batch is None else route.batch.names
         for name in names if torch.is_grad_enabled() else ():
             probe = self.probes.get(name)
-            there = route.batch is None or name in here(route.batch)
+            there = route.batch is None or name in tracked_adapters(route.batch)
             if probe is not None and probe.V is not None and probe.live and there:
-                y = with_moments(y, probe.V, rows_that_count(x, route, name), update_backend(self))
+                y = with_moments(y, probe.V, token_mask_rows(x, route, name), update_backend(self))
         return y
 
     def empty(self, *shape: int) -> Tensor:
@@ -66,7 +66,7 @@ class _Update(LayerView):
 
     engine = NONE
 
-    def __init__(self, layer: ForeignLinear, x: Tensor):
+    def __init__(self, layer: QuantizedLinear, x: Tensor):
         shape = (layer.out_features, layer.in_features)
         super().__init__(layer, torch.zeros((), dtype=x.dtype, device=x.device).expand(shape), None)
         self.backend = update_backend(layer)
@@ -80,12 +80,12 @@ class _WithoutMoments(PartOfProbe):
         self.probe, self.width, self.taken, self.Z, self.V = probe, probe.width, probe.taken, probe.Z, None
 
 
-def update_backend(layer: ForeignLinear) -> str:
+def update_backend(layer: QuantizedLinear) -> str:
     """Off the CPU only torch's operators leave the base's matmul to others."""
     return "reference" if layer.backend == "auto" and layer.weight.device.type != "cpu" else layer.backend
 
 
-def compute_dtype(layer: ForeignLinear) -> torch.dtype:
+def compute_dtype(layer: QuantizedLinear) -> torch.dtype:
     """The dtype of activations that a base says it is for."""
     if layer.weight.is_floating_point():
         return layer.weight.dtype
@@ -103,26 +103,26 @@ def foreign_base(module: nn.Module) -> str | None:
 
 
 def check_weight(name: str, layer: nn.Module, backend: str) -> None:
-    """Refuse a weight that cannot be multiplied by: ours take floats, those of others are quantised."""
+    """Refuse a weight that cannot be multiplied by: ours take floats, those of others are quantized."""
     foreign = foreign_base(layer)
     if foreign is None and not layer.weight.is_floating_point():
         raise ValueError(f"target_modules: {name!r} has a {layer.weight.dtype} weight, expected a floating dtype")
     if foreign is not None and backend == "triton":
-        raise ValueError(f"backend: 'triton' multiplies by the weight itself, and that of {name!r} is quantised")
+        raise ValueError(f"backend: 'triton' multiplies by the weight itself, and that of {name!r} is quantized")
 
 
-def foreign_class(module: nn.Module) -> type[ForeignLinear] | None:
-    """The class that a quantised linear becomes, or None where its kind is not known."""
+def foreign_class(module: nn.Module) -> type[QuantizedLinear] | None:
+    """The class that a quantized linear becomes, or None where its kind is not known."""
     kind = type(module)
     if kind.__module__.partition(".")[0] == "bitsandbytes":
         return globals().get(kind.__name__) or __getattr__(kind.__name__) if kind.__name__ in _BITSANDBYTES else None
-    return ForeignLinear if kind is nn.Linear else None
+    return QuantizedLinear if kind is nn.Linear else None
 
 
-def original_class(layer: ForeignLinear) -> type[nn.Linear]:
+def original_class(layer: QuantizedLinear) -> type[nn.Linear]:
     """The class that a layer had before it was adapted."""
     kind = type(layer)
-    return nn.Linear if kind is ForeignLinear else kind.__mro__[kind.__mro__.index(Linear) + 1]
+    return nn.Linear if kind is QuantizedLinear else kind.__mro__[kind.__mro__.index(Linear) + 1]
 
 
 def __getattr__(name: str) -> Any:
@@ -130,15 +130,15 @@ def __getattr__(name: str) -> Any:
     if name not in _BITSANDBYTES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     base = getattr(importlib.import_module("bitsandbytes.nn"), name)
-    text = f"bitsandbytes' ``{name}`` with a low-rank update; see ``ForeignLinear``."
-    globals()[name] = type(name, (ForeignLinear, base), {"__module__": __name__, "__doc__": text})
+    text = f"bitsandbytes' ``{name}`` with a low-rank update; see ``QuantizedLinear``."
+    globals()[name] = type(name, (QuantizedLinear, base), {"__module__": __name__, "__doc__": text})
     return globals()[name]
 
 
 _UNITS = 1024  # unit vectors at once: 4 MiB of fp32 for 1024 outputs
 
 
-def outputs_for_units(layer: nn.Linear, weight: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
+def dequantize_columns(layer: nn.Linear, weight: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """Columns ``first`` to ``last`` of W as rows: what the base, without its bias, makes of these unit vectors."""
     every = torch.arange(layer.in_features, device=weight.device)
     units = (every[first:last, None] == every).to(dtype)
@@ -156,7 +156,7 @@ def has_derivative(layer: nn.Linear) -> bool:
     return not packed and not type(weight).__name__.startswith("Int4")
 
 
-class OwnForward(torch.autograd.Function):
+class ForwardOnlyBase(torch.autograd.Function):
     r"""A base whose kernel has no derivative: its own forward, and :math:`dx = dy\, W` with W from unit vectors."""
 
     @staticmethod
@@ -169,38 +169,38 @@ class OwnForward(torch.autograd.Function):
         layer, parts = ctx.layer, []
         for first in range(0, layer.in_features, _UNITS):
             last = min(first + _UNITS, layer.in_features)
-            columns = outputs_for_units(layer, layer.weight, first, last, ctx.dtype)
+            columns = dequantize_columns(layer, layer.weight, first, last, ctx.dtype)
             parts.append(dy @ columns.t().to(dy.dtype))
         return torch.cat(parts, dim=-1).to(ctx.dtype), None
 
 
-def dequantised(layer: nn.Linear, weight: Tensor | None = None) -> Tensor:
-    """W [N, K] in fp32, of the layer's weight or of another that is quantised in the same way."""
+def dequantized(layer: nn.Linear, weight: Tensor | None = None) -> Tensor:
+    """W [N, K] in fp32, of the layer's weight or of another that is quantized in the same way."""
     weight = layer.weight if weight is None else weight
     kind = type(weight).__name__
     if kind == "Int8Params":
         if weight.data.is_floating_point():
             return weight.data.float()
         scales = layer.state.SCB if getattr(weight, "SCB", None) is None else weight.SCB
-        dequantise = importlib.import_module("bitsandbytes").functional.int8_vectorwise_dequant
-        return dequantise(weight.data, scales).float()
+        dequantize = importlib.import_module("bitsandbytes").functional.int8_vectorwise_dequant
+        return dequantize(weight.data, scales).float()
     if kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
         return weight.dequantize().float()
     dtype = weight.quant_state.dtype if kind == "Params4bit" else weight.dtype
     steps = range(0, layer.in_features, _UNITS)
-    parts = [outputs_for_units(layer, weight, n, min(n + _UNITS, layer.in_features), dtype) for n in steps]
+    parts = [dequantize_columns(layer, weight, n, min(n + _UNITS, layer.in_features), dtype) for n in steps]
     return torch.cat(parts).t().contiguous().float()
 
 
-def requantised(layer: nn.Linear, W: Tensor) -> nn.Parameter:
-    """``W`` [N, K], fp32, quantised as the layer's weight is; the layer stays as it is.
+def requantized(layer: nn.Linear, W: Tensor) -> nn.Parameter:
+    """``W`` [N, K], fp32, quantized as the layer's weight is; the layer stays as it is.
 
     ``ValueError`` for a kind of weight that cannot be made anew: which kinds can is one table.
     """
     weight = layer.weight
     make = _KINDS.get(type(weight).__name__)
     if make is None or getattr(weight, "act_pre_scale", None) is not None:
-        raise ValueError(f"a {type(weight).__name__} cannot be quantised anew here, only {', '.join(_KINDS)}")
+        raise ValueError(f"a {type(weight).__name__} cannot be quantized anew here, only {', '.join(_KINDS)}")
     return make(weight, W)
 
 
@@ -254,12 +254,12 @@ def _intx(weight: Any, W: Tensor) -> nn.Parameter:
 
 def _int4(weight: Any, W: Tensor) -> nn.Parameter:
     if weight.act_mapping_type is not None:
-        raise ValueError("an Int4OpaqueTensor of dynamic activations cannot be quantised anew here")
+        raise ValueError("an Int4OpaqueTensor of dynamic activations cannot be quantized anew here")
     return _torchao(type(weight).from_hp(W.to(weight.dtype), list(weight.block_size)))
 
 
 def _bitsandbytes8(weight: Any, W: Tensor) -> nn.Parameter:
-    # On the way to a device it is quantised, from a CPU's tensor alone.
+    # On the way to a device it is quantized, from a CPU's tensor alone.
     dtype = weight.dtype if weight.is_floating_point() else torch.float16
     made = type(weight)(W.to("cpu", dtype), requires_grad=False, has_fp16_weights=weight.has_fp16_weights)
     return made.to(weight.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._utils.torch_compat import checkpoint_frame, in_backward, in_reentrant_checkpoint, saving_hooks
-from ..ops.layout import Batch
+from ..ops.layout import AdapterBatch
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Route:
 
     __slots__ = ("__weakref__", "adapter", "batch", "enabled", "mask")
 
-    def __init__(self, enabled: bool, adapter: str, batch: Batch | None = None, mask: Tensor | None = None):
+    def __init__(self, enabled: bool, adapter: str, batch: AdapterBatch | None = None, mask: Tensor | None = None):
         self.enabled, self.adapter, self.batch, self.mask = enabled, adapter, batch, mask
 
     @property
@@ -65,7 +65,9 @@ class Router:
         self._graphs: list[tuple[weakref.ref, tuple[str, ...]]] = []
         self._most = _FEW_GRAPHS  # graphs kept before those that are gone are sorted out
         self.compiled, self._compiled_for = False, []
-        self.used: list[Batch | str] | None = None  # what contexts asked for since the last step, if somebody wants it
+        self.used: list[AdapterBatch | str] | None = (
+            None  # what contexts asked for since the last step, if somebody wants it
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"slots": list(self.slots), "adapter": self.default.adapter}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._utils.torch_compat import autocasting, eager, untracked, without_graph
+from .._utils.torch_compat import autocasting, can_skip_dispatcher, untracked, without_graph
 
 LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 
@@ -34,7 +34,7 @@ class Operator(NamedTuple):
     def apply(self, x: Tensor, *arguments) -> list[Tensor]:
         """The operator, without the dispatcher where that has the same effect."""
         W, bias, A, B, Z, V = arguments[:6]
-        if not autocasting(x) and eager((x, *W, *bias, *A, *B, *Z, *V)):
+        if not autocasting(x) and can_skip_dispatcher((x, *W, *bias, *A, *B, *Z, *V)):
             return _autograd(self, x, *arguments, plain=True)
         return getattr(torch.ops.fastlora, self.name)(x, *arguments)
 
@@ -99,7 +99,7 @@ class _LoRALinear(torch.autograd.Function):
         parts = call.split(needs[2:])
         need = [needs[1], True in parts[2], True in parts[3], True in parts[4], True in parts[0], True in parts[1]]
         kernel, below = operator.backward, untracked
-        if not eager((x, h, *dy, *saved)):
+        if not can_skip_dispatcher((x, h, *dy, *saved)):
             kernel, below = getattr(torch.ops.fastlora, f"{operator.name}_backward"), without_graph
         with below():
             out = kernel(dy, x, h, W, A, B, *operator.backward_rest(call.rest), need, *call.rest[-2:])
@@ -110,7 +110,7 @@ class _LoRALinear(torch.autograd.Function):
         raise NotImplementedError("fastlora::lora_linear has no forward-mode derivative; use reverse mode")
 
 
-# Function.apply without its search for dead functorch wrappers, which eager() rules out.
+# Function.apply without its search for dead functorch wrappers, which can_skip_dispatcher() rules out.
 _apply_eager = super(torch.autograd.Function, _LoRALinear).apply
 
 
@@ -154,10 +154,10 @@ def _differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
 
 
 def _autograd(operator: Operator, x, W, bias, A, B, Z, V, *rest, plain: bool | None = None):
-    """The operator with a graph; ``plain`` is what ``eager`` says of its tensors, where the caller has asked."""
+    """The operator with a graph; ``plain``: what ``can_skip_dispatcher`` says, where it was asked."""
     flat = (*W, *bias, *A, *B, *Z, *V)
     if plain is None:
-        plain = eager((x, *flat))
+        plain = can_skip_dispatcher((x, *flat))
     kernel, below = operator.forward, untracked
     if not plain:
         kernel, below = getattr(torch.ops.fastlora, operator.name), without_graph

@@ -147,7 +147,7 @@ def build_segments(ids: Tensor, adapters: int) -> tuple[Tensor, Tensor]:
     return reference.build_segments(ids, adapters)
 
 
-class Batch:
+class AdapterBatch:
     """The adapter of every sample or token of a batch, and its rows in a layer that sees them.
 
     ``ids`` int64 indexes ``names``, -1 meaning the frozen model alone: [S] (one a sample, dimension 0 of what a layer
@@ -188,7 +188,7 @@ class Batch:
         ids = ids.repeat_interleave(times) if times > 1 else ids
         return Rows(ids, *build_segments(ids, len(self.names)))
 
-    def keys(self, x: Tensor, seed: Tensor, stream: int) -> Tensor:
+    def keys(self, x: Tensor, seed: Tensor, dropout_salt: int) -> Tensor:
         """Dropout keys of the rows of ``x``: from ``seed`` and the row, or from the row's own seed and the layer."""
         rows = x.shape[:-1].numel()
         if self.row_seeds is None:
@@ -196,7 +196,7 @@ class Batch:
         times = self._times(x)
         seeds = self.row_seeds.reshape(-1).to(x.device, non_blocking=True).repeat_interleave(times)
         place = torch.arange(times, device=x.device).repeat(seeds.shape[0] // max(times, 1))
-        return torch.stack([seeds, place + (stream << 32)], dim=1)
+        return torch.stack([seeds, place + (dropout_salt << 32)], dim=1)
 
     def present(self) -> list[str]:
         """The adapters that have an id (reads them back from a device)."""

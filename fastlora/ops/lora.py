@@ -12,7 +12,7 @@ from . import reference
 from .autograd import DA, DB, DBIAS, DW, DX, DZ, LIBRARY, Operator, like
 from .backends import choose
 from .backends.native import NativeBackend
-from .layout import Batch, as_rows, column_starts, group_layout, picks_columns
+from .layout import AdapterBatch, as_rows, column_starts, group_layout, picks_columns
 from .lora_grouped import LORA_GROUPED
 from .reference import projections_of
 
@@ -202,10 +202,10 @@ def lora_grouped(
     A: Sequence[Tensor],
     B: Sequence[Tensor],
     scale: Sequence[float],
-    batch: Batch,
+    batch: AdapterBatch,
     *,
     p: Sequence[float] = (),
-    stream: int = 0,
+    dropout_salt: int = 0,
     starts: Sequence[int] | None = None,
     Z: Sequence[Tensor] = (),
     V: Sequence[Tensor] = (),
@@ -219,7 +219,7 @@ def lora_grouped(
     .. math:: y_{im} = x_m W_i^\top + b_i + s_{gi}\, \mathrm{dropout}_g(x_m)\, A_{gi}^\top B_{gi}^\top,\qquad g = g(m)
 
     A, B, scale and Z run over the batch's adapters, then projections, V over adapters, then weights; P, sign and p
-    over adapters, with [0, K] and [0, 0] where an adapter is not measured. ``stream`` tells the layers of one
+    over adapters, with [0, K] and [0, 0] where an adapter is not measured. ``dropout_salt`` tells the layers of one
     ``row_seeds`` apart; ``starts`` are ``RankLayout.column_starts`` of the batch's adapters, worked out here without.
     Gradients of an adapter come from its own rows. Raises as ``lora_linear`` does, and for ids
     that do not fit x.
@@ -230,7 +230,7 @@ def lora_grouped(
         starts = column_starts([b.shape[1] for b in B], projections_of(W, B))
     if any(p):
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
-        keys = batch.keys(x, seed, stream)
+        keys = batch.keys(x, seed, dropout_salt)
     out = LORA_GROUPED.apply(
         x, W, bias, A, B, Z, V, P, sign, keys, rows.ids, rows.order, rows.ranges, starts, [float(s) for s in scale],
         [float(q) for q in p] or [0.0] * len(batch.names), backend, engine,

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._utils.errors import suggestion
 
 FORMS = ("delta", "decay")
-NORMALISE = ("sum", "relative", "uniform")
+NORMALIZE = ("sum", "relative", "uniform")
 
 
 def delta_norm_sq(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
@@ -28,7 +28,7 @@ def delta_norm_sq(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
         return scale * scale * ((wide_A @ wide_A.T) * (wide_B.T @ wide_B)).sum()
 
 
-def importance_weights(importance: Tensor, normalise: str = "sum") -> Tensor:
+def importance_weights(importance: Tensor, normalize: str = "sum") -> Tensor:
     """Penalty factors 1 - I_m, in fp32 or float64, without gradient.
 
     ``"sum"``: I_m = F_m / sum F (FW-LoRA); ``"relative"``: F_m / max F; ``"uniform"``: 1 / matrices whatever F is, the
@@ -36,26 +36,26 @@ def importance_weights(importance: Tensor, normalise: str = "sum") -> Tensor:
     zeros count as no importance anywhere: under "sum" and "relative" every factor is 1. Raises ValueError for other
     input.
     """
-    _check_choice("normalise", normalise, NORMALISE)
+    _check_choice("normalize", normalize, NORMALIZE)
     if not isinstance(importance, Tensor) or not importance.is_floating_point():
         raise TypeError(f"importance must be a floating-point tensor, got {_described(importance)}")
     if importance.dim() != 1 or importance.numel() == 0:
         raise ValueError(f"importance must be a non-empty vector, got shape {tuple(importance.shape)}")
     if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
         raise ValueError("importance must be finite and >= 0")
-    return unchecked_weights(importance, normalise)
+    return unchecked_weights(importance, normalize)
 
 
-def unchecked_weights(importance: Tensor, normalise: str) -> Tensor:
+def unchecked_weights(importance: Tensor, normalize: str) -> Tensor:
     """``importance_weights`` of values that are known to be valid: nothing is read back from the device."""
     values = importance.detach().double()
-    if normalise == "uniform":
+    if normalize == "uniform":
         shares = torch.full_like(values, 1.0 / len(values))
     else:
         # Relative to the largest first, so that a sum of huge values stays finite.
         largest = values.max()
         shares = values / torch.where(largest > 0, largest, torch.ones_like(largest))
-        if normalise == "sum":
+        if normalize == "sum":
             total = shares.sum()
             shares = shares / torch.where(total > 0, total, torch.ones_like(total))
     return (1.0 - shares).to(importance.dtype if importance.dtype == torch.float64 else torch.float32)
@@ -66,7 +66,7 @@ def weighted_penalty(
     Bs: Sequence[Tensor],
     scales: Sequence[float],
     weights: Tensor | Sequence[Tensor] | Sequence[float],
-    lmbda: float = 1.0,
+    weight: float = 1.0,
     form: str = "delta",
 ) -> Tensor:
     """FW-LoRA's regulariser as a differentiable scalar on the device of the first factor.
@@ -78,7 +78,7 @@ def weighted_penalty(
     """
     _check_choice("form", form, FORMS)
     factors = _check_lists(As, Bs, scales, weights)
-    coefficients = _coefficients(scales, factors, lmbda, form)
+    coefficients = _coefficients(scales, factors, weight, form)
     terms = []
     for members in _alike(As, Bs):
         A, B, coefficient = _stacked(As, Bs, coefficients, members)
@@ -97,7 +97,7 @@ def weighted_penalty_grad(
     Bs: Sequence[Tensor],
     scales: Sequence[float],
     weights: Tensor | Sequence[Tensor] | Sequence[float],
-    lmbda: float = 1.0,
+    weight: float = 1.0,
     form: str = "delta",
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Gradient of ``weighted_penalty`` by hand, without a graph.
@@ -108,7 +108,7 @@ def weighted_penalty_grad(
     """
     _check_choice("form", form, FORMS)
     factors = _check_lists(As, Bs, scales, weights)
-    coefficients = _coefficients(scales, factors, lmbda, form)
+    coefficients = _coefficients(scales, factors, weight, form)
     dAs, dBs = list(As), list(Bs)
     for members in _alike(As, Bs):
         A, B, coefficient = _stacked(As, Bs, coefficients, members)
@@ -122,20 +122,20 @@ def weighted_penalty_grad(
     return dAs, dBs
 
 
-def checked_options(lmbda: float, form: str, normalise: str) -> None:
+def checked_options(weight: float, form: str, normalize: str) -> None:
     """Refuse what ``weighted_penalty`` and ``importance_weights`` would refuse, by name."""
-    _finite("lmbda", lmbda)
+    _finite("weight", weight)
     _check_choice("form", form, FORMS)
-    _check_choice("normalise", normalise, NORMALISE)
+    _check_choice("normalize", normalize, NORMALIZE)
 
 
 def _coefficients(
-    scales: Sequence[float], weights: Sequence[Tensor] | list[float], lmbda: float, form: str
+    scales: Sequence[float], weights: Sequence[Tensor] | list[float], weight: float, form: str
 ) -> list[Tensor] | list[float]:
     """lambda w s^2, or lambda w / 2: one launch when the weights are tensors."""
-    lmbda = _finite("lmbda", lmbda)
+    weight = _finite("weight", weight)
     checked = [_finite("scales", scale) for scale in scales]
-    constants = [lmbda * scale * scale if form == "delta" else lmbda / 2 for scale in checked]
+    constants = [weight * scale * scale if form == "delta" else weight / 2 for scale in checked]
     if isinstance(weights[0], Tensor):
         return list(torch._foreach_mul(list(weights), constants))
     return [constant * weight for constant, weight in zip(constants, weights, strict=True)]
@@ -217,17 +217,17 @@ def _described(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-def penalty(A: Sequence[Tensor], B: Sequence[Tensor], scale: Sequence[float], weights: Tensor, lmbda: float) -> Tensor:
+def penalty(A: Sequence[Tensor], B: Sequence[Tensor], scale: Sequence[float], weights: Tensor, weight: float) -> Tensor:
     """``lambda sum_m w_m ||s_m B_m A_m||_F^2`` with a graph, value and gradient in one launch each; w [matrices]."""
-    return _Penalty.apply(lmbda, tuple(scale), weights, *A, *B)
+    return _Penalty.apply(weight, tuple(scale), weights, *A, *B)
 
 
 def add_penalty_grad_(
     dA: Sequence[Tensor], dB: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scale: Sequence[float],
-    weights: Tensor, lmbda: float,
+    weights: Tensor, weight: float,
 ) -> None:  # fmt: skip
     """``dA += 2 lambda w s^2 (B^T B) A``, ``dB += 2 lambda w s^2 B (A A^T)`` in one launch, empty ones left out."""
-    torch.ops.fastlora.penalty_grad_(dA, dB, A, B, scale, weights, lmbda)
+    torch.ops.fastlora.penalty_grad_(dA, dB, A, B, scale, weights, weight)
 
 
 def empty_grad(factor: Tensor) -> Tensor:
@@ -237,11 +237,11 @@ def empty_grad(factor: Tensor) -> Tensor:
 
 class _Penalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, lmbda: float, scale: tuple[float, ...], weights: Tensor, *factors: Tensor) -> Tensor:
-        ctx.lmbda, ctx.scale = lmbda, scale
+    def forward(ctx, weight: float, scale: tuple[float, ...], weights: Tensor, *factors: Tensor) -> Tensor:
+        ctx.weight, ctx.scale = weight, scale
         ctx.save_for_backward(weights, *factors)
         count = len(scale)
-        return lmbda * torch.ops.fastlora.penalty(factors[:count], factors[count:], scale, weights)
+        return weight * torch.ops.fastlora.penalty(factors[:count], factors[count:], scale, weights)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -249,11 +249,11 @@ class _Penalty(torch.autograd.Function):
         count, needed = len(ctx.scale), ctx.needs_input_grad[3:]
         A, B = factors[:count], factors[count:]
         if torch.is_grad_enabled():  # create_graph: the formula can be differentiated again
-            value = grad * weighted_penalty(A, B, ctx.scale, weights, ctx.lmbda)
+            value = grad * weighted_penalty(A, B, ctx.scale, weights, ctx.weight)
             wanted = [factor for factor, need in zip(factors, needed, strict=True) if need]
             found = iter(torch.autograd.grad(value, wanted, create_graph=True))
             return (None, None, None, *(next(found) if need else None for need in needed))
         # The incoming gradient stays on the device: it weighs the terms.
         out = [empty_grad(f) if need else f.new_empty(0) for f, need in zip(factors, needed, strict=True)]
-        add_penalty_grad_(out[:count], out[count:], A, B, ctx.scale, weights * grad, ctx.lmbda)
+        add_penalty_grad_(out[:count], out[count:], A, B, ctx.scale, weights * grad, ctx.weight)
         return (None, None, None, *(g if need else None for g, need in zip(out, needed, strict=True)))

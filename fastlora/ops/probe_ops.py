@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._utils.torch_compat import eager
+from .._utils.torch_compat import can_skip_dispatcher
 from . import reference
 from .autograd import LIBRARY
 from .backends import choose
@@ -63,7 +63,7 @@ class _Measured(torch.autograd.Function):
             found = [part.T @ columns[:, i * k : i * k + k].to(acc) for i, part in enumerate(parts)]
             found += [] if x is None else [reference.column_norms(as_rows(x), parts).detach()]
         else:
-            run = _columns_kernel if eager((dy, columns, x)) else torch.ops.fastlora.column_probes
+            run = _columns_kernel if can_skip_dispatcher((dy, columns, x)) else torch.ops.fastlora.column_probes
             found = run(dy.detach(), columns, x, ctx.sizes, ctx.backend)
         count = 0 if columns is None else len(ctx.sizes)
         norms = () if x is None else found[-1].unbind()
@@ -87,7 +87,7 @@ def measured(
     return _Measured.apply(y, columns, x, tuple(sizes), backend, *Z, *norms)
 
 
-LIBRARY.define("kept_moments(Tensor y, Tensor? keep, str backend) -> Tensor")
+LIBRARY.define("masked_moments(Tensor y, Tensor? keep, str backend) -> Tensor")
 
 
 def _moments_kernel(y: Tensor, keep: Tensor | None, backend: str) -> Tensor:
@@ -107,8 +107,8 @@ def _moments_fake(y, keep, backend):
     return y.new_empty((2, y.shape[-1] + 1), dtype=torch.float64)
 
 
-LIBRARY.impl("kept_moments", _moments_kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("fastlora::kept_moments", _moments_fake, lib=LIBRARY)
+LIBRARY.impl("masked_moments", _moments_kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("fastlora::masked_moments", _moments_fake, lib=LIBRARY)
 
 
 class _Moments(torch.autograd.Function):
@@ -116,7 +116,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, V: Tensor, keep: Tensor | None, backend: str) -> Tensor:
-        run = _moments_kernel if eager((y, keep)) else torch.ops.fastlora.kept_moments
+        run = _moments_kernel if can_skip_dispatcher((y, keep)) else torch.ops.fastlora.masked_moments
         ctx.save_for_backward(run(y, keep, backend))
         # Not a view of y, which an owner could not add its bias to in place.
         ctx.mark_dirty(y)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.distributed import Ranks, ranks_of, several_processes
+from .._utils.distributed import ProcessGroupInfo, ranks_of, several_processes
 from ..nn.probe import Contribution
 from ..ops.reference import accumulate_dtype
 from .statistics import Covariances, as_one_batch, sample_squares
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class Shared:
     """What a step's reduction found, beside the leaves whose gradients it replaced."""
 
-    ranks: Ranks
+    ranks: ProcessGroupInfo
     present: Mapping[str, Tensor]  # kind -> whether some rank has it: a boolean a matrix
     finite: Tensor  # whether what covariances are made of is finite everywhere
     samples: Tensor  # of all ranks, under ``fisher`` with probes; a float64 scalar
@@ -117,7 +117,7 @@ class Reduction:
 class _Step:
     """One step's numbers on their way into one flat tensor and back."""
 
-    def __init__(self, tracker: Any, ranks: Ranks):
+    def __init__(self, tracker: Any, ranks: ProcessGroupInfo):
         self.tracker, self.ranks, self.device = tracker, ranks, tracker.device
         self.probes = {path: tracker._probe(layer) for path, layer in tracker.layers.items()}
         self.live = {path: probe for path, probe in self.probes.items() if probe.live}
@@ -183,7 +183,7 @@ class _Step:
         return {name: (part.square().sum(), part.abs().sum()) for name, part in parts.items()}
 
 
-def sample_factor(loss_reduction: str, samples: Tensor, ranks: Ranks, averaged: bool = True) -> Tensor:
+def sample_factor(loss_reduction: str, samples: Tensor, ranks: ProcessGroupInfo, averaged: bool = True) -> Tensor:
     r"""What makes ``fisher`` of a sum of squares over the ranks' samples.
 
     .. math:: \text{mean: } \frac{n}{W^2} \sum_i \lVert G_i \rVert^2,\qquad
@@ -198,7 +198,7 @@ def sample_factor(loss_reduction: str, samples: Tensor, ranks: Ranks, averaged: 
 
 
 def averaged(
-    gradients: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], ranks: Ranks, device: torch.device
+    gradients: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], ranks: ProcessGroupInfo, device: torch.device
 ) -> dict[str, Tensor]:
     """Gradients by name, averaged over the ranks by one all-reduce; one that no rank has is left out.
 
@@ -218,7 +218,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def _summed(
-    sums: Mapping[Any, Tensor], gradients: Mapping[Any, Tensor], ranks: Ranks, device: torch.device
+    sums: Mapping[Any, Tensor], gradients: Mapping[Any, Tensor], ranks: ProcessGroupInfo, device: torch.device
 ) -> dict[Any, Tensor]:
     """Sums over the ranks, and gradients as they are averaged, by one all-reduce in the widest of the dtypes."""
     parts = {**sums, **gradients}
@@ -230,7 +230,7 @@ def _summed(
     return {key: piece.view(part.shape) for (key, part), piece in zip(parts.items(), split, strict=True)}
 
 
-def _agree(tracker: Any, ranks: Ranks) -> None:
+def _agree(tracker: Any, ranks: ProcessGroupInfo) -> None:
     """P and the steps that count are the same everywhere, or ``ValueError`` on every rank with what differs."""
     own = {
         "seed": tracker.seed,

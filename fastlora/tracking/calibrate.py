@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._utils.distributed import ranks_of, several_processes, unwrapped, whole
 from .._utils.errors import unknown_choice
 from .._utils.reporting import Report, reporting
-from ..importance.scores import Scores, composite
+from ..importance.scores import Scores
 from ..nn.linear import DEFAULT, adapted_layers, check_adapter, matrix_key
 from .all_reduce import averaged
 from .checks import checked_layers
@@ -28,17 +28,17 @@ class UpdateVariance:
 
     .. math:: \frac{1}{N r} \sum_{ij} \Big( \overline{dB_{ij}^2} - \big(\overline{dB_{ij}}\big)^2 \Big)
 
-    with bars for means over passes and the last term with ``centred`` only. dB carries the scale s. At B = 0 dA is 0
+    with bars for means over passes and the last term with ``centered`` only. dB carries the scale s. At B = 0 dA is 0
     and dB is not, so B alone is read: N r numbers where the weight's own gradient has N K. A pass with a gradient that
     is not finite is left out. dB is averaged over the ranks of ``process_group`` before it is squared.
 
     Raises ``ValueError`` for a model without adapters or whose B is not zero.
     """
 
-    def __init__(self, model: nn.Module, adapter: str = DEFAULT, centred: bool = False, process_group: Any = None):
+    def __init__(self, model: nn.Module, adapter: str = DEFAULT, centered: bool = False, process_group: Any = None):
         self._ranks, model = ranks_of(model, process_group), unwrapped(model)
         layers = checked_layers(model, adapter)
-        self._centred = centred
+        self._centred = centered
         self._matrices: dict[str, nn.Parameter] = {}
         self._costs: dict[str, int] = {}
         for path, layer in layers.items():
@@ -100,7 +100,7 @@ class UpdateVariance:
             shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "") or "any matrix: every rank is 0"
             raise RuntimeError(f"no lora_b_var yet for {shown}")
         if self._centred and min(counts) < 2:
-            raise RuntimeError("no centred lora_b_var yet: it takes two passes or more")
+            raise RuntimeError("no centered lora_b_var yet: it takes two passes or more")
         values = (self._squares / self._counts).tolist()
         if self._centred:
             means = [
@@ -111,7 +111,7 @@ class UpdateVariance:
 
 
 @contextmanager
-def restored(model: nn.Module, adapter: str = DEFAULT) -> Iterator[None]:
+def preserve_model_state(model: nn.Module, adapter: str = DEFAULT) -> Iterator[None]:
     """Gradients, requires_grad, buffers, modes and RNG states after the block are those from before it.
 
     Inside, gradients start empty, grad mode is on, and the adapter's factors require gradients, so that passes reach
@@ -181,16 +181,16 @@ def _python_generators() -> Callable[[], None]:
 
 
 class Calibration(Scores):
-    """Scores that know how they settled: still a mapping of matrix key to importance."""
+    """Scores that know how they converged: still a mapping of matrix key to importance."""
 
     __slots__ = ("_settled",)
 
-    def __init__(self, scores: Scores, settled: Sequence[float]):
+    def __init__(self, scores: Scores, convergence: Sequence[float]):
         super().__init__(dict(scores), scores.kind, scores.signed, scores.costs)
-        object.__setattr__(self, "_settled", tuple(settled))
+        object.__setattr__(self, "_settled", tuple(convergence))
 
     @property
-    def settled(self) -> tuple[float, ...]:
+    def convergence(self) -> tuple[float, ...]:
         """Spearman's rank correlation of each estimate with the one before it, from the second batch on.
 
         Near 1 at the end: more batches would hardly change the order. NaN where an estimate was missing or constant.
@@ -214,14 +214,14 @@ def _exact(*kinds: str) -> Callable[[nn.Module, str, Any], AbstractContextManage
     )
 
 
-def _update_variance(centred: bool) -> Callable[[nn.Module, str, Any], AbstractContextManager[UpdateVariance]]:
-    return lambda model, adapter, group: UpdateVariance(model, adapter, centred, group)
+def _update_variance(centered: bool) -> Callable[[nn.Module, str, Any], AbstractContextManager[UpdateVariance]]:
+    return lambda model, adapter, group: UpdateVariance(model, adapter, centered, group)
 
 
-def _composite(normalise: str) -> Callable[[Tracker], Scores]:
+def _composite(normalize: str) -> Callable[[Tracker], Scores]:
     def score(tracker: Tracker) -> Scores:
         parts = tracker.scores("grad_sq", reduce="mean"), tracker.scores("grad_abs"), tracker.scores("act_var")
-        return composite(*parts, normalise=normalise)
+        return Scores.composite(*parts, normalize=normalize)
 
     return score
 
@@ -241,7 +241,7 @@ def calibrate(
     steps: int | None = 8,
     method: str | Callable[[Tracker], Mapping[str, float]] = "fc",
     *,
-    centred: bool = False,
+    centered: bool = False,
     progress: bool | Report | None = None,
     adapter: str = DEFAULT,
     process_group: Any = "auto",
@@ -250,12 +250,12 @@ def calibrate(
 
     - ``"fc"``: ``0.6 z(grad_sq / NK) + 0.2 z(grad_abs) + 0.2 z(act_var)`` (FC-LoRA); ``"fc_original"``: min-max for
       z, as published; ``"fw"``: mean ``grad_sq`` (FW-LoRA). All exact.
-    - ``"fim"``: mean over entries and passes of dB² at B = 0 (FIM-LoRA); ``centred`` subtracts the squared mean.
+    - ``"fim"``: mean over entries and passes of dB² at B = 0 (FIM-LoRA); ``centered`` subtracts the squared mean.
     - a callable gets the tracker, which holds exact grad_sq, fisher, grad_abs and act_var, after each batch.
 
     ``loss_fn(model, batch)`` returns a scalar loss. Exactly ``steps`` items are taken from ``batches``; None takes all.
     ``progress``: True shows a bar (tqdm), None does so in a terminal and logs otherwise, False does neither; a callable
-    gets ``(done, steps, rank correlation with the estimate before)``, which ``settled`` of the result keeps.
+    gets ``(done, steps, rank correlation with the estimate before)``, which ``convergence`` of the result keeps.
 
     ``process_group``: whose ranks take part, each with its own batches and all of them in this call; their batches are
     one, and every rank gets the same scores. ``"auto"``: the ranks that train the model, or all processes that
@@ -265,16 +265,16 @@ def calibrate(
     naming the argument: batches that run out, a loss that is not a finite scalar or has no gradient, gradients that
     are never finite, a matrix that no gradient reaches, B that is not zero under ``"fim"``.
     """
-    chosen = _chosen(method, centred)
+    chosen = _chosen(method, centered)
     _check_call(batches, loss_fn, steps)
     inner, group = unwrapped(model), _group(model, process_group)
     ranks = ranks_of(model, group)
     with (
-        restored(inner, adapter),
+        preserve_model_state(inner, adapter),
         chosen.collect(model, adapter, group) as collector,
         reporting(progress, steps) as report,
     ):
-        done, estimate, settled = 0, None, []
+        done, estimate, convergence = 0, None, []
         items = itertools.islice(batches, steps)
         for batch in items if ranks is None else ranks.in_step(items):
             loss = loss_fn(model, batch)
@@ -283,12 +283,12 @@ def calibrate(
             collector.step()
             done, before, estimate = done + 1, estimate, _estimate(chosen, collector)
             if done > 1:
-                settled.append(_correlation(before, estimate))
-            report(done, steps, settled[-1] if settled else math.nan)
+                convergence.append(_correlation(before, estimate))
+            report(done, steps, convergence[-1] if convergence else math.nan)
         _check_enough(done, steps, collector.skipped)
         if estimate is None:
             estimate = _final(chosen, collector, done, callable(method))
-        found = Calibration(estimate, settled)
+        found = Calibration(estimate, convergence)
         # Sums are the same everywhere, but kinds of processors may round what is made of them differently.
         return found if ranks is None else ranks.from_first(found)
 
@@ -307,19 +307,19 @@ def _group(model: nn.Module, process_group: Any) -> Any:
     return torch.distributed.group.WORLD if alone and several_processes() else process_group
 
 
-def _chosen(method: Any, centred: bool) -> Method:
+def _chosen(method: Any, centered: bool) -> Method:
     if callable(method):
         chosen = Method(_exact("grad_sq", "fisher", "grad_abs", "act_var"), method)
     elif isinstance(method, str) and method in METHODS:
         chosen = METHODS[method]
     else:
         raise unknown_choice("method", method, tuple(METHODS), " or a callable")
-    if not isinstance(centred, bool):
-        raise ValueError(f"centred: expected True or False, got {centred!r}")
-    if not centred:
+    if not isinstance(centered, bool):
+        raise ValueError(f"centered: expected True or False, got {centered!r}")
+    if not centered:
         return chosen
     if method != "fim":
-        raise ValueError(f"centred: works with method='fim' only, got method={method!r}")
+        raise ValueError(f"centered: works with method='fim' only, got method={method!r}")
     return chosen._replace(collect=_update_variance(True))
 
 

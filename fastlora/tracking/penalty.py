@@ -34,13 +34,13 @@ class _Terms(NamedTuple):
         """Why the penalty goes by the formula in PyTorch and not through the native operator, or None."""
         if form != "delta":
             return f"form={form!r} has no products to fuse"
-        asked = self.backends & {"reference", "python"}
+        asked = self.backends & {"reference", "eager"}
         if asked:
             return f"backend {asked.pop()!r} was asked for"
         return multi_tensor.unsupported_reason("penalty_grad_", [*self.As, *self.Bs])
 
 
-class Regulariser:
+class FisherPenalty:
     """The penalty over the matrices of a tracker; matrices without an adapter have nothing to penalise."""
 
     def __init__(self, layers: Mapping[str, Linear], matrices: Sequence[tuple[str, str]]):
@@ -48,32 +48,32 @@ class Regulariser:
         self._kept: tuple[Tensor, str, Tensor] | None = None
 
     def value(
-        self, importance: Tensor | None, frozen: bool, lmbda: float, form: str, normalise: str, adapter: str
+        self, importance: Tensor | None, frozen: bool, weight: float, form: str, normalize: str, adapter: str
     ) -> Tensor:
         """The penalty as a scalar with a graph; zero while there is no importance."""
-        checked_options(lmbda, form, normalise)
+        checked_options(weight, form, normalize)
         terms = self._terms(adapter)
         if importance is None or not terms.As:
             return torch.zeros((), device=next(iter(self._layers.values())).weight.device)
-        weights = self._weights(importance, frozen, normalise, terms.positions)
+        weights = self._weights(importance, frozen, normalize, terms.positions)
         if terms.formula_because(form) is None:
-            return penalty.penalty(terms.As, terms.Bs, terms.scales, weights, lmbda)
-        return weighted_penalty(*map(_whole, (terms.As, terms.Bs)), terms.scales, weights, lmbda, form)
+            return penalty.penalty(terms.As, terms.Bs, terms.scales, weights, weight)
+        return weighted_penalty(*map(_whole, (terms.As, terms.Bs)), terms.scales, weights, weight, form)
 
     @torch.no_grad()
     def add_gradient(
-        self, importance: Tensor | None, frozen: bool, lmbda: float, form: str, normalise: str, adapter: str
+        self, importance: Tensor | None, frozen: bool, weight: float, form: str, normalize: str, adapter: str
     ) -> None:
         """Add the penalty's gradient to ``.grad`` of every trainable factor, in place."""
-        checked_options(lmbda, form, normalise)
+        checked_options(weight, form, normalize)
         terms = self._terms(adapter)
         if importance is None or not terms.As:
             return
-        weights = self._weights(importance, frozen, normalise, terms.positions)
+        weights = self._weights(importance, frozen, normalize, terms.positions)
         if terms.formula_because(form) is None:
-            _add_in_one_launch(terms, weights, lmbda)
+            _add_in_one_launch(terms, weights, weight)
         else:
-            _add_by_formula(terms, weights, lmbda, form)
+            _add_by_formula(terms, weights, weight, form)
 
     def backend(self, adapter: str, form: str = "delta") -> tuple[str, str]:
         """Who computes the penalty, ``"native"`` or ``"formula"``, and why not the former."""
@@ -103,15 +103,15 @@ class Regulariser:
             raise ValueError(f"adapter: no tracked layer has an adapter {adapter!r}, only {', '.join(names)}{near}")
         return terms
 
-    def _weights(self, importance: Tensor, frozen: bool, normalise: str, positions: list[int]) -> Tensor:
+    def _weights(self, importance: Tensor, frozen: bool, normalize: str, positions: list[int]) -> Tensor:
         # Checking the values reads them back from the device: once, for a frozen importance.
         if not frozen:
-            weights = unchecked_weights(importance, normalise)
-        elif self._kept is not None and self._kept[0] is importance and self._kept[1] == normalise:
+            weights = unchecked_weights(importance, normalize)
+        elif self._kept is not None and self._kept[0] is importance and self._kept[1] == normalize:
             weights = self._kept[2]
         else:
-            weights = importance_weights(importance, normalise)
-            self._kept = (importance, normalise, weights)
+            weights = importance_weights(importance, normalize)
+            self._kept = (importance, normalize, weights)
         if len(positions) == len(weights):
             return weights
         rows = weights.unbind()
@@ -123,7 +123,7 @@ def _whole(factors: Sequence[Tensor]) -> list[Tensor]:
     return [whole(factor) for factor in factors]
 
 
-def _add_in_one_launch(terms: _Terms, weights: Tensor, lmbda: float) -> None:
+def _add_in_one_launch(terms: _Terms, weights: Tensor, weight: float) -> None:
     """The native operator adds to the gradients in place; those that are missing start as zeros."""
     targets = []
     for parameter in terms.As + terms.Bs:
@@ -134,12 +134,12 @@ def _add_in_one_launch(terms: _Terms, weights: Tensor, lmbda: float) -> None:
             parameter.grad = penalty.empty_grad(parameter)
         targets.append(parameter.grad)
     count = len(terms.As)
-    penalty.add_penalty_grad_(targets[:count], targets[count:], terms.As, terms.Bs, terms.scales, weights, lmbda)
+    penalty.add_penalty_grad_(targets[:count], targets[count:], terms.As, terms.Bs, terms.scales, weights, weight)
 
 
-def _add_by_formula(terms: _Terms, weights: Tensor, lmbda: float, form: str) -> None:
+def _add_by_formula(terms: _Terms, weights: Tensor, weight: float, form: str) -> None:
     """The batched products of ``weighted_penalty_grad``, added to the gradients."""
-    dAs, dBs = weighted_penalty_grad(*map(_whole, (terms.As, terms.Bs)), terms.scales, weights, lmbda, form)
+    dAs, dBs = weighted_penalty_grad(*map(_whole, (terms.As, terms.Bs)), terms.scales, weights, weight, form)
     grads, added = [], []
     for parameter, gradient in zip(terms.As + terms.Bs, dAs + dBs, strict=True):
         if not parameter.requires_grad:

@@ -14,7 +14,7 @@ from .._utils.errors import checked, suggestion
 from ..importance.scores import Scores
 from ..nn.linear import DEFAULT, Linear, matrix_key
 from ..nn.probe import LayerProbe, checked_mask, masked
-from ..nn.probe_rows import ColumnRows, CompiledSigns, column_rows, sample_signs, sign_rows
+from ..nn.probe_rows import ColumnSampler, CompiledSigns, column_rows, sample_signs, sign_rows
 from ..ops.multi_tensor import output_variances
 from .all_reduce import Reduction, Shared
 from .checks import (
@@ -30,7 +30,7 @@ from .checks import (
     inverse_scale,
     refuse_windows,
 )
-from .penalty import Regulariser
+from .penalty import FisherPenalty
 from .statistics import COVARIANCES, Averages, Covariances, exact_values
 
 
@@ -106,7 +106,7 @@ class Tracker:
         self._averages = Averages(self.kinds, len(self.keys), self.ema, self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._samples: dict[int, int] = {}
-        self._regulariser = Regulariser(self.layers, self.matrices)
+        self._regulariser = FisherPenalty(self.layers, self.matrices)
         self._signs: tuple[tuple[int, int, int], Tensor] | None = None
         self._watch = StepWatch(self.layers)
         self._learning = getattr(model, "fastlora_learning", None)
@@ -214,11 +214,11 @@ class Tracker:
 
     def _drawn(self) -> Tensor | None:
         """The matrices whose columns were drawn by norms that had been seen; None where all count."""
-        return self._rows.known if isinstance(self._rows, ColumnRows) else None
+        return self._rows.known if isinstance(self._rows, ColumnSampler) else None
 
     def _learn(self, seen: dict[str, Tensor], finite: Tensor) -> None:
         """Let ``columns`` see this step's norms."""
-        if not isinstance(self._rows, ColumnRows):
+        if not isinstance(self._rows, ColumnSampler):
             return
         probes = [(self._probe(self.layers[path]), name) for path, name in self.matrices]
         looked = [probe.norms[name].grad if probe.live and probe.looking else None for probe, name in probes]
@@ -354,7 +354,7 @@ class Tracker:
         return self._covariances.read(kind)
 
     def penalty(
-        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str | None = None
+        self, weight: float = 1e-4, form: str = "delta", normalize: str = "sum", adapter: str | None = None
     ) -> Tensor:
         r"""FW-LoRA's regulariser, differentiable in A and B; add it to the loss once per optimiser step.
 
@@ -362,13 +362,13 @@ class Tracker:
 
         Zero before ``warmup`` steps, when importance is frozen; without a warmup the current averages weigh.
         ``form="decay"`` is the paper's shortcut, weight decay of A and B with the coefficient λ (1 - I_m).
-        ``normalise="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
+        ``normalize="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
         ``adapter``: whose factors, the tracked one's unless said otherwise.
         """
-        return self._regulariser.value(*self._weighing(), lmbda, form, normalise, self._whose(adapter))
+        return self._regulariser.value(*self._weighing(), weight, form, normalize, self._whose(adapter))
 
     def apply_penalty(
-        self, lmbda: float = 1e-4, form: str = "delta", normalise: str = "sum", adapter: str | None = None
+        self, weight: float = 1e-4, form: str = "delta", normalize: str = "sum", adapter: str | None = None
     ) -> None:
         r"""Add the gradient of :meth:`penalty`, worked out by hand, to ``.grad`` of A and B; no graph is built.
 
@@ -376,7 +376,7 @@ class Tracker:
 
         Call it after backward (and after ``scaler.unscale_``), before clipping and the optimiser's step.
         """
-        self._regulariser.add_gradient(*self._weighing(), lmbda, form, normalise, self._whose(adapter))
+        self._regulariser.add_gradient(*self._weighing(), weight, form, normalize, self._whose(adapter))
 
     def _whose(self, adapter: str | None) -> str:
         return self.adapter if adapter is None else adapter

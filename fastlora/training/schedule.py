@@ -87,7 +87,7 @@ class Cosine(LambdaLR):
             until = self.freeze.get(group.get("name"))
             if until is None:
                 continue
-            torch_compat.set_learning(group["params"], self.last_epoch >= until)
+            torch_compat.set_requires_grad(group["params"], self.last_epoch >= until)
             if self.last_epoch < until:
                 for parameter in group["params"]:
                     # A gradient that is left over would still be stepped.

@@ -14,7 +14,7 @@ from kernel_support import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, assert_cl
 
 from fastlora.ops import backends, reference
 from fastlora.ops.backends import triton as triton_backend
-from fastlora.ops.layout import Batch
+from fastlora.ops.layout import AdapterBatch
 from fastlora.ops.lora import lora_grouped, lora_linear
 from fastlora.ops.probe_ops import measured
 
@@ -132,7 +132,7 @@ def run_grouped(o, p, double):
     groups = [(g, n) for g in range(len(o.case.ranks)) for n in o.case.outputs]
     V = [torch.zeros(2, n + 1, dtype=torch.float64, device=device).requires_grad_() for _, n in groups]
     bias = [None] * len(o.W)
-    batch = Batch(
+    batch = AdapterBatch(
         [str(g) for g in range(len(o.case.ranks))], torch.tensor(o.case.ids, dtype=torch.int64, device=DEVICE)
     )
     if double:
@@ -167,7 +167,7 @@ def test_an_output_of_a_mixed_batch_without_gradient():
     A, B = ([t.clone().requires_grad_() for t in tensors] for tensors in (o.A, o.B))
     x, batch = (
         o.x.clone().requires_grad_(),
-        Batch(["a", "b", "c"], torch.tensor(o.case.ids, dtype=torch.int64, device=DEVICE)),
+        AdapterBatch(["a", "b", "c"], torch.tensor(o.case.ids, dtype=torch.int64, device=DEVICE)),
     )
     y = lora_grouped(x, o.W, [None, None], A, B, o.scales, batch, backend="triton")
     y[1].backward(o.dy[1])

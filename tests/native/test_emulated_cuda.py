@@ -121,7 +121,7 @@ def array(kind, values):
     return (kind * len(values))(*values)
 
 
-def penalty(kernels, A, B, dA, dB, scales, weights, lmbda=1.0):
+def penalty(kernels, A, B, dA, dB, scales, weights, weight=1.0):
     """The value without gradients, else adds to them and returns how much scratch memory was left unused."""
     gradient = dA is not None
     dA, dB = (dA, dB) if gradient else (A, B)
@@ -138,7 +138,7 @@ def penalty(kernels, A, B, dA, dB, scales, weights, lmbda=1.0):
         ctypes.c_int64(len(A)),
         pointer(weights),
         TYPES[weights.dtype],
-        ctypes.c_double(lmbda),
+        ctypes.c_double(weight),
         gradient,
     )
 

@@ -78,7 +78,7 @@ def test_changes_pack_only_the_adapter_that_changed(given_arguments, data):
     if not ranks:
         return
     adapter = data.draw(st.integers(0, len(ranks) - 1))
-    removed = layout.remove_adapter(adapter)
+    removed = layout.delete_adapter(adapter)
     kept = [old for index, old in enumerate(ranks) if index != adapter]
     again = RankLayout(kept, out_features, in_features)
     assert removed == again and layout.shared_with(removed) == len(ranks) - 1
@@ -144,7 +144,7 @@ def test_memory_grows_by_what_an_adapter_needs():
     layout = RankLayout(ranks, [64] * 7, 64)
     assert layout.nbytes >= 64 * 7 * 4 * 8  # ranks and three offsets a projection
     assert layout.nbytes <= 64 * (7 * 4 * 8 + 400) + 1000
-    assert layout.remove_adapter(3).nbytes < layout.nbytes
+    assert layout.delete_adapter(3).nbytes < layout.nbytes
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_bad_arguments_are_named(ranks, out_features, in_features, message):
 
 
 @pytest.mark.parametrize("adapter", [-1, 1])
-@pytest.mark.parametrize("method, arguments", [("with_ranks", [[2]]), ("remove_adapter", []), ("adapter_offsets", [])])
+@pytest.mark.parametrize("method, arguments", [("with_ranks", [[2]]), ("delete_adapter", []), ("adapter_offsets", [])])
 def test_an_unknown_adapter(adapter, method, arguments):
     with pytest.raises(ValueError, match=f"adapter is {adapter}, but the layout has 1 adapters"):
         getattr(RankLayout([[4]], [8], 16), method)(adapter, *arguments)

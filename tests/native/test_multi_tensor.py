@@ -56,15 +56,15 @@ def wide(tensors):
     return [tensor.double() for tensor in tensors]
 
 
-def plain(A, B, scales, weights, lmbda=1.0):
+def plain(A, B, scales, weights, weight=1.0):
     """The formulas in the precision that the operator works in: their error is what is allowed."""
     value, dA, dB = 0.0, [], []
     for a, b, s, w in zip(A, B, scales, weights.tolist(), strict=True):
         a, b = a.float(), b.float()
         left, right = a @ a.T, b.T @ b
         value += w * s * s * float((left.double() * right.double()).sum())
-        dA.append(2 * lmbda * w * s * s * (right @ a))
-        dB.append(2 * lmbda * w * s * s * (b @ left))
+        dA.append(2 * weight * w * s * s * (right @ a))
+        dB.append(2 * weight * w * s * s * (b @ left))
     return value, dA, dB
 
 

@@ -17,7 +17,7 @@ from .triton import TritonBackend
 BACKENDS: dict[str, Backend | TritonBackend] = {
     "triton": TritonBackend(),
     "native": native.NativeBackend("native", native.native_kernels(), native.unsupported_reason),
-    "python": Backend("python", eager, eager.unsupported_reason),
+    "eager": Backend("eager", eager, eager.unsupported_reason),
     "reference": Backend("reference", reference, lambda device, dtype: None),
 }
 
