@@ -373,10 +373,6 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "freeze": rows((10, "freeze: .*would not learn"), ({"x": 2}, "freeze: no parameter group is named 'x'")),
         "freeze_by": rows(("detach", "freeze_by: expected one of")),
     },
-    "training.schedule.matched_control": {
-        "scheduler": rows((None, "scheduler: expected a fastlora.training.Cosine")),
-        "optimizer": rows((None, "optimizer: expected a torch.optim.Optimizer")),
-    },
     "nn.Conv1D": LAYER,
     "nn.Linear": LAYER,
     "nn.QKVLinear": LAYER,

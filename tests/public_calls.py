@@ -167,7 +167,6 @@ GOOD: dict[str, Callable[[Path], dict[str, Any]]] = {
     "Tracker.apply_penalty": lambda at: {"self": scored_tracker()},
     "Tracker.load_state_dict": lambda at: {"self": scored_tracker(), "state": scored_tracker().state_dict()},
     "training.Cosine": lambda at: {"optimizer": adamw(adapted()), "steps": 10},
-    "training.schedule.matched_control": lambda at: a_schedule(),
     "nn.Conv1D": lambda at: {"in_features": 8, "out_features": 8},
     "nn.FrozenLinear": lambda at: {"in_features": 8, "out_features": 8},
     "nn.Linear": lambda at: {"in_features": 8, "out_features": 8},

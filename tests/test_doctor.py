@@ -55,7 +55,7 @@ def test_an_operator_that_is_wrong_is_found(monkeypatch):
     for operator, owner, name, own in (
         ("lora_grouped", kind, "grouped_forward", True),
         ("gradstat", kind, "gradstat", True),
-        ("penalty", doctor.multi_tensor, "penalty", False),
+        ("penalty", doctor.penalty, "penalty", False),
     ):
         if operator == "penalty" and not native.available():
             continue  # this operator is the native library's

@@ -64,7 +64,7 @@ def test_the_pure_python_install_computes_the_same(checkout):
     """Without the library the pure-Python backend runs, says so, and gives the same numbers."""
     code = (
         "import torch, fastlora\n"
-        "from fastlora import native\n"
+        "from fastlora.ops import native\n"
         "assert not native.available() and 'not built' in native.reason()\n"
         "torch.manual_seed(0)\n"
         "layer = fastlora.nn.Linear(8, 6, r=2, init_lora_weights=False)\n"

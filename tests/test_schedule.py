@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
 from fastlora.training.diagnostics import Diagnostics
-from fastlora.training.schedule import Cosine, matched_control
+from fastlora.training.schedule import Cosine
 
 
 def grouped(optimizer=torch.optim.SGD, rates=(0.5, 0.1), **kwargs):
@@ -121,16 +121,6 @@ class TestCosine:
                 optimizer.step()
                 scheduler.step()
         assert rates[2] == pytest.approx(0.5) and rates[6] == pytest.approx(1e-3)
-
-    def test_the_control_has_the_same_floor_and_freezes_nothing(self):
-        _, first = grouped()
-        model, second = grouped(rates=(0.1, 0.1))
-        scheduler = Cosine(first, 12, floor=2e-3, warmup=2, freeze=4)
-        control = matched_control(scheduler, second)
-        assert (control.steps, control.floor, control.warmup, control.freeze) == (12, 2e-3, 2, {})
-        assert all(p.requires_grad for p in model.parameters())
-        with pytest.raises(ValueError, match="scheduler: expected a fastlora.training.Cosine, got ConstantLR"):
-            matched_control(torch.optim.lr_scheduler.ConstantLR(second), second)
 
     @pytest.mark.parametrize(
         "kwargs, message",

@@ -94,16 +94,6 @@ class Cosine(LambdaLR):
                     parameter.grad = None
 
 
-def matched_control(scheduler: Cosine, optimizer: Optimizer) -> Cosine:
-    """The same cosine, floor and warmup for another optimiser, with nothing frozen.
-
-    A comparison of ``deep_lora`` with a method whose rate falls to 0 compares floors as well; this takes that away.
-    """
-    if not isinstance(scheduler, Cosine):
-        raise ValueError(f"scheduler: expected a fastlora.schedule.Cosine, got {type(scheduler).__name__}")
-    return Cosine(optimizer, scheduler.steps, floor=scheduler.floor, warmup=scheduler.warmup)
-
-
 def _count(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
