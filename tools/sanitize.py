@@ -51,7 +51,7 @@ def runtime(name: str) -> str:
 
 def own_instruction_set() -> str:
     """What the ordinary build chooses on this processor."""
-    code = "from fastlora import native; print(native.isa())"
+    code = "from fastlora.ops import native; print(native.isa())"
     command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 

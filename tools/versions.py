@@ -30,7 +30,7 @@ names = ("triton", "torchvision", "numpy", "transformers", "peft", "timm", "ligh
 found = {n: __import__("importlib.metadata").metadata.version(n) for n in names if importlib.util.find_spec(n)}
 print(json.dumps({"python": platform.python_version(), "torch": torch.__version__, **found}))
 """
-LOADED = "from fastlora import native; assert native.available(), native.reason(); print(native.LIBRARY)"
+LOADED = "from fastlora.ops import native; assert native.available(), native.reason(); print(native.LIBRARY)"
 Document = dict[str, Any]
 
 

@@ -45,7 +45,7 @@ def test_more_threads_than_rows(rows):
 FORK = """
 import os, sys, torch
 import fastlora
-from fastlora import native
+from fastlora.ops import native
 
 torch.set_num_threads(2)
 torch.manual_seed(0)
