@@ -53,7 +53,7 @@ def test_a_backend_that_is_wrong_is_found(broken, monkeypatch, capsys):
 def test_an_operator_that_is_wrong_is_found(monkeypatch):
     kind = type(BACKENDS["eager"])
     for operator, owner, name, own in (
-        ("lora_grouped", kind, "grouped_forward", True),
+        ("lora_grouped", kind, "forward", True),
         ("gradstat", kind, "gradstat", True),
         ("penalty", doctor.penalty, "penalty", False),
     ):

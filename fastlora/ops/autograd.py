@@ -13,9 +13,6 @@ from .._utils.torch_compat import autocasting, can_skip_dispatcher, untracked, w
 
 LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 
-# Order of the gradients that a backward returns, and of its `need` flags.
-DX, DA, DB, DZ, DW, DBIAS = range(6)
-
 
 class Operator(NamedTuple):
     """An adapted linear as autograd sees it: ``forward(x, W, bias, A, B, Z, V, *rest)`` gives [*y, h, *moments].
@@ -117,10 +114,10 @@ _apply_eager = super(torch.autograd.Function, _LoRALinear).apply
 def _arrange(call, need, parts, out, x, moments):
     """Place the returned gradients beside the inputs [x, W, bias, A, B, Z, V], None where none is needed."""
     found = iter(out)
-    dx = next(found) if need[DX] else None
+    dx = next(found) if need[0] else None
     A, B, Z, W, bias = [
-        [g if flag else None for flag, g in zip(flags, found, strict=False)] if need[index] else [None] * len(flags)
-        for index, flags in ((DA, parts[2]), (DB, parts[3]), (DZ, parts[4]), (DW, parts[0]), (DBIAS, parts[1]))
+        [g if flag else None for flag, g in zip(flags, found, strict=False)] if wanted else [None] * len(flags)
+        for wanted, flags in zip(need[1:], (parts[2], parts[3], parts[4], parts[0], parts[1]), strict=True)
     ]
     return [dx, *W, *bias, *A, *B, *Z, *_moment_gradients(call, moments, x)]
 
