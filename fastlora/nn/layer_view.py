@@ -36,8 +36,9 @@ class LayerView:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
 
-    def pairs(self, adapter: str) -> list[tuple[Tensor, Tensor, float]]:
-        pairs = dict(zip(self.layer.slices, self.layer.pairs(adapter), strict=True))
+    def factor_pairs(self, adapter: str, A: Any, B: Any) -> list[tuple[Tensor, Tensor, float]]:
+        """As ``Linear.factor_pairs``, of the rows that are seen."""
+        pairs = dict(zip(self.layer.slices, self.layer.factor_pairs(adapter, A, B), strict=True))
         return [(pairs[name][0], pairs[name][1][part], pairs[name][2]) for name, part in self.parts.items()]
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.torch_compat import autocasting, in_backward, saving_hooks
+from .adapter import Bundle
 from .linear import Linear, forward_together
 from .routing import Route
 
@@ -28,8 +29,8 @@ class _Visit:
     trigger: tuple[int, int] | None = None  # (launch number, index of the sibling that started it)
     x: Tensor | None = None
     state: tuple | None = None
-    waiting: dict[int, Tensor] = field(default_factory=dict)
-    unused: dict[tuple[int, int], set[int]] = field(default_factory=dict)
+    waiting: dict[Linear, Tensor] = field(default_factory=dict)
+    unused: dict[tuple[int, int], set[Linear]] = field(default_factory=dict)
     token: _Token = field(default_factory=_Token)
 
 
@@ -60,6 +61,8 @@ class ProjectionGroup:
         self._plan: dict[tuple[int, int], frozenset[int]] = {}  # trigger -> siblings not worth computing ahead
         self._learned: dict[tuple[int, int], frozenset[int]] = {}
         self._pending: weakref.WeakSet[_Token] = weakref.WeakSet()
+        self._index = {layer: i for i, layer in enumerate(self.layers)}
+        self._bundles: dict[tuple[Linear, ...], Bundle] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers}
@@ -70,31 +73,35 @@ class ProjectionGroup:
 
     def __call__(self, layer: Linear, x: Tensor, route: Route) -> Tensor:
         visits = self._visits.get(threading.get_ident())
-        index = next((i for i, member in enumerate(self.layers) if member is layer), None)
-        if not visits or index is None or _alone(layer, visits[-1], route):
-            return forward_together([layer], x, route)[0]
+        if not visits:
+            return forward_together((layer,), x, route)[0]
         visit = visits[-1]
         if visit.x is x and visit.state == _state(x, route):
-            if index not in visit.waiting:
-                return forward_together([layer], x, route)[0]
-            visit.unused[visit.trigger].discard(index)
-            out = visit.waiting.pop(index)
+            out = visit.waiting.pop(layer, None)
+            if out is None:
+                return forward_together((layer,), x, route)[0]
+            visit.unused[visit.trigger].discard(layer)
             if not visit.waiting:
                 visit.x = None
             return out
-        return self._launch(visit, index, x, route)
+        if x.is_inference() or layer not in self._index or _alone(layer, visit, route):
+            return forward_together((layer,), x, route)[0]
+        return self._launch(visit, layer, x, route)
 
-    def _launch(self, visit: _Visit, index: int, x: Tensor, route: Route) -> Tensor:
-        trigger = (visit.launches, index)
-        skip = self._plan.get(trigger, frozenset()) | {index}
-        ahead = [i for i in range(len(self.layers)) if i not in skip and self._joinable(self.layers[i], index, route)]
-        outputs = forward_together([self.layers[i] for i in (index, *ahead)], x, route)
+    def _launch(self, visit: _Visit, layer: Linear, x: Tensor, route: Route) -> Tensor:
+        trigger = (visit.launches, self._index[layer])
+        skip = self._plan.get(trigger, ())
+        ahead = [i for i, other in enumerate(self.layers) if i not in skip and self._joinable(other, layer, route)]
+        layers = (layer, *[self.layers[i] for i in ahead])
+        bundle = self._bundles.get(layers)
+        if bundle is None:
+            bundle = self._bundles[layers] = Bundle(layers)
+        outputs = forward_together(layers, x, route, bundle)
         visit.launches += 1
-        visit.trigger, visit.x, visit.state = trigger, x, _state(x, route)
-        visit.unused[trigger] = set(ahead)
-        visit.waiting = dict(zip(ahead, outputs[1:], strict=True))
-        if not visit.waiting:
-            visit.x = None
+        visit.trigger, visit.state = trigger, _state(x, route)
+        visit.unused[trigger] = set(layers[1:])
+        visit.waiting = dict(zip(layers[1:], outputs[1:], strict=True))
+        visit.x = x if ahead else None
         if visit.hooks is not None and outputs[0].grad_fn is not None and not in_backward():
             self._await_backward(outputs[0].grad_fn, visit.token)
         return outputs[0]
@@ -105,10 +112,10 @@ class ProjectionGroup:
         pending.add(token)
         node.register_prehook(lambda grads: pending.discard(token))
 
-    def _joinable(self, other: Linear, index: int, route: Route) -> bool:
-        mine = self.layers[index]
+    def _joinable(self, other: Linear, mine: Linear, route: Route) -> bool:
         return not (
-            other.bypassed(route)
+            other is mine
+            or other.bypassed(route)
             or "forward" in other.__dict__
             or other._forward_hooks
             or other._forward_pre_hooks
@@ -152,7 +159,8 @@ class ProjectionGroup:
             return
         for trigger, unused in visit.unused.items():
             if unused:
-                self._learned[trigger] = self._plan.get(trigger, frozenset()) | unused
+                skipped = {self._index[layer] for layer in unused if layer in self._index}
+                self._learned[trigger] = self._plan.get(trigger, frozenset()) | skipped
 
 
 def _alone(layer: Linear, visit: _Visit, route: Route) -> bool:
@@ -161,13 +169,13 @@ def _alone(layer: Linear, visit: _Visit, route: Route) -> bool:
     With dropout, masks would depend on what runs together, and so on what was learned: not reproducible. A checkpoint
     around the projection alone is recomputed outside its owner, where nothing is computed ahead.
     """
-    return any(layer.dropout_p(route)) or saving_hooks() != visit.hooks
+    return saving_hooks() != visit.hooks or (layer.training and any(layer.dropout_p(route)))
 
 
 def _state(x: Tensor, route: Route) -> tuple:
     return (
         route,
-        None if x.is_inference() else x._version,
+        x._version,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_autocast_dtype(x.device.type) if autocasting(x) else None,

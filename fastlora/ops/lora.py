@@ -11,7 +11,7 @@ from .._utils.torch_compat import autocasting
 from . import reference
 from .autograd import LIBRARY, Operator, like
 from .backends import choose
-from .layout import AdapterBatch, Dropout, GroupLayout, LoraCall, Need, Rows, as_rows, picks_columns
+from .layout import AdapterBatch, Dropout, Gradients, GroupLayout, LoraCall, Need, Rows, as_rows, picks_columns
 
 # Lists run over adapters, then projections (A, B, Z, scale) or weights (V); P, sign, p and probes over adapters.
 # rows is [ids, order, ranges] of the adapters' rows, empty where one adapter has all; drop is nothing, one seed, or
@@ -35,16 +35,21 @@ def _call(x, W, bias, A, B, P, probes, drop, rows, starts, scale, p, engine, mom
 
 def _forward(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
-    call = _call(x, W, bias, A, B, P, _probes(P), drop, rows, starts, scale, p, engine, bool(V))
+    call = _call(x, W, bias, A, B, P, probe_counts(P), drop, rows, starts, scale, p, engine, bool(V))
     outputs, h, moments = chosen.forward(call)
-    for g, signs in enumerate(sign):
-        if signs.numel():
-            _flip(h, signs, call, g)
+    flip_signs(h, sign, call)
     return [*outputs, h, *moments]
 
 
+def flip_signs(h: Tensor, sign: Sequence[Tensor], call: LoraCall) -> None:
+    """Multiply the adapters' probe columns of h, which take no part in y, by their signs."""
+    for g, signs in enumerate(sign):
+        if signs.numel():
+            _flip(h, signs, call, g)
+
+
 def _flip(h: Tensor, signs: Tensor, call: LoraCall, g: int) -> None:
-    """Multiply an adapter's probe columns of h [M, width], which take no part in y, by a sign a sample [S, k]."""
+    """Of one adapter: h [M, width], signs [S, k], one a sample and probe."""
     rank, k = call.layout.of(g).rank, signs.shape[1]
     if call.rows is None:
         probe = h.view(signs.shape[0], -1, h.shape[1]).narrow(2, rank, h.shape[1] - rank)
@@ -70,7 +75,7 @@ def _rows(x: Tensor) -> int:
     return rows
 
 
-def _probes(P: Sequence[Tensor]) -> list[int]:
+def probe_counts(P: Sequence[Tensor]) -> list[int]:
     """Columns of Q by adapter: rows of P, or columns of x for each projection."""
     return [m.shape[1] if picks_columns(m) else m.shape[0] for m in P]
 
@@ -80,21 +85,31 @@ def _backward(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, need, bac
     need, seen = Need(*need), as_rows(x)
     grads = [None if g is None else as_rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
     call = _call(x, W, [None] * len(W), A, B, (), probes, drop, rows, starts, scale, p, engine, False)
-    dx, dA, dB, Q = chosen.backward(call, h, grads, need)
-    out = [dx.view(x.shape)] if need.dx else []
-    out += map(like, dA, A) if need.dA else []
-    out += map(like, dB, B) if need.dB else []
-    if need.dZ:
-        acc, columns = reference.accumulate_dtype(x.dtype), _columns(probes, len(B))
-        out += [
-            seen.new_zeros((b.shape[0], k), dtype=acc) if q is None else q
-            for q, b, k in zip(Q or [None] * len(B), B, columns, strict=True)
-        ]
+    dx, dA, dB, dZ = like_operands(call, chosen.backward(call, h, grads, need), need)
+    out = [*([dx] if need.dx else []), *dA, *dB, *dZ]
     if need.dW:
         out += [torch.zeros_like(w) if g is None else torch.mm(g.t(), seen) for g, w in zip(grads, W, strict=True)]
     if need.dbias:
         out += [x.new_zeros(w.shape[0]) if g is None else g.sum(0) for g, w in zip(grads, W, strict=True)]
     return out
+
+
+def like_operands(call: LoraCall, found: Gradients, need: Need) -> tuple[Tensor | None, list, list, list]:
+    """The needed gradients in the shape and dtype of x, A, B and Z, zeros where nothing contributed."""
+    dx, dA, dB, Q = found
+    dZ: list[Tensor] = []
+    if need.dZ:
+        acc, columns = reference.accumulate_dtype(call.x.dtype), _columns(call.probes, len(call.B))
+        dZ = [
+            call.x.new_zeros((b.shape[0], k), dtype=acc) if q is None else q
+            for q, b, k in zip(Q or [None] * len(call.B), call.B, columns, strict=True)
+        ]
+    return (
+        dx.view(call.x.shape) if need.dx else None,
+        list(map(like, dA, call.A)) if need.dA else [],
+        list(map(like, dB, call.B)) if need.dB else [],
+        dZ,
+    )
 
 
 def _columns(probes: Sequence[int], factors: int) -> list[int]:
@@ -121,7 +136,7 @@ def _backward_fake(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, need
 
 def _backward_rest(rest: tuple) -> tuple:
     P, _, drop, rows, starts, scale, p, _, _ = rest
-    return _probes(P), drop, rows, starts, scale, p
+    return probe_counts(P), drop, rows, starts, scale, p
 
 
 def _formula(x, W, bias, A, B, Z, rest):
@@ -133,15 +148,19 @@ def _formula(x, W, bias, A, B, Z, rest):
 
 
 def _probe_leaves(B: Sequence[Tensor], rest: tuple) -> list[Tensor]:
-    columns = _columns(_probes(rest[0]), len(B))
+    columns = _columns(probe_counts(rest[0]), len(B))
     return [b.new_zeros((b.shape[0], k)).requires_grad_() for b, k in zip(B, columns, strict=True)]
 
 
 def _counts(x: Tensor, rest: tuple, moments: int) -> list:
     """The number of rows behind each moment output: of x, or of each adapter."""
-    if not rest[3]:
+    return rows_behind_moments(x, rest[3][2] if rest[3] else None, moments)
+
+
+def rows_behind_moments(x: Tensor, ranges: Tensor | None, moments: int) -> list:
+    """For each moment output the rows of x, or of its adapter."""
+    if ranges is None:
         return [_rows(x)] * moments
-    ranges = rest[3][2]
     each = moments // max(ranges.shape[0], 1)
     return [count for count in (ranges[:, 1] - ranges[:, 0]).unbind() for _ in range(each)]
 
@@ -197,9 +216,7 @@ def checked_linear(
     x, W, bias, A, B, scale, p, Z=(), V=(), P=None, sign=None, backend="auto", engine="auto"
 ) -> list[Tensor]:
     """``lora_linear`` of an input that was checked; scales and p are floats."""
-    seed = None
-    if p > 0.0:
-        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
+    seed = new_seed(x.device) if p > 0.0 else None
     probes, signs = [[] if given is None else [given] for given in (P, sign)]
     out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, probes, signs, seed, [], [], scale, [p], backend, engine)
     return out[: len(W)]
@@ -237,13 +254,17 @@ def lora_grouped(
     check_input(x, W[0])
     rows, keys = batch.rows(x), None
     if any(p):
-        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
-        keys = batch.keys(x, seed, dropout_salt)
+        keys = batch.keys(x, new_seed(x.device), dropout_salt)
     out = LORA_LINEAR.apply(
         x, W, bias, A, B, Z, V, P, sign, keys, list(rows), starts, [float(s) for s in scale],
         [float(q) for q in p] or [0.0] * len(batch.names), backend, engine,
     )  # fmt: skip
     return out[: len(W)]
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A dropout seed from torch's generator, as a tensor: a checkpoint's restored state draws it again."""
+    return torch.randint(2**62, (), dtype=torch.int64, device=device)
 
 
 def check_input(x: Tensor, W: Tensor) -> None:
