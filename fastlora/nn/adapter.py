@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..ops.bound import BoundCall
 
-
 WHOLE = "weight"  # name of the one slice of a matrix that is not split
 
 
@@ -120,7 +119,10 @@ class Operands:
                     B.append(b)
                     scale.append(s)
         self.call = BoundCall(W, bias, A, B, scale, layers[0].backend, layers[0].engine)
-        self.placed = [(w, w.device, w.dtype) for w in W]
+        self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
+        self._weights = W
+        self._hooks = [hooks for f in self.factors for hooks in (f._forward_pre_hooks, f._forward_hooks)]
+        self._attributes = [f.__dict__ for f in self.factors]
         # Layers that run together drop alike.
         specs = [layers[0].adapter_specs.get(name) for name in names]
         self.dropout = [0.0 if spec is None else spec.dropout for spec in specs]
@@ -157,11 +159,14 @@ class Operands:
         for owner, name, found in self.read:
             if getattr(owner, name) is not found:
                 return False
-        for w, device, dtype in self.placed:  # a parameter that is moved or cast stays the same object
-            if w.device != device or w.dtype != dtype:
+        for w in self._weights:  # a parameter that is moved or cast stays the same object
+            if w.dtype is not self.dtype or w.device != self.device:
                 return False
-        for factors in self.factors:
-            if factors._forward_pre_hooks or factors._forward_hooks or "forward" in factors.__dict__:
+        for hooks in self._hooks:
+            if hooks:
+                return False
+        for attributes in self._attributes:
+            if "forward" in attributes:
                 return False
         return True
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._utils.errors import check_flag, check_rank
 from ..config import LoraConfig
-from ..ops.lora import check_input, new_seed
+from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, new_factors
 from .probe import group_operands
@@ -191,14 +191,19 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``y = x W^T + b + s dropout(x) A^T B^T`` of the adapter that the running context chose; input [*, K]."""
+        if torch.compiler.is_compiling():
+            route = self.router.traced()
+            if self.bypassed(route):
+                return F.linear(input, self.weight, self.bias)
+            return forward_traced(self, input, route)
+        if not self.called:
+            self.called = True
         route = self.router.route(self.training)
         if self.bypassed(route):
-            self.called = True
             return F.linear(input, self.weight, self.bias)
-        if torch.compiler.is_compiling():
-            return forward_together([self], input, route)[0]
-        self.called = True
-        return forward_together([self], input, route)[0] if self.group is None else self.group(self, input, route)
+        if self.group is not None:
+            return self.group(self, input, route)
+        return forward_together((self,), input, route)[0]
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -259,15 +264,14 @@ def adapter_dtype_of(config: LoraConfig, layer: nn.Linear) -> torch.dtype:
     return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
-def forward_together(
-    layers: Sequence[Any], x: Tensor, route: Route, bundle: Bundle | None = None
-) -> Sequence[Tensor]:
+def forward_together(layers: Sequence[Any], x: Tensor, route: Route, bundle: Bundle | None = None) -> Sequence[Tensor]:
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along."""
     first = layers[0]
-    check_input(x, first.weight)
     if bundle is None:
         bundle = _bundle_of(layers)
     kept = bundle.kept(route.names)
+    if x.dtype is not kept.dtype or x.device != kept.device or not x.dim() or x.shape[-1] != kept.depth:
+        check_input(x, first.weight)
     drops = kept.drops and first.training
     rows, key, p, tracked = None, None, kept.dropout if drops else (), {}
     if route.batch is None:
@@ -288,15 +292,39 @@ def forward_together(
     y = kept.call(x, rows, key, p, **operands) if tracked else kept.call(x, rows, key, p)
     for name, probes in tracked.items():
         y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
-    if y[0].grad_fn is not None and not torch.compiler.is_compiling():
-        first.router.built(y[0].grad_fn, route)
+    node = y[0].grad_fn
+    if node is not None:
+        first.router.built(node, route)
+    return y
+
+
+def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
+    """As ``forward_together`` of one layer, for a compiler: the operator with its operands as they are now."""
+    check_input(x, layer.weight)
+    names = route.names
+    A, B, scale = zip(*[pair for name in names for pair in layer.pairs(name)], strict=True)
+    tracked = [name for name in names if name in layer.probes]
+    p = layer.dropout_p(route)
+    options: dict[str, Any] = {"backend": layer.backend, "engine": layer.engine}
+    if route.batch is None:
+        if tracked:
+            options |= layer.probes[names[0]].operands([layer.probes[names[0]]], x, route)
+        (y,) = checked_linear(x, [layer.weight], [layer.bias], A, B, scale, p[0], **options)
+    else:
+        if tracked:
+            options |= group_operands({name: [layer.probes[name]] for name in tracked}, [layer], route, x)
+        salt = layer.dropout_salt
+        weights = ([layer.weight], [layer.bias])
+        (y,) = lora_grouped(x, *weights, A, B, scale, route.batch, p=p, dropout_salt=salt, **options)
+    for name in tracked:
+        y = layer.probes[name].tap(x, y, route, name)
     return y
 
 
 def _bundle_of(layers: Sequence[Any]) -> Bundle:
-    """The operands of one layer, kept with it; those of a part of a layer, and of compiled code, are made anew."""
+    """The operands of one layer, kept with it; those of a part of a layer are made anew."""
     (layer,) = layers
-    if torch.compiler.is_compiling() or not isinstance(layer, Linear):
+    if not isinstance(layer, Linear):
         return Bundle(layers)
     if layer.bundle is None or layer.bundle.layers[0] is not layer:
         layer.bundle = Bundle(layers)

@@ -113,22 +113,27 @@ class ProjectionGroup:
         node.register_prehook(lambda grads: pending.discard(token))
 
     def _joinable(self, other: Linear, mine: Linear, route: Route) -> bool:
-        return not (
+        if (
             other is mine
-            or other.bypassed(route)
-            or "forward" in other.__dict__
             or other._forward_hooks
             or other._forward_pre_hooks
             or other._backward_hooks
             or other._backward_pre_hooks
-            or other.weight.device != mine.weight.device
-            or other.weight.dtype != mine.weight.dtype
-            or type(other.weight) is not type(mine.weight)
-            or other.router is not mine.router
-            or other.training != mine.training
-            or other.dropout_p(route) != mine.dropout_p(route)
-            or (other.backend, other.engine) != (mine.backend, mine.engine)
-            or other.probes.keys() != mine.probes.keys()
+            or other.training is not mine.training
+            or "forward" in other.__dict__
+            or other.bypassed(route)
+            or ((other.probes or mine.probes) and other.probes.keys() != mine.probes.keys())
+        ):
+            return False
+        w, own = other.weight, mine.weight
+        return (
+            w.dtype is own.dtype
+            and w.device == own.device
+            and type(w) is type(own)
+            and other.router is mine.router
+            and other.backend == mine.backend
+            and other.engine == mine.engine
+            and (not mine.training or other.dropout_p(route) == mine.dropout_p(route))
         )
 
     def enter(self, owner: nn.Module, args: Any) -> None:
