@@ -77,7 +77,8 @@ def test_opcheck(p, picks):
     h = torch.randn(13, 8 + (6 if picks else 2))
     back = (case["dy"], case["x"].detach(), h, case["W"], [a.detach() for a in A], [b.detach() for b in B], [2])
     torch.library.opcheck(
-        torch.ops.fastlora.lora_linear_backward.default, (*back, seed, [], [], case["scale"], [p], [True] * 6, "auto", "auto")
+        torch.ops.fastlora.lora_linear_backward.default,
+        (*back, seed, [], [], case["scale"], [p], [True] * 6, "auto", "auto"),
     )
 
 

@@ -27,10 +27,13 @@ class _Visit:
     hooks: Any
     launches: int = 0
     trigger: tuple[int, int] | None = None  # (launch number, index of the sibling that started it)
+    first: tuple[int, int] | None = None  # the launch whose input later ones are compared with
     x: Tensor | None = None
     state: tuple | None = None
     waiting: dict[Linear, Tensor] = field(default_factory=dict)
     unused: dict[tuple[int, int], set[Linear]] = field(default_factory=dict)
+    shared: tuple[Tensor, tuple] | None = None  # the input of the last launch and its state, while they are compared
+    wanted: dict[tuple[int, int], set[int]] = field(default_factory=dict)  # siblings that came for a launch's input
     token: _Token = field(default_factory=_Token)
 
 
@@ -39,12 +42,13 @@ class ProjectionGroup:
 
     The first sibling that is called computes the outputs of those that are expected to follow, each of which takes its
     own when it is called with the same tensor object at the same version under the same modes; otherwise it computes
-    alone. What is expected is learned: a result that nobody took by the owner's exit is not computed ahead again.
+    alone. What is expected is learned: a result that nobody took by the owner's exit is not computed ahead again, and
+    siblings that are not ``expected`` to share an input are computed ahead once they were seen to.
     While dropout is active every projection runs alone, with its own mask.
     """
 
-    def __init__(self, layers: list[Linear]):
-        self.layers = layers
+    def __init__(self, layers: list[Linear], expected: bool = True):
+        self.layers, self.expected = layers, expected
         self._clear()
 
     def regroup(self, layers: list[Linear]) -> None:
@@ -63,12 +67,14 @@ class ProjectionGroup:
         self._pending: weakref.WeakSet[_Token] = weakref.WeakSet()
         self._index = {layer: i for i, layer in enumerate(self.layers)}
         self._bundles: dict[tuple[Linear, ...], Bundle] = {}
+        self._unknown = frozenset() if self.expected else frozenset(self._index.values())
+        self._refused: set[tuple[tuple[int, int], int]] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers}
+        return {"layers": self.layers, "expected": self.expected}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers = state["layers"]
+        self.__dict__.update(state)
         self._clear()
 
     def __call__(self, layer: Linear, x: Tensor, route: Route) -> Tensor:
@@ -90,7 +96,9 @@ class ProjectionGroup:
 
     def _launch(self, visit: _Visit, layer: Linear, x: Tensor, route: Route) -> Tensor:
         trigger = (visit.launches, self._index[layer])
-        skip = self._plan.get(trigger, ())
+        if not self.expected:
+            self._compare(visit, trigger, x, route)
+        skip = self._plan.get(trigger, self._unknown)
         ahead = [i for i, other in enumerate(self.layers) if i not in skip and self._joinable(other, layer, route)]
         layers = (layer, *[self.layers[i] for i in ahead])
         bundle = self._bundles.get(layers)
@@ -105,6 +113,15 @@ class ProjectionGroup:
         if visit.hooks is not None and outputs[0].grad_fn is not None and not in_backward():
             self._await_backward(outputs[0].grad_fn, visit.token)
         return outputs[0]
+
+    def _compare(self, visit: _Visit, trigger: tuple[int, int], x: Tensor, route: Route) -> None:
+        """Take note of a sibling that runs on the input of the launch before it."""
+        state = _state(x, route)
+        if visit.shared is not None and visit.shared[0] is x and visit.shared[1] == state:
+            visit.wanted[visit.first].add(trigger[1])
+        else:
+            visit.shared, visit.first = (x, state), trigger
+            visit.wanted[trigger] = set()
 
     def _await_backward(self, node: Any, token: _Token) -> None:
         # A recomputation must launch what its forward launched: until then, or until the graph dies, the plan stands.
@@ -165,7 +182,12 @@ class ProjectionGroup:
         for trigger, unused in visit.unused.items():
             if unused:
                 skipped = {self._index[layer] for layer in unused if layer in self._index}
-                self._learned[trigger] = self._plan.get(trigger, frozenset()) | skipped
+                self._learned[trigger] = self._plan.get(trigger, self._unknown) | skipped
+                self._refused.update((trigger, index) for index in skipped)
+        for trigger, wanted in visit.wanted.items():
+            wanted = {index for index in wanted if (trigger, index) not in self._refused}
+            if wanted:
+                self._learned[trigger] = self._plan.get(trigger, self._unknown) - wanted
 
 
 def _alone(layer: Linear, visit: _Visit, route: Route) -> bool:
@@ -187,9 +209,12 @@ def _state(x: Tensor, route: Route) -> tuple:
     )
 
 
-def group_projections(owner: nn.Module, layers: list[Linear]) -> ProjectionGroup:
-    """Let sibling projections of ``owner`` share one operator call wherever they share their input."""
-    group = ProjectionGroup(layers)
+def group_projections(owner: nn.Module, layers: list[Linear], expected: bool = True) -> ProjectionGroup:
+    """Let sibling projections of ``owner`` share one operator call wherever they share their input.
+
+    ``expected``: whether they do is taken for granted at first, as for q, k and v, or has to be seen.
+    """
+    group = ProjectionGroup(layers, expected)
     for layer in layers:
         layer.group = group
     owner.register_forward_pre_hook(group.enter)
