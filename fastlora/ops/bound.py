@@ -159,7 +159,18 @@ class _Bound(torch.autograd.Function):
                 counts = rows_behind_moments(x, None if run.rows is None else run.rows.ranges, len(moments))
                 moments = moment_gradients(moments, counts)
         none = (None,) * count
-        return (None, dx, *(dA or none), *(dB or none), *(dZ or (None,) * run.leaves), *moments)
+        found = [dA or none, dB or none, dZ or (None,) * run.leaves, moments]
+        if None in dy:
+            found = _without_unused(found, dy, bound.layout)
+        return (None, dx, *[g for part in found for g in part])
+
+
+def _without_unused(found: list, dy: Sequence[Tensor | None], layout: GroupLayout) -> list[list[Tensor | None]]:
+    """No gradient, as if it had run alone, for what belongs to an output that took no part in the backward."""
+    outputs, n = layout.of(0).outputs, layout.projections
+    *factors, moments = found
+    used = [[None if dy[outputs[i % n]] is None else g for i, g in enumerate(part)] for part in factors]
+    return [*used, [None if dy[i % len(dy)] is None else m for i, m in enumerate(moments)]]
 
 
 def _again(run: _Run, needs, dy, x, A, B, moments) -> tuple:
