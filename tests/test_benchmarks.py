@@ -13,9 +13,11 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import bench_growth, bench_merge, bench_statistics, estimators, gate, peers, recorded, report, shapes  # noqa: E402
-from benchmarks.interleave import Interleaved, median_interval, rows  # noqa: E402
-from benchmarks.plot import plot  # noqa: E402
+from benchmarks import bench_growth, bench_merge, bench_statistics  # noqa: E402
+from benchmarks.harness import estimators, gate, peers, recorded, shapes  # noqa: E402
+from benchmarks.harness.interleave import Interleaved, median_interval, rows  # noqa: E402
+from benchmarks.harness.plot import plot  # noqa: E402
+from benchmarks.reports import report  # noqa: E402
 from fastlora import tracker  # noqa: E402
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")

@@ -1,6 +1,6 @@
 """The floor of a CPU: what one core's multiply-adds can reach, and what the matmuls of the layer shapes do reach.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.floor --out benchmarks/results
+    OMP_NUM_THREADS=1 python -m benchmarks.reports.floor --out benchmarks/results
 
 Writes ``floor.json`` and ``floor.md``. The peak is a loop of independent multiply-adds in registers, compiled here for
 the widest instructions that the processor has. A matmul near it leaves nothing to gain by another library, and an
@@ -26,8 +26,8 @@ import torch.nn.functional as F
 
 from fastlora.engines import LINEAR, ONEDNN, PACKED, MatmulEngines, onednn_reason
 
-from .machine import cpu_name
-from .shapes import DTYPES, SHAPES
+from ..harness.machine import cpu_name
+from ..harness.shapes import DTYPES, SHAPES
 
 ROUNDS = 15
 # Sums start from what the caller gives, so that no two of them are one to the compiler.
@@ -151,13 +151,13 @@ def markdown(found: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.floor", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reports.floor", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for floor.json and floor.md")
     out = parser.parse_args(argv).out
     torch.set_num_threads(1)
     found = {
         "hardware": f"{cpu_name()}, torch {torch.__version__}",
-        "command": "OMP_NUM_THREADS=1 python -m benchmarks.floor --out benchmarks/results",
+        "command": "OMP_NUM_THREADS=1 python -m benchmarks.reports.floor --out benchmarks/results",
         "peaks": peaks(),
         "rows": [
             {"shape": name, "dtype": dtype, "engine": engine, **numbers}

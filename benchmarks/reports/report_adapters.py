@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .tables import cell, table
+from ..harness.tables import cell, table
 
 Results = list[dict[str, Any]]
 

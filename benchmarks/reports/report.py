@@ -1,4 +1,4 @@
-"""Tables and a plot from the JSON of the benchmarks: ``python -m benchmarks.report benchmarks/results/layer.json``."""
+"""Tables and a plot from a result file: ``python -m benchmarks.reports.report benchmarks/results/layer.json``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..harness.plot import failed, plot
+from ..harness.tables import cell, table
 from . import report_adapters, report_statistics
-from .plot import failed, plot
-from .tables import cell, table
 
 NOT_MEASURED = "informative: this CPU has neither avx512_bf16 nor AMX, bf16 is emulated"
 # Rows whose ratio to untracked fastlora is the cost of statistics.

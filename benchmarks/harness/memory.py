@@ -1,4 +1,4 @@
-"""Peak memory of one step, for a process of its own: ``python -m benchmarks.memory VARIANT``."""
+"""Peak memory of one step, for a process of its own: ``python -m benchmarks.harness.memory VARIANT``."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ def peak(name: str) -> dict[str, int]:
 
 def measured(name: str) -> dict[str, int]:
     """``peak`` in a fresh process."""
-    return in_child("benchmarks.memory", name)
+    return in_child("benchmarks.harness.memory", name)
 
 
 def in_child(module: str, *arguments: str, large: int = 2**20) -> Any:
     """What a module prints as JSON, run in a process whose allocator gives blocks of ``large`` bytes back at once."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(large), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *arguments]

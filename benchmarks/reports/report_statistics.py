@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .tables import cell, table
+from ..harness.tables import cell, table
 
 Results = list[dict[str, Any]]
 # Ways to the whole gradient, whose error is rounding; the naive way is PEFT's with requires_grad on W.

@@ -14,7 +14,7 @@ import fastlora
 from fastlora.column_rows import ColumnRows, looks
 from fastlora.reference import column_norms
 
-from .experiment import data as sst2
+from ..experiment import data as sst2
 
 RANK, BATCH, MAX_TOKENS = 8, 32, 48
 STEPS = (1, 9, 25)  # optimiser steps at which tensors are kept: after the first, early, later
@@ -89,7 +89,7 @@ def record(model_path: str, folder: Path | None = None) -> tuple[list[Recorded],
 
     AdamW on adapters of rank 8 and the head; dropout off, as nothing here is about it.
     """
-    from .experiment.train import load
+    from ..experiment.train import load
 
     given, source = sentences(folder, BATCH * (max(STEPS) + 1))
     model, tokenizer = load(model_path, 0)
