@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
-import json
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 
 from fastlora.engines import LINEAR, ONEDNN, PACKED, MatmulEngines, onednn_reason
 
+from ..harness import result_files
 from ..harness.machine import cpu_name
 from ..harness.shapes import DTYPES, SHAPES
 
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         ],
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "floor.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    result_files.write(out / "floor.json", found)
     (out / "floor.md").write_text(markdown(found), encoding="utf-8")
     sys.stdout.write(markdown(found))
     return 0

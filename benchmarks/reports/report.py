@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..harness import result_files
 from ..harness.plot import failed, plot
 from ..harness.tables import cell, table
 from . import report_adapters, report_statistics
@@ -282,7 +282,7 @@ def write(document: dict[str, Any], folder: Path, name: str = "layer") -> list[P
     """Write ``name.json`` and ``name.md`` into a folder and the pictures that can be drawn; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{name}.json"
-    data.write_text(json.dumps(document, indent=1) + "\n")
+    result_files.write(data, document)
     return [data, *render(document, folder, name)]
 
 
@@ -302,7 +302,7 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.out or arguments.json.parent
     folder.mkdir(parents=True, exist_ok=True)
-    made = render(json.loads(arguments.json.read_text()), folder, arguments.json.stem)
+    made = render(result_files.read(arguments.json), folder, arguments.json.stem)
     if len(made) == 1:
         sys.stderr.write("no plot: matplotlib is not installed, or nothing to draw\n")
     return 0
