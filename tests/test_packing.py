@@ -146,8 +146,10 @@ def test_hooks_on_factors_run():
     m = model()
     y, _ = run(m)
     calls = []
-    hook = m[0].query.lora_B["b"].register_forward_hook(
-        lambda module, args, out: (calls.append(1), {k: 2 * b for k, b in out.items()})[1]
+    hook = (
+        m[0]
+        .query.lora_B["b"]
+        .register_forward_hook(lambda module, args, out: (calls.append(1), {k: 2 * b for k, b in out.items()})[1])
     )
     other, _ = run(m)
     assert calls and not torch.allclose(other[IDS == 1], y[IDS == 1]) and torch.equal(other[IDS != 1], y[IDS != 1])
