@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.nn.probe_rows import ColumnSampler, looks
+from fastlora.nn.probe_rows import ColumnSampler, refreshes_norms
 from fastlora.ops.reference import column_norms
 
 from ..experiment import data as sst2
@@ -72,7 +72,7 @@ class _Recorder:
             layer.register_forward_hook(lambda module, args, y, path=path: self._seen(path, args[0], y))
 
     def _seen(self, path: str, x: Tensor, y: Tensor) -> None:
-        if y.requires_grad and (self.step in STEPS or looks(self.step)):
+        if y.requires_grad and (self.step in STEPS or refreshes_norms(self.step)):
             step, rows = self.step, x.detach().flatten(0, -2).clone()
             y.register_hook(lambda dy: self._passed(path, step, rows, dy.flatten(0, -2).clone()))
 
@@ -80,7 +80,7 @@ class _Recorder:
         own = self.rows[path]
         if step in STEPS:
             self.found.append(Recorded(path, step, x, dy, own.norms[0][0].clone()))
-        if looks(step):
+        if refreshes_norms(step):
             own.learn([column_norms(x, [dy])[0]], torch.ones(1, dtype=torch.bool))
 
 
