@@ -16,17 +16,12 @@ from torch import Tensor
 
 from . import native_shapes
 
-__all__ = ["LIBRARY", "RankLayout", "available", "gradstat", "has_kernel", "isa", "reason"]
+__all__ = ["LIBRARY", "available", "gradstat", "has_kernel", "isa", "reason"]
 
 logger = logging.getLogger(__name__)
 
 # Another build of the library, such as an instrumented one, is loaded by naming it.
 LIBRARY = Path(os.environ.get("FASTLORA_LIBRARY") or Path(__file__).with_name("_C.so"))
-
-try:
-    from ._layout import RankLayout
-except ImportError:
-    RankLayout = None
 
 
 def _load() -> str | None:

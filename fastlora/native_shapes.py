@@ -80,7 +80,7 @@ def _penalty(A, B, scales, weights):
     return weights.new_empty((), dtype=torch.float32)
 
 
-def _penalty_grad(dA, dB, A, B, scales, weights, lmbda):
+def _penalty_grad(dA, dB, A, B, scales, weights, weight):
     return None
 
 

@@ -21,7 +21,7 @@ KERNELS = PACKAGE / "kernels" if (PACKAGE / "kernels").is_dir() else PACKAGE.par
 # fmt: off
 LAYERS = (
     ("reference",),
-    ("native", "native_shapes", "plain", "_layout", "engines", "grouped"),
+    ("native", "native_shapes", "plain", "engines", "grouped"),
     ("verbs", "triton_backend", "multi_tensor"),
     ("backends", "segments", "signs"),
     ("_operator",),

@@ -10,10 +10,8 @@ import torch
 from test_adapters import IDS, NAMES, batch, gradients, model
 
 import fastlora
-from fastlora import LoraConfig, native
+from fastlora import LoraConfig
 from fastlora.nn.packing import Packing, packing_of
-
-needs_native = pytest.mark.skipif(native.RankLayout is None, reason="the native layout module was not built")
 
 
 def run(m, ids=IDS, x=None):
@@ -30,51 +28,54 @@ def kept(m) -> Packing:
     return packing
 
 
-def expected(packing):
-    """The layout made anew from the layers."""
-    ranks = [
-        [
+def packed_ranks(packing) -> dict[str, list[int]]:
+    return {name: entry.ranks for name, entry in packing.entries.items()}
+
+
+def expected(packing) -> dict[str, list[int]]:
+    """The ranks read anew from the layers."""
+    return {
+        n: [
             rank
             for layer in packing.layers
             for rank in (layer.ranks(n) if n in layer.adapter_specs else {"": 0}).values()
         ]
-        for n in packing.names
-    ]
-    return native.RankLayout(ranks, [8, 8, 8], 8)
+        for n in packing.entries
+    }
 
 
-@needs_native
 def test_a_batch_packs_nothing_that_is_packed_already():
     m = model()
     run(m)
-    packing, layout = kept(m), kept(m).layout
-    assert sorted(packing.names) == sorted(NAMES) and layout == expected(packing)
+    packing, before = kept(m), dict(kept(m).entries)
+    assert sorted(before) == sorted(NAMES) and packed_ranks(packing) == expected(packing)
     for ids in (IDS, IDS.flip(0), torch.tensor([2, 2, 0, 0, -1, 0])):
         run(m, ids)
-    assert kept(m) is packing and packing.layout is layout
+    assert kept(m) is packing and packing.entries.keys() == before.keys()
+    assert all(packing.entries[name] is entry for name, entry in before.items())
 
 
-@needs_native
 def test_only_the_adapter_that_changed_is_packed_again():
     m = model()
     run(m)
-    packing, before = kept(m), kept(m).layout
+    packing = kept(m)
 
-    def after(change, ids=IDS):
-        layout = packing.layout
+    def after(change, ids=IDS) -> int:
+        """How many entries are those of before."""
+        before = dict(packing.entries)
         change()
         run(m, ids)
-        assert kept(m) is packing and packing.layout == expected(packing)
-        return layout.shared_with(packing.layout)
+        assert kept(m) is packing and packed_ranks(packing) == expected(packing)
+        return sum(packing.entries.get(name) is entry for name, entry in before.items())
 
     assert after(lambda: fastlora.set_ranks(m, {"0.key": 5}, adapter="b", reinit=True)) == 2
-    assert packing.layout.ranks[packing.names.index("b")] == [3, 5, 3]
+    assert packing.entries["b"].ranks == [3, 5, 3]
     add = lambda: fastlora.add_adapter(m, "d", LoraConfig(r=4, target_modules="qkv"))  # noqa: E731
     assert after(add, torch.tensor([0, 1, 2, 3, 3, -1])) == 3
-    assert packing.layout.num_adapters == 4
+    assert len(packing.entries) == 4
     ids = torch.tensor([0, 2, 2, 3, 3, -1])
-    assert after(lambda: fastlora.remove_adapter(m, "b"), ids) == 3 and "b" not in packing.names
-    assert after(lambda: None, ids) == 3 and before.num_adapters == 3
+    assert after(lambda: fastlora.remove_adapter(m, "b"), ids) == 3 and "b" not in packing.entries
+    assert after(lambda: None, ids) == 3 and len(packing.entries) == 3
 
 
 def test_scales_follow_a_file(tmp_path):
@@ -92,16 +93,6 @@ def test_scales_follow_a_file(tmp_path):
     y, _ = run(m, ids, x)
     with fastlora.adapters(other, "b"):
         torch.testing.assert_close(y, other(x))
-
-
-def test_without_the_native_module(monkeypatch):
-    m = model()
-    want = run(m)
-    monkeypatch.setattr(native, "RankLayout", None)
-    other = model()
-    y, grads = run(other)
-    assert kept(other).layout is None and torch.equal(y, want[0])
-    assert all(torch.equal(grads[name], grad) for name, grad in want[1].items())
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])

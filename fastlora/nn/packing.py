@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from .. import native
 from ..grouped import column_starts
 
 if TYPE_CHECKING:
@@ -33,18 +32,13 @@ class _Entry(NamedTuple):
 
 
 class Packing:
-    """Where the factors of every adapter lie; a change to one adapter packs that one alone.
-
-    ``layout`` is the ``RankLayout`` of the layers, its adapters those of ``names``; None without the native library.
-    """
+    """The factors of every adapter of some layers; a change to one adapter packs that one alone."""
 
     def __init__(self, layers: Sequence[Linear]):
-        self.layers, self.names = tuple(layers), []
-        self._entries: dict[str, _Entry] = {}
+        self.layers = tuple(layers)
+        self.entries: dict[str, _Entry] = {}
         self._changes: list[int] = []
         self._batch: tuple[tuple[str, ...], list[float], list[int]] | None = None
-        widths = [rows for layer in layers for rows in layer.slices.values()]
-        self.layout = None if native.RankLayout is None else native.RankLayout([], widths, layers[0].in_features)
 
     def operands(self, names: tuple[str, ...]) -> Operands:
         """Those of a batch with the adapters ``names``; one that no layer has, has rank 0."""
@@ -55,7 +49,7 @@ class Packing:
             self._batch = self._lay_out(names)
         A, B = [], []
         for name in names:
-            entry = self._entries[name]
+            entry = self.entries[name]
             for (parameters_A, parameters_B, place, layer), rank in zip(entry.places, entry.ranks, strict=True):
                 a, b = parameters_A.get(place), parameters_B.get(place)
                 if a is None or b is None:
@@ -72,23 +66,21 @@ class Packing:
 
     def _lay_out(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], list[float], list[int]]:
         for name in names:
-            if name not in self._entries:
-                self._put(name)
-        scale = [s for name in names for s in self._entries[name].scale]
-        if self.layout is None:
-            ranks = [rank for name in names for rank in self._entries[name].ranks]
-            return names, scale, column_starts(ranks, sum(len(layer.slices) for layer in self.layers))
-        places = {name: at for at, name in enumerate(self.names)}
-        return names, scale, self.layout.select([places[name] for name in names]).column_starts()
+            if name not in self.entries:
+                self.entries[name] = self._entry(name)
+        entries = [self.entries[name] for name in names]
+        ranks = [rank for entry in entries for rank in entry.ranks]
+        starts = column_starts(ranks, sum(len(layer.slices) for layer in self.layers))
+        return names, [s for entry in entries for s in entry.scale], starts
 
     def _update(self, changes: list[int]) -> None:
         """Take in what was added, removed or given other ranks since the last look."""
         self._batch = None
-        for name in list(self.names):
+        for name, entry in list(self.entries.items()):
             if not any(name in layer.adapter_specs for layer in self.layers):
-                self._drop(name)
-            elif any(a is not b for a, b in zip(self._entries[name].made_from, self._sources(name), strict=True)):
-                self._put(name)
+                del self.entries[name]
+            elif any(a is not b for a, b in zip(entry.made_from, self._sources(name), strict=True)):
+                self.entries[name] = self._entry(name)
         self._changes = changes
 
     def _sources(self, name: str) -> tuple[Any, ...]:
@@ -97,23 +89,6 @@ class Packing:
             has = name in layer.adapter_specs
             found += [layer.lora_A[name], layer.lora_B[name], layer.adapter_specs[name]] if has else [None, None, None]
         return tuple(found)
-
-    def _put(self, name: str) -> None:
-        entry = self._entry(name)
-        if self.layout is not None:
-            if name in self._entries:
-                self.layout = self.layout.with_ranks(self.names.index(name), entry.ranks)
-            else:
-                self.layout = self.layout.add_adapter(entry.ranks)
-        if name not in self._entries:
-            self.names.append(name)
-        self._entries[name] = entry
-
-    def _drop(self, name: str) -> None:
-        if self.layout is not None:
-            self.layout = self.layout.remove_adapter(self.names.index(name))
-        self.names.remove(name)
-        del self._entries[name]
 
     def _entry(self, name: str) -> _Entry:
         places, scale, ranks = [], [], []

@@ -26,7 +26,7 @@ void segment_tiles(const int64_t* ranges, int64_t adapters, int64_t block, int64
 // The value; with `gradient`, how much of the scratch memory nobody wrote: blocks that share it would race on a device.
 // Per matrix, as the caller lays them out: A, B, dA, dB; lda, ldb, ldda, lddb, depth, width, rank; types of the four.
 float penalty(const void* const* pointers, const int64_t* sizes, const int* types, const double* scales, int64_t count,
-              const void* weights, int weight_type, double lmbda, bool gradient) {
+              const void* weights, int weight_type, double weight, bool gradient) {
   std::vector<PenaltyEntry> entries;
   int64_t grams = 0;
   for (int64_t m = 0; m < count; ++m) {
@@ -40,7 +40,7 @@ float penalty(const void* const* pointers, const int64_t* sizes, const int* type
   float total = -77.0f;
   if (gradient) {
     std::vector<float> scratch(static_cast<size_t>(grams), -77.0f);
-    add_penalty_grad(entries, weights, Number{weight_type}, lmbda, scratch.data(), nullptr);
+    add_penalty_grad(entries, weights, Number{weight_type}, weight, scratch.data(), nullptr);
     total = static_cast<float>(std::count(scratch.begin(), scratch.end(), -77.0f));
   } else {
     std::vector<double> values(static_cast<size_t>(count), -77.0);
