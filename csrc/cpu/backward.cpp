@@ -23,13 +23,13 @@ void run_rows(const BackwardCall& call, int64_t begin, int64_t end, int64_t bloc
   }
 }
 
-Scratch<float> run(const BackwardCall& call) {
+void run(const BackwardCall& call, float* sums) {
   const int64_t block = block_rows(call.widest());
   // The split does not depend on what is asked for, so that neither do the bits of the rest.
   const Parts parts(call.x.rows, 2 * (call.group.packed + call.group.rank * call.x.columns));
-  return parts.sum(call.sums, [&](int64_t begin, int64_t end, float* sums) {
+  parts.sum(sums, call.sums, [&](int64_t begin, int64_t end, float* of_part) {
     with_types(call.x.dtype, [&](auto type, auto multiplied) {
-      run_rows<decltype(type), decltype(multiplied)>(call, begin, end, block, sums);
+      run_rows<decltype(type), decltype(multiplied)>(call, begin, end, block, of_part);
     });
   });
 }
@@ -74,7 +74,8 @@ Gradients lora_backward_(std::optional<Tensor> dx, const std::vector<Tensor>& dy
   const ScalarType dtype = call.x.dtype;
   call.B = pack_B(call.group, B, dtype, in_pairs(dtype));
   if (call.dx) call.A = pack_A(call.group, A, std::nullopt, call.x.columns, dtype, false);
-  const Scratch<float> sums = run(call);
+  const Scratch<float> sums(call.sums);
+  run(call, sums.get());
   return collect(call, sums.get(), A, B);
 }
 

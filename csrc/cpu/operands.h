@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "cpu/checks.h"
@@ -62,6 +63,7 @@ inline void write_transposed(const float* from, int64_t rank, int64_t columns, f
 template <class T>
 void copy_as_fp32(const T* a, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, float* out) {
   if (column_stride == 1) {
+    if (row_stride == columns) columns *= std::exchange(rows, 1);
     for (int64_t i = 0; i < rows; ++i) kernels().of<T>().widen(a + i * row_stride, out + i * columns, columns);
     return;
   }
@@ -82,6 +84,7 @@ void copy_as_fp32(const T* a, int64_t row_stride, int64_t column_stride, int64_t
 inline void copy_as_fp32(const float* a, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
                          float* out) {
   if (column_stride == 1) {
+    if (row_stride == columns) columns *= std::exchange(rows, 1);
     for (int64_t i = 0; i < rows; ++i) std::copy_n(a + i * row_stride, columns, out + i * columns);
     return;
   }

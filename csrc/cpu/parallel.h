@@ -66,17 +66,18 @@ struct Parts {
     });
   }
 
-  // Sums over all rows: f(first row, last row, sums) adds those of a part to zeros; parts are added in their order.
+  // sums = those over all rows: f(first row, last row, sums) adds up a part's, and parts are added in their order.
   template <class F>
-  Scratch<float> sum(int64_t count_of_sums, const F& f) const {
-    Scratch<float> sums(count * count_of_sums);
-    std::fill_n(sums.get(), count * count_of_sums, 0.0f);
-    run([&](int64_t part, int64_t first, int64_t last) { f(first, last, sums.get() + part * count_of_sums); });
+  void sum(float* sums, int64_t count_of_sums, const F& f) const {
+    const Scratch<float> others((count - 1) * count_of_sums);
+    const auto of_part = [&](int64_t part) { return part == 0 ? sums : others.get() + (part - 1) * count_of_sums; };
+    run([&](int64_t part, int64_t first, int64_t last) {
+      std::fill_n(of_part(part), count_of_sums, 0.0f);
+      f(first, last, of_part(part));
+    });
     for (int64_t part = 1; part < count; ++part) {
-      const float* other = sums.get() + part * count_of_sums;
-      for (int64_t i = 0; i < count_of_sums; ++i) sums.get()[i] += other[i];
+      for (int64_t i = 0; i < count_of_sums; ++i) sums[i] += of_part(part)[i];
     }
-    return sums;
   }
 };
 

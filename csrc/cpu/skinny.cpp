@@ -180,14 +180,15 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> wgrad(
   float* dh_data = static_cast<float*>(dh.mutable_data_ptr());
   // The split does not depend on what is asked for, so that neither do the bits of the rest.
   const Parts parts(call.x.rows, 2 * (call.first_dA + rank * depth));
-  const Scratch<float> sums = parts.sum(call.sums, [&](int64_t begin, int64_t end, float* to) {
+  const Scratch<float> sums(call.sums);
+  parts.sum(sums.get(), call.sums, [&](int64_t begin, int64_t end, float* of_part) {
     with_type(call.x.dtype, [&](auto type) {
       using T = decltype(type);
       const BackwardScratch<T, float> scratch(call, block);
       for (int64_t m = begin; m < end; m += block) {
         const int64_t rows = std::min(block, end - m);
-        run_slots<T, float>(call, m, rows, scratch, dh_data + m * rank, to);
-        if (need_dA) add_dA<T>(call, m, rows, scratch.as_fp32.get(), dh_data + m * rank, to);
+        run_slots<T, float>(call, m, rows, scratch, dh_data + m * rank, of_part);
+        if (need_dA) add_dA<T>(call, m, rows, scratch.as_fp32.get(), dh_data + m * rank, of_part);
       }
     });
   });
@@ -207,9 +208,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> wgrad(
 
 // D and X are the types of d and x, V the one that they are multiplied in.
 template <class D, class X, class V>
-Scratch<float> outer_rows(const Matrix& d, const Matrix& x) {
+void outer_rows(const Matrix& d, const Matrix& x, float* out) {
   const int64_t rank = d.columns, columns = x.columns, block = block_rows(columns);
-  return Parts(x.rows, rank * columns).sum(rank * columns, [&](int64_t begin, int64_t end, float* sums) {
+  Parts(x.rows, rank * columns).sum(out, rank * columns, [&](int64_t begin, int64_t end, float* sums) {
     const Scratch<V> d_rows(scratch_for<V, D>(block * rank)), x_rows(scratch_for<V, X>(block * columns));
     for (int64_t m = begin; m < end; m += block) {
       const int64_t rows = std::min(block, end - m);
@@ -225,11 +226,14 @@ Tensor outer(const Tensor& d_, const Tensor& x_) {
   STD_TORCH_CHECK(d.dtype == x.dtype || d.dtype == ScalarType::Float, "d has dtype ", d.dtype, ", but x has ", x.dtype,
                   "; accepted: the dtype of x, or Float");
   Tensor result = new_tensor({d.columns, x.columns}, ScalarType::Float);
+  float* out = static_cast<float*>(result.mutable_data_ptr());
   with_types(x.dtype, [&](auto type, auto multiplied) {
     using X = decltype(type);
-    const Scratch<float> sums =
-        d.dtype == ScalarType::Float ? outer_rows<float, X, float>(d, x) : outer_rows<X, X, decltype(multiplied)>(d, x);
-    write_as_dtype(sums.get(), d.columns * x.columns, result);
+    if (d.dtype == ScalarType::Float) {
+      outer_rows<float, X, float>(d, x, out);
+    } else {
+      outer_rows<X, X, decltype(multiplied)>(d, x, out);
+    }
   });
   return result;
 }
