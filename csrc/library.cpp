@@ -4,7 +4,7 @@
 // B_i [n_i, r_i], and lies in columns columns[i]..columns[i] + n_i of y_j, j = outputs[i]. R = sum_i r_i.
 // Unless said otherwise:
 // - matrices are float32, bfloat16 or float16 of any strides; those written in place, (a!), have column stride 1;
-// - every size and every list may be 0, a rank too;
+// - every size may be 0, a rank too, and a list empty;
 // - products are summed in fp32 and rounded once to the dtype of the result. Sums over rows go block by block, then
 //   over the parts of the threads in their order: for the same shapes and number of threads they repeat bit by bit;
 // - nothing has been written when an argument is refused.
@@ -90,13 +90,14 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   m.def(
       "penalty_grad_(Tensor(a!)[] dA, Tensor(b!)[] dB, Tensor[] A, Tensor[] B, float[] scales, Tensor weights, "
       "float weight) -> ()");
-  // [||t_0||^2, ||t_1||^2, ...]   float64; tensors of any shape, float64 too
+  // [||t_0||^2, ||t_1||^2, ...]   float64; one tensor or more of any shape, float64 too
   m.def("squared_norms(Tensor[] tensors) -> Tensor");
   // For each run of columns, the sum over it of max(0, E y^2 - (E y)^2)   float64 [runs of all]
-  // moments_i is [sum y; sum y^2] with the number of rows in one more column, float64; the next runs[i] of `sizes`
-  // split its other columns.
+  // moments_i, one or more, is [sum y; sum y^2] with the number of rows in one more column, float64; the next runs[i]
+  // of `sizes` split its other columns.
   m.def("output_variances(Tensor[] moments, int[] runs, int[] sizes) -> Tensor");
-  // to_i[r, c] = source_i[r, c] where source_i has that element, else 0   matrices of one dtype that differ in one size
+  // to_i[r, c] = source_i[r, c] where source_i has that element, else 0   one pair or more of matrices of one dtype,
+  // float64 too, that differ in one size
   m.def("resize_ranks_(Tensor(a!)[] to, Tensor[] source) -> ()");
 
   // The instruction set of this process: avx512_bf16, avx512, avx2 or portable.
