@@ -201,16 +201,6 @@ class TritonBackend:
         dA = [grad if there else None for grad, there in zip(dA, some, strict=True)] if need_dA else [None] * len(B)
         return dh, dA, placed[0], placed[1]
 
-    def shrink_moments(
-        self, x: Tensor, A: Sequence[Tensor], P: Tensor | None, seed: Tensor | None, p: float
-    ) -> tuple[Tensor, Tensor]:
-        """``shrink``, and in the same pass the sums of the columns of x and of their squares: float64 [2, K]."""
-        _same_device(x=x, lora_A=A, P=P, seed=seed)
-        factors = _one_dtype([*A, *([] if P is None else [P])])
-        moments = torch.empty(2, x.shape[1], dtype=torch.float64, device=x.device)
-        options = _dropout(seed, p)
-        return _kernel("shrink").shrink(x, factors, 0 if P is None else 1, moments=moments, **options), moments
-
     def gradstat(
         self,
         x: Tensor,
@@ -269,7 +259,7 @@ class TritonBackend:
         )
         flat = [out.view(-1, out.shape[-1]) for out in y]
         layout, kernels, batch = layouts(0), _kernel("grouped"), self._batch(rows)
-        own = kernels.Ranks(layouts.ranks, tuple(p.shape[0] for p in P) or (0,) * rows.ranges.shape[0])
+        own = kernels.LoraRanks(layouts.ranks, tuple(p.shape[0] for p in P) or (0,) * rows.ranges.shape[0])
         factors = _one_dtype([*A, *P])
         n, probes = len(layout.outputs), factors[len(A) :]
         stacked = [f for g in range(len(own.ranks)) for f in (*factors[g * n : g * n + n], *probes[g : g + 1])]
@@ -294,7 +284,7 @@ class TritonBackend:
             dx = torch.mm(*first)
             for grad, w in rest:
                 dx.addmm_(grad, w)
-        own = kernels.Ranks(layouts.ranks, tuple(probes) or (0,) * rows.ranges.shape[0])
+        own = kernels.LoraRanks(layouts.ranks, tuple(probes) or (0,) * rows.ranges.shape[0])
         A, B, parts = _one_dtype(A), _one_dtype(B), _parts(dy, layout)
         dh = kernels.grouped_shrink_backward(parts, B, batch, own, scale) if need_dx or need_dA else h
         if need_dx:
@@ -307,7 +297,7 @@ class TritonBackend:
 
     @staticmethod
     def _batch(rows: grouped.Rows) -> Any:
-        return _kernel("grouped").Batch(rows.order, rows.ranges, _segment_tiles)
+        return _kernel("grouped").RowBatch(rows.order, rows.ranges, _segment_tiles)
 
 
 def _segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:
