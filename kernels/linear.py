@@ -92,7 +92,7 @@ def projection_part(group, i, segments, adapter, EVEN: tl.constexpr):
     W, y, B = select_matrix(group.W, i), select_matrix(group.y, i), group.B
     if segments is None:
         offset = reveal(select(B.offsets, i), EVEN)
-        rank = reveal(select(B.ends, i), EVEN) - offset
+        rank = reveal(select(B.ranks, i), EVEN)
         stride_B = reveal(select(B.strides, i), EVEN)
         return Part(W, y, select(B.data, i), stride_B, offset, rank, select(B.scales, i))
     else:
@@ -194,7 +194,6 @@ def expand(
     M, K = x.shape
     ranks, strides = [p.B.shape[1] for p in projections], [p.B.stride(0) for p in projections]
     offsets, N = [p.offset for p in projections], sum(p.W.shape[0] for p in projections)
-    ends = [offset + rank for offset, rank in zip(offsets, ranks, strict=True)]
     moments = projections[0].moments is not None
     operation = ("linear_moments" if moments else "linear") if matmul else "expand"
     tiles = tiles or choose_tiles(operation, M, N, K, max(ranks), x.dtype)
@@ -207,7 +206,7 @@ def expand(
         bias = tuple(p.W.new_zeros(p.W.shape[0]) if p.bias is None else p.bias for p in projections)
     if segments is None:
         even = multiples_of_8(ranks, strides, offsets)
-    hidden = [hide_from_specialization(numbers) for numbers in (strides, offsets, ends)]
+    hidden = [hide_from_specialization(numbers) for numbers in (strides, offsets, ranks)]
     B = Factors(tuple(p.B for p in projections), *hidden, tuple(float(p.scale) for p in projections))
     group = Group(matrices([p.W for p in projections]), bias, B, matrices([p.y for p in projections]))
     operands = group, matrix(x) if matmul else None, rank_matrix(h), None if sums is None else matrix(sums), segments

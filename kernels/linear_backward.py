@@ -58,17 +58,20 @@ def linear_backward_kernel(
     BLOCK_M: tl.constexpr = TILE.rows
     BLOCK_N: tl.constexpr = TILE.columns
     BLOCK_R: tl.constexpr = 16  # a tensor core's
+    LAST: tl.constexpr = len(A.ranks) - 1
     PARTS: tl.constexpr = 1 if dropout is None else OPTIONS.masked
     i_m, i_n = swizzle(tl.program_id(0), tiles_m, tl.cdiv(dx.columns, BLOCK_N), TILE.band)
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    adapter, o_skip = None, 0
-    first, end = reveal(A.offsets[0], OPTIONS.even_r), reveal(A.ends[len(A.ends) - 1], OPTIONS.even_r)
+    adapter = None
     if segments is not None:
         adapter = tl.load(segments.tiles + 2 * i_m).to(tl.int64)
         if adapter < 0:
             return
+    rows, o_n = tile_rows(segments, adapter, i_m, M, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if segments is not None:
         o_skip, end, first = table_row(segments.table, adapter, 3, OPTIONS.even_r)
-    rows = tile_rows(segments, adapter, i_m, M, BLOCK_M)
+    else:
+        first = reveal(A.offsets[0], OPTIONS.even_r)
+        end = reveal(A.offsets[LAST], OPTIONS.even_r) + reveal(A.ranks[LAST], OPTIONS.even_r)
     if dropout is not None:
         keys = row_keys(dropout, adapter, rows)
     m_m, m_n = rows.exist[:, None], (o_n < dx.columns)[None, :]
@@ -81,8 +84,11 @@ def linear_backward_kernel(
         for r in tl.range(first, end, BLOCK_R, num_stages=1):
             o_rank = r + tl.arange(0, BLOCK_R)
             m_rank = o_rank < end
-            p_dh = dh.data + o_row * reveal(dh.stride, OPTIONS.even_r) + o_rank[None, :]
-            b_dh = tl.load(p_dh, mask=m_m & m_rank[None, :], other=0.0)
+            b_dh = tl.load(
+                dh.data + o_row * reveal(dh.stride, OPTIONS.even_r) + o_rank[None, :],
+                mask=m_m & m_rank[None, :],
+                other=0.0,
+            )
             if segments is not None:
                 p_rows = A.data[0] + (o_skip + o_rank) * A.strides[0]
             else:
@@ -162,10 +168,10 @@ def add_adapters_(
     operation = ("linear_backward" if sources else "expand") + ("_dropout" if dropout else "")
     tiles = tiles or choose_tiles(operation, M, sum(widths), K, dh.shape[1], dx.dtype)
     tiles_m = triton.cdiv(M, tiles.rows) if segments is None else segments.tiles.shape[0]
-    ends = [o + a.shape[0] for o, a in zip(offsets, A, strict=True)]
+    ranks = [a.shape[0] for a in A]
     if segments is None:
-        even = multiples_of_8(offsets, ends)
-    hidden = hide_from_specialization(offsets), hide_from_specialization(ends)
+        even = multiples_of_8(offsets, ranks)
+    hidden = hide_from_specialization(offsets), hide_from_specialization(ranks)
     options = Options(
         precision(dx.dtype),
         all(width % tiles.depth == 0 for width in widths),

@@ -30,16 +30,16 @@ class Matrix(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Low-rank factors: tensors, strides of their rows, columns of h where their ranks begin and end, scales.
+    """Low-rank factors: tensors, strides of their rows, first columns in h, ranks, scales.
 
-    ``offsets`` and ``ends`` are hidden from specialization. With ``Segments`` the packed factors of all adapters are
+    ``offsets`` and ``ranks`` are hidden from specialization. With ``Segments`` the packed factors of all adapters are
     the only entry.
     """
 
     data: tuple
     strides: tuple
     offsets: tuple
-    ends: tuple
+    ranks: tuple
     scales: tuple | None = None
 
 
@@ -61,14 +61,14 @@ class Segments(NamedTuple):
 class SeedDropout(NamedTuple):
     """Dropout with one seed for all rows: smallest word kept, what keeps the mean, each masked projection's ranks.
 
-    ``threshold``, ``offsets`` and ``ends`` are hidden from specialization.
+    ``threshold``, ``offsets`` and ``ranks`` are hidden from specialization.
     """
 
     seed: Tensor
     threshold: int
     scale: float
     offsets: tuple
-    ends: tuple
+    ranks: tuple
 
     @property
     def projections(self) -> int:
@@ -142,9 +142,8 @@ def seed_dropout(seed: Tensor | None, threshold: int, scale: float, offsets: Seq
     """The operand for dropout with one seed, None without a seed."""
     if seed is None:
         return None
-    ends = [offset + rank for offset, rank in zip(offsets, ranks, strict=True)]
     (hidden,) = hide_from_specialization([threshold])
-    return SeedDropout(seed, hidden, scale, hide_from_specialization(offsets), hide_from_specialization(ends))
+    return SeedDropout(seed, hidden, scale, hide_from_specialization(offsets), hide_from_specialization(ranks))
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -350,10 +349,8 @@ def row_keys(dropout, adapter, rows):
 def masked_ranks(dropout, adapter, PROJECTION: tl.constexpr, OPTIONS: tl.constexpr):
     """(first, end) of a projection's ranks among the stacked ones."""
     if adapter is None:
-        return (
-            reveal(dropout.offsets[PROJECTION], OPTIONS.even_r),
-            reveal(dropout.ends[PROJECTION], OPTIONS.even_r),
-        )
+        first = reveal(dropout.offsets[PROJECTION], OPTIONS.even_r)
+        return first, first + reveal(dropout.ranks[PROJECTION], OPTIONS.even_r)
     else:
         _, rank, first = table_row(dropout.table, adapter * OPTIONS.masked + PROJECTION, 3, OPTIONS.even_r)
         return first, first + rank

@@ -52,26 +52,26 @@ class Block(NamedTuple):
 def rank_block(factors, i, o_own, total, SHARED: tl.constexpr, OPTIONS: tl.constexpr):
     """Ranks ``o_own`` of all factors stacked (SHARED), or of factor i."""
     if SHARED:
-        return Block(o_own, o_own < total, stacked_rows(factors, o_own, OPTIONS.aligned), 1)
+        p_rows = stacked_rows(factors, o_own, OPTIONS.aligned)
+        return Block(o_own, o_own < total, p_rows, 1)
     else:
         EVEN: tl.constexpr = OPTIONS.even_r
-        o_rank = reveal(select(factors.offsets, i), EVEN) + o_own
-        m_rank, stride = o_rank < reveal(select(factors.ends, i), EVEN), reveal(select(factors.strides, i), EVEN)
-        return Block(o_rank, m_rank, select(factors.data, i) + o_own, stride)
+        m_rank, p_rows = o_own < reveal(select(factors.ranks, i), EVEN), select(factors.data, i) + o_own
+        o_rank, stride = reveal(select(factors.offsets, i), EVEN) + o_own, reveal(select(factors.strides, i), EVEN)
+        return Block(o_rank, m_rank, p_rows, stride)
 
 
 @triton.jit
-def shrink_tile(p_x, K, rows, block, dropout, adapter, TILE: tl.constexpr, OPTIONS: tl.constexpr):
-    """This program's part of the sum ``x f`` over K, with dropout of x for the masked projections' ranks."""
+def shrink_loop(p_x, K, first, last, rows, block, dropout, adapter, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """``x f`` over the columns from first to last, with dropout of x for the masked projections' ranks."""
     BLOCK_M: tl.constexpr = TILE.rows
     BLOCK_R: tl.constexpr = TILE.columns
     BLOCK_K: tl.constexpr = TILE.depth
     MASKED: tl.constexpr = OPTIONS.masked
-    part, i_split = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(1)) * BLOCK_K, tl.program_id(1)
     b_acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if dropout is not None:
         keys = row_keys(dropout, adapter, rows)
-    for k in tl.range(i_split * part, tl.minimum(K, (i_split + 1) * part), BLOCK_K):
+    for k in tl.range(first, last, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         m_x, m_f = rows.exist[:, None], block.exist[None, :]
         if not OPTIONS.even_k:
@@ -81,17 +81,17 @@ def shrink_tile(p_x, K, rows, block, dropout, adapter, TILE: tl.constexpr, OPTIO
         b_f = tl.load(p_f, mask=m_f, other=0.0).to(b_x.dtype)
         if dropout is not None:
             for i in tl.static_range(MASKED):
-                first, end = masked_ranks(dropout, adapter, i, OPTIONS)
-                m_own = (block.columns >= first) & (block.columns < end)
+                low, high = masked_ranks(dropout, adapter, i, OPTIONS)
+                m_own = (block.columns >= low) & (block.columns < high)
                 b_seen = tl.where(keep_mask(keys.seed, i, keys.counters, k, keys.threshold, BLOCK_K), b_x, 0.0)
                 b_own = tl.where(m_own[None, :], b_f, 0.0)
                 b_acc = tl.dot(b_seen, b_own, b_acc, input_precision=OPTIONS.precision)
-            _, last = masked_ranks(dropout, adapter, MASKED - 1, OPTIONS)
-            b_f = tl.where((block.columns >= last)[None, :], b_f, 0.0)
+            _, masked = masked_ranks(dropout, adapter, MASKED - 1, OPTIONS)
+            b_f = tl.where((block.columns >= masked)[None, :], b_f, 0.0)
         b_acc = tl.dot(b_x, b_f, b_acc, input_precision=OPTIONS.precision)
     if dropout is not None:
-        _, last = masked_ranks(dropout, adapter, MASKED - 1, OPTIONS)
-        b_acc *= tl.where(block.columns < last, keys.scale, 1.0)[None, :]
+        _, masked = masked_ranks(dropout, adapter, MASKED - 1, OPTIONS)
+        b_acc *= tl.where(block.columns < masked, keys.scale, 1.0)[None, :]
     return b_acc
 
 
@@ -106,7 +106,7 @@ def shrink_kernel(
     """
     # Rank blocks of the same rows are neighbours: the second finds x in the cache.
     columns = BLOCKS if SHARED else BLOCKS * len(x.data)
-    i_m, i_column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    i_m, i_column, i_split = tl.program_id(0) // columns, tl.program_id(0) % columns, tl.program_id(1)
     i = i_column * 0 if SHARED else i_column // BLOCKS
     o_block = (i_column % BLOCKS) * TILE.columns
     o_own = o_block + tl.arange(0, TILE.columns)
@@ -116,21 +116,25 @@ def shrink_kernel(
         if adapter < 0:
             return
         i_pair = adapter * (1 if SHARED else len(x.data)) + i
-        first, rank, offset = table_row(segments.table, i_pair, 3, OPTIONS.even_r)
+        row, rank, offset = table_row(segments.table, i_pair, 3, OPTIONS.even_r)
         if o_block >= rank:
             return
-        p_factors = factors.data[0] + ((first + o_own) * factors.strides[0] if SHARED else first + o_own)
+        rows = tile_rows(segments, adapter, i_m, M, TILE.rows)
+        p_factors = factors.data[0] + ((row + o_own) * factors.strides[0] if SHARED else row + o_own)
         block = Block(offset + o_own, o_own < rank, p_factors, 1 if SHARED else rank)
     else:
+        rows = tile_rows(segments, adapter, i_m, M, TILE.rows)
         block = rank_block(factors, i, o_own, stride_out, SHARED, OPTIONS)
-    rows = tile_rows(segments, adapter, i_m, M, TILE.rows)
+    K = select(x.columns, i)
+    part = tl.cdiv(tl.cdiv(K, TILE.depth), tl.num_programs(1)) * TILE.depth
     p_x = select(x.data, i) + rows.numbers.to(tl.int64)[:, None] * select(x.stride, i)
-    b_acc = shrink_tile(p_x, select(x.columns, i), rows, block, dropout, adapter, TILE, OPTIONS)
+    first, last = i_split * part, tl.minimum(K, (i_split + 1) * part)
+    b_acc = shrink_loop(p_x, K, first, last, rows, block, dropout, adapter, TILE, OPTIONS)
     if not SHARED:
         b_acc *= select(factors.scales, i) if segments is None else tl.load(segments.scales + i_pair)
-    p_tile = out.data + (tl.program_id(1).to(tl.int64) * M + rows.numbers)[:, None] * stride_out
-    b_out = b_acc.to(out.data.dtype.element_ty)
-    tl.store(p_tile + block.columns[None, :], b_out, mask=rows.exist[:, None] & block.exist[None, :])
+    o_row = i_split.to(tl.int64) * M + rows.numbers
+    p_tile = out.data + o_row[:, None] * stride_out + block.columns[None, :]
+    tl.store(p_tile, b_acc.to(out.data.dtype.element_ty), mask=rows.exist[:, None] & block.exist[None, :])
 
 
 def run(
@@ -168,8 +172,9 @@ def run(
     covered = sum(ranks) == total and segments is None
     split = choose_split(programs, triton.cdiv(min(widths), tiles.depth)) if covered else 1
     target = out if split == 1 else torch.empty(split * M, total, dtype=torch.float32, device=out.device)
-    ends = hide_from_specialization([o + r for o, r in zip(offsets, ranks, strict=True)])
-    hidden = strides if shared else hide_from_specialization(strides), hide_from_specialization(offsets), ends
+    hidden = [hide_from_specialization(numbers) for numbers in (strides, offsets, ranks)]
+    if shared:
+        hidden[0] = strides
     operands = (
         matrices(x),
         Factors(tuple(factors), *hidden, None if shared else tuple(float(s) for s in scales)),
