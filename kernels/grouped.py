@@ -162,12 +162,13 @@ def _segments(
     )
 
 
-def _dropout(drop: Dropout | None, ranks: LoraRanks) -> KeyDropout | None:
+def _dropout(drop: Dropout | None, ranks: LoraRanks) -> tuple[KeyDropout | None, int]:
+    """The kernels' operand, and how many projections have a mask each."""
     if drop is None:
-        return None
+        return None, 0
     device, n = drop.keys.device, ranks.projections
     table = _table("pairs", ranks, (0,) * n, tuple(range(n)), device)
-    return KeyDropout(drop.keys, _thresholds(drop.thresholds, device), _scales(drop.keep_scales, device), table)
+    return KeyDropout(drop.keys, _thresholds(drop.thresholds, device), _scales(drop.keep_scales, device), table), n
 
 
 def _apart(views: Sequence[Tensor]) -> list[Tensor]:
@@ -198,7 +199,8 @@ def grouped_shrink(
         tiles = tiles or choose_tiles("grouped_shrink" + ("_dropout" if drop else ""), 0, 0, 0, 0, x.dtype)
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments, stacked = _segments("shrink", batch, schedule, ranks), pack(factors).view(-1, K)
-        shrink.run([x], [stacked], h, [0], None, tiles, _dropout(drop, ranks), segments, max(ranks.widths), ranks.even)
+        dropout, wide = _dropout(drop, ranks), max(ranks.widths)
+        shrink.run([x], [stacked], h, [0], None, tiles, *dropout, segments, wide, ranks.even)
     return h
 
 
@@ -267,7 +269,7 @@ def grouped_shrink_backward(
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments = _segments("pairs", batch, schedule, ranks, widths, live, some)
         packed, widest = [pack(B).view(-1, 1)] * len(live), max(map(max, ranks.by_adapter))
-        shrink.run(wide, packed, dh, [0] * len(live), [1.0] * len(live), tiles, None, segments, widest, ranks.even)
+        shrink.run(wide, packed, dh, [0] * len(live), [1.0] * len(live), tiles, None, 0, segments, widest, ranks.even)
     return dh
 
 
@@ -287,7 +289,7 @@ def grouped_linear_backward_(
         schedule = batch.schedule(batch.ranges, dx.shape[0], tiles.rows)
         segments, packed = _segments("shrink", batch, schedule, without), pack(A).view(-1, dx.shape[1])
         dropout = _dropout(drop, without)
-        linear_backward.add_adapters_(dx, dh, [packed], [0], None, dropout, tiles, segments, without.even)
+        linear_backward.add_adapters_(dx, dh, [packed], [0], None, *dropout, tiles, segments, without.even)
     return dx
 
 
@@ -359,7 +361,8 @@ def _wgrad_partials(inputs, outer, flat, batch, ranks, widths, live, scales, til
     def launch(kind, products, each, tile, drop=None):
         if products:
             segments = _segments(kind, batch, batch.ranges, ranks, widths, live, each)
-            wgrad.run(products, partial, 0, tile, _dropout(drop, ranks), segments, max(ranks.widths), ranks.even)
+            dropout, masked = _dropout(drop, ranks)
+            wgrad.run(products, partial, 0, tile, dropout, None, masked, segments, max(ranks.widths), ranks.even)
 
     if drop is None:
         n, ones = len(live), [1.0] * len(inputs)

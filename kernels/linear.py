@@ -25,6 +25,7 @@ from .primitives import (
     matrix,
     multiples_of_8,
     precision,
+    rank_columns,
     rank_matrix,
     reveal,
     select,
@@ -91,8 +92,8 @@ def projection_part(group, i, segments, adapter, EVEN: tl.constexpr):
     """Projection i of a group, with ``segments`` one adapter's part of it."""
     W, y, B = select_matrix(group.W, i), select_matrix(group.y, i), group.B
     if segments is None:
-        offset = reveal(select(B.offsets, i), EVEN)
-        rank = reveal(select(B.ranks, i), EVEN)
+        offset = reveal(select(B.columns.offsets, i), EVEN)
+        rank = reveal(select(B.columns.ranks, i), EVEN)
         stride_B = reveal(select(B.strides, i), EVEN)
         return Part(W, y, select(B.data, i), stride_B, offset, rank, select(B.scales, i))
     else:
@@ -206,8 +207,8 @@ def expand(
         bias = tuple(p.W.new_zeros(p.W.shape[0]) if p.bias is None else p.bias for p in projections)
     if segments is None:
         even = multiples_of_8(ranks, strides, offsets)
-    hidden = [hide_from_specialization(numbers) for numbers in (strides, offsets, ranks)]
-    B = Factors(tuple(p.B for p in projections), *hidden, tuple(float(p.scale) for p in projections))
+    scales, columns = tuple(float(p.scale) for p in projections), rank_columns(offsets, ranks)
+    B = Factors(tuple(p.B for p in projections), hide_from_specialization(strides), columns, scales)
     group = Group(matrices([p.W for p in projections]), bias, B, matrices([p.y for p in projections]))
     operands = group, matrix(x) if matmul else None, rank_matrix(h), None if sums is None else matrix(sums), segments
     grid = (min(tiles_m * tiles_n, PROGRAMS) if tiles.tma else tiles_m * tiles_n,)

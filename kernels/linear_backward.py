@@ -18,7 +18,6 @@ from .primitives import (
     SeedDropout,
     Segments,
     aligned,
-    hide_from_specialization,
     keep_mask,
     launch,
     masked_ranks,
@@ -27,6 +26,7 @@ from .primitives import (
     matrix,
     multiples_of_8,
     precision,
+    rank_columns,
     rank_matrix,
     reveal,
     row_keys,
@@ -58,7 +58,7 @@ def linear_backward_kernel(
     BLOCK_M: tl.constexpr = TILE.rows
     BLOCK_N: tl.constexpr = TILE.columns
     BLOCK_R: tl.constexpr = 16  # a tensor core's
-    LAST: tl.constexpr = len(A.ranks) - 1
+    LAST: tl.constexpr = len(A.columns.ranks) - 1
     PARTS: tl.constexpr = 1 if dropout is None else OPTIONS.masked
     i_m, i_n = swizzle(tl.program_id(0), tiles_m, tl.cdiv(dx.columns, BLOCK_N), TILE.band)
     adapter = None
@@ -70,8 +70,8 @@ def linear_backward_kernel(
     if segments is not None:
         o_skip, end, first = table_row(segments.table, adapter, 3, OPTIONS.even_r)
     else:
-        first = reveal(A.offsets[0], OPTIONS.even_r)
-        end = reveal(A.offsets[LAST], OPTIONS.even_r) + reveal(A.ranks[LAST], OPTIONS.even_r)
+        first = reveal(A.columns.offsets[0], OPTIONS.even_r)
+        end = reveal(A.columns.offsets[LAST], OPTIONS.even_r) + reveal(A.columns.ranks[LAST], OPTIONS.even_r)
     if dropout is not None:
         keys = row_keys(dropout, adapter, rows)
     m_m, m_n = rows.exist[:, None], (o_n < dx.columns)[None, :]
@@ -79,7 +79,7 @@ def linear_backward_kernel(
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.static_range(PARTS):
         if dropout is not None:
-            first, end = masked_ranks(dropout, adapter, i, OPTIONS)
+            first, end = masked_ranks(dropout, A.columns, adapter, i, OPTIONS)
         b_part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for r in tl.range(first, end, BLOCK_R, num_stages=1):
             o_rank = r + tl.arange(0, BLOCK_R)
@@ -142,8 +142,8 @@ def linear_backward(
             dx.addmm_(grad, w)
     if strategy == "fused" or dh.shape[1] > 0:
         sources = Sources(matrices(dy), matrices(W)) if strategy == "fused" else None
-        dropout = seed_dropout(seed, threshold, keep_scale, offsets, [a.shape[0] for a in A])
-        add_adapters_(dx, dh, A, offsets, sources, dropout, tiles)
+        dropout, masked = seed_dropout(seed, threshold, keep_scale), 0 if seed is None else len(A)
+        add_adapters_(dx, dh, A, offsets, sources, dropout, masked, tiles)
     return dx
 
 
@@ -154,14 +154,15 @@ def add_adapters_(
     offsets: Sequence[int],
     sources: Sources | None = None,
     dropout: SeedDropout | KeyDropout | None = None,
+    masked: int = 0,
     tiles: TileConfig | None = None,
     segments: Segments | None = None,
     even: bool = False,
 ) -> None:
     """Add the adapters' part to dx in place, or fill dx when ``sources`` are given.
 
-    With ``segments`` every row gets its own adapter's part, A is the packed [rows, K] of all, and ``even`` says whether
-    all ranks are multiples of 8.
+    masked: projections that have a mask each under ``dropout``. With ``segments`` every row gets its own adapter's
+    part, A is the packed [rows, K] of all, and ``even`` says whether all ranks are multiples of 8.
     """
     M, K = dx.shape
     widths = sources.dy.columns if sources else ()
@@ -171,15 +172,14 @@ def add_adapters_(
     ranks = [a.shape[0] for a in A]
     if segments is None:
         even = multiples_of_8(offsets, ranks)
-    hidden = hide_from_specialization(offsets), hide_from_specialization(ranks)
     options = Options(
         precision(dx.dtype),
         all(width % tiles.depth == 0 for width in widths),
         even and dh.stride(0) % 8 == 0,
         aligned(A),
-        dropout.projections if dropout else 0,
+        masked,
     )
-    factors = Factors(tuple(A), tuple(a.stride(0) for a in A), *hidden)
+    factors = Factors(tuple(A), tuple(a.stride(0) for a in A), rank_columns(offsets, ranks))
     operands = matrix(dx), rank_matrix(dh), factors, sources, dropout, segments
     grid = (tiles_m * triton.cdiv(K, tiles.columns),)
     launch(linear_backward_kernel, grid, *operands, M, tiles_m, TILE=tiles, OPTIONS=options)

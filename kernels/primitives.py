@@ -29,17 +29,22 @@ class Matrix(NamedTuple):
     columns: Any
 
 
-class Factors(NamedTuple):
-    """Low-rank factors: tensors, strides of their rows, first columns in h, ranks, scales.
+class RankColumns(NamedTuple):
+    """Where each projection's ranks stand in h: first column and how many, hidden from specialization."""
 
-    ``offsets`` and ``ranks`` are hidden from specialization. With ``Segments`` the packed factors of all adapters are
-    the only entry.
+    offsets: tuple
+    ranks: tuple
+
+
+class Factors(NamedTuple):
+    """Low-rank factors: tensors, strides of their rows, their columns of h, scales.
+
+    With ``Segments`` the packed factors of all adapters are the only entry.
     """
 
     data: tuple
     strides: tuple
-    offsets: tuple
-    ranks: tuple
+    columns: RankColumns
     scales: tuple | None = None
 
 
@@ -59,21 +64,11 @@ class Segments(NamedTuple):
 
 
 class SeedDropout(NamedTuple):
-    """Dropout with one seed for all rows: smallest word kept, what keeps the mean, each masked projection's ranks.
-
-    ``threshold``, ``offsets`` and ``ranks`` are hidden from specialization.
-    """
+    """Dropout with one seed for all rows: the smallest word kept, hidden from specialization; what keeps the mean."""
 
     seed: Tensor
     threshold: int
     scale: float
-    offsets: tuple
-    ranks: tuple
-
-    @property
-    def projections(self) -> int:
-        """How many see a mask of their own."""
-        return len(self.offsets)
 
 
 class KeyDropout(NamedTuple):
@@ -86,11 +81,6 @@ class KeyDropout(NamedTuple):
     thresholds: Tensor
     scales: Tensor
     table: Tensor
-
-    @property
-    def projections(self) -> int:
-        """How many see a mask of their own."""
-        return self.table.shape[0] // self.thresholds.shape[0]
 
 
 class Options(NamedTuple):
@@ -138,12 +128,14 @@ def rank_matrix(tensor: Tensor) -> Matrix:
     return Matrix(tensor, *hide_from_specialization([tensor.stride(0), tensor.shape[1]]))
 
 
-def seed_dropout(seed: Tensor | None, threshold: int, scale: float, offsets: Sequence[int], ranks: Sequence[int]):
+def rank_columns(offsets: Sequence[int], ranks: Sequence[int]) -> RankColumns:
+    """The operand for columns of h."""
+    return RankColumns(hide_from_specialization(offsets), hide_from_specialization(ranks))
+
+
+def seed_dropout(seed: Tensor | None, threshold: int, scale: float) -> SeedDropout | None:
     """The operand for dropout with one seed, None without a seed."""
-    if seed is None:
-        return None
-    (hidden,) = hide_from_specialization([threshold])
-    return SeedDropout(seed, hidden, scale, hide_from_specialization(offsets), hide_from_specialization(ranks))
+    return None if seed is None else SeedDropout(seed, *hide_from_specialization([threshold]), scale)
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -308,9 +300,9 @@ def store_moments(p_sum, stride, b_tile, m_row, m_column):
 @triton.jit
 def stacked_rows(factors, o_rank, ALIGNED: tl.constexpr):
     """Pointers to rows ``o_rank`` of factors stacked without gaps."""
-    p_rows = factors.data[0] + (o_rank - reveal(factors.offsets[0])).to(tl.int64) * factors.strides[0]
+    p_rows = factors.data[0] + (o_rank - reveal(factors.columns.offsets[0])).to(tl.int64) * factors.strides[0]
     for i in tl.static_range(1, len(factors.data)):
-        o_own = o_rank - reveal(factors.offsets[i])
+        o_own = o_rank - reveal(factors.columns.offsets[i])
         p_rows = tl.where(o_own >= 0, factors.data[i] + o_own.to(tl.int64) * factors.strides[i], p_rows)
     if ALIGNED:
         p_rows = tl.multiple_of(p_rows, 16)
@@ -346,11 +338,11 @@ def row_keys(dropout, adapter, rows):
 
 
 @triton.jit
-def masked_ranks(dropout, adapter, PROJECTION: tl.constexpr, OPTIONS: tl.constexpr):
+def masked_ranks(dropout, columns, adapter, PROJECTION: tl.constexpr, OPTIONS: tl.constexpr):
     """(first, end) of a projection's ranks among the stacked ones."""
     if adapter is None:
-        first = reveal(dropout.offsets[PROJECTION], OPTIONS.even_r)
-        return first, first + reveal(dropout.ranks[PROJECTION], OPTIONS.even_r)
+        first = reveal(columns.offsets[PROJECTION], OPTIONS.even_r)
+        return first, first + reveal(columns.ranks[PROJECTION], OPTIONS.even_r)
     else:
         _, rank, first = table_row(dropout.table, adapter * OPTIONS.masked + PROJECTION, 3, OPTIONS.even_r)
         return first, first + rank

@@ -25,6 +25,7 @@ from .primitives import (
     matrices,
     multiples_of_8,
     precision,
+    rank_columns,
     rank_matrix,
     reveal,
     row_keys,
@@ -56,13 +57,16 @@ def rank_block(factors, i, o_own, total, SHARED: tl.constexpr, OPTIONS: tl.const
         return Block(o_own, o_own < total, p_rows, 1)
     else:
         EVEN: tl.constexpr = OPTIONS.even_r
-        m_rank, p_rows = o_own < reveal(select(factors.ranks, i), EVEN), select(factors.data, i) + o_own
-        o_rank, stride = reveal(select(factors.offsets, i), EVEN) + o_own, reveal(select(factors.strides, i), EVEN)
+        m_rank, p_rows = o_own < reveal(select(factors.columns.ranks, i), EVEN), select(factors.data, i) + o_own
+        o_rank, stride = (
+            reveal(select(factors.columns.offsets, i), EVEN) + o_own,
+            reveal(select(factors.strides, i), EVEN),
+        )
         return Block(o_rank, m_rank, p_rows, stride)
 
 
 @triton.jit
-def shrink_loop(p_x, K, first, last, rows, block, dropout, adapter, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+def shrink_loop(p_x, K, first, last, rows, block, dropout, columns, adapter, TILE: tl.constexpr, OPTIONS: tl.constexpr):
     """``x f`` over the columns from first to last, with dropout of x for the masked projections' ranks."""
     BLOCK_M: tl.constexpr = TILE.rows
     BLOCK_R: tl.constexpr = TILE.columns
@@ -81,16 +85,16 @@ def shrink_loop(p_x, K, first, last, rows, block, dropout, adapter, TILE: tl.con
         b_f = tl.load(p_f, mask=m_f, other=0.0).to(b_x.dtype)
         if dropout is not None:
             for i in tl.static_range(MASKED):
-                low, high = masked_ranks(dropout, adapter, i, OPTIONS)
+                low, high = masked_ranks(dropout, columns, adapter, i, OPTIONS)
                 m_own = (block.columns >= low) & (block.columns < high)
                 b_seen = tl.where(keep_mask(keys.seed, i, keys.counters, k, keys.threshold, BLOCK_K), b_x, 0.0)
                 b_own = tl.where(m_own[None, :], b_f, 0.0)
                 b_acc = tl.dot(b_seen, b_own, b_acc, input_precision=OPTIONS.precision)
-            _, masked = masked_ranks(dropout, adapter, MASKED - 1, OPTIONS)
+            _, masked = masked_ranks(dropout, columns, adapter, MASKED - 1, OPTIONS)
             b_f = tl.where((block.columns >= masked)[None, :], b_f, 0.0)
         b_acc = tl.dot(b_x, b_f, b_acc, input_precision=OPTIONS.precision)
     if dropout is not None:
-        _, masked = masked_ranks(dropout, adapter, MASKED - 1, OPTIONS)
+        _, masked = masked_ranks(dropout, columns, adapter, MASKED - 1, OPTIONS)
         b_acc *= tl.where(block.columns < masked, keys.scale, 1.0)[None, :]
     return b_acc
 
@@ -129,7 +133,7 @@ def shrink_kernel(
     part = tl.cdiv(tl.cdiv(K, TILE.depth), tl.num_programs(1)) * TILE.depth
     p_x = select(x.data, i) + rows.numbers.to(tl.int64)[:, None] * select(x.stride, i)
     first, last = i_split * part, tl.minimum(K, (i_split + 1) * part)
-    b_acc = shrink_loop(p_x, K, first, last, rows, block, dropout, adapter, TILE, OPTIONS)
+    b_acc = shrink_loop(p_x, K, first, last, rows, block, dropout, factors.columns, adapter, TILE, OPTIONS)
     if not SHARED:
         b_acc *= select(factors.scales, i) if segments is None else tl.load(segments.scales + i_pair)
     o_row = i_split.to(tl.int64) * M + rows.numbers
@@ -145,6 +149,7 @@ def run(
     scales: Sequence[float] | None,
     tiles: TileConfig | None = None,
     dropout: SeedDropout | KeyDropout | None = None,
+    masked: int = 0,
     segments: Segments | None = None,
     widest: int = 0,
     even: bool = False,
@@ -172,12 +177,11 @@ def run(
     covered = sum(ranks) == total and segments is None
     split = choose_split(programs, triton.cdiv(min(widths), tiles.depth)) if covered else 1
     target = out if split == 1 else torch.empty(split * M, total, dtype=torch.float32, device=out.device)
-    hidden = [hide_from_specialization(numbers) for numbers in (strides, offsets, ranks)]
-    if shared:
-        hidden[0] = strides
+    strides = strides if shared else hide_from_specialization(strides)
+    scales = None if shared else tuple(float(s) for s in scales)
     operands = (
         matrices(x),
-        Factors(tuple(factors), *hidden, None if shared else tuple(float(s) for s in scales)),
+        Factors(tuple(factors), strides, rank_columns(offsets, ranks), scales),
         rank_matrix(target),
         dropout,
         segments,
@@ -187,7 +191,7 @@ def run(
         all(width % tiles.depth == 0 for width in widths),
         even and total % 8 == 0,
         shared and aligned(factors),
-        dropout.projections if dropout else 0,
+        masked,
     )
     blocks = {"SHARED": shared, "BLOCKS": blocks}
     launch(shrink_kernel, (programs, split), *operands, M, **blocks, TILE=tiles, OPTIONS=options)
@@ -214,9 +218,8 @@ def shrink(
     if x.numel() == 0 or h.numel() == 0:
         return h.zero_()
     offsets = [sum(ranks[:i]) for i in range(len(ranks))]
-    masked = len(factors) - probes
-    dropout = seed_dropout(seed, threshold, keep_scale, offsets[:masked], ranks[:masked])
-    run([x], factors, h, offsets, None, tiles, dropout)
+    dropout, masked = seed_dropout(seed, threshold, keep_scale), 0 if seed is None else len(factors) - probes
+    run([x], factors, h, offsets, None, tiles, dropout, masked)
     return h
 
 

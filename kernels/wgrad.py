@@ -14,6 +14,7 @@ from .primitives import (
     KeyDropout,
     Matrix,
     Options,
+    RankColumns,
     Rows,
     SeedDropout,
     Segments,
@@ -26,6 +27,7 @@ from .primitives import (
     matrices,
     multiples_of_8,
     precision,
+    rank_columns,
     rank_matrix,
     reveal,
     row_keys,
@@ -66,11 +68,15 @@ class Product(NamedTuple):
 
 
 class Products(NamedTuple):
-    """The products as a kernel takes them; the layout's numbers are hidden from specialization."""
+    """The products as a kernel takes them; the layout's numbers are hidden from specialization.
+
+    masked: columns of ``skinny`` that belong to a dropout mask each.
+    """
 
     wide: Matrix
     skinny: Matrix
     layout: Layout | None
+    masked: RankColumns | None
 
 
 @triton.jit
@@ -97,7 +103,7 @@ def product_layout(products, i, segments, adapter, EVEN: tl.constexpr):
 
 @triton.jit
 def wgrad_loop(
-    wide, skinny, o_first, first, last, dropout, segments, adapter, TILE: tl.constexpr, OPTIONS: tl.constexpr
+    wide, skinny, o_first, first, last, dropout, masked, segments, adapter, TILE: tl.constexpr, OPTIONS: tl.constexpr
 ):
     """``wide^T skinny`` over the rows from first to last; wide from column o_first on, skinny points to its columns."""
     BLOCK_M: tl.constexpr = TILE.depth
@@ -121,7 +127,7 @@ def wgrad_loop(
         else:
             keys = row_keys(dropout, adapter, Rows(o_m, m_m))
             for i in tl.static_range(MASKED):
-                low, high = masked_ranks(dropout, adapter, i, OPTIONS)
+                low, high = masked_ranks(dropout, masked, adapter, i, OPTIONS)
                 m_own = (o_rank >= low) & (o_rank < high)
                 m_keep = keep_mask(keys.seed, i, keys.counters, o_first, keys.threshold, BLOCK_N)
                 b_seen = tl.where(m_keep, b_wide, 0.0)
@@ -158,7 +164,7 @@ def wgrad_kernel(products, partial, dropout, segments, M, rows, splits, TILE: tl
     p_skinny = select(products.skinny.data, i) + o_skinny[None, :]
     skinny = Matrix(p_skinny, reveal(select(products.skinny.stride, i), OPTIONS.even_r), count)
     wide = select_matrix(products.wide, i)
-    b_acc = wgrad_loop(wide, skinny, o_first, first, last, dropout, segments, adapter, TILE, OPTIONS)
+    b_acc = wgrad_loop(wide, skinny, o_first, first, last, dropout, products.masked, segments, adapter, TILE, OPTIONS)
     if segments is not None:
         b_acc *= tl.where(m_rank, scale, 1.0)[None, :]
     o_column = o_n.to(tl.int64)[:, None]
@@ -174,12 +180,15 @@ def run(
     rows: int,
     tiles: TileConfig,
     dropout: SeedDropout | KeyDropout | None = None,
+    columns: RankColumns | None = None,
+    masked: int = 0,
     segments: Segments | None = None,
     widest: int = 0,
     even: bool = False,
 ) -> None:
     """Launch over ``products``, ``rows`` rows a program, into ``partial`` [splits, total].
 
+    ``columns`` of skinny have a mask each under ``dropout``, ``masked`` of them.
     With ``segments`` each program takes one of ``splits`` parts of one adapter's rows; ``widest``: most ranks and
     probes of an adapter; ``even``: whether all are multiples of 8.
     """
@@ -201,9 +210,8 @@ def run(
         triton.cdiv(widest, tiles.rows),
         parts * adapters,
     )
-    masked = dropout.projections if dropout else 0
     options = Options(precision(wide.data[0].dtype), even_r=even and multiples_of_8(strides), masked=masked)
-    operands = Products(wide, hidden, layout), rank_matrix(partial), dropout, segments
+    operands = Products(wide, hidden, layout, columns), rank_matrix(partial), dropout, segments
     launch(wgrad_kernel, grid, *operands, wide.data[0].shape[0], rows, parts, TILE=tiles, OPTIONS=options)
 
 
@@ -261,7 +269,8 @@ def wgrad(
     if seed is None:
         run([*inputs, *outer], partial, rows, plain)
     else:
-        run(inputs, partial, rows, masked, seed_dropout(seed, threshold, keep_scale, offsets, ranks))
+        dropout = seed_dropout(seed, threshold, keep_scale)
+        run(inputs, partial, rows, masked, dropout, rank_columns(offsets, ranks), len(ranks))
         run(outer, partial, rows, plain)
     reduce_partials(partial, outputs, weights)
     return dA, dB, Q
