@@ -78,9 +78,8 @@ class Part(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a tile lies: its projection, number and rows of its row tile, its first column, that of the projection."""
+    """Where a tile lies: number and rows of its row tile, its first column, that of its projection among all."""
 
-    projection: tl.tensor
     row_tile: tl.tensor
     rows: Rows
     column: tl.tensor
@@ -90,20 +89,21 @@ class Place(NamedTuple):
 @triton.jit
 def projection_part(group, i, segments, adapter, EVEN: tl.constexpr):
     """Projection i of a group, with ``segments`` one adapter's part of it."""
-    W, y, B = select_matrix(group.W, i), select_matrix(group.y, i), group.B
+    B = group.B
     if segments is None:
-        offset = reveal(select(B.columns.offsets, i), EVEN)
         rank = reveal(select(B.columns.ranks, i), EVEN)
-        stride_B = reveal(select(B.strides, i), EVEN)
-        return Part(W, y, select(B.data, i), stride_B, offset, rank, select(B.scales, i))
+        offset = reveal(select(B.columns.offsets, i), EVEN)
+        p_b, stride_b = select(B.data, i), reveal(select(B.strides, i), EVEN)
+        scale = select(B.scales, i)
     else:
         i_pair = adapter * len(group.y.data) + i
         first, rank, offset = table_row(segments.table, i_pair, 3, EVEN)
-        return Part(W, y, B.data[0] + first, rank, offset, rank, tl.load(segments.scales + i_pair))
+        p_b, stride_b, scale = B.data[0] + first, rank, tl.load(segments.scales + i_pair)
+    return Part(select_matrix(group.W, i), select_matrix(group.y, i), p_b, stride_b, offset, rank, scale)
 
 
 @triton.jit
-def linear_tile(group, part, x, h, sums, place, descriptors, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, OPTIONS: tl.constexpr):
     """The tile at ``place`` of a projection's y."""
     BLOCK_M: tl.constexpr = TILE.rows
     BLOCK_N: tl.constexpr = TILE.columns
@@ -129,8 +129,8 @@ def linear_tile(group, part, x, h, sums, place, descriptors, TILE: tl.constexpr,
         for k in tl.range(0, x.columns, BLOCK_K):
             b_x, b_w = descriptors[0].load([place.row_tile * BLOCK_M, k]), descriptors[1].load([place.column, k])
             b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, input_precision=OPTIONS.precision)
-    if group.bias is not None:
-        b_acc += tl.load(select(group.bias, place.projection) + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
+    if bias is not None:
+        b_acc += tl.load(bias + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
     p_tile = part.y.data + o_row * part.y.stride + o_n[None, :]
     if x is None:
         b_acc += tl.load(p_tile, mask=m_m & m_n, other=0.0).to(tl.float32)
@@ -155,13 +155,14 @@ def linear_kernel(group, x, h, sums, segments, M, tiles_m, tiles_n, TILE: tl.con
         i_next, o_entry = tl.program_id(0), 0
         for i in tl.range(0, len(group.y.data), num_stages=1):
             part = projection_part(group, i, None, None, OPTIONS.even_r)
+            bias = None if group.bias is None else select(group.bias, i)
             W, width = part.W, part.y.columns
             desc_w = tl.make_tensor_descriptor(W.data, [width, x.columns], [W.stride, 1], [BLOCK_N, BLOCK_K])
             own = tiles_m * tl.cdiv(width, BLOCK_N)
             for i_tile in tl.range(i_next, own, tl.num_programs(0), num_stages=1, disable_licm=True):
                 i_m, i_n = swizzle(i_tile, tiles_m, tl.cdiv(width, BLOCK_N), TILE.band)
-                place = Place(i, i_m, tile_rows(None, None, i_m, M, BLOCK_M), i_n * BLOCK_N, o_entry)
-                linear_tile(group, part, x, h, sums, place, (desc_x, desc_w), TILE, OPTIONS)
+                place = Place(i_m, tile_rows(None, None, i_m, M, BLOCK_M), i_n * BLOCK_N, o_entry)
+                linear_tile(part, bias, x, h, sums, place, (desc_x, desc_w), TILE, OPTIONS)
             # The next projection's tiles go on where this one's ended, so that every program has as many.
             i_next += tl.cdiv(tl.maximum(own - i_next, 0), tl.num_programs(0)) * tl.num_programs(0) - own
             o_entry += width
@@ -173,9 +174,10 @@ def linear_kernel(group, x, h, sums, segments, M, tiles_m, tiles_n, TILE: tl.con
         adapter = tl.load(segments.tiles + 2 * i_m).to(tl.int64)
         if adapter < 0:
             return
+    place = Place(i_m, tile_rows(segments, adapter, i_m, M, BLOCK_M), o_first, o_entry)
     part = projection_part(group, i, segments, adapter, OPTIONS.even_r)
-    place = Place(i, i_m, tile_rows(segments, adapter, i_m, M, BLOCK_M), o_first, o_entry)
-    linear_tile(group, part, x, h, sums, place, None, TILE, OPTIONS)
+    bias = None if group.bias is None else select(group.bias, i)
+    linear_tile(part, bias, x, h, sums, place, None, TILE, OPTIONS)
 
 
 def expand(
