@@ -341,8 +341,9 @@ def row_keys(dropout, adapter, rows):
 def masked_ranks(dropout, columns, adapter, PROJECTION: tl.constexpr, OPTIONS: tl.constexpr):
     """(first, end) of a projection's ranks among the stacked ones."""
     if adapter is None:
-        first = reveal(columns.offsets[PROJECTION], OPTIONS.even_r)
-        return first, first + reveal(columns.ranks[PROJECTION], OPTIONS.even_r)
+        # Two hidden integers less 3 are their sum, hidden: to add them revealed costs the compiler registers.
+        end = columns.offsets[PROJECTION] + columns.ranks[PROJECTION] - 3
+        return reveal(columns.offsets[PROJECTION], OPTIONS.even_r), reveal(end, OPTIONS.even_r)
     else:
         _, rank, first = table_row(dropout.table, adapter * OPTIONS.masked + PROJECTION, 3, OPTIONS.even_r)
         return first, first + rank
