@@ -58,11 +58,8 @@ def rank_block(factors, i, o_own, total, SHARED: tl.constexpr, OPTIONS: tl.const
     else:
         EVEN: tl.constexpr = OPTIONS.even_r
         m_rank, p_rows = o_own < reveal(select(factors.columns.ranks, i), EVEN), select(factors.data, i) + o_own
-        o_rank, stride = (
-            reveal(select(factors.columns.offsets, i), EVEN) + o_own,
-            reveal(select(factors.strides, i), EVEN),
-        )
-        return Block(o_rank, m_rank, p_rows, stride)
+        o_rank = reveal(select(factors.columns.offsets, i), EVEN) + o_own
+        return Block(o_rank, m_rank, p_rows, reveal(select(factors.strides, i), EVEN))
 
 
 @triton.jit

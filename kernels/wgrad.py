@@ -33,7 +33,6 @@ from .primitives import (
     row_keys,
     seed_dropout,
     select,
-    select_matrix,
     table_row,
     unit_last,
 )
@@ -79,40 +78,45 @@ class Products(NamedTuple):
     masked: RankColumns | None
 
 
+class Side(NamedTuple):
+    """One side of a product: pointers to its columns in row 0, elements between rows, which columns exist."""
+
+    data: tl.tensor
+    stride: tl.tensor
+    exist: tl.tensor
+
+
 @triton.jit
 def product_layout(products, i, segments, adapter, EVEN: tl.constexpr):
     """The layout of product i, with ``segments`` of one adapter's."""
     if segments is None:
         hidden = products.layout
-        return Layout(
-            reveal(select(hidden.first, i), EVEN), reveal(select(hidden.ranks, i), EVEN),
-            reveal(select(hidden.probes, i), EVEN), reveal(select(hidden.region, i)),
-            reveal(select(hidden.stride_column, i)), reveal(select(hidden.stride_rank, i)),
-            reveal(select(hidden.probe_region, i)), reveal(select(hidden.first_probe, i), EVEN),
-        )  # fmt: skip
+        first, ranks = reveal(select(hidden.first, i), EVEN), reveal(select(hidden.ranks, i), EVEN)
+        probes, first_probe = reveal(select(hidden.probes, i), EVEN), reveal(select(hidden.first_probe, i), EVEN)
+        region, probe_region = reveal(select(hidden.region, i)), reveal(select(hidden.probe_region, i))
+        stride_column, stride_rank = reveal(select(hidden.stride_column, i)), reveal(select(hidden.stride_rank, i))
     else:
         i_product = adapter * len(products.wide.data) + i
-        p_row = segments.table + i_product * 8
         first, ranks, probes = table_row(segments.table, i_product, 8, EVEN)
-        first_probe = tl.load(p_row + 7)
+        p_rest = segments.table + i_product * 8
+        first_probe = tl.load(p_rest + 7)
         if EVEN:
             first_probe = tl.multiple_of(first_probe, 8)
-        region, stride_column, stride_rank = tl.load(p_row + 3), tl.load(p_row + 4), tl.load(p_row + 5)
-        return Layout(first, ranks, probes, region, stride_column, stride_rank, tl.load(p_row + 6), first_probe)
+        region, stride_column, stride_rank = tl.load(p_rest + 3), tl.load(p_rest + 4), tl.load(p_rest + 5)
+        probe_region = tl.load(p_rest + 6)
+    return Layout(first, ranks, probes, region, stride_column, stride_rank, probe_region, first_probe)
 
 
 @triton.jit
 def wgrad_loop(
     wide, skinny, o_first, first, last, dropout, masked, segments, adapter, TILE: tl.constexpr, OPTIONS: tl.constexpr
 ):
-    """``wide^T skinny`` over the rows from first to last; wide from column o_first on, skinny points to its columns."""
+    """``wide^T skinny`` over the rows from first to last; wide begins at column o_first."""
     BLOCK_M: tl.constexpr = TILE.depth
     BLOCK_N: tl.constexpr = TILE.columns
     BLOCK_R: tl.constexpr = TILE.rows
     MASKED: tl.constexpr = OPTIONS.masked
-    o_n, o_rank = o_first + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    m_n, m_rank = (o_n < wide.columns)[None, :], (o_rank < skinny.columns)[None, :]
-    p_wide = wide.data + o_n[None, :]
+    o_rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     b_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for m in tl.range(first, last, BLOCK_M):
         o_m = m + tl.arange(0, BLOCK_M)
@@ -120,8 +124,8 @@ def wgrad_loop(
         if segments is not None and segments.order is not None:
             o_m = tl.load(segments.order + o_m, mask=m_m, other=0)
         o_row = o_m.to(tl.int64)[:, None]
-        b_wide = tl.load(p_wide + o_row * wide.stride, mask=m_m[:, None] & m_n, other=0.0)
-        b_skinny = tl.load(skinny.data + o_row * skinny.stride, mask=m_m[:, None] & m_rank, other=0.0)
+        b_wide = tl.load(wide.data + o_row * wide.stride, mask=m_m[:, None] & wide.exist[None, :], other=0.0)
+        b_skinny = tl.load(skinny.data + o_row * skinny.stride, mask=m_m[:, None] & skinny.exist[None, :], other=0.0)
         if dropout is None:
             b_acc = tl.dot(tl.trans(b_wide), b_skinny, b_acc, input_precision=OPTIONS.precision)
         else:
@@ -143,10 +147,13 @@ def wgrad_kernel(products, partial, dropout, segments, M, rows, splits, TILE: tl
     BLOCK_N: tl.constexpr = TILE.columns
     BLOCK_R: tl.constexpr = TILE.rows
     i, o_first, _ = find_tile(tl.program_id(0), products.wide.columns, BLOCK_N)
+    o_rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     i_part, scale, adapter = tl.program_id(2), 1.0, None
     if segments is not None:
         adapter, i_part = (i_part // splits).to(tl.int64), i_part % splits
         scale = tl.load(segments.scales + adapter * len(products.wide.data) + i)
+    layout = product_layout(products, i, segments, adapter, OPTIONS.even_r)
+    if segments is not None:
         begin, end = tl.load(segments.ranges + 2 * adapter), tl.load(segments.ranges + 2 * adapter + 1)
         own = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_M) * BLOCK_M
         first = begin + i_part * own
@@ -154,24 +161,24 @@ def wgrad_kernel(products, partial, dropout, segments, M, rows, splits, TILE: tl
     else:
         first = i_part * rows
         last = tl.minimum(first + rows, M)
-    layout = product_layout(products, i, segments, adapter, OPTIONS.even_r)
-    count = layout.ranks + layout.probes
+    ranks, count = layout.ranks, layout.ranks + layout.probes
     if tl.program_id(1) * BLOCK_R >= count:
         return
-    o_n, o_rank = o_first + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    m_rank = o_rank < layout.ranks
-    o_skinny = tl.where(m_rank, layout.first + o_rank, layout.first_probe + o_rank - layout.ranks)
-    p_skinny = select(products.skinny.data, i) + o_skinny[None, :]
-    skinny = Matrix(p_skinny, reveal(select(products.skinny.stride, i), OPTIONS.even_r), count)
-    wide = select_matrix(products.wide, i)
+    o_n = o_first + tl.arange(0, BLOCK_N)
+    m_n, m_rank = o_n < select(products.wide.columns, i), o_rank < count
+    o_skinny = tl.where(o_rank < ranks, layout.first + o_rank, layout.first_probe + o_rank - ranks)
+    p_wide, p_skinny = select(products.wide.data, i) + o_n[None, :], select(products.skinny.data, i) + o_skinny[None, :]
+    wide = Side(p_wide, select(products.wide.stride, i), m_n)
+    skinny = Side(p_skinny, reveal(select(products.skinny.stride, i), OPTIONS.even_r), m_rank)
     b_acc = wgrad_loop(wide, skinny, o_first, first, last, dropout, products.masked, segments, adapter, TILE, OPTIONS)
     if segments is not None:
-        b_acc *= tl.where(m_rank, scale, 1.0)[None, :]
+        b_acc *= tl.where(o_rank < ranks, scale, 1.0)[None, :]
     o_column = o_n.to(tl.int64)[:, None]
     o_out = layout.region + o_column * layout.stride_column + o_rank[None, :] * layout.stride_rank
-    o_probe = layout.probe_region + o_column * layout.probes + o_rank[None, :] - layout.ranks
-    p_out = partial.data + i_part.to(tl.int64) * reveal(partial.stride) + tl.where(m_rank[None, :], o_out, o_probe)
-    tl.store(p_out, b_acc, mask=(o_n < wide.columns)[:, None] & (o_rank < count)[None, :])
+    o_probe = layout.probe_region + o_column * layout.probes + o_rank[None, :] - ranks
+    o_out = tl.where((o_rank < ranks)[None, :], o_out, o_probe)
+    p_out = partial.data + i_part.to(tl.int64) * reveal(partial.stride)
+    tl.store(p_out + o_out, b_acc, mask=m_n[:, None] & m_rank[None, :])
 
 
 def run(
