@@ -156,9 +156,9 @@ def _segments(
     return Segments(
         tiles,
         batch.ranges,
-        batch.order if batch.order.numel() else None,
+        batch.order,
         _table(kind, ranks, tuple(widths), tuple(live), device),
-        None if scales is None else _scales(tuple(scales), device),
+        _scales(tuple(scales or [1.0] * ranks.adapters), device),
     )
 
 

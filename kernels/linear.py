@@ -161,7 +161,7 @@ def linear_kernel(group, x, h, sums, segments, M, tiles_m, tiles_n, TILE: tl.con
             own = tiles_m * tl.cdiv(width, BLOCK_N)
             for i_tile in tl.range(i_next, own, tl.num_programs(0), num_stages=1, disable_licm=True):
                 i_m, i_n = swizzle(i_tile, tiles_m, tl.cdiv(width, BLOCK_N), TILE.band)
-                place = Place(i_m, tile_rows(None, None, i_m, M, BLOCK_M), i_n * BLOCK_N, o_entry)
+                place = Place(i_m, tile_rows(None, None, i_m, M, BLOCK_M, False), i_n * BLOCK_N, o_entry)
                 linear_tile(part, bias, x, h, sums, place, (desc_x, desc_w), TILE, OPTIONS)
             # The next projection's tiles go on where this one's ended, so that every program has as many.
             i_next += tl.cdiv(tl.maximum(own - i_next, 0), tl.num_programs(0)) * tl.num_programs(0) - own
@@ -174,7 +174,7 @@ def linear_kernel(group, x, h, sums, segments, M, tiles_m, tiles_n, TILE: tl.con
         adapter = tl.load(segments.tiles + 2 * i_m).to(tl.int64)
         if adapter < 0:
             return
-    place = Place(i_m, tile_rows(segments, adapter, i_m, M, BLOCK_M), o_first, o_entry)
+    place = Place(i_m, tile_rows(segments, adapter, i_m, M, BLOCK_M, OPTIONS.gather), o_first, o_entry)
     part = projection_part(group, i, segments, adapter, OPTIONS.even_r)
     bias = None if group.bias is None else select(group.bias, i)
     linear_tile(part, bias, x, h, sums, place, None, TILE, OPTIONS)
@@ -214,7 +214,12 @@ def expand(
     group = Group(matrices([p.W for p in projections]), bias, B, matrices([p.y for p in projections]))
     operands = group, matrix(x) if matmul else None, rank_matrix(h), None if sums is None else matrix(sums), segments
     grid = (min(tiles_m * tiles_n, PROGRAMS) if tiles.tma else tiles_m * tiles_n,)
-    options = Options(precision(x.dtype), K % tiles.depth == 0, even and h.stride(0) % 8 == 0)
+    options = Options(
+        precision(x.dtype),
+        even_k=K % tiles.depth == 0,
+        even_r=even and h.stride(0) % 8 == 0,
+        gather=segments is not None and segments.gathered,
+    )
     launch(linear_kernel, grid, *operands, M, tiles_m, tiles_n, TILE=tiles, OPTIONS=options)
     if sums is not None:
         ranges = None if segments is None else segments.ranges

@@ -66,7 +66,7 @@ def linear_backward_kernel(
         adapter = tl.load(segments.tiles + 2 * i_m).to(tl.int64)
         if adapter < 0:
             return
-    rows, o_n = tile_rows(segments, adapter, i_m, M, BLOCK_M), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, o_n = tile_rows(segments, adapter, i_m, M, BLOCK_M, OPTIONS.gather), i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if segments is not None:
         o_skip, end, first = table_row(segments.table, adapter, 3, OPTIONS.even_r)
     else:
@@ -174,10 +174,11 @@ def add_adapters_(
         even = multiples_of_8(offsets, ranks)
     options = Options(
         precision(dx.dtype),
-        all(width % tiles.depth == 0 for width in widths),
-        even and dh.stride(0) % 8 == 0,
-        aligned(A),
-        masked,
+        even_k=all(width % tiles.depth == 0 for width in widths),
+        even_r=even and dh.stride(0) % 8 == 0,
+        aligned=aligned(A),
+        masked=masked,
+        gather=segments is not None and segments.gathered,
     )
     factors = Factors(tuple(A), tuple(a.stride(0) for a in A), rank_columns(offsets, ranks))
     operands = matrix(dx), rank_matrix(dh), factors, sources, dropout, segments

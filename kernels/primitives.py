@@ -52,15 +52,19 @@ class Segments(NamedTuple):
     """What the kernels read of a batch whose rows belong to several adapters, all on their device.
 
     tiles [tiles, 2]: adapter (-1: none) and first position of each; ranges [adapters, 2]: positions of its rows; order:
-    row at each position (None: the position itself); table: where each adapter's factors lie; scales fp32
-    or None.
+    row at each position (empty: the position itself); table: where each adapter's factors lie; scales fp32.
     """
 
     tiles: Tensor
     ranges: Tensor
-    order: Tensor | None
+    order: Tensor
     table: Tensor
-    scales: Tensor | None
+    scales: Tensor
+
+    @property
+    def gathered(self) -> bool:
+        """Whether an adapter's rows stand apart."""
+        return self.order.numel() > 0
 
 
 class SeedDropout(NamedTuple):
@@ -87,7 +91,8 @@ class Options(NamedTuple):
     """What a product is compiled for beside its tile.
 
     precision: of ``tl.dot`` for fp32; even_k: the sum is whole steps; even_r: ranks and strides over them are multiples
-    of 8; aligned: rows of the factors start on 16 bytes; masked: projections with a dropout mask each.
+    of 8; aligned: rows of the factors start on 16 bytes; masked: projections with a dropout mask each; gather: the
+    order of ``Segments`` is read.
     """
 
     precision: str
@@ -95,6 +100,7 @@ class Options(NamedTuple):
     even_r: bool = False
     aligned: bool = False
     masked: int = 0
+    gather: bool = False
 
 
 class Rows(NamedTuple):
@@ -260,7 +266,7 @@ def swizzle(i_tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def tile_rows(segments, adapter, i_tile, M, BLOCK: tl.constexpr):
+def tile_rows(segments, adapter, i_tile, M, BLOCK: tl.constexpr, GATHER: tl.constexpr):
     """The rows of a tile: BLOCK in a row, or with ``segments`` those of one adapter."""
     if segments is None:
         o_row = i_tile * BLOCK + tl.arange(0, BLOCK)
@@ -268,7 +274,7 @@ def tile_rows(segments, adapter, i_tile, M, BLOCK: tl.constexpr):
     else:
         o_position = tl.load(segments.tiles + 2 * i_tile + 1).to(tl.int64) + tl.arange(0, BLOCK)
         m_position = o_position < tl.load(segments.ranges + 2 * adapter + 1)
-        if segments.order is not None:
+        if GATHER:
             o_position = tl.load(segments.order + o_position, mask=m_position, other=0)
         return Rows(o_position, m_position)
 

@@ -120,11 +120,11 @@ def shrink_kernel(
         row, rank, offset = table_row(segments.table, i_pair, 3, OPTIONS.even_r)
         if o_block >= rank:
             return
-        rows = tile_rows(segments, adapter, i_m, M, TILE.rows)
+        rows = tile_rows(segments, adapter, i_m, M, TILE.rows, OPTIONS.gather)
         p_factors = factors.data[0] + ((row + o_own) * factors.strides[0] if SHARED else row + o_own)
         block = Block(offset + o_own, o_own < rank, p_factors, 1 if SHARED else rank)
     else:
-        rows = tile_rows(segments, adapter, i_m, M, TILE.rows)
+        rows = tile_rows(segments, adapter, i_m, M, TILE.rows, OPTIONS.gather)
         block = rank_block(factors, i, o_own, stride_out, SHARED, OPTIONS)
     K = select(x.columns, i)
     part = tl.cdiv(tl.cdiv(K, TILE.depth), tl.num_programs(1)) * TILE.depth
@@ -185,13 +185,13 @@ def run(
     )
     options = Options(
         precision(x[0].dtype),
-        all(width % tiles.depth == 0 for width in widths),
-        even and total % 8 == 0,
-        shared and aligned(factors),
-        masked,
+        even_k=all(width % tiles.depth == 0 for width in widths),
+        even_r=even and total % 8 == 0,
+        aligned=shared and aligned(factors),
+        masked=masked,
+        gather=segments is not None and segments.gathered,
     )
-    blocks = {"SHARED": shared, "BLOCKS": blocks}
-    launch(shrink_kernel, (programs, split), *operands, M, **blocks, TILE=tiles, OPTIONS=options)
+    launch(shrink_kernel, (programs, split), *operands, M, SHARED=shared, BLOCKS=blocks, TILE=tiles, OPTIONS=options)
     if split > 1:
         reduce_partials(target.view(split, -1), [out], [1.0])
 

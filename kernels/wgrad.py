@@ -121,7 +121,7 @@ def wgrad_loop(
     for m in tl.range(first, last, BLOCK_M):
         o_m = m + tl.arange(0, BLOCK_M)
         m_m = o_m < last
-        if segments is not None and segments.order is not None:
+        if OPTIONS.gather:
             o_m = tl.load(segments.order + o_m, mask=m_m, other=0)
         o_row = o_m.to(tl.int64)[:, None]
         b_wide = tl.load(wide.data + o_row * wide.stride, mask=m_m[:, None] & wide.exist[None, :], other=0.0)
@@ -217,7 +217,12 @@ def run(
         triton.cdiv(widest, tiles.rows),
         parts * adapters,
     )
-    options = Options(precision(wide.data[0].dtype), even_r=even and multiples_of_8(strides), masked=masked)
+    options = Options(
+        precision(wide.data[0].dtype),
+        even_r=even and multiples_of_8(strides),
+        masked=masked,
+        gather=segments is not None and segments.gathered,
+    )
     operands = Products(wide, hidden, layout, columns), rank_matrix(partial), dropout, segments
     launch(wgrad_kernel, grid, *operands, wide.data[0].shape[0], rows, parts, TILE=tiles, OPTIONS=options)
 
