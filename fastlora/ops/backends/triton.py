@@ -233,11 +233,11 @@ class TritonBackend:
 
 
 def _batch(rows: Rows) -> Any:
-    return _kernel("grouped").Batch(rows.order, rows.ranges, _segment_tiles)
+    return _kernel("grouped").RowBatch(rows.order, rows.ranges, _segment_tiles)
 
 
 def _ranks(call: LoraCall) -> Any:
-    return _kernel("grouped").Ranks(call.layout.ranks, tuple(call.probes) or (0,) * call.rows.ranges.shape[0])
+    return _kernel("grouped").LoraRanks(call.layout.ranks, tuple(call.probes) or (0,) * call.rows.ranges.shape[0])
 
 
 def _segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:
