@@ -37,7 +37,8 @@ def _batches(results: Results, labels: dict[str, str]) -> Iterator[str]:
     yield "## Many adapters in one batch"
     yield ""
     yield "Forward and backward of the query, key and value projections inside `fastlora.use_adapters(model, ids)`,"
-    yield "whose sorting of the rows is in the time although a model's layers share it; the loop is told its rows beforehand."
+    yield "whose sorting of the rows is in the time although a model's layers share it; the loop is told its rows"
+    yield "beforehand."
     yield "The adapters' part is what a variant takes over the frozen layers in the same round."
     for result in results:
         yield ""
