@@ -64,7 +64,7 @@ def sgd(model):
 def hooks(model):
     """Hooks that the check holds anywhere in the model."""
     found = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return [h for h in found if "learning_checks" in (getattr(h, "__module__", None) or type(h).__module__)]
+    return [h for h in found if "learning_check" in (getattr(h, "__module__", None) or type(h).__module__)]
 
 
 class TestPassedBy:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.torch_compat import autocasting, in_backward, saving_hooks
+from .._utils.torch_compat import autocasting, has_hooks, in_backward, saving_hooks, version_of
 from .linear import Linear, forward_together
 from .routing import Route
 
@@ -110,10 +110,7 @@ class ProjectionGroup:
         return not (
             other.bypassed(route)
             or "forward" in other.__dict__
-            or other._forward_hooks
-            or other._forward_pre_hooks
-            or other._backward_hooks
-            or other._backward_pre_hooks
+            or has_hooks(other)
             or other.weight.device != mine.weight.device
             or other.weight.dtype != mine.weight.dtype
             or type(other.weight) is not type(mine.weight)
@@ -167,7 +164,7 @@ def _alone(layer: Linear, visit: _Visit, route: Route) -> bool:
 def _state(x: Tensor, route: Route) -> tuple:
     return (
         route,
-        None if x.is_inference() else x._version,
+        None if x.is_inference() else version_of(x),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_autocast_dtype(x.device.type) if autocasting(x) else None,

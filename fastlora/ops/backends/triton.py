@@ -12,6 +12,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from ..._utils.torch_compat import unsafe_view
 from .. import layout, native, reference
 from ..reference import keep_threshold
 
@@ -96,7 +97,7 @@ def _dropout(seed: Tensor | None, p: float) -> dict[str, Any]:
 
 def _reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Not a view, which autograd would let nobody change in place."""
-    return torch.ops.aten._unsafe_view.default(y, shape)
+    return unsafe_view(y, shape)
 
 
 def signs_(out: Tensor, seed: Tensor, step: int, block: Tensor, group: Tensor, tag: int) -> Tensor:
