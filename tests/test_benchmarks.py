@@ -13,9 +13,11 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import bench_growth, bench_merge, bench_statistics, estimators, gate, peers, recorded, report, shapes  # noqa: E402
-from benchmarks.interleave import Interleaved, median_interval, rows  # noqa: E402
-from benchmarks.plot import plot  # noqa: E402
+from benchmarks import bench_growth, bench_merge, bench_statistics  # noqa: E402
+from benchmarks.harness import estimators, gate, peers, recorded, result_files, shapes  # noqa: E402
+from benchmarks.harness.interleave import Interleaved, median_interval, rows  # noqa: E402
+from benchmarks.harness.plot import plot  # noqa: E402
+from benchmarks.reports import report  # noqa: E402
 from fastlora.tracking import tracker  # noqa: E402
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
@@ -304,3 +306,37 @@ def test_merges_are_checked_and_reported(monkeypatch):
     assert found[1]["ratio_to_fp32"]["median"] == 0.625
     result = {"kind": "merge", "weights": 10, "matrices": 6, "rank": 2, "rows": found}
     assert "| fastlora, bf16 weights | 2000.0 [" in "\n".join(report._merges([result], peers.LABELS))
+
+
+def test_a_row_is_a_line():
+    row = {"variant": "fastlora", "ms": {"median": 1.0, "p10": 0.1}, "sizes": [1, [2, 3]]}
+    result = {"kind": "layer", "rank": 8, "errors": {"peft": 1e-7}, "rows": [row, row], "limit": None}
+    named = {"one": {"passed": 1}, "two": {"passed": 2, "failed": ["a"]}}
+    given = {"title": "é", "environment": {}, "results": [result, result], "files": named, "nothing": []}
+    assert result_files.dumps({"title": "t", "rank": 2, "results": [result], "files": named}) == "\n".join([
+        "{", ' "title": "t",', ' "rank": 2,', ' "results": [', "  {",
+        '   "kind": "layer", "rank": 8, "errors": {"peft": 1e-07},', '   "rows": [',
+        f"    {json.dumps(row)},", f"    {json.dumps(row)}", "   ],", '   "limit": null', "  }", " ],",
+        ' "files": {', '  "one": {"passed": 1},', '  "two": {"passed": 2, "failed": ["a"]}', " }", "}", "",
+    ])  # fmt: skip
+    for document in (given, [row, row], [], {}, [1, 2], "text", 1.5, [given, [given]], {"a": {"b": {"c": {}}}}):
+        assert json.loads(result_files.dumps(document)) == document
+    assert result_files.dumps([{1: (row, row)}]) == result_files.dumps([{"1": [row, row]}])  # as json has them
+
+
+def test_a_document_that_is_no_json_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "some.json"
+    result_files.write(path, {"a": 0.1})
+    with pytest.raises(TypeError):
+        result_files.write(path, {"a": object()})
+    assert result_files.read(path) == {"a": 0.1}
+
+
+RESULTS = Path(result_files.__file__).parents[1] / "results"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda p: p.relative_to(RESULTS).as_posix())
+def test_committed_results_have_a_row_a_line(path):
+    assert path.read_text() == result_files.dumps(result_files.read(path)), (
+        f"python -m benchmarks.harness.result_files {path}"
+    )

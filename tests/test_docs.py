@@ -18,7 +18,7 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs"
 REFERENCE = DOCS / "reference" / "index.md"
 # Pages with tests of their own: these need a process group, or a library that is optional.
 ELSEWHERE = {"your_trainer", "scale_out", "migration", "quantized"}
-PAGES = sorted(path.stem for path in DOCS.glob("*.md") if path.stem not in ELSEWHERE)
+PAGES = sorted(p.stem for p in DOCS.glob("*.md") if p.stem not in ELSEWHERE and "```python" in p.read_text())
 
 
 def blocks(text: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from recipe_help import WORDS, text_model
@@ -55,16 +56,25 @@ def test_every_method(method, model_path, folder):
     assert ("agreement_after" in found) == (method == "lora")
 
 
+def lines_of(path):
+    return path.read_text().splitlines(keepends=True)
+
+
 def test_a_run_is_made_once_and_settings_are_not_mixed(model_path, folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("scipy")
     common = ["--data-dir", str(folder), "--model-path", model_path, "--out", str(tmp_path), "--methods", "lora", "fc"]
     assert main([*common, "--seeds", "0", "1", "--sentences", "64"]) == 0
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
-    assert {path.name for path in made} == {f"{m}-{s}.json" for m in ("lora", "fc") for s in (0, 1)}
-    (tmp_path / "runs" / "fc-1.json").unlink()
+    file = tmp_path / runs.NAME
+    made = {(r["method"], r["seed"]): line for r, line in zip(runs.read(file), lines_of(file), strict=True)}
+    assert set(made) == {(method, seed) for method in ("lora", "fc") for seed in (0, 1)}
+    gone = made.pop(("fc", 1))
+    file.write_text("".join(line for line in lines_of(file) if line != gone))
     assert main([*common, "--seeds", "0", "1", "--sentences", "64"]) == 0
-    assert all(path.stat().st_mtime_ns == time for path, time in made.items() if path.name != "fc-1.json")
+    again = lines_of(file)
+    # Those that were there stand as they were, the missing one was trained anew: its times are others.
+    assert again[:-1] == list(made.values()) and again[-1] != gone
+    assert (runs.read(file)[-1]["method"], runs.read(file)[-1]["seed"]) == ("fc", 1)
     for name in ("results.json", "README.md", "accuracy.png", "agreement.png"):
         assert (tmp_path / name).stat().st_size > 0
     assert "FC-LoRA" in capsys.readouterr().out
@@ -144,10 +154,35 @@ def test_the_reading_claims_what_the_tests_show():
     assert "FC-LoRA: +0.00" in text and "no difference from uniform LoRA shown" in text and "**better**" not in text
 
 
-def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
-    path = runs.path_of(tmp_path / "new", "lora", 0)
+def test_a_run_is_a_whole_line_or_not_there(tmp_path):
+    path = tmp_path / "new" / runs.NAME
+    one = result("lora", 0, 0.8)
     with pytest.raises(TypeError):
-        runs.write(path, {"bad": object()})
-    assert not path.exists()
-    runs.write(path, {"good": 1})
-    assert [p.name for p in path.parent.iterdir()] == ["lora-0.json"] and json.loads(path.read_text()) == {"good": 1}
+        runs.add(path, {**one, "bad": object()})
+    assert not path.exists() and runs.read(path) == []
+    runs.add(path, one)
+    runs.add(path, result("fc", 1, 0.7))
+    runs.add(path, result("fc", 0, 0.6))
+    with pytest.raises(TypeError):
+        runs.add(path, {**one, "bad": object()})
+    assert [p.name for p in path.parent.iterdir()] == [runs.NAME]
+    assert [(r["method"], r["seed"]) for r in map(json.loads, lines_of(path))] == [("lora", 0), ("fc", 1), ("fc", 0)]
+    found = runs.by_method(runs.read(path), ["fc", "lora", "head"])
+    assert {name: list(seeds) for name, seeds in found.items()} == {"fc": [0, 1], "lora": [0]}
+    runs.add(path, result("fc", 1, 0.9))  # made again: in place of the old one
+    assert len(lines_of(path)) == 3 and runs.by_method(runs.read(path), ["fc"])["fc"][1]["accuracy"] == 0.9
+
+
+def test_runs_of_processes_side_by_side_are_all_kept(tmp_path):
+    path = tmp_path / runs.NAME
+    with ThreadPoolExecutor(8) as pool:  # a lock on an open file holds between threads as between processes
+        list(pool.map(lambda seed: runs.add(path, result("lora", seed, 0.5)), range(40)))
+    assert sorted(r["seed"] for r in runs.read(path)) == list(range(40))
+
+
+def test_runs_of_different_settings_are_not_read_together(tmp_path):
+    path = tmp_path / runs.NAME
+    other = {**result("fc", 1, 0.7), "settings": {"sentences": 1}}
+    path.write_text("".join(json.dumps(each) + "\n" for each in (result("lora", 0, 0.8), other)))
+    with pytest.raises(ValueError, match="fc seed 1 and lora seed 0 were made with different settings"):
+        runs.read(path)

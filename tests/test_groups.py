@@ -32,6 +32,7 @@ from torch import nn
 
 import fastlora
 from fastlora.nn.linear import Linear
+from fastlora.ops import bound
 
 
 @pytest.fixture
@@ -387,3 +388,42 @@ class TestLifetime:
     def test_a_layer_moved_away_works_alone(self, x):
         layer = copy.copy(adapted().attn.q_proj)
         assert isinstance(layer, Linear) and layer(x).shape == (2, 5, D)
+
+
+class Gated(nn.Module):
+    """An MLP whose gate and up share an input, and whose down is as wide as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.gate(x)) * self.up(x))
+
+
+def test_whatever_shares_an_input_runs_together_once_it_was_seen_to(monkeypatch):
+    model = fastlora.inject(
+        Gated(), fastlora.LoraConfig(r=2, target_modules=["gate", "up", "down"], init_lora_weights=False)
+    )
+    calls, plain = [], bound.BoundCall.__call__
+
+    def count(self, *args, **kwargs):
+        calls.append(len(self.W))
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(bound.BoundCall, "__call__", count)
+    x, found = torch.randn(3, 8, requires_grad=True), []
+    for _ in range(3):
+        calls.clear()
+        y = model(x)
+        found.append((y, *torch.autograd.grad(y.sum(), [x, *[p for p in model.parameters() if p.requires_grad]])))
+    assert calls == [2, 1]
+    for later in found[1:]:
+        for a, b in zip(later, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    # One of them alone, as a branch that is not taken: what is not used is not computed ahead again.
+    model.forward = lambda x: model.gate(x)
+    for expected in ([2], [1]):
+        calls.clear()
+        model(x)
+        assert calls == expected

@@ -71,12 +71,14 @@ def test_opcheck(p, picks):
     )
     Z = [torch.zeros(b.shape[0], 2, requires_grad=True) for b in B]
     V = [torch.zeros(2, w.shape[0] + 1, dtype=torch.float64, requires_grad=True) for w in case["W"]]
-    args = (x, case["W"], case["bias"], A, B, Z, V, case["P"], case["sign"], seed, case["scale"], p, "auto", "auto")
+    probes = ([case["P"]], [case["sign"]])
+    args = (x, case["W"], case["bias"], A, B, Z, V, *probes, seed, [], [], case["scale"], [p], "auto", "auto")
     torch.library.opcheck(torch.ops.fastlora.lora_linear.default, args)
     h = torch.randn(13, 8 + (6 if picks else 2))
-    back = (case["dy"], case["x"].detach(), h, case["W"], [a.detach() for a in A], [b.detach() for b in B], seed)
+    back = (case["dy"], case["x"].detach(), h, case["W"], [a.detach() for a in A], [b.detach() for b in B], [2])
     torch.library.opcheck(
-        torch.ops.fastlora.lora_linear_backward.default, (*back, case["scale"], p, 2, [True] * 6, "auto", "auto")
+        torch.ops.fastlora.lora_linear_backward.default,
+        (*back, seed, [], [], case["scale"], [p], [True] * 6, "auto", "auto"),
     )
 
 

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import result_file
 import torch
 from small_model import adapted, batch, machine, plain
 from torch import nn
@@ -115,10 +116,9 @@ def main() -> int:
         "resident bytes a step": round(slope(settled, "resident"), 1),
         "resident MiB": [round(r["resident"] / 2**20, 1) for r in (settled[0], settled[-1])], **machine(), "rows": rows,
     }  # fmt: skip
-    text = json.dumps(document) + "\n"
     sys.stdout.write(json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1) + "\n")
     if arguments.out is not None:
-        arguments.out.write_text(text)
+        result_file.write(arguments.out, document)
     return 0
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import result_file
+
 ROOT = Path(__file__).resolve().parent.parent
 # Operators from both sides of the C interface: shapes, dtypes, errors, the module layer on top.
 ABI_TESTS = ("tests/native/test_abi.py", "tests/native/test_kernels.py", "tests/native/test_passes.py",
@@ -160,10 +162,10 @@ def main() -> int:
     parser.add_argument("--no-pairs", action="store_true", help="leave out the libraries of other environments")
     given = parser.parse_args()
     empty: Document = {"environments": {}, "libraries": {}}
-    document = json.loads(given.out.read_text()) if given.out.exists() else empty
+    document = result_file.read(given.out) if given.out.exists() else empty
 
     def save() -> None:
-        given.out.write_text(json.dumps(document, indent=1) + "\n")
+        result_file.write(given.out, document)
 
     with tempfile.TemporaryDirectory() as temporary:
         checkouts = given.checkouts or Path(temporary)

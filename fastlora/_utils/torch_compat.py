@@ -111,23 +111,27 @@ def autocasting(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def can_skip_dispatcher(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether no mode, tracer or tensor subclass needs the dispatcher, so that a kernel may be called without it.
-
-    On a small layer going through the dispatcher to a kernel written in Python costs more than the kernel.
-    """
+def nothing_watches() -> bool:
+    """Whether no mode, transform, tracer or compiler sees what the dispatcher is called for."""
     return (
         _CAN_TELL
         and not torch.compiler.is_compiling()
         and _dispatch_modes() == 0
         and _functorch_stack() is None
         and _tracing_state() is None
-        and _PLAIN.issuperset(map(type, tensors))
     )
 
 
-def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` without its search for dead functorch wrappers, which ``can_skip_dispatcher`` rules out."""
+def can_skip_dispatcher(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing watches the dispatcher and no tensor is a subclass, so that a kernel may be called without it.
+
+    On a small layer going through the dispatcher to a kernel written in Python costs more than the kernel.
+    """
+    return nothing_watches() and _PLAIN.issuperset(map(type, tensors))
+
+
+def apply_directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its search for dead functorch wrappers, which ``nothing_watches`` rules out."""
     if _function_base is None or not issubclass(function, _function_base):
         return function.apply
     return vars(_function_base)["apply"].__get__(None, function)
@@ -157,6 +161,11 @@ def assert_async(condition: Tensor, message: str) -> None:
         _assert_async(condition, message)
     elif not bool(condition):
         raise RuntimeError(message)
+
+
+def counts_versions(tensor: Tensor) -> bool:
+    """Whether changes in place of a tensor are counted."""
+    return _version is not None and not tensor.is_inference()
 
 
 def version_of(tensor: Tensor) -> Any:
@@ -289,7 +298,18 @@ private_attributes("torch.nn.Module", nn.Module(), _FLAGS, "hooks that are taken
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module may have hooks on its forward or backward."""
-    return not _has_hooks or any(getattr(module, name) for name in _HOOKS)
+    return bool(
+        not _has_hooks
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def forward_hooks(module: nn.Module) -> tuple[Any, Any]:
+    """The module's hooks before and after its forward; where torch does not tell, what counts as one."""
+    return (module._forward_pre_hooks, module._forward_hooks) if _has_hooks else ((None,), (None,))
 
 
 def remove_forward_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> None:
