@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import unknown_choice
+from .._utils.torch_compat import assert_async
 from ..config import LoraConfig
 from ..nn.linear import Linear, adapted_layers
 from ..nn.routing import Route, Router
@@ -218,7 +219,7 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
             if not -1 <= value < len(slots) or (value >= 0 and slots[value] is None):
                 where = int((ids.reshape(-1) == value).nonzero()[0])
                 state = "was removed" if 0 <= value < len(slots) else "is unknown"
-                known = ", ".join(f"{i}: {n}" for i, n in enumerate(slots) if n is not None)
+                known = _known_ids(slots)
                 raise ValueError(f"ids: {value} at position {where} {state}; accepted: -1 (base only), {known}")
         live = [value for value in used if value >= 0]
     if ids.device.type != "cpu" or _distributed():
@@ -227,8 +228,13 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
     table[live] = torch.arange(len(live))
     if ids.device.type != "cpu":
         table = table.to(ids.device, non_blocking=True)
-        torch._assert_async(((ids >= -1) & (ids < len(slots)) & ((ids < 0) | (table[ids] >= 0))).all())
+        known = (ids >= -1) & (ids < len(slots)) & ((ids < 0) | (table[ids] >= 0))
+        assert_async(known.all(), f"ids: some are unknown or removed; accepted: -1 (base only), {_known_ids(slots)}")
     return [slots[i] for i in live], table[ids]
+
+
+def _known_ids(slots: Sequence[str | None]) -> str:
+    return ", ".join(f"{i}: {name}" for i, name in enumerate(slots) if name is not None)
 
 
 def _described(value: Any) -> str:

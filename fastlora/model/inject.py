@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_flag, suggestion
+from .._utils.torch_compat import remove_forward_hooks
 from ..config import ROLES, LoraConfig
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, new_factors
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
@@ -392,22 +393,10 @@ def eject(model: nn.Module) -> nn.Module:
         elif type(module) is FrozenLinear:
             module.__class__ = nn.Linear
             module.__dict__.pop("engine", None)
-        _drop_hooks(module)
+        remove_forward_hooks(module, _is_ours)
     for name in _OF_MODEL:
         model.__dict__.pop(name, None)
     return model
-
-
-def _drop_hooks(module: nn.Module) -> None:
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
-            del hooks[key]
-            for flags in (
-                module._forward_pre_hooks_with_kwargs,
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-            ):
-                flags.pop(key, None)
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:

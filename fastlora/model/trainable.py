@@ -245,7 +245,7 @@ def _decays(weight_decay: float | Mapping[str, float]) -> dict[str, float]:
     return {name: check_number(f"weight_decay[{name!r}]", value) for name, value in weight_decay.items()}
 
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORM_NAME = re.compile(r"(layer|rms|batch|group)norm", re.IGNORECASE)
 _LINEAR_NAMES = ("Conv1D",)  # transformers' linear with a transposed weight
 

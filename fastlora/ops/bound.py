@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._utils.torch_compat import apply_directly, autocasting, nothing_watches, untracked
+from .._utils.torch_compat import (
+    apply_directly,
+    autocasting,
+    counts_versions,
+    nothing_watches,
+    untracked,
+    version_of,
+)
 from .autograd import LoraRest, differentiable_backward, moment_gradients
 from .backends import choose
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
@@ -103,7 +110,7 @@ class _Run:
         self.drop = None if key is None else Dropout(key, p)
         self.leaves, self.moments = leaves, moments
         self.probes = probe_counts(P) if P else ()
-        self.versions = [None if w.is_inference() else w._version for w in bound.W]
+        self.versions = [version_of(w) if counts_versions(w) else None for w in bound.W]
 
     def call(self, x: Tensor, moments: bool) -> LoraCall:
         b = self.bound
@@ -120,7 +127,7 @@ class _Run:
 
     def check_versions(self) -> None:
         for w, version in zip(self.bound.W, self.versions, strict=True):
-            if version is not None and w._version != version:
+            if version is not None and version_of(w) != version:
                 raise RuntimeError(
                     "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
                     "place after the forward"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._utils.errors import suggestion
+from .._utils.torch_compat import multiply_each
 
 FORMS = ("delta", "decay")
 NORMALIZE = ("sum", "relative", "uniform")
@@ -137,7 +138,7 @@ def _coefficients(
     checked = [_finite("scales", scale) for scale in scales]
     constants = [weight * scale * scale if form == "delta" else weight / 2 for scale in checked]
     if isinstance(weights[0], Tensor):
-        return list(torch._foreach_mul(list(weights), constants))
+        return list(multiply_each(list(weights), constants))
     return [constant * weight for constant, weight in zip(constants, weights, strict=True)]
 
 

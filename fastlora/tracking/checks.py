@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .._utils.errors import checked, positive, unknown_choice
+from .._utils.torch_compat import scale_of
 from ..nn.linear import Linear, adapted_layers, check_adapter
 from .statistics import COVARIANCES
 
@@ -93,9 +94,9 @@ def checked_state(state: Any, like: dict[str, Any]) -> None:
 def inverse_scale(scaler: Any, device: torch.device) -> torch.Tensor | None:
     """What a ``GradScaler`` multiplied the loss by, inverted, on the device; None without one."""
     switched_off = hasattr(scaler, "is_enabled") and not scaler.is_enabled()  # it has no scale then
-    if scaler is not None and not hasattr(scaler, "_scale") and not switched_off:
+    if scaler is not None and not hasattr(scaler, "get_scale") and not switched_off:
         raise ValueError(f"scaler: expected a GradScaler or None, got {type(scaler).__name__}")
-    scale = getattr(scaler, "_scale", None)
+    scale = None if scaler is None or switched_off else scale_of(scaler)
     return None if scale is None else scale.to(device=device, dtype=torch.float64).reciprocal()
 
 

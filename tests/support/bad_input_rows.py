@@ -14,6 +14,8 @@ import torch
 
 from support.public_calls import KEY, Blocks, adamw, adapted, batches, config, merged, plain, tracked
 
+import fastlora
+
 NAN, INF = math.nan, math.inf
 
 
@@ -56,8 +58,6 @@ def wrapped_by_peft(good):
 
 def awaits_backward(good):
     """Kept alive by the model: a forward whose backward has not run."""
-    import fastlora
-
     model = adapted()
     fastlora.set_adapter(model, "b")
     model.kept = [model(torch.randn(2, 8))]
@@ -67,6 +67,10 @@ def awaits_backward(good):
 
 def other_model(good):
     return adamw(torch.nn.ModuleDict({"x": adapted()})["x"])
+
+
+def no_scores(good):
+    return fastlora.Scores({}, "grad_sq")
 
 
 def one_batch(good):
@@ -177,7 +181,8 @@ ROWS: dict[str, dict[str, list[Row]]] = {
     "LoraConfig.coerce": {"config": rows(({"r": 8}, "config: expected .*LoraConfig or peft.LoraConfig, got dict"))},
     "Scores": {
         "values": rows(([1.0], "values must be a mapping"), ({1: 1.0}, "values must have string keys"), error=TypeError)
-        + rows(({"a": NAN}, r"values\['a'\] must be finite"), ({"a": -1.0}, "is negative: pass signed=True")),
+        + rows(({"a": NAN}, r"values\['a'\] must be finite"), ({"a": INF}, r"values\['a'\] must be finite"),
+               ({"a": -1.0}, "is negative: pass signed=True")),
         "kind": rows(("", "kind must be a non-empty string"), (3, "kind must be"), error=TypeError),
         "signed": rows((1, "signed must be True, False or None"), error=TypeError),
         "costs": rows(({"a": 3}, "costs lacks 'b'"), ({"a": 0, "b": 1}, r"costs\['a'\] must be at least 1")),
@@ -238,7 +243,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "tau": rows((0.0, "tau"), (NAN, "tau")),
         "power": rows((-1.0, "power"), (INF, "power")),
     },
-    "breakdown": {"scores": rows(({}, "scores must not be empty"), ({"a": INF}, r"scores\['a'\] must be finite"))},
+    "Scores.breakdown": {"self": rows((no_scores, "scores must not be empty"))},
     "calibrate": {
         "model": MODEL[1:] + rows((already_tracked, "model: is tracked already")),
         "batches": rows((3, "batches: expected an iterable"), ([], "batches: yielded nothing"),

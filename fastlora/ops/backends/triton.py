@@ -12,6 +12,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from ..._utils.torch_compat import unsafe_view
 from .. import native, reference
 from ..layout import Dropout, Gradients, Layout, LoraCall, Need, Rows, as_rows, picks_columns
 from ..reference import keep_threshold
@@ -104,7 +105,7 @@ def _row_dropout(drop: Dropout | None) -> Any:
 
 def _reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Not a view, which autograd would let nobody change in place."""
-    return torch.ops.aten._unsafe_view.default(y, shape)
+    return unsafe_view(y, shape)
 
 
 def signs_(out: Tensor, seed: Tensor, step: int, block: Tensor, group: Tensor, tag: int) -> Tensor:
