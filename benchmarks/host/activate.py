@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 from collections.abc import Callable, Iterator
@@ -134,19 +135,15 @@ def _fastlora(gpu: NullGpu, stack: contextlib.ExitStack) -> None:
         mock.patch.object(parts.primitives, "nullcontext", lambda: torch.cuda.device(cuda)),
     ):
         stack.enter_context(patch)
-    stack.enter_context(_autocast(gpu, parts.operator))
+    _autocast(gpu.device.type)
 
 
-@contextlib.contextmanager
-def _autocast(gpu: NullGpu, operator: ModuleType) -> Iterator[None]:
-    """The operators that have a kernel for autocast on a GPU have one for the null GPU."""
-    library = torch.library.Library("fastlora", "FRAGMENT")
-    try:
-        for name in torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA"):
-            if name.startswith("fastlora::"):
-                short = name.removeprefix("fastlora::")
-                kernel = operator._autocast(short, gpu.device.type, "AutocastPrivateUse1")
-                library.impl(short, kernel, "AutocastPrivateUse1")
-        yield
-    finally:
-        library._destroy()
+@functools.cache
+def _autocast(kind: str) -> torch.library.Library:
+    """Operators with a kernel for autocast on a GPU have one for the null GPU; it stays, as the device does."""
+    library, operator = torch.library.Library("fastlora", "FRAGMENT"), _parts().operator
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA"):
+        if name.startswith("fastlora::"):
+            short = name.removeprefix("fastlora::")
+            library.impl(short, operator._autocast(short, kind, "AutocastPrivateUse1"), "AutocastPrivateUse1")
+    return library

@@ -14,18 +14,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from . import activate, limits
 from .build import Built, build
-from .records import Kind, Launch, Record, launches, parse
+from .records import Launch, Record, launches, parse
 
 NAME = "null"
 DRIVER_VERSION = 13000

@@ -2,6 +2,7 @@
 
 #include <elf.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace {
@@ -11,6 +12,8 @@ namespace {
 constexpr uint8_t kSized = 4, kMaxThreads = 0x05, kFrameSize = 0x11, kParameter = 0x17, kRegisters = 0x2f;
 constexpr uint8_t kGlobalSpace = 4;
 constexpr uint16_t kElfMachineCuda = 190;
+// From sm_90 on the section of a kernel that uses shared memory begins with what the system keeps of every block's.
+constexpr uint32_t kReserved = 1024;
 
 template <class T>
 T read(const uint8_t* from) {
@@ -91,7 +94,10 @@ bool read_cubin(const void* data, Cubin& found) {
     if (name == ".nv.info") read_common(image, section, found);
     for (auto& [kernel, what] : found.kernels) {
       if (name == ".nv.info." + kernel) read_own(image, section, what);
-      if (name == ".nv.shared." + kernel) what.shared = static_cast<uint32_t>(section.sh_size);
+      if (name == ".nv.shared." + kernel) {
+        const auto bytes = static_cast<uint32_t>(section.sh_size);
+        what.shared = bytes - std::min(bytes, found.capability >= 90 ? kReserved : 0);
+      }
     }
   }
   return !found.kernels.empty();

@@ -252,11 +252,13 @@ Tensor dropout(const Tensor& self, double p, bool train) {
 }
 
 Tensor sum(const Tensor& self, at::OptionalIntArrayRef dims, bool keep, optional<at::ScalarType> dtype) {
-  const auto reduced = at::dim_list_to_bitset(dims, self.dim());
+  const bool every = !dims.has_value() || dims->empty();
+  const auto reduced = at::dim_list_to_bitset(every ? at::OptionalIntArrayRef() : dims, self.dim());
   at::DimVector size;
   for (int64_t i = 0; i < self.dim(); ++i) {
-    if (!reduced[i]) size.push_back(self.size(i));
-    if (reduced[i] && keep) size.push_back(1);
+    const bool gone = every || reduced[i];
+    if (!gone) size.push_back(self.size(i));
+    if (gone && keep) size.push_back(1);
   }
   const auto type = isIntegralType(self.scalar_type(), true) ? at::kLong : self.scalar_type();
   Tensor out = made(size, dtype.value_or(type));
