@@ -119,7 +119,10 @@ class NullGpu:
 
     @contextlib.contextmanager
     def failing(self, function: str, result: int) -> Iterator[None]:
-        """Inside, ``function`` of the driver (as ``cuModuleLoadData``) returns the CUresult and does nothing."""
+        """Inside, ``function`` of the driver (as ``cuModuleLoadData``) returns the CUresult and does nothing.
+
+        With 500, CUDA_ERROR_NOT_FOUND, ``cuGetProcAddress`` does not find it either.
+        """
         self._driver.null_gpu_fail(function.encode(), result)
         try:
             yield

@@ -144,6 +144,13 @@ def tensor_maps_are_written_down(gpu):
     call(block=16)
     assert records.difference([launch], gpu.record(lambda: call(block=16))) is not None
 
+    def own(rows=64):
+        new = torch.empty(rows, 128, dtype=torch.bfloat16, device=gpu.device)
+        copy_kernel[(1,)](TensorDescriptor.from_tensor(new, [32, 32]), TensorDescriptor.from_tensor(out, [32, 32]), 32)
+
+    ours, theirs, other = (records.canonical(gpu.trace(lambda rows=rows: own(rows))) for rows in (64, 64, 32))
+    assert records.difference(ours, theirs) is None and records.difference(ours, other) is not None
+
 
 def clusters_are_attributes(gpu):
     out, x, other = vectors(gpu)
@@ -252,6 +259,13 @@ def layers_launch_triton_kernels(gpu):
     names = [launch.function for launch in records.launches(trace)]
     assert {"shrink_kernel", "linear_kernel", "wgrad_kernel", "linear_backward_kernel"} <= set(names), names
     assert records.dangling(trace) == []
+    first, last = 0x700000000000, 0x7E0000000000
+    for launch in records.launches(trace):
+        # Every address is known as one: it is by these that launches are compared.
+        values = [int.from_bytes(argument, "little") for argument in launch.arguments]
+        assert all(pointer == (first <= v < last) or v == 0 for v, pointer in zip(values, launch.pointers, strict=True))
+    again = gpu.trace(step)
+    assert records.difference(records.canonical(trace), records.canonical(again)) is None
     counts = gpu.count(step)
     assert counts.launches == len(names) and counts.fallbacks == counts.to_host == counts.to_device == 0, counts
 
