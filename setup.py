@@ -25,7 +25,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-OPERATORS, LAYOUT = "fastlora._C", "fastlora._layout"
+OPERATORS, LAYOUT, PLAN = "fastlora._C", "fastlora._layout", "fastlora._plan"
 MINIMUM_TORCH = (2, 11)
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-DNDEBUG"]
@@ -193,13 +193,11 @@ def add_operators(build: NinjaFile, torch_root: Path) -> Path:
     return target
 
 
-def add_layout(build: NinjaFile, suffix: str) -> Path:
+def add_module(build: NinjaFile, suffix: str, name: str, files: list[str]) -> Path:
+    """A Python module from files of ``csrc`` that need no torch."""
     include = ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11_include()]
-    objects = [
-        build.compile("cxx", "csrc/layout.cpp", CXX_FLAGS),
-        build.compile("cxx", "csrc/layout_bindings.cpp", CXX_FLAGS + include),
-    ]
-    target = build.folder / f"_layout{suffix}"
+    objects = [build.compile("cxx", f"csrc/{file}", CXX_FLAGS + include) for file in files]
+    target = build.folder / f"{name}{suffix}"
     dynamic = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     build.edge("module", target, objects, dynamic + SANITIZE_FLAGS)
     return target
@@ -212,7 +210,11 @@ def compile_all(nvcc: str | None, suffix: str) -> dict[str, Path]:
     kind = "-".join(["native", *filter(None, SANITIZERS.split(","))])
     folder = Path("build") / f"{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     build = NinjaFile(folder, compiler, nvcc)
-    built = {OPERATORS: add_operators(build, torch_root), LAYOUT: add_layout(build, suffix)}
+    built = {
+        OPERATORS: add_operators(build, torch_root),
+        LAYOUT: add_module(build, suffix, "_layout", ["layout.cpp", "layout_bindings.cpp"]),
+        PLAN: add_module(build, suffix, "_plan", ["plan_bindings.cpp"]),
+    }
     build.run(ninja)
     return {name: ROOT / path for name, path in built.items()}
 
@@ -261,6 +263,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(OPERATORS, ["csrc/library.cpp"], optional=optional),
         Extension(LAYOUT, ["csrc/layout_bindings.cpp"], optional=optional),
+        Extension(PLAN, ["csrc/plan_bindings.cpp"], optional=optional),
     ]
 
 

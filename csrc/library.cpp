@@ -48,4 +48,7 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   m.def("output_variances(Tensor[] moments, int[] runs, int[] sizes) -> Tensor");
   m.def("resize_ranks_(Tensor(a!)[] to, Tensor[] source) -> ()");
   m.def("cpu_isa() -> str");
+  m.def("open_plans(int registry, str driver) -> str");
+  m.def("keep_plan(int cache, int variant, int plan, Tensor?[] inputs, Tensor?[] constants) -> ()");
+  m.def("run_plan(int cache, int variant, Tensor?[] inputs) -> Tensor[]");
 }

@@ -1,0 +1,1 @@
+"""The operators of adapted linears and their backends."""

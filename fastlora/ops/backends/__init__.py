@@ -1,0 +1,1 @@
+"""What runs an operator: backends, and plans of what a backend did."""
