@@ -49,6 +49,6 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   m.def("resize_ranks_(Tensor(a!)[] to, Tensor[] source) -> ()");
   m.def("cpu_isa() -> str");
   m.def("open_plans(int registry, str driver) -> str");
-  m.def("keep_plan(int cache, int variant, int plan, Tensor?[] inputs, Tensor?[] constants) -> ()");
-  m.def("run_plan(int cache, int variant, Tensor?[] inputs) -> Tensor[]");
+  m.def("keep_plan(int cache, int variant, int plan, Tensor[] inputs, Tensor[] constants) -> ()");
+  m.def("run_plan(int cache, int variant, Tensor[] inputs) -> Tensor[]");
 }

@@ -33,7 +33,7 @@ int32_t dtype_index(const std::string& name) {
 class Builder {
  public:
   Builder(int32_t inputs, int32_t constants) {
-    if (inputs < 0) throw wrong("inputs", "0 or more", inputs);
+    if (inputs < 1) throw wrong("inputs", "1 or more", inputs);
     if (constants < 0) throw wrong("constants", "0 or more", constants);
     plan_->inputs = inputs;
     plan_->constants = constants;

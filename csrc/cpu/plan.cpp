@@ -6,8 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstring>
-#include <span>
 
 #include "cpu/driver.h"
 
@@ -69,7 +69,7 @@ Device device_of(AtenTensorHandle handle) {
   return device;
 }
 
-// Handles that are deleted in the end; empty where an input is None.
+// Handles that are deleted in the end, but for empty ones.
 struct Handles {
   std::vector<AtenTensorHandle> all;
 
@@ -82,7 +82,7 @@ struct Handles {
   }
 };
 
-// The elements of a `Tensor?[]`, which is used up.
+// The elements of a `Tensor[]`, which is used up.
 void take(StableIValue value, Handles& out) {
   const auto list = unpack<StableListHandle>(value);
   const std::unique_ptr<std::remove_pointer_t<StableListHandle>, decltype(&torch_delete_list)> owner(list,
@@ -93,7 +93,7 @@ void take(StableIValue value, Handles& out) {
   for (size_t i = 0; i < size; ++i) {
     StableIValue element = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
-    out.all.push_back(unpack<std::optional<AtenTensorHandle>>(element).value_or(nullptr));
+    out.all.push_back(unpack<AtenTensorHandle>(element));
   }
 }
 
@@ -103,10 +103,6 @@ std::vector<int64_t> key_of(int64_t variant, const std::vector<AtenTensorHandle>
   key.reserve(1 + 6 * inputs.size());
   key.push_back(variant);
   for (const AtenTensorHandle input : inputs) {
-    if (input == nullptr) {
-      key.push_back(-1);
-      continue;
-    }
     int32_t dtype = 0;
     int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input, &dtype));
@@ -184,11 +180,7 @@ class Run {
   Run(const Plan& plan, Handles& inputs, const std::vector<AtenTensorHandle>& constants)
       : plan_(plan), constants_(constants) {
     tensors_.all.swap(inputs.all);
-    for (const AtenTensorHandle input : tensors_.all) {
-      if (input == nullptr) continue;
-      device_ = device_of(input);
-      break;
-    }
+    device_ = device_of(tensors_.all[0]);
     tensors_.all.resize(static_cast<size_t>(plan.slots), nullptr);
     addresses_.resize(tensors_.all.size(), nullptr);
   }
@@ -216,10 +208,7 @@ class Run {
   AtenTensorHandle at(Slot slot) const {
     const int32_t constant = slot - plan_.inputs;
     const bool fixed = constant >= 0 && constant < plan_.constants;
-    const AtenTensorHandle handle =
-        fixed ? constants_[static_cast<size_t>(constant)] : tensors_.all[static_cast<size_t>(slot)];
-    STD_TORCH_CHECK(handle != nullptr, "inputs: expected a tensor at ", slot, ", got None");
-    return handle;
+    return fixed ? constants_[static_cast<size_t>(constant)] : tensors_.all[static_cast<size_t>(slot)];
   }
 
   char* address_of(Slot slot) {

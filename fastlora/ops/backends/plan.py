@@ -34,9 +34,9 @@ DRIVER = "libcuda.so.1"
 # Plans an owner keeps: batches come in few lengths, or in so many that no plan pays.
 CAPACITY = 32
 _REMEMBERED = 4096
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
-Compute = Callable[[list[Tensor | None]], Sequence[Tensor | None]]
+Compute = Callable[[list[Tensor]], Sequence[Tensor | None]]
 
 
 class _Recent(OrderedDict):
@@ -117,12 +117,12 @@ class Plans:
         self._cache = None
         self._variants.clear()
 
-    def run(self, key: Hashable, inputs: Sequence[Tensor | None], compute: Compute) -> list[Tensor | None]:
+    def run(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> list[Tensor | None]:
         """``compute(inputs)``, by a plan where there is one.
 
         ``compute`` may depend on its inputs, on ``key``, and on nothing else that changes; it changes no input, reads
-        no value back, and its outputs are not differentiated. ``inputs`` are strided tensors, one of them on the GPU,
-        and no mode watches the dispatcher.
+        no value back, and its outputs, of which some may be None, are not differentiated. ``inputs`` are strided
+        tensors, the first of them on the GPU, and no mode watches the dispatcher.
         """
         variant = self._variants.get(key)
         if variant is not None:
@@ -134,7 +134,7 @@ class Plans:
                 return out
         return self._first(key, inputs, compute)
 
-    def _without(self, inputs: Sequence[Tensor | None], compute: Compute, error: RuntimeError) -> list[Tensor | None]:
+    def _without(self, inputs: Sequence[Tensor], compute: Compute, error: RuntimeError) -> list[Tensor | None]:
         """After a plan failed: what Triton's launcher makes of it, or its error."""
         out = list(compute(list(inputs)))
         reason = str(error).partition("\n")[0]
@@ -145,7 +145,7 @@ class Plans:
         _say(reason)
         return out
 
-    def _first(self, key: Hashable, inputs: Sequence[Tensor | None], compute: Compute) -> list[Tensor | None]:
+    def _first(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> list[Tensor | None]:
         """A call that has no plan yet."""
         name, self.reason = launcher()
         if name == "triton" or not _PLAIN.issuperset(map(type, inputs)):
@@ -165,7 +165,7 @@ class Plans:
         self._keep(key, inputs, *known)
         return _run_plan(self._cache.number, self._variants[key], inputs)
 
-    def _record(self, key: Hashable, met: tuple, inputs: Sequence[Tensor | None], compute: Compute) -> list:
+    def _record(self, key: Hashable, met: tuple, inputs: Sequence[Tensor], compute: Compute) -> list:
         from . import program, recorder
 
         recording = recorder.Recorder(inputs)
@@ -180,7 +180,7 @@ class Plans:
         self._keep(key, inputs, *_known[met])
         return out
 
-    def _keep(self, key: Hashable, inputs: Sequence[Tensor | None], number: int, constants: list[Tensor]) -> None:
+    def _keep(self, key: Hashable, inputs: Sequence[Tensor], number: int, constants: list[Tensor]) -> None:
         if self._cache is None or len(self._variants) > 4 * self.capacity:
             # A key that differs at every call, as a scale that is annealed, would fill the memory.
             self._cache = _plan.Cache(self.capacity)
@@ -189,12 +189,10 @@ class Plans:
         torch.ops.fastlora.keep_plan(self._cache.number, variant, number, inputs, constants)
 
 
-def _described(tensor: Tensor | None) -> tuple | None:
+def _described(tensor: Tensor) -> tuple:
     """What a backend may depend on, beside the values."""
-    if tensor is None:
-        return None
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0
 
 
-def _run_plan(cache: int, variant: int, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+def _run_plan(cache: int, variant: int, inputs: Sequence[Tensor]) -> list[Tensor]:
     return torch.ops.fastlora.run_plan.default(cache, variant, inputs)

@@ -106,14 +106,14 @@ class Recorder(TorchDispatchMode):
     Tensors are told apart by what they are and not by where they lie: two inputs that share memory today stay two.
     """
 
-    def __init__(self, inputs: Sequence[Tensor | None]):
+    def __init__(self, inputs: Sequence[Tensor]):
         super().__init__()
         # Objects of this recording alone, so that the same tensor given twice is two inputs.
-        self.inputs = [None if t is None else t.detach() for t in inputs]
-        self.device = next(t.device for t in self.inputs if t is not None)
+        self.inputs = [t.detach() for t in inputs]
+        self.device = self.inputs[0].device
         self.problem: str | None = None
         self._thread = threading.get_ident()
-        self._slots: dict[int, int] = {id(t): i for i, t in enumerate(self.inputs) if t is not None}
+        self._slots: dict[int, int] = {id(t): i for i, t in enumerate(self.inputs)}
         # Slot -> (slot that owns the memory, elements from its first), and the tensors, whose ids must stay theirs.
         self._roots: dict[int, tuple[int, int]] = {}
         self._kept: list[Tensor] = []
