@@ -187,24 +187,30 @@ class Run {
 
   // A `Tensor[]` of the results; an undefined tensor where there is none.
   StableIValue operator()() {
-    const CurrentDevice guard(device_.index);
-    values_.resize(plan_.most_values);
-    params_.resize(plan_.most_values);
-    for (size_t i = 0; i < params_.size(); ++i) params_[i] = &values_[i];
-    if (plan_.most_values > 0) {
+    if (plan_.most_values == 0) {
+      all_steps();
+    } else {
+      const CurrentDevice guard(device_.index);
       driver->enter(device_.index);
       stream_ = current_stream(device_);
+      values_.resize(plan_.most_values);
+      params_.resize(plan_.most_values);
+      for (size_t i = 0; i < params_.size(); ++i) params_[i] = &values_[i];
+      all_steps();
     }
+    return results();
+  }
+
+ private:
+  void all_steps() {
     for (const Step& step : plan_.steps) {
       std::visit([this](const auto& action) { perform(action); }, step.action);
       for (const Slot slot : step.released) {
         release(std::exchange(tensors_.all[static_cast<size_t>(slot)], nullptr));
       }
     }
-    return results();
   }
 
- private:
   AtenTensorHandle at(Slot slot) const {
     const int32_t constant = slot - plan_.inputs;
     const bool fixed = constant >= 0 && constant < plan_.constants;

@@ -93,6 +93,8 @@ _ALLOCATES = {
     "aten::zeros_like": True,
     "aten::new_zeros": True,
 }
+# New tensors with the values of another.
+_COPIES = ("aten::contiguous", "aten::clone", "aten::to", "aten::_to_copy")
 # CUlaunchAttributeID, in the order in which Triton's launcher sets them.
 _PROGRAMMATIC, _COOPERATIVE, _CLUSTER, _CLUSTER_POLICY = 6, 2, 4, 5
 _SPREAD = 1  # CU_CLUSTER_SCHEDULING_POLICY_SPREAD
@@ -135,8 +137,9 @@ class Recorder(TorchDispatchMode):
         finally:
             _one_at_a_time.release()
         results: tuple[int, ...] = ()
-        with self._noting():
-            results = tuple([-1 if t is None else self._slot(t, "a result") for t in out])
+        if self.problem is None:
+            with self._noting():
+                results = tuple([-1 if t is None else self._slot(t, "the caller") for t in out])
         if self.problem is not None:
             return out, None
         return out, Program(len(self.inputs), self._constants, tuple(self._steps), results)
@@ -195,6 +198,9 @@ class Recorder(TorchDispatchMode):
         for tensor in made:
             if tensor.device != self.device:
                 raise NotPlannable(f"{schema.name} makes a tensor on {tensor.device}, the inputs are on {self.device}")
+        outputs = [] if out is None else list(out) if isinstance(out, (list, tuple)) else [out]
+        if not all([isinstance(t, Tensor) for t in outputs]):
+            raise NotPlannable(f"{schema.name} returns {type(out).__name__} to the host")
         if schema.name in _ALLOCATES:
             self._allocate(made[0], _ALLOCATES[schema.name])
             return
@@ -206,8 +212,12 @@ class Recorder(TorchDispatchMode):
             for tensor in made:
                 self._view(tensor, _owner(tensor, given_tensors))
             return
-        if not self._multiply(schema, given, made):
-            self._call(schema, given, out, made)
+        if schema.name in _COPIES:
+            source, target = self._slot(given[0], schema.name), self._allocate(made[0])
+            arguments = (("tensor", False, target), ("tensor", False, source), ("bool", False, False))
+            self._steps.append(Call("aten::copy_", "", arguments, (-1,), True))
+        elif not self._multiply(schema, given, made):
+            self._call(schema, given, outputs, made)
 
     def _refuse_changed_inputs(self, schema: Any, given: list) -> None:
         for argument, value in zip(schema.arguments, given, strict=True):
@@ -259,13 +269,12 @@ class Recorder(TorchDispatchMode):
         self._steps.append(Multiply(out, *operands))
         return True
 
-    def _call(self, schema: Any, given: list, out: Any, made: list[Tensor]) -> None:
+    def _call(self, schema: Any, given: list, outputs: list[Tensor], made: list[Tensor]) -> None:
         arguments = tuple(
             [self._argument(schema.name, a.real_type, value) for a, value in zip(schema.arguments, given, strict=True)]
         )
-        outputs = [] if out is None else list(out) if isinstance(out, (list, tuple)) else [out]
-        if len(outputs) != len(schema.returns) or not all([isinstance(t, Tensor) for t in outputs]):
-            raise NotPlannable(f"{schema.name} returns something else than tensors")
+        if len(outputs) != len(schema.returns):
+            raise NotPlannable(f"{schema.name} returns a list of tensors")
         results = tuple([self._new(t) if any(t is other for other in made) else -1 for t in outputs])
         self._steps.append(Call(schema.name, schema.overload_name, arguments, results, schema.is_mutable))
 
