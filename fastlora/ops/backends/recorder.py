@@ -124,9 +124,7 @@ class Recorder(TorchDispatchMode):
         self._next = len(self.inputs)
         self._scratch: Tensor | None = None
 
-    def record(
-        self, compute: Callable[[list], Sequence[Tensor | None]]
-    ) -> tuple[list[Tensor | None], Program | None]:
+    def record(self, compute: Callable[[list], Sequence[Tensor | None]]) -> tuple[list[Tensor | None], Program | None]:
         """The computation's outputs and its program, None with a ``problem``."""
         if not _one_at_a_time.acquire(blocking=False):
             self.problem = BUSY
