@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.probes import sampling_interval
+from fastlora.nn.probe import sampling_interval
 
-from . import gate
-from .peers import frozen, ours, peft, variants
-from .shapes import ANCHORS, DTYPES, SHAPES, Problem, Shape, bf16_matmul, targets, too_large
+from .harness import gate
+from .harness.peers import frozen, ours, peft, variants
+from .harness.shapes import ANCHORS, DTYPES, SHAPES, Problem, Shape, bf16_matmul, targets, too_large
 
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="peft is not installed: nothing to compare with"

@@ -81,7 +81,7 @@ RankLayout::RankLayout(const std::vector<std::vector<int64_t>>& ranks, std::vect
   place();
 }
 
-RankLayout::RankLayout(std::shared_ptr<const LayerShape> shape, std::vector<Packing> adapters)
+RankLayout::RankLayout(std::shared_ptr<const LayerShape> shape, std::vector<OperandCache> adapters)
     : shape_(std::move(shape)), adapters_(std::move(adapters)) {
   place();
 }
@@ -89,7 +89,7 @@ RankLayout::RankLayout(std::shared_ptr<const LayerShape> shape, std::vector<Pack
 void RankLayout::place() {
   starts_.reserve(adapters_.size() + 1);
   starts_.emplace_back();
-  for (const Packing& adapter : adapters_) {
+  for (const OperandCache& adapter : adapters_) {
     const Start& last = starts_.back();
     starts_.push_back({add_product(last.rank, adapter->rank_offsets.back(), 1, "ranks"),
                        add_product(last.a, adapter->a_offsets.back(), 1, "ranks"),
@@ -106,7 +106,7 @@ const AdapterPacking& RankLayout::at(int64_t adapter) const {
 
 std::vector<std::vector<int64_t>> RankLayout::ranks() const {
   std::vector<std::vector<int64_t>> found;
-  for (const Packing& adapter : adapters_) found.push_back(adapter->ranks);
+  for (const OperandCache& adapter : adapters_) found.push_back(adapter->ranks);
   return found;
 }
 
@@ -135,34 +135,34 @@ int64_t RankLayout::width(const std::vector<int64_t>& probes) const {
 std::vector<int64_t> RankLayout::column_starts() const {
   std::vector<int64_t> found;
   found.reserve(adapters_.size() * (shape_->out_features.size() + 1));
-  for (const Packing& adapter : adapters_) {
+  for (const OperandCache& adapter : adapters_) {
     found.insert(found.end(), adapter->rank_offsets.begin(), adapter->rank_offsets.end());
   }
   return found;
 }
 
 RankLayout RankLayout::add_adapter(const std::vector<int64_t>& ranks) const {
-  std::vector<Packing> changed = adapters_;
+  std::vector<OperandCache> changed = adapters_;
   changed.push_back(pack(ranks, num_adapters(), *shape_));
   return RankLayout(shape_, std::move(changed));
 }
 
-RankLayout RankLayout::remove_adapter(int64_t adapter) const {
+RankLayout RankLayout::delete_adapter(int64_t adapter) const {
   at(adapter);
-  std::vector<Packing> changed = adapters_;
+  std::vector<OperandCache> changed = adapters_;
   changed.erase(changed.begin() + adapter);
   return RankLayout(shape_, std::move(changed));
 }
 
 RankLayout RankLayout::with_ranks(int64_t adapter, const std::vector<int64_t>& ranks) const {
   at(adapter);
-  std::vector<Packing> changed = adapters_;
+  std::vector<OperandCache> changed = adapters_;
   changed[static_cast<size_t>(adapter)] = pack(ranks, adapter, *shape_);
   return RankLayout(shape_, std::move(changed));
 }
 
 RankLayout RankLayout::select(const std::vector<int64_t>& adapters) const {
-  std::vector<Packing> chosen;
+  std::vector<OperandCache> chosen;
   chosen.reserve(adapters.size());
   for (const int64_t adapter : adapters) {
     at(adapter);
@@ -172,9 +172,9 @@ RankLayout RankLayout::select(const std::vector<int64_t>& adapters) const {
 }
 
 int64_t RankLayout::shared_with(const RankLayout& other) const {
-  const std::unordered_set<Packing> mine(adapters_.begin(), adapters_.end());
+  const std::unordered_set<OperandCache> mine(adapters_.begin(), adapters_.end());
   return std::count_if(other.adapters_.begin(), other.adapters_.end(),
-                       [&](const Packing& adapter) { return mine.count(adapter) > 0; });
+                       [&](const OperandCache& adapter) { return mine.count(adapter) > 0; });
 }
 
 std::vector<Tile> RankLayout::tiles(const std::vector<std::pair<int64_t, int64_t>>& ranges, int64_t block) const {
@@ -208,8 +208,8 @@ int64_t RankLayout::operations(const std::vector<int64_t>& rows) const {
 int64_t RankLayout::nbytes() const {
   int64_t sum = static_cast<int64_t>(sizeof(RankLayout) + sizeof(LayerShape));
   sum += heap_bytes(shape_->out_features) + heap_bytes(shape_->column_offsets);
-  sum += static_cast<int64_t>(adapters_.capacity() * sizeof(Packing) + starts_.capacity() * sizeof(Start));
-  for (const Packing& adapter : adapters_) {
+  sum += static_cast<int64_t>(adapters_.capacity() * sizeof(OperandCache) + starts_.capacity() * sizeof(Start));
+  for (const OperandCache& adapter : adapters_) {
     sum += static_cast<int64_t>(sizeof(AdapterPacking)) + heap_bytes(adapter->ranks);
     sum += heap_bytes(adapter->rank_offsets) + heap_bytes(adapter->a_offsets) + heap_bytes(adapter->b_offsets);
   }
@@ -222,7 +222,7 @@ int64_t RankLayout::factor_bytes(int64_t item_size) const {
 }
 
 bool RankLayout::operator==(const RankLayout& other) const {
-  const auto same = [](const Packing& left, const Packing& right) {
+  const auto same = [](const OperandCache& left, const OperandCache& right) {
     return left == right || left->ranks == right->ranks;
   };
   return in_features() == other.in_features() && out_features() == other.out_features() &&

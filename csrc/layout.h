@@ -25,7 +25,7 @@ struct Tile {
 };
 
 // Blocks are ordered adapter by adapter, then projection by projection. Offsets count elements. A layout is a value:
-// changes return another one, which shares the packings of all adapters that did not change.
+// changes return another one, which shares the operand_caches of all adapters that did not change.
 class RankLayout {
  public:
   // ranks[adapter][projection] >= 0; throws std::invalid_argument that names the argument.
@@ -53,9 +53,9 @@ class RankLayout {
   int64_t width(const std::vector<int64_t>& probes) const;
 
   RankLayout add_adapter(const std::vector<int64_t>& ranks) const;
-  RankLayout remove_adapter(int64_t adapter) const;
+  RankLayout delete_adapter(int64_t adapter) const;
   RankLayout with_ranks(int64_t adapter, const std::vector<int64_t>& ranks) const;
-  // The adapters of a batch, in its order; their packings are shared.
+  // The adapters of a batch, in its order; their operand_caches are shared.
   RankLayout select(const std::vector<int64_t>& adapters) const;
   // Adapters whose packing is the same object in both layouts.
   int64_t shared_with(const RankLayout& other) const;
@@ -72,18 +72,18 @@ class RankLayout {
   std::string to_string() const;
 
  private:
-  using Packing = std::shared_ptr<const AdapterPacking>;
+  using OperandCache = std::shared_ptr<const AdapterPacking>;
   struct Start {
     int64_t rank = 0, a = 0, b = 0;
   };
 
-  RankLayout(std::shared_ptr<const LayerShape> shape, std::vector<Packing> adapters);
+  RankLayout(std::shared_ptr<const LayerShape> shape, std::vector<OperandCache> adapters);
   const AdapterPacking& at(int64_t adapter) const;
   std::vector<int64_t> flat(std::vector<int64_t> AdapterPacking::* offsets, int64_t Start::* start) const;
   void place();
 
   std::shared_ptr<const LayerShape> shape_;
-  std::vector<Packing> adapters_;
+  std::vector<OperandCache> adapters_;
   std::vector<Start> starts_;  // first element of each adapter, then the totals
 };
 

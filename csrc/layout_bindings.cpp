@@ -10,7 +10,7 @@ namespace py = pybind11;
 using fastlora::RankLayout;
 
 PYBIND11_MODULE(_layout, m) {
-  m.doc() = "Packing of adapter factors: see RankLayout.";
+  m.doc() = "OperandCache of adapter factors: see RankLayout.";
   py::class_<RankLayout>(
       m, "RankLayout",
       "Where the factors of all adapters and projections of one layer lie in packed storage.\n\n"
@@ -40,15 +40,15 @@ PYBIND11_MODULE(_layout, m) {
       .def("width", &RankLayout::width, py::arg("probes") = std::vector<int64_t>{},
            "Columns of h of a mixed batch: max over adapters of their total rank and their probe columns.")
       .def("add_adapter", &RankLayout::add_adapter, py::arg("ranks"),
-           "The same layer with one more adapter, the last; packings of the others are shared.")
-      .def("remove_adapter", &RankLayout::remove_adapter, py::arg("adapter"),
+           "The same layer with one more adapter, the last; operand_caches of the others are shared.")
+      .def("delete_adapter", &RankLayout::delete_adapter, py::arg("adapter"),
            "The same layer without an adapter; later adapters move up by one.")
       .def("with_ranks", &RankLayout::with_ranks, py::arg("adapter"), py::arg("ranks"),
-           "The same layer with other ranks for one adapter; packings of the others are shared.")
+           "The same layer with other ranks for one adapter; operand_caches of the others are shared.")
       .def("column_starts", &RankLayout::column_starts,
            "adapter_offsets of all adapters, one after another: what the operators over many adapters take.")
       .def("select", &RankLayout::select, py::arg("adapters"),
-           "The same layer with these adapters alone, in this order; their packings are shared.")
+           "The same layer with these adapters alone, in this order; their operand_caches are shared.")
       .def("shared_with", &RankLayout::shared_with, py::arg("other"),
            "How many of other's adapters were not packed again but are those of this layout.")
       .def(

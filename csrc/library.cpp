@@ -43,7 +43,7 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   m.def("penalty(Tensor[] A, Tensor[] B, float[] scales, Tensor weights) -> Tensor");
   m.def(
       "penalty_grad_(Tensor(a!)[] dA, Tensor(b!)[] dB, Tensor[] A, Tensor[] B, float[] scales, Tensor weights, "
-      "float lmbda) -> ()");
+      "float weight) -> ()");
   m.def("squared_norms(Tensor[] tensors) -> Tensor");
   m.def("output_variances(Tensor[] moments, int[] runs, int[] sizes) -> Tensor");
   m.def("resize_ranks_(Tensor(a!)[] to, Tensor[] source) -> ()");

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastlora
-from fastlora.schedule import Cosine
 from fastlora.testing import enable_torchvision
+from fastlora.training import Cosine
 
 PROMPT = "a photo of a {}, a type of flower."
 
@@ -63,7 +63,7 @@ def load_data(args, transforms):
 
 
 class Classifier(nn.Module):
-    """CLIP's image tower and a linear head on its normalised embedding; logits [n, classes]."""
+    """CLIP's image tower and a linear head on its normalized embedding; logits [n, classes]."""
 
     def __init__(self, visual, embeddings, scale):
         super().__init__()
@@ -94,10 +94,10 @@ def load_clip(args):
 
 def adapt(model, args):
     """What is trained, by name of the method; everything else is frozen."""
-    config = fastlora.preset(args.difficulty, modules_to_save=["head"])
+    config = fastlora.LoraConfig.preset(args.difficulty, modules_to_save=["head"])
     if args.method == "lora":
         return fastlora.inject(model, config)
-    return fastlora.policy(model, {"bitfit": "bitfit", "head": "head_only"}[args.method], config)
+    return fastlora.apply_policy(model, {"bitfit": "bitfit", "head": "head_only"}[args.method], config)
 
 
 def check(model, batch, args):

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 import fastlora
-from fastlora.schedule import Cosine
 from fastlora.testing import enable_torchvision
+from fastlora.training import Cosine
 
 HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}
 COMPARED = ("deep_lora", "lora_only", "norm_only", "hybrid_parallel", "bitfit", "head_only")
@@ -101,7 +101,7 @@ def train(model, data, prepare, args):
     both = {"lora", "norm"} <= {group["name"] for group in optimizer.param_groups}
     scheduler = Cosine(optimizer, steps, floor=args.floor, freeze=args.freeze if both else 0)
     epochs = []
-    with fastlora.Diagnostics(optimizer) as diagnostics:
+    with fastlora.training.Diagnostics(optimizer) as diagnostics:
         for epoch in range(args.epochs):
             model.train()
             for x, y in batches(data, prepare, args, shuffle=True):
@@ -140,7 +140,7 @@ def run(args, training, test):
     classes = int(max(training[1].max(), test[1].max())) + 1
     model, prepare = load_model(args, classes)
     config = fastlora.LoraConfig(r=args.rank, lora_alpha=2 * args.rank)
-    model = fastlora.policy(model, args.policy, config).to(args.device)
+    model = fastlora.apply_policy(model, args.policy, config).to(args.device)
     total = fastlora.summary(model)
     counts = {"adapters": total.adapter_params, "norms": total.norm_params, "head": total.head_params}
     epochs = train(model, training, prepare, args)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import fastlora
-from fastlora.schedule import Cosine
 from fastlora.testing import enable_torchvision
+from fastlora.training import Cosine
 
 HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}
 
@@ -106,7 +106,7 @@ def adapt(model, calibration, args):
     scores = fastlora.calibrate(model, calibration, loss_fn, steps=args.passes, method=args.method)
     rule = "fc_original" if args.method == "fc_original" else "webster"
     fastlora.set_ranks(model, fastlora.allocate(scores, rule=rule, **bounds))
-    print(fastlora.breakdown({row.key: row.rank for row in fastlora.summary(model).rows}))
+    print(fastlora.Scores({row.key: row.rank for row in fastlora.summary(model).rows}, kind="rank").breakdown())
     return scores
 
 
@@ -155,11 +155,11 @@ def main(argv=None):
     model.to(args.device)
     scores = adapt(model, batches(training, prepare, args, shuffle=True), args)
     train(model, training, prepare, args)
-    temperature = fastlora.fit_temperature(predict(model, validation, prepare, args), validation[1])
+    temperature = fastlora.training.fit_temperature(predict(model, validation, prepare, args), validation[1])
     logits, total = predict(model, test, prepare, args), fastlora.summary(model)
     result = {"method": args.method, "accuracy": float((logits.argmax(1) == test[1]).double().mean())}
-    result |= {"ECE": fastlora.ece(logits, test[1]), "temperature": temperature}
-    result |= {"ECE after": fastlora.ece(logits, test[1], temperature=temperature)}
+    result |= {"ECE": fastlora.training.ece(logits, test[1]), "temperature": temperature}
+    result |= {"ECE after": fastlora.training.ece(logits, test[1], temperature=temperature)}
     result |= {"adapters": total.adapter_params, "head": total.head_params}
     result["ranks"] = {row.key: row.rank for row in total.rows}
     fastlora.save(model, args.out, importance=scores)

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 import fastlora
-from fastlora.schedule import Cosine
 from fastlora.testing import enable_torchvision
+from fastlora.training import Cosine
 
 
 def arguments(argv=None):
@@ -33,7 +33,7 @@ def arguments(argv=None):
     add("--rank", type=int, default=8)
     add("--floor", type=int, default=2, help="smallest rank")
     add("--passes", type=int, default=8, help="backward passes of calibration")
-    add("--centred", action="store_true", help="subtract the squared mean gradient")
+    add("--centered", action="store_true", help="subtract the squared mean gradient")
     add("--epochs", type=int, default=3)
     add("--batch", type=int, default=32)
     add("--lr", type=float, default=5e-4)
@@ -139,11 +139,11 @@ def main(argv=None):
     if args.method == "fim":
         shuffled = random.Random(args.seed + 1).sample(pairs, len(pairs))
         scores = fastlora.calibrate(
-            model, batches(tokenizer, shuffled, args), loss_fn, steps=args.passes, method="fim", centred=args.centred
+            model, batches(tokenizer, shuffled, args), loss_fn, steps=args.passes, method="fim", centered=args.centered
         )  # fmt: skip
         fastlora.reallocate(model, scores, r_min=args.floor)
-        print(fastlora.breakdown(scores))
-        print("rank correlation with the estimate before, by pass:", *(f"{value:.3f}" for value in scores.settled))
+        print(scores.breakdown())
+        print("rank correlation with the estimate before, by pass:", *(f"{value:.3f}" for value in scores.convergence))
     train(model, tokenizer, pairs, args)
     total = fastlora.summary(model)
     ranks = {row.key: row.rank for row in total.rows}

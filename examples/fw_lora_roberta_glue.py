@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 
 import fastlora
-from fastlora.schedule import Cosine
 from fastlora.testing import enable_torchvision
+from fastlora.training import Cosine
 
 ABLATION = {
     "warmup": (300, 500, 800),
-    "lmbda": (0.0, 1e-5, 1e-4, 1e-3, 1e-2),
+    "weight": (0.0, 1e-5, 1e-4, 1e-3, 1e-2),
     "budget": (0.1, 0.2, 0.5),
-    "normalise": ("sum", "relative", "uniform"),
+    "normalize": ("sum", "relative", "uniform"),
 }
 
 
@@ -41,8 +41,8 @@ def arguments(argv=None):
     add("--budget", type=float, default=0.2, help="adapter parameters, %% of the model's")
     add("--targets", nargs="+", default=["query", "key", "value"], help="suffixes of what is adapted")
     add("--warmup", type=int, default=500, help="K: steps until importance is frozen")
-    add("--lmbda", type=float, default=1e-4, help="weight of the penalty; 0 is plain LoRA")
-    add("--normalise", choices=("sum", "relative", "uniform"), default="sum", help="uniform is the control")
+    add("--weight", type=float, default=1e-4, help="weight of the penalty; 0 is plain LoRA")
+    add("--normalize", choices=("sum", "relative", "uniform"), default="sum", help="uniform is the control")
     add("--form", choices=("delta", "decay"), default="delta")
     add("--epochs", type=int, default=3)
     add("--batch", type=int, default=32)
@@ -119,7 +119,7 @@ def train(args):
     model = inject(model.float(), args).to(args.device)
     pairs, dev = load_data(args.task, args.data_dir)
     steps = args.epochs * -(-len(pairs) // args.batch)
-    if args.lmbda and args.warmup >= steps:
+    if args.weight and args.warmup >= steps:
         raise SystemExit(f"--warmup: {args.warmup} leaves nothing of {steps} steps to the penalty")
     optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=args.lr, lr_head=args.lr))
     scheduler = Cosine(optimizer, steps, floor=args.lr / 100, warmup=steps // 16)
@@ -129,8 +129,8 @@ def train(args):
             model.train()
             for batch in batches(tokenizer, pairs, args, order.sample(range(len(pairs)), len(pairs))):
                 model(**batch).loss.backward()
-                if args.lmbda:
-                    tracker.apply_penalty(args.lmbda, form=args.form, normalise=args.normalise)
+                if args.weight:
+                    tracker.apply_penalty(args.weight, form=args.form, normalize=args.normalize)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()

@@ -8,54 +8,43 @@ import pathlib as _pathlib
 if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_pathlib.Path(__file__).parent.parent))
 
-from . import nn, schedule
-from .adapter_set import (
-    adapter_names,
-    adapters,
-    add_adapter,
-    hold_absent,
-    per_adapter_mean,
-    remove_adapter,
-    set_adapter,
-)
-from .allocation import allocate
-from .calibration import calibrate
+from . import nn, training
 from .config import LoraConfig
-from .diagnostics import Diagnostics
-from .handover import from_peft, to_peft
-from .injection import inject
-from .merging import disabled, merge, unmerge
-from .migration import load_layout
-from .overview import explain, summary
-from .peft_io import load, save
-from .policies import param_groups, policy
-from .presets import preset
-from .ranks import reallocate, set_ranks
-from .score_table import breakdown
-from .scores import Scores, composite
-from .temperature import ece, fit_temperature, reliability
-from .tracker import Tracker, track
+from .importance.allocation import allocate
+from .importance.scores import Scores
+from .model.adapters import (
+    adapter_names,
+    add_adapter,
+    delete_adapter,
+    freeze_unused_adapters,
+    per_adapter_mean,
+    set_adapter,
+    use_adapters,
+)
+from .model.inject import inject
+from .model.merge import disable_adapters, merge, unmerge
+from .model.ranks import reallocate, set_ranks
+from .model.summary import explain, summary
+from .model.trainable import apply_policy, param_groups
+from .peft_io import from_peft, load, load_layout, save, to_peft
+from .tracking.calibrate import calibrate
+from .tracking.tracker import Tracker, track
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Diagnostics",
     "LoraConfig",
     "Scores",
     "Tracker",
     "adapter_names",
-    "adapters",
+    "use_adapters",
     "add_adapter",
     "allocate",
-    "breakdown",
     "calibrate",
-    "composite",
-    "disabled",
-    "ece",
+    "disable_adapters",
     "explain",
-    "fit_temperature",
     "from_peft",
-    "hold_absent",
+    "freeze_unused_adapters",
     "inject",
     "load",
     "load_layout",
@@ -63,17 +52,15 @@ __all__ = [
     "nn",
     "param_groups",
     "per_adapter_mean",
-    "policy",
-    "preset",
+    "apply_policy",
     "reallocate",
-    "reliability",
-    "remove_adapter",
+    "delete_adapter",
     "save",
-    "schedule",
     "set_adapter",
     "set_ranks",
     "summary",
     "to_peft",
     "track",
+    "training",
     "unmerge",
 ]

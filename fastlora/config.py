@@ -8,50 +8,30 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 
-from .backends import BACKENDS
-from .choices import suggestion, unknown
+from ._utils.errors import check_finite, check_rank, suggestion, unknown_choice
+from .ops.backends import BACKENDS
 
 ROLES = ("qkv", "attention", "mlp", "all-linear")
 
+# difficulty -> (r, lora_alpha, target_modules)
+PRESETS: Mapping[str, tuple[int, int, str]] = MappingProxyType(
+    {
+        "simple": (8, 16, "attention"),
+        "medium": (16, 32, "all-linear"),
+        "complex": (32, 64, "all-linear"),
+        "very_complex": (64, 128, "all-linear"),
+    }
+)
 # Fields of peft.LoraConfig that say where a file came from or how PEFT runs, and change no number here.
 _PEFT_NEUTRAL = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "ephemeral_gpu_offload", "megatron_core", "fan_in_fan_out",
 }  # fmt: skip
-
-
-def check_rank(value: Any, name: str, minimum: int = 1) -> int:
-    """``value`` as a rank; ``ValueError`` naming the argument otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}: expected an integer rank >= {minimum}, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected a rank >= {minimum}, got {value}")
-    return value
-
-
-def check_finite(value: Any, name: str) -> float:
-    """``value`` as a number that is neither NaN nor infinite; ``ValueError`` naming the argument otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return value
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer that no float can hold
-        return False
-
-
-def check_flag(value: Any, name: str) -> bool:
-    """``value`` as True or False; ``ValueError`` naming the argument otherwise."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected True or False, got {value!r}")
-    return value
 
 
 def _names(value: Any) -> bool:
@@ -152,7 +132,7 @@ class LoraConfig:
     def _check_choice(self, name: str, accepted: tuple) -> None:
         value = getattr(self, name)
         if not any(value is a or (isinstance(a, str) and value == a) for a in accepted):
-            raise unknown(name, value, accepted)
+            raise unknown_choice(name, value, accepted)
 
     def scaling(self, rank: int, alpha: float | None = None) -> float:
         """``s`` of a matrix of this rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
@@ -173,6 +153,19 @@ class LoraConfig:
         taken = cls(**_from_peft_fields(config))
         taken.exact_names_first = False
         return taken
+
+    @classmethod
+    def preset(cls, difficulty: str, **fields: Any) -> LoraConfig:
+        """A ``LoraConfig`` for a task: r / alpha 8 / 16 on the attention, 16 / 32, 32 / 64 or 64 / 128 on all linears.
+
+        ``difficulty``: ``"simple"``, ``"medium"``, ``"complex"``, ``"very_complex"``. ``fields`` override any field. A
+        fused qkv gets one dense adapter unless ``split_qkv=True``. Raises ``ValueError`` for an unknown difficulty and
+        for fields that ``LoraConfig`` refuses.
+        """
+        if not isinstance(difficulty, str) or difficulty not in PRESETS:
+            raise unknown_choice("difficulty", difficulty, tuple(PRESETS))
+        r, alpha, targets = PRESETS[difficulty]
+        return cls(**{"r": r, "lora_alpha": alpha, "target_modules": targets, "split_qkv": False, **fields})
 
 
 def _from_peft_fields(config: Any) -> dict[str, Any]:

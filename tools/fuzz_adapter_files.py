@@ -25,11 +25,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import result_file
 from small_model import adapted, machine, plain, snapshot
 from torch import nn
 
 import fastlora
-from fastlora.peft_files import CONFIG, SIDE, TENSORS
+from fastlora.peft_io.folder import CONFIG, SIDE, TENSORS
 
 NAMES = (TENSORS, CONFIG, SIDE)
 FORBIDDEN = ("pickle.find_class", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.",
@@ -260,7 +261,7 @@ def main() -> int:
 
     def finish() -> None:
         mode = "fixed sequence" if arguments.seconds is None else "coverage-guided"
-        text = json.dumps(result(target, began, mode), indent=1) + "\n"
+        text = result_file.dumps(result(target, began, mode))
         sys.stdout.write(text)
         sys.stdout.flush()
         if arguments.out is not None:

@@ -2,7 +2,7 @@
 
 Mixed batches with tracking, adapters added and removed, ranks changed, trackers closed and opened, adapters saved and
 loaded, copies made. At the end of every cycle the live tensors, the live hooks and the resident memory are counted;
-they do not grow. ``tests/test_soak.py`` runs a few cycles.
+they do not grow. ``tests/repo/test_soak.py`` runs a few cycles.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import result_file
 import torch
 from small_model import adapted, batch, machine, plain
 from torch import nn
@@ -54,14 +55,14 @@ class Soak:
         name, model = f"extra{self.number}", self.model
         fastlora.add_adapter(model, name, fastlora.LoraConfig(r=3, target_modules=["proj"], init_lora_weights=False))
         optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-3))
-        handle = fastlora.hold_absent(model, optimizer)
+        handle = fastlora.freeze_unused_adapters(model, optimizer)
         second = fastlora.track(model, "exact", adapter=name)
         newest = len(fastlora.adapter_names(model)) - 1
         for step in range(CYCLE):
             self.step(optimizer, torch.tensor([0, newest, -1, step % 2 * newest]), second)
         second.close()
         handle.remove()
-        fastlora.remove_adapter(model, name)
+        fastlora.delete_adapter(model, name)
         fastlora.save(model, self.folder)
         fastlora.load(plain(), self.folder)
         copy.deepcopy(model)(batch(0)[0]).sum().backward()
@@ -70,14 +71,14 @@ class Soak:
             model, [batch(0)], lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), 1, progress=False
         )
         self.tracker = fastlora.track(model, statistics=("grad_sq", "act_var"), every=1)
-        with fastlora.disabled(model), torch.no_grad():
+        with fastlora.disable_adapters(model), torch.no_grad():
             model(batch(0)[0])
         self.number += 1
         return {"steps": self.number * CYCLE, **counted(model)}
 
     def step(self, optimizer: torch.optim.Optimizer, ids: torch.Tensor, second: fastlora.Tracker) -> None:
         x, y = batch(self.number * CYCLE + int(ids.sum()))
-        with fastlora.adapters(self.model, ids):
+        with fastlora.use_adapters(self.model, ids):
             losses = nn.functional.cross_entropy(self.model(x), y, reduction="none")
         (fastlora.per_adapter_mean(losses, ids) + self.tracker.penalty(1e-4)).backward()
         optimizer.step()
@@ -115,10 +116,9 @@ def main() -> int:
         "resident bytes a step": round(slope(settled, "resident"), 1),
         "resident MiB": [round(r["resident"] / 2**20, 1) for r in (settled[0], settled[-1])], **machine(), "rows": rows,
     }  # fmt: skip
-    text = json.dumps(document) + "\n"
     sys.stdout.write(json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1) + "\n")
     if arguments.out is not None:
-        arguments.out.write_text(text)
+        result_file.write(arguments.out, document)
     return 0
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import backends
+from fastlora.ops import backends
 
 ALPHA = 16.0
 PROBES = 8

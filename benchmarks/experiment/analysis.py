@@ -97,12 +97,12 @@ def _drift(runs: Runs) -> dict[str, Any] | None:
     return interval(found) if found else None
 
 
-def _factors(runs: Runs, normalise: str) -> list[float] | None:
+def _factors(runs: Runs, normalize: str) -> list[float] | None:
     """Smallest, median and largest factor 1 - I of FW-LoRA over matrices and seeds."""
     factors = []
-    for run in runs.get(f"fw-{normalise}", {}).values():
+    for run in runs.get(f"fw-{normalize}", {}).values():
         values = list(run["scores"].values())
-        scale = sum(values) if normalise == "sum" else max(values)
+        scale = sum(values) if normalize == "sum" else max(values)
         factors += [1 - v / scale for v in values]
     return [min(factors), statistics.median(factors), max(factors)] if factors else None
 
@@ -133,5 +133,5 @@ def analyse(runs: Runs) -> dict[str, Any]:
         "agreement": {when: _agreement(runs, f"agreement_{when}") for when in ("before", "after")},
         "drift": _drift(runs),
         "same_predictions": _same_predictions(runs),
-        "factors": {normalise: _factors(runs, normalise) for normalise in ("sum", "relative")},
+        "factors": {normalize: _factors(runs, normalize) for normalize in ("sum", "relative")},
     }

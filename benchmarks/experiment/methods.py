@@ -64,7 +64,7 @@ def _full(model: Any, task: Task) -> Prepared:
 
 
 def _head_only(model: Any, task: Task) -> Prepared:
-    fastlora.policy(model, "head_only", fastlora.LoraConfig(modules_to_save=[HEAD]))
+    fastlora.apply_policy(model, "head_only", fastlora.LoraConfig(modules_to_save=[HEAD]))
     return Prepared(model, _groups(model, task.settings))
 
 
@@ -82,13 +82,13 @@ def _calibrated(method: str, r_min: int) -> Callable[[Any, Task], Prepared]:
         steps = len(task.calibration)
         scores = fastlora.calibrate(model, task.calibration, loss_fn, steps=steps, method=method, progress=False)
         fastlora.reallocate(model, scores, unit="params", r_min=r_min, r_max=settings.max_rank)
-        facts = {"scores": dict(scores), "settled": list(scores.settled)}
+        facts = {"scores": dict(scores), "settled": list(scores.convergence)}
         return Prepared(model, _groups(model, settings), ranks=_ranks(model), facts=facts)
 
     return prepare
 
 
-def _weighted(normalise: str) -> Callable[[Any, Task], Prepared]:
+def _weighted(normalize: str) -> Callable[[Any, Task], Prepared]:
     """FW-LoRA: probes until importance is frozen, then the penalty it weighs."""
 
     def prepare(model: Any, task: Task) -> Prepared:
@@ -98,7 +98,7 @@ def _weighted(normalise: str) -> Callable[[Any, Task], Prepared]:
         tracker = fastlora.track(model, warmup=frozen_at, every=1, seed=task.seed)
 
         def after_backward(step: int) -> None:
-            tracker.apply_penalty(settings.penalty, normalise=normalise)
+            tracker.apply_penalty(settings.penalty, normalize=normalize)
 
         def after_step(step: int) -> None:
             tracker.step()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..harness import result_files
 from .analysis import Runs, analyse
 from .methods import BASELINE
 from .plots import FIGURES
@@ -30,7 +30,7 @@ def write_report(runs: Runs, out: Path, pictures: bool = True) -> dict[str, Any]
                 figure.savefig(out / f"{name}.png", dpi=110, bbox_inches="tight")
                 pyplot.close(figure)
                 drawn.append((name, caption))
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    result_files.write(out / "results.json", results)
     (out / "README.md").write_text(markdown(results, drawn), encoding="utf-8")
     return results
 
@@ -92,11 +92,11 @@ def _estimates(results: Mapping[str, Any]) -> list[str]:
             f"- Exact importance before training against its average over the steps until it is frozen: Spearman "
             f"{_number(results['drift'])}. Below 1 it says how far importance drifts."
         )
-    for normalise, factors in results["factors"].items():
+    for normalize, factors in results["factors"].items():
         if factors:
             low, middle, high = factors
             lines.append(
-                f"- Factors 1 - I under `{normalise}`: {low:.3f} to {high:.3f}, median {middle:.3f}; the nearer "
+                f"- Factors 1 - I under `{normalize}`: {low:.3f} to {high:.3f}, median {middle:.3f}; the nearer "
                 "to each other, the more the penalty is a uniform one."
             )
     if results["same_predictions"]:

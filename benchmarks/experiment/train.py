@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import fastlora
-from fastlora.schedule import Cosine
+from fastlora.training.schedule import Cosine
 
 from .data import Sentences, batches, by_length, draw
 from .methods import BASELINE, METHODS, Prepared, Task, loss_fn
@@ -44,7 +44,7 @@ def evaluate(model: Any, tokenizer: Any, sentences: Sentences, settings: Setting
     return {
         "accuracy": float((predicted == truth).double().mean()),
         "loss": float(torch.nn.functional.cross_entropy(scores, truth)),
-        "ece": fastlora.ece(scores, truth),
+        "ece": fastlora.training.ece(scores, truth),
         "predictions": "".join(map(str, predicted.tolist())),
     }
 

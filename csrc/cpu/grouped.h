@@ -156,7 +156,7 @@ struct Schedule {
   // work[i] is that of one row of segments.present[i], in multiply-adds.
   Schedule(const Segments& segments, const std::vector<int64_t>& work) {
     constexpr int64_t kWorkPerThread = worth_a_thread(1 << 18);
-    // Packing the factors and writing the gradients costs about as much as these rows.
+    // OperandCache the factors and writing the gradients costs about as much as these rows.
     constexpr int64_t kFixedRows = 8;
     // Kernels take rows in tiles of divisors of this number.
     constexpr int64_t kStep = 12;

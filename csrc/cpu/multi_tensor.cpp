@@ -149,10 +149,10 @@ void add_narrow(T* gradient, int64_t ldg, int64_t rows, const float* s, int64_t 
   if (done < rows) add_product(gradient + done * r, r, rows - done, r, s + done * r, r, b, r, r);
 }
 
-// dA_i += c_i (B_i^T B_i) A_i,  dB_i += c_i B_i (A_i A_i^T),  c_i = 2 lmbda weights[i] scales[i]^2; empty ones are left
+// dA_i += c_i (B_i^T B_i) A_i,  dB_i += c_i B_i (A_i A_i^T),  c_i = 2 weight weights[i] scales[i]^2; empty ones are left
 // out
 void penalty_grad_(TensorList dA, TensorList dB, const TensorList& A, const TensorList& B,
-                   const std::vector<double>& scales, const Tensor& weights, double lmbda) {
+                   const std::vector<double>& scales, const Tensor& weights, double weight) {
   const std::vector<Factors> factors = read_factors(A, B, scales, weights);
   check_gradients(dA, "dA", A, "A");
   check_gradients(dB, "dB", B, "B");
@@ -162,7 +162,7 @@ void penalty_grad_(TensorList dA, TensorList dB, const TensorList& A, const Tens
     if (it.rank == 0 || !(into_A || into_B)) return;
     const Wide wide_A(it.A), wide_B(it.B);
     const Grams grams(wide_A, wide_B, it);
-    const float c = static_cast<float>(2.0 * lmbda * it.coefficient);
+    const float c = static_cast<float>(2.0 * weight * it.coefficient);
     for (int64_t e = 0; e < it.rank * it.rank; ++e) {
       grams.of_A.get()[e] *= c;
       grams.of_B.get()[e] *= c;

@@ -108,7 +108,7 @@ Tensor penalty(const TensorList& A, const TensorList& B, const std::vector<doubl
 }
 
 void penalty_grad_(TensorList dA, TensorList dB, const TensorList& A, const TensorList& B,
-                   const std::vector<double>& scales, const Tensor& weights_, double lmbda) {
+                   const std::vector<double>& scales, const Tensor& weights_, double weight) {
   const int32_t device = weights_.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Number weight_type = check_weights(weights_, A.size());
@@ -132,7 +132,7 @@ void penalty_grad_(TensorList dA, TensorList dB, const TensorList& A, const Tens
   }
   const Tensor weights = torch::stable::contiguous(weights_);
   Tensor grams = torch::stable::new_empty(weights, {entries.grams}, ScalarType::Float);
-  check_launch(add_penalty_grad(entries.list, weights.const_data_ptr(), weight_type, lmbda,
+  check_launch(add_penalty_grad(entries.list, weights.const_data_ptr(), weight_type, weight,
                                 static_cast<float*>(grams.mutable_data_ptr()), current_stream(device)),
                "penalty_grad_");
 }

@@ -136,10 +136,10 @@ __device__ __forceinline__ void add_to_dB(const PenaltyEntry& e, const float* gr
 // Two blocks per matrix: dA needs B^T B alone, and dB needs A A^T alone.
 __global__ void __launch_bounds__(kGramThreads)
     penalty_grad_kernel(const __grid_constant__ Table<PenaltyEntry> table, const void* weights, Number weight_type,
-                        int64_t first, double lmbda, float* grams) {
+                        int64_t first, double weight, float* grams) {
   const PenaltyEntry& e = table.entries[blockIdx.x / 2];
   const double weight = load_double(weights, weight_type, first + blockIdx.x / 2);
-  const float coefficient = static_cast<float>(2.0 * lmbda * weight * e.scale * e.scale);
+  const float coefficient = static_cast<float>(2.0 * weight * weight * e.scale * e.scale);
   float* gram = grams + e.grams;
   if (blockIdx.x % 2 == 0) {
     if (e.dA == nullptr) return;
@@ -165,9 +165,9 @@ inline cudaError_t write_penalty(const std::vector<PenaltyEntry>& entries, const
 
 // grams: scratch, 2 r^2 for each matrix, where `entries` say
 inline cudaError_t add_penalty_grad(const std::vector<PenaltyEntry>& entries, const void* weights, Number weight_type,
-                                    double lmbda, float* grams, cudaStream_t stream) {
+                                    double weight, float* grams, cudaStream_t stream) {
   for_each_table(entries, [&](const Table<PenaltyEntry>& table, int64_t count, int64_t first) {
-    FASTLORA_LAUNCH(penalty_grad_kernel, 2 * count, kGramThreads, stream, table, weights, weight_type, first, lmbda,
+    FASTLORA_LAUNCH(penalty_grad_kernel, 2 * count, kGramThreads, stream, table, weights, weight_type, first, weight,
                     grams);
   });
   return cudaGetLastError();

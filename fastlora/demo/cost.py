@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..nn.linear import adapted_layers
-from ..tracker import track
+from ..tracking.tracker import track
 from .lanes import adapted, loss_of
 from .recipe import Images, Settings, build_vit
 

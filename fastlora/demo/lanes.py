@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..allocation import allocate
-from ..calibration import calibrate
 from ..config import LoraConfig
-from ..injection import inject
-from ..overview import summary
-from ..policies import param_groups
-from ..ranks import set_ranks
-from ..scores import Scores
-from ..temperature import ece, fit_temperature
-from ..tracker import Tracker, track
+from ..importance.allocation import allocate
+from ..importance.scores import Scores
+from ..model.inject import inject
+from ..model.ranks import set_ranks
+from ..model.summary import summary
+from ..model.trainable import param_groups
+from ..tracking.calibrate import calibrate
+from ..tracking.tracker import Tracker, track
+from ..training.temperature import ece, fit_temperature
 from .recipe import CLASSES, Digits, Images, Settings, accuracy, batches, new_head, predict, schedule
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__, native
-from ..peft_io import load, save
+from .. import __version__
+from ..ops import native
+from ..peft_io.load import load
+from ..peft_io.save import save
 from .cost import VARIANTS, measure, rounds_in
 from .lanes import METHODS, Lane, result_of, train_side_by_side
 from .page import write_page
@@ -46,7 +48,7 @@ def run(settings: Settings, out: Path, progress: Any = None) -> dict[str, Any]:
     ``results["failed"]`` lists the claims that do not hold. Raises ``MissingExtra`` and ``OSError``.
     """
     require("timm", "sklearn", "matplotlib")
-    from ..report import draw
+    from .figures import draw
 
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)

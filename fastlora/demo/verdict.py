@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..temperature import reliability
+from ..training.temperature import reliability
 from .lanes import ADAPTERS, METHODS
 from .recipe import CLASSES, Settings
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._utils.distributed import shards, whole
+from .._utils.errors import listed
+from ..model.trainable import saved_modules
 from ..nn.linear import adapted_layers, matrix_key
-from ..parallel import shards, whole
-from ..parameter_roles import saved_modules
-from ..peft_names import listed
 
 
 def adapters_only(model: nn.Module) -> AdaptersOnly:
@@ -86,7 +86,7 @@ class _LeaveOutBase:
         frozen = [prefix + name for name in _parameters(module) if name not in trained]
         for name in frozen:
             state.pop(name, None)
-        # Quantised weights keep their scales under the weight's name.
+        # Quantized weights keep their scales under the weight's name.
         parts = tuple(name + "." for name in frozen)
         for key in [key for key in state if key.startswith(parts)]:
             del state[key]

@@ -8,18 +8,17 @@ import os
 import pathlib
 import random
 import sys
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..choices import suggestion
+from .._utils.distributed import shards
+from .._utils.errors import listed, suggestion
+from .._utils.files import write_atomically
 from ..nn.linear import DEFAULT, adapted_layers, matrix_key
-from ..parallel import shards
-from ..peft_names import listed
-from ..tracker import Tracker
+from ..tracking.tracker import Tracker
 from .adapters_only import AdaptersOnly, adapters_only, refuse_other, trained_state
 
 logger = logging.getLogger(__name__)
@@ -159,19 +158,6 @@ def packed(content: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     return buffer.getvalue()
-
-
-def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """Written under a temporary name, flushed to disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _refuse_shards(model: nn.Module) -> None:

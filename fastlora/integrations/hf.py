@@ -14,13 +14,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from ..adapter_set import adapter_names
+from .._utils.distributed import shards
+from .._utils.files import write_atomically
+from ..model.adapters import adapter_names
 from ..nn.linear import DEFAULT, adapted_layers
-from ..parallel import shards
-from ..peft_io import save
-from ..tracker import Tracker
+from ..peft_io.save import save
+from ..tracking.tracker import Tracker
 from .adapters_only import AdaptersOnly, trained_state
-from .checkpoints import packed, read, refuse_ranks, write_atomically
+from .checkpoints import packed, read, refuse_ranks
 from .session import Session, checked_checkpoints
 
 try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..nn.linear import DEFAULT, adapted_layers
-from ..tracker import Tracker
+from ..tracking.tracker import Tracker
 from .adapters_only import AdaptersOnly, adapters_only
 from .checkpoints import refuse_newer
 from .session import Session, adapted_model, checked_checkpoints

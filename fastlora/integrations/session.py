@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..choices import suggestion, unknown
-from ..letting_go import set_learning
+from .._utils.errors import suggestion, unknown_choice
+from .._utils.torch_compat import set_requires_grad
 from ..nn.linear import adapted_layers
-from ..tracker import Tracker, track
+from ..tracking.tracker import Tracker, track
 from .checkpoints import TrainingState
 
 
@@ -23,7 +23,7 @@ class Session:
         if not isinstance(options, (bool, Mapping)):
             raise ValueError(f"track: expected True, False or options of fastlora.track, got {options!r}")
         if isinstance(penalty, (int, float)) and not isinstance(penalty, bool):
-            penalty = {"lmbda": penalty}
+            penalty = {"weight": penalty}
         if penalty is not None and not isinstance(penalty, Mapping):
             raise ValueError(f"penalty: expected a number, options of Tracker.penalty or None, got {penalty!r}")
         if penalty is not None and options is False:
@@ -45,7 +45,7 @@ class Session:
         layers = [layer for layer in every if self.adapter in layer.adapter_names]
         if every and not layers:
             known = sorted({name for layer in every for name in layer.adapter_names})
-            raise unknown("adapter", self.adapter, known)
+            raise unknown_choice("adapter", self.adapter, known)
         self.model, self.tracker = model, None
         if self.options is not False:
             self.tracker = track(model, **{"adapter": self.adapter, **self.options})
@@ -79,7 +79,7 @@ class Session:
 
     def hold(self, step: int) -> None:
         """Before the forward of optimiser step ``step`` (from 0): adapters stand still in the first ``freeze``."""
-        set_learning(self._frozen, step >= self.freeze)
+        set_requires_grad(self._frozen, step >= self.freeze)
         if step >= self.freeze:
             self._frozen = []
 
@@ -88,8 +88,8 @@ class Session:
         if self.penalty is None:
             return
         scale = 1.0 if scaler is None else scaler.get_scale()
-        options = {"lmbda": 1e-4, **self.penalty}
-        self.tracker.apply_penalty(**{**options, "lmbda": options["lmbda"] * scale})
+        options = {"weight": 1e-4, **self.penalty}
+        self.tracker.apply_penalty(**{**options, "weight": options["weight"] * scale})
 
     def step(self, scaler: Any = None) -> None:
         """After the backward passes of a step, before the optimiser's and ``scaler.update()``."""
@@ -101,7 +101,7 @@ class Session:
 
     def close(self) -> None:
         """Stop tracking and let go of frozen adapters; the tracker's scores stay readable."""
-        set_learning(self._frozen, True)
+        set_requires_grad(self._frozen, True)
         self._frozen = []
         if self.tracker is not None:
             self.tracker.close()
@@ -127,5 +127,5 @@ def adapted_model(module: nn.Module) -> nn.Module:
 
 def checked_checkpoints(value: str) -> str:
     if value not in ("adapters", "full"):
-        raise unknown("checkpoints", value, ("adapters", "full"))
+        raise unknown_choice("checkpoints", value, ("adapters", "full"))
     return value

@@ -1,8 +1,7 @@
 """Drop-in modules."""
 
 from .attention import MultiheadAttention, TransformerEncoderLayer
-from .conv1d import Conv1D
-from .frozen import FrozenLinear
-from .linear import Linear, QKVLinear
+from .layer_view import Conv1D
+from .linear import FrozenLinear, Linear, QKVLinear
 
 __all__ = ["Conv1D", "FrozenLinear", "Linear", "MultiheadAttention", "QKVLinear", "TransformerEncoderLayer"]

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..factors import WHOLE, AdapterSpec, new_factors
-from ..routing import Router
+from .adapter import WHOLE, AdapterSpec, new_factors
+from .layer_view import LayerView
 from .linear import DEFAULT, Linear, QKVLinear, adapter_dtype_of, attach_state
-from .views import LayerView
+from .routing import Router
 
 
 class _OwnersParameters:

@@ -1,1 +1,1 @@
-"""The operators of adapted linears and their backends."""
+"""The operator, its reference, its backends."""

@@ -1,0 +1,1 @@
+"""What any torch library has; knows nothing of LoRA."""

@@ -1,0 +1,90 @@
+"""Progress of long work, and aligned text tables."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[int, "int | None", float], None]
+"""Called with (pieces done, pieces wanted or None, rank correlation with the estimate before or NaN)."""
+
+
+def check_progress(progress: object) -> None:
+    """Refuse what ``reporting`` cannot report to."""
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise ValueError(f"progress: expected True, False, None or a callable, got {progress!r}")
+
+
+@contextmanager
+def reporting(
+    progress: bool | Report | None, steps: int | None, what: str = "calibrate", unit: str = "batch", delay: float = 0.0
+) -> Iterator[Report]:
+    """What to call after each piece of work: a batch, a layer. A bar shows up after ``delay`` seconds.
+
+    True: a bar, which needs tqdm; None: a bar in a terminal with tqdm installed, the log otherwise; False: nothing; or
+    a callable of one's own. Raises ``ValueError`` for anything else and ``ImportError`` for True without tqdm.
+    """
+    check_progress(progress)
+    if progress is False:
+        yield lambda done, wanted, correlation: None
+    elif callable(progress):
+        yield progress
+    elif progress or (sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None):
+        with _tqdm()(total=steps, desc=what, unit=unit, delay=delay) as bar:
+
+            def advance(done: int, wanted: int | None, correlation: float) -> None:
+                if not math.isnan(correlation):
+                    bar.set_postfix({"rank correlation": f"{correlation:.3f}"}, refresh=False)
+                bar.update()
+
+            yield advance
+    else:
+        yield functools.partial(_log, what, f"{unit}es" if unit.endswith("ch") else f"{unit}s")
+
+
+def _tqdm() -> type:
+    try:
+        return importlib.import_module("tqdm").tqdm
+    except ImportError as error:
+        raise ImportError("progress: True needs tqdm (pip install tqdm); None logs instead") from error
+
+
+def _log(what: str, units: str, done: int, wanted: int | None, correlation: float) -> None:
+    shown = "all" if wanted is None else str(wanted)
+    settled = "" if math.isnan(correlation) else f", rank correlation with the estimate before {correlation:.3f}"
+    logger.info("%s: %d of %s %s%s", what, done, shown, units, settled)
+
+
+def text_table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    cells = [head, *[tuple(str(c) for c in row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]  # fmt: skip  # noqa: E501
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def rich_table(head: tuple[str, ...], rows: list[tuple], below: list[str], numbers: range) -> Any:
+    """The same for rich's consoles, which call this through ``__rich__``; ``[q]`` of a key is no markup there."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return Group(table, *map(Text, below))
+
+
+def aligned_lines(table: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    cells = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in table)
+    return ["  ".join(line) for line in cells]

@@ -1,0 +1,1 @@
+"""``fastlora COMMAND``."""

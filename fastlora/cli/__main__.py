@@ -1,0 +1,180 @@
+"""The command line: ``fastlora COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+OK, CLAIM_FAILED, UNUSABLE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: one line of help, its arguments, and what it does with them (returns the exit code)."""
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return value
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("fastlora-demo"), help="folder for the results (%(default)s)")
+    parser.add_argument("--seeds", type=_positive, default=3, help="repetitions (%(default)s)")
+    parser.add_argument("--fast", action="store_true", help="one seed and few steps: does everything run?")
+    # On tensors this small a second thread gains nothing, and on a busy machine waiting for it costs 20 times the step.
+    parser.add_argument("--threads", type=_positive, default=1, help="threads of torch (%(default)s)")
+    parser.add_argument(
+        "--min-gain", type=float, default=None, metavar="POINTS",
+        help="points by which adapters must beat head only in every seed, or the exit status is 1",
+    )  # fmt: skip
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from ..demo import MissingExtra, Settings, require
+
+    try:
+        require("rich", "timm", "sklearn", "matplotlib")
+    except MissingExtra as error:
+        sys.stderr.write(f"fastlora: {error}\n")
+        return UNUSABLE
+    settings = Settings(seeds=tuple(range(arguments.seeds)), threads=arguments.threads)
+    if arguments.fast:
+        settings = settings.fast()
+    if arguments.min_gain is not None:
+        settings = replace(settings, min_gain=arguments.min_gain / 100)
+    return _run_demo(settings, arguments.out)
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("fastlora-bench"), help="folder for the report (%(default)s)")
+    parser.add_argument("--short", action="store_true", help="a minute: few rounds of the smallest cases")
+    parser.add_argument("--rounds", type=_positive, help="rounds of every benchmark")
+    parser.add_argument("-k", metavar="EXPRESSION", dest="chosen", help="only the benchmarks that match, as in pytest")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import MissingBenchmarks, run
+
+    try:
+        return run(arguments.out, arguments.short, arguments.rounds, arguments.chosen)
+    except MissingBenchmarks as error:
+        sys.stderr.write(f"fastlora: {error}\n")
+        return UNUSABLE
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--model", metavar="MODULE:NAME", help="a model, or a function that makes one: can it be adapted?"
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from . import doctor
+
+    try:
+        model = None if arguments.model is None else doctor.found_model(arguments.model)
+    except ValueError as error:
+        sys.stderr.write(f"fastlora: {error}\n")
+        return UNUSABLE
+    found = doctor.report(model)
+    text = json.dumps(found, indent=2) if arguments.json else "\n".join(doctor.lines(found))
+    sys.stdout.write(text + "\n")
+    return OK if found["passed"] else CLAIM_FAILED
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json and adapter_model.safetensors")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rank map, too (needs matplotlib)")
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .inspect_adapter import describe, draw
+
+    try:
+        sys.stdout.write(describe(arguments.adapter) + "\n")
+        if arguments.plot is not None:
+            draw(arguments.adapter, arguments.plot)
+    except ModuleNotFoundError:
+        sys.stderr.write("fastlora: --plot needs matplotlib: pip install matplotlib\n")
+        return UNUSABLE
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"fastlora: {error}\n")
+        return UNUSABLE
+    return OK
+
+
+def _run_demo(settings, out: Path) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from ..demo import rich_table, run
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)  # a file or a pipe has no width of its own
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    try:
+        with Progress(*columns, console=console) as progress:
+            results = run(settings, out, progress)
+    except OSError as error:
+        sys.stderr.write(f"fastlora: cannot write to {out}: {error}\n")
+        return UNUSABLE
+    console.print(rich_table(results))
+    console.print(results["rule"], style="dim", highlight=False)
+    for sentence in results["findings"]:
+        console.print(f"  {sentence}", highlight=False)
+    seconds = f"{results['wall_seconds']:.0f} s"
+    console.print(f"{seconds}. Report: {out / 'index.html'}, adapter: {out / 'adapter'}", highlight=False)
+    for failure in results["failed"]:
+        console.print(f"FAILED {failure}", style="bold red", highlight=False)
+    return CLAIM_FAILED if results["failed"] else OK
+
+
+# A further sub-command is one entry here.
+COMMANDS: dict[str, Command] = {
+    "bench": Command("measure this machine with the benchmarks of a checkout", _bench_arguments, _bench),
+    "doctor": Command("versions, devices, and a self-test of every operator and backend", _doctor_arguments, _doctor),
+    "inspect": Command("ranks and rank map of an adapter's files", _inspect_arguments, _inspect),
+    "demo": Command("adapt a small vision transformer to new digits in five ways and report", _demo_arguments, _demo),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(prog="fastlora", description="Fused LoRA with statistics of the frozen weights.")
+    parser.add_argument("--version", action="version", version=f"fastlora {__version__}")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: everything)")
+    parser.suggest_on_error = True  # from Python 3.14
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.arguments(commands.add_parser(name, help=command.help, description=command.help))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0, 1 when a claim of the command failed, 2 when it could not run."""
+    arguments = _parser().parse_args(argv)
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)]
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    return COMMANDS[arguments.command].run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Pure functions of numbers: scores, and budgets of ranks."""

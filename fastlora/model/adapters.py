@@ -1,0 +1,300 @@
+"""Several adapters on one frozen base: add and remove them, and say which rows of a batch are whose."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.distributed import refuse_parallel
+from .._utils.errors import unknown_choice
+from ..config import LoraConfig
+from ..nn.linear import Linear, adapted_layers
+from ..nn.routing import Route, Router
+from ..ops.layout import AdapterBatch
+from .inject import commit_injection, find_modules_to_save, find_targets, group_layers, plan_injection
+from .learning_check import watch_learning
+
+
+def routers_of(model: nn.Module) -> list[Router]:
+    """The routers of a model's adapted layers: one, unless they were built by hand. ``ValueError`` without any."""
+    return _agreeing(adapted_layers(model))
+
+
+def _agreeing(layers: Mapping[str, Linear]) -> list[Router]:
+    found = list({id(layer.router): layer.router for layer in layers.values()}.values())
+    if not found:
+        raise ValueError("model: has no adapters; call fastlora.inject first")
+    if any(router.slots != found[0].slots for router in found):
+        raise ValueError("model: its layers have different sets of adapters; add adapters with fastlora.add_adapter")
+    return found
+
+
+def adapter_names(model: nn.Module) -> list[str | None]:
+    """Names of a model's adapters by id; None where one was removed. ``ValueError`` without adapters."""
+    return list(routers_of(model)[0].slots)
+
+
+def _known(router: Router, name: Any, argument: str) -> str:
+    if not isinstance(name, str) or name not in router.names:
+        raise unknown_choice(argument, name, router.names)
+    return name
+
+
+def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
+    """Give an adapted model one more adapter; it gets the next id, and trains beside the others.
+
+    ``y = x W^T + bias + s_g x A_g^T B_g^T`` for the rows of adapter g. Targets that have no adapter yet become adapted;
+    ``modules_to_save`` are shared by all adapters. Raises ``ValueError`` naming the argument; the model is then as it
+    was.
+    """
+    refuse_parallel(model, "add_adapter")
+    routers = routers_of(model)
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"name: expected a non-empty string without dots, got {name!r}")
+    if name in routers[0].names:
+        raise ValueError(f"name: the model already has an adapter {name!r}")
+    config = LoraConfig.coerce(config)
+    if config.bias != "none":
+        raise ValueError(f"bias: expected 'none' for an adapter that shares its base with others, got {config.bias!r}")
+    saved = find_modules_to_save(model, config)
+    plan = plan_injection(model, config, find_targets(model, config, saved))
+    for planned in plan:
+        if not isinstance(planned.layer, Linear):
+            continue
+        if planned.layer.slices != planned.slices:
+            raise ValueError(
+                f"split_qkv: {planned.path!r} is adapted as {list(planned.layer.slices)} already, not as "
+                f"{list(planned.slices)}; every adapter of a matrix is split as the first"
+            )
+        if planned.layer.merged:
+            raise ValueError(f"model: {planned.path!r} is merged; call fastlora.unmerge first")
+    for planned in plan:
+        if not isinstance(planned.layer, Linear):
+            planned.layer.requires_grad_(False)
+        commit_injection(model, planned, config, routers[0], name)
+    modules = dict(model.named_modules())
+    for path in saved:
+        modules[path].requires_grad_(True)
+    group_layers(model)
+    for router in routers:
+        router.add(name)
+    model.fastlora_configs = {**getattr(model, "fastlora_configs", {}), name: copy.deepcopy(config)}
+    watch_learning(model)
+    return model
+
+
+def delete_adapter(model: nn.Module, name: str) -> nn.Module:
+    """Take an adapter out; its id is not given again. Raises ``ValueError`` with the model as it was.
+
+    The adapter that runs by default, a merged, a tracked one and one whose graph awaits its backward stay.
+    """
+    refuse_parallel(model, "delete_adapter")
+    routers = routers_of(model)
+    _known(routers[0], name, "name")
+    layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapter_specs}
+    if any(router.default.adapter == name for router in routers):
+        raise ValueError(f"name: {name!r} runs by default; call fastlora.set_adapter with another first")
+    for path, layer in layers.items():
+        if name in layer.merged:
+            raise ValueError(f"name: {name!r} is merged into {path!r}; call fastlora.unmerge first")
+        if name in layer.probes:
+            raise ValueError(f"name: {name!r} is tracked; close its tracker first")
+    if any(router.awaits_backward(name) for router in routers):
+        raise ValueError(f"name: a forward of {name!r} awaits its backward; run it, or let go of the forward's outputs")
+    for layer in layers.values():
+        layer.uninstall(name)
+    for router in routers:
+        router.remove(name)
+    model.fastlora_configs = {k: v for k, v in getattr(model, "fastlora_configs", {}).items() if k != name}
+    return model
+
+
+def set_adapter(model: nn.Module, name: str) -> nn.Module:
+    """The adapter of every forward that runs outside of ``adapters``. ``ValueError`` for an unknown name."""
+    routers = routers_of(model)
+    _known(routers[0], name, "name")
+    for router in routers:
+        router.default = Route(True, name)
+    return model
+
+
+@contextmanager
+def use_adapters(
+    model: nn.Module,
+    ids: str | Sequence[str | None] | Tensor | Mapping[str | None, tuple[int, int]],
+    *,
+    row_seeds: Tensor | None = None,
+) -> Iterator[nn.Module]:
+    """Inside, forwards of this thread run every sample or token with the adapter of its id, -1 (or None): the base.
+
+    ``ids``: an int64 tensor [S] (one a sample, dimension 0), [S, T] or [M] (one a token) of indices into
+    ``adapter_names(model)``, a list of S names, one name for all, or one range (begin, end) for each name (None: the
+    base), which together cover the samples or tokens. Ids on the CPU are checked, and adapters that they do not name
+    get no gradient; ids on a GPU are not read back, see ``freeze_unused_adapters``. ``row_seeds`` int64 [S] makes the
+    dropout of a sample depend on its seed, the layer and the place in the sample alone, not on the batch.
+
+    Backward may run after the context has closed, under activation checkpointing too. Raises ``ValueError`` naming ids
+    or names that are unknown or removed; a layer whose input the ids do not fit raises with both shapes.
+    """
+    layers = adapted_layers(model)
+    routers = _agreeing(layers)
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("model: an adapter is merged; call fastlora.unmerge first")
+    devices = {layer.weight.device for layer in layers.values()}
+    for name, given in (("ids", ids), ("row_seeds", row_seeds)):
+        if isinstance(given, Tensor) and given.device.type != "cpu" and given.device not in devices:
+            listed = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"{name}: is on {given.device}; accepted: the CPU, or the model's device ({listed})")
+    route = _route(routers[0], ids, row_seeds)
+    routers[0].explain_recompilation(route)
+    before = [(router, router.open(route)) for router in routers]
+    try:
+        yield model
+    finally:
+        for router, outer in before:
+            router.open(outer, reopened=True)
+
+
+def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
+    if row_seeds is not None and not (
+        isinstance(row_seeds, Tensor) and row_seeds.dtype == torch.int64 and row_seeds.dim() == 1
+    ):
+        raise ValueError(f"row_seeds: expected an int64 tensor [S], got {_described(row_seeds)}")
+    if isinstance(ids, str):
+        name = _known(router, ids, "ids")
+        if row_seeds is None:
+            return Route(True, name)
+        return Route(True, name, AdapterBatch([name], torch.zeros_like(row_seeds), row_seeds))
+    if isinstance(ids, Mapping):
+        ids = _of_ranges(router, ids)
+    if not isinstance(ids, Tensor):
+        if not isinstance(ids, Sequence):
+            raise ValueError(f"ids: expected an int64 tensor, names, one name or ranges, got {type(ids).__name__}")
+        ids = torch.tensor(
+            [-1 if n is None else router.slots.index(_known(router, n, "ids")) for n in ids], dtype=torch.int64
+        )
+    if ids.dtype != torch.int64 or ids.dim() not in (1, 2):
+        raise ValueError(f"ids: expected an int64 tensor [S], [S, T] or [M], got {_described(ids)}")
+    if row_seeds is not None and row_seeds.shape != ids.shape:
+        raise ValueError(f"row_seeds: expected one for each of {ids.shape[0]} ids, got {row_seeds.shape[0]}")
+    names, compact = _compact(router, ids)
+    return Route(True, router.default.adapter, AdapterBatch(names, compact, row_seeds))
+
+
+def _of_ranges(router: Router, ranges: Mapping[str | None, tuple[int, int]]) -> Tensor:
+    """Ids of ranges by name that cover everything from 0 once."""
+    for name, given in ranges.items():
+        if name is not None:
+            _known(router, name, "ids")
+        whole = isinstance(given, Sequence) and len(given) == 2 and all(type(v) is int for v in given)
+        if not whole or not 0 <= given[0] <= given[1]:
+            raise ValueError(f"ids: expected a range (begin, end) with 0 <= begin <= end for {name!r}, got {given!r}")
+    ids, before = [], ("the start", 0)
+    for name, (begin, end) in sorted(ranges.items(), key=lambda item: tuple(item[1])):
+        if begin < before[1]:
+            raise ValueError(f"ids: {before[0]} ends at {before[1]}, but {name!r} begins at {begin}: they overlap")
+        if begin > before[1]:
+            raise ValueError(f"ids: nobody has {before[1]} to {begin}, ahead of {name!r}; None names the base alone")
+        ids.append(torch.full((end - begin,), -1 if name is None else router.slots.index(name), dtype=torch.int64))
+        before = (repr(name), end)
+    return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64)
+
+
+def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
+    """The names that occur, and ids that index them.
+
+    On a GPU all names, without reading anything back; with data-parallel ranks too, which must agree on what has a
+    gradient.
+    """
+    slots = router.slots
+    if ids.device.type == "cpu":
+        used = torch.unique(ids).tolist()
+        for value in used:
+            if not -1 <= value < len(slots) or (value >= 0 and slots[value] is None):
+                where = int((ids.reshape(-1) == value).nonzero()[0])
+                state = "was removed" if 0 <= value < len(slots) else "is unknown"
+                known = ", ".join(f"{i}: {n}" for i, n in enumerate(slots) if n is not None)
+                raise ValueError(f"ids: {value} at position {where} {state}; accepted: -1 (base only), {known}")
+        live = [value for value in used if value >= 0]
+    if ids.device.type != "cpu" or _distributed():
+        live = [i for i, name in enumerate(slots) if name is not None]
+    table = torch.full((len(slots) + 1,), -1, dtype=torch.int64)
+    table[live] = torch.arange(len(live))
+    if ids.device.type != "cpu":
+        table = table.to(ids.device, non_blocking=True)
+        torch._assert_async(((ids >= -1) & (ids < len(slots)) & ((ids < 0) | (table[ids] >= 0))).all())
+    return [slots[i] for i in live], table[ids]
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
+    """``sum_g mean of the losses of adapter g``: the loss under which adapters train together as they would apart.
+
+    losses [S] or [M], ids int64 of the same shape; -1 does not count. Raises ``ValueError`` for shapes that differ.
+    """
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        raise ValueError(f"losses: expected a floating tensor, got {_described(losses)}")
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        raise ValueError(f"ids: expected an int64 tensor, got {_described(ids)}")
+    if losses.shape != ids.shape:
+        raise ValueError(f"losses: expected the shape of ids {tuple(ids.shape)}, got {tuple(losses.shape)}")
+    own = ids.to(losses.device).reshape(-1)
+    counts = torch.zeros(int(own.numel()) + 1, dtype=losses.dtype, device=losses.device)
+    _, place = torch.unique(own, return_inverse=True)
+    counts = counts.index_add(0, place, torch.ones_like(losses.reshape(-1)))
+    return torch.where(own >= 0, losses.reshape(-1) / counts[place], 0.0).sum()
+
+
+def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """Keep adapters that were in no batch since the last step as they are: weights and optimiser state.
+
+    Where their gradient is zero rather than absent (ids on a GPU, torch.compile, data-parallel training) an optimiser
+    would still decay and move them. Reads back once a step which were there, from all data-parallel ranks. Returns the
+    hook's handle.
+    """
+    routers = routers_of(model)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    for router in routers:
+        router.used = []
+
+    def hook(*_: Any) -> None:
+        for router in routers:
+            used, router.used = router.used, []
+            if not used and not _distributed():
+                continue
+            present = _present(router, used)
+            for path_layer in adapted_layers(model).values():
+                for name in path_layer.adapter_names:
+                    if name not in present:
+                        for factors in (path_layer.lora_A[name], path_layer.lora_B[name]):
+                            for parameter in factors.parameters():
+                                parameter.grad = None
+
+    return optimizer.register_step_pre_hook(hook)
+
+
+def _distributed() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _present(router: Router, used: Sequence[AdapterBatch | str]) -> set[str]:
+    names = router.names
+    flags = torch.zeros(len(names), dtype=torch.int64)
+    for item in used or [router.default.adapter]:
+        for name in (item,) if isinstance(item, str) else item.present():
+            flags[names.index(name)] = 1
+    if _distributed():
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        flags = flags.to(device)
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return {name for name, flag in zip(names, flags.tolist(), strict=True) if flag}

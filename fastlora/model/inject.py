@@ -1,0 +1,415 @@
+"""inject and its inverse: find targets, plan, commit; eject."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .._utils.distributed import refuse_parallel
+from .._utils.errors import check_flag, suggestion
+from ..config import ROLES, LoraConfig
+from ..nn.adapter import WHOLE, AdapterSpec, Factors, new_factors
+from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
+from ..nn.layer_view import Conv1D
+from ..nn.linear import (
+    DEFAULT,
+    ENGINE_OF_PREPACK,
+    FrozenLinear,
+    Linear,
+    adapted_layers,
+    adapter_dtype_of,
+    attach_state,
+    checked_ranks,
+    detach_state,
+    matrix_key,
+)
+from ..nn.projection_group import group_projections
+from ..nn.quantized import QuantizedLinear, check_weight, foreign_base, original_class
+from ..nn.routing import Router
+from .learning_check import checked_mode, watch_learning
+from .modules import (
+    adapted_class,
+    attention_blocks,
+    conv1d_class,
+    features,
+    is_linear,
+    named_targets,
+    passed_by,
+    pattern_matches,
+    refusal,
+    role_targets,
+    take_over,
+    torch_attentions,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Planned:
+    path: str
+    layer: nn.Linear
+    slices: dict[str, int]
+    spec: AdapterSpec
+    factors: tuple[Factors, Factors]
+
+
+def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, check: str = "raise") -> nn.Module:
+    """Adapt the targets of ``config`` in place and freeze the rest; returns the same model.
+
+    ``y = x W^T + bias + s x A^T B^T`` with ``B = 0`` at first, so outputs equal the base model's. ``nn.Linear`` targets
+    become ``fastlora.nn.Linear`` by a change of class: keys, hooks, ties, deepcopy and pickle survive.
+
+    ``accelerate_frozen`` moves every other frozen ``nn.Linear`` to the CPU's fastest matmul engine too (``explain``).
+    ``check``: what is done, after the first backward, about an adapter that its owner passes by, so that it never
+    learns: ``"raise"`` (``RuntimeError`` with the names), ``"warn"``, ``"off"``. What did not run yet is warned of.
+
+    Raises ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have, a model that is
+    already adapted, wrapped by PEFT or DDP, or sharded; the model is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    checked_mode(check)
+    refuse_parallel(model, "inject")
+    check_flag(accelerate_frozen, "accelerate_frozen")
+    config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
+    refuse_adapted(model)
+    saved = find_modules_to_save(model, config)
+    names = find_targets(model, config, saved)
+    plan = plan_injection(model, config, names)
+    router = Router(DEFAULT)
+    for planned in plan:
+        commit_injection(model, planned, config, router)
+    model.register_forward_pre_hook(router.enter)
+    group_layers(model)
+    _freeze(model, config, saved)
+    if accelerate_frozen:
+        _accelerate(model, config)
+    model.fastlora_configs = {DEFAULT: copy.deepcopy(config)}
+    watch_learning(model, check)
+    return model
+
+
+# What peft.get_peft_model trains and saves for a task, where the model has it (it matches the ends of names).
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "pre_classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def _with_task_head(model: nn.Module, config: LoraConfig, task: str | None) -> LoraConfig:
+    modules = [n for n, _ in model.named_modules()]
+    saved = list(config.modules_to_save or ())
+    heads = [h for h in _TASK_HEADS.get(task, ()) if h not in saved and any(_has_suffix(n, h) for n in modules)]
+    if not heads:
+        return config
+    config = copy.copy(config)
+    config.modules_to_save = saved + heads
+    return config
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    refuse_peft(model)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            raise ValueError(f"model: {name!r} already has an adapter; use set_ranks to change ranks")
+
+
+def refuse_peft(model: nn.Module) -> None:
+    """``ValueError`` for a model that PEFT has wrapped, as a whole or in part."""
+    for name, module in model.named_modules():
+        if type(module).__module__.split(".")[0] == "peft":
+            where = f"{name!r} is" if name else "it is"
+            raise ValueError(
+                f"model: {where} wrapped by PEFT ({type(module).__name__}); fastlora.from_peft takes its adapter over, "
+                "PEFT's unload() drops it"
+            )
+
+
+def _has_suffix(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str]:
+    """Names chosen by a role, a regular expression or a list of suffixes; every entry must choose something.
+
+    As in PEFT, a target that is an ``nn.MultiheadAttention`` means its projections, each as one matrix.
+    """
+    modules = named_targets(model) if field != "modules_to_save" else dict(model.named_modules())
+    linears = [n for n, m in modules.items() if is_linear(m)]
+    if isinstance(spec, str):
+        if spec in ROLES:
+            names = role_targets(model, spec)
+        else:
+            names = [n for n in modules if n and re.fullmatch(spec, n)]
+        if not names:
+            near = suggestion(spec, [*ROLES, *{n.rpartition(".")[2] for n in linears}])
+            raise ValueError(f"{field}: {spec!r} matches nothing in {type(model).__name__}{near}")
+        return _projections(model, modules, names, field)
+    spec = sorted(spec) if isinstance(spec, (set, frozenset)) else spec
+    if not isinstance(spec, Sequence) or not all(isinstance(s, str) for s in spec) or not spec:
+        raise ValueError(f"{field}: expected a role {ROLES}, a regular expression or a list of names, got {spec!r}")
+    chosen: set[str] = set()
+    for suffix in spec:
+        hits = [n for n in modules if n and _has_suffix(n, suffix)]
+        if not hits:
+            near = suggestion(suffix, sorted({n.rpartition(".")[2] for n in linears} | set(linears)))
+            raise ValueError(f"{field}: {suffix!r} matches no module of {type(model).__name__}{near}")
+        chosen.update(hits)
+    return _projections(model, modules, chosen, field)
+
+
+def _projections(model: nn.Module, modules: Mapping[str, nn.Module], names: Collection[str], field: str) -> list[str]:
+    """``names`` in the model's order, with the projections of an attention module in place of the module."""
+    attentions = [] if field == "modules_to_save" else [n for n in torch_attentions(model) if n in names]
+    projections = {f"{a}.{p}" if a else p for a in attentions for p in ("in_proj", "out_proj")}
+    return [n for n in modules if n in projections or (n in names and n not in attentions)]
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == m or name.startswith(m + ".") for m in modules)
+
+
+def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> list[str]:
+    """As in PEFT, what is trained and saved whole is not adapted as well; nothing asked for may be lost by that."""
+    target = config.target_modules
+    for suffix in () if isinstance(target, str) else target:
+        hits = [n for n in names if _has_suffix(n, suffix)]
+        if hits and all(_inside(n, saved) for n in hits):
+            raise ValueError(f"modules_to_save: {hits[0]!r} is also a target; a module is adapted or trained, not both")
+    left = [n for n in names if not _inside(n, saved)]
+    if names and not left:
+        raise ValueError(f"modules_to_save: {names[0]!r} is also a target; a module is adapted or trained, not both")
+    return left
+
+
+def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str]:
+    if config.target_modules is None:
+        raise ValueError(f"target_modules: say what to adapt: a role {ROLES}, a regular expression or a list of names")
+    names = _select(model, config.target_modules, "target_modules")
+    if config.exclude_modules is not None:
+        excluded = set(_select(model, config.exclude_modules, "exclude_modules"))
+        # As in PEFT a container is not its contents; unnoticed, nothing would be excluded.
+        around = next((e for e in excluded for n in names if n not in excluded and n.startswith(e + ".")), None)
+        if around is not None:
+            raise ValueError(f"exclude_modules: {around!r} is no target but holds some; say '{around}..*' as a pattern")
+        names = [n for n in names if n not in excluded]
+    if not names:
+        raise ValueError("exclude_modules: nothing is left of target_modules")
+    names = _without_saved(config, names, saved)
+    modules = named_targets(model)
+    for name in names:
+        reason = None if isinstance(modules[name], Linear) else refusal(model, name)
+        if reason is not None:
+            raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
+    return names
+
+
+def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Full names of the linears that ``inject`` would adapt; ``ValueError`` where it would refuse them."""
+    return find_targets(model, config, find_modules_to_save(model, config))
+
+
+def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
+    return _select(model, list(config.modules_to_save), "modules_to_save") if config.modules_to_save else []
+
+
+def fused_sizes(model: nn.Module, config: LoraConfig, names: Sequence[str] | None = None) -> dict[str, dict[str, int]]:
+    """Row counts of q, k, v for every fused matrix (of ``names``, if given) that is to be split."""
+    split = config.split_qkv
+    if split is None:
+        split = config.target_modules in ("qkv", "attention")
+    if not split:
+        return {}
+    modules = named_targets(model)
+    fused = [block for block in attention_blocks(model) if block.fused and (names is None or block.names[0] in names)]
+    for block in fused:
+        if not block.splits:
+            owner = type(modules[block.owner])
+            raise ValueError(
+                f"split_qkv: {block.names[0]!r} of {owner.__module__}.{owner.__name__} does not hold q, k and v as "
+                "three blocks of rows; split_qkv=False adapts it as one matrix"
+            )
+    return {block.names[0]: dict.fromkeys("qkv", features(modules[block.names[0]])[1] // 3) for block in fused}
+
+
+def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Planned]:
+    """Everything that could fail, before anything changes."""
+    modules = named_targets(model)
+    fused = fused_sizes(model, config, names)
+    slices = {n: fused.get(n, {WHOLE: features(modules[n])[1]}) for n in names}
+    keys = [matrix_key(n, s) for n in names for s in slices[n]]
+    attentions = frozenset(torch_attentions(model))
+    rank_of = _pattern_lookup(config, "rank_pattern", keys, attentions)
+    alpha_of = _pattern_lookup(config, "alpha_pattern", keys, attentions)
+    plan = []
+    for name in names:
+        layer = modules[name]
+        check_weight(name, layer, config.backend)
+        ranks = {s: rank_of.get(matrix_key(name, s), config.r) for s in slices[name]}
+        K = features(layer)[0]
+        checked_ranks(ranks, K, slices[name], name)
+        scale = {s: config.scaling(r, alpha_of.get(matrix_key(name, s))) for s, r in ranks.items()}
+        spec = AdapterSpec(scale, config.lora_dropout, config.init_lora_weights, adapter_dtype_of(config, layer))
+        factors = new_factors(slices[name], ranks, K, spec, layer.weight.device)
+        plan.append(_Planned(name, layer, slices[name], spec, factors))
+    return plan
+
+
+def _pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions: Collection[str]) -> dict[str, Any]:
+    """Value of each matrix: its exact key wins, then its path, then the first suffix or PEFT pattern that matches.
+
+    A pattern that is a matrix's exact name means it alone. A ``peft.LoraConfig`` keeps PEFT's rule: the first match.
+    The name of an ``nn.MultiheadAttention`` means both of its projections.
+    """
+    found: dict[str, tuple[int, Any]] = {}
+    for pattern, value in getattr(config, field).items():
+        strengths = {k: _match_strength(pattern, k, config.exact_names_first, attentions) for k in keys}
+        best = max(strengths.values())
+        if best == 0:
+            raise ValueError(f"{field}: {pattern!r} matches no adapted matrix{suggestion(pattern, keys)}")
+        for key, strength in strengths.items():
+            wanted = strength > 0 if best == 1 else strength > 1
+            if wanted and (key not in found or strength > found[key][0]):
+                found[key] = (strength, value)
+    return {key: value for key, (_, value) in found.items()}
+
+
+def _match_strength(pattern: str, key: str, exact_names_first: bool, attentions: Collection[str]) -> int:
+    path = key.partition("[")[0]
+    owner = path.rpartition(".")[0]
+    if owner in attentions and (_has_suffix(owner, pattern) or pattern_matches(pattern, owner)):
+        return 1
+    if exact_names_first and pattern in (key, path):
+        return 3 if pattern == key else 2
+    return int(_has_suffix(key, pattern) or pattern_matches(pattern, path))
+
+
+def commit_injection(
+    model: nn.Module, planned: _Planned, config: LoraConfig, router: Router, adapter: str = DEFAULT
+) -> None:
+    layer = planned.layer
+    if not isinstance(layer, Linear):
+        layer.in_features, layer.out_features = features(layer)
+        layer.__class__ = adapted_class(layer, split=set(planned.slices) != {WHOLE})
+        attach_state(layer, planned.slices, config, router, planned.path)
+        take_over(model, planned.path, layer)
+    layer.install(adapter, planned.spec, *planned.factors)
+    layer.lora_A.train(layer.training)
+    layer.lora_B.train(layer.training)
+
+
+def group_layers(model: nn.Module) -> None:
+    """Let layers that share an input run together: q, k and v, and siblings of equal width once they are seen to."""
+    modules = dict(model.named_modules())
+    for block in attention_blocks(model):
+        layers = [modules[n] for n in block.names if isinstance(modules.get(n), Linear)]
+        if block.fused or len(layers) < 2:
+            continue
+        known = next((layer.group for layer in layers if layer.group is not None), None)
+        if known is None:
+            group_projections(modules[block.owner], layers)
+        elif known.layers != layers:
+            known.regroup(layers)
+    for owner in modules.values():
+        if isinstance(owner, Linear):
+            continue
+        alike: dict[int, list[Linear]] = {}
+        for child in owner.children():
+            if isinstance(child, Linear) and child.group is None and not hasattr(child, "owner"):
+                alike.setdefault(child.in_features, []).append(child)
+        for layers in alike.values():
+            if len(layers) > 1:
+                group_projections(owner, layers, expected=False)
+
+
+def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
+    """Freeze all but adapters, modules to save and what ``bias`` asks for; what was frozen stays frozen."""
+    layers = adapted_layers(model)
+    keep: set[int] = set()
+    for layer in layers.values():
+        keep.update(id(p) for p in (*layer.lora_A.parameters(), *layer.lora_B.parameters()))
+        if config.bias == "lora_only" and layer._parameters.get("bias") is not None:
+            keep.add(id(layer.bias))
+    modules = dict(model.named_modules())
+    for name in saved:
+        parameters = list(modules[name].parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            logger.warning("modules_to_save: %r was frozen before injection and stays frozen", name)
+        keep.update(id(p) for p in parameters)
+    if config.bias == "all":
+        keep.update(id(p) for n, p in model.named_parameters() if n == "bias" or n.endswith(".bias"))
+    for parameter in model.parameters():
+        if id(parameter) not in keep:
+            parameter.requires_grad_(False)
+
+
+def _accelerate(model: nn.Module, config: LoraConfig) -> None:
+    for name, module in model.named_modules():
+        plain = type(module) is nn.Linear and not module.weight.requires_grad and foreign_base(module) is None
+        if plain and refusal(model, name) is None and not passed_by(model, name):
+            module.__class__ = FrozenLinear
+            module.engine = ENGINE_OF_PREPACK[config.prepack]
+
+
+_OF_MODEL = ("fastlora_biases", "fastlora_configs", "fastlora_learning", "fastlora_policy")
+
+
+def sharing_copy(model: nn.Module, own: Collection[int] = ()) -> nn.Module:
+    """A deep copy whose frozen parameters are the very ones of ``model``, but for those whose ids are in ``own``."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad and id(p) not in own}
+    return copy.deepcopy(model, dict(shared))
+
+
+def eject(model: nn.Module) -> nn.Module:
+    """Take every adapter out, in place: classes, keys and hooks are the base's again; owners keep calling their qkv.
+
+    What an adapter trained besides (heads, biases) keeps its values. Returns the same model.
+    """
+    for layer in adapted_layers(model).values():
+        detach_state(layer)
+        if isinstance(layer, Conv1D):
+            layer.__class__ = conv1d_class()
+            del layer.in_features, layer.out_features
+        elif isinstance(layer, QuantizedLinear):
+            layer.__class__ = original_class(layer)
+        elif not isinstance(layer, InProjection):
+            layer.__class__ = nn.Linear
+    for module in model.modules():
+        if type(module) is MultiheadAttention:
+            module._modules.pop("in_proj", None)
+            module.__class__, module.out_proj.__class__ = nn.MultiheadAttention, NonDynamicallyQuantizableLinear
+        elif type(module) is TransformerEncoderLayer:
+            module.__class__ = nn.TransformerEncoderLayer
+        elif type(module) is FrozenLinear:
+            module.__class__ = nn.Linear
+            module.__dict__.pop("engine", None)
+        _drop_hooks(module)
+    for name in _OF_MODEL:
+        model.__dict__.pop(name, None)
+    return model
+
+
+def _drop_hooks(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            del hooks[key]
+            for flags in (
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ):
+                flags.pop(key, None)
+
+
+def _is_ours(hook: Callable[..., Any]) -> bool:
+    owner = type(getattr(hook, "__self__", hook))
+    return owner.__module__.partition(".")[0] == "fastlora"

@@ -1,0 +1,142 @@
+"""Adapters that never learn: found once, after the first backward, and named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._utils.distributed import is_sharded, shards
+from .._utils.errors import unknown_choice
+from .._utils.torch_compat import in_backward
+from ..nn.linear import Linear, adapted_layers
+
+logger = logging.getLogger(__name__)
+
+MODES = ("raise", "warn", "off")
+_SHOWN = 8
+
+
+class LearningCheck:
+    """Watches a model until the first backward has run; then it says which adapters took no part, and is gone.
+
+    An adapter whose owner ran and never called it does not learn: its owner reads the weight (``RuntimeError``, or a
+    warning). One whose owner did not run either (an expert without tokens, a dropped layer), and one that ran and got
+    no gradient (a frozen phase), may learn later: a warning. Forwards without gradients and compiled ones do not count.
+    """
+
+    def __init__(self, model: nn.Module, mode: str):
+        self.mode = mode
+        self.layers = adapted_layers(model)
+        self.owners: dict[str, list[str]] = {}
+        for path in self.layers:
+            self.owners.setdefault(path.rpartition(".")[0] if path else "", []).append(path)
+        self.kinds: dict[str, str] = {}
+        self.ran: set[str] = set()
+        self.model = model
+        self.versions = {id(p): p._version for p in self._trainable()}
+        self._root = model.register_forward_pre_hook(self._before_forward)
+        self._hooks: dict[str, Any] = {}
+        for name, paths in self.owners.items():
+            owner = model.get_submodule(name)
+            self.kinds[name] = f"{type(owner).__module__}.{type(owner).__qualname__}"
+            if paths != [name]:
+                self._hooks[name] = owner.register_forward_hook(_OwnerHook(self, name))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "versions": {}}  # parameters of a copy have other identities
+
+    def owner_ran(self, name: str) -> None:
+        self.ran.add(name)
+        if all(self.layers[path].called for path in self.owners[name]):
+            self._hooks.pop(name).remove()
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and not in_backward():
+            self.examine()
+            for p in self._trainable() if self._root is not None else ():
+                self.versions.setdefault(id(p), p._version)  # parameters that took the place of others
+
+    def examine(self) -> None:
+        """Speak up if backward has run: ``RuntimeError`` with the names where an adapter was passed by."""
+        if self._root is None or not any(self._learned(p) for p in self._trainable()):
+            return
+        if not self.ran and not any(layer.called for layer in self.layers.values()):
+            return  # nothing of an eager forward was seen: to take the hooks of a compiled model would recompile it
+        passed_by = [p for name in self._hooks for p in self.owners[name] if name in self.ran and not self._called(p)]
+        if passed_by and self.mode == "raise":
+            raise RuntimeError(self._text(passed_by))
+        self.close()
+        if passed_by:
+            logger.warning("%s", self._text(passed_by))
+        resting = [p for p in self.layers if p not in passed_by and not self._called(p)] if self.ran else []
+        if resting:
+            logger.warning("adapters of modules that have not run so far: %s", _listed(resting))
+        without = [p for p in self.layers if self._called(p) and not self._got_gradient(self.layers[p])]
+        if without:
+            logger.warning("adapters that ran and got no gradient so far: %s", _listed(without))
+
+    def close(self) -> None:
+        """Take all hooks away."""
+        for hook in (*self._hooks.values(), *([] if self._root is None else [self._root])):
+            hook.remove()
+        self._root, self._hooks = None, {}
+
+    def _trainable(self) -> list[nn.Parameter]:
+        # Asked anew: fully_shard puts other parameters in the place of those that were there.
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _called(self, path: str) -> bool:
+        return self.layers[path].called
+
+    def _learned(self, parameter: nn.Parameter) -> bool:
+        return parameter.grad is not None or self.versions.get(id(parameter), parameter._version) != parameter._version
+
+    def _got_gradient(self, layer: Linear) -> bool:
+        live = [p for f in (layer.lora_A, layer.lora_B) for p in f.parameters() if p.requires_grad]
+        # The gradients of a sharded model are with the shards, which a running forward has put aside.
+        aside = bool(shards(self.model)) and not any(is_sharded(p) for p in live)
+        return not live or aside or any(self._learned(p) for p in live)
+
+    def _text(self, paths: list[str]) -> str:
+        named = [f"{path} (in {self.kinds[path.rpartition('.')[0]]})" for path in paths]
+        return (
+            f"adapters never ran although the modules around them did, so they do not learn: {_listed(named)}; such a "
+            "module may read the weight instead of calling the layer: leave these out of target_modules, or pass "
+            "check='warn' or 'off' to fastlora.inject"
+        )
+
+
+class _OwnerHook:
+    """Forward hook of one owner."""
+
+    def __init__(self, check: LearningCheck, name: str):
+        self.check, self.name = check, name
+
+    def __call__(self, owner: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self.check.owner_ran(self.name)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def checked_mode(check: Any) -> str:
+    if not isinstance(check, str) or check not in MODES:
+        raise unknown_choice("check", check, MODES)
+    return check
+
+
+def watch_learning(model: nn.Module, mode: str | None = None) -> None:
+    """Start to watch all adapters of a model, in place of an earlier watch, whose mode is kept without another."""
+    before = getattr(model, "fastlora_learning", None)
+    if before is not None:
+        before.close()
+        mode = mode or before.mode
+    if mode in ("raise", "warn"):
+        model.fastlora_learning = LearningCheck(model, mode)

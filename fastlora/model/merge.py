@@ -1,0 +1,164 @@
+"""Fold adapters into the frozen weights and take them out again; switch them off for a while."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .._utils.distributed import shards
+from .._utils.errors import check_flag, unknown_choice
+from .._utils.reporting import Report, check_progress, reporting
+from ..nn.linear import DEFAULT, Linear, adapted_layers
+from ..nn.quantized import dequantized, foreign_base, put_back, replace_weight, requantized
+from ..nn.routing import Route
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 1.0  # seconds of a merge before a bar shows up
+
+
+def _layers(model: nn.Module) -> dict[str, Linear]:
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model: has no adapters; call fastlora.inject first")
+    return layers
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module,
+    adapter: str = DEFAULT,
+    *,
+    requantize: bool = False,
+    progress: bool | Report | None = None,
+) -> nn.Module:
+    """``W ← W + s B A``, summed in fp32 (float64 for float64) by blocks of rows and rounded once to the weight's dtype.
+
+    The forward is then the base's alone. All layers or none: a delta or a merged weight that is not finite raises
+    ``ValueError`` naming the layer before any weight changes, as does a layer that is merged already.
+
+    A quantized base is refused, because rounding to its grid may lose the update; with ``requantize`` the sum is
+    quantized anew, as the weight was, and a warning says how much of the update the rounding moved. ``progress``: True
+    for a bar (needs tqdm), None for one in a terminal when it takes a second, or the log; False; or a callable.
+    """
+    layers = _layers(model)
+    check_flag(requantize, "requantize")
+    check_progress(progress)
+    if shards(model):
+        raise ValueError("model: is sharded by fully_shard; save the adapter, and load and merge it in one process")
+    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
+    if adapter not in names:
+        raise unknown_choice("adapter", adapter, names)
+    layers = {path: layer for path, layer in layers.items() if layer.merged or adapter in layer.adapter_specs}
+    users = _users(model)
+    for path, layer in layers.items():
+        _refuse(path, layer, users, requantize)
+    merged: dict[str, torch.Tensor] = {}
+    losses: dict[str, float] = {}
+    with reporting(progress, len(layers), "merge", "layer", _PATIENCE) as report:
+        for done, (path, layer) in enumerate(layers.items(), 1):
+            if foreign_base(layer) is None:
+                weight = layer.merged_weight(adapter)
+            else:
+                weight, losses[path] = _quantised_sum(path, layer, adapter)
+            if weight is None:
+                raise ValueError(f"model: merging {path!r} gives weights that are not finite")
+            merged[path] = weight
+            report(done, len(layers), math.nan)
+    for path, layer in layers.items():
+        _put_in(layer, merged[path], adapter)
+    if losses:
+        worst = max(losses, key=losses.__getitem__)
+        logger.warning(
+            "merge: rounding to the quantized grid moved the merged weight of %r by %.2f of its update, the most of %d "
+            "layers; merge into the model in full precision to lose nothing",
+            worst, losses[worst], len(losses),
+        )  # fmt: skip
+    return model
+
+
+def _users(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold a parameter, by its id."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(name)
+    return users
+
+
+def _refuse(path: str, layer: Linear, users: Mapping[int, list[str]], requantize: bool) -> None:
+    """``ValueError`` for a layer that cannot be merged."""
+    foreign = foreign_base(layer)
+    if foreign is not None and not requantize:
+        raise ValueError(
+            f"model: {path!r} is quantized ({foreign}), and rounding may lose the update; save the adapter, and load "
+            "and merge it into the model in full precision, or accept the rounding with requantize=True"
+        )
+    # An attention module holds the weight of its stacked projection.
+    holder = path if "weight" in layer._parameters else path.rpartition(".")[0]
+    sharing = [name for name in users[id(layer.weight)] if name != holder]
+    if sharing:
+        raise ValueError(f"model: {path!r} and {sharing[0]!r} share one weight and cannot be merged")
+    if layer.merged:
+        raise ValueError(f"model: {path!r} is merged already")
+
+
+def _quantised_sum(path: str, layer: Linear, adapter: str) -> tuple[torch.Tensor | None, float]:
+    """The merged weight, quantized as the layer's is, and the rounding's norm over the update's."""
+    if not any(layer.ranks(adapter).values()):
+        return layer.weight, 0.0
+    delta = layer.delta(adapter)
+    exact = dequantized(layer) + delta
+    if not exact.isfinite().all():
+        return None, math.nan
+    try:
+        weight = requantized(layer, exact)
+    except ValueError as error:
+        raise ValueError(f"model: {path!r}: {error}") from error
+    moved = dequantized(layer, weight) - exact
+    if not moved.isfinite().all():
+        return None, math.nan
+    return weight, float(moved.norm() / delta.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _put_in(layer: Linear, weight: torch.Tensor, adapter: str) -> None:
+    # The rounding of a low-precision merge cannot be undone by subtraction: keep the original.
+    if foreign_base(layer) is None:
+        layer.unmerged_weight = layer.weight.detach().clone()
+        layer.weight.copy_(weight)
+    else:
+        layer.unmerged_weight = replace_weight(layer, weight)
+    layer.merged = (adapter,)
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put back the weights as they were before ``merge``, bit for bit; ``ValueError`` if nothing is merged."""
+    layers = [layer for layer in _layers(model).values() if layer.merged]
+    if not layers:
+        raise ValueError("model: nothing is merged")
+    for layer in layers:
+        if foreign_base(layer) is None:
+            layer.weight.copy_(layer.unmerged_weight)
+        else:
+            put_back(layer, layer.unmerged_weight)
+        del layer.unmerged_weight
+        layer.merged = ()
+    return model
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, every forward of this thread is the base model's; so is one that checkpointing repeats later."""
+    routers = {layer.router for layer in _layers(model).values()}
+    before = [(router, router.open(Route(False, router.default.adapter))) for router in routers]
+    try:
+        yield model
+    finally:
+        for router, route in before:
+            router.open(route, reopened=True)

@@ -1,0 +1,161 @@
+"""Other ranks for a model's matrices: those given, or those that follow from scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.distributed import refuse_parallel
+from .._utils.errors import check_flag, check_rank, suggestion, unknown_choice
+from ..config import LoraConfig
+from ..importance.allocation import allocate
+from ..nn.adapter import new_factors
+from ..nn.linear import DEFAULT, Linear, adapted_layers, checked_ranks, matrix_key
+from ..ops.multi_tensor import copy_overlap_
+from .learning_check import watch_learning
+from .summary import summary
+
+
+def set_ranks(
+    model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT, reinit: bool = False, keep: bool = False
+) -> nn.Module:
+    """Give matrices new ranks, with fresh factors; the scale ``s`` stays (``scale="per_rank"``: follows the rank).
+
+    Keys are matrix keys; others keep their rank and factors. Rank 0 removes the adapter of a matrix. Refused once B is
+    not zero, because its training would be lost, unless ``reinit``, or ``keep``: then the first min(r, r') rows of A
+    and columns of B stay, all matrices copied in one launch, and further columns of B are zero, so that a matrix which
+    grows computes what it did. Raises ``ValueError`` with the model unchanged.
+    """
+    refuse_parallel(model, "set_ranks")
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("model: has no adapters; call fastlora.inject first")
+    check_flag(reinit, "reinit")
+    if check_flag(keep, "keep") and reinit:
+        raise ValueError("keep: expected keep or reinit, got both")
+    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
+    if adapter not in names:
+        raise unknown_choice("adapter", adapter, names)
+    layers = {path: layer for path, layer in layers.items() if adapter in layer.adapter_specs}
+    known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
+    config = getattr(model, "fastlora_configs", {}).get(adapter)
+    if not isinstance(ranks, Mapping):
+        raise ValueError(f"ranks: expected a mapping of matrix keys to ranks, got {type(ranks).__name__}")
+    wanted: dict[str, dict[str, int]] = {}
+    for key, rank in ranks.items():
+        if key not in known:
+            raise ValueError(f"ranks: unknown matrix {key!r}{suggestion(str(key), list(known))}")
+        path, name = known[key]
+        wanted.setdefault(path, {})[name] = rank
+    replaced = []
+    for path, changed in wanted.items():
+        layer = layers[path]
+        checked_ranks(changed, layer.in_features, layer.slices, path)
+        trained = any(b is not None and bool(b.detach().any()) for b in layer.lora_B[adapter]._parameters.values())
+        if trained and not (reinit or keep) and layer.adapter_specs[adapter].init is not False:
+            raise ValueError(
+                f"ranks: {path!r} has been trained (B is not zero); pass reinit=True to start it afresh, or keep=True"
+            )
+        if layer.merged:
+            raise ValueError(f"ranks: {path!r} is merged; call fastlora.unmerge first")
+        if layer.router.awaits_backward(adapter):
+            raise ValueError(
+                f"ranks: a forward of {adapter!r} awaits its backward, whose gradients would be lost; run it, or let "
+                "go of the forward's outputs"
+            )
+        replaced.append((layer, *_resized(layer, changed, adapter, config)))
+    if keep:
+        _keep_trained(replaced, adapter)
+    for layer, spec, A, B in replaced:
+        layer.install(adapter, spec, A, B)
+    watch_learning(model)  # the factors are new
+    return model
+
+
+@torch.no_grad()
+def _keep_trained(replaced: list[tuple], adapter: str) -> None:
+    """Copy what both ranks have from the old factors into the new ones, whose other columns of B become zero."""
+    to: list[Tensor] = []
+    source: list[Tensor] = []
+    for layer, _, A, B in replaced:
+        for name, b in B._parameters.items():
+            old_A, old_B = (f[adapter]._parameters[name] for f in (layer.lora_A, layer.lora_B))
+            if b is None or old_B is None or b is old_B:
+                continue
+            kept = min(len(old_A), b.shape[1])
+            to += [A._parameters[name].detach()[:kept], b.detach()]
+            source += [old_A.detach(), old_B.detach()]
+    copy_overlap_(to, source)
+
+
+def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: LoraConfig | None):
+    spec, ranks = layer.adapter_specs[adapter], layer.ranks(adapter)
+    scale = dict(spec.scale)
+    for name, rank in changed.items():
+        if config is not None and config.scale == "per_rank":
+            exponent = 0.5 if config.use_rslora else 1.0
+            scale[name] *= ((ranks[name] or config.r) / (rank or config.r)) ** exponent
+    # The factors may have been moved to another dtype since the adapter was made.
+    dtype = next((p.dtype for p in layer.lora_B[adapter].parameters()), spec.dtype)
+    spec = replace(spec, scale=scale, dtype=dtype)
+    with torch.no_grad():
+        A, B = new_factors(layer.slices, {**ranks, **changed}, layer.in_features, spec, layer.weight.device)
+        for name in layer.slices:
+            if name not in changed and ranks[name]:
+                A._parameters[name], B._parameters[name] = (
+                    layer.lora_A[adapter]._parameters[name],
+                    layer.lora_B[adapter]._parameters[name],
+                )
+    for factors, old in ((A, layer.lora_A[adapter]), (B, layer.lora_B[adapter])):
+        factors.train(old.training)
+        for name, parameter in factors.named_parameters():
+            before = old._parameters[name]
+            parameter.requires_grad_(before is None or before.requires_grad)
+    return spec, A, B
+
+
+def reallocate(
+    model: nn.Module,
+    scores: Mapping[str, float],
+    budget: int | None = None,
+    r_min: int = 2,
+    r_max: int | None = None,
+    *,
+    adapter: str = DEFAULT,
+    reinit: bool = False,
+    **options: Any,
+) -> dict[str, int]:
+    """``allocate`` and ``set_ranks`` in one: fresh factors at ranks that follow the scores. Returns the ranks.
+
+    ``budget``: the ranks that the scored matrices have now, n r for a uniform r; with ``unit="params"`` their
+    parameters. ``r_max``: twice the largest rank there is now. No rank exceeds min(N, K). The default floor is 2, as
+    FIM-LoRA needs it: with 1 ranks split in two camps. Further ``options`` go to ``allocate``; ``reinit`` to
+    ``set_ranks``, which refuses trained adapters without it.
+
+    Raises ``ValueError`` for scores of unknown matrices and whatever the two functions refuse; the model is then as it
+    was. Source: FIM-LoRA (rank proportional to the score at the same total), here without overspending.
+    """
+    rows = {row.key: row for row in summary(model, adapter).rows}
+    if not rows or not adapted_layers(model):
+        raise ValueError("model: has no adapters; call fastlora.inject first")
+    if not isinstance(scores, Mapping):
+        raise ValueError(f"scores: expected a mapping of matrix keys to numbers, got {type(scores).__name__}")
+    check_rank(r_min, "r_min", minimum=0)
+    if r_max is not None:
+        check_rank(r_max, "r_max")
+    for key in scores:
+        if key not in rows:
+            raise ValueError(f"scores: unknown matrix {key!r}{suggestion(str(key), list(rows))}")
+    scored = [rows[key] for key in scores]
+    if budget is None:
+        budget = sum(row.params if options.get("unit") == "params" else row.rank for row in scored)
+    ceiling = 2 * max((row.rank for row in scored), default=0) if r_max is None else r_max
+    caps = {row.key: min(ceiling, row.in_features, row.out_features) for row in scored}
+    floors = {key: min(r_min, cap) for key, cap in caps.items()} if r_max is None else r_min
+    ranks = allocate(scores, budget, floors, caps, **options)
+    set_ranks(model, ranks, adapter, reinit)
+    return ranks

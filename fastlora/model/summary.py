@@ -1,0 +1,189 @@
+"""What is in a model: adapters by matrix, parameter counts, and the backend of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .._utils.errors import unknown_choice
+from .._utils.reporting import rich_table, text_table
+from ..nn.adapter import WHOLE
+from ..nn.linear import DEFAULT, FrozenLinear, Linear, adapted_layers, matrix_key
+from ..nn.quantized import compute_dtype, foreign_base, update_backend
+from ..ops.backends import choose
+from ..ops.matmul import AUTO, ENGINES, UNPACKED
+from ..tracking.penalty import FisherPenalty
+from .modules import role_targets
+from .trainable import ROLES_OF_PARAMETERS, parameter_roles
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted matrix: ``params = r (N + K)``."""
+
+    key: str
+    in_features: int
+    out_features: int
+    rank: int
+    scale: float
+    params: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Adapted matrices and parameter counts; ``print`` gives plain text, ``rich.print`` a table with lines."""
+
+    rows: tuple[Row, ...]
+    adapter_params: int
+    head_params: int
+    other_trainable: int
+    total_params: int
+    norm_params: int = 0  # of other_trainable
+    bias_params: int = 0  # of other_trainable
+    modules_by_role: Mapping[str, int] = field(default_factory=dict)  # adapted modules: attention, mlp, other
+
+    @property
+    def costs(self) -> dict[str, int]:
+        """Parameters that one rank of each matrix costs, N + K."""
+        return {row.key: row.in_features + row.out_features for row in self.rows}
+
+    def _parts(self) -> tuple[tuple[str, ...], list[tuple], list[str]]:
+        """Header, cells, and the lines below."""
+        head = ("matrix", "in", "out", "rank", "scale", "params")
+        rows = [(r.key, r.in_features, r.out_features, r.rank, f"{r.scale:g}", f"{r.params:,}") for r in self.rows]
+        share = self.adapter_params / max(self.total_params, 1)
+        roles = ", ".join(f"{role} {count}" for role, count in self.modules_by_role.items() if count)
+        trained = (
+            f"adapters {self.adapter_params:,} ({share:.2%} of {self.total_params:,}), "
+            f"head {self.head_params:,}, other trainable {self.other_trainable:,}"
+        )
+        return head, rows, [f"adapted modules: {roles or 'none'}", trained]
+
+    def __str__(self) -> str:
+        head, rows, below = self._parts()
+        return "\n".join([text_table(head, rows), *below])
+
+    def __rich__(self) -> Any:
+        return rich_table(*self._parts(), numbers=range(1, 6))
+
+
+def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
+    """Count what is trained: adapters, the head, and the rest. ``ValueError`` without adapters or a policy."""
+    layers = adapted_layers(model)
+    if not layers and getattr(model, "fastlora_policy", None) is None:
+        raise ValueError("model: has no adapters; call fastlora.inject first")
+    rows, adapted = [], []
+    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
+    if names and adapter not in names:
+        raise unknown_choice("adapter", adapter, names)
+    for path, layer in layers.items():
+        if adapter not in layer.adapter_specs:
+            continue
+        ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
+        if any(ranks.values()):
+            adapted.append(path)
+        for name, n in layer.slices.items():
+            params = ranks[name] * (n + layer.in_features)
+            rows.append(Row(matrix_key(path, name), layer.in_features, n, ranks[name], scales[name], params))
+    roles, counts, total = parameter_roles(model, adapter), dict.fromkeys(ROLES_OF_PARAMETERS, 0), 0
+    # Two weights of 4 bits lie in one byte.
+    packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if foreign_base(m) is not None}
+    for parameter in model.parameters():
+        total += packed.get(id(parameter), parameter.numel())
+        if parameter.requires_grad:
+            counts[roles[id(parameter)]] += parameter.numel()
+    other = counts["norm"] + counts["bias"] + counts["other"]
+    return Summary(
+        tuple(rows),
+        sum(r.params for r in rows),
+        counts["head"],
+        other,
+        total,
+        counts["norm"],
+        counts["bias"],
+        _modules_by_role(model, adapted),
+    )
+
+
+def _modules_by_role(model: nn.Module, paths: list[str]) -> dict[str, int]:
+    counts = {role: len(set(role_targets(model, role)).intersection(paths)) for role in ("attention", "mlp")}
+    return {**counts, "other": len(paths) - sum(counts.values())}
+
+
+_EXPLAINED = ("layer", "backend", "matmul engine", "why not a faster one")
+
+
+class ExplainedLayer(NamedTuple):
+    """How one layer runs."""
+
+    path: str
+    backend: str
+    engine: str
+    remarks: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How each layer runs and why not faster; prints as ``Summary`` does."""
+
+    rows: tuple[ExplainedLayer, ...]
+    packed_bytes: int
+    penalty: dict[str, tuple[str, str]]  # by adapter: "native" (one launch) or "formula", and why not native
+
+    def _below(self) -> list[str]:
+        lines = [f"packed copies of frozen weights: {self.packed_bytes / 2**20:.1f} MiB"]
+        return lines + [f"penalty of {name}: {how}{why and f' ({why})'}" for name, (how, why) in self.penalty.items()]
+
+    def __str__(self) -> str:
+        return "\n".join([text_table(_EXPLAINED, list(self.rows)), *self._below()])
+
+    def __rich__(self) -> Any:
+        return rich_table(_EXPLAINED, list(self.rows), self._below(), numbers=range(0))
+
+
+def _engine(weight: Tensor, engine: str) -> str:
+    """The engine that was measured to be fastest for this weight, by direction, or how it will be found."""
+    if weight.device.type != "cpu":
+        return "the device's own"
+    measured = sorted({f"{kind.partition(',')[0]}: {choice.name}" for kind, choice in ENGINES.choices(weight).items()})
+    packed = ENGINES.packed_bytes(weight)
+    text = ", ".join(measured) or (f"{engine}, not measured yet" if engine in (AUTO, UNPACKED) else engine)
+    return text + (f" (packed {packed / 2**20:.2f} MiB)" if packed else "")
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Backend and matmul engine of each layer, for inputs of its weight's dtype, and why others are passed over."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    rows, packed = [], 0
+    for path, layer in model.named_modules():
+        if not isinstance(layer, (Linear, FrozenLinear)):
+            continue
+        packed += ENGINES.packed_bytes(layer.weight)
+        engine = _engine(layer.weight, layer.engine)
+        if isinstance(layer, FrozenLinear):
+            rows.append(ExplainedLayer(path, "frozen", engine, ""))
+            continue
+        foreign = foreign_base(layer)
+        dtype = layer.weight.dtype if foreign is None else compute_dtype(layer)
+        wanted = layer.backend if foreign is None else update_backend(layer)
+        backend, passed = choose(wanted, layer.weight.device, dtype)
+        together = "" if layer.group is None else f"with {len(layer.group.layers) - 1} siblings; "
+        if foreign is not None:
+            engine, together = f"{foreign}'s own", "a quantized base runs alone; "
+        kind = "split q/k/v; " if set(layer.slices) != {WHOLE} else ""
+        every = max((probe.every or 1 for probe in layer.probes.values()), default=1)
+        together += f"statistics every {every} steps; " if every > 1 else ""
+        why = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
+        rows.append(ExplainedLayer(path, backend.name, engine, (kind + together + why).rstrip("; ")))
+    return Explanation(tuple(rows), packed, _penalties(model))
+
+
+def _penalties(model: nn.Module) -> dict[str, tuple[str, str]]:
+    layers = adapted_layers(model)
+    regulariser = FisherPenalty(layers, [(path, name) for path, layer in layers.items() for name in layer.slices])
+    names = dict.fromkeys(name for layer in layers.values() for name in layer.adapter_names)
+    return {name: regulariser.backend(name) for name in names}

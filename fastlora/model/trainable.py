@@ -1,0 +1,354 @@
+"""What is trained: blocks, parameter roles, policies, presets, param_groups."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .._utils.errors import check_number, suggestion, unknown_choice
+from ..config import LoraConfig
+from ..nn.linear import DEFAULT, adapted_layers
+from .inject import inject, refuse_adapted, target_names
+from .modules import HEADS, is_head
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a policy trains; the head always is. The final norm is trained under ``norms="all"`` only."""
+
+    lora: str = "none"  # adapters on the linears of "all" blocks or of the "deep" ones
+    norms: str = "none"  # norms of "all" the model, of the "blocks", or of the "shallow" ones: those without adapters
+    biases: bool = False
+
+
+# A further policy is one line here.
+POLICIES: Mapping[str, Policy] = {
+    "deep_lora": Policy(lora="deep", norms="shallow"),
+    "lora_only": Policy(lora="all"),
+    "norm_only": Policy(norms="all"),
+    "hybrid_parallel": Policy(lora="all", norms="blocks"),
+    "bitfit": Policy(biases=True),
+    "head_only": Policy(),
+}
+
+
+def apply_policy(model: nn.Module, name: str, config: Any = None, *, deep: int | None = None) -> nn.Module:
+    """Choose what is trained, by layer; everything else is frozen. Changes the model in place and returns it.
+
+    =================  ==============================================================================
+    deep_lora          adapters on the deepest third of the blocks, the norms of the other blocks
+    lora_only          adapters on every block
+    norm_only          every norm
+    hybrid_parallel    adapters and norms on every block (the final norm stays frozen)
+    bitfit             every bias (Ben Zaken et al., "BitFit", ACL 2022)
+    head_only          nothing else
+    =================  ==============================================================================
+
+    Each trains the head too: ``config.modules_to_save``, or the model's own classifier. Adapters go on all linears of a
+    block unless ``config.target_modules`` says which; a fused qkv gets one dense adapter unless ``split_qkv``.
+    ``deep`` is the number of deep blocks in each stack, a third (rounded) if None. ``config`` may be left out.
+
+    Raises ``ValueError`` naming the argument, with the model as it was, for an unknown policy, a model without blocks,
+    norms, biases or a head where the policy needs them, and whatever ``inject`` refuses.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(name, str) or name not in POLICIES:
+        raise unknown_choice("name", name, tuple(POLICIES))
+    chosen = POLICIES[name]
+    config = LoraConfig() if config is None else copy.copy(LoraConfig.coerce(config))
+    refuse_adapted(model)
+    heads = _heads(model, config, needed=name == "head_only")
+    deep_blocks, shallow = _split(model, name, chosen, deep)
+    norms = _norms(model, name, chosen, deep_blocks + shallow, shallow, heads)
+    biases = _biases(model, name) if chosen.biases else []
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        # A policy says what is trained, also where it was frozen before.
+        for module in (*heads, *norms):
+            model.get_submodule(module).requires_grad_(True)
+        if chosen.lora != "none":
+            inject(model, _adapters(model, config, deep_blocks, [*heads, *norms]))
+        else:
+            model.requires_grad_(False)
+            for module in (*heads, *norms):
+                model.get_submodule(module).requires_grad_(True)
+            for parameter in biases:
+                parameter.requires_grad_(True)
+    except BaseException:
+        for parameter, needs in flags:
+            parameter.requires_grad_(needs)
+        raise
+    model.fastlora_policy = AppliedPolicy(name, tuple(heads))
+    return model
+
+
+def _heads(model: nn.Module, config: LoraConfig, needed: bool) -> list[str]:
+    names = [n for n, _ in model.named_modules()]
+    wanted = list(config.modules_to_save or ())
+    for suffix in wanted:
+        if not any(n == suffix or n.endswith("." + suffix) for n in names):
+            near = suggestion(suffix, names)
+            raise ValueError(f"modules_to_save: {suffix!r} matches no module of {type(model).__name__}{near}")
+    found = [n for n in names if any(n == w or n.endswith("." + w) for w in wanted)] if wanted else task_heads(model)
+    if needed and not found:
+        raise ValueError(f"model: {type(model).__name__} has no head that is known; name it in config.modules_to_save")
+    return found
+
+
+def _split(model: nn.Module, name: str, chosen: Policy, deep: int | None) -> tuple[list[str], list[str]]:
+    """Blocks with adapters, and the others."""
+    if deep is not None and (isinstance(deep, bool) or not isinstance(deep, int) or deep < 1):
+        raise ValueError(f"deep: expected a positive number of blocks or None for a third, got {deep!r}")
+    if deep is not None and chosen.lora != "deep":
+        raise ValueError(f"deep: policy {name!r} does not tell deep blocks from others")
+    if chosen.lora == "none" and chosen.norms not in ("blocks", "shallow"):
+        return [], []
+    stacks = block_stacks(model)
+    if not stacks:
+        raise ValueError(
+            f"model: policy {name!r} needs blocks: several modules of one class in a Sequential or ModuleList, each "
+            f"with a linear and a norm; {type(model).__name__} has none"
+        )
+    if chosen.lora != "deep":
+        return [block for blocks in stacks for block in blocks], []
+    below, above = [], []
+    for blocks in stacks:
+        count = max(1, round(len(blocks) / 3)) if deep is None else deep
+        if count > len(blocks):
+            raise ValueError(f"deep: the stack of {blocks[0]!r} has {len(blocks)} blocks, got {deep}")
+        below += blocks[:-count]
+        above += blocks[-count:]
+    return above, below
+
+
+def _norms(
+    model: nn.Module, name: str, chosen: Policy, blocks: list[str], shallow: list[str], heads: list[str]
+) -> list[str]:
+    if chosen.norms == "none":
+        return []
+    inside = {"all": [""], "blocks": blocks, "shallow": shallow}[chosen.norms]
+    found = [n for block in inside for n in norms_of(model, block)]
+    found = [n for n in found if not any(n == head or n.startswith(head + ".") for head in heads)]
+    if inside and not found:
+        raise ValueError(f"model: policy {name!r} trains norms; {type(model).__name__} has none with parameters")
+    return found
+
+
+def _biases(model: nn.Module, name: str) -> list[nn.Parameter]:
+    found = [p for n, p in model.named_parameters() if n.rpartition(".")[2] in ("bias", "in_proj_bias")]
+    if not found:
+        raise ValueError(f"model: policy {name!r} trains biases; {type(model).__name__} has none")
+    return found
+
+
+def _adapters(model: nn.Module, config: LoraConfig, blocks: list[str], saved: list[str]) -> LoraConfig:
+    """The config that puts adapters on these blocks and trains ``saved`` whole, all by full name."""
+    if config.target_modules is None:
+        config.target_modules = "all-linear"
+    if config.split_qkv is None:
+        config.split_qkv = config.target_modules in ("qkv", "attention")
+    every = target_names(model, config)
+    names = [n for n in every if any(n.startswith(block + ".") for block in blocks)]
+    if not names:
+        raise ValueError(f"target_modules: {config.target_modules!r} matches nothing inside the blocks {blocks}")
+    modules = [n for n, _ in model.named_modules()]
+    for field, wanted in (("target_modules", names), ("modules_to_save", saved)):
+        extra = [n for n in modules if n not in wanted and any(n.endswith("." + w) for w in wanted)]
+        if extra:
+            raise ValueError(
+                f"{field}: {extra[0]!r} ends like the name of a chosen module; PEFT could not tell them apart"
+            )
+    config.target_modules, config.exclude_modules, config.modules_to_save = names, None, saved or None
+    return config
+
+
+def param_groups(
+    model: nn.Module,
+    lr_lora: float | Mapping[str, float] = 5e-4,
+    lr_norm: float = 1e-3,
+    lr_head: float = 1e-3,
+    weight_decay: float | Mapping[str, float] = 0.0,
+    adapter: str = DEFAULT,
+    *,
+    lr_bias: float = 1e-3,
+) -> list[dict[str, Any]]:
+    """Trainable parameters as groups named lora, norm, bias, head and other, for any torch optimiser.
+
+    A ``weight_decay`` applies to head and other; adapters, norms and biases get 0. A mapping of group names to numbers
+    sets it group by group (0 where a name is missing). ``other`` takes ``lr_head``. Empty groups are left out. Several
+    adapters have a group lora each, with the adapter's name under ``"adapter"``; ``lr_lora`` may be a mapping of those.
+
+    Raises ``ValueError`` for a model with neither adapters nor a policy, and for rates and decays that are no finite
+    numbers >= 0, by name.
+    """
+    if not adapted_layers(model) and getattr(model, "fastlora_policy", None) is None:
+        raise ValueError("model: has no adapters; call fastlora.inject first")
+    by_adapter = _adapter_rates(model, lr_lora)
+    if adapter != DEFAULT and adapter not in list(by_adapter):
+        raise unknown_choice("adapter", adapter, list(by_adapter))
+    rates = {"lora": ("lr_lora", next(iter(by_adapter.values()), 0.0)), "norm": ("lr_norm", lr_norm)}
+    rates["bias"] = ("lr_bias", lr_bias)
+    rates |= dict.fromkeys(("head", "other"), ("lr_head", lr_head))
+    decays = _decays(weight_decay)
+    groups: dict[str, dict[str, Any]] = {}
+    for name in ROLES_OF_PARAMETERS:
+        groups[name] = {
+            "name": name,
+            "params": [],
+            "lr": check_number(*rates[name]),
+            "weight_decay": decays.get(name, 0.0),
+        }
+    roles = parameter_roles(model, adapter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[roles[id(parameter)]]["params"].append(parameter)
+    lora = groups.pop("lora")
+    split = [lora] if len(by_adapter) < 2 else _by_adapter(model, lora, by_adapter)
+    return [group for group in (*split, *groups.values()) if group["params"]]
+
+
+def _adapter_rates(model: nn.Module, lr_lora: float | Mapping[str, float]) -> dict[str, float]:
+    names = list(dict.fromkeys(n for layer in adapted_layers(model).values() for n in layer.adapter_names))
+    if not isinstance(lr_lora, Mapping):
+        return dict.fromkeys(names, check_number("lr_lora", lr_lora))
+    if set(lr_lora) != set(names):
+        raise ValueError(f"lr_lora: expected a rate for each of {names}, got {sorted(lr_lora)}")
+    return {name: check_number(f"lr_lora[{name!r}]", lr_lora[name]) for name in names}
+
+
+def _by_adapter(model: nn.Module, lora: dict[str, Any], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    owner = {
+        id(parameter): name
+        for layer in adapted_layers(model).values()
+        for name in layer.adapter_names
+        for factors in (layer.lora_A[name], layer.lora_B[name])
+        for parameter in factors.parameters()
+    }
+    return [
+        {**lora, "adapter": name, "lr": rate, "params": [p for p in lora["params"] if owner[id(p)] == name]}
+        for name, rate in rates.items()
+    ]
+
+
+def _decays(weight_decay: float | Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(weight_decay, Mapping):
+        return dict.fromkeys(("head", "other"), check_number("weight_decay", weight_decay))
+    for name in weight_decay:
+        if name not in ROLES_OF_PARAMETERS:
+            raise ValueError(f"weight_decay: expected group names among {ROLES_OF_PARAMETERS}, got {name!r}")
+    return {name: check_number(f"weight_decay[{name!r}]", value) for name, value in weight_decay.items()}
+
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+_NORM_NAME = re.compile(r"(layer|rms|batch|group)norm", re.IGNORECASE)
+_LINEAR_NAMES = ("Conv1D",)  # transformers' linear with a transposed weight
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation with parameters of its own; other libraries' are known by name."""
+    if not isinstance(module, _NORMS) and not _NORM_NAME.search(type(module).__name__):
+        return False
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def norms_of(model: nn.Module, name: str = "") -> list[str]:
+    """Full names of the norms inside a module of the model."""
+    return [n for n, m in model.named_modules() if is_norm(m) and (not name or n == name or n.startswith(name + "."))]
+
+
+def block_stacks(model: nn.Module) -> list[list[str]]:
+    """Names of the repeated blocks, shallow to deep, one list for each stack (an encoder, a tower).
+
+    A block is one of several children of one class in an ``nn.Sequential`` or ``nn.ModuleList``, each with a linear and
+    a norm inside; of nested ones the innermost counts. Stages (``layers.0.blocks``, ``layers.1.blocks``) are one stack.
+    """
+    found: dict[str, list[str]] = {}
+    for path, container in model.named_modules():
+        if not isinstance(container, (nn.Sequential, nn.ModuleList)):
+            continue
+        children = [(n, child) for n, child in container._modules.items() if child is not None and _is_block(child)]
+        if children and len({type(child) for _, child in children}) == 1:
+            found[path] = [f"{path}.{n}" if path else n for n, _ in children]
+    inner = {p: b for p, b in found.items() if not any(q != p and _inside(q, b) for q in found)}
+    stacks: dict[str, list[str]] = {}
+    for path, blocks in inner.items():
+        stacks.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", path), []).extend(blocks)
+    return [blocks for blocks in stacks.values() if len(blocks) > 1]
+
+
+def _is_block(module: nn.Module) -> bool:
+    linear = norm = False
+    for part in module.modules():
+        linear |= isinstance(part, nn.Linear) or type(part).__name__ in _LINEAR_NAMES
+        norm |= is_norm(part)
+    return linear and norm and not is_norm(module)
+
+
+def _inside(path: str, blocks: list[str]) -> bool:
+    return any(path == block or path.startswith(block + ".") for block in blocks)
+
+
+ROLES_OF_PARAMETERS = ("lora", "norm", "bias", "head", "other")
+
+
+class AppliedPolicy(NamedTuple):
+    """Which policy a model carries, and its head; kept as ``model.fastlora_policy``."""
+
+    name: str
+    heads: tuple[str, ...]
+
+
+def parameter_roles(model: nn.Module, adapter: str = DEFAULT) -> dict[int, str]:
+    """id of each parameter -> its role (``ROLES_OF_PARAMETERS``).
+
+    ``head``: inside a module that is trained and saved whole and is no norm. ``norm``: of a norm outside the head; its
+    bias is a ``bias`` where the weight stays frozen.
+    """
+    roles = {id(p): "bias" if n == "bias" or n.endswith(".bias") else "other" for n, p in model.named_parameters()}
+    for module in model.modules():
+        if is_norm(module):
+            own = dict(module.named_parameters(recurse=False))
+            if any(p.requires_grad for n, p in own.items() if n != "bias"):
+                roles.update((id(p), "norm") for p in own.values())
+    modules = dict(model.named_modules())
+    for name in head_modules(model, adapter):
+        roles.update((id(p), "head") for p in modules[name].parameters())
+    for layer in adapted_layers(model).values():
+        roles.update((id(p), "lora") for f in (layer.lora_A, layer.lora_B) for p in f.parameters())
+    return roles
+
+
+def saved_modules(model: nn.Module, adapter: str = DEFAULT) -> list[str]:
+    """Full names of the modules that are trained and saved whole (``modules_to_save``)."""
+    config = getattr(model, "fastlora_configs", {}).get(adapter)
+    wanted = list(config.modules_to_save or ()) if config is not None else []
+    return [n for n, _ in model.named_modules() if any(n == w or n.endswith("." + w) for w in wanted)]
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """Full names of the modules that classify; the output embedding of a language model is none."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_head(model, name, module) and not _embeds(model, module):
+            top = name.partition(".")[0]
+            found.append(top if top in HEADS else name)
+    return list(dict.fromkeys(found))
+
+
+def _embeds(model: nn.Module, head: nn.Module) -> bool:
+    getters = [getattr(m, "get_output_embeddings", None) for m in model.modules()]
+    return any(get() is head for get in getters if callable(get))
+
+
+def head_modules(model: nn.Module, adapter: str = DEFAULT) -> list[str]:
+    """Full names of the modules that are trained whole and are no norms."""
+    applied = getattr(model, "fastlora_policy", None)
+    names = [*saved_modules(model, adapter), *(applied.heads if applied is not None else ())]
+    modules = dict(model.named_modules())
+    return [n for n in dict.fromkeys(names) if not is_norm(modules[n])]

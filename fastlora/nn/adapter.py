@@ -1,0 +1,176 @@
+"""An adapter on a layer: factors by slice, initialisation, and the operand lists kept between calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.bound import BoundCall
+
+WHOLE = "weight"  # name of the one slice of a matrix that is not split
+
+
+class Factors(nn.Module):
+    """A or B of one adapter: one parameter a slice, ``None`` where the rank is 0."""
+
+    def __init__(self, tensors: Mapping[str, Tensor | None]):
+        super().__init__()
+        self.slices = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+
+    def forward(self) -> dict[str, Tensor | None]:
+        """The factor of every slice, as attributes give them: through parametrisations, pruning and replicas."""
+        return self.tensors()
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The factor of every slice as it is stored, whatever hooks a call would run."""
+        return {name: getattr(self, name) for name in self.slices}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{n}: {'rank 0' if p is None else tuple(p.shape)}" for n, p in self.tensors().items())
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What a layer knows of an adapter besides its tensors: scaling by slice, dropout, initialisation."""
+
+    scale: Mapping[str, float]
+    dropout: float
+    init: bool | str
+    dtype: torch.dtype
+
+    def with_scale(self, scale: Mapping[str, float]) -> AdapterSpec:
+        return replace(self, scale=dict(scale))
+
+
+def new_factors(
+    slices: Mapping[str, int], ranks: Mapping[str, int], in_features: int, spec: AdapterSpec, device: torch.device
+) -> tuple[Factors, Factors]:
+    """Fresh (A, B): A Kaiming uniform (``"gaussian"``: normal / r), B zero; ``init=False`` draws B like A.
+
+    slices: name -> N; ranks: name -> r; A [r, K], B [N, r].
+    """
+    A: dict[str, Tensor | None] = {}
+    B: dict[str, Tensor | None] = {}
+    for name, out_features in slices.items():
+        rank = ranks[name]
+        if rank == 0:
+            A[name] = B[name] = None
+            continue
+        a = torch.empty(rank, in_features, device=device, dtype=spec.dtype)
+        b = torch.zeros(out_features, rank, device=device, dtype=spec.dtype)
+        if spec.init == "gaussian":
+            nn.init.normal_(a, std=1 / rank)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if spec.init is False:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+        A[name], B[name] = a, b
+    return Factors(A), Factors(B)
+
+
+class Bundle:
+    """Layers that run together, and what their calls with given adapters take, kept while none of it is replaced.
+
+    Weights and factors are looked up as torch means it: a parameter that is replaced, a module that is hooked,
+    parametrised or replicated is noticed, and its tensors are asked for anew.
+    """
+
+    def __init__(self, layers: Sequence[Any]):
+        self.layers = tuple(layers)
+        self._kept: dict[tuple[str, ...], Operands] = {}
+
+    def kept(self, names: tuple[str, ...]) -> Operands:
+        """What a call with the adapters ``names`` takes; one that no layer has, has rank 0."""
+        kept = self._kept.get(names)
+        if kept is None or not kept.holds():
+            while kept is None and len(self._kept) >= _MOST_BOUND:
+                self._kept.pop(next(iter(self._kept)), None)
+            kept = self._kept[names] = Operands(self.layers, names)
+        return kept
+
+
+_MOST_BOUND = 16  # sets of adapters for which a bundle keeps its operands
+
+
+class Operands:
+    """A call, and where each of its tensors was found."""
+
+    def __init__(self, layers: Sequence[Any], names: tuple[str, ...]):
+        self.layers, self.changes = layers, [layer.changes for layer in layers]
+        self.stored: list[tuple[dict[str, Any], str, Any]] = []
+        self.read: list[tuple[Any, str, Any]] = []
+        self.factors: list[Factors] = []
+        self.hooked = False
+        W, bias = ([self._tensor(layer, name) for layer in layers] for name in ("weight", "bias"))
+        A, B, scale = [], [], []
+        for name in names:
+            for layer in layers:
+                here = name in layer.adapter_specs
+                factors = [self._factors(side, name) if here else {} for side in (layer.lora_A, layer.lora_B)]
+                for a, b, s in layer.factor_pairs(name, *factors):
+                    A.append(a)
+                    B.append(b)
+                    scale.append(s)
+        self.call = BoundCall(W, bias, A, B, scale, layers[0].backend, layers[0].engine)
+        self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
+        self._weights = W
+        self._hooks = [hooks for f in self.factors for hooks in (f._forward_pre_hooks, f._forward_hooks)]
+        self._attributes = [f.__dict__ for f in self.factors]
+        # Layers that run together drop alike.
+        specs = [layers[0].adapter_specs.get(name) for name in names]
+        self.dropout = [0.0 if spec is None else spec.dropout for spec in specs]
+        self.drops = any(self.dropout)
+
+    def _tensor(self, owner: Any, name: str) -> Any:
+        found = getattr(owner, name)
+        stored = owner.__dict__.get("_parameters", {})
+        if name in stored:
+            self.stored.append((stored, name, found))
+        else:  # a property, a parametrisation or a replica's plain attribute
+            self.read.append((owner, name, found))
+        return found
+
+    def _factors(self, side: nn.ModuleDict, name: str) -> dict[str, Tensor | None]:
+        factors = side[name]
+        self.stored.append((side._modules, name, factors))
+        self.factors.append(factors)
+        if hooked(factors):
+            self.hooked = True
+            return factors()
+        return {key: self._tensor(factors, key) for key in factors.slices}
+
+    def holds(self) -> bool:
+        """Whether every tensor is still where it was found, and no hook has to be asked for it."""
+        if self.hooked:
+            return False
+        for layer, changes in zip(self.layers, self.changes, strict=True):
+            if layer.changes != changes:
+                return False
+        for place, key, found in self.stored:
+            if place.get(key) is not found:
+                return False
+        for owner, name, found in self.read:
+            if getattr(owner, name) is not found:
+                return False
+        for w in self._weights:  # a parameter that is moved or cast stays the same object
+            if w.dtype is not self.dtype or w.device != self.device:
+                return False
+        for hooks in self._hooks:
+            if hooks:
+                return False
+        for attributes in self._attributes:
+            if "forward" in attributes:
+                return False
+        return True
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)

@@ -1,0 +1,257 @@
+"""What a tracked layer carries: zero leaves, the tap of the exact estimator, the token mask."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.layout import on_host
+from ..ops.probe_ops import measured, with_moments
+from ..ops.reference import accumulate_dtype
+from .probe_rows import refreshes_norms
+
+
+class Contribution(NamedTuple):
+    """One backward through one call of a layer, kept by the exact estimator until ``step``."""
+
+    micro: int
+    x: Tensor
+    dy: Tensor
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward keeps (x, dy): recorded if and only if backward ran."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, sink: list, micro: int, select: tuple[Tensor, bool] | None) -> Tensor:
+        ctx.sink, ctx.micro, ctx.select = sink, micro, select
+        ctx.save_for_backward(x)
+        # Not a view of y, which an owner could not add its bias to in place.
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, grad = ctx.saved_tensors[0].detach(), dy.detach()
+        if ctx.select is None or len(ctx.select[0]):  # an adapter that is absent from a batch contributes nothing
+            ctx.sink.append(Contribution(ctx.micro, selected(x, ctx.select), selected(grad, ctx.select)))
+        return dy, None, None, None, None
+
+
+def selected(tensor: Tensor, select: tuple[Tensor, bool] | None) -> Tensor:
+    """The entries of a tensor that are an adapter's: all, those of dimension 0, or rows."""
+    if select is None:
+        return tensor
+    index, flat = select
+    return (tensor.reshape(-1, tensor.shape[-1]) if flat else tensor).index_select(0, index)
+
+
+# Seconds of a statistic's fixed cost per group and step, its share of ``tracker.step()`` included, and of one operation
+# on one core, each within a factor of two (twelve S4 layers, S1): they only decide which layers are too small to be
+# sampled at every step.
+_FIXED_SECONDS, _FLOP_SECONDS = 130e-6, 1e-11
+_MOST_STEPS = 16
+
+
+def sampling_interval(rows: int, in_features: int, out_features: int, probes: int, kinds: int = 1) -> int:
+    """Every how many steps a group is sampled so that statistics cost at most 1 % of its own forward and backward.
+
+    ``cost = kinds * fixed + 2 M k (K + ΣN)`` operations against ``6 M K ΣN``; never above every 16th step.
+    """
+    step = 6 * rows * in_features * out_features * _FLOP_SECONDS
+    cost = kinds * _FIXED_SECONDS + 2 * rows * probes * (in_features + out_features) * _FLOP_SECONDS
+    return max(1, min(_MOST_STEPS, math.ceil(cost / (0.01 * step)))) if step else 1
+
+
+class LayerProbe:
+    """The statistics side of one adapted layer; the layer asks it for operands and hands it its output."""
+
+    def __init__(self, layer: Any, kinds: frozenset[str], estimator: str, owner: Any):
+        self.slices: Mapping[str, int] = layer.slices
+        self.width = layer.out_features
+        self.owner = owner
+        self.exact = estimator == "exact" and bool(kinds - {"act_var"})
+        self.every: int | None = owner.every  # None: decided by the first forward
+        self.live = True  # whether this step is sampled
+        self.looking = True  # whether this step looks at the columns' norms
+        self.P: Tensor | None = None
+        self.columns: Tensor | None = None  # [n, k] columns of x to measure each slice on, in place of P
+        self.Z: dict[str, Tensor] = {}
+        self.norms: dict[str, Tensor] = {}
+        self.backend = layer.backend
+        self.V: Tensor | None = None
+        self.taken: list[Contribution] = []
+        acc, device = accumulate_dtype(layer.weight.dtype), layer.weight.device
+        if estimator == "probe" and kinds - {"act_var"}:
+            self.Z = {
+                name: torch.zeros(rows, owner.probes, dtype=acc, device=device, requires_grad=True)
+                for name, rows in layer.slices.items()
+            }
+            if owner.probe_kind == "columns":
+                self.norms = {
+                    name: torch.zeros(layer.in_features, dtype=acc, device=device, requires_grad=True)
+                    for name in layer.slices
+                }
+        if "act_var" in kinds:
+            self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
+
+    def operands(
+        self, probes: Sequence[LayerProbe], x: Tensor, route: Any, samples: int | None = None
+    ) -> dict[str, Any]:
+        """Extra operands of the operator for layers that run together on ``x``, ``samples`` of it their adapter's.
+
+        Columns of x in a batch of several adapters, and rows of y under a mask, are left to ``tap``.
+        """
+        if not torch.is_grad_enabled():
+            return {}
+        if self.every is None and not torch.compiler.is_compiling():
+            width = sum(probe.width for probe in probes)
+            interval = sampling_interval(
+                x.shape[:-1].numel(), x.shape[-1], width, self.owner.probes, len(self.owner.kinds)
+            )
+            for probe in probes:
+                probe.every = interval
+                LayerProbe.turn(probe, self.owner.steps)
+        if not self.live:
+            return {}
+        found: dict[str, Any] = {}
+        if self.Z and (self.columns is None or route.batch is None):
+            P = self.P if self.columns is None else torch.cat([LayerProbe.index(probe) for probe in probes])
+            found |= {"Z": [z for probe in probes for z in probe.Z.values()], "P": P}
+            if self.owner.per_sample:
+                found["sign"] = self.owner.signs_for(x, samples)
+        if self.V is not None and route.mask is None:
+            found["V"] = [probe.V for probe in probes]
+        return found
+
+    def tap(self, x: Tensor, y: Tensor, route: Any, name: str) -> Tensor:
+        """The output as the layer returns it; ``route`` says which of its rows are the adapter's and count."""
+        if not self.live or not torch.is_grad_enabled():
+            return y
+        place = None if route.batch is None else (route.batch, name)
+        if self.V is not None and route.mask is not None and (place is None or name in tracked_adapters(route.batch)):
+            y = with_moments(y, self.V, token_mask_rows(x, route, name), self.backend)
+        if self.columns is not None:
+            return LayerProbe._measure(self, x, y, place) if self.looking or place else y
+        if not self.exact:
+            return y
+        if torch.compiler.is_compiling():
+            raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
+        select = None if place is None else place[0].select(place[1], x)
+        if select is not None and select[1] and self.owner.per_sample:
+            raise RuntimeError("track: 'fisher' needs samples: give use_adapters() one id a sample, not one a token")
+        return _Tap.apply(y, x, self.taken, self.owner.micro, select)
+
+    def index(self) -> Tensor:
+        """Columns of x [n, k] for its slices: a part of a layer has some of them."""
+        mine = [i for i, name in enumerate(self.slices) if name in self.Z]
+        return self.columns if len(mine) == len(self.columns) else self.columns[mine]
+
+    def _measure(self, x: Tensor, y: Tensor, place: tuple[Any, str] | None) -> Tensor:
+        """``y``, whose backward gives what the operator does not: norms of columns, and Q of one adapter of several."""
+        if place is not None and place[1] not in tracked_adapters(place[0]):
+            return y
+        rows, own = x.detach().reshape(-1, x.shape[-1]), None
+        if place is not None:
+            own = (place[0].rows(x).ids == place[0].names.index(place[1])).unsqueeze(1)
+        picked, Z = None, []
+        if place is not None:
+            index = LayerProbe.index(self)
+            picked, Z = torch.where(own, rows.index_select(1, index.reshape(-1)), 0).to(y.dtype), list(self.Z.values())
+            if self.owner.per_sample:
+                sign = self.owner.signs_for(x, place[0].samples(place[1])).to(picked.dtype).repeat(1, len(index))
+                picked = (picked.view(sign.shape[0], -1, sign.shape[1]) * sign.unsqueeze(1)).flatten(0, 1)
+        sizes, norms = [z.shape[0] for z in self.Z.values()], []
+        if self.looking:
+            norms, rows = [self.norms[name] for name in self.Z], rows if own is None else torch.where(own, rows, 0)
+        return measured(y, sizes, self.backend, picked, Z, rows if norms else None, norms)
+
+    def turn(self, step: int) -> None:
+        """Whether an optimiser step is sampled, and whether it looks at the columns' norms."""
+        self.live = self.every is None or step % self.every == 0
+        self.looking = refreshes_norms(step // (self.every or 1))
+
+    def advance(self, step: int) -> None:
+        """Forget what was taken and get ready for an optimiser step."""
+        LayerProbe.turn(self, step)
+        self.taken.clear()
+        for leaf in (*self.Z.values(), *self.norms.values(), *([] if self.V is None else [self.V])):
+            leaf.grad = None
+
+
+def tracked_adapters(batch: Any) -> Sequence[str]:
+    """The adapters of a batch that have statistics."""
+    # Data-parallel ranks name all adapters, so that they agree on gradients; one that is absent has no statistics.
+    on_host = batch.ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    return batch.present() if on_host else batch.names
+
+
+def group_operands(
+    probes: Mapping[str, Sequence[LayerProbe]], layers: Sequence[Any], route: Any, x: Tensor
+) -> dict[str, Any]:
+    """Extra operands of the grouped operator: lists over the batch's adapters, empty where one is not tracked."""
+    found, batch = {}, route.batch
+    for name, mine in probes.items():
+        if name not in tracked_adapters(batch):
+            continue
+        samples = batch.samples(name) if mine[0].owner.per_sample else None
+        found[name] = mine[0].operands(mine, x, route, samples)
+    Z, P, sign, V = [], [], [], []
+    acc = accumulate_dtype(x.dtype)
+    for name in batch.names:
+        own = found.get(name, {})
+        widths = [rows for layer in layers for rows in layer.slices.values()]
+        Z += own.get("Z", [x.new_zeros((rows, 0), dtype=acc) for rows in widths])
+        P.append(own.get("P", x.new_zeros((0, x.shape[-1]), dtype=torch.float32)))
+        sign.append(own.get("sign", x.new_zeros((0, 0), dtype=torch.float32)))
+        V += own.get("V", [x.new_zeros((2, layer.out_features + 1), dtype=torch.float64) for layer in layers])
+    if not any("V" in own for own in found.values()):
+        V = []
+    if not any("Z" in own for own in found.values()):
+        Z, P, sign = [], [], []
+    return {"Z": Z, "V": V, "P": P, "sign": sign}
+
+
+def token_mask_rows(x: Tensor, route: Any, name: str) -> Tensor | None:
+    """Which rows of ``x`` [*, K] a route's mask keeps that are an adapter's: bool [M], or None for all.
+
+    Raises ``ValueError`` where the mask is not one of x's tokens.
+    """
+    keep, tokens = route.mask, x.shape[:-1]
+    if keep is not None:
+        if keep.shape not in (tokens, (tokens.numel(),)):
+            seen = tuple(tokens)
+            raise ValueError(f"mask: {tuple(keep.shape)} given, but a layer sees {seen} tokens; accepted: {seen}")
+        keep = keep.reshape(-1).to(x.device, non_blocking=True)
+    if route.batch is None:
+        return keep
+    own = route.batch.rows(x).ids == route.batch.names.index(name)
+    return own if keep is None else own & keep
+
+
+@contextlib.contextmanager
+def masked(layers: Mapping[str, Any], mask: Tensor) -> Iterator[None]:
+    """Inside, the ways of this thread through the layers have the mask."""
+    routers = list({id(layer.router): layer.router for layer in layers.values()}.values())
+    before = [(router, router.open(router.current().masked(mask), reopened=True)) for router in routers]
+    try:
+        yield
+    finally:
+        for router, outer in before:
+            router.open(outer, reopened=True)
+
+
+def checked_mask(mask: object) -> Tensor:
+    """A mask as booleans; ``ValueError`` for what is none."""
+    kinds = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    if not isinstance(mask, Tensor) or mask.dtype not in kinds or mask.dim() not in (1, 2):
+        given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask: expected booleans or integers [S, T] or [M], 1 a token that counts, got {given}")
+    if on_host(mask.device) and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(f"mask: expected 0 and 1 only, got {sorted(set(mask.flatten().tolist()) - {0, 1})[:4]}")
+    return mask.bool()

@@ -1,0 +1,211 @@
+"""How P is drawn: Rademacher rows, sampled columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.multi_tensor import Signs, squared_norms
+from ..ops.reference import column_shares, philox, signs
+
+_COLUMN_TAG = 3  # fourth Philox counter word: draws share no bits with signs
+_AHEAD = 64  # steps whose random numbers are made at once: a step alone costs as many launches
+_DECAY = 0.9  # of the norms, at every look
+# Norms are looked at in the first steps that are sampled, and then in every eighth: they change slowly, and a look
+# costs twice what the probes do.
+LOOK_FIRST, LOOK_EVERY = 8, 8
+
+
+def refreshes_norms(sampled: int) -> bool:
+    """Whether a tracker looks at the columns' norms in the n-th step that it samples."""
+    return sampled < LOOK_FIRST or sampled % LOOK_EVERY == 0
+
+
+class ColumnSampler:
+    r"""k columns of x for every matrix, drawn with replacement from (seed, step, matrix) and the norms seen before.
+
+    .. math:: \sum_i w_i \lVert G_{:, j_i} \rVert^2,\quad \sum_i w_i \lVert G_{:, j_i} \rVert_1,\quad
+              w_i = \frac{1}{k\, p_{j_i}},\quad p = 0.9\, q + 0.1 / K
+
+    q follows an average of the squared norms ``sum_m ||dy_m||^2 x_mj^2``. The weights are applied to Q in ``values``,
+    so that what a layer multiplies are columns of x as they are. Shares are integers: every rank draws the same.
+    A matrix counts from the step after the first that showed its norms: ``known``.
+    """
+
+    def __init__(self, widths: Sequence[int], probes: int, seed: int, device: torch.device, kinds: Sequence[str]):
+        self.seed = torch.tensor(seed, dtype=torch.int64, device=device)
+        self.probes, self._kinds = probes, (bool({"grad_sq", "fisher"} & {*kinds}), "grad_abs" in kinds)
+        self.index = torch.zeros(len(widths), probes, dtype=torch.int64, device=device)
+        self.weight = torch.ones(len(widths), probes, dtype=torch.float64, device=device)
+        self.counts = torch.zeros(len(widths), dtype=torch.int64, device=device)
+        self.known = torch.zeros(len(widths), dtype=torch.bool, device=device)
+        each = {width: [i for i, other in enumerate(widths) if other == width] for width in dict.fromkeys(widths)}
+        self._members = [torch.tensor(members, device=device) for members in each.values()]
+        self._places = list(each.values())
+        self.norms = [
+            torch.zeros(len(members), width, dtype=torch.float64, device=device) for width, members in each.items()
+        ]
+        self._ahead: tuple[tuple[int, int], Tensor] | None = None
+        self._share()
+
+    def _share(self) -> None:
+        shares = [(column_shares(norms, *self._kinds) * 2.0**48).long().clamp(min=1) for norms in self.norms]
+        self._shares = [(part, part.cumsum(1)) for part in shares]
+
+    def draw(self, step: int) -> None:
+        """Fill ``index``, ``weight`` and ``known`` for an optimiser step, in place."""
+        chance = self._chances(step)
+        for members, (shares, ends) in zip(self._members, self._shares, strict=True):
+            total = ends[:, -1:]
+            place = (chance[members] * total).long()
+            found = torch.searchsorted(ends, place, right=True)
+            self.index.index_copy_(0, members, found)
+            self.weight.index_copy_(0, members, total / (self.probes * shares.gather(1, found)).double())
+        self.known.copy_(self.counts > 0)
+
+    def _chances(self, step: int) -> Tensor:
+        """Uniform numbers of 52 bits in [0, 1): float64 [matrices, k]."""
+        key = (step // _AHEAD, int(self.probes))
+        if self._ahead is None or self._ahead[0] != key:
+            device, pairs = self.index.device, (self.probes + 1) // 2
+            steps = torch.arange(key[0] * _AHEAD, (key[0] + 1) * _AHEAD, device=device).view(-1, 1, 1)
+            counters = torch.broadcast_tensors(
+                torch.arange(pairs, device=device), steps, torch.arange(len(self.index), device=device).view(-1, 1)
+            )
+            a, b, c, d = philox(self.seed, *counters, torch.full_like(counters[0], _COLUMN_TAG))
+            words = torch.stack([(a >> 6 << 26) + (b >> 6), (c >> 6 << 26) + (d >> 6)], dim=-1)
+            self._ahead = key, words.flatten(2)[..., : self.probes].double() * 2.0**-52
+        return self._ahead[1][step % _AHEAD]
+
+    def restart(self, seed: int) -> None:
+        """Draw from another seed, and from norms that were put in place."""
+        self.seed.fill_(seed)
+        self._ahead = None
+        self._share()
+
+    def learn(self, found: Sequence[Tensor | None], keep: Tensor) -> None:
+        """Fold norms [K] of every matrix of one step into the averages, where ``keep`` [matrices] says so."""
+        for members, places, norms in zip(self._members, self._places, self.norms, strict=True):
+            nothing = norms.new_zeros(norms.shape[1])
+            rows = [nothing if found[i] is None else found[i].to(norms.device) for i in places]
+            fresh = torch.stack(rows).to(norms.dtype)
+            total = fresh.sum(1, keepdim=True)
+            usable = keep[members].unsqueeze(1) & total.isfinite() & (total > 0)
+            norms.copy_(torch.where(usable, _DECAY * norms + (1.0 - _DECAY) * (fresh / total), norms))
+        self.counts += keep
+        self._share()
+
+    def values(self, grads: Sequence[Tensor | None], kinds: Sequence[str], factor: float | Tensor) -> dict[str, Tensor]:
+        """Every statistic of the matrices that have a Q [N, k], float64; ``factor`` multiplies what is squared."""
+        live = [i for i, grad in enumerate(grads) if grad is not None]
+        Q, device, found = [grads[i] for i in live], self.weight.device, {}
+        for kind in kinds:
+            # Weights are positive, so that the 1-norm is the weighted sum.
+            weight = self.weight if kind == "grad_abs" else self.weight.sqrt()
+            made = {key: weight.to(*key).unbind() for key in dict.fromkeys((q.device, q.dtype) for q in Q)}
+            weighted = torch._foreach_mul(Q, [made[q.device, q.dtype][i] for i, q in zip(live, Q, strict=True)])
+            if kind == "grad_abs":
+                found[kind] = torch.stack([norm.to(device) for norm in torch._foreach_norm(weighted, 1)]).double()
+            else:
+                found[kind] = squared_norms(weighted, factor).to(device)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": [norms.clone() for norms in self.norms], "counts": self.counts.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put a saved state's norms in place; ``restart`` makes draws of them."""
+        for norms, saved in zip(self.norms, state["norms"], strict=True):
+            norms.copy_(saved)
+        self.counts.copy_(state["counts"])
+
+
+_ROWS_TAG, _SIGN_TAG = 1, 2  # fourth Philox counter word: probe rows and sample signs never share bits
+
+
+class RademacherProbes:
+    """P of every group of layers: ±1 rows from (seed, step, group), all groups in one pass.
+
+    ``E P^T P = k I``, so ``E ||G P^T||^2 / k = ||G||_F^2``.
+    """
+
+    def __init__(self, widths: Sequence[int], probes: int, seed: int, device: torch.device):
+        self.seed, self.probes = torch.tensor(seed, dtype=torch.int64, device=device), probes
+        counts = [(width * probes + 127) // 128 for width in widths]
+        self._signs = Signs(counts, _ROWS_TAG)
+        self._flat = torch.zeros(sum(counts) * 128, device=device)
+        self.rows = [
+            part[: width * probes].view(probes, width)
+            for part, width in zip(self._flat.split([c * 128 for c in counts]), widths, strict=True)
+        ]
+
+    def draw(self, step: int) -> None:
+        """Fill P for an optimiser step, in place."""
+        self._signs.fill_(self._flat, self.seed, step)
+
+    def restart(self, seed: int) -> None:
+        """Draw from another seed."""
+        self.seed.fill_(seed)
+
+    def values(self, grads: Sequence[Tensor | None], kinds: Sequence[str], factor: float | Tensor) -> dict[str, Tensor]:
+        """The statistic of the matrices that have a Q [N, k], float64; ``factor`` multiplies it."""
+        norms = squared_norms([grad for grad in grads if grad is not None], factor / self.probes)
+        return {kind: norms.to(self.seed.device) for kind in kinds}
+
+
+def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int) -> Tensor:
+    """Independent ±1 for each (sample, probe) of a micro-batch: [S, k]."""
+    blocks = (samples * probes + 127) // 128
+    out = torch.empty(128 * blocks, device=seed.device)
+    Signs([blocks], _SIGN_TAG, first=micro).fill_(out, seed, step)
+    return out[: samples * probes].view(samples, probes)
+
+
+class CompiledSigns:
+    """The signs of :func:`sample_signs` inside compiled code: the step and the micro-batch are tensors there."""
+
+    def __init__(self, seed: Tensor, probes: int):
+        self.seed, self.probes, self.used = seed, probes, False
+        self._step, self._micro, self.samples = (torch.zeros_like(seed) for _ in range(3))
+        self._signs: Tensor | None = None
+
+    def forward(self, rank: int, size: int) -> None:
+        """One more micro-batch begins; those of all ranks are numbered through."""
+        self._signs, self.used = None, True
+        self._micro.add_(torch.where(self._micro == 0, rank + 1, size))
+
+    def take(self, samples: int, own: int | None) -> Tensor:
+        """[S, k], the same for every layer of a forward."""
+        if self._signs is None:
+            tag = torch.full_like(self.seed, _SIGN_TAG)
+            drawn = signs(self.seed, self._step, self._micro, tag, samples * self.probes)
+            self._signs = drawn.view(samples, self.probes)
+            self.samples.add_(samples if own is None else own)
+        return self._signs
+
+    def advance(self, step: int) -> None:
+        self._step.fill_(step)
+        self._micro.zero_()
+        self.samples.zero_()
+
+
+def sign_rows(tracker: Any, groups: Sequence[Sequence[Any]]) -> RademacherProbes:
+    """Rows of ±1 for the layers of a tracker; those that share an input share P."""
+    made = RademacherProbes([group[0].in_features for group in groups], tracker.probes, tracker.seed, tracker.device)
+    for rows, layers in zip(made.rows, groups, strict=True):
+        for layer in layers:
+            layer.probes[tracker.adapter].P = rows.to(layer.weight.device)
+    return made
+
+
+def column_rows(tracker: Any, groups: Sequence[Sequence[Any]]) -> ColumnSampler:
+    """Columns for the matrices of a tracker, each its own: how large they are differs between q, k and v."""
+    layers = tracker.layers.values()
+    widths = [layer.in_features for layer in layers for _ in layer.slices]
+    made = ColumnSampler(widths, tracker.probes, tracker.seed, tracker.device, tracker.kinds)
+    for index, layer in zip(made.index.split([len(layer.slices) for layer in layers]), layers, strict=True):
+        layer.probes[tracker.adapter].columns = index.to(layer.weight.device)
+    return made

@@ -1,0 +1,323 @@
+"""to_peft, from_peft, load_layout (loralib, torchtune)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.distributed import shards, unwrapped
+from .._utils.errors import listed, suggestion, unknown_choice
+from ..model.inject import eject, sharing_copy
+from ..model.modules import features, is_linear
+from ..nn.linear import DEFAULT, adapted_layers, check_adapter
+from .folder import AdapterFolder, Side, Slice, read_folder
+from .load import load_folder
+from .names import PREFIX, StoredNames, base_names, choose_targets, parse_fields, patterns
+from .save import save
+
+
+def to_peft(model: nn.Module, adapter: str = DEFAULT) -> Any:
+    r"""A ``peft.PeftModel`` with one adapter of ``model`` and the same outputs; ``model`` stays as it is.
+
+    .. math:: y = x W^\top + b + s\, x A^\top B^\top,\qquad s = \mathrm{lora\_alpha} / r
+
+    with ``s`` and r of each matrix in ``alpha_pattern`` and ``rank_pattern``. Frozen parameters are shared, not copied:
+    merging in one of the two models would change both. Factors and what was trained besides are copies, trainable
+    there. PEFT to 0.21 counts ``out_proj`` of ``nn.MultiheadAttention`` twice: its scaling is halved in the returned
+    model, and not in what PEFT would save. PEFT has no dropout in ``nn.MultiheadAttention``.
+
+    Raises ``ValueError`` naming the argument for what ``save`` refuses, a merged or sharded model, and an adapter that
+    PEFT cannot run; ``ImportError`` without PEFT.
+    """
+    import peft
+
+    inner = unwrapped(model)
+    check_adapter(adapter)
+    if shards(inner):
+        raise ValueError("model: is sharded by fully_shard; save the adapter, and load it into PEFT in one process")
+    merged = [path for path, layer in adapted_layers(inner).items() if layer.merged]
+    if merged:
+        raise ValueError(f"model: {merged[0]!r} is merged; call fastlora.unmerge first")
+    with tempfile.TemporaryDirectory() as folder:
+        save(inner, folder, adapter)
+        base = eject(sharing_copy(inner))
+        modes = [(module, module.training) for module in base.modules()]
+        try:
+            handed = peft.PeftModel.from_pretrained(base, folder, adapter_name=adapter, is_trainable=True)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ValueError(f"model: PEFT cannot take adapter {adapter!r}: {error}") from error
+    handed.train(inner.training)
+    for module, training in modes:
+        module.training = training
+    for attention in _peft_attentions(handed):
+        attention.base_layer.out_proj.scaling[adapter] /= _out_proj_counts()
+    return handed
+
+
+def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
+    """The base model under a ``peft.PeftModel``, injected, with one of its LoRA adapters and the same outputs.
+
+    ``adapter`` names it, and may be left out where one is active. It becomes ``"default"``, trainable. ``peft_model``
+    stays as it is. Frozen parameters are shared, not copied: merging in one of the two models would change both.
+
+    Raises ``ValueError`` naming the argument for a model of another kind, a merged one, several active adapters and
+    what is not implemented (DoRA and other variants, by their field); ``ImportError`` without PEFT.
+    """
+    import peft
+
+    if not isinstance(peft_model, peft.PeftModel):
+        raise ValueError(f"peft_model: expected a peft.PeftModel, got {type(peft_model).__name__}")
+    adapter = _chosen(peft_model, adapter)
+    tuned = [(n, m) for n, m in peft_model.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)]
+    merged = [name for name, module in tuned if module.merged]
+    if merged:
+        raise ValueError(f"peft_model: {merged[0]!r} is merged; call unmerge_adapter() first")
+    with tempfile.TemporaryDirectory() as path:
+        peft_model.save_pretrained(path, selected_adapters=[adapter], save_embedding_layers=False)
+        folder = read_folder(path if adapter == "default" else pathlib.Path(path) / adapter)
+    trained = folder.fields.bias != "none"
+    own = {id(p) for n, p in peft_model.named_parameters() if (trained and n.endswith("bias")) or _is_peft_s(n)}
+    wrapped = sharing_copy(peft_model, own)
+    wrapped.set_adapter(adapter)
+    for name, parameter in wrapped.named_parameters():
+        # An adapter that was loaded for inference is frozen there, with its head.
+        if _is_peft_s(name) or (trained and name.endswith("bias")):
+            parameter.requires_grad_()
+    model = wrapped.base_model.unload()
+    load_folder(model, folder)
+    _take_scales(model, tuned, adapter)
+    return model
+
+
+def _take_scales(model: nn.Module, tuned: list[tuple[str, Any]], adapter: str) -> None:
+    """The ``s`` that PEFT's layers run with, which need not be the one of their config."""
+    layers, names = adapted_layers(model), StoredNames(model)
+    for name, module in tuned:
+        path = names.path(name.removeprefix(PREFIX))
+        if path in layers and adapter in module.scaling:
+            twice = path != names.stored(path) and path.endswith(".out_proj")
+            s = module.scaling[adapter] * (_out_proj_counts() if twice else 1)
+            layers[path].rescale(DEFAULT, dict.fromkeys(layers[path].slices, s))
+
+
+def _chosen(peft_model: Any, adapter: str | None) -> str:
+    """The adapter that is meant, a LoRA one."""
+    known = sorted(peft_model.peft_config)
+    if adapter is None:
+        active = list(peft_model.active_adapters)
+        if len(active) != 1:
+            raise ValueError(f"adapter: {active} are active; say which one of {known}")
+        adapter = active[0]
+    if not isinstance(adapter, str) or adapter not in known:
+        raise unknown_choice("adapter", adapter, known)
+    kind = getattr(peft_model.peft_config[adapter].peft_type, "value", None)
+    if kind != "LORA":
+        raise ValueError(f"peft_model: adapter {adapter!r} is of type {kind}, expected LORA")
+    return adapter
+
+
+def _is_peft_s(name: str) -> bool:
+    return any(part in name for part in (".lora_", ".modules_to_save.", ".original_module."))
+
+
+def _peft_attentions(peft_model: nn.Module) -> list[Any]:
+    from peft.tuners.lora.layer import MultiheadAttention
+
+    return [m for m in peft_model.modules() if isinstance(m, MultiheadAttention)]
+
+
+@functools.cache
+def _out_proj_counts() -> int:
+    """How often this PEFT adds the update of an attention's out_proj (0.21.2: twice; huggingface/peft#3774)."""
+    import peft
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = nn.ModuleDict({"attn": nn.MultiheadAttention(2, 1)})
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=1, lora_alpha=1, target_modules=["attn"]))
+        attention = _peft_attentions(wrapped)[0]
+        layer = attention.base_layer.out_proj
+        for factor in (layer.lora_A, layer.lora_B):
+            factor["default"].weight.fill_(1.0)
+        before = layer.get_base_layer().weight.clone()
+        attention.merge()
+        return round(float((layer.get_base_layer().weight - before).mean()))
+
+
+LAYOUTS = {
+    "loralib": re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])"),
+    "torchtune": re.compile(r"(?P<path>.+)\.lora_(?P<factor>[ab])\.weight"),
+}
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """One matrix: A [R, K], B [N, R], its scale, and the slices of loralib's ``MergedLinear``."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    slices: tuple[Slice, ...]
+
+
+def load_layout(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    layout: str,
+    *,
+    lora_alpha: float,
+    rename: Mapping[str, str] | Callable[[str], str] | None = None,
+    enable_lora: Sequence[bool] | None = None,
+    adapter: str = DEFAULT,
+) -> nn.Module:
+    r"""Load the adapters of a ``state_dict`` in the layout of another library; returns the same model, injected.
+
+    .. math:: y = x W^\top + b + s\, x A^\top B^\top,\qquad s = \mathrm{lora\_alpha} / r
+
+    ``"loralib"``: ``<path>.lora_A`` [r, K] and ``<path>.lora_B`` [N, r], as from ``loralib.lora_state_dict``. Its
+    ``MergedLinear`` stacks the parts of a fused q, k, v that ``enable_lora`` names: A [r e, K], B [N e / 3, r]; they
+    become one adapter each. ``"torchtune"``: ``<path>.lora_a.weight`` and ``<path>.lora_b.weight``.
+
+    ``rename`` maps a path there to the path here. A model with adapters gets one more, named ``adapter``. All or
+    nothing: ``ValueError`` naming the argument, or the key and what is wrong with it, leaves the model as it was; keys
+    that are no adapters (biases, a head) are refused, because they belong to ``model.load_state_dict``.
+    Source: https://github.com/microsoft/LoRA, https://github.com/pytorch/torchtune
+    """
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_adapter(adapter)
+    if enable_lora is not None and not (
+        isinstance(enable_lora, Sequence) and enable_lora and all(isinstance(flag, bool) for flag in enable_lora)
+    ):
+        raise ValueError(f"enable_lora: expected True or False for each part of a fused matrix, got {enable_lora!r}")
+    pairs = _renamed(_pairs(state_dict, layout), rename)
+    modules = dict(model.named_modules())
+    unknown_choice = [path for path in pairs if not is_linear(modules.get(path))]
+    if unknown_choice:
+        near = suggestion(unknown_choice[0], [n for n, m in modules.items() if is_linear(m)])
+        raise ValueError(
+            f"state_dict: adapts {listed(unknown_choice)}, which {type(model).__name__} has no linear for{near}"
+        )
+    matrices = {p: _converted(p, *pair, features(modules[p]), lora_alpha, enable_lora) for p, pair in pairs.items()}
+    targets = choose_targets(list(matrices), base_names(model))
+    load_folder(model, _folder(matrices, layout, targets, lora_alpha), adapter)
+    return model
+
+
+def _pairs(state_dict: Mapping[str, Tensor], layout: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) by path, both there and both matrices."""
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        raise unknown_choice("layout", layout, tuple(LAYOUTS))
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}")
+    found: dict[str, dict[str, Tensor]] = {}
+    others = []
+    for key, tensor in state_dict.items():
+        match = LAYOUTS[layout].fullmatch(key) if isinstance(key, str) else None
+        if match is None:
+            others.append(key)
+            continue
+        if not isinstance(tensor, Tensor) or tensor.ndim != 2 or not tensor.is_floating_point():
+            shape = (tensor.dtype, tuple(tensor.shape)) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"state_dict: {key!r}: expected a floating matrix, got {shape}")
+        found.setdefault(match["path"], {})[match["factor"].upper()] = tensor.detach()
+    if others:
+        raise ValueError(
+            f"state_dict: these keys are no adapters in {layout}'s layout: {listed(map(str, others))}; load them with "
+            "model.load_state_dict(..., strict=False) first and leave them out here"
+        )
+    if not found:
+        raise ValueError(f"state_dict: has no keys of {layout}'s layout")
+    for path, pair in found.items():
+        for factor in "AB":
+            if factor not in pair:
+                raise ValueError(f"state_dict: {path!r} has no {factor}")
+    return {path: (pair["A"], pair["B"]) for path, pair in found.items()}
+
+
+def _renamed(pairs: dict[str, tuple[Tensor, Tensor]], rename: Mapping[str, str] | Callable[[str], str] | None):
+    if rename is None:
+        return pairs
+    if isinstance(rename, Mapping):
+        unknown_choice = [path for path in rename if path not in pairs]
+        if unknown_choice:
+            raise ValueError(
+                f"rename: {unknown_choice[0]!r} is not in state_dict{suggestion(str(unknown_choice[0]), list(pairs))}"
+            )
+        names = {path: rename.get(path, path) for path in pairs}
+    elif callable(rename):
+        names = {path: rename(path) for path in pairs}
+    else:
+        raise ValueError(f"rename: expected a mapping or a function of paths, got {type(rename).__name__}")
+    for path, name in names.items():
+        if not isinstance(name, str) or list(names.values()).count(name) > 1:
+            raise ValueError(f"rename: {path!r} becomes {name!r}, expected one name for each path")
+    return {names[path]: pair for path, pair in pairs.items()}
+
+
+def _converted(
+    path: str, A: Tensor, B: Tensor, sizes: tuple[int, int], alpha: float, enable_lora: Sequence[bool] | None
+) -> _Converted:
+    r, (in_features, out_features) = B.shape[1], sizes
+    if r == 0 or A.shape[0] == 0:
+        raise ValueError(f"state_dict: {path!r} has rank 0")
+    if A.shape[1] != in_features:
+        raise ValueError(f"state_dict: {path!r} has A {tuple(A.shape)}, expected {in_features} columns")
+    if A.shape[0] == r and B.shape[0] == out_features:
+        return _Converted(A, B, alpha / r, ())
+    flags = list(enable_lora) if enable_lora is not None else []
+    parts = sum(map(bool, flags))
+    if not parts or A.shape[0] != r * parts or B.shape[0] * len(flags) != out_features * parts:
+        given = f"enable_lora={enable_lora!r}" if flags else "enable_lora, which a loralib.MergedLinear needs"
+        raise ValueError(
+            f"state_dict: {path!r} has A {tuple(A.shape)} and B {tuple(B.shape)} for {out_features} outputs; "
+            f"that does not go with {given}"
+        )
+    return _Converted(A, _block_diagonal(A, B, flags), alpha / r, _slices(path, flags, out_features, r))
+
+
+def _block_diagonal(A: Tensor, B: Tensor, flags: Sequence[bool]) -> Tensor:
+    """loralib's grouped B [N e / g, r] as [N, e r], the rows of parts without an adapter zero."""
+    r, rows = B.shape[1], B.shape[0] // sum(map(bool, flags))
+    full, used = B.new_zeros(rows * len(flags), A.shape[0]), 0
+    for index, flag in enumerate(flags):
+        if flag:
+            block = B[used * rows : (used + 1) * rows]
+            full[index * rows : (index + 1) * rows, used * r : (used + 1) * r] = block
+            used += 1
+    return full
+
+
+def _slices(path: str, flags: Sequence[bool], out_features: int, r: int) -> tuple[Slice, ...]:
+    if len(flags) != 3:
+        raise ValueError(f"enable_lora: expected a flag for each of q, k and v, as {path!r} is one matrix of the three")
+    return tuple(Slice(n, out_features // 3, r if f else 0, 1.0) for n, f in zip("qkv", flags, strict=True))
+
+
+def _folder(matrices: Mapping[str, _Converted], layout: str, targets: list[str] | str, alpha: float) -> AdapterFolder:
+    """What PEFT's files would hold."""
+    ranks = {path: m.A.shape[0] for path, m in matrices.items()}
+    fields = {
+        **patterns(ranks, {path: m.scale * ranks[path] for path, m in matrices.items()}),
+        "peft_type": "LORA",
+        "target_modules": targets,
+    }
+    tensors = {f"{PREFIX}{p}.lora_{f}.weight": t for p, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))}
+    where = pathlib.Path(f"state_dict ({layout})")
+    split = {path: m.slices for path, m in matrices.items() if m.slices}
+    r = next(x.rank for slices in (*split.values(), [Slice("", 1, 1, 1.0)]) for x in slices if x.rank)
+    rule = {"mode": "per_rank", "r": r, "lora_alpha": alpha, "use_rslora": False}
+    digest = hashlib.sha256(layout.encode()).hexdigest()
+    side = Side(split, rule, (), digest, None) if split else None
+    return AdapterFolder(where, parse_fields(fields, str(where)), tensors, side, digest)

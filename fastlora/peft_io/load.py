@@ -1,0 +1,399 @@
+"""Load adapters that PEFT or ``save`` wrote: everything is checked against the model before the model changes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.distributed import like, refuse_parallel, reshard, unwrapped
+from .._utils.errors import listed
+from ..config import LoraConfig
+from ..model.adapters import add_adapter
+from ..model.inject import fused_sizes, inject, refuse_adapted
+from ..model.modules import features, is_linear, named_targets
+from ..model.trainable import saved_modules
+from ..nn.adapter import WHOLE
+from ..nn.linear import DEFAULT, Linear, adapted_layers, check_adapter, matrix_key
+from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
+from .names import (
+    LORA_KEY,
+    PREFIX,
+    StoredNames,
+    base_names,
+    bias_tensors,
+    choose_targets,
+    is_copy_of_saved,
+    refuse_shared,
+    saved_by,
+    saved_tensors,
+    unranked_biases,
+)
+
+logger = logging.getLogger(__name__)
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> nn.Module:
+    """Load PEFT's files from the folder ``path``, ours or foreign; returns the same model.
+
+    A model without adapters gets those of the file, as ``inject`` would, one with others gets one more, as from
+    ``add_adapter``; one that has this adapter must have the same matrices, ranks, ``modules_to_save`` and ``bias``, and
+    takes tensors and scales from the file. A fused q/k/v of a foreign file is one matrix; ours say in ``fastlora.json``
+    what was split.
+
+    Under ``fully_shard`` every rank reads the files and keeps its part; adapters must have been injected before.
+
+    All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
+    leaves the model as it was. Only safetensors files in local folders are read.
+    """
+    check_adapter(adapter)
+    reshard(unwrapped(model))
+    folder = read_folder(path, _most_bytes(unwrapped(model)))
+    plan = load_folder(model, folder, adapter)
+    if folder.side is None:
+        _warn_of_out_proj(folder, StoredNames(unwrapped(model)), plan.matrices)
+    return model
+
+
+def load_folder(model: nn.Module, folder: AdapterFolder, adapter: str = DEFAULT) -> _Plan:
+    """Put what was read from a folder into a model; says what it was."""
+    given, model = model, unwrapped(model)
+    layers = adapted_layers(model)
+    here = any(adapter in layer.adapter_names for layer in layers.values())
+    if not layers:
+        refuse_adapted(model)
+    plan = _plan(model, folder)
+    if here:
+        _refuse_differences(model, folder, plan, adapter)
+    elif not layers and adapter != DEFAULT:
+        raise ValueError(f"adapter: a model without adapters gets one named {DEFAULT!r}, got {adapter!r}")
+    config = None if here else _config_for(model, folder, plan)
+    dtypes = {n: p.dtype for n, p in _factors(model, plan, adapter).items()} if here else {}
+    staged = _staged(folder, plan, dtypes)
+    if config is not None:
+        refuse_parallel(given, "load")
+        trained = [b for b in (model.get_submodule(path).bias for path in plan.unranked) if b.requires_grad]
+        try:
+            add_adapter(model, adapter, config) if layers else inject(model, config)
+        except ValueError as error:
+            raise ValueError(f"{folder.path}: {error}") from error
+        for bias in trained:
+            bias.requires_grad_()
+        if plan.unranked:
+            model.fastlora_biases = {**getattr(model, "fastlora_biases", {}), adapter: sorted(plan.unranked)}
+    _copy(model, plan, adapter, staged)
+    return plan
+
+
+def _most_bytes(model: nn.Module) -> int:
+    """No file for this model is larger: A and B of matrices in three slices at full rank, the whole model beside them.
+
+    ``R <= 3 min(n, K)`` for ``W`` [3n, K], so that A [R, K] and B [3n, R] have at most four times its entries.
+    """
+    entries = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    return 2**27 + 8 * 5 * entries
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One module's factors in the file: (A, B) and scale by slice, ``None`` where the rank is 0."""
+
+    rows: dict[str, int]
+    factors: dict[str, tuple[Tensor, Tensor] | None]
+    scale: dict[str, float]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: 0 if pair is None else pair[0].shape[0] for name, pair in self.factors.items()}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the file says, in terms of this model."""
+
+    matrices: dict[str, _Matrix]
+    trained: list[str]  # modules to save
+    others: dict[str, Tensor]  # key -> the model's parameter or buffer outside of the adapters
+    unranked: set[str]  # modules of which the file has a bias alone, under "lora_only"
+
+
+def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
+    where, fields = folder.where(TENSORS), folder.fields
+    names, known = base_names(model), StoredNames(model)
+    pairs = factor_pairs(folder)
+    for name in {known.module(stored) for stored in pairs} - set(names):
+        raise ValueError(f"{where}: adapts {name!r}, and {type(model).__name__} has no module of that name")
+    if fields.targets_known:
+        selected = {n for n in names if fields.selects(n)}
+        expected = {s for n in selected for s in known.keys_of(n)}
+        _refuse_keys(where, f"target_modules of {CONFIG}", expected, set(pairs), "adapters of ")
+    saved = saved_by(fields.modules_to_save, base_names(model, remove_duplicate=False))
+    trained = saved if folder.side is None else list(folder.side.modules_to_save)
+    if not set(trained) <= set(saved):
+        raise ValueError(f"{folder.where(SIDE)}: modules_to_save {trained} are not all in those of {CONFIG}, {saved}")
+    stored = {known.path(name): name for name in pairs}
+    others = saved_tensors(model, saved) | bias_tensors(model, fields.bias, stored, saved)
+    rest = {k for k in folder.tensors if not LORA_KEY.fullmatch(k)}
+    if fields.bias == "all":
+        rest = {k for k in rest if not is_copy_of_saved(k, saved)}
+    unranked = _unranked(fields.bias, rest - set(others))
+    others |= bias_tensors(model, fields.bias, {}, saved, unranked) if unranked else {}
+    _refuse_keys(where, "the model", set(others), rest, "")
+    refuse_shared(model, saved, where)
+    modules = named_targets(model)
+    matrices = {p: _matrix(folder, known, p, name, modules[p], pairs[name]) for p, name in stored.items()}
+    for key, target in others.items():
+        _refuse_tensor(where, key, folder.tensors[key], target)
+    if folder.side is not None:
+        split = set(folder.side.split)
+        _refuse_keys(folder.where(SIDE), where, split & set(stored), split, "split of ")
+        if folder.side.sha256 != folder.sha256:
+            raise ValueError(f"{folder.where(SIDE)}: was written for other tensors than those in {where}; remove it to load them as a foreign file")  # fmt: skip  # noqa: E501
+    # A projection of an attention that has no adapter of its own is padded in the file.
+    return _Plan({p: m for p, m in matrices.items() if any(m.ranks.values())}, trained, others, unranked)
+
+
+def _unranked(mode: str, keys: Collection[str]) -> set[str]:
+    """Modules that keys give a bias and nothing else."""
+    return {k[len(PREFIX) : -len(".bias")] for k in keys if mode == "lora_only" and k.endswith(".bias")}
+
+
+def _warn_of_out_proj(folder: AdapterFolder, known: StoredNames, matrices: Mapping[str, _Matrix]) -> None:
+    trained = [
+        path
+        for path, matrix in matrices.items()
+        if len(known.beside(path)) > 1
+        and path.endswith(".out_proj")
+        and any(bool(pair[1].any()) for pair in matrix.factors.values() if pair is not None)
+    ]
+    if trained:
+        logger.warning(
+            "%s: PEFT to 0.21 counts the update of out_proj twice in nn.MultiheadAttention; here it counts once, as "
+            "the file says. Double lora_B where outputs must be those of such a training: %s",
+            folder.path,
+            listed(trained),
+        )
+
+
+def factor_pairs(folder: AdapterFolder) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) by module name, both there and both matrices."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in folder.tensors.items():
+        match = LORA_KEY.fullmatch(key)
+        if match:
+            found.setdefault(match["path"], {})[match["factor"]] = tensor
+        elif ".lora_" in key:
+            raise ValueError(f"{folder.where(TENSORS)}: {key!r} is no LoRA factor of a linear layer; not implemented")
+    for path, pair in found.items():
+        for factor in "AB":
+            key = f"{PREFIX}{path}.lora_{factor}.weight"
+            if factor not in pair:
+                raise ValueError(f"{folder.where(TENSORS)}: missing key {key!r}")
+            if pair[factor].ndim != 2 or pair[factor].dtype not in _FLOATS:
+                raise ValueError(f"{folder.where(TENSORS)}: {key!r}: expected a floating matrix, got {pair[factor].dtype} {tuple(pair[factor].shape)}")  # fmt: skip  # noqa: E501
+    if not found:
+        raise ValueError(f"{folder.where(TENSORS)}: has no keys like {PREFIX}<module>.lora_A.weight")
+    return {path: (pair["A"], pair["B"]) for path, pair in found.items()}
+
+
+def _refuse_keys(where: str, what: str, expected: set[str], got: set[str], of: str) -> None:
+    if expected - got:
+        raise ValueError(f"{where}: missing: {of}{listed(sorted(expected - got))}, which {what} has")
+    if got - expected:
+        raise ValueError(f"{where}: unexpected: {of}{listed(sorted(got - expected))}, which {what} does not have")
+
+
+def _refuse_shape(where: str, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{where}: {key!r} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def _refuse_tensor(where: str, key: str, tensor: Tensor, target: Tensor) -> None:
+    """``target`` is the model's own tensor, which is to take the values."""
+    _refuse_shape(where, key, tensor, tuple(target.shape))
+    if tensor.dtype != target.dtype and not (tensor.dtype in _FLOATS and target.dtype in _FLOATS):
+        raise ValueError(f"{where}: {key!r} is {tensor.dtype}, expected {target.dtype}")
+    if target.is_meta:
+        raise ValueError(f"model: {key.removeprefix(PREFIX)!r} is on the meta device and cannot be loaded into")
+
+
+def _matrix(
+    folder: AdapterFolder, known: StoredNames, path: str, stored: str, module: nn.Module, pair: tuple[Tensor, Tensor]
+) -> _Matrix:
+    where, (A, B), adapted = folder.where(TENSORS), pair, known.module(stored)
+    rank, s = folder.fields.rank(adapted), folder.fields.scale(adapted)
+    if not is_linear(module):
+        raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}; only nn.Linear is implemented")
+    if module.weight.is_meta:
+        raise ValueError(f"model: {path!r} is on the meta device and cannot be loaded into")
+    K, N = features(module)
+    _refuse_shape(where, f"{PREFIX}{stored}.lora_A.weight", A, (rank, K))
+    _refuse_shape(where, f"{PREFIX}{stored}.lora_B.weight", B, (N, rank))
+    slices = folder.side.split.get(path, ()) if folder.side is not None else ()
+    for scale in (s, *(s * x.scale_ratio for x in slices)):
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
+    if not slices:
+        return _Matrix({WHOLE: N}, {WHOLE: (A, B)}, {WHOLE: s})
+    rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
+    padded = len(known.keys_of(adapted)) > 1 and ranks <= rank
+    if rows != N or not (ranks == rank or padded):
+        raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {rows} rows and ranks of sum {ranks}, expected {N} and {rank}")  # fmt: skip  # noqa: E501
+    factors = _blocks(slices, A, B)
+    if factors is None:
+        raise ValueError(f"{where}: {path!r} is split in {SIDE}, and its lora_B is not block-diagonal; remove {SIDE} to load it as one matrix")  # fmt: skip  # noqa: E501
+    return _Matrix({x.name: x.rows for x in slices}, factors, {x.name: s * x.scale_ratio for x in slices})
+
+
+def _blocks(slices: Iterable[Slice], A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tensor] | None] | None:
+    """A and B of each slice, or None where B has anything off its diagonal blocks."""
+    factors: dict[str, tuple[Tensor, Tensor] | None] = {}
+    outside, row, column = B != 0, 0, 0
+    for x in slices:
+        rows, columns = slice(row, row + x.rows), slice(column, column + x.rank)
+        outside[rows, columns] = False
+        b = B[rows, columns]
+        if x.scale_ratio not in (0.0, 1.0):
+            b = (b.double() / x.scale_ratio).to(b.dtype)
+        factors[x.name] = (A[columns], b) if x.rank else None
+        row, column = rows.stop, columns.stop
+    return None if bool(outside.any()) else factors
+
+
+def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, adapter: str) -> None:
+    """An adapter that is there already must be the one of the file, or ``ValueError`` naming the differences."""
+    layers = adapted_layers(model)
+    merged = [n for n, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"model: {merged[0]!r} is merged; call fastlora.unmerge first")
+    here = {p: layer.ranks(adapter) for p, layer in layers.items() if adapter in layer.adapter_names}
+    differences = []
+    for path in sorted(here.keys() | plan.matrices.keys()):
+        matrix = plan.matrices.get(path)
+        if path in here and matrix is not None and layers[path].slices != matrix.rows:
+            forms = [
+                ("split into " + " ".join(m) if set(m) != {WHOLE} else "one matrix") for m in (here[path], matrix.rows)
+            ]
+            differences.append(f"{path} is {forms[0]} in the model and {forms[1]} in the file")
+            continue
+        mine, theirs = here.get(path, {}), {} if matrix is None else matrix.ranks
+        differences += [
+            f"{matrix_key(path, s)} has rank {mine.get(s, 0)} in the model and {theirs.get(s, 0)} in the file"
+            for s in mine or theirs
+            if mine.get(s, 0) != theirs.get(s, 0)
+        ]
+    config = getattr(model, "fastlora_configs", {}).get(adapter)
+    bias = "none" if config is None else config.bias
+    saved = saved_modules(model, adapter)
+    if set(saved) != set(plan.trained):
+        differences.append(f"modules_to_save are {sorted(saved)} in the model and {sorted(plan.trained)} in the file")
+    if bias != folder.fields.bias:
+        differences.append(f"bias is {bias!r} in the model and {folder.fields.bias!r} in the file")
+    mine = unranked_biases(model, adapter, bias, plan.matrices)
+    for path in sorted(mine ^ plan.unranked):
+        places = ("model", "file") if path in mine else ("file", "model")
+        differences.append(f"{path}.bias is trained in the {places[0]} and not in the {places[1]}")
+    if differences:
+        raise ValueError(f"{folder.path}: does not fit the model's adapter {adapter!r}: {listed(differences)}")
+
+
+def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraConfig:
+    """The LoraConfig that injects exactly what is in the file."""
+    fields, side, paths = folder.fields, folder.side, list(plan.matrices)
+    factors = [t for m in plan.matrices.values() for pair in m.factors.values() for t in pair or ()]
+    stored = reduce(torch.promote_types, {t.dtype for t in factors})
+    rule = {"r": fields.r, "lora_alpha": fields.lora_alpha, "use_rslora": fields.use_rslora, "scale": "per_rank"}
+    dtype = torch.float64 if stored == torch.float64 else None
+    if side is not None:
+        rule = {**side.rule, "scale": side.rule["mode"]}
+        del rule["mode"]
+        dtype = stored
+    try:
+        config = LoraConfig(
+            target_modules=choose_targets(paths, [*base_names(model), *StoredNames(model).inputs]),
+            lora_dropout=fields.lora_dropout,
+            bias=fields.bias,
+            modules_to_save=plan.trained or None,
+            init_lora_weights=fields.init_lora_weights,
+            split_qkv=any(set(m.rows) != {WHOLE} for m in plan.matrices.values()),
+            adapter_dtype=dtype,
+            **rule,
+        )
+        ranks = {matrix_key(p, s): r for p, m in plan.matrices.items() for s, r in m.ranks.items()}
+        scales = {matrix_key(p, s): v for p, m in plan.matrices.items() for s, v in m.scale.items()}
+        odd = {
+            k: s / config.scaling(ranks[k], 1.0) for k, s in scales.items() if not _same(config.scaling(ranks[k]), s)
+        }
+        config = replace(config, rank_pattern={k: r for k, r in ranks.items() if r != config.r}, alpha_pattern=odd)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder.where(CONFIG if side is None else SIDE)}: {error}") from error
+    sizes = fused_sizes(model, config)
+    modules = named_targets(model)
+    for path, m in plan.matrices.items():
+        possible = sizes.get(path, {WHOLE: features(modules[path])[1]})
+        if possible != m.rows:
+            raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {m.rows}, and this model can {possible}")
+    return config
+
+
+def _same(s: float, other: float) -> bool:
+    # s * r / r need not give s back to the last bit.
+    return math.isclose(s, other, rel_tol=1e-12)
+
+
+def _factors(model: nn.Module, plan: _Plan, adapter: str) -> dict[tuple[str, str, str], nn.Parameter]:
+    """(path, slice, "A" or "B") -> the model's parameter, for every factor in the file."""
+    layers: dict[str, Linear] = adapted_layers(model)
+    out = {}
+    for path, matrix in plan.matrices.items():
+        for name in (n for n, pair in matrix.factors.items() if pair is not None):
+            out[path, name, "A"] = layers[path].lora_A[adapter]._parameters[name]
+            out[path, name, "B"] = layers[path].lora_B[adapter]._parameters[name]
+    return out
+
+
+def _staged(folder: AdapterFolder, plan: _Plan, dtypes: Mapping) -> dict:
+    """Every tensor in the dtype that it will have, so that copying cannot fail half-way."""
+    where, staged, lossy = folder.where(TENSORS), {}, []
+    for path, matrix in plan.matrices.items():
+        for name, pair in matrix.factors.items():
+            for factor, value in zip("AB", pair or (), strict=False):
+                key = (path, name, factor)
+                staged[key] = _converted(value, dtypes.get(key, value.dtype), f"{where}: lora_{factor} of {matrix_key(path, name)!r}", lossy)  # fmt: skip  # noqa: E501
+    for key, target in plan.others.items():
+        staged[key] = _converted(folder.tensors[key], target.dtype, f"{where}: {key!r}", lossy)
+    if lossy:
+        logger.warning("rounded on loading, because the model's dtype holds less: %s", listed(lossy))
+    return staged
+
+
+def _converted(value: Tensor, dtype: torch.dtype, label: str, lossy: list[str]) -> Tensor:
+    if value.dtype == dtype:
+        return value
+    converted = value.to(dtype)
+    if torch.promote_types(value.dtype, dtype) != dtype:
+        lossy.append(f"{label} {value.dtype} to {dtype}")
+        if bool((value.isfinite() & ~converted.isfinite()).any()):
+            raise ValueError(f"{label} has values too large for the model's {dtype}")
+    return converted
+
+
+@torch.no_grad()
+def _copy(model: nn.Module, plan: _Plan, adapter: str, staged: Mapping) -> None:
+    for key, parameter in _factors(model, plan, adapter).items():
+        parameter.copy_(like(staged[key], parameter))
+    for key, target in plan.others.items():
+        target.copy_(like(staged[key], target))
+    layers = adapted_layers(model)
+    for path, matrix in plan.matrices.items():
+        spec = layers[path].adapter_specs[adapter]
+        if not all(_same(spec.scale[name], s) for name, s in matrix.scale.items()):
+            layers[path].rescale(adapter, matrix.scale)

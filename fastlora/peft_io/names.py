@@ -1,0 +1,352 @@
+"""PEFT's conventions: config fields, selection rules, keys, nn.MultiheadAttention's names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._utils.errors import check_rank
+from ..model.modules import torch_attentions
+from ..nn.attention import InProjection
+from ..nn.linear import adapted_layers
+
+PREFIX = "base_model.model."
+LORA_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
+
+# Fields that say where a file came from, or that mean nothing unless another field is set.
+_NEUTRAL = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "runtime_config", "megatron_core", "qalora_group_size",
+    "fan_in_fan_out",  # says that the weight is transposed, as a Conv1D's is: A and B are the same
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PeftFields:
+    """The fields of ``peft.LoraConfig`` that decide what a file means, under PEFT's names and defaults."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] = field(default_factory=list)
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def rank(self, path: str) -> int:
+        return _pattern_value(self._ranks, path, self.r)
+
+    def scale(self, path: str) -> float:
+        """``s`` of one matrix: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        rank, alpha = self.rank(path), _pattern_value(self._alphas, path, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    @cached_property
+    def _ranks(self) -> list[tuple[re.Pattern, int]]:
+        return _compiled(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> list[tuple[re.Pattern, float]]:
+        return _compiled(self.alpha_pattern)
+
+    @property
+    def targets_known(self) -> bool:
+        """Whether the targets can be told from the file alone; PEFT fills in the others from the model's type."""
+        spec = self.target_modules
+        return spec is not None and not (isinstance(spec, str) and spec.lower() == "all-linear")
+
+    def selects(self, path: str) -> bool:
+        """Whether PEFT would adapt the module of this name."""
+        if self.exclude_modules and _matches(self.exclude_modules, path):
+            return False
+        if excluded_by_saved(path, self.modules_to_save):
+            return False
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, path) is not None
+        if path in self.target_modules:
+            return True
+        return _matches(self.target_modules, path) and self._layer_wanted(path)
+
+    def _layer_wanted(self, path: str) -> bool:
+        wanted = self.layers_to_transform
+        if wanted is None or wanted == []:
+            return True
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        found = None
+        if not self.layers_pattern:
+            found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", path)
+        for pattern in patterns if self.layers_pattern else ():
+            found = found or re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path)
+        return found is not None and int(found["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def _matches(spec: str | Iterable[str], path: str) -> bool:
+    if isinstance(spec, str):
+        return re.fullmatch(spec, path) is not None
+    return any(path == s or path.endswith("." + s) for s in spec)
+
+
+def _compiled(patterns: Mapping[str, Any]) -> list[tuple[re.Pattern, Any]]:
+    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+
+
+def _pattern_value(patterns: list[tuple[re.Pattern, Any]], path: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns if pattern.match(path)), default)
+
+
+def excluded_by_saved(path: str, modules_to_save: Iterable[str]) -> bool:
+    """Whether PEFT refuses to adapt a module because it lies in one of ``modules_to_save``."""
+    return any(re.match(rf"(^|.*\.){m}($|\..*)", path) for m in modules_to_save)
+
+
+def saved_by(modules_to_save: Collection[str], names: Iterable[str]) -> list[str]:
+    """Modules that PEFT trains and saves whole: it compares the ends of *prefixed* names, and not at dots."""
+    return [n for n in names if any((PREFIX + n).endswith(m) for m in modules_to_save)]
+
+
+def parse_fields(raw: Any, where: str) -> PeftFields:
+    """Check and read adapter_config.json; ``ValueError`` naming ``where`` and the field, unimplemented ones too."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(raw).__name__}")
+    if raw.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: peft_type: only 'LORA' is implemented, got {raw.get('peft_type')!r}")
+    known = set(PeftFields.__dataclass_fields__)
+    for name, value in raw.items():
+        if name not in known | _NEUTRAL and not _unset(value):
+            raise ValueError(f"{where}: PEFT's field {name}={value!r} is set and not implemented")
+    taken = {name: raw[name] for name in known if raw.get(name) is not None}
+    for name in ("r", "target_modules"):
+        if name not in raw or (name == "r" and raw[name] is None):
+            raise ValueError(f"{where}: the field {name} is missing")
+    try:
+        for name, value in taken.items():
+            _check_field(name, value)
+        fields = PeftFields(**taken)
+        # Every pattern once, so that none of them fails later.
+        fields.scale("a")
+        layers = [fields.layers_pattern] if isinstance(fields.layers_pattern, str) else fields.layers_pattern or []
+        whole = [s for s in (fields.target_modules, fields.exclude_modules) if isinstance(s, str)]
+        for pattern in [*whole, *layers, *fields.modules_to_save]:
+            re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: not a regular expression: {error.pattern!r}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return fields
+
+
+def _unset(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, (dict, list, str)) and not value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) and v for v in value)
+
+
+def _is_indices(value: Any) -> bool:
+    return all(type(v) is int for v in (value if isinstance(value, list) else [value]))
+
+
+_CHECKS = {
+    "lora_alpha": (_is_number, "a finite number"),
+    "target_modules": (lambda v: isinstance(v, str) or _is_strings(v) and v, "a string or a list of names"),
+    "exclude_modules": (lambda v: isinstance(v, str) or _is_strings(v), "a string or a list of names"),
+    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a probability in [0, 1)"),
+    "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
+    "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    "modules_to_save": (_is_strings, "a list of names"),
+    "init_lora_weights": (
+        lambda v: isinstance(v, bool) or v == "gaussian",
+        "true, false or 'gaussian', the implemented ones",
+    ),  # fmt: skip  # noqa: E501
+    "rank_pattern": (lambda v: isinstance(v, dict), "an object of ranks"),
+    "alpha_pattern": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "an object of numbers"),
+    "layers_to_transform": (_is_indices, "layer indices"),
+    "layers_pattern": (lambda v: isinstance(v, str) or _is_strings(v), "a string or a list of names"),
+}
+
+
+def _check_field(name: str, value: Any) -> None:
+    if name == "r":
+        _check_rank(value, name)
+        return
+    accepts, expected = _CHECKS[name]
+    if not accepts(value):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    if name == "rank_pattern":
+        for key, rank in value.items():
+            _check_rank(rank, f"rank_pattern[{key!r}]")
+
+
+def _check_rank(value: Any, name: str) -> None:
+    if check_rank(value, name) >= 2**31:
+        raise ValueError(f"{name}: no matrix has rank {value}")
+
+
+def base_names(model: nn.Module, remove_duplicate: bool = True) -> list[str]:
+    """Names of the modules that the model has without its adapters, as PEFT would see them."""
+    layers = adapted_layers(model).values()
+    inside = {id(m) for layer in layers for f in (layer.lora_A, layer.lora_B) for m in f.modules()}
+    inside.update(id(layer) for layer in layers if isinstance(layer, InProjection))
+    named = model.named_modules(remove_duplicate=remove_duplicate)
+    return [name for name, module in named if name and id(module) not in inside]
+
+
+def choose_targets(paths: Collection[str], names: Collection[str]) -> list[str] | str:
+    """``target_modules`` that selects exactly ``paths``: short suffixes, else full names, else a regular expression."""
+    wanted = set(paths)
+    for depth in range(1, max(p.count(".") for p in wanted) + 1):
+        suffixes = {".".join(p.split(".")[-depth:]) for p in wanted}
+        # A bare index says nothing of what it selects, and PEFT has special rules for it.
+        if len(suffixes) < len(wanted) and not any(s.isdigit() for s in suffixes) and _exact(suffixes, names, wanted):
+            return sorted(suffixes)
+    if _exact(wanted, names, wanted):
+        return sorted(wanted)
+    return f"^(?:{'|'.join(re.escape(p) for p in sorted(wanted))})$"
+
+
+def _exact(spec: Collection[str], names: Collection[str], wanted: set[str]) -> bool:
+    return {n for n in names if any(n == s or n.endswith("." + s) for s in spec)} == wanted
+
+
+def choose_saved(saved: list[str], given: Iterable[str], names: Collection[str], paths: Collection[str]) -> tuple[list[str], list[str]]:  # fmt: skip  # noqa: E501
+    """``modules_to_save`` for a file, and all modules that PEFT will then take from it.
+
+    PEFT cannot be told to stop at dots, so it may take more than ``saved``. ``ValueError`` where that would include an
+    adapted module or one inside another.
+    """
+    if not saved:
+        return [], []
+    for spec in (list(given), saved):
+        taken = saved_by(spec, names)
+        nested = any(a != b and a.startswith(b + ".") for a in taken for b in taken)
+        if set(saved) <= set(taken) and not nested and not any(excluded_by_saved(p, [*spec, *taken]) for p in paths):
+            return spec, taken
+    raise ValueError(f"modules_to_save: PEFT has no way to name {saved} without other modules: it would take {taken}")
+
+
+def patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """r, lora_alpha and the patterns for the paths that differ, by full name (PEFT matches tails otherwise)."""
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(p)}": v for p, v in sorted(ranks.items()) if v != r},
+        "alpha_pattern": {f"^{re.escape(p)}": v for p, v in sorted(alphas.items()) if v != alpha},
+    }
+
+
+def saved_tensors(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
+    """PEFT's keys of ``modules_to_save`` -> the model's own parameters and buffers."""
+    named = dict(model.named_modules(remove_duplicate=False))
+    out = {f"{PREFIX}{n}.{k}": t for n in modules for k, t in named[n].state_dict(keep_vars=True).items()}
+    for key, value in out.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"modules_to_save: {key!r} is a {type(value).__name__}; only tensors can be saved")
+    return out
+
+
+def bias_tensors(
+    model: nn.Module, mode: str, stored: Mapping[str, str], saved: Collection[str], unranked: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """PEFT's keys of the biases that ``bias=mode`` trains -> the model's own parameters, without those in ``saved``.
+
+    ``stored``: path of each adapted layer -> its path in keys. ``unranked``: further modules, which are bare in keys.
+    """
+    if mode == "none":
+        return {}
+    out = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        path, _, last = name.rpartition(".")
+        if last != "bias" or any(path == s or path.startswith(s + ".") for s in saved):
+            continue
+        if path in stored:
+            out[f"{PREFIX}{stored[path]}.base_layer.bias"] = tensor
+        elif mode == "all" or path in unranked:
+            out[PREFIX + name] = tensor
+    return out
+
+
+def unranked_biases(model: nn.Module, adapter: str, mode: str, stored: Collection[str]) -> set[str]:
+    """Modules whose biases ``lora_only`` trains, and in which the adapter has no rank, so that no key is a matrix's."""
+    if mode != "lora_only":
+        return set()
+    layers = adapted_layers(model).items()
+    targets = {p for p, x in layers if adapter in x.adapter_names and x._parameters.get("bias") is not None}
+    return {*targets, *getattr(model, "fastlora_biases", {}).get(adapter, ())} - set(stored)
+
+
+def is_copy_of_saved(key: str, saved: Iterable[str]) -> bool:
+    """Whether PEFT wrote this bias a second time, from inside its wrapper of a module to save (``bias="all"``)."""
+    copies = (f"{PREFIX}{s}.{wrapper}." for s in saved for wrapper in ("modules_to_save", "original_module"))
+    return key.endswith(".bias") and key.startswith(tuple(copies))
+
+
+def refuse_shared(model: nn.Module, saved: Iterable[str], where: str) -> None:
+    """PEFT copies a module to save: a parameter that others share would be one thing here and two there."""
+    inside = {id(t) for t in saved_tensors(model, saved).values() if isinstance(t, nn.Parameter)}
+    prefixes = tuple(s + "." for s in saved)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in inside and not name.startswith(prefixes):
+            raise ValueError(f"{where}: modules_to_save: a parameter is shared with {name!r}, which PEFT would untie")
+
+
+_OUTPUT = ".base_layer.out_proj"
+
+
+class StoredNames:
+    """Three names of a matrix: its path here, its path in the file's keys, and the module that PEFT adapts.
+
+    ``attn.in_proj`` is ``attn`` and ``attn`` there, ``attn.out_proj`` is ``attn.base_layer.out_proj`` and ``attn``; any
+    other path is the same everywhere.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.attentions = set(torch_attentions(model))
+
+    def stored(self, path: str) -> str:
+        owner, _, leaf = path.rpartition(".")
+        if owner not in self.attentions or leaf not in ("in_proj", "out_proj"):
+            return path
+        return owner if leaf == "in_proj" else owner + _OUTPUT
+
+    def path(self, stored: str) -> str:
+        if stored in self.attentions:
+            return f"{stored}.in_proj"
+        owner = self.module(stored)
+        return stored if owner == stored else f"{owner}.out_proj"
+
+    def module(self, stored: str) -> str:
+        owner = stored.removesuffix(_OUTPUT)
+        return owner if owner in self.attentions else stored
+
+    def keys_of(self, module: str) -> tuple[str, ...]:
+        """The paths in keys of what PEFT adapts under a module's name."""
+        return (module, module + _OUTPUT) if module in self.attentions else (module,)
+
+    @property
+    def inputs(self) -> list[str]:
+        """Paths of the stacked projections, which are modules here only where they have an adapter."""
+        return [f"{attention}.in_proj" for attention in self.attentions]
+
+    def beside(self, path: str) -> tuple[str, ...]:
+        """The paths that share a rank and a scale in the file with this one, itself among them."""
+        owner = self.module(self.stored(path))
+        return (f"{owner}.in_proj", f"{owner}.out_proj") if owner in self.attentions else (path,)

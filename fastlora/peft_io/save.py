@@ -1,0 +1,262 @@
+"""Save adapters as PEFT's files and load PEFT's files: ``save``, ``load``."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
+from .._utils.errors import check_flag, listed, unknown_choice
+from ..config import LoraConfig
+from ..model.modules import named_targets
+from ..model.trainable import saved_modules
+from ..nn.adapter import WHOLE
+from ..nn.layer_view import Conv1D
+from ..nn.linear import DEFAULT, Linear, adapted_layers
+from .folder import FORMAT_VERSION, Slice, write_folder
+from .names import (
+    PREFIX,
+    StoredNames,
+    base_names,
+    bias_tensors,
+    choose_saved,
+    choose_targets,
+    patterns,
+    refuse_shared,
+    saved_tensors,
+    unranked_biases,
+)
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike,
+    adapter: str = DEFAULT,
+    fold_scale: bool = False,
+    *,
+    importance: Mapping[str, float] | None = None,
+) -> None:
+    r"""Write an adapter into the folder ``path`` as PEFT's two files, and ``fastlora.json`` beside them.
+
+    Keys ``base_model.model.<path>.lora_A.weight`` [R, K] and ``.lora_B.weight`` [N, R]; a split q/k/v leaves as one
+    matrix, A stacked and B block-diagonal, R = r_q + r_k + r_v. Each matrix gets ``lora_alpha = s R``, so that PEFT
+    computes the same ``s``; with ``fold_scale`` it is 1 and B is multiplied by s. Matrices of rank 0 are left out.
+    ``nn.MultiheadAttention`` has one rank and one ``s`` for both projections there: zeros fill the smaller one.
+    ``modules_to_save`` and the biases of ``bias=`` go along, with ``"lora_only"`` those of targets without a rank, too;
+    ``importance`` (scores by matrix) goes into the side file.
+
+    The first rank alone writes under data-parallel training; of a sharded model (``fully_shard``) every rank must call
+    this, and waits for the files. They appear complete or not at all, also when the process is killed. Raises
+    ``ValueError``, before anything is written, for a model without this adapter and for trained parameters that the
+    files have no place for, by name; ``OSError`` where they cannot be written, with the old ones still there.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path: expected the path of a folder, got {path!r}")
+    check_flag(fold_scale, "fold_scale")
+    ranks, model = ranks_of(model), unwrapped(model)
+    sharded = bool(shards(model))
+    reshard(model)
+    layers = _saveable(model, adapter)
+    config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
+    names = StoredNames(model)
+    matrices = _matrices(model, names, layers, adapter, fold_scale)
+    stored = {path: names.stored(path) for path in matrices}
+    adapted = {names.module(name): matrices[path] for path, name in stored.items()}
+    saved = saved_modules(model, adapter)
+    every_name = base_names(model, remove_duplicate=False)
+    spec, taken = choose_saved(saved, config.modules_to_save or (), every_name, list(adapted))
+    refuse_shared(model, taken, "model")
+    biases = bias_tensors(model, config.bias, stored, taken, unranked_biases(model, adapter, config.bias, stored))
+    _refuse_untold(model, taken, biases)
+    fields = _fields(model, config, adapted, spec)
+    tensors = {
+        f"{PREFIX}{stored[p]}.lora_{f}.weight": t for p, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))
+    }
+    tensors |= biases | saved_tensors(model, taken)
+    side = {
+        "format_version": FORMAT_VERSION,
+        "split": {n: [asdict(s) for s in m.slices] for n, m in matrices.items() if m.slices},
+        "scale": _rule(config, fields, fold_scale),
+        "modules_to_save": saved,
+        **({} if importance is None else {"importance": _plain(importance)}),
+    }
+    whole_tensors = {k: _detached(k, t) for k, t in tensors.items()}
+    once(ranks, sharded, lambda: write_folder(pathlib.Path(path), fields, whole_tensors, side))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One matrix as PEFT stores it."""
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+    slices: tuple[Slice, ...]
+
+
+def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored], saved: list[str]) -> dict[str, Any]:
+    """adapter_config.json: fields that every version of PEFT knows, and no others."""
+    ranks, alphas = {n: m.A.shape[0] for n, m in matrices.items()}, {n: m.alpha for n, m in matrices.items()}
+    unused = ("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform", "revision", "task_type")
+    return {
+        **patterns(ranks, alphas),
+        **dict.fromkeys(unused),
+        "peft_type": "LORA",
+        "target_modules": choose_targets(list(matrices), base_names(model)),
+        "modules_to_save": saved or None,
+        "bias": config.bias,
+        "lora_dropout": config.lora_dropout,
+        "init_lora_weights": config.init_lora_weights,
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": all(isinstance(model.get_submodule(path), Conv1D) for path in matrices),
+        "inference_mode": True,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+    }
+
+
+def _saveable(model: nn.Module, adapter: str) -> dict[str, Linear]:
+    """Layers in which the adapter has a rank, or ``ValueError``."""
+    layers = adapted_layers(model)
+    if not layers:
+        applied = getattr(model, "fastlora_policy", None)
+        if applied is not None:
+            raise ValueError(
+                f"model: policy {applied.name!r} trains no adapter, and PEFT has no file without one; save the "
+                "parameters that require gradients, for instance with safetensors.torch.save_file"
+            )
+        raise ValueError("model: has no adapters; call fastlora.inject first")
+    known = sorted({name for layer in layers.values() for name in layer.adapter_names})
+    if adapter not in known:
+        raise unknown_choice("adapter", adapter, known)
+    chosen = {n: x for n, x in layers.items() if adapter in x.adapter_names and any(x.ranks(adapter).values())}
+    if not chosen:
+        raise ValueError(f"adapter: every matrix of {adapter!r} has rank 0; PEFT has no file without a matrix")
+    if "" in chosen or any(
+        name in chosen for name in ("in_proj", "out_proj") if isinstance(model, nn.MultiheadAttention)
+    ):
+        raise ValueError("model: is itself the adapted layer, which has no name in a file; put it inside a module")
+    names = Counter(id(m) for n, m in model.named_modules(remove_duplicate=False))
+    for name, layer in chosen.items():
+        if names[id(layer)] > 1:
+            raise ValueError(
+                f"model: {name!r} is one of several names of one module; PEFT would adapt only one of them"
+            )
+    return chosen
+
+
+def _config_of(layers: Mapping[str, Linear], adapter: str) -> LoraConfig:
+    """The config of layers that were built by hand."""
+    spec = next(iter(layers.values())).adapter_specs[adapter]
+    return LoraConfig(lora_dropout=spec.dropout, init_lora_weights=spec.init)
+
+
+def _matrices(
+    model: nn.Module, names: StoredNames, layers: Mapping[str, Linear], adapter: str, fold: bool
+) -> dict[str, _Stored]:
+    """Every matrix of the file by path; those that share a rank and a scale in it, padded and scaled to the same."""
+    out = {}
+    for path in layers:
+        if path in out:
+            continue
+        together = {p: layers[p] for p in names.beside(path) if p in layers}
+        rank = max(sum(layer.ranks(adapter).values()) for layer in together.values())
+        s = max((_scale(layer, adapter) for layer in together.values()), key=abs)
+        for other in names.beside(path):
+            if other in layers:
+                out[other] = _stored(layers[other], adapter, fold, s, rank)
+            else:
+                base, like = named_targets(model)[other], _stored(layers[path], adapter, fold, s, rank)
+                A = like.A.new_zeros(rank, base.in_features)
+                B = like.B.new_zeros(base.out_features, rank)
+                out[other] = _Stored(A, B, like.alpha, (Slice(WHOLE, base.out_features, 0, 1.0),))
+    return out
+
+
+def _scale(layer: Linear, adapter: str) -> float:
+    """The ``s`` of a layer's file entry: that of the slice where it is largest."""
+    ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
+    return max((scales[name] for name in layer.slices if ranks[name]), key=abs)
+
+
+def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _Stored:
+    """A layer's matrix for a file entry of this scale and rank."""
+    A, B = layer.lora_A[adapter]._parameters, layer.lora_B[adapter]._parameters
+    ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
+    live = [name for name in layer.slices if ranks[name]]
+    ratios = {name: scales[name] / s if s and not fold else 1.0 for name in layer.slices}
+    own = sum(ranks.values())
+    stacked = torch.cat([whole(A[name].detach()) for name in live])
+    stacked = F.pad(stacked, (0, 0, 0, rank - own))
+    block = stacked.new_zeros(sum(layer.slices.values()), rank, dtype=B[live[0]].dtype)
+    column = 0
+    for name in live:
+        factor = scales[name] if fold else ratios[name]
+        b = whole(B[name].detach())
+        # Products of low-precision factors are rounded once.
+        b = b if factor == 1 else (b.double() * factor).to(b.dtype)
+        block[layer.slice_rows(name), column : column + ranks[name]] = b
+        column += ranks[name]
+    told = set(layer.slices) != {WHOLE} or own < rank or any(ratio != 1.0 for ratio in ratios.values())
+    slices = tuple(Slice(n, rows, ranks[n], ratios[n]) for n, rows in layer.slices.items()) if told else ()
+    return _Stored(stacked, block, _alpha(1.0 if fold else s, rank), slices)
+
+
+def _alpha(s: float, rank: int) -> float:
+    """``s * rank``, as the integer that PEFT's type asks for where that is exact."""
+    alpha = s * rank
+    if not math.isfinite(alpha):
+        raise ValueError(f"model: a scale of {s} at rank {rank} makes a lora_alpha that no file can hold")
+    return round(alpha) if round(alpha) / rank == s else alpha
+
+
+def _rule(config: LoraConfig, fields: Mapping[str, Any], fold: bool) -> dict[str, Any]:
+    """How ranks make scales in this adapter's config, which the files express as one alpha a matrix."""
+    if fold:
+        return {"mode": "constant", "r": fields["r"], "lora_alpha": fields["r"], "use_rslora": False}
+    return {"mode": config.scale, "r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
+
+
+def _plain(importance: Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(importance, Mapping):
+        raise ValueError(f"importance: expected a mapping of matrix to score, got {type(importance).__name__}")
+    out = {}
+    for key, value in importance.items():
+        try:
+            out[key] = float(value)
+        except (TypeError, ValueError):
+            out[key] = math.nan
+        if not isinstance(key, str) or not math.isfinite(out[key]):
+            raise ValueError(f"importance: expected finite scores by name, got {key!r}: {value!r}")
+    return out
+
+
+def _detached(key: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise ValueError(f"model: {key!r} is on the meta device and has no values")
+    return whole(tensor.detach()).to("cpu", copy=True).contiguous()
+
+
+def _refuse_untold(model: nn.Module, saved: list[str], biases: Mapping[str, Tensor]) -> None:
+    """Everything that was trained is in the files, or ``ValueError`` with the names of what is not."""
+    told = {id(t) for t in (*biases.values(), *saved_tensors(model, saved).values())}
+    # A head that came with another adapter leaves with that one.
+    for name in getattr(model, "fastlora_configs", {}):
+        told.update(id(t) for t in saved_tensors(model, saved_modules(model, name)).values())
+    for layer in adapted_layers(model).values():
+        told.update(id(p) for factors in (layer.lora_A, layer.lora_B) for p in factors.parameters())
+    lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in told]
+    if lost:
+        raise ValueError(
+            f"model: these trained parameters are neither adapters, nor in modules_to_save, nor covered by bias=, and "
+            f"would be lost: {listed(lost)}; name their modules in modules_to_save or freeze them"
+        )

@@ -1,0 +1,250 @@
+"""Statistics of a step over data-parallel ranks: one all-reduce, before anything is squared."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.distributed import ProcessGroupInfo, ranks_of, several_processes
+from ..nn.probe import Contribution
+from ..ops.reference import accumulate_dtype
+from .statistics import Covariances, as_one_batch, sample_squares
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a step's reduction found, beside the leaves whose gradients it replaced."""
+
+    ranks: ProcessGroupInfo
+    present: Mapping[str, Tensor]  # kind -> whether some rank has it: a boolean a matrix
+    finite: Tensor  # whether what covariances are made of is finite everywhere
+    samples: Tensor  # of all ranks, under ``fisher`` with probes; a float64 scalar
+    exact: Sequence[Mapping[str, Tensor]] | None  # values of each matrix under the exact estimator
+
+    def finish(self, tracker: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With probes, ``fisher`` of the samples of all ranks."""
+        if "fisher" in values and self.exact is None:
+            values["fisher"] = values["fisher"] * sample_factor(tracker.loss_reduction, self.samples, self.ranks)
+        return values
+
+
+class Reduction:
+    r"""Makes the gradients of a tracker's leaves those of the global batch.
+
+    .. math:: Q = \frac{1}{D} \sum_r Q_r,\qquad \text{grad\_sq} = \lVert Q \rVert_F^2 / k
+
+    D is what data-parallel training divides gradients by (the number of ranks). Q is linear in the gradient, squared
+    norms are not: their mean would be the noise of the ranks, too. Sums and counts of ``act_var``, norms of the columns
+    of x, numbers of samples and flags of what is there are added. The exact estimator adds each matrix's G_W [N, K] and
+    the covariances of each layer by a further all-reduce.
+    """
+
+    def __init__(self, model: nn.Module, process_group: Any):
+        self.ranks = ranks_of(model, process_group)
+        self._process_group = process_group
+        self._agreed = False
+        self._searching = self.ranks is None and process_group == "auto"
+
+    def search(self, tracker: Any, model: nn.Module) -> None:
+        """Before a forward of the first step: the wrapper may have come after the tracker."""
+        if self._searching:
+            self.ranks = ranks_of(model)
+            self._searching = self.ranks is None
+            self.attach(tracker)
+
+    def attach(self, tracker: Any) -> None:
+        """Every rank samples the same steps: what each would choose depends on its own data."""
+        if self.ranks is not None and tracker.every is None:
+            tracker.every = 1
+            for layer in tracker.layers.values():
+                probe = tracker._probe(layer)
+                probe.every, probe.live = 1, True
+
+    def micro(self, own: int) -> int:
+        """The number of a rank's micro-batch among those of all ranks."""
+        rank, size = self.place()
+        return (own - 1) * size + rank + 1
+
+    def place(self) -> tuple[int, int]:
+        """This rank and the number of ranks."""
+        return (0, 1) if self.ranks is None else (self.ranks.rank, self.ranks.size)
+
+    def restart(self) -> None:
+        """The tracker took up another state: ranks have to agree again."""
+        self._agreed = False
+
+    def run(self, tracker: Any) -> Shared | None:
+        """Reduce a step; None where one process trains alone. A collective: every rank calls ``tracker.step()``."""
+        if self._searching:
+            self._searching = False
+            if several_processes():
+                logger.warning(
+                    "track: this process's statistics alone: %d processes run, and the model is neither wrapped by DDP "
+                    "nor sharded by fully_shard; give track a process_group, or None if that is meant",
+                    torch.distributed.get_world_size(),
+                )
+        if self.ranks is None:
+            return None
+        if not self._agreed:
+            _agree(tracker, self.ranks)
+            self._agreed = True
+        return _Step(tracker, self.ranks).reduce()
+
+    def add_covariances(
+        self, tracker: Any, taken: Mapping[str, Sequence[Contribution]], keep: Tensor, inverse: Tensor
+    ) -> None:
+        """The ranks' sums of one step, layer by layer, into the tracker's."""
+        total = tracker._covariances
+        for path, calls in taken.items():
+            layer, step = tracker.layers[path], Covariances(total.kinds)
+            dtype = accumulate_dtype(layer.weight.dtype)
+            step.reserve(path, layer.in_features, layer.out_features, dtype, layer.weight.device)
+            step.add({path: calls}, keep, inverse / self.ranks.divisor, {path: layer.backend})
+            for tensor in step.tensors():
+                self.ranks.sum_(tensor)
+            total.absorb(step)
+
+
+class _Step:
+    """One step's numbers on their way into one flat tensor and back."""
+
+    def __init__(self, tracker: Any, ranks: ProcessGroupInfo):
+        self.tracker, self.ranks, self.device = tracker, ranks, tracker.device
+        self.probes = {path: tracker._probe(layer) for path, layer in tracker.layers.items()}
+        self.live = {path: probe for path, probe in self.probes.items() if probe.live}
+        self.exact = [kind for kind in tracker.kinds if kind != "act_var"] if tracker.estimator == "exact" else []
+
+    def reduce(self) -> Shared:
+        Z: dict[Any, Tensor] = {(path, name): z for path, p in self.live.items() for name, z in p.Z.items()}
+        V: dict[Any, Tensor] = {path: probe.V for path, probe in self.live.items() if probe.V is not None}
+        looks = {path: p for path, p in self.live.items() if p.looking}
+        norms = {("norms", path, name): leaf for path, p in looks.items() for name, leaf in p.norms.items()}
+        sums = self._counts() | {key: _gradient(leaf) for key, leaf in (V | norms).items()}
+        total = _summed(sums, {key: _gradient(leaf) for key, leaf in Z.items()}, self.ranks, self.device)
+        for key, leaf in (Z | V | norms).items():
+            leaf.grad = total[key].to(leaf.device, leaf.dtype)
+        here = total["here"].view(2, -1) > 0
+        present = {kind: here[int(kind == "act_var")] for kind in self.tracker.kinds}
+        exact = self._exact_values(total) if self.exact else None
+        return Shared(self.ranks, present, total["bad"] == 0, total["samples"].double(), exact)
+
+    def _counts(self) -> dict[Any, Tensor]:
+        """What is there of weights and of moments, whether it is finite; squares of samples and their numbers."""
+        tracker = self.tracker
+        weights, moments = [], []
+        for path, name in tracker.matrices:
+            probe = self.probes[path]
+            weights.append(bool(probe.taken) or (name in probe.Z and probe.Z[name].grad is not None))
+            moments.append(probe.V is not None and probe.V.grad is not None)
+        taken = {path: p.taken for path, p in self.live.items()} if tracker._covariances.kinds else {}
+        parts = {
+            "here": torch.tensor([*weights, *moments]),
+            "bad": ~tracker._covariances.finite(taken, self.device),
+            "samples": torch.as_tensor(tracker._sample_count()),
+        }
+        if "fisher" in self.exact:
+            found = [sample_squares(tracker, tracker.layers[path], name) for path, name in tracker.matrices]
+            parts["squares"] = torch.stack([square.to(self.device) for square, _ in found])
+            parts["numbers"] = torch.tensor([number for _, number in found])
+        return parts
+
+    def _exact_values(self, total: Mapping[Any, Tensor]) -> list[dict[str, Tensor]]:
+        values: list[dict[str, Tensor]] = [{} for _ in self.tracker.matrices]
+        if "fisher" in self.exact:
+            factors = sample_factor(self.tracker.loss_reduction, total["numbers"].double(), self.ranks, averaged=False)
+            for value, square, factor in zip(values, total["squares"].double(), factors, strict=True):
+                value["fisher"] = square * factor
+        if not {"grad_sq", "grad_abs"} & set(self.exact):
+            return values
+        gradients = {path: self._gradient(self.tracker.layers[path], probe.taken) for path, probe in self.live.items()}
+        for value, (path, name) in zip(values, self.tracker.matrices, strict=True):
+            if path in gradients:
+                value["grad_sq"], value["grad_abs"] = gradients[path][name]
+        return values
+
+    def _gradient(self, layer: Any, taken: list[Contribution]) -> dict[str, tuple[Tensor, Tensor]]:
+        """``||G||^2`` and ``sum |G|`` of each slice of G_W, which is there as a whole for this one layer."""
+        dtype = accumulate_dtype(layer.weight.dtype)
+        gradient = torch.zeros(layer.out_features, layer.in_features, dtype=dtype, device=layer.weight.device)
+        if taken:
+            x, dy, _ = as_one_batch(taken)
+            gradient += dy.to(dtype).T @ x.to(dtype)
+        self.ranks.sum_(gradient).div_(self.ranks.divisor)
+        parts = {name: gradient[layer.slice_rows(name)].double() for name in layer.slices}
+        return {name: (part.square().sum(), part.abs().sum()) for name, part in parts.items()}
+
+
+def sample_factor(loss_reduction: str, samples: Tensor, ranks: ProcessGroupInfo, averaged: bool = True) -> Tensor:
+    r"""What makes ``fisher`` of a sum of squares over the ranks' samples.
+
+    .. math:: \text{mean: } \frac{n}{W^2} \sum_i \lVert G_i \rVert^2,\qquad
+              \text{sum: } \frac{1}{n} \sum_i \lVert G_i \rVert^2
+
+    n samples on W ranks, G_i as backpropagated on its rank; ``averaged``: squares of what was divided by D are given.
+    """
+    undone = ranks.divisor**2 if averaged else 1.0
+    if loss_reduction == "mean":
+        return samples * (undone / ranks.size**2)
+    return undone / samples.clamp(min=1)
+
+
+def averaged(
+    gradients: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], ranks: ProcessGroupInfo, device: torch.device
+) -> dict[str, Tensor]:
+    """Gradients by name, averaged over the ranks by one all-reduce; one that no rank has is left out.
+
+    Reads back which are there. Gradients that are the same on all ranks, as DDP leaves them, stay what they are.
+    """
+    there = torch.tensor([name in gradients for name in shapes])
+    every = {
+        name: gradients[name] if name in gradients else torch.zeros(shape, device=device)
+        for name, shape in shapes.items()
+    }
+    total = _summed({"": there}, every, replace(ranks, divisor=float(ranks.size)), device)
+    return {name: total[name] for name, flag in zip(shapes, total[""].tolist(), strict=True) if flag}
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _summed(
+    sums: Mapping[Any, Tensor], gradients: Mapping[Any, Tensor], ranks: ProcessGroupInfo, device: torch.device
+) -> dict[Any, Tensor]:
+    """Sums over the ranks, and gradients as they are averaged, by one all-reduce in the widest of the dtypes."""
+    parts = {**sums, **gradients}
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts.values()), torch.float32)
+    # Without waiting for a GPU: a plain copy from the host would.
+    flat = torch.cat([part.reshape(-1).to(device, dtype, non_blocking=True) for part in parts.values()])
+    ranks.sum_(flat)[sum(part.numel() for part in sums.values()) :] /= ranks.divisor
+    split = flat.split([part.numel() for part in parts.values()])
+    return {key: piece.view(part.shape) for (key, part), piece in zip(parts.items(), split, strict=True)}
+
+
+def _agree(tracker: Any, ranks: ProcessGroupInfo) -> None:
+    """P and the steps that count are the same everywhere, or ``ValueError`` on every rank with what differs."""
+    own = {
+        "seed": tracker.seed,
+        "steps": tracker.steps,
+        "probes": tracker.probes,
+        "every": tracker.every,
+        "warmup": tracker.warmup or 0,
+        "matrices": zlib.crc32(" ".join(tracker.keys).encode()),
+        "probe_kind": zlib.crc32(tracker.probe_kind.encode()),
+        "statistics": zlib.crc32(" ".join((*tracker.kinds, *tracker._covariances.kinds, tracker.estimator)).encode()),
+    }
+    values = torch.tensor(list(own.values()), dtype=torch.int64, device=tracker.device)
+    low, high = ranks.min(torch.stack([values, -values]))
+    differing = [name for name, a, b in zip(own, low.tolist(), (-high).tolist(), strict=True) if a != b]
+    if differing:
+        here = ", ".join(f"{name} {own[name]}" for name in differing)
+        raise ValueError(f"track: {', '.join(differing)} differ between the data-parallel ranks; here: {here}")

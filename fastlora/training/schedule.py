@@ -1,0 +1,125 @@
+"""Learning rates over a run: adapters held still at first, and a cosine that ends at a floor."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from .._utils import errors, torch_compat
+
+
+class _Factor:
+    """Multiplier of one group's base rate after ``step`` optimiser steps; an object, so that a state dict holds it."""
+
+    def __init__(self, steps: int, floor: float, warmup: int, zero_until: int):
+        self.steps, self.floor, self.warmup, self.zero_until = steps, floor, warmup, zero_until
+
+    def __call__(self, step: int) -> float:
+        if step < self.zero_until:
+            return 0.0
+        if step < self.warmup:
+            return self.floor + (1.0 - self.floor) * (step + 1) / (self.warmup + 1)
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return self.floor + (1.0 - self.floor) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+class Cosine(LambdaLR):
+    r"""Cosine from each group's rate to a floor, and groups that are frozen for the first optimiser steps.
+
+    .. math:: \eta_t = \eta_{\min} + (\eta_0 - \eta_{\min})\, \tfrac12 (1 + \cos \pi t / T)
+
+    A ``LambdaLR``: call ``step()`` after each ``optimizer.step()``; it may stand in a ``SequentialLR``. After T =
+    ``steps`` the rate stays at ``floor``, which is never 0. ``warmup`` steps rise linearly first; they count in T.
+
+    ``freeze``: optimiser steps during which the groups named so do not learn, a number for ``"lora"`` or a mapping of
+    group names (see ``param_groups``). Their clock runs on, so that all groups end together. ``freeze_by``:
+    ``"requires_grad"`` switches the parameters' gradients off, which costs nothing and leaves the optimiser's moments
+    empty; ``"lr"`` sets the rate to 0 while moments fill, for DDP and compiled steps, which want a fixed graph.
+
+    ``state_dict`` and ``load_state_dict`` resume, frozen groups included. Raises ``ValueError`` naming the argument.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        steps: int,
+        *,
+        floor: float = 1e-5,
+        warmup: int = 0,
+        freeze: int | Mapping[str, int] = 0,
+        freeze_by: str = "requires_grad",
+        last_epoch: int = -1,
+    ):
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.steps, self.warmup = _count("steps", steps, 1), _count("warmup", warmup, 0)
+        if warmup >= steps:
+            raise ValueError(f"warmup: expected less than steps = {steps}, got {warmup}")
+        if freeze_by not in ("requires_grad", "lr"):
+            raise errors.unknown_choice("freeze_by", freeze_by, ("requires_grad", "lr"))
+        self.floor, self.freeze_by = _checked_floor(optimizer, floor), freeze_by
+        self.freeze = _checked_freeze(optimizer, freeze, steps)
+        super().__init__(optimizer, [self._factor(group) for group in optimizer.param_groups], last_epoch)
+
+    def _factor(self, group: dict[str, Any]) -> _Factor:
+        base = float(group.get("initial_lr", group["lr"]))
+        frozen = self.freeze.get(group.get("name"), 0) if self.freeze_by == "lr" else 0
+        return _Factor(self.steps, self.floor / base, self.warmup, frozen)
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        self._hold()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._hold()
+
+    def _hold(self) -> None:
+        """Gradients of the frozen groups off, those of groups whose time has come on."""
+        if self.freeze_by != "requires_grad":
+            return
+        for group in self.optimizer.param_groups:
+            until = self.freeze.get(group.get("name"))
+            if until is None:
+                continue
+            torch_compat.set_requires_grad(group["params"], self.last_epoch >= until)
+            if self.last_epoch < until:
+                for parameter in group["params"]:
+                    # A gradient that is left over would still be stepped.
+                    parameter.grad = None
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+    return value
+
+
+def _checked_floor(optimizer: Optimizer, floor: Any) -> float:
+    if isinstance(floor, bool) or not isinstance(floor, numbers.Real) or not math.isfinite(floor) or floor <= 0:
+        raise ValueError(f"floor: expected a positive learning rate, got {floor!r}")
+    for index, group in enumerate(optimizer.param_groups):
+        rate = float(group.get("initial_lr", group["lr"]))
+        if rate < floor:
+            name = group.get("name", index)
+            raise ValueError(f"floor: {floor} is above the learning rate {rate} of group {name!r}")
+    return float(floor)
+
+
+def _checked_freeze(optimizer: Optimizer, freeze: Any, steps: int) -> dict[str, int]:
+    names = [group.get("name") for group in optimizer.param_groups]
+    wanted = dict(freeze) if isinstance(freeze, Mapping) else {"lora": _count("freeze", freeze, 0)}
+    wanted = {name: count for name, count in wanted.items() if _count(f"freeze[{name!r}]", count, 0)}
+    for name, count in wanted.items():
+        if name not in names:
+            raise ValueError(f"freeze: no parameter group is named {name!r}, only {names}; see fastlora.param_groups")
+        if count >= steps:
+            raise ValueError(f"freeze: {name!r} would not learn in any of the {steps} steps, got {count}")
+    if wanted and all(name in wanted for name in names):
+        raise ValueError(f"freeze: nothing else would learn meanwhile, the groups are {names}")
+    return wanted
