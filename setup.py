@@ -28,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OPERATORS = "fastlora._C"
 # Sources of the pybind11 modules; a module of which a source is not there is left out.
-MODULES = {"fastlora._plan": ("csrc/plan.cpp", "csrc/plan_bindings.cpp")}
+MODULES = {"fastlora._plan": ("csrc/plan_bindings.cpp",)}
 MODULES = {name: files for name, files in MODULES.items() if all((ROOT / path).is_file() for path in files)}
 MINIMUM_TORCH = (2, 11)
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"

@@ -6,7 +6,6 @@ adapter's own rows times its own ranks; a row's result does not depend on the re
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import triton
 from torch import Tensor
 
 from . import linear, linear_backward, shrink, wgrad
+from .constants import device_constant
 from .primitives import KeyDropout, Segments, multiples_of_8, unit_last
 from .reduce import reduce_partials
 from .tiling import GRID_LIMIT, TileConfig, choose_split, choose_tiles
@@ -76,7 +76,7 @@ def pack(factors: Sequence[Tensor]) -> Tensor:
     return torch.cat([f.reshape(-1) for f in factors])
 
 
-@functools.lru_cache(maxsize=256)
+@device_constant(maxsize=256)
 def _table(kind: str, ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int, ...], device: torch.device) -> Tensor:
     # Ranks change seldom: kept, so that a step copies nothing to the device.
     if kind.startswith("wgrad"):
@@ -86,12 +86,12 @@ def _table(kind: str, ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-@functools.lru_cache(maxsize=256)
+@device_constant(maxsize=256)
 def _thresholds(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-@functools.lru_cache(maxsize=256)
+@device_constant(maxsize=256)
 def _scales(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from support.public_calls import KEY, Blocks, adamw, adapted, batches, config, merged, plain, tracked
-
 import fastlora
+from support.public_calls import KEY, Blocks, adamw, adapted, batches, config, merged, plain, tracked
 
 NAN, INF = math.nan, math.inf
 
