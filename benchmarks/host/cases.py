@@ -1,4 +1,4 @@
-"""What the host benchmark times: projections as ``benchmarks.peers`` builds them, on the null GPU or the CPU."""
+"""What the host benchmark times: projections as ``benchmarks.harness.peers`` builds them, on the null GPU or the CPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fastlora
 
-from .. import many, peers
-from ..shapes import ALPHA, ANCHORS, SHAPES, Problem, Shape
+from ..harness import many, peers
+from ..harness.shapes import ALPHA, ANCHORS, SHAPES, Problem, Shape
 
 DROPOUT = 0.1
 ADAPTERS = 4

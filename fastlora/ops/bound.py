@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .._utils.torch_compat import (
 )
 from .autograd import LoraRest, differentiable_backward, moment_gradients
 from .backends import choose
+from .backends.plan import Plans
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
 from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
 
@@ -52,6 +53,7 @@ class BoundCall:
         self._plain = all([type(t) in _PLAIN for t in (*self._frozen, *A, *B)])
         self._needs: dict[tuple, Need] = {}
         self._chosen: Any = None
+        self.plans: Plans | None = None
 
     def __call__(
         self,
@@ -78,6 +80,7 @@ class BoundCall:
             return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
         if self._chosen is None:
             self._chosen, _ = choose(self.backend, self.device, self.dtype)
+            self.plans = Plans() if self._chosen.plannable else None
         run = _Run(self, rows, key, p, P, sign, len(Z), len(V))
         if torch.is_grad_enabled():
             return _apply(run, x, *self.A, *self.B, *Z, *V)
@@ -109,7 +112,7 @@ class _Run:
         self.bound, self.rows, self.P, self.sign = bound, rows, P, sign
         self.drop = None if key is None else Dropout(key, p)
         self.leaves, self.moments = leaves, moments
-        self.probes = probe_counts(P) if P else ()
+        self.probes = tuple(probe_counts(P)) if P else ()
         self.versions = [version_of(w) if counts_versions(w) else None for w in bound.W]
 
     def call(self, x: Tensor, moments: bool) -> LoraCall:
@@ -118,12 +121,68 @@ class _Run:
             x, b.W, b.bias, b.A, b.B, self.P, self.probes, b.scale, b.layout, self.rows, self.drop, b.engine, moments
         )
 
-    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        call = self.call(x, self.moments > 0)
-        y, h, moments = self.bound._chosen.forward(call)
-        if self.sign:
-            flip_signs(h, self.sign, call)
-        return y, h, moments
+    def forward(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor, Sequence[Tensor]]:
+        """y, h and the moments of y."""
+        bound = self.bound
+        if bound.plans is None:
+            return _forward(bound._chosen, self.call(x, self.moments > 0), self.sign)
+        given = Given(x, bound.W, bound.bias, bound.A, bound.B, self.P, self.sign, self.rows or (), self._key())
+        key = ("forward", self.moments > 0, self._p(), given.shape())
+
+        def compute(tensors: list[Tensor]) -> list[Tensor]:
+            y, h, moments = _forward(bound._chosen, *self._rebuilt(given.like(tensors), self.moments > 0))
+            return [*y, h, *moments]
+
+        out, count = bound.plans.run(key, given.tensors(), compute), len(bound.W)
+        return out[:count], out[count], out[count + 1 :]
+
+    def backward(self, x: Tensor, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> tuple:
+        """The gradients of x, A, B and Z that are needed."""
+        bound = self.bound
+        if bound.plans is None:
+            return _backward(bound._chosen, self.call(x, False), h, dy, need)
+        given = Given(x, bound.W, (), bound.A, bound.B, (), (), self.rows or (), self._key(), h, dy)
+        key = ("backward", need, self.probes, self._p(), given.shape())
+
+        def compute(tensors: list[Tensor]) -> list[Tensor | None]:
+            again = given.like(tensors)
+            call, _ = self._rebuilt(again, False)
+            dx, dA, dB, dZ = _backward(bound._chosen, call, again.h, again.dy, need)
+            return [dx, *dA, *dB, *dZ]
+
+        dx, *rest = bound.plans.run(key, given.tensors(), compute)
+        a = len(bound.A) if need.dA else 0
+        b = a + (len(bound.B) if need.dB else 0)
+        return dx, rest[:a], rest[a:b], rest[b:]
+
+    def _p(self) -> tuple[float, ...]:
+        return () if self.drop is None else tuple(self.drop.p)
+
+    def _key(self) -> Tensor | None:
+        return None if self.drop is None else self.drop.key
+
+    def _rebuilt(self, given: Given, moments: bool) -> tuple[LoraCall, Sequence[Tensor]]:
+        """The call of other tensors that are like its own."""
+        b = self.bound
+        bias = given.bias or b.bias
+        drop = None if self.drop is None else Dropout(given.key, self.drop.p)
+        rows = Rows(*given.rows) if given.rows else None
+        call = LoraCall(
+            given.x,
+            given.W,
+            bias,
+            given.A,
+            given.B,
+            given.P,
+            self.probes,
+            b.scale,
+            b.layout,
+            rows,
+            drop,
+            b.engine,
+            moments,
+        )
+        return call, given.sign
 
     def check_versions(self) -> None:
         for w, version in zip(self.bound.W, self.versions, strict=True):
@@ -132,6 +191,54 @@ class _Run:
                     "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
                     "place after the forward"
                 )
+
+
+class Given(NamedTuple):
+    """The tensors of a call, as one list and back."""
+
+    x: Tensor
+    W: Sequence[Tensor]
+    bias: Sequence[Tensor | None]
+    A: Sequence[Tensor]
+    B: Sequence[Tensor]
+    P: Sequence[Tensor]
+    sign: Sequence[Tensor]
+    rows: Sequence[Tensor]
+    key: Tensor | None
+    h: Tensor | None = None
+    dy: Sequence[Tensor | None] = ()
+
+    def _parts(self) -> tuple[Sequence[Tensor | None], ...]:
+        one = ((self.x,), (self.key,), (self.h,))
+        return (*one, self.W, self.bias, self.A, self.B, self.P, self.sign, self.rows, self.dy)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them that are there."""
+        return [t for part in self._parts() for t in part if t is not None]
+
+    def shape(self) -> tuple:
+        """How many there are of each, and which of them are not there."""
+        return tuple([tuple([t is None for t in part]) for part in self._parts()])
+
+    def like(self, tensors: Sequence[Tensor]) -> Given:
+        """The same call of other tensors."""
+        rest = iter(tensors)
+        x, key, h, *parts = [[None if t is None else next(rest) for t in part] for part in self._parts()]
+        W, bias, A, B, P, sign, rows, dy = parts
+        return Given(x[0], W, bias, A, B, P, sign, rows, key[0], h[0], dy)
+
+
+def _forward(backend: Any, call: LoraCall, sign: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    y, h, moments = backend.forward(call)
+    if sign:
+        flip_signs(h, sign, call)
+    return y, h, moments
+
+
+def _backward(backend: Any, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> tuple:
+    dtype = call.x.dtype
+    grads = [g if g is None else as_rows(g if g.dtype == dtype else g.to(dtype)) for g in dy]
+    return like_operands(call, backend.backward(call, h, grads, need), need)
 
 
 class _Bound(torch.autograd.Function):
@@ -158,10 +265,8 @@ class _Bound(torch.autograd.Function):
         moments = saved[2 * count :]
         if torch.is_grad_enabled():
             return (None, *_again(run, needs[1:], dy, x, saved[:count], saved[count : 2 * count], moments))
-        need, call = bound.need(needs[1:], run.leaves), run.call(x, False)
         with untracked():
-            grads = [g if g is None else as_rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
-            dx, dA, dB, dZ = like_operands(call, bound._chosen.backward(call, h, grads, need), need)
+            dx, dA, dB, dZ = run.backward(x, h, dy, bound.need(needs[1:], run.leaves))
             if moments:
                 counts = rows_behind_moments(x, None if run.rows is None else run.rows.ranges, len(moments))
                 moments = moment_gradients(moments, counts)
