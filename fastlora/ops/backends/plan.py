@@ -194,5 +194,10 @@ def _described(tensor: Tensor) -> tuple:
     return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0
 
 
+@functools.cache
+def _operator() -> Any:
+    return torch.ops.fastlora.run_plan.default
+
+
 def _run_plan(cache: int, variant: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-    return torch.ops.fastlora.run_plan.default(cache, variant, inputs)
+    return _operator()(cache, variant, inputs)
