@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._utils.torch_compat import apply_directly, autocasting, nothing_watches, untracked
-from .autograd import LoraRest, differentiable_backward, moment_gradients
+from .._utils.torch_compat import apply_directly, autocasting, nothing_watches, untracked, without_autocast
+from ..kernels.constants import device_constant
+from .autograd import LoraRest, differentiable_backward, low_precision, moment_gradients
 from .backends import choose
 from .backends.plan import Plans
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
@@ -60,6 +61,10 @@ class BoundCall:
         sign: Sequence[Tensor] = (),
     ) -> Sequence[Tensor]:
         """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``."""
+        if autocasting(x) and torch.get_autocast_dtype(x.device.type) is self.dtype:
+            # What autocast would do, since the weights have its dtype already.
+            with without_autocast(x.device.type):
+                return self(low_precision(x, self.dtype), rows, key, p, Z, V, P, sign)
         if (
             not self.plain
             or type(x) not in _PLAIN
@@ -167,9 +172,18 @@ def _forward(run: _Run, x, W, bias, A, B, P, sign, rows, key) -> list[Tensor]:
     y, h, moments = bound.chosen.forward(call)
     if sign:
         flip_signs(h, sign, call)
-    if moments:
-        moments = moment_gradients(moments, rows_behind_moments(x, None if rows is None else rows.ranges, len(moments)))
+    if moments and rows is None:
+        count = x.shape[:-1].numel()
+        moments = [torch.cat([m, _count(count, m.dtype, m.device)], dim=1) for m in moments]
+    elif moments:
+        moments = moment_gradients(moments, rows_behind_moments(x, rows.ranges, len(moments)))
     return [*y, h, *moments]
+
+
+@device_constant(maxsize=256)
+def _count(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The number of rows beside the column sums: what a moment leaf [2, N + 1] accumulates."""
+    return torch.full((2, 1), rows, dtype=dtype, device=device)
 
 
 def _backward(run: _Run, x, h, W, A, B, dy, need: Need, rows, key) -> list[Tensor | None]:
