@@ -46,7 +46,7 @@ def test_the_expectation_over_all_draws_is_the_exact_value(layer, targets, backe
         run()
         tracker.step()
         found = every_draw(tracker, run)
-    with track(m, "exact", ema=None, statistics=("grad_sq", "grad_abs")) as exact:
+    with track(m, estimator="exact", ema=None, statistics=("grad_sq", "grad_abs")) as exact:
         run()
         exact.step()
     sizes = [exact.layers[path].slices[n] * exact.layers[path].in_features for path, n in exact.matrices]

@@ -288,7 +288,9 @@ class TestReports:
         model = build("timm_vit")
         fastlora.inject(model, config(target_modules="qkv", modules_to_save=["head", "norm1"], bias="lora_only"))
         model.norm.weight.requires_grad_(True)
-        groups = {g["name"]: g for g in fastlora.param_groups(model, 1.0, 2.0, 3.0, weight_decay=0.5)}
+        groups = {
+            g["name"]: g for g in fastlora.param_groups(model, lr_lora=1.0, lr_norm=2.0, lr_head=3.0, weight_decay=0.5)
+        }
         names = {id(p): n for n, p in model.named_parameters()}
         listed = {k: sorted(names[id(p)] for p in g["params"]) for k, g in groups.items()}
         assert len(listed["lora"]) == 12 and all("lora_" in n for n in listed["lora"])

@@ -29,7 +29,7 @@ import fastlora
 def test_exact_is_the_gradient_autograd_would_give(layer, targets):
     m, batch = model(layer=layer, targets=targets), data()
     G = weight_gradients(m, [batch])
-    with track(m, "exact", ema=None, statistics=("grad_sq", "grad_abs")) as tracker:
+    with track(m, estimator="exact", ema=None, statistics=("grad_sq", "grad_abs")) as tracker:
         loss_of(m, batch).backward()
         tracker.step()
     assert_scores(tracker.scores("grad_sq"), {k: g.square().sum() for k, g in G.items()})
@@ -46,7 +46,7 @@ def test_exact_fisher_is_the_mean_square_of_each_samples_own_gradient(layer, tar
     def loss(m, batch):
         return nn.functional.cross_entropy(m(batch[0]).mean(1), batch[1], reduction=reduction)
 
-    with track(m, "exact", ema=None, statistics=("fisher",), loss_reduction=reduction) as tracker:
+    with track(m, estimator="exact", ema=None, statistics=("fisher",), loss_reduction=reduction) as tracker:
         loss(m, batch).backward()
         tracker.step()
     assert_scores(tracker.scores("fisher"), {k: g.square().sum((1, 2)).mean() for k, g in own.items()})
@@ -55,7 +55,7 @@ def test_exact_fisher_is_the_mean_square_of_each_samples_own_gradient(layer, tar
 def test_exact_accumulates_before_squaring():
     m, batches = model(), [data(seed=s) for s in (1, 2, 3)]
     G = weight_gradients(m, batches, lambda m, b: loss_of(m, b) / 3)
-    with track(m, "exact", ema=None, statistics=("grad_sq", "fisher")) as tracker:
+    with track(m, estimator="exact", ema=None, statistics=("grad_sq", "fisher")) as tracker:
         accumulated(m, batches, tracker)
     assert_scores(tracker.scores("grad_sq"), {k: g.square().sum() for k, g in G.items()})
     own = [per_sample_gradients(m, b) for b in batches]
@@ -121,7 +121,7 @@ def test_checkpointing_counts_once(reentrant, estimator):
     for wrapped in (False, True):
         m, (x, y) = model(), data()
         x.requires_grad_()  # a reentrant checkpoint needs an input with a gradient
-        with track(m, estimator, ema=None, statistics=kinds) as tracker:
+        with track(m, estimator=estimator, ema=None, statistics=kinds) as tracker:
             tracker.micro = 1
             h = x
             for block in m[:-1]:
@@ -167,7 +167,7 @@ def test_act_var_is_the_trace_of_the_output_covariance():
 def test_loss_scale_is_divided_out(estimator):
     m, batch = model(dtype=torch.float32), data(dtype=torch.float32)
     kinds = ("grad_sq", "act_var") if estimator == "probe" else ("grad_sq", "grad_abs", "act_var")
-    assert_scale_divided_out(m, batch, kinds, lambda: track(m, estimator, ema=None, statistics=kinds))
+    assert_scale_divided_out(m, batch, kinds, lambda: track(m, estimator=estimator, ema=None, statistics=kinds))
 
 
 def test_dropout_does_not_bias_the_probes():
@@ -175,7 +175,7 @@ def test_dropout_does_not_bias_the_probes():
     m.train()
     kept = wide_probe(m, ("grad_sq",), lambda t: (torch.manual_seed(0), loss_of(m, batch).backward(), t.step()))
     torch.manual_seed(0)
-    with track(m, "exact", ema=None) as tracker:
+    with track(m, estimator="exact", ema=None) as tracker:
         loss_of(m, batch).backward()
         tracker.step()
     assert_estimates(kept.scores("grad_sq"), dict(tracker.scores("grad_sq")))

@@ -53,11 +53,11 @@ def test_statistics_do_not_change_training():
 @pytest.mark.parametrize("estimator", ["probe", "exact"])
 def test_a_step_that_is_not_finite_is_left_out_and_counted(bad, estimator):
     m, batch = model(), data()
-    plain = track(m, estimator)
+    plain = track(m, estimator=estimator)
     loss_of(m, batch).backward()
     plain.step()
     plain.close()
-    tracker = track(m, estimator)
+    tracker = track(m, estimator=estimator)
     loss_of(m, batch).backward()
     tracker.step()
     (loss_of(m, batch) * bad).backward()
@@ -72,7 +72,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(bad, estimator):
 def test_ema_is_bias_corrected_per_matrix():
     m = model()
     used, values = [0, 1, 0, 1, 1], []
-    with track(m, "exact", ema=0.9) as tracker:
+    with track(m, estimator="exact", ema=0.9) as tracker:
         for i, both in enumerate(used):
             x, y = data(seed=i)
             G = weight_gradients(m, [(x, y)], (lambda m, b: loss_of(m, b)) if both else first_only)
@@ -101,14 +101,14 @@ def test_state_dict_resumes_to_the_same_numbers(estimator):
             tracker.step()
 
     m = model()
-    whole = track(m, estimator, statistics=("grad_sq", "act_var"), seed=3)
+    whole = track(m, estimator=estimator, statistics=("grad_sq", "act_var"), seed=3)
     train(whole, m, range(6))
     whole.close()
-    first = track(m, estimator, statistics=("grad_sq", "act_var"), seed=3)
+    first = track(m, estimator=estimator, statistics=("grad_sq", "act_var"), seed=3)
     train(first, m, range(3))
     state = copy.deepcopy(first.state_dict())
     first.close()
-    second = track(m, estimator, statistics=("grad_sq", "act_var"), seed=99)
+    second = track(m, estimator=estimator, statistics=("grad_sq", "act_var"), seed=99)
     second.load_state_dict(state)
     train(second, m, range(3, 6))
     for kind in ("grad_sq", "act_var"):
@@ -169,7 +169,7 @@ def test_covariances_stream_over_steps_and_leave_out_what_is_not_finite():
         return hook
 
     handles = [layer.register_forward_hook(keep(p)) for p, layer in fastlora.nn.linear.adapted_layers(m).items()]
-    with track(m, "exact", statistics=("act_cov", "grad_cov", "grad_sq"), ema=None) as tracker:
+    with track(m, estimator="exact", statistics=("act_cov", "grad_cov", "grad_sq"), ema=None) as tracker:
         for batch in batches:
             loss_of(m, batch).backward()
             tracker.step()
@@ -185,7 +185,7 @@ def test_covariances_stream_over_steps_and_leave_out_what_is_not_finite():
         for path, pairs in seen.items():
             rows = torch.cat([pair[index] for pair in pairs])
             torch.testing.assert_close(found[path], rows.T @ rows / len(rows), rtol=1e-10, atol=1e-14)
-    with track(m, "exact", statistics=("act_cov", "grad_cov", "grad_sq"), ema=None) as again:
+    with track(m, estimator="exact", statistics=("act_cov", "grad_cov", "grad_sq"), ema=None) as again:
         again.load_state_dict(state)
     assert all(torch.equal(a, again.covariances("act_cov")[p]) for p, a in tracker.covariances("act_cov").items())
     with pytest.raises(ValueError, match="kind: 'act_cov' is not tracked, only none; name it in statistics"):
@@ -215,7 +215,7 @@ def test_sampled_steps_are_the_average_and_are_explained(estimator, compiled):
     m, batches = model(), [data(seed=s) for s in range(7)]
     own = [weight_gradients(m, [b]) for b in batches]
     run = torch.compile(m, backend="aot_eager", fullgraph=True) if compiled else m
-    with track(m, estimator, probes=512, ema=None, every=3) as tracker:
+    with track(m, estimator=estimator, probes=512, ema=None, every=3) as tracker:
         for batch in batches:
             loss_of(run, batch).backward()
             tracker.step()
@@ -246,7 +246,8 @@ def test_a_resumed_tracker_samples_the_same_steps(estimator, every):
     every = 3 if estimator == "exact" else every
     m = model()
     # In one go, and saved in the middle of an interval.
-    trackers = [tracked_in_parts(m, stops, lambda: track(m, estimator, every=every))[0] for stops in ((20,), (4, 20))]
+    start = lambda: track(m, estimator=estimator, every=every)  # noqa: E731
+    trackers = [tracked_in_parts(m, stops, start)[0] for stops in ((20,), (4, 20))]
     whole, resumed = trackers
     assert torch.equal(whole._averages.counts["grad_sq"], resumed._averages.counts["grad_sq"])
     assert dict(whole.scores("grad_sq")) == dict(resumed.scores("grad_sq"))
@@ -254,7 +255,7 @@ def test_a_resumed_tracker_samples_the_same_steps(estimator, every):
 
 def test_a_step_that_is_not_sampled_keeps_no_tensors():
     m = model()
-    with track(m, "exact", every=2) as tracker:
+    with track(m, estimator="exact", every=2) as tracker:
         for kept in (True, False):
             loss_of(m, data()).backward()
             assert all(bool(layer.probes["default"].taken) == kept for layer in tracker.layers.values())
@@ -322,7 +323,7 @@ def test_loss_scale_is_divided_out_of_grad_cov():
     m, batch = model(dtype=torch.float32), data(dtype=torch.float32)
     scaler, found = torch.amp.GradScaler("cpu", init_scale=1024.0), []
     for use in (False, True):
-        with track(m, "exact", statistics=("grad_cov",)) as tracker:
+        with track(m, estimator="exact", statistics=("grad_cov",)) as tracker:
             loss = loss_of(m, batch)
             (scaler.scale(loss) if use else loss).backward()
             tracker.step(scaler=scaler if use else None)

@@ -11,6 +11,7 @@ from torch import nn
 
 from .._utils.errors import suggestion, unknown_choice
 from .._utils.torch_compat import set_requires_grad
+from ..nn.active import chosen_adapter
 from ..nn.linear import adapted_layers
 from ..tracking.tracker import Tracker, track
 from .checkpoints import TrainingState
@@ -19,7 +20,7 @@ from .checkpoints import TrainingState
 class Session:
     """One training run of a model; the trainer's callback calls :meth:`begin`, then once a step the rest."""
 
-    def __init__(self, options: bool | Mapping[str, Any], penalty: Any, freeze: int, adapter: str):
+    def __init__(self, options: bool | Mapping[str, Any], penalty: Any, freeze: int, adapter: str | None):
         if not isinstance(options, (bool, Mapping)):
             raise ValueError(f"track: expected True, False or options of fastlora.track, got {options!r}")
         if isinstance(penalty, (int, float)) and not isinstance(penalty, bool):
@@ -41,19 +42,16 @@ class Session:
     def begin(self, model: nn.Module, saved: Mapping[str, Any] | None = None) -> None:
         """Track ``model`` from now on, or from where a saved state was. ``ValueError`` for a model without adapters."""
         self.close()
-        every = adapted_layers(model).values()
-        layers = [layer for layer in every if self.adapter in layer.adapter_names]
-        if every and not layers:
-            known = sorted({name for layer in every for name in layer.adapter_names})
-            raise unknown_choice("adapter", self.adapter, known)
+        adapter = chosen_adapter(model, self.adapter)
+        layers = [layer for layer in adapted_layers(model).values() if adapter in layer.adapter_names]
         self.model, self.tracker = model, None
         if self.options is not False:
-            self.tracker = track(model, **{"adapter": self.adapter, **self.options})
+            self.tracker = track(model, **{"adapter": adapter, **self.options})
         try:
             state = TrainingState(model, self.tracker)
             if saved is not None:
                 state.load_state_dict(saved)
-            factors = [f[self.adapter] for layer in layers for f in (layer.lora_A, layer.lora_B)]
+            factors = [f[adapter] for layer in layers for f in (layer.lora_A, layer.lora_B)]
             self._frozen = [p for f in factors for p in f.parameters()] if self.freeze else []
             self._check_freeze()
         except Exception:

@@ -14,10 +14,18 @@ from .._utils.distributed import refuse_parallel
 from .._utils.errors import unknown_choice
 from .._utils.torch_compat import assert_async
 from ..config import LoraConfig
+from ..nn.active import NO_ADAPTERS
 from ..nn.linear import Linear, adapted_layers
 from ..nn.routing import Route, Router
 from ..ops.layout import AdapterBatch
-from .inject import commit_injection, find_modules_to_save, find_targets, group_layers, plan_injection
+from .inject import (
+    check_adapter_name,
+    commit_injection,
+    find_modules_to_save,
+    find_targets,
+    group_layers,
+    plan_injection,
+)
 from .learning_check import watch_learning
 
 
@@ -29,7 +37,7 @@ def routers_of(model: nn.Module) -> list[Router]:
 def _agreeing(layers: Mapping[str, Linear]) -> list[Router]:
     found = list({id(layer.router): layer.router for layer in layers.values()}.values())
     if not found:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
+        raise ValueError(NO_ADAPTERS)
     if any(router.slots != found[0].slots for router in found):
         raise ValueError("model: its layers have different sets of adapters; add adapters with fastlora.add_adapter")
     return found
@@ -55,8 +63,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     """
     refuse_parallel(model, "add_adapter")
     routers = routers_of(model)
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"name: expected a non-empty string without dots, got {name!r}")
+    check_adapter_name(name, "name")
     if name in routers[0].names:
         raise ValueError(f"name: the model already has an adapter {name!r}")
     config = LoraConfig.coerce(config)
@@ -116,7 +123,9 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
 
 
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
-    """The adapter of every forward that runs outside of ``adapters``. ``ValueError`` for an unknown name."""
+    """Make an adapter the active one: that of every forward outside of ``use_adapters``, and of functions that were
+    given no other (``merge``, ``save``, ``summary``, ``track``, ...). ``ValueError`` for an unknown name.
+    """
     routers = routers_of(model)
     _known(routers[0], name, "name")
     for router in routers:

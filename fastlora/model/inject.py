@@ -62,12 +62,20 @@ class _Planned:
     factors: tuple[Factors, Factors]
 
 
-def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, check: str = "raise") -> nn.Module:
+def inject(
+    model: nn.Module,
+    config: Any,
+    *,
+    adapter: str = DEFAULT,
+    accelerate_frozen: bool = False,
+    check: str = "raise",
+) -> nn.Module:
     """Adapt the targets of ``config`` in place and freeze the rest; returns the same model.
 
     ``y = x W^T + bias + s x A^T B^T`` with ``B = 0`` at first, so outputs equal the base model's. ``nn.Linear`` targets
     become ``fastlora.nn.Linear`` by a change of class: keys, hooks, ties, deepcopy and pickle survive.
 
+    ``adapter`` names the adapter, which is the active one from then on; others come by ``add_adapter``.
     ``accelerate_frozen`` moves every other frozen ``nn.Linear`` to the CPU's fastest matmul engine too (``explain``).
     ``check``: what is done, after the first backward, about an adapter that its owner passes by, so that it never
     learns: ``"raise"`` (``RuntimeError`` with the names), ``"warn"``, ``"off"``. What did not run yet is warned of.
@@ -77,6 +85,7 @@ def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, ch
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_adapter_name(adapter, "adapter")
     checked_mode(check)
     refuse_parallel(model, "inject")
     check_flag(accelerate_frozen, "accelerate_frozen")
@@ -85,17 +94,26 @@ def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, ch
     saved = find_modules_to_save(model, config)
     names = find_targets(model, config, saved)
     plan = plan_injection(model, config, names)
-    router = Router(DEFAULT)
+    router = Router(adapter)
     for planned in plan:
-        commit_injection(model, planned, config, router)
+        commit_injection(model, planned, config, router, adapter)
     model.register_forward_pre_hook(router.enter)
     group_layers(model)
     _freeze(model, config, saved)
     if accelerate_frozen:
         _accelerate(model, config)
-    model.fastlora_configs = {DEFAULT: copy.deepcopy(config)}
+    model.fastlora_configs = {adapter: copy.deepcopy(config)}
     watch_learning(model, check)
     return model
+
+
+def check_adapter_name(name: Any, argument: str) -> str:
+    """``name`` as that of a new adapter: part of the keys of a state dict, and of a ``nn.ModuleDict``."""
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"{argument}: expected a non-empty string without dots, got {name!r}")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"{argument}: expected a name that nn.ModuleDict does not use itself, got {name!r}")
+    return name
 
 
 # What peft.get_peft_model trains and saves for a task, where the model has it (it matches the ends of names).
@@ -294,9 +312,7 @@ def _match_strength(pattern: str, key: str, exact_names_first: bool, attentions:
     return int(_has_suffix(key, pattern) or pattern_matches(pattern, path))
 
 
-def commit_injection(
-    model: nn.Module, planned: _Planned, config: LoraConfig, router: Router, adapter: str = DEFAULT
-) -> None:
+def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, router: Router, adapter: str) -> None:
     layer = planned.layer
     if not isinstance(layer, Linear):
         layer.in_features, layer.out_features = features(layer)

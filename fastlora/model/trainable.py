@@ -12,7 +12,8 @@ from torch import nn
 
 from .._utils.errors import check_number, suggestion, unknown_choice
 from ..config import LoraConfig
-from ..nn.linear import DEFAULT, adapted_layers
+from ..nn.active import chosen_adapter, names_of
+from ..nn.linear import adapted_layers
 from .inject import inject, refuse_adapted, target_names
 from .modules import HEADS, is_head
 
@@ -170,28 +171,26 @@ def _adapters(model: nn.Module, config: LoraConfig, blocks: list[str], saved: li
 
 def param_groups(
     model: nn.Module,
+    *,
     lr_lora: float | Mapping[str, float] = 5e-4,
     lr_norm: float = 1e-3,
     lr_head: float = 1e-3,
-    weight_decay: float | Mapping[str, float] = 0.0,
-    adapter: str = DEFAULT,
-    *,
     lr_bias: float = 1e-3,
+    weight_decay: float | Mapping[str, float] = 0.0,
+    adapter: str | None = None,
 ) -> list[dict[str, Any]]:
     """Trainable parameters as groups named lora, norm, bias, head and other, for any torch optimiser.
 
     A ``weight_decay`` applies to head and other; adapters, norms and biases get 0. A mapping of group names to numbers
     sets it group by group (0 where a name is missing). ``other`` takes ``lr_head``. Empty groups are left out. Several
     adapters have a group lora each, with the adapter's name under ``"adapter"``; ``lr_lora`` may be a mapping of those.
+    ``adapter``: whose ``modules_to_save`` are the head, the active one's unless named.
 
     Raises ``ValueError`` for a model with neither adapters nor a policy, and for rates and decays that are no finite
     numbers >= 0, by name.
     """
-    if not adapted_layers(model) and getattr(model, "fastlora_policy", None) is None:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
+    adapter = chosen_or_policy(model, adapter)
     by_adapter = _adapter_rates(model, lr_lora)
-    if adapter != DEFAULT and adapter not in list(by_adapter):
-        raise unknown_choice("adapter", adapter, list(by_adapter))
     rates = {"lora": ("lr_lora", next(iter(by_adapter.values()), 0.0)), "norm": ("lr_norm", lr_norm)}
     rates["bias"] = ("lr_bias", lr_bias)
     rates |= dict.fromkeys(("head", "other"), ("lr_head", lr_head))
@@ -214,7 +213,7 @@ def param_groups(
 
 
 def _adapter_rates(model: nn.Module, lr_lora: float | Mapping[str, float]) -> dict[str, float]:
-    names = list(dict.fromkeys(n for layer in adapted_layers(model).values() for n in layer.adapter_names))
+    names = names_of(adapted_layers(model).values())
     if not isinstance(lr_lora, Mapping):
         return dict.fromkeys(names, check_number("lr_lora", lr_lora))
     if set(lr_lora) != set(names):
@@ -304,7 +303,13 @@ class AppliedPolicy(NamedTuple):
     heads: tuple[str, ...]
 
 
-def parameter_roles(model: nn.Module, adapter: str = DEFAULT) -> dict[int, str]:
+def chosen_or_policy(model: nn.Module, adapter: str | None) -> str | None:
+    """``chosen_adapter``, or None for a model that a policy trains without adapters."""
+    alone = adapter is None and getattr(model, "fastlora_policy", None) is not None
+    return None if alone and not adapted_layers(model) else chosen_adapter(model, adapter)
+
+
+def parameter_roles(model: nn.Module, adapter: str | None) -> dict[int, str]:
     """id of each parameter -> its role (``ROLES_OF_PARAMETERS``).
 
     ``head``: inside a module that is trained and saved whole and is no norm. ``norm``: of a norm outside the head; its
@@ -324,8 +329,8 @@ def parameter_roles(model: nn.Module, adapter: str = DEFAULT) -> dict[int, str]:
     return roles
 
 
-def saved_modules(model: nn.Module, adapter: str = DEFAULT) -> list[str]:
-    """Full names of the modules that are trained and saved whole (``modules_to_save``)."""
+def saved_modules(model: nn.Module, adapter: str | None) -> list[str]:
+    """Full names of the modules that are trained and saved whole with an adapter (``modules_to_save``)."""
     config = getattr(model, "fastlora_configs", {}).get(adapter)
     wanted = list(config.modules_to_save or ()) if config is not None else []
     return [n for n, _ in model.named_modules() if any(n == w or n.endswith("." + w) for w in wanted)]
@@ -346,7 +351,7 @@ def _embeds(model: nn.Module, head: nn.Module) -> bool:
     return any(get() is head for get in getters if callable(get))
 
 
-def head_modules(model: nn.Module, adapter: str = DEFAULT) -> list[str]:
+def head_modules(model: nn.Module, adapter: str | None) -> list[str]:
     """Full names of the modules that are trained whole and are no norms."""
     applied = getattr(model, "fastlora_policy", None)
     names = [*saved_modules(model, adapter), *(applied.heads if applied is not None else ())]

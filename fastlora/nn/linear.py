@@ -99,8 +99,9 @@ class Linear(nn.Linear):
     def adapter_names(self) -> tuple[str, ...]:
         return tuple(self.adapter_specs)
 
-    def ranks(self, name: str = DEFAULT) -> dict[str, int]:
-        """Rank of each slice of an adapter; 0 where there is none."""
+    def ranks(self, name: str | None = None) -> dict[str, int]:
+        """Rank of each slice of an adapter, the active one unless named; 0 where there is none."""
+        name = self.router.default.adapter if name is None else name
         return {s: 0 if p is None else p.shape[0] for s, p in self.lora_A[name].tensors().items()}
 
     def slice_rows(self, name: str) -> slice:
@@ -112,8 +113,9 @@ class Linear(nn.Linear):
             start += size
         raise KeyError(name)
 
-    def pairs(self, adapter: str = DEFAULT) -> list[tuple[Tensor, Tensor, float]]:
+    def pairs(self, adapter: str | None = None) -> list[tuple[Tensor, Tensor, float]]:
         """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here."""
+        adapter = self.router.default.adapter if adapter is None else adapter
         here = adapter in self.adapter_specs
         return self.factor_pairs(adapter, *[side[adapter]() if here else {} for side in (self.lora_A, self.lora_B)])
 
@@ -139,8 +141,9 @@ class Linear(nn.Linear):
         """A factor of rank 0."""
         return self.weight.new_empty(shape)
 
-    def delta(self, adapter: str = DEFAULT) -> Tensor:
-        """``s B A`` of the whole weight [N, K], summed in fp32 (float64 for float64)."""
+    def delta(self, adapter: str | None = None) -> Tensor:
+        """``s B A`` of the whole weight [N, K], of the active adapter unless named, in fp32 (float64 for float64)."""
+        adapter = self.router.default.adapter if adapter is None else adapter
         acc = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         return torch.cat([s * (b.detach().to(acc) @ a.detach().to(acc)) for a, b, s in self.pairs(adapter)])
 
@@ -149,7 +152,7 @@ class Linear(nn.Linear):
         return weight
 
     @torch.no_grad()
-    def merged_weight(self, adapter: str = DEFAULT) -> Tensor | None:
+    def merged_weight(self, adapter: str | None = None) -> Tensor | None:
         """``W + s B A`` in the weight's dtype and layout, None where it is not finite.
 
         Summed in fp32 (float64 for float64) a few rows at a time, which stay in cache, and rounded once.
@@ -190,7 +193,7 @@ class Linear(nn.Linear):
         return tuple([self.adapter_specs[n].dropout if n in self.adapter_specs else 0.0 for n in names])
 
     def forward(self, input: Tensor) -> Tensor:
-        """``y = x W^T + b + s dropout(x) A^T B^T`` of the adapter that the running context chose; input [*, K]."""
+        """``y = x W^T + b + s dropout(x) A^T B^T`` of the adapter that the running context chose; x [..., K]."""
         if torch.compiler.is_compiling():
             route = self.router.traced()
             if self.bypassed(route):

@@ -17,24 +17,26 @@ from torch import Tensor, nn
 
 from .._utils.distributed import shards, unwrapped
 from .._utils.errors import listed, suggestion, unknown_choice
-from ..model.inject import eject, sharing_copy
+from ..model.inject import check_adapter_name, eject, sharing_copy
 from ..model.modules import features, is_linear
-from ..nn.linear import DEFAULT, adapted_layers, check_adapter
+from ..nn.active import chosen_adapter
+from ..nn.linear import DEFAULT, adapted_layers
 from .folder import AdapterFolder, Side, Slice, read_folder
 from .load import load_folder
 from .names import PREFIX, StoredNames, base_names, choose_targets, parse_fields, patterns
 from .save import save
 
 
-def to_peft(model: nn.Module, adapter: str = DEFAULT) -> Any:
-    r"""A ``peft.PeftModel`` with one adapter of ``model`` and the same outputs; ``model`` stays as it is.
+def to_peft(model: nn.Module, adapter: str | None = None) -> Any:
+    r"""A ``peft.PeftModel`` with one adapter of ``model`` (the active one unless named), and the same outputs.
 
     .. math:: y = x W^\top + b + s\, x A^\top B^\top,\qquad s = \mathrm{lora\_alpha} / r
 
-    with ``s`` and r of each matrix in ``alpha_pattern`` and ``rank_pattern``. Frozen parameters are shared, not copied:
-    merging in one of the two models would change both. Factors and what was trained besides are copies, trainable
-    there. PEFT to 0.21 counts ``out_proj`` of ``nn.MultiheadAttention`` twice: its scaling is halved in the returned
-    model, and not in what PEFT would save. PEFT has no dropout in ``nn.MultiheadAttention``.
+    with ``s`` and r of each matrix in ``alpha_pattern`` and ``rank_pattern``. ``model`` stays as it is. Frozen
+    parameters are shared, not copied: merging in one of the two models would change both. Factors and what was trained
+    besides are copies, trainable there. PEFT to 0.21 counts ``out_proj`` of ``nn.MultiheadAttention`` twice: its
+    scaling is halved in the returned model, and not in what PEFT would save. PEFT has no dropout in
+    ``nn.MultiheadAttention``.
 
     Raises ``ValueError`` naming the argument for what ``save`` refuses, a merged or sharded model, and an adapter that
     PEFT cannot run; ``ImportError`` without PEFT.
@@ -42,7 +44,7 @@ def to_peft(model: nn.Module, adapter: str = DEFAULT) -> Any:
     import peft
 
     inner = unwrapped(model)
-    check_adapter(adapter)
+    adapter = chosen_adapter(inner, adapter)
     if shards(inner):
         raise ValueError("model: is sharded by fully_shard; save the adapter, and load it into PEFT in one process")
     merged = [path for path, layer in adapted_layers(inner).items() if layer.merged]
@@ -177,7 +179,7 @@ def load_layout(
     lora_alpha: float,
     rename: Mapping[str, str] | Callable[[str], str] | None = None,
     enable_lora: Sequence[bool] | None = None,
-    adapter: str = DEFAULT,
+    adapter: str | None = None,
 ) -> nn.Module:
     r"""Load the adapters of a ``state_dict`` in the layout of another library; returns the same model, injected.
 
@@ -187,7 +189,7 @@ def load_layout(
     ``MergedLinear`` stacks the parts of a fused q, k, v that ``enable_lora`` names: A [r e, K], B [N e / 3, r]; they
     become one adapter each. ``"torchtune"``: ``<path>.lora_a.weight`` and ``<path>.lora_b.weight``.
 
-    ``rename`` maps a path there to the path here. A model with adapters gets one more, named ``adapter``. All or
+    ``rename`` maps a path there to the path here. ``adapter`` names the adapter here, as for ``load``. All or
     nothing: ``ValueError`` naming the argument, or the key and what is wrong with it, leaves the model as it was; keys
     that are no adapters (biases, a head) are refused, because they belong to ``model.load_state_dict``.
     Source: https://github.com/microsoft/LoRA, https://github.com/pytorch/torchtune
@@ -196,7 +198,8 @@ def load_layout(
         raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    check_adapter(adapter)
+    if adapter is not None:
+        check_adapter_name(adapter, "adapter")
     if enable_lora is not None and not (
         isinstance(enable_lora, Sequence) and enable_lora and all(isinstance(flag, bool) for flag in enable_lora)
     ):

@@ -17,7 +17,8 @@ from .._utils.distributed import ranks_of, several_processes, unwrapped, whole
 from .._utils.errors import unknown_choice
 from .._utils.reporting import Report, reporting
 from ..importance.scores import Scores
-from ..nn.linear import DEFAULT, adapted_layers, check_adapter, matrix_key
+from ..nn.active import chosen_adapter
+from ..nn.linear import adapted_layers, check_adapter, matrix_key
 from .all_reduce import averaged
 from .checks import checked_layers
 from .tracker import Tracker, track
@@ -35,7 +36,7 @@ class UpdateVariance:
     Raises ``ValueError`` for a model without adapters or whose B is not zero.
     """
 
-    def __init__(self, model: nn.Module, adapter: str = DEFAULT, centered: bool = False, process_group: Any = None):
+    def __init__(self, model: nn.Module, adapter: str, centered: bool = False, process_group: Any = None):
         self._ranks, model = ranks_of(model, process_group), unwrapped(model)
         layers = checked_layers(model, adapter)
         self._centred = centered
@@ -111,7 +112,7 @@ class UpdateVariance:
 
 
 @contextmanager
-def preserve_model_state(model: nn.Module, adapter: str = DEFAULT) -> Iterator[None]:
+def preserve_model_state(model: nn.Module, adapter: str) -> Iterator[None]:
     """Gradients, requires_grad, buffers, modes and RNG states after the block are those from before it.
 
     Inside, gradients start empty, grad mode is on, and the adapter's factors require gradients, so that passes reach
@@ -210,7 +211,7 @@ class Method(NamedTuple):
 
 def _exact(*kinds: str) -> Callable[[nn.Module, str, Any], AbstractContextManager[Tracker]]:
     return lambda model, adapter, group: track(
-        model, "exact", ema=None, statistics=kinds, adapter=adapter, process_group=group
+        model, estimator="exact", ema=None, statistics=kinds, adapter=adapter, process_group=group
     )
 
 
@@ -238,12 +239,12 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
+    *,
     steps: int | None = 8,
     method: str | Callable[[Tracker], Mapping[str, float]] = "fc",
-    *,
     centered: bool = False,
     progress: bool | Report | None = None,
-    adapter: str = DEFAULT,
+    adapter: str | None = None,
     process_group: Any = "auto",
 ) -> Calibration:
     """One score a matrix from ``steps`` backward passes; ``allocate`` makes ranks of them.
@@ -257,6 +258,7 @@ def calibrate(
     ``progress``: True shows a bar (tqdm), None does so in a terminal and logs otherwise, False does neither; a callable
     gets ``(done, steps, rank correlation with the estimate before)``, which ``convergence`` of the result keeps.
 
+    ``adapter``: whose layers, the active one's unless named.
     ``process_group``: whose ranks take part, each with its own batches and all of them in this call; their batches are
     one, and every rank gets the same scores. ``"auto"``: the ranks that train the model, or all processes that
     ``torch.distributed`` runs; None: this one alone.
@@ -267,6 +269,7 @@ def calibrate(
     """
     chosen = _chosen(method, centered)
     _check_call(batches, loss_fn, steps)
+    adapter = chosen_adapter(model, adapter)
     inner, group = unwrapped(model), _group(model, process_group)
     ranks = ranks_of(model, group)
     with (

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._utils.errors import checked, positive, unknown_choice
+from .._utils.errors import checked, positive
 from .._utils.torch_compat import scale_of
-from ..nn.linear import Linear, adapted_layers, check_adapter
+from ..nn.linear import Linear, adapted_layers
 from .statistics import COVARIANCES
 
 logger = logging.getLogger(__name__)
@@ -31,14 +31,7 @@ def checked_decay(ema: Any) -> float | None:
 
 
 def checked_layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
-    check_adapter(adapter)
-    every = adapted_layers(model) if isinstance(model, nn.Module) else {}
-    if not every:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
-    layers = {path: layer for path, layer in every.items() if adapter in layer.adapter_specs}
-    if not layers:
-        known = sorted({name for layer in every.values() for name in layer.adapter_names})
-        raise unknown_choice("adapter", adapter, known)
+    layers = {path: layer for path, layer in adapted_layers(model).items() if adapter in layer.adapter_specs}
     if any(adapter in layer.probes for layer in layers.values()):
         raise ValueError("model: is tracked already; close the other tracker first")
     return layers

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .._utils.distributed import unwrapped
 from .._utils.errors import checked, suggestion
 from ..importance.scores import Scores
-from ..nn.linear import DEFAULT, Linear, matrix_key
+from ..nn.active import chosen_adapter
+from ..nn.linear import Linear, matrix_key
 from ..nn.probe import LayerProbe, checked_mask, masked
 from ..nn.probe_rows import ColumnSampler, CompiledSigns, column_rows, sample_signs, sign_rows
 from ..ops.multi_tensor import output_variances
@@ -36,6 +37,7 @@ from .statistics import COVARIANCES, Averages, Covariances, exact_values
 
 def track(
     model: nn.Module,
+    *,
     estimator: str = "probe",
     probes: int | str = "auto",
     ema: float | None = 0.98,
@@ -44,7 +46,7 @@ def track(
     seed: int = 0,
     loss_reduction: str = "mean",
     every: int | str = "auto",
-    adapter: str = DEFAULT,
+    adapter: str | None = None,
     process_group: Any = "auto",
     probe_kind: str = "rademacher",
 ) -> Tracker:
@@ -63,6 +65,7 @@ def track(
       for ``penalty`` and tracking stops. ``loss_reduction``: how ``fisher`` undoes the loss's mean over samples.
     - ``every``: sample each n-th step; ``"auto"`` does so on layers so small that probes would cost over 1 % of their
       step (``explain`` shows n). Averages are over the sampled steps, so estimates stay unbiased.
+    - ``adapter``: whose layers, and whose factors ``penalty`` weighs; the active one (``set_adapter``) unless named.
     - ``exact`` keeps x and dy of every layer until ``step``; several backward passes count as one gradient.
 
     - ``process_group``: whose ranks' gradients are one. ``"auto"``: DDP's or ``fully_shard``'s, else nobody's; every
@@ -85,7 +88,8 @@ class Tracker:
         probe_kind="rademacher",
     ):  # fmt: skip
         self._reduction, model = Reduction(model, process_group), unwrapped(model)
-        self.layers, self.adapter = checked_layers(model, adapter), adapter
+        self.adapter = chosen_adapter(model, adapter)
+        self.layers = checked_layers(model, self.adapter)
         self.estimator = checked("estimator", estimator, ("probe", "exact"))
         self.loss_reduction = checked("loss_reduction", loss_reduction, ("mean", "sum"))
         self.probe_kind = checked_probe_kind(probe_kind, estimator)
@@ -354,7 +358,7 @@ class Tracker:
         return self._covariances.read(kind)
 
     def penalty(
-        self, weight: float = 1e-4, form: str = "delta", normalize: str = "sum", adapter: str | None = None
+        self, weight: float = 1e-4, *, form: str = "delta", normalize: str = "sum", adapter: str | None = None
     ) -> Tensor:
         r"""FW-LoRA's regulariser, differentiable in A and B; add it to the loss once per optimiser step.
 
@@ -368,7 +372,7 @@ class Tracker:
         return self._regulariser.value(*self._weighing(), weight, form, normalize, self._whose(adapter))
 
     def apply_penalty(
-        self, weight: float = 1e-4, form: str = "delta", normalize: str = "sum", adapter: str | None = None
+        self, weight: float = 1e-4, *, form: str = "delta", normalize: str = "sum", adapter: str | None = None
     ) -> None:
         r"""Add the gradient of :meth:`penalty`, worked out by hand, to ``.grad`` of A and B; no graph is built.
 
