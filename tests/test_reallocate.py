@@ -29,7 +29,7 @@ class TestReallocate:
     def test_the_total_stays_and_follows_the_scores(self, model):
         scores = fastlora.Scores(dict(zip(ranks_of(model), (1.0, 2.0, 4.0, 8.0, 1e-9, 3.0), strict=True)), "lora_b_var")
         ranks = reallocate(model, scores)
-        assert ranks == ranks_of(model) == fastlora.allocate(scores, 24, 2, 8)
+        assert ranks == ranks_of(model) == fastlora.allocate(scores, 24, r_min=2, r_max=8)
         assert sum(ranks.values()) == 24 and min(ranks.values()) == 2 and max(ranks.values()) == 8
         assert all(row.scale == 2.0 for row in fastlora.summary(model).rows)  # alpha / r of before
         assert not any(p.any() for n, p in model.named_parameters() if "lora_B" in n)

@@ -23,6 +23,7 @@ _DEFAULTS = {"step": 1, "unit": "ranks", "per": "rank", "shares": "auto", "tau":
 def allocate(
     scores: Mapping[str, float],
     budget: int,
+    *,
     r_min: int | Mapping[str, int] = 1,
     r_max: int | Mapping[str, int] = 16,
     step: int = 1,

@@ -158,6 +158,6 @@ def reallocate(
     ceiling = 2 * max((row.rank for row in scored), default=0) if r_max is None else r_max
     caps = {row.key: min(ceiling, row.in_features, row.out_features) for row in scored}
     floors = {key: min(r_min, cap) for key, cap in caps.items()} if r_max is None else r_min
-    ranks = allocate(scores, budget, floors, caps, **options)
+    ranks = allocate(scores, budget, r_min=floors, r_max=caps, **options)
     set_ranks(model, ranks, adapter=adapter, reinit=reinit)
     return ranks
