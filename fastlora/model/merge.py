@@ -49,7 +49,7 @@ def merge(
     for a bar (needs tqdm), None for one in a terminal when it takes a second, or the log; False; or a callable.
     """
     layers, adapter = adapted_layers(model), chosen_adapter(model, adapter)
-    check_flag(requantize, "requantize")
+    check_flag("requantize", requantize)
     check_progress(progress)
     if shards(model):
         raise ValueError("model: is sharded by fully_shard; save the adapter, and load and merge it in one process")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import refuse_parallel
-from .._utils.errors import check_flag, check_rank, suggestion
+from .._utils.errors import check_flag, check_integer, check_mapping, suggestion, wrong_value
 from ..config import LoraConfig
 from ..importance.allocation import allocate
 from ..nn.active import chosen_adapter
@@ -40,18 +40,17 @@ def set_ranks(
     refuse_parallel(model, "set_ranks")
     layers = adapted_layers(model)
     adapter = chosen_adapter(model, adapter)
-    check_flag(reinit, "reinit")
-    if check_flag(keep, "keep") and reinit:
+    check_flag("reinit", reinit)
+    if check_flag("keep", keep) and reinit:
         raise ValueError("keep: expected keep or reinit, got both")
     layers = {path: layer for path, layer in layers.items() if adapter in layer.adapter_specs}
     known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
     config = getattr(model, "fastlora_configs", {}).get(adapter)
-    if not isinstance(ranks, Mapping):
-        raise ValueError(f"ranks: expected a mapping of matrix keys to ranks, got {type(ranks).__name__}")
+    check_mapping("ranks", ranks, "matrix keys to ranks")
     wanted: dict[str, dict[str, int]] = {}
     for key, rank in ranks.items():
         if key not in known:
-            raise ValueError(f"ranks: unknown matrix {key!r}{suggestion(str(key), list(known))}")
+            raise wrong_value("ranks", "keys of the adapter's matrices", key, suggestion(str(key), list(known)))
         path, name = known[key]
         wanted.setdefault(path, {})[name] = rank
     replaced = []
@@ -144,14 +143,13 @@ def reallocate(
     """
     adapter = chosen_adapter(model, adapter)
     rows = {row.key: row for row in summary(model, adapter).rows}
-    if not isinstance(scores, Mapping):
-        raise ValueError(f"scores: expected a mapping of matrix keys to numbers, got {type(scores).__name__}")
-    check_rank(r_min, "r_min", minimum=0)
+    check_mapping("scores", scores, "matrix keys to numbers")
+    check_integer("r_min", r_min, 0)
     if r_max is not None:
-        check_rank(r_max, "r_max")
+        check_integer("r_max", r_max, 1)
     for key in scores:
         if key not in rows:
-            raise ValueError(f"scores: unknown matrix {key!r}{suggestion(str(key), list(rows))}")
+            raise wrong_value("scores", "keys of the adapter's matrices", key, suggestion(str(key), list(rows)))
     scored = [rows[key] for key in scores]
     if budget is None:
         budget = sum(row.params if options.get("unit") == "params" else row.rank for row in scored)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .._utils.errors import check_model
 from .._utils.reporting import rich_table, text_table
 from ..nn.adapter import WHOLE
 from ..nn.linear import FrozenLinear, Linear, adapted_layers, matrix_key
@@ -153,8 +154,7 @@ def _engine(weight: Tensor, engine: str) -> str:
 
 def explain(model: nn.Module) -> Explanation:
     """Backend and matmul engine of each layer, for inputs of its weight's dtype, and why others are passed over."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     rows, packed = [], 0
     for path, layer in model.named_modules():
         if not isinstance(layer, (Linear, FrozenLinear)):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .._utils.errors import check_number, suggestion, unknown_choice
+from .._utils.errors import check_choice, check_integer, check_model, check_number, suggestion, wrong_value
 from ..config import LoraConfig
 from ..nn.active import chosen_adapter, names_of
 from ..nn.linear import adapted_layers
@@ -57,11 +57,8 @@ def apply_policy(model: nn.Module, name: str, config: Any = None, *, deep: int |
     Raises ``ValueError`` naming the argument, with the model as it was, for an unknown policy, a model without blocks,
     norms, biases or a head where the policy needs them, and whatever ``inject`` refuses.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(name, str) or name not in POLICIES:
-        raise unknown_choice("name", name, tuple(POLICIES))
-    chosen = POLICIES[name]
+    check_model(model)
+    chosen = POLICIES[check_choice("name", name, POLICIES)]
     config = LoraConfig() if config is None else copy.copy(LoraConfig.coerce(config))
     refuse_adapted(model)
     heads = _heads(model, config, needed=name == "head_only")
@@ -95,7 +92,8 @@ def _heads(model: nn.Module, config: LoraConfig, needed: bool) -> list[str]:
     for suffix in wanted:
         if not any(n == suffix or n.endswith("." + suffix) for n in names):
             near = suggestion(suffix, names)
-            raise ValueError(f"modules_to_save: {suffix!r} matches no module of {type(model).__name__}{near}")
+            accepted = f"the ends of names of modules of {type(model).__name__}"
+            raise wrong_value("modules_to_save", accepted, suffix, near)
     found = [n for n in names if any(n == w or n.endswith("." + w) for w in wanted)] if wanted else task_heads(model)
     if needed and not found:
         raise ValueError(f"model: {type(model).__name__} has no head that is known; name it in config.modules_to_save")
@@ -104,8 +102,8 @@ def _heads(model: nn.Module, config: LoraConfig, needed: bool) -> list[str]:
 
 def _split(model: nn.Module, name: str, chosen: Policy, deep: int | None) -> tuple[list[str], list[str]]:
     """Blocks with adapters, and the others."""
-    if deep is not None and (isinstance(deep, bool) or not isinstance(deep, int) or deep < 1):
-        raise ValueError(f"deep: expected a positive number of blocks or None for a third, got {deep!r}")
+    if deep is not None:
+        check_integer("deep", deep, 1, "None for a third, or a number of blocks")
     if deep is not None and chosen.lora != "deep":
         raise ValueError(f"deep: policy {name!r} does not tell deep blocks from others")
     if chosen.lora == "none" and chosen.norms not in ("blocks", "shallow"):
@@ -122,7 +120,7 @@ def _split(model: nn.Module, name: str, chosen: Policy, deep: int | None) -> tup
     for blocks in stacks:
         count = max(1, round(len(blocks) / 3)) if deep is None else deep
         if count > len(blocks):
-            raise ValueError(f"deep: the stack of {blocks[0]!r} has {len(blocks)} blocks, got {deep}")
+            raise wrong_value("deep", f"at most the {len(blocks)} blocks of the stack of {blocks[0]!r}", deep)
         below += blocks[:-count]
         above += blocks[-count:]
     return above, below
@@ -157,7 +155,7 @@ def _adapters(model: nn.Module, config: LoraConfig, blocks: list[str], saved: li
     every = target_names(model, config)
     names = [n for n in every if any(n.startswith(block + ".") for block in blocks)]
     if not names:
-        raise ValueError(f"target_modules: {config.target_modules!r} matches nothing inside the blocks {blocks}")
+        raise wrong_value("target_modules", f"what matches something inside the blocks {blocks}", config.target_modules)
     modules = [n for n, _ in model.named_modules()]
     for field, wanted in (("target_modules", names), ("modules_to_save", saved)):
         extra = [n for n in modules if n not in wanted and any(n.endswith("." + w) for w in wanted)]
@@ -200,7 +198,7 @@ def param_groups(
         groups[name] = {
             "name": name,
             "params": [],
-            "lr": check_number(*rates[name]),
+            "lr": float(check_number(*rates[name], 0)),
             "weight_decay": decays.get(name, 0.0),
         }
     roles = parameter_roles(model, adapter)
@@ -215,10 +213,10 @@ def param_groups(
 def _adapter_rates(model: nn.Module, lr_lora: float | Mapping[str, float]) -> dict[str, float]:
     names = names_of(adapted_layers(model).values())
     if not isinstance(lr_lora, Mapping):
-        return dict.fromkeys(names, check_number("lr_lora", lr_lora))
+        return dict.fromkeys(names, float(check_number("lr_lora", lr_lora, 0)))
     if set(lr_lora) != set(names):
-        raise ValueError(f"lr_lora: expected a rate for each of {names}, got {sorted(lr_lora)}")
-    return {name: check_number(f"lr_lora[{name!r}]", lr_lora[name]) for name in names}
+        raise wrong_value("lr_lora", f"a rate for each of {names}", list(lr_lora))
+    return {name: float(check_number(f"lr_lora[{name!r}]", lr_lora[name], 0)) for name in names}
 
 
 def _by_adapter(model: nn.Module, lora: dict[str, Any], rates: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -237,11 +235,11 @@ def _by_adapter(model: nn.Module, lora: dict[str, Any], rates: Mapping[str, floa
 
 def _decays(weight_decay: float | Mapping[str, float]) -> dict[str, float]:
     if not isinstance(weight_decay, Mapping):
-        return dict.fromkeys(("head", "other"), check_number("weight_decay", weight_decay))
+        return dict.fromkeys(("head", "other"), float(check_number("weight_decay", weight_decay, 0)))
     for name in weight_decay:
         if name not in ROLES_OF_PARAMETERS:
-            raise ValueError(f"weight_decay: expected group names among {ROLES_OF_PARAMETERS}, got {name!r}")
-    return {name: check_number(f"weight_decay[{name!r}]", value) for name, value in weight_decay.items()}
+            raise wrong_value("weight_decay", f"group names among {ROLES_OF_PARAMETERS}", name)
+    return {name: float(check_number(f"weight_decay[{name!r}]", value, 0)) for name, value in weight_decay.items()}
 
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .._utils.errors import unknown_choice
+from .._utils.errors import check_choice
 from .linear import Linear, adapted_layers
 
 NO_ADAPTERS = "model: has no adapters; call fastlora.inject first"
@@ -32,9 +32,7 @@ def chosen_adapter(model: nn.Module, adapter: Any = None) -> str:
     if not names:
         raise ValueError(NO_ADAPTERS)
     if adapter is not None:
-        if not isinstance(adapter, str) or adapter not in names:
-            raise unknown_choice("adapter", adapter, names)
-        return adapter
+        return check_choice("adapter", adapter, names)
     active = list(dict.fromkeys(layer.router.default.adapter for layer in layers))
     if len(active) > 1:
         raise ValueError(f"adapter: expected a name, since the layers have different active ones: {active}")

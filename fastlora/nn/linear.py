@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._utils.errors import check_flag, check_rank
+from .._utils.errors import check_flag, check_instance, check_integer, check_model, wrong_value
 from ..config import LoraConfig
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
@@ -60,12 +60,11 @@ class Linear(nn.Linear):
             init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend,
             prepack=prepack,
         )  # fmt: skip
-        check_flag(train_base, "train_base")
+        check_flag("train_base", train_base)
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, int):
-                raise ValueError(f"{name}: expected an integer, got {size!r}")
+            check_integer(name, size)
         if r > min(in_features, out_features):
-            raise ValueError(f"r: at most min(in_features, out_features) = {min(in_features, out_features)}, got {r}")
+            raise wrong_value("r", f"at most min(in_features, out_features) = {min(in_features, out_features)}", r)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         if not train_base:
             self.requires_grad_(False)
@@ -343,14 +342,13 @@ def checked_ranks(ranks: Mapping[str, int], in_features: int, slices: Mapping[st
     for name, rank in ranks.items():
         limit = min(in_features, slices[name])
         label = key if name == WHOLE else f"{key}[{name}]"
-        if check_rank(rank, f"rank of {label}", minimum=0) > limit:
-            raise ValueError(f"rank of {label}: at most min(in_features, out_features) = {limit}, got {rank}")
+        if check_integer(f"rank of {label}", rank, 0) > limit:
+            raise wrong_value(f"rank of {label}", f"at most min(in_features, out_features) = {limit}", rank)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:
-    """Every adapted layer of a model by its path; ``ValueError`` for what is no model."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    """Every adapted layer of a model by its path; ``TypeError`` for what is no model."""
+    check_model(model)
     found: dict[str, Linear] = {}
     _collect(model, "", set(), found)
     return found
@@ -371,8 +369,7 @@ def _collect(module: nn.Module, path: str, seen: set[nn.Module], found: dict[str
 
 def check_adapter(adapter: object, name: str = "adapter") -> None:
     """Refuse what cannot be the name of an adapter."""
-    if not isinstance(adapter, str):
-        raise ValueError(f"{name}: expected the name of an adapter, got {adapter!r}")
+    check_instance(name, adapter, str, "the name of an adapter")
 
 
 def matrix_key(path: str, name: str) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
-from .._utils.errors import check_flag, listed
+from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
 from ..config import LoraConfig
 from ..model.modules import named_targets
 from ..model.trainable import saved_modules
@@ -62,8 +62,8 @@ def save(
     files have no place for, by name; ``OSError`` where they cannot be written, with the old ones still there.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"path: expected the path of a folder, got {path!r}")
-    check_flag(fold_scale, "fold_scale")
+        raise wrong_type("path", "the path of a folder", path)
+    check_flag("fold_scale", fold_scale)
     ranks, model = ranks_of(model), unwrapped(model)
     sharded = bool(shards(model))
     reshard(model)
@@ -229,16 +229,15 @@ def _rule(config: LoraConfig, fields: Mapping[str, Any], fold: bool) -> dict[str
 
 
 def _plain(importance: Mapping[str, float]) -> dict[str, float]:
-    if not isinstance(importance, Mapping):
-        raise ValueError(f"importance: expected a mapping of matrix to score, got {type(importance).__name__}")
-    out = {}
+    out: dict[str, float] = {}
+    check_mapping("importance", importance, "matrix keys to scores")
     for key, value in importance.items():
         try:
             out[key] = float(value)
         except (TypeError, ValueError):
             out[key] = math.nan
         if not isinstance(key, str) or not math.isfinite(out[key]):
-            raise ValueError(f"importance: expected finite scores by name, got {key!r}: {value!r}")
+            raise wrong_value("importance", "finite scores by name", {key: value})
     return out
 
 

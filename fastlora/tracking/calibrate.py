@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import ranks_of, several_processes, unwrapped, whole
-from .._utils.errors import unknown_choice
+from .._utils.errors import check_choice, check_flag, check_instance, check_integer, wrong_type, wrong_value
 from .._utils.reporting import Report, reporting
 from ..importance.scores import Scores
-from ..nn.active import chosen_adapter
+from ..nn.active import NO_ADAPTERS, chosen_adapter
 from ..nn.linear import adapted_layers, check_adapter, matrix_key
 from .all_reduce import averaged
 from .checks import checked_layers
@@ -123,7 +123,7 @@ def preserve_model_state(model: nn.Module, adapter: str) -> Iterator[None]:
     """
     layers = adapted_layers(model) if isinstance(model, nn.Module) else {}
     if not layers:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
+        raise ValueError(NO_ADAPTERS)
     check_adapter(adapter)
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     # By name too: a forward may assign a new tensor instead of writing into the old one.
@@ -297,12 +297,12 @@ def calibrate(
 
 
 def _check_call(batches: Any, loss_fn: Any, steps: Any) -> None:
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"steps: expected a positive integer or None for all batches, got {steps!r}")
+    if steps is not None:
+        check_integer("steps", steps, 1, "None for all batches, or an integer")
     if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
-        raise ValueError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+        raise wrong_type("batches", "an iterable of batches", batches)
     if not callable(loss_fn):
-        raise ValueError(f"loss_fn: expected a callable (model, batch) -> loss, got {type(loss_fn).__name__}")
+        raise wrong_type("loss_fn", "a callable (model, batch) -> loss", loss_fn)
 
 
 def _group(model: nn.Module, process_group: Any) -> Any:
@@ -313,13 +313,9 @@ def _group(model: nn.Module, process_group: Any) -> Any:
 def _chosen(method: Any, centered: bool) -> Method:
     if callable(method):
         chosen = Method(_exact("grad_sq", "fisher", "grad_abs", "act_var"), method)
-    elif isinstance(method, str) and method in METHODS:
-        chosen = METHODS[method]
     else:
-        raise unknown_choice("method", method, tuple(METHODS), " or a callable")
-    if not isinstance(centered, bool):
-        raise ValueError(f"centered: expected True or False, got {centered!r}")
-    if not centered:
+        chosen = METHODS[check_choice("method", method, METHODS, " or a callable")]
+    if not check_flag("centered", centered):
         return chosen
     if method != "fim":
         raise ValueError(f"centered: works with method='fim' only, got method={method!r}")
@@ -330,7 +326,7 @@ def _as_scores(found: Any) -> Scores:
     if isinstance(found, Scores):
         return found
     if not isinstance(found, Mapping):
-        raise ValueError(f"method: expected to return a mapping of matrix keys to scores, got {type(found).__name__}")
+        raise wrong_type("method", "to return a mapping of matrix keys to scores", found)
     return Scores(found, "custom")
 
 
@@ -359,9 +355,8 @@ def _correlation(before: Scores | None, after: Scores | None) -> float:
 
 
 def _check_loss(loss: Any, index: int) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
-        raise ValueError(f"loss_fn: expected a scalar tensor, got {type(loss).__name__}{shape} for batch {index}")
+    if check_instance("loss_fn", loss, Tensor, f"a scalar tensor for batch {index}").numel() != 1:
+        raise wrong_value("loss_fn", f"a scalar tensor for batch {index}", loss)
     if not loss.requires_grad:
         raise ValueError(
             f"loss_fn: the loss of batch {index} has no gradient; it must come from the model in grad mode"

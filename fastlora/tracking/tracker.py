@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import unwrapped
-from .._utils.errors import checked, suggestion
+from .._utils.errors import check_choice, suggestion, wrong_value
 from ..importance.scores import Scores
 from ..nn.active import chosen_adapter
 from ..nn.linear import Linear, matrix_key
@@ -90,8 +90,8 @@ class Tracker:
         self._reduction, model = Reduction(model, process_group), unwrapped(model)
         self.adapter = chosen_adapter(model, adapter)
         self.layers = checked_layers(model, self.adapter)
-        self.estimator = checked("estimator", estimator, ("probe", "exact"))
-        self.loss_reduction = checked("loss_reduction", loss_reduction, ("mean", "sum"))
+        self.estimator = check_choice("estimator", estimator, ("probe", "exact"))
+        self.loss_reduction = check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         self.probe_kind = checked_probe_kind(probe_kind, estimator)
         kinds = checked_kinds(statistics, estimator, probe_kind)
         self.kinds = tuple(kind for kind in kinds if kind not in COVARIANCES)
@@ -329,12 +329,10 @@ class Tracker:
 
         Raises ``ValueError`` for a statistic that is not tracked, ``RuntimeError`` while a matrix has none.
         """
-        checked("reduce", reduce, ("sum", "mean"))
+        check_choice("reduce", reduce, ("sum", "mean"))
         if kind not in self.kinds:
             hint = f"; {ABSOLUTE_NEEDS}" if kind == "grad_abs" and self.probe_kind != "columns" else ""
-            raise ValueError(
-                f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint or suggestion(kind, self.kinds)}"
-            )
+            raise wrong_value("kind", f"what is tracked, {self.kinds}", kind, hint or suggestion(kind, self.kinds))
         counts = self._averages.counts[kind].tolist()
         missing = [key for key, count in zip(self.keys, counts, strict=True) if count == 0]
         if missing:
@@ -353,8 +351,9 @@ class Tracker:
         Raises ``ValueError`` for a kind that is not tracked.
         """
         if kind not in self._covariances.kinds:
-            shown = ", ".join(self._covariances.kinds) or "none; name it in statistics and use estimator='exact'"
-            raise ValueError(f"kind: {kind!r} is not tracked, only {shown}{suggestion(kind, self._covariances.kinds)}")
+            known = tuple(self._covariances.kinds)
+            hint = suggestion(kind, known) if known else "; name it in statistics and use estimator='exact'"
+            raise wrong_value("kind", f"what is tracked, {known}", kind, hint)
         return self._covariances.read(kind)
 
     def penalty(
