@@ -1,7 +1,7 @@
 """Faults on purpose, counted: ``python tools/faults.py --out benchmarks/results/faults.json``.
 
 Each function breaks something many times, judges what is left, and returns how often it did; ``AssertionError`` says
-what was wrong. ``tests/test_faults.py`` runs them with fewer repetitions.
+what was wrong. ``tests/repo/test_faults.py`` runs them with fewer repetitions.
 """
 
 from __future__ import annotations

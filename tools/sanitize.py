@@ -2,12 +2,12 @@
 
     python tools/sanitize.py [address,undefined | thread]
 
-The instrumented builds lie beside the ordinary one, are incremental, and have no CUDA. ``tests/native`` runs with the
-processor's own instruction set; with AddressSanitizer what depends on the instruction set runs once more with the
+The instrumented builds lie beside the ordinary one, are incremental, and have no CUDA. ``tests/ops/native`` runs with
+the processor's own instruction set; with AddressSanitizer what depends on the instruction set runs once more with the
 portable code.
 
 ThreadSanitizer does not see the barriers of the OpenMP runtime that torch brings: its build starts threads of its own
-(``csrc/cpu/threads.h``), takes any work to be worth one, and what torch itself does is not watched.
+(``csrc/cpu/parallel.h``), takes any work to be worth one, and what torch itself does is not watched.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def own_instruction_set() -> str:
 
 
 def build(sanitizers: str) -> Path:
-    """The folder of the instrumented _C and _layout."""
+    """The folder of the instrumented library and modules."""
     folder = Path("build") / f"sanitized-{sanitizers.replace(',', '-')}"
     environment = {"FASTLORA_SANITIZE": sanitizers, "FASTLORA_BUILD": "1", "FASTLORA_CUDA": "0"}
     environment["FASTLORA_ISAS"] = own_instruction_set()
@@ -79,7 +79,7 @@ def test(sanitizers: str, folder: Path, isa: str | None = None) -> int:
         "FASTLORA_SANITIZE": sanitizers,
     }
     left_out = LEFT_OUT_THREADS if races else LEFT_OUT
-    selected = ["tests/native", *(f"--deselect=tests/native/{name}" for name in left_out)]
+    selected = ["tests/ops/native", *(f"--deselect=tests/ops/native/{name}" for name in left_out)]
     if races:
         environment["OMP_NUM_THREADS"] = str(THREADS)
     if isa is not None:
@@ -91,12 +91,13 @@ def test(sanitizers: str, folder: Path, isa: str | None = None) -> int:
 
 
 def run(folder: Path, arguments: list[str]) -> int:
-    """Pytest in this process, which takes the instrumented layout module for the package's own."""
-    path = next(folder.glob("_layout*.so"))
-    spec = importlib.util.spec_from_file_location("fastlora._layout", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules["fastlora._layout"] = module
+    """Pytest in this process, which takes the instrumented modules for the package's own."""
+    for path in folder.glob("_[a-z]*.so"):
+        name = f"fastlora.{path.name.partition('.')[0]}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
     import pytest
 
     return pytest.main(arguments)

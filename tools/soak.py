@@ -2,7 +2,7 @@
 
 Mixed batches with tracking, adapters added and removed, ranks changed, trackers closed and opened, adapters saved and
 loaded, copies made. At the end of every cycle the live tensors, the live hooks and the resident memory are counted;
-they do not grow. ``tests/test_soak.py`` runs a few cycles.
+they do not grow. ``tests/repo/test_soak.py`` runs a few cycles.
 """
 
 from __future__ import annotations

@@ -216,8 +216,8 @@ def measure(device: str, listed: list[list[Job]], seconds: float) -> list[dict[s
 
 def mend_interpreter() -> None:
     """Before 3.7 Triton's interpreter refuses the one-element arrays of numpy 2.4 as indices; the tests mend that."""
-    sys.path.insert(0, str(TILING.parents[1] / "tests" / "kernels"))
-    import interpreter_fixes
+    sys.path.insert(0, str(TILING.parents[1] / "tests"))
+    from support import interpreter_fixes
 
     interpreter_fixes.apply()
 

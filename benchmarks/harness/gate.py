@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import fastlora
-from fastlora.nn.probe_rows import looks
+from fastlora.nn.probe_rows import refreshes_norms
 
 from .peers import HookStatistics, NaiveStatistics, Variant
 
@@ -35,7 +35,7 @@ def _settle(variant: Variant) -> None:
     """Columns are drawn by the norms of the first steps, which show them: what is judged and timed comes after."""
     if variant.tracker is None or variant.tracker.probe_kind != "columns":
         return
-    while not variant.tracker.steps or looks(variant.tracker.steps):
+    while not variant.tracker.steps or refreshes_norms(variant.tracker.steps):
         variant.call()
         variant.tracker.step()
     for kind in variant.tracker.kinds:

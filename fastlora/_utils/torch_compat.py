@@ -102,7 +102,7 @@ _no_autocast = {device: _excluding(key) for device, key in _AUTOCAST_KEYS.items(
 
 def without_autocast(device_type: str) -> Any:
     """A context in which operators do not meet autocast again: for the kernel that autocast has called."""
-    guard = _no_autocast[device_type]
+    guard = _no_autocast.get(device_type)
     return torch.autocast(device_type, enabled=False) if guard is None else guard()
 
 

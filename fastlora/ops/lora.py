@@ -247,7 +247,7 @@ def lora_grouped(
 
     A, B, scale and Z run over the batch's adapters, then projections, V over adapters, then weights; P, sign and p
     over adapters, with [0, K] and [0, 0] where an adapter is not measured. ``dropout_salt`` tells the layers of one
-    ``row_seeds`` apart; ``starts`` are ``RankLayout.column_starts`` of the batch's adapters, worked out here without.
+    ``row_seeds`` apart; ``starts`` are the ``column_starts`` of the batch's adapters, worked out here without.
     Gradients of an adapter come from its own rows. Raises as ``lora_linear`` does, and for ids
     that do not fit x.
     """

@@ -17,11 +17,6 @@ logger = logging.getLogger(__name__)
 # Another build of the library, such as an instrumented one, is loaded by naming it.
 LIBRARY = Path(os.environ.get("FASTLORA_LIBRARY") or Path(__file__).parent.with_name("_C.so"))
 
-try:
-    from .._layout import RankLayout
-except ImportError:
-    RankLayout = None
-
 
 def _load() -> str | None:
     """Loads the library once; returns why it could not be."""
