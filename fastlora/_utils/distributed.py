@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import check_model, wrong_type, wrong_value
 from .torch_compat import PrivateName, inside_compiled
 
 _FIRST = "call fastlora.{} before DistributedDataParallel, fully_shard and Accelerator.prepare"
@@ -85,9 +86,7 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model under ``torch.compile`` and DDP, whose wrappers lengthen every name."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    return list(wrappers(model))[-1]
+    return list(wrappers(check_model(model)))[-1]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -236,10 +235,10 @@ def private_names() -> list[PrivateName]:
 
 def _check_group(process_group: Any) -> None:
     known = process_group is None or (isinstance(process_group, str) and process_group == "auto")
-    if not known and not (
-        torch.distributed.is_available() and isinstance(process_group, torch.distributed.ProcessGroup)
-    ):
-        raise ValueError(f"process_group: expected 'auto', None or a process group, got {process_group!r}")
+    is_group = torch.distributed.is_available() and isinstance(process_group, torch.distributed.ProcessGroup)
+    if not known and not is_group:
+        wrong = wrong_value if isinstance(process_group, str) else wrong_type
+        raise wrong("process_group", "'auto', None or a process group", process_group)
 
 
 def ranks_of(model: nn.Module, process_group: Any = "auto") -> ProcessGroupInfo | None:

@@ -17,6 +17,7 @@ from torch import nn
 from .._utils.distributed import shards, unwrapped
 from .._utils.errors import listed, suggestion
 from .._utils.files import write_atomically
+from ..nn.active import NO_ADAPTERS
 from ..nn.linear import DEFAULT, adapted_layers, matrix_key
 from ..tracking.tracker import Tracker
 from .adapters_only import AdaptersOnly, adapters_only, refuse_other, trained_state
@@ -36,7 +37,7 @@ class TrainingState:
     def __init__(self, model: nn.Module, tracker: Tracker | None = None):
         self.model, self.tracker = model, tracker
         if not adapted_layers(model):
-            raise ValueError("model: has no adapters; call fastlora.inject first")
+            raise ValueError(NO_ADAPTERS)
 
     def state_dict(self) -> dict[str, Any]:
         tracker = None if self.tracker is None else self.tracker.state_dict()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .._utils.distributed import is_sharded, shards
-from .._utils.errors import unknown_choice
+from .._utils.errors import check_choice
 from .._utils.torch_compat import in_backward, version_of
 from ..nn.linear import Linear, adapted_layers
 
@@ -128,9 +128,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def checked_mode(check: Any) -> str:
-    if not isinstance(check, str) or check not in MODES:
-        raise unknown_choice("check", check, MODES)
-    return check
+    return check_choice("check", check, MODES)
 
 
 def watch_learning(model: nn.Module, mode: str | None = None) -> None:

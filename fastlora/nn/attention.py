@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.errors import wrong_value
 from ..config import LoraConfig
 from .adapter import WHOLE, AdapterSpec, new_factors
 from .layer_view import LayerView
@@ -76,7 +77,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     ):
         config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, split_qkv=split_qkv, **fields)
         if isinstance(embed_dim, int) and r > embed_dim:
-            raise ValueError(f"r: at most embed_dim = {embed_dim}, got {r}")
+            raise wrong_value("r", f"at most embed_dim = {embed_dim}", r)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, None, None, batch_first, device, dtype
         )
@@ -195,7 +196,7 @@ def _is_batched(query: Tensor, key: Tensor, value: Tensor) -> bool:
     for name, given in (("query", query), ("key", key), ("value", value)):
         if query.dim() not in (2, 3) or given.dim() != query.dim():
             shape = "[L, E] or [L, N, E]" if name == "query" else f"{query.dim()} dimensions as query has"
-            raise ValueError(f"{name}: expected {shape}, got shape {tuple(given.shape)}")
+            raise wrong_value(name, shape, given)
     return query.dim() == 3
 
 
@@ -204,7 +205,7 @@ def _added_mask(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.is_floating_point():
         return mask
     if mask.dtype != torch.bool:
-        raise ValueError(f"{name}: expected a boolean or floating mask, got {mask.dtype}")
+        raise wrong_value(name, "a boolean or floating mask", mask)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
 
 
@@ -223,7 +224,7 @@ def _merged_mask(
             continue
         if tuple(mask.shape) not in accepted[name]:
             shapes = " or ".join(map(str, accepted[name]))
-            raise ValueError(f"{name}: expected shape {shapes}, got {tuple(mask.shape)}")
+            raise wrong_value(name, f"shape {shapes}", mask)
         mask = _added_mask(name, mask, dtype).view(accepted[name][mask.shape])
         merged = mask if merged is None else merged + mask
     return merged

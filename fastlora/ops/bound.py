@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._utils.torch_compat import apply_directly, autocasting, nothing_watches, untracked, without_autocast
+from .._utils.torch_compat import (
+    apply_directly,
+    autocasting,
+    counts_versions,
+    nothing_watches,
+    untracked,
+    version_of,
+    without_autocast,
+)
 from ..kernels.constants import device_constant
 from .autograd import LoraRest, differentiable_backward, low_precision, moment_gradients
 from .backends import choose
@@ -112,7 +120,7 @@ class _Run:
         # What a plan depends on beside its tensors, and nothing on most calls.
         plain = rows is None and key is None and not P
         self.options = moments > 0 if plain else (moments > 0, rows is None, key is None, *p, self.probes, len(sign))
-        self.versions = [None if w.is_inference() else w._version for w in bound.W]
+        self.versions = [version_of(w) if counts_versions(w) else None for w in bound.W]
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         """[*y, h, *moments]."""
@@ -157,7 +165,7 @@ class _Run:
 
     def check_versions(self) -> None:
         for w, version in zip(self.bound.W, self.versions, strict=True):
-            if version is not None and w._version != version:
+            if version is not None and version_of(w) != version:
                 raise RuntimeError(
                     "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
                     "place after the forward"

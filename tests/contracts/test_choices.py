@@ -54,7 +54,7 @@ MISSPELT = {
     "policy": (lambda: fastlora.apply_policy(plain(), "deep-lora", config()), "deep_lora"),
     "preset": (lambda: fastlora.LoraConfig.preset("midium"), "medium"),
     "statistic": (lambda: fastlora.track(adapted(), statistics="grad_sqq"), "grad_sq"),
-    "estimator": (lambda: fastlora.track(adapted(), "exakt"), "exact"),
+    "estimator": (lambda: fastlora.track(adapted(), estimator="exakt"), "exact"),
     "kind": (lambda: tracked_scores("grad-sq"), "grad_sq"),
     "rule": (lambda: fastlora.allocate(SCORES, budget=4, rule="webstr"), "webster"),
     "normalize": (lambda: fastlora.Scores.composite(SCORES, SCORES, SCORES, normalize="zskore"), "zscore"),

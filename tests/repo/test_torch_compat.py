@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from scale_help import run_ranks
+from support.distributed_help import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +20,7 @@ from fastlora._utils import torch_compat
 from fastlora._utils.distributed import private_names, ranks_of
 from fastlora.cli import doctor
 
-TESTS = pathlib.Path(__file__).parent
+TESTS = pathlib.Path(__file__).parent.parent
 NAMES = [n.name for n in torch_compat.NAMES] + ["OptimizedModule._orig_mod", "GradScaler._scale"]
 
 
@@ -29,7 +29,7 @@ def found():
     """What ``removed_names.py`` says of every name, and of none."""
     path = os.pathsep.join([str(pathlib.Path(fastlora.__file__).parent.parent), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, TESTS / "removed_names.py", "", *NAMES]
+    command = [sys.executable, TESTS / "support" / "removed_names.py", "", *NAMES]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]
     return {line["name"]: line for line in map(json.loads, run.stdout.splitlines())}
