@@ -42,7 +42,7 @@ def test_an_adapter_that_is_absent_neither_learns_nor_counts():
             with fastlora.use_adapters(m, torch.tensor([0, 0, -1, 0, 0, 0])):
                 loss_of(m, data()).backward()
             tracker.step()
-    assert tracker._rows.counts.tolist() == [0, 0] and tracker._averages.counts["grad_sq"].tolist() == [0.0, 0.0]
+    assert tracker._sampler.counts.tolist() == [0, 0] and tracker._averages.counts["grad_sq"].tolist() == [0.0, 0.0]
 
 
 class Cross(nn.Module):
@@ -86,7 +86,7 @@ def test_scores_over_many_steps_are_as_near_as_the_draws_allow():
             loss_of(m, batch).backward()
             tracker.step()
             m.zero_grad()
-    shares = tracker._rows._shares[0][0].double()
+    shares = tracker._sampler._shares[0][0].double()
     p = shares / shares.sum(1, keepdim=True)
     for kind, power, size in (("grad_sq", 2, 1), ("grad_abs", 1, None)):
         found = tracker.scores(kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,3 +79,21 @@ def set_requires_grad(parameters: Iterable[torch.Tensor], learns: bool) -> None:
         parameter.requires_grad_(learns)
     if changed and torch.__version__ < (2, 13) and "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def _foreach(name: str, single: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    """``torch._foreach_<name>``, one launch over a list; where torch has none, ``single`` of one after another."""
+
+    def one_by_one(tensors: Sequence[Tensor], others: Any) -> list[Tensor]:
+        listed = others if isinstance(others, (list, tuple)) else [others] * len(tensors)
+        return [single(tensor, other) for tensor, other in zip(tensors, listed, strict=True)]
+
+    return getattr(torch, f"_foreach_{name}", one_by_one)
+
+
+# Of a list of tensors and a list of as many others, or one number or tensor for all.
+multiply_each = _foreach("mul", torch.mul)
+divide_each = _foreach("div", torch.div)
+subtract_each = _foreach("sub", torch.sub)
+add_to_each_ = _foreach("add_", Tensor.add_)
+norm_of_each = _foreach("norm", torch.linalg.vector_norm)

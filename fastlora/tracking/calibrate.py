@@ -116,7 +116,7 @@ def preserve_model_state(model: nn.Module, adapter: str = DEFAULT) -> Iterator[N
 
     Inside, gradients start empty, grad mode is on, and the adapter's factors require gradients, so that passes reach
     them although a schedule may hold them frozen. Parameters themselves are not copied: the block must not step an
-    optimiser. RNG: torch's (CPU and the model's CUDA devices), Python's, and NumPy's where it is loaded.
+    optimizer. RNG: torch's (CPU and the model's CUDA devices), Python's, and NumPy's where it is loaded.
 
     Raises ``ValueError`` for a model without adapters.
     """

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import is_sharded, like, whole
 from .._utils.errors import suggestion
+from .._utils.torch_compat import add_to_each_
 from ..nn.linear import Linear, check_adapter
 from ..ops import multi_tensor, penalty
 from ..ops.penalty import (
@@ -153,4 +154,4 @@ def _add_by_formula(terms: _Terms, weights: Tensor, weight: float, form: str) ->
             grads.append(parameter.grad)
             added.append(gradient)
     if grads:
-        torch._foreach_add_(grads, added)
+        add_to_each_(grads, added)
