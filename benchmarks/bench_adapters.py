@@ -14,9 +14,9 @@ import fastlora
 from fastlora.ops import native, reference
 from fastlora.ops.layout import build_segments
 
-from .interleave import Times, paired, rows, spread
-from .many import Loop, Mixed, Separate, by_row, check, draw_factors, expected
-from .shapes import SHAPES, Problem, Shape, Target
+from .harness.interleave import Times, paired, rows, spread
+from .harness.many import Loop, Mixed, Separate, by_row, check, draw_factors, expected
+from .harness.shapes import SHAPES, Problem, Shape, Target
 
 RANKS = (4, 8, 16, 32)
 MEAN = 15  # of RANKS

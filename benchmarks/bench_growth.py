@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from . import memory
-from .interleave import Interleaved, spread
-from .many import Mixed, draw_factors
-from .peers import Variant, ours
-from .shapes import Problem, Shape
+from .harness import memory
+from .harness.interleave import Interleaved, spread
+from .harness.many import Mixed, draw_factors
+from .harness.peers import Variant, ours
+from .harness.shapes import Problem, Shape
 
 ROUNDS, WARMUP = 9, 2
 

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from . import memory
+from .harness import memory
 
 # What has to run for the check; the other rows are for the report.
 CHECKED = ("naive", "fastlora", "exact")

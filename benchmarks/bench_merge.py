@@ -11,7 +11,7 @@ from torch import nn
 
 import fastlora
 
-from .interleave import Times, paired, spread
+from .harness.interleave import Times, paired, spread
 
 BLOCKS, WIDTH, RANK, ROUNDS = 6, 768, 16, 15
 LABELS = {

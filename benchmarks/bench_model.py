@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import fastlora
 
-from .peers import LABELS
-from .shapes import MODEL_TARGETS
+from .harness.peers import LABELS
+from .harness.shapes import MODEL_TARGETS
 
 RANK = 8
 ROUNDS = 11

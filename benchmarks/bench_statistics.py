@@ -9,10 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from . import estimators, gate, recorded
-from .peers import LABELS, Variant, exact, frozen, hooks, looking, naive, ours, peft
-from .recorded import BATCH, RANK
-from .shapes import SHAPES, Problem, Shape
+from .harness import estimators, gate, recorded
+from .harness.peers import LABELS, Variant, exact, frozen, hooks, looking, naive, ours, peft
+from .harness.recorded import BATCH, RANK
+from .harness.shapes import SHAPES, Problem, Shape
 
 # The recorded model's own layers, at the length of its batches.
 RECORDED = Shape("R", "MiniLM q, k, v", BATCH, 24, 384, (384, 384, 384), RANK, fused=False, rounds=41)

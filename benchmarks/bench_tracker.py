@@ -10,9 +10,9 @@ from torch import nn
 
 import fastlora
 
-from .interleave import spread
-from .peers import TRACKED, Model
-from .shapes import SHAPES, Problem
+from .harness.interleave import spread
+from .harness.peers import TRACKED, Model
+from .harness.shapes import SHAPES, Problem
 
 BLOCKS = 12
 

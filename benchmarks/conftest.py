@@ -20,11 +20,11 @@ import fastlora
 from fastlora import testing
 from fastlora.ops import native
 
-from . import report
-from .interleave import Interleaved, Times, rows
-from .machine import cpu_name
-from .peers import LABELS, Variant
-from .shapes import bf16_matmul
+from .harness.interleave import Interleaved, Times, rows
+from .harness.machine import cpu_name
+from .harness.peers import LABELS, Variant
+from .harness.shapes import bf16_matmul
+from .reports import report
 
 WARMUP = 2  # rounds that are run and thrown away
 _RESULTS = pytest.StashKey[list[dict[str, Any]]]()

@@ -54,7 +54,7 @@ step_test() {
     workers=$(run -c 'import importlib.util as u; print("-n 8" if u.find_spec("xdist") else "")')
     # shellcheck disable=SC2086
     FASTLORA_KERNEL_DEVICE=cuda FASTLORA_KERNEL_SEED=fresh within 180 "$python" -P -W ignore -m pytest -q --tb=short \
-        -p no:cacheprovider $workers -o addopts= -o 'python_files=cases_*.py' --confcutdir=tests/kernels tests/kernels \
+        -p no:cacheprovider $workers -o addopts= -o 'python_files=cases_*.py' --confcutdir=tests/ops/triton tests/ops/triton \
         2>&1 | tee "$out/tests.txt" | tail -n 60
     [ "${PIPESTATUS[0]}" = 0 ] || { echo "TESTS FAILED: the figures are not to be trusted"; return 1; }
 }
@@ -68,7 +68,7 @@ step_sanitize() {
     for tool in memcheck racecheck; do
         FASTLORA_KERNEL_DEVICE=cuda within 60 compute-sanitizer --tool "$tool" --error-exitcode 3 \
             "$python" -P -W ignore -m pytest -q -p no:cacheprovider -o addopts= -o 'python_files=cases_*.py' \
-            --confcutdir=tests/kernels tests/kernels/cases_statistics.py tests/kernels/cases_grouped.py \
+            --confcutdir=tests/ops/triton tests/ops/triton/cases_statistics.py tests/ops/triton/cases_grouped.py \
             -k 'test_every_committed_verb or one_row' > "$out/$tool.txt" 2>&1
         code=$?
         [ $code = 3 ] && found=1

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import built
+from support.helpers import built
 from torch import nn
 
 from fastlora.testing import enable_torchvision
@@ -21,7 +21,7 @@ for _name in ("torchao", "torch.utils._pytree"):
 # timm, peft and transformers import torchvision, whose build may not load beside a torch without CUDA.
 enable_torchvision()
 
-# Outputs equal the base model's bit for bit when the matmul is F.linear; test_engines.py covers the others.
+# Outputs equal the base model's bit for bit when the matmul is F.linear; ops/test_matmul.py covers the others.
 os.environ["FASTLORA_CPU_ENGINE"] = "linear"
 
 

@@ -1,7 +1,7 @@
 """Faults on purpose, counted: ``python tools/faults.py --out benchmarks/results/faults.json``.
 
 Each function breaks something many times, judges what is left, and returns how often it did; ``AssertionError`` says
-what was wrong. ``tests/test_faults.py`` runs them with fewer repetitions.
+what was wrong. ``tests/repo/test_faults.py`` runs them with fewer repetitions.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import os
 import random
@@ -24,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import result_file
 import torch
 from small_model import adapted, batch, loss_fn, machine, plain, snapshot
 from torch import nn
@@ -238,7 +238,7 @@ def main() -> int:
     total = sum(sum(v.values()) if isinstance(v, dict) else v for v in found.values())
     document = {"command": "python tools/faults.py", "seconds": round(time.time() - began, 1), "faults": total,
                 "by kind": found, **machine()}  # fmt: skip
-    text = json.dumps(document, indent=1) + "\n"
+    text = result_file.dumps(document)
     sys.stdout.write(text)
     if arguments.out is not None:
         arguments.out.write_text(text)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import result_file
 from small_model import adapted, machine, plain, snapshot
 from torch import nn
 
@@ -260,7 +261,7 @@ def main() -> int:
 
     def finish() -> None:
         mode = "fixed sequence" if arguments.seconds is None else "coverage-guided"
-        text = json.dumps(result(target, began, mode), indent=1) + "\n"
+        text = result_file.dumps(result(target, began, mode))
         sys.stdout.write(text)
         sys.stdout.flush()
         if arguments.out is not None:

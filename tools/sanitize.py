@@ -2,8 +2,8 @@
 
     python tools/sanitize.py [address,undefined | thread]
 
-The instrumented builds lie beside the ordinary one, are incremental, and have no CUDA. ``tests/native`` runs with the
-processor's own instruction set; with AddressSanitizer what depends on the instruction set runs once more with the
+The instrumented builds lie beside the ordinary one, are incremental, and have no CUDA. ``tests/ops/native`` runs with
+the processor's own instruction set; with AddressSanitizer what depends on the instruction set runs once more with the
 portable code.
 
 ThreadSanitizer does not see the barriers of the OpenMP runtime that torch brings: its build starts threads of its own
@@ -79,7 +79,7 @@ def test(sanitizers: str, folder: Path, isa: str | None = None) -> int:
         "FASTLORA_SANITIZE": sanitizers,
     }
     left_out = LEFT_OUT_THREADS if races else LEFT_OUT
-    selected = ["tests/native", *(f"--deselect=tests/native/{name}" for name in left_out)]
+    selected = ["tests/ops/native", *(f"--deselect=tests/ops/native/{name}" for name in left_out)]
     if races:
         environment["OMP_NUM_THREADS"] = str(THREADS)
     if isa is not None:

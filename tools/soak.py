@@ -2,7 +2,7 @@
 
 Mixed batches with tracking, adapters added and removed, ranks changed, trackers closed and opened, adapters saved and
 loaded, copies made. At the end of every cycle the live tensors, the live hooks and the resident memory are counted;
-they do not grow. ``tests/test_soak.py`` runs a few cycles.
+they do not grow. ``tests/repo/test_soak.py`` runs a few cycles.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import result_file
 import torch
 from small_model import adapted, batch, machine, plain
 from torch import nn
@@ -115,10 +116,9 @@ def main() -> int:
         "resident bytes a step": round(slope(settled, "resident"), 1),
         "resident MiB": [round(r["resident"] / 2**20, 1) for r in (settled[0], settled[-1])], **machine(), "rows": rows,
     }  # fmt: skip
-    text = json.dumps(document) + "\n"
     sys.stdout.write(json.dumps({k: v for k, v in document.items() if k != "rows"}, indent=1) + "\n")
     if arguments.out is not None:
-        arguments.out.write_text(text)
+        result_file.write(arguments.out, document)
     return 0
 
 

@@ -3,7 +3,7 @@
 Every PYTHON is one of an environment that has torch and what the tests need. The committed state is cloned for each,
 built there, and the test suite is run, some files a process; counts by file go into the JSON after every process, so
 that a run which was stopped goes on where it was; each row names its commit. Then every environment's tests of
-operators run once more with each library that another built. ``tests/test_versions.py`` has it count.
+operators run once more with each library that another built. ``tests/repo/test_versions.py`` has it count.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import result_file
+
 ROOT = Path(__file__).resolve().parent.parent
 # Operators from both sides of the C interface: shapes, dtypes, errors, the module layer on top.
-ABI_TESTS = ("tests/native/test_abi.py", "tests/native/test_kernels.py", "tests/native/test_passes.py",
-             "tests/native/test_grouped.py", "tests/native/test_multi_tensor.py", "tests/native/test_dropout.py",
-             "tests/native/test_contracts.py", "tests/test_ops.py")  # fmt: skip
+ABI_TESTS = (*(f"tests/ops/native/test_{name}.py" for name in ("abi", "kernels", "passes", "grouped", "multi_tensor",
+             "dropout", "contracts")), "tests/ops/test_lora.py")  # fmt: skip
 IDENTITY = """
 import importlib.util, json, platform, torch
 names = ("triton", "torchvision", "numpy", "transformers", "peft", "timm", "lightning")
@@ -160,10 +161,10 @@ def main() -> int:
     parser.add_argument("--no-pairs", action="store_true", help="leave out the libraries of other environments")
     given = parser.parse_args()
     empty: Document = {"environments": {}, "libraries": {}}
-    document = json.loads(given.out.read_text()) if given.out.exists() else empty
+    document = result_file.read(given.out) if given.out.exists() else empty
 
     def save() -> None:
-        given.out.write_text(json.dumps(document, indent=1) + "\n")
+        result_file.write(given.out, document)
 
     with tempfile.TemporaryDirectory() as temporary:
         checkouts = given.checkouts or Path(temporary)

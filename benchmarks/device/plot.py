@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from harness import result_files
 
 
 def draw(result: dict[str, Any], target: Path) -> None:
@@ -48,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("json", type=Path)
     given = parser.parse_args()
-    draw(json.loads(given.json.read_text()), given.json.with_suffix(".png"))
+    draw(result_files.read(given.json), given.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

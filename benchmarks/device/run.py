@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
 import subprocess
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import result_files
 
 from fastlora.testing import enable_torchvision
 
@@ -186,7 +186,7 @@ def main() -> None:
     def keep(result: dict[str, Any], markdown: str) -> None:
         name = re.sub(r"[^a-z0-9]+", "_", result["device"].lower().removeprefix("nvidia ")).strip("_")
         target = given.output / f"device_{name}"
-        target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        result_files.write(target.with_suffix(".json"), result)
         target.with_suffix(".md").write_text(markdown)
         last.update(result=result, markdown=markdown, plot=target.with_suffix(".png"))
 

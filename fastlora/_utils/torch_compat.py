@@ -23,18 +23,27 @@ def autocasting(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def can_skip_dispatcher(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether nothing watches the dispatcher, so that a kernel may be called without it.
-
-    On a small layer going through the dispatcher to a kernel written in Python costs more than the kernel.
-    """
+def nothing_watches() -> bool:
+    """Whether no mode, transform, tracer or compiler sees what the dispatcher is called for."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
-        and _PLAIN.issuperset(map(type, tensors))
     )
+
+
+def can_skip_dispatcher(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing watches the dispatcher and no tensor is a subclass, so that a kernel may be called without it.
+
+    On a small layer going through the dispatcher to a kernel written in Python costs more than the kernel.
+    """
+    return nothing_watches() and _PLAIN.issuperset(map(type, tensors))
+
+
+def apply_directly(function: type[torch.autograd.Function]) -> Any:
+    """``function.apply`` without its search for dead functorch wrappers, which ``nothing_watches`` rules out."""
+    return super(torch.autograd.Function, function).apply
 
 
 def in_backward() -> bool:

@@ -308,6 +308,7 @@ def commit_injection(
 
 
 def group_layers(model: nn.Module) -> None:
+    """Let layers that share an input run together: q, k and v, and siblings of equal width once they are seen to."""
     modules = dict(model.named_modules())
     for block in attention_blocks(model):
         layers = [modules[n] for n in block.names if isinstance(modules.get(n), Linear)]
@@ -318,6 +319,16 @@ def group_layers(model: nn.Module) -> None:
             group_projections(modules[block.owner], layers)
         elif known.layers != layers:
             known.regroup(layers)
+    for owner in modules.values():
+        if isinstance(owner, Linear):
+            continue
+        alike: dict[int, list[Linear]] = {}
+        for child in owner.children():
+            if isinstance(child, Linear) and child.group is None and not hasattr(child, "owner"):
+                alike.setdefault(child.in_features, []).append(child)
+        for layers in alike.values():
+            if len(layers) > 1:
+                group_projections(owner, layers, expected=False)
 
 
 def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:

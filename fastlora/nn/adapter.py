@@ -5,17 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import native
-from ..ops.layout import column_starts
-
-if TYPE_CHECKING:
-    from .linear import Linear
-
+from ..ops.bound import BoundCall
 
 WHOLE = "weight"  # name of the one slice of a matrix that is not split
 
@@ -25,11 +20,20 @@ class Factors(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor | None]):
         super().__init__()
+        self.slices = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
 
+    def forward(self) -> dict[str, Tensor | None]:
+        """The factor of every slice, as attributes give them: through parametrisations, pruning and replicas."""
+        return self.tensors()
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The factor of every slice as it is stored, whatever hooks a call would run."""
+        return {name: getattr(self, name) for name in self.slices}
+
     def extra_repr(self) -> str:
-        return ", ".join(f"{n}: {'rank 0' if p is None else tuple(p.shape)}" for n, p in self._parameters.items())
+        return ", ".join(f"{n}: {'rank 0' if p is None else tuple(p.shape)}" for n, p in self.tensors().items())
 
 
 @dataclass(frozen=True)
@@ -71,125 +75,102 @@ def new_factors(
     return Factors(A), Factors(B)
 
 
-class Operands(NamedTuple):
-    """Factors and scales by adapter, then projection, and each adapter's prefix sums of ranks one after another."""
+class Bundle:
+    """Layers that run together, and what their calls with given adapters take, kept while none of it is replaced.
 
-    A: list[Tensor]
-    B: list[Tensor]
-    scale: list[float]
-    starts: list[int]
-
-
-class _Entry(NamedTuple):
-    """One adapter on the layers, and what it was made from: another entry is made when that is another."""
-
-    made_from: tuple
-    places: list[tuple[dict, dict, str, Linear]]  # of every projection: the parameters of A and B, the slice, its layer
-    scale: list[float]
-    ranks: list[int]
-
-
-class OperandCache:
-    """Where the factors of every adapter lie; a change to one adapter packs that one alone.
-
-    ``layout`` is the ``RankLayout`` of the layers, its adapters those of ``names``; None without the native library.
+    Weights and factors are looked up as torch means it: a parameter that is replaced, a module that is hooked,
+    parametrised or replicated is noticed, and its tensors are asked for anew.
     """
 
-    def __init__(self, layers: Sequence[Linear]):
-        self.layers, self.names = tuple(layers), []
-        self._entries: dict[str, _Entry] = {}
-        self._changes: list[int] = []
-        self._batch: tuple[tuple[str, ...], list[float], list[int]] | None = None
-        widths = [rows for layer in layers for rows in layer.slices.values()]
-        self.layout = None if native.RankLayout is None else native.RankLayout([], widths, layers[0].in_features)
+    def __init__(self, layers: Sequence[Any]):
+        self.layers = tuple(layers)
+        self._kept: dict[tuple[str, ...], Operands] = {}
 
-    def operands(self, names: tuple[str, ...]) -> Operands:
-        """Those of a batch with the adapters ``names``; one that no layer has, has rank 0."""
-        changes = [layer.changes for layer in self.layers]
-        if changes != self._changes:
-            self._update(changes)
-        if self._batch is None or self._batch[0] != names:
-            self._batch = self._lay_out(names)
-        A, B = [], []
+    def kept(self, names: tuple[str, ...]) -> Operands:
+        """What a call with the adapters ``names`` takes; one that no layer has, has rank 0."""
+        kept = self._kept.get(names)
+        if kept is None or not kept.holds():
+            while kept is None and len(self._kept) >= _MOST_BOUND:
+                self._kept.pop(next(iter(self._kept)), None)
+            kept = self._kept[names] = Operands(self.layers, names)
+        return kept
+
+
+_MOST_BOUND = 16  # sets of adapters for which a bundle keeps its operands
+
+
+class Operands:
+    """A call, and where each of its tensors was found."""
+
+    def __init__(self, layers: Sequence[Any], names: tuple[str, ...]):
+        self.layers, self.changes = layers, [layer.changes for layer in layers]
+        self.stored: list[tuple[dict[str, Any], str, Any]] = []
+        self.read: list[tuple[Any, str, Any]] = []
+        self.factors: list[Factors] = []
+        self.hooked = False
+        W, bias = ([self._tensor(layer, name) for layer in layers] for name in ("weight", "bias"))
+        A, B, scale = [], [], []
         for name in names:
-            entry = self._entries[name]
-            for (parameters_A, parameters_B, place, layer), rank in zip(entry.places, entry.ranks, strict=True):
-                a, b = parameters_A.get(place), parameters_B.get(place)
-                if a is None or b is None:
-                    a = layer.weight.new_empty((0, layer.in_features))
-                    b = layer.weight.new_empty((layer.slices[place], 0))
-                if a.shape[0] != rank or b.shape[1] != rank:
-                    raise ValueError(
-                        f"adapter {name!r}: A is {tuple(a.shape)} and B {tuple(b.shape)}, but its rank was {rank}; "
-                        "change ranks with fastlora.set_ranks"
-                    )
-                A.append(a)
-                B.append(b)
-        return Operands(A, B, self._batch[1], self._batch[2])
+            for layer in layers:
+                here = name in layer.adapter_specs
+                factors = [self._factors(side, name) if here else {} for side in (layer.lora_A, layer.lora_B)]
+                for a, b, s in layer.factor_pairs(name, *factors):
+                    A.append(a)
+                    B.append(b)
+                    scale.append(s)
+        self.call = BoundCall(W, bias, A, B, scale, layers[0].backend, layers[0].engine)
+        self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
+        self._weights = W
+        self._hooks = [hooks for f in self.factors for hooks in (f._forward_pre_hooks, f._forward_hooks)]
+        self._attributes = [f.__dict__ for f in self.factors]
+        # Layers that run together drop alike.
+        specs = [layers[0].adapter_specs.get(name) for name in names]
+        self.dropout = [0.0 if spec is None else spec.dropout for spec in specs]
+        self.drops = any(self.dropout)
 
-    def _lay_out(self, names: tuple[str, ...]) -> tuple[tuple[str, ...], list[float], list[int]]:
-        for name in names:
-            if name not in self._entries:
-                self._put(name)
-        scale = [s for name in names for s in self._entries[name].scale]
-        if self.layout is None:
-            ranks = [rank for name in names for rank in self._entries[name].ranks]
-            return names, scale, column_starts(ranks, sum(len(layer.slices) for layer in self.layers))
-        places = {name: at for at, name in enumerate(self.names)}
-        return names, scale, self.layout.select([places[name] for name in names]).column_starts()
+    def _tensor(self, owner: Any, name: str) -> Any:
+        found = getattr(owner, name)
+        stored = owner.__dict__.get("_parameters", {})
+        if name in stored:
+            self.stored.append((stored, name, found))
+        else:  # a property, a parametrisation or a replica's plain attribute
+            self.read.append((owner, name, found))
+        return found
 
-    def _update(self, changes: list[int]) -> None:
-        """Take in what was added, removed or given other ranks since the last look."""
-        self._batch = None
-        for name in list(self.names):
-            if not any(name in layer.adapter_specs for layer in self.layers):
-                self._drop(name)
-            elif any(a is not b for a, b in zip(self._entries[name].made_from, self._sources(name), strict=True)):
-                self._put(name)
-        self._changes = changes
+    def _factors(self, side: nn.ModuleDict, name: str) -> dict[str, Tensor | None]:
+        factors = side[name]
+        self.stored.append((side._modules, name, factors))
+        self.factors.append(factors)
+        if hooked(factors):
+            self.hooked = True
+            return factors()
+        return {key: self._tensor(factors, key) for key in factors.slices}
 
-    def _sources(self, name: str) -> tuple[Any, ...]:
-        found: list[Any] = []
-        for layer in self.layers:
-            has = name in layer.adapter_specs
-            found += [layer.lora_A[name], layer.lora_B[name], layer.adapter_specs[name]] if has else [None, None, None]
-        return tuple(found)
-
-    def _put(self, name: str) -> None:
-        entry = self._entry(name)
-        if self.layout is not None:
-            if name in self._entries:
-                self.layout = self.layout.with_ranks(self.names.index(name), entry.ranks)
-            else:
-                self.layout = self.layout.add_adapter(entry.ranks)
-        if name not in self._entries:
-            self.names.append(name)
-        self._entries[name] = entry
-
-    def _drop(self, name: str) -> None:
-        if self.layout is not None:
-            self.layout = self.layout.delete_adapter(self.names.index(name))
-        self.names.remove(name)
-        del self._entries[name]
-
-    def _entry(self, name: str) -> _Entry:
-        places, scale, ranks = [], [], []
-        for layer in self.layers:
-            spec = layer.adapter_specs.get(name)
-            A = layer.lora_A[name]._parameters if spec else {}
-            B = layer.lora_B[name]._parameters if spec else {}
-            for place in layer.slices:
-                a = A.get(place)
-                places.append((A, B, place, layer))
-                scale.append(spec.scale[place] if spec else 1.0)
-                ranks.append(0 if a is None else a.shape[0])
-        return _Entry(self._sources(name), places, scale, ranks)
+    def holds(self) -> bool:
+        """Whether every tensor is still where it was found, and no hook has to be asked for it."""
+        if self.hooked:
+            return False
+        for layer, changes in zip(self.layers, self.changes, strict=True):
+            if layer.changes != changes:
+                return False
+        for place, key, found in self.stored:
+            if place.get(key) is not found:
+                return False
+        for owner, name, found in self.read:
+            if getattr(owner, name) is not found:
+                return False
+        for w in self._weights:  # a parameter that is moved or cast stays the same object
+            if w.dtype is not self.dtype or w.device != self.device:
+                return False
+        for hooks in self._hooks:
+            if hooks:
+                return False
+        for attributes in self._attributes:
+            if "forward" in attributes:
+                return False
+        return True
 
 
-def operand_cache(layers: Sequence[Linear]) -> OperandCache:
-    """The packing of layers that run together, made at their first call."""
-    key = tuple(map(id, layers))  # of layers that the packing keeps alive
-    kept = layers[0].operand_caches
-    if key not in kept:
-        kept[key] = OperandCache(layers)
-    return kept[key]
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)

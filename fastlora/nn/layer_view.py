@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.matmul import UNPACKED
-from .linear import Linear, forward_together
+from .linear import Linear, forward_together, forward_traced
 
 
 class LayerView:
@@ -37,16 +37,25 @@ class LayerView:
         return getattr(self.layer, name)
 
     def pairs(self, adapter: str) -> list[tuple[Tensor, Tensor, float]]:
-        pairs = dict(zip(self.layer.slices, self.layer.pairs(adapter), strict=True))
+        """As ``Linear.pairs``, of the rows that are seen."""
+        return self._mine(self.layer.pairs(adapter))
+
+    def factor_pairs(self, adapter: str, A: Any, B: Any) -> list[tuple[Tensor, Tensor, float]]:
+        """As ``Linear.factor_pairs``, of the rows that are seen."""
+        return self._mine(self.layer.factor_pairs(adapter, A, B))
+
+    def _mine(self, whole: list[tuple[Tensor, Tensor, float]]) -> list[tuple[Tensor, Tensor, float]]:
+        pairs = dict(zip(self.layer.slices, whole, strict=True))
         return [(pairs[name][0], pairs[name][1][part], pairs[name][2]) for name, part in self.parts.items()]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and not self.layer.called:
-            self.layer.called = True
-        route = self.layer.router.route(self.layer.training)
-        if self.layer.bypassed(route):
+        layer, compiling = self.layer, torch.compiler.is_compiling()
+        if not compiling and not layer.called:
+            layer.called = True
+        route = layer.router.traced() if compiling else layer.router.route(layer.training)
+        if layer.bypassed(route):
             return F.linear(x, self.weight, self.bias)
-        return forward_together([self], x, route)[0]
+        return forward_traced(self, x, route) if compiling else forward_together((self,), x, route)[0]
 
 
 def _parts(layer: Linear, rows: slice) -> dict[str, slice]:

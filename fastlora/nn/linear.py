@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .._utils.errors import check_flag, check_rank
 from ..config import LoraConfig
-from ..ops.lora import check_input, checked_linear, lora_grouped
+from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
-from .adapter import WHOLE, AdapterSpec, Factors, new_factors, operand_cache
+from .adapter import WHOLE, AdapterSpec, Bundle, Factors, new_factors
 from .probe import group_operands
 from .routing import Route, Router
 
@@ -80,7 +80,7 @@ class Linear(nn.Linear):
         self.adapter_specs[name] = spec
         self.changes += 1
         self.router.changed(name)
-        with_rank = any(p is not None for p in A._parameters.values())
+        with_rank = any(p is not None for p in A.tensors().values())
         self.ranked = self.ranked | {name} if with_rank else self.ranked - {name}
 
     def rescale(self, name: str, scale: Mapping[str, float]) -> None:
@@ -101,7 +101,7 @@ class Linear(nn.Linear):
 
     def ranks(self, name: str = DEFAULT) -> dict[str, int]:
         """Rank of each slice of an adapter; 0 where there is none."""
-        return {s: 0 if p is None else p.shape[0] for s, p in self.lora_A[name]._parameters.items()}
+        return {s: 0 if p is None else p.shape[0] for s, p in self.lora_A[name].tensors().items()}
 
     def slice_rows(self, name: str) -> slice:
         """Rows of the weight that a slice covers."""
@@ -114,14 +114,24 @@ class Linear(nn.Linear):
 
     def pairs(self, adapter: str = DEFAULT) -> list[tuple[Tensor, Tensor, float]]:
         """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here."""
-        spec = self.adapter_specs.get(adapter)
-        A = self.lora_A[adapter]._parameters if spec else {}
-        B = self.lora_B[adapter]._parameters if spec else {}
-        out = []
+        here = adapter in self.adapter_specs
+        return self.factor_pairs(adapter, *[side[adapter]() if here else {} for side in (self.lora_A, self.lora_B)])
+
+    def factor_pairs(
+        self, adapter: str, A: Mapping[str, Tensor | None], B: Mapping[str, Tensor | None]
+    ) -> list[tuple[Tensor, Tensor, float]]:
+        """As ``pairs``, of factors by slice; ``ValueError`` where one is missing or lies elsewhere than the weight."""
+        spec, out, device = self.adapter_specs.get(adapter), [], self.weight.device
         for name, rows in self.slices.items():
             a, b = A.get(name), B.get(name)
-            if a is None or b is None:
+            if a is None and b is None:
                 a, b = self.empty(0, self.in_features), self.empty(rows, 0)
+            elif a is None or b is None or a.device != device or b.device != device or a.shape[0] != b.shape[1]:
+                raise ValueError(
+                    f"adapter {adapter!r}: expected factors A [r, {self.in_features}] and B [{rows}, r] of slice "
+                    f"{name!r} on {device}, where the weight is; got {_described(a)} and {_described(b)}. Move the "
+                    "whole model to one device; change ranks with fastlora.set_ranks"
+                )
             out.append((a, b, spec.scale[name] if spec else 1.0))
         return out
 
@@ -179,15 +189,21 @@ class Linear(nn.Linear):
             return (0.0,) * len(names)
         return tuple([self.adapter_specs[n].dropout if n in self.adapter_specs else 0.0 for n in names])
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.called and not torch.compiler.is_compiling():
+    def forward(self, input: Tensor) -> Tensor:
+        """``y = x W^T + b + s dropout(x) A^T B^T`` of the adapter that the running context chose; input [*, K]."""
+        if torch.compiler.is_compiling():
+            route = self.router.traced()
+            if self.bypassed(route):
+                return F.linear(input, self.weight, self.bias)
+            return forward_traced(self, input, route)
+        if not self.called:
             self.called = True
         route = self.router.route(self.training)
         if self.bypassed(route):
-            return F.linear(x, self.weight, self.bias)
-        if self.group is not None and not torch.compiler.is_compiling():
-            return self.group(self, x, route)
-        return forward_together([self], x, route)[0]
+            return F.linear(input, self.weight, self.bias)
+        if self.group is not None:
+            return self.group(self, input, route)
+        return forward_together((self,), input, route)[0]
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -202,7 +218,7 @@ class Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         # A tracker belongs to the model it was made for, not to its copies; a packing refers to other layers.
-        return {**self.__dict__, "probes": {}, "operand_caches": {}}
+        return {**self.__dict__, "probes": {}, "bundle": None}
 
 
 class QKVLinear(Linear):
@@ -210,7 +226,7 @@ class QKVLinear(Linear):
 
 
 _STATE = (
-    "slices", "adapter_specs", "ranked", "changes", "operand_caches", "router", "dropout_salt", "backend", "engine",
+    "slices", "adapter_specs", "ranked", "changes", "bundle", "router", "dropout_salt", "backend", "engine",
     "merged", "group", "called", "probes",
 )  # fmt: skip
 
@@ -223,8 +239,8 @@ def attach_state(
     layer.slices = dict(slices)
     layer.adapter_specs = {}
     layer.ranked = frozenset()  # adapters with a rank above 0
-    layer.changes = 0  # to its adapters: what operand_caches look at
-    layer.operand_caches = {}
+    layer.changes = 0  # to its adapters: what a bundle looks at
+    layer.bundle = None  # the layer alone; a group has bundles of its own
     layer.router = router
     layer.dropout_salt = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
@@ -248,68 +264,75 @@ def adapter_dtype_of(config: LoraConfig, layer: nn.Linear) -> torch.dtype:
     return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
-def forward_together(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
+def forward_together(layers: Sequence[Any], x: Tensor, route: Route, bundle: Bundle | None = None) -> Sequence[Tensor]:
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along."""
-    check_input(x, layers[0].weight)
-    y = _forward_one(layers, x, route) if route.batch is None else _forward_grouped(layers, x, route)
-    if not torch.compiler.is_compiling() and y[0].grad_fn is not None:
-        layers[0].router.built(y[0].grad_fn, route)
-    return y
-
-
-def _forward_one(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
-    """As ``forward_together``, one adapter for every row."""
-    name = route.adapter
-    A, B, scale = zip(*[pair for layer in layers for pair in layer.pairs(name)], strict=True)
-    probes = [layer.probes[name] for layer in layers] if name in layers[0].probes else None
-    y = checked_linear(
-        x,
-        [layer.weight for layer in layers],
-        [layer.bias for layer in layers],
-        A,
-        B,
-        scale,
-        layers[0].dropout_p(route)[0],
-        backend=layers[0].backend,
-        engine=layers[0].engine,
-        **({} if probes is None else probes[0].operands(probes, x, route)),
-    )
-    if probes is not None:
+    first = layers[0]
+    if bundle is None:
+        bundle = _bundle_of(layers)
+    kept = bundle.kept(route.names)
+    if x.dtype is not kept.dtype or x.device != kept.device or not x.dim() or x.shape[-1] != kept.depth:
+        check_input(x, first.weight)
+    drops = kept.drops and first.training
+    rows, key, p, tracked = None, None, kept.dropout if drops else (), {}
+    if route.batch is None:
+        if drops:
+            key = new_seed(x.device)
+        if route.adapter in first.probes:
+            tracked = {route.adapter: [layer.probes[route.adapter] for layer in layers]}
+            found = first.probes[route.adapter].operands(tracked[route.adapter], x, route)
+            operands = {k: [v] if k in ("P", "sign") else v for k, v in found.items()}
+    else:
+        rows = route.batch.rows(x)
+        if drops:
+            key = route.batch.keys(x, new_seed(x.device), first.dropout_salt)
+        names = [name for name in route.names if name in first.probes]
+        if names:
+            tracked = {name: [layer.probes[name] for layer in layers] for name in names}
+            operands = group_operands(tracked, layers, route, x)
+    y = kept.call(x, rows, key, p, **operands) if tracked else kept.call(x, rows, key, p)
+    for name, probes in tracked.items():
         y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
+    node = y[0].grad_fn
+    if node is not None:
+        first.router.built(node, route)
     return y
 
 
-def _forward_grouped(layers: list[Linear], x: Tensor, route: Route) -> list[Tensor]:
-    """As ``forward_together``, every row with the adapter of its batch."""
-    batch, first = route.batch, layers[0]
-    A, B, scale, starts = _operands(layers, batch.names)
-    probes = {name: [layer.probes[name] for layer in layers] for name in batch.names if name in first.probes}
-    y = lora_grouped(
-        x,
-        [layer.weight for layer in layers],
-        [layer.bias for layer in layers],
-        A,
-        B,
-        scale,
-        batch,
-        starts=starts,
-        p=first.dropout_p(route),
-        dropout_salt=first.dropout_salt,
-        backend=first.backend,
-        engine=first.engine,
-        **(group_operands(probes, layers, route, x) if probes else {}),
-    )
-    for name, mine in probes.items():
-        y = [probe.tap(x, out, route, name) for probe, out in zip(mine, y, strict=True)]
+def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
+    """As ``forward_together`` of one layer, for a compiler: the operator with its operands as they are now."""
+    check_input(x, layer.weight)
+    names = route.names
+    A, B, scale = zip(*[pair for name in names for pair in layer.pairs(name)], strict=True)
+    tracked = [name for name in names if name in layer.probes]
+    p = layer.dropout_p(route)
+    options: dict[str, Any] = {"backend": layer.backend, "engine": layer.engine}
+    if route.batch is None:
+        if tracked:
+            options |= layer.probes[names[0]].operands([layer.probes[names[0]]], x, route)
+        (y,) = checked_linear(x, [layer.weight], [layer.bias], A, B, scale, p[0], **options)
+    else:
+        if tracked:
+            options |= group_operands({name: [layer.probes[name]] for name in tracked}, [layer], route, x)
+        salt = layer.dropout_salt
+        weights = ([layer.weight], [layer.bias])
+        (y,) = lora_grouped(x, *weights, A, B, scale, route.batch, p=p, dropout_salt=salt, **options)
+    for name in tracked:
+        y = layer.probes[name].tap(x, y, route, name)
     return y
 
 
-def _operands(layers: list[Linear], names: tuple[str, ...]) -> tuple[list, list, list, list[int] | None]:
-    """A, B and scales by adapter and projection, and where they lie (None: not known beforehand)."""
-    if not torch.compiler.is_compiling() and all([isinstance(layer, Linear) for layer in layers]):
-        return operand_cache(layers).operands(names)
-    pairs = [pair for name in names for layer in layers for pair in layer.pairs(name)]
-    return [a for a, _, _ in pairs], [b for _, b, _ in pairs], [s for _, _, s in pairs], None
+def _bundle_of(layers: Sequence[Any]) -> Bundle:
+    """The operands of one layer, kept with it; those of a part of a layer are made anew."""
+    (layer,) = layers
+    if not isinstance(layer, Linear):
+        return Bundle(layers)
+    if layer.bundle is None or layer.bundle.layers[0] is not layer:
+        layer.bundle = Bundle(layers)
+    return layer.bundle
+
+
+def _described(factor: Tensor | None) -> str:
+    return "none" if factor is None else f"{tuple(factor.shape)} on {factor.device}"
 
 
 def checked_ranks(ranks: Mapping[str, int], in_features: int, slices: Mapping[str, int], key: str) -> None:

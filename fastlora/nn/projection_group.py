@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.torch_compat import autocasting, in_backward, saving_hooks
+from .adapter import Bundle
 from .linear import Linear, forward_together
 from .routing import Route
 
@@ -26,10 +27,13 @@ class _Visit:
     hooks: Any
     launches: int = 0
     trigger: tuple[int, int] | None = None  # (launch number, index of the sibling that started it)
+    first: tuple[int, int] | None = None  # the launch whose input later ones are compared with
     x: Tensor | None = None
     state: tuple | None = None
-    waiting: dict[int, Tensor] = field(default_factory=dict)
-    unused: dict[tuple[int, int], set[int]] = field(default_factory=dict)
+    waiting: dict[Linear, Tensor] = field(default_factory=dict)
+    unused: dict[tuple[int, int], set[Linear]] = field(default_factory=dict)
+    shared: tuple[Tensor, tuple] | None = None  # the input of the last launch and its state, while they are compared
+    wanted: dict[tuple[int, int], set[int]] = field(default_factory=dict)  # siblings that came for a launch's input
     token: _Token = field(default_factory=_Token)
 
 
@@ -38,12 +42,13 @@ class ProjectionGroup:
 
     The first sibling that is called computes the outputs of those that are expected to follow, each of which takes its
     own when it is called with the same tensor object at the same version under the same modes; otherwise it computes
-    alone. What is expected is learned: a result that nobody took by the owner's exit is not computed ahead again.
+    alone. What is expected is learned: a result that nobody took by the owner's exit is not computed ahead again, and
+    siblings that are not ``expected`` to share an input are computed ahead once they were seen to.
     While dropout is active every projection runs alone, with its own mask.
     """
 
-    def __init__(self, layers: list[Linear]):
-        self.layers = layers
+    def __init__(self, layers: list[Linear], expected: bool = True):
+        self.layers, self.expected = layers, expected
         self._clear()
 
     def regroup(self, layers: list[Linear]) -> None:
@@ -60,44 +65,63 @@ class ProjectionGroup:
         self._plan: dict[tuple[int, int], frozenset[int]] = {}  # trigger -> siblings not worth computing ahead
         self._learned: dict[tuple[int, int], frozenset[int]] = {}
         self._pending: weakref.WeakSet[_Token] = weakref.WeakSet()
+        self._index = {layer: i for i, layer in enumerate(self.layers)}
+        self._bundles: dict[tuple[Linear, ...], Bundle] = {}
+        self._unknown = frozenset() if self.expected else frozenset(self._index.values())
+        self._refused: set[tuple[tuple[int, int], int]] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers}
+        return {"layers": self.layers, "expected": self.expected}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.layers = state["layers"]
+        self.__dict__.update(state)
         self._clear()
 
     def __call__(self, layer: Linear, x: Tensor, route: Route) -> Tensor:
         visits = self._visits.get(threading.get_ident())
-        index = next((i for i, member in enumerate(self.layers) if member is layer), None)
-        if not visits or index is None or _alone(layer, visits[-1], route):
-            return forward_together([layer], x, route)[0]
+        if not visits:
+            return forward_together((layer,), x, route)[0]
         visit = visits[-1]
         if visit.x is x and visit.state == _state(x, route):
-            if index not in visit.waiting:
-                return forward_together([layer], x, route)[0]
-            visit.unused[visit.trigger].discard(index)
-            out = visit.waiting.pop(index)
+            out = visit.waiting.pop(layer, None)
+            if out is None:
+                return forward_together((layer,), x, route)[0]
+            visit.unused[visit.trigger].discard(layer)
             if not visit.waiting:
                 visit.x = None
             return out
-        return self._launch(visit, index, x, route)
+        if x.is_inference() or layer not in self._index or _alone(layer, visit, route):
+            return forward_together((layer,), x, route)[0]
+        return self._launch(visit, layer, x, route)
 
-    def _launch(self, visit: _Visit, index: int, x: Tensor, route: Route) -> Tensor:
-        trigger = (visit.launches, index)
-        skip = self._plan.get(trigger, frozenset()) | {index}
-        ahead = [i for i in range(len(self.layers)) if i not in skip and self._joinable(self.layers[i], index, route)]
-        outputs = forward_together([self.layers[i] for i in (index, *ahead)], x, route)
+    def _launch(self, visit: _Visit, layer: Linear, x: Tensor, route: Route) -> Tensor:
+        trigger = (visit.launches, self._index[layer])
+        if not self.expected:
+            self._compare(visit, trigger, x, route)
+        skip = self._plan.get(trigger, self._unknown)
+        ahead = [i for i, other in enumerate(self.layers) if i not in skip and self._joinable(other, layer, route)]
+        layers = (layer, *[self.layers[i] for i in ahead])
+        bundle = self._bundles.get(layers)
+        if bundle is None:
+            bundle = self._bundles[layers] = Bundle(layers)
+        outputs = forward_together(layers, x, route, bundle)
         visit.launches += 1
-        visit.trigger, visit.x, visit.state = trigger, x, _state(x, route)
-        visit.unused[trigger] = set(ahead)
-        visit.waiting = dict(zip(ahead, outputs[1:], strict=True))
-        if not visit.waiting:
-            visit.x = None
+        visit.trigger, visit.state = trigger, _state(x, route)
+        visit.unused[trigger] = set(layers[1:])
+        visit.waiting = dict(zip(layers[1:], outputs[1:], strict=True))
+        visit.x = x if ahead else None
         if visit.hooks is not None and outputs[0].grad_fn is not None and not in_backward():
             self._await_backward(outputs[0].grad_fn, visit.token)
         return outputs[0]
+
+    def _compare(self, visit: _Visit, trigger: tuple[int, int], x: Tensor, route: Route) -> None:
+        """Take note of a sibling that runs on the input of the launch before it."""
+        state = _state(x, route)
+        if visit.shared is not None and visit.shared[0] is x and visit.shared[1] == state:
+            visit.wanted[visit.first].add(trigger[1])
+        else:
+            visit.shared, visit.first = (x, state), trigger
+            visit.wanted[trigger] = set()
 
     def _await_backward(self, node: Any, token: _Token) -> None:
         # A recomputation must launch what its forward launched: until then, or until the graph dies, the plan stands.
@@ -105,23 +129,28 @@ class ProjectionGroup:
         pending.add(token)
         node.register_prehook(lambda grads: pending.discard(token))
 
-    def _joinable(self, other: Linear, index: int, route: Route) -> bool:
-        mine = self.layers[index]
-        return not (
-            other.bypassed(route)
-            or "forward" in other.__dict__
+    def _joinable(self, other: Linear, mine: Linear, route: Route) -> bool:
+        if (
+            other is mine
             or other._forward_hooks
             or other._forward_pre_hooks
             or other._backward_hooks
             or other._backward_pre_hooks
-            or other.weight.device != mine.weight.device
-            or other.weight.dtype != mine.weight.dtype
-            or type(other.weight) is not type(mine.weight)
-            or other.router is not mine.router
-            or other.training != mine.training
-            or other.dropout_p(route) != mine.dropout_p(route)
-            or (other.backend, other.engine) != (mine.backend, mine.engine)
-            or other.probes.keys() != mine.probes.keys()
+            or other.training is not mine.training
+            or "forward" in other.__dict__
+            or other.bypassed(route)
+            or ((other.probes or mine.probes) and other.probes.keys() != mine.probes.keys())
+        ):
+            return False
+        w, own = other.weight, mine.weight
+        return (
+            w.dtype is own.dtype
+            and w.device == own.device
+            and type(w) is type(own)
+            and other.router is mine.router
+            and other.backend == mine.backend
+            and other.engine == mine.engine
+            and (not mine.training or other.dropout_p(route) == mine.dropout_p(route))
         )
 
     def enter(self, owner: nn.Module, args: Any) -> None:
@@ -152,7 +181,13 @@ class ProjectionGroup:
             return
         for trigger, unused in visit.unused.items():
             if unused:
-                self._learned[trigger] = self._plan.get(trigger, frozenset()) | unused
+                skipped = {self._index[layer] for layer in unused if layer in self._index}
+                self._learned[trigger] = self._plan.get(trigger, self._unknown) | skipped
+                self._refused.update((trigger, index) for index in skipped)
+        for trigger, wanted in visit.wanted.items():
+            wanted = {index for index in wanted if (trigger, index) not in self._refused}
+            if wanted:
+                self._learned[trigger] = self._plan.get(trigger, self._unknown) - wanted
 
 
 def _alone(layer: Linear, visit: _Visit, route: Route) -> bool:
@@ -161,22 +196,25 @@ def _alone(layer: Linear, visit: _Visit, route: Route) -> bool:
     With dropout, masks would depend on what runs together, and so on what was learned: not reproducible. A checkpoint
     around the projection alone is recomputed outside its owner, where nothing is computed ahead.
     """
-    return any(layer.dropout_p(route)) or saving_hooks() != visit.hooks
+    return saving_hooks() != visit.hooks or (layer.training and any(layer.dropout_p(route)))
 
 
 def _state(x: Tensor, route: Route) -> tuple:
     return (
         route,
-        None if x.is_inference() else x._version,
+        x._version,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_autocast_dtype(x.device.type) if autocasting(x) else None,
     )
 
 
-def group_projections(owner: nn.Module, layers: list[Linear]) -> ProjectionGroup:
-    """Let sibling projections of ``owner`` share one operator call wherever they share their input."""
-    group = ProjectionGroup(layers)
+def group_projections(owner: nn.Module, layers: list[Linear], expected: bool = True) -> ProjectionGroup:
+    """Let sibling projections of ``owner`` share one operator call wherever they share their input.
+
+    ``expected``: whether they do is taken for granted at first, as for q, k and v, or has to be seen.
+    """
+    group = ProjectionGroup(layers, expected)
     for layer in layers:
         layer.group = group
     owner.register_forward_pre_hook(group.enter)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops.matmul import NONE
 from ..ops.probe_ops import with_moments
 from .layer_view import LayerView, PartOfProbe
-from .linear import Linear, forward_together
+from .linear import Linear, forward_together, forward_traced
 from .probe import token_mask_rows, tracked_adapters
 from .routing import Route
 
@@ -28,18 +28,21 @@ class QuantizedLinear(Linear):
     ``inject`` by a change of class; ``Linear4bit`` and its kin in this module are those of bitsandbytes.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and not self.called:
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``Linear.forward``."""
+        x, compiling = input, torch.compiler.is_compiling()
+        if not compiling and not self.called:
             self.called = True
-        route = self.router.route(self.training)
+        route = self.router.traced() if compiling else self.router.route(self.training)
         y = self.base_forward(x) if has_derivative(self) else ForwardOnlyBase.apply(x, self)
         if self.bypassed(route):
             return y
         device = x.device.type
         seen = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-        (update,) = forward_together([_Update(self, seen)], seen, route)
+        view = _Update(self, seen)
+        update = forward_traced(view, seen, route) if compiling else forward_together((view,), seen, route)[0]
         # Compiled code of torch 2.11 takes the update for a view; it needs no help to save memory.
-        in_place = update.dtype == y.dtype and not torch.compiler.is_compiling()
+        in_place = update.dtype == y.dtype and not compiling
         y = update.add_(y) if in_place else y + update.to(y.dtype)
         return self._with_moments(y, x, route)
 

@@ -139,20 +139,23 @@ class Router:
                 return True
         return False
 
+    def traced(self) -> Route:
+        """As ``route``, for a compiler."""
+        self.compiled = True
+        return self.current()
+
     def route(self, training: bool) -> Route:
         """The way of the forward that is running.
 
         Raises ``RuntimeError`` in a recomputation whose forward cannot be told from others that went other ways.
         """
-        if torch.compiler.is_compiling():
-            self.compiled = True
-            return self.current()
         if in_backward():
             return self._repeat()
-        route = self.current()
+        route = getattr(self._open, "route", self.default)
         if self._repeated:
             self._taken, self._repeated = [], False
-        self._remember(route, training)
+        if not torch.is_grad_enabled() or saving_hooks() is not None:
+            self._remember(route, training)
         return route
 
     def enter(self, module: Any, args: Any) -> None:

@@ -9,12 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._utils.torch_compat import autocasting, can_skip_dispatcher, untracked, without_graph
+from .._utils.torch_compat import apply_directly, autocasting, can_skip_dispatcher, untracked, without_graph
 
 LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
-
-# Order of the gradients that a backward returns, and of its `need` flags.
-DX, DA, DB, DZ, DW, DBIAS = range(6)
 
 
 class Operator(NamedTuple):
@@ -49,7 +46,7 @@ class Operator(NamedTuple):
         torch.library.register_fake(f"fastlora::{self.name}_backward", backward_fake, lib=LIBRARY)
 
 
-class _Call(NamedTuple):
+class LoraRest(NamedTuple):
     """What a call of an operator holds besides differentiable tensors."""
 
     operator: Operator
@@ -69,7 +66,7 @@ class _Call(NamedTuple):
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _Call, x: Tensor, *flat: Tensor | None):
+    def forward(ctx, call: LoraRest, x: Tensor, *flat: Tensor | None):
         W, bias, A, B, Z, V = call.split(flat)
         with call.below():
             out = call.kernel(x, W, bias, A, B, Z, V, *call.rest)
@@ -82,7 +79,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        call: _Call = ctx.call
+        call: LoraRest = ctx.call
         operator, (weights, projections) = call.operator, call.counts[:2]
         ctx.spent = True
         dy = grads[:weights]
@@ -95,7 +92,7 @@ class _LoRALinear(torch.autograd.Function):
         W, A, B, moments = saved[:weights], saved[first:second], saved[second:last], saved[last:]
         if torch.is_grad_enabled():
             bias = saved[weights:first]
-            return (None, *_differentiable_backward(call, needs[1:], list(dy), x, W, bias, A, B, moments))
+            return (None, *differentiable_backward(call, needs[1:], dy, x, W, bias, A, B, moments))
         parts = call.split(needs[2:])
         need = [needs[1], True in parts[2], True in parts[3], True in parts[4], True in parts[0], True in parts[1]]
         kernel, below = operator.backward, untracked
@@ -110,26 +107,26 @@ class _LoRALinear(torch.autograd.Function):
         raise NotImplementedError("fastlora::lora_linear has no forward-mode derivative; use reverse mode")
 
 
-# Function.apply without its search for dead functorch wrappers, which can_skip_dispatcher() rules out.
-_apply_eager = super(torch.autograd.Function, _LoRALinear).apply
+_apply_eager = apply_directly(_LoRALinear)
 
 
 def _arrange(call, need, parts, out, x, moments):
     """Place the returned gradients beside the inputs [x, W, bias, A, B, Z, V], None where none is needed."""
     found = iter(out)
-    dx = next(found) if need[DX] else None
+    dx = next(found) if need[0] else None
     A, B, Z, W, bias = [
-        [g if flag else None for flag, g in zip(flags, found, strict=False)] if need[index] else [None] * len(flags)
-        for index, flags in ((DA, parts[2]), (DB, parts[3]), (DZ, parts[4]), (DW, parts[0]), (DBIAS, parts[1]))
+        [g if flag else None for flag, g in zip(flags, found, strict=False)] if wanted else [None] * len(flags)
+        for wanted, flags in zip(need[1:], (parts[2], parts[3], parts[4], parts[0], parts[1]), strict=True)
     ]
-    return [dx, *W, *bias, *A, *B, *Z, *_moment_gradients(call, moments, x)]
+    return [dx, *W, *bias, *A, *B, *Z, *_moments_of(call, moments, x)]
 
 
-def _moment_gradients(call: _Call, moments: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+def _moments_of(call: LoraRest, moments: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    return moment_gradients(moments, call.operator.counts(x, call.rest, len(moments))) if moments else []
+
+
+def moment_gradients(moments: Sequence[Tensor], counts: Sequence[Any]) -> list[Tensor]:
     """Column sums with the number of rows beside them: what a moment leaf [2, N + 1] accumulates."""
-    if not moments:
-        return []
-    counts = call.operator.counts(x, call.rest, len(moments))
     return [torch.cat([m, _column(m, n)], dim=1) for m, n in zip(moments, counts, strict=True)]
 
 
@@ -139,7 +136,7 @@ def _column(moments: Tensor, count: Any) -> Tensor:
     return moments.new_full((2, 1), count)
 
 
-def _differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
+def differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
     """create_graph: gradients of the written-out formula, which autograd can differentiate again."""
     Z = call.operator.probe_leaves(B, call.rest) if call.counts[2] else []
     flat = [x, *W, *bias, *A, *B, *Z]
@@ -150,7 +147,7 @@ def _differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
         torch.autograd.grad([o for o, _ in live], wanted, [g for _, g in live], create_graph=True, allow_unused=True)
     )
     placed = [next(grads) if flag else None for _, flag in zip(flat, needs, strict=False)]
-    return (*placed, *_moment_gradients(call, moments, x))
+    return (*placed, *_moments_of(call, moments, x))
 
 
 def _autograd(operator: Operator, x, W, bias, A, B, Z, V, *rest, plain: bool | None = None):
@@ -162,7 +159,7 @@ def _autograd(operator: Operator, x, W, bias, A, B, Z, V, *rest, plain: bool | N
     if not plain:
         kernel, below = getattr(torch.ops.fastlora, operator.name), without_graph
     if torch.is_grad_enabled() and (x.requires_grad or any([t is not None and t.requires_grad for t in flat])):
-        call = _Call(operator, (len(W), len(A), len(Z), len(V)), rest, kernel, below)
+        call = LoraRest(operator, (len(W), len(A), len(Z), len(V)), rest, kernel, below)
         return list((_apply_eager if plain else _LoRALinear.apply)(call, x, *flat))
     with below():
         return kernel(x, W, bias, A, B, Z, V, *rest)

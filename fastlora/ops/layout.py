@@ -63,17 +63,19 @@ def _layout_of(rows: tuple[int, ...], shapes: tuple[torch.Size, ...]) -> Layout:
     return Layout(ranks, tuple(offsets), tuple(outputs), tuple(columns), widths)
 
 
-class Layouts:
-    """The layout of each adapter of a batch, ``layouts(g)``: they differ in their ranks alone.
+class GroupLayout:
+    """Where the projections of a group lie, for one adapter or each of several: they differ in their ranks alone.
 
     ``starts``: of each adapter, one after another, the first columns of its projections in h and the end.
     """
 
-    def __init__(self, W: Sequence[Tensor], B: Sequence[Tensor], starts: Sequence[int]):
-        self.starts, self.projections = starts, projections_of(W, B)
+    def __init__(self, W: Sequence[Tensor], B: Sequence[Tensor], starts: Sequence[int] = ()):
+        self.projections = projections_of(W, B)
+        self.starts = starts or column_starts([b.shape[1] for b in B], self.projections)
         self._rows, self._B = tuple([w.shape[0] for w in W]), B
 
-    def __call__(self, g: int) -> Layout:
+    def of(self, g: int) -> Layout:
+        """The layout of adapter g."""
         part = self._B[g * self.projections : (g + 1) * self.projections]
         return _layout_of(self._rows, tuple([b.shape for b in part]))
 
@@ -99,15 +101,12 @@ class Rows(NamedTuple):
     """Rows of x by adapter: those of adapter g are ``order[ranges[g, 0]:ranges[g, 1]]``.
 
     order int64 [M], or [0] where every adapter's rows are one run and ``ranges`` [G, 2] indexes rows themselves; ids
-    int64 [M] says the same row by row, -1 for the frozen layer alone; keys int64 [M, 2] are the rows' dropout keys and
-    p the adapters' probabilities, where there is dropout.
+    int64 [M] says the same row by row, -1 for the frozen layer alone.
     """
 
     ids: Tensor
     order: Tensor
     ranges: Tensor
-    keys: Tensor | None = None
-    p: Sequence[float] = ()
 
     def each(self) -> Iterator[tuple[int, Tensor]]:
         """(adapter, its rows): indices for the adapters that have any, which takes ``ranges`` from the CPU.
@@ -125,6 +124,60 @@ class Rows(NamedTuple):
                 yield g, self.order[first:last]
             else:
                 yield g, torch.arange(first, last, device=self.order.device)
+
+
+class Dropout(NamedTuple):
+    """Masks that are a function of a key, the projection, the row and the column.
+
+    ``key``: int64 scalar seed where one adapter has every row, else the rows' own keys [M, 2]; ``p`` by adapter.
+    """
+
+    key: Tensor
+    p: Sequence[float]
+
+
+class LoraCall(NamedTuple):
+    """One call of an adapted group of linears, as every backend takes it.
+
+    x [*, K]; W_j [N_j, K], bias_j [N_j] or None; A, B, scale by adapter, then projection; P (forward only) none, or
+    probe rows [k, K] by adapter (one adapter: also int64 [projections, k], columns of x), ``probes`` their number k by
+    adapter; ``rows`` None where one adapter has every row; ``drop`` None without dropout; ``moments`` asks for the
+    column sums of y and y^2.
+    """
+
+    x: Tensor
+    W: Sequence[Tensor]
+    bias: Sequence[Tensor | None]
+    A: Sequence[Tensor]
+    B: Sequence[Tensor]
+    P: Sequence[Tensor]
+    probes: Sequence[int]
+    scale: Sequence[float]
+    layout: GroupLayout
+    rows: Rows | None
+    drop: Dropout | None
+    engine: str
+    moments: bool
+
+
+class Need(NamedTuple):
+    """Which gradients a backward is asked for."""
+
+    dx: bool
+    dA: bool
+    dB: bool
+    dZ: bool
+    dW: bool
+    dbias: bool
+
+
+class Gradients(NamedTuple):
+    """dx [M, K] or None; dA, dB, Q by adapter and projection, None where nothing contributes, empty if not needed."""
+
+    dx: Tensor | None
+    dA: Sequence[Tensor | None]
+    dB: Sequence[Tensor | None]
+    Q: Sequence[Tensor | None]
 
 
 def on_host(device: torch.device) -> bool:

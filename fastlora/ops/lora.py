@@ -1,4 +1,4 @@
-"""lora_linear and lora_grouped: the functions, their schemas, kernels, shapes and differentiable formula."""
+"""lora_linear and lora_grouped: the functions, and the one operator behind them with its shapes and its formula."""
 
 from __future__ import annotations
 
@@ -9,135 +9,163 @@ from torch import Tensor
 
 from .._utils.torch_compat import autocasting
 from . import reference
-from .autograd import DA, DB, DBIAS, DW, DX, DZ, LIBRARY, Operator, like
+from .autograd import LIBRARY, Operator, like
 from .backends import choose
-from .backends.native import NativeBackend
-from .layout import AdapterBatch, as_rows, column_starts, group_layout, picks_columns
-from .lora_grouped import LORA_GROUPED
-from .reference import projections_of
+from .layout import AdapterBatch, Dropout, Gradients, GroupLayout, LoraCall, Need, Rows, as_rows, picks_columns
 
+# Lists run over adapters, then projections (A, B, Z, scale) or weights (V); P, sign, p and probes over adapters.
+# rows is [ids, order, ranges] of the adapters' rows, empty where one adapter has all; drop is nothing, one seed, or
+# the rows' keys.
 LIBRARY.define(
-    "lora_linear(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor? P, "
-    "Tensor? sign, Tensor? seed, float[] scale, float p, str backend, str engine) -> Tensor[]"
+    "lora_linear(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor[] P, "
+    "Tensor[] sign, Tensor? drop, Tensor[] rows, int[] starts, float[] scale, float[] p, str backend, str engine) "
+    "-> Tensor[]"
 )
 LIBRARY.define(
-    "lora_linear_backward(Tensor?[] dy, Tensor x, Tensor h, Tensor[] W, Tensor[] A, Tensor[] B, Tensor? seed, "
-    "float[] scale, float p, int probes, bool[] need, str backend, str engine) -> Tensor[]"
+    "lora_linear_backward(Tensor?[] dy, Tensor x, Tensor h, Tensor[] W, Tensor[] A, Tensor[] B, int[] probes, "
+    "Tensor? drop, Tensor[] rows, int[] starts, float[] scale, float[] p, bool[] need, str backend, str engine) "
+    "-> Tensor[]"
 )
 
 
-def _forward_kernel(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine):
+def _call(x, W, bias, A, B, P, probes, drop, rows, starts, scale, p, engine, moments) -> LoraCall:
+    layout, dropout = GroupLayout(W, B, starts), None if drop is None else Dropout(drop, p)
+    return LoraCall(x, W, bias, A, B, P, probes, scale, layout, Rows(*rows) if rows else None, dropout, engine, moments)
+
+
+def _forward(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
-    layout = group_layout(W, B)
-    if p == 0.0 and isinstance(chosen, NativeBackend):
-        outputs, h, moments = chosen.forward(x, W, bias, A, P, B, layout, scale, bool(V), engine)
-    else:
-        h = chosen.shrink(as_rows(x), A, P, seed, p)
-        outputs, moments = chosen.linear(x, W, bias, h, B, layout, scale, bool(V), engine)
-    if sign is not None:
-        # The probe columns of h take no part in y.
-        probe = h.view(sign.shape[0], -1, h.shape[1]).narrow(2, layout.rank, h.shape[1] - layout.rank)
-        probe.mul_(sign.to(h.dtype).repeat(1, probe.shape[2] // sign.shape[1]).unsqueeze(1))
+    call = _call(x, W, bias, A, B, P, probe_counts(P), drop, rows, starts, scale, p, engine, bool(V))
+    outputs, h, moments = chosen.forward(call)
+    flip_signs(h, sign, call)
     return [*outputs, h, *moments]
 
 
-def _forward_fake(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine):
+def flip_signs(h: Tensor, sign: Sequence[Tensor], call: LoraCall) -> None:
+    """Multiply the adapters' probe columns of h, which take no part in y, by their signs."""
+    for g, signs in enumerate(sign):
+        if signs.numel():
+            _flip(h, signs, call, g)
+
+
+def _flip(h: Tensor, signs: Tensor, call: LoraCall, g: int) -> None:
+    """Of one adapter: h [M, width], signs [S, k], one a sample and probe."""
+    rank, k = call.layout.of(g).rank, signs.shape[1]
+    if call.rows is None:
+        probe = h.view(signs.shape[0], -1, h.shape[1]).narrow(2, rank, h.shape[1] - rank)
+        probe.mul_(signs.to(h.dtype).repeat(1, probe.shape[2] // k).unsqueeze(1))
+        return
+    each = signs.to(h.dtype).repeat_interleave(h.shape[0] // signs.shape[0], 0)
+    h.narrow(1, rank, k).mul_(torch.where((call.rows.ids == g).unsqueeze(1), each, 1.0))
+
+
+def _forward_fake(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, backend, engine):
+    layout = GroupLayout(W, B, starts)
+    outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in W]
+    adapters = len(A) // layout.projections if V else 0
+    moments = [x.new_empty((2, w.shape[0]), dtype=torch.float64) for _ in range(adapters) for w in W]
+    width = layout.width([m.numel() if picks_columns(m) else m.shape[0] for m in P])
+    return [*outputs, x.new_empty((_rows(x), width)), *moments]
+
+
+def _rows(x: Tensor) -> int:
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
-    rank = sum(a.shape[0] for a in A) + (0 if P is None else P.numel() if picks_columns(P) else P.shape[0])
-    outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in W]
-    moments = [x.new_empty((2, w.shape[0]), dtype=torch.float64) for w in W] if V else []
-    return [*outputs, x.new_empty((rows, rank)), *moments]
+    return rows
 
 
-def _probes(P: Tensor | None) -> int:
-    """Columns of Q: rows of P, or columns of x for each projection."""
-    return 0 if P is None else P.shape[1] if picks_columns(P) else P.shape[0]
+def probe_counts(P: Sequence[Tensor]) -> list[int]:
+    """Columns of Q by adapter: rows of P, or columns of x for each projection."""
+    return [m.shape[1] if picks_columns(m) else m.shape[0] for m in P]
 
 
-def _backward_kernel(dy, x, h, W, A, B, seed, scale, p, probes, need, backend, engine):
+def _backward(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, need, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
-    layout = group_layout(W, B)
-    rows = as_rows(x)
+    need, seen = Need(*need), as_rows(x)
     grads = [None if g is None else as_rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
-    probes = probes if need[DZ] else 0
-    out: list[Tensor] = []
-    if p == 0.0 and isinstance(chosen, NativeBackend):
-        dx, dA, dB, Q = chosen.backward(
-            grads, rows, h, W, A, B, layout, scale, probes, need[DX], need[DA], need[DB], engine
-        )
-        out += [*([dx.view(x.shape)] if need[DX] else []), *dA, *dB]
-        if need[DZ]:
-            out += Q if probes else [rows.new_zeros((b.shape[0], 0), dtype=torch.float32) for b in B]
-    else:
-        out += _composed_backward(chosen, grads, rows, h, W, A, B, layout, seed, scale, p, probes, need, engine)
-        if need[DX]:
-            out[0] = out[0].view(x.shape)
-    if need[DW]:
-        out += [torch.zeros_like(w) if g is None else torch.mm(g.t(), rows) for g, w in zip(grads, W, strict=True)]
-    if need[DBIAS]:
+    call = _call(x, W, [None] * len(W), A, B, (), probes, drop, rows, starts, scale, p, engine, False)
+    dx, dA, dB, dZ = like_operands(call, chosen.backward(call, h, grads, need), need)
+    out = [*([dx] if need.dx else []), *dA, *dB, *dZ]
+    if need.dW:
+        out += [torch.zeros_like(w) if g is None else torch.mm(g.t(), seen) for g, w in zip(grads, W, strict=True)]
+    if need.dbias:
         out += [x.new_zeros(w.shape[0]) if g is None else g.sum(0) for g, w in zip(grads, W, strict=True)]
     return out
 
 
-def _composed_backward(chosen, grads, rows, h, W, A, B, layout, seed, scale, p, probes, need, engine):
-    """dx, then the gradients of A, B and Z that are needed, from one verb after the other."""
-    if not need[DZ]:
-        h = h.narrow(1, 0, layout.rank)
-    dh, dA, dB, Q = chosen.wgrad(rows, grads, h, B, layout, scale, probes, need[DA], seed, p)
-    out = [chosen.linear_backward(grads, W, dh, A, layout, seed, p, engine)] if need[DX] else []
-    if need[DA]:
-        out += map(like, dA, A)
-    if need[DB]:
-        out += map(like, dB, B)
-    if need[DZ]:
-        acc = reference.accumulate_dtype(rows.dtype)
-        empty = [b.new_empty((b.shape[0], probes), dtype=acc) for b in B]
-        out += map(like, Q, empty)
-    return out
+def like_operands(call: LoraCall, found: Gradients, need: Need) -> tuple[Tensor | None, list, list, list]:
+    """The needed gradients in the shape and dtype of x, A, B and Z, zeros where nothing contributed."""
+    dx, dA, dB, Q = found
+    dZ: list[Tensor] = []
+    if need.dZ:
+        acc, columns = reference.accumulate_dtype(call.x.dtype), _columns(call.probes, len(call.B))
+        dZ = [
+            call.x.new_zeros((b.shape[0], k), dtype=acc) if q is None else q
+            for q, b, k in zip(Q or [None] * len(call.B), call.B, columns, strict=True)
+        ]
+    return (
+        dx.view(call.x.shape) if need.dx else None,
+        list(map(like, dA, call.A)) if need.dA else [],
+        list(map(like, dB, call.B)) if need.dB else [],
+        dZ,
+    )
 
 
-def _backward_fake(dy, x, h, W, A, B, seed, scale, p, probes, need, backend, engine):
-    acc = reference.accumulate_dtype(x.dtype)
-    out = [x.new_empty(x.shape)] if need[DX] else []
-    if need[DA]:
+def _columns(probes: Sequence[int], factors: int) -> list[int]:
+    """Probe columns of every factor, from those of every adapter."""
+    each = factors // len(probes) if probes else 0
+    return [k for k in probes for _ in range(each)] or [0] * factors
+
+
+def _backward_fake(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, need, backend, engine):
+    need, acc = Need(*need), reference.accumulate_dtype(x.dtype)
+    out = [x.new_empty(x.shape)] if need.dx else []
+    if need.dA:
         out += [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A]
-    if need[DB]:
+    if need.dB:
         out += [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B]
-    if need[DZ]:
-        out += [x.new_empty((b.shape[0], probes), dtype=acc) for b in B]
-    if need[DW]:
+    if need.dZ:
+        out += [x.new_empty((b.shape[0], k), dtype=acc) for b, k in zip(B, _columns(probes, len(B)), strict=True)]
+    if need.dW:
         out += [x.new_empty(w.shape) for w in W]
-    if need[DBIAS]:
+    if need.dbias:
         out += [x.new_empty((w.shape[0],)) for w in W]
     return out
 
 
-def _counts(x: Tensor, rest: tuple, moments: int) -> list[int]:
-    rows = 1
-    for size in x.shape[:-1]:
-        rows = rows * size
-    return [rows] * moments
-
-
 def _backward_rest(rest: tuple) -> tuple:
-    P, sign, seed, scale, p, _, _ = rest
-    return seed, scale, p, _probes(P)
+    P, _, drop, rows, starts, scale, p, _, _ = rest
+    return probe_counts(P), drop, rows, starts, scale, p
 
 
 def _formula(x, W, bias, A, B, Z, rest):
-    P, sign, seed, scale, p, _, _ = rest
-    return reference.lora_linear(x, W, bias, A, B, scale, Z, P, sign, seed, p)
+    P, sign, drop, rows, _, scale, p, _, _ = rest
+    if rows:
+        return reference.lora_grouped(x, W, bias, A, B, scale, rows[0], Z, P, sign, drop, p)
+    first = [found[0] if found else None for found in (P, sign)]
+    return reference.lora_linear(x, W, bias, A, B, scale, Z, *first, drop, p[0] if p else 0.0)
 
 
 def _probe_leaves(B: Sequence[Tensor], rest: tuple) -> list[Tensor]:
-    return [b.new_zeros((b.shape[0], _probes(rest[0]))).requires_grad_() for b in B]
+    columns = _columns(probe_counts(rest[0]), len(B))
+    return [b.new_zeros((b.shape[0], k)).requires_grad_() for b, k in zip(B, columns, strict=True)]
 
 
-LORA_LINEAR = Operator(
-    "lora_linear", _forward_kernel, _backward_kernel, _backward_rest, _formula, _probe_leaves, _counts
-)
+def _counts(x: Tensor, rest: tuple, moments: int) -> list:
+    """The number of rows behind each moment output: of x, or of each adapter."""
+    return rows_behind_moments(x, rest[3][2] if rest[3] else None, moments)
+
+
+def rows_behind_moments(x: Tensor, ranges: Tensor | None, moments: int) -> list:
+    """For each moment output the rows of x, or of its adapter."""
+    if ranges is None:
+        return [_rows(x)] * moments
+    each = moments // max(ranges.shape[0], 1)
+    return [count for count in (ranges[:, 1] - ranges[:, 0]).unbind() for _ in range(each)]
+
+
+LORA_LINEAR = Operator("lora_linear", _forward, _backward, _backward_rest, _formula, _probe_leaves, _counts)
 LORA_LINEAR.register(_forward_fake, _backward_fake)
 
 
@@ -188,10 +216,9 @@ def checked_linear(
     x, W, bias, A, B, scale, p, Z=(), V=(), P=None, sign=None, backend="auto", engine="auto"
 ) -> list[Tensor]:
     """``lora_linear`` of an input that was checked; scales and p are floats."""
-    seed = None
-    if p > 0.0:
-        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
-    out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, P, sign, seed, scale, p, backend, engine)
+    seed = new_seed(x.device) if p > 0.0 else None
+    probes, signs = [[] if given is None else [given] for given in (P, sign)]
+    out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, probes, signs, seed, [], [], scale, [p], backend, engine)
     return out[: len(W)]
 
 
@@ -206,7 +233,7 @@ def lora_grouped(
     *,
     p: Sequence[float] = (),
     dropout_salt: int = 0,
-    starts: Sequence[int] | None = None,
+    starts: Sequence[int] = (),
     Z: Sequence[Tensor] = (),
     V: Sequence[Tensor] = (),
     P: Sequence[Tensor] = (),
@@ -226,16 +253,18 @@ def lora_grouped(
     """
     check_input(x, W[0])
     rows, keys = batch.rows(x), None
-    if starts is None:
-        starts = column_starts([b.shape[1] for b in B], projections_of(W, B))
     if any(p):
-        seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
-        keys = batch.keys(x, seed, dropout_salt)
-    out = LORA_GROUPED.apply(
-        x, W, bias, A, B, Z, V, P, sign, keys, rows.ids, rows.order, rows.ranges, starts, [float(s) for s in scale],
+        keys = batch.keys(x, new_seed(x.device), dropout_salt)
+    out = LORA_LINEAR.apply(
+        x, W, bias, A, B, Z, V, P, sign, keys, list(rows), starts, [float(s) for s in scale],
         [float(q) for q in p] or [0.0] * len(batch.names), backend, engine,
     )  # fmt: skip
     return out[: len(W)]
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A dropout seed from torch's generator, as a tensor: a checkpoint's restored state draws it again."""
+    return torch.randint(2**62, (), dtype=torch.int64, device=device)
 
 
 def check_input(x: Tensor, W: Tensor) -> None:

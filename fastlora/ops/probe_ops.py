@@ -23,7 +23,7 @@ def _columns_kernel(
     parts, out = as_rows(dy).split(list(sizes), dim=1), []
     if columns is not None:
         (chosen, _), k = choose(backend, dy.device, dy.dtype), columns.shape[1] // len(sizes)
-        out = [chosen.skinny(part, columns.narrow(1, i * k, k)) for i, part in enumerate(parts)]
+        out = [chosen.outer(part, columns.narrow(1, i * k, k)) for i, part in enumerate(parts)]
     return out if x is None else [*out, reference.column_norms(as_rows(x), parts)]
 
 
@@ -95,11 +95,11 @@ def _moments_kernel(y: Tensor, keep: Tensor | None, backend: str) -> Tensor:
     chosen, _ = choose(backend, y.device, y.dtype)
     rows = as_rows(y)
     if keep is None:
-        sums = chosen.column_moments(rows)
+        sums = chosen.moments(rows)
         return torch.cat([sums, sums.new_full((2, 1), rows.shape[0])], dim=1)
     # On a GPU nothing is read back to find out how many rows there are.
     kept = rows[keep] if on_host(y.device) else torch.where(keep.unsqueeze(1), rows, 0)
-    sums = chosen.column_moments(kept)
+    sums = chosen.moments(kept)
     return torch.cat([sums, keep.sum().to(sums.dtype).expand(2, 1)], dim=1)
 
 

@@ -11,18 +11,18 @@ import torch
 from ..._utils.errors import unknown_choice
 from .. import reference
 from . import eager, native
-from .base import Backend
+from .base import Backend, ComposedBackend
 from .triton import TritonBackend
 
-BACKENDS: dict[str, Backend | TritonBackend] = {
+BACKENDS: dict[str, Backend] = {
     "triton": TritonBackend(),
     "native": native.NativeBackend("native", native.native_kernels(), native.unsupported_reason),
-    "eager": Backend("eager", eager, eager.unsupported_reason),
-    "reference": Backend("reference", reference, lambda device, dtype: None),
+    "eager": ComposedBackend("eager", eager, eager.unsupported_reason),
+    "reference": ComposedBackend("reference", reference, lambda device, dtype: None),
 }
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend | TritonBackend, dict[str, str]]:
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Backend, dict[str, str]]:
     """The backend for a tensor and, by name, why each faster one was passed over.
 
     Raises ``ValueError`` for an unknown name and ``RuntimeError`` when the one asked for cannot run.

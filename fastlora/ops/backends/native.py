@@ -9,136 +9,50 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..layout import Layout, as_rows
+from ..layout import Gradients, LoraCall, Need, as_rows
 from ..matmul import ENGINES, matmul_backward
-from .base import Backend
+from .base import ComposedBackend
 
 
-class NativeBackend(Backend):
+class NativeBackend(ComposedBackend):
     """The compiled kernels: without dropout, one pass over the rows in each direction around the library's matmul."""
 
-    def forward(
-        self,
-        x: Tensor,
-        W: Sequence[Tensor],
-        bias: Sequence[Tensor | None],
-        A: Sequence[Tensor],
-        P: Tensor | None,
-        B: Sequence[Tensor],
-        layout: Layout,
-        scale: Sequence[float],
-        moments: bool,
-        engine: str,
-    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        """``shrink`` and ``linear`` without dropout: y_j [*, N_j], h [M, R + k] and the column moments."""
-        outputs = [ENGINES.forward(x, w, b, engine) for w, b in zip(W, bias, strict=True)]
-        h, sums = torch.ops.fastlora.lora_forward_.default(
-            [as_rows(y) for y in outputs],
-            as_rows(x),
-            _readable(A),
-            P,
-            _readable(B),
-            layout.outputs,
-            layout.columns,
-            scale,
-            moments,
-        )
+    def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """As ``Backend.forward``."""
+        if call.drop is not None:
+            return super().forward(call)
+        layout, ops = call.layout.of(0), torch.ops.fastlora
+        outputs = [ENGINES.forward(call.x, w, b, call.engine) for w, b in zip(call.W, call.bias, strict=True)]
+        y, x, A, B = [as_rows(out) for out in outputs], as_rows(call.x), _readable(call.A), _readable(call.B)
+        where = (layout.outputs, layout.columns, call.scale)
+        if call.rows is None:
+            P = call.P[0] if call.P else None
+            h, sums = ops.lora_forward_.default(y, x, A, P, B, *where, call.moments)
+        else:
+            _, order, ranges = call.rows
+            starts = call.layout.starts
+            h, sums = ops.lora_grouped_forward_.default(y, x, A, call.P, B, order, ranges, *where, starts, call.moments)
         return outputs, h, sums
 
-    def backward(
-        self,
-        dy: Sequence[Tensor | None],
-        x: Tensor,
-        h: Tensor,
-        W: Sequence[Tensor],
-        A: Sequence[Tensor],
-        B: Sequence[Tensor],
-        layout: Layout,
-        scale: Sequence[float],
-        probes: int,
-        need_dx: bool,
-        need_dA: bool,
-        need_dB: bool,
-        engine: str,
-    ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:
-        """``wgrad`` and ``linear_backward`` without dropout: dx [M, K], dA_i, dB_i in the adapters' dtype, Q_i.
-
-        Gradients of a projection whose dy is None are zero; those that are not needed are left out.
-        """
-        dx = matmul_backward(dy, W, engine) if need_dx else None
+    def backward(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
+        """As ``Backend.backward``; gradients of a projection whose dy is None are zero."""
+        if call.drop is not None:
+            return super().backward(call, h, dy, need)
+        layout, ops = call.layout.of(0), torch.ops.fastlora
+        dx = matmul_backward(dy, call.W, call.engine) if need.dx else None
         position, live = _defined(dy)
-        seen_A, seen_B = _readable(A), _readable(B)
-        dA, dB, Q = torch.ops.fastlora.lora_backward_.default(
-            dx,
-            live,
-            x,
-            h,
-            seen_A,
-            seen_B,
-            [position[j] for j in layout.outputs],
-            layout.columns,
-            scale,
-            probes,
-            need_dA,
-            need_dB,
-        )
-        if seen_A is not A:
-            dA = [grad.to(a.dtype) for grad, a in zip(dA, A, strict=False)]
-        if seen_B is not B:
-            dB = [grad.to(b.dtype) for grad, b in zip(dB, B, strict=False)]
-        return dx, dA, dB, Q
-
-    def grouped_forward(self, x, W, bias, A, P, B, rows, layouts, scale, moments, engine):
-        """As ``Backend.grouped_forward``; without dropout one pass over the rows of all adapters."""
-        if rows.keys is not None:
-            return super().grouped_forward(x, W, bias, A, P, B, rows, layouts, scale, moments, engine)
-        layout = layouts(0)
-        outputs = [ENGINES.forward(x, w, b, engine) for w, b in zip(W, bias, strict=True)]
-        h, sums = torch.ops.fastlora.lora_grouped_forward_.default(
-            [y.view(-1, y.shape[-1]) for y in outputs],
-            x.reshape(-1, x.shape[-1]),
-            _readable(A),
-            P,
-            _readable(B),
-            rows.order,
-            rows.ranges,
-            layout.outputs,
-            layout.columns,
-            scale,
-            layouts.starts,
-            moments,
-        )
-        return outputs, h, sums
-
-    def grouped_backward(
-        self, dy, x, h, W, A, B, rows, layouts, scale, probes, need_dx, need_dA, need_dB, engine
-    ):  # fmt: skip
-        """As ``Backend.grouped_backward``; without dropout one pass over the rows of all adapters."""
-        if rows.keys is not None:
-            return super().grouped_backward(
-                dy, x, h, W, A, B, rows, layouts, scale, probes, need_dx, need_dA, need_dB, engine
+        x, A, B = as_rows(call.x), _readable(call.A), _readable(call.B)
+        where = ([position[j] for j in layout.outputs], layout.columns, call.scale)
+        if call.rows is None:
+            probes = call.probes[0] if call.probes and need.dZ else 0
+            dA, dB, Q = ops.lora_backward_.default(dx, live, x, h, A, B, *where, probes, need.dA, need.dB)
+        else:
+            _, order, ranges = call.rows
+            probes = call.probes or [0] * ranges.shape[0]
+            dA, dB, Q = ops.lora_grouped_backward_.default(
+                dx, live, x, h, A, B, order, ranges, *where, call.layout.starts, probes, need.dA, need.dB
             )
-        layout = layouts(0)
-        dx = matmul_backward(dy, W, engine) if need_dx else None
-        position, live = _defined(dy)
-        dA, dB, Q = torch.ops.fastlora.lora_grouped_backward_.default(
-            dx,
-            live,
-            x,
-            h,
-            _readable(A),
-            _readable(B),
-            rows.order,
-            rows.ranges,
-            [position[j] for j in layout.outputs],
-            layout.columns,
-            scale,
-            layouts.starts,
-            probes,
-            need_dA,
-            need_dB,
-        )
-        return dx, dA, dB, Q
+        return Gradients(dx, dA, dB, Q)
 
 
 def _defined(dy: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:

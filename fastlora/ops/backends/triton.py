@@ -1,4 +1,4 @@
-"""The Triton backend: the verbs of ``verbs.Backend`` on ``fastlora.kernels``, which are imported on first use."""
+"""The backend over ``fastlora.kernels``, which are imported on first use."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from .. import layout, native, reference
+from .. import native, reference
+from ..layout import Dropout, Gradients, Layout, LoraCall, Need, Rows, as_rows, picks_columns
 from ..reference import keep_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from ..layout import Layout, Layouts
 
 
 MINIMUM_TRITON = "3.6"
@@ -88,10 +87,19 @@ def _same_device(**tensors: Tensor | Sequence[Tensor | None] | None) -> None:
                 )
 
 
-def _dropout(seed: Tensor | None, p: float) -> dict[str, Any]:
-    if p == 0.0:
+def _dropout(drop: Dropout | None) -> dict[str, Any]:
+    """What the kernels of one adapter read of its dropout."""
+    if drop is None or not drop.p[0]:
         return {}
-    return {"seed": seed, "threshold": keep_threshold(p), "keep_scale": 1.0 / (1.0 - p)}
+    return {"seed": drop.key, "threshold": keep_threshold(drop.p[0]), "keep_scale": 1.0 / (1.0 - drop.p[0])}
+
+
+def _row_dropout(drop: Dropout | None) -> Any:
+    """What the kernels of several adapters read of the rows' dropout, None where no adapter has any."""
+    if drop is None or not any(drop.p):
+        return None
+    thresholds, scales = tuple(keep_threshold(p) if p else 0 for p in drop.p), tuple(1.0 / (1.0 - p) for p in drop.p)
+    return _kernel("grouped").Dropout(drop.key.contiguous(), thresholds, scales)
 
 
 def _reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -106,109 +114,85 @@ def signs_(out: Tensor, seed: Tensor, step: int, block: Tensor, group: Tensor, t
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """The verbs of an adapted group as fused kernels; their meaning is that of ``verbs.Backend``."""
+    """The protocol as fused kernels; who multiplies by W is decided by ``kernels.tiling.choose_strategy``."""
 
     name: str = "triton"
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None] = unsupported_reason
 
-    def shrink(self, x: Tensor, A: Sequence[Tensor], P: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
-        """``h = [dropout(x) A_i^T ... | x P^T]``; x [M, K] -> [M, R + k]. One pass over x computes every mask."""
-        _same_device(x=x, lora_A=A, P=P, seed=seed)
-        if P is not None and not P.is_floating_point():
-            return torch.cat([self.shrink(x, A, None, seed, p), x.index_select(1, P.reshape(-1))], dim=1)
-        factors = _one_dtype([*A, *([] if P is None else [P])])
-        return _kernel("shrink").shrink(x, factors, 0 if P is None else 1, **_dropout(seed, p))
+    def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """As ``Backend.forward``."""
+        key = None if call.drop is None else call.drop.key
+        _same_device(x=call.x, weight=call.W, bias=call.bias, lora_A=call.A, lora_B=call.B, P=call.P, key=key)
+        return self._forward_one(call) if call.rows is None else self._forward_many(call)
 
-    def linear(
-        self,
-        x: Tensor,
-        W: Sequence[Tensor],
-        bias: Sequence[Tensor | None],
-        h: Tensor,
-        B: Sequence[Tensor],
-        layout: Layout,
-        scale: Sequence[float],
-        moments: bool,
-        engine: str = "auto",
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """``y_j = x W_j^T + bias_j + s h B^T``; returns y and its column moments.
-
-        ``engine`` is about the CPU's matmul; ``kernels.tiling.choose_strategy`` decides here.
-        """
-        _same_device(x=x, weight=W, bias=bias, lora_B=B)
+    def _forward_one(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        x, layout, P = as_rows(call.x), call.layout.of(0), call.P[0] if call.P else None
+        columns = picks_columns(P)
+        probes = [] if P is None or columns else [P]
+        h = _kernel("shrink").shrink(x, _one_dtype([*call.A, *probes]), len(probes), **_dropout(call.drop))
+        if columns:
+            h = torch.cat([h, x.index_select(1, P.reshape(-1))], dim=1)
+        places = list(zip(layout.outputs, layout.columns, strict=True))
         y, sums = _kernel("linear").linear(
-            x.reshape(-1, x.shape[-1]),
-            W,
-            bias,
-            h,
-            _one_dtype(B),
-            list(zip(layout.outputs, layout.columns, strict=True)),
-            layout.offsets,
-            scale,
-            moments,
+            x, call.W, call.bias, h, _one_dtype(call.B), places, layout.offsets, call.scale, call.moments
         )
-        return [_reshaped(out, (*x.shape[:-1], out.shape[1])) for out in y], sums
+        return [_reshaped(out, (*call.x.shape[:-1], out.shape[1])) for out in y], h, sums
 
-    def linear_backward(
-        self,
-        dy: Sequence[Tensor | None],
-        W: Sequence[Tensor],
-        dh: Tensor,
-        A: Sequence[Tensor],
-        layout: Layout,
-        seed: Tensor | None,
-        p: float,
-        engine: str = "auto",
-    ) -> Tensor:
-        """``dx = sum_j dy_j W_j + dh A``; dy_j [M, N_j] -> [M, K]."""
-        live = [j for j, grad in enumerate(dy) if grad is not None]
-        return _kernel("linear_backward").linear_backward(
-            [dy[j] for j in live], [W[j] for j in live], dh, _one_dtype(A), layout.offsets, **_dropout(seed, p)
-        )
+    def _forward_many(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        outputs = [torch.nn.functional.linear(call.x, w, b) for w, b in zip(call.W, call.bias, strict=True)]
+        y, x, layout, n = [as_rows(out) for out in outputs], as_rows(call.x), call.layout.of(0), call.layout.projections
+        kernels, batch, ranks = _kernel("grouped"), _batch(call.rows), _ranks(call)
+        factors = _one_dtype([*call.A, *call.P])
+        A, probes = factors[: len(call.A)], factors[len(call.A) :]
+        stacked = [f for g in range(len(ranks.ranks)) for f in (*A[g * n : g * n + n], *probes[g : g + 1])]
+        h = kernels.grouped_shrink(x, stacked, batch, ranks, drop=_row_dropout(call.drop))
+        places = list(zip(layout.outputs, layout.columns, strict=True))
+        B, options = _one_dtype(call.B), (places, call.scale, call.moments)
+        return outputs, h, kernels.grouped_expand_(y, h, call.W, B, batch, ranks, *options)
 
-    def wgrad(
-        self,
-        x: Tensor,
-        dy: Sequence[Tensor | None],
-        h: Tensor,
-        B: Sequence[Tensor],
-        layout: Layout,
-        scale: Sequence[float],
-        probes: int,
-        need_dA: bool,
-        seed: Tensor | None,
-        p: float,
-    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
-        """dh [M, R], and dA_i, dB_i, Q_i of every projection whose dy is defined (None for the others)."""
-        parts, B = _parts(dy, layout), _one_dtype(B)
-        dh = _kernel("shrink").shrink_backward(parts, B, layout.offsets, scale, layout.rank)
-        dA, dB, Q = _kernel("wgrad").wgrad(
-            x if need_dA else None,
-            dh,
-            parts,
-            h,
-            layout.offsets,
-            layout.ranks,
-            scale,
-            probes,
-            dtype=B[0].dtype,
-            **_dropout(seed, p),
-        )
+    def backward(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
+        """As ``Backend.backward``."""
+        return (self._backward_one if call.rows is None else self._backward_many)(call, h, dy, need)
+
+    def _backward_one(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
+        layout, drop = call.layout.of(0), _dropout(call.drop)
+        parts, B = _parts(dy, layout), _one_dtype(call.B)
+        dh = _kernel("shrink").shrink_backward(parts, B, layout.offsets, call.scale, layout.rank)
+        probes = call.probes[0] if call.probes and need.dZ else 0
         some = [part is not None for part in parts]
-        found = [iter(grads) for grads in (dB, Q)]
-        placed = [[next(grads) if there else None for there in some] for grads in found]
-        dA = [grad if there else None for grad, there in zip(dA, some, strict=True)] if need_dA else [None] * len(B)
-        return dh, dA, placed[0], placed[1]
+        h = h if probes else h[:, : layout.rank]
+        x = as_rows(call.x) if need.dA else None
+        dA, dB, Q = _kernel("wgrad").wgrad(
+            x, dh, parts, h, layout.offsets, layout.ranks, call.scale, probes, dtype=B[0].dtype, **drop
+        )
+        placed = [iter(grads) for grads in (dB, Q)]
+        dB, Q = [[next(grads) if there else None for there in some] for grads in placed]
+        dA = [grad if there else None for grad, there in zip(dA, some, strict=True)] if need.dA else []
+        dx = None
+        if need.dx:
+            live = [j for j, grad in enumerate(dy) if grad is not None]
+            A, W = _one_dtype(call.A), [call.W[j] for j in live]
+            backward = _kernel("linear_backward").linear_backward
+            dx = backward([dy[j] for j in live], W, dh, A, layout.offsets, **drop)
+        return Gradients(dx, dA, dB, Q)
 
-    def shrink_moments(
-        self, x: Tensor, A: Sequence[Tensor], P: Tensor | None, seed: Tensor | None, p: float
-    ) -> tuple[Tensor, Tensor]:
-        """``shrink``, and in the same pass the sums of the columns of x and of their squares: float64 [2, K]."""
-        _same_device(x=x, lora_A=A, P=P, seed=seed)
-        factors = _one_dtype([*A, *([] if P is None else [P])])
-        moments = torch.empty(2, x.shape[1], dtype=torch.float64, device=x.device)
-        options = _dropout(seed, p)
-        return _kernel("shrink").shrink(x, factors, 0 if P is None else 1, moments=moments, **options), moments
+    def _backward_many(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
+        layout, kernels, batch, ranks = call.layout.of(0), _kernel("grouped"), _batch(call.rows), _ranks(call)
+        drop, dx = _row_dropout(call.drop), None
+        if need.dx:
+            first, *rest = [(g, w) for g, w in zip(dy, call.W, strict=True) if g is not None]
+            dx = torch.mm(*first)
+            for grad, w in rest:
+                dx.addmm_(grad, w)
+        A, B, parts = _one_dtype(call.A), _one_dtype(call.B), _parts(dy, layout)
+        dh = kernels.grouped_shrink_backward(parts, B, batch, ranks, call.scale) if need.dx or need.dA else h
+        if need.dx:
+            kernels.grouped_linear_backward_(dx, dh, A, batch, ranks, drop=drop)
+        x, outer = as_rows(call.x) if need.dA else None, parts if need.dB or any(call.probes) else [None] * len(parts)
+        dA, dB, Q = kernels.grouped_wgrad(
+            x, dh, outer, h, layout.widths, batch, ranks, call.scale, B[0].dtype, drop=drop
+        )
+        return Gradients(dx, dA, dB if need.dB else [], Q if any(call.probes) else [])
 
     def gradstat(
         self,
@@ -218,7 +202,7 @@ class TritonBackend:
         absolute: bool = True,
         diagonal: Tensor | None = None,
     ) -> Tensor:
-        """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2]; both come out of one pass.
+        """As ``Backend.gradstat``; both sums come out of one pass.
 
         ``diagonal``: contiguous fp32 [N, K] to which the runs' squared entries are added.
         """
@@ -230,97 +214,36 @@ class TritonBackend:
             x, dy, _offsets_on(tuple(offsets), x.device), longest=longest, diagonal=diagonal
         )
 
-    def column_moments(self, y: Tensor) -> Tensor:
-        """Column sums of y [M, N] and of its squares: float64 [2, N]."""
+    def moments(self, y: Tensor) -> Tensor:
+        """As ``Backend.moments``."""
         squares = torch.linalg.vector_norm(y, dim=0, dtype=torch.float64).square()
         return torch.stack([y.sum(0, dtype=torch.float64), squares])
 
-    def skinny(self, dy: Tensor, columns: Tensor) -> Tensor:
-        """``dy^T columns``: dy [M, N], columns [M, k] in its dtype -> fp32 [N, k]."""
+    def outer(self, dy: Tensor, columns: Tensor) -> Tensor:
+        """As ``Backend.outer``."""
         _same_device(dy=dy, columns=columns)
         count = columns.shape[1]
         _, (found,), _ = _kernel("wgrad").wgrad(None, columns[:, :0], [dy], columns, [0], [count], [1.0], 0)
         return found
 
     def add_gram_(self, total: Tensor, rows: Tensor, weight: Tensor) -> None:
-        """``total += weight rows^T rows`` on and above the diagonal, by half of the tiles; below it is undefined.
-
-        total fp32 [D, D], rows [M, D], weight a scalar tensor; 0 adds nothing, whatever the rows hold.
-        """
+        """As ``Backend.add_gram_``, by half of the tiles; below the diagonal it is undefined."""
         _same_device(total=total, rows=rows, weight=weight)
         _kernel("gradstat").add_gram_(total, rows, weight.to(torch.float32))
 
-    def grouped_forward(
-        self, x: Tensor, W: Sequence[Tensor], bias: Sequence[Tensor | None], A: Sequence[Tensor], P: Sequence[Tensor],
-        B: Sequence[Tensor], rows: layout.Rows, layouts: Layouts, scale: Sequence[float],
-        moments: bool, engine: str = "auto",
-    ) -> tuple[list[Tensor], Tensor, list[Tensor]]:  # fmt: skip
-        """``y_j = x W_j^T + bias_j``, then ``y[m] += s_gi h_gi[m] B_gi^T`` for the rows of every adapter g.
 
-        A, B, scale have one entry for each adapter and projection (``g * n + i``), P none or one [k_g, K] for each
-        adapter. Returns y_j, h [M, max_g (R_g + k_g)] and, with ``moments``, float64 [2, N_j] over each adapter's rows,
-        entry ``g * len(y) + j``.
-        """
-        _same_device(x=x, weight=W, bias=bias, lora_A=A, lora_B=B, P=P, order=rows.order, ranges=rows.ranges)
-        y, seen = (
-            [torch.nn.functional.linear(x, w, b) for w, b in zip(W, bias, strict=True)],
-            x.reshape(-1, x.shape[-1]),
-        )
-        flat = [out.view(-1, out.shape[-1]) for out in y]
-        layout, kernels, batch = layouts(0), _kernel("grouped"), self._batch(rows)
-        own = kernels.Ranks(layouts.ranks, tuple(p.shape[0] for p in P) or (0,) * rows.ranges.shape[0])
-        factors = _one_dtype([*A, *P])
-        n, probes = len(layout.outputs), factors[len(A) :]
-        stacked = [f for g in range(len(own.ranks)) for f in (*factors[g * n : g * n + n], *probes[g : g + 1])]
-        h = kernels.grouped_shrink(seen, stacked, batch, own, drop=_dropout_of(rows))
-        places = list(zip(layout.outputs, layout.columns, strict=True))
-        return y, h, kernels.grouped_expand_(flat, h, W, _one_dtype(B), batch, own, places, scale, moments)
+def _batch(rows: Rows) -> Any:
+    return _kernel("grouped").Batch(rows.order, rows.ranges, _segment_tiles)
 
-    def grouped_backward(
-        self, dy: Sequence[Tensor | None], x: Tensor, h: Tensor, W: Sequence[Tensor], A: Sequence[Tensor],
-        B: Sequence[Tensor], rows: layout.Rows, layouts: Layouts, scale: Sequence[float],
-        probes: Sequence[int], need_dx: bool, need_dA: bool, need_dB: bool, engine: str = "auto",
-    ) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
-        """dx [M, K] and, with an entry for each adapter and projection, dA, dB in the adapters' dtype and Q fp32.
 
-        dy_j [M, N_j] or None, probes k_g by adapter. What is not needed is None or an empty list; Q is empty unless
-        some k_g is positive. Adapters without rows get zeros. At least one dy is given.
-        """
-        layout, kernels, batch, dx = layouts(0), _kernel("grouped"), self._batch(rows), None
-        drop = _dropout_of(rows)
-        if need_dx:
-            first, *rest = [(g, w) for g, w in zip(dy, W, strict=True) if g is not None]
-            dx = torch.mm(*first)
-            for grad, w in rest:
-                dx.addmm_(grad, w)
-        own = kernels.Ranks(layouts.ranks, tuple(probes) or (0,) * rows.ranges.shape[0])
-        A, B, parts = _one_dtype(A), _one_dtype(B), _parts(dy, layout)
-        dh = kernels.grouped_shrink_backward(parts, B, batch, own, scale) if need_dx or need_dA else h
-        if need_dx:
-            kernels.grouped_linear_backward_(dx, dh, A, batch, own, drop=drop)
-        outer = parts if need_dB or any(probes) else [None] * len(parts)
-        dA, dB, Q = kernels.grouped_wgrad(
-            x if need_dA else None, dh, outer, h, layout.widths, batch, own, scale, B[0].dtype, drop=drop
-        )
-        return dx, dA, dB if need_dB else [], Q if any(probes) else []
-
-    @staticmethod
-    def _batch(rows: layout.Rows) -> Any:
-        return _kernel("grouped").Batch(rows.order, rows.ranges, _segment_tiles)
+def _ranks(call: LoraCall) -> Any:
+    return _kernel("grouped").Ranks(call.layout.ranks, tuple(call.probes) or (0,) * call.rows.ranges.shape[0])
 
 
 def _segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:
     if native.has_kernel("segment_tiles", ranges.device):
         return torch.ops.fastlora.segment_tiles(ranges, rows, block)
     return reference.segment_tiles(ranges, rows, block)
-
-
-def _dropout_of(rows: layout.Rows) -> Any:
-    """What the kernels read of the rows' dropout, None where no adapter has any."""
-    if rows.keys is None or not any(rows.p):
-        return None
-    thresholds, scales = tuple(keep_threshold(p) if p else 0 for p in rows.p), tuple(1.0 / (1.0 - p) for p in rows.p)
-    return _kernel("grouped").Dropout(rows.keys.contiguous(), thresholds, scales)
 
 
 def _parts(dy: Sequence[Tensor | None], layout: Layout) -> list[Tensor | None]:

@@ -1,0 +1,148 @@
+"""What comes too late or is not implemented under parallel training is refused by name, with the model as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.tracker_help import data, loss_of, model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import fastlora
+from fastlora._utils.distributed import ranks_of
+
+CONFIG = fastlora.LoraConfig(r=2, target_modules=["0"])
+
+
+@pytest.fixture(autouse=True)
+def group(tmp_path):
+    """A group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def plain():
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def refused(m, call, match):
+    kinds = {n: type(x) for n, x in m.named_modules()}
+    before = {n: (id(p), p.requires_grad) for n, p in m.named_parameters()}
+    with pytest.raises(ValueError, match=match):
+        call(m)
+    assert kinds == {n: type(x) for n, x in m.named_modules()}
+    assert before == {n: (id(p), p.requires_grad) for n, p in m.named_parameters()}
+
+
+TOO_LATE = {
+    "inject": (lambda m: fastlora.inject(m, CONFIG), plain),
+    "set_ranks": (lambda m: fastlora.set_ranks(m, {"0": 1}), lambda: fastlora.inject(plain(), CONFIG)),
+    "add_adapter": (lambda m: fastlora.add_adapter(m, "b", CONFIG), lambda: fastlora.inject(plain(), CONFIG)),
+    "delete_adapter": (lambda m: fastlora.delete_adapter(m, "default"), lambda: fastlora.inject(plain(), CONFIG)),
+}
+WRAPPED = {
+    "fully_shard": (fully_shard, "is sharded by fully_shard"),
+    "fully_shard of a part": (lambda m: (fully_shard(m[0]), m)[1], "is sharded by fully_shard"),
+    "ddp": (DistributedDataParallel, "is wrapped by DistributedDataParallel"),
+    "compiled ddp": (lambda m: torch.compile(DistributedDataParallel(m)), "is wrapped by DistributedDataParallel"),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("name", TOO_LATE)
+def test_new_parameters_come_too_late(name, wrapped):
+    call, make = TOO_LATE[name]
+    wrap, message = WRAPPED[wrapped]
+    m = make()
+    if name == "inject":
+        m[2].requires_grad_(True)
+    refused(wrap(m), call, f"model: {message}.*; call fastlora.{name} before DistributedDataParallel, fully_shard and")
+
+
+def test_reallocate_comes_too_late():
+    m = DistributedDataParallel(fastlora.inject(plain(), CONFIG))
+    refused(m, lambda m: fastlora.reallocate(m, {"module.0": 1.0}), "call fastlora.set_ranks before")
+
+
+def test_loading_needs_adapters_in_a_sharded_model(tmp_path):
+    fastlora.save(fastlora.inject(plain(), CONFIG), tmp_path)
+    refused(fully_shard(plain()), lambda m: fastlora.load(m, tmp_path), "call fastlora.load before")
+
+
+def test_a_sharded_model_is_not_merged():
+    refused(
+        fully_shard(fastlora.inject(plain(), CONFIG)), fastlora.merge, "is sharded by fully_shard; save the adapter"
+    )
+
+
+TENSOR_PARALLEL = {
+    "inject": (plain, lambda m: fastlora.inject(m, CONFIG)),
+    "track": (lambda: fastlora.inject(plain(), CONFIG), fastlora.track),
+    "calibrate": (
+        lambda: fastlora.inject(plain(), CONFIG),
+        lambda m: fastlora.calibrate(m, [torch.ones(1, 4)], lambda m, x: m(x).sum(), steps=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TENSOR_PARALLEL)
+def test_tensor_parallel_weights_are_refused(name):
+    make, call = TENSOR_PARALLEL[name]
+    m = make()
+    mesh = init_device_mesh("cpu", (1,))
+    parallelize_module(m[2], mesh, ColwiseParallel())
+    refused(m, call, r"model: '2.weight' is a DTensor with placements .*Shard.*; tensor parallelism is not implemented")
+
+
+def test_tensor_parallel_beside_shards_is_refused():
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    m = fastlora.inject(plain(), CONFIG)
+    parallelize_module(m[2], mesh["tp"], ColwiseParallel())
+    fully_shard(m, mesh=mesh["dp"])
+    refused(
+        m, fastlora.track, "model: '2.weight' is a DTensor with placements .*; tensor parallelism is not implemented"
+    )
+
+
+def test_a_tensor_parallel_plan_is_refused():
+    m = plain()
+    m._tp_size = 2
+    refused(m, lambda m: fastlora.inject(m, CONFIG), r"split by a tensor-parallel plan \(tp_plan\) over 2 processes")
+
+
+def test_flattened_parameters_are_refused(monkeypatch):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = plain()
+
+    Flat.__name__ = FullyShardedDataParallel.__name__
+    refused(Flat(), lambda m: fastlora.inject(m, CONFIG), r"FullyShardedDataParallel \(FSDP1\).*use .*fully_shard")
+
+
+@pytest.mark.parametrize("given", ["auto", "none", "world"])
+def test_one_process_reduces_nothing(monkeypatch, given):
+    monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: pytest.fail("one process has nothing to reduce"))
+    m = model()
+    parallel, group = DistributedDataParallel(m), {"auto": "auto", "none": None, "world": dist.group.WORLD}[given]
+    plain_model = copy.deepcopy(m)
+    found = []
+    for each, options in ((parallel, {"process_group": group}), (plain_model, {})):
+        with fastlora.track(each, every=1, **options) as tracker:
+            loss_of(each, data()).backward()
+            tracker.step()
+        found.append(dict(tracker.scores()))
+    assert found[0] == found[1]
+    assert ranks_of(parallel, group) is None
+
+
+def test_a_process_group_that_is_none():
+    with pytest.raises(ValueError, match="process_group: expected 'auto', None or a process group, got 'all'"):
+        fastlora.track(model(), process_group="all")

@@ -1,0 +1,326 @@
+"""Checkpoints of own loops, of Accelerate and of timm's scripts: what is trained alone, resumed bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from support.trainer_help import assert_same, bert, images, shifted, still, trained, trained_parameters, vit
+from torch import nn
+
+import fastlora
+from fastlora.integrations import (
+    TrainingState,
+    adapters_only,
+    load_checkpoint,
+    register_for_checkpointing,
+    save_checkpoint,
+)
+
+DATA = images()
+BATCHES = [
+    (torch.stack([d["pixel_values"] for d in part]), torch.tensor([d["labels"] for d in part]))
+    for part in (DATA[i : i + 4] for i in range(0, 24, 4))
+]
+
+
+def step(model, batch, optimizer, tracker):
+    x, y = batch
+    loss = model(x, y)["loss"] + tracker.penalty(0.1)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    tracker.step()
+    return loss.item()
+
+
+def loop(model, file, resume=False):
+    """Six steps with dropout; a checkpoint after the third."""
+    optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-2, lr_head=1e-2))
+    schedule = fastlora.training.Cosine(optimizer, 6, freeze=1)
+    tracker = fastlora.track(model.train(), every=1, warmup=5)
+    losses, first = [], 0
+    if resume:
+        others = dict(optimizer=optimizer, schedule=schedule)
+        values = load_checkpoint(file, model, tracker, **others)
+        losses, first = values["losses"], values["step"]
+    for i in range(first, 6):
+        losses.append(step(model, BATCHES[i], optimizer, tracker))
+        losses.append(random.random() + np.random.rand())
+        schedule.step()
+        if i == 2 and not resume:
+            others = dict(optimizer=optimizer, schedule=schedule, step=i + 1, losses=list(losses))
+            save_checkpoint(file, model, tracker, **others)
+    tracker.close()
+    return losses, tracker
+
+
+def test_a_loop_resumes_bit_for_bit(tmp_path):
+    models = vit(), shifted(vit())
+    base = {name: p.detach().clone() for name, p in models[1].named_parameters() if not p.requires_grad}
+    torch.manual_seed(5)
+    whole, one = loop(models[0], tmp_path / "last.pt")
+    torch.manual_seed(6)
+    again, two = loop(models[1], tmp_path / "last.pt", resume=True)
+    assert again == whole
+    assert_same(trained(models[1]), trained(models[0]))
+    assert torch.equal(one.importance, two.importance)
+    assert_same(base, {name: p for name, p in models[1].named_parameters() if name in base})
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["model"].keys() == trained(models[0]).keys()
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_wrapped_models_have_the_same_checkpoint(tmp_path):
+    model = vit()
+    save_checkpoint(tmp_path / "plain.pt", model)
+    save_checkpoint(tmp_path / "compiled.pt", torch.compile(model, backend="eager"))
+    one, two = (torch.load(tmp_path / name)["model"] for name in ("plain.pt", "compiled.pt"))
+    assert_same(one, two)
+    load_checkpoint(tmp_path / "plain.pt", torch.compile(shifted(model), backend="eager"))
+    assert_same(trained(model), one)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model = vit()
+    save_checkpoint(tmp_path / "last.pt", model)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path / "last.pt", shifted(model))
+    assert (tmp_path / "last.pt").read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
+
+
+class TestRefusals:
+    @pytest.fixture
+    def file(self, tmp_path):
+        model = vit()
+        with fastlora.track(model) as tracker:
+            save_checkpoint(tmp_path / "last.pt", model, tracker)
+        return tmp_path / "last.pt"
+
+    def test_other_ranks_change_nothing(self, file):
+        model = vit(r=8)
+        before, state = trained(model), torch.get_rng_state()
+        optimizer = torch.optim.SGD(trained_parameters(model), lr=0.1)
+        with pytest.raises(ValueError, match=r"blocks.0.attn.qkv\[q\] has rank 8 in the model and 4 in the checkpoint"):
+            load_checkpoint(file, model)
+        with pytest.raises(ValueError, match=r"has no state of \['optimizer'\], only of \[\]"):
+            load_checkpoint(file, vit(), optimizer=optimizer)
+        assert_same(trained(model), before)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_other_trackers(self, file):
+        model = vit()
+        with fastlora.track(model, probes=2) as tracker, pytest.raises(ValueError, match="probes differ: saved 4, tra"):
+            load_checkpoint(file, shifted(model), tracker)
+        assert not torch.equal(trained(model)["model.head.bias"], trained(vit())["model.head.bias"])
+
+    def test_tracked_only_before_or_only_now(self, file, caplog):
+        load_checkpoint(file, vit())
+        assert "nothing is tracked now" in caplog.text
+        save_checkpoint(file, vit())
+        model = vit()
+        with fastlora.track(model) as tracker:
+            load_checkpoint(file, model, tracker)
+        assert "the tracker starts anew" in caplog.text
+
+    def test_newer_torn_and_foreign_files(self, file):
+        state = torch.load(file)
+        torch.save({**state, "version": 2}, file)
+        with pytest.raises(ValueError, match=r"last.pt: version 2 is newer than 1; update fastlora"):
+            load_checkpoint(file, vit())
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=r"last.pt: torn, or not a checkpoint"):
+            load_checkpoint(file, vit())
+        torch.save({"model": {}}, file)
+        with pytest.raises(ValueError, match=r"last.pt: is no state of fastlora's"):
+            load_checkpoint(file, vit())
+        with pytest.raises(FileNotFoundError):
+            load_checkpoint(file.with_name("none.pt"), vit())
+
+    def test_models_without_adapters(self, tmp_path):
+        with pytest.raises(ValueError, match="model: has no adapters"):
+            save_checkpoint(tmp_path / "last.pt", nn.Linear(2, 2))
+        with pytest.raises(ValueError, match="model: expected a torch.nn.Module, got str"):
+            adapters_only("model")
+
+
+class TestAdaptersOnly:
+    def test_inside_an_other_module_and_with_several_adapters(self):
+        inner = vit()
+        fastlora.add_adapter(inner, "b", fastlora.LoraConfig(r=2, target_modules=["fc1"]))
+        outer = nn.ModuleDict({"student": inner, "teacher": nn.Linear(2, 2)})
+        outer["teacher"].register_buffer("count", torch.ones(()))
+        with adapters_only(outer):
+            state = copy.deepcopy(outer.state_dict())
+        assert state.keys() == {*trained(outer), "teacher.count"}
+        assert any(".b.weight" in name for name in state)
+        shifted(outer).load_state_dict(state)
+        assert_same(trained(outer), {name: tensor for name, tensor in state.items() if name != "teacher.count"})
+        del state["student.model.head.bias"]
+        with pytest.raises(ValueError, match="student.model.head.bias is trained in the model and not in the checkpoi"):
+            outer.load_state_dict(state, strict=False)
+
+    def test_full_state_dicts_load_as_ever(self):
+        model = vit()
+        full = copy.deepcopy(model.state_dict())
+        with adapters_only(model):
+            model.load_state_dict(full)
+        with pytest.raises(RuntimeError, match="Missing key"):
+            model.load_state_dict({k: v for k, v in full.items() if "fc1" not in k})
+        # A state dict of the base has no adapters and is not judged.
+        base = {k: v for k, v in full.items() if "lora" not in k}
+        assert all("lora" in key for key in model.load_state_dict(base, strict=False).missing_keys)
+
+    def test_what_belongs_to_a_quantised_weight_goes_with_it(self):
+        model = vit()
+        scales = lambda module, state, prefix, metadata: state.update({f"{prefix}weight.absmax": torch.ones(2)})  # noqa: E731
+        model.model.blocks[0].mlp.fc1.register_state_dict_post_hook(scales)
+        assert "model.blocks.0.mlp.fc1.weight.absmax" in model.state_dict()
+        with adapters_only(model):
+            assert model.state_dict().keys() == trained(model).keys()
+
+    def test_copies_and_pickles(self):
+        model = vit()
+        with adapters_only(model):
+            for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                state = model.state_dict()
+                assert other.state_dict().keys() == state.keys()
+                shifted(other).load_state_dict(state)
+                assert_same(trained(other), trained(model))
+
+    def test_opened_twice_and_closed_once(self):
+        model = vit()
+        full = model.state_dict().keys()
+        with adapters_only(model):
+            with adapters_only(model):
+                pass
+            assert model.state_dict().keys() == trained(model).keys()
+        assert model.state_dict().keys() == full
+
+
+def accelerated(model, folder, resume=None, precision="no"):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
+    optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-2, lr_head=1e-2))
+    schedule = fastlora.training.Cosine(optimizer, 3)
+    loader = torch.utils.data.DataLoader(DATA, batch_size=4)
+    prepared, optimizer, loader, schedule = accelerator.prepare(model.train(), optimizer, loader, schedule)
+    losses = []
+    with fastlora.track(model, every=1, warmup=2) as tracker, register_for_checkpointing(accelerator, model, tracker):
+        first = 0
+        if resume:
+            accelerator.load_state(folder / resume)
+            first = 2
+        for i, batch in enumerate(loader):
+            if i < first:
+                continue
+            with accelerator.accumulate(prepared):
+                loss = prepared(**batch)["loss"] + tracker.penalty(0.1)
+                losses.append(loss.item())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    tracker.step(accelerator.scaler)
+                    accelerator.clip_grad_norm_(prepared.parameters(), 0.5)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if i == 1 and not resume:
+                accelerator.save_state(folder / "state")
+    return losses, tracker
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate_saves_and_resumes_what_is_trained(precision, tmp_path):
+    # Without dropout: the loader of a resumed epoch draws a seed that the one of the whole epoch drew before.
+    models = still(vit()), shifted(still(vit()))
+    whole, one = accelerated(models[0], tmp_path, None, precision)
+    again, two = accelerated(models[1], tmp_path, "state", precision)
+    assert again == whole[2:] and len(whole) == 6
+    assert_same(trained(models[1]), trained(models[0]))
+    assert torch.equal(one.importance, two.importance) and one.steps == two.steps
+    from safetensors.torch import load_file
+
+    assert load_file(tmp_path / "state" / "model.safetensors").keys() == trained(models[0]).keys()
+    with pytest.raises(ValueError, match=r"has rank 8 in the model and 4 in the checkpoint"):
+        accelerated(vit(r=8), tmp_path, "state")
+
+
+def timm_script(model, folder, resume=False):
+    """The parts of timm's train.py: its optimiser, scheduler, scaler and saver."""
+    from timm.models import resume_checkpoint
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import CosineLRScheduler
+    from timm.utils import CheckpointSaver, dispatch_clip_grad
+
+    optimizer = create_optimizer_v2(fastlora.param_groups(model, lr_lora=1e-2, lr_head=1e-2), opt="adamw", lr=1e-2)
+    scheduler = CosineLRScheduler(optimizer, t_initial=4, warmup_t=1)
+    losses, first = [], 0
+    with fastlora.track(model.train(), every=1, warmup=8) as tracker, adapters_only(model):
+        state = TrainingState(model, tracker)
+        saver = CheckpointSaver(model, optimizer, checkpoint_dir=str(folder), recovery_dir=str(folder))
+        if resume:
+            first = resume_checkpoint(model, str(folder / "last.pth.tar"), optimizer)
+            state.load_state_dict(torch.load(folder / "fastlora.pt"))
+        for epoch in range(first, 4):
+            scheduler.step(epoch)
+            for x, y in BATCHES[:3]:
+                loss = model(x, y)["loss"] + tracker.penalty(0.1)
+                losses.append(loss.item())
+                loss.backward()
+                dispatch_clip_grad(model.parameters(), 0.5)
+                tracker.step()
+                optimizer.step()
+                optimizer.zero_grad()
+            if epoch < 2 and not resume:
+                saver.save_checkpoint(epoch, metric=-losses[-1])
+                torch.save(state.state_dict(), folder / "fastlora.pt")
+    return losses, tracker
+
+
+def test_timms_saver_holds_what_is_trained(tmp_path):
+    models = still(vit()), shifted(still(vit()))
+    whole, one = timm_script(models[0], tmp_path)
+    again, two = timm_script(models[1], tmp_path, resume=True)
+    assert again == whole[6:] and len(whole) == 12
+    assert_same(trained(models[1]), trained(models[0]))
+    assert torch.equal(one.importance, two.importance)
+    assert torch.load(tmp_path / "last.pth.tar")["state_dict"].keys() == trained(models[0]).keys()
+
+
+def test_statistics_under_timms_scaler():
+    from timm.utils import NativeScaler
+
+    found = []
+    for scaled in (False, True):
+        model = still(vit()).train()
+        optimizer = torch.optim.SGD(trained_parameters(model), lr=0.1)
+        native = NativeScaler(device="cpu")
+        native._scaler = scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1, enabled=scaled)
+        with fastlora.track(model, every=1) as tracker:
+            optimizer.register_step_pre_hook(lambda *_: tracker.step(scaler))  # noqa: B023
+            for x, y in BATCHES[:3]:
+                native(model(x, y)["loss"], optimizer, clip_grad=0.5, parameters=model.parameters())
+                optimizer.zero_grad()
+        assert tracker.steps == 3
+        found.append(dict(tracker.scores()))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_a_bert_of_several_dtypes(tmp_path):
+    model = bert(adapter_dtype=torch.bfloat16)
+    save_checkpoint(tmp_path / "last.pt", model)
+    other = shifted(bert(adapter_dtype=torch.bfloat16))
+    load_checkpoint(tmp_path / "last.pt", other)
+    assert_same(trained(other), trained(model))

@@ -1,0 +1,252 @@
+"""The cases can fail: each kernel with one line of its source broken gives a wrong answer.
+
+A mutant is the shipped file with one piece of text replaced, imported beside the original.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastlora.kernels import grouped, linear, tiling
+from fastlora.kernels.tiling import TileConfig
+from support.every_verb import run_dropped
+from support.triton_grouped_help import CASES, Operands, expected_dx, expected_wgrad, expected_y
+from support.triton_grouped_help import expected_dh as expected_dh_of
+from support.triton_grouped_help import expected_h as expected_h_of
+from support.triton_help import (
+    DEVICE,
+    FUSED,
+    INTERPRETED,
+    SEPARATE,
+    TOLERANCE,
+    Data,
+    error,
+    expected_dh,
+    expected_h,
+    wide,
+)
+
+from fastlora import kernels
+from fastlora.ops import reference
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.skipif(not INTERPRETED, reason="a mutant may write anywhere: not on a GPU"),
+]
+TILES = TileConfig(16, 16, 16, 4, 2)
+FOLDER = Path(kernels.__file__).parent
+
+
+def load(name: str, original: str, broken: str, folder: Path):
+    """The module ``name`` with one piece of its source replaced; the piece must occur exactly once."""
+    source = (FOLDER / f"{name}.py").read_text()
+    assert source.count(original) == 1, f"{name}: {original!r} occurs {source.count(original)} times"
+    file = folder / f"{name}.py"
+    file.write_text(source.replace(original, broken))
+    spec = importlib.util.spec_from_file_location(f"fastlora.kernels.mutant_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def off_shrink(module, data, p):
+    options = {"seed": data.seed, "threshold": reference.keep_threshold(p), "keep_scale": 1 / (1 - p)} if p else {}
+    return error(module.shrink(data.x, [*data.A, data.P], 1, tiles=TILES, **options), expected_h(data, p))
+
+
+def off_shrink_backward(module, data, p):
+    layout = data.layout
+    dh = module.shrink_backward(data.slices(), data.B, layout.offsets, data.scale, layout.rank, TILES)
+    return error(dh, expected_dh(data))
+
+
+def off_linear(module, data, p, tiles=TILES):
+    h, layout = expected_h(data).to(DEVICE, data.dtype), data.layout
+    y, moments = module.linear(
+        data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, True, "fused", tiles
+    )
+    update = torch.cat(
+        [
+            s * wide(h)[:, o : o + b.shape[1]] @ wide(b).T
+            for b, o, s in zip(data.B, layout.offsets, data.scale, strict=True)
+        ],
+        1,
+    )
+    base = [wide(data.x) @ wide(w).T + (0 if b is None else wide(b)) for w, b in zip(data.W, data.bias, strict=True)]
+    sums = [reference.column_moments(wide(out)) for out in y]
+    return max(error(torch.cat(y, 1), torch.cat(base, 1) + update), error(torch.cat(moments, 1), torch.cat(sums, 1)))
+
+
+def off_linear_backward(module, data, p):
+    dh = torch.randn(data.problem.M, data.layout.rank, device=DEVICE)
+    dx = module.linear_backward(data.dy, data.W, dh, data.A, data.layout.offsets, strategy="fused", tiles=TILES)
+    wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True))
+    return error(dx, wanted + wide(dh) @ wide(torch.cat(data.A)))
+
+
+def off_wgrad(module, data, p):
+    layout, s = data.layout, data.problem
+    dh, h = expected_dh(data).to(DEVICE, data.dtype), expected_h(data).to(DEVICE, data.dtype)
+    dA, dB, Q = module.wgrad(data.x, dh, data.slices(), h, layout.offsets, s.ranks, data.scale, s.probes, tiles=TILES)
+    worst = error(torch.cat(dA), wide(dh).T @ wide(data.x))
+    for i, part in enumerate(data.slices()):
+        own = wide(h)[:, layout.offsets[i] : layout.offsets[i] + s.ranks[i]]
+        worst = max(worst, error(dB[i], data.scale[i] * wide(part).T @ own))
+        worst = max(worst, error(Q[i], wide(part).T @ wide(h)[:, layout.rank :]))
+    return worst
+
+
+def off_gradstat(module, data, p):
+    offsets = [0, 11, data.problem.M]
+    found = module.gradstat(data.x, data.dy[0], torch.tensor(offsets, device=DEVICE), TILES)
+    return error(found, reference.gradstat(wide(data.x), wide(data.dy[0]), offsets))
+
+
+def off_linear_tma(module, data, p):
+    return off_linear(module, Data(FUSED, torch.float32), p, TILES._replace(tma=True))
+
+
+def off_moments_of_x(module, data, p):
+    moments = torch.empty(2, data.problem.K, dtype=torch.float64, device=DEVICE)
+    module.shrink(data.x, data.A, moments=moments, tiles=TILES)
+    return error(moments, reference.column_moments(wide(data.x)))
+
+
+def off_diagonal(module, data, p):
+    offsets, dy = [0, 11, data.problem.M], data.dy[0]
+    diagonal = torch.ones(dy.shape[1], data.problem.K, device=DEVICE)
+    module.gradstat(data.x, dy, torch.tensor(offsets, device=DEVICE), TILES, diagonal=diagonal)
+    runs = zip(offsets[:-1], offsets[1:], strict=True)
+    return error(diagonal, 1 + sum((wide(dy)[a:b].T @ wide(data.x)[a:b]).square() for a, b in runs))
+
+
+def off_covariance(module, data, p):
+    found = [module.covariance(data.x, TILES), torch.ones(data.problem.K, data.problem.K, device=DEVICE)]
+    module.add_gram_(found[1], data.x, torch.tensor(2.0, device=DEVICE), TILES)
+    product = wide(data.x).T @ wide(data.x)
+    return max(error(found[0], product / data.problem.M), error(found[1].triu(), (1 + 2 * product).triu()))
+
+
+def off_grouped(module, data, p):
+    """The verbs over rows of several adapters, with one of the files that hold their kernels broken."""
+    return max(_off_mixed(Operands(CASES[name])) for name in ("separate", "long_runs"))
+
+
+def off_dropped(module, data, p):
+    """The same with dropout, each row with a key and each adapter with a probability of its own."""
+    return max(error(found, wanted) for found, wanted in run_dropped(Operands(CASES["separate"]), TILES, TILES))
+
+
+def _off_mixed(o):
+    h, dh = expected_h_of(o).float().to(DEVICE), expected_dh_of(o, o.slices(o.dy)).float().to(DEVICE)
+    dy, rest, wanted = o.slices(o.dy), (o.batch, o.own), expected_y(o, h)
+    pairs = [
+        (grouped.grouped_shrink(o.x, o.factors_of_shrink(), *rest, TILES), expected_h_of(o)),
+        (grouped.grouped_shrink_backward(dy, o.B, *rest, o.scales, TILES), expected_dh_of(o, dy)),
+        (grouped.grouped_linear_backward_(o.x.clone(), dh, o.A, *rest, TILES), expected_dx(o, o.x, dh)),
+    ]
+    moments = grouped.grouped_expand_(o.y, h, o.W, o.B, *rest, o.places, o.scales, True, TILES)
+    found = grouped.grouped_wgrad(o.x, dh, dy, h, o.case.widths, *rest, o.scales, tiles=TILES)
+    pairs += zip(o.y, wanted, strict=True)
+    for some, others in zip(found, expected_wgrad(o, o.x, dh, dy, h), strict=True):
+        pairs += zip(some, others, strict=True)
+    sums = [reference.column_moments(wide(y)[o.rows(g)]) for g in range(len(o.case.ranks)) for y in o.y]
+    return max(error(one, other) for one, other in [*pairs, *zip(moments, sums, strict=True)])
+
+
+FIRST_PROBE = "o_probes + o_rank"
+OWN_RANKS = "clear(pick(offsets, i_entry), EVEN_R)"
+ROUTED, SHUFFLED = "own_rows(segments, i_m, GATHER", "own_rows(segments, i_m, False"
+MUTATIONS = {
+    "shrink: no mask past K": ("shrink", "if not EVEN_K:", "if False:", off_shrink, 0.0),
+    "shrink: parts overlap": ("shrink", "i_split * part, tl.minimum", "0, tl.minimum", off_shrink, 0.0),
+    "shrink: one mask for all": ("shrink", "keep_mask(seed, i, o_key", "keep_mask(seed, 0, o_key", off_shrink, 0.3),
+    "shrink: probes drop": ("shrink", "(o_rank >= last)[", "(o_rank < 0)[", off_shrink, 0.3),
+    "shrink: moments of one tile": ("shrink", "i_m.to(tl.int64) * 2 * K", "0 * 2 * K", off_moments_of_x, 0.0),
+    "shrink: moments of padding": ("shrink", "m_m[:, None], (o_k < K)", "m_m[:, None] | True, (o_k < K)",
+                                   off_moments_of_x, 0.0),
+    "dh: a neighbour's ranks": ("shrink", f"o_rank = {OWN_RANKS} + o_own", "o_rank = o_own", off_shrink_backward, 0.0),
+    "dh: no scale": ("shrink", "pick(scales, i_entry)", "1.0", off_shrink_backward, 0.0),
+    "linear: h of the first": ("linear", "o_row * stride_h + offset", "o_row * stride_h", off_linear, 0.0),
+    "linear: bias of the first": ("linear", "None, None, pick(p_bias, i_entry)", "None, None, p_bias[0]",
+                                  off_linear, 0.0),
+    "linear: moments of padding": ("linear", "b_y.to(tl.float32), m_m,", "b_y.to(tl.float32), m_m | True,",
+                                   off_linear, 0.0),
+    "linear: sum lost": ("linear", "matmul_loop(b_acc, p_x", "matmul_loop(b_acc * 0.0, p_x", off_linear, 0.0),
+    "tma: tiles skipped": ("linear", "tl.num_programs(0) - own", "tl.num_programs(0)", off_linear_tma, 0.0),
+    "tma: rows of the first tile": ("linear", "desc_x.load([i_m * BLOCK_M, k])", "desc_x.load([0, k])",
+                                    off_linear_tma, 0.0),
+    "tma: a step lost": ("linear", "for k in tl.range(0, K, BLOCK_K)", "for k in tl.range(BLOCK_K, K, BLOCK_K)",
+                         off_linear_tma, 0.0),
+    "dx: a source less": ("linear_backward", "static_range(SOURCES)", "static_range(SOURCES - 1)",
+                          off_linear_backward, 0.0),
+    "wgrad: last row lost": ("wgrad", "tl.minimum(first + rows, M)", "tl.minimum(first + rows, M - 3)", off_wgrad, 0.0),
+    "wgrad: a rank as probe": ("wgrad", f"{FIRST_PROBE} - rank", FIRST_PROBE, off_wgrad, 0.0),
+    "wgrad: partials overwritten": ("wgrad", "i_part.to(tl.int64) * total", "0 * total", off_wgrad, 0.0),
+    "gradstat: run boundary": ("gradstat", "(last - first).to", "(last - first - 1).to", off_gradstat, 0.0),
+    "diagonal: last run only": ("gradstat", "b_squares += b_acc", "b_squares = b_acc", off_diagonal, 0.0),
+    "diagonal: overwritten": ("gradstat", "b_squares + tl.load(", "b_squares + 0 * tl.load(", off_diagonal, 0.0),
+    "covariance: one weight": ("gradstat", "weight = tl.load(p_weight)", "weight = tl.load(p_weight) * 0.5",
+                               off_covariance, 0.0),
+    "covariance: mirrored into itself": ("gradstat", "if i_row != i_column:", "if i_row == i_column:",
+                                         off_covariance, 0.0),
+    "adapters, h: routing": ("shrink", ROUTED, SHUFFLED, off_grouped, 0.0),
+    "adapters, h: a rank less": ("shrink", "offset + o_own, o_own < rank", "offset + o_own, o_own < rank - 1",
+                                 off_grouped, 0.0),
+    "adapters, h: factors of the first": ("shrink", "(first + o_own) * strides", "o_own * strides", off_grouped, 0.0),
+    "adapters, y: routing": ("linear", ROUTED, SHUFFLED, off_grouped, 0.0),
+    "adapters, y: a neighbour's scale": ("linear", "segments[4] + i_pair", "segments[4] + i_entry", off_grouped, 0.0),
+    "adapters, dx: routing": ("linear_backward", ROUTED, SHUFFLED, off_grouped, 0.0),
+    "adapters, dx: factors of the first": ("linear_backward", "(o_skip + o_rank)", "o_rank", off_grouped, 0.0),
+    "adapters, dA: routing": ("wgrad", "if GATHER:", "if False:", off_grouped, 0.0),
+    "adapters, dA: rows twice": ("wgrad", "begin + i_part * own", "begin", off_grouped, 0.0),
+    "adapters, dB: no scale": ("wgrad", "tl.where(o_rank < rank, scale, 1.0)", "tl.where(o_rank < rank, 1.0, 1.0)",
+                               off_grouped, 0.0),
+    "adapters, dropout of h: row for key": ("shrink", "o_key, o_rank, segments, adapter",
+                                            "o_m, o_rank, segments, adapter", off_dropped, 0.0),
+    "adapters, dropout of dx: no scale": ("linear_backward", "b_part * kept", "b_part", off_dropped, 0.0),
+    "adapters, dropout of dA: one mask": ("wgrad", "keep_mask(seed, i,", "keep_mask(seed, 0,", off_dropped, 0.0),
+    "adapters, moments: of the first": ("reduce", "(i_before + o_tile) * 2", "o_tile * 2", off_grouped, 0.0),
+}  # fmt: skip
+
+
+def broken_in(name: str, module, monkeypatch) -> None:
+    """Let the verbs over adapters call the mutant."""
+    if name == "reduce":
+        monkeypatch.setattr(linear, "reduce_moments", module.reduce_moments)
+    else:
+        monkeypatch.setattr(grouped, name, module)
+    monkeypatch.setattr(grouped, "choose_split", lambda *sizes: 2)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutant_is_caught(mutation, tmp_path, monkeypatch):
+    name, original, broken, off, p = MUTATIONS[mutation]
+    monkeypatch.setattr(tiling, "PROGRAMS", 24)
+    monkeypatch.setattr(tiling, "choose_split", lambda *sizes: 2)
+    data, module = Data(SEPARATE, torch.float32), load(name, original, broken, tmp_path)
+    if off in (off_grouped, off_dropped):
+        broken_in(name, module, monkeypatch)
+    assert off(module, data, p) > 10 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("name", "off"), sorted({(name, off) for name, _, _, off, _ in MUTATIONS.values()}, key=str))
+def test_an_unbroken_copy_is_right(name, off, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiling, "PROGRAMS", 24)
+    monkeypatch.setattr(tiling, "choose_split", lambda *sizes: 2)
+    copy = load(name, "import annotations", "import annotations", tmp_path)
+    if off in (off_grouped, off_dropped):
+        broken_in(name, copy, monkeypatch)
+    assert off(copy, Data(SEPARATE, torch.float32), 0.0) <= 10 * TOLERANCE[torch.float32]
+
+
+def test_fused_weight_columns(tmp_path):
+    """The column of a projection within its output matters only where one weight holds several."""
+    data = Data(FUSED, torch.float32)
+    broken = load("linear", "y[j].narrow(1, column, n)", "y[j].narrow(1, 0, n)", tmp_path)
+    assert off_linear(broken, data, 0.0) > 1e-3

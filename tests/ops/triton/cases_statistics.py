@@ -1,0 +1,188 @@
+"""Statistics in Triton: moments in shrink's pass, sums and squares of dy^T x, covariances; against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastlora.kernels import gradstat, shrink, tiling
+from fastlora.kernels.tiling import TileConfig
+from support.every_verb import run_verb
+from support.triton_help import (
+    DEVICE,
+    EMPTY,
+    FUSED,
+    SEPARATE,
+    TINY,
+    WIDE_RANK,
+    Data,
+    Problem,
+    assert_close,
+    expected_h,
+    wide,
+)
+
+from fastlora.ops import reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+SMALL = TileConfig(16, 16, 16, 4, 2, band=2)
+KINDS = {
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+}
+kinds = pytest.mark.parametrize(("dtype", "factors"), KINDS.values(), ids=KINDS)
+
+
+@kinds
+@pytest.mark.parametrize("problem", [SEPARATE, FUSED, TINY, WIDE_RANK, EMPTY])
+@pytest.mark.parametrize("split", [1, 3])
+def test_moments_in_the_pass_of_shrink(problem, dtype, factors, split, monkeypatch):
+    if dtype != torch.float32 and problem is not SEPARATE:
+        pytest.skip("the other dtypes share all but the casts")
+    monkeypatch.setattr(shrink, "choose_split", lambda *sizes: split)
+    data, moments = Data(problem, dtype, factors), torch.full((2, problem.K), float("nan"), device=DEVICE).double()
+    extra = [] if data.P is None else [data.P]
+    h = shrink.shrink(data.x, [*data.A, *extra], len(extra), moments=moments, tiles=SMALL)
+    assert_close(h, expected_h(data), dtype, "h")
+    assert_close(moments, reference.column_moments(wide(data.x)), torch.float32, "moments")
+
+
+def test_moments_of_x_do_not_cancel():
+    data, moments = Data(FUSED, torch.float32), torch.empty(2, FUSED.K, device=DEVICE, dtype=torch.float64)
+    x = data.x + 1e3
+    shrink.shrink(x, data.A, moments=moments, tiles=SMALL)
+    mean, square = wide(moments) / FUSED.M
+    assert torch.allclose(square - mean.square(), wide(x).var(0, unbiased=False), rtol=1e-3)
+
+
+@kinds
+def test_gradstat(dtype, factors):
+    x, dy = (torch.randn(53, n + 3, device=DEVICE).to(dtype)[:, :n] for n in (40, 35))
+    offsets = [0, 0, 7, 40, 53]
+    found = gradstat.gradstat(x, dy, torch.tensor(offsets, device=DEVICE), SMALL)
+    assert_close(found, reference.gradstat(wide(x), wide(dy), offsets), torch.float32, "gradstat")
+
+
+def test_more_runs_than_a_grid_takes(monkeypatch):
+    x, dy, grids, real = torch.randn(53, 40, device=DEVICE), torch.randn(53, 35, device=DEVICE), [], gradstat.launch
+
+    def launch(kernel, grid, *rest, **options):
+        grids.append(grid)
+        real(kernel, grid, *rest, **options)
+
+    monkeypatch.setattr(gradstat, "launch", launch)
+    monkeypatch.setattr(gradstat, "GRID_LIMIT", 3)
+    offsets = [0, 5, 7, 7, 20, 31, 40, 53]
+    found = gradstat.gradstat(x, dy, torch.tensor(offsets, device=DEVICE), SMALL)
+    assert [grid[1] for grid in grids] == [3, 3, 1]
+    assert_close(found, reference.gradstat(wide(x), wide(dy), offsets), torch.float32, "gradstat")
+
+
+def test_splits_fit_the_grid():
+    assert tiling.choose_split(1, 2**40, 2) <= tiling.GRID_LIMIT
+
+
+@pytest.mark.parametrize(("M", "N"), [(21, 50), (3, 7), (0, 5)])
+def test_covariance(M, N):
+    x = torch.randn(M, N, device=DEVICE)
+    found = gradstat.covariance(x, SMALL)
+    assert torch.equal(found, found.T)
+    assert_close(found, wide(x).T @ wide(x) / max(M, 1), torch.float32, "covariance")
+
+
+@pytest.mark.parametrize("N", [1, 16, 17, 33, 80])
+def test_every_triangular_tile_is_met(N):
+    assert torch.isfinite(gradstat.covariance(torch.ones(2, N, device=DEVICE), SMALL)).all()
+
+
+def test_no_matrix_of_the_weight_is_allocated(monkeypatch):
+    sizes, real = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *s, **o: sizes.append(real(*s, **o)) or sizes[-1])
+    x, dy = torch.randn(30, 64, device=DEVICE), torch.randn(30, 64, device=DEVICE)
+    gradstat.gradstat(x, dy, torch.tensor([0, 30], device=DEVICE), SMALL)
+    assert sum(t.numel() for t in sizes) < 64
+
+
+def squares(x, dy, offsets):
+    """Sum over the runs of the squared entries of dy^T x."""
+    runs = zip(offsets[:-1], offsets[1:], strict=True)
+    return sum((wide(dy)[a:b].T @ wide(x)[a:b]).square() for a, b in runs)
+
+
+@kinds
+def test_diagonal(dtype, factors):
+    x, dy = (torch.randn(53, n + 3, device=DEVICE).to(dtype)[:, :n] for n in (40, 35))
+    offsets = [0, 0, 7, 40, 53]
+    before = torch.rand(35, 40, device=DEVICE)
+    diagonal = before.clone()
+    found = gradstat.gradstat(x, dy, torch.tensor(offsets, device=DEVICE), SMALL, diagonal=diagonal)
+    assert_close(found, reference.gradstat(wide(x), wide(dy), offsets), torch.float32, "gradstat")
+    assert_close(diagonal, wide(before) + squares(x, dy, offsets), torch.float32, "diagonal")
+
+
+def test_padded_and_packed_samples_agree():
+    lengths, K, N = (5, 1, 9, 0), 20, 18
+    packed = [torch.randn(sum(lengths), n, device=DEVICE) for n in (K, N)]
+    padded = [torch.zeros(len(lengths), max(lengths), n, device=DEVICE) for n in (K, N)]
+    for i, rows in enumerate(torch.arange(sum(lengths)).split(lengths)):
+        for source, target in zip(packed, padded, strict=True):
+            target[i, : len(rows)] = source[rows]
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+    found = gradstat.gradstat(*packed, ends, SMALL)
+    every = torch.arange(len(lengths) + 1, device=DEVICE) * max(lengths)
+    same = gradstat.gradstat(*(t.flatten(0, 1) for t in padded), every, SMALL)
+    assert_close(same, wide(found), torch.float32, "padded")
+    assert (found[3] == 0).all()
+
+
+@pytest.mark.parametrize(("M", "N"), [(21, 50), (3, 7), (0, 5)])
+def test_added_covariance(M, N):
+    x, before = torch.randn(M, N, device=DEVICE), torch.randn(N, N, device=DEVICE)
+    total = before.clone()
+    gradstat.add_gram_(total, x, torch.tensor(0.5, device=DEVICE), SMALL)
+    wanted = wide(before) + 0.5 * wide(x).T @ wide(x)
+    assert_close(total.triu(), wanted.triu(), torch.float32, "covariance")
+
+
+def test_a_weight_of_zero_adds_nothing():
+    x, total = torch.full((9, 20), float("nan"), device=DEVICE), torch.zeros(20, 20, device=DEVICE)
+    gradstat.add_gram_(total, x, torch.tensor(0.0, device=DEVICE), SMALL)
+    assert (total == 0).all()
+
+
+@pytest.mark.parametrize("statistic", ["diagonal", "moments"])
+def test_out_of_memory_leaves_statistics_as_they_were(statistic, monkeypatch):
+    """The n-th allocation fails, for every n: an error, or all of the result, and nothing in between."""
+    data, real = Data(FUSED, torch.float32), torch.empty
+    monkeypatch.setattr(tiling, "choose_split", lambda *sizes: 2)
+    offsets = torch.tensor([0, 9, 24], device=DEVICE)
+    for fatal in range(5):
+        allocated = []
+
+        def empty(*size, allocated=allocated, fatal=fatal, **options):
+            allocated.append(size)
+            if len(allocated) > fatal:
+                raise torch.OutOfMemoryError("out of memory")
+            return real(*size, **options)
+
+        kept = torch.full((48, 32) if statistic == "diagonal" else (2, 32), 7.0, device=DEVICE)
+        kept = kept if statistic == "diagonal" else kept.double()
+        monkeypatch.setattr(torch, "empty", empty)
+        try:
+            if statistic == "diagonal":
+                gradstat.gradstat(data.x, data.dy[0], offsets, SMALL, diagonal=kept)
+            else:
+                shrink.shrink(data.x, data.A, moments=kept, tiles=SMALL)
+        except torch.OutOfMemoryError:
+            assert (kept == 7.0).all()
+            assert fatal < 4
+        else:
+            assert (kept != 7.0).any() and fatal > 1
+        monkeypatch.setattr(torch, "empty", real)
+
+
+@pytest.mark.parametrize("verb", sorted({verb for verb, _, _ in tiling.committed()}))
+def test_every_committed_verb_as_a_gpu_runs_it(verb):
+    data = Data(Problem(45, 24, (18, 9), (18, 9), (3, 4), 2), torch.float32)
+    for found, wanted in run_verb(verb, data, SMALL._replace(columns=32) if "grouped" in verb else SMALL):
+        assert_close(found, wanted, torch.float32, verb)

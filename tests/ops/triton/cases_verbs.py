@@ -1,0 +1,197 @@
+"""Every kernel against float64, verb by verb. Run by test_interpreter.py, and on a GPU by benchmarks/device.sh."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastlora.kernels import linear, linear_backward, shrink, signs, tiling, wgrad
+from fastlora.kernels.tiling import TileConfig
+from support.triton_help import (
+    DEVICE,
+    EMPTY,
+    FUSED,
+    INTERPRETED,
+    PROBLEMS,
+    SEPARATE,
+    Data,
+    assert_close,
+    expected_dh,
+    expected_h,
+    wide,
+)
+
+from fastlora.ops import reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+SMALL = TileConfig(16, 16, 16, 4, 2, band=2)
+# More steps to split; a step that only the interpreter can multiply.
+SHALLOW = SMALL._replace(depth=4 if INTERPRETED else 16)
+KINDS = {
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+}
+# Every problem in fp32; the other dtypes share its code but for the casts, so one problem does for them.
+COMBINATIONS = [(p, "fp32") for p in PROBLEMS] + [("separate", "fp16"), ("separate", "bf16"), ("wide_rank", "fp16")]
+problems = pytest.mark.parametrize(
+    ("problem", "dtype", "factors"),
+    [(PROBLEMS[p], *KINDS[kind]) for p, kind in COMBINATIONS],
+    ids=[f"{p}-{kind}" for p, kind in COMBINATIONS],
+)
+
+
+def dropped(p: float) -> dict:
+    return {"threshold": reference.keep_threshold(p), "keep_scale": 1 / (1 - p)}
+
+
+@problems
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_shrink(problem, dtype, factors, p, monkeypatch):
+    data = Data(problem, dtype, factors, strided=problem is SEPARATE)
+    monkeypatch.setattr(tiling, "PROGRAMS", 24 if problem is SEPARATE else 1)
+    extra = [] if data.P is None else [data.P]
+    options = {"seed": data.seed, **dropped(p)} if p else {}
+    tiles = SHALLOW if problem is SEPARATE and not p else SMALL
+    h = shrink.shrink(data.x, [*data.A, *extra], len(extra), tiles=tiles, **options)
+    assert h.dtype == dtype
+    assert_close(h, expected_h(data, p), dtype, "h")
+
+
+@problems
+@pytest.mark.parametrize("missing", [False, True])
+def test_shrink_backward(problem, dtype, factors, missing, monkeypatch):
+    data = Data(problem, dtype, factors, strided=problem is FUSED)
+    if missing and len(data.dy) == 1:
+        pytest.skip("one output")
+    monkeypatch.setattr(tiling, "PROGRAMS", 24)
+    if missing:
+        data.dy[0] = None
+    layout = data.layout
+    tiles = SHALLOW
+    dh = shrink.shrink_backward(data.slices(), data.B, layout.offsets, data.scale, layout.rank, tiles)
+    assert dh.dtype == dtype
+    assert_close(dh, expected_dh(data), dtype, "dh")
+
+
+@problems
+@pytest.mark.parametrize("strategy", ["fused", "tma", "library", "augmented"])
+def test_linear(problem, dtype, factors, strategy, monkeypatch):
+    data = Data(problem, dtype, factors, strided=problem is SEPARATE)
+    # Fewer programs than tiles, so that each goes from projection to projection.
+    monkeypatch.setattr(linear, "PROGRAMS", 2)
+    tiles, strategy = (SMALL._replace(tma=True), "fused") if strategy == "tma" else (SMALL, strategy)
+    h = expected_h(data).to(DEVICE, dtype)
+    layout = data.layout
+    y, moments = linear.linear(
+        data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, True, strategy, tiles
+    )
+    update = torch.cat(
+        [
+            s * wide(h)[:, o : o + b.shape[1]] @ wide(b.to(dtype)).T
+            for b, o, s in zip(data.B, layout.offsets, data.scale, strict=True)
+        ],
+        dim=1,
+    )
+    for out, sums, part, w, b in zip(y, moments, update.split(problem.outputs, 1), data.W, data.bias, strict=True):
+        wanted = wide(data.x) @ wide(w).T + part + (0 if b is None else wide(b))
+        assert out.dtype == dtype and sums.dtype == torch.float64
+        assert_close(out, wanted, dtype, "y")
+        assert_close(sums, reference.column_moments(wide(out)), torch.float32, "moments")
+
+
+def test_descriptors_are_used_where_rows_are_aligned(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        linear, "launch", lambda kernel, grid, *rest, **options: seen.append((grid, options.get("TMA")))
+    )
+    for problem, wanted in ((FUSED, True), (SEPARATE, False)):
+        data = Data(problem, torch.float16)
+        rest = data.places, data.layout.offsets, data.scale, False, "fused", SMALL._replace(tma=True)
+        linear.linear(data.x, data.W, data.bias, data.x, data.B, *rest)
+        assert seen.pop()[1] is wanted
+
+
+def test_moments_do_not_cancel():
+    data = Data(FUSED, torch.float32)
+    bias = [torch.full_like(b, 1e4) for b in data.bias]
+    h = expected_h(data).to(DEVICE, torch.float32)
+    y, moments = linear.linear(
+        data.x, data.W, bias, h, data.B, data.places, data.layout.offsets, data.scale, True, "fused", SMALL
+    )
+    mean, square = wide(moments[0]) / FUSED.M
+    assert torch.allclose(square - mean.square(), wide(y[0]).var(0, unbiased=False), rtol=1e-3)
+
+
+@problems
+@pytest.mark.parametrize(("strategy", "p"), [("fused", 0.0), ("fused", 0.3), ("library", 0.3), ("augmented", 0.0)])
+def test_linear_backward(problem, dtype, factors, strategy, p):
+    data = Data(problem, dtype, factors, strided=problem is FUSED)
+    dh = torch.randn(problem.M, data.layout.rank, device=DEVICE).to(dtype)
+    options = {"seed": data.seed, **dropped(p)} if p else {}
+    dx = linear_backward.linear_backward(
+        data.dy, data.W, dh, data.A, data.layout.offsets, strategy=strategy, tiles=SMALL, **options
+    )
+    wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True))
+    for i, (a, o) in enumerate(zip(data.A, data.layout.offsets, strict=True)):
+        part = wide(dh)[:, o : o + a.shape[0]] @ wide(a.to(dtype))
+        wanted = wanted + (reference.dropout(part, data.seed.cpu(), i, p) if p else part)
+    assert dx.dtype == dtype
+    assert_close(dx, wanted, dtype, "dx")
+
+
+@problems
+@pytest.mark.parametrize(("p", "missing"), [(0.0, False), (0.3, False), (0.3, True)])
+def test_wgrad(problem, dtype, factors, p, missing, monkeypatch):
+    data = Data(problem, dtype, factors, strided=problem is SEPARATE)
+    if missing and len(data.dy) == 1:
+        pytest.skip("one output")
+    monkeypatch.setattr(tiling, "PROGRAMS", 24 if problem is SEPARATE else 1)
+    if missing:
+        data.dy[1] = None
+    layout, s = data.layout, data.problem
+    dh, h = expected_dh(data).to(DEVICE, dtype), expected_h(data, p).to(DEVICE, dtype)
+    options = {"seed": data.seed, **dropped(p)} if p else {}
+    slices = data.slices()
+    tiles = SHALLOW if problem is SEPARATE and not p else SMALL
+    dA, dB, Q = wgrad.wgrad(
+        data.x, dh, slices, h, layout.offsets, s.ranks, data.scale, s.probes, dtype=factors, tiles=tiles, **options
+    )
+    live = [i for i, g in enumerate(slices) if g is not None]
+    rounding = dtype if dtype != torch.float32 else factors
+    for i in range(len(s.ranks)):
+        part = slice(layout.offsets[i], layout.offsets[i] + s.ranks[i])
+        x = reference.dropout(wide(data.x), data.seed.cpu(), i, p) if p else wide(data.x)
+        assert_close(dA[i], wide(dh)[:, part].T @ x, rounding, f"dA[{i}]")
+    for n, i in enumerate(live):
+        part = slice(layout.offsets[i], layout.offsets[i] + s.ranks[i])
+        assert_close(dB[n], data.scale[i] * wide(slices[i]).T @ wide(h)[:, part], rounding, f"dB[{i}]")
+        assert_close(Q[n], wide(slices[i]).T @ wide(h)[:, layout.rank :], torch.float32, f"Q[{i}]")
+    assert len(dB) == len(Q) == len(live)
+
+
+def test_split_sums_are_repeatable(monkeypatch):
+    monkeypatch.setattr(tiling, "PROGRAMS", 64)
+    data = Data(SEPARATE, torch.float32)
+    tiles = SHALLOW
+    first, second = (shrink.shrink(data.x, data.A, tiles=tiles) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_rows_of_an_empty_batch():
+    data = Data(EMPTY, torch.float16)
+    dA, dB, Q = wgrad.wgrad(
+        data.x, data.x[:, :5], data.slices(), data.x[:, :7], data.layout.offsets, EMPTY.ranks, data.scale, 2
+    )
+    assert all((grad == 0).all() for grad in [*dA, *dB, *Q])
+    assert dA[0].shape == (2, 16) and dB[1].shape == (8, 3) and Q[0].shape == (16, 2)
+
+
+@pytest.mark.parametrize("step", [0, 2**31 + 5, 2**32 - 1])
+@pytest.mark.parametrize("counts", [(1,), (3, 0, 130, 1), (0,)])
+def test_signs_are_those_of_the_reference(counts, step):
+    seed = torch.tensor(-5, device=DEVICE)
+    block = torch.cat([torch.arange(count, device=DEVICE) for count in counts])
+    group = torch.cat([torch.full((count,), 2**31 - 1 + g, device=DEVICE) for g, count in enumerate(counts)])
+    out = signs.signs_(torch.empty(128 * sum(counts), device=DEVICE), seed, step, block, group, 2**32 - 7)
+    words = [torch.full_like(block, word) for word in (step, 2**32 - 7)]
+    assert torch.equal(out, reference.signs_of(seed, block, words[0], group, words[1]))

@@ -1,0 +1,36 @@
+"""Fixtures of the kernel cases: fresh random numbers, poisoned allocations, an interpreter that knows bf16."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from support import interpreter_fixes
+
+    interpreter_fixes.apply()
+if os.environ.get("FASTLORA_KERNEL_COMPILE_ONLY") == "1":
+    from support import compile_only
+
+    compile_only.apply()
+    pytest_runtest_call = compile_only.pytest_runtest_call
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    # FASTLORA_KERNEL_SEED=fresh draws other inputs at every run, as the runs on a GPU do.
+    torch.manual_seed(torch.seed() if os.environ.get("FASTLORA_KERNEL_SEED") == "fresh" else 0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every uninitialised floating tensor starts as NaN."""
+    real = torch.empty
+
+    def empty(*size, **options):
+        out = real(*size, **options)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", empty)

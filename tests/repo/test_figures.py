@@ -1,0 +1,211 @@
+"""Figures in the README and the guides are those of the committed results, and what they name is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import fastlora
+from fastlora.demo.page import table_rows
+
+ROOT = Path(fastlora.__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHAPES = {
+    "S1": ("DeiT-Base qkv, M = 1576", "DeiT-Base, 1,576 rows"),
+    "S2": ("RoBERTa-Base q, k, v, M = 2048", "RoBERTa-Base, 2,048 rows"),
+    "S3": ("grouped-query q, k, v, M = 512", "grouped-query, width 2,048, 512 rows"),
+    "S4": ("tiny qkv, M = 64", "tiny, width 384, 64 rows"),
+}
+
+
+def text(name):
+    """A page with its line breaks taken out, so that a sentence may be broken anywhere."""
+    return re.sub(r"\s+", " ", (ROOT / name).read_text())
+
+
+def results(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+def rows_of(name, kind):
+    """(result, rows by variant) of one kind."""
+    found = [(r, {row["variant"]: row for row in r["rows"]}) for r in results(name)["results"] if r["kind"] == kind]
+    assert found
+    return found
+
+
+def cell(ratio):
+    return f"{ratio['median']:.2f} [{ratio['p10']:.2f}, {ratio['p90']:.2f}]"
+
+
+def layer(shape, dtype):
+    (rows,) = (rows for r, rows in rows_of("layer.json", "layer") if (r["shape"], r["dtype"]) == (shape, dtype))
+    return rows
+
+
+def span(values, digits=2):
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_times_of_one_layer(shape, dtype):
+    rows = layer(shape, dtype)
+    peft = [cell(rows[name]["ratio_to_peft"]) for name in ("frozen", "handwritten", "fastlora", "probes")]
+    over = cell(rows["fastlora"]["ratio_to_frozen"])
+    line = f"| {shape} {dtype}: {SHAPES[shape][0]} | {peft[0]} | {peft[1]} | **{peft[2]}** | {peft[3]} | **{over}** |"
+    assert line in (ROOT / "docs" / "speed.md").read_text()
+    if dtype == "fp32":
+        medians = [rows["fastlora"][f"ratio_to_{base}"]["median"] for base in ("peft", "frozen")]
+        assert f"| {SHAPES[shape][1]} | {medians[0]:.2f} | {medians[1]:.2f} |" in (ROOT / "README.md").read_text()
+
+
+def test_times_in_bf16():
+    ours = [layer(shape, "bf16")["fastlora"] for shape in SHAPES]
+    peft, frozen = ([row[f"ratio_to_{base}"]["median"] for row in ours] for base in ("peft", "frozen"))
+    assert f"bf16: {span(peft)} of PEFT, {span(frozen)} of the frozen layers" in text("README.md")
+    low, high = (round(100 * (ratio - 1)) for ratio in (min(frozen[:3]), max(frozen[:3])))
+    assert f"adapters cost {low} to {high} % of the frozen layers on S1 to S3" in text("docs/speed.md")
+
+
+def test_whole_steps_and_the_cost_of_statistics():
+    models = {r["model"]: rows for r, rows in rows_of("layer.json", "model")}
+    names = {"deit_tiny": "DeiT-Tiny", "deit_small": "DeiT-Small", "minilm": "MiniLM"}
+    assert set(models) == set(names)
+    whole = {name: rows["fastlora"]["ratio_to_peft"]["median"] for name, rows in models.items()}
+    assert f"{span(whole.values())} of PEFT" in text("README.md")
+    said = ", ".join(f"{name} {whole[name]:.2f}" for name in ("deit_tiny", "deit_small"))
+    fast = ", ".join(f"{models[name]['model_accelerated']['ratio_to_peft']['median']:.2f}" for name in names)
+    assert f"{said}, MiniLM {whole['minilm']:.2f}; with `accelerate_frozen` {fast}." in text("docs/speed.md")
+
+    def percent(name, variant, key="median"):
+        return f"{100 * (models[name][variant]['ratio_to_fastlora'][key] - 1):+.2f}"
+
+    cost = ", ".join(f"{label} {percent(name, 'model_probes')} %" for name, label in names.items())
+    assert cost in text("README.md")
+    for name, label in (("deit_tiny", "deit_tiny"), ("deit_small", "deit_small"), ("minilm", "MiniLM")):
+        low, middle, high = (percent(name, "model_probes", key) for key in ("median_low", "median", "median_high"))
+        assert f"{label} {middle} % [{low}, {high}]" in text("docs/speed.md")
+    first, second, third = (percent(name, "control") for name in names)
+    for page in ("README.md", "docs/speed.md"):
+        assert f"measured twice differs by {first}, {second} and {third} %" in text(page)
+
+
+def test_statistics_of_one_layer():
+    def cost(dtype):
+        return [
+            100 * (layer(shape, dtype)["act_var_step"]["ratio_to_fastlora"]["median"] - 1)
+            for shape in ("S1", "S2", "S3")
+        ]
+
+    fp32 = f"{min(cost('fp32')):+.1f} to {max(cost('fp32')):+.1f} % in fp32"
+    assert f"cost {fp32} and {span(cost('bf16'), 1)} % in bf16" in text("docs/speed.md")
+
+
+def test_several_adapters():
+    by_case = {}
+    for r, rows in rows_of("layer.json", "adapters"):
+        by_case.setdefault(r["case"], []).append(f"{rows['mixed']['ratio_to_one']['median']:.2f}")
+    (sample,), token, (zipf,) = (sorted(set(by_case[case])) for case in ("sample", "token", "zipf32"))
+    assert f"by sample {sample}, by token {' to '.join(token)}; 32 adapters, unevenly used, {zipf}" in text("README.md")
+    assert f"by sample {sample}, by token {' to '.join(token)}, 32 by Zipf's law {zipf}." in text("docs/speed.md")
+    parts = [rows["mixed"]["part_to_loop"]["median"] for _, rows in rows_of("adapters_one_engine.json", "adapters")]
+    assert f"every matmul by `F.linear`: {span(parts)} (" in text("docs/speed.md")
+
+
+def test_penalty_merge_and_floor():
+    ((_, penalty),) = rows_of("layer.json", "penalty")
+    share = penalty["penalty"]["percent"]["median"]
+    assert f"takes {share:.2f} % of a RoBERTa-base step" in text("docs/speed.md")
+    ((_, merges),) = rows_of("merge.json", "merge")
+    assert f"{cell(merges['fastlora']['ratio_to_fp32'])} of the fp32 merge's time" in text("docs/speed.md")
+    floor = results("floor.json")
+    at = {(row["shape"], row["dtype"], row["engine"]): row for row in floor["rows"]}
+    saved, share = [], []
+    for shape in ("S1", "S2", "S3"):
+        packed = at[shape, "fp32", "onednn_packed"]
+        saved.append(100 * (1 - packed["ms"] / at[shape, "fp32", "linear"]["ms"]))
+        share += [100 * at[shape, d, "onednn_packed"]["gflops"] / floor["peaks"][d] for d in ("fp32", "bf16")]
+    assert f"takes {span(saved, 0)} % less time" in text("docs/speed.md")
+    assert f"run at {span(share, 0)} % of what this core's multiply-adds can do" in text("docs/speed.md")
+
+
+def test_the_machine_of_the_times():
+    machine = results("layer.json")["environment"]
+    for page in ("README.md", "docs/speed.md"):
+        assert f"{machine['cpu']} (Zen 4, {machine['native_isa']})" in text(page)
+        assert f"torch {machine['torch']}" in text(page) and f"PEFT {machine['peft'][:4]}" in text(page)
+        rounds = max(row["ms"]["rounds"] for _, rows in rows_of("layer.json", "layer") for row in rows.values())
+        assert f"--fastlora-rounds={rounds}" in text(page)
+
+
+def test_the_demo():
+    found, page = results("demo/results.json"), (ROOT / "docs" / "demo.md").read_text()
+    rows = [f"| {' | '.join(row)} |" for row in table_rows(found)]
+    assert [line for line in page.splitlines() if line in rows] == rows
+    assert all(f"- {sentence}\n" in page for sentence in found["findings"])
+    assert f"{found['wall_seconds']:.0f} s" in page
+    gains = {round(100 * d["mean"]) for d in found["differences"] if d["second"] == "head" and d["first"] != "full"}
+    assert gains == {11} and "adapters gain 11 points" in page and "adapters gain 11 points" in text("README.md")
+    others = [d["called"] for d in found["differences"] if "head" not in (d["first"], d["second"])]
+    assert others and not any(others) and "lie within noise of each other" in text("README.md")
+
+
+def test_the_experiment():
+    methods, page = results("experiment/results.json")["methods"], text("docs/methods.md")
+    lora = methods["lora"]["accuracy"]
+    assert f"uniform LoRA ({100 * lora['mean']:.1f} ± {100 * lora['half_width']:.1f} %)" in page
+    against = {name: method["against_baseline"] for name, method in methods.items() if name != "lora"}
+    assert f"Full fine-tuning is {100 * against['full']['mean']:.1f} points better" in page
+    assert f"AdaLoRA at these settings is {-100 * against['adalora']['mean']:.1f} points worse" in page
+    same = {name for name, test in against.items() if test["p_holm"] >= 0.05}
+    assert same == {"fc", "fim", "fw-sum", "fw-relative", "fw-uniform", "eva"} and len(methods) == 10
+
+
+def test_what_was_done_on_purpose():
+    page, soak = text("docs/robustness.md"), results("soak.json")
+    assert f"{results('faults.json')['faults']} faults" in page
+    assert f"{results('fuzz.json')['inputs']:,} damaged adapter folders" in page and not results("fuzz.json")["wrong"]
+    assert f"{soak['steps']:,} steps" in page and f"{soak['adapters added and removed']} adapters" in page
+    assert "resident memory goes from {} to {} MiB".format(*soak["resident MiB"]) in page
+    assert len(soak["live tensors"]) == 1
+    versions = results("versions.json")
+    for name, environment in versions["environments"].items():
+        python, torch = re.match(r"Python (3\.\d+)\.\d+, torch (2\.\d+)", name).groups()
+        suite = environment["suite"]
+        assert f"Python {python} with torch {torch} ({suite['passed']:,}" in page and not suite["failed"]
+        assert re.search(rf"{suite['passed']:,}( tests)?, {suite['skipped']} skipped", page)
+    counts = {(pair["passed"], pair["failed"]) for pair in versions["libraries"].values()}
+    assert counts == {(845, 0)} and len(versions["libraries"]) == 4 and "845 operator tests in each of four" in page
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 9000
+
+
+def anchors(path):
+    return {re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
+            for line in path.read_text().splitlines() if line.startswith("#")}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [*PAGES, RESULTS / "README.md"], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_are_there(page):
+    code = r"```.*?```"
+    prose = re.sub(code, "", page.read_text(), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if not link.startswith("http")]
+    for link in links:
+        target, _, anchor = link.partition("#")
+        path = page.parent / target if target else page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path), link
+    folders = "benchmarks|docs|tests|tools|examples"
+    for path in re.findall(rf"`((?:{folders})/[\w./]+)`", prose):
+        assert (ROOT / path).exists(), path
+    modules = re.findall(r"python -m (benchmarks[\w.]*)", page.read_text())
+    for name in modules:
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), name

@@ -1,0 +1,82 @@
+"""What an sdist and a wheel hold, and what happens where nothing can be compiled."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+NEEDED = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "fastlora", "kernels")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the sources without anything that was built."""
+    for name in NEEDED:
+        source, target = ROOT / name, tmp_path / "source" / name
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(source, target)
+    return tmp_path / "source"
+
+
+def run(checkout, *words, **environment):
+    return subprocess.run(
+        [sys.executable, *words], cwd=checkout, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_sdist_holds_every_source(checkout):
+    done = run(checkout, "setup.py", "-q", "sdist", FASTLORA_BUILD="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = (checkout / "dist").glob("*.tar.gz")
+    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    sources = {p.relative_to(ROOT).as_posix() for d in ("csrc", "kernels", "fastlora") for p in (ROOT / d).rglob("*")}
+    wanted = {n for n in sources if n.endswith((".py", ".cpp", ".h", ".cu", ".cuh"))}
+    assert any(n.endswith(".cu") for n in wanted) and wanted - names == set()
+
+
+def test_a_wheel_without_a_compiler_is_pure_python_and_says_why_in_one_line(checkout):
+    command = ("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", "dist", "-v")
+    done = run(checkout, *command, PATH="/nonexistent", CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "native library not built" in line]
+    assert len(said) == 1 and "no C++ compiler found" in said[0] and "pure Python" in said[0]
+    (wheel,) = (checkout / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not any(name.endswith(".so") for name in names)
+    assert {"fastlora/__init__.py", "fastlora/kernels/__init__.py", "fastlora/demo/__init__.py"} <= set(names)
+    assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
+    required = run(checkout, *command, PATH="/nonexistent", CXX="no-such-compiler", FASTLORA_BUILD="1")
+    assert required.returncode != 0 and "no C++ compiler found" in required.stdout + required.stderr
+
+
+def test_the_pure_python_install_computes_the_same(checkout):
+    """Without the library the pure-Python backend runs, says so, and gives the same numbers."""
+    code = (
+        "import torch, fastlora\n"
+        "from fastlora.ops import native\n"
+        "assert not native.available() and 'not built' in native.reason()\n"
+        "torch.manual_seed(0)\n"
+        "layer = fastlora.nn.Linear(8, 6, r=2, init_lora_weights=False)\n"
+        "x = torch.randn(3, 8)\n"
+        "layer(x).sum().backward()\n"
+        "a, b, s = layer.pairs()[0]\n"
+        "torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias + s * x @ a.T @ b.T)\n"
+        "text = str(fastlora.explain(torch.nn.Sequential(layer)))\n"
+        "assert ' python ' in text and 'not built' in text\n"
+        "try: fastlora.nn.Linear(8, 6, r=2, backend='native')(x)\n"
+        "except RuntimeError as error: assert 'native' in str(error) and 'not built' in str(error)\n"
+        "else: raise AssertionError('a backend asked for by name fell back')\n"
+    )
+    done = run(checkout, "-c", code, PYTHONPATH=str(checkout))
+    assert done.returncode == 0, done.stderr

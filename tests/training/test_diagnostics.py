@@ -1,0 +1,62 @@
+"""Diagnostics of parameter groups over an epoch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.optimizer_help import backward, grouped
+from torch import nn
+
+from fastlora.training.diagnostics import Diagnostics
+
+
+class TestDiagnostics:
+    def test_means_over_an_epoch(self):
+        model, optimizer = grouped(torch.optim.AdamW)
+        with Diagnostics(optimizer) as watched:
+            for epoch, steps in ((0, 4), (1, 3)):
+                norms, updates, cosines = [], [], []
+                for step in range(steps):
+                    optimizer.zero_grad()
+                    backward(model, 10 * epoch + step)
+                    gradient = torch.cat([p.grad.flatten() for p in model["lora"].parameters()])
+                    before = torch.cat([p.detach().flatten() for p in model["lora"].parameters()])
+                    optimizer.step()
+                    after = torch.cat([p.detach().flatten() for p in model["lora"].parameters()])
+                    norms.append(gradient.norm().item())
+                    updates.append((after - before).norm().item())
+                    if epoch + step:
+                        cosines.append(torch.cosine_similarity(gradient, previous, dim=0).item())  # noqa: F821
+                    previous = gradient  # noqa: F841
+                found = watched.epoch()
+                assert list(found) == ["lora", "head"] and found["lora"].steps == steps
+                assert found["lora"].gradient_norm == pytest.approx(sum(norms) / steps)
+                assert found["lora"].update_norm == pytest.approx(sum(updates) / steps)
+                assert found["lora"].cosine == pytest.approx(sum(cosines) / len(cosines))
+            assert watched.epoch()["head"].steps == 0
+        optimizer.step()
+        assert watched.epoch()["lora"].steps == 0
+
+    def test_frozen_groups_and_steps_that_are_not_finite(self):
+        model, optimizer = grouped()
+        watched = Diagnostics(optimizer)
+        model["lora"].requires_grad_(False)
+        backward(model)
+        optimizer.step()
+        found = watched.epoch()
+        assert found["lora"].steps == 0 and math.isnan(found["lora"].gradient_norm) and math.isnan(found["lora"].cosine)
+        assert found["head"].steps == 1 and math.isnan(found["head"].cosine)
+        model["head"].weight.grad[0, 0] = math.inf
+        optimizer.step()
+        found = watched.epoch()
+        assert found["head"].steps == 0 and math.isnan(found["head"].update_norm)
+
+    def test_names_of_groups(self):
+        parameters = [nn.Parameter(torch.ones(1)) for _ in range(4)]
+        names = [{"name": "lora", "adapter": "a"}, {"name": "lora", "adapter": "b"}, {}, {"name": "lora[a]"}]
+        groups = [{"params": [p], **n} for p, n in zip(parameters, names, strict=True)]
+        assert list(Diagnostics(torch.optim.SGD(groups, lr=0.1)).epoch()) == ["lora[a]", "lora[b]", "2", "lora[a].3"]
+        with pytest.raises(ValueError, match="optimizer: expected a torch.optim.Optimizer, got list"):
+            Diagnostics(groups)
