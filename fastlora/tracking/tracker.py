@@ -151,10 +151,10 @@ class Tracker:
             for layer, index in zip(layers, parts, strict=True):
                 layer.probes[self.adapter].columns = index.to(layer.weight.device)
             return sampler
-        groups: dict[int, list[Linear]] = {}
+        groups: dict[tuple[int, int], list[Linear]] = {}
         for layer in layers:  # those that share an input share P
-            groups.setdefault(id(layer.group or layer), []).append(layer)
-        widths = [members[0].in_features for members in groups.values()]
+            groups.setdefault((id(layer.group or layer), layer.in_features), []).append(layer)
+        widths = [width for _, width in groups]
         sampler = RademacherProbes(widths, self.probes, self.seed, self.device)
         for P, members in zip(sampler.rows, groups.values(), strict=True):
             for layer in members:
