@@ -31,7 +31,7 @@ class Session:
             raise ValueError("penalty: is weighed by statistics, and track=False leaves them out")
         _check_names("track", options if isinstance(options, Mapping) else (), track)
         _check_names("penalty", penalty or (), Tracker.penalty)
-        check_integer("freeze", freeze, 0, "a number of optimiser steps")
+        check_integer("freeze", freeze, 0, "a number of optimizer steps")
         self.options = {} if options is True else options
         self.penalty, self.freeze, self.adapter = penalty, freeze, adapter
         self.model: nn.Module | None = None
@@ -75,7 +75,7 @@ class Session:
             raise ValueError(f"freeze: nothing else would learn in the first {self.freeze} steps; train a head")
 
     def hold(self, step: int) -> None:
-        """Before the forward of optimiser step ``step`` (from 0): adapters stand still in the first ``freeze``."""
+        """Before the forward of optimizer step ``step`` (from 0): adapters stand still in the first ``freeze``."""
         set_requires_grad(self._frozen, step >= self.freeze)
         if step >= self.freeze:
             self._frozen = []
@@ -89,7 +89,7 @@ class Session:
         self.tracker.apply_penalty(**{**options, "weight": options["weight"] * scale})
 
     def step(self, scaler: Any = None) -> None:
-        """After the backward passes of a step, before the optimiser's and ``scaler.update()``."""
+        """After the backward passes of a step, before the optimizer's and ``scaler.update()``."""
         if self.tracker is not None:
             self.tracker.step(scaler)
 

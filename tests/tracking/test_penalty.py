@@ -210,7 +210,7 @@ def test_a_step_reduces_all_statistics_in_one_launch(launches):
     m = model(torch.float32)
     with track(m) as tracker:
         loss_of(m, data(torch.float32)).backward()
-        grads = [tracker._probe(tracker.layers[path]).Z[name].grad.double() for path, name in tracker.matrices]
+        grads = [tracker.layers[path].probes[tracker.adapter].Z[name].grad.double() for path, name in tracker.matrices]
         expected = [g.square().sum().item() / tracker.probes for g in grads]
         tracker.step()
         assert launches == {"squared_norms": 1}

@@ -13,11 +13,14 @@ from support.tracker_help import (
     first_only,
     loss_of,
     model,
+    running_average,
     track,
     weight_gradients,
 )
 
 import fastlora
+from fastlora.tracking import sampling
+from fastlora.tracking.statistics import Averages
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -56,6 +59,125 @@ def test_ema_is_bias_corrected_per_matrix():
         weights = [0.1 * 0.9 ** (len(f) - 1 - i) for i in range(len(f))]
         expected[key] = sum(w * v for w, v in zip(weights, f, strict=True)) / sum(weights)
     assert_scores(tracker.scores("grad_sq"), expected)
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.0, None])
+def test_averages_decay_by_optimizer_steps_whatever_a_sample_stands_for(beta):
+    """Matrices and statistics that are sampled differently, left out, and taken up by another object half way."""
+    kinds, matrices, generator = ("grad_sq", "act_var"), 3, torch.Generator().manual_seed(0)
+    cpu = torch.device("cpu")
+    averages, samples = Averages(kinds, matrices, beta, cpu), {kind: [[], [], []] for kind in kinds}
+    for turn in range(40):
+        if turn == 20:
+            before, averages = averages, Averages(kinds, matrices, beta, cpu)
+            for kind in kinds:
+                averages.values[kind].copy_(before.values[kind])
+                averages.counts[kind].copy_(before.counts[kind])
+        values = {kind: torch.rand(matrices, generator=generator, dtype=torch.float64) for kind in kinds}
+        seen = {kind: torch.rand(matrices, generator=generator) < 0.7 for kind in kinds}
+        drawn = torch.rand(matrices, generator=generator) < 0.7
+        steps, bad = (1, 2, 5, 4)[turn % 4], turn % 7 == 3
+        if bad:
+            values["grad_sq"][0] = torch.inf
+            seen["grad_sq"][0] = True
+        finite = torch.tensor(turn % 11 != 5)
+        folded = averages.add(values, seen, finite, drawn, steps)
+        assert bool(folded) == (not bad and bool(finite))
+        for kind in kinds if folded else ():
+            for i in range(matrices):
+                if seen[kind][i] and (kind == "act_var" or drawn[i]):
+                    samples[kind][i].append((values[kind][i], steps))
+    for kind in kinds:
+        expected = [running_average(mine, beta) for mine in samples[kind]]
+        torch.testing.assert_close(averages.corrected(kind).tolist(), expected, rtol=1e-12, atol=0)
+        assert averages.counts[kind].tolist() == [sum(n for _, n in mine) for mine in samples[kind]]
+
+
+FOLLOWED = {
+    "rademacher": dict(estimator="probe", statistics=("grad_sq", "act_var")),
+    "fisher": dict(estimator="probe", statistics=("fisher",)),
+    "columns": dict(estimator="probe", statistics=("grad_sq", "grad_abs", "act_var"), probe_kind="columns"),
+    "fisher by columns": dict(estimator="probe", statistics=("fisher",), probe_kind="columns"),
+    "exact": dict(estimator="exact", statistics=("grad_sq", "fisher", "grad_abs", "act_var")),
+}
+MEASURED = 4  # what "auto" chooses by the costs that the test's clock shows
+
+
+def sample_of(every, step):
+    """Optimizer steps that the sample of a step stands for, 0 where none is taken."""
+    if every != "auto":
+        return every * (step % every == 0)
+    if step < sampling.FIRST:
+        return 1
+    if step < sampling.LAST:
+        return 2 * ((step - sampling.FIRST) % 4 in (0, 3))
+    return MEASURED * (step % MEASURED == 0)
+
+
+@pytest.mark.parametrize("beta", [0.9, None])
+@pytest.mark.parametrize("every", [1, 2, 5, "auto"])
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_every_statistic_is_an_average_over_optimizer_steps(name, every, beta, monkeypatch):
+    """Whatever is sampled; with steps that are not finite, layers that do not run, and resumes under another ``every``."""
+    options, m = FOLLOWED[name], model()
+    every = 1 if every == "auto" and options["estimator"] == "exact" else every
+    seconds, samples = [0.0], {kind: {} for kind in options["statistics"]}
+    tracker, stops, others = None, (7, 40, 46, 60), (every, every if every == "auto" else 3, every, every)
+    known = set() if options.get("probe_kind") == "columns" else None
+
+    def clock():
+        seconds[0] += 1.0 + 0.035 * tracker._step.sampled
+        return seconds[0]
+
+    monkeypatch.setattr(sampling.time, "thread_time", clock)
+    state, step = None, 0
+    for stop, interval in zip(stops, others, strict=True):
+        tracker, given = track(m, ema=beta, every=interval, **options), {}
+        if state is not None:
+            tracker.load_state_dict(state)
+        add = tracker._averages.add
+        monkeypatch.setattr(tracker._averages, "add", lambda v, *rest, add=add: (given.update(v), add(v, *rest))[1])
+        for step in range(step, stop):
+            given.clear()
+            bad, second = step % 9 == 4, step % 4 != 1
+            loss = (loss_of if second else first_only)(m, data(seed=step, samples=3, tokens=2))
+            (loss * (math.nan if bad else 1.0)).backward()
+            tracker.step()
+            m.zero_grad()
+            n = sample_of(interval, step)
+            assert bool(given) == (n > 0), (step, n)
+            for i, (path, key) in enumerate(zip([p for p, _ in tracker.matrices], tracker.keys, strict=True)):
+                ran = n and not bad and (second or path.startswith("0."))
+                for kind in samples if ran else ():
+                    if known is None or kind == "act_var" or key in known:
+                        samples[kind].setdefault(key, []).append((given[kind][i], n))
+                if ran and known is not None:
+                    known.add(key)
+        step, state = stop, copy.deepcopy(tracker.state_dict())
+        if stop != stops[-1]:
+            tracker.close()
+    shapes = [(tracker.layers[p].slices[n], tracker.layers[p].in_features) for p, n in tracker.matrices]
+    for kind, mine in samples.items():
+        per_entry = {k: n * i if kind == "grad_abs" else 1 for k, (n, i) in zip(tracker.keys, shapes, strict=True)}
+        expected = {key: running_average(mine[key], beta) / per_entry[key] for key in tracker.keys}
+        assert_scores(tracker.scores(kind), expected, rtol=1e-12)
+    tracker.close()
+
+
+@pytest.mark.parametrize("beta", [0.9, None])
+@pytest.mark.parametrize("every", [2, 5])
+def test_matrices_that_are_sampled_differently_average_over_the_same_stretch(every, beta):
+    """Gradients that shrink by steps of ten: however often they are sampled, the average is the same."""
+    m, scores = model(), []
+    for interval in (1, every):
+        with track(m, "exact", ema=beta, every=interval, statistics=("grad_sq", "fisher", "act_var")) as tracker:
+            for step in range(40):
+                (loss_of(m, data(seed=step // 10)) * 0.5 ** (step // 10)).backward()
+                tracker.step()
+                m.zero_grad()
+        scores.append({kind: dict(tracker.scores(kind)) for kind in tracker.kinds})
+    for kind, expected in scores[0].items():
+        assert_scores(scores[1][kind], expected)
 
 
 def test_covariances_stream_over_steps_and_leave_out_what_is_not_finite():

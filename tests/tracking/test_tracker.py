@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -27,8 +26,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.nn import probe as probes
-from fastlora.nn.probe import sampling_interval
 
 
 @pytest.mark.parametrize("layer,targets", [(Attention, ("query", "key", "value")), (Twice, ("fc1",))])
@@ -286,25 +283,8 @@ def test_several_optimiser_steps_without_tracker_step_warn_once(caplog):
             loss_of(m, batch).backward()
             optimizer.step()
     assert [r.message for r in caplog.records if "without tracker.step()" in r.message] == [
-        "track: 4 optimiser steps without tracker.step(); their statistics run together"
+        "track: 4 optimizer steps without tracker.step(); their statistics run together"
     ]
-
-
-def test_small_layers_are_sampled_and_large_ones_are_not():
-    assert sampling_interval(1576, 768, 2304, 4) == sampling_interval(512, 2048, 3072, 4) == 1
-    assert 4 <= sampling_interval(64, 384, 1152, 4) < sampling_interval(64, 384, 1152, 4, kinds=2) <= 16
-    assert sampling_interval(1, 8, 8, 4) == 16
-    assert sampling_interval(0, 8, 8, 4) == 1
-
-
-@pytest.mark.parametrize("kinds", [1, 2])
-def test_the_interval_holds_the_modelled_cost_at_one_percent_and_is_not_longer_than_that_needs(kinds):
-    for rows, wide in itertools.product((1, 40, 100, 200, 591, 1182, 4096), (192, 384, 768)):
-        step = 6 * rows * wide * 3 * wide * probes._FLOP_SECONDS
-        cost = kinds * probes._FIXED_SECONDS + 2 * rows * 4 * 4 * wide * probes._FLOP_SECONDS
-        every = sampling_interval(rows, wide, 3 * wide, 4, kinds)
-        assert cost <= 0.01 * step * every or every == 16
-        assert every == 1 or cost > 0.01 * step * (every - 1)
 
 
 @pytest.mark.parametrize("estimator, compiled", [("probe", False), ("probe", True), ("exact", False)])
@@ -316,24 +296,10 @@ def test_sampled_steps_are_the_average_and_are_explained(estimator, compiled):
         for batch in batches:
             loss_of(run, batch).backward()
             tracker.step()
-        assert "statistics every 3 steps" in str(fastlora.explain(m))
-    assert tracker._averages.counts["grad_sq"].unique().tolist() == [3.0]
+        assert "statistics of 'default': every 3 steps, as asked for" in str(fastlora.explain(m))
+    # Three samples, each of which stands for three steps.
+    assert tracker._averages.counts["grad_sq"].unique().tolist() == [9.0]
     expected = {k: sum(own[i][k].square().sum() for i in (0, 3, 6)) / 3 for k in own[0]}
-    assert_estimates(tracker.scores("grad_sq"), expected, probes=512)
-
-
-def test_auto_sampling_starts_with_the_first_step_says_so_and_is_unbiased():
-    m, batches = model(), [data(seed=s) for s in range(17)]
-    own = [weight_gradients(m, [batches[i]]) for i in (0, 16)]
-    with fastlora.track(m, probes=512, ema=None, statistics=("grad_sq", "act_var")) as tracker:
-        assert "statistics every" not in str(fastlora.explain(m))
-        for batch in batches:
-            loss_of(m, batch).backward()
-            tracker.step()
-        assert str(fastlora.explain(m)).count("statistics every 16 steps") == len(tracker.layers)
-    for kind in tracker.kinds:
-        assert tracker._averages.counts[kind].unique().tolist() == [2.0]
-    expected = {k: (own[0][k].square().sum() + own[1][k].square().sum()) / 2 for k in own[0]}
     assert_estimates(tracker.scores("grad_sq"), expected, probes=512)
 
 
@@ -363,9 +329,9 @@ def test_a_step_that_is_not_sampled_keeps_no_tensors():
 def test_a_step_that_no_layer_samples_reads_nothing_and_draws_nothing(monkeypatch):
     m, batch, read, drawn = model(), data(), [], []
     with track(m, every=3) as tracker:
-        gather, draw = tracker._gather, tracker._rows.draw
+        gather, draw = tracker._gather, tracker._sampler.draw
         monkeypatch.setattr(tracker, "_gather", lambda shared: read.append(tracker.steps) or gather(shared))
-        monkeypatch.setattr(tracker._rows, "draw", lambda step: drawn.append(step) or draw(step))
+        monkeypatch.setattr(tracker._sampler, "draw", lambda step: drawn.append(step) or draw(step))
         for _ in range(7):
             loss_of(m, batch).backward()
             tracker.step()
