@@ -203,6 +203,7 @@ struct CacheHandle {
     std::list<Entry> dropped;  // freed without the lock
     const std::lock_guard<std::mutex> lock(cache->mutex);
     dropped.swap(cache->entries);
+    cache->by_hash.clear();
   }
 };
 

@@ -128,12 +128,10 @@ uint64_t hash_of(const std::vector<int64_t>& key) {
 Entry find(Cache& cache, const std::vector<int64_t>& key) {
   const uint64_t hash = hash_of(key);
   const std::lock_guard<std::mutex> lock(cache.mutex);
-  for (auto entry = cache.entries.begin(); entry != cache.entries.end(); ++entry) {
-    if (entry->hash != hash || entry->key != key) continue;
-    if (entry != cache.entries.begin()) cache.entries.splice(cache.entries.begin(), cache.entries, entry);
-    return {hash, {}, entry->plan, entry->constants};
-  }
-  return {hash, {}, nullptr, nullptr};
+  const auto found = cache.by_hash.find(hash);
+  if (found == cache.by_hash.end() || found->second->key != key) return {hash, {}, nullptr, nullptr};
+  cache.entries.splice(cache.entries.begin(), cache.entries, found->second);
+  return {hash, {}, found->second->plan, found->second->constants};
 }
 
 void* current_stream(const Device& device) {
@@ -368,15 +366,14 @@ void keep_plan(StableIValue* stack, uint64_t, uint64_t) {
   const uint64_t hash = hash_of(key);
   std::list<Entry> dropped;  // freed without the lock
   const std::lock_guard<std::mutex> lock(cache->mutex);
-  for (auto entry = cache->entries.begin(); entry != cache->entries.end();) {
-    const auto next = std::next(entry);
-    if (entry->hash == hash && entry->key == key) dropped.splice(dropped.end(), cache->entries, entry);
-    entry = next;
-  }
+  const auto drop = [&](std::list<Entry>::iterator entry) {
+    cache->by_hash.erase(entry->hash);
+    dropped.splice(dropped.end(), cache->entries, entry);
+  };
+  if (const auto old = cache->by_hash.find(hash); old != cache->by_hash.end()) drop(old->second);
+  while (cache->entries.size() >= cache->capacity) drop(std::prev(cache->entries.end()));
   cache->entries.push_front({hash, std::move(key), plan, constants});
-  while (cache->entries.size() > cache->capacity) {
-    dropped.splice(dropped.end(), cache->entries, std::prev(cache->entries.end()));
-  }
+  cache->by_hash.emplace(hash, cache->entries.begin());
 }
 
 // Connects the plans of `fastlora._plan` and a libcuda; why they cannot run, or nothing.

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._utils.torch_compat import apply_directly, autocasting, nothing_watches, untracked
 from .autograd import LoraRest, differentiable_backward, moment_gradients
 from .backends import choose
+from .backends.planned import planned
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
 from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
 
@@ -70,7 +71,7 @@ class BoundCall:
             given = (Z, V, *self.rest(rows, key, p, P, sign))
             return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
         if self._chosen is None:
-            self._chosen, _ = choose(self.backend, self.device, self.dtype)
+            self._chosen = planned(choose(self.backend, self.device, self.dtype)[0])
         run = _Run(self, rows, key, p, P, sign, len(Z), len(V))
         if torch.is_grad_enabled():
             return _apply(run, x, *self.A, *self.B, *Z, *V)

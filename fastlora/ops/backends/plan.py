@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import native
+from .. import native
 
 try:
     from ... import _plan
