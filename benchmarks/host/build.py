@@ -18,7 +18,7 @@ import torch
 SOURCES = Path(__file__).parent / "native"
 BUILD = Path(__file__).parents[2] / "build"
 DRIVER = ("driver.cpp", "record.cpp", "cubin.cpp")
-DEVICE = ("device.cpp", "operators.cpp", "library_ops.cpp", "fallback.cpp")
+DEVICE = ("device.cpp", "operators.cpp", "pointwise.cpp", "library_ops.cpp", "fallback.cpp")
 STANDARD = "-std=c++20"  # torch's headers ask for it
 JOBS = 2  # a compiler over torch's headers takes 1 GB
 

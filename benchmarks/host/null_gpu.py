@@ -5,8 +5,8 @@
         launches = gpu.record(lambda: layer(x))
 
 What runs is real: operators, autograd, autocast, Triton's binder and its launcher; what a GPU would do is not. Tensors
-have no data. The first activation loads a ``libcuda.so.1`` and names torch's private device ``null`` for the rest of
-the process, so it belongs in a process of its own; everything else is put back at exit.
+have no data. The first activation, before any backward, loads a ``libcuda.so.1`` and names torch's private device
+``null`` for the rest of the process, so it belongs in a process of its own; everything else is put back at exit.
 """
 
 from __future__ import annotations
@@ -119,7 +119,10 @@ class NullGpu:
 
     @contextlib.contextmanager
     def failing(self, function: str, result: int) -> Iterator[None]:
-        """Inside, ``function`` of the driver (as ``cuModuleLoadData``) returns the CUresult and does nothing."""
+        """Inside, ``function`` of the driver (as ``cuModuleLoadData``) returns the CUresult and does nothing.
+
+        With 500, CUDA_ERROR_NOT_FOUND, ``cuGetProcAddress`` does not find it either.
+        """
         self._driver.null_gpu_fail(function.encode(), result)
         try:
             yield
@@ -152,8 +155,8 @@ class NullGpu:
 
 
 @functools.cache
-def _load() -> NullGpu:
-    """The libraries in this process and the device's name in torch, once."""
+def load() -> NullGpu:
+    """The libraries in this process and the device's name in torch, once; ``RuntimeError`` where it is too late."""
     _refuse_real_driver()
     built: Built = build()
     os.environ["TRITON_LIBCUDA_PATH"] = str(built.driver.parent)
@@ -163,7 +166,17 @@ def _load() -> NullGpu:
     gpu = NullGpu(driver, torch_device)
     torch._register_device_module(NAME, _module(gpu))
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=False)
+    _try_backward(gpu)
     return gpu
+
+
+def _try_backward(gpu: NullGpu) -> None:
+    """Autograd starts a thread for each device at the first backward of a process: one that comes later has none."""
+    x = torch.empty(1, device=gpu.device, requires_grad=True)
+    try:
+        x.view_as(x).backward(torch.empty(1, device=gpu.device))
+    except RuntimeError as error:
+        raise RuntimeError("the null GPU must be loaded before the first backward of the process") from error
 
 
 def _refuse_real_driver() -> None:
@@ -206,7 +219,7 @@ def null_gpu(
     capability. Raises ``ValueError`` for a capability that is not known and ``RuntimeError`` where it cannot be built.
     """
     limits.gpu(capability, shared_bytes, multiprocessors)
-    gpu = _load()
+    gpu = load()
     gpu.set_limits(capability, shared_bytes, multiprocessors)
     gpu.set_system(devices, driver_version)
     with activate.activated(gpu):

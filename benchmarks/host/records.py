@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+_ADDRESS, _MAP = 8, 128  # bytes of a pointer, and of a CUtensorMap, which begins with one here
+
 
 class Kind(IntEnum):
     """NullGpuEvent of native/null_gpu.h."""
@@ -122,8 +124,9 @@ def launches(records: Sequence[Record]) -> list[Launch]:
 def canonical(records: Sequence[Record]) -> list[Launch]:
     """The launches with every pointer into memory allocated during the record as (which, offset), 12 bytes.
 
-    Allocations are numbered in the order in which the launches first use them, so that two records are equal where the
-    same launches met the same memory, however and in which order it was allocated. Pointers to older memory stay.
+    So is the address in a tensor map. Allocations are numbered in the order in which the launches first use them, so
+    that two records are equal where the same launches met the same memory, however it was allocated. Pointers to older
+    memory stay.
     """
     spans = [r.numbers() for r in records if isinstance(r, Event) and r.kind is Kind.ALLOCATE]
     numbers: dict[int, int] = {}
@@ -138,7 +141,7 @@ def canonical(records: Sequence[Record]) -> list[Launch]:
     return [
         launch._replace(
             arguments=tuple(
-                place(argument) if pointer else argument
+                place(argument[:_ADDRESS]) + argument[_ADDRESS:] if pointer or len(argument) == _MAP else argument
                 for argument, pointer in zip(launch.arguments, launch.pointers, strict=True)
             )
         )
@@ -147,7 +150,7 @@ def canonical(records: Sequence[Record]) -> list[Launch]:
 
 
 def dangling(records: Sequence[Record]) -> list[str]:
-    """Launches that were handed memory which had been freed by then, or that ends before the pointer."""
+    """Launches that were handed memory which had been freed by then."""
     live: dict[int, int] = {}
     gone: dict[int, int] = {}
     found = []

@@ -186,8 +186,9 @@ CUresult cuGetErrorString(CUresult error, const char** text) {
 CUresult cuGetErrorName(CUresult error, const char** text) { return cuGetErrorString(error, text); }
 
 CUresult cuGetProcAddress(const char* symbol, void** found, int, cuuint64_t, CUdriverProcAddressQueryResult* status) {
-  *found = dlsym(RTLD_DEFAULT, (std::string(symbol) + "_v2").c_str());
-  if (*found == nullptr) *found = dlsym(RTLD_DEFAULT, symbol);
+  const bool missing = failure(symbol) == CUDA_ERROR_NOT_FOUND;
+  *found = missing ? nullptr : dlsym(RTLD_DEFAULT, (std::string(symbol) + "_v2").c_str());
+  if (*found == nullptr && !missing) *found = dlsym(RTLD_DEFAULT, symbol);
   if (status != nullptr) *status = *found ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
   return *found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
