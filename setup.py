@@ -181,13 +181,13 @@ def add_operators(build: NinjaFile, torch_root: Path) -> Path:
     for variant, flags in variants.items():
         isa = [*CXX_FLAGS, "-ffp-contract=fast", "-Icsrc", f"-DFASTLORA_ISA={variant}", *flags]
         objects += [build.compile("cxx", name, isa, variant) for name in sources("cpu/isa/*.cpp")]
-    link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", *SANITIZE_FLAGS]
+    link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ldl", *SANITIZE_FLAGS]
     if build.nvcc:
         cuda = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-diag-suppress", "20012"]
         # ptxas reports spilled registers as a warning, and -Werror turns that into a failed build.
         cuda += [*CUDA_TARGETS, "-Xptxas", "-v,-warn-spills,-Werror", *headers]
         objects += [build.compile("nvcc", name, cuda) for name in sources("cuda/*.cu")]
-        link = ["-Xlinker", "--exclude-libs=ALL", "-Xlinker", "--no-undefined", *link, "-ldl"]
+        link = ["-Xlinker", "--exclude-libs=ALL", "-Xlinker", "--no-undefined", *link]
     target = build.folder / "_C.so"
     build.edge("link", target, objects, link)
     return target
@@ -213,7 +213,7 @@ def compile_all(nvcc: str | None, suffix: str) -> dict[str, Path]:
     built = {
         OPERATORS: add_operators(build, torch_root),
         LAYOUT: add_module(build, suffix, "_layout", ["layout.cpp", "layout_bindings.cpp"]),
-        PLAN: add_module(build, suffix, "_plan", ["plan_bindings.cpp"]),
+        PLAN: add_module(build, suffix, "_plan", ["plan.cpp", "plan_bindings.cpp"]),
     }
     build.run(ninja)
     return {name: ROOT / path for name, path in built.items()}

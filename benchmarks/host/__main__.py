@@ -18,8 +18,8 @@ import torch
 
 from fastlora import testing
 
-from ..peers import LABELS
-from ..tables import table
+from ..harness.peers import LABELS
+from ..harness.tables import table
 from .cases import ADAPTERS, CASES, DROPOUT
 from .measure import BASES, environment, measure
 from .null_gpu import load, null_gpu

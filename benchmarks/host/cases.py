@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fastlora
 
-from .. import many, peers
-from ..shapes import ALPHA, ANCHORS, SHAPES, Problem, Shape
+from ..harness import many, peers
+from ..harness.shapes import ALPHA, ANCHORS, SHAPES, Problem, Shape
 
 DROPOUT = 0.1
 ADAPTERS = 4

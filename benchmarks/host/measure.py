@@ -19,9 +19,9 @@ import torch
 
 import fastlora
 
-from ..interleave import Interleaved, paired, spread
-from ..machine import cpu_name
-from ..shapes import bf16_matmul
+from ..harness.interleave import Interleaved, paired, spread
+from ..harness.machine import cpu_name
+from ..harness.shapes import bf16_matmul
 from .cases import CASES, Case
 from .null_gpu import Counts, NullGpu
 from .records import Event, Kind, launches

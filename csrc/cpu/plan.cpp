@@ -86,7 +86,7 @@ struct Handles {
 void take(StableIValue value, Handles& out) {
   const auto list = unpack<StableListHandle>(value);
   const std::unique_ptr<std::remove_pointer_t<StableListHandle>, decltype(&torch_delete_list)> owner(list,
-                                                                                                      torch_delete_list);
+                                                                                                     torch_delete_list);
   size_t size = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
   out.all.reserve(size);
@@ -111,7 +111,8 @@ std::vector<int64_t> key_of(int64_t variant, const std::vector<AtenTensorHandle>
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(input, &strides));
     const Device device = device_of(input);
     const int64_t aligned = reinterpret_cast<uintptr_t>(address(input)) % 16 == 0;
-    key.push_back(dim | aligned << 16 | int64_t{dtype} << 24 | int64_t{device.type} << 40 | int64_t{device.index} << 52);
+    key.push_back(dim | aligned << 16 | int64_t{dtype} << 24 | int64_t{device.type} << 40 |
+                  int64_t{device.index} << 52);
     key.insert(key.end(), sizes, sizes + dim);
     key.insert(key.end(), strides, strides + dim);
   }

@@ -427,6 +427,73 @@ def backends_with_plans_give_the_same(gpu):
         assert own.plans.reason is None and len(own.plans) == 2, (case, own.plans.reason)
 
 
+@torch.no_grad()
+def another_device_is_the_current_one_for_its_launches(gpu):
+    """Tensors of the second GPU while the first is current: its stream, and the first again afterwards."""
+    from fastlora.kernels.reduce import reduce_partials
+
+    def compute(given):
+        out = torch.empty(8, device=given[0].device)
+        reduce_partials(given[0], [out], [1.0])
+        return [out]
+
+    with null_gpu(devices=2) as both:
+        plans, x = Plans(), torch.empty(4, 8, device="null:1")
+        for _ in range(2):
+            plans.run("second", [x], compute)
+        both.set_current_device(1)
+        with both.stream(9):
+            both.set_current_device(0)
+            (launch,) = both.record(lambda: plans.run("second", [x], forbidden))
+            assert (launch.stream, both.current_device()) == (9, 0), launch
+            both.set_current_device(1)
+        both.set_current_device(0)
+        (out,) = plans.run("second", [x], forbidden)
+        assert out.device == x.device and len(plans) == 1
+        with_first = torch.empty(4, 8, device="null:0")
+        plans.run("second", [with_first], compute)
+        assert len(plans) == 1, "a plan of one GPU ran for another"
+
+
+@torch.no_grad()
+def compiled_kernels_are_kept(gpu):
+    import gc
+
+    from fastlora.kernels.shrink import shrink_kernel
+
+    forward = directions(PLAIN, gpu.device)["forward"]
+    plans = with_plans(forward)
+    shrink_kernel.device_caches.clear()
+    gc.collect()
+    launches = gpu.record(lambda: plans.run(forward.key, forward.inputs, forbidden))
+    assert "shrink_kernel" in {launch.function for launch in launches}
+    assert {kernel.name for kernel in plan._kernels.values()} >= {launch.function for launch in launches}
+
+
+def tritons_launcher_is_a_choice(gpu):
+    """Nothing is recorded, and nothing is said of what was asked for."""
+    with mock.patch.object(plan, "_wanted", lambda: "triton"):
+        before = plan.said()
+        own = planned.PlannedBackend(BACKENDS["triton"])
+        example = Example(PLAIN, gpu.device)
+        for _ in range(3):
+            example.forward(own)
+        assert len(own.plans) == 0 and plan.said() == before
+        assert plan.launcher() == ("triton", "FASTLORA_TRITON_LAUNCHER says so")
+        assert planned.launch_remarks(own.backend) == ["launched by Triton: FASTLORA_TRITON_LAUNCHER says so"]
+
+
+def explain_says_who_launches(gpu):
+    layer = torch.nn.Sequential(fastlora.nn.Linear(64, 64, r=8, device=gpu.device, dtype=torch.bfloat16))
+    plan._said.clear()
+    assert fastlora.explain(layer).rows[0].remarks == ""
+    plan._say("a reason")
+    assert "in some calls launched by Triton: a reason" in str(fastlora.explain(layer))
+    with mock.patch.object(plan, "_missing", lambda: "no driver"):
+        assert fastlora.explain(layer).rows[0].remarks == "launched by Triton: no driver"
+    assert planned.launch_remarks(BACKENDS["reference"]) == []
+
+
 class Attention(torch.nn.Module):
     def __init__(self, gpu):
         super().__init__()
@@ -472,7 +539,8 @@ CHECKS = (
     layers_of_one_size_share_a_plan, plans_are_bounded_and_freed, streams_and_threads_are_the_callers,
     what_cannot_be_written_down_is_said, a_launch_that_fails_goes_to_triton, memory_that_is_missing_is_tritons_error,
     a_driver_without_a_symbol_is_said, other_cards_have_plans_of_their_own, numbers_of_library_calls_are_torchs,
-    backends_with_plans_give_the_same, layers_use_plans,
+    backends_with_plans_give_the_same, layers_use_plans, another_device_is_the_current_one_for_its_launches,
+    compiled_kernels_are_kept, tritons_launcher_is_a_choice, explain_says_who_launches,
 )  # fmt: skip
 
 

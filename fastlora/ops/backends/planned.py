@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..layout import Dropout, Gradients, LoraCall, Need, Rows
 from .base import Backend
-from .plan import Plans
+from .plan import Plans, launcher, said
 from .triton import TritonBackend
 
 _SHARED_CAPACITY = 512
@@ -26,6 +26,16 @@ def planned(backend: Backend) -> Backend:
 def shared(backend: Backend) -> Backend:
     """``planned``, one for all calls that have no owner."""
     return PlannedBackend(backend, _SHARED_CAPACITY) if isinstance(backend, TritonBackend) else backend
+
+
+def launch_remarks(backend: Backend) -> list[str]:
+    """Why some or all of a backend's kernels are launched by Triton and not by plans."""
+    if not isinstance(backend, TritonBackend):
+        return []
+    reason = launcher()[1]
+    if reason is not None:
+        return [f"launched by Triton: {reason}"]
+    return [f"in some calls launched by Triton: {reason}" for reason in said()]
 
 
 class PlannedBackend:
