@@ -105,11 +105,12 @@ struct Entry {
   std::shared_ptr<void> constants;
 };
 
-// The plans of one owner, the last used first.
+// The plans of one owner, the last used first. Of two keys with one hash the later one stays.
 struct Cache {
   size_t capacity;
   std::mutex mutex;
   std::list<Entry> entries;
+  std::unordered_map<uint64_t, std::list<Entry>::iterator> by_hash;
 };
 
 // Plans and caches that are alive, by number: a number can be wrong, but it never leads into freed memory.

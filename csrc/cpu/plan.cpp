@@ -86,7 +86,7 @@ struct Handles {
 void take(StableIValue value, Handles& out) {
   const auto list = unpack<StableListHandle>(value);
   const std::unique_ptr<std::remove_pointer_t<StableListHandle>, decltype(&torch_delete_list)> owner(list,
-                                                                                                      torch_delete_list);
+                                                                                                     torch_delete_list);
   size_t size = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
   out.all.reserve(size);
@@ -111,7 +111,8 @@ std::vector<int64_t> key_of(int64_t variant, const std::vector<AtenTensorHandle>
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(input, &strides));
     const Device device = device_of(input);
     const int64_t aligned = reinterpret_cast<uintptr_t>(address(input)) % 16 == 0;
-    key.push_back(dim | aligned << 16 | int64_t{dtype} << 24 | int64_t{device.type} << 40 | int64_t{device.index} << 52);
+    key.push_back(dim | aligned << 16 | int64_t{dtype} << 24 | int64_t{device.type} << 40 |
+                  int64_t{device.index} << 52);
     key.insert(key.end(), sizes, sizes + dim);
     key.insert(key.end(), strides, strides + dim);
   }
@@ -128,12 +129,10 @@ uint64_t hash_of(const std::vector<int64_t>& key) {
 Entry find(Cache& cache, const std::vector<int64_t>& key) {
   const uint64_t hash = hash_of(key);
   const std::lock_guard<std::mutex> lock(cache.mutex);
-  for (auto entry = cache.entries.begin(); entry != cache.entries.end(); ++entry) {
-    if (entry->hash != hash || entry->key != key) continue;
-    if (entry != cache.entries.begin()) cache.entries.splice(cache.entries.begin(), cache.entries, entry);
-    return {hash, {}, entry->plan, entry->constants};
-  }
-  return {hash, {}, nullptr, nullptr};
+  const auto found = cache.by_hash.find(hash);
+  if (found == cache.by_hash.end() || found->second->key != key) return {hash, {}, nullptr, nullptr};
+  cache.entries.splice(cache.entries.begin(), cache.entries, found->second);
+  return {hash, {}, found->second->plan, found->second->constants};
 }
 
 void* current_stream(const Device& device) {
@@ -368,15 +367,14 @@ void keep_plan(StableIValue* stack, uint64_t, uint64_t) {
   const uint64_t hash = hash_of(key);
   std::list<Entry> dropped;  // freed without the lock
   const std::lock_guard<std::mutex> lock(cache->mutex);
-  for (auto entry = cache->entries.begin(); entry != cache->entries.end();) {
-    const auto next = std::next(entry);
-    if (entry->hash == hash && entry->key == key) dropped.splice(dropped.end(), cache->entries, entry);
-    entry = next;
-  }
+  const auto drop = [&](std::list<Entry>::iterator entry) {
+    cache->by_hash.erase(entry->hash);
+    dropped.splice(dropped.end(), cache->entries, entry);
+  };
+  if (const auto old = cache->by_hash.find(hash); old != cache->by_hash.end()) drop(old->second);
+  while (cache->entries.size() >= cache->capacity) drop(std::prev(cache->entries.end()));
   cache->entries.push_front({hash, std::move(key), plan, constants});
-  while (cache->entries.size() > cache->capacity) {
-    dropped.splice(dropped.end(), cache->entries, std::prev(cache->entries.end()));
-  }
+  cache->by_hash.emplace(hash, cache->entries.begin());
 }
 
 // Connects the plans of `fastlora._plan` and a libcuda; why they cannot run, or nothing.

@@ -14,6 +14,7 @@ from ..nn.adapter import WHOLE
 from ..nn.linear import FrozenLinear, Linear, adapted_layers, matrix_key
 from ..nn.quantized import compute_dtype, foreign_base, update_backend
 from ..ops.backends import choose
+from ..ops.backends.planned import launch_remarks
 from ..ops.matmul import AUTO, ENGINES, UNPACKED
 from ..tracking.penalty import FisherPenalty
 from ..tracking.record import records
@@ -177,7 +178,8 @@ def explain(model: nn.Module) -> Explanation:
         if foreign is not None:
             engine, together = f"{foreign}'s own", "a quantized base runs alone; "
         kind = "split q/k/v; " if set(layer.slices) != {WHOLE} else ""
-        why = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
+        reasons = [f"{name}: {reason}" for name, reason in passed.items()]
+        why = "; ".join([*reasons, *launch_remarks(backend)])
         rows.append(ExplainedLayer(path, backend.name, engine, (kind + together + why).rstrip("; ")))
     statistics = tuple(map(str, records(adapted_layers(model).values())))
     return Explanation(tuple(rows), packed, _penalties(model), statistics)

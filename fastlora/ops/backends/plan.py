@@ -52,13 +52,15 @@ class _Recent(OrderedDict):
 # What was met before, by key and inputs: None (once), the reason why there is no plan, or (plan's number, constants).
 # Layers of the same sizes share their plans.
 _known: _Recent = _Recent()
-_said: set[str] = set()
+# As many as there are compiled kernels: Triton keeps those too, as long as its own cache is not cleared.
+_kernels: dict[int, Any] = {}
+_said: dict[str, None] = {}
 _disabled: list[str] = []
 
 
 def _say(reason: str) -> None:
     if reason not in _said:
-        _said.add(reason)
+        _said[reason] = None
         logger.warning("kernels are launched by Triton: %s", reason)
 
 
@@ -89,6 +91,11 @@ def launcher() -> tuple[str, str | None]:
         return "triton", f"{VARIABLE} says so"
     reason = _disabled[0] if _disabled else _missing()
     return ("native", None) if reason is None else ("triton", reason)
+
+
+def said() -> list[str]:
+    """Every reason so far for which a call was not planned."""
+    return list(_said)
 
 
 class Plans:
@@ -176,6 +183,7 @@ class Plans:
                 _say(recording.problem)
             return out
         plan = program.build(found)
+        _kernels.update(found.kernels)
         _known[met] = plan.number, list(found.constants.values())
         self._keep(key, inputs, *_known[met])
         return out

@@ -81,6 +81,7 @@ class Program(NamedTuple):
     constants: dict[int, Tensor]
     steps: tuple[Step, ...]
     results: tuple[int, ...]  # -1: None
+    kernels: dict[int, Any]  # compiled, by function: Triton may unload what nobody holds
 
 
 _ALLOCATES = {
@@ -120,6 +121,7 @@ class Recorder(TorchDispatchMode):
         self._roots: dict[int, tuple[int, int]] = {}
         self._kept: list[Tensor] = []
         self._constants: dict[int, Tensor] = {}
+        self._kernels: dict[int, Any] = {}
         self._steps: list[Step] = []
         self._next = len(self.inputs)
         self._scratch: Tensor | None = None
@@ -140,7 +142,7 @@ class Recorder(TorchDispatchMode):
                 results = tuple([-1 if t is None else self._slot(t, "the caller") for t in out])
         if self.problem is not None:
             return out, None
-        return out, Program(len(self.inputs), self._constants, tuple(self._steps), results)
+        return out, Program(len(self.inputs), self._constants, tuple(self._steps), results, self._kernels)
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
@@ -311,6 +313,7 @@ class Recorder(TorchDispatchMode):
             if word.tensor is not None and word.tensor.numel():
                 owner, first = self._root(self._slot(word.tensor, name))
                 holes.append((position, owner, first * word.tensor.element_size()))
+        self._kernels[compiled.function] = compiled
         self._steps.append(
             Launch(
                 name,
