@@ -21,6 +21,7 @@ from ..kernels.constants import device_constant
 from .autograd import LoraRest, differentiable_backward, low_precision, moment_gradients
 from .backends import choose
 from .backends.plan import Plans
+from .backends.planned import plans_of, precision
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
 from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
 
@@ -85,7 +86,7 @@ class BoundCall:
             return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
         if self.chosen is None:
             self.chosen, _ = choose(self.backend, self.device, self.dtype)
-            self.plans = Plans() if self.chosen.plannable else None
+            self.plans = plans_of(self.chosen)
         run = _Run(self, rows, key, p, P, sign, len(Z), len(V))
         if torch.is_grad_enabled():
             return _apply(run, x, *self.A, *self.B, *Z, *V)
@@ -130,7 +131,7 @@ class _Run:
         tensors = [x, *bound.frozen, *bound.A, *bound.B]
         if self.options.__class__ is tuple:
             tensors += [*self.P, *self.sign, *(self.rows or ()), *([] if self.key is None else [self.key])]
-        return bound.plans.run((0, self.options), tensors, self._forward_of)
+        return bound.plans.run((0, self.options, precision(bound.dtype)), tensors, self._forward_of)
 
     def _forward_of(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         """The forward of tensors that stand for this call's own."""
@@ -151,7 +152,9 @@ class _Run:
             tensors += [*(self.rows or ()), *([] if self.key is None else [self.key])]
         there = tuple([g is not None for g in dy])  # ``None in dy`` would ask every tensor whether it equals None
         return bound.plans.run(
-            (1, self.options, need, there), tensors, lambda given: self._backward_of(given, dy, need)
+            (1, self.options, precision(bound.dtype), need, there),
+            tensors,
+            lambda given: self._backward_of(given, dy, need),
         )
 
     def _backward_of(self, tensors: list[Tensor], dy, need: Need) -> Sequence[Tensor | None]:

@@ -106,7 +106,7 @@ class Tracker:
         kinds = checked_kinds(statistics, estimator, probe_kind)
         self.kinds = tuple(kind for kind in kinds if kind not in COVARIANCES)
         covariances = tuple(kind for kind in kinds if kind in COVARIANCES)
-        self._tracked = Tracked(adapter, self.layers, estimator, self.kinds, covariances, loss_reduction)
+        self._tracked = Tracked(self.adapter, self.layers, estimator, self.kinds, covariances, loss_reduction)
         self.per_sample, self.device = "fisher" in kinds, self._tracked.device
         self.matrices, self.keys = self._tracked.matrices, self._tracked.keys
         self.probes = checked_probes(probes, self.device)
@@ -121,7 +121,7 @@ class Tracker:
         self._penalty = FisherPenalty(self.layers, self.matrices)
         self._step = TrackedStep(frozenset(kinds), estimator, self.probes, probe_kind)
         self._sampling = Sampling(every, nothing_to_measure(estimator, self.device))
-        self._record = TrackingRecord(adapter, warmup, self._sampling, self._step)
+        self._record = TrackingRecord(self.adapter, warmup, self._sampling, self._step)
         # Held weakly: the model holds its hook, and what the hook leads to would hold the model.
         self._model = weakref.ref(model)
         self._attach(model)

@@ -17,14 +17,14 @@ from .triton import TritonBackend
 _SHARED_CAPACITY = 512
 
 
-def planned(backend: Backend) -> Backend:
-    """The backend with plans of its own where its kernels can be recorded, else the backend itself."""
-    return PlannedBackend(backend) if isinstance(backend, TritonBackend) else backend
+def plans_of(backend: Backend) -> Plans | None:
+    """Plans for the calls of one owner where the backend's kernels can be recorded, else None."""
+    return Plans() if isinstance(backend, TritonBackend) else None
 
 
 @functools.cache
 def shared(backend: Backend) -> Backend:
-    """``planned``, one for all calls that have no owner."""
+    """The backend with plans for all calls that have no owner, where its kernels can be recorded."""
     return PlannedBackend(backend, _SHARED_CAPACITY) if isinstance(backend, TritonBackend) else backend
 
 
@@ -153,7 +153,7 @@ def _varying(call: LoraCall, inputs: list[Tensor]) -> tuple:
     if call.drop is not None:
         inputs.append(call.drop.key)
         p = tuple(call.drop.p)
-    return call.rows is None, p, _precision(call.x.dtype)
+    return call.rows is None, p, precision(call.x.dtype)
 
 
 class _Cut:
@@ -179,7 +179,7 @@ def _scope(*parts: Hashable) -> object:
     return object()
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     """How kernels multiply fp32 numbers, which a flag of torch's says."""
     if dtype != torch.float32:
         return ""
