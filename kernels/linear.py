@@ -123,7 +123,7 @@ def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, 
         b_acc = tl.dot(b_h, b_b, b_acc, input_precision=OPTIONS.precision)
     b_acc *= part.scale
     if x is not None and descriptors is None:
-        p_x, p_w = x.data + o_row * x.stride, part.W.data + o_n.to(tl.int64)[None, :] * part.W.stride
+        p_w, p_x = part.W.data + o_n.to(tl.int64)[None, :] * part.W.stride, x.data + o_row * x.stride
         b_acc = matmul_loop(b_acc, p_x, p_w, 1, m_m, m_n, x.columns, TILE, OPTIONS)
     elif x is not None:
         for k in tl.range(0, x.columns, BLOCK_K):

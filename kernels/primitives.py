@@ -227,6 +227,12 @@ def reveal(value, EVEN: tl.constexpr = False):
 
 
 @triton.jit
+def hidden_sum(value, other):
+    """The sum of two hidden integers, hidden: revealed once it takes fewer registers than the sum of two revealed."""
+    return value + other - 3
+
+
+@triton.jit
 def select(values, i_chosen):
     """``values[i_chosen]`` of a tuple of scalars or pointers of one type."""
     chosen = values[0]
@@ -347,9 +353,8 @@ def row_keys(dropout, adapter, rows):
 def masked_ranks(dropout, columns, adapter, PROJECTION: tl.constexpr, OPTIONS: tl.constexpr):
     """(first, end) of a projection's ranks among the stacked ones."""
     if adapter is None:
-        # Two hidden integers less 3 are their sum, hidden: to add them revealed costs the compiler registers.
-        end = columns.offsets[PROJECTION] + columns.ranks[PROJECTION] - 3
-        return reveal(columns.offsets[PROJECTION], OPTIONS.even_r), reveal(end, OPTIONS.even_r)
+        first, rank = columns.offsets[PROJECTION], columns.ranks[PROJECTION]
+        return reveal(first, OPTIONS.even_r), reveal(hidden_sum(first, rank), OPTIONS.even_r)
     else:
         _, rank, first = table_row(dropout.table, adapter * OPTIONS.masked + PROJECTION, 3, OPTIONS.even_r)
         return first, first + rank
