@@ -133,7 +133,9 @@ class Explanation:
     rows: tuple[ExplainedLayer, ...]
     packed_bytes: int
     penalty: dict[str, tuple[str, str]]  # by adapter: "native" (one launch) or "formula", and why not native
-    statistics: tuple[str, ...] = ()  # of each adapter's last tracker: which steps are sampled, their cost, what is idle
+    statistics: tuple[
+        str, ...
+    ] = ()  # of each adapter's last tracker: which steps are sampled, their cost, what is idle
 
     def _below(self) -> list[str]:
         lines = [f"packed copies of frozen weights: {self.packed_bytes / 2**20:.1f} MiB"]
