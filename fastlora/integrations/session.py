@@ -122,7 +122,7 @@ class Session:
         return TrainingState(self.model, self.tracker).state_dict()
 
     def close(self) -> None:
-        """Stop tracking and let go of frozen adapters; the tracker's scores stay readable. Warns of what never acted."""
+        """Stop tracking and let go of frozen adapters; scores stay readable. Warns of what never acted."""
         if self._held and self._frozen:
             logger.warning("freeze=%d: training is over, and the adapters stood still to the end", self.freeze)
         set_requires_grad(self._frozen, True)
