@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._utils.torch_compat import forward_hooks
 from ..ops.bound import BoundCall
 
 WHOLE = "weight"  # name of the one slice of a matrix that is not split
@@ -121,11 +122,20 @@ class Operands:
         self.call = BoundCall(W, bias, A, B, scale, layers[0].backend, layers[0].engine)
         self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
         self._weights = W
-        self._hooks = [hooks for f in self.factors for hooks in (f._forward_pre_hooks, f._forward_hooks)]
+        self._hooks = [hooks for f in self.factors for hooks in forward_hooks(f)]
         self._attributes = [f.__dict__ for f in self.factors]
-        # Layers that run together drop alike.
-        specs = [layers[0].adapter_specs.get(name) for name in names]
-        self.dropout = [0.0 if spec is None else spec.dropout for spec in specs]
+        first = layers[0]
+        self.alike = len(layers) == 1 or all(
+            [
+                w.dtype is W[0].dtype
+                and w.device == W[0].device
+                and type(w) is type(W[0])
+                and (x.router, x.backend, x.engine) == (first.router, first.backend, first.engine)
+                and _dropout(x, names) == _dropout(first, names)
+                for x, w in zip(layers, W, strict=True)
+            ]
+        )
+        self.dropout = _dropout(first, names)
         self.drops = any(self.dropout)
 
     def _tensor(self, owner: Any, name: str) -> Any:
@@ -171,6 +181,11 @@ class Operands:
         return True
 
 
+def _dropout(layer: Any, names: Sequence[str]) -> list[float]:
+    specs = [layer.adapter_specs.get(name) for name in names]
+    return [0.0 if spec is None else spec.dropout for spec in specs]
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its class's forward."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
+    return any(forward_hooks(module)) or "forward" in module.__dict__

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import unwrapped
-from .._utils.errors import checked, listed, suggestion
+from .._utils.errors import check_choice, listed, suggestion, wrong_value
 from ..importance.scores import Scores
-from ..nn.linear import DEFAULT, Linear
+from ..nn.active import chosen_adapter
+from ..nn.linear import Linear
 from ..nn.probe import LayerProbe, TrackedStep, checked_mask, masked
 from ..nn.probe_rows import ColumnSampler, RademacherProbes, SampleSigns, refreshes_norms
 from ..ops.multi_tensor import output_variances
@@ -43,6 +44,7 @@ _SHOWN = 8  # names in an error
 
 def track(
     model: nn.Module,
+    *,
     estimator: str = "probe",
     probes: int | str = "auto",
     ema: float | None = 0.98,
@@ -51,7 +53,7 @@ def track(
     seed: int = 0,
     loss_reduction: str = "mean",
     every: int | str = "auto",
-    adapter: str = DEFAULT,
+    adapter: str | None = None,
     process_group: Any = "auto",
     probe_kind: str = "rademacher",
 ) -> Tracker:
@@ -74,6 +76,7 @@ def track(
       to compare them; ``explain`` says what was found. Give a number for averages that no clock has a part in.
     - ``warmup``: steps after which importance is frozen for ``penalty`` and tracking stops.
     - ``loss_reduction``: how ``fisher`` undoes the loss's mean over samples.
+    - ``adapter``: whose layers, and whose factors ``penalty`` weighs; the active one (``set_adapter``) unless named.
     - ``process_group``: whose ranks' gradients are one. ``"auto"``: DDP's or ``fully_shard``'s, else nobody's; every
       rank calls ``step``. Under ``exact`` that takes an all-reduce of G_W [N, K] for each layer, not one for all.
 
@@ -94,14 +97,15 @@ class Tracker:
         probe_kind="rademacher",
     ):  # fmt: skip
         self._reduction, model = Reduction(model, process_group), unwrapped(model)
-        self.layers, self.adapter = checked_layers(model, adapter), adapter
-        self.estimator = checked("estimator", estimator, ("probe", "exact"))
-        self.loss_reduction = checked("loss_reduction", loss_reduction, ("mean", "sum"))
+        self.adapter = chosen_adapter(model, adapter)
+        self.layers = checked_layers(model, self.adapter)
+        self.estimator = check_choice("estimator", estimator, ("probe", "exact"))
+        self.loss_reduction = check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         self.probe_kind = checked_probe_kind(probe_kind, estimator)
         kinds = checked_kinds(statistics, estimator, probe_kind)
         self.kinds = tuple(kind for kind in kinds if kind not in COVARIANCES)
         covariances = tuple(kind for kind in kinds if kind in COVARIANCES)
-        self._tracked = Tracked(adapter, self.layers, estimator, self.kinds, covariances, loss_reduction)
+        self._tracked = Tracked(self.adapter, self.layers, estimator, self.kinds, covariances, loss_reduction)
         self.per_sample, self.device = "fisher" in kinds, self._tracked.device
         self.matrices, self.keys = self._tracked.matrices, self._tracked.keys
         self.probes = checked_probes(probes, self.device)
@@ -116,7 +120,7 @@ class Tracker:
         self._penalty = FisherPenalty(self.layers, self.matrices)
         self._step = TrackedStep(frozenset(kinds), estimator, self.probes, probe_kind)
         self._sampling = Sampling(every, nothing_to_measure(estimator, self.device))
-        self._record = TrackingRecord(adapter, warmup, self._sampling, self._step)
+        self._record = TrackingRecord(self.adapter, warmup, self._sampling, self._step)
         # Held weakly: the model holds its hook, and what the hook leads to would hold the model.
         self._model = weakref.ref(model)
         self._attach(model)
@@ -352,13 +356,11 @@ class Tracker:
         ``"skip"`` for the scores of the others. Raises ``ValueError`` for a statistic that is not tracked,
         ``RuntimeError`` with the names of the matrices that have none, or where none has.
         """
-        checked("reduce", reduce, ("sum", "mean"))
-        checked("missing", missing, ("raise", "skip"))
+        check_choice("reduce", reduce, ("sum", "mean"))
+        check_choice("missing", missing, ("raise", "skip"))
         if kind not in self.kinds:
             hint = f"; {ABSOLUTE_NEEDS}" if kind == "grad_abs" and self.probe_kind != "columns" else ""
-            raise ValueError(
-                f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint or suggestion(kind, self.kinds)}"
-            )
+            raise wrong_value("kind", f"what is tracked, {self.kinds}", kind, hint or suggestion(kind, self.kinds))
         shapes = [(self.layers[path].slices[name], self.layers[path].in_features) for path, name in self.matrices]
         rows = zip(
             self.keys,
@@ -384,12 +386,13 @@ class Tracker:
         Raises ``ValueError`` for a kind that is not tracked.
         """
         if kind not in self._covariances.kinds:
-            shown = ", ".join(self._covariances.kinds) or "none; name it in statistics and use estimator='exact'"
-            raise ValueError(f"kind: {kind!r} is not tracked, only {shown}{suggestion(kind, self._covariances.kinds)}")
+            known = tuple(self._covariances.kinds)
+            hint = suggestion(kind, known) if known else "; name it in statistics and use estimator='exact'"
+            raise wrong_value("kind", f"what is tracked, {known}", kind, hint)
         return self._covariances.read(kind)
 
     def penalty(
-        self, weight: float = 1e-4, form: str = "delta", normalize: str = "sum", adapter: str | None = None
+        self, weight: float = 1e-4, *, form: str = "delta", normalize: str = "sum", adapter: str | None = None
     ) -> Tensor:
         r"""FW-LoRA's penalty, differentiable in A and B; add it to the loss once per optimizer step.
 
@@ -403,7 +406,7 @@ class Tracker:
         return self._penalty.value(*self._weighing(), weight, form, normalize, self._whose(adapter))
 
     def apply_penalty(
-        self, weight: float = 1e-4, form: str = "delta", normalize: str = "sum", adapter: str | None = None
+        self, weight: float = 1e-4, *, form: str = "delta", normalize: str = "sum", adapter: str | None = None
     ) -> None:
         r"""Add the gradient of :meth:`penalty`, worked out by hand, to ``.grad`` of A and B; no graph is built.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._utils.errors import check_instance
 from .._utils.torch_compat import divide_each, norm_of_each, subtract_each
 
 
@@ -30,12 +31,11 @@ class Diagnostics:
     ``epoch`` reads back. Steps with a gradient or update that is not finite are left out. Groups go by their
     ``"name"`` (``param_groups``), else by position. Use with ``with``, or ``close``.
 
-    Raises ``ValueError`` for what is no optimiser.
+    Raises ``TypeError`` for what is no optimiser.
     """
 
     def __init__(self, optimizer: Optimizer):
-        if not isinstance(optimizer, Optimizer):
-            raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        check_instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
         self._groups = [_Watched() for _ in optimizer.param_groups]
         self._names = _names(optimizer)
         self._handles = [

@@ -1,0 +1,211 @@
+"""Call plans: what a backend did for a call on a GPU, run again by one native call.
+
+A backend's Python works out tiles, splits, operands and arguments anew at every call, although they are the same as
+long as shapes, dtypes and ranks are. ``Plans.run`` lets it do so twice; the second time the launches, allocations and
+library calls are recorded, and from then on ``torch.ops.fastlora.run_plan`` repeats them with the tensors of the call.
+``FASTLORA_TRITON_LAUNCHER=triton`` turns that off. Where it cannot be done the reason is logged once, and Triton's own
+launcher is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+try:
+    from ... import _plan
+except ImportError:
+    _plan = None
+
+logger = logging.getLogger(__name__)
+
+LAUNCHERS = ("native", "triton")
+VARIABLE = "FASTLORA_TRITON_LAUNCHER"
+DRIVER = "libcuda.so.1"
+# Plans an owner keeps: batches come in few lengths, or in so many that no plan pays.
+CAPACITY = 32
+_REMEMBERED = 4096
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+Compute = Callable[[list[Tensor]], Sequence[Tensor | None]]
+
+
+class _Recent(OrderedDict):
+    """The entries that were set last, ``_REMEMBERED`` of them."""
+
+    def __setitem__(self, key: Hashable, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > _REMEMBERED:
+            self.popitem(last=False)
+
+
+# What was met before, by key and inputs: None (once), the reason why there is no plan, or (plan's number, constants).
+# Layers of the same sizes share their plans.
+_known: _Recent = _Recent()
+# As many as there are compiled kernels: Triton keeps those too, as long as its own cache is not cleared.
+_kernels: dict[int, Any] = {}
+_said: dict[str, None] = {}
+_disabled: list[str] = []
+
+
+def _say(reason: str) -> None:
+    if reason not in _said:
+        _said[reason] = None
+        logger.warning("kernels are launched by Triton: %s", reason)
+
+
+@functools.cache
+def _wanted() -> str:
+    name = os.environ.get(VARIABLE, LAUNCHERS[0])
+    if name not in LAUNCHERS:
+        raise ValueError(f"{VARIABLE}: expected one of {', '.join(LAUNCHERS)}, got {name!r}")
+    return name
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why plans cannot run in this process."""
+    if not native.available():
+        return native.reason()
+    if _plan is None:
+        return "fastlora._plan was not built (reinstall with FASTLORA_BUILD=1 to see why)"
+    return torch.ops.fastlora.open_plans(_plan.registry(), DRIVER) or None
+
+
+def launcher() -> tuple[str, str | None]:
+    """Who launches kernels, one of ``LAUNCHERS``, and why not the native launcher.
+
+    Raises ``ValueError`` for another name in ``FASTLORA_TRITON_LAUNCHER``.
+    """
+    if _wanted() == "triton":
+        return "triton", f"{VARIABLE} says so"
+    reason = _disabled[0] if _disabled else _missing()
+    return ("native", None) if reason is None else ("triton", reason)
+
+
+def said() -> list[str]:
+    """Every reason so far for which a call was not planned."""
+    return list(_said)
+
+
+class Plans:
+    """The plans of one owner: a layer, or layers that run together. At most ``capacity`` of them, the last used.
+
+    ``reason``: why the last call that had no plan did not get one, or None.
+    """
+
+    def __init__(self, capacity: int = CAPACITY):
+        self.capacity = capacity
+        self.reason: str | None = None
+        self._variants: dict[Hashable, int] = {}
+        self._cache = None
+
+    def __deepcopy__(self, memo: dict) -> Plans:
+        return Plans(self.capacity)
+
+    def __reduce__(self) -> tuple:
+        return Plans, (self.capacity,)
+
+    def __len__(self) -> int:
+        return 0 if self._cache is None else len(self._cache)
+
+    def clear(self) -> None:
+        """Forget all plans."""
+        self._cache = None
+        self._variants.clear()
+
+    def run(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> list[Tensor | None]:
+        """``compute(inputs)``, by a plan where there is one.
+
+        ``compute`` may depend on its inputs, on ``key``, and on nothing else that changes; it changes no input, reads
+        no value back, and its outputs, of which some may be None, are not differentiated. ``inputs`` are strided
+        tensors, the first of them on the GPU, and no mode watches the dispatcher.
+        """
+        variant = self._variants.get(key)
+        if variant is not None:
+            try:
+                out = _run_plan(self._cache.number, variant, inputs)
+            except RuntimeError as error:
+                return self._without(inputs, compute, error)
+            if out:
+                return out
+        return self._first(key, inputs, compute)
+
+    def _without(self, inputs: Sequence[Tensor], compute: Compute, error: RuntimeError) -> list[Tensor | None]:
+        """After a plan failed: what Triton's launcher makes of it, or its error."""
+        out = list(compute(list(inputs)))
+        reason = str(error).partition("\n")[0]
+        if "native launch" in reason:
+            _disabled.append(reason)
+            self.clear()
+        self.reason = reason
+        _say(reason)
+        return out
+
+    def _first(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> list[Tensor | None]:
+        """A call that has no plan yet."""
+        name, self.reason = launcher()
+        if name == "triton" or not _PLAIN.issuperset(map(type, inputs)):
+            if _wanted() == "native" and self.reason is not None:
+                _say(self.reason)
+            return list(compute(list(inputs)))
+        met = (key, tuple(map(_described, inputs)))
+        if met not in _known:
+            _known[met] = None
+            return list(compute(list(inputs)))
+        known = _known[met]
+        if isinstance(known, str):
+            self.reason = known
+            return list(compute(list(inputs)))
+        if known is None or not _plan.alive(known[0]):
+            return self._record(key, met, inputs, compute)
+        self._keep(key, inputs, *known)
+        return _run_plan(self._cache.number, self._variants[key], inputs)
+
+    def _record(self, key: Hashable, met: tuple, inputs: Sequence[Tensor], compute: Compute) -> list:
+        from . import program, recorder
+
+        recording = recorder.Recorder(inputs)
+        out, found = recording.record(compute)
+        if found is None:
+            if recording.problem != recorder.BUSY:
+                self.reason = _known[met] = recording.problem
+                _say(recording.problem)
+            return out
+        plan = program.build(found)
+        _kernels.update(found.kernels)
+        _known[met] = plan.number, list(found.constants.values())
+        self._keep(key, inputs, *_known[met])
+        return out
+
+    def _keep(self, key: Hashable, inputs: Sequence[Tensor], number: int, constants: list[Tensor]) -> None:
+        if self._cache is None or len(self._variants) > 4 * self.capacity:
+            # A key that differs at every call, as a scale that is annealed, would fill the memory.
+            self._cache = _plan.Cache(self.capacity)
+            self._variants.clear()
+        variant = self._variants.setdefault(key, len(self._variants))
+        torch.ops.fastlora.keep_plan(self._cache.number, variant, number, inputs, constants)
+
+
+def _described(tensor: Tensor) -> tuple:
+    """What a backend may depend on, beside the values."""
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0
+
+
+@functools.cache
+def _operator() -> Any:
+    return torch.ops.fastlora.run_plan.default
+
+
+def _run_plan(cache: int, variant: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+    return _operator()(cache, variant, inputs)
