@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable
 
 from ..nn.linear import Linear
 from ..nn.probe import TrackedStep
 from .sampling import Sampling
+
+logger = logging.getLogger(__name__)
 
 
 class TrackingRecord:
@@ -16,23 +19,33 @@ class TrackingRecord:
     def __init__(self, adapter: str, warmup: int | None, sampling: Sampling, step: TrackedStep):
         self.adapter, self.warmup, self.sampling, self._step = adapter, warmup, sampling, step
         self.weighed, self.unweighed = 0, 0  # penalties that were asked for with an importance, and without
-        self.frozen, self.closed = False, False
+        self.frozen, self.closed, self._warned = False, False, False
 
     def idle(self) -> str:
         """What has not acted so far, or ""."""
-        steps = self._step.index
+        all_calls = f"each time ({self.unweighed} call{'s' * (self.unweighed != 1)})"
         if self.warmup is not None and not self.frozen:
-            text = f"importance is not frozen after {steps} of warmup={self.warmup} steps"
-            return f"{text}, so that the penalty is 0" + (f" in all {self.unweighed} calls" if self.unweighed else "")
-        if self.unweighed and not self.weighed:
-            return f"the penalty was 0 in all {self.unweighed} calls: tracker.step() was never called before one"
-        return ""
+            text = f"importance is not frozen after {self._step.index} of warmup={self.warmup} steps"
+            return f"{text}, and the penalty was 0 {all_calls}" if self.unweighed else text
+        if not self.unweighed or self.weighed:
+            return ""
+        why = "importance was frozen after the last one" if self.frozen else "tracker.step() was not called before one"
+        return f"the penalty was 0 {all_calls}: {why}"
+
+    def warn(self) -> None:
+        """Say once, when tracking is over, what never acted."""
+        idle = self.idle()
+        if idle and not self._warned:
+            self._warned = True
+            logger.warning("track: closed, and %s", idle)
 
     def __str__(self) -> str:
-        parts = [f"statistics of {self.adapter!r}: {self.sampling}", self.idle()]
-        if self.closed:
-            parts.insert(1, f"closed after {self._step.index} steps")
-        return "; ".join(filter(None, parts))
+        parts = [f"statistics of {self.adapter!r}: {self.sampling}"]
+        if self.frozen:
+            parts.append(f"importance frozen after {self._step.index} steps")
+        elif self.closed:
+            parts.append(f"closed after {self._step.index} steps")
+        return "; ".join(filter(None, [*parts, self.idle()]))
 
 
 _RECORDS: weakref.WeakKeyDictionary[Linear, dict[str, TrackingRecord]] = weakref.WeakKeyDictionary()

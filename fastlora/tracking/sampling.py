@@ -97,10 +97,8 @@ class Sampling:
             if on > 0 and off > 0:
                 shares.append(on / off - 1)
         self.cost, self._seconds = median_cost(shares), {}
-        self.every, self.reason = (
-            chosen_interval(self.cost),
-            f"with {len(shares)} pairs of steps to measure their cost by",
-        )
+        self.every = chosen_interval(self.cost)
+        self.reason = f"with only {len(shares)} pairs of steps to measure their cost by"
 
     def __str__(self) -> str:
         every = "every step" if self.every in (None, 1) else f"every {self.every} steps"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
@@ -39,8 +38,6 @@ from .record import TrackingRecord, keep_record
 from .sampling import Sampling, nothing_to_measure
 from .statistics import COVARIANCES, Averages, Covariances, Tracked, all_finite, fisher_factor
 
-logger = logging.getLogger(__name__)
-
 _ONE_CODE = "so that compiled code is the same in all of them"
 _SHOWN = 8  # names in an error
 
@@ -62,27 +59,29 @@ def track(
 ) -> Tracker:
     r"""Follow statistics of the weights that adapters leave frozen; use with ``with`` or call ``close``.
 
-    .. math:: F \leftarrow \beta F + (1 - \beta) f,\quad \text{probe: } f = \lVert G_W P^\top \rVert_F^2 / k,\quad
+    .. math:: F \leftarrow \beta^n F + (1 - \beta^n) f,\quad \text{probe: } f = \lVert G_W P^\top \rVert_F^2 / k,\quad
               \text{exact: } f = \lVert G_W \rVert_F^2,\quad G_W = dy^\top x
 
+    - ``estimator``: ``"probe"`` reads f off k probe rows P [k, K] that ride in the backward. ``"exact"`` keeps x and dy
+      of every layer until ``step``; several backward passes count as one gradient.
     - ``statistics``: ``"grad_sq"`` or ``"fisher"`` (one of the two under ``probe``), ``"act_var"``; ``"grad_abs"`` with
       ``columns`` or ``exact``, which also takes the matrices ``"act_cov"``, ``"grad_cov"`` (see ``covariances``).
       Units: of the loss that was backpropagated, squared for grad_sq and fisher.
     - ``probes``: k, ``"auto"`` is 8 on CUDA and 4 elsewhere; P is redrawn at every step from ``(seed, step, layer)``.
     - ``probe_kind``: ``"rademacher"``, rows of ±1, or ``"columns"``: k columns j of x a matrix, drawn by their norms in
       past steps; ``f = Σ_i ‖G_{j_i}‖² / (k p_{j_i})``. A matrix's first step only shows its norms and is not counted.
-    - ``ema``: β, bias-corrected per matrix; None takes the plain mean. ``warmup``: step at which importance is frozen
-      for ``penalty`` and tracking stops. ``loss_reduction``: how ``fisher`` undoes the loss's mean over samples.
-    - ``every``: sample each n-th step; ``"auto"`` does so on layers so small that probes would cost over 1 % of their
-      step (``explain`` shows n). Averages are over the sampled steps, so estimates stay unbiased.
+    - ``ema``: β, the decay of one optimizer step, bias-corrected per matrix; None takes the plain mean.
+    - ``every``: n, sample each n-th optimizer step; a sample then counts for n steps. ``"auto"``: every step, unless
+      statistics are measured to cost over 1 % of a training step. On CPUs, half of the steps 8 to 31 are not sampled,
+      to compare them; ``explain`` says what was found. Give a number for averages that no clock has a part in.
+    - ``warmup``: steps after which importance is frozen for ``penalty`` and tracking stops.
+    - ``loss_reduction``: how ``fisher`` undoes the loss's mean over samples.
     - ``adapter``: whose layers, and whose factors ``penalty`` weighs; the active one (``set_adapter``) unless named.
-    - ``exact`` keeps x and dy of every layer until ``step``; several backward passes count as one gradient.
-
     - ``process_group``: whose ranks' gradients are one. ``"auto"``: DDP's or ``fully_shard``'s, else nobody's; every
       rank calls ``step``. Under ``exact`` that takes an all-reduce of G_W [N, K] for each layer, not one for all.
 
-    Padding tokens count in ``act_var`` outside of ``tracker.mask(attention_mask)``. Raises ``ValueError`` naming the
-    argument.
+    Padding tokens count in ``act_var`` and covariances outside of ``tracker.mask(attention_mask)``. Raises
+    ``ValueError`` naming the argument.
     """
     return Tracker(
         model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group,
@@ -179,23 +178,21 @@ class Tracker:
         return self
 
     def __exit__(self, kind: object, *exc: object) -> None:
-        self._close(warn=kind is None)
+        self._detach()
+        if kind is None:
+            self._record.warn()
 
     def close(self) -> None:
-        """Stop tracking; scores and importance stay readable. Warns of a warmup that was not reached."""
-        self._close(warn=True)
+        """Stop tracking; scores and importance stay readable. Warns of a warmup or a penalty that never acted."""
+        self._detach()
+        self._record.warn()
 
-    def _close(self, warn: bool) -> None:
-        if self._record.closed:
-            return
+    def _detach(self) -> None:
         self._record.closed = True
         self._hook.remove()
         for layer in self.layers.values():
             if self._owns(layer):
                 del layer.probes[self.adapter]
-        idle = self._record.idle()
-        if warn and idle:
-            logger.warning("track: closed, and %s; a tracker that takes up the state of this one goes on", idle)
 
     @contextlib.contextmanager
     def mask(self, mask: Tensor) -> Iterator[Tracker]:
@@ -289,7 +286,7 @@ class Tracker:
 
     def _freeze(self, importance: Tensor) -> None:
         self.importance, self._record.frozen = importance, True
-        self.close()
+        self._detach()
 
     def _gather(self, shared: Shared | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """This step's value of every statistic and matrix, and whether there is one."""

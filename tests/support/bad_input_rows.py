@@ -193,6 +193,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "kind": rows(("fisher", "kind: 'fisher' is not tracked, only grad_sq"),
                      ("grad_abs", "needs probe_kind='columns' or estimator='exact'")),
         "reduce": rows(("max", r"reduce: expected one of \('sum', 'mean'\)")),
+        "missing": rows(("zero", r"missing: expected one of \('raise', 'skip'\)")),
     },
     "Tracker.mask": {
         "mask": rows((None, "mask: expected booleans or integers"), (torch.ones(2, 3), r"got torch.float32 \(2, 3\)"),

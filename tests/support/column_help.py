@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from support.tracker_help import data, loss_of, track
-
 from fastlora.tracking.statistics import fisher_factor
+from support.tracker_help import data, loss_of, track
 
 KINDS = ("grad_sq", "grad_abs", "act_var")
 

@@ -114,54 +114,67 @@ def sample_of(every, step):
     return MEASURED * (step % MEASURED == 0)
 
 
+class Samples:
+    """What a tracker's averages were given, step by step, and what each sample stands for by the rule above."""
+
+    def __init__(self, options, monkeypatch):
+        self.kinds, self.by_columns, self.monkeypatch = options["statistics"], "probe_kind" in options, monkeypatch
+        self.mine, self.known, self.given = {kind: {} for kind in self.kinds}, set(), {}
+
+    def watch(self, averages):
+        add = averages.add
+        self.monkeypatch.setattr(
+            averages, "add", lambda values, *rest: (self.given.update(values), add(values, *rest))[1]
+        )
+
+    def take(self, tracker, n, ran):
+        """The step's values of the matrices whose layer ``ran``, each standing for n steps."""
+        assert bool(self.given) == (n > 0)
+        for i, ((path, _), key) in enumerate(zip(tracker.matrices, tracker.keys, strict=True)):
+            if not n or not ran(path):
+                continue
+            for kind in self.kinds:
+                if kind == "act_var" or not self.by_columns or key in self.known:
+                    self.mine[kind].setdefault(key, []).append((self.given[kind][i], n))
+            self.known.add(key)  # a first sample shows the norms of the columns
+        self.given.clear()
+
+    def expected(self, tracker, kind, beta):
+        sizes = [tracker.layers[p].slices[n] * tracker.layers[p].in_features for p, n in tracker.matrices]
+        per = sizes if kind == "grad_abs" else [1] * len(sizes)
+        return {k: running_average(self.mine[kind][k], beta) / n for k, n in zip(tracker.keys, per, strict=True)}
+
+
 @pytest.mark.parametrize("beta", [0.9, None])
 @pytest.mark.parametrize("every", [1, 2, 5, "auto"])
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_every_statistic_is_an_average_over_optimizer_steps(name, every, beta, monkeypatch):
-    """Whatever is sampled; with steps that are not finite, layers that do not run, and resumes under another ``every``."""
-    options, m = FOLLOWED[name], model()
+    """With steps that are not finite, layers that do not run, and resumes, one of them under another ``every``."""
+    options, m, seconds, state, begin = FOLLOWED[name], model(), [0.0], None, 0
     every = 1 if every == "auto" and options["estimator"] == "exact" else every
-    seconds, samples = [0.0], {kind: {} for kind in options["statistics"]}
-    tracker, stops, others = None, (7, 40, 46, 60), (every, every if every == "auto" else 3, every, every)
-    known = set() if options.get("probe_kind") == "columns" else None
+    samples = Samples(options, monkeypatch)
 
     def clock():
         seconds[0] += 1.0 + 0.035 * tracker._step.sampled
         return seconds[0]
 
     monkeypatch.setattr(sampling.time, "thread_time", clock)
-    state, step = None, 0
-    for stop, interval in zip(stops, others, strict=True):
-        tracker, given = track(m, ema=beta, every=interval, **options), {}
-        if state is not None:
-            tracker.load_state_dict(state)
-        add = tracker._averages.add
-        monkeypatch.setattr(tracker._averages, "add", lambda v, *rest, add=add: (given.update(v), add(v, *rest))[1])
-        for step in range(step, stop):
-            given.clear()
-            bad, second = step % 9 == 4, step % 4 != 1
-            loss = (loss_of if second else first_only)(m, data(seed=step, samples=3, tokens=2))
-            (loss * (math.nan if bad else 1.0)).backward()
-            tracker.step()
-            m.zero_grad()
-            n = sample_of(interval, step)
-            assert bool(given) == (n > 0), (step, n)
-            for i, (path, key) in enumerate(zip([p for p, _ in tracker.matrices], tracker.keys, strict=True)):
-                ran = n and not bad and (second or path.startswith("0."))
-                for kind in samples if ran else ():
-                    if known is None or kind == "act_var" or key in known:
-                        samples[kind].setdefault(key, []).append((given[kind][i], n))
-                if ran and known is not None:
-                    known.add(key)
-        step, state = stop, copy.deepcopy(tracker.state_dict())
-        if stop != stops[-1]:
-            tracker.close()
-    shapes = [(tracker.layers[p].slices[n], tracker.layers[p].in_features) for p, n in tracker.matrices]
-    for kind, mine in samples.items():
-        per_entry = {k: n * i if kind == "grad_abs" else 1 for k, (n, i) in zip(tracker.keys, shapes, strict=True)}
-        expected = {key: running_average(mine[key], beta) / per_entry[key] for key in tracker.keys}
-        assert_scores(tracker.scores(kind), expected, rtol=1e-12)
-    tracker.close()
+    for stop, interval in ((7, every), (40, every if every == "auto" else 3), (46, every), (60, every)):
+        with track(m, ema=beta, every=interval, **options) as tracker:
+            if state is not None:
+                tracker.load_state_dict(state)
+            samples.watch(tracker._averages)
+            for step in range(begin, stop):
+                bad, second = step % 9 == 4, step % 4 != 1
+                loss = (loss_of if second else first_only)(m, data(seed=step, samples=3, tokens=2))
+                (loss * (math.nan if bad else 1.0)).backward()
+                tracker.step()
+                m.zero_grad()
+                ran = [path for path in tracker.layers if not bad and (second or path.startswith("0."))]
+                samples.take(tracker, sample_of(interval, step), ran.__contains__)
+        begin, state = stop, copy.deepcopy(tracker.state_dict())
+    for kind in tracker.kinds:
+        assert_scores(tracker.scores(kind), samples.expected(tracker, kind, beta), rtol=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.9, None])

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import re
+import types
+import weakref
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ from support.tracker_help import (
     assert_scale_divided_out,
     assert_scores,
     data,
+    first_only,
     loss_of,
     model,
     per_sample_gradients,
@@ -381,3 +387,90 @@ def test_reading_what_is_not_there_is_an_error():
             tracker.scores("grad_sq")
         with pytest.raises(ValueError, match="not tracked, only grad_sq; it needs probe_kind='columns' or estimator="):
             tracker.scores("grad_abs")
+
+
+@pytest.mark.parametrize("estimator", ["probe", "exact"])
+def test_layers_that_never_ran_are_named_and_the_others_are_there_on_request(estimator):
+    m, batch = model(), data()
+    expected = weight_gradients(m, [batch], first_only)
+    with track(m, estimator, statistics=("grad_sq", "act_var")) as tracker:
+        with pytest.raises(RuntimeError, match="no grad_sq yet for 0.query, .*1.value: run backward and") as error:
+            tracker.scores(missing="skip")  # there are no others
+        assert "missing='skip'" not in str(error.value)
+        first_only(m, batch).backward()
+        tracker.step()
+    for kind in tracker.kinds:
+        said = f"no {kind} yet for 1.query, 1.key, 1.value: run backward and tracker.step(), or take the scores of the "
+        with pytest.raises(RuntimeError, match=re.escape(said + "other 3 with missing='skip'")):
+            tracker.scores(kind)
+        assert list(tracker.scores(kind, missing="skip")) == ["0.query", "0.key", "0.value"]
+    found = tracker.scores(missing="skip")
+    if estimator == "exact":
+        assert_scores(found, {key: expected[key].square().sum() for key in found})
+    assert found.costs == {"0.query": 16, "0.key": 12, "0.value": 12}
+    assert sum(fastlora.allocate(found, budget=6).values()) == 6
+    with pytest.raises(ValueError, match="missing: expected one of"):
+        tracker.scores(missing="ignore")
+
+
+def leads_to_a_module(thing):
+    """Whether an object reaches a module through what it holds, classes and functions aside."""
+    shared = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+    seen, todo = set(), [thing]
+    while todo:
+        thing = todo.pop()
+        if isinstance(thing, nn.Module):
+            return True
+        if id(thing) in seen or isinstance(thing, shared):
+            continue
+        seen.add(id(thing))
+        todo += gc.get_referents(thing)
+    return False
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(statistics=("grad_sq", "act_var")),
+        dict(statistics=("fisher",)),
+        dict(probe_kind="columns", statistics=("grad_sq", "grad_abs")),
+        dict(estimator="exact", statistics=("grad_sq", "act_cov")),
+    ],
+)
+def test_a_tracker_that_is_dropped_is_freed_at_once_and_nothing_of_it_holds_a_layer(options, closed):
+    m = model()
+    gc.collect()
+    gc.disable()
+    try:
+        tracker = track(m, **options)
+        for seed in range(2):
+            (loss_of(m, data(seed=seed)) + tracker.penalty(0.1 * ("fisher" in tracker.kinds))).backward()
+            tracker.apply_penalty()
+            tracker.step()
+        layer = m[0].query
+        held = [layer.probes["default"], *m._forward_pre_hooks.values()]
+        assert not any(map(leads_to_a_module, held)) and leads_to_a_module(tracker)
+        if closed:
+            tracker.close()
+            assert not layer.probes
+        alive = weakref.ref(tracker)
+        del tracker, held
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_whose_tracker_was_not_closed_can_be_tracked_by_its_copies_alone():
+    m, batch = model(), data()
+    tracker = track(m)
+    for copied in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        loss_of(copied, batch).backward()
+        assert tracker._step.micro == 0
+        with track(copied) as other:
+            loss_of(copied, batch).backward()
+            other.step()
+        assert other.scores()
+    loss_of(m, batch).backward()
+    assert tracker._step.micro == 1
+    tracker.close()
