@@ -1,4 +1,4 @@
-"""Builds the two native artefacts: ``fastlora/_C.so`` (stable-ABI operators) and ``fastlora/_layout`` (pybind11).
+"""Builds the native artefacts: ``fastlora/_C.so`` (stable-ABI operators) and the pybind11 modules of ``MODULES``.
 
 Environment:
     FASTLORA_BUILD       auto (default): build if possible; 1: fail if not; 0: pure Python.
@@ -19,13 +19,17 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-OPERATORS, LAYOUT, PLAN = "fastlora._C", "fastlora._layout", "fastlora._plan"
+OPERATORS = "fastlora._C"
+# Sources of the pybind11 modules; a module of which a source is not there is left out.
+MODULES = {"fastlora._plan": ("csrc/plan.cpp", "csrc/plan_bindings.cpp")}
+MODULES = {name: files for name, files in MODULES.items() if all((ROOT / path).is_file() for path in files)}
 MINIMUM_TORCH = (2, 11)
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-DNDEBUG"]
@@ -193,28 +197,25 @@ def add_operators(build: NinjaFile, torch_root: Path) -> Path:
     return target
 
 
-def add_module(build: NinjaFile, suffix: str, name: str, files: list[str]) -> Path:
-    """A Python module from files of ``csrc`` that need no torch."""
-    include = ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11_include()]
-    objects = [build.compile("cxx", f"csrc/{file}", CXX_FLAGS + include) for file in files]
-    target = build.folder / f"{name}{suffix}"
+def add_module(build: NinjaFile, name: str, sources: Sequence[str], suffix: str) -> Path:
+    """Adds a pybind11 module, which has no tensors in it and needs no torch."""
+    include = ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11_include(), "-Icsrc"]
+    objects = [build.compile("cxx", path, CXX_FLAGS + include) for path in sources]
+    target = build.folder / f"{name.rpartition('.')[2]}{suffix}"
     dynamic = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     build.edge("module", target, objects, dynamic + SANITIZE_FLAGS)
     return target
 
 
 def compile_all(nvcc: str | None, suffix: str) -> dict[str, Path]:
-    """Compiles both artefacts with ninja and returns where they are."""
+    """Compiles all artefacts with ninja and returns where they are."""
     ninja, compiler, torch_root = find_ninja(), find_compiler(), find_torch()
     # A folder of our own: setuptools' temporary one changes from call to call, which would defeat incremental builds.
     kind = "-".join(["native", *filter(None, SANITIZERS.split(","))])
     folder = Path("build") / f"{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     build = NinjaFile(folder, compiler, nvcc)
-    built = {
-        OPERATORS: add_operators(build, torch_root),
-        LAYOUT: add_module(build, suffix, "_layout", ["layout.cpp", "layout_bindings.cpp"]),
-        PLAN: add_module(build, suffix, "_plan", ["plan.cpp", "plan_bindings.cpp"]),
-    }
+    built = {OPERATORS: add_operators(build, torch_root)}
+    built |= {name: add_module(build, name, files, suffix) for name, files in MODULES.items()}
     build.run(ninja)
     return {name: ROOT / path for name, path in built.items()}
 
@@ -260,11 +261,8 @@ def extensions() -> list[Extension]:
     if build_mode() == "0":
         return []
     optional = build_mode() == "auto"
-    return [
-        Extension(OPERATORS, ["csrc/library.cpp"], optional=optional),
-        Extension(LAYOUT, ["csrc/layout_bindings.cpp"], optional=optional),
-        Extension(PLAN, ["csrc/plan_bindings.cpp"], optional=optional),
-    ]
+    artefacts = {OPERATORS: ("csrc/library.cpp",), **MODULES}
+    return [Extension(name, list(files), optional=optional) for name, files in artefacts.items()]
 
 
 setup(

@@ -134,32 +134,6 @@ def test_segments(spread_of_ids, benchmark, record):
                 "bytes": order.nbytes + ranges.nbytes, "limit_ms": 2.0})  # fmt: skip
 
 
-def _new_layout(ranks: list[list[int]]):
-    return native.RankLayout(ranks, [768] * 3, 768)
-
-
-LAYOUT_CALLS = {
-    "built": lambda layout, ranks: _new_layout(ranks),
-    "one adapter re-ranked": lambda layout, ranks: layout.with_ranks(ADAPTERS // 2, [5, 5, 5]),
-    "chosen for a batch": lambda layout, ranks: layout.select(list(range(ADAPTERS))).column_starts(),
-}
-
-
-@pytest.mark.skipif(native.RankLayout is None, reason="the native layout module was not built")
-@pytest.mark.benchmark(group="layout", timer=time.thread_time, disable_gc=True)
-@pytest.mark.parametrize("what", LAYOUT_CALLS)
-def test_layout(what, benchmark, record):
-    """The layout of 64 adapters on q, k and v: made anew, with one change, and for a batch that has them all."""
-    ranks = [[rank] * 3 for rank in (list(ZIPF_RANKS) * 16)[:ADAPTERS]]
-    layout = _new_layout(ranks)
-    assert layout.ranks == ranks and layout.shared_with(layout.with_ranks(0, [1, 1, 1])) == ADAPTERS - 1
-    benchmark.pedantic(LAYOUT_CALLS[what], args=(layout, ranks), rounds=101, warmup_rounds=5, iterations=10)
-    if not benchmark.disabled:
-        times = [1e3 * t for t in benchmark.stats.stats.data]
-        record({"kind": "layout", "what": what, "adapters": ADAPTERS, "projections": 3, "ms": spread(times),
-                "bytes": layout.nbytes, "factor_bytes": layout.factor_bytes(4)})  # fmt: skip
-
-
 def _encoder(layers: int):
     """Encoder layers of RoBERTa-base with random weights, every linear adapted at rank 8."""
     from transformers import RobertaConfig

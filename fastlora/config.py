@@ -13,7 +13,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from ._utils.errors import check_finite, check_rank, suggestion, unknown_choice
+from ._utils.errors import (
+    check_choice,
+    check_instance,
+    check_integer,
+    check_mapping,
+    check_number,
+    suggestion,
+    wrong_type,
+    wrong_value,
+)
 from .ops.backends import BACKENDS
 
 ROLES = ("qkv", "attention", "mlp", "all-linear")
@@ -32,6 +41,29 @@ _PEFT_NEUTRAL = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "ephemeral_gpu_offload", "megatron_core", "fan_in_fan_out",
 }  # fmt: skip
+
+
+# Fields that are one of a few.
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "bias": ("none", "all", "lora_only"),
+    "scale": ("constant", "per_rank"),
+    "prepack": ("auto", True, False),
+    "init_lora_weights": (True, False, "gaussian"),
+    "split_qkv": (None, True, False),
+    "use_rslora": (True, False),
+    "backend": ("auto", *BACKENDS),
+}
+_TARGETS = f"a role {ROLES}, a regular expression or a list of names"
+
+
+def _check_targets(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str) and not _names(value):
+        raise wrong_type(name, _TARGETS, value)
+    if isinstance(value, str) and value not in ROLES:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise wrong_value(name, _TARGETS, value, f", which is no regular expression: {error}") from None
 
 
 def _names(value: Any) -> bool:
@@ -71,7 +103,7 @@ class LoraConfig:
     - ``prepack``: whether oneDNN may keep a packed copy of W for each direction on a CPU: where it is measured to be
       faster (``"auto"``), always, or never.
 
-    Raises ``ValueError`` that names the field.
+    Raises ``TypeError`` or ``ValueError`` that names the field.
     """
 
     r: int = 8
@@ -95,49 +127,30 @@ class LoraConfig:
     exact_names_first: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_rank(self.r, "r")
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name}: expected a mapping of names to numbers, got {getattr(self, name)!r}")
-        for name, value in (("lora_alpha", self.lora_alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())):  # fmt: skip  # noqa: E501
-            check_finite(value, name)
-        for key, rank in self.rank_pattern.items():
-            check_rank(rank, f"rank_pattern[{key!r}]", minimum=0)
-        if not isinstance(self.lora_dropout, (int, float)) or not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {self.lora_dropout!r}")
-        self._check_choice("bias", ("none", "all", "lora_only"))
-        self._check_choice("scale", ("constant", "per_rank"))
-        self._check_choice("prepack", ("auto", True, False))
-        self._check_choice("init_lora_weights", (True, False, "gaussian"))
+        self.r = check_integer("r", self.r, 1)
+        check_number("lora_alpha", self.lora_alpha)
+        for name, of in (("rank_pattern", "names to ranks"), ("alpha_pattern", "names to numbers")):
+            check_mapping(name, getattr(self, name), of)
+        for key, alpha in self.alpha_pattern.items():
+            check_number(f"alpha_pattern[{key!r}]", alpha)
+        self.rank_pattern = {k: check_integer(f"rank_pattern[{k!r}]", v, 0) for k, v in self.rank_pattern.items()}
+        check_number("lora_dropout", self.lora_dropout, 0, below=1, accepted="a probability")
+        for name, accepted in _CHOICES.items():
+            check_choice(name, getattr(self, name), accepted)
         dtype = self.adapter_dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"adapter_dtype: expected a floating torch.dtype, got {dtype!r}")
-        self._check_choice("split_qkv", (None, True, False))
-        self._check_choice("use_rslora", (True, False))
-        self._check_choice("backend", ("auto", *BACKENDS))
+        if dtype is not None:
+            check_instance("adapter_dtype", dtype, torch.dtype, "a floating torch.dtype or None")
+            if not dtype.is_floating_point:
+                raise wrong_value("adapter_dtype", "a floating torch.dtype or None", dtype)
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str) and value not in ROLES:
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise ValueError(f"{name}: {value!r} is neither a role {ROLES} nor a regular expression: {error}") from None  # fmt: skip  # noqa: E501
-            if value is not None and not isinstance(value, str) and not _names(value):
-                raise ValueError(f"{name}: expected a role {ROLES}, a regular expression or a list of names, got {value!r}")  # fmt: skip  # noqa: E501
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save: expected a list of names, got the string {self.modules_to_save!r}")
+            _check_targets(name, getattr(self, name))
         if self.modules_to_save is not None and not _names(self.modules_to_save):
-            raise ValueError(f"modules_to_save: expected a list of names, got {self.modules_to_save!r}")
-
-    def _check_choice(self, name: str, accepted: tuple) -> None:
-        value = getattr(self, name)
-        if not any(value is a or (isinstance(a, str) and value == a) for a in accepted):
-            raise unknown_choice(name, value, accepted)
+            raise wrong_type("modules_to_save", "a list of names or None", self.modules_to_save)
 
     def scaling(self, rank: int, alpha: float | None = None) -> float:
         """``s`` of a matrix of this rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        check_rank(rank, "rank", minimum=0)
-        alpha = self.lora_alpha if alpha is None else check_finite(alpha, "alpha")
+        check_integer("rank", rank, 0)
+        alpha = self.lora_alpha if alpha is None else check_number("alpha", alpha)
         divisor = rank if self.scale == "per_rank" and rank > 0 else self.r
         return alpha / math.sqrt(divisor) if self.use_rslora else alpha / divisor
 
@@ -147,9 +160,9 @@ class LoraConfig:
         if isinstance(config, cls):
             return config
         if not (dataclasses.is_dataclass(config) and type(config).__module__.split(".")[0] == "peft"):
-            raise ValueError(f"config: expected fastlora.LoraConfig or peft.LoraConfig, got {type(config).__name__}")
+            raise wrong_type("config", "a fastlora.LoraConfig or a peft.LoraConfig", config)
         if type(config).__name__ != "LoraConfig":
-            raise ValueError(f"config: expected peft.LoraConfig, got peft.{type(config).__name__}")
+            raise wrong_type("config", "a fastlora.LoraConfig or a peft.LoraConfig", config)
         taken = cls(**_from_peft_fields(config))
         taken.exact_names_first = False
         return taken
@@ -162,9 +175,7 @@ class LoraConfig:
         fused qkv gets one dense adapter unless ``split_qkv=True``. Raises ``ValueError`` for an unknown difficulty and
         for fields that ``LoraConfig`` refuses.
         """
-        if not isinstance(difficulty, str) or difficulty not in PRESETS:
-            raise unknown_choice("difficulty", difficulty, tuple(PRESETS))
-        r, alpha, targets = PRESETS[difficulty]
+        r, alpha, targets = PRESETS[check_choice("difficulty", difficulty, PRESETS)]
         return cls(**{"r": r, "lora_alpha": alpha, "target_modules": targets, "split_qkv": False, **fields})
 
 

@@ -30,12 +30,14 @@ REGISTERS = 65536
 # Kernels whose product is large enough to be meant for wgmma, in 16-bit types.
 WGMMA = ("linear", "linear_moments", "linear_backward", "linear_backward_dropout", "wgrad", "gradstat",
          "gradstat_diagonal", "covariance")  # fmt: skip
+COLUMNS = ("operation", "case", "dtype", "tile", "registers", "stack", "shared KiB", "resident", "wgmma",
+           "16-byte copies", "TMA")  # fmt: skip
 
 
 class Row(NamedTuple):
     """What the compiler says of one kernel at one tile."""
 
-    verb: str
+    operation: str
     case: str
     kernel: str
     dtype: str
@@ -57,9 +59,9 @@ class Row(NamedTuple):
             found.append(f"{self.shared} bytes of shared memory, the limit is {SHARED_LIMIT}")
         if not self.resident:
             found.append(f"{self.registers} registers a thread do not fit")
-        if self.verb in WGMMA and self.dtype == "bf16" and "matmul" in self.case and not self.wgmma:
+        if self.operation in WGMMA and self.dtype == "bf16" and "matmul" in self.case and not self.wgmma:
             found.append("no wgmma instruction")
-        if self.tile.tma and self.verb != "reduce" and not self.tma:
+        if self.tile.tma and self.operation != "reduce" and not self.tma:
             found.append("no TMA instruction")
         if "matmul" in self.case and self.dtype == "bf16" and not (self.wide_copies or self.tma):
             found.append("no 16-byte asynchronous copy")
@@ -135,54 +137,49 @@ class _Operands:
         self.ranks, self.scales, self.probes, self.rank = (rank,) * n, (2.0,) * n, probes, n * rank
         self.dropout = {"seed": self.seed, "threshold": 2**31, "keep_scale": 2.0}
         self.places = [(j, 0) for j in range(n)]
-        self.own = grouped.Ranks(((rank,) * n,) * 2, (probes,) * 2)
+        self.lora_ranks = grouped.LoraRanks(((rank,) * n,) * 2, (probes,) * 2)
         numbers = [torch.empty(some, dtype=torch.int64, device="meta") for some in ((M,), (2, 2), (M // 16, 2))]
-        self.batch = grouped.Batch(*numbers[:2], lambda *sizes: numbers[2])
+        self.batch = grouped.RowBatch(*numbers[:2], lambda *sizes: numbers[2])
         self.drop = grouped.Dropout(torch.empty(M, 2, dtype=torch.int64, device="meta"), (2**31,) * 2, (2.0,) * 2)
-        self.moments = torch.empty(2, K, dtype=torch.float64, device="meta")
 
 
-def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], Any]]:
-    """The calls that reach every kernel of a verb with this tile, by name."""
-    dropout = o.dropout if verb.endswith("dropout") else {}
-    backward = dropout or verb == "linear_backward"
-
-    def shrunk() -> Any:
-        return shrink.shrink(o.x, [*o.A, o.P], 1, tiles=tile, **dropout)
+def _cases(operation: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], Any]]:
+    """The calls that reach every kernel of an operation with this tile, by name."""
+    dropout = o.dropout if operation.endswith("dropout") else {}
+    backward = dropout or operation == "linear_backward"
 
     def linear_forward(moments: bool) -> Any:
-        strategy = "library" if verb == "expand" else "fused"
+        strategy = "library" if operation == "expand" else "fused"
         return linear.linear(o.x, o.W, o.bias, o.h, o.B, o.places, o.offsets, o.scales, moments, strategy, tile)
 
     def dx(**options: Any) -> Any:
-        strategy = "library" if verb.startswith("expand") else "fused"
+        strategy = "library" if operation.startswith("expand") else "fused"
         return linear_backward.linear_backward(
             o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile, **options
         )
 
-    pairs, twice, drop = (o.batch, o.own), list(o.scales) * 2, o.drop if dropout else None
-    if verb.startswith("grouped_shrink"):
+    pairs, twice, drop = (o.batch, o.lora_ranks), list(o.scales) * 2, o.drop if dropout else None
+    if operation.startswith("grouped_shrink"):
         h = partial(grouped.grouped_shrink, o.x, [*o.A, o.P] * 2, *pairs, tile, drop)
         dh = partial(grouped.grouped_shrink_backward, o.dy, o.B * 2, *pairs, twice, tile)
         return {"x": h} if dropout else {"x": h, "dy": dh}
-    if verb.startswith("shrink"):
-        if verb != "shrink":
-            kept = o.moments if verb == "shrink_moments" else None
-            return {"x": lambda: shrink.shrink(o.x, [*o.A, o.P], 1, moments=kept, tiles=tile, **dropout)}
-        return {"x": shrunk, "dy": lambda: shrink.shrink_backward(o.dy, o.B, o.offsets, o.scales, o.rank, tile)}
-    if verb.startswith("wgrad"):
+    if operation.startswith("shrink"):
+        h = partial(shrink.shrink, o.x, [*o.A, o.P], 1, tiles=tile, **dropout)
+        dh = partial(shrink.shrink_backward, o.dy, o.B, o.offsets, o.scales, o.rank, tile)
+        return {"x": h} if dropout else {"x": h, "dy": dh}
+    if operation.startswith("wgrad"):
         x = o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes
         widths = [b.shape[0] for b in o.B]
         cases = {"matmul": lambda: wgrad.wgrad(*x, tiles=tile, **dropout)}
         some = o.x, o.dh, o.dy, o.h, widths, *pairs, twice, torch.float32, tile, drop
         return cases | {"matmul, adapters": lambda: grouped.grouped_wgrad(*some)}
-    if verb == "gradstat":
+    if operation == "gradstat":
         offsets = torch.empty(9, dtype=torch.int64, device="meta")
         return {"matmul": lambda: gradstat.gradstat(o.x, o.dy[0], offsets, tile)}
-    if verb == "gradstat_diagonal":
+    if operation == "gradstat_diagonal":
         offsets, diagonal = torch.empty(9, dtype=torch.int64, device="meta"), _empty(1024, 1024, dtype=torch.float32)
         return {"matmul": lambda: gradstat.gradstat(o.x, o.dy[0], offsets, tile, diagonal=diagonal)}
-    if verb == "covariance":
+    if operation == "covariance":
         total, weight = _empty(1024, 1024, dtype=torch.float32), _empty(dtype=torch.float32)
         return {
             "matmul": lambda: gradstat.covariance(o.x, tile),
@@ -190,58 +187,58 @@ def _cases(verb: str, tile: TileConfig, o: _Operands) -> dict[str, Callable[[], 
         }
     y = partial(grouped.grouped_expand_, o.dy, o.h, o.W, o.B * 2, *pairs, o.places, twice, True, tile)
     adapters = partial(grouped.grouped_linear_backward_, o.x, o.dh, o.A * 2, *pairs, tile, drop)
-    if verb == "expand":
+    if operation == "expand":
         plain = {"y": partial(linear_forward, False), "y, moments": partial(linear_forward, True), "dx": dx}
         return plain | {"y, moments, adapters": y, "dx, adapters": adapters}
-    if verb == "expand_dropout":
+    if operation == "expand_dropout":
         return {"dx": partial(dx, **dropout), "dx, adapters": adapters}
     if backward:
         return {"matmul": partial(dx, **dropout)}
-    return {"matmul": lambda: linear_forward(verb == "linear_moments")}
+    return {"matmul": lambda: linear_forward(operation == "linear_moments")}
 
 
-def compile_all(ranks: tuple[int, ...] = (8, 5, 64), verbs: tuple[str, ...] = ()) -> list[Row]:
+def compile_all(ranks: tuple[int, ...] = (8, 5, 64), operations: tuple[str, ...] = ()) -> list[Row]:
     """Compile every committed tile: bf16 at each rank a projection (one no multiple of 8), fp32 exact and as tf32."""
     rows: dict[str, Row] = {}
-    for verb, kind, entry in committed():
-        if verbs and verb not in verbs:
+    for operation, kind, entry in committed():
+        if operations and operation not in operations:
             continue
         # The rank block of linear's kernels is fixed, so that only whether ranks are multiples of 8 changes their code.
-        fixed = [rank for rank in ranks if rank <= 16] if verb.startswith(("linear", "expand")) else ranks
-        some = ranks[:1] if verb in ("gradstat", "gradstat_diagonal", "covariance") else fixed
-        exact_only = verb.endswith("dropout") or verb == "expand"
+        fixed = [rank for rank in ranks if rank <= 16] if operation.startswith(("linear", "expand")) else ranks
+        some = ranks[:1] if operation in ("gradstat", "gradstat_diagonal", "covariance") else fixed
+        exact_only = operation.endswith("dropout") or operation == "expand"
         settings = [("bf16", rank) for rank in some]
         if kind == "fp32":
             settings = [(precision, ranks[0]) for precision in (("fp32",) if exact_only else ("fp32", "tf32"))]
         for precision, rank in settings:
             operands = _Operands(torch.bfloat16 if precision == "bf16" else torch.float32, rank)
-            for case, call in _cases(verb, entry.tile, operands).items():
+            for case, call in _cases(operation, entry.tile, operands).items():
                 first = rank == ranks[0] and precision != "tf32"
                 label = case if rank == ranks[0] else f"{case}, r = {rank}"
-                if ("moments" in case or verb == "linear_moments") and not first:
+                if ("moments" in case or operation == "linear_moments") and not first:
                     continue
 
-                def record(
-                    name: str, compiled: Any, options: dict, verb=verb, label=label, tile=entry.tile, d=precision
-                ):
+                what = partial(_row, operation, label, precision, entry.tile)
+
+                def record(name: str, compiled: Any, options: dict, what=what):
                     if compiled.hash not in rows:
-                        rows[compiled.hash] = _row(verb, label, name, d, tile, compiled, options)
+                        rows[compiled.hash] = what(name, compiled, options)
 
                 with _compiling(record, precision == "tf32"):
                     call()
     return list(rows.values())
 
 
-def _row(verb: str, case: str, name: str, dtype: str, tile: TileConfig, compiled: Any, options: dict) -> Row:
+def _row(operation: str, case: str, dtype: str, tile: TileConfig, name: str, compiled: Any, options: dict) -> Row:
     registers, stack = _resources(compiled.asm["cubin"])
     text, shared = compiled.asm["ptx"], compiled.metadata.shared
     threads = 32 * options["num_warps"]
     resident = min(REGISTERS // (registers * threads), SHARED_LIMIT // max(shared, 1), 2048 // threads)
     if name in ("reduce_kernel", "reduce_pairs_kernel", "moments_kernel"):
-        verb, case = "reduce", "-"
+        operation, case = "reduce", "-"
     wide_copies = re.search(r"cp\.async\.cg\.shared\.global[^;]*0x10", text) is not None
-    tma = "cp.async.bulk.tensor" in text
-    return Row(verb, case, name, dtype, tile, registers, stack, shared, "wgmma" in text, wide_copies, tma, resident)
+    used = "wgmma" in text, wide_copies, "cp.async.bulk.tensor" in text
+    return Row(operation, case, name, dtype, tile, registers, stack, shared, *used, resident)
 
 
 def table(rows: list[Row]) -> str:
@@ -254,16 +251,16 @@ def table(rows: list[Row]) -> str:
         "Factors are fp32, r = 8 a projection and k = 8 probes unless said; fp32 is exact, tf32 where torch allows it.",
         "Written by `python -m fastlora.kernels.compile_report`.",
         "",
-        "| verb | case | dtype | tile | registers | stack | shared KiB | resident | wgmma | 16-byte copies | TMA |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
     ]
     for row in rows:
         t = row.tile
-        tile = "-" if row.verb == "reduce" else f"{t.rows}x{t.columns}x{t.depth}, {t.warps}w, {t.stages}s"
+        tile = "-" if row.operation == "reduce" else f"{t.rows}x{t.columns}x{t.depth}, {t.warps}w, {t.stages}s"
         flags = " | ".join("yes" if flag else "no" for flag in (row.wgmma, row.wide_copies, row.tma))
-        case = row.kernel.removesuffix("_kernel") if row.verb == "reduce" else row.case
+        case = row.kernel.removesuffix("_kernel") if row.operation == "reduce" else row.case
         lines.append(
-            f"| {row.verb} | {case} | {row.dtype} | {tile} | {row.registers} | {row.stack} "
+            f"| {row.operation} | {case} | {row.dtype} | {tile} | {row.registers} | {row.stack} "
             f"| {row.shared / 1024:.1f} | {row.resident} | {flags} |"
         )
     return "\n".join(lines) + "\n"
@@ -273,14 +270,14 @@ def main() -> None:
     """Print the table, or write it, and fail if a promise is broken."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", type=Path, help="file for the Markdown table")
-    parser.add_argument("--verbs", nargs="*", default=[], help="only these verbs")
+    parser.add_argument("--operations", nargs="*", default=[], help="only these operations")
     given = parser.parse_args()
-    rows = compile_all(verbs=tuple(given.verbs))
+    rows = compile_all(operations=tuple(given.operations))
     if given.output:
         given.output.write_text(table(rows))
     else:
         print(table(rows))
-    broken = [f"{r.verb} ({r.case}, {r.dtype}, {r.tile}): {fault}" for r in rows for fault in r.faults()]
+    broken = [f"{r.operation} ({r.case}, {r.dtype}, {r.tile}): {fault}" for r in rows for fault in r.faults()]
     if broken:
         raise SystemExit("\n".join(broken))
 

@@ -1,4 +1,4 @@
-"""The verbs over rows of several adapters: packed factors and tables for the kernels of the other files.
+"""The operations over rows of several adapters: packed factors and tables for the kernels of the other files.
 
 Everything here is adapter-major: entry ``g * n + i`` of a list is adapter g's factor of projection i. Work is each
 adapter's own rows times its own ranks; a row's result does not depend on the rest of the batch.
@@ -15,28 +15,43 @@ from torch import Tensor
 
 from . import linear, linear_backward, shrink, wgrad
 from .constants import device_constant
-from .primitives import Segments, even, unit_last
+from .primitives import KeyDropout, Segments, multiples_of_8, unit_last
 from .reduce import reduce_partials
 from .tiling import GRID_LIMIT, TileConfig, choose_split, choose_tiles
 
 
-class Ranks(NamedTuple):
+class LoraRanks(NamedTuple):
     """Ranks [adapters][projections] and probe columns [adapters]; hashable, so that tables are kept by it."""
 
-    ranks: tuple[tuple[int, ...], ...]
+    by_adapter: tuple[tuple[int, ...], ...]
     probes: tuple[int, ...]
 
     @property
     def widths(self) -> list[int]:
         """Columns of h that each adapter uses."""
-        return [sum(own) + k for own, k in zip(self.ranks, self.probes, strict=True)]
+        return [sum(own) + k for own, k in zip(self.by_adapter, self.probes, strict=True)]
+
+    @property
+    def adapters(self) -> int:
+        """How many there are."""
+        return len(self.by_adapter)
+
+    @property
+    def projections(self) -> int:
+        """How many each adapter has."""
+        return len(self.by_adapter[0])
+
+    @property
+    def even(self) -> bool:
+        """Whether all are multiples of 8."""
+        return multiples_of_8(*self.by_adapter, self.probes)
 
     def offsets(self, g: int) -> list[int]:
         """First column in h of each projection of adapter g."""
-        return [sum(self.ranks[g][:i]) for i in range(len(self.ranks[g]))]
+        return [sum(self.by_adapter[g][:i]) for i in range(len(self.by_adapter[g]))]
 
 
-class Batch(NamedTuple):
+class RowBatch(NamedTuple):
     """Where the rows of each adapter stand: order int64 [M] or [0], ranges int64 [adapters, 2], on the device.
 
     ``schedule(ranges, rows, block)`` -> [tiles, 2]: adapter (-1: none) and first position of each tile of at most
@@ -62,12 +77,12 @@ def pack(factors: Sequence[Tensor]) -> Tensor:
 
 
 @device_constant(maxsize=256)
-def _table(kind: str, own: Ranks, widths: tuple[int, ...], live: tuple[int, ...], device: torch.device) -> Tensor:
+def _table(kind: str, ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int, ...], device: torch.device) -> Tensor:
     # Ranks change seldom: kept, so that a step copies nothing to the device.
     if kind.startswith("wgrad"):
-        rows = _wgrad_rows(own, widths, live, kind)
+        rows = _wgrad_rows(ranks, widths, live, kind)
     else:
-        rows = (_shrink_rows if kind == "shrink" else _pair_rows)(own, widths, live)
+        rows = (_shrink_rows if kind == "shrink" else _pair_rows)(ranks, widths, live)
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
@@ -81,28 +96,28 @@ def _scales(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _shrink_rows(own: Ranks, widths: tuple[int, ...], live: tuple[int, ...]) -> list[list[int]]:
+def _shrink_rows(ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int, ...]) -> list[list[int]]:
     """Of each adapter: its first row of the packed factors, its rows, its first column in h."""
     rows, first = [], 0
-    for width in own.widths:
+    for width in ranks.widths:
         rows.append([first, width, 0])
         first += width
     return rows
 
 
-def _pair_rows(own: Ranks, widths: tuple[int, ...], live: tuple[int, ...]) -> list[list[int]]:
+def _pair_rows(ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int, ...]) -> list[list[int]]:
     """Of each adapter and live projection: first element of B in the packed B, rank, first column in h."""
     rows, first = [], 0
-    for g, ranks in enumerate(own.ranks):
-        offsets = own.offsets(g)
-        for i, (rank, width) in enumerate(zip(ranks, widths, strict=True)):
+    for g, some in enumerate(ranks.by_adapter):
+        offsets = ranks.offsets(g)
+        for i, (rank, width) in enumerate(zip(some, widths, strict=True)):
             if i in live:
                 rows.append([first, rank, offsets[i]])
             first += rank * width
     return rows
 
 
-def _wgrad_rows(own: Ranks, widths: tuple[int, ...], live: tuple[int, ...], kind: str) -> list[list[int]]:
+def _wgrad_rows(ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int, ...], kind: str) -> list[list[int]]:
     """Of each adapter and product (x, if ``widths`` leads with K, then the live dy): what ``wgrad_kernel`` reads.
 
     kind: "wgrad", or "wgrad x" and "wgrad dy" for a launch with the one or the others alone.
@@ -111,48 +126,49 @@ def _wgrad_rows(own: Ranks, widths: tuple[int, ...], live: tuple[int, ...], kind
     column. Regions: all dA as [ranks, K], all dB as [N, rank], all Q as [N, probes].
     """
     depth, *outer = widths
-    at_B = depth * sum(map(sum, own.ranks))
-    at_Q = at_B + sum(rank * outer[i] for ranks in own.ranks for i, rank in enumerate(ranks) if i in live)
+    at_B = depth * sum(map(sum, ranks.by_adapter))
+    at_Q = at_B + sum(rank * outer[i] for some in ranks.by_adapter for i, rank in enumerate(some) if i in live)
     rows, at_A = [], 0
-    for g, (ranks, probes) in enumerate(zip(own.ranks, own.probes, strict=True)):
-        total, offsets = sum(ranks), own.offsets(g)
+    for g, (some, probes) in enumerate(zip(ranks.by_adapter, ranks.probes, strict=True)):
+        total, offsets = sum(some), ranks.offsets(g)
         if depth and kind != "wgrad dy":
             rows.append([0, total, 0, at_A, 1, depth, 0, 0])
         at_A += total * depth
         for i in live:
             if kind != "wgrad x":
-                rows.append([offsets[i], ranks[i], probes, at_B, ranks[i], 1, at_Q, total])
-            at_B, at_Q = at_B + ranks[i] * outer[i], at_Q + probes * outer[i]
+                rows.append([offsets[i], some[i], probes, at_B, some[i], 1, at_Q, total])
+            at_B, at_Q = at_B + some[i] * outer[i], at_Q + probes * outer[i]
     return rows
 
 
 def _segments(
     kind: str,
-    batch: Batch,
+    batch: RowBatch,
     tiles: Tensor,
-    own: Ranks,
-    widths: Sequence[int],
-    live: Sequence[int],
-    scales: Sequence[float],
-    drop: Dropout | None = None,
+    ranks: LoraRanks,
+    widths: Sequence[int] = (),
+    live: Sequence[int] = (),
+    scales: Sequence[float] | None = None,
 ) -> Segments:
-    if len(own.ranks) > GRID_LIMIT:
-        raise ValueError(f"adapters: {len(own.ranks)} in one batch; the Triton backend takes at most {GRID_LIMIT}")
-    device, dropout = batch.ranges.device, ()
-    if drop is not None:
-        table = _table("pairs", own, (0,) * len(own.ranks[0]), tuple(range(len(own.ranks[0]))), device)
-        dropout = table, drop.keys, _thresholds(drop.thresholds, device), _scales(drop.keep_scales, device)
+    if ranks.adapters > GRID_LIMIT:
+        raise ValueError(f"adapters: {ranks.adapters} in one batch; the Triton backend takes at most {GRID_LIMIT}")
+    device = batch.ranges.device
     return Segments(
         tiles,
         batch.ranges,
         batch.order,
-        _table(kind, own, tuple(widths), tuple(live), device),
-        _scales(tuple(scales), device),
-        even(*own.ranks, own.probes),
-        max(max(ranks) for ranks in own.ranks) if kind == "pairs" else max(own.widths),
-        dropout,
-        0 if drop is None else len(own.ranks[0]),
+        _table(kind, ranks, tuple(widths), tuple(live), device),
+        _scales(tuple(scales or [1.0] * ranks.adapters), device),
     )
+
+
+def _dropout(drop: Dropout | None, ranks: LoraRanks) -> tuple[KeyDropout | None, int]:
+    """The kernels' operand, and how many projections have a mask each."""
+    if drop is None:
+        return None, 0
+    device, n = drop.keys.device, ranks.projections
+    table = _table("pairs", ranks, (0,) * n, tuple(range(n)), device)
+    return KeyDropout(drop.keys, _thresholds(drop.thresholds, device), _scales(drop.keep_scales, device), table), n
 
 
 def _apart(views: Sequence[Tensor]) -> list[Tensor]:
@@ -166,8 +182,8 @@ def _apart(views: Sequence[Tensor]) -> list[Tensor]:
 def grouped_shrink(
     x: Tensor,
     factors: Sequence[Tensor],
-    batch: Batch,
-    own: Ranks,
+    batch: RowBatch,
+    ranks: LoraRanks,
     tiles: TileConfig | None = None,
     drop: Dropout | None = None,
 ) -> Tensor:
@@ -178,13 +194,13 @@ def grouped_shrink(
     """
     x = unit_last(x)
     M, K = x.shape
-    h = torch.zeros(M, max(own.widths), dtype=x.dtype, device=x.device)
+    h = torch.zeros(M, max(ranks.widths), dtype=x.dtype, device=x.device)
     if h.numel() and K:
         tiles = tiles or choose_tiles("grouped_shrink" + ("_dropout" if drop else ""), 0, 0, 0, 0, x.dtype)
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
-        segments = _segments("shrink", batch, schedule, own, (), (), [1.0] * len(own.ranks), drop)
-        stacked = pack(factors).view(-1, K)
-        shrink.run([x], [stacked], h, [0], [1.0], True, tiles, x, segments.masked, segments=segments)
+        segments, stacked = _segments("shrink", batch, schedule, ranks), pack(factors).view(-1, K)
+        dropout, wide = _dropout(drop, ranks), max(ranks.widths)
+        shrink.run([x], [stacked], h, [0], None, tiles, *dropout, segments, wide, ranks.even)
     return h
 
 
@@ -193,8 +209,8 @@ def grouped_expand_(
     h: Tensor,
     W: Sequence[Tensor],
     B: Sequence[Tensor],
-    batch: Batch,
-    own: Ranks,
+    batch: RowBatch,
+    ranks: LoraRanks,
     places: Sequence[tuple[int, int]],
     scales: Sequence[float],
     moments: bool = False,
@@ -205,14 +221,14 @@ def grouped_expand_(
     y_j [M, N_j], W_j [N_j, K]. Returns with ``moments`` the column sums of y_j and y_j^2 over each adapter's rows,
     float64 [2, N_j], entry ``g * len(y) + j``.
     """
-    G, M, n = len(own.ranks), h.shape[0], len(places)
+    G, M, n = ranks.adapters, h.shape[0], len(places)
     make = torch.zeros if M == 0 else torch.empty
     sums = [make(G, 2, out.shape[1], dtype=torch.float64, device=h.device) for out in y] if moments else []
     if M:
         tiles = tiles or choose_tiles("expand", 0, 0, 0, 0, h.dtype)
         widths = [B[i].shape[0] for i in range(n)]
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
-        segments = _segments("pairs", batch, schedule, own, widths, range(n), scales)
+        segments = _segments("pairs", batch, schedule, ranks, widths, range(n), scales)
         packed = pack(B).view(-1, 1)
         projections = [
             linear.Projection(
@@ -226,15 +242,15 @@ def grouped_expand_(
             )
             for (j, column), width in zip(places, widths, strict=True)
         ]
-        linear.expand(h, h, projections, False, tiles, segments)
-    return _apart([own_sums[g] for g in range(G) for own_sums in sums])
+        linear.expand(h, h, projections, False, tiles, segments, ranks.even)
+    return _apart([of_output[g] for g in range(G) for of_output in sums])
 
 
 def grouped_shrink_backward(
     dy: Sequence[Tensor | None],
     B: Sequence[Tensor],
-    batch: Batch,
-    own: Ranks,
+    batch: RowBatch,
+    ranks: LoraRanks,
     scales: Sequence[float],
     tiles: TileConfig | None = None,
 ) -> Tensor:
@@ -245,15 +261,15 @@ def grouped_shrink_backward(
     live = [i for i, part in enumerate(dy) if part is not None]
     wide = [unit_last(dy[i]) for i in live]
     n, M = len(dy), wide[0].shape[0]
-    dh = torch.zeros(M, max(map(sum, own.ranks)), dtype=wide[0].dtype, device=wide[0].device)
+    dh = torch.zeros(M, max(map(sum, ranks.by_adapter)), dtype=wide[0].dtype, device=wide[0].device)
     if dh.numel():
         tiles = tiles or choose_tiles("grouped_shrink", 0, 0, 0, 0, dh.dtype)
         widths = [B[i].shape[0] for i in range(n)]
-        some = [scales[g * n + i] for g in range(len(own.ranks)) for i in live]
+        some = [scales[g * n + i] for g in range(ranks.adapters) for i in live]
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
-        segments = _segments("pairs", batch, schedule, own, widths, live, some)
-        packed = pack(B).view(-1, 1)
-        shrink.run(wide, [packed] * len(live), dh, [0] * len(live), [1.0] * len(live), False, tiles, segments=segments)
+        segments = _segments("pairs", batch, schedule, ranks, widths, live, some)
+        packed, widest = [pack(B).view(-1, 1)] * len(live), max(map(max, ranks.by_adapter))
+        shrink.run(wide, packed, dh, [0] * len(live), [1.0] * len(live), tiles, None, 0, segments, widest, ranks.even)
     return dh
 
 
@@ -261,19 +277,19 @@ def grouped_linear_backward_(
     dx: Tensor,
     dh: Tensor,
     A: Sequence[Tensor],
-    batch: Batch,
-    own: Ranks,
+    batch: RowBatch,
+    ranks: LoraRanks,
     tiles: TileConfig | None = None,
     drop: Dropout | None = None,
 ) -> Tensor:
     """In place ``dx[m] += dh[m] A_g`` for the rows of every adapter g: dx [M, K], dh [M, max_g R_g]; returns dx."""
     if dx.numel() and dh.numel():
         tiles = tiles or choose_tiles("expand" + ("_dropout" if drop else ""), 0, 0, 0, 0, dx.dtype)
-        without = own._replace(probes=(0,) * len(own.probes))
+        without = ranks._replace(probes=(0,) * len(ranks.probes))
         schedule = batch.schedule(batch.ranges, dx.shape[0], tiles.rows)
-        segments = _segments("shrink", batch, schedule, without, (), (), [1.0] * len(own.ranks), drop)
-        packed, seed = pack(A).view(-1, dx.shape[1]), dx if drop else None
-        linear_backward.add_adapters_(dx, dh, [packed], [0], seed=seed, tiles=tiles, segments=segments)
+        segments, packed = _segments("shrink", batch, schedule, without), pack(A).view(-1, dx.shape[1])
+        dropout = _dropout(drop, without)
+        linear_backward.add_adapters_(dx, dh, [packed], [0], None, *dropout, tiles, segments, without.even)
     return dx
 
 
@@ -283,8 +299,8 @@ def grouped_wgrad(
     dy: Sequence[Tensor | None],
     h: Tensor,
     widths: Sequence[int],
-    batch: Batch,
-    own: Ranks,
+    batch: RowBatch,
+    ranks: LoraRanks,
     scales: Sequence[float],
     dtype: torch.dtype = torch.float32,
     tiles: TileConfig | None = None,
@@ -297,7 +313,9 @@ def grouped_wgrad(
     """
     n, live = len(dy), [i for i, part in enumerate(dy) if part is not None]
     wide, K = [unit_last(dy[i]) for i in live], 0 if x is None else x.shape[1]
-    pairs = [(rank, i, k) for ranks, k in zip(own.ranks, own.probes, strict=True) for i, rank in enumerate(ranks)]
+    pairs = [
+        (rank, i, k) for some, k in zip(ranks.by_adapter, ranks.probes, strict=True) for i, rank in enumerate(some)
+    ]
     sizes = [
         [rank * K for rank, _, _ in pairs],
         [rank * widths[i] if i in live else 0 for rank, i, _ in pairs],
@@ -310,10 +328,10 @@ def grouped_wgrad(
         for some, kind in zip(sizes, (dtype, dtype, torch.float32), strict=True)
     ]
     if M and total:
-        inputs = [] if x is None else [_product(unit_last(x), dh)]
-        outer = [_product(g, h) for g in wide]
-        some = [scales[g * n + i] for g in range(len(own.ranks)) for i in live]
-        _wgrad_partials(inputs, outer, flat, batch, own, [K, *widths], live, some, tiles, drop)
+        inputs = [] if x is None else [wgrad.Product(unit_last(x), dh)]
+        outer = [wgrad.Product(g, h) for g in wide]
+        some = [scales[g * n + i] for g in range(ranks.adapters) for i in live]
+        _wgrad_partials(inputs, outer, flat, batch, ranks, [K, *widths], live, some, tiles, drop)
     shapes = [
         [(rank, K) for rank, _, _ in pairs],
         [(widths[i], rank) for rank, i, _ in pairs],
@@ -327,11 +345,7 @@ def grouped_wgrad(
     return found[0] if x is not None else [], found[1], found[2]
 
 
-def _product(wide: Tensor, skinny: Tensor) -> wgrad.Product:
-    return wgrad.Product(wide, skinny, 0, 0, 0, 0, (0, 0))
-
-
-def _wgrad_partials(inputs, outer, flat, batch, own, widths, live, scales, tiles, drop) -> None:
+def _wgrad_partials(inputs, outer, flat, batch, ranks, widths, live, scales, tiles, drop) -> None:
     """Fill ``flat`` with all dA, dB and Q: x on its own if it is seen through dropout, else beside the dy."""
     first, total = (inputs or outer)[0].wide, sum(f.numel() for f in flat)
     M, dtype = first.shape[0], first.dtype
@@ -340,20 +354,19 @@ def _wgrad_partials(inputs, outer, flat, batch, own, widths, live, scales, tiles
     programs = sum(triton.cdiv(p.wide.shape[1], plain.columns) for p in [*inputs, *outer])
     # A long run is cut, but partial sums never outweigh what is read, and parts times adapters fit the grid.
     read = sum(p.wide.numel() for p in [*inputs, *outer])
-    most = min(read // total, GRID_LIMIT // len(own.ranks))
+    most = min(read // total, GRID_LIMIT // ranks.adapters)
     parts = max(1, min(choose_split(programs, triton.cdiv(M, plain.depth), 2), most))
     partial = torch.empty(parts, total, dtype=torch.float32, device=flat[0].device)
 
     def launch(kind, products, each, tile, drop=None):
         if products:
-            segments = _segments(kind, batch, batch.ranges, own, widths, live, each, drop)
-            wgrad.run(products, partial, 0, tile, seed=partial if drop else None, segments=segments)
+            segments = _segments(kind, batch, batch.ranges, ranks, widths, live, each)
+            dropout, masked = _dropout(drop, ranks)
+            wgrad.run(products, partial, 0, tile, dropout, None, masked, segments, max(ranks.widths), ranks.even)
 
-    adapters = len(own.ranks)
     if drop is None:
-        mixed = [
-            s for g in range(adapters) for s in [*[1.0] * len(inputs), *scales[g * len(live) : (g + 1) * len(live)]]
-        ]
+        n, ones = len(live), [1.0] * len(inputs)
+        mixed = [s for g in range(ranks.adapters) for s in (*ones, *scales[g * n : g * n + n])]
         launch("wgrad", [*inputs, *outer], mixed, plain)
     else:
         launch("wgrad x", inputs, drop.keep_scales, masked, drop)

@@ -11,20 +11,29 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import (
+    Factors,
+    Matrix,
+    Options,
+    Rows,
     Segments,
     aligned,
-    clear,
-    even,
     find_tile,
+    hide_from_specialization,
     launch,
     matmul_loop,
-    matmul_options,
-    opaque,
-    own_rows,
-    pick,
+    matrices,
+    matrix,
+    multiples_of_8,
+    precision,
+    rank_columns,
+    rank_matrix,
+    reveal,
+    select,
+    select_matrix,
     store_moments,
     swizzle,
     table_row,
+    tile_rows,
     unit_last,
 )
 from .reduce import reduce_moments
@@ -47,104 +56,128 @@ class Projection(NamedTuple):
     scale: float
 
 
+class Group(NamedTuple):
+    """The projections as a kernel takes them: weights, biases (None: no projection has one), B, outputs."""
+
+    W: Matrix
+    bias: tuple | None
+    B: Factors
+    y: Matrix
+
+
+class Part(NamedTuple):
+    """One projection, or one adapter's part of it: weight, output, B with its stride, ranks in h, scale."""
+
+    W: Matrix
+    y: Matrix
+    B: tl.tensor
+    stride_B: tl.tensor
+    offset: tl.tensor
+    rank: tl.tensor
+    scale: tl.tensor
+
+
+class Place(NamedTuple):
+    """Where a tile lies: number and rows of its row tile, its first column, that of its projection among all."""
+
+    row_tile: tl.tensor
+    rows: Rows
+    column: tl.tensor
+    entry: tl.tensor
+
+
 @triton.jit
-def linear_tile(
-    p_x, p_w, desc_x, desc_w, p_bias, p_h, p_b, p_y, p_sums, width, stride_w, stride_b, stride_y, offset, rank, scale,
-    i_m, o_m, m_m, o_first, o_entry, K, N, stride_x, stride_h,
-    MATMUL: tl.constexpr, BIAS: tl.constexpr, MOMENTS: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Rows ``o_m`` and columns from ``o_first`` of one projection, whose weight, bias, B and y the pointers name."""
-    o_n = o_first + tl.arange(0, BLOCK_N)
-    m_n = (o_n < width)[None, :]
-    o_row = o_m.to(tl.int64)[:, None]
+def projection_part(group, i, segments, adapter, EVEN: tl.constexpr):
+    """Projection i of a group, with ``segments`` one adapter's part of it."""
+    B = group.B
+    if segments is None:
+        rank = reveal(select(B.columns.ranks, i), EVEN)
+        offset = reveal(select(B.columns.offsets, i), EVEN)
+        p_b, stride_b = select(B.data, i), reveal(select(B.strides, i), EVEN)
+        scale = select(B.scales, i)
+    else:
+        i_pair = adapter * len(group.y.data) + i
+        first, rank, offset = table_row(segments.table, i_pair, 3, EVEN)
+        p_b, stride_b, scale = B.data[0] + first, rank, tl.load(segments.scales + i_pair)
+    return Part(select_matrix(group.W, i), select_matrix(group.y, i), p_b, stride_b, offset, rank, scale)
+
+
+@triton.jit
+def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """The tile at ``place`` of a projection's y."""
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_N: tl.constexpr = TILE.columns
+    BLOCK_K: tl.constexpr = TILE.depth
+    BLOCK_R: tl.constexpr = 16  # a tensor core's
+    o_n = place.column + tl.arange(0, BLOCK_N)
+    m_m, m_n = place.rows.exist[:, None], (o_n < part.y.columns)[None, :]
+    o_row = place.rows.numbers.to(tl.int64)[:, None]
     # The expand comes first: scaled in fp32 it becomes the start of the accumulator and needs no registers of its own.
-    p_rows_h = p_h + o_row * stride_h + offset
-    p_rows_b = p_b + o_n.to(tl.int64)[None, :] * stride_b
+    p_h = h.data + o_row * reveal(h.stride, OPTIONS.even_r) + part.offset
+    p_b = part.B + o_n.to(tl.int64)[None, :] * part.stride_B
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r in tl.range(0, rank, BLOCK_R, num_stages=1):
+    for r in tl.range(0, part.rank, BLOCK_R, num_stages=1):
         o_rank = r + tl.arange(0, BLOCK_R)
-        b_h = tl.load(p_rows_h + o_rank[None, :], mask=m_m & (o_rank < rank)[None, :], other=0.0)
-        b_b = tl.load(p_rows_b + o_rank[:, None], mask=m_n & (o_rank < rank)[:, None], other=0.0).to(b_h.dtype)
-        b_acc = tl.dot(b_h, b_b, b_acc, input_precision=PRECISION)
-    b_acc *= scale
-    if MATMUL and desc_x is None:
-        p_rows_w = p_w + o_n.to(tl.int64)[None, :] * stride_w
-        b_acc = matmul_loop(b_acc, p_x + o_row * stride_x, p_rows_w, 1, m_m, m_n, K, EVEN_K, BLOCK_K, PRECISION)
-    elif MATMUL:
-        for k in tl.range(0, K, BLOCK_K):
-            b_x, b_w = desc_x.load([i_m * BLOCK_M, k]), desc_w.load([o_first, k])
-            b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, input_precision=PRECISION)
-    if BIAS:
-        b_acc += tl.load(p_bias + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
-    p_tile = p_y + o_row * stride_y + o_n[None, :]
-    if not MATMUL:
+        b_h = tl.load(p_h + o_rank[None, :], mask=m_m & (o_rank < part.rank)[None, :], other=0.0)
+        b_b = tl.load(p_b + o_rank[:, None], mask=m_n & (o_rank < part.rank)[:, None], other=0.0).to(b_h.dtype)
+        b_acc = tl.dot(b_h, b_b, b_acc, input_precision=OPTIONS.precision)
+    b_acc *= part.scale
+    if x is not None and descriptors is None:
+        p_x, p_w = x.data + o_row * x.stride, part.W.data + o_n.to(tl.int64)[None, :] * part.W.stride
+        b_acc = matmul_loop(b_acc, p_x, p_w, 1, m_m, m_n, x.columns, TILE, OPTIONS)
+    elif x is not None:
+        for k in tl.range(0, x.columns, BLOCK_K):
+            b_x, b_w = descriptors[0].load([place.row_tile * BLOCK_M, k]), descriptors[1].load([place.column, k])
+            b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, input_precision=OPTIONS.precision)
+    if bias is not None:
+        b_acc += tl.load(bias + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
+    p_tile = part.y.data + o_row * part.y.stride + o_n[None, :]
+    if x is None:
         b_acc += tl.load(p_tile, mask=m_m & m_n, other=0.0).to(tl.float32)
-    b_y = b_acc.to(p_y.dtype.element_ty)
+    b_y = b_acc.to(part.y.data.dtype.element_ty)
     tl.store(p_tile, b_y, mask=m_m & m_n)
-    if MOMENTS:
-        p_sum = p_sums + i_m.to(tl.int64) * 2 * N + o_entry + o_n
-        store_moments(p_sum, N, b_y.to(tl.float32), m_m, o_n < width)
+    if sums is not None:
+        p_sum = sums.data + place.row_tile.to(tl.int64) * 2 * sums.stride + place.entry + o_n
+        store_moments(p_sum, sums.stride, b_y.to(tl.float32), m_m, o_n < part.y.columns)
 
 
 @triton.jit(do_not_specialize=["M", "tiles_m", "tiles_n"])
-def linear_kernel(
-    p_x, p_w, p_bias, p_h, p_b, p_y, p_sums, widths, strides_w, strides_b, strides_y, offsets, ranks, scales, segments,
-    M, K, N, stride_x, stride_h, tiles_m, tiles_n,
-    EVEN_R: tl.constexpr, MATMUL: tl.constexpr, BIAS: tl.constexpr, MOMENTS: tl.constexpr, EVEN_K: tl.constexpr,
-    GATHER: tl.constexpr, TMA: tl.constexpr, BAND: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of one projection's y, or with TMA every so many of them from a fixed number of programs.
+def linear_kernel(group, x, h, sums, segments, M, tiles_m, tiles_n, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """One tile of one projection's y, or with TILE.tma every so many of them from a fixed number of programs.
 
-    Without MATMUL y holds x W^T + bias already and is updated in place. With ``segments`` a tile is rows of one
-    adapter, and its part of the packed factors ``p_b[0]`` stands in a table.
+    Without x, y holds x W^T + bias already and is updated in place. With ``segments`` a tile is rows of one adapter.
     """
-    if TMA:
-        desc_x = tl.make_tensor_descriptor(p_x, [M, K], [stride_x, 1], [BLOCK_M, BLOCK_K])
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_N: tl.constexpr = TILE.columns
+    BLOCK_K: tl.constexpr = TILE.depth
+    if TILE.tma:
+        desc_x = tl.make_tensor_descriptor(x.data, [M, x.columns], [x.stride, 1], [BLOCK_M, BLOCK_K])
         i_next, o_entry = tl.program_id(0), 0
-        for i_entry in tl.range(0, len(widths), num_stages=1):
-            width, stride_w, p_weight = pick(widths, i_entry), pick(strides_w, i_entry), pick(p_w, i_entry)
-            desc_w = tl.make_tensor_descriptor(p_weight, [width, K], [stride_w, 1], [BLOCK_N, BLOCK_K])
+        for i in tl.range(0, len(group.y.data), num_stages=1):
+            part = projection_part(group, i, None, None, OPTIONS.even_r)
+            bias = None if group.bias is None else select(group.bias, i)
+            W, width = part.W, part.y.columns
+            desc_w = tl.make_tensor_descriptor(W.data, [width, x.columns], [W.stride, 1], [BLOCK_N, BLOCK_K])
             own = tiles_m * tl.cdiv(width, BLOCK_N)
             for i_tile in tl.range(i_next, own, tl.num_programs(0), num_stages=1, disable_licm=True):
-                i_m, i_n = swizzle(i_tile, tiles_m, tl.cdiv(width, BLOCK_N), BAND)
-                o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-                linear_tile(
-                    p_x, p_weight, desc_x, desc_w, pick(p_bias, i_entry), p_h, pick(p_b, i_entry), pick(p_y, i_entry),
-                    p_sums, width, stride_w, clear(pick(strides_b, i_entry), EVEN_R), pick(strides_y, i_entry),
-                    clear(pick(offsets, i_entry), EVEN_R), clear(pick(ranks, i_entry), EVEN_R), pick(scales, i_entry),
-                    i_m, o_m, (o_m < M)[:, None], i_n * BLOCK_N, o_entry, K, N, stride_x, clear(stride_h[0], EVEN_R),
-                    MATMUL, BIAS, MOMENTS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, PRECISION,
-                )  # fmt: skip
+                i_m, i_n = swizzle(i_tile, tiles_m, tl.cdiv(width, BLOCK_N), TILE.band)
+                place = Place(i_m, tile_rows(None, None, i_m, M, BLOCK_M, False), i_n * BLOCK_N, o_entry)
+                linear_tile(part, bias, x, h, sums, place, (desc_x, desc_w), TILE, OPTIONS)
             # The next projection's tiles go on where this one's ended, so that every program has as many.
             i_next += tl.cdiv(tl.maximum(own - i_next, 0), tl.num_programs(0)) * tl.num_programs(0) - own
             o_entry += width
         return
-    i_m, i_n = swizzle(tl.program_id(0), tiles_m, tiles_n, BAND)
-    i_entry, o_first, o_entry = find_tile(i_n, widths, BLOCK_N)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < M
+    i_m, i_n = swizzle(tl.program_id(0), tiles_m, tiles_n, TILE.band)
+    i, o_first, o_entry = find_tile(i_n, group.y.columns, BLOCK_N)
+    adapter = None
     if segments is not None:
-        adapter = tl.load(segments[0] + 2 * i_m).to(tl.int64)
+        adapter = tl.load(segments.tiles + 2 * i_m).to(tl.int64)
         if adapter < 0:
             return
-        o_m, m_m = own_rows(segments, i_m, GATHER, BLOCK_M)
-        i_pair = adapter * len(widths) + i_entry
-        first, rank, offset = table_row(segments[3], i_pair, 3, EVEN_R)
-        p_factor, stride_b, scale = p_b[0] + first, rank, tl.load(segments[4] + i_pair)
-    else:
-        rank, offset = clear(pick(ranks, i_entry), EVEN_R), clear(pick(offsets, i_entry), EVEN_R)
-        p_factor, stride_b = pick(p_b, i_entry), clear(pick(strides_b, i_entry), EVEN_R)
-        scale = pick(scales, i_entry)
-    linear_tile(
-        p_x, pick(p_w, i_entry), None, None, pick(p_bias, i_entry), p_h, p_factor, pick(p_y, i_entry), p_sums,
-        pick(widths, i_entry), pick(strides_w, i_entry), stride_b, pick(strides_y, i_entry), offset, rank, scale,
-        i_m, o_m, m_m[:, None], o_first, o_entry, K, N, stride_x, clear(stride_h[0], EVEN_R),
-        MATMUL, BIAS, MOMENTS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, PRECISION,
-    )  # fmt: skip
+    place = Place(i_m, tile_rows(segments, adapter, i_m, M, BLOCK_M, OPTIONS.gather), o_first, o_entry)
+    part = projection_part(group, i, segments, adapter, OPTIONS.even_r)
+    bias = None if group.bias is None else select(group.bias, i)
+    linear_tile(part, bias, x, h, sums, place, None, TILE, OPTIONS)
 
 
 def expand(
@@ -154,37 +187,41 @@ def expand(
     matmul: bool,
     tiles: TileConfig | None,
     segments: Segments | None = None,
+    even: bool = False,
 ) -> None:
     """Fill (``matmul``) or update every projection's y, and its moments where it has them.
 
-    With ``segments`` every row gets its own adapter's part: B is then the packed [elements, 1] of all, and the moments
-    are [adapters, 2, N_i].
+    With ``segments`` every row gets its own adapter's part: B is then the packed [elements, 1] of all, ``even`` says
+    whether all ranks are multiples of 8, and the moments are [adapters, 2, N_i].
     """
     M, K = x.shape
-    widths = tuple(p.W.shape[0] for p in projections)
-    ranks, strides_b = [p.B.shape[1] for p in projections], [p.B.stride(0) for p in projections]
-    offsets = [p.offset for p in projections]
+    ranks, strides = [p.B.shape[1] for p in projections], [p.B.stride(0) for p in projections]
+    offsets, N = [p.offset for p in projections], sum(p.W.shape[0] for p in projections)
     moments = projections[0].moments is not None
-    verb = ("linear_moments" if moments else "linear") if matmul else "expand"
-    tiles = tiles or choose_tiles(verb, M, sum(widths), K, max(ranks), x.dtype)
-    tma = matmul and tiles.tma and aligned([x, *(p.W for p in projections)])
+    operation = ("linear_moments" if moments else "linear") if matmul else "expand"
+    tiles = tiles or choose_tiles(operation, M, N, K, max(ranks), x.dtype)
+    tiles = tiles._replace(tma=matmul and tiles.tma and aligned([x, *(p.W for p in projections)]))
     tiles_m = triton.cdiv(M, tiles.rows) if segments is None else segments.tiles.shape[0]
-    tiles_n = sum(triton.cdiv(width, tiles.columns) for width in widths)
-    sums = torch.empty(tiles_m, 2, sum(widths), dtype=torch.float32, device=x.device) if moments else x
-    biased = matmul and any(p.bias is not None for p in projections)
-    bias = [p.W.new_zeros(p.W.shape[0]) if p.bias is None else p.bias for p in projections] if biased else [x]
-    own = even(ranks, strides_b, offsets) if segments is None else segments.even
-    launch(
-        linear_kernel, (min(tiles_m * tiles_n, PROGRAMS) if tma else tiles_m * tiles_n,),
-        x, tuple(p.W for p in projections), tuple(bias), h, tuple(p.B for p in projections),
-        tuple(p.y for p in projections), sums, widths, tuple(p.W.stride(0) for p in projections), opaque(strides_b),
-        tuple(p.y.stride(0) for p in projections), opaque(offsets), opaque(ranks),
-        tuple(float(p.scale) for p in projections), None if segments is None else segments.tensors,
-        M, K, sum(widths), x.stride(0), opaque([h.stride(0)]), tiles_m, tiles_n,
-        EVEN_R=own and h.stride(0) % 8 == 0, MATMUL=matmul, BIAS=biased, MOMENTS=moments, EVEN_K=K % tiles.depth == 0,
-        GATHER=segments is not None and segments.gather, TMA=tma, **matmul_options(tiles, x.dtype),
-    )  # fmt: skip
-    if moments:
+    tiles_n = sum(triton.cdiv(p.W.shape[0], tiles.columns) for p in projections)
+    sums = torch.empty(2 * tiles_m, N, dtype=torch.float32, device=x.device) if moments else None
+    bias = None
+    if matmul and any(p.bias is not None for p in projections):
+        bias = tuple(p.W.new_zeros(p.W.shape[0]) if p.bias is None else p.bias for p in projections)
+    if segments is None:
+        even = multiples_of_8(ranks, strides, offsets)
+    scales, columns = tuple(float(p.scale) for p in projections), rank_columns(offsets, ranks)
+    B = Factors(tuple(p.B for p in projections), hide_from_specialization(strides), columns, scales)
+    group = Group(matrices([p.W for p in projections]), bias, B, matrices([p.y for p in projections]))
+    operands = group, matrix(x) if matmul else None, rank_matrix(h), None if sums is None else matrix(sums), segments
+    grid = (min(tiles_m * tiles_n, PROGRAMS) if tiles.tma else tiles_m * tiles_n,)
+    options = Options(
+        precision(x.dtype),
+        even_k=K % tiles.depth == 0,
+        even_r=even and h.stride(0) % 8 == 0,
+        gather=segments is not None and segments.gathered,
+    )
+    launch(linear_kernel, grid, *operands, M, tiles_m, tiles_n, TILE=tiles, OPTIONS=options)
+    if sums is not None:
         ranges = None if segments is None else segments.ranges
         reduce_moments(sums, [p.moments for p in projections], M, tiles.rows, ranges)
 

@@ -1,6 +1,7 @@
-"""What the kernels share: choosing among tuples, tile lookup, stacked factors, the matmul loop, dropout bits.
+"""What the kernels share: the records they take, choosing among tuples, tile lookup, the matmul loop, dropout bits.
 
-A group of projections reaches a kernel as tuples (pointers, widths, offsets); ``tl.static_range`` unrolls over them and
+A kernel takes NamedTuples of pointers and numbers; a part of it that works on what is None there is not compiled. For a
+group of projections the fields are tuples with an entry for each: ``tl.static_range`` unrolls over them and
 ``tl.where`` chooses, so no weight is concatenated and no table of addresses is built.
 """
 
@@ -16,17 +17,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiling import TileConfig
+
+class Matrix(NamedTuple):
+    """A matrix, or for a group tuples of several: where it begins, elements from row to row, columns; columns touch.
+
+    Where the columns are ranks, ``stride`` and ``columns`` are hidden from specialization.
+    """
+
+    data: Any
+    stride: Any
+    columns: Any
+
+
+class RankColumns(NamedTuple):
+    """Where each projection's ranks stand in h: first column and how many, hidden from specialization."""
+
+    offsets: tuple
+    ranks: tuple
+
+
+class Factors(NamedTuple):
+    """Low-rank factors: tensors, strides of their rows, their columns of h, scales.
+
+    With ``Segments`` the packed factors of all adapters are the only entry.
+    """
+
+    data: tuple
+    strides: tuple
+    columns: RankColumns
+    scales: tuple | None = None
 
 
 class Segments(NamedTuple):
     """What the kernels read of a batch whose rows belong to several adapters, all on their device.
 
     tiles [tiles, 2]: adapter (-1: none) and first position of each; ranges [adapters, 2]: positions of its rows; order:
-    row at each position (empty: the position itself); table: where each adapter's factors lie; scales fp32. ``even``:
-    all numbers of the table are multiples of 8; ``widest``: most ranks of one of its rows. ``dropout``: none, or the
-    table of pairs, keys [M, 2] (seed, counter), thresholds [adapters] and what keeps the mean, fp32 [adapters];
-    ``masked``: projections, which have a mask each.
+    row at each position (empty: the position itself); table: where each adapter's factors lie; scales fp32.
     """
 
     tiles: Tensor
@@ -34,18 +60,88 @@ class Segments(NamedTuple):
     order: Tensor
     table: Tensor
     scales: Tensor
-    even: bool
-    widest: int
-    dropout: tuple[Tensor, ...] = ()
-    masked: int = 0
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (*self[:5], *self.dropout)
-
-    @property
-    def gather(self) -> bool:
+    def gathered(self) -> bool:
+        """Whether an adapter's rows stand apart."""
         return self.order.numel() > 0
+
+
+class SeedDropout(NamedTuple):
+    """Dropout with one seed for all rows: the smallest word kept, hidden from specialization; what keeps the mean."""
+
+    seed: Tensor
+    threshold: int
+    scale: float
+
+
+class KeyDropout(NamedTuple):
+    """Dropout with a key for each row: keys [M, 2] (seed, counter); thresholds and scales (fp32) by adapter.
+
+    table [adapters * projections, 3]: unused, rank, first column in h.
+    """
+
+    keys: Tensor
+    thresholds: Tensor
+    scales: Tensor
+    table: Tensor
+
+
+class Options(NamedTuple):
+    """What a product is compiled for beside its tile.
+
+    precision: of ``tl.dot`` for fp32; even_k: the sum is whole steps; even_r: ranks and strides over them are multiples
+    of 8; aligned: rows of the factors start on 16 bytes; masked: projections with a dropout mask each; gather: the
+    order of ``Segments`` is read.
+    """
+
+    precision: str
+    even_k: bool = True
+    even_r: bool = False
+    aligned: bool = False
+    masked: int = 0
+    gather: bool = False
+
+
+class Rows(NamedTuple):
+    """Rows of a tile: their numbers, and which exist."""
+
+    numbers: tl.tensor
+    exist: tl.tensor
+
+
+class Keys(NamedTuple):
+    """What dropout draws the bits of a tile's rows from, the smallest word it keeps, and what keeps the mean."""
+
+    seed: tl.tensor
+    counters: tl.tensor
+    threshold: tl.tensor
+    scale: tl.tensor
+
+
+def matrix(tensor: Tensor) -> Matrix:
+    """The operand for a matrix."""
+    return Matrix(tensor, tensor.stride(0), tensor.shape[1])
+
+
+def matrices(tensors: Sequence[Tensor]) -> Matrix:
+    """The operand for the matrices of a group."""
+    return Matrix(tuple(tensors), tuple(t.stride(0) for t in tensors), tuple(t.shape[1] for t in tensors))
+
+
+def rank_matrix(tensor: Tensor) -> Matrix:
+    """The operand for a matrix whose columns are ranks."""
+    return Matrix(tensor, *hide_from_specialization([tensor.stride(0), tensor.shape[1]]))
+
+
+def rank_columns(offsets: Sequence[int], ranks: Sequence[int]) -> RankColumns:
+    """The operand for columns of h."""
+    return RankColumns(hide_from_specialization(offsets), hide_from_specialization(ranks))
+
+
+def seed_dropout(seed: Tensor | None, threshold: int, scale: float) -> SeedDropout | None:
+    """The operand for dropout with one seed, None without a seed."""
+    return None if seed is None else SeedDropout(seed, *hide_from_specialization([threshold]), scale)
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -53,7 +149,7 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    if options.get("TMA"):
+    if _uses_descriptors(options):
         # The kernel builds its descriptors in memory that Triton asks for; the caller's own allocator stays as it is.
         triton.set_allocator(_workspace)
     kernel[grid](*arguments, **options)
@@ -63,26 +159,35 @@ def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 launcher: Callable[..., None] = _start
 
 
+def _uses_descriptors(options: dict[str, Any]) -> bool:
+    return "TILE" in options and options["TILE"].tma
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Start ``kernel`` over ``grid`` on the device of its first argument."""
-    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+    """Start ``kernel`` over ``grid`` on the device of its first argument, with the warps and stages of its tile."""
+    first = arguments[0]
+    while isinstance(first, tuple):
+        first = first[0]
+    if "TILE" in options:
+        options |= {"num_warps": options["TILE"].warps, "num_stages": options["TILE"].stages}
     there = torch.cuda.device(first.device) if first.is_cuda else nullcontext()
     with there:
-        if options.get("TMA"):
+        if _uses_descriptors(options):
             copy_context().run(launcher, kernel, grid, *arguments, **options)
         else:
             launcher(kernel, grid, *arguments, **options)
 
 
-def opaque(values: Sequence[int]) -> tuple[int, ...]:
-    """Integers that Triton does not specialise on: odd and above 1. ``clear`` undoes it inside a kernel.
+def hide_from_specialization(values: Sequence[int]) -> tuple[int, ...]:
+    """Integers that Triton does not specialize on: odd and above 1. ``reveal`` undoes it inside a kernel.
 
-    Ranks and offsets travel like this, so that an allocation of other ranks compiles nothing.
+    ``do_not_specialize`` does not reach into tuples, where an integer 1 becomes a constexpr and a multiple of 16 a
+    kernel of its own. Ranks and offsets travel like this, so that an allocation of other ranks compiles nothing.
     """
     return tuple(2 * value + 3 for value in values)
 
 
-def even(*values: Sequence[int]) -> bool:
+def multiples_of_8(*values: Sequence[int]) -> bool:
     """Whether all are multiples of 8, the width of a 16-byte load of a 16-bit type."""
     return all(value % 8 == 0 for some in values for value in some)
 
@@ -97,17 +202,6 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def compiled(tiles: TileConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What every product is compiled with."""
-    return {"PRECISION": precision(dtype), "num_warps": tiles.warps, "num_stages": tiles.stages}
-
-
-def matmul_options(tiles: TileConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Blocks of a matmul with an adapter in its accumulator; ranks go by a tensor core's 16."""
-    blocks = {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.columns, "BLOCK_K": tiles.depth, "BLOCK_R": 16}
-    return {"BAND": tiles.band, **blocks, **compiled(tiles, dtype)}
-
-
 def unit_last(tensor: Tensor) -> Tensor:
     """The tensor with unit stride along its last dimension: itself, or a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
@@ -118,14 +212,14 @@ def aligned(tensors: Sequence[Tensor]) -> bool:
     return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
 
 
-def block_rank(ranks: int, largest: int = 64) -> int:
-    """Columns of a rank block: the power of two that holds ``ranks``, at least a tensor core's 16."""
-    return max(16, min(largest, triton.next_power_of_2(ranks)))
+def block_rank(ranks: int) -> int:
+    """Columns of a rank block: the power of two that holds ``ranks``, from a tensor core's 16 to 64."""
+    return max(16, min(64, triton.next_power_of_2(ranks)))
 
 
 @triton.jit
-def clear(value, EVEN: tl.constexpr = False):
-    """The integer that ``opaque`` hid; EVEN promises a multiple of 8, for wide loads."""
+def reveal(value, EVEN: tl.constexpr = False):
+    """The integer that ``hide_from_specialization`` hid; EVEN promises a multiple of 8, for wide loads."""
     number = (value - 3) >> 1
     if EVEN:
         number = tl.multiple_of(number, 8)
@@ -133,12 +227,18 @@ def clear(value, EVEN: tl.constexpr = False):
 
 
 @triton.jit
-def pick(values, i_chosen):
+def select(values, i_chosen):
     """``values[i_chosen]`` of a tuple of scalars or pointers of one type."""
     chosen = values[0]
     for i in tl.static_range(1, len(values)):
         chosen = tl.where(i_chosen == i, values[i], chosen)
     return chosen
+
+
+@triton.jit
+def select_matrix(group, i_chosen):
+    """Matrix ``i_chosen`` of a group."""
+    return Matrix(select(group.data, i_chosen), select(group.stride, i_chosen), select(group.columns, i_chosen))
 
 
 @triton.jit
@@ -166,14 +266,17 @@ def swizzle(i_tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def own_rows(segments, i_tile, GATHER: tl.constexpr, BLOCK: tl.constexpr):
-    """(row numbers [BLOCK], which exist) of a tile of one adapter's rows; segments = (tiles, ranges, order, ...)."""
-    adapter = tl.load(segments[0] + 2 * i_tile).to(tl.int64)
-    o_position = tl.load(segments[0] + 2 * i_tile + 1).to(tl.int64) + tl.arange(0, BLOCK)
-    m_position = o_position < tl.load(segments[1] + 2 * adapter + 1)
-    if GATHER:
-        o_position = tl.load(segments[2] + o_position, mask=m_position, other=0)
-    return o_position, m_position
+def tile_rows(segments, adapter, i_tile, M, BLOCK: tl.constexpr, GATHER: tl.constexpr):
+    """The rows of a tile: BLOCK in a row, or with ``segments`` those of one adapter."""
+    if segments is None:
+        o_row = i_tile * BLOCK + tl.arange(0, BLOCK)
+        return Rows(o_row, o_row < M)
+    else:
+        o_position = tl.load(segments.tiles + 2 * i_tile + 1).to(tl.int64) + tl.arange(0, BLOCK)
+        m_position = o_position < tl.load(segments.ranges + 2 * adapter + 1)
+        if GATHER:
+            o_position = tl.load(segments.order + o_position, mask=m_position, other=0)
+        return Rows(o_position, m_position)
 
 
 @triton.jit
@@ -201,53 +304,54 @@ def store_moments(p_sum, stride, b_tile, m_row, m_column):
 
 
 @triton.jit
-def stacked_rows(p_factors, offsets, strides, o_rank, ALIGNED: tl.constexpr):
-    """Pointers to rows ``o_rank`` of the factors stacked without gaps: factor i begins at row offsets[i]."""
-    p_rows = p_factors[0] + (o_rank - clear(offsets[0])).to(tl.int64) * strides[0]
-    for i in tl.static_range(1, len(p_factors)):
-        o_own = o_rank - clear(offsets[i])
-        p_rows = tl.where(o_own >= 0, p_factors[i] + o_own.to(tl.int64) * strides[i], p_rows)
+def stacked_rows(factors, o_rank, ALIGNED: tl.constexpr):
+    """Pointers to rows ``o_rank`` of factors stacked without gaps."""
+    p_rows = factors.data[0] + (o_rank - reveal(factors.columns.offsets[0])).to(tl.int64) * factors.strides[0]
+    for i in tl.static_range(1, len(factors.data)):
+        o_own = o_rank - reveal(factors.columns.offsets[i])
+        p_rows = tl.where(o_own >= 0, factors.data[i] + o_own.to(tl.int64) * factors.strides[i], p_rows)
     if ALIGNED:
         p_rows = tl.multiple_of(p_rows, 16)
     return p_rows
 
 
 @triton.jit
-def matmul_loop(b_acc, p_a, p_b, stride_b, m_a, m_b, K, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+def matmul_loop(b_acc, p_a, p_b, stride_b, m_a, m_b, K, TILE: tl.constexpr, OPTIONS: tl.constexpr):
     """``acc += a b^T`` over K: p_a [BM, 1], p_b [1, BN] at column 0; b's next column lies stride_b further."""
+    BLOCK_K: tl.constexpr = TILE.depth
     o_k = tl.arange(0, BLOCK_K)
     for k in tl.range(0, K, BLOCK_K):
         m_k = k + o_k < K
-        if EVEN_K:
+        if OPTIONS.even_k:
             b_a = tl.load(p_a + (k + o_k)[None, :], mask=m_a, other=0.0)
             b_b = tl.load(p_b + (k + o_k)[:, None].to(tl.int64) * stride_b, mask=m_b, other=0.0)
         else:
             b_a = tl.load(p_a + (k + o_k)[None, :], mask=m_a & m_k[None, :], other=0.0)
             b_b = tl.load(p_b + (k + o_k)[:, None].to(tl.int64) * stride_b, mask=m_b & m_k[:, None], other=0.0)
-        b_acc = tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+        b_acc = tl.dot(b_a, b_b, b_acc, input_precision=OPTIONS.precision)
     return b_acc
 
 
 @triton.jit
-def dropout_of(segments, p_seed, i_group, o_m, m_m, threshold, keep_scale):
-    """(seed, counter of each row, threshold, scale) of dropout: one for all rows, or row keys and the adapter's p."""
-    if segments is None:
-        return tl.load(p_seed), o_m, threshold, keep_scale
+def row_keys(dropout, adapter, rows):
+    """The keys of rows: one seed and p for all, or each row's key and its adapter's p."""
+    if adapter is None:
+        return Keys(tl.load(dropout.seed), rows.numbers, reveal(dropout.threshold), dropout.scale)
     else:
-        p_key = segments[6] + 2 * o_m
-        seeds, counters = tl.load(p_key, mask=m_m, other=0), tl.load(p_key + 1, mask=m_m, other=0)
-        return seeds[:, None], counters, tl.load(segments[7] + i_group), tl.load(segments[8] + i_group)
+        p_key = dropout.keys + 2 * rows.numbers
+        seeds, counters = tl.load(p_key, mask=rows.exist, other=0), tl.load(p_key + 1, mask=rows.exist, other=0)
+        return Keys(seeds[:, None], counters, tl.load(dropout.thresholds + adapter), tl.load(dropout.scales + adapter))
 
 
 @triton.jit
-def masked_ranks(segments, i_group, PROJECTION: tl.constexpr, MASKED: tl.constexpr, firsts, ends,
-                 EVEN: tl.constexpr = False):  # fmt: skip
+def masked_ranks(dropout, columns, adapter, PROJECTION: tl.constexpr, OPTIONS: tl.constexpr):
     """(first, end) of a projection's ranks among the stacked ones."""
-    if segments is None:
-        return clear(firsts[PROJECTION], EVEN), clear(ends[PROJECTION], EVEN)
+    if adapter is None:
+        # Two hidden integers less 3 are their sum, hidden: to add them revealed costs the compiler registers.
+        end = columns.offsets[PROJECTION] + columns.ranks[PROJECTION] - 3
+        return reveal(columns.offsets[PROJECTION], OPTIONS.even_r), reveal(end, OPTIONS.even_r)
     else:
-        _, rank, first = table_row(segments[5], i_group * MASKED + PROJECTION, 3, EVEN)
+        _, rank, first = table_row(dropout.table, adapter * OPTIONS.masked + PROJECTION, 3, OPTIONS.even_r)
         return first, first + rank
 
 

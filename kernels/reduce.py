@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import find_tile, launch, pick
+from .primitives import Matrix, find_tile, launch, matrix, select
 from .tiling import REDUCE_BLOCK
 
 
@@ -17,13 +17,13 @@ def reduce_kernel(p_partial, p_out, sizes, scales, total, parts, BLOCK: tl.const
     """``out_i = scale_i * sum_p partial[p, region i]``; regions lie one after another in each part."""
     i_region, o_first, o_region = find_tile(tl.program_id(0), sizes, BLOCK)
     o_element = o_first + tl.arange(0, BLOCK)
-    m_element = o_element < pick(sizes, i_region)
+    m_element = o_element < select(sizes, i_region)
     p_next = p_partial + o_region.to(tl.int64) + o_element
     b_sum = tl.zeros((BLOCK,), tl.float32)
     for _ in tl.range(0, parts):
         b_sum += tl.load(p_next, mask=m_element, other=0.0)
         p_next += total
-    b_sum *= pick(scales, i_region)
+    b_sum *= select(scales, i_region)
     for i in tl.static_range(len(p_out)):
         if i_region == i:
             tl.store(p_out[i] + o_element, b_sum.to(p_out[i].dtype.element_ty), mask=m_element)
@@ -70,60 +70,47 @@ def reduce_pairs(partial: Tensor, out: Tensor) -> None:
 
 @triton.jit(do_not_specialize=["M"])
 def moments_kernel(
-    p_sums, p_out, p_ranges, widths, strides_out, M, N,
+    sums, out, ranges, M,
     ADAPTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Column sums and sums of squares in float64 from each row tile's sum and its squares about its own mean.
 
-    ADAPTERS: 0, or the power of two that holds the number of ``p_ranges``; their tiles follow one another.
+    With ``ranges`` of each adapter's own tiles, which follow one another; ADAPTERS: the power of two that holds them.
     """
-    i_entry, o_first, o_entry = find_tile(tl.program_id(0), widths, BLOCK_N)
+    i_entry, o_first, o_entry = find_tile(tl.program_id(0), out.columns, BLOCK_N)
     o_n = o_first + tl.arange(0, BLOCK_N)
-    m_n = o_n < pick(widths, i_entry)
+    m_n = o_n < select(out.columns, i_entry)
     adapter, i_before, own = tl.program_id(1).to(tl.int64), tl.zeros((), tl.int64), M.to(tl.int64)
-    if ADAPTERS > 0:
+    if ranges is not None:
         o_adapter = tl.arange(0, ADAPTERS)
         m_before = o_adapter < adapter
-        p_pair = p_ranges + 2 * o_adapter
+        p_pair = ranges + 2 * o_adapter
         length = tl.load(p_pair + 1, mask=m_before, other=0) - tl.load(p_pair, mask=m_before, other=0)
         i_before = tl.sum(tl.cdiv(length, BLOCK_M))
-        own = tl.load(p_ranges + 2 * adapter + 1) - tl.load(p_ranges + 2 * adapter)
+        own = tl.load(ranges + 2 * adapter + 1) - tl.load(ranges + 2 * adapter)
     b_total = tl.zeros((TILES, BLOCK_N), tl.float64)
     b_square = tl.zeros((TILES, BLOCK_N), tl.float64)
     for i_first in tl.range(0, tl.cdiv(own, BLOCK_M).to(tl.int32), TILES):
         o_tile = (i_first + tl.arange(0, TILES)).to(tl.int64)[:, None]
         m_sum = (o_tile * BLOCK_M < own) & m_n[None, :]
-        p_sum = p_sums + (i_before + o_tile) * 2 * N + (o_entry + o_n)[None, :]
+        p_sum = sums.data + (i_before + o_tile) * 2 * sums.stride + (o_entry + o_n)[None, :]
         b_sum = tl.load(p_sum, mask=m_sum, other=0.0).to(tl.float64)
         rows = tl.maximum(tl.minimum(own - o_tile * BLOCK_M, BLOCK_M), 1).to(tl.float64)
         b_total += b_sum
-        b_square += tl.load(p_sum + N, mask=m_sum, other=0.0).to(tl.float64) + b_sum * b_sum / rows
-    stride_out = pick(strides_out, i_entry)
-    p_tile = pick(p_out, i_entry) + adapter * 2 * stride_out + o_n
+        b_square += tl.load(p_sum + sums.stride, mask=m_sum, other=0.0).to(tl.float64) + b_sum * b_sum / rows
+    stride_out = select(out.stride, i_entry)
+    p_tile = select(out.data, i_entry) + adapter * 2 * stride_out + o_n
     tl.store(p_tile, tl.sum(b_total, axis=0), mask=m_n)
     tl.store(p_tile + stride_out, tl.sum(b_square, axis=0), mask=m_n)
 
 
 def reduce_moments(sums: Tensor, outputs: Sequence[Tensor], M: int, block: int, ranges: Tensor | None = None) -> None:
-    """Fill float64 outputs [2, N_i] from ``sums`` [tiles, 2, sum N_i] of row tiles of height ``block``.
+    """Fill float64 outputs [2, N_i] from ``sums`` [2 tiles, sum N_i] of row tiles of height ``block``.
 
     With ``ranges`` [adapters, 2] the outputs are [adapters, 2, N_i] and each sums its own tiles.
     """
-    widths, columns = tuple(m.shape[-1] for m in outputs), 32
     adapters = 0 if ranges is None else ranges.shape[0]
-    launch(
-        moments_kernel,
-        (sum(triton.cdiv(width, columns) for width in widths), max(adapters, 1)),
-        sums,
-        tuple(outputs),
-        sums if ranges is None else ranges,
-        widths,
-        tuple(m.stride(-2) for m in outputs),
-        M,
-        sum(widths),
-        ADAPTERS=triton.next_power_of_2(adapters) if adapters else 0,
-        BLOCK_M=block,
-        BLOCK_N=columns,
-        TILES=32,
-        num_warps=4,
-    )
+    out = Matrix(tuple(outputs), tuple(m.stride(-2) for m in outputs), tuple(m.shape[-1] for m in outputs))
+    blocks = {"ADAPTERS": triton.next_power_of_2(adapters), "BLOCK_M": block, "BLOCK_N": 32, "TILES": 32}
+    grid = (sum(triton.cdiv(width, blocks["BLOCK_N"]) for width in out.columns), max(adapters, 1))
+    launch(moments_kernel, grid, matrix(sums), out, ranges, M, **blocks, num_warps=4)

@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 _FFMA = "exact fp32 has no tensor cores: small tiles keep operands and sums in registers"
 _PHILOX = "bound by Philox: few counters a thread and mask, or its words spill"
 
-# Verb and precision -> entries, from the fewest rows to any.
+# Operation and precision -> entries, from the fewest rows to any.
 _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("shrink", "half"): (
         Entry(TileConfig(32, 0, 64, 8, 4), 4096, "memory bound: 128 programs at M = 4096 without a split"),
@@ -60,8 +60,6 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("shrink", "fp32"): (Entry(TileConfig(32, 0, 64, 4, 3), 0, _FFMA),),
     ("shrink_dropout", "half"): (Entry(TileConfig(32, 0, 32, 4, 2), 0, _PHILOX),),
     ("shrink_dropout", "fp32"): (Entry(TileConfig(16, 0, 32, 4, 2), 0, _PHILOX),),
-    ("shrink_moments", "half"): (Entry(TileConfig(64, 0, 64, 4, 4), 0, "as shrink"),),
-    ("shrink_moments", "fp32"): (Entry(TileConfig(32, 0, 32, 4, 3), 0, _FFMA),),
     # Columns are ranks here; one entry, since how a row is summed may not depend on the other rows of its batch.
     ("grouped_shrink", "half"): (Entry(TileConfig(32, 32, 64, 4, 4), 0, "as shrink; padding at most 31 ranks"),),
     ("grouped_shrink_dropout", "half"): (Entry(TileConfig(32, 32, 32, 4, 3), 0, _PHILOX),),
@@ -137,40 +135,40 @@ class Measurement(NamedTuple):
         return sum(abs(math.log2(mine / other)) for mine, other in pairs if mine > 0 and other > 0)
 
 
-# Verb, or "forward" and "backward" for the strategies, and precision -> measurements.
+# Operation, or "forward" and "backward" for the strategies, and precision -> measurements.
 # begin measured
 MEASURED: dict[tuple[str, str], tuple[Measurement, ...]] = {}
 # end measured
 
 
-def _measured(verb: str, kind: str, *size: int) -> TileConfig | str | None:
+def _measured(operation: str, kind: str, *size: int) -> TileConfig | str | None:
     """The choice of the nearest measurement."""
-    found = MEASURED.get((verb, kind), ())
+    found = MEASURED.get((operation, kind), ())
     return min(found, key=lambda m: m.distance(*size)).choice if found else None
 
 
-def choose_tiles(verb: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> TileConfig:
-    """The tile for a verb at a size: M rows (for gradstat, of the longest run), N outputs, K inputs, R ranks.
+def choose_tiles(operation: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> TileConfig:
+    """The tile for an operation at a size: M rows (for gradstat, of the longest run), N outputs, K inputs, R ranks.
 
     The nearest measurement decides, by the logarithms of the sizes; the argued table where nothing was measured.
     """
     kind = "fp32" if dtype == torch.float32 else "half"
-    measured = _measured(verb, kind, M, N, K, R)
+    measured = _measured(operation, kind, M, N, K, R)
     if measured is not None:
         return measured
-    return next(e.tile for e in _TABLE[verb, kind] if e.most_rows == 0 or e.most_rows >= M)
+    return next(e.tile for e in _TABLE[operation, kind] if e.most_rows == 0 or e.most_rows >= M)
 
 
 def committed() -> list[tuple[str, str, Entry]]:
-    """Every entry of the table and every measured tile: (verb, precision, entry)."""
-    argued = [(verb, kind, entry) for (verb, kind), entries in _TABLE.items() for entry in entries]
+    """Every entry of the table and every measured tile: (operation, precision, entry)."""
+    argued = [(operation, kind, entry) for (operation, kind), entries in _TABLE.items() for entry in entries]
     tiles = {
-        (verb, kind, m.choice): f"{m.milliseconds:.4f} ms on {m.device}"
-        for (verb, kind), found in MEASURED.items()
+        (operation, kind, m.choice): f"{m.milliseconds:.4f} ms on {m.device}"
+        for (operation, kind), found in MEASURED.items()
         for m in found
         if isinstance(m.choice, TileConfig)
     }
-    return argued + [(verb, kind, Entry(tile, 0, reason)) for (verb, kind, tile), reason in tiles.items()]
+    return argued + [(operation, kind, Entry(tile, 0, reason)) for (operation, kind, tile), reason in tiles.items()]
 
 
 def choose_split(programs: int, steps: int, waves: int = 1) -> int:

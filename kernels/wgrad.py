@@ -11,18 +11,28 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import (
+    KeyDropout,
+    Matrix,
+    Options,
+    RankColumns,
+    Rows,
+    SeedDropout,
     Segments,
     block_rank,
-    clear,
-    compiled,
-    dropout_of,
-    even,
     find_tile,
+    hide_from_specialization,
     keep_mask,
     launch,
     masked_ranks,
-    opaque,
-    pick,
+    matrices,
+    multiples_of_8,
+    precision,
+    rank_columns,
+    rank_matrix,
+    reveal,
+    row_keys,
+    seed_dropout,
+    select,
     table_row,
     unit_last,
 )
@@ -30,117 +40,144 @@ from .reduce import reduce_partials
 from .tiling import TileConfig, choose_split, choose_tiles
 
 
-class Product(NamedTuple):
-    """One ``wide^T skinny``: wide [M, n], columns ``first : first + ranks`` and ``probes`` further ones of skinny.
+class Layout(NamedTuple):
+    """Which columns of ``skinny`` a product takes, and where its results go in the partial sums.
 
-    The rank columns go to ``region`` of the partial sums at ``column * strides[0] + rank * strides[1]``, the probe
-    columns, from ``first_probe`` on, behind ``probe_region`` as [n, probes].
+    Columns ``first : first + ranks`` go to ``region`` at ``column * stride_column + rank * stride_rank``; ``probes``
+    further ones, from ``first_probe`` on, behind ``probe_region`` as [n, probes]. A row of the adapters' table holds
+    the same numbers.
     """
 
-    wide: Tensor
-    skinny: Tensor
     first: int
     ranks: int
     probes: int
     region: int
-    strides: tuple[int, int]
+    stride_column: int
+    stride_rank: int
     probe_region: int = 0
     first_probe: int = 0
 
 
+class Product(NamedTuple):
+    """One ``wide^T skinny``: wide [M, n]; with ``Segments`` the layout stands in their table."""
+
+    wide: Tensor
+    skinny: Tensor
+    layout: Layout | None = None
+
+
+class Products(NamedTuple):
+    """The products as a kernel takes them; the layout's numbers are hidden from specialization.
+
+    masked: columns of ``skinny`` that belong to a dropout mask each.
+    """
+
+    wide: Matrix
+    skinny: Matrix
+    layout: Layout | None
+    masked: RankColumns | None
+
+
+class Side(NamedTuple):
+    """One side of a product: pointers to its columns in row 0, elements between rows, which columns exist."""
+
+    data: tl.tensor
+    stride: tl.tensor
+    exist: tl.tensor
+
+
 @triton.jit
-def product_row(p_table, i_product, EVEN_R: tl.constexpr):
-    """The 8 numbers of one adapter's product: rank columns, probe columns, and where both go."""
-    o_factor, rank, probe = table_row(p_table, i_product, 8, EVEN_R)
-    p_rest = p_table + i_product * 8
-    o_probes = tl.load(p_rest + 7)
-    if EVEN_R:
-        o_probes = tl.multiple_of(o_probes, 8)
-    region, stride_column, stride_rank = tl.load(p_rest + 3), tl.load(p_rest + 4), tl.load(p_rest + 5)
-    return o_factor, rank, probe, o_probes, region, stride_column, stride_rank, tl.load(p_rest + 6)
+def product_layout(products, i, segments, adapter, EVEN: tl.constexpr):
+    """The layout of product i, with ``segments`` of one adapter's."""
+    if segments is None:
+        hidden = products.layout
+        first, ranks = reveal(select(hidden.first, i), EVEN), reveal(select(hidden.ranks, i), EVEN)
+        probes, first_probe = reveal(select(hidden.probes, i), EVEN), reveal(select(hidden.first_probe, i), EVEN)
+        region, probe_region = reveal(select(hidden.region, i)), reveal(select(hidden.probe_region, i))
+        stride_column, stride_rank = reveal(select(hidden.stride_column, i)), reveal(select(hidden.stride_rank, i))
+    else:
+        i_product = adapter * len(products.wide.data) + i
+        first, ranks, probes = table_row(segments.table, i_product, 8, EVEN)
+        p_rest = segments.table + i_product * 8
+        first_probe = tl.load(p_rest + 7)
+        if EVEN:
+            first_probe = tl.multiple_of(first_probe, 8)
+        region, stride_column, stride_rank = tl.load(p_rest + 3), tl.load(p_rest + 4), tl.load(p_rest + 5)
+        probe_region = tl.load(p_rest + 6)
+    return Layout(first, ranks, probes, region, stride_column, stride_rank, probe_region, first_probe)
 
 
 @triton.jit
 def wgrad_loop(
-    b_acc, p_columns, p_ranks, stride_wide, stride_skinny, m_n, m_rank, first, last, p_seed, o_first, o_rank, masks,
-    segments, i_group, threshold, scale,
-    MASKED: tl.constexpr, GATHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``acc += wide^T skinny`` over the rows from first to last."""
+    wide, skinny, o_first, first, last, dropout, masked, segments, adapter, TILE: tl.constexpr, OPTIONS: tl.constexpr
+):
+    """``wide^T skinny`` over the rows from first to last; wide begins at column o_first."""
+    BLOCK_M: tl.constexpr = TILE.depth
+    BLOCK_N: tl.constexpr = TILE.columns
+    BLOCK_R: tl.constexpr = TILE.rows
+    MASKED: tl.constexpr = OPTIONS.masked
+    o_rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    b_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for m in tl.range(first, last, BLOCK_M):
         o_m = m + tl.arange(0, BLOCK_M)
         m_m = o_m < last
-        if GATHER:
-            o_m = tl.load(segments[2] + o_m, mask=m_m, other=0)
+        if OPTIONS.gather:
+            o_m = tl.load(segments.order + o_m, mask=m_m, other=0)
         o_row = o_m.to(tl.int64)[:, None]
-        b_wide = tl.load(p_columns + o_row * stride_wide, mask=m_m[:, None] & m_n[None, :], other=0.0)
-        b_skinny = tl.load(p_ranks + o_row * stride_skinny, mask=m_m[:, None] & m_rank[None, :], other=0.0)
-        if MASKED > 0:
-            seed, o_key, least, kept = dropout_of(segments, p_seed, i_group, o_m, m_m, threshold, scale)
-            for i in tl.static_range(MASKED):
-                low, high = masked_ranks(segments, i_group, i, MASKED, masks, masks[1:])
-                m_own = (o_rank >= low) & (o_rank < high)
-                b_seen = tl.where(keep_mask(seed, i, o_key, o_first, least, BLOCK_N), b_wide, 0.0)
-                b_own = tl.where(m_own[None, :], b_skinny, 0.0)
-                b_acc = tl.dot(tl.trans(b_seen), b_own, b_acc, input_precision=PRECISION)
+        b_wide = tl.load(wide.data + o_row * wide.stride, mask=m_m[:, None] & wide.exist[None, :], other=0.0)
+        b_skinny = tl.load(skinny.data + o_row * skinny.stride, mask=m_m[:, None] & skinny.exist[None, :], other=0.0)
+        if dropout is None:
+            b_acc = tl.dot(tl.trans(b_wide), b_skinny, b_acc, input_precision=OPTIONS.precision)
         else:
-            b_acc = tl.dot(tl.trans(b_wide), b_skinny, b_acc, input_precision=PRECISION)
+            keys = row_keys(dropout, adapter, Rows(o_m, m_m))
+            for i in tl.static_range(MASKED):
+                low, high = masked_ranks(dropout, masked, adapter, i, OPTIONS)
+                m_own = (o_rank >= low) & (o_rank < high)
+                m_keep = keep_mask(keys.seed, i, keys.counters, o_first, keys.threshold, BLOCK_N)
+                b_seen = tl.where(m_keep, b_wide, 0.0)
+                b_own = tl.where(m_own[None, :], b_skinny, 0.0)
+                b_acc = tl.dot(tl.trans(b_seen), b_own, b_acc, input_precision=OPTIONS.precision)
     return b_acc
 
 
-@triton.jit(do_not_specialize=["M", "rows", "splits", "total", "threshold"])
-def wgrad_kernel(
-    p_wide, p_skinny, p_partial, p_seed, widths, strides_wide, strides_skinny, firsts, ranks, probes,
-    regions, strides_column, strides_rank, probe_regions, firsts_probe, masks, segments, M, rows, splits, total,
-    threshold, EVEN_R: tl.constexpr, MASKED: tl.constexpr, GATHER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Partial ``wide^T skinny`` over ``rows`` rows; MASKED projections, ending at ``masks``, see their own dropout.
-
-    With ``segments`` over one of ``splits`` parts of one adapter's rows; where its product lies: a table of 8 numbers.
-    """
-    i_entry, o_first, _ = find_tile(tl.program_id(0), widths, BLOCK_N)
+@triton.jit(do_not_specialize=["M", "rows", "splits"])
+def wgrad_kernel(products, partial, dropout, segments, M, rows, splits, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """Partial ``wide^T skinny`` over ``rows`` rows; with ``segments`` over one of ``splits`` parts of an adapter's."""
+    BLOCK_M: tl.constexpr = TILE.depth
+    BLOCK_N: tl.constexpr = TILE.columns
+    BLOCK_R: tl.constexpr = TILE.rows
+    i, o_first, _ = find_tile(tl.program_id(0), products.wide.columns, BLOCK_N)
     o_rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    i_part, scale, adapter = tl.program_id(2), 1.0, 0
+    i_part, scale, adapter = tl.program_id(2), 1.0, None
     if segments is not None:
         adapter, i_part = (i_part // splits).to(tl.int64), i_part % splits
-        i_product = adapter * len(widths) + i_entry
-        scale = tl.load(segments[4] + i_product)
-        o_factor, rank, probe, o_probes, region, stride_column, stride_rank, probe_region = product_row(
-            segments[3], i_product, EVEN_R
-        )
-        begin, end = tl.load(segments[1] + 2 * adapter), tl.load(segments[1] + 2 * adapter + 1)
+        scale = tl.load(segments.scales + adapter * len(products.wide.data) + i)
+    layout = product_layout(products, i, segments, adapter, OPTIONS.even_r)
+    if segments is not None:
+        begin, end = tl.load(segments.ranges + 2 * adapter), tl.load(segments.ranges + 2 * adapter + 1)
         own = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_M) * BLOCK_M
         first = begin + i_part * own
         last = tl.minimum(first + own, end)
     else:
-        o_factor, rank = clear(pick(firsts, i_entry), EVEN_R), clear(pick(ranks, i_entry), EVEN_R)
-        probe, o_probes = clear(pick(probes, i_entry), EVEN_R), clear(pick(firsts_probe, i_entry), EVEN_R)
-        region, probe_region = clear(pick(regions, i_entry)), clear(pick(probe_regions, i_entry))
-        stride_column, stride_rank = clear(pick(strides_column, i_entry)), clear(pick(strides_rank, i_entry))
         first = i_part * rows
         last = tl.minimum(first + rows, M)
-    if tl.program_id(1) * BLOCK_R >= rank + probe:
+    ranks, count = layout.ranks, layout.ranks + layout.probes
+    if tl.program_id(1) * BLOCK_R >= count:
         return
     o_n = o_first + tl.arange(0, BLOCK_N)
-    m_n, m_rank = o_n < pick(widths, i_entry), o_rank < rank + probe
-    o_skinny = tl.where(o_rank < rank, o_factor + o_rank, o_probes + o_rank - rank)
-    p_columns = pick(p_wide, i_entry) + o_n[None, :]
-    p_ranks = pick(p_skinny, i_entry) + o_skinny[None, :]
-    b_acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    b_acc = wgrad_loop(
-        b_acc, p_columns, p_ranks, pick(strides_wide, i_entry), clear(pick(strides_skinny, i_entry), EVEN_R),
-        m_n, m_rank, first, last, p_seed, o_first, o_rank, masks, segments, adapter, threshold, scale,
-        MASKED, GATHER, BLOCK_M, BLOCK_N, PRECISION,
-    )  # fmt: skip
+    m_n, m_rank = o_n < select(products.wide.columns, i), o_rank < count
+    o_skinny = tl.where(o_rank < ranks, layout.first + o_rank, layout.first_probe + o_rank - ranks)
+    p_wide, p_skinny = select(products.wide.data, i) + o_n[None, :], select(products.skinny.data, i) + o_skinny[None, :]
+    wide = Side(p_wide, select(products.wide.stride, i), m_n)
+    skinny = Side(p_skinny, reveal(select(products.skinny.stride, i), OPTIONS.even_r), m_rank)
+    b_acc = wgrad_loop(wide, skinny, o_first, first, last, dropout, products.masked, segments, adapter, TILE, OPTIONS)
     if segments is not None:
-        b_acc *= tl.where(o_rank < rank, scale, 1.0)[None, :]
+        b_acc *= tl.where(o_rank < ranks, scale, 1.0)[None, :]
     o_column = o_n.to(tl.int64)[:, None]
-    o_out = region + o_column * stride_column + o_rank[None, :] * stride_rank
-    o_probe = probe_region + o_column * probe + o_rank[None, :] - rank
-    o_out = tl.where((o_rank < rank)[None, :], o_out, o_probe)
-    p_out = p_partial + i_part.to(tl.int64) * total
+    o_out = layout.region + o_column * layout.stride_column + o_rank[None, :] * layout.stride_rank
+    o_probe = layout.probe_region + o_column * layout.probes + o_rank[None, :] - ranks
+    o_out = tl.where((o_rank < ranks)[None, :], o_out, o_probe)
+    p_out = partial.data + i_part.to(tl.int64) * reveal(partial.stride)
     tl.store(p_out + o_out, b_acc, mask=m_n[:, None] & m_rank[None, :])
 
 
@@ -149,42 +186,45 @@ def run(
     partial: Tensor,
     rows: int,
     tiles: TileConfig,
-    masks: Sequence[int] = (0,),
-    seed: Tensor | None = None,
-    threshold: int = 0,
+    dropout: SeedDropout | KeyDropout | None = None,
+    columns: RankColumns | None = None,
+    masked: int = 0,
     segments: Segments | None = None,
+    widest: int = 0,
+    even: bool = False,
 ) -> None:
     """Launch over ``products``, ``rows`` rows a program, into ``partial`` [splits, total].
 
-    With ``segments`` each program takes one of ``splits`` parts of one adapter's rows; of a product only the tensors
-    count then.
+    ``columns`` of skinny have a mask each under ``dropout``, ``masked`` of them.
+    With ``segments`` each program takes one of ``splits`` parts of one adapter's rows; ``widest``: most ranks and
+    probes of an adapter; ``even``: whether all are multiples of 8.
     """
     if not products:
         return
-    widths = tuple(p.wide.shape[1] for p in products)
-    widest = max(p.ranks + p.probes for p in products) if segments is None else segments.widest
-    block, parts = (block_rank(widest) if segments is None else 32), partial.shape[0]
-    adapters = 1 if segments is None else segments.ranges.shape[0]
-    masked = 0 if seed is None else len(masks) - 1 if segments is None else segments.masked
-    numbers = [number for p in products for number in (p.first, p.ranks, p.probes, p.first_probe)]
-    strides_skinny = [p.skinny.stride(0) for p in products]
-    own = even(numbers) if segments is None else segments.even
-    launch(
-        wgrad_kernel,
-        (sum(triton.cdiv(w, tiles.columns) for w in widths), triton.cdiv(widest, block), parts * adapters),
-        tuple(p.wide for p in products), tuple(p.skinny for p in products), partial,
-        products[0].wide if seed is None else seed, widths, tuple(p.wide.stride(0) for p in products),
-        opaque(strides_skinny), *(opaque(column) for column in zip(*(_numbers(p) for p in products), strict=True)),
-        opaque(masks), None if segments is None else segments.tensors,
-        products[0].wide.shape[0], rows, parts, partial.shape[1], threshold,
-        EVEN_R=own and even(strides_skinny), MASKED=masked,
-        GATHER=segments is not None and segments.gather,
-        BLOCK_M=tiles.depth, BLOCK_N=tiles.columns, BLOCK_R=block, **compiled(tiles, products[0].wide.dtype),
-    )  # fmt: skip
-
-
-def _numbers(p: Product) -> tuple[int, ...]:
-    return p.first, p.ranks, p.probes, p.region, *p.strides, p.probe_region, p.first_probe
+    wide, skinny = matrices([p.wide for p in products]), [p.skinny for p in products]
+    strides, parts, adapters, layout = [s.stride(0) for s in skinny], partial.shape[0], 1, None
+    if segments is None:
+        layouts = [p.layout for p in products]
+        widest = max(own.ranks + own.probes for own in layouts)
+        even = multiples_of_8(*((own.first, own.ranks, own.probes, own.first_probe) for own in layouts))
+        layout = Layout(*map(hide_from_specialization, zip(*layouts, strict=True)))
+    else:
+        adapters = segments.ranges.shape[0]
+    tiles = tiles._replace(rows=block_rank(widest) if segments is None else 32)
+    hidden = Matrix(tuple(skinny), hide_from_specialization(strides), None)
+    grid = (
+        sum(triton.cdiv(width, tiles.columns) for width in wide.columns),
+        triton.cdiv(widest, tiles.rows),
+        parts * adapters,
+    )
+    options = Options(
+        precision(wide.data[0].dtype),
+        even_r=even and multiples_of_8(strides),
+        masked=masked,
+        gather=segments is not None and segments.gathered,
+    )
+    operands = Products(wide, hidden, layout, columns), rank_matrix(partial), dropout, segments
+    launch(wgrad_kernel, grid, *operands, wide.data[0].shape[0], rows, parts, TILE=tiles, OPTIONS=options)
 
 
 def wgrad(
@@ -224,10 +264,10 @@ def wgrad(
     if M == 0 or starts[-1] == 0:
         return dA, dB, Q
     at_B, at_Q = starts[len(dA) :], starts[len(dA) + len(dB) :]
-    inputs = [] if x is None or rank == 0 else [Product(unit_last(x), dh, 0, rank, 0, 0, (1, x.shape[1]))]
+    inputs = [] if x is None or rank == 0 else [Product(unit_last(x), dh, Layout(0, rank, 0, 0, 1, x.shape[1]))]
     stride = probes if h.shape[1] - rank == probes * len(ranks) else 0
     outer = [
-        Product(g, h, offsets[i], ranks[i], probes, at_B[n], (ranks[i], 1), at_Q[n], rank + i * stride)
+        Product(g, h, Layout(offsets[i], ranks[i], probes, at_B[n], ranks[i], 1, at_Q[n], rank + i * stride))
         for n, (i, g) in enumerate(zip(live, wide, strict=True))
         if ranks[i] + probes > 0
     ]
@@ -241,7 +281,8 @@ def wgrad(
     if seed is None:
         run([*inputs, *outer], partial, rows, plain)
     else:
-        run(inputs, partial, rows, masked, [*offsets, rank], seed, threshold)
+        dropout = seed_dropout(seed, threshold, keep_scale)
+        run(inputs, partial, rows, masked, dropout, rank_columns(offsets, ranks), len(ranks))
         run(outer, partial, rows, plain)
     reduce_partials(partial, outputs, weights)
     return dA, dB, Q

@@ -7,7 +7,7 @@ the processor's own instruction set; with AddressSanitizer what depends on the i
 portable code.
 
 ThreadSanitizer does not see the barriers of the OpenMP runtime that torch brings: its build starts threads of its own
-(``csrc/cpu/threads.h``), takes any work to be worth one, and what torch itself does is not watched.
+(``csrc/cpu/parallel.h``), takes any work to be worth one, and what torch itself does is not watched.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def own_instruction_set() -> str:
 
 
 def build(sanitizers: str) -> Path:
-    """The folder of the instrumented _C and _layout."""
+    """The folder of the instrumented library and modules."""
     folder = Path("build") / f"sanitized-{sanitizers.replace(',', '-')}"
     environment = {"FASTLORA_SANITIZE": sanitizers, "FASTLORA_BUILD": "1", "FASTLORA_CUDA": "0"}
     environment["FASTLORA_ISAS"] = own_instruction_set()
@@ -91,12 +91,13 @@ def test(sanitizers: str, folder: Path, isa: str | None = None) -> int:
 
 
 def run(folder: Path, arguments: list[str]) -> int:
-    """Pytest in this process, which takes the instrumented layout module for the package's own."""
-    path = next(folder.glob("_layout*.so"))
-    spec = importlib.util.spec_from_file_location("fastlora._layout", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules["fastlora._layout"] = module
+    """Pytest in this process, which takes the instrumented modules for the package's own."""
+    for path in folder.glob("_[a-z]*.so"):
+        name = f"fastlora.{path.name.partition('.')[0]}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
     import pytest
 
     return pytest.main(arguments)

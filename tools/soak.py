@@ -56,7 +56,7 @@ class Soak:
         fastlora.add_adapter(model, name, fastlora.LoraConfig(r=3, target_modules=["proj"], init_lora_weights=False))
         optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-3))
         handle = fastlora.freeze_unused_adapters(model, optimizer)
-        second = fastlora.track(model, "exact", adapter=name)
+        second = fastlora.track(model, estimator="exact", adapter=name)
         newest = len(fastlora.adapter_names(model)) - 1
         for step in range(CYCLE):
             self.step(optimizer, torch.tensor([0, newest, -1, step % 2 * newest]), second)

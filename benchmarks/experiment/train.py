@@ -55,7 +55,7 @@ def agreement(model: Any, data: list[dict[str, Any]], seed: int) -> dict[str, An
     model.eval()
     found = {}
     for estimator in ("probe", "exact"):
-        with fastlora.track(model, estimator, ema=None, every=1, seed=seed) as tracker:
+        with fastlora.track(model, estimator=estimator, ema=None, every=1, seed=seed) as tracker:
             for batch in data:
                 loss_fn(model, batch).backward()
                 tracker.step()

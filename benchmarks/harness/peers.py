@@ -335,7 +335,9 @@ def ours(
     model(problem.x)
     tracker = None
     if statistics:
-        tracker = fastlora.track(model, estimator, probes, statistics=statistics, every=1, probe_kind=probe_kind)
+        tracker = fastlora.track(
+            model, estimator=estimator, probes=probes, statistics=statistics, every=1, probe_kind=probe_kind
+        )
     return Variant(name, model, problem, projections, tracker)
 
 

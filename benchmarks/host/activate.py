@@ -27,7 +27,7 @@ class _Parts(NamedTuple):
     backends: ModuleType  # BACKENDS
     triton: ModuleType  # unsupported_reason(device, dtype)
     native: ModuleType  # _KERNELS, pairs (operator, kind of device)
-    operator: ModuleType  # LIBRARY, _autocast(name, kind of device, key)
+    operator: ModuleType  # LIBRARY, _autocast(name, kind of device)
     primitives: ModuleType  # _workspace(size, alignment, stream), nullcontext
 
 
@@ -145,5 +145,5 @@ def _autocast(kind: str) -> torch.library.Library:
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA"):
         if name.startswith("fastlora::"):
             short = name.removeprefix("fastlora::")
-            library.impl(short, operator._autocast(short, kind, "AutocastPrivateUse1"), "AutocastPrivateUse1")
+            library.impl(short, operator._autocast(short, kind), "AutocastPrivateUse1")
     return library

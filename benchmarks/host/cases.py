@@ -1,4 +1,4 @@
-"""What the host benchmark times: projections as ``benchmarks.peers`` builds them, on the null GPU or the CPU."""
+"""What the host benchmark times: projections as ``benchmarks.harness.peers`` builds them, on null GPU or CPU."""
 
 from __future__ import annotations
 

@@ -71,9 +71,9 @@ const Kernels& choose() {
   const char* variable = std::getenv("FASTLORA_CPU_ISA");
   const std::string limit = variable ? variable : "avx512_bf16";
   bool allowed = false;
-  for (const Candidate& it : candidates()) {
-    allowed = allowed || limit == it.name;
-    if (allowed && it.table != nullptr && it.runs) return *it.table;
+  for (const Candidate& candidate : candidates()) {
+    allowed = allowed || limit == candidate.name;
+    if (allowed && candidate.table != nullptr && candidate.runs) return *candidate.table;
   }
   STD_TORCH_CHECK(false, "FASTLORA_CPU_ISA is '", limit, "'; accepted: avx512_bf16, avx512, avx2, portable");
   return portable::table;

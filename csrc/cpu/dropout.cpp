@@ -2,7 +2,9 @@
 // a seed and a number of its own
 #include <cmath>
 
-#include "cpu/common.h"
+#include "cpu/checks.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
 
 namespace fastlora {
 namespace {
@@ -16,7 +18,7 @@ void run(const Matrix& x, T* out, const DropoutRow& mask, const int64_t* keys) {
     for (int64_t m = begin; m < end; ++m) {
       row.row = keys ? keys[2 * m + 1] : m;
       if (keys) row.seed = static_cast<uint64_t>(keys[2 * m]);
-      kernels().of<T>().dropout(x.data<T>() + m * x.stride, out + m * x.columns, x.columns, row);
+      kernels().of<T>().dropout(x.row<T>(m), out + m * x.columns, x.columns, row);
     }
   });
 }
@@ -44,10 +46,8 @@ Tensor dropped(const Matrix& x, const DropoutRow& mask, const int64_t* keys) {
 
 Tensor dropout(const Tensor& x_, const Tensor& seed, int64_t projection, double p) {
   const Matrix x = read_matrix(x_, "x");
-  STD_TORCH_CHECK(seed.dim() == 0 && seed.scalar_type() == ScalarType::Long, "seed has ", seed.dim(),
-                  " dimensions and dtype ", seed.scalar_type(), "; a Long tensor with 0 dimensions is needed");
   DropoutRow mask = read_mask(projection, p);
-  mask.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+  mask.seed = read_seed(seed);
   return dropped(x, mask, nullptr);
 }
 

@@ -1,101 +1,79 @@
-// The forward of a group in one pass over row blocks, after the frozen matmul:
-// h = x [A; P]^T, or [x A^T, x[:, P]] where P are columns of x, then y_j[:, columns_i] += scale_i h_i B_i^T in place,
-// and the column moments of y
-#include "cpu/group.h"
+// The forward of one adapter in one pass over row blocks, after the frozen matmul has written y: lora_forward_.
+#include "cpu/operands.h"
+#include "cpu/parallel.h"
 
 namespace fastlora {
 namespace {
 
-struct Pass {
-  Matrix x;
-  std::vector<Target> y;
+struct ForwardCall : ForwardOperands {
   Group group;
-  Scratch<float> A, B;
-  Scratch<bf16> A_pairs;
-  int64_t width;                // columns of h
+  Packed A, B;
+  int64_t width = 0;            // columns of h
   std::vector<int64_t> picked;  // columns of x that are the last ones of h
-  std::vector<int64_t> first;   // of the moments of y_j in the sums of a part
-  int64_t sums = 0;             // doubles that a part adds up; 0 without moments
 };
-
-// s = x [A; P]^T in fp32, columns that are picked left as they are
-template <class T>
-void shrink_rows(const Pass& pass, int64_t m, int64_t rows, float* wide, float* s) {
-  const int64_t depth = pass.x.columns, width = pass.width;
-  const int64_t count = width - static_cast<int64_t>(pass.picked.size());
-  const T* rows_of_x = pass.x.data<T>() + m * pass.x.stride;
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (kernels().dot_bf16) {
-      kernels().dot_bf16(rows_of_x, pass.x.stride, rows, pass.A_pairs.get(), depth, count, depth, s, width);
-      return;
-    }
-  }
-  const float* x = rows_as_float(rows_of_x, pass.x.stride, rows, depth, wide);
-  kernels().dot(x, float_stride<T>(pass.x.stride, depth), rows, pass.A.get(), depth, count, depth, s, width);
-}
 
 // The columns of x that are columns of h, as they are.
 template <class T>
-void pick_rows(const Pass& pass, int64_t m, int64_t rows, T* h) {
-  const int64_t count = static_cast<int64_t>(pass.picked.size());
+void pick_rows(const ForwardCall& call, int64_t m, int64_t rows, T* h) {
+  const int64_t count = static_cast<int64_t>(call.picked.size());
   for (int64_t row = m; count && row < m + rows; ++row) {
-    const T* x = pass.x.data<T>() + row * pass.x.stride;
-    T* out = h + (row + 1) * pass.width - count;
-    for (int64_t i = 0; i < count; ++i) out[i] = x[pass.picked[i]];
+    const T* x = call.x.row<T>(row);
+    T* out = h + (row + 1) * call.width - count;
+    for (int64_t i = 0; i < count; ++i) out[i] = x[call.picked[i]];
   }
 }
 
-template <class T>
-void run_rows(const Pass& pass, int64_t begin, int64_t end, int64_t block, T* h, double* sums) {
-  constexpr bool kNarrow = !std::is_same_v<T, float>;
-  const int64_t depth = pass.x.columns, width = pass.width;
+template <class T, class V>
+void run_rows(const ForwardCall& call, int64_t begin, int64_t end, int64_t block, T* h, double* sums) {
+  const int64_t depth = call.x.columns, width = call.width;
+  const int64_t multiplied = width - static_cast<int64_t>(call.picked.size());
   const TypedKernels<T>& typed = kernels().of<T>();
-  const Scratch<float> wide(kNarrow ? block * depth : 0), wide_h(kNarrow ? block * width : 0);
+  const Scratch<V> x_rows(scratch_for<V, T>(block * depth));
+  const Scratch<float> h_as_fp32(scratch_for<float, T>(block * width));
   for (int64_t m = begin; m < end; m += block) {
     const int64_t rows = std::min(block, end - m);
-    float* s = nullptr;
-    if constexpr (kNarrow) {
-      s = wide_h.get();
-    } else {
-      s = h + m * width;
+    const RowsOf<V> x = rows_as(call.x.row<T>(m), call.x.stride, rows, depth, x_rows.get());
+    float* s = h_as_fp32.get();
+    if constexpr (std::is_same_v<T, float>) s = h + m * width;
+    // Columns that are picked are left as they are.
+    dot(x, rows, {call.A.as<V>(), depth}, multiplied, depth, s, width);
+    if constexpr (!std::is_same_v<T, float>) typed.narrow(s, h + m * width, rows * width);
+    pick_rows<T>(call, m, rows, h);
+    for (const Slot& slot : call.group.slots) {
+      if (slot.rank == 0) continue;
+      const Target& y = call.y[slot.output];
+      typed.expand(s + slot.offset, width, rows, call.B.fp32.get() + slot.packed, slot.columns, slot.rank, slot.columns,
+                   y.row<T>(m) + slot.column, y.stride);
     }
-    shrink_rows<T>(pass, m, rows, wide.get(), s);
-    if constexpr (kNarrow) typed.narrow(s, h + m * width, rows * width);
-    pick_rows<T>(pass, m, rows, h);
-    for (const Slot& it : pass.group.slots) {
-      if (it.rank == 0) continue;
-      const Target& y = pass.y[it.output];
-      typed.expand(s + it.offset, width, rows, pass.B.get() + it.packed, it.columns, it.rank, it.columns,
-                   y.row<T>(m) + it.column, y.stride);
-    }
-    for (size_t j = 0; sums && j < pass.y.size(); ++j) {
-      double* mine = sums + pass.first[j];
-      const int64_t columns = pass.y[j].columns;
-      typed.moments(pass.y[j].row<T>(m), pass.y[j].stride, rows, columns, mine, mine + columns);
+    for (size_t j = 0; sums && j < call.y.size(); ++j) {
+      const Target& y = call.y[j];
+      double* to = sums + call.first[j];
+      typed.moments(y.row<T>(m), y.stride, rows, y.columns, to, to + y.columns);
     }
   }
 }
 
-void run(const Pass& pass, Tensor& h, std::vector<Tensor>& moments) {
-  int64_t widest = pass.x.columns;
-  for (const Target& y : pass.y) widest = std::max(widest, y.columns);
+void run(const ForwardCall& call, Tensor& h, std::vector<Tensor>& moments) {
+  int64_t widest = call.x.columns;
+  for (const int64_t width : call.widths) widest = std::max(widest, width);
   const int64_t block = block_rows(widest);
   // The split does not depend on what is asked for, so that neither do the bits of the rest.
-  const Parts parts(pass.x.rows, 2 * (pass.group.packed + pass.group.rank * pass.x.columns));
-  const Scratch<double> partial(parts.count * pass.sums);
-  std::fill_n(partial.get(), parts.count * pass.sums, 0.0);
-  with_type(pass.x.dtype, [&](auto type) {
+  const Parts parts(call.x.rows, 2 * (call.group.packed + call.group.rank * call.x.columns));
+  const Scratch<double> partial(parts.count * call.sums);
+  std::fill_n(partial.get(), parts.count * call.sums, 0.0);
+  with_types(call.x.dtype, [&](auto type, auto multiplied) {
     using T = decltype(type);
     T* out = static_cast<T*>(h.mutable_data_ptr());
     parts.run([&](int64_t part, int64_t begin, int64_t end) {
-      run_rows<T>(pass, begin, end, block, out, pass.sums ? partial.get() + part * pass.sums : nullptr);
+      run_rows<T, decltype(multiplied)>(call, begin, end, block, out,
+                                        call.sums ? partial.get() + part * call.sums : nullptr);
     });
   });
   for (size_t j = 0; j < moments.size(); ++j) {
     double* out = static_cast<double*>(moments[j].mutable_data_ptr());
-    for (int64_t i = 0; i < 2 * pass.y[j].columns; ++i) {
+    for (int64_t i = 0; i < 2 * call.widths[j]; ++i) {
       double sum = 0.0;
-      for (int64_t part = 0; part < parts.count; ++part) sum += partial.get()[part * pass.sums + pass.first[j] + i];
+      for (int64_t part = 0; part < parts.count; ++part) sum += partial.get()[part * call.sums + call.first[j] + i];
       out[i] = sum;
     }
   }
@@ -118,33 +96,25 @@ std::tuple<Tensor, std::vector<Tensor>> lora_forward_(std::vector<Tensor> y, con
                                                       const std::vector<Tensor>& B, const std::vector<int64_t>& outputs,
                                                       const std::vector<int64_t>& columns,
                                                       const std::vector<double>& scales, bool moments) {
-  Pass pass{read_matrix(x_, "x"), {}, {}, Scratch<float>(0), Scratch<float>(0), Scratch<bf16>(0), 0, {}, {}};
-  const Matrix& x = pass.x;
-  std::vector<int64_t> widths;
-  for (Tensor& target : y) {
-    pass.y.push_back(write_target(target, "y", x.rows, x.dtype));
-    widths.push_back(pass.y.back().columns);
-    pass.first.push_back(pass.sums);
-    if (moments) pass.sums += 2 * widths.back();
-  }
-  pass.group = read_group(A, B, outputs, columns, scales, x.columns, widths);
-  for (const Slot& it : pass.group.slots) STD_TORCH_CHECK(it.output >= 0, "outputs: -1 is for the backward only");
+  ForwardCall call{read_forward(x_, y, outputs, moments), {}};
+  const Matrix& x = call.x;
+  call.group = read_group(A, B, scales, {outputs, columns, call.widths, x.columns});
   const bool picks = P && P->scalar_type() == ScalarType::Long;
   if (picks) {
-    pass.picked = read_columns(*P, x.columns);
+    call.picked = read_columns(*P, x.columns);
   } else if (P) {
     check_operand(*P, "P");
     STD_TORCH_CHECK(P->size(1) == x.columns, "P has ", P->size(1), " columns, but x has ", x.columns, " (in_features)");
   }
-  const int64_t multiplied = pass.group.rank + (P && !picks ? P->size(0) : 0);
-  pass.width = multiplied + static_cast<int64_t>(pass.picked.size());
-  pass.A = pack_A(pass.group, A, picks ? std::nullopt : P, x.columns, x.dtype);
-  pass.A_pairs = pack_pairs(pass.A, multiplied * x.columns, x.dtype);
-  pass.B = pack_B(pass.group, B, x.dtype);
-  Tensor h = new_tensor({x.rows, pass.width}, x.dtype);
+  call.width = call.group.rank + (P && !picks ? P->size(0) : static_cast<int64_t>(call.picked.size()));
+  call.A = pack_A(call.group, A, picks ? std::nullopt : P, x.columns, x.dtype, in_pairs(x.dtype));
+  call.B = pack_B(call.group, B, x.dtype, false);
+  Tensor h = new_tensor({x.rows, call.width}, x.dtype);
   std::vector<Tensor> result;
-  for (size_t j = 0; moments && j < y.size(); ++j) result.push_back(new_tensor({2, widths[j]}, ScalarType::Double));
-  run(pass, h, result);
+  for (size_t j = 0; moments && j < y.size(); ++j) {
+    result.push_back(new_tensor({2, call.widths[j]}, ScalarType::Double));
+  }
+  run(call, h, result);
   return {h, result};
 }
 

@@ -1,12 +1,8 @@
 // What the two passes over many adapters in one batch share: which rows an adapter has, how they are split over
 // threads, and how rows that lie anywhere are read and written.
 #pragma once
-#include <numeric>
-
-#include "cpu/common.h"
-#include "cpu/group.h"
-#include "cpu/pack.h"
-#include "cpu/transpose.h"
+#include "cpu/operands.h"
+#include "cpu/parallel.h"
 
 namespace fastlora {
 
@@ -70,7 +66,7 @@ inline Segments read_segments(const Tensor& order, const Tensor& ranges_, int64_
   return out;
 }
 
-// Every adapter's projections, in one list of lists; `probes` is extra columns of h.
+// Every adapter's projections; `probes` is extra columns of h.
 struct Adapters {
   std::vector<Group> groups;
   std::vector<int64_t> probes;
@@ -78,16 +74,9 @@ struct Adapters {
   int64_t width(int64_t g) const { return groups[g].rank + probes[g]; }
 };
 
-// What every adapter has in common: where its projections lie in the outputs.
-struct Places {
-  const std::vector<int64_t>&outputs, &columns, &widths;
-  int64_t depth;
-};
-
-// One adapter's slots; starts[i] is the first column of projection i in h, as the layout of the layer has it.
-inline Group read_slots(const std::vector<Tensor>& A, const std::vector<Tensor>& B, const std::vector<double>& scales,
-                        const int64_t* starts, const Places& places, int64_t g) {
-  const int64_t matrices = static_cast<int64_t>(places.widths.size());
+// One adapter's projections; starts[i] is the first column of projection i in h, as the layout of the layer has it.
+inline Group read_adapter(const std::vector<Tensor>& A, const std::vector<Tensor>& B, const std::vector<double>& scales,
+                          const int64_t* starts, const Places& places, int64_t g) {
   const size_t count = places.outputs.size(), first = static_cast<size_t>(g) * count;
   STD_TORCH_CHECK(starts[0] == 0, "starts: adapter ", g, " begins at ", starts[0], "; accepted: 0");
   Group group;
@@ -96,21 +85,12 @@ inline Group read_slots(const std::vector<Tensor>& A, const std::vector<Tensor>&
     const Tensor &a = A[first + i], &b = B[first + i];
     check_operand(a, "A");
     check_operand(b, "B");
-    const int64_t rank = starts[i + 1] - starts[i], columns = b.size(0), output = places.outputs[i];
-    STD_TORCH_CHECK(a.size(0) == rank && b.size(1) == rank, "A is ", a.size(0), " x ", a.size(1), " and B ", columns,
+    const int64_t rank = starts[i + 1] - starts[i];
+    STD_TORCH_CHECK(a.size(0) == rank && b.size(1) == rank, "A is ", a.size(0), " x ", a.size(1), " and B ", b.size(0),
                     " x ", b.size(1), " for adapter ", g, ", projection ", i, ", but its rank is ", rank,
                     " in the layout (starts)");
-    STD_TORCH_CHECK(a.size(1) == places.depth, "A has ", a.size(1), " columns, but x has ", places.depth,
-                    " (in_features)");
-    STD_TORCH_CHECK(output >= -1 && output < matrices, "outputs: ", output, " was asked for, of ", matrices);
-    STD_TORCH_CHECK(output < 0 || (places.columns[i] >= 0 && places.columns[i] + columns <= places.widths[output]),
-                    "columns: ", places.columns[i], " to ", places.columns[i] + columns,
-                    " were asked for, but there are ", output < 0 ? 0 : places.widths[output]);
-    group.slots.push_back(
-        {rank, columns, starts[i], output, places.columns[i], group.packed, static_cast<float>(scales[first + i])});
-    group.packed += rank * columns;
+    add_projection(group, a, b, scales[first + i], places, i);
   }
-  group.rank = starts[count];
   return group;
 }
 
@@ -118,34 +98,38 @@ inline Adapters read_adapters(const std::vector<Tensor>& A, const std::vector<Te
                               std::vector<int64_t> probes, const std::vector<double>& scales,
                               const std::vector<int64_t>& starts, const Places& places) {
   const size_t count = places.outputs.size(), all = count * static_cast<size_t>(adapters);
+  const size_t ends = all + static_cast<size_t>(adapters);
   STD_TORCH_CHECK(A.size() == all, "A has ", A.size(), " entries; ", adapters, " adapters of ", count,
                   " projections need ", all);
-  STD_TORCH_CHECK(B.size() == all, "B has ", B.size(), " entries, but A has ", all);
-  STD_TORCH_CHECK(scales.size() == all, "scales has ", scales.size(), " entries, but A has ", all);
-  STD_TORCH_CHECK(starts.size() == all + static_cast<size_t>(adapters), "starts has ", starts.size(), " entries; ",
-                  adapters, " adapters of ", count, " projections need ", all + static_cast<size_t>(adapters));
-  STD_TORCH_CHECK(places.columns.size() == count, "columns has ", places.columns.size(), " entries, but outputs has ",
-                  count);
+  check_entries(B.size(), "B", all, "A");
+  check_entries(scales.size(), "scales", all, "A");
+  STD_TORCH_CHECK(starts.size() == ends, "starts has ", starts.size(), " entries; ", adapters, " adapters of ", count,
+                  " projections need ", ends);
+  check_entries(places.columns.size(), "columns", count, "outputs");
   Adapters out{{}, std::move(probes)};
   out.groups.reserve(static_cast<size_t>(adapters));
   for (int64_t g = 0; g < adapters; ++g) {
     const int64_t* own = starts.data() + static_cast<size_t>(g) * (count + 1);
-    out.groups.push_back(read_slots(A, B, scales, own, places, g));
+    out.groups.push_back(read_adapter(A, B, scales, own, places, g));
   }
   return out;
 }
 
-// out [rank, columns] = scale * B^T, with B rounded to x's dtype; scratch holds as many values.
-inline void pack_transposed(const Tensor& B, float scale, ScalarType rounded, float* scratch, float* out) {
-  const int64_t columns = B.size(0), rank = B.size(1);
-  if (columns * rank == 0) return;
-  if (B.scalar_type() == ScalarType::Float && rounded == ScalarType::Float && B.stride(1) == 1) {
-    transpose_scaled(static_cast<const float*>(B.const_data_ptr()), B.stride(0), columns, rank, scale, out, columns);
-    return;
+// What the two passes know of a batch.
+struct GroupedCall {
+  Segments segments;
+  Adapters adapters;
+
+  int64_t rank(int64_t g) const { return adapters.groups[g].rank; }
+  int64_t packed(int64_t g) const { return adapters.groups[g].packed; }
+  // The largest of f(adapter) over the adapters with rows.
+  template <class F>
+  int64_t largest(const F& f) const {
+    int64_t out = 0;
+    for (const Segment& segment : segments.present) out = std::max(out, f(segment.adapter));
+    return out;
   }
-  pack(B, 1.0f, rounded, scratch);
-  transpose_scaled(scratch, rank, columns, rank, scale, out, columns);
-}
+};
 
 // Static split over threads by work. It depends only on the segments, the shapes and the thread count, so that results
 // repeat bit by bit. An adapter whose rows lie in several parts has one partial sum in each.
@@ -156,7 +140,7 @@ struct Schedule {
   // work[i] is that of one row of segments.present[i], in multiply-adds.
   Schedule(const Segments& segments, const std::vector<int64_t>& work) {
     constexpr int64_t kWorkPerThread = worth_a_thread(1 << 18);
-    // OperandCache the factors and writing the gradients costs about as much as these rows.
+    // Packing the factors and writing the gradients costs about as much as these rows.
     constexpr int64_t kFixedRows = 8;
     // Kernels take rows in tiles of divisors of this number.
     constexpr int64_t kStep = 12;
@@ -184,19 +168,19 @@ struct Schedule {
       before += rows * cost[i];
     }
     for (auto& segments_of_part : parts) {
-      for (Segment& it : segments_of_part) {
-        if (it.end - it.begin == segments.rows[it.adapter]) continue;
-        it.partial = static_cast<int64_t>(shared.size());
-        shared.push_back(it);
+      for (Segment& segment : segments_of_part) {
+        if (segment.end - segment.begin == segments.rows[segment.adapter]) continue;
+        segment.partial = static_cast<int64_t>(shared.size());
+        shared.push_back(segment);
       }
     }
   }
 
-  // Calls f(part, its segments) for every part.
+  // Calls f(its segments) for every part.
   template <class F>
   void run(const F& f) const {
     parallel_for(static_cast<int64_t>(parts.size()), 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; ++part) f(part, parts[part]);
+      for (int64_t part = first; part < last; ++part) f(parts[part]);
     });
   }
 };
@@ -249,110 +233,62 @@ void for_each_block(const int64_t* order, const Segment& segment, int64_t block,
   });
 }
 
-// fp32 rows: the data itself where that is possible, or a copy in the scratch memory.
-struct FloatRows {
-  const float* data;
-  int64_t stride;
-};
-
-template <class T>
-FloatRows float_rows(const T* from, int64_t stride, const Rows& rows, int64_t columns, float* scratch) {
+// Rows that may lie anywhere as V: the data itself where that is possible, or a copy in the scratch memory.
+template <class V, class T>
+RowsOf<V> rows_as(const T* from, int64_t stride, const Rows& rows, int64_t columns, V* scratch) {
   if (rows.index == nullptr) {
-    const int64_t step = rows.step * stride;
-    return {rows_as_float(from + rows.first * stride, step, rows.count, columns, scratch),
-            float_stride<T>(step, columns)};
+    return rows_as(from + rows.first * stride, rows.step * stride, rows.count, columns, scratch);
   }
   for (int64_t i = 0; i < rows.count; ++i) {
-    kernels().of<T>().widen(from + rows.index[i] * stride, scratch + i * columns, columns);
+    const T* row = from + rows.index[i] * stride;
+    if constexpr (std::is_same_v<V, T>) {
+      std::copy_n(row, columns, scratch + i * columns);
+    } else {
+      kernels().of<T>().widen(row, scratch + i * columns, columns);
+    }
   }
   return {scratch, columns};
 }
 
-// Rows in their own dtype: the data itself, or a copy.
 template <class T>
-struct TypedRows {
-  const T* data;
-  int64_t stride;
-};
+void expand_each(const float* s, int64_t lds, const Rows& rows, const float* b, int64_t rank, int64_t columns,
+                 const Target& y, int64_t column) {
+  // The columns of b that meet all rows of the block stay in the first-level cache.
+  constexpr int64_t kFactors = 6144, kStep = 64;
+  const int64_t strip = std::max(kFactors / rank / kStep, int64_t{1}) * kStep;
+  for (int64_t n = 0; n < columns; n += strip) {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      // The kernel fetches the row after its last one ahead: the stride tells it where that is.
+      const int64_t next = i + 1 < rows.count ? rows.index[i + 1] - rows.index[i] : 0;
+      kernels().of<T>().expand(s + i * lds, lds, 1, b + n, columns, rank, std::min(strip, columns - n),
+                               y.row<T>(rows.index[i]) + column + n, next * y.stride);
+    }
+  }
+}
 
+// y[rows, column..] += s b in place; scratch holds as many values.
 template <class T>
-TypedRows<T> typed_rows(const T* from, int64_t stride, const Rows& rows, int64_t columns, T* scratch) {
-  if (rows.index == nullptr) return {from + rows.first * stride, rows.step * stride};
+void expand(const float* s, int64_t lds, const Rows& rows, const float* b, int64_t rank, int64_t columns,
+            const Target& y, int64_t column, T* scratch) {
+  if (rank == 0) return;
+  const TypedKernels<T>& typed = kernels().of<T>();
+  if (rows.index == nullptr) {
+    typed.expand(s, lds, rows.count, b, columns, rank, columns, y.row<T>(rows.first) + column, rows.step * y.stride);
+    return;
+  }
+  // One row at a time is slower than a tile of rows; up to this rank copying rows there and back costs more.
+  constexpr int64_t kLowRank = 16;
+  if (rank <= kLowRank) {
+    expand_each<T>(s, lds, rows, b, rank, columns, y, column);
+    return;
+  }
   for (int64_t i = 0; i < rows.count; ++i) {
-    std::copy_n(from + rows.index[i] * stride, columns, scratch + i * columns);
+    std::copy_n(y.row<T>(rows.index[i]) + column, columns, scratch + i * columns);
   }
-  return {scratch, columns};
+  typed.expand(s, lds, rows.count, b, columns, rank, columns, scratch, columns);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    std::copy_n(scratch + i * columns, columns, y.row<T>(rows.index[i]) + column);
+  }
 }
-
-// Whether rows of this type are multiplied as bf16 pairs; elsewhere they are widened to fp32.
-template <class T>
-bool in_pairs() {
-  return std::is_same_v<T, bf16> && kernels().dot_bf16;
-}
-
-// The kernels of one part, which counts the multiply-adds that it asks of them.
-struct Multiplier {
-  int64_t done = 0;
-
-  void dot(const FloatRows& x, int64_t rows, const float* a, int64_t rank, int64_t depth, float* s, int64_t lds) {
-    kernels().dot(x.data, x.stride, rows, a, depth, rank, depth, s, lds);
-    done += rows * rank * depth;
-  }
-  void outer(const float* d, int64_t ldd, int64_t rank, const FloatRows& x, int64_t rows, int64_t columns, float* g) {
-    kernels().outer(d, ldd, rank, x.data, x.stride, rows, columns, g, columns);
-    done += rows * rank * columns;
-  }
-  void dot(const TypedRows<bf16>& x, int64_t rows, const bf16* a, int64_t rank, int64_t depth, float* s, int64_t lds) {
-    kernels().dot_bf16(x.data, x.stride, rows, a, depth, rank, depth, s, lds);
-    done += rows * rank * depth;
-  }
-  void outer(const bf16* d, int64_t ldd, int64_t rank, const TypedRows<bf16>& x, int64_t rows, int64_t columns,
-             float* g) {
-    kernels().outer_bf16(d, ldd, rank, x.data, x.stride, rows, columns, g, columns);
-    done += rows * rank * columns;
-  }
-  // y[rows, column..] += s b in place; scratch holds as many values.
-  template <class T>
-  void expand(const float* s, int64_t lds, const Rows& rows, const float* b, int64_t rank, int64_t columns,
-              const Target& y, int64_t column, T* scratch) {
-    if (rank == 0) return;
-    done += rows.count * rank * columns;
-    const TypedKernels<T>& typed = kernels().of<T>();
-    if (rows.index == nullptr) {
-      typed.expand(s, lds, rows.count, b, columns, rank, columns, y.row<T>(rows.first) + column, rows.step * y.stride);
-      return;
-    }
-    // One row at a time is slower than a tile of rows; up to this rank copying rows there and back costs more.
-    constexpr int64_t kLowRank = 16;
-    if (rank <= kLowRank) {
-      expand_each<T>(s, lds, rows, b, rank, columns, y, column);
-      return;
-    }
-    for (int64_t i = 0; i < rows.count; ++i) {
-      std::copy_n(y.row<T>(rows.index[i]) + column, columns, scratch + i * columns);
-    }
-    typed.expand(s, lds, rows.count, b, columns, rank, columns, scratch, columns);
-    for (int64_t i = 0; i < rows.count; ++i) {
-      std::copy_n(scratch + i * columns, columns, y.row<T>(rows.index[i]) + column);
-    }
-  }
-
- private:
-  template <class T>
-  static void expand_each(const float* s, int64_t lds, const Rows& rows, const float* b, int64_t rank, int64_t columns,
-                          const Target& y, int64_t column) {
-    // The columns of b that meet all rows of the block stay in the first-level cache.
-    constexpr int64_t kFactors = 6144, kStep = 64;
-    const int64_t strip = std::max(kFactors / rank / kStep, int64_t{1}) * kStep;
-    for (int64_t n = 0; n < columns; n += strip) {
-      for (int64_t i = 0; i < rows.count; ++i) {
-        // The kernel fetches the row after its last one ahead: the stride tells it where that is.
-        const int64_t next = i + 1 < rows.count ? rows.index[i + 1] - rows.index[i] : 0;
-        kernels().of<T>().expand(s + i * lds, lds, 1, b + n, columns, rank, std::min(strip, columns - n),
-                                 y.row<T>(rows.index[i]) + column + n, next * y.stride);
-      }
-    }
-  }
-};
 
 }  // namespace fastlora

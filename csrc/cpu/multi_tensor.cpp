@@ -2,7 +2,10 @@
 // Threads take whole matrices, so that results do not depend on their number.
 #include <cstring>
 
-#include "cpu/common.h"
+#include "cpu/checks.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
 
 namespace fastlora {
 namespace {
@@ -20,18 +23,14 @@ void for_each_matrix(size_t count, int64_t work, const F& f) {
   });
 }
 
-// fp32 view of a whole matrix, widened where it is narrower.
-struct Wide {
-  Scratch<float> own{0};
-  const float* data;
-  int64_t stride;
+// A whole matrix as fp32, widened where it is narrower.
+struct AsFp32 {
+  Scratch<float> own;
+  RowsOf<float> rows{};
 
-  explicit Wide(const Matrix& matrix) {
-    if (matrix.dtype != ScalarType::Float) own = Scratch<float>(matrix.rows * matrix.columns);
+  explicit AsFp32(const Matrix& matrix) : own(matrix.dtype == ScalarType::Float ? 0 : matrix.rows * matrix.columns) {
     with_type(matrix.dtype, [&](auto type) {
-      using T = decltype(type);
-      data = rows_as_float(matrix.data<T>(), matrix.stride, matrix.rows, matrix.columns, own.get());
-      stride = float_stride<T>(matrix.stride, matrix.columns);
+      rows = rows_as(matrix.row<decltype(type)>(0), matrix.stride, matrix.rows, matrix.columns, own.get());
     });
   }
 };
@@ -46,8 +45,8 @@ struct Factors {
 std::vector<Factors> read_factors(const TensorList& A, const TensorList& B, const std::vector<double>& scales,
                                   const Tensor& weights_) {
   const size_t count = A.size();
-  STD_TORCH_CHECK(B.size() == count, "B has ", B.size(), " entries, but A has ", count);
-  STD_TORCH_CHECK(scales.size() == count, "scales has ", scales.size(), " entries, but A has ", count);
+  check_entries(B.size(), "B", count, "A");
+  check_entries(scales.size(), "scales", count, "A");
   const ScalarType dtype = weights_.scalar_type();
   STD_TORCH_CHECK(weights_.dim() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double), "weights has ",
                   weights_.dim(), " dimensions and dtype ", dtype, "; a Float or Double vector is needed");
@@ -60,17 +59,17 @@ std::vector<Factors> read_factors(const TensorList& A, const TensorList& B, cons
   for (size_t i = 0; i < count; ++i) {
     const double w =
         dtype == ScalarType::Float ? static_cast<const float*>(weight)[i] : static_cast<const double*>(weight)[i];
-    Factors it{read_matrix(A[i], "A"), read_matrix(B[i], "B"), w * scales[i] * scales[i], A[i].size(0)};
-    STD_TORCH_CHECK(it.B.columns == it.rank, "B[", i, "] has ", it.B.columns, " columns, but A[", i, "] has ", it.rank,
-                    " rows (rank)");
-    out.push_back(std::move(it));
+    Factors pair{read_matrix(A[i], "A"), read_matrix(B[i], "B"), w * scales[i] * scales[i], A[i].size(0)};
+    STD_TORCH_CHECK(pair.B.columns == pair.rank, "B[", i, "] has ", pair.B.columns, " columns, but A[", i, "] has ",
+                    pair.rank, " rows (rank)");
+    out.push_back(std::move(pair));
   }
   return out;
 }
 
 int64_t work_of(const std::vector<Factors>& factors) {
   int64_t work = 0;
-  for (const Factors& it : factors) work += it.rank * it.rank * (it.A.columns + it.B.rows);
+  for (const Factors& pair : factors) work += pair.rank * pair.rank * (pair.A.columns + pair.B.rows);
   return work;
 }
 
@@ -78,11 +77,12 @@ int64_t work_of(const std::vector<Factors>& factors) {
 struct Grams {
   Scratch<float> of_A, of_B;
 
-  Grams(const Wide& A, const Wide& B, const Factors& it) : of_A(it.rank * it.rank), of_B(it.rank * it.rank) {
-    const int64_t r = it.rank;
-    kernels().dot(A.data, A.stride, r, A.data, A.stride, r, it.A.columns, of_A.get(), r);
+  Grams(const AsFp32& A, const AsFp32& B, const Factors& pair)
+      : of_A(pair.rank * pair.rank), of_B(pair.rank * pair.rank) {
+    const int64_t r = pair.rank;
+    dot(A.rows, r, A.rows, r, pair.A.columns, of_A.get(), r);
     std::fill_n(of_B.get(), r * r, 0.0f);
-    if (it.B.rows > 0) kernels().outer(B.data, B.stride, r, B.data, B.stride, it.B.rows, r, of_B.get(), r);
+    if (pair.B.rows > 0) add_outer(B.rows, r, B.rows, pair.B.rows, r, of_B.get());
   }
 };
 
@@ -91,13 +91,13 @@ Tensor penalty(const TensorList& A, const TensorList& B, const std::vector<doubl
   const std::vector<Factors> factors = read_factors(A, B, scales, weights);
   std::vector<double> values(factors.size());
   for_each_matrix(factors.size(), work_of(factors), [&](size_t i) {
-    const Factors& it = factors[i];
-    if (it.rank == 0) return;
-    const Grams grams(Wide(it.A), Wide(it.B), it);
+    const Factors& pair = factors[i];
+    if (pair.rank == 0) return;
+    const Grams grams(AsFp32(pair.A), AsFp32(pair.B), pair);
     double sum = 0.0;
-    for (int64_t e = 0; e < it.rank * it.rank; ++e)
+    for (int64_t e = 0; e < pair.rank * pair.rank; ++e)
       sum += static_cast<double>(grams.of_A.get()[e]) * grams.of_B.get()[e];
-    values[i] = it.coefficient * sum;
+    values[i] = pair.coefficient * sum;
   });
   Tensor result = new_tensor({}, ScalarType::Float);
   double total = 0.0;
@@ -107,8 +107,7 @@ Tensor penalty(const TensorList& A, const TensorList& B, const std::vector<doubl
 }
 
 void check_gradients(const TensorList& gradients, const char* name, const TensorList& factors, const char* of) {
-  STD_TORCH_CHECK(gradients.size() == factors.size(), name, " has ", gradients.size(), " entries, but ", of, " has ",
-                  factors.size());
+  check_entries(gradients.size(), name, factors.size(), of);
   for (size_t i = 0; i < factors.size(); ++i) {
     const Tensor& gradient = gradients[i];
     if (gradient.numel() == 0) continue;
@@ -124,19 +123,19 @@ void check_gradients(const TensorList& gradients, const char* name, const Tensor
 
 // gradient [rows, columns] += s [rows, r] b [r, columns]
 template <class T>
-void add_product(T* gradient, int64_t ldg, int64_t rows, int64_t columns, const float* s, int64_t lds, const float* b,
-                 int64_t ldb, int64_t rank) {
-  kernels().of<T>().expand(s, lds, rows, b, ldb, rank, columns, gradient, ldg);
+void add_product(T* gradient, int64_t ldg, int64_t rows, int64_t columns, const RowsOf<float>& s,
+                 const RowsOf<float>& b, int64_t rank) {
+  kernels().of<T>().expand(s.data, s.stride, rows, b.data, b.stride, rank, columns, gradient, ldg);
 }
 
 // gradient [rows, r] += s [rows, r] b [r, r]. Rows narrower than a vector go several at a time: as one row that meets a
 // matrix with copies of b on its diagonal.
 template <class T>
-void add_narrow(T* gradient, int64_t ldg, int64_t rows, const float* s, int64_t lds, const float* b, int64_t r) {
+void add_narrow(T* gradient, int64_t ldg, int64_t rows, const RowsOf<float>& s, const float* b, int64_t r) {
   constexpr int64_t kWidest = 16;
-  const int64_t folds = ldg == r && lds == r ? kWidest / r : 1;
+  const int64_t folds = ldg == r && s.stride == r ? kWidest / r : 1;
   if (folds < 2 || rows < folds) {
-    add_product(gradient, ldg, rows, r, s, lds, b, r, r);
+    add_product(gradient, ldg, rows, r, s, {b, r}, r);
     return;
   }
   const int64_t width = folds * r, whole = rows / folds;
@@ -144,40 +143,40 @@ void add_narrow(T* gradient, int64_t ldg, int64_t rows, const float* s, int64_t 
   for (int64_t fold = 0; fold < folds; ++fold) {
     for (int64_t q = 0; q < r; ++q) std::copy_n(b + q * r, r, diagonal + (fold * r + q) * width + fold * r);
   }
-  add_product(gradient, width, whole, width, s, width, diagonal, width, width);
+  add_product(gradient, width, whole, width, {s.data, width}, {diagonal, width}, width);
   const int64_t done = whole * folds;
-  if (done < rows) add_product(gradient + done * r, r, rows - done, r, s + done * r, r, b, r, r);
+  if (done < rows) add_product(gradient + done * r, r, rows - done, r, {s.data + done * r, r}, {b, r}, r);
 }
 
-// dA_i += c_i (B_i^T B_i) A_i,  dB_i += c_i B_i (A_i A_i^T),  c_i = 2 weight weights[i] scales[i]^2; empty ones are left
-// out
+// dA_i += c_i (B_i^T B_i) A_i,  dB_i += c_i B_i (A_i A_i^T),  c_i = 2 weight weights[i] scales[i]^2; empty ones are
+// left out
 void penalty_grad_(TensorList dA, TensorList dB, const TensorList& A, const TensorList& B,
                    const std::vector<double>& scales, const Tensor& weights, double weight) {
   const std::vector<Factors> factors = read_factors(A, B, scales, weights);
   check_gradients(dA, "dA", A, "A");
   check_gradients(dB, "dB", B, "B");
   for_each_matrix(factors.size(), 2 * work_of(factors), [&](size_t i) {
-    const Factors& it = factors[i];
+    const Factors& pair = factors[i];
     const bool into_A = dA[i].numel() > 0, into_B = dB[i].numel() > 0;
-    if (it.rank == 0 || !(into_A || into_B)) return;
-    const Wide wide_A(it.A), wide_B(it.B);
-    const Grams grams(wide_A, wide_B, it);
-    const float c = static_cast<float>(2.0 * weight * it.coefficient);
-    for (int64_t e = 0; e < it.rank * it.rank; ++e) {
+    if (pair.rank == 0 || !(into_A || into_B)) return;
+    const AsFp32 A_as_fp32(pair.A), B_as_fp32(pair.B);
+    const Grams grams(A_as_fp32, B_as_fp32, pair);
+    const float c = static_cast<float>(2.0 * weight * pair.coefficient);
+    for (int64_t e = 0; e < pair.rank * pair.rank; ++e) {
       grams.of_A.get()[e] *= c;
       grams.of_B.get()[e] *= c;
     }
-    const int64_t r = it.rank;
+    const int64_t r = pair.rank;
     if (into_A) {
       with_type(dA[i].scalar_type(), [&](auto type) {
-        add_product(static_cast<decltype(type)*>(dA[i].mutable_data_ptr()), dA[i].stride(0), r, it.A.columns,
-                    grams.of_B.get(), r, wide_A.data, wide_A.stride, r);
+        add_product(static_cast<decltype(type)*>(dA[i].mutable_data_ptr()), dA[i].stride(0), r, pair.A.columns,
+                    {grams.of_B.get(), r}, A_as_fp32.rows, r);
       });
     }
     if (into_B) {
       with_type(dB[i].scalar_type(), [&](auto type) {
-        add_narrow(static_cast<decltype(type)*>(dB[i].mutable_data_ptr()), dB[i].stride(0), it.B.rows, wide_B.data,
-                   wide_B.stride, grams.of_A.get(), r);
+        add_narrow(static_cast<decltype(type)*>(dB[i].mutable_data_ptr()), dB[i].stride(0), pair.B.rows, B_as_fp32.rows,
+                   grams.of_A.get(), r);
       });
     }
   });
@@ -190,11 +189,11 @@ double squared_norm(const T* data, int64_t count) {
   if constexpr (std::is_same_v<T, float>) {
     kernels().norms(data, count, &squares, &absolute);
   } else {
-    const Scratch<float> wide(std::min(count, kBlock));
+    const Scratch<float> as_fp32(std::min(count, kBlock));
     for (int64_t i = 0; i < count; i += kBlock) {
       const int64_t part = std::min(kBlock, count - i);
-      kernels().of<T>().widen(data + i, wide.get(), part);
-      kernels().norms(wide.get(), part, &squares, &absolute);
+      kernels().of<T>().widen(data + i, as_fp32.get(), part);
+      kernels().norms(as_fp32.get(), part, &squares, &absolute);
     }
   }
   return squares;
@@ -233,8 +232,7 @@ Tensor squared_norms(const TensorList& tensors) {
 // Runs of columns of each [sum y; sum y^2 | rows]: sum over a run of max(0, E y^2 - (E y)^2)
 Tensor output_variances(const TensorList& moments, const std::vector<int64_t>& runs,
                         const std::vector<int64_t>& sizes) {
-  STD_TORCH_CHECK(runs.size() == moments.size(), "runs has ", runs.size(), " entries, but moments has ",
-                  moments.size());
+  check_entries(runs.size(), "runs", moments.size(), "moments");
   TensorList dense;
   size_t first = 0;
   for (size_t i = 0; i < moments.size(); ++i) {
@@ -283,7 +281,7 @@ void check_resize(const Tensor& to, const Tensor& from, size_t i) {
 
 // to_i = source_i where both have the row and the column, else 0
 void resize_ranks_(TensorList to, const TensorList& source) {
-  STD_TORCH_CHECK(source.size() == to.size(), "source has ", source.size(), " entries, but to has ", to.size());
+  check_entries(source.size(), "source", to.size(), "to");
   TensorList dense;
   int64_t work = 0;
   for (size_t i = 0; i < to.size(); ++i) {

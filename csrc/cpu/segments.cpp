@@ -1,5 +1,5 @@
 // Which rows of a mixed batch belong to which adapter: one stable counting sort per batch, and its tiles of rows.
-#include "cpu/common.h"
+#include "cpu/checks.h"
 
 namespace fastlora {
 namespace {

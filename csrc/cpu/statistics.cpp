@@ -1,5 +1,7 @@
 // What the tracker's statistics need on the CPU: probe signs, and norms of a tile of a weight gradient.
-#include "cpu/common.h"
+#include "cpu/checks.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
 
 namespace fastlora {
 namespace {
@@ -13,8 +15,6 @@ void philox_signs_(Tensor out, const Tensor& seed, int64_t step, int64_t first, 
                    const std::vector<int64_t>& counts) {
   STD_TORCH_CHECK(out.dim() == 1 && out.scalar_type() == ScalarType::Float && out.is_contiguous(), "out has dtype ",
                   out.scalar_type(), " and ", out.dim(), " dimensions; a contiguous Float vector is ", "needed");
-  STD_TORCH_CHECK(seed.dim() == 0 && seed.scalar_type() == ScalarType::Long, "seed has ", seed.dim(),
-                  " dimensions and dtype ", seed.scalar_type(), "; a Long tensor with 0 dimensions is needed");
   STD_TORCH_CHECK(
       fits_word(step) && fits_word(tag) && fits_word(first) && fits_word(first + static_cast<int64_t>(counts.size())),
       "step is ", step, ", first ", first, ", tag ", tag, "; accepted: 0 to 2^32 - 1");
@@ -27,7 +27,7 @@ void philox_signs_(Tensor out, const Tensor& seed, int64_t step, int64_t first, 
                   total * kSignsPerCounter);
   float* to = static_cast<float*>(out.mutable_data_ptr());
   DropoutRow row{};
-  row.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+  row.seed = read_seed(seed);
   row.projection = static_cast<uint32_t>(tag);
   for (size_t group = 0; group < counts.size(); ++group) {
     const uint64_t word = static_cast<uint64_t>(first) + group;

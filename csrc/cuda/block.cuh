@@ -1,5 +1,5 @@
 // Sums over the threads of a warp or a block in a fixed order, and how kernels are started. This header and those that
-// hold kernels need no torch and no CUDA: tests/ops/native compiles them for the host, with threads as coroutines.
+// hold kernels need no torch and no CUDA: tests/native compiles them for the host, with threads as coroutines.
 #pragma once
 #include <cstdint>
 #ifdef __CUDACC__

@@ -11,13 +11,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using TensorList = std::vector<Tensor>;
 
-Number number_of(const Tensor& tensor, const char* name, bool wide = false) {
+Number number_of(const Tensor& tensor, const char* name, bool allows_double = false) {
   const ScalarType dtype = tensor.scalar_type();
   if (dtype == ScalarType::Float) return Number::kFloat;
   if (dtype == ScalarType::Half) return Number::kHalf;
   if (dtype == ScalarType::BFloat16) return Number::kBFloat16;
-  STD_TORCH_CHECK(wide && dtype == ScalarType::Double, name, " has dtype ", dtype,
-                  "; the CUDA operators take Float, BFloat16 and Half", wide ? ", and here Double" : "");
+  STD_TORCH_CHECK(allows_double && dtype == ScalarType::Double, name, " has dtype ", dtype,
+                  "; the CUDA operators take Float, BFloat16 and Half", allows_double ? ", and here Double" : "");
   return Number::kDouble;
 }
 

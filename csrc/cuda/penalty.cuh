@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kGramThreads)
     penalty_grad_kernel(const __grid_constant__ Table<PenaltyEntry> table, const void* weights, Number weight_type,
                         int64_t first, double weight, float* grams) {
   const PenaltyEntry& e = table.entries[blockIdx.x / 2];
-  const double weight = load_double(weights, weight_type, first + blockIdx.x / 2);
-  const float coefficient = static_cast<float>(2.0 * weight * weight * e.scale * e.scale);
+  const double of_matrix = load_double(weights, weight_type, first + blockIdx.x / 2);
+  const float coefficient = static_cast<float>(2.0 * weight * of_matrix * e.scale * e.scale);
   float* gram = grams + e.grams;
   if (blockIdx.x % 2 == 0) {
     if (e.dA == nullptr) return;

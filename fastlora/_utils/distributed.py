@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .errors import check_model, wrong_type, wrong_value
+from .torch_compat import PrivateName, inside_compiled
 
 _FIRST = "call fastlora.{} before DistributedDataParallel, fully_shard and Accelerator.prepare"
 
@@ -72,19 +76,17 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
     """The wrappers of ``torch.compile`` and DDP around a model, and the model last."""
     while True:
         yield model
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
+        inner = inside_compiled(model)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
             return
+        model = inner
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model under ``torch.compile`` and DDP, whose wrappers lengthen every name."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    return list(wrappers(model))[-1]
+    return list(wrappers(check_model(model)))[-1]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -183,18 +185,60 @@ def _data_parallel(parameter: Any) -> bool:
 
 
 def _parameter_groups(model: nn.Module) -> list[Any]:
-    """What ``fully_shard`` keeps of its parameters, which torch has no public way to ask for."""
-    states = [module._get_fsdp_state() for module in shards(model)]
-    found = [getattr(s, "_fsdp_param_groups", None) or [getattr(s, "_fsdp_param_group", None)] for s in states]
+    """What ``fully_shard`` keeps of its parameters, which torch has no public way to ask for; nothing if it is gone."""
+    asked = [getattr(module, "_get_fsdp_state", lambda: None)() for module in shards(model)]
+    found = [getattr(s, "_fsdp_param_groups", None) or [getattr(s, "_fsdp_param_group", None)] for s in asked]
     return [group for groups in found for group in groups if group is not None]
+
+
+def _mesh_of_shards(model: nn.Module) -> tuple[Any, float | None] | None:
+    """The mesh over which a model is sharded, and what its gradients are divided by if that was set."""
+    if not shards(model):
+        return None
+    groups = _parameter_groups(model)
+    if groups and hasattr(groups[0], "mesh_info"):
+        return groups[0].mesh_info.mesh, getattr(groups[0], "gradient_divide_factor", None)
+    sharded = next((p for p in model.parameters() if is_sharded(p)), None)
+    if sharded is None:
+        raise RuntimeError(
+            "this torch does not tell the mesh of fully_shard, and no parameter is a shard now: track the model before "
+            "its first forward, or pass process_group"
+        )
+    return sharded.device_mesh, None
+
+
+def _running_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The DDP wrapper of a model that was given without it: the one that runs, if torch tells."""
+    ask = getattr(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", None)
+    if ask is not None:
+        wrappers = [ask()]
+    else:
+        wrappers = [o for o in gc.get_objects() if issubclass(type(o), nn.parallel.DistributedDataParallel)]
+    return next((w for w in wrappers if w is not None and any(m is model for m in w.modules())), None)
+
+
+def private_names() -> list[PrivateName]:
+    """The private names of DDP and ``fully_shard`` that are used here."""
+    if not torch.distributed.is_available():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    ddp, mesh = (
+        nn.parallel.DistributedDataParallel,
+        "the mesh is that of a parameter, whose gradients count as averages",
+    )
+    return [
+        PrivateName("DDP._get_active_ddp_module", hasattr(ddp, "_get_active_ddp_module"), "the wrappers are searched"),
+        PrivateName("FSDPModule._get_fsdp_state", hasattr(FSDPModule, "_get_fsdp_state"), mesh),
+    ]
 
 
 def _check_group(process_group: Any) -> None:
     known = process_group is None or (isinstance(process_group, str) and process_group == "auto")
-    if not known and not (
-        torch.distributed.is_available() and isinstance(process_group, torch.distributed.ProcessGroup)
-    ):
-        raise ValueError(f"process_group: expected 'auto', None or a process group, got {process_group!r}")
+    is_group = torch.distributed.is_available() and isinstance(process_group, torch.distributed.ProcessGroup)
+    if not known and not is_group:
+        wrong = wrong_value if isinstance(process_group, str) else wrong_type
+        raise wrong("process_group", "'auto', None or a process group", process_group)
 
 
 def ranks_of(model: nn.Module, process_group: Any = "auto") -> ProcessGroupInfo | None:
@@ -209,17 +253,13 @@ def ranks_of(model: nn.Module, process_group: Any = "auto") -> ProcessGroupInfo 
     if not isinstance(process_group, str):
         return _counted((process_group,), None)
     found = [m for m in wrappers(model) if isinstance(m, nn.parallel.DistributedDataParallel)]
-    model, active = unwrapped(model), nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    model = unwrapped(model)
     _refuse_tensor_parallel(model)
-    if not found and active is not None and any(m is model for m in active.modules()):
-        found = [active]
-    if found:
-        return _counted((found[0].process_group,), None)
-    groups = _parameter_groups(model)
-    if groups:
-        mesh, divisor = groups[0].mesh_info.mesh, getattr(groups[0], "gradient_divide_factor", None)
-        return _counted(tuple(mesh.get_group(i) for i in range(mesh.ndim)), divisor)
-    return None
+    wrapper = found[0] if found else _running_ddp(model)
+    if wrapper is not None:
+        return _counted((wrapper.process_group,), None)
+    mesh, divisor = _mesh_of_shards(model) or (None, None)
+    return None if mesh is None else _counted(tuple(mesh.get_group(i) for i in range(mesh.ndim)), divisor)
 
 
 def _counted(groups: tuple[Any, ...], divisor: float | None) -> ProcessGroupInfo | None:

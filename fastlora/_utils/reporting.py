@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .errors import wrong_type
+
 logger = logging.getLogger(__name__)
 
 Report = Callable[[int, "int | None", float], None]
@@ -20,7 +22,7 @@ Report = Callable[[int, "int | None", float], None]
 def check_progress(progress: object) -> None:
     """Refuse what ``reporting`` cannot report to."""
     if progress is not None and not isinstance(progress, bool) and not callable(progress):
-        raise ValueError(f"progress: expected True, False, None or a callable, got {progress!r}")
+        raise wrong_type("progress", "True, False, None or a callable", progress)
 
 
 @contextmanager

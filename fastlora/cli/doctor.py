@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._utils import distributed, torch_compat
 from .._utils.distributed import refuse_parallel
 from ..model.inject import refuse_peft
 from ..ops import native, penalty
 from ..ops.backends import BACKENDS
 from ..ops.layout import AdapterBatch
 from ..ops.lora import lora_grouped, lora_linear
-from ..ops.matmul import onednn_reason
 from ..ops.penalty import weighted_penalty
 
 PACKAGES = (
@@ -30,7 +30,7 @@ PACKAGES = (
 
 
 def report(model: nn.Module | None = None) -> dict[str, Any]:
-    """Versions, devices, compilers, the native library, a self-test of every operator and backend, clashes; JSON types.
+    """What is installed, torch's private names, a self-test of every operator and backend, clashes; JSON types.
 
     ``model``: one that is to be adapted, or does not work as expected; what stands in the way of it is under
     ``"model"``. ``passed``: no backend is wrong, and nothing stands in the model's way.
@@ -46,8 +46,9 @@ def report(model: nn.Module | None = None) -> dict[str, Any]:
             "reason": native.reason(),
             "path": str(native.LIBRARY),
             "instruction_set": native.isa() if native.available() else None,
-            "onednn": onednn_reason() or "available",
+            "onednn": torch_compat.onednn_reason() or "available",
         },
+        "private_names": [n._asdict() for n in (*torch_compat.private_names(), *distributed.private_names())],
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTLORA_")},
         "self_tests": tests,
         "clashes": list(clashes()),
@@ -140,6 +141,9 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     library = found["native"]
     used = f"yes, {library['instruction_set']}" if library["available"] else f"no: {library['reason']}"
     yield f"native library: {used} ({library['path']}); oneDNN: {library['onednn']}"
+    for name in found["private_names"]:
+        there = "is there" if name["there"] else "is gone"
+        yield f"torch's {name['name']} {there}; without it: {name['when_gone']}"
     for clash in found["clashes"]:
         yield f"note: {clash}"
     for clash in found["model"]:

@@ -38,7 +38,7 @@ def _plain(model: nn.Module, settings: Settings) -> Step:
 
 
 def _tracked(model: nn.Module, settings: Settings, estimator: str) -> Step:
-    return _training_step(model, settings, track(model, estimator, every=1).step)
+    return _training_step(model, settings, track(model, estimator=estimator, every=1).step)
 
 
 def _requires_grad(model: nn.Module, settings: Settings) -> Step:

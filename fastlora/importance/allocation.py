@@ -5,12 +5,11 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from decimal import Context, Decimal
 from fractions import Fraction
 
-from .._utils.errors import suggestion
+from .._utils.errors import check_choice, check_integer, check_number, wrong_value
 from .scores import Scores, finite_floats, minmax, positive_costs, same_keys
 
 logger = logging.getLogger(__name__)
@@ -23,6 +22,7 @@ _DEFAULTS = {"step": 1, "unit": "ranks", "per": "rank", "shares": "auto", "tau":
 def allocate(
     scores: Mapping[str, float],
     budget: int,
+    *,
     r_min: int | Mapping[str, int] = 1,
     r_max: int | Mapping[str, int] = 16,
     step: int = 1,
@@ -52,16 +52,15 @@ def allocate(
     ValueError for empty, non-finite or (under raw) negative scores, r_min > r_max, missing costs and a budget below
     the floors (the message says what would be possible). Source: bounded Webster (Sainte-Lague) divisor method.
     """
-    _choice("unit", unit, ("ranks", "params"))
-    _choice("per", per, ("rank", "param"))
-    _choice("rule", rule, ("webster", "fc_original"))
-    _choice("shares", shares, ("auto", "raw", "softmax", "shift"))
+    check_choice("unit", unit, ("ranks", "params"))
+    check_choice("per", per, ("rank", "param"))
+    check_choice("rule", rule, ("webster", "fc_original"))
+    check_choice("shares", shares, ("auto", "raw", "softmax", "shift"))
     values = finite_floats(scores, "scores")
     if not values:
-        raise ValueError("scores must not be empty")
-    budget = _integer("budget", budget, 0)
-    step = _integer("step", step, 1)
-    tau, power = _positive("tau", tau), _positive("power", power)
+        raise ValueError("scores: expected at least one, got none")
+    budget, step = check_integer("budget", budget, 0), check_integer("step", step, 1)
+    tau, power = (float(check_number(name, value, above=0)) for name, value in (("tau", tau), ("power", power)))
     floors, caps = _bounds(r_min, r_max, values)
     if rule == "fc_original":
         given = {"step": step, "unit": unit, "per": per, "shares": shares, "tau": tau, "power": power}
@@ -161,7 +160,7 @@ def _weights(scores: Mapping[str, float], values: Mapping[str, float], shares: s
         return [Fraction(value) - smallest for value in values.values()]
     for key, value in values.items():
         if value < 0:
-            raise ValueError(f"scores[{key!r}] = {value} is negative: shares='raw' needs scores >= 0")
+            raise wrong_value(f"scores[{key!r}]", "a number >= 0, as shares='raw' needs", value)
     return [Fraction(value) for value in values.values()]
 
 
@@ -170,10 +169,9 @@ def _automatic_shares(scores: Mapping[str, float], values: Mapping[str, float]) 
         return "softmax" if scores.signed else "raw"
     for key, value in values.items():
         if value < 0:
-            raise ValueError(
-                f"scores[{key!r}] = {value} is negative and shares='auto' cannot tell how to read it: pass "
-                "shares='softmax' (softmax(score / tau)) or shares='shift' (score - min), or scores >= 0 for 'raw'"
-            )
+            accepted = "a number >= 0 under shares='auto' without a kind"
+            more = "; pass shares='softmax' (softmax(score / tau)) or shares='shift' (score - min) for negative ones"
+            raise wrong_value(f"scores[{key!r}]", accepted, value, more)
     return "raw"
 
 
@@ -199,15 +197,15 @@ def _bounds(
     floors, caps = _per_key("r_min", r_min, values), _per_key("r_max", r_max, values)
     for key, floor, cap in zip(values, floors, caps, strict=True):
         if floor > cap:
-            raise ValueError(f"r_min = {floor} is larger than r_max = {cap} for {key!r}")
+            raise wrong_value("r_min", f"at most r_max = {cap} for {key!r}", floor)
     return floors, caps
 
 
 def _per_key(name: str, bound: int | Mapping[str, int], values: Mapping[str, float]) -> list[int]:
     if not isinstance(bound, Mapping):
-        return [_integer(name, bound, 0)] * len(values)
+        return [check_integer(name, bound, 0)] * len(values)
     same_keys(values, bound, "scores", name)
-    return [_integer(f"{name}[{key!r}]", bound[key], 0) for key in values]
+    return [check_integer(f"{name}[{key!r}]", bound[key], 0) for key in values]
 
 
 def _unit_costs(scores: Mapping[str, float], costs: Mapping[str, int] | None, values: Mapping[str, float]) -> list[int]:
@@ -215,8 +213,8 @@ def _unit_costs(scores: Mapping[str, float], costs: Mapping[str, int] | None, va
         costs = scores.costs if isinstance(scores, Scores) else None
     if costs is None:
         raise ValueError(
-            "unit='params' and per='param' need the cost of a rank (N + K) of every matrix: pass costs={key: N + K}, "
-            "or scores that came from a model"
+            "costs: expected {key: N + K}, the parameters of a rank, for unit='params' or per='param', or scores that "
+            "came from a model; got None"
         )
     return list(positive_costs(costs, values).values())
 
@@ -228,34 +226,12 @@ def _check_affordable(budget: int, floors: Sequence[int], prices: Sequence[int],
     what = "ranks" if unit == "ranks" else "parameters"
     highest = budget // sum(prices)
     raise ValueError(
-        f"budget = {budget} {what} is below the {needed} that r_min takes on {len(floors)} matrices: possible are "
-        f"budget >= {needed}, or r_min <= {highest} for all of them"
+        f"budget: expected at least the {needed} {what} that r_min takes on {len(floors)} matrices, got {budget}; or "
+        f"pass r_min <= {highest} for all of them"
     )
 
 
 def _refuse_options(given: Mapping[str, object]) -> None:
     changed = [f"{name}={value!r}" for name, value in given.items() if value != _DEFAULTS[name]]
     if changed:
-        raise ValueError(f"rule='fc_original' has no such option: {', '.join(changed)} works with rule='webster' only")
-
-
-def _choice(name: str, value: object, accepted: Sequence[str]) -> None:
-    if value not in accepted:
-        listed = ", ".join(map(repr, accepted))
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}{suggestion(value, accepted)}")
-
-
-def _integer(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
-
-
-def _positive(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)
+        raise ValueError(f"rule: expected 'webster' with {', '.join(changed)}, got 'fc_original'")

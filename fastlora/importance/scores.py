@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from types import MappingProxyType
 
 import torch
 
-from .._utils.errors import suggestion
+from .._utils.errors import check_choice, check_instance, check_integer, check_mapping, check_number, wrong_value
 
 # True: values may be negative. A kind that is not listed is undecided and judged by its values.
 SIGNED_KINDS: Mapping[str, bool] = MappingProxyType(
@@ -47,10 +46,10 @@ class Scores(Mapping[str, float]):
         signed: bool | None = None,
         costs: Mapping[str, int] | None = None,
     ) -> None:
-        if not isinstance(kind, str) or not kind:
-            raise TypeError(f"kind must be a non-empty string such as 'grad_sq', got {kind!r}")
-        if signed is not None and not isinstance(signed, bool):
-            raise TypeError(f"signed must be True, False or None, got {signed!r}")
+        if not check_instance("kind", kind, str, "a non-empty string such as 'grad_sq'"):
+            raise wrong_value("kind", "a non-empty string such as 'grad_sq'", kind)
+        if signed is not None:
+            check_instance("signed", signed, bool, "True, False or None")
         numbers_by_key = finite_floats(values, "values")
         if signed is None:
             signed = SIGNED_KINDS.get(kind)
@@ -110,7 +109,7 @@ class Scores(Mapping[str, float]):
         theirs = finite_floats(other, "other")
         common = [key for key in self if key in theirs]
         if len(common) < 2:
-            raise ValueError(f"other must share at least 2 keys with these scores, it shares {len(common)}")
+            raise ValueError(f"other: expected at least 2 keys of these scores, got {len(common)}")
         first = _doubled_ranks([self[key] for key in common])
         second = _doubled_ranks([theirs[key] for key in common])
         first_spread = sum(rank * rank for rank in first)
@@ -127,7 +126,7 @@ class Scores(Mapping[str, float]):
         the rest; a key without a number is a projection of the block "". Raises ``ValueError`` for no scores.
         """
         if not self:
-            raise ValueError("scores must not be empty")
+            raise ValueError("scores: expected at least one, got none")
         cells: dict[tuple[str, str], float] = {}
         for key, value in self.items():
             found = _BLOCK.fullmatch(key)
@@ -149,15 +148,13 @@ class Scores(Mapping[str, float]):
 
         Raises ValueError when the keys of the three differ (the difference is named) or values are not finite.
         """
-        if normalize not in ("zscore", "minmax"):
-            near = suggestion(normalize, ("zscore", "minmax"))
-            raise ValueError(f"normalize must be 'zscore' or 'minmax', got {normalize!r}{near}")
+        check_choice("normalize", normalize, ("zscore", "minmax"))
         parts = {"grad_sq": grad_sq, "grad_abs": grad_abs, "act_var": act_var}
-        if not isinstance(weights, Sequence):
-            raise TypeError(f"weights must be a sequence of 3 numbers, got {type(weights).__name__}")
+        accepted = f"3 numbers, for {', '.join(parts)}"
+        check_instance("weights", weights, Sequence, accepted)
         factors = [_finite_float(weight, f"weights[{index}]") for index, weight in enumerate(weights)]
         if len(factors) != len(parts):
-            raise ValueError(f"weights must hold 3 numbers (grad_sq, grad_abs, act_var), got {len(factors)}")
+            raise wrong_value("weights", accepted, weights)
         checked = {name: finite_floats(part, name) for name, part in parts.items()}
         for name in ("grad_abs", "act_var"):
             same_keys(checked["grad_sq"], checked[name], "grad_sq", name)
@@ -206,12 +203,10 @@ def finite_floats(values: Mapping[str, float], name: str) -> dict[str, float]:
     Raises TypeError for a non-mapping, keys that are not strings or values that are not real numbers (one-element
     tensors count as numbers); ValueError for NaN and infinity.
     """
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{name} must be a mapping of key -> number, got {type(values).__name__}")
+    check_mapping(name, values, "keys to numbers")
     checked: dict[str, float] = {}
     for key, value in values.items():
-        if not isinstance(key, str):
-            raise TypeError(f"{name} must have string keys, got {key!r}")
+        check_instance(f"keys of {name}", key, str, "strings")
         checked[key] = _finite_float(value, f"{name}[{key!r}]")
     return checked
 
@@ -221,51 +216,34 @@ def positive_costs(costs: Mapping[str, int], keys: Mapping[str, object]) -> dict
 
     Raises ValueError for missing keys or costs below 1, TypeError for costs that are not integers.
     """
-    if not isinstance(costs, Mapping):
-        raise TypeError(f"costs must be a mapping of key -> N + K, got {type(costs).__name__}")
+    check_mapping("costs", costs, "keys to N + K")
     missing = [key for key in keys if key not in costs]
     if missing:
-        raise ValueError(f"costs lacks {_listed(missing)}")
-    checked: dict[str, int] = {}
-    for key in keys:
-        cost = costs[key]
-        if isinstance(cost, bool) or not isinstance(cost, numbers.Integral):
-            raise TypeError(f"costs[{key!r}] must be an integer, got {cost!r}")
-        if cost < 1:
-            raise ValueError(f"costs[{key!r}] must be at least 1, got {cost}")
-        checked[key] = int(cost)
-    return checked
+        raise ValueError(f"costs: expected one for every key, got none for {_listed(missing)}")
+    return {key: check_integer(f"costs[{key!r}]", costs[key], 1) for key in keys}
 
 
 def same_keys(first: Mapping[str, object], second: Mapping[str, object], first_name: str, second_name: str) -> None:
     """Raise ValueError that names the difference unless both mappings have the same keys."""
     missing = [key for key in first if key not in second]
     extra = [key for key in second if key not in first]
-    problems = [f"{second_name} lacks {_listed(missing)}"] if missing else []
+    problems = [f"without {_listed(missing)}"] if missing else []
     if extra:
-        problems.append(f"{first_name} lacks {_listed(extra)}")
+        problems.append(f"with {_listed(extra)}")
     if problems:
-        raise ValueError(f"{first_name} and {second_name} must have the same keys: {'; '.join(problems)}")
+        raise ValueError(f"{second_name}: expected the keys of {first_name}, got others: {' and '.join(problems)}")
 
 
 def _finite_float(value: object, name: str) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1 and value.dtype != torch.bool:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number, got {value!r}")
-    try:
-        result = float(value)
-    except OverflowError:
-        result = math.inf
-    if not math.isfinite(result):
-        raise ValueError(f"{name} must be finite, got {result}")
-    return result
+    return float(check_number(name, value))
 
 
 def _refuse_negative(values: Mapping[str, float], kind: str) -> None:
     for key, value in values.items():
         if value < 0:
-            raise ValueError(f"values[{key!r}] = {value} is negative: pass signed=True for {kind!r} scores")
+            raise wrong_value(f"values[{key!r}]", f"a number >= 0 of {kind!r} scores", value, ": pass signed=True")
 
 
 def _listed(keys: Sequence[str]) -> str:
@@ -276,7 +254,7 @@ def _listed(keys: Sequence[str]) -> str:
 def _rescaled(values: Mapping[str, float]) -> dict[str, float]:
     checked = finite_floats(values, "values")
     if not checked:
-        raise ValueError("values must not be empty")
+        raise ValueError("values: expected at least one, got none")
     # A power of two is exact and keeps squares of tiny or huge norms inside float64.
     exponent = math.frexp(max(map(abs, checked.values())))[1]
     return {key: math.ldexp(value, -exponent) for key, value in checked.items()}

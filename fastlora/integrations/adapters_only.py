@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._utils.distributed import shards, whole
-from .._utils.errors import listed
+from .._utils.errors import check_model, listed
 from ..model.trainable import saved_modules
 from ..nn.linear import adapted_layers, matrix_key
 
@@ -29,8 +29,7 @@ class AdaptersOnly:
     """See :func:`adapters_only`; ``once_sharded``: from when ``fully_shard`` has the model, complete before."""
 
     def __init__(self, model: nn.Module, once_sharded: bool = False):
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         hooks = model._load_state_dict_pre_hooks.values()
         if not any(isinstance(getattr(hook, "hook", None), _BeforeLoad) for hook in hooks):
             before = _BeforeLoad()

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._utils.distributed import shards
+from .._utils.distributed import shards, unwrapped
 from .._utils.errors import listed, suggestion
 from .._utils.files import write_atomically
+from ..nn.active import NO_ADAPTERS
 from ..nn.linear import DEFAULT, adapted_layers, matrix_key
 from ..tracking.tracker import Tracker
 from .adapters_only import AdaptersOnly, adapters_only, refuse_other, trained_state
@@ -36,7 +37,7 @@ class TrainingState:
     def __init__(self, model: nn.Module, tracker: Tracker | None = None):
         self.model, self.tracker = model, tracker
         if not adapted_layers(model):
-            raise ValueError("model: has no adapters; call fastlora.inject first")
+            raise ValueError(NO_ADAPTERS)
 
     def state_dict(self) -> dict[str, Any]:
         tracker = None if self.tracker is None else self.tracker.state_dict()
@@ -109,10 +110,10 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, tracker: Tracker 
     all. ``ValueError`` for a sharded model, of which no process has the whole.
     """
     _refuse_shards(model)
-    state = TrainingState(_unwrapped(model), tracker).state_dict()
+    state = TrainingState(unwrapped(model), tracker).state_dict()
     objects = {name: other.state_dict() for name, other in others.items() if hasattr(other, "state_dict")}
     values = {name: other for name, other in others.items() if name not in objects}
-    content = {**state, "model": dict(trained_state(_unwrapped(model))), "objects": objects, "values": values}
+    content = {**state, "model": dict(trained_state(unwrapped(model))), "objects": objects, "values": values}
     write_atomically(pathlib.Path(path), packed({**content, "generators": _generators()}))
 
 
@@ -126,7 +127,7 @@ def load_checkpoint(
     the tracker and the generators as they were.
     """
     _refuse_shards(model)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     state = read(pathlib.Path(path))
     missing = sorted(set(objects) - set(state["objects"]))
     if missing:
@@ -166,16 +167,6 @@ def _refuse_shards(model: nn.Module) -> None:
             "model: is sharded by fully_shard; save its state dict under adapters_only(model), and the optimiser's, "
             "with torch.distributed.checkpoint, and TrainingState(model, tracker).state_dict() beside it"
         )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch's wrappers, whose names have no prefix."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        inner = model.module if inner is None and isinstance(model, nn.parallel.DistributedDataParallel) else inner
-        if inner is None:
-            return model
-        model = inner
 
 
 def _generators() -> dict[str, Any]:

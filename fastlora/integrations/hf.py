@@ -61,7 +61,7 @@ class FastLoraCallback(TrainerCallback):
         freeze: int = 0,
         checkpoints: str = "adapters",
         resume_from: str | os.PathLike | None = None,
-        adapter: str = DEFAULT,
+        adapter: str | None = None,
     ):
         self.session = Session(track, penalty, freeze, adapter)
         self.checkpoints, self.resume_from = checked_checkpoints(checkpoints), resume_from

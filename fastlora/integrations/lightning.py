@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..nn.linear import DEFAULT, adapted_layers
+from ..nn.linear import adapted_layers
 from ..tracking.tracker import Tracker
 from .adapters_only import AdaptersOnly, adapters_only
 from .checkpoints import refuse_newer
@@ -38,7 +38,7 @@ class FastLoraCallback(Callback):
         penalty: float | Mapping[str, Any] | None = None,
         freeze: int = 0,
         checkpoints: str = "adapters",
-        adapter: str = DEFAULT,
+        adapter: str | None = None,
     ):
         self.session = Session(track, penalty, freeze, adapter)
         self.checkpoints = checked_checkpoints(checkpoints)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._utils.errors import suggestion, unknown_choice
+from .._utils.errors import check_choice, check_integer, unknown_choice, wrong_type
 from .._utils.torch_compat import set_requires_grad
+from ..nn.active import NO_ADAPTERS, chosen_adapter
 from ..nn.linear import adapted_layers
 from ..tracking.tracker import Tracker, track
 from .checkpoints import TrainingState
@@ -19,19 +20,18 @@ from .checkpoints import TrainingState
 class Session:
     """One training run of a model; the trainer's callback calls :meth:`begin`, then once a step the rest."""
 
-    def __init__(self, options: bool | Mapping[str, Any], penalty: Any, freeze: int, adapter: str):
+    def __init__(self, options: bool | Mapping[str, Any], penalty: Any, freeze: int, adapter: str | None):
         if not isinstance(options, (bool, Mapping)):
-            raise ValueError(f"track: expected True, False or options of fastlora.track, got {options!r}")
+            raise wrong_type("track", "True, False or options of fastlora.track", options)
         if isinstance(penalty, (int, float)) and not isinstance(penalty, bool):
             penalty = {"weight": penalty}
         if penalty is not None and not isinstance(penalty, Mapping):
-            raise ValueError(f"penalty: expected a number, options of Tracker.penalty or None, got {penalty!r}")
+            raise wrong_type("penalty", "a number, options of Tracker.penalty or None", penalty)
         if penalty is not None and options is False:
             raise ValueError("penalty: is weighed by statistics, and track=False leaves them out")
         _check_names("track", options if isinstance(options, Mapping) else (), track)
         _check_names("penalty", penalty or (), Tracker.penalty)
-        if isinstance(freeze, bool) or not isinstance(freeze, int) or freeze < 0:
-            raise ValueError(f"freeze: expected a number of optimiser steps >= 0, got {freeze!r}")
+        check_integer("freeze", freeze, 0, "a number of optimiser steps")
         self.options = {} if options is True else options
         self.penalty, self.freeze, self.adapter = penalty, freeze, adapter
         self.model: nn.Module | None = None
@@ -41,19 +41,16 @@ class Session:
     def begin(self, model: nn.Module, saved: Mapping[str, Any] | None = None) -> None:
         """Track ``model`` from now on, or from where a saved state was. ``ValueError`` for a model without adapters."""
         self.close()
-        every = adapted_layers(model).values()
-        layers = [layer for layer in every if self.adapter in layer.adapter_names]
-        if every and not layers:
-            known = sorted({name for layer in every for name in layer.adapter_names})
-            raise unknown_choice("adapter", self.adapter, known)
+        adapter = chosen_adapter(model, self.adapter)
+        layers = [layer for layer in adapted_layers(model).values() if adapter in layer.adapter_names]
         self.model, self.tracker = model, None
         if self.options is not False:
-            self.tracker = track(model, **{"adapter": self.adapter, **self.options})
+            self.tracker = track(model, **{"adapter": adapter, **self.options})
         try:
             state = TrainingState(model, self.tracker)
             if saved is not None:
                 state.load_state_dict(saved)
-            factors = [f[self.adapter] for layer in layers for f in (layer.lora_A, layer.lora_B)]
+            factors = [f[adapter] for layer in layers for f in (layer.lora_A, layer.lora_B)]
             self._frozen = [p for f in factors for p in f.parameters()] if self.freeze else []
             self._check_freeze()
         except Exception:
@@ -71,7 +68,7 @@ class Session:
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise ValueError(
                 "freeze: several processes agreed on what has gradients; use "
-                "fastlora.schedule.Cosine(freeze=..., freeze_by='lr')"
+                "fastlora.training.Cosine(freeze=..., freeze_by='lr')"
             )
         frozen = {id(p) for p in self._frozen}
         if not any(p.requires_grad and id(p) not in frozen for p in self.model.parameters()):
@@ -112,13 +109,13 @@ def _check_names(argument: str, given: Iterable[str], function: Callable[..., An
     known = [name for name in inspect.signature(function).parameters if name not in ("self", "model")]
     for name in given:
         if name not in known:
-            raise ValueError(f"{argument}: has no option {name!r}, only {', '.join(known)}{suggestion(name, known)}")
+            raise unknown_choice(argument, name, known)
 
 
 def adapted_model(module: nn.Module) -> nn.Module:
     """The model inside ``module`` that ``inject`` was called on, or ``module`` where layers were built by hand."""
     if not adapted_layers(module):
-        raise ValueError("model: has no adapters; call fastlora.inject first")
+        raise ValueError(NO_ADAPTERS)
     found = {name: m for name, m in module.named_modules() if "fastlora_configs" in m.__dict__}
     if len(found) > 1:
         raise ValueError(f"model: several adapted models inside one, {list(found)}; inject into the whole once")
@@ -126,6 +123,4 @@ def adapted_model(module: nn.Module) -> nn.Module:
 
 
 def checked_checkpoints(value: str) -> str:
-    if value not in ("adapters", "full"):
-        raise unknown_choice("checkpoints", value, ("adapters", "full"))
-    return value
+    return check_choice("checkpoints", value, ("adapters", "full"))

@@ -11,12 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import refuse_parallel
-from .._utils.errors import unknown_choice
+from .._utils.errors import check_choice, check_instance, wrong_value
+from .._utils.torch_compat import assert_async
 from ..config import LoraConfig
+from ..nn.active import NO_ADAPTERS
 from ..nn.linear import Linear, adapted_layers
 from ..nn.routing import Route, Router
 from ..ops.layout import AdapterBatch
-from .inject import commit_injection, find_modules_to_save, find_targets, group_layers, plan_injection
+from .inject import (
+    check_adapter_name,
+    commit_injection,
+    find_modules_to_save,
+    find_targets,
+    group_layers,
+    plan_injection,
+)
 from .learning_check import watch_learning
 
 
@@ -28,7 +37,7 @@ def routers_of(model: nn.Module) -> list[Router]:
 def _agreeing(layers: Mapping[str, Linear]) -> list[Router]:
     found = list({id(layer.router): layer.router for layer in layers.values()}.values())
     if not found:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
+        raise ValueError(NO_ADAPTERS)
     if any(router.slots != found[0].slots for router in found):
         raise ValueError("model: its layers have different sets of adapters; add adapters with fastlora.add_adapter")
     return found
@@ -40,9 +49,7 @@ def adapter_names(model: nn.Module) -> list[str | None]:
 
 
 def _known(router: Router, name: Any, argument: str) -> str:
-    if not isinstance(name, str) or name not in router.names:
-        raise unknown_choice(argument, name, router.names)
-    return name
+    return check_choice(argument, name, router.names)
 
 
 def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
@@ -54,13 +61,12 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     """
     refuse_parallel(model, "add_adapter")
     routers = routers_of(model)
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"name: expected a non-empty string without dots, got {name!r}")
+    check_adapter_name(name, "name")
     if name in routers[0].names:
-        raise ValueError(f"name: the model already has an adapter {name!r}")
+        raise wrong_value("name", f"one that is none of {routers[0].names}", name)
     config = LoraConfig.coerce(config)
     if config.bias != "none":
-        raise ValueError(f"bias: expected 'none' for an adapter that shares its base with others, got {config.bias!r}")
+        raise wrong_value("bias", "'none' for an adapter that shares its base with others", config.bias)
     saved = find_modules_to_save(model, config)
     plan = plan_injection(model, config, find_targets(model, config, saved))
     for planned in plan:
@@ -115,7 +121,9 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
 
 
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
-    """The adapter of every forward that runs outside of ``adapters``. ``ValueError`` for an unknown name."""
+    """Make an adapter the active one: that of every forward outside of ``use_adapters``, and of functions that were
+    given no other (``merge``, ``save``, ``summary``, ``track``, ...). ``ValueError`` for an unknown name.
+    """
     routers = routers_of(model)
     _known(routers[0], name, "name")
     for router in routers:
@@ -149,7 +157,7 @@ def use_adapters(
     for name, given in (("ids", ids), ("row_seeds", row_seeds)):
         if isinstance(given, Tensor) and given.device.type != "cpu" and given.device not in devices:
             listed = ", ".join(sorted(map(str, devices)))
-            raise ValueError(f"{name}: is on {given.device}; accepted: the CPU, or the model's device ({listed})")
+            raise ValueError(f"{name}: expected on the CPU or the model's device ({listed}), got {given.device}")
     route = _route(routers[0], ids, row_seeds)
     routers[0].explain_recompilation(route)
     before = [(router, router.open(route)) for router in routers]
@@ -161,10 +169,10 @@ def use_adapters(
 
 
 def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
-    if row_seeds is not None and not (
-        isinstance(row_seeds, Tensor) and row_seeds.dtype == torch.int64 and row_seeds.dim() == 1
-    ):
-        raise ValueError(f"row_seeds: expected an int64 tensor [S], got {_described(row_seeds)}")
+    if row_seeds is not None:
+        check_instance("row_seeds", row_seeds, Tensor, "an int64 tensor [S]")
+        if row_seeds.dtype != torch.int64 or row_seeds.dim() != 1:
+            raise wrong_value("row_seeds", "an int64 tensor [S]", row_seeds)
     if isinstance(ids, str):
         name = _known(router, ids, "ids")
         if row_seeds is None:
@@ -173,15 +181,14 @@ def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
     if isinstance(ids, Mapping):
         ids = _of_ranges(router, ids)
     if not isinstance(ids, Tensor):
-        if not isinstance(ids, Sequence):
-            raise ValueError(f"ids: expected an int64 tensor, names, one name or ranges, got {type(ids).__name__}")
+        check_instance("ids", ids, Sequence, "an int64 tensor, names, one name or ranges")
         ids = torch.tensor(
             [-1 if n is None else router.slots.index(_known(router, n, "ids")) for n in ids], dtype=torch.int64
         )
     if ids.dtype != torch.int64 or ids.dim() not in (1, 2):
-        raise ValueError(f"ids: expected an int64 tensor [S], [S, T] or [M], got {_described(ids)}")
+        raise wrong_value("ids", "an int64 tensor [S], [S, T] or [M]", ids)
     if row_seeds is not None and row_seeds.shape != ids.shape:
-        raise ValueError(f"row_seeds: expected one for each of {ids.shape[0]} ids, got {row_seeds.shape[0]}")
+        raise wrong_value("row_seeds", f"one for each of {ids.shape[0]} ids", row_seeds)
     names, compact = _compact(router, ids)
     return Route(True, router.default.adapter, AdapterBatch(names, compact, row_seeds))
 
@@ -193,13 +200,15 @@ def _of_ranges(router: Router, ranges: Mapping[str | None, tuple[int, int]]) -> 
             _known(router, name, "ids")
         whole = isinstance(given, Sequence) and len(given) == 2 and all(type(v) is int for v in given)
         if not whole or not 0 <= given[0] <= given[1]:
-            raise ValueError(f"ids: expected a range (begin, end) with 0 <= begin <= end for {name!r}, got {given!r}")
+            raise wrong_value("ids", f"a range (begin, end) with 0 <= begin <= end for {name!r}", given)
     ids, before = [], ("the start", 0)
     for name, (begin, end) in sorted(ranges.items(), key=lambda item: tuple(item[1])):
         if begin < before[1]:
-            raise ValueError(f"ids: {before[0]} ends at {before[1]}, but {name!r} begins at {begin}: they overlap")
+            raise ValueError(f"ids: expected {name!r} to begin at {before[1]}, where {before[0]} ends, got {begin}")
         if begin > before[1]:
-            raise ValueError(f"ids: nobody has {before[1]} to {begin}, ahead of {name!r}; None names the base alone")
+            raise ValueError(
+                f"ids: expected {name!r} to begin at {before[1]}, got {begin}; None names the base for rows between"
+            )
         ids.append(torch.full((end - begin,), -1 if name is None else router.slots.index(name), dtype=torch.int64))
         before = (repr(name), end)
     return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64)
@@ -217,9 +226,8 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
         for value in used:
             if not -1 <= value < len(slots) or (value >= 0 and slots[value] is None):
                 where = int((ids.reshape(-1) == value).nonzero()[0])
-                state = "was removed" if 0 <= value < len(slots) else "is unknown"
-                known = ", ".join(f"{i}: {n}" for i, n in enumerate(slots) if n is not None)
-                raise ValueError(f"ids: {value} at position {where} {state}; accepted: -1 (base only), {known}")
+                state = ", which was removed" if 0 <= value < len(slots) else ""
+                raise ValueError(f"ids: expected -1 (base only), {_known_ids(slots)}, got {value} at {where}{state}")
         live = [value for value in used if value >= 0]
     if ids.device.type != "cpu" or _distributed():
         live = [i for i, name in enumerate(slots) if name is not None]
@@ -227,12 +235,13 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
     table[live] = torch.arange(len(live))
     if ids.device.type != "cpu":
         table = table.to(ids.device, non_blocking=True)
-        torch._assert_async(((ids >= -1) & (ids < len(slots)) & ((ids < 0) | (table[ids] >= 0))).all())
+        known = (ids >= -1) & (ids < len(slots)) & ((ids < 0) | (table[ids] >= 0))
+        assert_async(known.all(), f"ids: expected -1 (base only), {_known_ids(slots)}, got others")
     return [slots[i] for i in live], table[ids]
 
 
-def _described(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+def _known_ids(slots: Sequence[str | None]) -> str:
+    return ", ".join(f"{i}: {name}" for i, name in enumerate(slots) if name is not None)
 
 
 def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
@@ -240,12 +249,12 @@ def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
 
     losses [S] or [M], ids int64 of the same shape; -1 does not count. Raises ``ValueError`` for shapes that differ.
     """
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        raise ValueError(f"losses: expected a floating tensor, got {_described(losses)}")
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
-        raise ValueError(f"ids: expected an int64 tensor, got {_described(ids)}")
+    if not check_instance("losses", losses, Tensor, "a floating tensor").is_floating_point():
+        raise wrong_value("losses", "a floating tensor", losses)
+    if check_instance("ids", ids, Tensor, "an int64 tensor").dtype != torch.int64:
+        raise wrong_value("ids", "an int64 tensor", ids)
     if losses.shape != ids.shape:
-        raise ValueError(f"losses: expected the shape of ids {tuple(ids.shape)}, got {tuple(losses.shape)}")
+        raise wrong_value("losses", f"the shape of ids {tuple(ids.shape)}", losses)
     own = ids.to(losses.device).reshape(-1)
     counts = torch.zeros(int(own.numel()) + 1, dtype=losses.dtype, device=losses.device)
     _, place = torch.unique(own, return_inverse=True)
@@ -261,8 +270,7 @@ def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -
     hook's handle.
     """
     routers = routers_of(model)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
     for router in routers:
         router.used = []
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
-from .._utils.errors import check_flag, suggestion
+from .._utils.errors import check_flag, check_instance, check_model, suggestion, wrong_value
+from .._utils.torch_compat import remove_forward_hooks
 from ..config import ROLES, LoraConfig
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, new_factors
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
@@ -61,12 +62,20 @@ class _Planned:
     factors: tuple[Factors, Factors]
 
 
-def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, check: str = "raise") -> nn.Module:
+def inject(
+    model: nn.Module,
+    config: Any,
+    *,
+    adapter: str = DEFAULT,
+    accelerate_frozen: bool = False,
+    check: str = "raise",
+) -> nn.Module:
     """Adapt the targets of ``config`` in place and freeze the rest; returns the same model.
 
     ``y = x W^T + bias + s x A^T B^T`` with ``B = 0`` at first, so outputs equal the base model's. ``nn.Linear`` targets
     become ``fastlora.nn.Linear`` by a change of class: keys, hooks, ties, deepcopy and pickle survive.
 
+    ``adapter`` names the adapter, which is the active one from then on; others come by ``add_adapter``.
     ``accelerate_frozen`` moves every other frozen ``nn.Linear`` to the CPU's fastest matmul engine too (``explain``).
     ``check``: what is done, after the first backward, about an adapter that its owner passes by, so that it never
     learns: ``"raise"`` (``RuntimeError`` with the names), ``"warn"``, ``"off"``. What did not run yet is warned of.
@@ -74,27 +83,37 @@ def inject(model: nn.Module, config: Any, *, accelerate_frozen: bool = False, ch
     Raises ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have, a model that is
     already adapted, wrapped by PEFT or DDP, or sharded; the model is then as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
+    check_adapter_name(adapter, "adapter")
     checked_mode(check)
     refuse_parallel(model, "inject")
-    check_flag(accelerate_frozen, "accelerate_frozen")
+    check_flag("accelerate_frozen", accelerate_frozen)
     config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
     saved = find_modules_to_save(model, config)
     names = find_targets(model, config, saved)
     plan = plan_injection(model, config, names)
-    router = Router(DEFAULT)
+    router = Router(adapter)
     for planned in plan:
-        commit_injection(model, planned, config, router)
+        commit_injection(model, planned, config, router, adapter)
     model.register_forward_pre_hook(router.enter)
     group_layers(model)
     _freeze(model, config, saved)
     if accelerate_frozen:
         _accelerate(model, config)
-    model.fastlora_configs = {DEFAULT: copy.deepcopy(config)}
+    model.fastlora_configs = {adapter: copy.deepcopy(config)}
     watch_learning(model, check)
     return model
+
+
+def check_adapter_name(name: Any, argument: str) -> str:
+    """``name`` as that of a new adapter: part of the keys of a state dict, and of a ``nn.ModuleDict``."""
+    accepted = "a non-empty string without dots"
+    if not check_instance(argument, name, str, accepted) or "." in name:
+        raise wrong_value(argument, accepted, name)
+    if hasattr(nn.ModuleDict(), name):
+        raise wrong_value(argument, "a name that nn.ModuleDict does not use itself", name)
+    return name
 
 
 # What peft.get_peft_model trains and saves for a task, where the model has it (it matches the ends of names).
@@ -152,17 +171,17 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
             names = [n for n in modules if n and re.fullmatch(spec, n)]
         if not names:
             near = suggestion(spec, [*ROLES, *{n.rpartition(".")[2] for n in linears}])
-            raise ValueError(f"{field}: {spec!r} matches nothing in {type(model).__name__}{near}")
+            raise wrong_value(field, f"what matches a module of {type(model).__name__}", spec, near)
         return _projections(model, modules, names, field)
     spec = sorted(spec) if isinstance(spec, (set, frozenset)) else spec
     if not isinstance(spec, Sequence) or not all(isinstance(s, str) for s in spec) or not spec:
-        raise ValueError(f"{field}: expected a role {ROLES}, a regular expression or a list of names, got {spec!r}")
+        raise wrong_value(field, f"a role {ROLES}, a regular expression or a list of names", spec)
     chosen: set[str] = set()
     for suffix in spec:
         hits = [n for n in modules if n and _has_suffix(n, suffix)]
         if not hits:
             near = suggestion(suffix, sorted({n.rpartition(".")[2] for n in linears} | set(linears)))
-            raise ValueError(f"{field}: {suffix!r} matches no module of {type(model).__name__}{near}")
+            raise wrong_value(field, f"the ends of names of modules of {type(model).__name__}", suffix, near)
         chosen.update(hits)
     return _projections(model, modules, chosen, field)
 
@@ -193,7 +212,7 @@ def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> li
 
 def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str]:
     if config.target_modules is None:
-        raise ValueError(f"target_modules: say what to adapt: a role {ROLES}, a regular expression or a list of names")
+        raise wrong_value("target_modules", f"a role {ROLES}, a regular expression or a list of names", None)
     names = _select(model, config.target_modules, "target_modules")
     if config.exclude_modules is not None:
         excluded = set(_select(model, config.exclude_modules, "exclude_modules"))
@@ -275,7 +294,7 @@ def _pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions:
         strengths = {k: _match_strength(pattern, k, config.exact_names_first, attentions) for k in keys}
         best = max(strengths.values())
         if best == 0:
-            raise ValueError(f"{field}: {pattern!r} matches no adapted matrix{suggestion(pattern, keys)}")
+            raise wrong_value(field, "patterns that match an adapted matrix", pattern, suggestion(pattern, keys))
         for key, strength in strengths.items():
             wanted = strength > 0 if best == 1 else strength > 1
             if wanted and (key not in found or strength > found[key][0]):
@@ -293,9 +312,7 @@ def _match_strength(pattern: str, key: str, exact_names_first: bool, attentions:
     return int(_has_suffix(key, pattern) or pattern_matches(pattern, path))
 
 
-def commit_injection(
-    model: nn.Module, planned: _Planned, config: LoraConfig, router: Router, adapter: str = DEFAULT
-) -> None:
+def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, router: Router, adapter: str) -> None:
     layer = planned.layer
     if not isinstance(layer, Linear):
         layer.in_features, layer.out_features = features(layer)
@@ -392,22 +409,10 @@ def eject(model: nn.Module) -> nn.Module:
         elif type(module) is FrozenLinear:
             module.__class__ = nn.Linear
             module.__dict__.pop("engine", None)
-        _drop_hooks(module)
+        remove_forward_hooks(module, _is_ours)
     for name in _OF_MODEL:
         model.__dict__.pop(name, None)
     return model
-
-
-def _drop_hooks(module: nn.Module) -> None:
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
-            del hooks[key]
-            for flags in (
-                module._forward_pre_hooks_with_kwargs,
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-            ):
-                flags.pop(key, None)
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:

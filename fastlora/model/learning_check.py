@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .._utils.distributed import is_sharded, shards
-from .._utils.errors import unknown_choice
-from .._utils.torch_compat import in_backward
+from .._utils.errors import check_choice
+from .._utils.torch_compat import in_backward, version_of
 from ..nn.linear import Linear, adapted_layers
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class LearningCheck:
         self.kinds: dict[str, str] = {}
         self.ran: set[str] = set()
         self.model = model
-        self.versions = {id(p): p._version for p in self._trainable()}
+        self.versions = {id(p): version_of(p) for p in self._trainable()}
         self._root = model.register_forward_pre_hook(self._before_forward)
         self._hooks: dict[str, Any] = {}
         for name, paths in self.owners.items():
@@ -58,7 +58,7 @@ class LearningCheck:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled() and not in_backward():
             self.examine()
             for p in self._trainable() if self._root is not None else ():
-                self.versions.setdefault(id(p), p._version)  # parameters that took the place of others
+                self.versions.setdefault(id(p), version_of(p))  # parameters that took the place of others
 
     def examine(self) -> None:
         """Speak up if backward has run: ``RuntimeError`` with the names where an adapter was passed by."""
@@ -93,7 +93,8 @@ class LearningCheck:
         return self.layers[path].called
 
     def _learned(self, parameter: nn.Parameter) -> bool:
-        return parameter.grad is not None or self.versions.get(id(parameter), parameter._version) != parameter._version
+        version = version_of(parameter)
+        return parameter.grad is not None or self.versions.get(id(parameter), version) != version
 
     def _got_gradient(self, layer: Linear) -> bool:
         live = [p for f in (layer.lora_A, layer.lora_B) for p in f.parameters() if p.requires_grad]
@@ -127,9 +128,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def checked_mode(check: Any) -> str:
-    if not isinstance(check, str) or check not in MODES:
-        raise unknown_choice("check", check, MODES)
-    return check
+    return check_choice("check", check, MODES)
 
 
 def watch_learning(model: nn.Module, mode: str | None = None) -> None:

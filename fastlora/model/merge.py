@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from .._utils.distributed import shards
-from .._utils.errors import check_flag, unknown_choice
+from .._utils.errors import check_flag
 from .._utils.reporting import Report, check_progress, reporting
-from ..nn.linear import DEFAULT, Linear, adapted_layers
+from ..nn.active import NO_ADAPTERS, chosen_adapter
+from ..nn.linear import Linear, adapted_layers
 from ..nn.quantized import dequantized, foreign_base, put_back, replace_weight, requantized
 from ..nn.routing import Route
 
@@ -25,35 +26,33 @@ _PATIENCE = 1.0  # seconds of a merge before a bar shows up
 def _layers(model: nn.Module) -> dict[str, Linear]:
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
+        raise ValueError(NO_ADAPTERS)
     return layers
 
 
 @torch.no_grad()
 def merge(
     model: nn.Module,
-    adapter: str = DEFAULT,
+    adapter: str | None = None,
     *,
     requantize: bool = False,
     progress: bool | Report | None = None,
 ) -> nn.Module:
     """``W ← W + s B A``, summed in fp32 (float64 for float64) by blocks of rows and rounded once to the weight's dtype.
 
-    The forward is then the base's alone. All layers or none: a delta or a merged weight that is not finite raises
-    ``ValueError`` naming the layer before any weight changes, as does a layer that is merged already.
+    ``adapter``: the active one (``set_adapter``) unless named. The forward is then the base's alone. All layers or
+    none: a delta or a merged weight that is not finite raises ``ValueError`` naming the layer before any weight
+    changes, as does a layer that is merged already.
 
     A quantized base is refused, because rounding to its grid may lose the update; with ``requantize`` the sum is
     quantized anew, as the weight was, and a warning says how much of the update the rounding moved. ``progress``: True
     for a bar (needs tqdm), None for one in a terminal when it takes a second, or the log; False; or a callable.
     """
-    layers = _layers(model)
-    check_flag(requantize, "requantize")
+    layers, adapter = adapted_layers(model), chosen_adapter(model, adapter)
+    check_flag("requantize", requantize)
     check_progress(progress)
     if shards(model):
         raise ValueError("model: is sharded by fully_shard; save the adapter, and load and merge it in one process")
-    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
-    if adapter not in names:
-        raise unknown_choice("adapter", adapter, names)
     layers = {path: layer for path, layer in layers.items() if layer.merged or adapter in layer.adapter_specs}
     users = _users(model)
     for path, layer in layers.items():

@@ -10,45 +10,47 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import refuse_parallel
-from .._utils.errors import check_flag, check_rank, suggestion, unknown_choice
+from .._utils.errors import check_flag, check_integer, check_mapping, suggestion, wrong_value
 from ..config import LoraConfig
 from ..importance.allocation import allocate
+from ..nn.active import chosen_adapter
 from ..nn.adapter import new_factors
-from ..nn.linear import DEFAULT, Linear, adapted_layers, checked_ranks, matrix_key
+from ..nn.linear import Linear, adapted_layers, checked_ranks, matrix_key
 from ..ops.multi_tensor import copy_overlap_
 from .learning_check import watch_learning
 from .summary import summary
 
 
 def set_ranks(
-    model: nn.Module, ranks: Mapping[str, int], adapter: str = DEFAULT, reinit: bool = False, keep: bool = False
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    *,
+    adapter: str | None = None,
+    reinit: bool = False,
+    keep: bool = False,
 ) -> nn.Module:
     """Give matrices new ranks, with fresh factors; the scale ``s`` stays (``scale="per_rank"``: follows the rank).
 
-    Keys are matrix keys; others keep their rank and factors. Rank 0 removes the adapter of a matrix. Refused once B is
-    not zero, because its training would be lost, unless ``reinit``, or ``keep``: then the first min(r, r') rows of A
-    and columns of B stay, all matrices copied in one launch, and further columns of B are zero, so that a matrix which
-    grows computes what it did. Raises ``ValueError`` with the model unchanged.
+    ``adapter``: the active one unless named. Keys are matrix keys; others keep their rank and factors. Rank 0 removes
+    the adapter of a matrix. Refused once B is not zero, because its training would be lost, unless ``reinit``, or
+    ``keep``: then the first min(r, r') rows of A and columns of B stay, all matrices copied in one launch, and further
+    columns of B are zero, so that a matrix which grows computes what it did. Raises ``ValueError`` with the model
+    unchanged.
     """
     refuse_parallel(model, "set_ranks")
     layers = adapted_layers(model)
-    if not layers:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
-    check_flag(reinit, "reinit")
-    if check_flag(keep, "keep") and reinit:
+    adapter = chosen_adapter(model, adapter)
+    check_flag("reinit", reinit)
+    if check_flag("keep", keep) and reinit:
         raise ValueError("keep: expected keep or reinit, got both")
-    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
-    if adapter not in names:
-        raise unknown_choice("adapter", adapter, names)
     layers = {path: layer for path, layer in layers.items() if adapter in layer.adapter_specs}
     known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
     config = getattr(model, "fastlora_configs", {}).get(adapter)
-    if not isinstance(ranks, Mapping):
-        raise ValueError(f"ranks: expected a mapping of matrix keys to ranks, got {type(ranks).__name__}")
+    check_mapping("ranks", ranks, "matrix keys to ranks")
     wanted: dict[str, dict[str, int]] = {}
     for key, rank in ranks.items():
         if key not in known:
-            raise ValueError(f"ranks: unknown matrix {key!r}{suggestion(str(key), list(known))}")
+            raise wrong_value("ranks", "keys of the adapter's matrices", key, suggestion(str(key), list(known)))
         path, name = known[key]
         wanted.setdefault(path, {})[name] = rank
     replaced = []
@@ -122,10 +124,10 @@ def reallocate(
     model: nn.Module,
     scores: Mapping[str, float],
     budget: int | None = None,
+    *,
     r_min: int = 2,
     r_max: int | None = None,
-    *,
-    adapter: str = DEFAULT,
+    adapter: str | None = None,
     reinit: bool = False,
     **options: Any,
 ) -> dict[str, int]:
@@ -139,23 +141,21 @@ def reallocate(
     Raises ``ValueError`` for scores of unknown matrices and whatever the two functions refuse; the model is then as it
     was. Source: FIM-LoRA (rank proportional to the score at the same total), here without overspending.
     """
+    adapter = chosen_adapter(model, adapter)
     rows = {row.key: row for row in summary(model, adapter).rows}
-    if not rows or not adapted_layers(model):
-        raise ValueError("model: has no adapters; call fastlora.inject first")
-    if not isinstance(scores, Mapping):
-        raise ValueError(f"scores: expected a mapping of matrix keys to numbers, got {type(scores).__name__}")
-    check_rank(r_min, "r_min", minimum=0)
+    check_mapping("scores", scores, "matrix keys to numbers")
+    check_integer("r_min", r_min, 0)
     if r_max is not None:
-        check_rank(r_max, "r_max")
+        check_integer("r_max", r_max, 1)
     for key in scores:
         if key not in rows:
-            raise ValueError(f"scores: unknown matrix {key!r}{suggestion(str(key), list(rows))}")
+            raise wrong_value("scores", "keys of the adapter's matrices", key, suggestion(str(key), list(rows)))
     scored = [rows[key] for key in scores]
     if budget is None:
         budget = sum(row.params if options.get("unit") == "params" else row.rank for row in scored)
     ceiling = 2 * max((row.rank for row in scored), default=0) if r_max is None else r_max
     caps = {row.key: min(ceiling, row.in_features, row.out_features) for row in scored}
     floors = {key: min(r_min, cap) for key, cap in caps.items()} if r_max is None else r_min
-    ranks = allocate(scores, budget, floors, caps, **options)
-    set_ranks(model, ranks, adapter, reinit)
+    ranks = allocate(scores, budget, r_min=floors, r_max=caps, **options)
+    set_ranks(model, ranks, adapter=adapter, reinit=reinit)
     return ranks

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .._utils.errors import unknown_choice
+from .._utils.errors import check_model
 from .._utils.reporting import rich_table, text_table
 from ..nn.adapter import WHOLE
-from ..nn.linear import DEFAULT, FrozenLinear, Linear, adapted_layers, matrix_key
+from ..nn.linear import FrozenLinear, Linear, adapted_layers, matrix_key
 from ..nn.quantized import compute_dtype, foreign_base, update_backend
 from ..ops.backends import choose
 from ..ops.backends.planned import launch_remarks
 from ..ops.matmul import AUTO, ENGINES, UNPACKED
 from ..tracking.penalty import FisherPenalty
 from .modules import role_targets
-from .trainable import ROLES_OF_PARAMETERS, parameter_roles
+from .trainable import ROLES_OF_PARAMETERS, chosen_or_policy, parameter_roles
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,13 @@ class Summary:
         return rich_table(*self._parts(), numbers=range(1, 6))
 
 
-def summary(model: nn.Module, adapter: str = DEFAULT) -> Summary:
-    """Count what is trained: adapters, the head, and the rest. ``ValueError`` without adapters or a policy."""
-    layers = adapted_layers(model)
-    if not layers and getattr(model, "fastlora_policy", None) is None:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
+def summary(model: nn.Module, adapter: str | None = None) -> Summary:
+    """Count what is trained: the adapter (the active one unless named), the head, and the rest.
+
+    Raises ``ValueError`` for an adapter that is not there, and without adapters or a policy.
+    """
+    layers, adapter = adapted_layers(model), chosen_or_policy(model, adapter)
     rows, adapted = [], []
-    names = sorted({name for layer in layers.values() for name in layer.adapter_names})
-    if names and adapter not in names:
-        raise unknown_choice("adapter", adapter, names)
     for path, layer in layers.items():
         if adapter not in layer.adapter_specs:
             continue
@@ -157,8 +155,7 @@ def _engine(weight: Tensor, engine: str) -> str:
 
 def explain(model: nn.Module) -> Explanation:
     """Backend and matmul engine of each layer, for inputs of its weight's dtype, and why others are passed over."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     rows, packed = [], 0
     for path, layer in model.named_modules():
         if not isinstance(layer, (Linear, FrozenLinear)):

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .._utils.errors import check_number, suggestion, unknown_choice
+from .._utils.errors import check_choice, check_integer, check_model, check_number, suggestion, wrong_value
 from ..config import LoraConfig
-from ..nn.linear import DEFAULT, adapted_layers
+from ..nn.active import chosen_adapter, names_of
+from ..nn.linear import adapted_layers
 from .inject import inject, refuse_adapted, target_names
 from .modules import HEADS, is_head
 
@@ -56,11 +57,8 @@ def apply_policy(model: nn.Module, name: str, config: Any = None, *, deep: int |
     Raises ``ValueError`` naming the argument, with the model as it was, for an unknown policy, a model without blocks,
     norms, biases or a head where the policy needs them, and whatever ``inject`` refuses.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(name, str) or name not in POLICIES:
-        raise unknown_choice("name", name, tuple(POLICIES))
-    chosen = POLICIES[name]
+    check_model(model)
+    chosen = POLICIES[check_choice("name", name, POLICIES)]
     config = LoraConfig() if config is None else copy.copy(LoraConfig.coerce(config))
     refuse_adapted(model)
     heads = _heads(model, config, needed=name == "head_only")
@@ -94,7 +92,8 @@ def _heads(model: nn.Module, config: LoraConfig, needed: bool) -> list[str]:
     for suffix in wanted:
         if not any(n == suffix or n.endswith("." + suffix) for n in names):
             near = suggestion(suffix, names)
-            raise ValueError(f"modules_to_save: {suffix!r} matches no module of {type(model).__name__}{near}")
+            accepted = f"the ends of names of modules of {type(model).__name__}"
+            raise wrong_value("modules_to_save", accepted, suffix, near)
     found = [n for n in names if any(n == w or n.endswith("." + w) for w in wanted)] if wanted else task_heads(model)
     if needed and not found:
         raise ValueError(f"model: {type(model).__name__} has no head that is known; name it in config.modules_to_save")
@@ -103,8 +102,8 @@ def _heads(model: nn.Module, config: LoraConfig, needed: bool) -> list[str]:
 
 def _split(model: nn.Module, name: str, chosen: Policy, deep: int | None) -> tuple[list[str], list[str]]:
     """Blocks with adapters, and the others."""
-    if deep is not None and (isinstance(deep, bool) or not isinstance(deep, int) or deep < 1):
-        raise ValueError(f"deep: expected a positive number of blocks or None for a third, got {deep!r}")
+    if deep is not None:
+        check_integer("deep", deep, 1, "None for a third, or a number of blocks")
     if deep is not None and chosen.lora != "deep":
         raise ValueError(f"deep: policy {name!r} does not tell deep blocks from others")
     if chosen.lora == "none" and chosen.norms not in ("blocks", "shallow"):
@@ -121,7 +120,7 @@ def _split(model: nn.Module, name: str, chosen: Policy, deep: int | None) -> tup
     for blocks in stacks:
         count = max(1, round(len(blocks) / 3)) if deep is None else deep
         if count > len(blocks):
-            raise ValueError(f"deep: the stack of {blocks[0]!r} has {len(blocks)} blocks, got {deep}")
+            raise wrong_value("deep", f"at most the {len(blocks)} blocks of the stack of {blocks[0]!r}", deep)
         below += blocks[:-count]
         above += blocks[-count:]
     return above, below
@@ -156,7 +155,7 @@ def _adapters(model: nn.Module, config: LoraConfig, blocks: list[str], saved: li
     every = target_names(model, config)
     names = [n for n in every if any(n.startswith(block + ".") for block in blocks)]
     if not names:
-        raise ValueError(f"target_modules: {config.target_modules!r} matches nothing inside the blocks {blocks}")
+        raise wrong_value("target_modules", f"what matches something inside the blocks {blocks}", config.target_modules)
     modules = [n for n, _ in model.named_modules()]
     for field, wanted in (("target_modules", names), ("modules_to_save", saved)):
         extra = [n for n in modules if n not in wanted and any(n.endswith("." + w) for w in wanted)]
@@ -170,28 +169,26 @@ def _adapters(model: nn.Module, config: LoraConfig, blocks: list[str], saved: li
 
 def param_groups(
     model: nn.Module,
+    *,
     lr_lora: float | Mapping[str, float] = 5e-4,
     lr_norm: float = 1e-3,
     lr_head: float = 1e-3,
-    weight_decay: float | Mapping[str, float] = 0.0,
-    adapter: str = DEFAULT,
-    *,
     lr_bias: float = 1e-3,
+    weight_decay: float | Mapping[str, float] = 0.0,
+    adapter: str | None = None,
 ) -> list[dict[str, Any]]:
     """Trainable parameters as groups named lora, norm, bias, head and other, for any torch optimiser.
 
     A ``weight_decay`` applies to head and other; adapters, norms and biases get 0. A mapping of group names to numbers
     sets it group by group (0 where a name is missing). ``other`` takes ``lr_head``. Empty groups are left out. Several
     adapters have a group lora each, with the adapter's name under ``"adapter"``; ``lr_lora`` may be a mapping of those.
+    ``adapter``: whose ``modules_to_save`` are the head, the active one's unless named.
 
     Raises ``ValueError`` for a model with neither adapters nor a policy, and for rates and decays that are no finite
     numbers >= 0, by name.
     """
-    if not adapted_layers(model) and getattr(model, "fastlora_policy", None) is None:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
+    adapter = chosen_or_policy(model, adapter)
     by_adapter = _adapter_rates(model, lr_lora)
-    if adapter != DEFAULT and adapter not in list(by_adapter):
-        raise unknown_choice("adapter", adapter, list(by_adapter))
     rates = {"lora": ("lr_lora", next(iter(by_adapter.values()), 0.0)), "norm": ("lr_norm", lr_norm)}
     rates["bias"] = ("lr_bias", lr_bias)
     rates |= dict.fromkeys(("head", "other"), ("lr_head", lr_head))
@@ -201,7 +198,7 @@ def param_groups(
         groups[name] = {
             "name": name,
             "params": [],
-            "lr": check_number(*rates[name]),
+            "lr": float(check_number(*rates[name], 0)),
             "weight_decay": decays.get(name, 0.0),
         }
     roles = parameter_roles(model, adapter)
@@ -214,12 +211,12 @@ def param_groups(
 
 
 def _adapter_rates(model: nn.Module, lr_lora: float | Mapping[str, float]) -> dict[str, float]:
-    names = list(dict.fromkeys(n for layer in adapted_layers(model).values() for n in layer.adapter_names))
+    names = names_of(adapted_layers(model).values())
     if not isinstance(lr_lora, Mapping):
-        return dict.fromkeys(names, check_number("lr_lora", lr_lora))
+        return dict.fromkeys(names, float(check_number("lr_lora", lr_lora, 0)))
     if set(lr_lora) != set(names):
-        raise ValueError(f"lr_lora: expected a rate for each of {names}, got {sorted(lr_lora)}")
-    return {name: check_number(f"lr_lora[{name!r}]", lr_lora[name]) for name in names}
+        raise wrong_value("lr_lora", f"a rate for each of {names}", list(lr_lora))
+    return {name: float(check_number(f"lr_lora[{name!r}]", lr_lora[name], 0)) for name in names}
 
 
 def _by_adapter(model: nn.Module, lora: dict[str, Any], rates: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -238,14 +235,14 @@ def _by_adapter(model: nn.Module, lora: dict[str, Any], rates: Mapping[str, floa
 
 def _decays(weight_decay: float | Mapping[str, float]) -> dict[str, float]:
     if not isinstance(weight_decay, Mapping):
-        return dict.fromkeys(("head", "other"), check_number("weight_decay", weight_decay))
+        return dict.fromkeys(("head", "other"), float(check_number("weight_decay", weight_decay, 0)))
     for name in weight_decay:
         if name not in ROLES_OF_PARAMETERS:
-            raise ValueError(f"weight_decay: expected group names among {ROLES_OF_PARAMETERS}, got {name!r}")
-    return {name: check_number(f"weight_decay[{name!r}]", value) for name, value in weight_decay.items()}
+            raise wrong_value("weight_decay", f"group names among {ROLES_OF_PARAMETERS}", name)
+    return {name: float(check_number(f"weight_decay[{name!r}]", value, 0)) for name, value in weight_decay.items()}
 
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORM_NAME = re.compile(r"(layer|rms|batch|group)norm", re.IGNORECASE)
 _LINEAR_NAMES = ("Conv1D",)  # transformers' linear with a transposed weight
 
@@ -304,7 +301,13 @@ class AppliedPolicy(NamedTuple):
     heads: tuple[str, ...]
 
 
-def parameter_roles(model: nn.Module, adapter: str = DEFAULT) -> dict[int, str]:
+def chosen_or_policy(model: nn.Module, adapter: str | None) -> str | None:
+    """``chosen_adapter``, or None for a model that a policy trains without adapters."""
+    alone = adapter is None and getattr(model, "fastlora_policy", None) is not None
+    return None if alone and not adapted_layers(model) else chosen_adapter(model, adapter)
+
+
+def parameter_roles(model: nn.Module, adapter: str | None) -> dict[int, str]:
     """id of each parameter -> its role (``ROLES_OF_PARAMETERS``).
 
     ``head``: inside a module that is trained and saved whole and is no norm. ``norm``: of a norm outside the head; its
@@ -324,8 +327,8 @@ def parameter_roles(model: nn.Module, adapter: str = DEFAULT) -> dict[int, str]:
     return roles
 
 
-def saved_modules(model: nn.Module, adapter: str = DEFAULT) -> list[str]:
-    """Full names of the modules that are trained and saved whole (``modules_to_save``)."""
+def saved_modules(model: nn.Module, adapter: str | None) -> list[str]:
+    """Full names of the modules that are trained and saved whole with an adapter (``modules_to_save``)."""
     config = getattr(model, "fastlora_configs", {}).get(adapter)
     wanted = list(config.modules_to_save or ()) if config is not None else []
     return [n for n, _ in model.named_modules() if any(n == w or n.endswith("." + w) for w in wanted)]
@@ -346,7 +349,7 @@ def _embeds(model: nn.Module, head: nn.Module) -> bool:
     return any(get() is head for get in getters if callable(get))
 
 
-def head_modules(model: nn.Module, adapter: str = DEFAULT) -> list[str]:
+def head_modules(model: nn.Module, adapter: str | None) -> list[str]:
     """Full names of the modules that are trained whole and are no norms."""
     applied = getattr(model, "fastlora_policy", None)
     names = [*saved_modules(model, adapter), *(applied.heads if applied is not None else ())]

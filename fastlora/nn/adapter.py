@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._utils.torch_compat import forward_hooks
 from ..ops.bound import BoundCall
 
 WHOLE = "weight"  # name of the one slice of a matrix that is not split
@@ -121,7 +122,7 @@ class Operands:
         self.call = BoundCall(W, bias, A, B, scale, layers[0].backend, layers[0].engine)
         self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
         self._weights = W
-        self._hooks = [hooks for f in self.factors for hooks in (f._forward_pre_hooks, f._forward_hooks)]
+        self._hooks = [hooks for f in self.factors for hooks in forward_hooks(f)]
         self._attributes = [f.__dict__ for f in self.factors]
         # Layers that run together drop alike.
         specs = [layers[0].adapter_specs.get(name) for name in names]
@@ -173,4 +174,4 @@ class Operands:
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its class's forward."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
+    return any(forward_hooks(module)) or "forward" in module.__dict__

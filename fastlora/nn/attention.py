@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.errors import wrong_value
 from ..config import LoraConfig
 from .adapter import WHOLE, AdapterSpec, new_factors
 from .layer_view import LayerView
@@ -76,7 +77,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     ):
         config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, split_qkv=split_qkv, **fields)
         if isinstance(embed_dim, int) and r > embed_dim:
-            raise ValueError(f"r: at most embed_dim = {embed_dim}, got {r}")
+            raise wrong_value("r", f"at most embed_dim = {embed_dim}", r)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, None, None, batch_first, device, dtype
         )
@@ -113,7 +114,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if query.is_nested or key.is_nested or value.is_nested:
             raise ValueError("query: nested tensors are not implemented for adapted attention; pad them")
-        batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        batched = _is_batched(query, key, value)
         if is_causal and attn_mask is None:
             raise ValueError("is_causal: is a hint about attn_mask, which is missing")
         if not batched and key_padding_mask is not None:
@@ -190,6 +191,24 @@ class MultiheadAttention(nn.MultiheadAttention):
         return weights @ v, weights
 
 
+def _is_batched(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the inputs have samples [L, N, E], or are one [L, E]."""
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        if query.dim() not in (2, 3) or given.dim() != query.dim():
+            shape = "[L, E] or [L, N, E]" if name == "query" else f"{query.dim()} dimensions as query has"
+            raise wrong_value(name, shape, given)
+    return query.dim() == 3
+
+
+def _added_mask(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to the scores: a boolean one is -inf where True."""
+    if mask.is_floating_point():
+        return mask
+    if mask.dtype != torch.bool:
+        raise wrong_value(name, "a boolean or floating mask", mask)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+
+
 def _merged_mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor | None:
@@ -205,8 +224,8 @@ def _merged_mask(
             continue
         if tuple(mask.shape) not in accepted[name]:
             shapes = " or ".join(map(str, accepted[name]))
-            raise ValueError(f"{name}: expected shape {shapes}, got {tuple(mask.shape)}")
-        mask = F._canonical_mask(mask, name, None, "", dtype, check_other=False).view(accepted[name][mask.shape])
+            raise wrong_value(name, f"shape {shapes}", mask)
+        mask = _added_mask(name, mask, dtype).view(accepted[name][mask.shape])
         merged = mask if merged is None else merged + mask
     return merged
 
@@ -226,16 +245,22 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         if src.is_nested:
-            lengths = src._nested_tensor_size()[:, 0].to(src.device)
+            lengths = [len(sample) for sample in src.unbind()]
             padded = src.to_padded_tensor(0.0)
-            kept = torch.arange(padded.shape[1], device=src.device) < lengths.unsqueeze(1)
-            return torch._nested_tensor_from_mask(self.forward(padded, src_mask, ~kept), kept, mask_check=False)
-        padding = F._canonical_mask(
-            src_key_padding_mask, "src_key_padding_mask", F._none_or_dtype(src_mask), "src_mask", src.dtype
-        )
-        mask = F._canonical_mask(src_mask, "src_mask", None, "", src.dtype, check_other=False)
+            places = torch.arange(padded.shape[1], device=src.device)
+            y = self.forward(padded, src_mask, places >= torch.tensor(lengths, device=src.device).unsqueeze(1))
+            return torch.nested.as_nested_tensor([row[:n] for row, n in zip(y, lengths, strict=True)])
+        masks = {"src_mask": src_mask, "src_key_padding_mask": src_key_padding_mask}
+        mask, padding = (None if m is None else _added_mask(name, m, src.dtype) for name, m in masks.items())
         if self.norm_first:
-            x = src + self._sa_block(self.norm1(src), mask, padding, is_causal=is_causal)
-            return x + self._ff_block(self.norm2(x))
-        x = self.norm1(src + self._sa_block(src, mask, padding, is_causal=is_causal))
-        return self.norm2(x + self._ff_block(x))
+            x = src + self._attended(self.norm1(src), mask, padding, is_causal)
+            return x + self._fed_forward(self.norm2(x))
+        x = self.norm1(src + self._attended(src, mask, padding, is_causal))
+        return self.norm2(x + self._fed_forward(x))
+
+    def _attended(self, x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
+        y, _ = self.self_attn(x, x, x, padding, False, mask, is_causal=is_causal)
+        return self.dropout1(y)
+
+    def _fed_forward(self, x: Tensor) -> Tensor:
+        return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(x)))))

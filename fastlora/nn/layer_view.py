@@ -126,7 +126,7 @@ class Conv1D(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return LayerView(self, self.weight.t(), self.bias)(x)
 
-    def delta(self, adapter: str = "default") -> Tensor:
+    def delta(self, adapter: str | None = None) -> Tensor:
         """``s (B A)^T`` of the whole weight [K, N]."""
         return super().delta(adapter).t()
 

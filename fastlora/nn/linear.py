@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._utils.errors import check_flag, check_rank
+from .._utils.errors import check_flag, check_instance, check_integer, check_model, wrong_value
 from ..config import LoraConfig
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
@@ -60,12 +60,11 @@ class Linear(nn.Linear):
             init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend,
             prepack=prepack,
         )  # fmt: skip
-        check_flag(train_base, "train_base")
+        check_flag("train_base", train_base)
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, int):
-                raise ValueError(f"{name}: expected an integer, got {size!r}")
+            check_integer(name, size)
         if r > min(in_features, out_features):
-            raise ValueError(f"r: at most min(in_features, out_features) = {min(in_features, out_features)}, got {r}")
+            raise wrong_value("r", f"at most min(in_features, out_features) = {min(in_features, out_features)}", r)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         if not train_base:
             self.requires_grad_(False)
@@ -99,8 +98,9 @@ class Linear(nn.Linear):
     def adapter_names(self) -> tuple[str, ...]:
         return tuple(self.adapter_specs)
 
-    def ranks(self, name: str = DEFAULT) -> dict[str, int]:
-        """Rank of each slice of an adapter; 0 where there is none."""
+    def ranks(self, name: str | None = None) -> dict[str, int]:
+        """Rank of each slice of an adapter, the active one unless named; 0 where there is none."""
+        name = self.router.default.adapter if name is None else name
         return {s: 0 if p is None else p.shape[0] for s, p in self.lora_A[name].tensors().items()}
 
     def slice_rows(self, name: str) -> slice:
@@ -112,8 +112,9 @@ class Linear(nn.Linear):
             start += size
         raise KeyError(name)
 
-    def pairs(self, adapter: str = DEFAULT) -> list[tuple[Tensor, Tensor, float]]:
+    def pairs(self, adapter: str | None = None) -> list[tuple[Tensor, Tensor, float]]:
         """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here."""
+        adapter = self.router.default.adapter if adapter is None else adapter
         here = adapter in self.adapter_specs
         return self.factor_pairs(adapter, *[side[adapter]() if here else {} for side in (self.lora_A, self.lora_B)])
 
@@ -139,8 +140,9 @@ class Linear(nn.Linear):
         """A factor of rank 0."""
         return self.weight.new_empty(shape)
 
-    def delta(self, adapter: str = DEFAULT) -> Tensor:
-        """``s B A`` of the whole weight [N, K], summed in fp32 (float64 for float64)."""
+    def delta(self, adapter: str | None = None) -> Tensor:
+        """``s B A`` of the whole weight [N, K], of the active adapter unless named, in fp32 (float64 for float64)."""
+        adapter = self.router.default.adapter if adapter is None else adapter
         acc = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         return torch.cat([s * (b.detach().to(acc) @ a.detach().to(acc)) for a, b, s in self.pairs(adapter)])
 
@@ -149,7 +151,7 @@ class Linear(nn.Linear):
         return weight
 
     @torch.no_grad()
-    def merged_weight(self, adapter: str = DEFAULT) -> Tensor | None:
+    def merged_weight(self, adapter: str | None = None) -> Tensor | None:
         """``W + s B A`` in the weight's dtype and layout, None where it is not finite.
 
         Summed in fp32 (float64 for float64) a few rows at a time, which stay in cache, and rounded once.
@@ -190,7 +192,7 @@ class Linear(nn.Linear):
         return tuple([self.adapter_specs[n].dropout if n in self.adapter_specs else 0.0 for n in names])
 
     def forward(self, input: Tensor) -> Tensor:
-        """``y = x W^T + b + s dropout(x) A^T B^T`` of the adapter that the running context chose; input [*, K]."""
+        """``y = x W^T + b + s dropout(x) A^T B^T`` of the adapter that the running context chose; x [..., K]."""
         if torch.compiler.is_compiling():
             route = self.router.traced()
             if self.bypassed(route):
@@ -340,14 +342,13 @@ def checked_ranks(ranks: Mapping[str, int], in_features: int, slices: Mapping[st
     for name, rank in ranks.items():
         limit = min(in_features, slices[name])
         label = key if name == WHOLE else f"{key}[{name}]"
-        if check_rank(rank, f"rank of {label}", minimum=0) > limit:
-            raise ValueError(f"rank of {label}: at most min(in_features, out_features) = {limit}, got {rank}")
+        if check_integer(f"rank of {label}", rank, 0) > limit:
+            raise wrong_value(f"rank of {label}", f"at most min(in_features, out_features) = {limit}", rank)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:
-    """Every adapted layer of a model by its path; ``ValueError`` for what is no model."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    """Every adapted layer of a model by its path; ``TypeError`` for what is no model."""
+    check_model(model)
     found: dict[str, Linear] = {}
     _collect(model, "", set(), found)
     return found
@@ -368,8 +369,7 @@ def _collect(module: nn.Module, path: str, seen: set[nn.Module], found: dict[str
 
 def check_adapter(adapter: object, name: str = "adapter") -> None:
     """Refuse what cannot be the name of an adapter."""
-    if not isinstance(adapter, str):
-        raise ValueError(f"{name}: expected the name of an adapter, got {adapter!r}")
+    check_instance(name, adapter, str, "the name of an adapter")
 
 
 def matrix_key(path: str, name: str) -> str:

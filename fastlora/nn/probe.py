@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._utils.errors import check_instance, wrong_value
 from ..ops.layout import on_host
 from ..ops.probe_ops import measured, with_moments
 from ..ops.reference import accumulate_dtype
@@ -226,7 +227,7 @@ def token_mask_rows(x: Tensor, route: Any, name: str) -> Tensor | None:
     if keep is not None:
         if keep.shape not in (tokens, (tokens.numel(),)):
             seen = tuple(tokens)
-            raise ValueError(f"mask: {tuple(keep.shape)} given, but a layer sees {seen} tokens; accepted: {seen}")
+            raise ValueError(f"mask: expected the tokens {seen} that a layer sees, got {tuple(keep.shape)}")
         keep = keep.reshape(-1).to(x.device, non_blocking=True)
     if route.batch is None:
         return keep
@@ -249,9 +250,9 @@ def masked(layers: Mapping[str, Any], mask: Tensor) -> Iterator[None]:
 def checked_mask(mask: object) -> Tensor:
     """A mask as booleans; ``ValueError`` for what is none."""
     kinds = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    if not isinstance(mask, Tensor) or mask.dtype not in kinds or mask.dim() not in (1, 2):
-        given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"mask: expected booleans or integers [S, T] or [M], 1 a token that counts, got {given}")
+    accepted = "a tensor of booleans or integers [S, T] or [M], 1 a token that counts"
+    if check_instance("mask", mask, Tensor, accepted).dtype not in kinds or mask.dim() not in (1, 2):
+        raise wrong_value("mask", accepted, mask)
     if on_host(mask.device) and bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(f"mask: expected 0 and 1 only, got {sorted(set(mask.flatten().tolist()) - {0, 1})[:4]}")
     return mask.bool()

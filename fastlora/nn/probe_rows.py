@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._utils.torch_compat import multiply_each, norm_of_each
 from ..ops.multi_tensor import Signs, squared_norms
 from ..ops.reference import column_shares, philox, signs
 
@@ -106,9 +107,9 @@ class ColumnSampler:
             # Weights are positive, so that the 1-norm is the weighted sum.
             weight = self.weight if kind == "grad_abs" else self.weight.sqrt()
             made = {key: weight.to(*key).unbind() for key in dict.fromkeys((q.device, q.dtype) for q in Q)}
-            weighted = torch._foreach_mul(Q, [made[q.device, q.dtype][i] for i, q in zip(live, Q, strict=True)])
+            weighted = multiply_each(Q, [made[q.device, q.dtype][i] for i, q in zip(live, Q, strict=True)])
             if kind == "grad_abs":
-                found[kind] = torch.stack([norm.to(device) for norm in torch._foreach_norm(weighted, 1)]).double()
+                found[kind] = torch.stack([norm.to(device) for norm in norm_of_each(weighted, 1)]).double()
             else:
                 found[kind] = squared_norms(weighted, factor).to(device)
         return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.torch_compat import autocasting, in_backward, saving_hooks
+from .._utils.torch_compat import autocasting, has_hooks, in_backward, saving_hooks, version_of
 from .adapter import Bundle
 from .linear import Linear, forward_together
 from .routing import Route
@@ -132,10 +132,7 @@ class ProjectionGroup:
     def _joinable(self, other: Linear, mine: Linear, route: Route) -> bool:
         if (
             other is mine
-            or other._forward_hooks
-            or other._forward_pre_hooks
-            or other._backward_hooks
-            or other._backward_pre_hooks
+            or has_hooks(other)
             or other.training is not mine.training
             or "forward" in other.__dict__
             or other.bypassed(route)
@@ -202,7 +199,7 @@ def _alone(layer: Linear, visit: _Visit, route: Route) -> bool:
 def _state(x: Tensor, route: Route) -> tuple:
     return (
         route,
-        x._version,
+        version_of(x),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_autocast_dtype(x.device.type) if autocasting(x) else None,

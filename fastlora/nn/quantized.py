@@ -109,7 +109,7 @@ def check_weight(name: str, layer: nn.Module, backend: str) -> None:
     """Refuse a weight that cannot be multiplied by: ours take floats, those of others are quantized."""
     foreign = foreign_base(layer)
     if foreign is None and not layer.weight.is_floating_point():
-        raise ValueError(f"target_modules: {name!r} has a {layer.weight.dtype} weight, expected a floating dtype")
+        raise ValueError(f"target_modules: expected floating weights, got that of {name!r} as {layer.weight.dtype}")
     if foreign is not None and backend == "triton":
         raise ValueError(f"backend: 'triton' multiplies by the weight itself, and that of {name!r} is quantized")
 

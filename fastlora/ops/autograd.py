@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._utils.torch_compat import apply_directly, autocasting, can_skip_dispatcher, untracked, without_graph
+from .._utils.torch_compat import (
+    apply_directly,
+    autocasting,
+    can_skip_dispatcher,
+    untracked,
+    without_autocast,
+    without_graph,
+)
 
 LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 
@@ -39,8 +46,8 @@ class Operator(NamedTuple):
         """Kernels, autograd, autocast and shapes of the operator and its backward."""
         LIBRARY.impl(self.name, self.forward, "CompositeExplicitAutograd")
         LIBRARY.impl(self.name, functools.partial(_autograd, self), "Autograd")
-        LIBRARY.impl(self.name, _autocast(self.name, "cpu", "AutocastCPU"), "AutocastCPU")
-        LIBRARY.impl(self.name, _autocast(self.name, "cuda", "AutocastCUDA"), "AutocastCUDA")
+        LIBRARY.impl(self.name, _autocast(self.name, "cpu"), "AutocastCPU")
+        LIBRARY.impl(self.name, _autocast(self.name, "cuda"), "AutocastCUDA")
         LIBRARY.impl(f"{self.name}_backward", self.backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fastlora::{self.name}", fake, lib=LIBRARY)
         torch.library.register_fake(f"fastlora::{self.name}_backward", backward_fake, lib=LIBRARY)
@@ -165,15 +172,14 @@ def _autograd(operator: Operator, x, W, bias, A, B, Z, V, *rest, plain: bool | N
         return kernel(x, W, bias, A, B, Z, V, *rest)
 
 
-def _autocast(name: str, device_type: str, key: str):
+def _autocast(name: str, device_type: str):
     def kernel(x, W, bias, *rest):
         dtype = torch.get_autocast_dtype(device_type)
         *rest, engine = rest
         low = [low_precision(w, dtype) for w in W]
         if engine == "auto" and any(a is not b for a, b in zip(low, W, strict=True)):
             engine = "unpacked"  # a weight that is cast anew for every call is not worth packing
-        excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
+        with without_autocast(device_type):
             low_bias = [None if b is None else low_precision(b, dtype) for b in bias]
             return getattr(torch.ops.fastlora, name)(low_precision(x, dtype), low, low_bias, *rest, engine)
 

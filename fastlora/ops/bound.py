@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._utils.torch_compat import apply_directly, autocasting, nothing_watches, untracked
+from .._utils.torch_compat import (
+    apply_directly,
+    autocasting,
+    counts_versions,
+    nothing_watches,
+    untracked,
+    version_of,
+)
 from .autograd import LoraRest, differentiable_backward, moment_gradients
 from .backends import choose
-from .backends.planned import planned
+from .backends.plan import Plans
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
 from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
 
@@ -41,11 +48,12 @@ class BoundCall:
         self.scale, self.backend, self.engine = [float(s) for s in scale], backend, engine
         self.layout = GroupLayout(W, B, starts)
         self.dtype, self.device = W[0].dtype, W[0].device
-        self._no_dropout = [0.0] * (len(A) // self.layout.projections)
-        self._frozen = [t for t in (*W, *bias) if t is not None]
-        self._plain = all([type(t) in _PLAIN for t in (*self._frozen, *A, *B)])
+        self.no_dropout = [0.0] * (len(A) // self.layout.projections)
+        self.frozen = [t for t in (*W, *bias) if t is not None]
+        self.plain = all([type(t) in _PLAIN for t in (*self.frozen, *A, *B)])
+        self.chosen: Any = None
+        self.plans: Plans | None = None
         self._needs: dict[tuple, Need] = {}
-        self._chosen: Any = None
 
     def __call__(
         self,
@@ -59,29 +67,31 @@ class BoundCall:
         sign: Sequence[Tensor] = (),
     ) -> Sequence[Tensor]:
         """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``."""
-        p = p or self._no_dropout
         if (
-            not self._plain
+            not self.plain
             or type(x) not in _PLAIN
-            or x.dtype != self.dtype
+            or x.dtype is not self.dtype
             or not nothing_watches()
             or autocasting(x)
-            or True in [t.requires_grad for t in self._frozen]
+            or True in [t.requires_grad for t in self.frozen]
         ):
             given = (Z, V, *self.rest(rows, key, p, P, sign))
             return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
-        if self._chosen is None:
-            self._chosen = planned(choose(self.backend, self.device, self.dtype)[0])
+        if self.chosen is None:
+            self.chosen, _ = choose(self.backend, self.device, self.dtype)
+            absent = tuple([b is None for b in self.bias])
+            scope = (self.chosen.name, len(self.W), absent, tuple(self.scale), tuple(self.layout.starts), self.engine)
+            self.plans = Plans(scope) if self.chosen.plannable else None
         run = _Run(self, rows, key, p, P, sign, len(Z), len(V))
         if torch.is_grad_enabled():
             return _apply(run, x, *self.A, *self.B, *Z, *V)
         with untracked():
-            return run.forward(x)[0]
+            return run.forward(x)[: len(self.W)]
 
     def rest(self, rows, key, p, P, sign) -> tuple:
         """The operands of the operator behind V."""
-        given = [] if rows is None else list(rows)
-        return P, sign, key, given, self.layout.starts, self.scale, p, self.backend, self.engine
+        given, starts = [] if rows is None else list(rows), self.layout.starts
+        return P, sign, key, given, starts, self.scale, p or self.no_dropout, self.backend, self.engine
 
     def need(self, wanted: tuple[bool, ...], leaves: int) -> Need:
         """Which gradients a backward is asked for; ``wanted`` is for x, A, B, Z and V in turn."""
@@ -97,35 +107,88 @@ class BoundCall:
 class _Run:
     """One call of a ``BoundCall`` besides its differentiable tensors."""
 
-    __slots__ = ("P", "bound", "drop", "leaves", "moments", "probes", "rows", "sign", "versions")
+    __slots__ = ("P", "bound", "key", "leaves", "moments", "options", "p", "probes", "rows", "sign", "versions")
 
     def __init__(self, bound: BoundCall, rows, key, p, P, sign, leaves: int, moments: int):
-        self.bound, self.rows, self.P, self.sign = bound, rows, P, sign
-        self.drop = None if key is None else Dropout(key, p)
+        self.bound, self.rows, self.key, self.p, self.P, self.sign = bound, rows, key, p, P, sign
         self.leaves, self.moments = leaves, moments
-        self.probes = probe_counts(P) if P else ()
-        self.versions = [None if w.is_inference() else w._version for w in bound.W]
+        self.probes = tuple(probe_counts(P)) if P else ()
+        # What a plan depends on beside its tensors, and nothing on most calls.
+        plain = rows is None and key is None and not P
+        self.options = moments > 0 if plain else (moments > 0, rows is None, key is None, *p, self.probes, len(sign))
+        self.versions = [version_of(w) if counts_versions(w) else None for w in bound.W]
 
-    def call(self, x: Tensor, moments: bool) -> LoraCall:
-        b = self.bound
-        return LoraCall(
-            x, b.W, b.bias, b.A, b.B, self.P, self.probes, b.scale, b.layout, self.rows, self.drop, b.engine, moments
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
+        """[*y, h, *moments]."""
+        bound = self.bound
+        if bound.plans is None:
+            return _forward(self, x, bound.W, bound.bias, bound.A, bound.B, self.P, self.sign, self.rows, self.key)
+        tensors = [x, *bound.frozen, *bound.A, *bound.B]
+        if self.options.__class__ is tuple:
+            tensors += [*self.P, *self.sign, *(self.rows or ()), *([] if self.key is None else [self.key])]
+        return bound.plans.run((0, self.options), tensors, self._forward_of)
+
+    def _forward_of(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+        """The forward of tensors that stand for this call's own."""
+        take, bound = iter(tensors), self.bound
+        x, W = next(take), [next(take) for _ in bound.W]
+        bias = [None if b is None else next(take) for b in bound.bias]
+        A, B, P, sign = [[next(take) for _ in own] for own in (bound.A, bound.B, self.P, self.sign)]
+        rows = None if self.rows is None else Rows(*[next(take) for _ in self.rows])
+        return _forward(self, x, W, bias, A, B, P, sign, rows, None if self.key is None else next(take))
+
+    def backward(self, x: Tensor, h: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], dy, need: Need) -> Sequence:
+        """[dx, *dA, *dB, *dZ], those of what is not needed left out but for dx."""
+        bound = self.bound
+        if bound.plans is None:
+            return _backward(self, x, h, bound.W, A, B, dy, need, self.rows, self.key)
+        tensors = [x, h, *bound.W, *A, *B, *[g for g in dy if g is not None]]
+        if self.options.__class__ is tuple:
+            tensors += [*(self.rows or ()), *([] if self.key is None else [self.key])]
+        there = tuple([g is not None for g in dy])  # ``None in dy`` would ask every tensor whether it equals None
+        return bound.plans.run(
+            (1, self.options, need, there), tensors, lambda given: self._backward_of(given, dy, need)
         )
 
-    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        call = self.call(x, self.moments > 0)
-        y, h, moments = self.bound._chosen.forward(call)
-        if self.sign:
-            flip_signs(h, self.sign, call)
-        return y, h, moments
+    def _backward_of(self, tensors: list[Tensor], dy, need: Need) -> Sequence[Tensor | None]:
+        """The backward of tensors that stand for this call's own."""
+        take, bound = iter(tensors), self.bound
+        x, h = next(take), next(take)
+        W, A, B = [[next(take) for _ in own] for own in (bound.W, bound.A, bound.B)]
+        grads = [None if g is None else next(take) for g in dy]
+        rows = None if self.rows is None else Rows(*[next(take) for _ in self.rows])
+        return _backward(self, x, h, W, A, B, grads, need, rows, None if self.key is None else next(take))
 
     def check_versions(self) -> None:
         for w, version in zip(self.bound.W, self.versions, strict=True):
-            if version is not None and w._version != version:
+            if version is not None and version_of(w) != version:
                 raise RuntimeError(
                     "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
                     "place after the forward"
                 )
+
+
+def _forward(run: _Run, x, W, bias, A, B, P, sign, rows, key) -> list[Tensor]:
+    bound, drop = run.bound, None if key is None else Dropout(key, run.p)
+    call = LoraCall(
+        x, W, bias, A, B, P, run.probes, bound.scale, bound.layout, rows, drop, bound.engine, run.moments > 0
+    )
+    y, h, moments = bound.chosen.forward(call)
+    if sign:
+        flip_signs(h, sign, call)
+    if moments:
+        moments = moment_gradients(moments, rows_behind_moments(x, None if rows is None else rows.ranges, len(moments)))
+    return [*y, h, *moments]
+
+
+def _backward(run: _Run, x, h, W, A, B, dy, need: Need, rows, key) -> list[Tensor | None]:
+    bound, drop, dtype = run.bound, None if key is None else Dropout(key, run.p), x.dtype
+    call = LoraCall(
+        x, W, (), A, B, (), run.probes, bound.scale, bound.layout, rows, drop, bound.engine, False
+    )  # fmt: skip
+    grads = [g if g is None else as_rows(g if g.dtype == dtype else g.to(dtype)) for g in dy]
+    dx, dA, dB, dZ = like_operands(call, bound.chosen.backward(call, h, grads, need), need)
+    return [dx, *dA, *dB, *dZ]
 
 
 class _Bound(torch.autograd.Function):
@@ -134,54 +197,53 @@ class _Bound(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run: _Run, x: Tensor, *leaves: Tensor):
         with untracked():
-            y, h, moments = run.forward(x)
+            out = run.forward(x)
+        count = len(run.bound.W)
         ctx.run = run
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h, *leaves[: len(leaves) - run.leaves - run.moments], *moments)
-        return tuple(y)
+        ctx.save_for_backward(x, *out[count:], *leaves[: 2 * len(run.bound.A)])
+        return tuple(out[:count])
 
     @staticmethod
     def backward(ctx, *dy):
-        run, bound, needs = ctx.run, ctx.run.bound, ctx.needs_input_grad
+        run, needs = ctx.run, ctx.needs_input_grad
+        bound, count = run.bound, len(run.bound.A)
         ctx.spent = True
-        if all([g is None for g in dy]):
+        there = [g is not None for g in dy]
+        if True not in there:
             return (None,) * len(needs)
         x, h, *saved = ctx.saved_tensors
+        moments, A, B = saved[: run.moments], saved[run.moments : run.moments + count], saved[run.moments + count :]
         run.check_versions()
-        count = len(bound.A)
-        moments = saved[2 * count :]
         if torch.is_grad_enabled():
-            return (None, *_again(run, needs[1:], dy, x, saved[:count], saved[count : 2 * count], moments))
-        need, call = bound.need(needs[1:], run.leaves), run.call(x, False)
+            return (None, *_again(run, needs[1:], dy, x, A, B), *moments)
+        need = bound.need(needs[1:], run.leaves)
         with untracked():
-            grads = [g if g is None else as_rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
-            dx, dA, dB, dZ = like_operands(call, bound._chosen.backward(call, h, grads, need), need)
-            if moments:
-                counts = rows_behind_moments(x, None if run.rows is None else run.rows.ranges, len(moments))
-                moments = moment_gradients(moments, counts)
-        none = (None,) * count
-        found = [dA or none, dB or none, dZ or (None,) * run.leaves, moments]
-        if any([g is None for g in dy]):  # not `in`, which compares tensors
-            found = _without_unused(found, dy, bound.layout)
-        return (None, dx, *[g for part in found for g in part])
+            found = run.backward(x, h, A, B, dy, need)
+        if need.dA and need.dB and need.dZ is (run.leaves > 0) and False not in there:
+            return (None, *found, *moments)
+        return (None, found[0], *_placed(found[1:], need, dy, bound.layout, count, run.leaves, moments))
 
 
-def _without_unused(found: list, dy: Sequence[Tensor | None], layout: GroupLayout) -> list[list[Tensor | None]]:
-    """No gradient, as if it had run alone, for what belongs to an output that took no part in the backward."""
-    outputs, n = layout.of(0).outputs, layout.projections
-    *factors, moments = found
-    used = [[None if dy[outputs[i % n]] is None else g for i, g in enumerate(part)] for part in factors]
-    return [*used, [None if dy[i % len(dy)] is None else m for i, m in enumerate(moments)]]
+def _placed(found, need: Need, dy, layout: GroupLayout, count: int, leaves: int, moments) -> list[Tensor | None]:
+    """Gradients of A, B, Z and V: None for what is not needed, and, as if it had run alone, for what belongs to an
+    output that took no part in the backward."""
+    rest, outputs, n = iter(found), layout.of(0).outputs, layout.projections
+    factors = [
+        [next(rest) for _ in range(size)] if wanted else [None] * size
+        for wanted, size in ((need.dA, count), (need.dB, count), (need.dZ, leaves))
+    ]
+    used = [None if dy[outputs[i % n]] is None else g for part in factors for i, g in enumerate(part)]
+    return [*used, *[None if dy[i % len(dy)] is None else m for i, m in enumerate(moments)]]
 
 
-def _again(run: _Run, needs, dy, x, A, B, moments) -> tuple:
+def _again(run: _Run, needs, dy, x, A, B) -> Sequence[Tensor | None]:
     """create_graph: gradients that can be differentiated again."""
     bound, weights = run.bound, len(run.bound.W)
-    drop = run.drop or (None, bound._no_dropout)
-    rest = bound.rest(run.rows, *drop, run.P, run.sign)
-    call = LoraRest(LORA_LINEAR, (weights, len(A), run.leaves, run.moments), rest, None, None)
+    rest = bound.rest(run.rows, run.key, run.p, run.P, run.sign)
+    call = LoraRest(LORA_LINEAR, (weights, len(A), run.leaves, 0), rest, None, None)
     wanted = (needs[0], *[False] * (2 * weights), *needs[1:])
-    dx, *found = differentiable_backward(call, wanted, dy, x, bound.W, bound.bias, A, B, moments)
+    dx, *found = differentiable_backward(call, wanted, dy, x, bound.W, bound.bias, A, B, ())
     return dx, *found[2 * weights :]
 
 

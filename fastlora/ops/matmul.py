@@ -13,6 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._utils.errors import unknown_choice
+from .._utils.torch_compat import (
+    as_no_view,
+    onednn_linear,
+    onednn_linear_add,
+    onednn_pack,
+    onednn_reason,
+    version_of,
+    without_autocast,
+    without_graph,
+)
 from .autograd import LIBRARY, low_precision
 
 AUTO, UNPACKED = "auto", "unpacked"
@@ -28,20 +38,6 @@ _OVERRIDE = "FASTLORA_CPU_ENGINE"  # names one of NAMES for every product whose 
 _WORTH_CHANGING = 0.08
 _CLEAR = 0.15
 _TIMING_ROUNDS = (5, 15)
-
-
-def onednn_reason() -> str | None:
-    """Why oneDNN's linear cannot be called here, or None."""
-    if not torch.backends.mkldnn.is_available():
-        return "torch was built without oneDNN"
-    for name in ("_linear_pointwise", "_reorder_linear_weight"):
-        if not hasattr(torch.ops.mkldnn, name):
-            return f"this torch has no mkldnn::{name}"
-    return None
-
-
-def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @dataclass
@@ -97,19 +93,19 @@ class MatmulEngines:
         if name == LINEAR:
             y = F.linear(x, W, bias)
         else:
-            y = _pointwise(x.reshape(rows, W.shape[1]), W if name == ONEDNN else self._pack("forward", W, rows), bias)
+            weight = W if name == ONEDNN else self._pack("forward", W, rows)
+            y = onednn_linear(x.reshape(rows, W.shape[1]), weight, bias)
             if x.dim() != 2:
                 y = y.view(*x.shape[:-1], W.shape[0])
-        # Autograd lets nobody change a view that an operator made, as an in-place ReLU behind the layer would.
-        return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y
+        return as_no_view(y)  # an in-place ReLU behind the layer may change it
 
     def _backward(self, name: str, dy: Tensor, W: Tensor, rows: int, into: Tensor | None) -> Tensor:
         if name == LINEAR:
             return torch.mm(dy, W) if into is None else into.addmm_(dy, W)
         weight = W.t() if name == ONEDNN else self._pack("backward", W, rows)
         if into is None:
-            return _pointwise(dy, weight, None)
-        return torch.ops.mkldnn._linear_pointwise.binary(dy, into, weight, None, "add")
+            return onednn_linear(dy, weight, None)
+        return onednn_linear_add(dy, into, weight)
 
     def _known(self, direction: str, rows: int, W: Tensor, engine: str) -> str | None:
         """What was chosen before, without the checks of a first choice: on a small layer they cost 2 % of a step."""
@@ -147,7 +143,7 @@ class MatmulEngines:
 
     def _pack(self, direction: str, W: Tensor, rows: int) -> Tensor:
         """The packed copy of a weight for one direction, made anew whenever the weight has changed."""
-        key, state, sample = id(W), (0 if W.is_inference() else W._version, W.data_ptr()), _sample(W)
+        key, state, sample = id(W), (0 if W.is_inference() else version_of(W), W.data_ptr()), _sample(W)
         entry = self._packed.get(key)
         if entry is None or entry[0]() is not W or entry[1].state != state or not torch.equal(entry[1].sample, sample):
             entry = (weakref.ref(W, lambda _: self._packed.pop(key, None)), _Packed(state, sample.clone()))
@@ -155,7 +151,7 @@ class MatmulEngines:
         packs = entry[1].by_direction
         if direction not in packs:
             source = W.detach() if direction == "forward" else W.detach().t().contiguous()
-            packs[direction] = torch.ops.mkldnn._reorder_linear_weight(source, rows)
+            packs[direction] = onednn_pack(source, rows)
         return packs[direction]
 
     def drop(self, W: Tensor, direction: str | None = None) -> None:
@@ -236,7 +232,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, engine: str) -> Tensor:
         ctx.engine = engine
         ctx.save_for_backward(W)
-        with torch._C._AutoDispatchBelowAutograd():
+        with without_graph():
             return torch.ops.fastlora.frozen_linear(x, W, bias, engine)
 
     @staticmethod
@@ -250,15 +246,14 @@ class _FrozenLinear(torch.autograd.Function):
 def _autograd_kernel(x, W, bias, engine):
     if torch.is_grad_enabled() and x.requires_grad:
         return _FrozenLinear.apply(x, W, bias, engine)
-    with torch._C._AutoDispatchBelowAutograd():
+    with without_graph():
         return torch.ops.fastlora.frozen_linear(x, W, bias, engine)
 
 
 def _autocast_kernel(x, W, bias, engine):
     dtype = torch.get_autocast_dtype("cpu")
     low = low_precision(W, dtype)
-    excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    with torch._C._ExcludeDispatchKeyGuard(excluded):
+    with without_autocast("cpu"):
         return torch.ops.fastlora.frozen_linear(
             low_precision(x, dtype),
             low,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._utils.torch_compat import norm_of_each
 from . import native, reference
 from .backends import triton
 
@@ -39,7 +40,7 @@ def squared_norms(tensors: Sequence[Tensor], factor: float | Tensor = 1.0) -> Te
     if unsupported_reason("squared_norms", tensors, (*_FACTORS, torch.float64)) is None:
         return torch.ops.fastlora.squared_norms(tensors).mul_(factor)
     device = tensors[0].device
-    norms = torch.stack([norm.to(device) for norm in torch._foreach_norm(tensors, 2)])
+    norms = torch.stack([norm.to(device) for norm in norm_of_each(tensors, 2)])
     return norms.double().square().mul_(factor)
 
 
@@ -58,7 +59,7 @@ def output_variances(sums: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> 
     mean, square = flat / torch.cat([given[0, -1:].expand(given.shape[1] - 1) for given in live])
     # Nothing is negative here, so that the 1-norm is the sum.
     parts = (square - mean.square()).clamp_(min=0).split(flat_sizes)
-    return torch.stack(torch._foreach_norm(parts, 1))
+    return torch.stack(norm_of_each(parts, 1))
 
 
 def copy_overlap_(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:

@@ -10,15 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._utils.torch_compat import kernels_of
+
 logger = logging.getLogger(__name__)
 
 # Another build of the library, such as an instrumented one, is loaded by naming it.
 LIBRARY = Path(os.environ.get("FASTLORA_LIBRARY") or Path(__file__).parent.with_name("_C.so"))
-
-try:
-    from .._layout import RankLayout
-except ImportError:
-    RankLayout = None
 
 
 def _load() -> str | None:
@@ -227,8 +224,7 @@ if _REASON is None:
     register()
 # Looked up once: torch.compile cannot trace the dispatcher's tables.
 _KERNELS = frozenset(
-    (name.removeprefix("fastlora::"), device)
+    (name, device)
     for device in ("cpu", "cuda")
-    for name in torch._C._dispatch_get_registrations_for_dispatch_key(device.upper())
-    if name.startswith("fastlora::")
+    for name in kernels_of("fastlora", device, SHAPES if _REASON is None else ())
 )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._utils.errors import suggestion
+from .._utils.errors import check_choice, check_instance, check_number, wrong_value
+from .._utils.torch_compat import multiply_each
 
 FORMS = ("delta", "decay")
 NORMALIZE = ("sum", "relative", "uniform")
@@ -36,13 +35,13 @@ def importance_weights(importance: Tensor, normalize: str = "sum") -> Tensor:
     zeros count as no importance anywhere: under "sum" and "relative" every factor is 1. Raises ValueError for other
     input.
     """
-    _check_choice("normalize", normalize, NORMALIZE)
-    if not isinstance(importance, Tensor) or not importance.is_floating_point():
-        raise TypeError(f"importance must be a floating-point tensor, got {_described(importance)}")
-    if importance.dim() != 1 or importance.numel() == 0:
-        raise ValueError(f"importance must be a non-empty vector, got shape {tuple(importance.shape)}")
+    check_choice("normalize", normalize, NORMALIZE)
+    accepted = "a floating vector of at least one importance"
+    check_instance("importance", importance, Tensor, accepted)
+    if not importance.is_floating_point() or importance.dim() != 1 or importance.numel() == 0:
+        raise wrong_value("importance", accepted, importance)
     if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
-        raise ValueError("importance must be finite and >= 0")
+        raise ValueError("importance: expected finite numbers >= 0, got others")
     return unchecked_weights(importance, normalize)
 
 
@@ -76,7 +75,7 @@ def weighted_penalty(
     scale and one weight (of ``importance_weights``) for each. Raises ValueError for lists that are empty or differ
     in length and for shapes that do not fit.
     """
-    _check_choice("form", form, FORMS)
+    check_choice("form", form, FORMS)
     factors = _check_lists(As, Bs, scales, weights)
     coefficients = _coefficients(scales, factors, weight, form)
     terms = []
@@ -106,7 +105,7 @@ def weighted_penalty_grad(
     lambda w B. Returns (dAs, dBs) in the shapes and dtypes of the factors, computed in fp32 for bf16 and fp16.
     Matrices of one shape go together, in a handful of launches. Raises as ``weighted_penalty`` does.
     """
-    _check_choice("form", form, FORMS)
+    check_choice("form", form, FORMS)
     factors = _check_lists(As, Bs, scales, weights)
     coefficients = _coefficients(scales, factors, weight, form)
     dAs, dBs = list(As), list(Bs)
@@ -125,8 +124,8 @@ def weighted_penalty_grad(
 def checked_options(weight: float, form: str, normalize: str) -> None:
     """Refuse what ``weighted_penalty`` and ``importance_weights`` would refuse, by name."""
     _finite("weight", weight)
-    _check_choice("form", form, FORMS)
-    _check_choice("normalize", normalize, NORMALIZE)
+    check_choice("form", form, FORMS)
+    check_choice("normalize", normalize, NORMALIZE)
 
 
 def _coefficients(
@@ -137,7 +136,7 @@ def _coefficients(
     checked = [_finite("scales", scale) for scale in scales]
     constants = [weight * scale * scale if form == "delta" else weight / 2 for scale in checked]
     if isinstance(weights[0], Tensor):
-        return list(torch._foreach_mul(list(weights), constants))
+        return list(multiply_each(list(weights), constants))
     return [constant * weight for constant, weight in zip(constants, weights, strict=True)]
 
 
@@ -168,20 +167,13 @@ def _widened(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A.to(dtype), B.to(dtype)
 
 
-def _check_choice(name: str, value: object, accepted: Sequence[str]) -> None:
-    if value not in accepted:
-        listed = ", ".join(map(repr, accepted[:-1]))
-        raise ValueError(f"{name} must be {listed} or {accepted[-1]!r}, got {value!r}{suggestion(value, accepted)}")
-
-
 def _check_pair(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
     for name, factor in ((name_A, A), (name_B, B)):
-        if not isinstance(factor, Tensor) or not factor.is_floating_point():
-            raise TypeError(f"{name} must be floating-point tensors, got {_described(factor)}")
+        if not check_instance(name, factor, Tensor, "floating tensors").is_floating_point():
+            raise wrong_value(name, "floating tensors", factor)
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
-        raise ValueError(
-            f"{name_A} must be [r, K] and {name_B} [N, r] with one r, got {tuple(A.shape)} and {tuple(B.shape)}"
-        )
+        shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
+        raise ValueError(f"{name_A}: expected [r, K], and {name_B} [N, r] with the same r, got {shapes}")
 
 
 def _check_lists(
@@ -191,11 +183,11 @@ def _check_lists(
     weights: Tensor | Sequence[Tensor] | Sequence[float],
 ) -> Sequence[Tensor] | list[float]:
     if isinstance(weights, Tensor) and weights.dim() != 1:
-        raise ValueError(f"weights must be a vector, got shape {tuple(weights.shape)}")
+        raise wrong_value("weights", "a vector", weights)
     lengths = {"As": len(As), "Bs": len(Bs), "scales": len(scales), "weights": len(weights)}
     if len(As) == 0 or len(set(lengths.values())) != 1:
         listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"As, Bs, scales and weights must have one entry per matrix and not be empty, got {listed}")
+        raise ValueError(f"As: expected one entry a matrix, as in Bs, scales and weights, got {listed}")
     for A, B in zip(As, Bs, strict=True):
         _check_pair(A, B, "As", "Bs")
     if isinstance(weights, Tensor):
@@ -206,15 +198,7 @@ def _check_lists(
 
 
 def _finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
-
-
-def _described(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+    return float(check_number(name, value))
 
 
 def penalty(A: Sequence[Tensor], B: Sequence[Tensor], scale: Sequence[float], weights: Tensor, weight: float) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 import pathlib
 import re
 import tempfile
@@ -16,25 +15,36 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import shards, unwrapped
-from .._utils.errors import listed, suggestion, unknown_choice
-from ..model.inject import eject, sharing_copy
+from .._utils.errors import (
+    check_choice,
+    check_mapping,
+    check_model,
+    check_number,
+    listed,
+    suggestion,
+    wrong_type,
+    wrong_value,
+)
+from ..model.inject import check_adapter_name, eject, sharing_copy
 from ..model.modules import features, is_linear
-from ..nn.linear import DEFAULT, adapted_layers, check_adapter
+from ..nn.active import chosen_adapter
+from ..nn.linear import DEFAULT, adapted_layers
 from .folder import AdapterFolder, Side, Slice, read_folder
 from .load import load_folder
 from .names import PREFIX, StoredNames, base_names, choose_targets, parse_fields, patterns
 from .save import save
 
 
-def to_peft(model: nn.Module, adapter: str = DEFAULT) -> Any:
-    r"""A ``peft.PeftModel`` with one adapter of ``model`` and the same outputs; ``model`` stays as it is.
+def to_peft(model: nn.Module, adapter: str | None = None) -> Any:
+    r"""A ``peft.PeftModel`` with one adapter of ``model`` (the active one unless named), and the same outputs.
 
     .. math:: y = x W^\top + b + s\, x A^\top B^\top,\qquad s = \mathrm{lora\_alpha} / r
 
-    with ``s`` and r of each matrix in ``alpha_pattern`` and ``rank_pattern``. Frozen parameters are shared, not copied:
-    merging in one of the two models would change both. Factors and what was trained besides are copies, trainable
-    there. PEFT to 0.21 counts ``out_proj`` of ``nn.MultiheadAttention`` twice: its scaling is halved in the returned
-    model, and not in what PEFT would save. PEFT has no dropout in ``nn.MultiheadAttention``.
+    with ``s`` and r of each matrix in ``alpha_pattern`` and ``rank_pattern``. ``model`` stays as it is. Frozen
+    parameters are shared, not copied: merging in one of the two models would change both. Factors and what was trained
+    besides are copies, trainable there. PEFT to 0.21 counts ``out_proj`` of ``nn.MultiheadAttention`` twice: its
+    scaling is halved in the returned model, and not in what PEFT would save. PEFT has no dropout in
+    ``nn.MultiheadAttention``.
 
     Raises ``ValueError`` naming the argument for what ``save`` refuses, a merged or sharded model, and an adapter that
     PEFT cannot run; ``ImportError`` without PEFT.
@@ -42,7 +52,7 @@ def to_peft(model: nn.Module, adapter: str = DEFAULT) -> Any:
     import peft
 
     inner = unwrapped(model)
-    check_adapter(adapter)
+    adapter = chosen_adapter(inner, adapter)
     if shards(inner):
         raise ValueError("model: is sharded by fully_shard; save the adapter, and load it into PEFT in one process")
     merged = [path for path, layer in adapted_layers(inner).items() if layer.merged]
@@ -76,7 +86,7 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
     import peft
 
     if not isinstance(peft_model, peft.PeftModel):
-        raise ValueError(f"peft_model: expected a peft.PeftModel, got {type(peft_model).__name__}")
+        raise wrong_type("peft_model", "a peft.PeftModel", peft_model)
     adapter = _chosen(peft_model, adapter)
     tuned = [(n, m) for n, m in peft_model.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)]
     merged = [name for name, module in tuned if module.merged]
@@ -116,13 +126,12 @@ def _chosen(peft_model: Any, adapter: str | None) -> str:
     if adapter is None:
         active = list(peft_model.active_adapters)
         if len(active) != 1:
-            raise ValueError(f"adapter: {active} are active; say which one of {known}")
+            raise ValueError(f"adapter: expected the name of one of {known}, since several are active: {active}")
         adapter = active[0]
-    if not isinstance(adapter, str) or adapter not in known:
-        raise unknown_choice("adapter", adapter, known)
+    check_choice("adapter", adapter, known)
     kind = getattr(peft_model.peft_config[adapter].peft_type, "value", None)
     if kind != "LORA":
-        raise ValueError(f"peft_model: adapter {adapter!r} is of type {kind}, expected LORA")
+        raise ValueError(f"peft_model: expected {adapter!r} to be of type LORA, got {kind}")
     return adapter
 
 
@@ -177,7 +186,7 @@ def load_layout(
     lora_alpha: float,
     rename: Mapping[str, str] | Callable[[str], str] | None = None,
     enable_lora: Sequence[bool] | None = None,
-    adapter: str = DEFAULT,
+    adapter: str | None = None,
 ) -> nn.Module:
     r"""Load the adapters of a ``state_dict`` in the layout of another library; returns the same model, injected.
 
@@ -187,40 +196,42 @@ def load_layout(
     ``MergedLinear`` stacks the parts of a fused q, k, v that ``enable_lora`` names: A [r e, K], B [N e / 3, r]; they
     become one adapter each. ``"torchtune"``: ``<path>.lora_a.weight`` and ``<path>.lora_b.weight``.
 
-    ``rename`` maps a path there to the path here. A model with adapters gets one more, named ``adapter``. All or
+    ``rename`` maps a path there to the path here. ``adapter`` names the adapter here, as for ``load``. All or
     nothing: ``ValueError`` naming the argument, or the key and what is wrong with it, leaves the model as it was; keys
     that are no adapters (biases, a head) are refused, because they belong to ``model.load_state_dict``.
     Source: https://github.com/microsoft/LoRA, https://github.com/pytorch/torchtune
     """
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    check_adapter(adapter)
-    if enable_lora is not None and not (
-        isinstance(enable_lora, Sequence) and enable_lora and all(isinstance(flag, bool) for flag in enable_lora)
-    ):
-        raise ValueError(f"enable_lora: expected True or False for each part of a fused matrix, got {enable_lora!r}")
+    check_number("lora_alpha", lora_alpha)
+    check_model(model)
+    if adapter is not None:
+        check_adapter_name(adapter, "adapter")
+    _check_flags(enable_lora)
     pairs = _renamed(_pairs(state_dict, layout), rename)
     modules = dict(model.named_modules())
-    unknown_choice = [path for path in pairs if not is_linear(modules.get(path))]
-    if unknown_choice:
-        near = suggestion(unknown_choice[0], [n for n, m in modules.items() if is_linear(m)])
-        raise ValueError(
-            f"state_dict: adapts {listed(unknown_choice)}, which {type(model).__name__} has no linear for{near}"
-        )
+    unknown = [path for path in pairs if not is_linear(modules.get(path))]
+    if unknown:
+        near = suggestion(unknown[0], [n for n, m in modules.items() if is_linear(m)])
+        raise ValueError(f"state_dict: expected linears of {type(model).__name__}, got {listed(unknown)}{near}")
     matrices = {p: _converted(p, *pair, features(modules[p]), lora_alpha, enable_lora) for p, pair in pairs.items()}
     targets = choose_targets(list(matrices), base_names(model))
     load_folder(model, _folder(matrices, layout, targets, lora_alpha), adapter)
     return model
 
 
+def _check_flags(enable_lora: Any) -> None:
+    accepted = "True or False for each part of a fused matrix"
+    if enable_lora is None:
+        return
+    if not isinstance(enable_lora, Sequence) or not all(isinstance(flag, bool) for flag in enable_lora):
+        raise wrong_type("enable_lora", accepted, enable_lora)
+    if not enable_lora:
+        raise wrong_value("enable_lora", accepted, enable_lora)
+
+
 def _pairs(state_dict: Mapping[str, Tensor], layout: str) -> dict[str, tuple[Tensor, Tensor]]:
     """(A, B) by path, both there and both matrices."""
-    if not isinstance(layout, str) or layout not in LAYOUTS:
-        raise unknown_choice("layout", layout, tuple(LAYOUTS))
-    if not isinstance(state_dict, Mapping):
-        raise ValueError(f"state_dict: expected a mapping of names to tensors, got {type(state_dict).__name__}")
+    check_choice("layout", layout, LAYOUTS)
+    check_mapping("state_dict", state_dict, "names to tensors")
     found: dict[str, dict[str, Tensor]] = {}
     others = []
     for key, tensor in state_dict.items():
@@ -229,8 +240,7 @@ def _pairs(state_dict: Mapping[str, Tensor], layout: str) -> dict[str, tuple[Ten
             others.append(key)
             continue
         if not isinstance(tensor, Tensor) or tensor.ndim != 2 or not tensor.is_floating_point():
-            shape = (tensor.dtype, tuple(tensor.shape)) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"state_dict: {key!r}: expected a floating matrix, got {shape}")
+            raise wrong_value(f"state_dict[{key!r}]", "a floating matrix", tensor)
         found.setdefault(match["path"], {})[match["factor"].upper()] = tensor.detach()
     if others:
         raise ValueError(
@@ -250,19 +260,17 @@ def _renamed(pairs: dict[str, tuple[Tensor, Tensor]], rename: Mapping[str, str] 
     if rename is None:
         return pairs
     if isinstance(rename, Mapping):
-        unknown_choice = [path for path in rename if path not in pairs]
-        if unknown_choice:
-            raise ValueError(
-                f"rename: {unknown_choice[0]!r} is not in state_dict{suggestion(str(unknown_choice[0]), list(pairs))}"
-            )
+        for path in rename:
+            if path not in pairs:
+                raise wrong_value("rename", "paths in state_dict", path, suggestion(str(path), list(pairs)))
         names = {path: rename.get(path, path) for path in pairs}
     elif callable(rename):
         names = {path: rename(path) for path in pairs}
     else:
-        raise ValueError(f"rename: expected a mapping or a function of paths, got {type(rename).__name__}")
+        raise wrong_type("rename", "a mapping or a function of paths", rename)
     for path, name in names.items():
         if not isinstance(name, str) or list(names.values()).count(name) > 1:
-            raise ValueError(f"rename: {path!r} becomes {name!r}, expected one name for each path")
+            raise wrong_value("rename", f"one name for each path, for {path!r} too", name)
     return {names[path]: pair for path, pair in pairs.items()}
 
 
@@ -273,7 +281,7 @@ def _converted(
     if r == 0 or A.shape[0] == 0:
         raise ValueError(f"state_dict: {path!r} has rank 0")
     if A.shape[1] != in_features:
-        raise ValueError(f"state_dict: {path!r} has A {tuple(A.shape)}, expected {in_features} columns")
+        raise ValueError(f"state_dict: expected A of {path!r} with {in_features} columns, got {tuple(A.shape)}")
     if A.shape[0] == r and B.shape[0] == out_features:
         return _Converted(A, B, alpha / r, ())
     flags = list(enable_lora) if enable_lora is not None else []

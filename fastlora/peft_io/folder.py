@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from .._utils.errors import check_rank
+from .._utils.errors import check_instance, check_integer, wrong_type
 from .._utils.files import read_together, replace_together
 from .names import PeftFields, parse_fields
 
@@ -70,7 +70,7 @@ def write_folder(folder: pathlib.Path, config: dict, tensors: Mapping[str, Tenso
     try:
         replace_together(folder, {TENSORS: data, SIDE: _json_bytes(side), CONFIG: _json_bytes(config)})
     except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"path: expected a folder, and {folder} is or is below a file") from None
+        raise ValueError(f"path: expected a folder, got {folder}, which is a file or below one") from None
 
 
 def _json_bytes(value: dict) -> bytes:
@@ -84,7 +84,7 @@ def read_folder(path: str | os.PathLike, limit: int | None = None) -> AdapterFol
     downloads consists of them.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"path: expected the path of a folder, got {path!r}")
+        raise wrong_type("path", "the path of a folder", path)
     folder = pathlib.Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder (only local folders are read)")
@@ -151,9 +151,7 @@ def parse_side(raw: Any, where: str) -> Side:
 
 
 def _slice(raw: dict) -> Slice:
-    ratio = raw["scale_ratio"]
+    name, ratio = check_instance("name of a slice", raw["name"], str, "a string"), raw["scale_ratio"]
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise ValueError(f"scale_ratio: expected a number, got {ratio!r}")
-    if not isinstance(raw["name"], str):
-        raise ValueError(f"name of a slice: expected a string, got {raw['name']!r}")
-    return Slice(raw["name"], check_rank(raw["rows"], "rows"), check_rank(raw["rank"], "rank", minimum=0), float(ratio))
+        raise wrong_type("scale_ratio", "a number", ratio)
+    return Slice(name, check_integer("rows", raw["rows"], 1), check_integer("rank", raw["rank"], 0), float(ratio))

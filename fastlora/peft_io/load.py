@@ -16,11 +16,12 @@ from .._utils.distributed import like, refuse_parallel, reshard, unwrapped
 from .._utils.errors import listed
 from ..config import LoraConfig
 from ..model.adapters import add_adapter
-from ..model.inject import fused_sizes, inject, refuse_adapted
+from ..model.inject import check_adapter_name, fused_sizes, inject, refuse_adapted
 from ..model.modules import features, is_linear, named_targets
 from ..model.trainable import saved_modules
+from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
-from ..nn.linear import DEFAULT, Linear, adapted_layers, check_adapter, matrix_key
+from ..nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
 from .names import (
     LORA_KEY,
@@ -41,10 +42,11 @@ logger = logging.getLogger(__name__)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> nn.Module:
+def load(model: nn.Module, path: str | os.PathLike, adapter: str | None = None) -> nn.Module:
     """Load PEFT's files from the folder ``path``, ours or foreign; returns the same model.
 
-    A model without adapters gets those of the file, as ``inject`` would, one with others gets one more, as from
+    ``adapter`` names the adapter here: the active one unless said otherwise, ``"default"`` where there is none yet. A
+    model without adapters gets those of the file, as ``inject`` would, one with others gets one more, as from
     ``add_adapter``; one that has this adapter must have the same matrices, ranks, ``modules_to_save`` and ``bias``, and
     takes tensors and scales from the file. A fused q/k/v of a foreign file is one matrix; ours say in ``fastlora.json``
     what was split.
@@ -54,7 +56,8 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
     All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
     leaves the model as it was. Only safetensors files in local folders are read.
     """
-    check_adapter(adapter)
+    if adapter is not None:
+        check_adapter_name(adapter, "adapter")
     reshard(unwrapped(model))
     folder = read_folder(path, _most_bytes(unwrapped(model)))
     plan = load_folder(model, folder, adapter)
@@ -63,18 +66,18 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str = DEFAULT) -> n
     return model
 
 
-def load_folder(model: nn.Module, folder: AdapterFolder, adapter: str = DEFAULT) -> _Plan:
+def load_folder(model: nn.Module, folder: AdapterFolder, adapter: str | None = None) -> _Plan:
     """Put what was read from a folder into a model; says what it was."""
     given, model = model, unwrapped(model)
     layers = adapted_layers(model)
+    if adapter is None:
+        adapter = chosen_adapter(model) if layers else DEFAULT
     here = any(adapter in layer.adapter_names for layer in layers.values())
     if not layers:
         refuse_adapted(model)
     plan = _plan(model, folder)
     if here:
         _refuse_differences(model, folder, plan, adapter)
-    elif not layers and adapter != DEFAULT:
-        raise ValueError(f"adapter: a model without adapters gets one named {DEFAULT!r}, got {adapter!r}")
     config = None if here else _config_for(model, folder, plan)
     dtypes = {n: p.dtype for n, p in _factors(model, plan, adapter).items()} if here else {}
     staged = _staged(folder, plan, dtypes)
@@ -82,7 +85,7 @@ def load_folder(model: nn.Module, folder: AdapterFolder, adapter: str = DEFAULT)
         refuse_parallel(given, "load")
         trained = [b for b in (model.get_submodule(path).bias for path in plan.unranked) if b.requires_grad]
         try:
-            add_adapter(model, adapter, config) if layers else inject(model, config)
+            add_adapter(model, adapter, config) if layers else inject(model, config, adapter=adapter)
         except ValueError as error:
             raise ValueError(f"{folder.path}: {error}") from error
         for bias in trained:

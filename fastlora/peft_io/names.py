@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._utils.errors import check_rank
+from .._utils.errors import check_integer, wrong_value
 from ..model.modules import torch_attentions
 from ..nn.attention import InProjection
 from ..nn.linear import adapted_layers
@@ -143,7 +143,7 @@ def parse_fields(raw: Any, where: str) -> PeftFields:
             re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{where}: not a regular expression: {error.pattern!r}: {error}") from None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # of what a file holds, a wrong type is a wrong value
         raise ValueError(f"{where}: {error}") from None
     return fields
 
@@ -196,8 +196,8 @@ def _check_field(name: str, value: Any) -> None:
 
 
 def _check_rank(value: Any, name: str) -> None:
-    if check_rank(value, name) >= 2**31:
-        raise ValueError(f"{name}: no matrix has rank {value}")
+    if check_integer(name, value, 1) >= 2**31:
+        raise wrong_value(name, "the rank of a matrix", value)
 
 
 def base_names(model: nn.Module, remove_duplicate: bool = True) -> list[str]:

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
-from .._utils.errors import check_flag, listed, unknown_choice
+from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
 from ..config import LoraConfig
 from ..model.modules import named_targets
 from ..model.trainable import saved_modules
+from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
 from ..nn.layer_view import Conv1D
-from ..nn.linear import DEFAULT, Linear, adapted_layers
+from ..nn.linear import Linear, adapted_layers
 from .folder import FORMAT_VERSION, Slice, write_folder
 from .names import (
     PREFIX,
@@ -40,16 +41,17 @@ from .names import (
 def save(
     model: nn.Module,
     path: str | os.PathLike,
-    adapter: str = DEFAULT,
-    fold_scale: bool = False,
+    adapter: str | None = None,
     *,
+    fold_scale: bool = False,
     importance: Mapping[str, float] | None = None,
 ) -> None:
     r"""Write an adapter into the folder ``path`` as PEFT's two files, and ``fastlora.json`` beside them.
 
-    Keys ``base_model.model.<path>.lora_A.weight`` [R, K] and ``.lora_B.weight`` [N, R]; a split q/k/v leaves as one
-    matrix, A stacked and B block-diagonal, R = r_q + r_k + r_v. Each matrix gets ``lora_alpha = s R``, so that PEFT
-    computes the same ``s``; with ``fold_scale`` it is 1 and B is multiplied by s. Matrices of rank 0 are left out.
+    ``adapter``: the active one (``set_adapter``) unless named. Keys ``base_model.model.<path>.lora_A.weight`` [R, K]
+    and ``.lora_B.weight`` [N, R]; a split q/k/v leaves as one matrix, A stacked and B block-diagonal, R = r_q + r_k +
+    r_v. Each matrix gets ``lora_alpha = s R``, so that PEFT computes the same ``s``; with ``fold_scale`` it is 1 and B
+    is multiplied by s. Matrices of rank 0 are left out.
     ``nn.MultiheadAttention`` has one rank and one ``s`` for both projections there: zeros fill the smaller one.
     ``modules_to_save`` and the biases of ``bias=`` go along, with ``"lora_only"`` those of targets without a rank, too;
     ``importance`` (scores by matrix) goes into the side file.
@@ -60,11 +62,12 @@ def save(
     files have no place for, by name; ``OSError`` where they cannot be written, with the old ones still there.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"path: expected the path of a folder, got {path!r}")
-    check_flag(fold_scale, "fold_scale")
+        raise wrong_type("path", "the path of a folder", path)
+    check_flag("fold_scale", fold_scale)
     ranks, model = ranks_of(model), unwrapped(model)
     sharded = bool(shards(model))
     reshard(model)
+    adapter = _saveable_adapter(model, adapter)
     layers = _saveable(model, adapter)
     config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
     names = StoredNames(model)
@@ -124,20 +127,19 @@ def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored
     }
 
 
+def _saveable_adapter(model: nn.Module, adapter: str | None) -> str:
+    applied = getattr(model, "fastlora_policy", None)
+    if applied is not None and not adapted_layers(model):
+        raise ValueError(
+            f"model: policy {applied.name!r} trains no adapter, and PEFT has no file without one; save the "
+            "parameters that require gradients, for instance with safetensors.torch.save_file"
+        )
+    return chosen_adapter(model, adapter)
+
+
 def _saveable(model: nn.Module, adapter: str) -> dict[str, Linear]:
     """Layers in which the adapter has a rank, or ``ValueError``."""
     layers = adapted_layers(model)
-    if not layers:
-        applied = getattr(model, "fastlora_policy", None)
-        if applied is not None:
-            raise ValueError(
-                f"model: policy {applied.name!r} trains no adapter, and PEFT has no file without one; save the "
-                "parameters that require gradients, for instance with safetensors.torch.save_file"
-            )
-        raise ValueError("model: has no adapters; call fastlora.inject first")
-    known = sorted({name for layer in layers.values() for name in layer.adapter_names})
-    if adapter not in known:
-        raise unknown_choice("adapter", adapter, known)
     chosen = {n: x for n, x in layers.items() if adapter in x.adapter_names and any(x.ranks(adapter).values())}
     if not chosen:
         raise ValueError(f"adapter: every matrix of {adapter!r} has rank 0; PEFT has no file without a matrix")
@@ -227,16 +229,15 @@ def _rule(config: LoraConfig, fields: Mapping[str, Any], fold: bool) -> dict[str
 
 
 def _plain(importance: Mapping[str, float]) -> dict[str, float]:
-    if not isinstance(importance, Mapping):
-        raise ValueError(f"importance: expected a mapping of matrix to score, got {type(importance).__name__}")
-    out = {}
+    out: dict[str, float] = {}
+    check_mapping("importance", importance, "matrix keys to scores")
     for key, value in importance.items():
         try:
             out[key] = float(value)
         except (TypeError, ValueError):
             out[key] = math.nan
         if not isinstance(key, str) or not math.isfinite(out[key]):
-            raise ValueError(f"importance: expected finite scores by name, got {key!r}: {value!r}")
+            raise wrong_value("importance", "finite scores by name", {key: value})
     return out
 
 

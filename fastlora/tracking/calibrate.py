@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import ranks_of, several_processes, unwrapped, whole
-from .._utils.errors import unknown_choice
+from .._utils.errors import check_choice, check_flag, check_instance, check_integer, wrong_type, wrong_value
 from .._utils.reporting import Report, reporting
 from ..importance.scores import Scores
-from ..nn.linear import DEFAULT, adapted_layers, check_adapter, matrix_key
+from ..nn.active import NO_ADAPTERS, chosen_adapter
+from ..nn.linear import adapted_layers, check_adapter, matrix_key
 from .all_reduce import averaged
 from .checks import checked_layers
 from .tracker import Tracker, track
@@ -35,7 +36,7 @@ class UpdateVariance:
     Raises ``ValueError`` for a model without adapters or whose B is not zero.
     """
 
-    def __init__(self, model: nn.Module, adapter: str = DEFAULT, centered: bool = False, process_group: Any = None):
+    def __init__(self, model: nn.Module, adapter: str, centered: bool = False, process_group: Any = None):
         self._ranks, model = ranks_of(model, process_group), unwrapped(model)
         layers = checked_layers(model, adapter)
         self._centred = centered
@@ -111,7 +112,7 @@ class UpdateVariance:
 
 
 @contextmanager
-def preserve_model_state(model: nn.Module, adapter: str = DEFAULT) -> Iterator[None]:
+def preserve_model_state(model: nn.Module, adapter: str) -> Iterator[None]:
     """Gradients, requires_grad, buffers, modes and RNG states after the block are those from before it.
 
     Inside, gradients start empty, grad mode is on, and the adapter's factors require gradients, so that passes reach
@@ -122,7 +123,7 @@ def preserve_model_state(model: nn.Module, adapter: str = DEFAULT) -> Iterator[N
     """
     layers = adapted_layers(model) if isinstance(model, nn.Module) else {}
     if not layers:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
+        raise ValueError(NO_ADAPTERS)
     check_adapter(adapter)
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     # By name too: a forward may assign a new tensor instead of writing into the old one.
@@ -210,7 +211,7 @@ class Method(NamedTuple):
 
 def _exact(*kinds: str) -> Callable[[nn.Module, str, Any], AbstractContextManager[Tracker]]:
     return lambda model, adapter, group: track(
-        model, "exact", ema=None, statistics=kinds, adapter=adapter, process_group=group
+        model, estimator="exact", ema=None, statistics=kinds, adapter=adapter, process_group=group
     )
 
 
@@ -238,12 +239,12 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
+    *,
     steps: int | None = 8,
     method: str | Callable[[Tracker], Mapping[str, float]] = "fc",
-    *,
     centered: bool = False,
     progress: bool | Report | None = None,
-    adapter: str = DEFAULT,
+    adapter: str | None = None,
     process_group: Any = "auto",
 ) -> Calibration:
     """One score a matrix from ``steps`` backward passes; ``allocate`` makes ranks of them.
@@ -257,6 +258,7 @@ def calibrate(
     ``progress``: True shows a bar (tqdm), None does so in a terminal and logs otherwise, False does neither; a callable
     gets ``(done, steps, rank correlation with the estimate before)``, which ``convergence`` of the result keeps.
 
+    ``adapter``: whose layers, the active one's unless named.
     ``process_group``: whose ranks take part, each with its own batches and all of them in this call; their batches are
     one, and every rank gets the same scores. ``"auto"``: the ranks that train the model, or all processes that
     ``torch.distributed`` runs; None: this one alone.
@@ -267,6 +269,7 @@ def calibrate(
     """
     chosen = _chosen(method, centered)
     _check_call(batches, loss_fn, steps)
+    adapter = chosen_adapter(model, adapter)
     inner, group = unwrapped(model), _group(model, process_group)
     ranks = ranks_of(model, group)
     with (
@@ -294,12 +297,12 @@ def calibrate(
 
 
 def _check_call(batches: Any, loss_fn: Any, steps: Any) -> None:
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise ValueError(f"steps: expected a positive integer or None for all batches, got {steps!r}")
+    if steps is not None:
+        check_integer("steps", steps, 1, "None for all batches, or an integer")
     if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
-        raise ValueError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+        raise wrong_type("batches", "an iterable of batches", batches)
     if not callable(loss_fn):
-        raise ValueError(f"loss_fn: expected a callable (model, batch) -> loss, got {type(loss_fn).__name__}")
+        raise wrong_type("loss_fn", "a callable (model, batch) -> loss", loss_fn)
 
 
 def _group(model: nn.Module, process_group: Any) -> Any:
@@ -310,13 +313,9 @@ def _group(model: nn.Module, process_group: Any) -> Any:
 def _chosen(method: Any, centered: bool) -> Method:
     if callable(method):
         chosen = Method(_exact("grad_sq", "fisher", "grad_abs", "act_var"), method)
-    elif isinstance(method, str) and method in METHODS:
-        chosen = METHODS[method]
     else:
-        raise unknown_choice("method", method, tuple(METHODS), " or a callable")
-    if not isinstance(centered, bool):
-        raise ValueError(f"centered: expected True or False, got {centered!r}")
-    if not centered:
+        chosen = METHODS[check_choice("method", method, METHODS, " or a callable")]
+    if not check_flag("centered", centered):
         return chosen
     if method != "fim":
         raise ValueError(f"centered: works with method='fim' only, got method={method!r}")
@@ -327,7 +326,7 @@ def _as_scores(found: Any) -> Scores:
     if isinstance(found, Scores):
         return found
     if not isinstance(found, Mapping):
-        raise ValueError(f"method: expected to return a mapping of matrix keys to scores, got {type(found).__name__}")
+        raise wrong_type("method", "to return a mapping of matrix keys to scores", found)
     return Scores(found, "custom")
 
 
@@ -356,9 +355,8 @@ def _correlation(before: Scores | None, after: Scores | None) -> float:
 
 
 def _check_loss(loss: Any, index: int) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
-        raise ValueError(f"loss_fn: expected a scalar tensor, got {type(loss).__name__}{shape} for batch {index}")
+    if check_instance("loss_fn", loss, Tensor, f"a scalar tensor for batch {index}").numel() != 1:
+        raise wrong_value("loss_fn", f"a scalar tensor for batch {index}", loss)
     if not loss.requires_grad:
         raise ValueError(
             f"loss_fn: the loss of batch {index} has no gradient; it must come from the model in grad mode"

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._utils.errors import checked, positive, unknown_choice
-from ..nn.linear import Linear, adapted_layers, check_adapter
+from .._utils.errors import check_choice, check_instance, check_integer, check_number, wrong_type, wrong_value
+from .._utils.torch_compat import scale_of
+from ..nn.linear import Linear, adapted_layers
 from .statistics import COVARIANCES
 
 logger = logging.getLogger(__name__)
@@ -23,42 +24,31 @@ _STEPS_BEFORE_WARNING = 3
 
 
 def checked_decay(ema: Any) -> float | None:
-    number = isinstance(ema, (int, float)) and not isinstance(ema, bool)
-    if ema is not None and not (number and 0.0 <= ema < 1.0):
-        raise ValueError(f"ema: expected a number in [0, 1) or None, got {ema!r}")
-    return ema
+    return None if ema is None else check_number("ema", ema, 0, below=1, accepted="None for a mean, or a number")
 
 
 def checked_layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
-    check_adapter(adapter)
-    every = adapted_layers(model) if isinstance(model, nn.Module) else {}
-    if not every:
-        raise ValueError("model: has no adapters; call fastlora.inject first")
-    layers = {path: layer for path, layer in every.items() if adapter in layer.adapter_specs}
-    if not layers:
-        known = sorted({name for layer in every.values() for name in layer.adapter_names})
-        raise unknown_choice("adapter", adapter, known)
+    layers = {path: layer for path, layer in adapted_layers(model).items() if adapter in layer.adapter_specs}
     if any(adapter in layer.probes for layer in layers.values()):
         raise ValueError("model: is tracked already; close the other tracker first")
     return layers
 
 
 def checked_probe_kind(probe_kind: Any, estimator: str) -> str:
-    checked("probe_kind", probe_kind, PROBE_KINDS)
+    check_choice("probe_kind", probe_kind, PROBE_KINDS)
     if estimator != "probe" and probe_kind != "rademacher":
-        raise ValueError(f"probe_kind: {probe_kind!r} is for estimator='probe', got estimator={estimator!r}")
+        raise wrong_value("probe_kind", f"'rademacher' with estimator={estimator!r}", probe_kind)
     return probe_kind
 
 
 def checked_kinds(statistics: Sequence[str], estimator: str, probe_kind: str) -> tuple[str, ...]:
-    if not isinstance(statistics, (str, Sequence, set, frozenset)):
-        raise ValueError(f"statistics: expected some of {KINDS}, got {statistics!r}")
+    check_instance("statistics", statistics, (str, Sequence, set, frozenset), f"some of {KINDS}")
     kinds = (statistics,) if isinstance(statistics, str) else tuple(statistics)
     kinds = tuple(kind for i, kind in enumerate(kinds) if kind not in kinds[:i])
     if not kinds:
-        raise ValueError(f"statistics: expected at least one of {KINDS}")
+        raise wrong_value("statistics", f"at least one of {KINDS}", statistics)
     for kind in kinds:
-        checked("statistics", kind, KINDS)
+        check_choice("statistics", kind, KINDS)
         if estimator == "probe" and kind in COVARIANCES:
             raise ValueError(f"statistics: {kind!r} is not estimated from probes; use estimator='exact'")
     if estimator == "probe" and "grad_abs" in kinds and probe_kind == "rademacher":
@@ -72,37 +62,43 @@ def checked_kinds(statistics: Sequence[str], estimator: str, probe_kind: str) ->
 
 def checked_steps(warmup: Any, every: Any, seed: Any) -> None:
     if warmup is not None:
-        positive("warmup", warmup, "a positive number of steps or None")
-    if every != "auto":
-        positive("every", every, "'auto' or a positive number of steps")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ValueError(f"seed: expected an integer, got {seed!r}")
+        check_integer("warmup", warmup, 1, "None, or a number of steps")
+    if not _is_auto("every", every):
+        check_integer("every", every, 1, "'auto', or a number of steps")
+    check_integer("seed", seed)
 
 
 def checked_state(state: Any, like: dict[str, Any]) -> None:
-    if not isinstance(state, dict) or not like.keys() <= state.keys():
-        missing = sorted(like.keys() - state.keys()) if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"state: expected what state_dict() of a tracker gives, with {list(like)}; missing: {missing}")
+    check_instance("state", state, dict, "what state_dict() of a tracker gives")
+    missing = sorted(like.keys() - state.keys())
+    if missing:
+        raise ValueError(f"state: expected what state_dict() of a tracker gives, got one without {missing}")
     for name in ("keys", "probes", "probe_kind"):
         if state[name] != like[name]:
-            raise ValueError(f"state: {name} differ: saved {state[name]}, tracked {like[name]}")
+            raise ValueError(f"state: expected the {name} {like[name]}, got {state[name]}")
     if list(state["values"]) != list(like["values"]):
-        raise ValueError(f"state: statistics differ: saved {[*state['values']]}, tracked {[*like['values']]}")
+        raise ValueError(f"state: expected the statistics {[*like['values']]}, got {[*state['values']]}")
 
 
 def inverse_scale(scaler: Any, device: torch.device) -> torch.Tensor | None:
     """What a ``GradScaler`` multiplied the loss by, inverted, on the device; None without one."""
     switched_off = hasattr(scaler, "is_enabled") and not scaler.is_enabled()  # it has no scale then
-    if scaler is not None and not hasattr(scaler, "_scale") and not switched_off:
-        raise ValueError(f"scaler: expected a GradScaler or None, got {type(scaler).__name__}")
-    scale = getattr(scaler, "_scale", None)
+    if scaler is not None and not hasattr(scaler, "get_scale") and not switched_off:
+        raise wrong_type("scaler", "a GradScaler or None", scaler)
+    scale = None if scaler is None or switched_off else scale_of(scaler)
     return None if scale is None else scale.to(device=device, dtype=torch.float64).reciprocal()
 
 
 def checked_probes(probes: Any, device: torch.device) -> int:
-    if probes == "auto":
+    if _is_auto("probes", probes):
         return 8 if device.type == "cuda" else 4
-    return positive("probes", probes, "'auto' or a positive integer")
+    return check_integer("probes", probes, 1, "'auto', or an integer")
+
+
+def _is_auto(argument: str, value: Any) -> bool:
+    if isinstance(value, str) and value != "auto":
+        raise wrong_value(argument, "'auto', or an integer >= 1", value)
+    return isinstance(value, str)
 
 
 def refuse_windows(model: nn.Module, layers: dict[str, Linear]) -> None:

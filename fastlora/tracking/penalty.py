@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import is_sharded, like, whole
-from .._utils.errors import suggestion
+from .._utils.errors import unknown_choice
+from .._utils.torch_compat import add_to_each_
 from ..nn.linear import Linear, check_adapter
 from ..ops import multi_tensor, penalty
 from ..ops.penalty import (
@@ -99,8 +100,7 @@ class FisherPenalty:
             terms.backends.add(layer.backend)
         if not known:
             names = sorted({name for layer in self._layers.values() for name in layer.adapter_names})
-            near = suggestion(adapter, names)
-            raise ValueError(f"adapter: no tracked layer has an adapter {adapter!r}, only {', '.join(names)}{near}")
+            raise unknown_choice("adapter", adapter, names)
         return terms
 
     def _weights(self, importance: Tensor, frozen: bool, normalize: str, positions: list[int]) -> Tensor:
@@ -153,4 +153,4 @@ def _add_by_formula(terms: _Terms, weights: Tensor, weight: float, form: str) ->
             grads.append(parameter.grad)
             added.append(gradient)
     if grads:
-        torch._foreach_add_(grads, added)
+        add_to_each_(grads, added)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import unwrapped
-from .._utils.errors import checked, suggestion
+from .._utils.errors import check_choice, suggestion, wrong_value
 from ..importance.scores import Scores
-from ..nn.linear import DEFAULT, Linear, matrix_key
+from ..nn.active import chosen_adapter
+from ..nn.linear import Linear, matrix_key
 from ..nn.probe import LayerProbe, checked_mask, masked
 from ..nn.probe_rows import ColumnSampler, CompiledSigns, column_rows, sample_signs, sign_rows
 from ..ops.multi_tensor import output_variances
@@ -36,6 +37,7 @@ from .statistics import COVARIANCES, Averages, Covariances, exact_values
 
 def track(
     model: nn.Module,
+    *,
     estimator: str = "probe",
     probes: int | str = "auto",
     ema: float | None = 0.98,
@@ -44,7 +46,7 @@ def track(
     seed: int = 0,
     loss_reduction: str = "mean",
     every: int | str = "auto",
-    adapter: str = DEFAULT,
+    adapter: str | None = None,
     process_group: Any = "auto",
     probe_kind: str = "rademacher",
 ) -> Tracker:
@@ -63,6 +65,7 @@ def track(
       for ``penalty`` and tracking stops. ``loss_reduction``: how ``fisher`` undoes the loss's mean over samples.
     - ``every``: sample each n-th step; ``"auto"`` does so on layers so small that probes would cost over 1 % of their
       step (``explain`` shows n). Averages are over the sampled steps, so estimates stay unbiased.
+    - ``adapter``: whose layers, and whose factors ``penalty`` weighs; the active one (``set_adapter``) unless named.
     - ``exact`` keeps x and dy of every layer until ``step``; several backward passes count as one gradient.
 
     - ``process_group``: whose ranks' gradients are one. ``"auto"``: DDP's or ``fully_shard``'s, else nobody's; every
@@ -85,9 +88,10 @@ class Tracker:
         probe_kind="rademacher",
     ):  # fmt: skip
         self._reduction, model = Reduction(model, process_group), unwrapped(model)
-        self.layers, self.adapter = checked_layers(model, adapter), adapter
-        self.estimator = checked("estimator", estimator, ("probe", "exact"))
-        self.loss_reduction = checked("loss_reduction", loss_reduction, ("mean", "sum"))
+        self.adapter = chosen_adapter(model, adapter)
+        self.layers = checked_layers(model, self.adapter)
+        self.estimator = check_choice("estimator", estimator, ("probe", "exact"))
+        self.loss_reduction = check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         self.probe_kind = checked_probe_kind(probe_kind, estimator)
         kinds = checked_kinds(statistics, estimator, probe_kind)
         self.kinds = tuple(kind for kind in kinds if kind not in COVARIANCES)
@@ -325,12 +329,10 @@ class Tracker:
 
         Raises ``ValueError`` for a statistic that is not tracked, ``RuntimeError`` while a matrix has none.
         """
-        checked("reduce", reduce, ("sum", "mean"))
+        check_choice("reduce", reduce, ("sum", "mean"))
         if kind not in self.kinds:
             hint = f"; {ABSOLUTE_NEEDS}" if kind == "grad_abs" and self.probe_kind != "columns" else ""
-            raise ValueError(
-                f"kind: {kind!r} is not tracked, only {', '.join(self.kinds)}{hint or suggestion(kind, self.kinds)}"
-            )
+            raise wrong_value("kind", f"what is tracked, {self.kinds}", kind, hint or suggestion(kind, self.kinds))
         counts = self._averages.counts[kind].tolist()
         missing = [key for key, count in zip(self.keys, counts, strict=True) if count == 0]
         if missing:
@@ -349,12 +351,13 @@ class Tracker:
         Raises ``ValueError`` for a kind that is not tracked.
         """
         if kind not in self._covariances.kinds:
-            shown = ", ".join(self._covariances.kinds) or "none; name it in statistics and use estimator='exact'"
-            raise ValueError(f"kind: {kind!r} is not tracked, only {shown}{suggestion(kind, self._covariances.kinds)}")
+            known = tuple(self._covariances.kinds)
+            hint = suggestion(kind, known) if known else "; name it in statistics and use estimator='exact'"
+            raise wrong_value("kind", f"what is tracked, {known}", kind, hint)
         return self._covariances.read(kind)
 
     def penalty(
-        self, weight: float = 1e-4, form: str = "delta", normalize: str = "sum", adapter: str | None = None
+        self, weight: float = 1e-4, *, form: str = "delta", normalize: str = "sum", adapter: str | None = None
     ) -> Tensor:
         r"""FW-LoRA's regulariser, differentiable in A and B; add it to the loss once per optimiser step.
 
@@ -368,7 +371,7 @@ class Tracker:
         return self._regulariser.value(*self._weighing(), weight, form, normalize, self._whose(adapter))
 
     def apply_penalty(
-        self, weight: float = 1e-4, form: str = "delta", normalize: str = "sum", adapter: str | None = None
+        self, weight: float = 1e-4, *, form: str = "delta", normalize: str = "sum", adapter: str | None = None
     ) -> None:
         r"""Add the gradient of :meth:`penalty`, worked out by hand, to ``.grad`` of A and B; no graph is built.
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._utils.errors import check_instance
+from .._utils.torch_compat import divide_each, norm_of_each, subtract_each
+
 
 class GroupDiagnostics(NamedTuple):
     """Means over the steps of an epoch in which the group had gradients; NaN without any."""
@@ -28,12 +31,11 @@ class Diagnostics:
     ``epoch`` reads back. Steps with a gradient or update that is not finite are left out. Groups go by their
     ``"name"`` (``param_groups``), else by position. Use with ``with``, or ``close``.
 
-    Raises ``ValueError`` for what is no optimiser.
+    Raises ``TypeError`` for what is no optimiser.
     """
 
     def __init__(self, optimizer: Optimizer):
-        if not isinstance(optimizer, Optimizer):
-            raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        check_instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
         self._groups = [_Watched() for _ in optimizer.param_groups]
         self._names = _names(optimizer)
         self._handles = [
@@ -101,7 +103,7 @@ class _Watched:
             self.sums = torch.zeros(6, dtype=torch.float64, device=parameters[0].device)
         gradients = [p.grad.detach() for p in parameters]
         if scale is not None:
-            gradients = torch._foreach_div(gradients, scale)
+            gradients = divide_each(gradients, scale)
         self._values = [p.detach().clone() for p in parameters]
         norm = _norm(gradients, self.sums)
         self._add(0, norm, norm.isfinite())
@@ -117,7 +119,7 @@ class _Watched:
     def after(self) -> None:
         if not self._values:
             return
-        change = torch._foreach_sub([p.detach() for p in self._parameters], self._values)
+        change = subtract_each([p.detach() for p in self._parameters], self._values)
         norm = _norm(change, self.sums)
         self._add(2, norm, norm.isfinite())
         self._values = []
@@ -137,5 +139,5 @@ class _Watched:
 
 
 def _norm(tensors: list[Tensor], like: Tensor) -> Tensor:
-    norms = torch._foreach_norm(tensors, 2)
+    norms = norm_of_each(tensors, 2)
     return torch.stack([norm.to(like) for norm in norms]).square().sum().sqrt()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .._utils import errors, torch_compat
+from .._utils.errors import check_choice, check_instance, check_integer, check_number, wrong_value
+from .._utils.torch_compat import set_requires_grad
 
 
 class _Factor:
@@ -55,14 +55,12 @@ class Cosine(LambdaLR):
         freeze_by: str = "requires_grad",
         last_epoch: int = -1,
     ):
-        if not isinstance(optimizer, Optimizer):
-            raise ValueError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self.steps, self.warmup = _count("steps", steps, 1), _count("warmup", warmup, 0)
+        check_instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+        self.steps, self.warmup = check_integer("steps", steps, 1), check_integer("warmup", warmup, 0)
         if warmup >= steps:
-            raise ValueError(f"warmup: expected less than steps = {steps}, got {warmup}")
-        if freeze_by not in ("requires_grad", "lr"):
-            raise errors.unknown_choice("freeze_by", freeze_by, ("requires_grad", "lr"))
-        self.floor, self.freeze_by = _checked_floor(optimizer, floor), freeze_by
+            raise wrong_value("warmup", f"less than steps = {steps}", warmup)
+        self.freeze_by = check_choice("freeze_by", freeze_by, ("requires_grad", "lr"))
+        self.floor = _checked_floor(optimizer, floor)
         self.freeze = _checked_freeze(optimizer, freeze, steps)
         super().__init__(optimizer, [self._factor(group) for group in optimizer.param_groups], last_epoch)
 
@@ -87,39 +85,32 @@ class Cosine(LambdaLR):
             until = self.freeze.get(group.get("name"))
             if until is None:
                 continue
-            torch_compat.set_requires_grad(group["params"], self.last_epoch >= until)
+            set_requires_grad(group["params"], self.last_epoch >= until)
             if self.last_epoch < until:
                 for parameter in group["params"]:
                     # A gradient that is left over would still be stepped.
                     parameter.grad = None
 
 
-def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-    return value
-
-
 def _checked_floor(optimizer: Optimizer, floor: Any) -> float:
-    if isinstance(floor, bool) or not isinstance(floor, numbers.Real) or not math.isfinite(floor) or floor <= 0:
-        raise ValueError(f"floor: expected a positive learning rate, got {floor!r}")
+    check_number("floor", floor, above=0, accepted="a learning rate")
     for index, group in enumerate(optimizer.param_groups):
         rate = float(group.get("initial_lr", group["lr"]))
         if rate < floor:
             name = group.get("name", index)
-            raise ValueError(f"floor: {floor} is above the learning rate {rate} of group {name!r}")
+            raise wrong_value("floor", f"at most the learning rate {rate} of group {name!r}", floor)
     return float(floor)
 
 
 def _checked_freeze(optimizer: Optimizer, freeze: Any, steps: int) -> dict[str, int]:
     names = [group.get("name") for group in optimizer.param_groups]
-    wanted = dict(freeze) if isinstance(freeze, Mapping) else {"lora": _count("freeze", freeze, 0)}
-    wanted = {name: count for name, count in wanted.items() if _count(f"freeze[{name!r}]", count, 0)}
+    wanted = dict(freeze) if isinstance(freeze, Mapping) else {"lora": check_integer("freeze", freeze, 0)}
+    wanted = {name: count for name, count in wanted.items() if check_integer(f"freeze[{name!r}]", count, 0)}
     for name, count in wanted.items():
         if name not in names:
-            raise ValueError(f"freeze: no parameter group is named {name!r}, only {names}; see fastlora.param_groups")
+            raise wrong_value("freeze", f"names of parameter groups, {names}", name, "; see fastlora.param_groups")
         if count >= steps:
-            raise ValueError(f"freeze: {name!r} would not learn in any of the {steps} steps, got {count}")
+            raise wrong_value("freeze", f"less than the {steps} steps, so that {name!r} learns", count)
     if wanted and all(name in wanted for name in names):
-        raise ValueError(f"freeze: nothing else would learn meanwhile, the groups are {names}")
+        raise ValueError(f"freeze: expected a group that learns meanwhile, got all of {names}")
     return wanted

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-import numbers
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .._utils.errors import check_instance, check_integer, check_number, wrong_value
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def fit_temperature(logits: Tensor, labels: Tensor, max_iter: int = 100) -> floa
     logits, labels out of range, and wrong shapes or dtypes. Source: Guo et al. 2017, On calibration.
     """
     _check(logits, labels)
-    _check_count("max_iter", max_iter)
+    check_integer("max_iter", max_iter, 1)
     lowest, highest = 1.0 / MAX_TEMPERATURE, 1.0 / MIN_TEMPERATURE
     slope_lowest, _ = _slope_and_curvature(logits, labels, lowest)
     slope_highest, _ = _slope_and_curvature(logits, labels, highest)
@@ -81,11 +82,8 @@ def ece(logits: Tensor, labels: Tensor, bins: int = 15, temperature: float = 1.0
 def reliability(logits: Tensor, labels: Tensor, bins: int = 15, temperature: float = 1.0) -> Reliability:
     """Counts, mean confidence and accuracy per confidence bin, as ``ece`` uses them; arguments and errors as there."""
     _check(logits, labels)
-    _check_count("bins", bins)
-    if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
-        raise TypeError(f"temperature must be a number, got {temperature!r}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    check_integer("bins", bins, 1)
+    check_number("temperature", temperature, above=0)
     confidences, hits = [], []
     for rows, row_labels in _chunks(logits, labels):
         top, predicted = (rows / temperature).softmax(dim=1).max(dim=1)
@@ -124,29 +122,15 @@ def _chunks(logits: Tensor, labels: Tensor):
 
 def _check(logits: Tensor, labels: Tensor) -> None:
     for name, value in (("logits", logits), ("labels", labels)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point, got {logits.dtype}")
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be [n, classes], got shape {tuple(logits.shape)}")
-    if logits.shape[0] == 0:
-        raise ValueError(f"logits must not be empty, got shape {tuple(logits.shape)}")
-    if logits.shape[1] < 2:
-        raise ValueError(f"logits must have at least 2 classes, got shape {tuple(logits.shape)}")
+        check_instance(name, value, Tensor, "a tensor")
+    if not logits.is_floating_point() or logits.dim() != 2 or logits.shape[0] == 0 or logits.shape[1] < 2:
+        raise wrong_value("logits", "floating [n, classes], n >= 1 and at least 2 classes", logits)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
+        raise wrong_value("labels", "integers", labels)
     if tuple(labels.shape) != (logits.shape[0],):
-        raise ValueError(f"labels must be [{logits.shape[0]}] like the rows of logits, got {tuple(labels.shape)}")
+        raise wrong_value("labels", f"shape [{logits.shape[0]}], one for each row of logits", labels)
     if not bool(torch.isfinite(logits).all()):
-        raise ValueError("logits must be finite, got NaN or infinity")
+        raise ValueError("logits: expected finite numbers, got NaN or infinity")
     smallest, largest = int(labels.min()), int(labels.max())
     if smallest < 0 or largest >= logits.shape[1]:
-        raise ValueError(f"labels must lie in 0..{logits.shape[1] - 1}, got values from {smallest} to {largest}")
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        raise ValueError(f"labels: expected 0..{logits.shape[1] - 1}, got values from {smallest} to {largest}")

@@ -54,7 +54,7 @@ MISSPELT = {
     "policy": (lambda: fastlora.apply_policy(plain(), "deep-lora", config()), "deep_lora"),
     "preset": (lambda: fastlora.LoraConfig.preset("midium"), "medium"),
     "statistic": (lambda: fastlora.track(adapted(), statistics="grad_sqq"), "grad_sq"),
-    "estimator": (lambda: fastlora.track(adapted(), "exakt"), "exact"),
+    "estimator": (lambda: fastlora.track(adapted(), estimator="exakt"), "exact"),
     "kind": (lambda: tracked_scores("grad-sq"), "grad_sq"),
     "rule": (lambda: fastlora.allocate(SCORES, budget=4, rule="webstr"), "webster"),
     "normalize": (lambda: fastlora.Scores.composite(SCORES, SCORES, SCORES, normalize="zskore"), "zscore"),
@@ -94,7 +94,7 @@ def test_options_of_the_callbacks(module):
     callbacks = pytest.importorskip(f"fastlora.integrations.{module}", exc_type=ImportError)
     for options, meant in (
         (dict(track={"wamup": 3}), "warmup"),
-        (dict(penalty={"lambda": 1.0}), "weight"),
+        (dict(penalty={"wieght": 1.0}), "weight"),
         (dict(checkpoints="adaptors"), "adapters"),
     ):
         with pytest.raises(ValueError, match=re.escape(f"(did you mean {meant!r}?)")):
@@ -122,4 +122,4 @@ def test_choices_are_refused_in_one_place():
     """An error that lists names and makes no suggestion would be written by hand."""
     package = pathlib.Path(fastlora.__file__).parent
     found = [path.name for path in package.rglob("*.py") if "expected one of" in path.read_text()]
-    assert found == ["choices.py"]
+    assert found == ["errors.py"]

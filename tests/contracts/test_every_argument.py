@@ -31,7 +31,7 @@ INTERNAL = {"Tracker.signs_for"}
 
 
 def public() -> Iterator[tuple[str, Any]]:
-    """Name and object of every public function, class, and method with arguments."""
+    """Name and object of every public function, class, and method with arguments or a right call of its own."""
     for name in fastlora.__all__:
         found = getattr(fastlora, name)
         if inspect.ismodule(found):
@@ -43,7 +43,7 @@ def public() -> Iterator[tuple[str, Any]]:
         for method, function in vars(found).items() if inspect.isclass(found) else ():
             function = getattr(found, method)
             own = not method.startswith("_") and callable(function) and f"{name}.{method}" not in INTERNAL
-            if own and set(inspect.signature(function).parameters) - {"self"}:
+            if own and (set(inspect.signature(function).parameters) - {"self"} or f"{name}.{method}" in GOOD):
                 yield f"{name}.{method}", function
 
 

@@ -98,7 +98,7 @@ def test_a_penalty_in_the_loss_counts_once(ranks):
 
 def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(ranks):
     m = model()
-    with fastlora.track(m, "exact", statistics=("grad_sq", "act_cov"), ema=None) as tracker:
+    with fastlora.track(m, estimator="exact", statistics=("grad_sq", "act_cov"), ema=None) as tracker:
         for step in (0, 2):
             for rank in range(len(ranks)):
                 (loss_of(m, batch(step, 0, rank)) / len(ranks)).backward()

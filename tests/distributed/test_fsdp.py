@@ -75,7 +75,7 @@ def divided(rank, world):
     m.set_gradient_divide_factor(1.0)
     with fastlora.track(m, statistics=("grad_sq", "act_var")) as tracker:
         train_rank(m, tracker, rank, STEPS)
-    with fastlora.track(m, "exact", statistics=("fisher", "act_cov", "grad_cov")) as exact:
+    with fastlora.track(m, estimator="exact", statistics=("fisher", "act_cov", "grad_cov")) as exact:
         train_rank(m, exact, rank, STEPS)
     return read(tracker), read(exact)
 
@@ -83,7 +83,7 @@ def divided(rank, world):
 def replicated(rank, world):
     """Shards over pairs, replicas over the others."""
     m = by_block(model(), mesh=init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard")))
-    with fastlora.track(m, "exact", statistics=("grad_sq", "fisher")) as tracker:
+    with fastlora.track(m, estimator="exact", statistics=("grad_sq", "fisher")) as tracker:
         train_rank(m, tracker, rank, STEPS)
     return read(tracker)
 

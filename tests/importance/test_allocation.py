@@ -21,7 +21,9 @@ def named(values):
 
 
 def ranks_of(values, *arguments, **options):
-    return list(allocate(named(values), *arguments, **options).values())
+    budget, *bounds = arguments
+    options |= dict(zip(("r_min", "r_max", "step"), bounds, strict=False))
+    return list(allocate(named(values), budget, **options).values())
 
 
 WORKED_EXAMPLES = [

@@ -294,7 +294,9 @@ class TestReports:
         model = build("timm_vit")
         fastlora.inject(model, config(target_modules="qkv", modules_to_save=["head", "norm1"], bias="lora_only"))
         model.norm.weight.requires_grad_(True)
-        groups = {g["name"]: g for g in fastlora.param_groups(model, 1.0, 2.0, 3.0, weight_decay=0.5)}
+        groups = {
+            g["name"]: g for g in fastlora.param_groups(model, lr_lora=1.0, lr_norm=2.0, lr_head=3.0, weight_decay=0.5)
+        }
         names = {id(p): n for n, p in model.named_parameters()}
         listed = {k: sorted(names[id(p)] for p in g["params"]) for k, g in groups.items()}
         assert len(listed["lora"]) == 12 and all("lora_" in n for n in listed["lora"])
@@ -334,7 +336,7 @@ class TestReallocate:
     def test_the_total_stays_and_follows_the_scores(self, model):
         scores = fastlora.Scores(dict(zip(ranks_of(model), (1.0, 2.0, 4.0, 8.0, 1e-9, 3.0), strict=True)), "lora_b_var")
         ranks = reallocate(model, scores)
-        assert ranks == ranks_of(model) == fastlora.allocate(scores, 24, 2, 8)
+        assert ranks == ranks_of(model) == fastlora.allocate(scores, 24, r_min=2, r_max=8)
         assert sum(ranks.values()) == 24 and min(ranks.values()) == 2 and max(ranks.values()) == 8
         assert all(row.scale == 2.0 for row in fastlora.summary(model).rows)  # alpha / r of before
         assert not any(p.any() for n, p in model.named_parameters() if "lora_B" in n)

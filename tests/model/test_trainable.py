@@ -152,7 +152,7 @@ def test_every_policy_trains_what_it_says_on_real_models(build, family, name):
     torch.testing.assert_close(FAMILIES[family].run(model), FAMILIES[family].run(base), rtol=1e-5, atol=1e-6)
     FAMILIES[family].run(model).square().sum().backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None} == trained(model)
-    roles = parameter_roles(model)
+    roles = parameter_roles(model, None)
     seen = {roles[id(p)] for p in model.parameters() if p.requires_grad}
     wanted = {"head"} | ({"lora"} if "lora" in name or name == "hybrid_parallel" else set())
     wanted |= {"norm"} if name in ("deep_lora", "norm_only", "hybrid_parallel") else set()

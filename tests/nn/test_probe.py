@@ -49,7 +49,7 @@ def test_the_expectation_over_all_draws_is_the_exact_value(layer, targets, backe
         run()
         tracker.step()
         found = every_draw(tracker, run)
-    with track(m, "exact", ema=None, statistics=("grad_sq", "grad_abs")) as exact:
+    with track(m, estimator="exact", ema=None, statistics=("grad_sq", "grad_abs")) as exact:
         run()
         exact.step()
     sizes = [exact.layers[path].slices[n] * exact.layers[path].in_features for path, n in exact.matrices]
@@ -363,7 +363,7 @@ def test_an_adapter_of_a_mixed_batch_is_measured_on_its_own_rows():
             each = nn.functional.cross_entropy(logits.flatten(0, 1), y.repeat_interleave(5), reduction="none")
             return (each.view(6, 5) * (mine if ids.dim() == 2 else mine[:, None])).sum()
 
-        with fastlora.track(m, "exact", ema=None, adapter="b", statistics=("grad_sq",)) as exact:
+        with fastlora.track(m, estimator="exact", ema=None, adapter="b", statistics=("grad_sq",)) as exact:
             loss(m).backward()
             exact.step()
         with columns(m, ("grad_sq",), adapter="b", probes=1) as tracker:
@@ -410,7 +410,7 @@ def test_parts_of_a_layer_that_see_other_rows(target):
         run()
         tracker.step()
         found = every_draw(tracker, run)
-    with track(m, "exact", ema=None, statistics=kinds) as exact:
+    with track(m, estimator="exact", ema=None, statistics=kinds) as exact:
         run()
         exact.step()
     assert_scores(found["grad_sq"], dict(exact.scores("grad_sq")))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.counted_help import multiply_adds, needs_counting
 from support.grouped_op_help import make, run
 from support.op_help import BACKENDS, assert_close_as
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -237,11 +238,12 @@ def counted(monkeypatch) -> Counter:
 
         monkeypatch.setattr(ops, f"lora_grouped_{name}_", SimpleNamespace(default=call))
 
-    count("forward", ops.lora_grouped_forward_.default, ops.grouped_forward_multiply_adds_)
-    count("backward", ops.lora_grouped_backward_.default, ops.grouped_backward_multiply_adds_)
+    count("forward", ops.lora_grouped_forward_.default, multiply_adds("forward"))
+    count("backward", ops.lora_grouped_backward_.default, multiply_adds("backward"))
     return found
 
 
+@needs_counting
 @pytest.mark.skipif(not native.available(), reason="the native library is not there")
 @pytest.mark.parametrize("adapters", [2, 8, 32])
 def test_work_is_own_rows_times_own_ranks(counted, adapters):

@@ -67,7 +67,7 @@ def test_ctrl_c_while_the_model_is_put_back():
 def test_a_discarded_step_leaves_no_trace(statistics, estimator):
     def scores(given_up):
         model = adapted()
-        tracker = fastlora.track(model, estimator, statistics=statistics, every=1)
+        tracker = fastlora.track(model, estimator=estimator, statistics=statistics, every=1)
         for number in range(3):
             if given_up:
                 loss_fn(model, batch(50 + number)).backward()

@@ -21,7 +21,7 @@ KERNELS = PACKAGE / "kernels" if (PACKAGE / "kernels").is_dir() else PACKAGE.par
 ORDER = "cli demo integrations peft_io training model tracking nn config ops importance kernels _utils".split()
 PURE = ("importance", "training")
 OUTSIDE = ("__init__", "testing", "__main__")  # the public names, above everything, and what nothing imports
-PRIVATE_OF_TORCH = re.compile(r"\btorch\._[a-z]\w*|\bF\._[a-z]\w*|\btorch\.\w+\._(?!_)\w+")
+PRIVATE_OF_TORCH = re.compile(r"\btorch(?:\.\w+)*\._(?!_)\w+|\bF\._[a-z]\w*|\bnn(?:\.\w+)*\._[A-Z]\w*")
 DOORS = ("_utils.torch_compat", "_utils.distributed")
 OPTIONAL = (
     "timm", "transformers", "peft", "matplotlib", "rich", "sklearn", "triton", "torchvision", "tqdm", "accelerate",
@@ -110,6 +110,8 @@ def test_few_files_outside_of_folders():
         ("model.ranks", "from .inject import _named", "private"),
         ("ops.native", "x = torch._C._len_torch_dispatch_stack()", "of torch"),
         ("nn.attention", "F._canonical_mask(x)", "of torch"),
+        ("ops.matmul", "torch.ops.aten._unsafe_view.default(y, shape)", "of torch"),
+        ("model.trainable", "isinstance(m, nn.modules.batchnorm._BatchNorm)", "of torch"),
         ("tracking.checks", "def f(tracker: Any): ...", "any type"),
         ("nn.linear", "\n" * 501, "501 lines"),
     ],

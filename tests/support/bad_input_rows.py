@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import fastlora
 from support.public_calls import KEY, Blocks, adamw, adapted, batches, config, merged, plain, tracked
 
 NAN, INF = math.nan, math.inf
@@ -56,8 +57,6 @@ def wrapped_by_peft(good):
 
 def awaits_backward(good):
     """Kept alive by the model: a forward whose backward has not run."""
-    import fastlora
-
     model = adapted()
     fastlora.set_adapter(model, "b")
     model.kept = [model(torch.randn(2, 8))]
@@ -67,6 +66,10 @@ def awaits_backward(good):
 
 def other_model(good):
     return adamw(torch.nn.ModuleDict({"x": adapted()})["x"])
+
+
+def no_scores(good):
+    return fastlora.Scores({}, "grad_sq")
 
 
 def one_batch(good):
@@ -144,8 +147,8 @@ TRACK = {
     "seed": rows((0.5, "seed: expected an integer"), (True, "seed: expected an integer")),
     "loss_reduction": rows(("none", "loss_reduction: expected one of")),
     "every": rows((0, "every: expected 'auto' or a positive number of steps"), (1.5, "every: expected 'auto'")),
-    "adapter": rows(("c", r"adapter: expected one of \['b', 'default'\], got 'c'"),
-                    (["b"], "adapter: expected the name")),
+    "adapter": rows(("c", r"adapter: expected one of \['default', 'b'\], got 'c'"),
+                    (["b"], "adapter: expected one of")),
 }  # fmt: skip
 PENALTY = {
     "weight": rows((NAN, "weight")) + rows(("1", "weight"), error=TypeError),
@@ -177,7 +180,8 @@ ROWS: dict[str, dict[str, list[Row]]] = {
     "LoraConfig.coerce": {"config": rows(({"r": 8}, "config: expected .*LoraConfig or peft.LoraConfig, got dict"))},
     "Scores": {
         "values": rows(([1.0], "values must be a mapping"), ({1: 1.0}, "values must have string keys"), error=TypeError)
-        + rows(({"a": NAN}, r"values\['a'\] must be finite"), ({"a": -1.0}, "is negative: pass signed=True")),
+        + rows(({"a": NAN}, r"values\['a'\] must be finite"), ({"a": INF}, r"values\['a'\] must be finite"),
+               ({"a": -1.0}, "is negative: pass signed=True")),
         "kind": rows(("", "kind must be a non-empty string"), (3, "kind must be"), error=TypeError),
         "signed": rows((1, "signed must be True, False or None"), error=TypeError),
         "costs": rows(({"a": 3}, "costs lacks 'b'"), ({"a": 0, "b": 1}, r"costs\['a'\] must be at least 1")),
@@ -218,7 +222,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
     "add_adapter": {
         "model": MODEL,
         "name": rows(("b", "name: the model already has an adapter 'b'"), ("a.b", "name: expected a non-empty string"),
-                     ("", "name: expected a non-empty string")),
+                     ("", "name: expected a non-empty string"), ("keys", "name: .* nn.ModuleDict does not use itself")),
         "config": rows(({"r": 2}, "config: expected fastlora.LoraConfig"),
                        (config(bias="all"), "bias: expected 'none'"),
                        (config(target_modules=["qq"]), "target_modules: 'qq' matches no module")),
@@ -238,7 +242,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "tau": rows((0.0, "tau"), (NAN, "tau")),
         "power": rows((-1.0, "power"), (INF, "power")),
     },
-    "breakdown": {"scores": rows(({}, "scores must not be empty"), ({"a": INF}, r"scores\['a'\] must be finite"))},
+    "Scores.breakdown": {"self": rows((no_scores, "scores must not be empty"))},
     "calibrate": {
         "model": MODEL[1:] + rows((already_tracked, "model: is tracked already")),
         "batches": rows((3, "batches: expected an iterable"), ([], "batches: yielded nothing"),
@@ -250,7 +254,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "centered": rows((1, "centered: expected True or False"), (True, "centered: works with method='fim' only")),
         "progress": rows(("bar", "progress")),
         "process_group": GROUP,
-        "adapter": rows(("c", "adapter: expected one of"), (["b"], "adapter: expected the name")),
+        "adapter": rows(("c", "adapter: expected one of"), (["b"], "adapter: expected one of")),
     },
     "Scores.composite": {
         "grad_sq": NUMBERS, "grad_abs": NUMBERS, "act_var": NUMBERS,
@@ -273,6 +277,8 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "config": rows(({"r": 8}, "config: expected fastlora.LoraConfig"),
                        (config(r=9), "rank of .*: at most .* = 8, got 9"),
                        (config(rank_pattern={"x": 2}), "rank_pattern: 'x' matches no")),
+        "adapter": rows(("", "adapter: expected a non-empty string without dots, got ''"), (None, "adapter: expected"),
+                        ("items", "adapter: expected a name that nn.ModuleDict does not use itself, got 'items'")),
         "accelerate_frozen": rows(("yes", "accelerate_frozen: expected True or False, got 'yes'")),
         "check": rows(("ignore", "check: expected")),
     },
@@ -280,8 +286,8 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "model": rows(NOT_A_MODEL, (lambda good: Blocks().blocks, "has no module of that name")),
         "path": rows((3, "path: expected the path of a folder, got 3"))
         + rows(("no such", "no such folder"), error=FileNotFoundError),
-        "adapter": rows(("b", "adapter: a model without adapters gets one named 'default'"),
-                        ({}, "adapter: expected the name")),
+        "adapter": rows(("a.b", "adapter: expected a non-empty string without dots"),
+                        ({}, "adapter: expected a non-empty string without dots")),
     },
     "from_peft": {
         "peft_model": rows(("bert", "peft_model: expected a peft.PeftModel, got str"),
@@ -295,7 +301,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "lora_alpha": rows((NAN, "lora_alpha: expected a finite number"), ("1", "lora_alpha: expected a finite")),
         "rename": rows(({"x": "y"}, "rename: 'x' is not in state_dict"), (3, "rename: expected a mapping")),
         "enable_lora": rows(("qkv", "enable_lora: expected True or False"), ([], "enable_lora: expected True or")),
-        "adapter": rows((3, "adapter: expected the name"), ("b", "adapter: a model without adapters gets one named")),
+        "adapter": rows((3, "adapter: expected a non-empty string without dots, got 3"), ("keys", "nn.ModuleDict")),
     },
     "merge": {
         "model": MODEL + rows((already_merged, "is merged already")),
@@ -345,7 +351,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
     "save": {
         "model": MODEL,
         "path": rows((3, "path: expected the path of a folder, got 3"), (__file__, "path: expected a folder")),
-        "adapter": rows(("c", r"adapter: expected one of \['b', 'default'\], got 'c'")),
+        "adapter": rows(("c", r"adapter: expected one of \['default', 'b'\], got 'c'")),
         "fold_scale": rows(("yes", "fold_scale: expected True or False")),
         "importance": rows(({"a": NAN}, "importance: expected finite scores by name"),
                            ([1], "importance: expected a mapping")),
@@ -360,7 +366,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "reinit": rows((1, "reinit: expected True or False"), (False, "pass reinit=True")),
         "keep": rows((1, "keep: expected True or False"), (True, "keep: expected keep or reinit, got both")),
     },
-    "summary": {"model": MODEL, "adapter": rows(("c", r"adapter: expected one of \['b', 'default'\], got 'c'"))},
+    "summary": {"model": MODEL, "adapter": rows(("c", r"adapter: expected one of \['default', 'b'\], got 'c'"))},
     "track": TRACK,
     "to_peft": {
         "model": MODEL + rows((already_merged, "is merged; call fastlora.unmerge")),

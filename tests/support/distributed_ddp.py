@@ -122,7 +122,7 @@ def several_adapters(rank, world):
 def not_finite(rank, world):
     m = model()
     parallel = DistributedDataParallel(m)
-    with fastlora.track(parallel, "exact", statistics=("grad_sq", "act_cov"), ema=None) as tracker:
+    with fastlora.track(parallel, estimator="exact", statistics=("grad_sq", "act_cov"), ema=None) as tracker:
         for step in range(3):
             x, y = batch(step, 0, rank)
             if step == 1 and rank == world - 1:

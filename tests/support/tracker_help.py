@@ -93,7 +93,7 @@ def accumulated(m, batches, tracker):
 
 
 def wide_probe(m, statistics, run, probes=4096, **kwargs):
-    with track(m, "probe", probes=probes, ema=None, statistics=statistics, **kwargs) as tracker:
+    with track(m, estimator="probe", probes=probes, ema=None, statistics=statistics, **kwargs) as tracker:
         run(tracker)
     return tracker
 

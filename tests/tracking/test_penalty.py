@@ -19,7 +19,7 @@ OPTIONS = list(itertools.product(("delta", "decay"), ("sum", "relative", "unifor
 
 
 def tracked(m, batches, **kwargs):
-    tracker = track(m, "exact", ema=None, **kwargs)
+    tracker = track(m, estimator="exact", ema=None, **kwargs)
     for batch in batches:
         loss_of(m, batch).backward()
         tracker.step()
@@ -51,14 +51,14 @@ def test_value_and_gradient_by_hand(form, normalize):
     m = model()
     with tracked(m, [data(seed=s) for s in range(3)]) as tracker:
         expected = expected_penalty(tracker, 0.1, form, normalize)
-        value = tracker.penalty(0.1, form, normalize)
+        value = tracker.penalty(0.1, form=form, normalize=normalize)
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
         (loss_of(m, data()) + value).backward()
         by_autograd = gradients(m)
         m.zero_grad()
         loss_of(m, data()).backward()
         before = [p.grad for p in m.parameters() if p.grad is not None]
-        tracker.apply_penalty(0.1, form, normalize)
+        tracker.apply_penalty(0.1, form=form, normalize=normalize)
         assert all(p.grad is g for p, g in zip([p for p in m.parameters() if p.grad is not None], before, strict=True))
         for mine, other in zip(gradients(m), by_autograd, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-14)
@@ -68,7 +68,7 @@ def test_value_and_gradient_by_hand(form, normalize):
 def test_the_weights_differ_between_the_forms():
     m = model()
     with tracked(m, [data()]) as tracker:
-        values = {options: tracker.penalty(1.0, *options).item() for options in OPTIONS}
+        values = {(form, n): tracker.penalty(1.0, form=form, normalize=n).item() for form, n in OPTIONS}
     assert len({round(value, 9) for value in values.values()}) == len(OPTIONS)
 
 

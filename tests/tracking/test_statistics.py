@@ -24,11 +24,11 @@ import fastlora
 @pytest.mark.parametrize("estimator", ["probe", "exact"])
 def test_a_step_that_is_not_finite_is_left_out_and_counted(bad, estimator):
     m, batch = model(), data()
-    plain = track(m, estimator)
+    plain = track(m, estimator=estimator)
     loss_of(m, batch).backward()
     plain.step()
     plain.close()
-    tracker = track(m, estimator)
+    tracker = track(m, estimator=estimator)
     loss_of(m, batch).backward()
     tracker.step()
     (loss_of(m, batch) * bad).backward()
@@ -43,7 +43,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(bad, estimator):
 def test_ema_is_bias_corrected_per_matrix():
     m = model()
     used, values = [0, 1, 0, 1, 1], []
-    with track(m, "exact", ema=0.9) as tracker:
+    with track(m, estimator="exact", ema=0.9) as tracker:
         for i, both in enumerate(used):
             x, y = data(seed=i)
             G = weight_gradients(m, [(x, y)], (lambda m, b: loss_of(m, b)) if both else first_only)
@@ -70,7 +70,7 @@ def test_covariances_stream_over_steps_and_leave_out_what_is_not_finite():
         return hook
 
     handles = [layer.register_forward_hook(keep(p)) for p, layer in fastlora.nn.linear.adapted_layers(m).items()]
-    with track(m, "exact", statistics=("act_cov", "grad_cov", "grad_sq"), ema=None) as tracker:
+    with track(m, estimator="exact", statistics=("act_cov", "grad_cov", "grad_sq"), ema=None) as tracker:
         for batch in batches:
             loss_of(m, batch).backward()
             tracker.step()
@@ -86,7 +86,7 @@ def test_covariances_stream_over_steps_and_leave_out_what_is_not_finite():
         for path, pairs in seen.items():
             rows = torch.cat([pair[index] for pair in pairs])
             torch.testing.assert_close(found[path], rows.T @ rows / len(rows), rtol=1e-10, atol=1e-14)
-    with track(m, "exact", statistics=("act_cov", "grad_cov", "grad_sq"), ema=None) as again:
+    with track(m, estimator="exact", statistics=("act_cov", "grad_cov", "grad_sq"), ema=None) as again:
         again.load_state_dict(state)
     assert all(torch.equal(a, again.covariances("act_cov")[p]) for p, a in tracker.covariances("act_cov").items())
     with pytest.raises(ValueError, match="kind: 'act_cov' is not tracked, only none; name it in statistics"):
@@ -98,7 +98,7 @@ def test_loss_scale_is_divided_out_of_grad_cov():
     m, batch = model(dtype=torch.float32), data(dtype=torch.float32)
     scaler, found = torch.amp.GradScaler("cpu", init_scale=1024.0), []
     for use in (False, True):
-        with track(m, "exact", statistics=("grad_cov",)) as tracker:
+        with track(m, estimator="exact", statistics=("grad_cov",)) as tracker:
             loss = loss_of(m, batch)
             (scaler.scale(loss) if use else loss).backward()
             tracker.step(scaler=scaler if use else None)

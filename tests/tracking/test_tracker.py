@@ -35,7 +35,7 @@ from fastlora.nn.probe import sampling_interval
 def test_exact_is_the_gradient_autograd_would_give(layer, targets):
     m, batch = model(layer=layer, targets=targets), data()
     G = weight_gradients(m, [batch])
-    with track(m, "exact", ema=None, statistics=("grad_sq", "grad_abs")) as tracker:
+    with track(m, estimator="exact", ema=None, statistics=("grad_sq", "grad_abs")) as tracker:
         loss_of(m, batch).backward()
         tracker.step()
     assert_scores(tracker.scores("grad_sq"), {k: g.square().sum() for k, g in G.items()})
@@ -52,7 +52,7 @@ def test_exact_fisher_is_the_mean_square_of_each_samples_own_gradient(layer, tar
     def loss(m, batch):
         return nn.functional.cross_entropy(m(batch[0]).mean(1), batch[1], reduction=reduction)
 
-    with track(m, "exact", ema=None, statistics=("fisher",), loss_reduction=reduction) as tracker:
+    with track(m, estimator="exact", ema=None, statistics=("fisher",), loss_reduction=reduction) as tracker:
         loss(m, batch).backward()
         tracker.step()
     assert_scores(tracker.scores("fisher"), {k: g.square().sum((1, 2)).mean() for k, g in own.items()})
@@ -61,7 +61,7 @@ def test_exact_fisher_is_the_mean_square_of_each_samples_own_gradient(layer, tar
 def test_exact_accumulates_before_squaring():
     m, batches = model(), [data(seed=s) for s in (1, 2, 3)]
     G = weight_gradients(m, batches, lambda m, b: loss_of(m, b) / 3)
-    with track(m, "exact", ema=None, statistics=("grad_sq", "fisher")) as tracker:
+    with track(m, estimator="exact", ema=None, statistics=("grad_sq", "fisher")) as tracker:
         accumulated(m, batches, tracker)
     assert_scores(tracker.scores("grad_sq"), {k: g.square().sum() for k, g in G.items()})
     own = [per_sample_gradients(m, b) for b in batches]
@@ -127,7 +127,7 @@ def test_checkpointing_counts_once(reentrant, estimator):
     for wrapped in (False, True):
         m, (x, y) = model(), data()
         x.requires_grad_()  # a reentrant checkpoint needs an input with a gradient
-        with track(m, estimator, ema=None, statistics=kinds) as tracker:
+        with track(m, estimator=estimator, ema=None, statistics=kinds) as tracker:
             tracker.micro = 1
             h = x
             for block in m[:-1]:
@@ -173,7 +173,7 @@ def test_act_var_is_the_trace_of_the_output_covariance():
 def test_loss_scale_is_divided_out(estimator):
     m, batch = model(dtype=torch.float32), data(dtype=torch.float32)
     kinds = ("grad_sq", "act_var") if estimator == "probe" else ("grad_sq", "grad_abs", "act_var")
-    assert_scale_divided_out(m, batch, kinds, lambda: track(m, estimator, ema=None, statistics=kinds))
+    assert_scale_divided_out(m, batch, kinds, lambda: track(m, estimator=estimator, ema=None, statistics=kinds))
 
 
 def test_dropout_does_not_bias_the_probes():
@@ -181,7 +181,7 @@ def test_dropout_does_not_bias_the_probes():
     m.train()
     kept = wide_probe(m, ("grad_sq",), lambda t: (torch.manual_seed(0), loss_of(m, batch).backward(), t.step()))
     torch.manual_seed(0)
-    with track(m, "exact", ema=None) as tracker:
+    with track(m, estimator="exact", ema=None) as tracker:
         loss_of(m, batch).backward()
         tracker.step()
     assert_estimates(kept.scores("grad_sq"), dict(tracker.scores("grad_sq")))
@@ -234,14 +234,14 @@ def test_state_dict_resumes_to_the_same_numbers(estimator):
             tracker.step()
 
     m = model()
-    whole = track(m, estimator, statistics=("grad_sq", "act_var"), seed=3)
+    whole = track(m, estimator=estimator, statistics=("grad_sq", "act_var"), seed=3)
     train(whole, m, range(6))
     whole.close()
-    first = track(m, estimator, statistics=("grad_sq", "act_var"), seed=3)
+    first = track(m, estimator=estimator, statistics=("grad_sq", "act_var"), seed=3)
     train(first, m, range(3))
     state = copy.deepcopy(first.state_dict())
     first.close()
-    second = track(m, estimator, statistics=("grad_sq", "act_var"), seed=99)
+    second = track(m, estimator=estimator, statistics=("grad_sq", "act_var"), seed=99)
     second.load_state_dict(state)
     train(second, m, range(3, 6))
     for kind in ("grad_sq", "act_var"):
@@ -312,7 +312,7 @@ def test_sampled_steps_are_the_average_and_are_explained(estimator, compiled):
     m, batches = model(), [data(seed=s) for s in range(7)]
     own = [weight_gradients(m, [b]) for b in batches]
     run = torch.compile(m, backend="aot_eager", fullgraph=True) if compiled else m
-    with track(m, estimator, probes=512, ema=None, every=3) as tracker:
+    with track(m, estimator=estimator, probes=512, ema=None, every=3) as tracker:
         for batch in batches:
             loss_of(run, batch).backward()
             tracker.step()
@@ -343,7 +343,9 @@ def test_a_resumed_tracker_samples_the_same_steps(estimator, every):
     every = 3 if estimator == "exact" else every
     m = model()
     # In one go, and saved in the middle of an interval.
-    trackers = [tracked_in_parts(m, stops, lambda: track(m, estimator, every=every))[0] for stops in ((20,), (4, 20))]
+    trackers = [
+        tracked_in_parts(m, stops, lambda: track(m, estimator=estimator, every=every))[0] for stops in ((20,), (4, 20))
+    ]
     whole, resumed = trackers
     assert torch.equal(whole._averages.counts["grad_sq"], resumed._averages.counts["grad_sq"])
     assert dict(whole.scores("grad_sq")) == dict(resumed.scores("grad_sq"))
@@ -351,7 +353,7 @@ def test_a_resumed_tracker_samples_the_same_steps(estimator, every):
 
 def test_a_step_that_is_not_sampled_keeps_no_tensors():
     m = model()
-    with track(m, "exact", every=2) as tracker:
+    with track(m, estimator="exact", every=2) as tracker:
         for kept in (True, False):
             loss_of(m, data()).backward()
             assert all(bool(layer.probes["default"].taken) == kept for layer in tracker.layers.values())

@@ -80,7 +80,7 @@ FASTLORA_INLINE void store(bf16* p, Vec v) {
 }
 
 // Bits of a float16 to and from fp32, by hand where the target has no instruction for it. Subnormals go through an
-// addition that lets the adder normalize, or round, them.
+// addition that lets the adder normalise, or round, them.
 FASTLORA_INLINE float widen_bits(uint16_t bits) {
   constexpr uint32_t kExponent = 0x7c00u << 13, kMagic = 113u << 23;
   uint32_t u = (bits & 0x7fffu) << 13;

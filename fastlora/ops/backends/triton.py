@@ -12,6 +12,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from ..._utils.torch_compat import unsafe_view
 from .. import native, reference
 from ..layout import Dropout, Gradients, Layout, LoraCall, Need, Rows, as_rows, picks_columns
 from ..reference import keep_threshold
@@ -104,7 +105,7 @@ def _row_dropout(drop: Dropout | None) -> Any:
 
 def _reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Not a view, which autograd would let nobody change in place."""
-    return torch.ops.aten._unsafe_view.default(y, shape)
+    return unsafe_view(y, shape)
 
 
 def signs_(out: Tensor, seed: Tensor, step: int, block: Tensor, group: Tensor, tag: int) -> Tensor:
@@ -118,6 +119,7 @@ class TritonBackend:
 
     name: str = "triton"
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None] = unsupported_reason
+    plannable: bool = True
 
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """As ``Backend.forward``."""
@@ -144,7 +146,7 @@ class TritonBackend:
         kernels, batch, ranks = _kernel("grouped"), _batch(call.rows), _ranks(call)
         factors = _one_dtype([*call.A, *call.P])
         A, probes = factors[: len(call.A)], factors[len(call.A) :]
-        stacked = [f for g in range(len(ranks.ranks)) for f in (*A[g * n : g * n + n], *probes[g : g + 1])]
+        stacked = [f for g in range(ranks.adapters) for f in (*A[g * n : g * n + n], *probes[g : g + 1])]
         h = kernels.grouped_shrink(x, stacked, batch, ranks, drop=_row_dropout(call.drop))
         places = list(zip(layout.outputs, layout.columns, strict=True))
         B, options = _one_dtype(call.B), (places, call.scale, call.moments)
@@ -233,11 +235,11 @@ class TritonBackend:
 
 
 def _batch(rows: Rows) -> Any:
-    return _kernel("grouped").Batch(rows.order, rows.ranges, _segment_tiles)
+    return _kernel("grouped").RowBatch(rows.order, rows.ranges, _segment_tiles)
 
 
 def _ranks(call: LoraCall) -> Any:
-    return _kernel("grouped").Ranks(call.layout.ranks, tuple(call.probes) or (0,) * call.rows.ranges.shape[0])
+    return _kernel("grouped").LoraRanks(call.layout.ranks, tuple(call.probes) or (0,) * call.rows.ranges.shape[0])
 
 
 def _segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:

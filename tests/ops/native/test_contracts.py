@@ -28,7 +28,8 @@ def test_library_is_loaded():
     shutil.which("nvcc") is None or os.environ.get("FASTLORA_CUDA") == "0", reason="built without the CUDA compiler"
 )
 def test_cuda_operator_is_compiled_and_registered():
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("fastlora::shrink", "CUDA")
+    for name in ("build_segments", "segment_tiles", "penalty", "philox_signs_"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{name}", "CUDA"), name
 
 
 def big_calls(dtype):

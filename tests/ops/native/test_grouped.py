@@ -225,12 +225,10 @@ def test_schemas_and_fake_tensors(dtype):
     for moments in (True, False):
         arguments = (batch.y, batch.x, batch.A, batch.P, batch.B, *batch.where(), moments)
         torch.library.opcheck(ops.lora_grouped_forward_.default, arguments, test_utils=utils)
-        torch.library.opcheck(ops.grouped_forward_multiply_adds_.default, arguments, test_utils="test_schema")
     for dx in (batch.dx, None):
         for probes in (batch.probes, [0] * 3):
             arguments = (dx, batch.dy, batch.x, h, batch.A, batch.B, *batch.where(), probes, True, dx is None)
             torch.library.opcheck(ops.lora_grouped_backward_.default, arguments, test_utils=utils)
-            torch.library.opcheck(ops.grouped_backward_multiply_adds_.default, arguments, test_utils="test_schema")
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,12 @@ import os
 
 import pytest
 import torch
+from support.counted_help import multiply_adds, needs_counting
 from support.native_grouped_help import DTYPES, draw_ids, make, segments
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("FASTLORA_BUILD") == "0", reason="FASTLORA_BUILD=0: the native library is left out on purpose"
 )
-
-ops = torch.ops.fastlora
 
 
 @pytest.fixture(autouse=True)
@@ -108,13 +107,12 @@ def backward_work(batch) -> int:
     return total
 
 
-def multiply_adds(batch) -> tuple[int, int]:
+def work(batch) -> tuple[int, int]:
     h = batch.forward()[0]
-    return batch.forward(op=ops.grouped_forward_multiply_adds_), batch.backward(
-        h, op=ops.grouped_backward_multiply_adds_
-    )
+    return batch.forward(op=multiply_adds("forward")), batch.backward(h, op=multiply_adds("backward"))
 
 
+@needs_counting
 @pytest.mark.parametrize("distribution", ["uniform", "zipf", "skewed", "identical", "distinct", "base"])
 def test_work_is_own_rows_times_own_ranks(distribution):
     """Counted in the calls of the kernels, with one thread and several."""
@@ -122,12 +120,13 @@ def test_work_is_own_rows_times_own_ranks(distribution):
     batch = make(ids, 12, 65, [33, 20], [1, 3, 64, 2, 17], torch.float32, fused=True, probes=(0, 4))
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        assert multiply_adds(batch) == (forward_work(batch), backward_work(batch))
+        assert work(batch) == (forward_work(batch), backward_work(batch))
 
 
+@needs_counting
 def test_work_grows_with_the_rank_of_the_rows_own_adapter_only():
     ids = torch.tensor([0] * 90 + [1] * 10)
-    work = {rank: multiply_adds(make(ids, 2, 32, [16], [4, rank])) for rank in (4, 8, 128)}
+    found = {rank: work(make(ids, 2, 32, [16], [4, rank])) for rank in (4, 8, 128)}
     for rank in (8, 128):
         more = 10 * (rank - 4) * (32 + 16)
-        assert work[rank] == (work[4][0] + more, work[4][1] + 2 * more)
+        assert found[rank] == (found[4][0] + more, found[4][1] + 2 * more)
