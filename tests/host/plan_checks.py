@@ -214,13 +214,58 @@ def anything_else_gets_a_plan_of_its_own(gpu):
 
 
 @torch.no_grad()
-def layers_of_one_size_share_a_plan(gpu):
+def owners_of_an_equal_scope_share_plans(gpu):
     forward = directions(PLAIN._replace(ranks="odd"), gpu.device)["forward"]
-    first = with_plans(forward)
     called = []
-    other = Plans()
-    other.run(forward.key, forward.fresh(), lambda given: called.append(1) or forward.compute(given))
-    assert not called and len(other) == len(first) == 1
+
+    def counted(given):
+        called.append(1)
+        return forward.compute(given)
+
+    def run(own):
+        called.clear()
+        own.run(forward.key, forward.fresh(), counted)
+        return len(called)
+
+    first, second, other, alone = Plans(("scale", 1.0)), Plans(("scale", 1.0)), Plans(("scale", 2.0)), Plans()
+    assert [run(first), run(first), run(first)] == [1, 1, 0]
+    assert [run(second), run(other), run(other), run(alone), run(alone)] == [0, 1, 1, 1, 1]
+    assert [run(own) for own in (first, second, other, alone)] == [0, 0, 0, 0]
+
+
+def layers_of_other_scales_have_other_plans(gpu):
+    """Everything but the scale is equal: it is an argument of kernels."""
+    x = torch.empty(512, 768, device=gpu.device, dtype=torch.bfloat16, requires_grad=True)
+
+    def step(layer, launcher="native"):
+        with mock.patch.object(plan, "_wanted", lambda: launcher):
+            torch.autograd.backward(layer(x), torch.empty_like(x))
+
+    def numbers(launches):
+        return [[a for a, p in zip(la.arguments, la.pointers, strict=True) if not p] for la in launches]
+
+    for alpha in (16, 32):
+        layer = fastlora.nn.Linear(768, 768, r=8, lora_alpha=alpha, device=gpu.device, dtype=torch.bfloat16)
+        theirs = gpu.record(lambda: step(layer, "triton"))  # noqa: B023
+        for _ in range(3):
+            step(layer)
+        assert numbers(gpu.record(lambda: step(layer))) == numbers(theirs), alpha  # noqa: B023
+
+
+@torch.no_grad()
+def a_flag_of_torchs_has_plans_of_its_own(gpu):
+    """fp32 products in tf32 or not: another kernel."""
+    forward = directions(PLAIN._replace(dtype=torch.float32, columns=1056), gpu.device)["forward"]
+    plans = with_plans(forward)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if before != "tf32" else "ieee"
+        theirs = gpu.trace(lambda: forward.compute(list(forward.inputs)))
+        for _ in range(4):
+            ours = gpu.trace(lambda: plans.run(forward.key, forward.inputs, forward.compute))
+        assert records.difference(records.canonical(ours), records.canonical(theirs)) is None and len(plans) == 2
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @torch.no_grad()
@@ -235,13 +280,13 @@ def plans_are_bounded_and_freed(gpu):
             plans.run(forward.key, inputs, forward.compute)
         numbers.append(plan._known[next(reversed(plan._known))][0])
         assert len(plans) <= 2
-    assert [plan._plan.alive(n) for n in numbers] == [False, False, True, True]
+    assert [plan.alive(n) for n in numbers] == [False, False, True, True]
     for step in range(50):
         plans.run((*forward.key, step), forward.inputs, forward.compute)
         plans.run((*forward.key, step), forward.inputs, forward.compute)
     assert len(plans) <= 2 and len(plans._variants) <= 4 * 2 + 1, len(plans._variants)
     del plans
-    assert not plan._plan.alive(numbers[-1]), "a plan outlived its owner"
+    assert not plan.alive(numbers[-1]), "a plan outlived its owner"
 
 
 @torch.no_grad()
@@ -353,9 +398,9 @@ def memory_that_is_missing_is_tritons_error(gpu):
 
 def a_driver_without_a_symbol_is_said(gpu):
     opened = torch.ops.fastlora.open_plans
-    assert "cannot be loaded" in opened(plan._plan.registry(), "libnotthere.so.1")
-    assert "has no cuLaunchKernelEx" in opened(plan._plan.registry(), "libm.so.6")
-    assert opened(plan._plan.registry(), plan.DRIVER) == ""
+    assert "cannot be loaded" in opened(plan.registry(), "libnotthere.so.1")
+    assert "has no cuLaunchKernelEx" in opened(plan.registry(), "libm.so.6")
+    assert opened(plan.registry(), plan.DRIVER) == ""
 
 
 def other_cards_have_plans_of_their_own(gpu):
@@ -536,7 +581,8 @@ def layers_use_plans(gpu):
 
 CHECKS = (
     changes_are_seen, one_tensor_given_twice_is_two_inputs, anything_else_gets_a_plan_of_its_own,
-    layers_of_one_size_share_a_plan, plans_are_bounded_and_freed, streams_and_threads_are_the_callers,
+    owners_of_an_equal_scope_share_plans, layers_of_other_scales_have_other_plans,
+    a_flag_of_torchs_has_plans_of_its_own, plans_are_bounded_and_freed, streams_and_threads_are_the_callers,
     what_cannot_be_written_down_is_said, a_launch_that_fails_goes_to_triton, memory_that_is_missing_is_tritons_error,
     a_driver_without_a_symbol_is_said, other_cards_have_plans_of_their_own, numbers_of_library_calls_are_torchs,
     backends_with_plans_give_the_same, layers_use_plans, another_device_is_the_current_one_for_its_launches,

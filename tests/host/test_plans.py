@@ -74,7 +74,8 @@ def test_an_unknown_launcher_is_refused():
     ("change", "reason"),
     [
         ("plan.DRIVER = 'libnotthere.so.1'", "libnotthere.so.1 cannot be loaded"),
-        ("plan._plan = None", "fastlora._plan was not built"),
+        ("plan.Cache = None", "fastlora._plan was not built"),
+        ("plan.dispatch_mode = None", "this torch does not show what is called"),
         ("plan.native._REASON = 'the native library was not built'", "the native library was not built"),
     ],
 )

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._utils.torch_compat import dispatch_mode, schema_of
 from .. import native
 
 try:
-    from ... import _plan
+    from ..._plan import Cache, alive, registry
 except ImportError:
-    _plan = None
+    Cache = None
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +78,11 @@ def _missing() -> str | None:
     """Why plans cannot run in this process."""
     if not native.available():
         return native.reason()
-    if _plan is None:
+    if Cache is None:
         return "fastlora._plan was not built (reinstall with FASTLORA_BUILD=1 to see why)"
-    return torch.ops.fastlora.open_plans(_plan.registry(), DRIVER) or None
+    if dispatch_mode is None or schema_of is None:
+        return "this torch does not show what is called: see fastlora doctor"
+    return torch.ops.fastlora.open_plans(registry(), DRIVER) or None
 
 
 def launcher() -> tuple[str, str | None]:
@@ -101,20 +104,23 @@ def said() -> list[str]:
 class Plans:
     """The plans of one owner: a layer, or layers that run together. At most ``capacity`` of them, the last used.
 
-    ``reason``: why the last call that had no plan did not get one, or None.
+    ``scope``: whatever the owner's computations depend on beside their inputs and keys, as its scales; owners of an
+    equal scope share their plans. None: nobody else computes the same. ``reason``: why the last call that had no plan
+    did not get one, or None.
     """
 
-    def __init__(self, capacity: int = CAPACITY):
-        self.capacity = capacity
+    def __init__(self, scope: Hashable = None, capacity: int = CAPACITY):
+        self.scope, self.capacity = scope, capacity
         self.reason: str | None = None
+        self._shared = object() if scope is None else scope
         self._variants: dict[Hashable, int] = {}
         self._cache = None
 
     def __deepcopy__(self, memo: dict) -> Plans:
-        return Plans(self.capacity)
+        return Plans(self.scope, self.capacity)
 
     def __reduce__(self) -> tuple:
-        return Plans, (self.capacity,)
+        return Plans, (self.scope, self.capacity)
 
     def __len__(self) -> int:
         return 0 if self._cache is None else len(self._cache)
@@ -127,10 +133,13 @@ class Plans:
     def run(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> list[Tensor | None]:
         """``compute(inputs)``, by a plan where there is one.
 
-        ``compute`` may depend on its inputs, on ``key``, and on nothing else that changes; it changes no input, reads
-        no value back, and its outputs, of which some may be None, are not differentiated. ``inputs`` are strided
-        tensors, the first of them on the GPU, and no mode watches the dispatcher.
+        ``compute`` may depend on its inputs, on ``key``, on the owner's scope, on how torch multiplies fp32 matrices,
+        and on nothing else; it changes no input, reads no value back, and its outputs, of which some may be None, are
+        not differentiated. ``inputs`` are strided tensors, the first of them on the GPU, and no mode watches the
+        dispatcher.
         """
+        if inputs[0].dtype is torch.float32:
+            key = (key, _precision())
         variant = self._variants.get(key)
         if variant is not None:
             try:
@@ -159,7 +168,7 @@ class Plans:
             if _wanted() == "native" and self.reason is not None:
                 _say(self.reason)
             return list(compute(list(inputs)))
-        met = (key, tuple(map(_described, inputs)))
+        met = (self._shared, key, tuple(map(_described, inputs)))
         if met not in _known:
             _known[met] = None
             return list(compute(list(inputs)))
@@ -167,7 +176,7 @@ class Plans:
         if isinstance(known, str):
             self.reason = known
             return list(compute(list(inputs)))
-        if known is None or not _plan.alive(known[0]):
+        if known is None or not alive(known[0]):
             return self._record(key, met, inputs, compute)
         self._keep(key, inputs, *known)
         return _run_plan(self._cache.number, self._variants[key], inputs)
@@ -191,10 +200,17 @@ class Plans:
     def _keep(self, key: Hashable, inputs: Sequence[Tensor], number: int, constants: list[Tensor]) -> None:
         if self._cache is None or len(self._variants) > 4 * self.capacity:
             # A key that differs at every call, as a scale that is annealed, would fill the memory.
-            self._cache = _plan.Cache(self.capacity)
+            self._cache = Cache(self.capacity)
             self._variants.clear()
         variant = self._variants.setdefault(key, len(self._variants))
         torch.ops.fastlora.keep_plan(self._cache.number, variant, number, inputs, constants)
+
+
+def _precision() -> str:
+    """How kernels multiply fp32 numbers, which a flag of torch's says."""
+    from ...kernels import primitives
+
+    return primitives.precision(torch.float32)
 
 
 def _described(tensor: Tensor) -> tuple:

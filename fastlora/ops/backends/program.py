@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ... import _plan
+from ..._plan import Builder
 from .recorder import Allocate, Call, Launch, Multiply, Program, Step, View
 
 
 def build(program: Program) -> Any:
     """The finished plan: ``number`` is what the operators know it by."""
     steps = needed(program)
-    builder = _plan.Builder(program.inputs, len(program.constants))
+    builder = Builder(program.inputs, len(program.constants))
     slots = {i: i for i in range(program.inputs)} | {
         slot: program.inputs + i for i, slot in enumerate(program.constants)
     }

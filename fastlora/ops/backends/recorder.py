@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..._utils.torch_compat import dispatch_mode, schema_of
 from ...kernels import constants, primitives
 
 
@@ -103,7 +103,7 @@ _one_at_a_time = threading.Lock()
 BUSY = "another thread is recording"
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(dispatch_mode):
     """Runs a computation as it is and writes down a program with the same effect, or the ``problem`` with that.
 
     Tensors are told apart by what they are and not by where they lie: two inputs that share memory today stay two.
@@ -186,7 +186,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self.problem is None and not constants.making():
             with self._noting():
-                self._note(func._schema, args, kwargs or {}, out)
+                self._note(schema_of(func), args, kwargs or {}, out)
         return out
 
     def _note(self, schema: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
