@@ -75,13 +75,6 @@ _version = private(
     "no tensor counts as unchanged: projections run one by one, adapters that never learn are not found",
 )
 
-_dispatch_mode = private(
-    "torch.utils._python_dispatch.TorchDispatchMode",
-    "kernels on a GPU are launched by Triton at every call, not by plans",
-)
-CAN_RECORD = _dispatch_mode is not None
-DispatchMode: Any = _dispatch_mode or object
-
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 _AUTOGRAD_KEYS = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
 _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}

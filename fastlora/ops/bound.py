@@ -21,7 +21,6 @@ from ..kernels.constants import device_constant
 from .autograd import LoraRest, differentiable_backward, low_precision, moment_gradients
 from .backends import choose
 from .backends.plan import Plans
-from .backends.planned import plans_of, precision
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
 from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
 
@@ -86,7 +85,9 @@ class BoundCall:
             return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
         if self.chosen is None:
             self.chosen, _ = choose(self.backend, self.device, self.dtype)
-            self.plans = plans_of(self.chosen)
+            absent = tuple([b is None for b in self.bias])
+            scope = (self.chosen.name, len(self.W), absent, tuple(self.scale), tuple(self.layout.starts), self.engine)
+            self.plans = Plans(scope) if self.chosen.plannable else None
         run = _Run(self, rows, key, p, P, sign, len(Z), len(V))
         if torch.is_grad_enabled():
             return _apply(run, x, *self.A, *self.B, *Z, *V)
@@ -131,7 +132,7 @@ class _Run:
         tensors = [x, *bound.frozen, *bound.A, *bound.B]
         if self.options.__class__ is tuple:
             tensors += [*self.P, *self.sign, *(self.rows or ()), *([] if self.key is None else [self.key])]
-        return bound.plans.run((0, self.options, precision(bound.dtype)), tensors, self._forward_of)
+        return bound.plans.run((0, self.options), tensors, self._forward_of)
 
     def _forward_of(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         """The forward of tensors that stand for this call's own."""
@@ -152,7 +153,7 @@ class _Run:
             tensors += [*(self.rows or ()), *([] if self.key is None else [self.key])]
         there = tuple([g is not None for g in dy])  # ``None in dy`` would ask every tensor whether it equals None
         return bound.plans.run(
-            (1, self.options, precision(bound.dtype), need, there),
+            (1, self.options, need, there),
             tensors,
             lambda given: self._backward_of(given, dy, need),
         )

@@ -18,6 +18,7 @@ class Backend(Protocol):
 
     name: str
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None]
+    plannable: bool  # whether what it does for a call may be written down once and repeated
 
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """``y_j = x W_j^T + bias_j + s h B^T``, ``h = [dropout(x) A^T | x P^T]``: y_j [*, N_j], h [M, width], moments.
@@ -71,6 +72,7 @@ class ComposedBackend:
     name: str
     kernels: Any
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None]
+    plannable: bool = False
 
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """As ``Backend.forward``."""

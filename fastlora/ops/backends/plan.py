@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._utils.torch_compat import CAN_RECORD, dispatch_mode, schema_of
+from ..._utils.torch_compat import dispatch_mode, schema_of
 from .. import native
 
 try:
@@ -78,8 +78,6 @@ def _missing() -> str | None:
     """Why plans cannot run in this process."""
     if not native.available():
         return native.reason()
-    if not CAN_RECORD:
-        return "this torch has no torch.utils._python_dispatch.TorchDispatchMode to record calls with"
     if Cache is None:
         return "fastlora._plan was not built (reinstall with FASTLORA_BUILD=1 to see why)"
     if dispatch_mode is None or schema_of is None:

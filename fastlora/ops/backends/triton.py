@@ -119,6 +119,7 @@ class TritonBackend:
 
     name: str = "triton"
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None] = unsupported_reason
+    plannable: bool = True
 
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """As ``Backend.forward``."""
