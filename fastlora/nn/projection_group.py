@@ -83,7 +83,11 @@ class ProjectionGroup:
         if not visits:
             return None
         visit = visits[-1]
-        if visit.x is not x or layer not in visit.waiting or visit.state != _state(x, layer.router.current()):
+        if visit.x is not x or layer not in visit.waiting:
+            return None
+        # A recomputation goes the way of its forward, whose context may be closed.
+        route = layer.router.route(layer.training) if in_backward() else layer.router.current()
+        if visit.state != _state(x, route):
             return None
         visit.unused[visit.trigger].discard(layer)
         out = visit.waiting.pop(layer)

@@ -200,7 +200,7 @@ def test_a_token_that_is_not_finite_and_does_not_count():
 
 
 def covariances(m, run, **kwargs):
-    with track(m, "exact", statistics=("act_cov", "grad_cov"), **kwargs) as tracker:
+    with track(m, estimator="exact", statistics=("act_cov", "grad_cov"), **kwargs) as tracker:
         run(tracker)
         tracker.step()
     return {kind: tracker.covariances(kind) for kind in ("act_cov", "grad_cov")}

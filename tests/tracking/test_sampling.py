@@ -137,7 +137,7 @@ def test_a_tracker_chooses_says_so_and_keeps_it_in_its_state(cost, every, clock)
 
 def test_where_there_is_nothing_to_measure_every_step_is_sampled():
     m = model()
-    with fastlora.track(m, "exact") as tracker:
+    with fastlora.track(m, estimator="exact") as tracker:
         assert tracker.every == 1 and "every step, the exact estimator is for few steps" in str(fastlora.explain(m))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

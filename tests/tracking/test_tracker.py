@@ -393,7 +393,7 @@ def test_reading_what_is_not_there_is_an_error():
 def test_layers_that_never_ran_are_named_and_the_others_are_there_on_request(estimator):
     m, batch = model(), data()
     expected = weight_gradients(m, [batch], first_only)
-    with track(m, estimator, statistics=("grad_sq", "act_var")) as tracker:
+    with track(m, estimator=estimator, statistics=("grad_sq", "act_var")) as tracker:
         with pytest.raises(RuntimeError, match="no grad_sq yet for 0.query, .*1.value: run backward and") as error:
             tracker.scores(missing="skip")  # there are no others
         assert "missing='skip'" not in str(error.value)
