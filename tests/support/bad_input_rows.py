@@ -242,7 +242,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "config": rows(({"r": 2}, "config: expected a fastlora.LoraConfig", TYPE),
                        (config(bias="all"), "bias: expected 'none'"),
                        (config(target_modules=["qq"]),
-                       "target_modules: expected the ends of names of modules of Blocks, got 'qq'")),
+                       "target_modules: expected suffixes of module names of Blocks, got 'qq'")),
     },
     "allocate": {
         "scores": rows(({}, "scores: expected at least one, got none"),
