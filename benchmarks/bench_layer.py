@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-
 from .harness import gate
 from .harness.peers import frozen, ours, peft, variants
 from .harness.shapes import ANCHORS, DTYPES, SHAPES, Problem, Shape, bf16_matmul, targets, too_large

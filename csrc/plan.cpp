@@ -63,6 +63,11 @@ Slot Builder::allocate(const std::string& dtype, std::vector<int64_t> sizes, std
   return out;
 }
 
+void Builder::fill(Slot out, double number) {
+  check("out", out);
+  add(Fill{out, number});
+}
+
 Slot Builder::view(Slot base, std::vector<int64_t> sizes, std::vector<int64_t> strides, int64_t offset) {
   check_strides(sizes, strides);
   check("base", base);
@@ -141,7 +146,7 @@ std::shared_ptr<const Plan> Builder::finish(std::vector<Slot> results) {
   return done;
 }
 
-void Builder::add(std::variant<Allocate, View, Multiply, Call, Launch> action) {
+void Builder::add(std::variant<Allocate, Fill, View, Multiply, Call, Launch> action) {
   plan_->steps.push_back({std::move(action), {}});
 }
 

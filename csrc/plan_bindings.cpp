@@ -87,6 +87,7 @@ PYBIND11_MODULE(_plan, m) {
                       "Raises ValueError for a slot that holds no tensor at that step, and for sizes that do not fit.")
       .def(py::init<int32_t, int32_t>(), py::arg("inputs"), py::arg("constants"))
       .def("allocate", &Builder::allocate, py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("zero"))
+      .def("fill", &Builder::fill, py::arg("out"), py::arg("number"))
       .def("view", &Builder::view, py::arg("base"), py::arg("sizes"), py::arg("strides"), py::arg("offset"))
       .def("multiply", &Builder::multiply, py::arg("out"), py::arg("added"), py::arg("a"), py::arg("b"))
       .def("call", &call, py::arg("name"), py::arg("overload"), py::arg("arguments"), py::arg("results"))

@@ -24,6 +24,7 @@ class Builder {
   Builder(int32_t inputs, int32_t constants);
 
   Slot allocate(const std::string& dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides, bool zero);
+  void fill(Slot out, double number);
   Slot view(Slot base, std::vector<int64_t> sizes, std::vector<int64_t> strides, int64_t offset);
   void multiply(Slot out, Slot added, Slot a, Slot b);
   // results: which are kept. Returns the slots of those.
@@ -39,7 +40,7 @@ class Builder {
   std::shared_ptr<const Plan> finish(std::vector<Slot> results);
 
  private:
-  void add(std::variant<Allocate, View, Multiply, Call, Launch> action);
+  void add(std::variant<Allocate, Fill, View, Multiply, Call, Launch> action);
   Slot make();
   void check(const char* name, Slot slot) const;
 

@@ -123,7 +123,8 @@ def _statistics(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterat
     yield ""
     yield "Percent over untracked fastlora: median of paired ratios [its 95 % interval]; the naive way over PEFT, on"
     yield "which it is built. The control runs the untracked code again: what it shows is noise. Here every step is"
-    yield "sampled; by default `track` measures the cost in a training step, and samples every n-th where it is over 1 %."
+    yield "sampled; by default `track` measures the cost in a training step, and samples every n-th where it is over"
+    yield "1 %."
     yield ""
     rows = []
     for result in results:

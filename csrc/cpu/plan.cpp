@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -232,6 +233,10 @@ class Run {
                                                            &made));
     put(step.out, made);
     if (step.zero) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(made));
+  }
+
+  void perform(const Fill& step) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_fill__Scalar(at(step.out), step.number));
   }
 
   void perform(const View& step) {

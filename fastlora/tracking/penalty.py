@@ -11,6 +11,7 @@ from torch import Tensor
 from .._utils.distributed import is_sharded, like, whole
 from .._utils.errors import unknown_choice
 from .._utils.torch_compat import add_to_each_
+from ..nn.active import names_of
 from ..nn.linear import Linear, check_adapter
 from ..ops import multi_tensor, penalty
 from ..ops.penalty import (
@@ -108,7 +109,7 @@ class FisherPenalty:
             terms.positions.append(position)
             terms.backends.add(layer.backend)
         if not known:
-            names = sorted({name for layer in self._layers.values() for name in layer.adapter_names})
+            names = names_of(self._layers.values())
             raise unknown_choice("adapter", adapter, names)
         return terms
 

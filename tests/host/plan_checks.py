@@ -426,9 +426,22 @@ def library_calls(given):
     picked = rows.index_select(1, index)
     signs = rows.new_zeros(2, 1).expand(2, 3).repeat(1, 2).unsqueeze(1).contiguous()
     signs.mul_(picked[:1, :1].unsqueeze(0))
+    filled = [torch.full_like(picked, 2.5), rows.new_full((2, 3), 7, dtype=torch.int64), torch.empty_like(y).fill_(-1)]
     total = y.narrow(0, 1, 3).sum(0, keepdim=True, dtype=torch.float64)
     deep = y.t()[1:].view(-1, 1, y.shape[0])[:, 0]
-    return [y.view(*x.shape[:-1], -1), None, total, deep, *copies, picked, signs, x, y[2:, 1:], rows.new_empty(0, 4)]
+    return [
+        y.view(*x.shape[:-1], -1),
+        None,
+        total,
+        deep,
+        *copies,
+        picked,
+        signs,
+        x,
+        y[2:, 1:],
+        rows.new_empty(0, 4),
+        *filled,
+    ]
 
 
 @torch.no_grad()

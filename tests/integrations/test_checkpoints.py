@@ -151,7 +151,7 @@ class TestRefusals:
     def test_models_without_adapters(self, tmp_path):
         with pytest.raises(ValueError, match="model: has no adapters"):
             save_checkpoint(tmp_path / "last.pt", nn.Linear(2, 2))
-        with pytest.raises(ValueError, match="model: expected a torch.nn.Module, got str"):
+        with pytest.raises(ValueError, match="model: expected a torch.nn.Module, got '"):
             adapters_only("model")
 
 

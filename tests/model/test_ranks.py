@@ -384,7 +384,7 @@ class TestReallocate:
             ),
             (model, ({key: 1.0},), {"budget": 1}, "budget = 1 ranks is below the 2"),
             (model, ({key: float("nan")},), {}, "scores.* must be finite"),
-            (model, ({},), {}, "scores must not be empty"),
+            (model, ({},), {}, "scores: expected at least one, got none"),
             (model, ({key: 1.0},), {"r_min": 5, "r_max": 4}, "r_min = 5 is larger than r_max = 4"),
             (model, ({key: 1.0},), {"unit": "layers"}, "unit must be one of"),
             (trained, ({key: 1.0},), {}, "has been trained .*reinit=True"),
@@ -422,7 +422,7 @@ class TestBreakdown:
         assert list(Scores({key: 1.0}, kind="grad_sq").breakdown().cells) == [(block, projection)]
 
     def test_bad_scores(self):
-        with pytest.raises(ValueError, match="scores must not be empty"):
+        with pytest.raises(ValueError, match="scores: expected at least one, got none"):
             Scores({}, kind="grad_sq").breakdown()
         with pytest.raises(ValueError, match="must be finite"):
             Scores({"a": float("inf")}, kind="grad_sq").breakdown()

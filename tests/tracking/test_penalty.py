@@ -117,11 +117,11 @@ def test_nothing_is_added_before_importance_is_frozen():
 @pytest.mark.parametrize(
     "kwargs, error, message",
     [
-        ({"form": "l1"}, ValueError, "form must be 'delta' or 'decay', got 'l1'"),
-        ({"normalize": "max"}, ValueError, "normalize must be 'sum', 'relative' or 'uniform', got 'max'"),
-        ({"weight": float("nan")}, ValueError, "weight must be finite"),
-        ({"weight": "1"}, TypeError, "weight must be a number"),
-        ({"adapter": "b"}, ValueError, "adapter: no tracked layer has an adapter 'b', only default"),
+        ({"form": "l1"}, ValueError, "form: expected one of .'delta', 'decay'., got 'l1'"),
+        ({"normalize": "max"}, ValueError, "normalize: expected one of .'sum', 'relative', 'uniform'., got 'max'"),
+        ({"weight": float("nan")}, ValueError, "weight: expected a finite number"),
+        ({"weight": "1"}, TypeError, "weight: expected a finite number"),
+        ({"adapter": "b"}, ValueError, r"adapter: expected one of \['default'\], got 'b'"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_changes(call, kwargs, error, message):

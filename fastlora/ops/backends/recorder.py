@@ -29,6 +29,13 @@ class Allocate(NamedTuple):
     zero: bool
 
 
+class Fill(NamedTuple):
+    """Every element of ``out`` becomes the number."""
+
+    out: int
+    number: float
+
+
 class View(NamedTuple):
     """Other sizes of ``base``'s memory, ``offset`` elements behind its first."""
 
@@ -71,7 +78,7 @@ class Launch(NamedTuple):
     holes: tuple[tuple[int, int, int], ...]
 
 
-Step = Allocate | View | Multiply | Call | Launch
+Step = Allocate | Fill | View | Multiply | Call | Launch
 
 
 class Program(NamedTuple):
@@ -94,6 +101,8 @@ _ALLOCATES = {
     "aten::zeros_like": True,
     "aten::new_zeros": True,
 }
+# Names of the number's argument.
+_FILLS = {"aten::full": "fill_value", "aten::full_like": "fill_value", "aten::new_full": "fill_value"}
 # New tensors with the values of another.
 _COPIES = ("aten::contiguous", "aten::clone", "aten::to", "aten::_to_copy")
 # CUlaunchAttributeID, in the order in which Triton's launcher sets them.
@@ -204,8 +213,15 @@ class Recorder(dispatch_mode):
         if schema.name in _ALLOCATES:
             self._allocate(made[0], _ALLOCATES[schema.name])
             return
+        if schema.name in _FILLS:
+            names = [argument.name for argument in schema.arguments]
+            self._fill(self._allocate(made[0]), given[names.index(_FILLS[schema.name])])
+            return
         if schema.is_mutable:
             self._refuse_changed_inputs(schema, given)
+            if (schema.name, schema.overload_name) == ("aten::fill_", "Scalar"):
+                self._fill(self._slot(given[0], schema.name), given[1])
+                return
         elif not made:
             return
         elif all([t.numel() == 0 or _owner(t, given_tensors) is not None for t in made]):
@@ -234,6 +250,11 @@ class Recorder(dispatch_mode):
         out = self._new(tensor)
         self._steps.append(Allocate(out, _name(tensor.dtype), tuple(tensor.shape), tensor.stride(), zero))
         return out
+
+    def _fill(self, out: int, number: Any) -> None:
+        if not isinstance(number, (bool, int, float)) or float(number) != number:
+            raise NotPlannable(f"a tensor is filled with {number!r}")
+        self._steps.append(Fill(out, float(number)))
 
     def _view(self, tensor: Tensor, base: Tensor | None) -> None:
         if base is None or tensor.numel() == 0:
