@@ -274,7 +274,7 @@ def test_a_state_of_the_other_kind_is_refused():
     with track(m) as tracker:
         state = tracker.state_dict()
     with columns(m, ("grad_sq",)) as tracker:
-        with pytest.raises(ValueError, match="state: probe_kind differ: saved rademacher, tracked columns"):
+        with pytest.raises(ValueError, match="state: expected the probe_kind columns, got rademacher"):
             tracker.load_state_dict(state)
 
 
