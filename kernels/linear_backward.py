@@ -12,11 +12,8 @@ from torch import Tensor
 
 from .primitives import (
     Factors,
-    KeyDropout,
     Matrix,
     Options,
-    SeedDropout,
-    Segments,
     aligned,
     hidden_sum,
     keep_mask,
@@ -145,16 +142,7 @@ def linear_backward(
 
 
 def add_adapters_(
-    dx: Tensor,
-    dh: Tensor,
-    A: Sequence[Tensor],
-    offsets: Sequence[int],
-    sources: Sources | None = None,
-    dropout: SeedDropout | KeyDropout | None = None,
-    masked: int = 0,
-    tiles: TileConfig | None = None,
-    segments: Segments | None = None,
-    even: bool = False,
+    dx, dh, A, offsets, sources=None, dropout=None, masked=0, tiles=None, segments=None, even=False
 ) -> None:
     """Add the adapters' part to dx in place, or fill dx when ``sources`` are given.
 
@@ -175,7 +163,7 @@ def add_adapters_(
         even_r=even and dh.stride(0) % 8 == 0,
         aligned=aligned(A),
         masked=masked,
-        gather=segments is not None and segments.gathered,
+        gather=segments is not None and segments.order.numel() > 0,
     )
     factors = Factors(tuple(A), tuple(a.stride(0) for a in A), rank_columns(offsets, ranks))
     operands = matrix(dx), rank_matrix(dh), factors, sources, dropout, segments
