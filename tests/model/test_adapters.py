@@ -250,7 +250,7 @@ REFUSED = {
         "ids: expected an int64 tensor .*, got torch.float32",
     ),
     "shape": (lambda m: fastlora.use_adapters(m, torch.tensor(0)), "ids: expected an int64 tensor"),
-    "type": (lambda m: fastlora.use_adapters(m, 3), "ids: expected .*, got int"),
+    "type": (lambda m: fastlora.use_adapters(m, 3), "ids: expected an int64 tensor, names, one name or ranges, got 3"),
     "seeds": (
         lambda m: fastlora.use_adapters(m, IDS, row_seeds=IDS[:2]),
         r"row_seeds: expected one for each of 6 ids, got torch\.int64 \(2,\)",
