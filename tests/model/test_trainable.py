@@ -232,7 +232,13 @@ BAD = [
     ),
     ("policy", plain(3), ("deep_lara",), {}, "name: expected one of .*did you mean 'deep_lora'"),
     ("policy", plain(3), (None,), {}, "name: expected one of"),
-    ("config", plain(3), ("deep_lora", {"r": 4}), {}, r"config: expected a fastlora\.LoraConfig or a peft\.LoraConfig, got \{'r': 4\}"),
+    (
+        "config",
+        plain(3),
+        ("deep_lora", {"r": 4}),
+        {},
+        r"config: expected a fastlora\.LoraConfig or a peft\.LoraConfig, got \{'r': 4\}",
+    ),
     (
         "targets",
         plain(3),

@@ -293,7 +293,7 @@ def test_models_that_do_not_fit(good):
         fastlora.load(meta, ours)
     wrapped = peft.get_peft_model(make_vit(), peft.LoraConfig(target_modules=["qkv"]))
     refused(wrapped, ours, "wrapped by PEFT")
-    with pytest.raises(ValueError, match="model: expected"):
+    with pytest.raises(TypeError, match="model: expected"):
         fastlora.load(None, ours)
 
 
