@@ -159,7 +159,7 @@ def run_program(gpu, direction, found, theirs, outputs):
     """The first difference that a program makes, in launches or results, None where there is none."""
     built = program.build(found)
     plans = Plans()
-    plans._keep(direction.key, direction.inputs, built.number, list(found.constants.values()))
+    plans._keep(direction.key, direction.inputs, built, list(found.constants.values()))
     try:
         ours, results = traced(gpu, lambda: plans.run(direction.key, direction.inputs, forbidden))
     except (RuntimeError, AssertionError) as error:
