@@ -51,7 +51,7 @@ def unknown_choice(argument: str, value: Any, accepted: Iterable[Any], more: str
 
 def check_choice(argument: str, value: Any, accepted: Iterable[Any], more: str = "") -> Any:
     """``value`` if it is one of those accepted: equal as text, else the same object."""
-    accepted = tuple(accepted)
+    accepted = accepted if isinstance(accepted, (list, tuple)) else tuple(accepted)
     if not any(value is a or (isinstance(a, str) and isinstance(value, str) and value == a) for a in accepted):
         raise unknown_choice(argument, value, accepted, more)
     return value

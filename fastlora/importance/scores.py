@@ -206,7 +206,7 @@ def finite_floats(values: Mapping[str, float], name: str) -> dict[str, float]:
     check_mapping(name, values, "keys to numbers")
     checked: dict[str, float] = {}
     for key, value in values.items():
-        check_instance(f"keys of {name}", key, str, "strings")
+        check_instance(name, key, str, "string keys")
         checked[key] = _finite_float(value, f"{name}[{key!r}]")
     return checked
 

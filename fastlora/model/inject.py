@@ -171,7 +171,7 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
             names = [n for n in modules if n and re.fullmatch(spec, n)]
         if not names:
             near = suggestion(spec, [*ROLES, *{n.rpartition(".")[2] for n in linears}])
-            raise wrong_value(field, f"what matches a module of {type(model).__name__}", spec, near)
+            raise wrong_value(field, f"a role or a pattern that matches modules of {type(model).__name__}", spec, near)
         return _projections(model, modules, names, field)
     spec = sorted(spec) if isinstance(spec, (set, frozenset)) else spec
     if not isinstance(spec, Sequence) or not all(isinstance(s, str) for s in spec) or not spec:
@@ -181,7 +181,7 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
         hits = [n for n in modules if n and _has_suffix(n, suffix)]
         if not hits:
             near = suggestion(suffix, sorted({n.rpartition(".")[2] for n in linears} | set(linears)))
-            raise wrong_value(field, f"the ends of names of modules of {type(model).__name__}", suffix, near)
+            raise wrong_value(field, f"suffixes of module names of {type(model).__name__}", suffix, near)
         chosen.update(hits)
     return _projections(model, modules, chosen, field)
 

@@ -92,7 +92,7 @@ def _heads(model: nn.Module, config: LoraConfig, needed: bool) -> list[str]:
     for suffix in wanted:
         if not any(n == suffix or n.endswith("." + suffix) for n in names):
             near = suggestion(suffix, names)
-            accepted = f"the ends of names of modules of {type(model).__name__}"
+            accepted = f"suffixes of module names of {type(model).__name__}"
             raise wrong_value("modules_to_save", accepted, suffix, near)
     found = [n for n in names if any(n == w or n.endswith("." + w) for w in wanted)] if wanted else task_heads(model)
     if needed and not found:
@@ -155,7 +155,7 @@ def _adapters(model: nn.Module, config: LoraConfig, blocks: list[str], saved: li
     every = target_names(model, config)
     names = [n for n in every if any(n.startswith(block + ".") for block in blocks)]
     if not names:
-        raise wrong_value("target_modules", f"what matches something inside the blocks {blocks}", config.target_modules)
+        raise wrong_value("target_modules", f"what matches modules inside the blocks {blocks}", config.target_modules)
     modules = [n for n, _ in model.named_modules()]
     for field, wanted in (("target_modules", names), ("modules_to_save", saved)):
         extra = [n for n in modules if n not in wanted and any(n.endswith("." + w) for w in wanted)]

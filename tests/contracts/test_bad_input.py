@@ -29,27 +29,29 @@ PLAIN = [
     (
         "model",
         lambda m: fastlora.inject("bert", config(target_modules="qkv")),
-        "model: expected a torch.nn.Module, got str",
+        "model: expected a torch.nn.Module, got 'bert'",
+        TypeError,
     ),
     (
         "config",
         lambda m: fastlora.inject(m, {"r": 8}),
-        "config: expected fastlora.LoraConfig or peft.LoraConfig, got dict",
+        "config: expected a fastlora.LoraConfig or a peft.LoraConfig, got {'r': 8}",
+        TypeError,
     ),
-    ("no target", into(), "target_modules: say what to adapt"),
-    ("role", into(target_modules="qvk"), r"target_modules: 'qvk' matches nothing in Bert.*did you mean 'qkv'"),
+    ("no target", into(), "target_modules: expected a role .*, got None"),
+    ("role", into(target_modules="qvk"), "target_modules: expected a role .* of Bert.*, got 'qvk'.*did you mean 'qkv'"),
     (
         "suffix",
         into(target_modules=["query", "valeu"]),
-        r"target_modules: 'valeu' matches no module .*did you mean 'value'",
+        "target_modules: expected suffixes .*, got 'valeu' .*did you mean 'value'",
     ),
-    ("not a name", into(target_modules=["query", 3]), "target_modules: expected a role"),
+    ("not a name", into(target_modules=["query", 3]), "target_modules: expected a role", TypeError),
     ("empty", into(target_modules=[]), "target_modules: expected a role"),
-    ("regex", into(target_modules=r".*layer\.9.*"), "target_modules: .* matches nothing"),
+    ("regex", into(target_modules=r".*layer\.9.*"), "target_modules: expected a role or a pattern that matches"),
     (
         "bad regex",
         made(target_modules="(query"),
-        "target_modules: '\\(query' is neither a role .* nor a regular expression",
+        "target_modules: expected a role .*, got '\\(query', which is no regular expression",
     ),
     (
         "not a linear",
@@ -59,7 +61,7 @@ PLAIN = [
     (
         "exclude",
         into(target_modules="qkv", exclude_modules=["kye"]),
-        r"exclude_modules: 'kye' matches no module .*did you mean 'key'",
+        "exclude_modules: expected suffixes .*, got 'kye' .*did you mean 'key'",
     ),
     ("exclude all", into(target_modules="qkv", exclude_modules="attention"), "exclude_modules: nothing is left"),
     (
@@ -70,58 +72,65 @@ PLAIN = [
     (
         "rank_pattern",
         into(target_modules="qkv", rank_pattern={f"{SELF}.qery": 2}),
-        rf"rank_pattern: '{SELF}.qery' matches no .*did you mean '{SELF}.query'",
+        rf"rank_pattern: expected patterns .*, got '{SELF}.qery' .*did you mean '{SELF}.query'",
     ),
     (
         "alpha_pattern",
         into(target_modules=["query"], alpha_pattern={"value": 2}),
-        "alpha_pattern: 'value' matches no adapted matrix",
+        "alpha_pattern: expected patterns that match an adapted matrix, got 'value'",
     ),
-    ("pattern type", made(rank_pattern=[("query", 2)]), "rank_pattern: expected a mapping"),
-    ("r = 0", made(r=0), "r: expected a rank >= 1, got 0"),
-    ("r < 0", made(r=-2), "r: expected a rank >= 1, got -2"),
-    ("r float", made(r=4.0), "r: expected an integer rank >= 1, got 4.0"),
-    ("r bool", made(r=True), "r: expected an integer rank >= 1, got True"),
+    ("pattern type", made(rank_pattern=[("query", 2)]), "rank_pattern: expected a mapping", TypeError),
+    ("r = 0", made(r=0), "r: expected an integer >= 1, got 0"),
+    ("r < 0", made(r=-2), "r: expected an integer >= 1, got -2"),
+    ("r float", made(r=4.0), "r: expected an integer >= 1, got 4.0", TypeError),
+    ("r bool", made(r=True), "r: expected an integer >= 1, got True", TypeError),
     (
         "r too large",
         into(target_modules="qkv", r=33),
-        rf"rank of {SELF}.query: at most min\(in_features, out_features\) = 32, got 33",
+        rf"rank of {SELF}.query: expected at most min\(in_features, out_features\) = 32, got 33",
     ),
-    ("pattern rank", made(rank_pattern={"query": -1}), r"rank_pattern\['query'\]: expected a rank >= 0, got -1"),
-    ("pattern float", made(rank_pattern={"query": 2.5}), r"rank_pattern\['query'\]: expected an integer"),
+    ("pattern rank", made(rank_pattern={"query": -1}), r"rank_pattern\['query'\]: expected an integer >= 0, got -1"),
+    ("pattern float", made(rank_pattern={"query": 2.5}), r"rank_pattern\['query'\]: expected an integer", TypeError),
     (
         "pattern too large",
         into(target_modules="qkv", rank_pattern={"key": 40}),
-        rf"rank of {SELF}.key: at most .* = 32, got 40",
+        rf"rank of {SELF}.key: expected at most .* = 32, got 40",
     ),
     ("alpha", made(lora_alpha=float("nan")), "lora_alpha: expected a finite number, got nan"),
     (
         "alpha pattern",
         made(alpha_pattern={"query": "8"}),
         r"alpha_pattern\['query'\]: expected a finite number, got '8'",
+        TypeError,
     ),
-    ("dropout", made(lora_dropout=1.0), r"lora_dropout: expected a probability in \[0, 1\), got 1.0"),
+    ("dropout", made(lora_dropout=1.0), "lora_dropout: expected a probability >= 0 and < 1, got 1.0"),
     ("bias", made(bias="some"), "bias: expected one of .*, got 'some'"),
     ("scale", made(scale="rank"), "scale: expected one of"),
     ("init", made(init_lora_weights="pissa"), "init_lora_weights: expected one of .*, got 'pissa'"),
     ("split", made(split_qkv="yes"), "split_qkv: expected one of"),
     ("prepack", made(prepack="yes"), "prepack: expected one of .*, got 'yes'"),
     ("backend", made(backend="cuda"), "backend: expected one of .*'reference'.*, got 'cuda'"),
-    ("adapter_dtype", made(adapter_dtype=torch.int8), "adapter_dtype: expected a floating torch.dtype, got torch.int8"),
+    (
+        "adapter_dtype",
+        made(adapter_dtype=torch.int8),
+        "adapter_dtype: expected a floating torch.dtype or None, got torch.int8",
+    ),
     (
         "adapter_dtype name",
         made(adapter_dtype="float32"),
-        "adapter_dtype: expected a floating torch.dtype, got 'float32'",
+        "adapter_dtype: expected a floating torch.dtype or None, got 'float32'",
+        TypeError,
     ),
     (
         "modules_to_save",
         into(target_modules="qkv", modules_to_save=["clasifier"]),
-        "modules_to_save: 'clasifier' matches no module .*did you mean 'classifier'",
+        "modules_to_save: expected suffixes .*, got 'clasifier' .*did you mean 'classifier'",
     ),
     (
         "modules_to_save string",
         made(modules_to_save="classifier"),
-        "modules_to_save: expected a list of names, got the string",
+        "modules_to_save: expected a list of names or None, got 'classifier'",
+        TypeError,
     ),
     (
         "both",
@@ -138,12 +147,13 @@ ADAPTED = [
     (
         "unknown matrix",
         lambda m: fastlora.set_ranks(m, {f"{SELF}.quary": 2}),
-        rf"ranks: unknown matrix '{SELF}.quary'.*did you mean '{SELF}.query'",
+        rf"ranks: expected keys .*, got '{SELF}.quary' .*did you mean '{SELF}.query'",
     ),
     (
         "ranks type",
         lambda m: fastlora.set_ranks(m, [("a", 2)]),
-        "ranks: expected a mapping of matrix keys to ranks, got list",
+        r"ranks: expected a mapping of matrix keys to ranks, got \[\('a', 2\)\]",
+        TypeError,
     ),
     (
         "ranks adapter",
@@ -158,12 +168,13 @@ ADAPTED = [
     (
         "rank too large",
         lambda m: fastlora.set_ranks(m, {f"{SELF}.query": 64}, reinit=True),
-        f"rank of {SELF}.query: at most .* = 32, got 64",
+        f"rank of {SELF}.query: expected at most .* = 32, got 64",
     ),
     (
         "rank float",
         lambda m: fastlora.set_ranks(m, {f"{SELF}.query": 2.0}, reinit=True),
         f"rank of {SELF}.query: expected an integer",
+        TypeError,
     ),
     ("summary adapter", lambda m: fastlora.summary(m, "b"), "adapter: expected one of"),
     ("merge adapter", lambda m: fastlora.merge(m, "b"), "adapter: expected one of"),
@@ -171,21 +182,26 @@ ADAPTED = [
 ]
 
 
-@pytest.mark.parametrize("call, message", [row[1:] for row in PLAIN], ids=[row[0] for row in PLAIN])
-def test_on_a_plain_model(build, call, message):
+def cases(table):
+    """Call, message and type of the error, which is ValueError unless the row says otherwise."""
+    return [pytest.param(call, message, *(kind or [ValueError]), id=name) for name, call, message, *kind in table]
+
+
+@pytest.mark.parametrize("call, message, kind", cases(PLAIN))
+def test_on_a_plain_model(build, call, message, kind):
     model = build("bert")
     model.classifier.bias.requires_grad_(False)
     before = state_of(model)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(kind, match=message):
         call(model)
     assert_untouched(model, before)
 
 
-@pytest.mark.parametrize("call, message", [row[1:] for row in ADAPTED], ids=[row[0] for row in ADAPTED])
-def test_on_an_adapted_model(build, call, message):
+@pytest.mark.parametrize("call, message, kind", cases(ADAPTED))
+def test_on_an_adapted_model(build, call, message, kind):
     model = randomise(fastlora.inject(build("bert"), config(target_modules="qkv", modules_to_save=["classifier"])))
     before = state_of(model)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(kind, match=message):
         call(model)
     assert_untouched(model, before)
 
@@ -195,7 +211,7 @@ def test_a_weight_that_is_not_floating(build):
     query = model.bert.encoder.layer[1].attention.self.query
     query.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
     before = state_of(model)
-    with pytest.raises(ValueError, match="'bert.encoder.layer.1.attention.self.query' has a torch.int8 weight"):
+    with pytest.raises(ValueError, match="target_modules: expected floating weights, got that of '.*query'"):
         fastlora.inject(model, config(target_modules="qkv"))
     assert_untouched(model, before)
 
@@ -214,9 +230,8 @@ def test_a_model_wrapped_by_peft(build, wrapped):
 
 
 LAYER = [
-    ({"r": 0}, "r: expected a rank >= 1, got 0"),
-    ({"r": 2.0}, "r: expected an integer rank"),
-    ({"r": 9}, r"r: at most min\(in_features, out_features\) = 8, got 9"),
+    ({"r": 0}, "r: expected an integer >= 1, got 0"),
+    ({"r": 9}, r"r: expected at most min\(in_features, out_features\) = 8, got 9"),
     ({"lora_dropout": -0.1}, "lora_dropout: expected a probability"),
     ({"lora_alpha": float("inf")}, "lora_alpha: expected a finite number"),
     ({"init_lora_weights": "eva"}, "init_lora_weights: expected one of"),
@@ -228,6 +243,11 @@ LAYER = [
 def test_arguments_of_the_layer(fields, message):
     with pytest.raises(ValueError, match=message):
         fastlora.nn.Linear(8, 12, **fields)
+
+
+def test_a_rank_of_another_type():
+    with pytest.raises(TypeError, match="r: expected an integer >= 1, got 2.0"):
+        fastlora.nn.Linear(8, 12, r=2.0)
 
 
 INPUTS = [
@@ -287,7 +307,7 @@ def test_a_refused_rank_in_the_last_layer_leaves_the_first_alone(build):
     model = build("llama")
     before = state_of(model)
     last = f"{FAMILIES['llama'].layers[-1]}self_attn.k_proj"
-    with pytest.raises(ValueError, match=f"rank of {last}: at most .* = 16, got 20"):
+    with pytest.raises(ValueError, match=f"rank of {last}: expected at most .* = 16, got 20"):
         fastlora.inject(model, config(target_modules="qkv", rank_pattern={last: 20}))
     assert_untouched(model, before)
     assert not adapted_layers(model)

@@ -82,21 +82,21 @@ def test_one_element_tensors_are_numbers():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([1.0], "fisher"), TypeError, "values must be a mapping"),
+        (([1.0], "fisher"), TypeError, "values: expected a mapping"),
         (({1: 1.0}, "fisher"), TypeError, "string keys"),
-        (({"a": "x"}, "fisher"), TypeError, r"values\['a'\] must be a real number"),
-        (({"a": torch.ones(2)}, "fisher"), TypeError, r"values\['a'\] must be a real number"),
-        (({"a": True}, "fisher"), TypeError, r"values\['a'\] must be a real number"),
-        (({"a": math.nan}, "fisher"), ValueError, r"values\['a'\] must be finite, got nan"),
-        (({"a": 10**400}, "fisher"), ValueError, r"values\['a'\] must be finite, got inf"),
-        (({"a": -1.0}, "fisher"), ValueError, r"values\['a'\] = -1.0 is negative"),
-        (({"a": 1.0}, ""), TypeError, "kind"),
+        (({"a": "x"}, "fisher"), TypeError, r"values\['a'\]: expected a finite number"),
+        (({"a": torch.ones(2)}, "fisher"), TypeError, r"values\['a'\]: expected a finite number"),
+        (({"a": True}, "fisher"), TypeError, r"values\['a'\]: expected a finite number"),
+        (({"a": math.nan}, "fisher"), ValueError, r"values\['a'\]: expected a finite number, got nan"),
+        (({"a": 10**400}, "fisher"), ValueError, r"values\['a'\]: expected a finite number, got 1000"),
+        (({"a": -1.0}, "fisher"), ValueError, r"values\['a'\]: expected a number >= 0 .*, got -1.0"),
+        (({"a": 1.0}, ""), ValueError, "kind: expected a non-empty string"),
         (({"a": 1.0}, None), TypeError, "kind"),
         (({"a": 1.0}, "fisher", 1), TypeError, "signed"),
-        (({"a": 1.0}, "fisher", None, {}), ValueError, "costs lacks 'a'"),
-        (({"a": 1.0}, "fisher", None, {"a": 0}), ValueError, r"costs\['a'\] must be at least 1"),
-        (({"a": 1.0}, "fisher", None, {"a": 1.5}), TypeError, r"costs\['a'\] must be an integer"),
-        (({"a": 1.0}, "fisher", None, [1]), TypeError, "costs must be a mapping"),
+        (({"a": 1.0}, "fisher", None, {}), ValueError, "costs: expected one for every key, got none for 'a'"),
+        (({"a": 1.0}, "fisher", None, {"a": 0}), ValueError, r"costs\['a'\]: expected an integer >= 1"),
+        (({"a": 1.0}, "fisher", None, {"a": 1.5}), TypeError, r"costs\['a'\]: expected an integer >= 1"),
+        (({"a": 1.0}, "fisher", None, [1]), TypeError, "costs: expected a mapping"),
     ],
 )
 def test_bad_scores(arguments, error, message):
@@ -112,7 +112,7 @@ def test_rank_correlation_by_hand():
     assert scores.rank_correlation(named((2, 1, 3, 4))) == pytest.approx(0.8, abs=1e-15)
     assert math.isnan(scores.rank_correlation(named((5, 5, 5, 5))))
     assert scores.rank_correlation({"layer.3": 9.0, "layer.0": 1.0, "unknown": 5.0}) == 1.0
-    with pytest.raises(ValueError, match="at least 2 keys.*shares 1"):
+    with pytest.raises(ValueError, match="other: expected at least 2 keys .*, got 1"):
         scores.rank_correlation({"layer.0": 1.0})
 
 
@@ -148,9 +148,9 @@ def test_a_flat_spread_counts_as_zero(rescale):
 
 @pytest.mark.parametrize("rescale", [zscore, minmax])
 def test_rescaling_refuses_bad_input(rescale):
-    with pytest.raises(ValueError, match="must not be empty"):
+    with pytest.raises(ValueError, match="values: expected at least one, got none"):
         rescale({})
-    with pytest.raises(ValueError, match=r"values\['layer.1'\] must be finite"):
+    with pytest.raises(ValueError, match=r"values\['layer.1'\]: expected a finite number"):
         rescale(named((1.0, math.inf)))
 
 
@@ -201,17 +201,17 @@ def test_composite_carries_costs():
 
 
 def test_composite_bad_input():
-    with pytest.raises(ValueError, match="grad_sq and grad_abs must have the same keys: grad_abs lacks 'layer.4'"):
+    with pytest.raises(ValueError, match="grad_abs: expected the keys of grad_sq, got others: without 'layer.4'"):
         Scores.composite(GRAD_SQ, named((3, 2, 1, 1)), ACT_VAR)
-    with pytest.raises(ValueError, match="act_var lacks 'layer.0'; grad_sq lacks 'other'"):
+    with pytest.raises(ValueError, match="act_var: expected the keys of grad_sq.* without .layer.0. and with .other."):
         Scores.composite(named((1, 2)), named((1, 2)), {"layer.1": 2.0, "other": 1.0})
-    with pytest.raises(ValueError, match=r"act_var\['layer.0'\] must be finite"):
+    with pytest.raises(ValueError, match=r"act_var\['layer.0'\]: expected a finite number"):
         Scores.composite(named((1, 2)), named((1, 2)), named((math.nan, 1)))
-    with pytest.raises(ValueError, match="weights must hold 3 numbers"):
+    with pytest.raises(ValueError, match="weights: expected 3 numbers, for grad_sq"):
         Scores.composite(GRAD_SQ, GRAD_ABS, ACT_VAR, weights=(1.0, 2.0))
-    with pytest.raises(ValueError, match=r"weights\[2\] must be finite"):
+    with pytest.raises(ValueError, match=r"weights\[2\]: expected a finite number, got inf"):
         Scores.composite(GRAD_SQ, GRAD_ABS, ACT_VAR, weights=(1.0, 2.0, math.inf))
-    with pytest.raises(ValueError, match="normalize must be 'zscore' or 'minmax', got 'rank'"):
+    with pytest.raises(ValueError, match="normalize: expected one of .'zscore', 'minmax'., got 'rank'"):
         Scores.composite(GRAD_SQ, GRAD_ABS, ACT_VAR, normalize="rank")
-    with pytest.raises(ValueError, match="must not be empty"):
+    with pytest.raises(ValueError, match="values: expected at least one, got none"):
         Scores.composite({}, {}, {})

@@ -166,13 +166,13 @@ def test_importance_weights_at_the_edges(normalize):
 @pytest.mark.parametrize(
     ("importance", "error", "message"),
     [
-        (torch.tensor([1.0, math.nan]), ValueError, "importance must be finite"),
-        (torch.tensor([1.0, math.inf]), ValueError, "importance must be finite"),
-        (torch.tensor([1.0, -1.0]), ValueError, "importance must be finite and >= 0"),
-        (torch.ones(2, 2), ValueError, r"importance must be a non-empty vector, got shape \(2, 2\)"),
-        (torch.ones(0), ValueError, "importance must be a non-empty vector"),
-        (torch.ones(2, dtype=torch.int64), TypeError, "importance must be a floating-point tensor, got torch.int64"),
-        ([1.0], TypeError, "importance must be a floating-point tensor, got list"),
+        (torch.tensor([1.0, math.nan]), ValueError, "importance: expected finite numbers >= 0"),
+        (torch.tensor([1.0, math.inf]), ValueError, "importance: expected finite numbers >= 0"),
+        (torch.tensor([1.0, -1.0]), ValueError, "importance: expected finite numbers >= 0"),
+        (torch.ones(2, 2), ValueError, r"importance: expected a floating vector .*, got torch.float32 \(2, 2\)"),
+        (torch.ones(0), ValueError, "importance: expected a floating vector of at least one"),
+        (torch.ones(2, dtype=torch.int64), ValueError, "importance: expected a floating vector .*, got torch.int64"),
+        ([1.0], TypeError, "importance: expected a floating vector .*, got .1.0."),
     ],
 )
 def test_bad_importance(importance, error, message):
@@ -181,7 +181,7 @@ def test_bad_importance(importance, error, message):
 
 
 def test_bad_normalise():
-    with pytest.raises(ValueError, match="normalize must be 'sum', 'relative' or 'uniform', got 'max'"):
+    with pytest.raises(ValueError, match="normalize: expected one of .'sum', 'relative', 'uniform'., got 'max'"):
         importance_weights(torch.ones(2), "max")
 
 
@@ -192,18 +192,18 @@ A, B = torch.ones(2, 3), torch.ones(4, 2)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([], [], [], []), ValueError, "not be empty"),
+        (([], [], [], []), ValueError, "As: expected one entry a matrix, .*, got As 0"),
         (([A], [B], [1.0], [1.0, 2.0]), ValueError, "As 1, Bs 1, scales 1, weights 2"),
         (([A], [B.T], [1.0], [1.0]), ValueError, r"got \(2, 3\) and \(2, 4\)"),
         (([A[0]], [B], [1.0], [1.0]), ValueError, r"\[r, K\]"),
-        (([A.int()], [B], [1.0], [1.0]), TypeError, "floating-point tensors, got torch.int32"),
-        (([None], [B], [1.0], [1.0]), TypeError, "floating-point tensors, got NoneType"),
-        (([A], [B], [math.nan], [1.0]), ValueError, "scale.* must be finite"),
-        (([A], [B], ["1"], [1.0]), TypeError, "scale.* must be a number"),
-        (([A], [B], [1.0], [math.inf]), ValueError, "weights must be finite"),
-        (([A], [B], [1.0], torch.ones(1, 1)), ValueError, "weights must be a vector"),
-        (([A], [B], [1.0], [1.0], math.nan), ValueError, "weight must be finite"),
-        (([A], [B], [1.0], [1.0], 1.0, "sum"), ValueError, "form must be 'delta' or 'decay', got 'sum'"),
+        (([A.int()], [B], [1.0], [1.0]), ValueError, "As: expected floating tensors, got torch.int32"),
+        (([None], [B], [1.0], [1.0]), TypeError, "As: expected floating tensors, got None"),
+        (([A], [B], [math.nan], [1.0]), ValueError, "scales: expected a finite number"),
+        (([A], [B], ["1"], [1.0]), TypeError, "scales: expected a finite number"),
+        (([A], [B], [1.0], [math.inf]), ValueError, "weights: expected a finite number"),
+        (([A], [B], [1.0], torch.ones(1, 1)), ValueError, "weights: expected a vector"),
+        (([A], [B], [1.0], [1.0], math.nan), ValueError, "weight: expected a finite number"),
+        (([A], [B], [1.0], [1.0], 1.0, "sum"), ValueError, "form: expected one of .'delta', 'decay'., got 'sum'"),
     ],
 )
 def test_bad_lists(function, arguments, error, message):

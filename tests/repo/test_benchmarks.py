@@ -138,7 +138,7 @@ def document():
         row("python", 0.86, 1.07, 1.10), row("act_var_step", 0.81, 1.009), row("exact_step", 1.2, 1.5),
     ]  # fmt: skip
     layer = {"kind": "layer", "shape": "S1", "model": "DeiT-Base qkv", "rows_of_x": 1576, "width": 768, "rank": 8,
-             "outputs": [768] * 3, "fused": True, "dtype": "fp32", "binding": True, "gate": "passed", "every": [1, 2],
+             "outputs": [768] * 3, "fused": True, "dtype": "fp32", "binding": True, "gate": "passed",
              "targets": [asdict(t) for t in shapes.targets("S1", "fp32")], "errors": {"fastlora": 7e-7},
              "saved_bytes": {"fastlora": 5 * 2**20}, "calls_per_round": 1, "rows": measured}  # fmt: skip
     memory = {"kind": "memory", "model": "large", "rows_of_x": 512, "width": 4096, "outputs": [4096], "rank": 16,

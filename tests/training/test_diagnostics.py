@@ -58,5 +58,5 @@ class TestDiagnostics:
         names = [{"name": "lora", "adapter": "a"}, {"name": "lora", "adapter": "b"}, {}, {"name": "lora[a]"}]
         groups = [{"params": [p], **n} for p, n in zip(parameters, names, strict=True)]
         assert list(Diagnostics(torch.optim.SGD(groups, lr=0.1)).epoch()) == ["lora[a]", "lora[b]", "2", "lora[a].3"]
-        with pytest.raises(ValueError, match="optimizer: expected a torch.optim.Optimizer, got list"):
+        with pytest.raises(TypeError, match=r"optimizer: expected a torch.optim.Optimizer, got \["):
             Diagnostics(groups)

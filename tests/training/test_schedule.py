@@ -114,13 +114,13 @@ class TestCosine:
         "kwargs, message",
         [
             ({"steps": 0}, "steps: expected an integer >= 1, got 0"),
-            ({"floor": 0.0}, "floor: expected a positive learning rate, got 0.0"),
-            ({"floor": 0.2}, "floor: 0.2 is above the learning rate 0.1 of group 'head'"),
+            ({"floor": 0.0}, "floor: expected a learning rate > 0, got 0.0"),
+            ({"floor": 0.2}, "floor: expected at most the learning rate 0.1 of group 'head', got 0.2"),
             ({"warmup": 10}, "warmup: expected less than steps = 10, got 10"),
             ({"freeze": -1}, "freeze: expected an integer >= 0, got -1"),
-            ({"freeze": 10}, "freeze: 'lora' would not learn in any of the 10 steps, got 10"),
-            ({"freeze": {"norm": 2}}, r"freeze: no parameter group is named 'norm', only \['lora', 'head'\]"),
-            ({"freeze": {"lora": 2, "head": 2}}, "freeze: nothing else would learn meanwhile"),
+            ({"freeze": 10}, "freeze: expected less than the 10 steps, so that 'lora' learns, got 10"),
+            ({"freeze": {"norm": 2}}, r"freeze: expected names of parameter groups, \['lora', 'head'\], got 'norm'"),
+            ({"freeze": {"lora": 2, "head": 2}}, "freeze: expected a group that learns meanwhile"),
             (
                 {"freeze": 2, "freeze_by": "detach"},
                 "freeze_by: expected one of .*, got 'detach'",
@@ -133,5 +133,5 @@ class TestCosine:
         with pytest.raises(ValueError, match=message):
             Cosine(optimizer, **{"steps": 10, **kwargs})
         assert optimizer.state_dict() == before and all(p.requires_grad for p in model.parameters())
-        with pytest.raises(ValueError, match="optimizer: expected a torch.optim.Optimizer, got Linear"):
+        with pytest.raises(TypeError, match="optimizer: expected a torch.optim.Optimizer, got Linear"):
             Cosine(nn.Linear(1, 1), 10)

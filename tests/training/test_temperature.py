@@ -173,22 +173,22 @@ LOGITS, LABELS = torch.zeros(3, 2), torch.tensor([0, 1, 0])
 @pytest.mark.parametrize(
     ("logits", "labels", "error", "message"),
     [
-        (LOGITS[:0], LABELS[:0], ValueError, "logits must not be empty"),
-        (LOGITS[:, :1], LABELS, ValueError, "logits must have at least 2 classes"),
-        (LOGITS[:, :0], LABELS, ValueError, "logits must have at least 2 classes"),
-        (LOGITS[0], LABELS[:2], ValueError, r"logits must be \[n, classes\]"),
-        (LOGITS[None], LABELS, ValueError, r"logits must be \[n, classes\]"),
-        (LOGITS.long(), LABELS, ValueError, "logits must be floating point, got torch.int64"),
-        (LOGITS + math.nan, LABELS, ValueError, "logits must be finite"),
-        (LOGITS + math.inf, LABELS, ValueError, "logits must be finite"),
-        (LOGITS, LABELS[:2], ValueError, r"labels must be \[3\]"),
-        (LOGITS, LABELS[:, None], ValueError, r"labels must be \[3\]"),
-        (LOGITS, LABELS.float(), ValueError, "labels must be integers, got torch.float32"),
-        (LOGITS, LABELS.bool(), ValueError, "labels must be integers, got torch.bool"),
-        (LOGITS, LABELS + 1, ValueError, r"labels must lie in 0..1, got values from 1 to 2"),
-        (LOGITS, LABELS - 1, ValueError, r"labels must lie in 0..1, got values from -1 to 0"),
-        (LOGITS.tolist(), LABELS, TypeError, "logits must be a tensor, got list"),
-        (LOGITS, LABELS.tolist(), TypeError, "labels must be a tensor, got list"),
+        (LOGITS[:0], LABELS[:0], ValueError, "logits: expected .* n >= 1"),
+        (LOGITS[:, :1], LABELS, ValueError, "logits: expected .* at least 2 classes"),
+        (LOGITS[:, :0], LABELS, ValueError, "logits: expected .* at least 2 classes"),
+        (LOGITS[0], LABELS[:2], ValueError, r"logits: expected floating \[n, classes\]"),
+        (LOGITS[None], LABELS, ValueError, r"logits: expected floating \[n, classes\]"),
+        (LOGITS.long(), LABELS, ValueError, "logits: expected floating .*, got torch.int64"),
+        (LOGITS + math.nan, LABELS, ValueError, "logits: expected finite numbers, got NaN or infinity"),
+        (LOGITS + math.inf, LABELS, ValueError, "logits: expected finite numbers, got NaN or infinity"),
+        (LOGITS, LABELS[:2], ValueError, r"labels: expected shape \[3\]"),
+        (LOGITS, LABELS[:, None], ValueError, r"labels: expected shape \[3\]"),
+        (LOGITS, LABELS.float(), ValueError, "labels: expected integers, got torch.float32"),
+        (LOGITS, LABELS.bool(), ValueError, "labels: expected integers, got torch.bool"),
+        (LOGITS, LABELS + 1, ValueError, r"labels: expected 0..1, got values from 1 to 2"),
+        (LOGITS, LABELS - 1, ValueError, r"labels: expected 0..1, got values from -1 to 0"),
+        (LOGITS.tolist(), LABELS, TypeError, "logits: expected a tensor, got"),
+        (LOGITS, LABELS.tolist(), TypeError, "labels: expected a tensor, got"),
     ],
 )
 def test_bad_input(function, logits, labels, error, message):
@@ -198,19 +198,19 @@ def test_bad_input(function, logits, labels, error, message):
 
 @pytest.mark.parametrize("bins", [0, -1, 2.0, True])
 def test_bad_bins(bins):
-    with pytest.raises((ValueError, TypeError), match="bins must be"):
+    with pytest.raises((ValueError, TypeError), match="bins: expected an integer >= 1"):
         ece(LOGITS, LABELS, bins=bins)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf, "1"])
 def test_bad_temperature(temperature):
-    with pytest.raises((ValueError, TypeError), match="temperature must be"):
+    with pytest.raises((ValueError, TypeError), match="temperature: expected a finite number > 0"):
         ece(LOGITS, LABELS, temperature=temperature)
 
 
 @pytest.mark.parametrize("max_iter", [0, 1.5])
 def test_bad_max_iter(max_iter):
-    with pytest.raises((ValueError, TypeError), match="max_iter must be"):
+    with pytest.raises((ValueError, TypeError), match="max_iter: expected an integer >= 1"):
         fit_temperature(LOGITS, LABELS, max_iter=max_iter)
 
 

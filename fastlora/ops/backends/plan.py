@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._utils.errors import check_choice
 from ..._utils.torch_compat import dispatch_mode, schema_of
 from .. import native
 
@@ -69,10 +70,7 @@ def _say(reason: str) -> None:
 
 @functools.cache
 def _wanted() -> str:
-    name = os.environ.get(VARIABLE, LAUNCHERS[0])
-    if name not in LAUNCHERS:
-        raise ValueError(f"{VARIABLE}: expected one of {', '.join(LAUNCHERS)}, got {name!r}")
-    return name
+    return check_choice(VARIABLE, os.environ.get(VARIABLE, LAUNCHERS[0]), LAUNCHERS)
 
 
 @functools.cache

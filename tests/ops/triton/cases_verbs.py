@@ -1,4 +1,4 @@
-"""Every kernel against float64, verb by verb. Run by test_interpreter.py, and on a GPU by benchmarks/device.sh."""
+"""Every kernel against float64, verb by verb. Run in Triton's interpreter, and on a GPU by benchmarks/device.sh."""
 
 from __future__ import annotations
 
