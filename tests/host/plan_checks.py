@@ -159,7 +159,7 @@ def run_program(gpu, direction, found, theirs, outputs):
     """The first difference that a program makes, in launches or results, None where there is none."""
     built = program.build(found)
     plans = Plans()
-    plans._keep(direction.key, direction.inputs, built.number, list(found.constants.values()))
+    plans._keep(direction.key, direction.inputs, built, list(found.constants.values()))
     try:
         ours, results = traced(gpu, lambda: plans.run(direction.key, direction.inputs, forbidden))
     except (RuntimeError, AssertionError) as error:
@@ -280,13 +280,13 @@ def plans_are_bounded_and_freed(gpu):
             plans.run(forward.key, inputs, forward.compute)
         numbers.append(plan._known[next(reversed(plan._known))][0])
         assert len(plans) <= 2
-    assert [plan.alive(n) for n in numbers] == [False, False, True, True]
+    assert [plan.find(n) is not None for n in numbers] == [False, False, True, True]
     for step in range(50):
         plans.run((*forward.key, step), forward.inputs, forward.compute)
         plans.run((*forward.key, step), forward.inputs, forward.compute)
     assert len(plans) <= 2 and len(plans._variants) <= 4 * 2 + 1, len(plans._variants)
     del plans
-    assert not plan.alive(numbers[-1]), "a plan outlived its owner"
+    assert plan.find(numbers[-1]) is None, "a plan outlived its owner"
 
 
 @torch.no_grad()
