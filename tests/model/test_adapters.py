@@ -281,9 +281,9 @@ def test_ids_that_do_not_fit_the_batch(shape):
 
 
 BAD_SETS = {
-    "same name": (lambda m: fastlora.add_adapter(m, "b", LoraConfig(target_modules="qkv")), "name: .* none of .*, got 'b'"),
+    "same name": (lambda m: fastlora.add_adapter(m, "b", LoraConfig(target_modules="qkv")), "name: .* got 'b'"),
     "dotted": (lambda m: fastlora.add_adapter(m, "a.b", LoraConfig(target_modules="qkv")), "name: expected"),
-    "target": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(target_modules=["qkx"])), "target_modules: .* got 'qkx'"),
+    "target": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(target_modules=["qkx"])), "got 'qkx'"),
     "rank": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(r=9, target_modules="qkv")), "at most .* = 8, got 9"),
     "bias": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(target_modules="qkv", bias="all")), "bias: expected"),
     "not adapted": (
