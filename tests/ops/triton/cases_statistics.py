@@ -59,7 +59,9 @@ def test_splits_fit_the_grid():
 def test_covariance(M, N):
     x = torch.randn(M, N, device=DEVICE)
     found = gradstat.covariance(x, SMALL)
-    assert torch.equal(found, found.T)
+    # Tiles below the diagonal are copies; in a tile on it the two halves are rounded by the library's own product.
+    rounding = torch.finfo(torch.float32).eps * (x.abs().T @ x.abs())
+    assert ((found - found.T).abs() <= rounding).all()
     assert_close(found, wide(x).T @ wide(x) / max(M, 1), torch.float32, "covariance")
 
 
