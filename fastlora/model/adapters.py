@@ -227,7 +227,7 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
             if not -1 <= value < len(slots) or (value >= 0 and slots[value] is None):
                 where = int((ids.reshape(-1) == value).nonzero()[0])
                 state = ", which was removed" if 0 <= value < len(slots) else ""
-                raise ValueError(f"ids: expected -1 (base only), {_known_ids(slots)}, got {value} at {where}{state}")
+                raise ValueError(f"ids: expected -1 (base only), {_known_ids(slots)}, got {value} at position {where}{state}")
         live = [value for value in used if value >= 0]
     if ids.device.type != "cpu" or _distributed():
         live = [i for i, name in enumerate(slots) if name is not None]
