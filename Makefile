@@ -3,6 +3,8 @@ ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
 PYTHON ?= python3
 # One thread is the fastest on a busy machine for models as small as the tests'; the demo sets its own.
 export OMP_NUM_THREADS ?= 1
+# That share the test files; Triton's interpreter is one more.
+PROCESSES ?= 2
 RUN := $(ROOT).venv/bin/python
 
 .PHONY: demo test bench docs lint sanitize setup clean
@@ -11,7 +13,7 @@ demo: setup ## train, adapt and draw: results in fastlora-demo/
 	cd $(ROOT) && $(RUN) -m fastlora.cli demo
 
 test: setup ## the whole test suite
-	cd $(ROOT) && $(RUN) -m pytest tests
+	cd $(ROOT) && $(RUN) -m pytest tests --processes $(PROCESSES)
 
 bench: setup ## the benchmarks; see benchmarks/results/README.md
 	cd $(ROOT) && $(RUN) -m pytest --benchmark-only

@@ -28,7 +28,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OPERATORS = "fastlora._C"
 # Sources of the pybind11 modules; a module of which a source is not there is left out.
-MODULES = {"fastlora._plan": ("csrc/plan_bindings.cpp",)}
+MODULES = {"fastlora._plan": ("csrc/plan.cpp", "csrc/plan_bindings.cpp")}
 MODULES = {name: files for name, files in MODULES.items() if all((ROOT / path).is_file() for path in files)}
 MINIMUM_TORCH = (2, 11)
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -185,13 +185,13 @@ def add_operators(build: NinjaFile, torch_root: Path) -> Path:
     for variant, flags in variants.items():
         isa = [*CXX_FLAGS, "-ffp-contract=fast", "-Icsrc", f"-DFASTLORA_ISA={variant}", *flags]
         objects += [build.compile("cxx", name, isa, variant) for name in sources("cpu/isa/*.cpp")]
-    link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", *SANITIZE_FLAGS]
+    link = [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-ldl", *SANITIZE_FLAGS]
     if build.nvcc:
         cuda = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-diag-suppress", "20012"]
         # ptxas reports spilled registers as a warning, and -Werror turns that into a failed build.
         cuda += [*CUDA_TARGETS, "-Xptxas", "-v,-warn-spills,-Werror", *headers]
         objects += [build.compile("nvcc", name, cuda) for name in sources("cuda/*.cu")]
-        link = ["-Xlinker", "--exclude-libs=ALL", "-Xlinker", "--no-undefined", *link, "-ldl"]
+        link = ["-Xlinker", "--exclude-libs=ALL", "-Xlinker", "--no-undefined", *link]
     target = build.folder / "_C.so"
     build.edge("link", target, objects, link)
     return target

@@ -14,7 +14,7 @@
 namespace fastlora::plan {
 
 // Of every type below. The two libraries share memory, so they compare it before they do.
-constexpr int64_t kFormat = 1;
+constexpr int64_t kFormat = 2;
 
 // A tensor of a run: the inputs come first, then the constants, then what the steps make. -1: none.
 using Slot = int32_t;
@@ -25,6 +25,12 @@ struct Allocate {
   int32_t dtype;  // index into kDtypes
   bool zero;
   std::vector<int64_t> sizes, strides;
+};
+
+// Every element of `out` becomes the number.
+struct Fill {
+  Slot out;
+  double number;
 };
 
 // Another shape of the memory of `base`; offset counts elements from its first.
@@ -81,7 +87,7 @@ struct Launch {
 };
 
 struct Step {
-  std::variant<Allocate, View, Multiply, Call, Launch> action;
+  std::variant<Allocate, Fill, View, Multiply, Call, Launch> action;
   std::vector<Slot> released;  // not needed by any later step
 };
 
@@ -105,11 +111,12 @@ struct Entry {
   std::shared_ptr<void> constants;
 };
 
-// The plans of one owner, the last used first.
+// The plans of one owner, the last used first. Of two keys with one hash the later one stays.
 struct Cache {
   size_t capacity;
   std::mutex mutex;
   std::list<Entry> entries;
+  std::unordered_map<uint64_t, std::list<Entry>::iterator> by_hash;
 };
 
 // Plans and caches that are alive, by number: a number can be wrong, but it never leads into freed memory.

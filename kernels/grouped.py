@@ -37,11 +37,6 @@ class LoraRanks(NamedTuple):
         return len(self.by_adapter)
 
     @property
-    def projections(self) -> int:
-        """How many each adapter has."""
-        return len(self.by_adapter[0])
-
-    @property
     def even(self) -> bool:
         """Whether all are multiples of 8."""
         return multiples_of_8(*self.by_adapter, self.probes)
@@ -153,20 +148,15 @@ def _segments(
     if ranks.adapters > GRID_LIMIT:
         raise ValueError(f"adapters: {ranks.adapters} in one batch; the Triton backend takes at most {GRID_LIMIT}")
     device = batch.ranges.device
-    return Segments(
-        tiles,
-        batch.ranges,
-        batch.order,
-        _table(kind, ranks, tuple(widths), tuple(live), device),
-        _scales(tuple(scales or [1.0] * ranks.adapters), device),
-    )
+    table, scales = _table(kind, ranks, tuple(widths), tuple(live), device), scales or [1.0] * ranks.adapters
+    return Segments(tiles, batch.ranges, batch.order, table, _scales(tuple(scales), device))
 
 
 def _dropout(drop: Dropout | None, ranks: LoraRanks) -> tuple[KeyDropout | None, int]:
     """The kernels' operand, and how many projections have a mask each."""
     if drop is None:
         return None, 0
-    device, n = drop.keys.device, ranks.projections
+    device, n = drop.keys.device, len(ranks.by_adapter[0])
     table = _table("pairs", ranks, (0,) * n, tuple(range(n)), device)
     return KeyDropout(drop.keys, _thresholds(drop.thresholds, device), _scales(drop.keep_scales, device), table), n
 
@@ -230,18 +220,11 @@ def grouped_expand_(
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments = _segments("pairs", batch, schedule, ranks, widths, range(n), scales)
         packed = pack(B).view(-1, 1)
-        projections = [
-            linear.Projection(
-                W[j].narrow(0, column, width),
-                None,
-                packed,
-                y[j].narrow(1, column, width),
-                sums[j].narrow(2, column, width) if moments else None,
-                0,
-                1.0,
-            )
-            for (j, column), width in zip(places, widths, strict=True)
-        ]
+        projections = []
+        for (j, column), width in zip(places, widths, strict=True):
+            w, out = W[j].narrow(0, column, width), y[j].narrow(1, column, width)
+            own = sums[j].narrow(2, column, width) if moments else None
+            projections.append(linear.Projection(w, None, packed, out, own, 0, 1.0))
         linear.expand(h, h, projections, False, tiles, segments, ranks.even)
     return _apart([of_output[g] for g in range(G) for of_output in sums])
 
@@ -285,7 +268,7 @@ def grouped_linear_backward_(
     """In place ``dx[m] += dh[m] A_g`` for the rows of every adapter g: dx [M, K], dh [M, max_g R_g]; returns dx."""
     if dx.numel() and dh.numel():
         tiles = tiles or choose_tiles("expand" + ("_dropout" if drop else ""), 0, 0, 0, 0, dx.dtype)
-        without = ranks._replace(probes=(0,) * len(ranks.probes))
+        without = ranks._replace(probes=(0,) * ranks.adapters)
         schedule = batch.schedule(batch.ranges, dx.shape[0], tiles.rows)
         segments, packed = _segments("shrink", batch, schedule, without), pack(A).view(-1, dx.shape[1])
         dropout = _dropout(drop, without)
@@ -349,13 +332,13 @@ def _wgrad_partials(inputs, outer, flat, batch, ranks, widths, live, scales, til
     """Fill ``flat`` with all dA, dB and Q: x on its own if it is seen through dropout, else beside the dy."""
     first, total = (inputs or outer)[0].wide, sum(f.numel() for f in flat)
     M, dtype = first.shape[0], first.dtype
-    plain = tiles or choose_tiles("wgrad", M, 0, widths[0], 0, dtype)
+    unmasked = tiles or choose_tiles("wgrad", M, 0, widths[0], 0, dtype)
     masked = tiles or choose_tiles("wgrad_dropout", M, 0, widths[0], 0, dtype)
-    programs = sum(triton.cdiv(p.wide.shape[1], plain.columns) for p in [*inputs, *outer])
+    programs = sum(triton.cdiv(p.wide.shape[1], unmasked.columns) for p in [*inputs, *outer])
     # A long run is cut, but partial sums never outweigh what is read, and parts times adapters fit the grid.
     read = sum(p.wide.numel() for p in [*inputs, *outer])
     most = min(read // total, GRID_LIMIT // ranks.adapters)
-    parts = max(1, min(choose_split(programs, triton.cdiv(M, plain.depth), 2), most))
+    parts = max(1, min(choose_split(programs, triton.cdiv(M, unmasked.depth), 2), most))
     partial = torch.empty(parts, total, dtype=torch.float32, device=flat[0].device)
 
     def launch(kind, products, each, tile, drop=None):
@@ -367,8 +350,8 @@ def _wgrad_partials(inputs, outer, flat, batch, ranks, widths, live, scales, til
     if drop is None:
         n, ones = len(live), [1.0] * len(inputs)
         mixed = [s for g in range(ranks.adapters) for s in (*ones, *scales[g * n : g * n + n])]
-        launch("wgrad", [*inputs, *outer], mixed, plain)
+        launch("wgrad", [*inputs, *outer], mixed, unmasked)
     else:
         launch("wgrad x", inputs, drop.keep_scales, masked, drop)
-        launch("wgrad dy", outer, scales, plain)
+        launch("wgrad dy", outer, scales, unmasked)
     reduce_partials(partial, flat, [1.0] * 3)

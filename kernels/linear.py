@@ -123,7 +123,7 @@ def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, 
         b_acc = tl.dot(b_h, b_b, b_acc, input_precision=OPTIONS.precision)
     b_acc *= part.scale
     if x is not None and descriptors is None:
-        p_x, p_w = x.data + o_row * x.stride, part.W.data + o_n.to(tl.int64)[None, :] * part.W.stride
+        p_w, p_x = part.W.data + o_n.to(tl.int64)[None, :] * part.W.stride, x.data + o_row * x.stride
         b_acc = matmul_loop(b_acc, p_x, p_w, 1, m_m, m_n, x.columns, TILE, OPTIONS)
     elif x is not None:
         for k in tl.range(0, x.columns, BLOCK_K):
@@ -218,7 +218,7 @@ def expand(
         precision(x.dtype),
         even_k=K % tiles.depth == 0,
         even_r=even and h.stride(0) % 8 == 0,
-        gather=segments is not None and segments.gathered,
+        gather=segments is not None and segments.order.numel() > 0,
     )
     launch(linear_kernel, grid, *operands, M, tiles_m, tiles_n, TILE=tiles, OPTIONS=options)
     if sums is not None:
@@ -272,17 +272,9 @@ def linear(
     projections = []
     for i, (j, column) in enumerate(places):
         n = B[i].shape[0]
-        projections.append(
-            Projection(
-                W[j].narrow(0, column, n),
-                None if bias[j] is None else bias[j].narrow(0, column, n),
-                B[i],
-                y[j].narrow(1, column, n),
-                sums[j].narrow(1, column, n) if moments else None,
-                offsets[i],
-                scales[i],
-            )
-        )
+        w, b = W[j].narrow(0, column, n), None if bias[j] is None else bias[j].narrow(0, column, n)
+        out, own = y[j].narrow(1, column, n), sums[j].narrow(1, column, n) if moments else None
+        projections.append(Projection(w, b, B[i], out, own, offsets[i], scales[i]))
     if strategy == "augmented":
         for j, (w, b) in enumerate(zip(W, bias, strict=True)):
             mine = [p for p, (output, _) in zip(projections, places, strict=True) if output == j]

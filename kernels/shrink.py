@@ -18,6 +18,7 @@ from .primitives import (
     Segments,
     aligned,
     block_rank,
+    hidden_sum,
     hide_from_specialization,
     keep_mask,
     launch,
@@ -41,12 +42,13 @@ from .tiling import TileConfig, choose_split, choose_tiles
 
 
 class Block(NamedTuple):
-    """A block of ranks: columns of h, which exist, where their factors begin and the stride along the sum."""
+    """A block of ranks: columns of h, which exist, where their factors begin and the stride along the sum, scale."""
 
     columns: tl.tensor
     exist: tl.tensor
     factors: tl.tensor
     stride: tl.tensor
+    scale: tl.tensor
 
 
 @triton.jit
@@ -54,12 +56,14 @@ def rank_block(factors, i, o_own, total, SHARED: tl.constexpr, OPTIONS: tl.const
     """Ranks ``o_own`` of all factors stacked (SHARED), or of factor i."""
     if SHARED:
         p_rows = stacked_rows(factors, o_own, OPTIONS.aligned)
-        return Block(o_own, o_own < total, p_rows, 1)
+        return Block(o_own, o_own < total, p_rows, 1, 1.0)
     else:
         EVEN: tl.constexpr = OPTIONS.even_r
-        m_rank, p_rows = o_own < reveal(select(factors.columns.ranks, i), EVEN), select(factors.data, i) + o_own
-        o_rank = reveal(select(factors.columns.offsets, i), EVEN) + o_own
-        return Block(o_rank, m_rank, p_rows, reveal(select(factors.strides, i), EVEN))
+        first, rank = select(factors.columns.offsets, i), select(factors.columns.ranks, i)
+        o_rank = reveal(first, EVEN) + o_own
+        m_rank, p_rows = o_rank < reveal(hidden_sum(first, rank), EVEN), select(factors.data, i) + o_own
+        scale, stride = select(factors.scales, i), reveal(select(factors.strides, i), EVEN)
+        return Block(o_rank, m_rank, p_rows, stride, scale)
 
 
 @triton.jit
@@ -122,7 +126,8 @@ def shrink_kernel(
             return
         rows = tile_rows(segments, adapter, i_m, M, TILE.rows, OPTIONS.gather)
         p_factors = factors.data[0] + ((row + o_own) * factors.strides[0] if SHARED else row + o_own)
-        block = Block(offset + o_own, o_own < rank, p_factors, 1 if SHARED else rank)
+        scale = tl.load(segments.scales + i_pair)
+        block = Block(offset + o_own, o_own < rank, p_factors, 1 if SHARED else rank, scale)
     else:
         rows = tile_rows(segments, adapter, i_m, M, TILE.rows, OPTIONS.gather)
         block = rank_block(factors, i, o_own, stride_out, SHARED, OPTIONS)
@@ -132,7 +137,7 @@ def shrink_kernel(
     first, last = i_split * part, tl.minimum(K, (i_split + 1) * part)
     b_acc = shrink_loop(p_x, K, first, last, rows, block, dropout, factors.columns, adapter, TILE, OPTIONS)
     if not SHARED:
-        b_acc *= select(factors.scales, i) if segments is None else tl.load(segments.scales + i_pair)
+        b_acc *= block.scale
     o_row = i_split.to(tl.int64) * M + rows.numbers
     p_tile = out.data + o_row[:, None] * stride_out + block.columns[None, :]
     tl.store(p_tile, b_acc.to(out.data.dtype.element_ty), mask=rows.exist[:, None] & block.exist[None, :])
@@ -189,7 +194,7 @@ def run(
         even_r=even and total % 8 == 0,
         aligned=shared and aligned(factors),
         masked=masked,
-        gather=segments is not None and segments.gathered,
+        gather=segments is not None and segments.order.numel() > 0,
     )
     launch(shrink_kernel, (programs, split), *operands, M, SHARED=shared, BLOCKS=blocks, TILE=tiles, OPTIONS=options)
     if split > 1:

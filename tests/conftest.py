@@ -14,6 +14,8 @@ from torch import nn
 
 from fastlora.testing import enable_torchvision
 
+pytest_plugins = ["support.processes"]
+
 # On import torchao says what it has no use for here: kernels of GPUs and an interface of torch that will change.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)

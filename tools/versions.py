@@ -63,7 +63,7 @@ def counted(report: Path) -> dict[str, Document]:
     for case in ElementTree.parse(report).iter("testcase"):
         # A file that could not be imported has no class name; its own is the test's.
         words = (case.get("classname") or case.get("name", "")).split(".")
-        while words and not words[-1].startswith("test_"):  # a class of tests
+        while words and not words[-1].startswith(("test_", "cases_")):  # a class of tests
             words.pop()
         name = "/".join(words) + ".py"
         row = files.setdefault(name, {"passed": 0, "failed": [], "skipped": {}, "seconds": 0.0})
@@ -175,7 +175,9 @@ def main() -> int:
             entry = document["environments"].setdefault(environment.key, {"versions": environment.versions})
             for name in given.again:
                 entry.get("files", {}).pop(name, None)
-            everything = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").rglob("test_*.py"))
+            tests = (p for pattern in ("test_*.py", "cases_*.py") for p in (ROOT / "tests").rglob(pattern))
+            # cases_device.py wants a GPU.
+            everything = sorted(p.relative_to(ROOT).as_posix() for p in tests if p.name != "cases_device.py")
             suite(environment, given.tests or everything, given.batch, entry, save)
             sys.stdout.write(f"{environment.key}: {json.dumps(entry['suite'])}\n")
         if not given.no_pairs:

@@ -47,7 +47,7 @@ def _probe_rows(tracker: fastlora.Tracker) -> list[Tensor | None]:
     """P [k, K] of every matrix as rows whose squares are divided by k; None under the exact estimator."""
     if tracker.probe_kind != "columns":
         return [_copy(tracker.layers[path].probes["default"].P) for path, _ in tracker.matrices]
-    drawn, found = tracker._rows, []
+    drawn, found = tracker._sampler, []
     for i, (path, _) in enumerate(tracker.matrices):
         one_hot = torch.nn.functional.one_hot(drawn.index[i], tracker.layers[path].in_features)
         found.append(one_hot * (tracker.probes * drawn.weight[i]).sqrt().unsqueeze(1))

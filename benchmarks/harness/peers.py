@@ -98,8 +98,7 @@ class Variant:
     def forget(self) -> None:
         """Drop the statistics of the last call, so that those of repeated calls do not add up."""
         if self.tracker is not None:
-            for layer in self.tracker.layers.values():
-                layer.probes["default"].advance(self.tracker.steps)
+            self.tracker.discard()
 
     def gradients(self) -> dict[str, Tensor]:
         """Output and gradients of one call, named as ``Problem.expected`` names them."""
@@ -136,7 +135,7 @@ class Looking(Variant):
     def forget(self) -> None:
         super().forget()
         for layer in self.tracker.layers.values():
-            layer.probes["default"].looking = True
+            layer.probes["default"].step.refreshes_norms = True
 
 
 @dataclass

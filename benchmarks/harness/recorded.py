@@ -23,7 +23,7 @@ STEPS = (1, 9, 25)  # optimiser steps at which tensors are kept: after the first
 class Recorded(NamedTuple):
     """One call of one layer: rows of x [M, K] and dy [M, N], padding included; its columns' norms in the steps before.
 
-    norms [K] are what ``column_rows`` averages: a tracker's at that step.
+    norms [K] are what ``ColumnSampler`` averages: a tracker's at that step.
     """
 
     layer: str

@@ -123,8 +123,8 @@ def _statistics(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterat
     yield ""
     yield "Percent over untracked fastlora: median of paired ratios [its 95 % interval]; the naive way over PEFT, on"
     yield "which it is built. The control runs the untracked code again: what it shows is noise. Here every step is"
-    yield "sampled; by default `track` samples every n-th step on layers that are too small, which divides the cost by"
-    yield "the n of the last column (probes / probes and act_var)."
+    yield "sampled; by default `track` measures the cost in a training step, and samples every n-th where it is over"
+    yield "1 %."
     yield ""
     rows = []
     for result in results:
@@ -136,11 +136,10 @@ def _statistics(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterat
                 f"{result['shape']} {result['dtype']}{mark}",
                 *(_percent(row and row["ratio_to_fastlora"]) for row in ours),
                 _percent(naive and naive["ratio_to_peft"]),
-                " / ".join(map(str, result["every"])),
             ]
         )
     names = (labels[name].removeprefix("fastlora ").lstrip("+ ") for name in (*STATISTICS, "naive"))
-    yield from table(["shape", *names, "n"], rows)
+    yield from table(["shape", *names], rows)
 
 
 def _threads(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:

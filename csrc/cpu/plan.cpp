@@ -31,8 +31,10 @@ const Driver* driver = nullptr;
 // ABI does not have.
 using Addmm = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, float, float);
 using Mm = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
+using Fill_ = AOTITorchError (*)(AtenTensorHandle, double);
 Addmm addmm_out = nullptr;
 Mm mm_out = nullptr;
+Fill_ fill_with = nullptr;
 
 const std::vector<int32_t>& dtype_codes() {
   static const std::vector<int32_t> codes = {
@@ -86,7 +88,7 @@ struct Handles {
 void take(StableIValue value, Handles& out) {
   const auto list = unpack<StableListHandle>(value);
   const std::unique_ptr<std::remove_pointer_t<StableListHandle>, decltype(&torch_delete_list)> owner(list,
-                                                                                                      torch_delete_list);
+                                                                                                     torch_delete_list);
   size_t size = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
   out.all.reserve(size);
@@ -111,7 +113,8 @@ std::vector<int64_t> key_of(int64_t variant, const std::vector<AtenTensorHandle>
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(input, &strides));
     const Device device = device_of(input);
     const int64_t aligned = reinterpret_cast<uintptr_t>(address(input)) % 16 == 0;
-    key.push_back(dim | aligned << 16 | int64_t{dtype} << 24 | int64_t{device.type} << 40 | int64_t{device.index} << 52);
+    key.push_back(dim | aligned << 16 | int64_t{dtype} << 24 | int64_t{device.type} << 40 |
+                  int64_t{device.index} << 52);
     key.insert(key.end(), sizes, sizes + dim);
     key.insert(key.end(), strides, strides + dim);
   }
@@ -128,12 +131,10 @@ uint64_t hash_of(const std::vector<int64_t>& key) {
 Entry find(Cache& cache, const std::vector<int64_t>& key) {
   const uint64_t hash = hash_of(key);
   const std::lock_guard<std::mutex> lock(cache.mutex);
-  for (auto entry = cache.entries.begin(); entry != cache.entries.end(); ++entry) {
-    if (entry->hash != hash || entry->key != key) continue;
-    if (entry != cache.entries.begin()) cache.entries.splice(cache.entries.begin(), cache.entries, entry);
-    return {hash, {}, entry->plan, entry->constants};
-  }
-  return {hash, {}, nullptr, nullptr};
+  const auto found = cache.by_hash.find(hash);
+  if (found == cache.by_hash.end() || found->second->key != key) return {hash, {}, nullptr, nullptr};
+  cache.entries.splice(cache.entries.begin(), cache.entries, found->second);
+  return {hash, {}, found->second->plan, found->second->constants};
 }
 
 void* current_stream(const Device& device) {
@@ -234,6 +235,8 @@ class Run {
     put(step.out, made);
     if (step.zero) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(made));
   }
+
+  void perform(const Fill& step) { STABLE_TORCH_ERROR_CODE_CHECK(fill_with(at(step.out), step.number)); }
 
   void perform(const View& step) {
     AtenTensorHandle made = nullptr;
@@ -368,15 +371,14 @@ void keep_plan(StableIValue* stack, uint64_t, uint64_t) {
   const uint64_t hash = hash_of(key);
   std::list<Entry> dropped;  // freed without the lock
   const std::lock_guard<std::mutex> lock(cache->mutex);
-  for (auto entry = cache->entries.begin(); entry != cache->entries.end();) {
-    const auto next = std::next(entry);
-    if (entry->hash == hash && entry->key == key) dropped.splice(dropped.end(), cache->entries, entry);
-    entry = next;
-  }
+  const auto drop = [&](std::list<Entry>::iterator entry) {
+    cache->by_hash.erase(entry->hash);
+    dropped.splice(dropped.end(), cache->entries, entry);
+  };
+  if (const auto old = cache->by_hash.find(hash); old != cache->by_hash.end()) drop(old->second);
+  while (cache->entries.size() >= cache->capacity) drop(std::prev(cache->entries.end()));
   cache->entries.push_front({hash, std::move(key), plan, constants});
-  while (cache->entries.size() > cache->capacity) {
-    dropped.splice(dropped.end(), cache->entries, std::prev(cache->entries.end()));
-  }
+  cache->by_hash.emplace(hash, cache->entries.begin());
 }
 
 // Connects the plans of `fastlora._plan` and a libcuda; why they cannot run, or nothing.
@@ -385,7 +387,10 @@ std::string open_plans(int64_t place, const std::string& library) {
   if (found->format != kFormat) return "fastlora._plan and the native library are of different builds";
   addmm_out = reinterpret_cast<Addmm>(dlsym(RTLD_DEFAULT, "aoti_torch_addmm_out"));
   mm_out = reinterpret_cast<Mm>(dlsym(RTLD_DEFAULT, "aoti_torch_mm_out"));
-  if (addmm_out == nullptr || mm_out == nullptr) return "this torch's stable ABI has no matmul";
+  fill_with = reinterpret_cast<Fill_>(dlsym(RTLD_DEFAULT, "aoti_torch_aten_fill__Scalar"));
+  if (addmm_out == nullptr || mm_out == nullptr || fill_with == nullptr) {
+    return "this torch's stable ABI has no matmul or no fill";
+  }
   auto opened = std::make_unique<const Driver>(library);
   if (!opened->reason().empty()) return opened->reason();
   registry = found;

@@ -66,6 +66,9 @@ _registrations = private(
 )
 _unsafe_view = private("torch.ops.aten._unsafe_view.default", "an output that is a view is copied")
 _is_view = private("torch.Tensor._is_view", "every output is taken for a view, and handed on under another header")
+_NOT_PLANNED = "calls on a GPU are not planned: Triton launches every kernel"
+dispatch_mode = private("torch.utils._python_dispatch.TorchDispatchMode", _NOT_PLANNED)
+_has_schema = private_attributes("torch._ops.OpOverload", torch.ops.aten.mm.default, ("_schema",), _NOT_PLANNED)
 _assert_async = private("torch._assert_async", "ids on a GPU are checked with a wait for it")
 _version = private(
     "torch.Tensor._version",
@@ -171,6 +174,14 @@ def counts_versions(tensor: Tensor) -> bool:
 def version_of(tensor: Tensor) -> Any:
     """What changes whenever a tensor is changed in place; equal to nothing where torch does not count."""
     return object() if _version is None else tensor._version
+
+
+def _schema_of(operator: Any) -> Any:
+    """The schema of an operator's overload."""
+    return operator._schema
+
+
+schema_of = _schema_of if _has_schema else None
 
 
 # Lists of tensors in one launch.

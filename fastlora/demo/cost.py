@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..nn.linear import adapted_layers
+from ..tracking.sampling import median_cost
 from ..tracking.tracker import track
 from .lanes import adapted, loss_of
 from .recipe import Images, Settings, build_vit
@@ -66,10 +67,16 @@ VARIANTS: dict[str, tuple[str, Callable[[nn.Module, Settings], Step]]] = {
 }
 
 
-def paired_costs(
+# Pairs of variants whose difference is judged.
+COMPARED_COSTS = (
+    ("probe", "control"), ("exact", "control"), ("requires_grad", "control"), ("requires_grad", "probe"),
+)  # fmt: skip
+
+
+def step_seconds(
     model: Any, batch: Images, settings: Settings, rounds: int, advance: Callable[[], None]
-) -> dict[str, dict[str, float]]:
-    """CPU time of one thread per variant, as the median and quartiles of ratios to ``plain`` in the same round.
+) -> dict[str, list[float]]:
+    """CPU seconds of one thread per variant and round.
 
     Variants run one after the other within a round and in the opposite order in the next.
     """
@@ -87,10 +94,27 @@ def paired_costs(
             advance()
     finally:
         torch.set_num_threads(threads)
-    return {name: _ratios(seconds[name], seconds["plain"]) for name in names}
+    return seconds
+
+
+def cost_differences(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Of the compared pairs: (first - second) / plain of the same round, median with its 95 % interval.
+
+    The interval's ends are None where the rounds are too few to have one.
+    """
+    found = []
+    for first, second in COMPARED_COSTS:
+        rounds = zip(seconds[first], seconds[second], seconds["plain"], strict=True)
+        shares = [(mine - theirs) / plain for mine, theirs, plain in rounds]
+        cost = median_cost(shares)
+        low, high = (None, None) if cost is None else (cost.low, cost.high)
+        median = statistics.median(shares)
+        found.append({"first": first, "second": second, "median": median, "low": low, "high": high})
+    return found
 
 
 def _ratios(seconds: list[float], plain: list[float]) -> dict[str, float]:
+    """Median and quartiles of ratios to ``plain`` in the same round."""
     ratios = [mine / theirs for mine, theirs in zip(seconds, plain, strict=True)]
     lower, middle, upper = statistics.quantiles(ratios, n=4, method="inclusive")
     return {"ratio": middle, "lower": lower, "upper": upper, "seconds": statistics.median(seconds)}
@@ -107,10 +131,11 @@ def measure(
         cases.append((wide, Images(batch.x[:8], batch.y[:8]), settings.wide_rounds, "two blocks as wide as ViT-Small"))
     results = []
     for model, chosen, rounds, title in cases:
-        costs = paired_costs(adapted(model, settings, 0), chosen, settings, rounds, advance)
+        seconds = step_seconds(adapted(model, settings, 0), chosen, settings, rounds, advance)
+        costs = {name: _ratios(mine, seconds["plain"]) for name, mine in seconds.items()}
         rows = chosen.x.shape[0] * model.pos_embed.shape[1]
         size = {"title": title, "width": model.embed_dim, "rows": rows, "rounds": rounds}
-        results.append({**size, "variants": costs})
+        results.append({**size, "variants": costs, "differences": cost_differences(seconds)})
     return results
 
 

@@ -29,7 +29,7 @@ def loss_of(model: nn.Module, batch: Images) -> Tensor:
 
 
 class Lane:
-    """One method on one seed: its model, its optimiser and a clock that runs only while it works."""
+    """One method on one seed: its model, its optimizer and a clock that runs only while it works."""
 
     def __init__(self, method: str, model: Any, groups: list[dict[str, Any]], settings: Settings):
         self.method, self.model, self.settings = method, model, settings

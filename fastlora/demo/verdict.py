@@ -21,10 +21,11 @@ COMPARED = (
     ("lora", "full"), ("fc", "full"), ("fw", "full"), ("fc", "lora"), ("fw", "lora"),
 )  # fmt: skip
 RULE = (
-    "A difference is called only if its mean over the seeds exceeds both the 95 % point of Student's t times the "
-    "paired standard error over seeds, and twice the paired standard error over the test images of a seed. "
-    "Everything else is within noise. With one seed nothing is called; nothing is corrected for the number of "
-    "comparisons."
+    "Differences are paired, and judged by an interval: one is called only if its interval lies on one side of 0, and "
+    "is not resolved if the interval holds 0. For accuracies half of it is the larger of the 95 % point of Student's t "
+    "times the paired standard error over seeds and twice the paired standard error over the test images of a seed; "
+    "for costs it is the 95 % interval of the median over rounds. With one seed no accuracy is judged; nothing is "
+    "corrected for the number of comparisons."
 )
 
 
@@ -37,6 +38,13 @@ def t95(degrees: int) -> float:
     return _T95[degrees - 1] if degrees <= len(_T95) else 2.2
 
 
+def judged(low: float | None, high: float | None) -> int | None:
+    """1 where an interval lies above 0, -1 below, 0 where it holds 0 (not resolved); None without one."""
+    if low is None or high is None:
+        return None
+    return (low > 0) - (high < 0)
+
+
 def difference(rights: Sequence[Tensor], others: Sequence[Tensor]) -> dict[str, Any]:
     """Paired comparison of two methods: per seed a 0/1 vector of right answers on the same images."""
     gaps = [a - b for a, b in zip(rights, others, strict=True)]
@@ -47,14 +55,15 @@ def difference(rights: Sequence[Tensor], others: Sequence[Tensor]) -> dict[str, 
         threshold = None
     else:
         threshold = max(t95(len(by_seed) - 1) * over_seeds, 2 * over_images)
-    called = threshold is not None and abs(mean(by_seed)) > threshold
+    low, high = (None, None) if threshold is None else (mean(by_seed) - threshold, mean(by_seed) + threshold)
     return {
         "mean": mean(by_seed),
         "by_seed": by_seed,
         "error_over_seeds": over_seeds,
         "error_over_images": over_images,
-        "threshold": threshold,
-        "called": called,
+        "low": low,
+        "high": high,
+        "called": bool(judged(low, high)),
     }
 
 
@@ -133,41 +142,65 @@ def accuracy_sentences(results: dict[str, Any]) -> list[str]:
     sentences = []
     for entry in results["differences"]:
         first, second = (METHODS[entry[side]][0] for side in ("first", "second"))
-        gap = f"{100 * entry['mean']:+.1f} points"
-        if entry["called"]:
-            said = f"{first} against {second}: {gap}, beyond noise (threshold {100 * entry['threshold']:.1f})."
-        elif entry["threshold"] is None:
-            said = f"{first} against {second}: {gap}, one seed, not judged."
-        else:
-            said = f"{first} against {second}: {gap}, within noise (threshold {100 * entry['threshold']:.1f})."
-        sentences.append(said)
+        said, low, high = f"{first} against {second}: {100 * entry['mean']:+.1f} points", entry["low"], entry["high"]
+        if low is None:
+            sentences.append(f"{said}, one seed, not judged.")
+            continue
+        verdict = "beyond noise" if judged(low, high) else "not resolved"
+        sentences.append(f"{said} (interval {100 * low:+.1f} to {100 * high:+.1f}), {verdict}.")
     return sentences
 
 
 def calibration_sentences(results: dict[str, Any]) -> list[str]:
     """One sentence: for which methods the temperature changes ECE by more than the seeds differ."""
-    groups: dict[str, list[str]] = {"lowers": [], "raises": [], "does not change": []}
+    groups: dict[int, list[str]] = {-1: [], 1: [], 0: []}
     for method in results["methods"].values():
         changes = [run["ece_after"] - run["ece_before"] for run in method["runs"]]
         if len(changes) < 2:
             return ["Temperature and ECE: one seed, not judged."]
-        threshold = t95(len(changes) - 1) * stdev(changes) / math.sqrt(len(changes))
-        verb = "does not change" if abs(mean(changes)) <= threshold else "lowers" if mean(changes) < 0 else "raises"
-        groups[verb].append(f"{method['label']} ({mean(changes):+.3f})")
-    said = [f"{verb} ECE of {', '.join(labels)}" for verb, labels in groups.items() if labels]
-    return [f"The temperature {'; '.join(said)} beyond what the seeds differ (paired t, 95 %)."]
+        half = t95(len(changes) - 1) * stdev(changes) / math.sqrt(len(changes))
+        low, high = mean(changes) - half, mean(changes) + half
+        groups[judged(low, high)].append(
+            f"{method['label']} ({mean(changes):+.3f}, interval {low:+.3f} to {high:+.3f})"
+        )
+    words = {-1: "lowers ECE of", 1: "raises ECE of", 0: "has no resolved effect on ECE of"}
+    said = [f"{words[sign]} {', '.join(labels)}" for sign, labels in groups.items() if labels]
+    return [f"The temperature {'; '.join(said)} (paired t over seeds, 95 %)."]
+
+
+_OVER_CONTROL = {1: "more than the control", -1: "less than the control", 0: "not resolved from the control"}
+_USUAL_WAY = {
+    1: "the usual way costs more",
+    -1: "the usual way is cheaper at this width: what probes cost a layer beside arithmetic does not shrink with it, "
+    "the gradients of its weights do",
+    0: "which of the two is cheaper is not resolved",
+}
 
 
 def cost_sentences(results: dict[str, Any]) -> list[str]:
-    """One sentence for every measured size: is the cost of the probes visible above the control?"""
+    """Two sentences for every measured size: what probes cost over the control, and the usual way beside them."""
     sentences = []
     for case in results["cost"]:
-        probe, control = case["variants"]["probe"], case["variants"]["control"]
-        clear = probe["lower"] > control["upper"]
-        verdict = "above what the control shows" if clear else "within the control's quartiles, so not resolved here"
+        ratios, where = case["variants"], f"{case['title']} (width {case['width']}, {case['rows']} rows)"
+        found = {(d["first"], d["second"]): d for d in case["differences"]}
+        over, usual = found["probe", "control"], found["requires_grad", "probe"]
         sentences.append(
-            f"Statistics by probes, {case['title']} (width {case['width']}, {case['rows']} rows): "
-            f"{probe['ratio'] - 1:+.1%} of a step (quartiles {probe['lower'] - 1:+.1%} to {probe['upper'] - 1:+.1%}; "
-            f"control {control['lower'] - 1:+.1%} to {control['upper'] - 1:+.1%}), {verdict}."
+            f"Statistics by probes, {where}: {ratios['probe']['ratio'] - 1:+.1%} of a step, "
+            f"{_interval(over)} over the control: {_said(over, _OVER_CONTROL)}."
+        )
+        sentences.append(
+            f"The usual way, requires_grad on W, {where}: {ratios['requires_grad']['ratio'] - 1:+.1%} of a step, "
+            f"{_interval(usual)} over the probes: {_said(usual, _USUAL_WAY)}."
         )
     return sentences
+
+
+def _interval(entry: dict[str, Any]) -> str:
+    if entry["low"] is None:
+        return f"{entry['median']:+.1%}"
+    return f"{entry['median']:+.1%} (95 % interval {entry['low']:+.1%} to {entry['high']:+.1%})"
+
+
+def _said(entry: dict[str, Any], words: dict[int, str]) -> str:
+    sign = judged(entry["low"], entry["high"])
+    return "too few rounds to judge" if sign is None else words[sign]

@@ -81,7 +81,7 @@ class FastLoraCallback(TrainerCallback):
             with tempfile.TemporaryDirectory() as folder:
                 _save_adapters(model, pathlib.Path(folder))
         saved = self._saved(args, state, model) if state.global_step else None
-        self.session.begin(model, saved)
+        self.session.begin(model, saved, state.max_steps)
 
     def on_step_begin(self, args, state, control, optimizer: Any = None, **kwargs) -> None:
         self.session.hold(state.global_step)

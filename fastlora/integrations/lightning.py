@@ -56,7 +56,7 @@ class FastLoraCallback(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         saved, self._saved = self._saved, None
-        self.session.begin(adapted_model(pl_module), saved)
+        self.session.begin(adapted_model(pl_module), saved, max(trainer.max_steps, 0))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         # Strategies that shard restore a checkpoint after they have set the model up, which is after on_fit_start.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..nn.active import NO_ADAPTERS, chosen_adapter
 from ..nn.linear import adapted_layers
 from ..tracking.tracker import Tracker, track
 from .checkpoints import TrainingState
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -31,15 +34,19 @@ class Session:
             raise ValueError("penalty: is weighed by statistics, and track=False leaves them out")
         _check_names("track", options if isinstance(options, Mapping) else (), track)
         _check_names("penalty", penalty or (), Tracker.penalty)
-        check_integer("freeze", freeze, 0, "a number of optimiser steps")
+        check_integer("freeze", freeze, 0, "a number of optimizer steps")
         self.options = {} if options is True else options
         self.penalty, self.freeze, self.adapter = penalty, freeze, adapter
         self.model: nn.Module | None = None
         self.tracker: Tracker | None = None
         self._frozen: list[nn.Parameter] = []
+        self._held = False  # whether a step has begun with adapters that stand still
 
-    def begin(self, model: nn.Module, saved: Mapping[str, Any] | None = None) -> None:
-        """Track ``model`` from now on, or from where a saved state was. ``ValueError`` for a model without adapters."""
+    def begin(self, model: nn.Module, saved: Mapping[str, Any] | None = None, steps: int | None = None) -> None:
+        """Track ``model`` from now on, or from where a saved state was. ``ValueError`` for a model without adapters.
+
+        ``steps`` of the whole training, where they are known: warns of what they are too few for.
+        """
         self.close()
         adapter = chosen_adapter(model, self.adapter)
         layers = [layer for layer in adapted_layers(model).values() if adapter in layer.adapter_names]
@@ -56,6 +63,20 @@ class Session:
         except Exception:
             self.close()
             raise
+        self._warn_of_few(steps)
+
+    def _warn_of_few(self, steps: int | None) -> None:
+        if not steps:
+            return
+        warmup = self.tracker.warmup if self.tracker is not None and self.tracker.importance is None else None
+        # A penalty acts in the steps after the warmup.
+        if warmup is not None and warmup + (self.penalty is not None) > steps:
+            logger.warning(
+                "track: warmup=%d is too long for %d steps of training: %s", warmup, steps,
+                "importance is never frozen" if self.penalty is None else "the penalty is 0 to the end",
+            )  # fmt: skip
+        if self.freeze >= steps:
+            logger.warning("freeze=%d: the adapters stand still in all %d steps of training", self.freeze, steps)
 
     def resume(self, saved: Mapping[str, Any]) -> None:
         """Go on from a saved state, after :meth:`begin`."""
@@ -75,8 +96,9 @@ class Session:
             raise ValueError(f"freeze: nothing else would learn in the first {self.freeze} steps; train a head")
 
     def hold(self, step: int) -> None:
-        """Before the forward of optimiser step ``step`` (from 0): adapters stand still in the first ``freeze``."""
+        """Before the forward of optimizer step ``step`` (from 0): adapters stand still in the first ``freeze``."""
         set_requires_grad(self._frozen, step >= self.freeze)
+        self._held = True
         if step >= self.freeze:
             self._frozen = []
 
@@ -89,7 +111,7 @@ class Session:
         self.tracker.apply_penalty(**{**options, "weight": options["weight"] * scale})
 
     def step(self, scaler: Any = None) -> None:
-        """After the backward passes of a step, before the optimiser's and ``scaler.update()``."""
+        """After the backward passes of a step, before the optimizer's and ``scaler.update()``."""
         if self.tracker is not None:
             self.tracker.step(scaler)
 
@@ -97,9 +119,11 @@ class Session:
         return TrainingState(self.model, self.tracker).state_dict()
 
     def close(self) -> None:
-        """Stop tracking and let go of frozen adapters; the tracker's scores stay readable."""
+        """Stop tracking and let go of frozen adapters; scores stay readable. Warns of what never acted."""
+        if self._held and self._frozen:
+            logger.warning("freeze=%d: training is over, and the adapters stood still to the end", self.freeze)
         set_requires_grad(self._frozen, True)
-        self._frozen = []
+        self._frozen, self._held = [], False
         if self.tracker is not None:
             self.tracker.close()
 

@@ -14,8 +14,10 @@ from ..nn.adapter import WHOLE
 from ..nn.linear import FrozenLinear, Linear, adapted_layers, matrix_key
 from ..nn.quantized import compute_dtype, foreign_base, update_backend
 from ..ops.backends import choose
+from ..ops.backends.planned import launch_remarks
 from ..ops.matmul import AUTO, ENGINES, UNPACKED
 from ..tracking.penalty import FisherPenalty
+from ..tracking.record import records
 from .modules import role_targets
 from .trainable import ROLES_OF_PARAMETERS, chosen_or_policy, parameter_roles
 
@@ -130,10 +132,14 @@ class Explanation:
     rows: tuple[ExplainedLayer, ...]
     packed_bytes: int
     penalty: dict[str, tuple[str, str]]  # by adapter: "native" (one launch) or "formula", and why not native
+    statistics: tuple[
+        str, ...
+    ] = ()  # of each adapter's last tracker: which steps are sampled, their cost, what is idle
 
     def _below(self) -> list[str]:
         lines = [f"packed copies of frozen weights: {self.packed_bytes / 2**20:.1f} MiB"]
-        return lines + [f"penalty of {name}: {how}{why and f' ({why})'}" for name, (how, why) in self.penalty.items()]
+        lines += [f"penalty of {name}: {how}{why and f' ({why})'}" for name, (how, why) in self.penalty.items()]
+        return [*lines, *self.statistics]
 
     def __str__(self) -> str:
         return "\n".join([text_table(_EXPLAINED, list(self.rows)), *self._below()])
@@ -172,11 +178,11 @@ def explain(model: nn.Module) -> Explanation:
         if foreign is not None:
             engine, together = f"{foreign}'s own", "a quantized base runs alone; "
         kind = "split q/k/v; " if set(layer.slices) != {WHOLE} else ""
-        every = max((probe.every or 1 for probe in layer.probes.values()), default=1)
-        together += f"statistics every {every} steps; " if every > 1 else ""
-        why = "; ".join(f"{name}: {reason}" for name, reason in passed.items())
+        reasons = [f"{name}: {reason}" for name, reason in passed.items()]
+        why = "; ".join([*reasons, *launch_remarks(backend)])
         rows.append(ExplainedLayer(path, backend.name, engine, (kind + together + why).rstrip("; ")))
-    return Explanation(tuple(rows), packed, _penalties(model))
+    statistics = tuple(map(str, records(adapted_layers(model).values())))
+    return Explanation(tuple(rows), packed, _penalties(model), statistics)
 
 
 def _penalties(model: nn.Module) -> dict[str, tuple[str, str]]:

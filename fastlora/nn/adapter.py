@@ -124,9 +124,18 @@ class Operands:
         self._weights = W
         self._hooks = [hooks for f in self.factors for hooks in forward_hooks(f)]
         self._attributes = [f.__dict__ for f in self.factors]
-        # Layers that run together drop alike.
-        specs = [layers[0].adapter_specs.get(name) for name in names]
-        self.dropout = [0.0 if spec is None else spec.dropout for spec in specs]
+        first = layers[0]
+        self.alike = len(layers) == 1 or all(
+            [
+                w.dtype is W[0].dtype
+                and w.device == W[0].device
+                and type(w) is type(W[0])
+                and (x.router, x.backend, x.engine) == (first.router, first.backend, first.engine)
+                and _dropout(x, names) == _dropout(first, names)
+                for x, w in zip(layers, W, strict=True)
+            ]
+        )
+        self.dropout = _dropout(first, names)
         self.drops = any(self.dropout)
 
     def _tensor(self, owner: Any, name: str) -> Any:
@@ -170,6 +179,11 @@ class Operands:
             if "forward" in attributes:
                 return False
         return True
+
+
+def _dropout(layer: Any, names: Sequence[str]) -> list[float]:
+    specs = [layer.adapter_specs.get(name) for name in names]
+    return [0.0 if spec is None else spec.dropout for spec in specs]
 
 
 def hooked(module: nn.Module) -> bool:

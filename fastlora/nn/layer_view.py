@@ -89,14 +89,6 @@ class PartOfProbe:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.probe, name)
 
-    @property
-    def every(self) -> int | None:
-        return self.probe.every
-
-    @every.setter
-    def every(self, steps: int) -> None:
-        self.probe.every = steps
-
     def operands(self, probes: list[PartOfProbe], x: Tensor, route: Any, samples: int | None = None) -> dict[str, Any]:
         return type(self.probe).operands(self, probes, x, route, samples)
 

@@ -15,7 +15,7 @@ from .._utils.errors import check_flag, check_instance, check_integer, check_mod
 from ..config import LoraConfig
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
-from .adapter import WHOLE, AdapterSpec, Bundle, Factors, new_factors
+from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, new_factors
 from .probe import group_operands
 from .routing import Route, Router
 
@@ -200,6 +200,10 @@ class Linear(nn.Linear):
             return forward_traced(self, input, route)
         if not self.called:
             self.called = True
+        if self.group is not None:
+            ahead = self.group.take(self, input)
+            if ahead is not None:
+                return ahead
         route = self.router.route(self.training)
         if self.bypassed(route):
             return F.linear(input, self.weight, self.bias)
@@ -266,12 +270,11 @@ def adapter_dtype_of(config: LoraConfig, layer: nn.Linear) -> torch.dtype:
     return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
-def forward_together(layers: Sequence[Any], x: Tensor, route: Route, bundle: Bundle | None = None) -> Sequence[Tensor]:
+def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Operands | None = None) -> Sequence[Tensor]:
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along."""
     first = layers[0]
-    if bundle is None:
-        bundle = _bundle_of(layers)
-    kept = bundle.kept(route.names)
+    if kept is None:
+        kept = _bundle_of(layers).kept(route.names)
     if x.dtype is not kept.dtype or x.device != kept.device or not x.dim() or x.shape[-1] != kept.depth:
         check_input(x, first.weight)
     drops = kept.drops and first.training

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from .._utils.errors import check_instance, wrong_value
 from ..ops.layout import on_host
 from ..ops.probe_ops import measured, with_moments
 from ..ops.reference import accumulate_dtype
-from .probe_rows import refreshes_norms
+from .probe_rows import SampleSigns
 
 
 class Contribution(NamedTuple):
@@ -23,25 +22,30 @@ class Contribution(NamedTuple):
     micro: int
     x: Tensor
     dy: Tensor
+    keep: Tensor | None = None  # tokens that count in covariances, a boolean for each row of x; None: all
 
 
 class _Tap(torch.autograd.Function):
     """Identity whose backward keeps (x, dy): recorded if and only if backward ran."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, sink: list, micro: int, select: tuple[Tensor, bool] | None) -> Tensor:
+    def forward(
+        ctx, y: Tensor, x: Tensor, sink: list, micro: int, select: tuple[Tensor, bool] | None, keep: Tensor | None
+    ) -> Tensor:
         ctx.sink, ctx.micro, ctx.select = sink, micro, select
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, keep)
         # Not a view of y, which an owner could not add its bias to in place.
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, grad = ctx.saved_tensors[0].detach(), dy.detach()
+        x, keep = ctx.saved_tensors
         if ctx.select is None or len(ctx.select[0]):  # an adapter that is absent from a batch contributes nothing
-            ctx.sink.append(Contribution(ctx.micro, selected(x, ctx.select), selected(grad, ctx.select)))
-        return dy, None, None, None, None
+            rows = [selected(tensor.detach(), ctx.select) for tensor in (x, dy)]
+            kept = None if keep is None else selected(keep.unsqueeze(-1), ctx.select).squeeze(-1)
+            ctx.sink.append(Contribution(ctx.micro, *rows, kept))
+        return dy, None, None, None, None, None
 
 
 def selected(tensor: Tensor, select: tuple[Tensor, bool] | None) -> Tensor:
@@ -52,54 +56,77 @@ def selected(tensor: Tensor, select: tuple[Tensor, bool] | None) -> Tensor:
     return (tensor.reshape(-1, tensor.shape[-1]) if flat else tensor).index_select(0, index)
 
 
-# Seconds of a statistic's fixed cost per group and step, its share of ``tracker.step()`` included, and of one operation
-# on one core, each within a factor of two (twelve S4 layers, S1): they only decide which layers are too small to be
-# sampled at every step.
-_FIXED_SECONDS, _FLOP_SECONDS = 130e-6, 1e-11
-_MOST_STEPS = 16
+class AdaptedLayer(Protocol):
+    """What a probe reads of the layer it is for."""
+
+    slices: Mapping[str, int]
+    in_features: int
+    out_features: int
+    weight: Tensor
+    backend: str
 
 
-def sampling_interval(rows: int, in_features: int, out_features: int, probes: int, kinds: int = 1) -> int:
-    """Every how many steps a group is sampled so that statistics cost at most 1 % of its own forward and backward.
+class TrackedStep:
+    """What the layers of one tracker share: which statistics are taken, and the optimizer step that runs.
 
-    ``cost = kinds * fixed + 2 M k (K + ΣN)`` operations against ``6 M K ΣN``; never above every 16th step.
+    It knows no layer: a layer holds its probe, the probe holds this, and nothing of it leads back to the layer.
     """
-    step = 6 * rows * in_features * out_features * _FLOP_SECONDS
-    cost = kinds * _FIXED_SECONDS + 2 * rows * probes * (in_features + out_features) * _FLOP_SECONDS
-    return max(1, min(_MOST_STEPS, math.ceil(cost / (0.01 * step)))) if step else 1
+
+    def __init__(self, kinds: frozenset[str], estimator: str, probes: int, probe_kind: str):
+        self.estimator, self.probes, self.probe_kind = estimator, probes, probe_kind
+        self.of_weights = bool(kinds - {"act_var"})  # whether a statistic takes more than the moments of the output
+        self.variances, self.per_sample = "act_var" in kinds, "fisher" in kinds
+        self.covariances = bool({"act_cov", "grad_cov"} & kinds)
+        self.index, self.micro = 0, 0  # the optimizer step, and the forwards in it so far
+        self.sampled, self.refreshes_norms = True, True
+        self.compiled = False  # whether compiled code runs through the layers
+        self.signs: SampleSigns | None = None  # with probes for ``fisher``
+
+    def begin(self, index: int, sampled: bool, refreshes_norms: bool) -> None:
+        """Get ready for an optimizer step."""
+        self.index, self.micro = index, 0
+        self.sampled, self.refreshes_norms = sampled, refreshes_norms
+        if self.signs is not None:
+            self.signs.advance(index)
+
+    def signs_for(self, x: Tensor, own: int | None = None) -> Tensor:
+        """±1 per (sample, probe) of the current micro-batch; a sample is an entry of x's dimension 0.
+
+        ``own`` of them are the tracked adapter's, all without it.
+        """
+        return self.signs.take(x.shape[0] if x.dim() > 1 else 1, own, self.index, self.micro)
 
 
 class LayerProbe:
     """The statistics side of one adapted layer; the layer asks it for operands and hands it its output."""
 
-    def __init__(self, layer: Any, kinds: frozenset[str], estimator: str, owner: Any):
-        self.slices: Mapping[str, int] = layer.slices
-        self.width = layer.out_features
-        self.owner = owner
-        self.exact = estimator == "exact" and bool(kinds - {"act_var"})
-        self.every: int | None = owner.every  # None: decided by the first forward
-        self.live = True  # whether this step is sampled
-        self.looking = True  # whether this step looks at the columns' norms
+    def __init__(self, layer: AdaptedLayer, step: TrackedStep):
+        self.slices, self.width, self.backend, self.step = layer.slices, layer.out_features, layer.backend, step
+        self.exact = step.estimator == "exact" and step.of_weights
         self.P: Tensor | None = None
         self.columns: Tensor | None = None  # [n, k] columns of x to measure each slice on, in place of P
         self.Z: dict[str, Tensor] = {}
         self.norms: dict[str, Tensor] = {}
-        self.backend = layer.backend
         self.V: Tensor | None = None
         self.taken: list[Contribution] = []
         acc, device = accumulate_dtype(layer.weight.dtype), layer.weight.device
-        if estimator == "probe" and kinds - {"act_var"}:
+        if step.estimator == "probe" and step.of_weights:
             self.Z = {
-                name: torch.zeros(rows, owner.probes, dtype=acc, device=device, requires_grad=True)
+                name: torch.zeros(rows, step.probes, dtype=acc, device=device, requires_grad=True)
                 for name, rows in layer.slices.items()
             }
-            if owner.probe_kind == "columns":
+            if step.probe_kind == "columns":
                 self.norms = {
                     name: torch.zeros(layer.in_features, dtype=acc, device=device, requires_grad=True)
                     for name in layer.slices
                 }
-        if "act_var" in kinds:
+        if step.variances:
             self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
+
+    @property
+    def live(self) -> bool:
+        """Whether the optimizer step that runs is sampled."""
+        return self.step.sampled
 
     def operands(
         self, probes: Sequence[LayerProbe], x: Tensor, route: Any, samples: int | None = None
@@ -108,24 +135,19 @@ class LayerProbe:
 
         Columns of x in a batch of several adapters, and rows of y under a mask, are left to ``tap``.
         """
+        step = self.step
         if not torch.is_grad_enabled():
             return {}
-        if self.every is None and not torch.compiler.is_compiling():
-            width = sum(probe.width for probe in probes)
-            interval = sampling_interval(
-                x.shape[:-1].numel(), x.shape[-1], width, self.owner.probes, len(self.owner.kinds)
-            )
-            for probe in probes:
-                probe.every = interval
-                LayerProbe.turn(probe, self.owner.steps)
-        if not self.live:
+        if torch.compiler.is_compiling():
+            step.compiled = True
+        if not step.sampled:
             return {}
         found: dict[str, Any] = {}
         if self.Z and (self.columns is None or route.batch is None):
             P = self.P if self.columns is None else torch.cat([LayerProbe.index(probe) for probe in probes])
             found |= {"Z": [z for probe in probes for z in probe.Z.values()], "P": P}
-            if self.owner.per_sample:
-                found["sign"] = self.owner.signs_for(x, samples)
+            if step.per_sample:
+                found["sign"] = step.signs_for(x, samples)
         if self.V is not None and route.mask is None:
             found["V"] = [probe.V for probe in probes]
         return found
@@ -138,15 +160,16 @@ class LayerProbe:
         if self.V is not None and route.mask is not None and (place is None or name in tracked_adapters(route.batch)):
             y = with_moments(y, self.V, token_mask_rows(x, route, name), self.backend)
         if self.columns is not None:
-            return LayerProbe._measure(self, x, y, place) if self.looking or place else y
+            return LayerProbe._measure(self, x, y, place) if self.step.refreshes_norms or place else y
         if not self.exact:
             return y
         if torch.compiler.is_compiling():
             raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
         select = None if place is None else place[0].select(place[1], x)
-        if select is not None and select[1] and self.owner.per_sample:
+        if select is not None and select[1] and self.step.per_sample:
             raise RuntimeError("track: 'fisher' needs samples: give use_adapters() one id a sample, not one a token")
-        return _Tap.apply(y, x, self.taken, self.owner.micro, select)
+        keep = token_mask(x, route) if self.step.covariances else None
+        return _Tap.apply(y, x, self.taken, self.step.micro, select, keep)
 
     def index(self) -> Tensor:
         """Columns of x [n, k] for its slices: a part of a layer has some of them."""
@@ -164,22 +187,16 @@ class LayerProbe:
         if place is not None:
             index = LayerProbe.index(self)
             picked, Z = torch.where(own, rows.index_select(1, index.reshape(-1)), 0).to(y.dtype), list(self.Z.values())
-            if self.owner.per_sample:
-                sign = self.owner.signs_for(x, place[0].samples(place[1])).to(picked.dtype).repeat(1, len(index))
+            if self.step.per_sample:
+                sign = self.step.signs_for(x, place[0].samples(place[1])).to(picked.dtype).repeat(1, len(index))
                 picked = (picked.view(sign.shape[0], -1, sign.shape[1]) * sign.unsqueeze(1)).flatten(0, 1)
         sizes, norms = [z.shape[0] for z in self.Z.values()], []
-        if self.looking:
+        if self.step.refreshes_norms:
             norms, rows = [self.norms[name] for name in self.Z], rows if own is None else torch.where(own, rows, 0)
         return measured(y, sizes, self.backend, picked, Z, rows if norms else None, norms)
 
-    def turn(self, step: int) -> None:
-        """Whether an optimiser step is sampled, and whether it looks at the columns' norms."""
-        self.live = self.every is None or step % self.every == 0
-        self.looking = refreshes_norms(step // (self.every or 1))
-
-    def advance(self, step: int) -> None:
-        """Forget what was taken and get ready for an optimiser step."""
-        LayerProbe.turn(self, step)
+    def clear(self) -> None:
+        """Forget what was taken since the last optimizer step."""
         self.taken.clear()
         for leaf in (*self.Z.values(), *self.norms.values(), *([] if self.V is None else [self.V])):
             leaf.grad = None
@@ -200,7 +217,7 @@ def group_operands(
     for name, mine in probes.items():
         if name not in tracked_adapters(batch):
             continue
-        samples = batch.samples(name) if mine[0].owner.per_sample else None
+        samples = batch.samples(name) if mine[0].step.per_sample else None
         found[name] = mine[0].operands(mine, x, route, samples)
     Z, P, sign, V = [], [], [], []
     acc = accumulate_dtype(x.dtype)
@@ -218,17 +235,24 @@ def group_operands(
     return {"Z": Z, "V": V, "P": P, "sign": sign}
 
 
-def token_mask_rows(x: Tensor, route: Any, name: str) -> Tensor | None:
-    """Which rows of ``x`` [*, K] a route's mask keeps that are an adapter's: bool [M], or None for all.
+def token_mask(x: Tensor, route: Any) -> Tensor | None:
+    """Which tokens of ``x`` [*, K] count: the route's mask as booleans [*], None without one.
 
     Raises ``ValueError`` where the mask is not one of x's tokens.
     """
     keep, tokens = route.mask, x.shape[:-1]
-    if keep is not None:
-        if keep.shape not in (tokens, (tokens.numel(),)):
-            seen = tuple(tokens)
-            raise ValueError(f"mask: expected the tokens {seen} that a layer sees, got {tuple(keep.shape)}")
-        keep = keep.reshape(-1).to(x.device, non_blocking=True)
+    if keep is None:
+        return None
+    if keep.shape not in (tokens, (tokens.numel(),)):
+        seen = tuple(tokens)
+        raise ValueError(f"mask: expected the tokens {seen} that a layer sees, got {tuple(keep.shape)}")
+    return keep.reshape(tokens).to(x.device, non_blocking=True)
+
+
+def token_mask_rows(x: Tensor, route: Any, name: str) -> Tensor | None:
+    """Which rows of ``x`` [*, K] count and are an adapter's: booleans [M], or None for all."""
+    keep = token_mask(x, route)
+    keep = None if keep is None else keep.reshape(-1)
     if route.batch is None:
         return keep
     own = route.batch.rows(x).ids == route.batch.names.index(name)

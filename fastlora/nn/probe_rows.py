@@ -14,15 +14,15 @@ from ..ops.reference import column_shares, philox, signs
 
 _COLUMN_TAG = 3  # fourth Philox counter word: draws share no bits with signs
 _AHEAD = 64  # steps whose random numbers are made at once: a step alone costs as many launches
-_DECAY = 0.9  # of the norms, at every look
-# Norms are looked at in the first steps that are sampled, and then in every eighth: they change slowly, and a look
-# costs twice what the probes do.
-LOOK_FIRST, LOOK_EVERY = 8, 8
+_DECAY = 0.9  # of the norms, whenever they are measured
+# Norms of the columns are measured in the first sampled steps, and then in every eighth: they change slowly, and
+# measuring them costs twice what the probes do.
+REFRESH_FIRST, REFRESH_EVERY = 8, 8
 
 
-def refreshes_norms(sampled: int) -> bool:
-    """Whether a tracker looks at the columns' norms in the n-th step that it samples."""
-    return sampled < LOOK_FIRST or sampled % LOOK_EVERY == 0
+def refreshes_norms(sample: int) -> bool:
+    """Whether the norms of the columns are measured again with a tracker's sample number ``sample`` (from 0)."""
+    return sample < REFRESH_FIRST or sample % REFRESH_EVERY == 0
 
 
 class ColumnSampler:
@@ -57,7 +57,7 @@ class ColumnSampler:
         self._shares = [(part, part.cumsum(1)) for part in shares]
 
     def draw(self, step: int) -> None:
-        """Fill ``index``, ``weight`` and ``known`` for an optimiser step, in place."""
+        """Fill ``index``, ``weight`` and ``known`` for an optimizer step, in place."""
         chance = self._chances(step)
         for members, (shares, ends) in zip(self._members, self._shares, strict=True):
             total = ends[:, -1:]
@@ -144,7 +144,7 @@ class RademacherProbes:
         ]
 
     def draw(self, step: int) -> None:
-        """Fill P for an optimiser step, in place."""
+        """Fill P for an optimizer step, in place."""
         self._signs.fill_(self._flat, self.seed, step)
 
     def restart(self, seed: int) -> None:
@@ -155,6 +155,45 @@ class RademacherProbes:
         """The statistic of the matrices that have a Q [N, k], float64; ``factor`` multiplies it."""
         norms = squared_norms([grad for grad in grads if grad is not None], factor / self.probes)
         return {kind: norms.to(self.seed.device) for kind in kinds}
+
+
+class SampleSigns:
+    """Independent ±1 for each (sample, probe) of every micro-batch, from (seed, step, micro-batch)."""
+
+    def __init__(self, seed: Tensor, probes: int):
+        self.seed, self.probes = seed, probes
+        self.place = (0, 1)  # this process's rank and the number of ranks, whose micro-batches are numbered through
+        self.samples: dict[int, int] = {}  # of each micro-batch of this step, those that are the tracked adapter's
+        self.compiled = CompiledSigns(seed, probes)
+        self._drawn: tuple[int, int, Tensor] | None = None  # micro-batch, samples in it, and their signs
+
+    def take(self, samples: int, own: int | None, step: int, micro: int) -> Tensor:
+        """[S, k] of a forward, the same for every layer; ``own`` of the samples are the adapter's (None: all).
+
+        Raises ``RuntimeError`` where layers of one forward see different numbers of samples.
+        """
+        if torch.compiler.is_compiling():
+            return self.compiled.take(samples, own)
+        if self._drawn is None or self._drawn[:2] != (micro, samples):
+            if micro in self.samples:
+                before = self._drawn[1]
+                raise RuntimeError(f"fisher: calls of one forward saw {before} and {samples} samples in dimension 0")
+            rank, size = self.place
+            drawn = sample_signs(self.seed, step, (micro - 1) * size + rank + 1, samples, self.probes)
+            self._drawn = micro, samples, drawn
+            self.samples[micro] = samples if own is None else own
+        return self._drawn[2]
+
+    def count(self) -> int | Tensor:
+        """Samples of this step that are the tracked adapter's."""
+        seen = sum(self.samples.values())
+        return seen + self.compiled.samples if self.compiled.used else seen
+
+    def advance(self, step: int) -> None:
+        """Another optimizer step begins, or the same one anew: its samples are forgotten."""
+        self._drawn = None
+        self.samples.clear()
+        self.compiled.advance(step)
 
 
 def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int) -> Tensor:
@@ -188,25 +227,7 @@ class CompiledSigns:
         return self._signs
 
     def advance(self, step: int) -> None:
+        """Another optimizer step begins."""
         self._step.fill_(step)
         self._micro.zero_()
         self.samples.zero_()
-
-
-def sign_rows(tracker: Any, groups: Sequence[Sequence[Any]]) -> RademacherProbes:
-    """Rows of ±1 for the layers of a tracker; those that share an input share P."""
-    made = RademacherProbes([group[0].in_features for group in groups], tracker.probes, tracker.seed, tracker.device)
-    for rows, layers in zip(made.rows, groups, strict=True):
-        for layer in layers:
-            layer.probes[tracker.adapter].P = rows.to(layer.weight.device)
-    return made
-
-
-def column_rows(tracker: Any, groups: Sequence[Sequence[Any]]) -> ColumnSampler:
-    """Columns for the matrices of a tracker, each its own: how large they are differs between q, k and v."""
-    layers = tracker.layers.values()
-    widths = [layer.in_features for layer in layers for _ in layer.slices]
-    made = ColumnSampler(widths, tracker.probes, tracker.seed, tracker.device, tracker.kinds)
-    for index, layer in zip(made.index.split([len(layer.slices) for layer in layers]), layers, strict=True):
-        layer.probes[tracker.adapter].columns = index.to(layer.weight.device)
-    return made

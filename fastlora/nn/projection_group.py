@@ -77,39 +77,56 @@ class ProjectionGroup:
         self.__dict__.update(state)
         self._clear()
 
-    def __call__(self, layer: Linear, x: Tensor, route: Route) -> Tensor:
+    def take(self, layer: Linear, x: Tensor) -> Tensor | None:
+        """The layer's output, where a sibling has computed it ahead from this very input under the same modes."""
         visits = self._visits.get(threading.get_ident())
         if not visits:
-            return forward_together((layer,), x, route)[0]
+            return None
         visit = visits[-1]
-        if visit.x is x and visit.state == _state(x, route):
-            out = visit.waiting.pop(layer, None)
-            if out is None:
-                return forward_together((layer,), x, route)[0]
-            visit.unused[visit.trigger].discard(layer)
-            if not visit.waiting:
-                visit.x = None
-            return out
-        if x.is_inference() or layer not in self._index or _alone(layer, visit, route):
+        if visit.x is not x or layer not in visit.waiting:
+            return None
+        # A recomputation goes the way of its forward, whose context may be closed.
+        route = layer.router.route(layer.training) if in_backward() else layer.router.current()
+        if visit.state != _state(x, route):
+            return None
+        visit.unused[visit.trigger].discard(layer)
+        out = visit.waiting.pop(layer)
+        if not visit.waiting:
+            visit.x = None
+        return out
+
+    def __call__(self, layer: Linear, x: Tensor, route: Route) -> Tensor:
+        """The layer's output, and those of the siblings that are expected to follow computed ahead."""
+        visits = self._visits.get(threading.get_ident())
+        if (
+            not visits
+            or visits[-1].x is x  # another call of a projection whose siblings still wait: theirs stay theirs
+            or x.is_inference()
+            or layer not in self._index
+            or _alone(layer, visits[-1], route)
+        ):
             return forward_together((layer,), x, route)[0]
-        return self._launch(visit, layer, x, route)
+        return self._launch(visits[-1], layer, x, route)
 
     def _launch(self, visit: _Visit, layer: Linear, x: Tensor, route: Route) -> Tensor:
         trigger = (visit.launches, self._index[layer])
         if not self.expected:
             self._compare(visit, trigger, x, route)
         skip = self._plan.get(trigger, self._unknown)
-        ahead = [i for i, other in enumerate(self.layers) if i not in skip and self._joinable(other, layer, route)]
-        layers = (layer, *[self.layers[i] for i in ahead])
+        ahead = [other for i, other in enumerate(self.layers) if i not in skip and _joins(other, layer, route)]
+        layers = (layer, *ahead)
         bundle = self._bundles.get(layers)
         if bundle is None:
             bundle = self._bundles[layers] = Bundle(layers)
-        outputs = forward_together(layers, x, route, bundle)
+        kept = bundle.kept(route.names)
+        if not kept.alike:
+            return forward_together((layer,), x, route)[0]
+        outputs = forward_together(layers, x, route, kept)
         visit.launches += 1
         visit.trigger, visit.state = trigger, _state(x, route)
         visit.unused[trigger] = set(layers[1:])
         visit.waiting = dict(zip(layers[1:], outputs[1:], strict=True))
-        visit.x = x if ahead else None
+        visit.x = x if visit.waiting else None
         if visit.hooks is not None and outputs[0].grad_fn is not None and not in_backward():
             self._await_backward(outputs[0].grad_fn, visit.token)
         return outputs[0]
@@ -128,27 +145,6 @@ class ProjectionGroup:
         pending = self._pending
         pending.add(token)
         node.register_prehook(lambda grads: pending.discard(token))
-
-    def _joinable(self, other: Linear, mine: Linear, route: Route) -> bool:
-        if (
-            other is mine
-            or has_hooks(other)
-            or other.training is not mine.training
-            or "forward" in other.__dict__
-            or other.bypassed(route)
-            or ((other.probes or mine.probes) and other.probes.keys() != mine.probes.keys())
-        ):
-            return False
-        w, own = other.weight, mine.weight
-        return (
-            w.dtype is own.dtype
-            and w.device == own.device
-            and type(w) is type(own)
-            and other.router is mine.router
-            and other.backend == mine.backend
-            and other.engine == mine.engine
-            and (not mine.training or other.dropout_p(route) == mine.dropout_p(route))
-        )
 
     def enter(self, owner: nn.Module, args: Any) -> None:
         """Forward pre-hook of the owner: open a visit, and take up what earlier passes taught."""
@@ -185,6 +181,18 @@ class ProjectionGroup:
             wanted = {index for index in wanted if (trigger, index) not in self._refused}
             if wanted:
                 self._learned[trigger] = self._plan.get(trigger, self._unknown) - wanted
+
+
+def _joins(other: Linear, mine: Linear, route: Route) -> bool:
+    """Whether a sibling may be computed with a layer, as far as that changes without its operands changing."""
+    return not (
+        other is mine
+        or has_hooks(other)
+        or other.training is not mine.training
+        or "forward" in other.__dict__
+        or other.bypassed(route)
+        or ((other.probes or mine.probes) and other.probes.keys() != mine.probes.keys())
+    )
 
 
 def _alone(layer: Linear, visit: _Visit, route: Route) -> bool:

@@ -15,8 +15,10 @@ from .._utils.torch_compat import (
     nothing_watches,
     untracked,
     version_of,
+    without_autocast,
 )
-from .autograd import LoraRest, differentiable_backward, moment_gradients
+from ..kernels.constants import device_constant
+from .autograd import LoraRest, differentiable_backward, low_precision, moment_gradients
 from .backends import choose
 from .backends.plan import Plans
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
@@ -67,6 +69,10 @@ class BoundCall:
         sign: Sequence[Tensor] = (),
     ) -> Sequence[Tensor]:
         """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``."""
+        if autocasting(x) and torch.get_autocast_dtype(x.device.type) is self.dtype:
+            # What autocast would do, since the weights have its dtype already.
+            with without_autocast(x.device.type):
+                return self(low_precision(x, self.dtype), rows, key, p, Z, V, P, sign)
         if (
             not self.plain
             or type(x) not in _PLAIN
@@ -79,7 +85,9 @@ class BoundCall:
             return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
         if self.chosen is None:
             self.chosen, _ = choose(self.backend, self.device, self.dtype)
-            self.plans = Plans() if self.chosen.plannable else None
+            absent = tuple([b is None for b in self.bias])
+            scope = (self.chosen.name, len(self.W), absent, tuple(self.scale), tuple(self.layout.starts), self.engine)
+            self.plans = Plans(scope) if self.chosen.plannable else None
         run = _Run(self, rows, key, p, P, sign, len(Z), len(V))
         if torch.is_grad_enabled():
             return _apply(run, x, *self.A, *self.B, *Z, *V)
@@ -145,7 +153,9 @@ class _Run:
             tensors += [*(self.rows or ()), *([] if self.key is None else [self.key])]
         there = tuple([g is not None for g in dy])  # ``None in dy`` would ask every tensor whether it equals None
         return bound.plans.run(
-            (1, self.options, need, there), tensors, lambda given: self._backward_of(given, dy, need)
+            (1, self.options, need, there),
+            tensors,
+            lambda given: self._backward_of(given, dy, need),
         )
 
     def _backward_of(self, tensors: list[Tensor], dy, need: Need) -> Sequence[Tensor | None]:
@@ -174,9 +184,18 @@ def _forward(run: _Run, x, W, bias, A, B, P, sign, rows, key) -> list[Tensor]:
     y, h, moments = bound.chosen.forward(call)
     if sign:
         flip_signs(h, sign, call)
-    if moments:
-        moments = moment_gradients(moments, rows_behind_moments(x, None if rows is None else rows.ranges, len(moments)))
+    if moments and rows is None:
+        count = x.shape[:-1].numel()
+        moments = [torch.cat([m, _count(count, m.dtype, m.device)], dim=1) for m in moments]
+    elif moments:
+        moments = moment_gradients(moments, rows_behind_moments(x, rows.ranges, len(moments)))
     return [*y, h, *moments]
+
+
+@device_constant(maxsize=256)
+def _count(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The number of rows beside the column sums: what a moment leaf [2, N + 1] accumulates."""
+    return torch.full((2, 1), rows, dtype=dtype, device=device)
 
 
 def _backward(run: _Run, x, h, W, A, B, dy, need: Need, rows, key) -> list[Tensor | None]:

@@ -11,6 +11,7 @@ from .._utils.torch_compat import autocasting
 from . import reference
 from .autograd import LIBRARY, Operator, like
 from .backends import choose
+from .backends.planned import planned
 from .layout import AdapterBatch, Dropout, Gradients, GroupLayout, LoraCall, Need, Rows, as_rows, picks_columns
 
 # Lists run over adapters, then projections (A, B, Z, scale) or weights (V); P, sign, p and probes over adapters.
@@ -36,7 +37,7 @@ def _call(x, W, bias, A, B, P, probes, drop, rows, starts, scale, p, engine, mom
 def _forward(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
     call = _call(x, W, bias, A, B, P, probe_counts(P), drop, rows, starts, scale, p, engine, bool(V))
-    outputs, h, moments = chosen.forward(call)
+    outputs, h, moments = planned(chosen).forward(call)
     flip_signs(h, sign, call)
     return [*outputs, h, *moments]
 
@@ -85,7 +86,7 @@ def _backward(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, need, bac
     need, seen = Need(*need), as_rows(x)
     grads = [None if g is None else as_rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
     call = _call(x, W, [None] * len(W), A, B, (), probes, drop, rows, starts, scale, p, engine, False)
-    dx, dA, dB, dZ = like_operands(call, chosen.backward(call, h, grads, need), need)
+    dx, dA, dB, dZ = like_operands(call, planned(chosen).backward(call, h, grads, need), need)
     out = [*([dx] if need.dx else []), *dA, *dB, *dZ]
     if need.dW:
         out += [torch.zeros_like(w) if g is None else torch.mm(g.t(), seen) for g, w in zip(grads, W, strict=True)]

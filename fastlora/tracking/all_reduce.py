@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import ProcessGroupInfo, ranks_of, several_processes
+from ..nn.linear import Linear
 from ..nn.probe import Contribution
 from ..ops.reference import accumulate_dtype
-from .statistics import Covariances, as_one_batch, sample_squares
+from .statistics import Covariances, Tracked, all_finite, as_one_batch
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,10 @@ class Shared:
     samples: Tensor  # of all ranks, under ``fisher`` with probes; a float64 scalar
     exact: Sequence[Mapping[str, Tensor]] | None  # values of each matrix under the exact estimator
 
-    def finish(self, tracker: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def finish(self, values: dict[str, Tensor], loss_reduction: str) -> dict[str, Tensor]:
         """With probes, ``fisher`` of the samples of all ranks."""
         if "fisher" in values and self.exact is None:
-            values["fisher"] = values["fisher"] * sample_factor(tracker.loss_reduction, self.samples, self.ranks)
+            values["fisher"] = values["fisher"] * sample_factor(loss_reduction, self.samples, self.ranks)
         return values
 
 
@@ -50,29 +50,16 @@ class Reduction:
 
     def __init__(self, model: nn.Module, process_group: Any):
         self.ranks = ranks_of(model, process_group)
-        self._process_group = process_group
         self._agreed = False
         self._searching = self.ranks is None and process_group == "auto"
 
-    def search(self, tracker: Any, model: nn.Module) -> None:
-        """Before a forward of the first step: the wrapper may have come after the tracker."""
-        if self._searching:
-            self.ranks = ranks_of(model)
-            self._searching = self.ranks is None
-            self.attach(tracker)
-
-    def attach(self, tracker: Any) -> None:
-        """Every rank samples the same steps: what each would choose depends on its own data."""
-        if self.ranks is not None and tracker.every is None:
-            tracker.every = 1
-            for layer in tracker.layers.values():
-                probe = tracker._probe(layer)
-                probe.every, probe.live = 1, True
-
-    def micro(self, own: int) -> int:
-        """The number of a rank's micro-batch among those of all ranks."""
-        rank, size = self.place()
-        return (own - 1) * size + rank + 1
+    def search(self, model: nn.Module) -> bool:
+        """Before a forward of the first step: whether ranks appear, for the wrapper may have come after the tracker."""
+        if not self._searching:
+            return False
+        self.ranks = ranks_of(model)
+        self._searching = self.ranks is None
+        return self.ranks is not None
 
     def place(self) -> tuple[int, int]:
         """This rank and the number of ranks."""
@@ -82,8 +69,12 @@ class Reduction:
         """The tracker took up another state: ranks have to agree again."""
         self._agreed = False
 
-    def run(self, tracker: Any) -> Shared | None:
-        """Reduce a step; None where one process trains alone. A collective: every rank calls ``tracker.step()``."""
+    def run(self, tracked: Tracked, samples: int | Tensor, agreement: Callable[[], Mapping[str, int]]) -> Shared | None:
+        """Reduce a step; None where one process trains alone. A collective: every rank calls ``tracker.step()``.
+
+        ``samples``: this rank's of the step. ``agreement``: numbers that must be the same everywhere; ``ValueError`` on
+        every rank names those that differ.
+        """
         if self._searching:
             self._searching = False
             if several_processes():
@@ -95,17 +86,21 @@ class Reduction:
         if self.ranks is None:
             return None
         if not self._agreed:
-            _agree(tracker, self.ranks)
+            _agree(agreement(), self.ranks, tracked.device)
             self._agreed = True
-        return _Step(tracker, self.ranks).reduce()
+        return _Step(tracked, self.ranks).reduce(samples)
 
     def add_covariances(
-        self, tracker: Any, taken: Mapping[str, Sequence[Contribution]], keep: Tensor, inverse: Tensor
+        self,
+        tracked: Tracked,
+        total: Covariances,
+        taken: Mapping[str, Sequence[Contribution]],
+        keep: Tensor,
+        inverse: Tensor,
     ) -> None:
-        """The ranks' sums of one step, layer by layer, into the tracker's."""
-        total = tracker._covariances
+        """Add the ranks' sums of one step to ``total``, layer by layer."""
         for path, calls in taken.items():
-            layer, step = tracker.layers[path], Covariances(total.kinds)
+            layer, step = tracked.layers[path], Covariances(total.kinds)
             dtype = accumulate_dtype(layer.weight.dtype)
             step.reserve(path, layer.in_features, layer.out_features, dtype, layer.weight.device)
             step.add({path: calls}, keep, inverse / self.ranks.divisor, {path: layer.backend})
@@ -117,61 +112,60 @@ class Reduction:
 class _Step:
     """One step's numbers on their way into one flat tensor and back."""
 
-    def __init__(self, tracker: Any, ranks: ProcessGroupInfo):
-        self.tracker, self.ranks, self.device = tracker, ranks, tracker.device
-        self.probes = {path: tracker._probe(layer) for path, layer in tracker.layers.items()}
-        self.live = {path: probe for path, probe in self.probes.items() if probe.live}
-        self.exact = [kind for kind in tracker.kinds if kind != "act_var"] if tracker.estimator == "exact" else []
+    def __init__(self, tracked: Tracked, ranks: ProcessGroupInfo):
+        self.tracked, self.ranks, self.device = tracked, ranks, tracked.device
+        self.probes = {path: tracked.probe(path) for path in tracked.layers}
+        self.exact = tracked.weight_kinds if tracked.estimator == "exact" else ()
 
-    def reduce(self) -> Shared:
-        Z: dict[Any, Tensor] = {(path, name): z for path, p in self.live.items() for name, z in p.Z.items()}
-        V: dict[Any, Tensor] = {path: probe.V for path, probe in self.live.items() if probe.V is not None}
-        looks = {path: p for path, p in self.live.items() if p.looking}
-        norms = {("norms", path, name): leaf for path, p in looks.items() for name, leaf in p.norms.items()}
-        sums = self._counts() | {key: _gradient(leaf) for key, leaf in (V | norms).items()}
+    def reduce(self, samples: int | Tensor) -> Shared:
+        probes = self.probes
+        Z: dict[Any, Tensor] = {(path, name): z for path, probe in probes.items() for name, z in probe.Z.items()}
+        V: dict[Any, Tensor] = {path: probe.V for path, probe in probes.items() if probe.V is not None}
+        measured = {path: probe for path, probe in probes.items() if probe.step.refreshes_norms}
+        norms = {("norms", path, name): leaf for path, p in measured.items() for name, leaf in p.norms.items()}
+        sums = self._counts(samples) | {key: _gradient(leaf) for key, leaf in (V | norms).items()}
         total = _summed(sums, {key: _gradient(leaf) for key, leaf in Z.items()}, self.ranks, self.device)
         for key, leaf in (Z | V | norms).items():
             leaf.grad = total[key].to(leaf.device, leaf.dtype)
         here = total["here"].view(2, -1) > 0
-        present = {kind: here[int(kind == "act_var")] for kind in self.tracker.kinds}
+        present = {kind: here[int(kind == "act_var")] for kind in self.tracked.kinds}
         exact = self._exact_values(total) if self.exact else None
         return Shared(self.ranks, present, total["bad"] == 0, total["samples"].double(), exact)
 
-    def _counts(self) -> dict[Any, Tensor]:
+    def _counts(self, samples: int | Tensor) -> dict[Any, Tensor]:
         """What is there of weights and of moments, whether it is finite; squares of samples and their numbers."""
-        tracker = self.tracker
-        weights, moments = [], []
-        for path, name in tracker.matrices:
+        tracked, weights, moments = self.tracked, [], []
+        for path, name in tracked.matrices:
             probe = self.probes[path]
             weights.append(bool(probe.taken) or (name in probe.Z and probe.Z[name].grad is not None))
             moments.append(probe.V is not None and probe.V.grad is not None)
-        taken = {path: p.taken for path, p in self.live.items()} if tracker._covariances.kinds else {}
+        taken = {path: probe.taken for path, probe in self.probes.items()} if tracked.covariances else {}
         parts = {
             "here": torch.tensor([*weights, *moments]),
-            "bad": ~tracker._covariances.finite(taken, self.device),
-            "samples": torch.as_tensor(tracker._sample_count()),
+            "bad": ~all_finite(taken, self.device),
+            "samples": torch.as_tensor(samples),
         }
         if "fisher" in self.exact:
-            found = [sample_squares(tracker, tracker.layers[path], name) for path, name in tracker.matrices]
+            found = [tracked.sample_squares(path, name) for path, name in tracked.matrices]
             parts["squares"] = torch.stack([square.to(self.device) for square, _ in found])
             parts["numbers"] = torch.tensor([number for _, number in found])
         return parts
 
     def _exact_values(self, total: Mapping[Any, Tensor]) -> list[dict[str, Tensor]]:
-        values: list[dict[str, Tensor]] = [{} for _ in self.tracker.matrices]
+        values: list[dict[str, Tensor]] = [{} for _ in self.tracked.matrices]
         if "fisher" in self.exact:
-            factors = sample_factor(self.tracker.loss_reduction, total["numbers"].double(), self.ranks, averaged=False)
+            samples = total["numbers"].double()
+            factors = sample_factor(self.tracked.loss_reduction, samples, self.ranks, averaged=False)
             for value, square, factor in zip(values, total["squares"].double(), factors, strict=True):
                 value["fisher"] = square * factor
         if not {"grad_sq", "grad_abs"} & set(self.exact):
             return values
-        gradients = {path: self._gradient(self.tracker.layers[path], probe.taken) for path, probe in self.live.items()}
-        for value, (path, name) in zip(values, self.tracker.matrices, strict=True):
-            if path in gradients:
-                value["grad_sq"], value["grad_abs"] = gradients[path][name]
+        gradients = {path: self._gradient(self.tracked.layers[path], p.taken) for path, p in self.probes.items()}
+        for value, (path, name) in zip(values, self.tracked.matrices, strict=True):
+            value["grad_sq"], value["grad_abs"] = gradients[path][name]
         return values
 
-    def _gradient(self, layer: Any, taken: list[Contribution]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _gradient(self, layer: Linear, taken: list[Contribution]) -> dict[str, tuple[Tensor, Tensor]]:
         """``||G||^2`` and ``sum |G|`` of each slice of G_W, which is there as a whole for this one layer."""
         dtype = accumulate_dtype(layer.weight.dtype)
         gradient = torch.zeros(layer.out_features, layer.in_features, dtype=dtype, device=layer.weight.device)
@@ -230,19 +224,9 @@ def _summed(
     return {key: piece.view(part.shape) for (key, part), piece in zip(parts.items(), split, strict=True)}
 
 
-def _agree(tracker: Any, ranks: ProcessGroupInfo) -> None:
-    """P and the steps that count are the same everywhere, or ``ValueError`` on every rank with what differs."""
-    own = {
-        "seed": tracker.seed,
-        "steps": tracker.steps,
-        "probes": tracker.probes,
-        "every": tracker.every,
-        "warmup": tracker.warmup or 0,
-        "matrices": zlib.crc32(" ".join(tracker.keys).encode()),
-        "probe_kind": zlib.crc32(tracker.probe_kind.encode()),
-        "statistics": zlib.crc32(" ".join((*tracker.kinds, *tracker._covariances.kinds, tracker.estimator)).encode()),
-    }
-    values = torch.tensor(list(own.values()), dtype=torch.int64, device=tracker.device)
+def _agree(own: Mapping[str, int], ranks: ProcessGroupInfo, device: torch.device) -> None:
+    """The numbers are the same everywhere, or ``ValueError`` on every rank with what differs."""
+    values = torch.tensor(list(own.values()), dtype=torch.int64, device=device)
     low, high = ranks.min(torch.stack([values, -values]))
     differing = [name for name, a, b in zip(own, low.tolist(), (-high).tolist(), strict=True) if a != b]
     if differing:

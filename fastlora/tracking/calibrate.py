@@ -39,14 +39,16 @@ class UpdateVariance:
     def __init__(self, model: nn.Module, adapter: str, centered: bool = False, process_group: Any = None):
         self._ranks, model = ranks_of(model, process_group), unwrapped(model)
         layers = checked_layers(model, adapter)
-        self._centred = centered
-        self._matrices: dict[str, nn.Parameter] = {}
+        self._centered = centered
+        self._matrices: dict[str, Tensor] = {}
         self._costs: dict[str, int] = {}
         for path, layer in layers.items():
-            for name, B in layer.lora_B[adapter]._parameters.items():
+            for name, B in layer.lora_B[adapter].tensors().items():
                 if B is None:
                     continue
                 key = matrix_key(path, name)
+                if not B.is_leaf:
+                    raise ValueError(f"model: B of {key!r} is parametrized or pruned and has no gradient of its own")
                 if bool(B.detach().any()):
                     raise ValueError(f"model: B of {key!r} is not zero; 'fim' scores an adapter before its training")
                 self._matrices[key] = B
@@ -82,7 +84,7 @@ class UpdateVariance:
         self._counts += finite * torch.tensor([key in taken for key in self._matrices], device=device)
         self._skipped += ~finite
         for key, grad in taken.items():
-            if self._centred:
+            if self._centered:
                 kept = torch.where(finite.to(grad.device), grad.double(), 0.0)
                 self._sums[key] = kept + self._sums.get(key, 0.0)
         for B in self._matrices.values():
@@ -100,10 +102,10 @@ class UpdateVariance:
         if missing or not counts:
             shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "") or "any matrix: every rank is 0"
             raise RuntimeError(f"no lora_b_var yet for {shown}")
-        if self._centred and min(counts) < 2:
+        if self._centered and min(counts) < 2:
             raise RuntimeError("no centered lora_b_var yet: it takes two passes or more")
         values = (self._squares / self._counts).tolist()
-        if self._centred:
+        if self._centered:
             means = [
                 (self._sums[key] / count).square().mean() for key, count in zip(self._matrices, counts, strict=True)
             ]
@@ -117,7 +119,7 @@ def preserve_model_state(model: nn.Module, adapter: str) -> Iterator[None]:
 
     Inside, gradients start empty, grad mode is on, and the adapter's factors require gradients, so that passes reach
     them although a schedule may hold them frozen. Parameters themselves are not copied: the block must not step an
-    optimiser. RNG: torch's (CPU and the model's CUDA devices), Python's, and NumPy's where it is loaded.
+    optimizer. RNG: torch's (CPU and the model's CUDA devices), Python's, and NumPy's where it is loaded.
 
     Raises ``ValueError`` for a model without adapters.
     """
@@ -184,11 +186,11 @@ def _python_generators() -> Callable[[], None]:
 class Calibration(Scores):
     """Scores that know how they converged: still a mapping of matrix key to importance."""
 
-    __slots__ = ("_settled",)
+    __slots__ = ("_convergence",)
 
     def __init__(self, scores: Scores, convergence: Sequence[float]):
         super().__init__(dict(scores), scores.kind, scores.signed, scores.costs)
-        object.__setattr__(self, "_settled", tuple(convergence))
+        object.__setattr__(self, "_convergence", tuple(convergence))
 
     @property
     def convergence(self) -> tuple[float, ...]:
@@ -196,10 +198,10 @@ class Calibration(Scores):
 
         Near 1 at the end: more batches would hardly change the order. NaN where an estimate was missing or constant.
         """
-        return self._settled
+        return self._convergence
 
     def __reduce__(self) -> tuple:
-        return Calibration, (Scores(dict(self), self.kind, self.signed, self.costs), self._settled)
+        return Calibration, (Scores(dict(self), self.kind, self.signed, self.costs), self._convergence)
 
 
 class Method(NamedTuple):

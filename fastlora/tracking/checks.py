@@ -1,8 +1,7 @@
-"""What a tracker accepts, with refusals that name the argument, and a watch on steps that it is not told of."""
+"""What a tracker accepts, with refusals that name the argument."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +13,11 @@ from .._utils.torch_compat import scale_of
 from ..nn.linear import Linear, adapted_layers
 from .statistics import COVARIANCES
 
-logger = logging.getLogger(__name__)
-
 SCALARS = ("grad_sq", "fisher", "grad_abs", "act_var")
 KINDS = (*SCALARS, *COVARIANCES)
 PROBE_KINDS = ("rademacher", "columns")
+_NOT_IN_OLD_STATES = {"every"}
 ABSOLUTE_NEEDS = "it needs probe_kind='columns' or estimator='exact'"
-_STEPS_BEFORE_WARNING = 3
 
 
 def checked_decay(ema: Any) -> float | None:
@@ -70,7 +67,7 @@ def checked_steps(warmup: Any, every: Any, seed: Any) -> None:
 
 def checked_state(state: Any, like: dict[str, Any]) -> None:
     check_instance("state", state, dict, "what state_dict() of a tracker gives")
-    missing = sorted(like.keys() - state.keys())
+    missing = sorted(like.keys() - _NOT_IN_OLD_STATES - state.keys())
     if missing:
         raise ValueError(f"state: expected what state_dict() of a tracker gives, got one without {missing}")
     for name in ("keys", "probes", "probe_kind"):
@@ -107,26 +104,3 @@ def refuse_windows(model: nn.Module, layers: dict[str, Linear]) -> None:
         kind = type(modules[path.rpartition(".")[0]]).__name__
         if "Window" in kind:
             raise ValueError(f"statistics: 'fisher' needs samples in dimension 0; {path!r} sees windows ({kind})")
-
-
-class StepWatch:
-    """Warns once when parameters were updated several times without ``tracker.step()``."""
-
-    def __init__(self, layers: dict[str, Linear]):
-        self._parameter = next((p for m in layers.values() for p in m.lora_B.parameters()), None)
-        self._version = None if self._parameter is None else self._parameter._version
-        self._missed, self._warned = 0, False
-
-    def forward(self) -> None:
-        if self._parameter is None or self._parameter._version == self._version:
-            return
-        self._version = self._parameter._version
-        self._missed += 1
-        if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
-            self._warned = True
-            logger.warning(
-                "track: %d optimiser steps without tracker.step(); their statistics run together", self._missed
-            )
-
-    def stepped(self) -> None:
-        self._missed = 0

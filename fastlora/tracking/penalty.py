@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._utils.distributed import is_sharded, like, whole
 from .._utils.errors import unknown_choice
@@ -26,8 +26,8 @@ from ..ops.penalty import (
 class _Terms(NamedTuple):
     """Factors of the matrices that have an adapter, their scales and their positions among all tracked matrices."""
 
-    As: list[nn.Parameter]
-    Bs: list[nn.Parameter]
+    As: list[Tensor]
+    Bs: list[Tensor]
     scales: list[float]
     positions: list[int]
     backends: set[str]  # that their layers ask for
@@ -66,9 +66,17 @@ class FisherPenalty:
     def add_gradient(
         self, importance: Tensor | None, frozen: bool, weight: float, form: str, normalize: str, adapter: str
     ) -> None:
-        """Add the penalty's gradient to ``.grad`` of every trainable factor, in place."""
+        """Add the penalty's gradient to ``.grad`` of every trainable factor, in place.
+
+        Raises ``ValueError`` for factors that are computed from other parameters, whose ``.grad`` nobody reads.
+        """
         checked_options(weight, form, normalize)
         terms = self._terms(adapter)
+        if not all(factor.is_leaf for factor in terms.As + terms.Bs):
+            raise ValueError(
+                f"adapter: the factors of {adapter!r} are parametrized or pruned and have no gradient of their own; "
+                "add tracker.penalty() to the loss instead"
+            )
         if importance is None or not terms.As:
             return
         weights = self._weights(importance, frozen, normalize, terms.positions)
@@ -83,6 +91,7 @@ class FisherPenalty:
         why = terms.formula_because(form) if terms.As else "no matrix has a rank"
         return ("native", "") if why is None else ("formula", why)
 
+    @torch.enable_grad()
     def _terms(self, adapter: str) -> _Terms:
         check_adapter(adapter)
         terms, known = _Terms([], [], [], [], set()), False
@@ -91,7 +100,7 @@ class FisherPenalty:
             if adapter not in layer.adapter_specs:
                 continue
             known = True
-            A, B = layer.lora_A[adapter]._parameters[name], layer.lora_B[adapter]._parameters[name]
+            A, B = (factors[adapter].tensors()[name] for factors in (layer.lora_A, layer.lora_B))
             if A is None or B is None:
                 continue
             terms.As.append(A)

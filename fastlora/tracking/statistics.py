@@ -2,23 +2,98 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..nn.linear import Linear
-from ..nn.probe import Contribution
+from ..nn.linear import Linear, matrix_key
+from ..nn.probe import Contribution, LayerProbe
 from ..ops.backends import choose
+from ..ops.layout import on_host
 from ..ops.reference import accumulate_dtype
 
 
-class Averages:
-    """``F ← β F + (1 - β) f`` of every statistic and matrix, or their plain mean (``ema=None``), with the steps behind.
+@dataclass(frozen=True)
+class Tracked:
+    """What a tracker follows: the layers of one adapter, their matrices, and the statistics taken of them."""
 
-    ``values`` and ``counts`` are the rows by kind, [matrices] in float64.
+    adapter: str
+    layers: Mapping[str, Linear]
+    estimator: str
+    kinds: tuple[str, ...]  # one number a matrix
+    covariances: tuple[str, ...]  # one matrix a layer
+    loss_reduction: str
+
+    @functools.cached_property
+    def matrices(self) -> list[tuple[str, str]]:
+        """(path, slice) of every matrix."""
+        return [(path, name) for path, layer in self.layers.items() for name in layer.slices]
+
+    @functools.cached_property
+    def keys(self) -> list[str]:
+        return [matrix_key(path, name) for path, name in self.matrices]
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        return next(iter(self.layers.values())).weight.device
+
+    @functools.cached_property
+    def weight_kinds(self) -> tuple[str, ...]:
+        """The statistics of the weight's gradient: all but that of the output."""
+        return tuple(kind for kind in self.kinds if kind != "act_var")
+
+    def probe(self, path: str) -> LayerProbe:
+        return self.layers[path].probes[self.adapter]
+
+    def exact_values(self, path: str, name: str) -> dict[str, Tensor]:
+        """This step's exact value of each statistic of one matrix; empty where no backward ran through its layer."""
+        layer, taken = self.layers[path], self.probe(path).taken
+        if not taken:
+            return {}
+        rows, found = layer.slice_rows(name), {}
+        if {"grad_sq", "grad_abs"} & {*self.kinds}:
+            backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
+            x, dy, offsets = as_one_batch(taken)
+            both = backend.gradstat(x, dy[:, rows], offsets, absolute="grad_abs" in self.kinds)
+            found["grad_sq"], found["grad_abs"] = both[0]
+        if "fisher" in self.kinds:
+            total, samples = self.sample_squares(path, name)
+            found["fisher"] = total * fisher_factor(self.loss_reduction, samples)
+        return found
+
+    def sample_squares(self, path: str, name: str) -> tuple[Tensor, int]:
+        """``Σ_i ||G_i||²`` of one matrix over the samples of this step, and their number."""
+        layer, taken = self.layers[path], self.probe(path).taken
+        rows, samples = layer.slice_rows(name), 0
+        total = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
+        for micro in sorted({call.micro for call in taken}):
+            x, dy, offsets = by_sample([call for call in taken if call.micro == micro])
+            backend, _ = choose(layer.backend, x.device, x.dtype)
+            total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
+            samples += len(offsets) - 1
+        return total, samples
+
+
+def fisher_factor(loss_reduction: str, samples: int | Tensor) -> float | Tensor:
+    """What makes ``fisher`` of ``Σ_i ||G_i||²``, G_i as it was backpropagated: n for a mean loss, 1/n for a sum."""
+    # The gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
+    if not isinstance(samples, Tensor):
+        return float(samples) if loss_reduction == "mean" else 1.0 / max(samples, 1)
+    return samples.double() if loss_reduction == "mean" else 1.0 / samples.double().clamp(min=1)
+
+
+class Averages:
+    r"""Running averages of every statistic and matrix, over the same stretch of training however often it is sampled.
+
+    .. math:: F \leftarrow \beta^n F + (1 - \beta^n) f
+
+    f is a sample's value and n the optimizer steps that it stands for: β is the decay of one step. With ``ema=None`` F
+    is the mean of all samples, in which each weighs n. ``values`` and ``counts`` are F and the sum of n by statistic,
+    [matrices] in float64. A sample that is left out neither decays nor adds.
     """
 
     def __init__(self, kinds: Sequence[str], matrices: int, ema: float | None, device: torch.device):
@@ -41,66 +116,41 @@ class Averages:
         seen: Mapping[str, Tensor],
         finite: Tensor | None,
         drawn: Tensor | None = None,
+        steps: int = 1,
     ) -> Tensor:
-        """Take in a step where ``seen``, all or none: whether its numbers, and what ``finite`` stands for, are finite.
+        """Fold in one sample for the matrices in ``seen``, unless any value is not finite; returns whether it was.
 
-        No statistic is negative. Of the matrices' own, all but ``act_var``, only those that are ``drawn`` count.
+        - ``values``, ``seen``: by statistic, [matrices]; no value is negative.
+        - ``finite``: a further condition on folding it in, a boolean tensor or None.
+        - ``drawn``: the matrices whose statistics of the weight count, booleans [matrices]; None: all.
+        - ``steps``: n, the optimizer steps that the sample stands for.
         """
-        value, there = torch.stack([values[kind] for kind in self.kinds]), None
+        value, keep = torch.stack([values[kind] for kind in self.kinds]), None
         if any([seen[kind] is not self._everything for kind in self.kinds]):
-            there = torch.stack([seen[kind] for kind in self.kinds])
-            value = torch.where(there, value, 0.0)
-        own = value.amax() < math.inf
-        finite = own if finite is None else own & finite
-        keep = finite if there is None else there & finite
+            keep = torch.stack([seen[kind] for kind in self.kinds])
+            value = torch.where(keep, value, 0.0)
+        folded = value.amax() < math.inf
+        folded = folded if finite is None else folded & finite
+        keep = folded if keep is None else keep & folded
         if drawn is not None:
             keep = keep & torch.stack([drawn | (kind == "act_var") for kind in self.kinds])
-        self._steps += keep
-        weight = 1.0 / self._steps.clamp(min=1) if self.ema is None else 1.0 - self.ema
+        self._steps += keep if steps == 1 else keep * steps
+        weight = steps / self._steps.clamp(min=1) if self.ema is None else 1.0 - self.ema**steps
         self._means += torch.where(keep, value, self._means).sub_(self._means).mul_(weight)
-        return finite
+        return folded
 
     def corrected(self, kind: str) -> Tensor:
-        """The averages of a kind, the start at zero divided out."""
+        """Bias-corrected average of a statistic, ``F / (1 - β^Σn)``; 0 for a matrix without a sample."""
         value, count = self.values[kind], self.counts[kind]
         return value / (1.0 - self.ema**count).clamp(min=1e-300) if self.ema is not None else value.clone()
 
-    def placed(self, found: Tensor | None, there: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Numbers of the matrices that have one, zeros for the others, and which have: what ``add`` takes of a kind."""
+    def scatter(self, found: Tensor | None, there: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Scatter ``found``, one number for each True of ``there``, to all matrices; returns values and mask."""
         if all(there):
             return found, self._everything
         seen = torch.tensor(there).to(self._means.device, non_blocking=True)
         values = torch.zeros_like(self._means[0])
         return (values if found is None else values.masked_scatter_(seen, found)), seen
-
-
-def exact_values(tracker: Any, layer: Linear, name: str, kinds: Sequence[str]) -> dict[str, Tensor]:
-    """This step's value of each of ``kinds``, or none where no backward ran through the layer."""
-    taken = layer.probes[tracker.adapter].taken
-    if not taken:
-        return {}
-    backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
-    rows, found = layer.slice_rows(name), {}
-    if set(kinds) & {"grad_sq", "grad_abs"}:
-        x, dy, offsets = as_one_batch(taken)
-        both = backend.gradstat(x, dy[:, rows], offsets, absolute="grad_abs" in kinds)
-        found["grad_sq"], found["grad_abs"] = both[0]
-    if "fisher" in kinds:
-        total, samples = sample_squares(tracker, layer, name)
-        found["fisher"] = total * tracker._sample_factor(samples)
-    return found
-
-
-def sample_squares(tracker: Any, layer: Linear, name: str) -> tuple[Tensor, int]:
-    """``Σ_i ||G_i||²`` over the samples that were taken, and their number."""
-    taken, rows = layer.probes[tracker.adapter].taken, layer.slice_rows(name)
-    total, samples = torch.zeros((), dtype=torch.float64, device=layer.weight.device), 0
-    for micro in sorted({c.micro for c in taken}):
-        x, dy, offsets = by_sample([c for c in taken if c.micro == micro])
-        backend, _ = choose(layer.backend, x.device, x.dtype)
-        total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
-        samples += len(offsets) - 1
-    return total, samples
 
 
 COVARIANCES = ("act_cov", "grad_cov")
@@ -122,6 +172,7 @@ def add_gram_(total: Tensor, rows: Tensor, weight: Tensor) -> None:
 class Covariances:
     """``act_cov = x^T x / M`` [K, K] and ``grad_cov = dy^T dy / M`` [N, N] by layer, M counted over all steps.
 
+    Under ``tracker.mask`` both are of the tokens that count, and M is their number.
     Source: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature" (ICML 2015).
     """
 
@@ -129,14 +180,6 @@ class Covariances:
         self.kinds = tuple(kinds)
         self._sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in self.kinds}
         self._rows: dict[str, Tensor] = {}
-
-    def finite(self, taken: Mapping[str, Sequence[Contribution]], device: torch.device) -> Tensor:
-        """Whether everything that was taken is finite: a boolean tensor, true when nothing was."""
-        found = torch.ones((), dtype=torch.bool, device=device)
-        for calls in taken.values():
-            for call in calls:
-                found &= (call.x.isfinite().all() & call.dy.isfinite().all()).to(device)
-        return found
 
     def add(
         self,
@@ -152,20 +195,18 @@ class Covariances:
         """
         for path, calls in taken.items():
             for call in calls[:1]:
-                self._allocate(path, call)
+                x, dy = call.x, call.dy
+                self.reserve(path, x.shape[-1], dy.shape[-1], accumulate_dtype(x.dtype), x.device)
         for path, calls in taken.items():
             for call in calls:
-                x, dy = call.x.reshape(-1, call.x.shape[-1]), call.dy.reshape(-1, call.dy.shape[-1])
+                x, dy = _counting_rows(call)
                 backend, _ = choose((backends or {}).get(path, "auto"), x.device, x.dtype)
                 acc, update = accumulate_dtype(x.dtype), getattr(backend, "add_gram_", add_gram_)
                 for kind, rows, weight in (("act_cov", x, keep), ("grad_cov", dy, keep * inverse_scale.square())):
                     if kind in self._sums:
                         update(self._sums[kind][path], rows, weight.to(x.device, acc))
-                self._rows[path] += keep.to(x.device, torch.float64) * x.shape[0]
-
-    def _allocate(self, path: str, call: Contribution) -> None:
-        x = call.x
-        self.reserve(path, x.shape[-1], call.dy.shape[-1], accumulate_dtype(x.dtype), x.device)
+                count = x.shape[0] if call.keep is None else call.keep.sum()
+                self._rows[path] += keep.to(x.device, torch.float64) * count
 
     def reserve(self, path: str, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device) -> None:
         """Zeros where a layer has no sums yet."""
@@ -203,20 +244,48 @@ class Covariances:
         self._rows = {path: rows.clone() for path, rows in state["rows"].items()}
 
 
+def _counting_rows(call: Contribution) -> tuple[Tensor, Tensor]:
+    """x [M, K] and dy [M, N] of the tokens that count."""
+    x, dy = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (call.x, call.dy))
+    if call.keep is None:
+        return x, dy
+    keep = call.keep.reshape(-1)
+    if on_host(keep.device):
+        return x[keep], dy[keep]
+    # On a GPU nothing is read back to find out how many rows there are.
+    return tuple(torch.where(keep.unsqueeze(1), rows, 0) for rows in (x, dy))
+
+
+def all_finite(taken: Mapping[str, Sequence[Contribution]], device: torch.device) -> Tensor:
+    """Whether everything that was taken and counts in covariances is finite: a boolean tensor, true without any."""
+    found = torch.ones((), dtype=torch.bool, device=device)
+    for calls in taken.values():
+        for call in calls:
+            for rows in _counting_rows(call):
+                found &= rows.isfinite().all().to(device)
+    return found
+
+
 def as_one_batch(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
     """Every row of every call: their sum is one gradient."""
-    x = torch.cat([c.x.reshape(-1, c.x.shape[-1]) for c in taken])
-    dy = torch.cat([c.dy.reshape(-1, c.dy.shape[-1]).to(x.dtype) for c in taken])
+    x = _joined([call.x.reshape(-1, call.x.shape[-1]) for call in taken])
+    dy = _joined([call.dy.reshape(-1, call.dy.shape[-1]).to(x.dtype) for call in taken])
     return x, dy, [0, x.shape[0]]
+
+
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def by_sample(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
     """Calls of one micro-batch side by side, so that a sample's rows from all calls are one run."""
     samples = taken[0].x.shape[0] if taken[0].x.dim() > 1 else 1
-    for c in taken:
-        if c.x.dim() > 1 and c.x.shape[0] != samples:
-            raise RuntimeError(f"fisher: calls of one layer saw {samples} and {c.x.shape[0]} samples in dimension 0")
-    tokens = [c.x.shape[1:-1].numel() for c in taken]
-    x = torch.cat([c.x.reshape(samples, t, c.x.shape[-1]) for c, t in zip(taken, tokens, strict=True)], dim=1)
-    dy = torch.cat([c.dy.reshape(samples, t, c.dy.shape[-1]) for c, t in zip(taken, tokens, strict=True)], dim=1)
+    for call in taken:
+        if call.x.dim() > 1 and call.x.shape[0] != samples:
+            raise RuntimeError(f"fisher: calls of one layer saw {samples} and {call.x.shape[0]} samples in dimension 0")
+    tokens = [call.x.shape[1:-1].numel() for call in taken]
+    x, dy = (
+        _joined([part.reshape(samples, t, part.shape[-1]) for part, t in zip(parts, tokens, strict=True)], dim=1)
+        for parts in ([call.x for call in taken], [call.dy for call in taken])
+    )
     return x.flatten(0, 1), dy.flatten(0, 1).to(x.dtype), [sum(tokens) * i for i in range(samples + 1)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,17 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import unwrapped
-from .._utils.errors import check_choice, suggestion, wrong_value
+from .._utils.errors import check_choice, listed, suggestion, wrong_value
 from ..importance.scores import Scores
 from ..nn.active import chosen_adapter
-from ..nn.linear import Linear, matrix_key
-from ..nn.probe import LayerProbe, checked_mask, masked
-from ..nn.probe_rows import ColumnSampler, CompiledSigns, column_rows, sample_signs, sign_rows
+from ..nn.linear import Linear
+from ..nn.probe import LayerProbe, TrackedStep, checked_mask, masked
+from ..nn.probe_rows import ColumnSampler, RademacherProbes, SampleSigns, refreshes_norms
 from ..ops.multi_tensor import output_variances
 from .all_reduce import Reduction, Shared
 from .checks import (
     ABSOLUTE_NEEDS,
-    StepWatch,
     checked_decay,
     checked_kinds,
     checked_layers,
@@ -31,8 +32,14 @@ from .checks import (
     inverse_scale,
     refuse_windows,
 )
+from .hooks import RANKS_AGREE, ForwardHook, StepWatch
 from .penalty import FisherPenalty
-from .statistics import COVARIANCES, Averages, Covariances, exact_values
+from .record import TrackingRecord, keep_record
+from .sampling import Sampling, nothing_to_measure
+from .statistics import COVARIANCES, Averages, Covariances, Tracked, all_finite, fisher_factor
+
+_ONE_CODE = "so that compiled code is the same in all of them"
+_SHOWN = 8  # names in an error
 
 
 def track(
@@ -52,27 +59,29 @@ def track(
 ) -> Tracker:
     r"""Follow statistics of the weights that adapters leave frozen; use with ``with`` or call ``close``.
 
-    .. math:: F \leftarrow \beta F + (1 - \beta) f,\quad \text{probe: } f = \lVert G_W P^\top \rVert_F^2 / k,\quad
+    .. math:: F \leftarrow \beta^n F + (1 - \beta^n) f,\quad \text{probe: } f = \lVert G_W P^\top \rVert_F^2 / k,\quad
               \text{exact: } f = \lVert G_W \rVert_F^2,\quad G_W = dy^\top x
 
+    - ``estimator``: ``"probe"`` reads f off k probe rows P [k, K] that ride in the backward. ``"exact"`` keeps x and dy
+      of every layer until ``step``; several backward passes count as one gradient.
     - ``statistics``: ``"grad_sq"`` or ``"fisher"`` (one of the two under ``probe``), ``"act_var"``; ``"grad_abs"`` with
       ``columns`` or ``exact``, which also takes the matrices ``"act_cov"``, ``"grad_cov"`` (see ``covariances``).
       Units: of the loss that was backpropagated, squared for grad_sq and fisher.
     - ``probes``: k, ``"auto"`` is 8 on CUDA and 4 elsewhere; P is redrawn at every step from ``(seed, step, layer)``.
     - ``probe_kind``: ``"rademacher"``, rows of ±1, or ``"columns"``: k columns j of x a matrix, drawn by their norms in
       past steps; ``f = Σ_i ‖G_{j_i}‖² / (k p_{j_i})``. A matrix's first step only shows its norms and is not counted.
-    - ``ema``: β, bias-corrected per matrix; None takes the plain mean. ``warmup``: step at which importance is frozen
-      for ``penalty`` and tracking stops. ``loss_reduction``: how ``fisher`` undoes the loss's mean over samples.
-    - ``every``: sample each n-th step; ``"auto"`` does so on layers so small that probes would cost over 1 % of their
-      step (``explain`` shows n). Averages are over the sampled steps, so estimates stay unbiased.
+    - ``ema``: β, the decay of one optimizer step, bias-corrected per matrix; None takes the plain mean.
+    - ``every``: n, sample each n-th optimizer step; a sample then counts for n steps. ``"auto"``: every step, unless
+      statistics are measured to cost over 1 % of a training step. On CPUs, half of the steps 8 to 31 are not sampled,
+      to compare them; ``explain`` says what was found. Give a number for averages that no clock has a part in.
+    - ``warmup``: steps after which importance is frozen for ``penalty`` and tracking stops.
+    - ``loss_reduction``: how ``fisher`` undoes the loss's mean over samples.
     - ``adapter``: whose layers, and whose factors ``penalty`` weighs; the active one (``set_adapter``) unless named.
-    - ``exact`` keeps x and dy of every layer until ``step``; several backward passes count as one gradient.
-
     - ``process_group``: whose ranks' gradients are one. ``"auto"``: DDP's or ``fully_shard``'s, else nobody's; every
       rank calls ``step``. Under ``exact`` that takes an all-reduce of G_W [N, K] for each layer, not one for all.
 
-    Padding tokens count in ``act_var`` outside of ``tracker.mask(attention_mask)``. Raises ``ValueError`` naming the
-    argument.
+    Padding tokens count in ``act_var`` and covariances outside of ``tracker.mask(attention_mask)``. Raises
+    ``ValueError`` naming the argument.
     """
     return Tracker(
         model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group,
@@ -95,60 +104,91 @@ class Tracker:
         self.probe_kind = checked_probe_kind(probe_kind, estimator)
         kinds = checked_kinds(statistics, estimator, probe_kind)
         self.kinds = tuple(kind for kind in kinds if kind not in COVARIANCES)
-        self._covariances = Covariances([kind for kind in kinds if kind in COVARIANCES])
-        self.per_sample = "fisher" in self.kinds
-        self.device = next(iter(self.layers.values())).weight.device
+        covariances = tuple(kind for kind in kinds if kind in COVARIANCES)
+        self._tracked = Tracked(self.adapter, self.layers, estimator, self.kinds, covariances, loss_reduction)
+        self.per_sample, self.device = "fisher" in kinds, self._tracked.device
+        self.matrices, self.keys = self._tracked.matrices, self._tracked.keys
         self.probes = checked_probes(probes, self.device)
         checked_steps(warmup, every, seed)
         if self.per_sample:
             refuse_windows(model, self.layers)
         self.ema, self.warmup, self.seed = checked_decay(ema), warmup, seed
-        self.every = (1 if estimator == "exact" or self.device.type != "cpu" else None) if every == "auto" else every
-        self.steps, self.micro, self.importance = 0, 0, None
-        self.matrices = [(path, name) for path, layer in self.layers.items() for name in layer.slices]
-        self.keys = [matrix_key(path, name) for path, name in self.matrices]
+        self.importance: Tensor | None = None
         self._averages = Averages(self.kinds, len(self.keys), self.ema, self.device)
+        self._covariances = Covariances(covariances)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._samples: dict[int, int] = {}
-        self._regulariser = FisherPenalty(self.layers, self.matrices)
-        self._signs: tuple[tuple[int, int, int], Tensor] | None = None
-        self._watch = StepWatch(self.layers)
-        self._learning = getattr(model, "fastlora_learning", None)
+        self._penalty = FisherPenalty(self.layers, self.matrices)
+        self._step = TrackedStep(frozenset(kinds), estimator, self.probes, probe_kind)
+        self._sampling = Sampling(every, nothing_to_measure(estimator, self.device))
+        self._record = TrackingRecord(self.adapter, warmup, self._sampling, self._step)
+        # Held weakly: the model holds its hook, and what the hook leads to would hold the model.
+        self._model = weakref.ref(model)
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
-        kinds = frozenset((*self.kinds, *self._covariances.kinds))
-        groups: dict[int, list[Linear]] = {}
         for layer in self.layers.values():
-            layer.probes[self.adapter] = LayerProbe(layer, kinds, self.estimator, self)
-            groups.setdefault(id(layer.group or layer), []).append(layer)
-        members = list(groups.values())
-        self._rows, self._compiled = None, None
-        if self.estimator == "probe" and kinds - {"act_var"}:
-            self._rows = (column_rows if self.probe_kind == "columns" else sign_rows)(self, members)
-            self._rows.draw(0)
-            self._compiled = CompiledSigns(self._rows.seed, self.probes) if self.per_sample else None
-        self._reduction.attach(self)
-        self._hook = model.register_forward_pre_hook(self._on_forward)
+            layer.probes[self.adapter] = LayerProbe(layer, self._step)
+        self._sampler = self._new_sampler()
+        if self._sampler is not None:
+            self._sampler.draw(0)
+            if self.per_sample:
+                self._step.signs = SampleSigns(self._sampler.seed, self.probes)
+                self._step.signs.place = self._reduction.place()
+        if self._reduction.ranks is not None:
+            self._sampling.fix(RANKS_AGREE)
+        keep_record(self._record, self.layers.values())
+        self._watch = StepWatch(self.layers)
+        hook = ForwardHook(self._step, self._watch, self._reduction, self._sampling)
+        self._hook = model.register_forward_pre_hook(hook)
 
-    def _on_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            # Python numbers that change would be compiled in: what counts here are tensors.
-            if self._compiled is not None and torch.is_grad_enabled():
-                self._compiled.forward(*self._reduction.place())
-        elif torch.is_grad_enabled():
-            self.micro += 1
-            self._reduction.search(self, module)
-            self._watch.forward()
+    def _new_sampler(self) -> RademacherProbes | ColumnSampler | None:
+        """What draws the probes, P or the columns, which the layers' probes see; None without any."""
+        if self.estimator != "probe" or not self._tracked.weight_kinds:
+            return None
+        layers = list(self.layers.values())
+        if self.probe_kind == "columns":
+            # Each matrix has its own: how large the columns are differs between q, k and v.
+            widths = [layer.in_features for layer in layers for _ in layer.slices]
+            sampler = ColumnSampler(widths, self.probes, self.seed, self.device, self.kinds)
+            parts = sampler.index.split([len(layer.slices) for layer in layers])
+            for layer, index in zip(layers, parts, strict=True):
+                layer.probes[self.adapter].columns = index.to(layer.weight.device)
+            return sampler
+        groups: dict[tuple[int, int], list[Linear]] = {}
+        for layer in layers:  # those that share an input share P
+            groups.setdefault((id(layer.group or layer), layer.in_features), []).append(layer)
+        widths = [width for _, width in groups]
+        sampler = RademacherProbes(widths, self.probes, self.seed, self.device)
+        for P, members in zip(sampler.rows, groups.values(), strict=True):
+            for layer in members:
+                layer.probes[self.adapter].P = P.to(layer.weight.device)
+        return sampler
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+        return self._step.index
+
+    @property
+    def every(self) -> int | None:
+        """Every how many steps a sample is taken; None while ``"auto"`` has not chosen."""
+        return self._sampling.every
 
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *exc: object) -> None:
+        self._detach()
+        if kind is None:
+            self._record.warn()
 
     def close(self) -> None:
-        """Stop tracking; scores and importance stay readable."""
+        """Stop tracking; scores and importance stay readable. Warns of a warmup or a penalty that never acted."""
+        self._detach()
+        self._record.warn()
+
+    def _detach(self) -> None:
+        self._record.closed = True
         self._hook.remove()
         for layer in self.layers.values():
             if self._owns(layer):
@@ -156,194 +196,189 @@ class Tracker:
 
     @contextlib.contextmanager
     def mask(self, mask: Tensor) -> Iterator[Tracker]:
-        """Inside, ``act_var`` of this thread's forwards is over the tokens where ``mask`` is 1, as without padding.
+        """Inside, ``act_var`` and covariances of this thread's forwards are of the tokens where ``mask`` is 1.
 
-        ``mask`` is [S, T] (a tokenizer's ``attention_mask``) or [M], booleans or 0 and 1; without one every token
-        counts. Backward may run after the context has closed, under checkpointing too. The weights' statistics are not
-        touched: padding has a gradient there or has none. Raises ``ValueError`` for another kind of mask, and in a
-        layer that sees other tokens.
+        They are what they would be without padding. ``mask`` is [S, T] (a tokenizer's ``attention_mask``) or [M],
+        booleans or 0 and 1; without one every token counts. Backward may run after the context has closed, under
+        checkpointing too. The gradients of weights are not touched: padding has a gradient there or has none. Raises
+        ``ValueError`` for another kind of mask, and in a layer that sees other tokens.
         """
         with masked(self.layers, checked_mask(mask)):
             yield self
 
-    def signs_for(self, x: Tensor, own: int | None = None) -> Tensor:
-        """±1 per (sample, probe) of the current micro-batch; a sample is an entry of x's dimension 0.
-
-        ``own`` of them are the tracked adapter's, all without it.
-        """
-        samples = x.shape[0] if x.dim() > 1 else 1
-        if torch.compiler.is_compiling():
-            return self._compiled.take(samples, own)
-        key = (self.steps, self.micro, samples)
-        if self._signs is None or self._signs[0] != key:
-            if self.micro in self._samples:
-                seen = self._signs[0][2]
-                raise RuntimeError(f"fisher: calls of one forward saw {seen} and {samples} samples in dimension 0")
-            micro = self._reduction.micro(self.micro)
-            self._signs = (key, sample_signs(self._rows.seed, self.steps, micro, samples, self.probes))
-            self._samples[self.micro] = samples if own is None else own
-        return self._signs[1]
-
     @torch.no_grad()
     def step(self, scaler: Any = None) -> None:
-        """Fold the gradients since the last call into the averages: after backward, once per optimiser step.
+        """Fold the gradients since the last call into the averages: after backward, once per optimizer step.
 
         With a ``GradScaler`` pass it, before ``scaler.update()``. A step with a gradient that is not finite is left out
-        and counted in ``skipped``. Nothing is read back to the host.
+        and counted in ``skipped``: it neither decays the averages nor adds to them, and a matrix whose layer did not
+        run keeps its own. Nothing is read back to the host.
         """
         inverse = inverse_scale(scaler, self.device)
         self._watch.stepped()
-        if self._learning is not None:
-            self._learning.examine()
-        if not self._live():
+        check = getattr(self._model(), "fastlora_learning", None)
+        if check is not None:
+            check.examine()
+        if self._record.closed or not any(self._owns(layer) for layer in self.layers.values()):
             return
-        if not self._sampled():
-            return self._advance()
-        shared = self._reduction.run(self)
+        if self._step.sampled:
+            self._fold(inverse)
+        self._advance()
+
+    def _fold(self, inverse: Tensor | None) -> None:
+        """Fold in this step's sample; ``inverse``: of the loss scale."""
+        shared = self._reduction.run(self._tracked, self._sample_count(), self._agreement)
         values, seen = self._gather(shared)
-        for kind in self.kinds if inverse is not None else ():
-            if kind != "act_var":
-                values[kind] = values[kind] * (inverse if kind == "grad_abs" else inverse * inverse)
+        for kind in self._tracked.weight_kinds if inverse is not None else ():
+            values[kind] = values[kind] * (inverse if kind == "grad_abs" else inverse * inverse)
         finite, taken = None if shared is None else shared.finite, {}
         if self._covariances.kinds:
-            taken = {path: self._probe(layer).taken for path, layer in self.layers.items()}
-            finite = self._covariances.finite(taken, self.device) if shared is None else finite
+            taken = {path: self._tracked.probe(path).taken for path in self.layers}
+            finite = all_finite(taken, self.device) if shared is None else finite
         if self.kinds:
-            finite = self._averages.add(values, seen, finite, self._drawn())
-            self._learn(seen, finite)
+            by_columns = isinstance(self._sampler, ColumnSampler)
+            drawn = self._sampler.known if by_columns else None  # those drawn by norms that had been seen
+            finite = self._averages.add(values, seen, finite, drawn, self._sampling.stands_for(self.steps))
+            if by_columns and self._step.refreshes_norms:
+                self._learn(self._sampler, seen[self._tracked.weight_kinds[0]] & finite)
         if taken:
             self._add_covariances(taken, shared, finite, inverse)
         self._skipped += ~finite
-        self._advance()
 
-    def _drawn(self) -> Tensor | None:
-        """The matrices whose columns were drawn by norms that had been seen; None where all count."""
-        return self._rows.known if isinstance(self._rows, ColumnSampler) else None
-
-    def _learn(self, seen: dict[str, Tensor], finite: Tensor) -> None:
+    def _learn(self, sampler: ColumnSampler, keep: Tensor) -> None:
         """Let ``columns`` see this step's norms."""
-        if not isinstance(self._rows, ColumnSampler):
-            return
-        probes = [(self._probe(self.layers[path]), name) for path, name in self.matrices]
-        looked = [probe.norms[name].grad if probe.live and probe.looking else None for probe, name in probes]
-        if any(norms is not None for norms in looked):
-            kind = next(kind for kind in self.kinds if kind != "act_var")
-            flags = torch.tensor([norms is not None for norms in looked]).to(self.device, non_blocking=True)
-            self._rows.learn(looked, seen[kind] & finite & flags)
+        norms = [self._tracked.probe(path).norms[name].grad for path, name in self.matrices]
+        if any(norm is not None for norm in norms):
+            measured = torch.tensor([norm is not None for norm in norms]).to(self.device, non_blocking=True)
+            sampler.learn(norms, keep & measured)
 
     def discard(self) -> None:
         """Forget the gradients since the last ``step``: those of a step that failed or was given up."""
+        self._begin(self.steps)
+
+    def _begin(self, step: int) -> None:
         for layer in filter(self._owns, self.layers.values()):
-            self._probe(layer).advance(self.steps)
-        self.micro, self._signs = 0, None
-        self._samples.clear()
-
-    def _live(self) -> bool:
-        return any(self._owns(layer) for layer in self.layers.values())
-
-    def _sampled(self) -> bool:
-        """Whether some layer takes this step's statistics: the others would pay for nothing."""
-        return any(self._probe(layer).live for layer in self.layers.values())
-
-    def _probe(self, layer: Linear) -> LayerProbe:
-        return layer.probes[self.adapter]
+            layer.probes[self.adapter].clear()
+        sampling = self._sampling
+        self._step.begin(step, sampling.sampled(step), refreshes_norms(sampling.number(step)))
 
     def _owns(self, layer: Linear) -> bool:
         probe = layer.probes.get(self.adapter)
-        return probe is not None and probe.owner is self
+        return probe is not None and probe.step is self._step
 
     def _add_covariances(self, taken: dict, shared: Shared | None, finite: Tensor, inverse: Tensor | None) -> None:
         inverse = torch.ones((), dtype=torch.float64, device=self.device) if inverse is None else inverse
         if shared is not None:
-            self._reduction.add_covariances(self, taken, finite, inverse)
+            self._reduction.add_covariances(self._tracked, self._covariances, taken, finite, inverse)
         else:
             self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
 
     def _advance(self) -> None:
-        self.steps += 1
-        self.discard()
-        if self._compiled is not None:
-            self._compiled.advance(self.steps)
-        if self._rows is not None and self._sampled():
-            self._rows.draw(self.steps)
+        if self._step.compiled and self.every is None:
+            self._sampling.fix(_ONE_CODE)
+        # Before anything is drawn for the next step, whose cost that is.
+        self._sampling.ended(self.steps)
+        self._begin(self.steps + 1)
+        if self._sampler is not None and self._step.sampled:
+            self._sampler.draw(self.steps)
         if self.warmup is not None and self.steps == self.warmup:
-            self.importance = self._averages.corrected("fisher" if self.per_sample else "grad_sq")
-            self.close()
+            self._freeze(self._averages.corrected("fisher" if self.per_sample else "grad_sq"))
+
+    def _freeze(self, importance: Tensor) -> None:
+        self.importance, self._record.frozen = importance, True
+        self._detach()
 
     def _gather(self, shared: Shared | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """This step's value of every statistic and matrix, and whether there is one."""
         columns: dict[str, tuple[Tensor, Tensor]] = {}
+        kinds = self._tracked.weight_kinds
         if "act_var" in self.kinds:
             columns["act_var"] = self._variances()
-        weight_kinds = [kind for kind in self.kinds if kind != "act_var"]
-        if weight_kinds and self.estimator == "probe":
-            columns |= self._probe_values(shared, weight_kinds)
-        elif weight_kinds:
-            exact = shared and shared.exact
+        if kinds and self.estimator == "probe":
+            columns |= self._probe_values(shared, kinds)
+        elif kinds:
+            exact = None if shared is None else shared.exact
             if exact is None:
-                exact = [exact_values(self, self.layers[path], name, weight_kinds) for path, name in self.matrices]
-            for kind in weight_kinds:
+                exact = [self._tracked.exact_values(path, name) for path, name in self.matrices]
+            for kind in kinds:
                 found = [values.get(kind) for values in exact]
                 live = [v.to(self.device, torch.float64) for v in found if v is not None]
                 there = [v is not None for v in found]
-                columns[kind] = self._averages.placed(torch.stack(live) if live else None, there)
+                columns[kind] = self._averages.scatter(torch.stack(live) if live else None, there)
         values = {kind: value for kind, (value, _) in columns.items()}
         if shared is not None:
-            return shared.finish(self, values), dict(shared.present)
+            return shared.finish(values, self.loss_reduction), dict(shared.present)
         return values, {kind: seen for kind, (_, seen) in columns.items()}
 
     def _variances(self) -> tuple[Tensor, Tensor]:
-        sums = [self._probe(layer).V.grad for layer in self.layers.values()]
+        sums = [self._tracked.probe(path).V.grad for path in self.layers]
         sizes = [list(layer.slices.values()) for layer in self.layers.values()]
         live = [pair for pair in zip(sums, sizes, strict=True) if pair[0] is not None]
         found = output_variances(*zip(*live, strict=True)).to(self.device) if live else None
-        return self._averages.placed(found, [s is not None for s, runs in zip(sums, sizes, strict=True) for _ in runs])
+        there = [total is not None for total, runs in zip(sums, sizes, strict=True) for _ in runs]
+        return self._averages.scatter(found, there)
 
     def _probe_values(self, shared: Shared | None, kinds: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        grads = [self._probe(self.layers[path]).Z[name].grad for path, name in self.matrices]
+        grads = [self._tracked.probe(path).Z[name].grad for path, name in self.matrices]
         factor = 1.0
         if self.per_sample and shared is None:
-            factor = self._sample_factor(self._sample_count())
+            factor = fisher_factor(self.loss_reduction, self._sample_count())
         there = [grad is not None for grad in grads]
-        found = self._rows.values(grads, kinds, factor) if any(there) else {}
-        return {kind: self._averages.placed(found.get(kind), there) for kind in kinds}
+        found = self._sampler.values(grads, kinds, factor) if any(there) else {}
+        return {kind: self._averages.scatter(found.get(kind), there) for kind in kinds}
 
     def _sample_count(self) -> int | Tensor:
-        seen = sum(self._samples.values())
-        compiled = self._compiled is not None and self._compiled.used
-        return seen + self._compiled.samples if compiled else seen
+        return 0 if self._step.signs is None else self._step.signs.count()
 
-    def _sample_factor(self, samples: int | Tensor) -> float | Tensor:
-        # Backpropagated gradients of a mean loss are 1/n of the samples' own: n Σ||G_i||² is their mean square.
-        if not isinstance(samples, Tensor):
-            return float(samples) if self.loss_reduction == "mean" else 1.0 / max(samples, 1)
-        return samples.double() if self.loss_reduction == "mean" else 1.0 / samples.double().clamp(min=1)
+    def _agreement(self) -> dict[str, int]:
+        """P and the steps that count are the same on all ranks if these numbers are."""
+        names = (*self.kinds, *self._covariances.kinds, self.estimator)
+        return {
+            "seed": self.seed,
+            "steps": self.steps,
+            "probes": self.probes,
+            "every": self.every,
+            "warmup": self.warmup or 0,
+            "matrices": zlib.crc32(" ".join(self.keys).encode()),
+            "probe_kind": zlib.crc32(self.probe_kind.encode()),
+            "statistics": zlib.crc32(" ".join(names).encode()),
+        }
 
     @property
     def skipped(self) -> int:
         """Steps that were left out because a gradient was not finite (reads back from the device)."""
         return int(self._skipped)
 
-    def scores(self, kind: str = "grad_sq", reduce: str = "sum") -> Scores:
+    def scores(self, kind: str = "grad_sq", reduce: str = "sum", missing: str = "raise") -> Scores:
         """The averages by matrix key. ``reduce="mean"`` divides grad_sq and fisher by N·K; grad_abs is always a mean.
 
-        Raises ``ValueError`` for a statistic that is not tracked, ``RuntimeError`` while a matrix has none.
+        ``missing``: what becomes of matrices that have none, whose layers never ran or got no gradient: ``"raise"``, or
+        ``"skip"`` for the scores of the others. Raises ``ValueError`` for a statistic that is not tracked,
+        ``RuntimeError`` with the names of the matrices that have none, or where none has.
         """
         check_choice("reduce", reduce, ("sum", "mean"))
+        check_choice("missing", missing, ("raise", "skip"))
         if kind not in self.kinds:
             hint = f"; {ABSOLUTE_NEEDS}" if kind == "grad_abs" and self.probe_kind != "columns" else ""
             raise wrong_value("kind", f"what is tracked, {self.kinds}", kind, hint or suggestion(kind, self.kinds))
-        counts = self._averages.counts[kind].tolist()
-        missing = [key for key, count in zip(self.keys, counts, strict=True) if count == 0]
-        if missing:
-            shown = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-            raise RuntimeError(f"no {kind} yet for {shown}: run backward and tracker.step()")
-        values = self._averages.corrected(kind).tolist()
         shapes = [(self.layers[path].slices[name], self.layers[path].in_features) for path, name in self.matrices]
-        if kind == "grad_abs" or (reduce == "mean" and kind != "act_var"):
-            values = [v / (n * k) for v, (n, k) in zip(values, shapes, strict=True)]
-        costs = {key: n + k for key, (n, k) in zip(self.keys, shapes, strict=True)}
-        return Scores(dict(zip(self.keys, values, strict=True)), kind, costs=costs)
+        rows = zip(
+            self.keys,
+            self._averages.corrected(kind).tolist(),
+            self._averages.counts[kind].tolist(),
+            shapes,
+            strict=True,
+        )
+        there, absent, per_entry = {}, [], kind == "grad_abs" or (reduce == "mean" and kind != "act_var")
+        for key, value, count, (n, k) in rows:
+            if count == 0:
+                absent.append(key)
+            else:
+                there[key] = value / (n * k) if per_entry else value
+        if absent and (missing == "raise" or not there):
+            raise RuntimeError(_none_yet(kind, absent, len(there)))
+        costs = {key: n + k for key, (n, k) in zip(self.keys, shapes, strict=True) if key in there}
+        return Scores(there, kind, costs=costs)
 
     def covariances(self, kind: str) -> dict[str, Tensor]:
         """``"act_cov"``: x^T x / M [K, K], ``"grad_cov"``: dy^T dy / M [N, N], by module path; M tokens over all steps.
@@ -359,7 +394,7 @@ class Tracker:
     def penalty(
         self, weight: float = 1e-4, *, form: str = "delta", normalize: str = "sum", adapter: str | None = None
     ) -> Tensor:
-        r"""FW-LoRA's regulariser, differentiable in A and B; add it to the loss once per optimiser step.
+        r"""FW-LoRA's penalty, differentiable in A and B; add it to the loss once per optimizer step.
 
         .. math:: \lambda \sum_m (1 - I_m) \lVert \Delta W_m \rVert_F^2,\qquad I_m = F_m / \textstyle\sum F
 
@@ -368,7 +403,7 @@ class Tracker:
         ``normalize="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
         ``adapter``: whose factors, the tracked one's unless said otherwise.
         """
-        return self._regulariser.value(*self._weighing(), weight, form, normalize, self._whose(adapter))
+        return self._penalty.value(*self._weighing(), weight, form, normalize, self._whose(adapter))
 
     def apply_penalty(
         self, weight: float = 1e-4, *, form: str = "delta", normalize: str = "sum", adapter: str | None = None
@@ -377,64 +412,73 @@ class Tracker:
 
         .. math:: dA = 2\lambda (1 - I) s^2 (B^\top B) A,\qquad dB = 2\lambda (1 - I) s^2 B (A A^\top)
 
-        Call it after backward (and after ``scaler.unscale_``), before clipping and the optimiser's step.
+        Call it after backward (and after ``scaler.unscale_``), before clipping and the optimizer's step.
         """
-        self._regulariser.add_gradient(*self._weighing(), weight, form, normalize, self._whose(adapter))
+        self._penalty.add_gradient(*self._weighing(), weight, form, normalize, self._whose(adapter))
 
     def _whose(self, adapter: str | None) -> str:
         return self.adapter if adapter is None else adapter
 
     def _weighing(self) -> tuple[Tensor | None, bool]:
         """The importance that weighs now, and whether it is frozen."""
-        if self.importance is None and self.warmup is None and self.steps > 0:
-            return self._averages.corrected("fisher" if self.per_sample else "grad_sq"), False
-        return self.importance, True
+        importance, frozen = self.importance, True
+        if importance is None and self.warmup is None and self.steps > 0:
+            importance, frozen = self._averages.corrected("fisher" if self.per_sample else "grad_sq"), False
+        if importance is None:
+            self._record.unweighed += 1
+        else:
+            self._record.weighed += 1
+        return importance, frozen
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that ``load_state_dict`` needs to go on with the same numbers."""
-        return saved_state(self)
+        """Everything that ``load_state_dict`` needs to go on with the same numbers: tensors and plain numbers."""
+        sampler = self._sampler
+        return {
+            "keys": list(self.keys),
+            "steps": self.steps,
+            "seed": self.seed,
+            "probes": self.probes,
+            "probe_kind": self.probe_kind,
+            "every": self.every,
+            "columns": sampler.state_dict() if isinstance(sampler, ColumnSampler) else None,
+            "values": {k: v.clone() for k, v in self._averages.values.items()},
+            "counts": {k: v.clone() for k, v in self._averages.counts.items()},
+            "skipped": self._skipped.clone(),
+            "covariances": self._covariances.state_dict(),
+            "importance": None if self.importance is None else self.importance.clone(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state; ``ValueError`` names what differs, with this tracker unchanged."""
-        load_state(self, state)
+        """Take up a saved state; ``ValueError`` names what differs, with this tracker unchanged.
+
+        Later steps decay by this tracker's ``ema`` and ``every``; ``every="auto"`` keeps the choice that was saved.
+        """
+        checked_state(state, self.state_dict())
+        for kind, value in self._averages.values.items():
+            value.copy_(state["values"][kind])
+        for kind, count in self._averages.counts.items():
+            count.copy_(state["counts"][kind])
+        self._skipped.copy_(state["skipped"])
+        self._covariances.load_state_dict(state["covariances"])
+        self.seed = state["seed"]
+        self._sampling.take_up(state.get("every"), fixed=self._fixed())
+        self._reduction.restart()
+        self._begin(state["steps"])
+        if self._sampler is not None:
+            if state["columns"] is not None:
+                self._sampler.load_state_dict(state["columns"])
+            self._sampler.restart(self.seed)
+            self._sampler.draw(self.steps)
+        self.importance = None
+        if state["importance"] is not None:
+            self._freeze(state["importance"].to(self.device))
+
+    def _fixed(self) -> bool:
+        """Whether ``every="auto"`` has nothing to choose here."""
+        return self._reduction.ranks is not None or bool(nothing_to_measure(self.estimator, self.device))
 
 
-def saved_state(tracker: Any) -> dict[str, Any]:
-    """Everything that ``load`` needs, in tensors and plain numbers."""
-    return {
-        "keys": list(tracker.keys),
-        "steps": tracker.steps,
-        "seed": tracker.seed,
-        "probes": tracker.probes,
-        "probe_kind": tracker.probe_kind,
-        "columns": tracker._rows.state_dict() if tracker.probe_kind == "columns" and tracker._rows else None,
-        "values": {k: v.clone() for k, v in tracker._averages.values.items()},
-        "counts": {k: v.clone() for k, v in tracker._averages.counts.items()},
-        "skipped": tracker._skipped.clone(),
-        "covariances": tracker._covariances.state_dict(),
-        "importance": None if tracker.importance is None else tracker.importance.clone(),
-    }
-
-
-def load_state(tracker: Any, state: dict[str, Any]) -> None:
-    """Take up a saved state; ``ValueError`` names what differs, with the tracker unchanged."""
-    checked_state(state, saved_state(tracker))
-    for kind, value in tracker._averages.values.items():
-        value.copy_(state["values"][kind])
-    for kind, count in tracker._averages.counts.items():
-        count.copy_(state["counts"][kind])
-    tracker._skipped.copy_(state["skipped"])
-    tracker._covariances.load_state_dict(state["covariances"])
-    tracker.steps, tracker.seed = state["steps"], state["seed"]
-    tracker._reduction.restart()
-    tracker.discard()
-    tracker.importance = None if state["importance"] is None else state["importance"].to(tracker.device)
-    if tracker._rows is not None:
-        if state["columns"] is not None:
-            tracker._rows.load_state_dict(state["columns"])
-        tracker._rows.restart(tracker.seed)
-        tracker._rows.draw(tracker.steps)
-    if tracker._compiled is not None:
-        tracker._compiled.advance(tracker.steps)
-    if tracker.importance is not None:
-        tracker.close()
+def _none_yet(kind: str, absent: Sequence[str], others: int) -> str:
+    """Which matrices have no statistic, and what to do."""
+    text = f"no {kind} yet for {listed(absent, _SHOWN)}: run backward and tracker.step()"
+    return f"{text}, or take the scores of the other {others} with missing='skip'" if others else text

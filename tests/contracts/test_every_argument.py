@@ -25,9 +25,8 @@ import fastlora
 
 # Handed to every argument in turn: accepted, or refused by the argument's name. Never an error from further down.
 GARBAGE = [None, "no such", 3.5, -1, float("nan"), [], {}, object(), True, torch.ones(2), {"zzz": 1}, ["x"], {1: 2}]
-# What the user's own function makes of its batches is the user's; probes ask the tracker for signs.
+# What the user's own function makes of its batches is the user's.
 NOT_OURS = {("calibrate", "batches")}
-INTERNAL = {"Tracker.signs_for"}
 
 
 def public() -> Iterator[tuple[str, Any]]:
@@ -42,7 +41,7 @@ def public() -> Iterator[tuple[str, Any]]:
         yield name, found
         for method, function in vars(found).items() if inspect.isclass(found) else ():
             function = getattr(found, method)
-            own = not method.startswith("_") and callable(function) and f"{name}.{method}" not in INTERNAL
+            own = not method.startswith("_") and callable(function)
             if own and (set(inspect.signature(function).parameters) - {"self"} or f"{name}.{method}" in GOOD):
                 yield f"{name}.{method}", function
 

@@ -41,7 +41,7 @@ def same_everywhere(found):
 def test_statistics_are_those_of_the_global_batch(ranks, name):
     got = same_everywhere([found["statistics"][name] for found in ranks])
     m, options = model(), STATISTICS[name]
-    with fastlora.track(m, every=1, **options) as tracker:
+    with fastlora.track(m, **{"every": 1, **options}) as tracker:
         train_alone(m, tracker, len(ranks), STEPS)
     want = read(tracker)
     if options.get("loss_reduction") == "sum":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 
 import torch
@@ -59,6 +60,20 @@ def launch_is_written_down(gpu):
     # Triton appends two pointers to scratch memory, which this kernel has none of.
     assert launch.arguments == (*addresses, *numbers, bytes(8), bytes(8)), launch.arguments
     assert launch.pointers == (True, True, True, False, False, False, False, True, True), launch.pointers
+
+
+def parameters_are_told(gpu):
+    """cuFuncGetParamInfo: what a launcher that packs arguments itself asks."""
+    out, x, other = vectors(gpu)
+    add(out, x, other)
+    kernel = add_kernel.warmup(out, x, (other, 2**33), 1000, 0.5, 3, BLOCK=128, grid=(1,))
+    kernel._init_handles()
+    ask, found = ctypes.CDLL("libcuda.so.1").cuFuncGetParamInfo, []
+    ask.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
+    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+    while ask(kernel.function, len(found), ctypes.byref(offset), ctypes.byref(size)) == 0:
+        found.append((offset.value, size.value))
+    assert found == [(0, 8), (8, 8), (16, 8), (24, 8), (32, 4), (36, 4), (40, 4), (48, 8), (56, 8)], found
 
 
 def any_argument_makes_a_difference(gpu):
@@ -297,7 +312,7 @@ def unknown_cards_are_refused(gpu):
 
 
 CHECKS = (
-    launch_is_written_down, any_argument_makes_a_difference, memory_of_a_record_is_told_by_its_use,
+    launch_is_written_down, parameters_are_told, any_argument_makes_a_difference, memory_of_a_record_is_told_by_its_use,
     freed_memory_is_found, tensor_maps_are_written_down, clusters_are_attributes, streams_are_written_down,
     shared_memory_is_limited, capability_is_compiled_for, driver_refuses_what_it_must, copies_are_counted,
     operators_without_a_kernel_give_shapes, layers_launch_triton_kernels, everything_is_put_back,

@@ -1,4 +1,4 @@
-"""Calls of the operators over the null GPU for the checks of plans: every pair of choices occurs in some case."""
+"""Calls of the Triton backend over the null GPU for the checks of plans: every pair of choices occurs in some case."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from fastlora._operator import DA, DB, DW, DX, DZ
-from fastlora.grouped import column_starts
-from fastlora.segments import build_segments
 from torch import Tensor
 
-from fastlora import _grouped_ops, _ops
+from fastlora.ops.backends import BACKENDS
+from fastlora.ops.backends.planned import PlannedBackend
+from fastlora.ops.layout import Dropout, GroupLayout, LoraCall, Need, Rows
 
 LAYOUTS = {  # rows of each weight, rows of each projection
     "separate": ((768, 768, 768), (768, 768, 768)),
@@ -31,13 +30,14 @@ class Case(NamedTuple):
     factors: torch.dtype
     layout: str
     ranks: str
-    adapters: int  # 0: the operator for one adapter
+    adapters: int  # 0: one that has every row
     p: float
     probes: str
     moments: bool
     rows: int
     columns: int
     memory: str
+    bias: str
     dy: str
     need: str
 
@@ -56,9 +56,10 @@ AXES = Case(
     moments=(False, True),
     rows=(512, 0, 9000),
     columns=(768, 1056),
-    memory=("dense", "rows apart", "off by one"),
+    memory=("dense", "rows apart", "off by one", "deep"),
+    bias=("all", "none", "first"),
     dy=("all", "shared", "first missing"),
-    need=("all", "no dx", "base too", "B alone"),
+    need=("all", "no dx", "B alone"),
 )
 
 
@@ -69,9 +70,8 @@ def pairs() -> list[Case]:
     missing = {(i, j, a, b) for i, j in places for a in range(len(axes[i])) for b in range(len(axes[j]))}
     cases = []
     while missing:
-        chosen: dict[int, int] = {}
         i, j, a, b = min(missing)
-        chosen |= {i: a, j: b}
+        chosen = {i: a, j: b}
         for k in range(len(axes)):
             if k not in chosen:
                 gains = [sum(_pair(k, v, m, n) in missing for m, n in chosen.items()) for v in range(len(axes[k]))]
@@ -85,8 +85,90 @@ def _pair(i: int, a: int, j: int, b: int) -> tuple[int, int, int, int]:
     return (i, j, a, b) if i < j else (j, i, b, a)
 
 
+class Example:
+    """The operands of one case: ``forward`` and ``backward`` run them through a backend."""
+
+    def __init__(self, case: Case, device: torch.device):
+        self.case, self.device = case, device
+        weights, widths = LAYOUTS[case.layout]
+        ranks = [tuple(r * (g + 1) for r in RANKS[case.ranks][: len(widths)]) for g in range(max(case.adapters, 1))]
+        empty = self._empty
+        W = tuple(empty(n, case.columns) for n in weights)
+        bias = tuple(
+            empty(n) if case.bias == "all" or (case.bias == "first" and j == 0) else None for j, n in enumerate(weights)
+        )
+        A = tuple(empty(r, case.columns, dtype=case.factors) for own in ranks for r in own)
+        B = tuple(empty(n, r, dtype=case.factors) for own in ranks for n, r in zip(widths, own, strict=True))
+        P, probes, width = self._probes(ranks, len(widths))
+        self.call = LoraCall(
+            self._matrix(case.columns), W, bias, A, B, P, probes, [0.5 + 0.25 * i for i in range(len(A))],
+            GroupLayout(W, B), self._rows(), self._drop(), "auto", case.moments,
+        )  # fmt: skip
+        self.h, self.dy = empty(case.rows, width), self._dy(weights)
+        self.need = Need(
+            case.need == "all", case.need != "B alone", True, case.need != "B alone" and any(probes), False, False
+        )
+
+    def forward(self, backend: Any) -> tuple:
+        return backend.forward(self.call)
+
+    def backward(self, backend: Any) -> tuple:
+        # As autograd does it: the call is put together anew.
+        return backend.backward(self.call._replace(P=(), moments=False), self.h, self.dy, self.need)
+
+    def again(self) -> Example:
+        """The same layer with another batch: other tensors, weights and factors apart."""
+        other = Example(self.case, self.device)
+        kept = {name: getattr(self.call, name) for name in ("W", "bias", "A", "B", "layout", "scale")}
+        other.call = other.call._replace(**kept)
+        return other
+
+    def _empty(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*size, dtype=dtype or self.case.dtype, device=self.device)
+
+    def _matrix(self, columns: int, deep: bool = True) -> Tensor:
+        rows = self.case.rows
+        if self.case.memory == "rows apart":
+            return self._empty(rows, columns + 24)[:, :columns]
+        if self.case.memory == "off by one":
+            return self._empty(rows * columns + 1)[1:].view(rows, columns)
+        return self._empty(2, rows // 2, columns) if self.case.memory == "deep" and deep else self._empty(rows, columns)
+
+    def _probes(self, ranks: list[tuple[int, ...]], projections: int) -> tuple[list[Tensor], list[int], int]:
+        """P, the probe columns by adapter and the columns of h."""
+        case, widest = self.case, max(map(sum, ranks))
+        if case.probes == "none":
+            return [], [], widest
+        if case.probes == "columns" and not case.adapters:
+            P = torch.zeros(projections, PROBES, dtype=torch.int64, device=self.device)
+            return [P], [PROBES], widest + projections * PROBES
+        return [self._empty(PROBES, case.columns) for _ in ranks], [PROBES] * len(ranks), widest + PROBES
+
+    def _rows(self) -> Rows | None:
+        rows, adapters, zeros = self.case.rows, self.case.adapters, torch.zeros
+        if not adapters:
+            return None
+        ids, order = (zeros(rows, dtype=torch.int64, device=self.device) for _ in range(2))
+        return Rows(ids, order, zeros(adapters, 2, dtype=torch.int64, device=self.device))
+
+    def _drop(self) -> Dropout | None:
+        case = self.case
+        if not case.p:
+            return None
+        key = torch.zeros((case.rows, 2) if case.adapters else (), dtype=torch.int64, device=self.device)
+        return Dropout(key, [case.p, 0.0, case.p][: case.adapters or 1])
+
+    def _dy(self, weights: Sequence[int]) -> list[Tensor | None]:
+        dy: list[Tensor | None] = [self._matrix(n, deep=False) for n in weights]
+        if self.case.dy == "shared" and len(set(weights)) == 1:
+            dy = dy[:1] * len(dy)
+        if self.case.dy == "first missing" and len(dy) > 1:
+            dy[0] = None
+        return dy
+
+
 class Direction(NamedTuple):
-    """What ``Plans.run`` takes; ``fresh()`` gives other inputs like these."""
+    """What a ``PlannedBackend`` hands to its plans; ``fresh()`` gives the inputs of another batch."""
 
     key: tuple
     inputs: list[Tensor]
@@ -94,174 +176,28 @@ class Direction(NamedTuple):
     fresh: Callable[[], list[Tensor]]
 
 
-def matrix(case: Case, rows: int, columns: int, device: torch.device, memory: str | None = None) -> Tensor:
-    memory = memory or case.memory
-    if memory == "rows apart":
-        return torch.empty(rows, columns + 24, dtype=case.dtype, device=device)[:, :columns]
-    if memory == "off by one":
-        return torch.empty(rows * columns + 1, dtype=case.dtype, device=device)[1:].view(rows, columns)
-    return torch.empty(rows, columns, dtype=case.dtype, device=device)
+class _Handed(Exception):
+    pass
+
+
+class _Taker:
+    def run(self, key: tuple, inputs: list[Tensor], compute: Callable) -> None:
+        raise _Handed(key, inputs, compute)
 
 
 def directions(case: Case, device: torch.device) -> dict[str, Direction]:
-    """The operator's forward and backward for a case."""
-    parts = _Grouped(case, device) if case.adapters else _Single(case, device)
-    return {"forward": parts.forward(), "backward": parts.backward()}
+    """The backend's forward and backward for a case."""
+    example, backend = Example(case, device), PlannedBackend(BACKENDS["triton"])
+    backend.plans = _Taker()
 
+    def handed(some: Example, name: str) -> tuple:
+        try:
+            getattr(some, name)(backend)
+        except _Handed as found:
+            return found.args
+        raise AssertionError("the plans were not asked")
 
-class _Single:
-    """The operator for one adapter."""
-
-    def __init__(self, case: Case, device: torch.device):
-        self.case, self.device = case, device
-        self.weights, widths = LAYOUTS[case.layout]
-        self.ranks = [RANKS[case.ranks][: len(widths)] for _ in range(max(case.adapters, 1))]
-        self.widths = widths
-        self.n = len(widths) * len(self.ranks)
-        self.scale = [0.5 + 0.25 * i for i in range(self.n)]
-        self.probes = 0 if case.probes == "none" else PROBES
-        self.operator = _ops.LORA_LINEAR
-
-    def weight_like(self) -> list[Tensor]:
-        case, device = self.case, self.device
-        W = [torch.empty(n, case.columns, dtype=case.dtype, device=device) for n in self.weights]
-        bias = [torch.empty(n, dtype=case.dtype, device=device) for n in self.weights]
-        A = [torch.empty(r, case.columns, dtype=case.factors, device=device) for own in self.ranks for r in own]
-        B = [
-            torch.empty(n, r, dtype=case.factors, device=device)
-            for own in self.ranks
-            for n, r in zip(self.widths, own, strict=True)
-        ]
-        return [*W, *bias, *A, *B]
-
-    def cut(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ...]:
-        w, n = len(self.weights), self.n
-        return tensors[:w], tensors[w : 2 * w], tensors[2 * w : 2 * w + n], tensors[2 * w + n :]
-
-    def probe_rows(self) -> list[Tensor]:
-        if not self.probes:
-            return []
-        if self.case.probes == "columns":
-            return [torch.zeros(len(self.widths), PROBES, dtype=torch.int64, device=self.device)]
-        return [torch.empty(PROBES, self.case.columns, dtype=self.case.dtype, device=self.device)]
-
-    def rest(self) -> list[Tensor]:
-        """Further inputs: the seed of dropout."""
-        return [torch.zeros((), dtype=torch.int64, device=self.device)] if self.case.p else []
-
-    def hidden(self) -> Tensor:
-        width = sum(self.ranks[0]) + self.probes * (len(self.widths) if self.case.probes == "columns" else 1)
-        return torch.empty(self.case.rows, width, dtype=self.case.dtype, device=self.device)
-
-    def need(self) -> list[bool]:
-        need = [True, True, True, bool(self.probes), False, False]
-        need[DX] = self.case.need != "no dx"
-        need[DA] = self.case.need != "B alone"
-        need[DW] = need[DW + 1] = self.case.need == "base too"
-        if self.case.need == "B alone":
-            need[DX] = need[DZ] = False
-        assert need[DB]
-        return need
-
-    def dy(self) -> list[Tensor]:
-        made = [matrix(self.case, self.case.rows, n, self.device) for n in self.weights]
-        if self.case.dy == "shared" and len(set(self.weights)) == 1:
-            made = made[:1] * len(made)
-        return made[1:] if self.case.dy == "first missing" and len(made) > 1 else made
-
-    def forward(self) -> Direction:
-        case = self.case
-        moments = [None] if case.moments else []
-
-        def inputs() -> list[Tensor]:
-            x = matrix(case, case.rows, case.columns, self.device)
-            return [x, *self.weight_like(), *self.probe_rows(), *self.rest()]
-
-        def compute(given: Sequence[Tensor]) -> Sequence[Tensor | None]:
-            x, *given = given
-            seed = given.pop() if case.p else None
-            P = given.pop() if self.probes else None
-            W, bias, A, B = self.cut(given)
-            return self.operator.forward(
-                x, W, bias, A, B, [], moments, P, None, seed, self.scale, case.p, "triton", "auto"
-            )
-
-        return Direction((str(case), "forward"), inputs(), compute, inputs)
-
-    def backward(self) -> Direction:
-        case = self.case
-
-        def inputs() -> list[Tensor]:
-            x = matrix(case, case.rows, case.columns, self.device)
-            return [*self.dy(), x, self.hidden(), *self.weight_like(), *self.rest()]
-
-        made = inputs()
-        live = len(self.dy())
-
-        def compute(given: Sequence[Tensor]) -> Sequence[Tensor | None]:
-            dy, x, h, *given = [*given[:live]], *given[live:]
-            dy = [None] * (len(self.weights) - live) + dy
-            seed = given.pop() if case.p else None
-            W, _, A, B = self.cut(given)
-            return self.operator.backward(
-                dy, x, h, W, A, B, seed, self.scale, case.p, self.probes, self.need(), "triton", "auto"
-            )
-
-        return Direction((str(case), "backward"), made, compute, inputs)
-
-
-class _Grouped(_Single):
-    """The operator for rows of several adapters."""
-
-    def __init__(self, case: Case, device: torch.device):
-        super().__init__(case, device)
-        self.operator = _grouped_ops.LORA_GROUPED
-        self.ranks = [tuple(min(64, r * (g + 1)) for r in own) for g, own in enumerate(self.ranks)]
-        flat = [r for own in self.ranks for r in own]
-        self.starts = column_starts(flat, len(self.widths))
-        self.each = [self.probes] * case.adapters
-        self.p = [case.p, 0.0, case.p][: case.adapters]
-
-    def probe_rows(self) -> list[Tensor]:
-        case = self.case
-        return [torch.empty(k, case.columns, dtype=case.dtype, device=self.device) for k in self.each if self.probes]
-
-    def rest(self) -> list[Tensor]:
-        ids = torch.zeros(self.case.rows, dtype=torch.int64, device=self.device)
-        order, ranges = build_segments(ids, self.case.adapters)
-        keys = torch.zeros(self.case.rows, 2, dtype=torch.int64, device=self.device)
-        return [ids, order, ranges, *([keys] if self.case.p else [])]
-
-    def hidden(self) -> Tensor:
-        width = max(map(sum, self.ranks)) + self.probes
-        return torch.empty(self.case.rows, width, dtype=self.case.dtype, device=self.device)
-
-    def _rows(self, given: list[Tensor]) -> tuple[Any, ...]:
-        keys = given.pop() if self.case.p else None
-        ranges, order, ids = given.pop(), given.pop(), given.pop()
-        return keys, ids, order, ranges, self.starts, self.scale, self.p
-
-    def forward(self) -> Direction:
-        plain, case = super().forward(), self.case
-
-        def compute(given: Sequence[Tensor]) -> Sequence[Tensor | None]:
-            x, *given = given
-            rows = self._rows(given)
-            P = [given.pop() for _ in self.each][::-1] if self.probes else []
-            W, bias, A, B = self.cut(given)
-            moments = [None] if case.moments else []
-            return self.operator.forward(x, W, bias, A, B, [], moments, P, [], *rows, "triton", "auto")
-
-        return plain._replace(compute=compute)
-
-    def backward(self) -> Direction:
-        plain, live = super().backward(), len(self.dy())
-
-        def compute(given: Sequence[Tensor]) -> Sequence[Tensor | None]:
-            dy, x, h, *given = [*given[:live]], *given[live:]
-            dy = [None] * (len(self.weights) - live) + dy
-            rows = self._rows(given)
-            W, _, A, B = self.cut(given)
-            return self.operator.backward(dy, x, h, W, A, B, *rows, self.each, self.need(), "triton", "auto")
-
-        return plain._replace(compute=compute)
+    return {
+        name: Direction(*handed(example, name), lambda name=name: handed(example.again(), name)[1])
+        for name in ("forward", "backward")
+    }

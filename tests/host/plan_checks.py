@@ -12,13 +12,14 @@ import traceback
 from unittest import mock
 
 import torch
-from plan_cases import AXES, Case, directions, pairs
+from plan_cases import AXES, Case, Example, directions, pairs
 
+import fastlora
 from benchmarks.host import records
 from benchmarks.host.null_gpu import NAME, NullGpu, null_gpu
 from benchmarks.host.records import Kind
-from fastlora import native
-from fastlora.ops.backends import plan, program, recorder
+from fastlora.ops import native
+from fastlora.ops.backends import BACKENDS, plan, planned, program, recorder
 from fastlora.ops.backends.plan import Plans
 
 INVALID_VALUE = 1  # CUresult
@@ -72,7 +73,7 @@ def traced(gpu: NullGpu, call):
 
 
 @torch.no_grad()
-def planned(direction, plans=None):
+def with_plans(direction, plans=None):
     """Plans that hold one for a direction."""
     plans = plans or Plans()
     for _ in range(2):
@@ -85,7 +86,7 @@ def planned(direction, plans=None):
 def same(gpu: NullGpu, case: Case) -> None:
     """A plan starts what Triton's launcher starts, byte for byte, with old inputs and with new ones."""
     for name, direction in directions(case, gpu.device).items():
-        plans = planned(direction)
+        plans = with_plans(direction)
         for inputs in (direction.inputs, direction.fresh()):
             theirs, outputs = traced(gpu, lambda: direction.compute(list(inputs)))  # noqa: B023
             ours, found = traced(gpu, lambda: plans.run(direction.key, inputs, forbidden))  # noqa: B023
@@ -142,7 +143,7 @@ def mutants(found):
 def changes_are_seen(gpu):
     for case in (PLAIN, PLAIN._replace(adapters=3, p=0.1, moments=True), PLAIN._replace(columns=1056, layout="fused")):
         for name, direction in directions(case, gpu.device).items():
-            planned(direction)
+            with_plans(direction)
             theirs, outputs = traced(gpu, lambda: direction.compute(list(direction.inputs)))  # noqa: B023
             _, found = recorder.Recorder(direction.inputs).record(direction.compute)
             assert run_program(gpu, direction, found, theirs, outputs) is None
@@ -158,7 +159,7 @@ def run_program(gpu, direction, found, theirs, outputs):
     """The first difference that a program makes, in launches or results, None where there is none."""
     built = program.build(found)
     plans = Plans()
-    plans._keep(direction.key, direction.inputs, built.number, list(found.constants.values()))
+    plans._keep(direction.key, direction.inputs, built, list(found.constants.values()))
     try:
         ours, results = traced(gpu, lambda: plans.run(direction.key, direction.inputs, forbidden))
     except (RuntimeError, AssertionError) as error:
@@ -171,9 +172,10 @@ def run_program(gpu, direction, found, theirs, outputs):
 def one_tensor_given_twice_is_two_inputs(gpu):
     case = PLAIN._replace(dy="shared")
     direction = directions(case, gpu.device)["backward"]
-    assert direction.inputs[0] is direction.inputs[1]
-    plans = planned(direction)
-    apart = [torch.empty_like(t) if i < 3 else t for i, t in enumerate(direction.inputs)]
+    first = len(direction.inputs) - 3
+    assert direction.inputs[first] is direction.inputs[first + 1]
+    plans = with_plans(direction)
+    apart = [torch.empty_like(t) if i >= first else t for i, t in enumerate(direction.inputs)]
     theirs = gpu.trace(lambda: direction.compute(list(apart)))
     ours = gpu.trace(lambda: plans.run(direction.key, apart, forbidden))
     problem = records.difference(records.canonical(ours), records.canonical(theirs))
@@ -192,7 +194,7 @@ def anything_else_gets_a_plan_of_its_own(gpu):
         "alignment": torch.empty(rows * columns + 1, dtype=x.dtype, device=x.device)[1:].view(rows, columns),
         "dimensions": x.view(2, rows // 2, columns),
     }
-    plans = planned(forward)
+    plans = with_plans(forward)
     for what, other in others.items():
         inputs = [other, *rest]
         theirs = gpu.trace(lambda: forward.compute(list(inputs)))  # noqa: B023
@@ -212,13 +214,58 @@ def anything_else_gets_a_plan_of_its_own(gpu):
 
 
 @torch.no_grad()
-def layers_of_one_size_share_a_plan(gpu):
+def owners_of_an_equal_scope_share_plans(gpu):
     forward = directions(PLAIN._replace(ranks="odd"), gpu.device)["forward"]
-    first = planned(forward)
     called = []
-    other = Plans()
-    other.run(forward.key, forward.fresh(), lambda given: called.append(1) or forward.compute(given))
-    assert not called and len(other) == len(first) == 1
+
+    def counted(given):
+        called.append(1)
+        return forward.compute(given)
+
+    def run(own):
+        called.clear()
+        own.run(forward.key, forward.fresh(), counted)
+        return len(called)
+
+    first, second, other, alone = Plans(("scale", 1.0)), Plans(("scale", 1.0)), Plans(("scale", 2.0)), Plans()
+    assert [run(first), run(first), run(first)] == [1, 1, 0]
+    assert [run(second), run(other), run(other), run(alone), run(alone)] == [0, 1, 1, 1, 1]
+    assert [run(own) for own in (first, second, other, alone)] == [0, 0, 0, 0]
+
+
+def layers_of_other_scales_have_other_plans(gpu):
+    """Everything but the scale is equal: it is an argument of kernels."""
+    x = torch.empty(512, 768, device=gpu.device, dtype=torch.bfloat16, requires_grad=True)
+
+    def step(layer, launcher="native"):
+        with mock.patch.object(plan, "_wanted", lambda: launcher):
+            torch.autograd.backward(layer(x), torch.empty_like(x))
+
+    def numbers(launches):
+        return [[a for a, p in zip(la.arguments, la.pointers, strict=True) if not p] for la in launches]
+
+    for alpha in (16, 32):
+        layer = fastlora.nn.Linear(768, 768, r=8, lora_alpha=alpha, device=gpu.device, dtype=torch.bfloat16)
+        theirs = gpu.record(lambda: step(layer, "triton"))  # noqa: B023
+        for _ in range(3):
+            step(layer)
+        assert numbers(gpu.record(lambda: step(layer))) == numbers(theirs), alpha  # noqa: B023
+
+
+@torch.no_grad()
+def a_flag_of_torchs_has_plans_of_its_own(gpu):
+    """fp32 products in tf32 or not: another kernel."""
+    forward = directions(PLAIN._replace(dtype=torch.float32, columns=1056), gpu.device)["forward"]
+    plans = with_plans(forward)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if before != "tf32" else "ieee"
+        theirs = gpu.trace(lambda: forward.compute(list(forward.inputs)))
+        for _ in range(4):
+            ours = gpu.trace(lambda: plans.run(forward.key, forward.inputs, forward.compute))
+        assert records.difference(records.canonical(ours), records.canonical(theirs)) is None and len(plans) == 2
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @torch.no_grad()
@@ -233,13 +280,13 @@ def plans_are_bounded_and_freed(gpu):
             plans.run(forward.key, inputs, forward.compute)
         numbers.append(plan._known[next(reversed(plan._known))][0])
         assert len(plans) <= 2
-    assert [plan._plan.alive(n) for n in numbers] == [False, False, True, True]
+    assert [plan.find(n) is not None for n in numbers] == [False, False, True, True]
     for step in range(50):
         plans.run((*forward.key, step), forward.inputs, forward.compute)
         plans.run((*forward.key, step), forward.inputs, forward.compute)
     assert len(plans) <= 2 and len(plans._variants) <= 4 * 2 + 1, len(plans._variants)
     del plans
-    assert not plan._plan.alive(numbers[-1]), "a plan outlived its owner"
+    assert plan.find(numbers[-1]) is None, "a plan outlived its owner"
 
 
 @torch.no_grad()
@@ -247,7 +294,7 @@ def streams_and_threads_are_the_callers(gpu):
     import threading
 
     forward = directions(PLAIN, gpu.device)["forward"]
-    plans = planned(forward)
+    plans = with_plans(forward)
 
     def run():
         with torch.no_grad():
@@ -298,7 +345,7 @@ def what_cannot_be_written_down_is_said(gpu):
 @torch.no_grad()
 def a_launch_that_fails_goes_to_triton(gpu):
     forward = directions(PLAIN, gpu.device)["forward"]
-    plans, tried = planned(forward), []
+    plans, tried = with_plans(forward), []
 
     def compute(given):
         # Triton's launcher succeeds where the native one failed.
@@ -316,7 +363,7 @@ def a_launch_that_fails_goes_to_triton(gpu):
     assert name == "triton" and "shrink_kernel failed" in reason and reason in plan._said, (name, reason)
     assert len(gpu.record(lambda: plans.run(forward.key, forward.inputs, forward.compute))) > 0 and len(plans) == 0
     plan._disabled.clear()
-    plans = planned(forward)
+    plans = with_plans(forward)
     with gpu.failing("cuLaunchKernelEx", INVALID_VALUE):
         try:
             plans.run(forward.key, forward.inputs, forward.compute)
@@ -331,7 +378,7 @@ def a_launch_that_fails_goes_to_triton(gpu):
 def memory_that_is_missing_is_tritons_error(gpu):
     """An error that is not a launch's keeps its type, and the plans."""
     forward = directions(PLAIN, gpu.device)["forward"]
-    plans = planned(forward)
+    plans = with_plans(forward)
     real, plan._run_plan = plan._run_plan, lambda *given: (_ for _ in ()).throw(RuntimeError("no memory"))
 
     def compute(given):
@@ -351,9 +398,9 @@ def memory_that_is_missing_is_tritons_error(gpu):
 
 def a_driver_without_a_symbol_is_said(gpu):
     opened = torch.ops.fastlora.open_plans
-    assert "cannot be loaded" in opened(plan._plan.registry(), "libnotthere.so.1")
-    assert "has no cuLaunchKernelEx" in opened(plan._plan.registry(), "libm.so.6")
-    assert opened(plan._plan.registry(), plan.DRIVER) == ""
+    assert "cannot be loaded" in opened(plan.registry(), "libnotthere.so.1")
+    assert "has no cuLaunchKernelEx" in opened(plan.registry(), "libm.so.6")
+    assert opened(plan.registry(), plan.DRIVER) == ""
 
 
 def other_cards_have_plans_of_their_own(gpu):
@@ -379,9 +426,22 @@ def library_calls(given):
     picked = rows.index_select(1, index)
     signs = rows.new_zeros(2, 1).expand(2, 3).repeat(1, 2).unsqueeze(1).contiguous()
     signs.mul_(picked[:1, :1].unsqueeze(0))
+    filled = [torch.full_like(picked, 2.5), rows.new_full((2, 3), 7, dtype=torch.int64), torch.empty_like(y).fill_(-1)]
     total = y.narrow(0, 1, 3).sum(0, keepdim=True, dtype=torch.float64)
     deep = y.t()[1:].view(-1, 1, y.shape[0])[:, 0]
-    return [y.view(*x.shape[:-1], -1), None, total, deep, *copies, picked, signs, x, y[2:, 1:], rows.new_empty(0, 4)]
+    return [
+        y.view(*x.shape[:-1], -1),
+        None,
+        total,
+        deep,
+        *copies,
+        picked,
+        signs,
+        x,
+        y[2:, 1:],
+        rows.new_empty(0, 4),
+        *filled,
+    ]
 
 
 @torch.no_grad()
@@ -405,42 +465,141 @@ def numbers_of_library_calls_are_torchs(gpu):
     assert len(plans) == 1
 
 
-def graphs_of_autograd_use_plans(gpu):
-    """Twice through a Function: gradients have the shapes of their leaves and the backward's plan is used."""
-    case = PLAIN
-    ways, plans = directions(case, gpu.device), Plans()
-    forward, backward = ways["forward"], ways["backward"]
+@torch.no_grad()
+def backends_with_plans_give_the_same(gpu):
+    """Structure and kinds of what a PlannedBackend returns, at every call."""
+    raw = BACKENDS["triton"]
+    for case in pairs():
+        example, own = Example(case, gpu.device), planned.PlannedBackend(raw)
+        for name in ("forward", "backward"):
+            wanted = getattr(example, name)(raw)
+            for turn in range(4):
+                found = getattr(example.again() if turn else example, name)(own)
+                assert type(found) is type(wanted), (case, name, turn)
+                for a, b in zip(found, wanted, strict=True):
+                    a, b = ([t] if isinstance(t, torch.Tensor) or t is None else t for t in (a, b))
+                    if name == "backward" and not a:
+                        continue  # not needed, and so left out
+                    a, b = ([None if t is None else (t.shape, t.dtype, t.stride()) for t in some] for some in (a, b))
+                    assert a == (b or [None] * len(a)), (case, name, turn, a, b)
+        assert own.plans.reason is None and len(own.plans) == 2, (case, own.plans.reason)
 
-    class Layer(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *given):
-            out = plans.run(forward.key, list(given), forward.compute)
-            ctx.save_for_backward(*given, out[3])
-            return tuple(out[:3])
 
-        @staticmethod
-        def backward(ctx, *dy):
-            x, *saved = ctx.saved_tensors
-            dx, *rest = plans.run(backward.key, [*dy, x, saved[-1], *saved[:-1]], backward.compute)
-            return dx, *[None] * 6, *rest
+@torch.no_grad()
+def another_device_is_the_current_one_for_its_launches(gpu):
+    """Tensors of the second GPU while the first is current: its stream, and the first again afterwards."""
+    from fastlora.kernels.reduce import reduce_partials
 
-    count = len(gpu.record(lambda: backward.compute(list(backward.inputs))))
-    leaves = [t.detach().requires_grad_(not 1 <= i <= 6) for i, t in enumerate(forward.inputs)]
-    for _ in range(3):
+    def compute(given):
+        out = torch.empty(8, device=given[0].device)
+        reduce_partials(given[0], [out], [1.0])
+        return [out]
+
+    with null_gpu(devices=2) as both:
+        plans, x = Plans(), torch.empty(4, 8, device="null:1")
+        for _ in range(2):
+            plans.run("second", [x], compute)
+        both.set_current_device(1)
+        with both.stream(9):
+            both.set_current_device(0)
+            (launch,) = both.record(lambda: plans.run("second", [x], forbidden))
+            assert (launch.stream, both.current_device()) == (9, 0), launch
+            both.set_current_device(1)
+        both.set_current_device(0)
+        (out,) = plans.run("second", [x], forbidden)
+        assert out.device == x.device and len(plans) == 1
+        with_first = torch.empty(4, 8, device="null:0")
+        plans.run("second", [with_first], compute)
+        assert len(plans) == 1, "a plan of one GPU ran for another"
+
+
+@torch.no_grad()
+def compiled_kernels_are_kept(gpu):
+    import gc
+
+    from fastlora.kernels.shrink import shrink_kernel
+
+    forward = directions(PLAIN, gpu.device)["forward"]
+    plans = with_plans(forward)
+    shrink_kernel.device_caches.clear()
+    gc.collect()
+    launches = gpu.record(lambda: plans.run(forward.key, forward.inputs, forbidden))
+    assert "shrink_kernel" in {launch.function for launch in launches}
+    assert {kernel.name for kernel in plan._kernels.values()} >= {launch.function for launch in launches}
+
+
+def tritons_launcher_is_a_choice(gpu):
+    """Nothing is recorded, and nothing is said of what was asked for."""
+    with mock.patch.object(plan, "_wanted", lambda: "triton"):
+        before = plan.said()
+        own = planned.PlannedBackend(BACKENDS["triton"])
+        example = Example(PLAIN, gpu.device)
+        for _ in range(3):
+            example.forward(own)
+        assert len(own.plans) == 0 and plan.said() == before
+        assert plan.launcher() == ("triton", "FASTLORA_TRITON_LAUNCHER says so")
+        assert planned.launch_remarks(own.backend) == ["launched by Triton: FASTLORA_TRITON_LAUNCHER says so"]
+
+
+def explain_says_who_launches(gpu):
+    layer = torch.nn.Sequential(fastlora.nn.Linear(64, 64, r=8, device=gpu.device, dtype=torch.bfloat16))
+    plan._said.clear()
+    assert fastlora.explain(layer).rows[0].remarks == ""
+    plan._say("a reason")
+    assert "in some calls launched by Triton: a reason" in str(fastlora.explain(layer))
+    with mock.patch.object(plan, "_missing", lambda: "no driver"):
+        assert fastlora.explain(layer).rows[0].remarks == "launched by Triton: no driver"
+    assert planned.launch_remarks(BACKENDS["reference"]) == []
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, gpu):
+        super().__init__()
+        kind = {"device": gpu.device, "dtype": torch.bfloat16}
+        self.query, self.key, self.value = (torch.nn.Linear(768, 768, **kind) for _ in range(3))
+
+    def forward(self, x):
+        return [self.query(x), self.key(x), self.value(x)]
+
+
+def layers_use_plans(gpu):
+    """q, k and v, with and without autocast: from the third step on nothing of Triton's Python runs."""
+    from triton.runtime.jit import JITFunction
+
+    model = torch.nn.Sequential(Attention(gpu)).requires_grad_(False)
+    fastlora.inject(model, fastlora.LoraConfig(r=8, target_modules=["query", "key", "value"]), check="off")
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    x = torch.empty(512, 768, device=gpu.device, dtype=torch.bfloat16, requires_grad=True)
+    dy = [torch.empty_like(x) for _ in range(3)]
+
+    def step(cast):
+        x.grad = None
+        with torch.autocast(gpu.device.type, torch.bfloat16, enabled=cast):
+            y = model(x)
+        torch.autograd.backward(y, dy)
         for leaf in leaves:
+            assert leaf.grad.shape == leaf.shape and leaf.grad.dtype == leaf.dtype
             leaf.grad = None
-        y = Layer.apply(*leaves)
-        launches = gpu.record(lambda: torch.autograd.backward(y, [torch.empty_like(t) for t in y]))  # noqa: B023
-        assert len(launches) == count, (len(launches), count)
-    assert all(leaf.grad.shape == leaf.shape for leaf in leaves if leaf.requires_grad) and len(plans) == 2
+
+    for cast in (False, True):
+        theirs = gpu.trace(lambda: step(cast))  # noqa: B023
+        step(cast)
+        step(cast)
+        with mock.patch.object(JITFunction, "run", forbidden):
+            ours = gpu.trace(lambda: step(cast))  # noqa: B023
+        problem = records.difference(records.canonical(ours), records.canonical(theirs))
+        assert problem is None, (cast, problem)
+        assert records.dangling(ours) == []
 
 
 CHECKS = (
     changes_are_seen, one_tensor_given_twice_is_two_inputs, anything_else_gets_a_plan_of_its_own,
-    layers_of_one_size_share_a_plan, plans_are_bounded_and_freed, streams_and_threads_are_the_callers,
+    owners_of_an_equal_scope_share_plans, layers_of_other_scales_have_other_plans,
+    a_flag_of_torchs_has_plans_of_its_own, plans_are_bounded_and_freed, streams_and_threads_are_the_callers,
     what_cannot_be_written_down_is_said, a_launch_that_fails_goes_to_triton, memory_that_is_missing_is_tritons_error,
     a_driver_without_a_symbol_is_said, other_cards_have_plans_of_their_own, numbers_of_library_calls_are_torchs,
-    graphs_of_autograd_use_plans,
+    backends_with_plans_give_the_same, layers_use_plans, another_device_is_the_current_one_for_its_launches,
+    compiled_kernels_are_kept, tritons_launcher_is_a_choice, explain_says_who_launches,
 )  # fmt: skip
 
 

@@ -236,6 +236,16 @@ def test_bf16_autocast_gives_the_statistics_of_fp32(tmp_path):
         assert found[1][key] == pytest.approx(value, rel=0.1)
 
 
+@pytest.mark.parametrize("warmup, says", [(6, True), (5, False)])
+def test_a_warmup_that_training_does_not_outlast_is_said_before_and_after(warmup, says, tmp_path, caplog):
+    callback = FastLoraCallback(track={"every": 1, "warmup": warmup}, penalty=0.1)
+    trainer(bert(), tmp_path, callback, save_strategy="no").train()
+    before = f"track: warmup={warmup} is too long for 6 steps of training: the penalty is 0 to the end"
+    after = "track: closed, and the penalty was 0 each time (6 calls): importance was frozen after the last one"
+    found = [r.getMessage() for r in caplog.records if r.name.startswith("fastlora.") and "track:" in r.getMessage()]
+    assert found == ([before, after] if says else [])
+
+
 def test_a_loss_scale_is_taken_out_of_statistics_and_put_into_the_penalty():
     """The events as the Trainer calls them under fp16, which needs a GPU."""
     data, results = texts(4), []
@@ -370,12 +380,12 @@ class TestRefusals:
             (dict(track="yes"), "track: expected True, False or options"),
             (dict(penalty="1"), "penalty: expected a number"),
             (dict(penalty=1.0, track=False), "penalty: is weighed by statistics"),
-            (dict(freeze=-1), "freeze: expected a number of optimiser steps"),
+            (dict(freeze=-1), "freeze: expected a number of optimizer steps"),
             (dict(checkpoints="none"), "checkpoints: expected one of"),
         ],
     )
     def test_options(self, options, said):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises((TypeError, ValueError), match=said):
             FastLoraCallback(**options)
 
     def test_an_unknown_adapter(self, tmp_path):

@@ -158,7 +158,8 @@ class TestPeftConfig:
         import peft
 
         with pytest.raises(
-            TypeError, match="config: expected a fastlora.LoraConfig or a peft.LoraConfig, got IA3Config"
+            (TypeError, ValueError),
+            match=r"config: expected a fastlora\.LoraConfig or a peft\.LoraConfig, got IA3Config",
         ):
             fastlora.inject(build("bert"), peft.IA3Config(target_modules=["query"], feedforward_modules=[]))
 
@@ -234,19 +235,28 @@ class TestSetRanks:
             fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 1}, keep=True, reinit=True)
 
     @pytest.mark.parametrize(
-        "bad, message, kind",
+        "bad, message",
         [
-            ({"blocks.1.attn.qkw[q]": 3}, r"ranks: expected keys .*did you mean 'blocks.1.attn.qkv\[q\]'", ValueError),
-            ({"blocks.1.attn.qkv": 3}, "ranks: expected keys .*, got 'blocks.1.attn.qkv'", ValueError),
-            ({"blocks.1.attn.qkv[q]": 33}, r"blocks.1.attn.qkv\[q\]: expected at most .* = 32, got 33", ValueError),
-            ({"blocks.1.attn.qkv[q]": -1}, "expected an integer >= 0, got -1", ValueError),
-            ({"blocks.1.attn.qkv[q]": 2.0}, "expected an integer >= 0, got 2.0", TypeError),
-            ({"blocks.1.attn.qkv[q]": True}, "got True", TypeError),
+            (
+                {"blocks.1.attn.qkw[q]": 3},
+                r"ranks: .* got 'blocks\.1\.attn\.qkw\[q\]' \(did you mean 'blocks\.1\.attn\.qkv\[q\]'\?\)",
+            ),
+            (
+                {"blocks.1.attn.qkv": 3},
+                r"ranks: .* got 'blocks\.1\.attn\.qkv' \(did you mean 'blocks\.1\.attn\.qkv\[v\]'\?\)",
+            ),
+            (
+                {"blocks.1.attn.qkv[q]": 33},
+                r"rank of blocks\.1\.attn\.qkv\[q\]: expected at most min\(in_features, out_features\) = 32, got 33",
+            ),
+            ({"blocks.1.attn.qkv[q]": -1}, r"rank of blocks\.1\.attn\.qkv\[q\]: expected an integer >= 0, got -1"),
+            ({"blocks.1.attn.qkv[q]": 2.0}, r"rank of blocks\.1\.attn\.qkv\[q\]: expected an integer >= 0, got 2\.0"),
+            ({"blocks.1.attn.qkv[q]": True}, "got True"),
         ],
     )
-    def test_all_or_nothing(self, model, bad, message, kind):
+    def test_all_or_nothing(self, model, bad, message):
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(kind, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 2, **bad})
         after = model.state_dict()
         assert list(after) == list(before) and all(torch.equal(v, before[k]) for k, v in after.items())
@@ -382,19 +392,29 @@ class TestReallocate:
                 model,
                 ({"blocks.0.attn.qkw[q]": 1.0},),
                 {},
-                r"scores: expected keys .*did you mean 'blocks.0.attn.qkv\[q\]'",
+                r"scores: .* got 'blocks\.0\.attn\.qkw\[q\]' \(did you mean 'blocks\.0\.attn\.qkv\[q\]'\?\)",
             ),
             (model, ({key: 1.0},), {"budget": 1}, "budget: expected at least the 2 ranks .*, got 1"),
-            (model, ({key: float("nan")},), {}, r"scores\[.*\]: expected a finite number, got nan"),
+            (model, ({key: float("nan")},), {}, "scores.*: expected a finite number"),
             (model, ({},), {}, "scores: expected at least one, got none"),
-            (model, ({key: 1.0},), {"r_min": 5, "r_max": 4}, "r_min: expected at most r_max = 4 .*, got 5"),
-            (model, ({key: 1.0},), {"unit": "layers"}, "unit: expected one of"),
+            (
+                model,
+                ({key: 1.0},),
+                {"r_min": 5, "r_max": 4},
+                r"r_min: expected at most r_max = 4 for 'blocks\.0\.attn\.qkv\[q\]', got 5",
+            ),
+            (
+                model,
+                ({key: 1.0},),
+                {"unit": "layers"},
+                r"unit: expected one of \('ranks', 'params'\), got 'layers' \(did you mean 'params'\?\)",
+            ),
             (trained, ({key: 1.0},), {}, "has been trained .*reinit=True"),
             (build("timm_vit"), ({key: 1.0},), {}, "model: has no adapters"),
         ]
         for m, args, kwargs, message in bad:
             before = state_of(m)
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises((TypeError, ValueError), match=message):
                 reallocate(m, *args, **kwargs)
             assert_untouched(m, before)
         assert sum(reallocate(trained, dict.fromkeys(ranks_of(trained), 1.0), reinit=True).values()) == 24

@@ -228,17 +228,23 @@ BAD = [
         plain(3),
         ("head_only", config(modules_to_save=["haed"])),
         {},
-        "modules_to_save: expected suffixes .*, got 'haed'",
+        "modules_to_save: expected suffixes of module names of Sequential, got 'haed'",
     ),
     ("policy", plain(3), ("deep_lara",), {}, "name: expected one of .*did you mean 'deep_lora'"),
     ("policy", plain(3), (None,), {}, "name: expected one of"),
-    ("config", plain(3), ("deep_lora", {"r": 4}), {}, "config: expected a fastlora.LoraConfig", TypeError),
+    (
+        "config",
+        plain(3),
+        ("deep_lora", {"r": 4}),
+        {},
+        r"config: expected a fastlora\.LoraConfig or a peft\.LoraConfig, got \{'r': 4\}",
+    ),
     (
         "targets",
         plain(3),
         ("deep_lora", config(target_modules=["fc3"])),
         {},
-        "target_modules: expected suffixes .*, got 'fc3'",
+        r"target_modules: expected suffixes of module names of Sequential, got 'fc3' \(did you mean 'fc2'\?\)",
     ),
     ("rank", plain(3), ("deep_lora", config(r=9)), {}, "at most min"),
     (
@@ -246,7 +252,7 @@ BAD = [
         plain(3),
         ("lora_only", config(rank_pattern={"fc": 2})),
         {},
-        "rank_pattern: expected patterns .*, got 'fc'",
+        r"rank_pattern: expected patterns that match an adapted matrix, got 'fc' \(did you mean '2\.fc2'\?\)",
     ),
     (
         "deep",
@@ -260,19 +266,20 @@ BAD = [
         plain(3),
         ("deep_lora", config()),
         {"deep": 0},
-        "deep: expected None for a third, or a number of blocks >= 1",
+        "deep: expected None for a third, or a number of blocks >= 1, got 0",
     ),
     ("deep", plain(3), ("lora_only", config()), {"deep": 1}, "deep: policy 'lora_only' does not tell deep"),
 ]
 
 
-@pytest.mark.parametrize("row", BAD, ids=[r[0] + str(i) for i, r in enumerate(BAD)])
-def test_refused_by_name_with_the_model_as_it_was(row):
-    _, model, args, kwargs, message, *kind = row
+@pytest.mark.parametrize(
+    "model, args, kwargs, message", [row[1:] for row in BAD], ids=[r[0] + str(i) for i, r in enumerate(BAD)]
+)
+def test_refused_by_name_with_the_model_as_it_was(model, args, kwargs, message):
     model = copy.deepcopy(model)
     next(model.parameters()).requires_grad_(False)
     before = state_of(model)
-    with pytest.raises(kind[0] if kind else ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         apply_policy(model, *args, **kwargs)
     assert_untouched(model, before)
 
@@ -281,30 +288,29 @@ def test_adapted_models_and_outside_targets_are_refused(build):
     model = fastlora.inject(build("bert"), config(target_modules="qkv"))
     with pytest.raises(ValueError, match="already has an adapter"):
         apply_policy(model, "norm_only")
-    with pytest.raises(ValueError, match="target_modules: expected what matches modules inside the blocks"):
+    with pytest.raises(
+        ValueError,
+        match=r"target_modules: expected what matches modules inside the blocks .*, got \['pooler\.dense'\]",
+    ):
         apply_policy(build("bert"), "deep_lora", config(target_modules=["pooler.dense"]))
-    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got 'bert'"):
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got '"):
         apply_policy("bert", "norm_only")
 
 
 @pytest.mark.parametrize(
-    "kwargs, message, kind",
+    "kwargs, message",
     [
-        ({"lr_lora": -1.0}, "lr_lora: expected a finite number >= 0, got -1.0", ValueError),
-        ({"lr_bias": float("nan")}, "lr_bias: expected a finite", ValueError),
-        ({"lr_head": "1e-3"}, "lr_head: expected a finite number >= 0, got '1e-3'", TypeError),
-        ({"weight_decay": True}, "weight_decay: expected a finite", TypeError),
-        ({"weight_decay": {"loar": 0.1}}, "weight_decay: expected group names among .* got 'loar'", ValueError),
-        (
-            {"weight_decay": {"lora": -0.1}},
-            r"weight_decay\['lora'\]: expected a finite number >= 0, got -0.1",
-            ValueError,
-        ),
+        ({"lr_lora": -1.0}, "lr_lora: expected a finite number >= 0, got -1.0"),
+        ({"lr_bias": float("nan")}, "lr_bias: expected a finite"),
+        ({"lr_head": "1e-3"}, "lr_head: expected a finite number >= 0, got '1e-3'"),
+        ({"weight_decay": True}, "weight_decay: expected a finite"),
+        ({"weight_decay": {"loar": 0.1}}, "weight_decay: expected group names among .* got 'loar'"),
+        ({"weight_decay": {"lora": -0.1}}, r"weight_decay\['lora'\]: expected a finite number >= 0, got -0.1"),
     ],
 )
-def test_rates_of_parameter_groups(kwargs, message, kind):
+def test_rates_of_parameter_groups(kwargs, message):
     model = apply_policy(plain(3), "deep_lora", config())
-    with pytest.raises(kind, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         fastlora.param_groups(model, **kwargs)
     groups = {g["name"]: g["weight_decay"] for g in fastlora.param_groups(model, weight_decay={"norm": 0.5})}
     assert groups == {"lora": 0.0, "norm": 0.5}

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora.nn.adapter import WHOLE
-from fastlora.nn.probe_rows import LOOK_EVERY, LOOK_FIRST, ColumnSampler, refreshes_norms
+from fastlora.nn.probe_rows import REFRESH_EVERY, REFRESH_FIRST, ColumnSampler, refreshes_norms
 from fastlora.ops import native, reference
 from fastlora.ops.lora import lora_linear
 from fastlora.ops.multi_tensor import Signs
@@ -77,8 +77,8 @@ def test_fisher_over_all_draws_and_signs_is_exact():
             sign = torch.tensor([[1.0 - 2 * (bits >> i & 1)] for i in range(3)])
 
             def run(sign=sign):
-                tracker.signs_for = lambda x, samples: sign.to(x.dtype)
-                tracker._samples[1] = 3
+                tracker._step.signs_for = lambda x, samples: sign.to(x.dtype)
+                tracker._step.signs.samples[1] = 3
                 loss_of(m, batch).backward()
 
             found = every_draw(tracker, run, ("fisher",))["fisher"]
@@ -103,9 +103,9 @@ def test_norms_are_sums_over_tokens_of_all_micro_batches():
         for batch in batches:
             loss_of(m, batch).backward()
         for path, layer in tracker.layers.items():
-            torch.testing.assert_close(tracker._probe(layer).norms[WHOLE].grad, want[path])
+            torch.testing.assert_close(layer.probes[tracker.adapter].norms[WHOLE].grad, want[path])
         tracker.step()
-        for share, path in zip(tracker._rows.norms[0], tracker.layers, strict=True):
+        for share, path in zip(tracker._sampler.norms[0], tracker.layers, strict=True):
             torch.testing.assert_close(share / share.sum(), want[path] / want[path].sum())
 
 
@@ -154,29 +154,29 @@ def test_draws_follow_the_norms_and_depend_on_seed_step_and_matrix():
     assert not torch.equal(rows.index, drawn[7])
 
 
-def test_norms_are_looked_at_in_few_steps():
+def test_norms_are_measured_in_few_steps():
     m = model()
     with columns(m) as tracker:
-        probe = tracker._probe(tracker.layers["0.query"])
-        for step in range(2 * LOOK_EVERY + 2):
+        probe = tracker.layers["0.query"].probes["default"]
+        for step in range(2 * REFRESH_EVERY + 2):
             loss_of(m, data()).backward()
             assert (probe.norms[WHOLE].grad is not None) == refreshes_norms(step)
             tracker.step()
-    assert LOOK_FIRST == LOOK_EVERY and tracker._rows.counts.unique().tolist() == [LOOK_FIRST + 2]
+    assert REFRESH_FIRST == REFRESH_EVERY and tracker._sampler.counts.unique().tolist() == [REFRESH_FIRST + 2]
 
 
 def test_a_step_that_is_not_finite_teaches_nothing():
     m = model()
     with columns(m) as tracker:
         shown(m, tracker)
-        before = copy.deepcopy(tracker._rows.state_dict())
+        before = copy.deepcopy(tracker._sampler.state_dict())
         (x, y), (bad, _) = data(), data()
         bad[0, 0, 0] = torch.inf
         loss_of(m, (bad, y)).backward()
         tracker.step()
         m.zero_grad()
         assert tracker.skipped == 1
-        torch.testing.assert_close(tracker._rows.state_dict(), before, rtol=0, atol=0)
+        torch.testing.assert_close(tracker._sampler.state_dict(), before, rtol=0, atol=0)
         loss_of(m, (x, y)).backward()
         tracker.step()
     assert tracker._averages.counts["grad_sq"].unique().tolist() == [1.0]
@@ -195,7 +195,7 @@ def test_checkpointing_counts_once(reentrant):
                     h = checkpoint(block, h, use_reentrant=reentrant) if wrapped else block(h)
                 nn.functional.cross_entropy(m[-1](h).mean(1), y).backward()
                 tracker.step()
-        found.append(({kind: dict(tracker.scores(kind)) for kind in KINDS}, tracker._rows.norms))
+        found.append(({kind: dict(tracker.scores(kind)) for kind in KINDS}, tracker._sampler.norms))
     for kind in KINDS:
         assert_scores(found[1][0][kind], found[0][0][kind])
     torch.testing.assert_close(found[1][1], found[0][1])
@@ -220,7 +220,7 @@ def test_create_graph_gives_the_same_columns():
         with columns(m) as tracker:
             loss_of(m, batch).backward(create_graph=create)
             found.append(
-                [z.grad.detach() for layer in tracker.layers.values() for z in tracker._probe(layer).Z.values()]
+                [z.grad.detach() for layer in tracker.layers.values() for z in layer.probes[tracker.adapter].Z.values()]
             )
         m.zero_grad()
     torch.testing.assert_close(found[0], found[1])
@@ -253,7 +253,7 @@ def test_compiled_model_gives_the_same_statistics(kinds):
         m = model(dtype=torch.float32)
         with columns(m, kinds) as tracker:
             run = torch.compile(m, backend="aot_eager", fullgraph=True) if compiled else m
-            for _ in range(LOOK_FIRST + 2):
+            for _ in range(REFRESH_FIRST + 2):
                 loss_of(run, batch).backward()
                 tracker.step()
         found.append(tracker)
@@ -274,7 +274,7 @@ def test_a_state_of_the_other_kind_is_refused():
     with track(m) as tracker:
         state = tracker.state_dict()
     with columns(m, ("grad_sq",)) as tracker:
-        with pytest.raises(ValueError, match="state: probe_kind differ: saved rademacher, tracked columns"):
+        with pytest.raises(ValueError, match="state: expected the probe_kind columns, got rademacher"):
             tracker.load_state_dict(state)
 
 
@@ -381,7 +381,7 @@ def test_an_adapter_that_is_absent_neither_learns_nor_counts():
             with fastlora.use_adapters(m, torch.tensor([0, 0, -1, 0, 0, 0])):
                 loss_of(m, data()).backward()
             tracker.step()
-    assert tracker._rows.counts.tolist() == [0, 0] and tracker._averages.counts["grad_sq"].tolist() == [0.0, 0.0]
+    assert tracker._sampler.counts.tolist() == [0, 0] and tracker._averages.counts["grad_sq"].tolist() == [0.0, 0.0]
 
 
 class Cross(nn.Module):
@@ -425,7 +425,7 @@ def test_scores_over_many_steps_are_as_near_as_the_draws_allow():
             loss_of(m, batch).backward()
             tracker.step()
             m.zero_grad()
-    shares = tracker._rows._shares[0][0].double()
+    shares = tracker._sampler._shares[0][0].double()
     p = shares / shares.sum(1, keepdim=True)
     for kind, power, size in (("grad_sq", 2, 1), ("grad_abs", 1, None)):
         found = tracker.scores(kind)

@@ -1,4 +1,4 @@
-"""Tokens that do not count in ``act_var``: the statistic of a padded batch is that of its tokens."""
+"""Tokens that do not count in ``act_var`` and covariances: those of a padded batch are those of its tokens."""
 
 from __future__ import annotations
 
@@ -199,6 +199,106 @@ def test_a_token_that_is_not_finite_and_does_not_count():
     assert_scores(act_var(m, run), expected)
 
 
+def covariances(m, run, **kwargs):
+    with track(m, estimator="exact", statistics=("act_cov", "grad_cov"), **kwargs) as tracker:
+        run(tracker)
+        tracker.step()
+    return {kind: tracker.covariances(kind) for kind in ("act_cov", "grad_cov")}
+
+
+def rows_of(m, batches, kept):
+    """x and dy of every layer in float64, the rows that ``kept`` picks of each batch's loss."""
+    found, layers = {"act_cov": {}, "grad_cov": {}}, fastlora.nn.linear.adapted_layers(m)
+
+    def keep(path, mask):
+        def hook(module, args, y):
+            found["act_cov"].setdefault(path, []).append(args[0].detach()[mask].double())
+            y.register_hook(lambda g: found["grad_cov"].setdefault(path, []).append(g.detach()[mask].double()) or None)
+
+        return hook
+
+    for batch, mask in zip(batches, kept, strict=True):
+        handles = [layer.register_forward_hook(keep(path, mask)) for path, layer in layers.items()]
+        loss_of(m, batch).backward()
+        for handle in handles:
+            handle.remove()
+        m.zero_grad()
+    products = {kind: {path: torch.cat(parts) for path, parts in by.items()} for kind, by in found.items()}
+    return {kind: {path: rows.T @ rows / len(rows) for path, rows in by.items()} for kind, by in products.items()}
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool])
+def test_covariances_of_a_padded_batch_are_those_of_its_tokens(kind):
+    """In two micro-batches of different lengths, with masks of their own."""
+    m, batches = model(), [data(seed=1), data(seed=2, samples=4, tokens=7)]
+    masks = [padding(), padding((7, 2, 1, 3), 7)]
+    expected = rows_of(m, batches, [mask.bool() for mask in masks])
+    everything = rows_of(m, batches, [torch.ones_like(mask).bool() for mask in masks])
+
+    def run(tracker):
+        for batch, mask in zip(batches, masks, strict=True):
+            with tracker.mask(mask.to(kind)):
+                loss_of(m, batch).backward()
+
+    found = covariances(m, run)
+    for name, by_path in expected.items():
+        for path, value in by_path.items():
+            torch.testing.assert_close(found[name][path], value, rtol=1e-10, atol=1e-14)
+            assert not torch.allclose(value, everything[name][path], rtol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("names", [["default", "b"], ["b", "default"]])
+def test_covariances_of_an_adapter_in_a_mixed_batch(tokens, names):
+    m, (x, y), mask = model(), data(), padding()
+    fastlora.add_adapter(m, "b", fastlora.LoraConfig(r=1, target_modules="qkv", init_lora_weights=False))
+    ids = torch.tensor([names.index("b"), 0, names.index("b"), 1, -1, 1])
+    mine = (ids == 1)[:, None] & mask.bool()
+    given = ids[:, None].expand(6, 5).reshape(-1) if tokens else ids
+
+    def run(tracker):
+        with tracker.mask(mask), fastlora.use_adapters(m, given):
+            loss_of(m, (x, y)).backward()
+
+    with fastlora.use_adapters(m, given):
+        expected = rows_of(m, [(x, y)], [mine])
+    found = covariances(m, run, adapter="b")
+    for name, by_path in expected.items():
+        for path, value in by_path.items():
+            torch.testing.assert_close(found[name][path], value, rtol=1e-10, atol=1e-14)
+
+
+def test_a_token_that_is_not_finite_and_does_not_count_in_covariances():
+    m, (x, _), mask = model(), data(), padding()
+    x[1, 4] = torch.nan  # of a sample with 3 tokens
+
+    def run(tracker):
+        with tracker.mask(mask):
+            m(x)[mask.bool()].square().sum().backward()
+
+    assert all(value.isfinite().all() for by in covariances(m, run).values() for value in by.values())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_covariances_under_checkpointing(reentrant):
+    m, (x, y), mask = model(), data(), padding()
+    x.requires_grad_()
+
+    def run(tracker):
+        with tracker.mask(mask):
+            h = x
+            for block in m[:-1]:
+                h = checkpoint(block, h, use_reentrant=reentrant)
+            loss = nn.functional.cross_entropy(m[-1](h).mean(1), y)
+        loss.backward()
+
+    expected = rows_of(m, [(x.detach(), y)], [mask.bool()])
+    found = covariances(m, run)
+    for name, by_path in expected.items():
+        for path, value in by_path.items():
+            torch.testing.assert_close(found[name][path], value, rtol=1e-10, atol=1e-14)
+
+
 def test_weights_statistics_are_not_touched():
     m, batch, found = model(), data(), []
     for masked in (False, True):
@@ -228,7 +328,9 @@ def test_another_shape_is_refused_by_both_names():
     m, batch = model(), data()
     with track(m, statistics=("act_var",)) as tracker:
         for shape in ((6, 4), (5, 6), (6,)):
-            with pytest.raises(ValueError, match=rf"mask: \({shape[0]}, ?.*given, but a layer sees \(6, 5\) tokens"):
+            with pytest.raises(
+                ValueError, match=rf"mask: expected the tokens \(6, 5\) that a layer sees, got \({shape[0]},"
+            ):
                 with tracker.mask(torch.ones(shape, dtype=torch.bool)):
                     m(batch[0])
         assert m[0].query.router.current().mask is None

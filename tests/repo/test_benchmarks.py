@@ -18,7 +18,7 @@ from benchmarks.harness import estimators, gate, peers, recorded, result_files, 
 from benchmarks.harness.interleave import Interleaved, median_interval, rows  # noqa: E402
 from benchmarks.harness.plot import plot  # noqa: E402
 from benchmarks.reports import report  # noqa: E402
-from fastlora.tracking import tracker  # noqa: E402
+from fastlora.tracking.statistics import Tracked  # noqa: E402
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 TINY = {
@@ -112,8 +112,8 @@ def test_the_gate_refuses_what_is_wrong(build, monkeypatch):
         variant.dy = variant.problem.split(variant.problem.dy, dim=2)
         variant.problem.dy = variant.problem.dy * 1.01
     elif build == "exact":
-        whole = tracker.exact_values
-        monkeypatch.setattr(tracker, "exact_values", lambda *args: {"grad_sq": 1.01 * whole(*args)["grad_sq"]})
+        whole = Tracked.exact_values
+        monkeypatch.setattr(Tracked, "exact_values", lambda *args: {"grad_sq": 1.01 * whole(*args)["grad_sq"]})
     else:
         variant.projections[1].B.data.mul_(1.01)
         problem.expected = (lambda whole: lambda _: whole)(problem.expected(peers.frozen(problem).projections))
@@ -138,7 +138,7 @@ def document():
         row("python", 0.86, 1.07, 1.10), row("act_var_step", 0.81, 1.009), row("exact_step", 1.2, 1.5),
     ]  # fmt: skip
     layer = {"kind": "layer", "shape": "S1", "model": "DeiT-Base qkv", "rows_of_x": 1576, "width": 768, "rank": 8,
-             "outputs": [768] * 3, "fused": True, "dtype": "fp32", "binding": True, "gate": "passed", "every": [1, 2],
+             "outputs": [768] * 3, "fused": True, "dtype": "fp32", "binding": True, "gate": "passed",
              "targets": [asdict(t) for t in shapes.targets("S1", "fp32")], "errors": {"fastlora": 7e-7},
              "saved_bytes": {"fastlora": 5 * 2**20}, "calls_per_round": 1, "rows": measured}  # fmt: skip
     memory = {"kind": "memory", "model": "large", "rows_of_x": 512, "width": 4096, "outputs": [4096], "rank": 16,

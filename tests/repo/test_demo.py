@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from fastlora.cli import __main__ as cli
-from fastlora.demo import MissingExtra, Settings, recipe, require, verdict
+from fastlora.demo import MissingExtra, Settings, cost, recipe, require, verdict
 from fastlora.demo.lanes import ADAPTERS, METHODS
 
 PICTURES = ("rank_map", "importance", "accuracy", "reliability", "overhead")
@@ -177,3 +177,83 @@ def test_a_difference_is_called_only_beyond_both_noises():
     few[0] = 1  # 5 points on every seed, but a single image
     assert not verdict.difference([few] * 3, [torch.zeros(20)] * 3)["called"]
     assert not verdict.difference([better], [base])["called"]
+
+
+@pytest.mark.parametrize(
+    "low, high, sign",
+    [(0.1, 0.2, 1), (-0.2, -0.1, -1), (-0.1, 0.2, 0), (0.0, 0.2, 0), (-0.1, 0.0, 0), (None, None, None)],
+)
+def test_a_difference_is_judged_by_both_ends_of_its_interval(low, high, sign):
+    assert verdict.judged(low, high) == sign
+
+
+def seconds_of(**shares):
+    """Rounds in which each variant takes a share more than the plain step, and all rounds are differently fast."""
+    rounds = 12
+    plain = [1.0 + 0.3 * (i % 4) for i in range(rounds)]
+    spread = [0.01 * (i - (rounds - 1) / 2) for i in range(rounds)]
+    return {
+        name: [p * (1 + share + wide * s) for p, s in zip(plain, spread, strict=True)]
+        for name, (share, wide) in {"plain": (0.0, 0.0), **shares}.items()
+    }
+
+
+def said_of(**shares):
+    seconds = seconds_of(**{"exact": (0.3, 0.0), **shares})
+    case = {
+        "title": "a model", "width": 48, "rows": 544, "differences": cost.cost_differences(seconds),
+        "variants": {name: cost._ratios(mine, seconds["plain"]) for name, mine in seconds.items()},
+    }  # fmt: skip
+    return verdict.cost_sentences({"cost": [case]})
+
+
+def test_a_cost_beside_a_quiet_control_is_not_called_noise():
+    """Quartiles from just above 0 to far above, and a control around 0: the ranges overlap, the pairs do not."""
+    probes, usual = said_of(control=(0.0, 0.4), probe=(0.12, 1.0), requires_grad=(0.12, 1.0))
+    assert probes == (
+        "Statistics by probes, a model (width 48, 544 rows): +12.0% of a step, +12.0% (95 % interval +9.9% to +14.1%) "
+        "over the control: more than the control."
+    )
+    assert usual == (
+        "The usual way, requires_grad on W, a model (width 48, 544 rows): +12.0% of a step, +0.0% (95 % interval +0.0% "
+        "to +0.0%) over the probes: which of the two is cheaper is not resolved."
+    )
+
+
+def test_not_resolved_is_said_where_the_interval_holds_zero_and_the_cheaper_way_in_words():
+    probes, usual = said_of(control=(0.0, 0.0), probe=(0.02, 2.0), requires_grad=(-0.05, 2.0))
+    assert "+2.0% (95 % interval -5.0% to +9.0%) over the control: not resolved from the control." in probes
+    assert "-7.0% (95 % interval -7.0% to -7.0%) over the probes: the usual way is cheaper at this width" in usual
+    probes, usual = said_of(control=(0.05, 0.0), probe=(0.0, 0.0), requires_grad=(0.2, 0.5))
+    assert "over the control: less than the control." in probes and "the usual way costs more." in usual
+
+
+def test_too_few_rounds_are_not_judged(results):
+    seconds = {name: values[:5] for name, values in seconds_of(**dict.fromkeys(cost.VARIANTS, (0.0, 1.0))).items()}
+    assert all(d["low"] is None for d in cost.cost_differences(seconds))
+    case = {**results["cost"][0], "differences": cost.cost_differences(seconds)}
+    assert all("too few rounds to judge" in sentence for sentence in verdict.cost_sentences({"cost": [case]}))
+
+
+def test_accuracies_and_temperatures_are_said_with_their_intervals():
+    entries = [
+        {"first": "lora", "second": "head", "mean": 0.11, "low": 0.08, "high": 0.14},
+        {"first": "fc", "second": "lora", "mean": 0.003, "low": -0.018, "high": 0.024},
+        {"first": "fw", "second": "lora", "mean": 0.003, "low": None, "high": None},
+    ]
+    assert verdict.accuracy_sentences({"differences": entries}) == [
+        "LoRA, uniform rank against head only: +11.0 points (interval +8.0 to +14.0), beyond noise.",
+        "FC-LoRA against LoRA, uniform rank: +0.3 points (interval -1.8 to +2.4), not resolved.",
+        "FW-LoRA against LoRA, uniform rank: +0.3 points, one seed, not judged.",
+    ]
+    runs = {"a": (-0.010, -0.011, -0.012), "b": (0.01, -0.02, 0.005), "c": (0.02, 0.021, 0.022)}
+    methods = {
+        name: {"label": name, "runs": [{"ece_before": 0.1, "ece_after": 0.1 + change} for change in changes]}
+        for name, changes in runs.items()
+    }
+    (said,) = verdict.calibration_sentences({"methods": methods})
+    assert said == (
+        "The temperature lowers ECE of a (-0.011, interval -0.013 to -0.009); raises ECE of c (+0.021, interval +0.019 "
+        "to +0.023); has no resolved effect on ECE of b (-0.002, interval -0.042 to +0.038) (paired t over seeds, "
+        "95 %)."
+    )

@@ -94,3 +94,12 @@ def test_the_commands_of_the_pages_exist(tmp_path, monkeypatch, capsys):
     assert "body.0" in capsys.readouterr().out
     named = {name for path in DOCS.glob("*.md") for name in re.findall(r"`fastlora (\w+)", path.read_text())}
     assert {"inspect", "doctor"} <= named <= set(COMMANDS)
+
+
+def test_the_traced_call_is_where_it_says():
+    """Every `path:line` of CONTRIBUTING.md is the definition that stands beside it."""
+    rows = re.findall(r"\| `([\w/.]+):(\d+)` \| `([\w.]+)` \|", (DOCS.parent / "CONTRIBUTING.md").read_text())
+    assert len(rows) >= 8
+    for path, number, name in rows:
+        line = (DOCS.parent / path).read_text().splitlines()[int(number) - 1]
+        assert re.match(rf"\s*(def|class) {name.rpartition('.')[2]}\b", line), f"{path}:{number} is {line!r}"

@@ -206,6 +206,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "kind": rows(("fisher", r"kind: expected what is tracked, \('grad_sq',\), got 'fisher'"),
                      ("grad_abs", "needs probe_kind='columns' or estimator='exact'")),
         "reduce": rows(("max", r"reduce: expected one of \('sum', 'mean'\)")),
+        "missing": rows(("zero", r"missing: expected one of \('raise', 'skip'\)")),
     },
     "Tracker.mask": {
         "mask": rows((None, "mask: expected a tensor of booleans or integers", TYPE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fastlora.tracking.statistics import fisher_factor
 from support.tracker_help import data, loss_of, track
 
 KINDS = ("grad_sq", "grad_abs", "act_var")
@@ -22,7 +23,7 @@ def shown(m, tracker, batch=None):
 
 def every_draw(tracker, run, kinds=("grad_sq", "grad_abs")):
     """Expectations over all columns at k = 1, by putting each in turn in the place of the draw: no chance is left."""
-    rows, widths = tracker._rows, {layer.in_features for layer in tracker.layers.values()}
+    rows, widths = tracker._sampler, {layer.in_features for layer in tracker.layers.values()}
     (width,) = widths
     expected = {kind: torch.zeros(len(tracker.keys), dtype=torch.float64) for kind in kinds}
     shares = rows._shares[0][0]
@@ -32,8 +33,8 @@ def every_draw(tracker, run, kinds=("grad_sq", "grad_abs")):
         rows.index.fill_(j)
         rows.weight.copy_(1 / p[:, j : j + 1])
         run()
-        grads = [tracker._probe(tracker.layers[path]).Z[name].grad for path, name in tracker.matrices]
-        factor = tracker._sample_factor(tracker._sample_count()) if tracker.per_sample else 1.0
+        grads = [tracker.layers[path].probes[tracker.adapter].Z[name].grad for path, name in tracker.matrices]
+        factor = fisher_factor(tracker.loss_reduction, tracker._sample_count()) if tracker.per_sample else 1.0
         for kind, values in rows.values(grads, kinds, factor).items():
             expected[kind] += p[:, j] * values.to(p.dtype)
         tracker.discard()

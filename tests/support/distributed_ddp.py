@@ -18,6 +18,7 @@ STATISTICS = {
     "grad_sq": dict(statistics=("grad_sq", "act_var")),
     "fisher": dict(statistics=("fisher", "act_var")),
     "fisher of sums": dict(statistics="fisher", loss_reduction="sum"),
+    "every second step": dict(statistics=("grad_sq", "act_var"), every=2),
     "plain mean": dict(statistics="grad_sq", ema=None, probes=3),
     "columns": dict(statistics=("grad_sq", "grad_abs", "act_var"), probe_kind="columns"),
     "fisher by columns": dict(statistics="fisher", probe_kind="columns"),

@@ -137,3 +137,13 @@ def first_only(m, batch):
     """A loss that skips the second block, as a dropped layer does."""
     x, y = batch
     return nn.functional.cross_entropy(m[2](m[0](x)).mean(1), y)
+
+
+def running_average(samples, beta):
+    """``Σ w f / Σ w`` over optimizer steps in float64: each (f, n) is held for the n steps that it stands for.
+
+    w = β^(steps after it), 1 without β.
+    """
+    steps = [float(value) for value, n in samples for _ in range(n)]
+    weights = [1.0 if beta is None else float(beta) ** (len(steps) - 1 - i) for i in range(len(steps))]
+    return math.fsum(w * f for w, f in zip(weights, steps, strict=True)) / math.fsum(weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from fastlora.kernels.grouped import Batch, Ranks
+from fastlora.kernels.grouped import LoraRanks, RowBatch
 
 from fastlora.ops import reference
 from support.triton_help import DEVICE, wide
@@ -66,8 +66,8 @@ class Operands:
             column += width
         ids = torch.tensor(case.ids, dtype=torch.int64)
         order, ranges = reference.build_segments(ids, G)
-        self.batch = Batch(order.to(DEVICE), ranges.to(DEVICE), reference.segment_tiles)
-        self.own = Ranks(case.ranks, case.probes)
+        self.batch = RowBatch(order.to(DEVICE), ranges.to(DEVICE), reference.segment_tiles)
+        self.own = LoraRanks(case.ranks, case.probes)
 
     def rows(self, g: int) -> torch.Tensor:
         return (torch.tensor(self.case.ids, dtype=torch.int64) == g).nonzero()[:, 0]

@@ -379,3 +379,10 @@ class TestProgress:
             fastlora.calibrate(model(), BATCHES, loss_of, steps=2, method="fw", progress=True)
         with progress.reporting(None, 2) as report:
             report(1, 2, math.nan)
+
+
+def test_fim_of_parametrized_factors_is_refused_by_name():
+    m = model()
+    torch.nn.utils.parametrize.register_parametrization(m[0].query.lora_B["default"], "weight", nn.Tanh())
+    with pytest.raises(ValueError, match="model: B of '0.query' is parametrized or pruned"):
+        fastlora.calibrate(m, [data()], loss_of, steps=1, method="fim")

@@ -210,7 +210,7 @@ def test_a_step_reduces_all_statistics_in_one_launch(launches):
     m = model(torch.float32)
     with track(m) as tracker:
         loss_of(m, data(torch.float32)).backward()
-        grads = [tracker._probe(tracker.layers[path]).Z[name].grad.double() for path, name in tracker.matrices]
+        grads = [tracker.layers[path].probes[tracker.adapter].Z[name].grad.double() for path, name in tracker.matrices]
         expected = [g.square().sum().item() / tracker.probes for g in grads]
         tracker.step()
         assert launches == {"squared_norms": 1}
@@ -229,3 +229,22 @@ def test_a_step_reduces_all_statistics_in_one_launch(launches):
 )
 def test_what_the_native_operators_do_not_take_is_said(tensors, why):
     assert re.search(why, multi_tensor.unsupported_reason("penalty_grad_", tensors))
+
+
+class Halved(torch.nn.Module):
+    def forward(self, factor):
+        return 0.5 * factor
+
+
+def test_parametrized_factors_are_penalised_through_what_they_are_made_of():
+    m = model()
+    torch.nn.utils.parametrize.register_parametrization(m[0].query.lora_B["default"], "weight", Halved())
+    with tracked(m, [data()]) as tracker:
+        loss = tracker.penalty(0.1)
+        assert loss.item() == pytest.approx(expected_penalty(tracker, 0.1, "delta", "sum").item())
+        loss.backward()
+        assert m[0].query.lora_B["default"].parametrizations.weight.original.grad.abs().sum() > 0
+        m.zero_grad()
+        with pytest.raises(ValueError, match="'default' are parametrized or pruned .* add tracker.penalty\\(\\) to"):
+            tracker.apply_penalty(0.1)
+        assert gradients(m) == []

@@ -13,11 +13,14 @@ from support.tracker_help import (
     first_only,
     loss_of,
     model,
+    running_average,
     track,
     weight_gradients,
 )
 
 import fastlora
+from fastlora.tracking import sampling
+from fastlora.tracking.statistics import Averages
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -56,6 +59,140 @@ def test_ema_is_bias_corrected_per_matrix():
         weights = [0.1 * 0.9 ** (len(f) - 1 - i) for i in range(len(f))]
         expected[key] = sum(w * v for w, v in zip(weights, f, strict=True)) / sum(weights)
     assert_scores(tracker.scores("grad_sq"), expected)
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.0, None])
+def test_averages_decay_by_optimizer_steps_whatever_a_sample_stands_for(beta):
+    """Matrices and statistics that are sampled differently, left out, and taken up by another object half way."""
+    kinds, matrices, generator = ("grad_sq", "act_var"), 3, torch.Generator().manual_seed(0)
+    cpu = torch.device("cpu")
+    averages, samples = Averages(kinds, matrices, beta, cpu), {kind: [[], [], []] for kind in kinds}
+    for turn in range(40):
+        if turn == 20:
+            before, averages = averages, Averages(kinds, matrices, beta, cpu)
+            for kind in kinds:
+                averages.values[kind].copy_(before.values[kind])
+                averages.counts[kind].copy_(before.counts[kind])
+        values = {kind: torch.rand(matrices, generator=generator, dtype=torch.float64) for kind in kinds}
+        seen = {kind: torch.rand(matrices, generator=generator) < 0.7 for kind in kinds}
+        drawn = torch.rand(matrices, generator=generator) < 0.7
+        steps, bad = (1, 2, 5, 4)[turn % 4], turn % 7 == 3
+        if bad:
+            values["grad_sq"][0] = torch.inf
+            seen["grad_sq"][0] = True
+        finite = torch.tensor(turn % 11 != 5)
+        folded = averages.add(values, seen, finite, drawn, steps)
+        assert bool(folded) == (not bad and bool(finite))
+        for kind in kinds if folded else ():
+            for i in range(matrices):
+                if seen[kind][i] and (kind == "act_var" or drawn[i]):
+                    samples[kind][i].append((values[kind][i], steps))
+    for kind in kinds:
+        expected = [running_average(mine, beta) for mine in samples[kind]]
+        torch.testing.assert_close(averages.corrected(kind).tolist(), expected, rtol=1e-12, atol=0)
+        assert averages.counts[kind].tolist() == [sum(n for _, n in mine) for mine in samples[kind]]
+
+
+FOLLOWED = {
+    "rademacher": dict(estimator="probe", statistics=("grad_sq", "act_var")),
+    "fisher": dict(estimator="probe", statistics=("fisher",)),
+    "columns": dict(estimator="probe", statistics=("grad_sq", "grad_abs", "act_var"), probe_kind="columns"),
+    "fisher by columns": dict(estimator="probe", statistics=("fisher",), probe_kind="columns"),
+    "exact": dict(estimator="exact", statistics=("grad_sq", "fisher", "grad_abs", "act_var")),
+}
+MEASURED = 4  # what "auto" chooses by the costs that the test's clock shows
+
+
+def sample_of(every, step):
+    """Optimizer steps that the sample of a step stands for, 0 where none is taken."""
+    if every != "auto":
+        return every * (step % every == 0)
+    if step < sampling.FIRST:
+        return 1
+    if step < sampling.LAST:
+        return 2 * ((step - sampling.FIRST) % 4 in (0, 3))
+    return MEASURED * (step % MEASURED == 0)
+
+
+class Samples:
+    """What a tracker's averages were given, step by step, and what each sample stands for by the rule above."""
+
+    def __init__(self, options, monkeypatch):
+        self.kinds, self.by_columns, self.monkeypatch = options["statistics"], "probe_kind" in options, monkeypatch
+        self.mine, self.known, self.given = {kind: {} for kind in self.kinds}, set(), {}
+
+    def watch(self, averages):
+        add = averages.add
+        self.monkeypatch.setattr(
+            averages, "add", lambda values, *rest: (self.given.update(values), add(values, *rest))[1]
+        )
+
+    def take(self, tracker, n, ran):
+        """The step's values of the matrices whose layer ``ran``, each standing for n steps."""
+        assert bool(self.given) == (n > 0)
+        for i, ((path, _), key) in enumerate(zip(tracker.matrices, tracker.keys, strict=True)):
+            if not n or not ran(path):
+                continue
+            for kind in self.kinds:
+                if kind == "act_var" or not self.by_columns or key in self.known:
+                    self.mine[kind].setdefault(key, []).append((self.given[kind][i], n))
+            self.known.add(key)  # a first sample shows the norms of the columns
+        self.given.clear()
+
+    def expected(self, tracker, kind, beta):
+        sizes = [tracker.layers[p].slices[n] * tracker.layers[p].in_features for p, n in tracker.matrices]
+        per = sizes if kind == "grad_abs" else [1] * len(sizes)
+        return {k: running_average(self.mine[kind][k], beta) / n for k, n in zip(tracker.keys, per, strict=True)}
+
+
+@pytest.mark.parametrize("beta", [0.9, None])
+@pytest.mark.parametrize("every", [1, 2, 5, "auto"])
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_every_statistic_is_an_average_over_optimizer_steps(name, every, beta, monkeypatch):
+    """With steps that are not finite, layers that do not run, and resumes, one of them under another ``every``."""
+    options, m, seconds, state, begin = FOLLOWED[name], model(), [0.0], None, 0
+    every = 1 if every == "auto" and options["estimator"] == "exact" else every
+    samples = Samples(options, monkeypatch)
+
+    def clock():
+        seconds[0] += 1.0 + 0.035 * tracker._step.sampled
+        return seconds[0]
+
+    monkeypatch.setattr(sampling.time, "thread_time", clock)
+    for stop, interval in ((7, every), (40, every if every == "auto" else 3), (46, every), (60, every)):
+        with track(m, ema=beta, every=interval, **options) as tracker:
+            if state is not None:
+                tracker.load_state_dict(state)
+            samples.watch(tracker._averages)
+            for step in range(begin, stop):
+                bad, second = step % 9 == 4, step % 4 != 1
+                loss = (loss_of if second else first_only)(m, data(seed=step, samples=3, tokens=2))
+                (loss * (math.nan if bad else 1.0)).backward()
+                tracker.step()
+                m.zero_grad()
+                ran = [path for path in tracker.layers if not bad and (second or path.startswith("0."))]
+                samples.take(tracker, sample_of(interval, step), ran.__contains__)
+        begin, state = stop, copy.deepcopy(tracker.state_dict())
+    for kind in tracker.kinds:
+        assert_scores(tracker.scores(kind), samples.expected(tracker, kind, beta), rtol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.9, None])
+@pytest.mark.parametrize("every", [2, 5])
+def test_matrices_that_are_sampled_differently_average_over_the_same_stretch(every, beta):
+    """Gradients that shrink by steps of ten: however often they are sampled, the average is the same."""
+    m, scores = model(), []
+    for interval in (1, every):
+        with track(
+            m, estimator="exact", ema=beta, every=interval, statistics=("grad_sq", "fisher", "act_var")
+        ) as tracker:
+            for step in range(40):
+                (loss_of(m, data(seed=step // 10)) * 0.5 ** (step // 10)).backward()
+                tracker.step()
+                m.zero_grad()
+        scores.append({kind: dict(tracker.scores(kind)) for kind in tracker.kinds})
+    for kind, expected in scores[0].items():
+        assert_scores(scores[1][kind], expected)
 
 
 def test_covariances_stream_over_steps_and_leave_out_what_is_not_finite():

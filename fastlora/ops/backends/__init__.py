@@ -1,4 +1,4 @@
-"""One table of backends. A backend turns the verbs of an adapted linear into calls of its kernels.
+"""One table of backends. A backend turns a call of adapted linears into calls of its kernels.
 
 A backend asked for by name is used or raises with the reason; ``"auto"`` takes the first of the table that supports the
 tensor, and ``choose`` says why the earlier ones did not.

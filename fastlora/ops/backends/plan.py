@@ -10,6 +10,7 @@ launcher is used.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 from collections import OrderedDict
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor
 
 from ..._utils.errors import check_choice
+from ..._utils.torch_compat import dispatch_mode, schema_of
 from .. import native
 
 try:
-    from ... import _plan
+    from ..._plan import Cache, find, registry
 except ImportError:
-    _plan = None
+    Cache = None
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ VARIABLE = "FASTLORA_TRITON_LAUNCHER"
 DRIVER = "libcuda.so.1"
 # Plans an owner keeps: batches come in few lengths, or in so many that no plan pays.
 CAPACITY = 32
-_REMEMBERED = 4096
+_REMEMBERED = 1024
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 Compute = Callable[[list[Tensor]], Sequence[Tensor | None]]
@@ -53,13 +55,16 @@ class _Recent(OrderedDict):
 # What was met before, by key and inputs: None (once), the reason why there is no plan, or (plan's number, constants).
 # Layers of the same sizes share their plans.
 _known: _Recent = _Recent()
-_said: set[str] = set()
+# As many as there are compiled kernels: Triton keeps those too, as long as its own cache is not cleared.
+_kernels: dict[int, Any] = {}
+_numbers = itertools.count()
+_said: dict[str, None] = {}
 _disabled: list[str] = []
 
 
 def _say(reason: str) -> None:
     if reason not in _said:
-        _said.add(reason)
+        _said[reason] = None
         logger.warning("kernels are launched by Triton: %s", reason)
 
 
@@ -73,9 +78,11 @@ def _missing() -> str | None:
     """Why plans cannot run in this process."""
     if not native.available():
         return native.reason()
-    if _plan is None:
+    if Cache is None:
         return "fastlora._plan was not built (reinstall with FASTLORA_BUILD=1 to see why)"
-    return torch.ops.fastlora.open_plans(_plan.registry(), DRIVER) or None
+    if dispatch_mode is None or schema_of is None:
+        return "this torch does not show what is called: see fastlora doctor"
+    return torch.ops.fastlora.open_plans(registry(), DRIVER) or None
 
 
 def launcher() -> tuple[str, str | None]:
@@ -89,23 +96,31 @@ def launcher() -> tuple[str, str | None]:
     return ("native", None) if reason is None else ("triton", reason)
 
 
+def said() -> list[str]:
+    """Every reason so far for which a call was not planned."""
+    return list(_said)
+
+
 class Plans:
     """The plans of one owner: a layer, or layers that run together. At most ``capacity`` of them, the last used.
 
-    ``reason``: why the last call that had no plan did not get one, or None.
+    ``scope``: whatever the owner's computations depend on beside their inputs and keys, as its scales; owners of an
+    equal scope share their plans. None: nobody else computes the same. ``reason``: why the last call that had no plan
+    did not get one, or None.
     """
 
-    def __init__(self, capacity: int = CAPACITY):
-        self.capacity = capacity
+    def __init__(self, scope: Hashable = None, capacity: int = CAPACITY):
+        self.scope, self.capacity = scope, capacity
         self.reason: str | None = None
+        self._shared = object() if scope is None else scope
         self._variants: dict[Hashable, int] = {}
         self._cache = None
 
     def __deepcopy__(self, memo: dict) -> Plans:
-        return Plans(self.capacity)
+        return Plans(self.scope, self.capacity)
 
     def __reduce__(self) -> tuple:
-        return Plans, (self.capacity,)
+        return Plans, (self.scope, self.capacity)
 
     def __len__(self) -> int:
         return 0 if self._cache is None else len(self._cache)
@@ -118,14 +133,17 @@ class Plans:
     def run(self, key: Hashable, inputs: Sequence[Tensor], compute: Compute) -> list[Tensor | None]:
         """``compute(inputs)``, by a plan where there is one.
 
-        ``compute`` may depend on its inputs, on ``key``, and on nothing else that changes; it changes no input, reads
-        no value back, and its outputs, of which some may be None, are not differentiated. ``inputs`` are strided
-        tensors, the first of them on the GPU, and no mode watches the dispatcher.
+        ``compute`` may depend on its inputs, on ``key``, on the owner's scope, on how torch multiplies fp32 matrices,
+        and on nothing else; it changes no input, reads no value back, and its outputs, of which some may be None, are
+        not differentiated. ``inputs`` are strided tensors, the first of them on the GPU, and no mode watches the
+        dispatcher.
         """
-        variant = self._variants.get(key)
-        if variant is not None:
+        if inputs[0].dtype is torch.float32:
+            key = (key, _precision())
+        variant, cache = self._variants.get(key), self._cache
+        if variant is not None and cache is not None:
             try:
-                out = _run_plan(self._cache.number, variant, inputs)
+                out = _run_plan(cache.number, variant, inputs)
             except RuntimeError as error:
                 return self._without(inputs, compute, error)
             if out:
@@ -150,7 +168,7 @@ class Plans:
             if _wanted() == "native" and self.reason is not None:
                 _say(self.reason)
             return list(compute(list(inputs)))
-        met = (key, tuple(map(_described, inputs)))
+        met = (self._shared, key, tuple(map(_described, inputs)))
         if met not in _known:
             _known[met] = None
             return list(compute(list(inputs)))
@@ -158,10 +176,14 @@ class Plans:
         if isinstance(known, str):
             self.reason = known
             return list(compute(list(inputs)))
-        if known is None or not _plan.alive(known[0]):
+        plan = None if known is None else find(known[0])
+        if plan is None:
             return self._record(key, met, inputs, compute)
-        self._keep(key, inputs, *known)
-        return _run_plan(self._cache.number, self._variants[key], inputs)
+        cache, variant = self._keep(key, inputs, plan, known[1])
+        try:
+            return _run_plan(cache.number, variant, inputs)
+        except RuntimeError as error:
+            return self._without(inputs, compute, error)
 
     def _record(self, key: Hashable, met: tuple, inputs: Sequence[Tensor], compute: Compute) -> list:
         from . import program, recorder
@@ -173,18 +195,30 @@ class Plans:
                 self.reason = _known[met] = recording.problem
                 _say(recording.problem)
             return out
-        plan = program.build(found)
-        _known[met] = plan.number, list(found.constants.values())
-        self._keep(key, inputs, *_known[met])
+        plan, constants = program.build(found), list(found.constants.values())
+        _kernels.update(found.kernels)
+        _known[met] = plan.number, constants
+        self._keep(key, inputs, plan, constants)
         return out
 
-    def _keep(self, key: Hashable, inputs: Sequence[Tensor], number: int, constants: list[Tensor]) -> None:
-        if self._cache is None or len(self._variants) > 4 * self.capacity:
+    def _keep(self, key: Hashable, inputs: Sequence[Tensor], plan: Any, constants: list[Tensor]) -> tuple[Any, int]:
+        """The cache that has the plan now, and the variant that is it there."""
+        cache = self._cache
+        if cache is None or len(self._variants) > 4 * self.capacity:
             # A key that differs at every call, as a scale that is annealed, would fill the memory.
-            self._cache = _plan.Cache(self.capacity)
             self._variants.clear()
-        variant = self._variants.setdefault(key, len(self._variants))
-        torch.ops.fastlora.keep_plan(self._cache.number, variant, number, inputs, constants)
+            cache = self._cache = Cache(self.capacity)
+        # A number is never given twice: another thread may still hold one of a cache that is gone.
+        variant = self._variants.setdefault(key, next(_numbers))
+        torch.ops.fastlora.keep_plan(cache.number, variant, plan.number, inputs, constants)
+        return cache, variant
+
+
+def _precision() -> str:
+    """How kernels multiply fp32 numbers, which a flag of torch's says."""
+    from ...kernels import primitives
+
+    return primitives.precision(torch.float32)
 
 
 def _described(tensor: Tensor) -> tuple:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ... import _plan
-from .recorder import Allocate, Call, Launch, Multiply, Program, Step, View
+from ..._plan import Builder
+from .recorder import Allocate, Call, Fill, Launch, Multiply, Program, Step, View
 
 
 def build(program: Program) -> Any:
     """The finished plan: ``number`` is what the operators know it by."""
     steps = needed(program)
-    builder = _plan.Builder(program.inputs, len(program.constants))
+    builder = Builder(program.inputs, len(program.constants))
     slots = {i: i for i in range(program.inputs)} | {
         slot: program.inputs + i for i, slot in enumerate(program.constants)
     }
@@ -43,8 +43,8 @@ def _made(step: Step) -> tuple[int, ...]:
 
 
 def _read(step: Step) -> list[int]:
-    if isinstance(step, View):
-        return [step.base]
+    if isinstance(step, (View, Fill)):
+        return [step.base if isinstance(step, View) else step.out]
     if isinstance(step, Multiply):
         return [slot for slot in step if slot != -1]
     if isinstance(step, Call):
@@ -74,6 +74,8 @@ def _last_reader(program: Program, steps: list[Step]) -> dict[int, int]:
 def _add(builder: Any, step: Step, slots: dict[int, int]) -> None:
     if isinstance(step, Allocate):
         slots[step.out] = builder.allocate(step.dtype, step.sizes, step.strides, step.zero)
+    elif isinstance(step, Fill):
+        builder.fill(slots[step.out], step.number)
     elif isinstance(step, View):
         slots[step.out] = builder.view(slots[step.base], step.sizes, step.strides, step.offset)
     elif isinstance(step, Multiply):

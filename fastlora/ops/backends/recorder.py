@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..._utils.torch_compat import dispatch_mode, schema_of
 from ...kernels import constants, primitives
 
 
@@ -27,6 +27,13 @@ class Allocate(NamedTuple):
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     zero: bool
+
+
+class Fill(NamedTuple):
+    """Every element of ``out`` becomes the number."""
+
+    out: int
+    number: float
 
 
 class View(NamedTuple):
@@ -71,7 +78,7 @@ class Launch(NamedTuple):
     holes: tuple[tuple[int, int, int], ...]
 
 
-Step = Allocate | View | Multiply | Call | Launch
+Step = Allocate | Fill | View | Multiply | Call | Launch
 
 
 class Program(NamedTuple):
@@ -81,6 +88,7 @@ class Program(NamedTuple):
     constants: dict[int, Tensor]
     steps: tuple[Step, ...]
     results: tuple[int, ...]  # -1: None
+    kernels: dict[int, Any]  # compiled, by function: Triton may unload what nobody holds
 
 
 _ALLOCATES = {
@@ -93,6 +101,8 @@ _ALLOCATES = {
     "aten::zeros_like": True,
     "aten::new_zeros": True,
 }
+# Names of the number's argument.
+_FILLS = {"aten::full": "fill_value", "aten::full_like": "fill_value", "aten::new_full": "fill_value"}
 # New tensors with the values of another.
 _COPIES = ("aten::contiguous", "aten::clone", "aten::to", "aten::_to_copy")
 # CUlaunchAttributeID, in the order in which Triton's launcher sets them.
@@ -102,7 +112,7 @@ _one_at_a_time = threading.Lock()
 BUSY = "another thread is recording"
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(dispatch_mode):
     """Runs a computation as it is and writes down a program with the same effect, or the ``problem`` with that.
 
     Tensors are told apart by what they are and not by where they lie: two inputs that share memory today stay two.
@@ -120,6 +130,7 @@ class Recorder(TorchDispatchMode):
         self._roots: dict[int, tuple[int, int]] = {}
         self._kept: list[Tensor] = []
         self._constants: dict[int, Tensor] = {}
+        self._kernels: dict[int, Any] = {}
         self._steps: list[Step] = []
         self._next = len(self.inputs)
         self._scratch: Tensor | None = None
@@ -140,7 +151,7 @@ class Recorder(TorchDispatchMode):
                 results = tuple([-1 if t is None else self._slot(t, "the caller") for t in out])
         if self.problem is not None:
             return out, None
-        return out, Program(len(self.inputs), self._constants, tuple(self._steps), results)
+        return out, Program(len(self.inputs), self._constants, tuple(self._steps), results, self._kernels)
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
@@ -184,7 +195,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if self.problem is None and not constants.making():
             with self._noting():
-                self._note(func._schema, args, kwargs or {}, out)
+                self._note(schema_of(func), args, kwargs or {}, out)
         return out
 
     def _note(self, schema: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
@@ -202,8 +213,15 @@ class Recorder(TorchDispatchMode):
         if schema.name in _ALLOCATES:
             self._allocate(made[0], _ALLOCATES[schema.name])
             return
+        if schema.name in _FILLS:
+            names = [argument.name for argument in schema.arguments]
+            self._fill(self._allocate(made[0]), given[names.index(_FILLS[schema.name])])
+            return
         if schema.is_mutable:
             self._refuse_changed_inputs(schema, given)
+            if (schema.name, schema.overload_name) == ("aten::fill_", "Scalar"):
+                self._fill(self._slot(given[0], schema.name), given[1])
+                return
         elif not made:
             return
         elif all([t.numel() == 0 or _owner(t, given_tensors) is not None for t in made]):
@@ -232,6 +250,11 @@ class Recorder(TorchDispatchMode):
         out = self._new(tensor)
         self._steps.append(Allocate(out, _name(tensor.dtype), tuple(tensor.shape), tensor.stride(), zero))
         return out
+
+    def _fill(self, out: int, number: Any) -> None:
+        if not isinstance(number, (bool, int, float)) or float(number) != number:
+            raise NotPlannable(f"a tensor is filled with {number!r}")
+        self._steps.append(Fill(out, float(number)))
 
     def _view(self, tensor: Tensor, base: Tensor | None) -> None:
         if base is None or tensor.numel() == 0:
@@ -311,6 +334,7 @@ class Recorder(TorchDispatchMode):
             if word.tensor is not None and word.tensor.numel():
                 owner, first = self._root(self._slot(word.tensor, name))
                 holes.append((position, owner, first * word.tensor.element_size()))
+        self._kernels[compiled.function] = compiled
         self._steps.append(
             Launch(
                 name,

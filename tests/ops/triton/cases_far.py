@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fastlora.kernels import gradstat, grouped, linear, linear_backward, shrink, wgrad
-from fastlora.kernels.grouped import Batch, Ranks
+from fastlora.kernels.grouped import LoraRanks, RowBatch
 from fastlora.kernels.tiling import TileConfig
 from support.triton_help import DEVICE, assert_close, wide
 
@@ -76,7 +76,7 @@ def test_wgrad_and_statistics(operands):
 def test_rows_of_several_adapters(operands):
     x, dy, A, B, h = operands
     order, ranges = torch.tensor([2, 0, 1], device=DEVICE), torch.tensor([[0, 1], [1, 3]], device=DEVICE)
-    batch, own = Batch(order, ranges, reference.segment_tiles), Ranks(((R,), (R,)), (0, 0))
+    batch, own = RowBatch(order, ranges, reference.segment_tiles), LoraRanks(((R,), (R,)), (0, 0))
     found = grouped.grouped_shrink(x, [A, 2 * A], batch, own, SMALL)
     scale = torch.tensor([[2.0], [2.0], [1.0]], dtype=torch.float64)
     assert_close(found, scale * (wide(x) @ wide(A.half()).T), torch.float16, "h")

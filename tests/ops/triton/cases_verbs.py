@@ -1,4 +1,4 @@
-"""Every kernel against float64, verb by verb. Run by test_interpreter.py, and on a GPU by benchmarks/device.sh."""
+"""Every kernel against float64, verb by verb. Run in Triton's interpreter, and on a GPU by benchmarks/device.sh."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_linear(problem, dtype, factors, strategy, monkeypatch):
 def test_descriptors_are_used_where_rows_are_aligned(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        linear, "launch", lambda kernel, grid, *rest, **options: seen.append((grid, options.get("TMA")))
+        linear, "launch", lambda kernel, grid, *rest, **options: seen.append((grid, options["TILE"].tma))
     )
     for problem, wanted in ((FUSED, True), (SEPARATE, False)):
         data = Data(problem, torch.float16)

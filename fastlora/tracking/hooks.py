@@ -1,0 +1,78 @@
+"""What a tracker does before each forward of its model: counts micro-batches, finds ranks, watches for missed steps."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn.linear import Linear
+from ..nn.probe import TrackedStep
+from .all_reduce import Reduction
+from .sampling import Sampling
+
+logger = logging.getLogger(__name__)
+
+RANKS_AGREE = "as all data-parallel ranks do"
+_STEPS_BEFORE_WARNING = 3
+
+
+class ForwardHook:
+    """Before each forward of a tracked model. It holds no layer, or a model that is an adapted layer would hold itself.
+
+    Copies of a model are not tracked: the hook's copy does nothing.
+    """
+
+    def __init__(self, step: TrackedStep, watch: StepWatch, reduction: Reduction, sampling: Sampling):
+        self._step, self._watch, self._reduction, self._sampling = step, watch, reduction, sampling
+
+    def __reduce__(self) -> tuple:
+        return _no_hook, ()
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        step = self._step
+        if torch.compiler.is_compiling():
+            # Python numbers that change would be compiled in: what counts here are tensors.
+            if step.signs is not None and torch.is_grad_enabled():
+                step.signs.compiled.forward(*step.signs.place)
+        elif torch.is_grad_enabled():
+            step.micro += 1
+            if self._reduction.search(module):
+                self._sampling.fix(RANKS_AGREE)
+                step.sampled = self._sampling.sampled(step.index)
+                if step.signs is not None:
+                    step.signs.place = self._reduction.place()
+            self._watch.forward()
+
+
+def _no_hook() -> Any:
+    return _do_nothing
+
+
+def _do_nothing(module: nn.Module, args: Any) -> None:
+    """The hook of a model's copy."""
+
+
+class StepWatch:
+    """Warns once when parameters were updated several times without ``tracker.step()``."""
+
+    def __init__(self, layers: dict[str, Linear]):
+        self._parameter = next((p for m in layers.values() for p in m.lora_B.parameters()), None)
+        self._version = None if self._parameter is None else self._parameter._version
+        self._missed, self._warned = 0, False
+
+    def forward(self) -> None:
+        if self._parameter is None or self._parameter._version == self._version:
+            return
+        self._version = self._parameter._version
+        self._missed += 1
+        if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
+            self._warned = True
+            logger.warning(
+                "track: %d optimizer steps without tracker.step(); their statistics run together", self._missed
+            )
+
+    def stepped(self) -> None:
+        self._missed = 0
