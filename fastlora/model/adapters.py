@@ -56,8 +56,8 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     """Give an adapted model one more adapter; it gets the next id, and trains beside the others.
 
     ``y = x W^T + bias + s_g x A_g^T B_g^T`` for the rows of adapter g. Targets that have no adapter yet become adapted;
-    ``modules_to_save`` are shared by all adapters. Raises ``ValueError`` naming the argument; the model is then as it
-    was.
+    ``modules_to_save`` are shared by all adapters. Raises ``TypeError`` or ``ValueError`` naming the argument; the
+    model is then as it was.
     """
     refuse_parallel(model, "add_adapter")
     routers = routers_of(model)
@@ -227,7 +227,9 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
             if not -1 <= value < len(slots) or (value >= 0 and slots[value] is None):
                 where = int((ids.reshape(-1) == value).nonzero()[0])
                 state = ", which was removed" if 0 <= value < len(slots) else ""
-                raise ValueError(f"ids: expected -1 (base only), {_known_ids(slots)}, got {value} at {where}{state}")
+                raise ValueError(
+                    f"ids: expected -1 (base only), {_known_ids(slots)}, got {value} at position {where}{state}"
+                )
         live = [value for value in used if value >= 0]
     if ids.device.type != "cpu" or _distributed():
         live = [i for i, name in enumerate(slots) if name is not None]

@@ -54,8 +54,8 @@ def apply_policy(model: nn.Module, name: str, config: Any = None, *, deep: int |
     block unless ``config.target_modules`` says which; a fused qkv gets one dense adapter unless ``split_qkv``.
     ``deep`` is the number of deep blocks in each stack, a third (rounded) if None. ``config`` may be left out.
 
-    Raises ``ValueError`` naming the argument, with the model as it was, for an unknown policy, a model without blocks,
-    norms, biases or a head where the policy needs them, and whatever ``inject`` refuses.
+    Raises ``TypeError`` or ``ValueError`` naming the argument, with the model as it was, for an unknown policy, a model
+    without blocks, norms, biases or a head where the policy needs them, and whatever ``inject`` refuses.
     """
     check_model(model)
     chosen = POLICIES[check_choice("name", name, POLICIES)]

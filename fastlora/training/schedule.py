@@ -41,7 +41,8 @@ class Cosine(LambdaLR):
     ``"requires_grad"`` switches the parameters' gradients off, which costs nothing and leaves the optimiser's moments
     empty; ``"lr"`` sets the rate to 0 while moments fill, for DDP and compiled steps, which want a fixed graph.
 
-    ``state_dict`` and ``load_state_dict`` resume, frozen groups included. Raises ``ValueError`` naming the argument.
+    ``state_dict`` and ``load_state_dict`` resume, frozen groups included. Raises ``TypeError`` or ``ValueError`` naming
+    the argument.
     """
 
     def __init__(
