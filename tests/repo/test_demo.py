@@ -254,5 +254,6 @@ def test_accuracies_and_temperatures_are_said_with_their_intervals():
     (said,) = verdict.calibration_sentences({"methods": methods})
     assert said == (
         "The temperature lowers ECE of a (-0.011, interval -0.013 to -0.009); raises ECE of c (+0.021, interval +0.019 "
-        "to +0.023); has no resolved effect on ECE of b (-0.002, interval -0.042 to +0.038) (paired t over seeds, 95 %)."
+        "to +0.023); has no resolved effect on ECE of b (-0.002, interval -0.042 to +0.038) (paired t over seeds, "
+        "95 %)."
     )
