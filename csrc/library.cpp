@@ -104,8 +104,8 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   m.def("cpu_isa() -> str");
 
   // Call plans (csrc/plan.h). open_plans: takes in the registry of fastlora._plan and the driver's library; "" or why
-  // plans cannot run. keep_plan: files a plan under (cache, variant, shapes of the inputs). run_plan: the results of the
-  // plan that was kept for inputs like these, or nothing where there is none; both lists may be empty.
+  // plans cannot run. keep_plan: files a plan under (cache, variant, shapes of the inputs). run_plan: the results of
+  // the plan that was kept for inputs like these, or nothing where there is none; both lists may be empty.
   m.def("open_plans(int registry, str driver) -> str");
   m.def("keep_plan(int cache, int variant, int plan, Tensor[] inputs, Tensor[] constants) -> ()");
   m.def("run_plan(int cache, int variant, Tensor[] inputs) -> Tensor[]");

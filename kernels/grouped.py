@@ -32,16 +32,6 @@ class LoraRanks(NamedTuple):
         return [sum(own) + k for own, k in zip(self.by_adapter, self.probes, strict=True)]
 
     @property
-    def adapters(self) -> int:
-        """How many there are."""
-        return len(self.by_adapter)
-
-    @property
-    def projections(self) -> int:
-        """How many each adapter has."""
-        return len(self.by_adapter[0])
-
-    @property
     def even(self) -> bool:
         """Whether all are multiples of 8."""
         return multiples_of_8(*self.by_adapter, self.probes)
@@ -150,23 +140,18 @@ def _segments(
     live: Sequence[int] = (),
     scales: Sequence[float] | None = None,
 ) -> Segments:
-    if ranks.adapters > GRID_LIMIT:
-        raise ValueError(f"adapters: {ranks.adapters} in one batch; the Triton backend takes at most {GRID_LIMIT}")
+    if len(ranks.probes) > GRID_LIMIT:
+        raise ValueError(f"adapters: {len(ranks.probes)} in one batch; the Triton backend takes at most {GRID_LIMIT}")
     device = batch.ranges.device
-    return Segments(
-        tiles,
-        batch.ranges,
-        batch.order,
-        _table(kind, ranks, tuple(widths), tuple(live), device),
-        _scales(tuple(scales or [1.0] * ranks.adapters), device),
-    )
+    table, scales = _table(kind, ranks, tuple(widths), tuple(live), device), scales or [1.0] * len(ranks.probes)
+    return Segments(tiles, batch.ranges, batch.order, table, _scales(tuple(scales), device))
 
 
 def _dropout(drop: Dropout | None, ranks: LoraRanks) -> tuple[KeyDropout | None, int]:
     """The kernels' operand, and how many projections have a mask each."""
     if drop is None:
         return None, 0
-    device, n = drop.keys.device, ranks.projections
+    device, n = drop.keys.device, len(ranks.by_adapter[0])
     table = _table("pairs", ranks, (0,) * n, tuple(range(n)), device)
     return KeyDropout(drop.keys, _thresholds(drop.thresholds, device), _scales(drop.keep_scales, device), table), n
 
@@ -221,7 +206,7 @@ def grouped_expand_(
     y_j [M, N_j], W_j [N_j, K]. Returns with ``moments`` the column sums of y_j and y_j^2 over each adapter's rows,
     float64 [2, N_j], entry ``g * len(y) + j``.
     """
-    G, M, n = ranks.adapters, h.shape[0], len(places)
+    G, M, n = len(ranks.probes), h.shape[0], len(places)
     make = torch.zeros if M == 0 else torch.empty
     sums = [make(G, 2, out.shape[1], dtype=torch.float64, device=h.device) for out in y] if moments else []
     if M:
@@ -230,18 +215,11 @@ def grouped_expand_(
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments = _segments("pairs", batch, schedule, ranks, widths, range(n), scales)
         packed = pack(B).view(-1, 1)
-        projections = [
-            linear.Projection(
-                W[j].narrow(0, column, width),
-                None,
-                packed,
-                y[j].narrow(1, column, width),
-                sums[j].narrow(2, column, width) if moments else None,
-                0,
-                1.0,
-            )
-            for (j, column), width in zip(places, widths, strict=True)
-        ]
+        projections = []
+        for (j, column), width in zip(places, widths, strict=True):
+            w, out = W[j].narrow(0, column, width), y[j].narrow(1, column, width)
+            own = sums[j].narrow(2, column, width) if moments else None
+            projections.append(linear.Projection(w, None, packed, out, own, 0, 1.0))
         linear.expand(h, h, projections, False, tiles, segments, ranks.even)
     return _apart([of_output[g] for g in range(G) for of_output in sums])
 
@@ -265,7 +243,7 @@ def grouped_shrink_backward(
     if dh.numel():
         tiles = tiles or choose_tiles("grouped_shrink", 0, 0, 0, 0, dh.dtype)
         widths = [B[i].shape[0] for i in range(n)]
-        some = [scales[g * n + i] for g in range(ranks.adapters) for i in live]
+        some = [scales[g * n + i] for g in range(len(ranks.probes)) for i in live]
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments = _segments("pairs", batch, schedule, ranks, widths, live, some)
         packed, widest = [pack(B).view(-1, 1)] * len(live), max(map(max, ranks.by_adapter))
@@ -330,7 +308,7 @@ def grouped_wgrad(
     if M and total:
         inputs = [] if x is None else [wgrad.Product(unit_last(x), dh)]
         outer = [wgrad.Product(g, h) for g in wide]
-        some = [scales[g * n + i] for g in range(ranks.adapters) for i in live]
+        some = [scales[g * n + i] for g in range(len(ranks.probes)) for i in live]
         _wgrad_partials(inputs, outer, flat, batch, ranks, [K, *widths], live, some, tiles, drop)
     shapes = [
         [(rank, K) for rank, _, _ in pairs],
@@ -349,13 +327,13 @@ def _wgrad_partials(inputs, outer, flat, batch, ranks, widths, live, scales, til
     """Fill ``flat`` with all dA, dB and Q: x on its own if it is seen through dropout, else beside the dy."""
     first, total = (inputs or outer)[0].wide, sum(f.numel() for f in flat)
     M, dtype = first.shape[0], first.dtype
-    plain = tiles or choose_tiles("wgrad", M, 0, widths[0], 0, dtype)
+    unmasked = tiles or choose_tiles("wgrad", M, 0, widths[0], 0, dtype)
     masked = tiles or choose_tiles("wgrad_dropout", M, 0, widths[0], 0, dtype)
-    programs = sum(triton.cdiv(p.wide.shape[1], plain.columns) for p in [*inputs, *outer])
+    programs = sum(triton.cdiv(p.wide.shape[1], unmasked.columns) for p in [*inputs, *outer])
     # A long run is cut, but partial sums never outweigh what is read, and parts times adapters fit the grid.
     read = sum(p.wide.numel() for p in [*inputs, *outer])
-    most = min(read // total, GRID_LIMIT // ranks.adapters)
-    parts = max(1, min(choose_split(programs, triton.cdiv(M, plain.depth), 2), most))
+    most = min(read // total, GRID_LIMIT // len(ranks.probes))
+    parts = max(1, min(choose_split(programs, triton.cdiv(M, unmasked.depth), 2), most))
     partial = torch.empty(parts, total, dtype=torch.float32, device=flat[0].device)
 
     def launch(kind, products, each, tile, drop=None):
@@ -366,9 +344,9 @@ def _wgrad_partials(inputs, outer, flat, batch, ranks, widths, live, scales, til
 
     if drop is None:
         n, ones = len(live), [1.0] * len(inputs)
-        mixed = [s for g in range(ranks.adapters) for s in (*ones, *scales[g * n : g * n + n])]
-        launch("wgrad", [*inputs, *outer], mixed, plain)
+        mixed = [s for g in range(len(ranks.probes)) for s in (*ones, *scales[g * n : g * n + n])]
+        launch("wgrad", [*inputs, *outer], mixed, unmasked)
     else:
         launch("wgrad x", inputs, drop.keep_scales, masked, drop)
-        launch("wgrad dy", outer, scales, plain)
+        launch("wgrad dy", outer, scales, unmasked)
     reduce_partials(partial, flat, [1.0] * 3)

@@ -218,7 +218,7 @@ def expand(
         precision(x.dtype),
         even_k=K % tiles.depth == 0,
         even_r=even and h.stride(0) % 8 == 0,
-        gather=segments is not None and segments.gathered,
+        gather=segments is not None and segments.order.numel() > 0,
     )
     launch(linear_kernel, grid, *operands, M, tiles_m, tiles_n, TILE=tiles, OPTIONS=options)
     if sums is not None:
@@ -272,17 +272,9 @@ def linear(
     projections = []
     for i, (j, column) in enumerate(places):
         n = B[i].shape[0]
-        projections.append(
-            Projection(
-                W[j].narrow(0, column, n),
-                None if bias[j] is None else bias[j].narrow(0, column, n),
-                B[i],
-                y[j].narrow(1, column, n),
-                sums[j].narrow(1, column, n) if moments else None,
-                offsets[i],
-                scales[i],
-            )
-        )
+        w, b = W[j].narrow(0, column, n), None if bias[j] is None else bias[j].narrow(0, column, n)
+        out, own = y[j].narrow(1, column, n), sums[j].narrow(1, column, n) if moments else None
+        projections.append(Projection(w, b, B[i], out, own, offsets[i], scales[i]))
     if strategy == "augmented":
         for j, (w, b) in enumerate(zip(W, bias, strict=True)):
             mine = [p for p, (output, _) in zip(projections, places, strict=True) if output == j]

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from .primitives import (
     Factors,
-    KeyDropout,
     Matrix,
     Options,
-    SeedDropout,
-    Segments,
     aligned,
+    hidden_sum,
     keep_mask,
     launch,
     masked_ranks,
@@ -71,11 +69,10 @@ def linear_backward_kernel(
         o_skip, end, first = table_row(segments.table, adapter, 3, OPTIONS.even_r)
     else:
         first = reveal(A.columns.offsets[0], OPTIONS.even_r)
-        end = reveal(A.columns.offsets[LAST], OPTIONS.even_r) + reveal(A.columns.ranks[LAST], OPTIONS.even_r)
-    if dropout is not None:
-        keys = row_keys(dropout, adapter, rows)
+        end = reveal(hidden_sum(A.columns.offsets[LAST], A.columns.ranks[LAST]), OPTIONS.even_r)
     m_m, m_n = rows.exist[:, None], (o_n < dx.columns)[None, :]
     o_row = rows.numbers.to(tl.int64)[:, None]
+    p_dh = dh.data + o_row * reveal(dh.stride, OPTIONS.even_r)
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.static_range(PARTS):
         if dropout is not None:
@@ -84,11 +81,7 @@ def linear_backward_kernel(
         for r in tl.range(first, end, BLOCK_R, num_stages=1):
             o_rank = r + tl.arange(0, BLOCK_R)
             m_rank = o_rank < end
-            b_dh = tl.load(
-                dh.data + o_row * reveal(dh.stride, OPTIONS.even_r) + o_rank[None, :],
-                mask=m_m & m_rank[None, :],
-                other=0.0,
-            )
+            b_dh = tl.load(p_dh + o_rank[None, :], mask=m_m & m_rank[None, :], other=0.0)
             if segments is not None:
                 p_rows = A.data[0] + (o_skip + o_rank) * A.strides[0]
             else:
@@ -96,6 +89,7 @@ def linear_backward_kernel(
             b_a = tl.load(p_rows[:, None] + o_n[None, :], mask=m_n & m_rank[:, None], other=0.0).to(b_dh.dtype)
             b_part = tl.dot(b_dh, b_a, b_part, input_precision=OPTIONS.precision)
         if dropout is not None:
+            keys = row_keys(dropout, adapter, rows)
             m_keep = keep_mask(keys.seed, i, keys.counters, i_n * BLOCK_N, keys.threshold, BLOCK_N)
             b_part = tl.where(m_keep, b_part * keys.scale, 0.0)
         b_acc += b_part
@@ -148,16 +142,7 @@ def linear_backward(
 
 
 def add_adapters_(
-    dx: Tensor,
-    dh: Tensor,
-    A: Sequence[Tensor],
-    offsets: Sequence[int],
-    sources: Sources | None = None,
-    dropout: SeedDropout | KeyDropout | None = None,
-    masked: int = 0,
-    tiles: TileConfig | None = None,
-    segments: Segments | None = None,
-    even: bool = False,
+    dx, dh, A, offsets, sources=None, dropout=None, masked=0, tiles=None, segments=None, even=False
 ) -> None:
     """Add the adapters' part to dx in place, or fill dx when ``sources`` are given.
 
@@ -178,7 +163,7 @@ def add_adapters_(
         even_r=even and dh.stride(0) % 8 == 0,
         aligned=aligned(A),
         masked=masked,
-        gather=segments is not None and segments.gathered,
+        gather=segments is not None and segments.order.numel() > 0,
     )
     factors = Factors(tuple(A), tuple(a.stride(0) for a in A), rank_columns(offsets, ranks))
     operands = matrix(dx), rank_matrix(dh), factors, sources, dropout, segments

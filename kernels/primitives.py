@@ -1,8 +1,9 @@
-"""What the kernels share: the records they take, choosing among tuples, tile lookup, the matmul loop, dropout bits.
+"""What the kernels share: the records they take, launching, tile lookup, the matmul loop, dropout bits.
 
-A kernel takes NamedTuples of pointers and numbers; a part of it that works on what is None there is not compiled. For a
-group of projections the fields are tuples with an entry for each: ``tl.static_range`` unrolls over them and
-``tl.where`` chooses, so no weight is concatenated and no table of addresses is built.
+Kernels take NamedTuples of pointers and numbers, and a part that works on what is None is not compiled. (Triton 3.6
+cannot compare a tuple that holds None with None: such a one is never optional.) For a group of projections the fields
+are tuples with an entry for each: ``tl.static_range`` unrolls over them and ``tl.where`` chooses, so no weight is
+concatenated and no table of addresses is built.
 """
 
 from __future__ import annotations
@@ -16,6 +17,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+def hide_from_specialization(values: Sequence[int]) -> tuple[int, ...]:
+    """Integers that Triton does not specialize on: odd and above 1. ``reveal`` undoes it inside a kernel.
+
+    ``do_not_specialize`` does not reach into tuples, where an integer 1 becomes a constexpr and a multiple of 16 a
+    kernel of its own. Ranks and offsets travel like this, so that an allocation of other ranks compiles nothing.
+    """
+    return tuple(2 * value + 3 for value in values)
+
+
+def multiples_of_8(*values: Sequence[int]) -> bool:
+    """Whether all are multiples of 8, the width of a 16-byte load of a 16-bit type."""
+    return all(value % 8 == 0 for some in values for value in some)
 
 
 class Matrix(NamedTuple):
@@ -60,11 +75,6 @@ class Segments(NamedTuple):
     order: Tensor
     table: Tensor
     scales: Tensor
-
-    @property
-    def gathered(self) -> bool:
-        """Whether an adapter's rows stand apart."""
-        return self.order.numel() > 0
 
 
 class SeedDropout(NamedTuple):
@@ -176,20 +186,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
             copy_context().run(launcher, kernel, grid, *arguments, **options)
         else:
             launcher(kernel, grid, *arguments, **options)
-
-
-def hide_from_specialization(values: Sequence[int]) -> tuple[int, ...]:
-    """Integers that Triton does not specialize on: odd and above 1. ``reveal`` undoes it inside a kernel.
-
-    ``do_not_specialize`` does not reach into tuples, where an integer 1 becomes a constexpr and a multiple of 16 a
-    kernel of its own. Ranks and offsets travel like this, so that an allocation of other ranks compiles nothing.
-    """
-    return tuple(2 * value + 3 for value in values)
-
-
-def multiples_of_8(*values: Sequence[int]) -> bool:
-    """Whether all are multiples of 8, the width of a 16-byte load of a 16-bit type."""
-    return all(value % 8 == 0 for some in values for value in some)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -35,18 +35,10 @@ def reduce_partials(partial: Tensor, outputs: Sequence[Tensor], scales: Sequence
     if not kept:
         return
     sizes = tuple(out.numel() for out, _ in kept)
-    launch(
-        reduce_kernel,
-        (sum(triton.cdiv(size, REDUCE_BLOCK) for size in sizes),),
-        partial,
-        tuple(out for out, _ in kept),
-        sizes,
-        tuple(scale for _, scale in kept),
-        partial.shape[1],
-        partial.shape[0],
-        BLOCK=REDUCE_BLOCK,
-        num_warps=4,
-    )
+    grid = (sum(triton.cdiv(size, REDUCE_BLOCK) for size in sizes),)
+    outs, scales = zip(*kept, strict=True)
+    parts, total = partial.shape
+    launch(reduce_kernel, grid, partial, outs, sizes, scales, total, parts, BLOCK=REDUCE_BLOCK, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["count"])

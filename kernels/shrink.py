@@ -194,7 +194,7 @@ def run(
         even_r=even and total % 8 == 0,
         aligned=shared and aligned(factors),
         masked=masked,
-        gather=segments is not None and segments.gathered,
+        gather=segments is not None and segments.order.numel() > 0,
     )
     launch(shrink_kernel, (programs, split), *operands, M, SHARED=shared, BLOCKS=blocks, TILE=tiles, OPTIONS=options)
     if split > 1:

@@ -221,7 +221,7 @@ def run(
         precision(wide.data[0].dtype),
         even_r=even and multiples_of_8(strides),
         masked=masked,
-        gather=segments is not None and segments.gathered,
+        gather=segments is not None and segments.order.numel() > 0,
     )
     operands = Products(wide, hidden, layout, columns), rank_matrix(partial), dropout, segments
     launch(wgrad_kernel, grid, *operands, wide.data[0].shape[0], rows, parts, TILE=tiles, OPTIONS=options)
@@ -271,18 +271,18 @@ def wgrad(
         for n, (i, g) in enumerate(zip(live, wide, strict=True))
         if ranks[i] + probes > 0
     ]
-    plain = tiles or choose_tiles("wgrad", M, sum(g.shape[1] for g in wide), 0, rank, h.dtype)
+    unmasked = tiles or choose_tiles("wgrad", M, sum(g.shape[1] for g in wide), 0, rank, h.dtype)
     masked = tiles or choose_tiles("wgrad_dropout", M, 0, dh.shape[1], rank, h.dtype)
-    programs = sum(triton.cdiv(p.wide.shape[1], plain.columns) for p in [*inputs, *outer])
-    depth = max(plain.depth, masked.depth)
+    programs = sum(triton.cdiv(p.wide.shape[1], unmasked.columns) for p in [*inputs, *outer])
+    depth = max(unmasked.depth, masked.depth)
     steps = triton.cdiv(M, depth)
     rows = triton.cdiv(steps, choose_split(programs, steps, 2)) * depth
     partial = torch.empty(triton.cdiv(M, rows), starts[-1], dtype=torch.float32, device=device)
     if seed is None:
-        run([*inputs, *outer], partial, rows, plain)
+        run([*inputs, *outer], partial, rows, unmasked)
     else:
         dropout = seed_dropout(seed, threshold, keep_scale)
         run(inputs, partial, rows, masked, dropout, rank_columns(offsets, ranks), len(ranks))
-        run(outer, partial, rows, plain)
+        run(outer, partial, rows, unmasked)
     reduce_partials(partial, outputs, weights)
     return dA, dB, Q

@@ -121,7 +121,10 @@ class TestRefusals:
 
     def test_other_trackers(self, file):
         model = vit()
-        with fastlora.track(model, probes=2) as tracker, pytest.raises(ValueError, match="probes differ: saved 4, tra"):
+        with (
+            fastlora.track(model, probes=2) as tracker,
+            pytest.raises(ValueError, match="state: expected the probes 2, got 4"),
+        ):
             load_checkpoint(file, shifted(model), tracker)
         assert not torch.equal(trained(model)["model.head.bias"], trained(vit())["model.head.bias"])
 
@@ -149,9 +152,9 @@ class TestRefusals:
             load_checkpoint(file.with_name("none.pt"), vit())
 
     def test_models_without_adapters(self, tmp_path):
-        with pytest.raises(ValueError, match="model: has no adapters"):
+        with pytest.raises((TypeError, ValueError), match="model: has no adapters"):
             save_checkpoint(tmp_path / "last.pt", nn.Linear(2, 2))
-        with pytest.raises(ValueError, match="model: expected a torch.nn.Module, got '"):
+        with pytest.raises((TypeError, ValueError), match="model: expected a torch.nn.Module, got '"):
             adapters_only("model")
 
 

@@ -205,7 +205,9 @@ def test_removing_leaves_the_others_and_retires_the_id():
         assert torch.equal(m(x), before)
     assert not factors(m, "b")
     assert fastlora.adapter_names(m) == ["default", None, "c"]
-    with pytest.raises(ValueError, match=r"ids: 1 at position 2 was removed; accepted: -1 .*, 0: default, 2: c"):
+    with pytest.raises(
+        ValueError, match=r"ids: expected -1 \(base only\), 0: default, 2: c, got 1 at 2, which was removed"
+    ):
         fastlora.use_adapters(m, IDS).__enter__()
     fastlora.add_adapter(m, "d", LoraConfig(r=1, target_modules="qkv"))
     assert fastlora.adapter_names(m) == ["default", None, "c", "d"]
@@ -235,8 +237,14 @@ def test_each_adapter_has_its_own_summary_ranks_tracker_files_and_merge(tmp_path
 REFUSED = {
     "unknown name": (lambda m: fastlora.use_adapters(m, "d"), r"ids: expected one of \['default', 'b', 'c'\], got 'd'"),
     "unknown in a list": (lambda m: fastlora.use_adapters(m, ["b", "defualt"]), "did you mean 'default'"),
-    "unknown id": (lambda m: fastlora.use_adapters(m, torch.tensor([0, 3])), "ids: 3 at position 1 is unknown"),
-    "id below -1": (lambda m: fastlora.use_adapters(m, torch.tensor([-2])), "ids: -2 at position 0 is unknown"),
+    "unknown id": (
+        lambda m: fastlora.use_adapters(m, torch.tensor([0, 3])),
+        r"ids: expected -1 \(base only\), 0: default, 1: b, 2: c, got 3 at 1",
+    ),
+    "id below -1": (
+        lambda m: fastlora.use_adapters(m, torch.tensor([-2])),
+        r"ids: expected -1 \(base only\), 0: default, 1: b, 2: c, got -2 at 0",
+    ),
     "dtype": (
         lambda m: fastlora.use_adapters(m, torch.tensor([0.0])),
         "ids: expected an int64 tensor .*, got torch.float32",
@@ -245,7 +253,7 @@ REFUSED = {
     "type": (lambda m: fastlora.use_adapters(m, 3), "ids: expected .*, got int"),
     "seeds": (
         lambda m: fastlora.use_adapters(m, IDS, row_seeds=IDS[:2]),
-        "row_seeds: expected one for each of 6 ids, got 2",
+        r"row_seeds: expected one for each of 6 ids, got torch\.int64 \(2,\)",
     ),
     "seed dtype": (
         lambda m: fastlora.use_adapters(m, IDS, row_seeds=IDS.float()),
@@ -259,7 +267,7 @@ def test_a_refused_context_leaves_the_model_alone(name):
     m, x = model(), batch()
     before = m(x)
     call, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(m).__enter__()
     assert torch.equal(m(x), before)
 
@@ -273,9 +281,9 @@ def test_ids_that_do_not_fit_the_batch(shape):
 
 
 BAD_SETS = {
-    "same name": (lambda m: fastlora.add_adapter(m, "b", LoraConfig(target_modules="qkv")), "has an adapter 'b'"),
+    "same name": (lambda m: fastlora.add_adapter(m, "b", LoraConfig(target_modules="qkv")), "name: .* none of .*, got 'b'"),
     "dotted": (lambda m: fastlora.add_adapter(m, "a.b", LoraConfig(target_modules="qkv")), "name: expected"),
-    "target": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(target_modules=["qkx"])), "target_modules: 'qkx'"),
+    "target": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(target_modules=["qkx"])), "target_modules: .* got 'qkx'"),
     "rank": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(r=9, target_modules="qkv")), "at most .* = 8, got 9"),
     "bias": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(target_modules="qkv", bias="all")), "bias: expected"),
     "not adapted": (
@@ -343,5 +351,5 @@ def test_a_parameter_group_for_each_adapter():
 def test_per_adapter_mean_is_the_sum_of_means():
     losses, ids = torch.tensor([1.0, 2.0, 4.0, 8.0, 3.0]), torch.tensor([0, 1, 0, -1, 1])
     assert fastlora.per_adapter_mean(losses, ids) == 2.5 + 2.5
-    with pytest.raises(ValueError, match=r"losses: expected the shape of ids \(5,\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"losses: expected the shape of ids \(5,\), got torch\.float32 \(2,\)"):
         fastlora.per_adapter_mean(losses[:2], ids)

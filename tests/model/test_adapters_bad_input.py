@@ -52,10 +52,10 @@ def test_ranges_by_name(ranges, ids):
 
 
 REFUSED_RANGES = {
-    "overlap": ({"b": (0, 4), "c": (3, 6)}, "ids: 'b' ends at 4, but 'c' begins at 3: they overlap"),
-    "inside": ({"b": (0, 6), "c": (2, 3)}, "ids: 'b' ends at 6, but 'c' begins at 2: they overlap"),
-    "gap": ({"b": (0, 2), "c": (4, 6)}, "ids: nobody has 2 to 4, ahead of 'c'; None names the base alone"),
-    "gap at first": ({"b": (1, 6)}, "ids: nobody has 0 to 1, ahead of 'b'"),
+    "overlap": ({"b": (0, 4), "c": (3, 6)}, "ids: expected 'c' to begin at 4, where 'b' ends, got 3"),
+    "inside": ({"b": (0, 6), "c": (2, 3)}, "ids: expected 'c' to begin at 6, where 'b' ends, got 2"),
+    "gap": ({"b": (0, 2), "c": (4, 6)}, "ids: expected 'c' to begin at 2, got 4; None names the base for rows between"),
+    "gap at first": ({"b": (1, 6)}, "ids: expected 'b' to begin at 0, got 1; None names the base for rows between"),
     "backwards": ({"b": (3, 1)}, r"0 <= begin <= end for 'b', got \(3, 1\)"),
     "negative": ({"b": (-1, 1)}, r"for 'b', got \(-1, 1\)"),
     "not a range": ({"b": 3}, "for 'b', got 3"),
@@ -86,7 +86,7 @@ def test_another_device_is_named(argument):
     m = model()
     far = torch.zeros(6, dtype=torch.int64, device="meta")
     given = {"ids": far} if argument == "ids" else {"ids": IDS, "row_seeds": far}
-    with pytest.raises(ValueError, match=rf"{argument}: is on meta; accepted: the CPU, or the model's device \(cpu\)"):
+    with pytest.raises(ValueError, match=rf"{argument}: expected on the CPU or the model's device \(cpu\), got meta"):
         fastlora.use_adapters(m, **given).__enter__()
 
 
@@ -143,7 +143,9 @@ def test_a_failed_addition_leaves_nothing_behind():
     with pytest.raises(ValueError, match="1.dense.*at most .* = 8, got 9"):
         fastlora.add_adapter(m, "d", config)
     assert same(state(m), before)
-    with pytest.raises(ValueError, match=r"unknown matrix '1.quer'.*did you mean"):
+    with pytest.raises(
+        ValueError, match=r"ranks: expected keys of the adapter's matrices, got '1\.quer' \(did you mean '1\.query'\?\)"
+    ):
         fastlora.set_ranks(m, {"0.query": 1, "1.quer": 2}, adapter="b", reinit=True)
     assert same(state(m), before)
 

@@ -157,7 +157,7 @@ class TestPeftConfig:
     def test_other_methods_of_peft_raise(self, build):
         import peft
 
-        with pytest.raises(ValueError, match="expected peft.LoraConfig, got peft.IA3Config"):
+        with pytest.raises((TypeError, ValueError), match="expected peft.LoraConfig, got peft.IA3Config"):
             fastlora.inject(build("bert"), peft.IA3Config(target_modules=["query"], feedforward_modules=[]))
 
 
@@ -234,17 +234,26 @@ class TestSetRanks:
     @pytest.mark.parametrize(
         "bad, message",
         [
-            ({"blocks.1.attn.qkw[q]": 3}, r"unknown matrix .*did you mean 'blocks.1.attn.qkv\[q\]'"),
-            ({"blocks.1.attn.qkv": 3}, "unknown matrix 'blocks.1.attn.qkv'"),
-            ({"blocks.1.attn.qkv[q]": 33}, r"blocks.1.attn.qkv\[q\]: at most .* = 32, got 33"),
-            ({"blocks.1.attn.qkv[q]": -1}, "rank >= 0, got -1"),
+            (
+                {"blocks.1.attn.qkw[q]": 3},
+                r"ranks: .* got 'blocks\.1\.attn\.qkw\[q\]' \(did you mean 'blocks\.1\.attn\.qkv\[q\]'\?\)",
+            ),
+            (
+                {"blocks.1.attn.qkv": 3},
+                r"ranks: .* got 'blocks\.1\.attn\.qkv' \(did you mean 'blocks\.1\.attn\.qkv\[v\]'\?\)",
+            ),
+            (
+                {"blocks.1.attn.qkv[q]": 33},
+                r"rank of blocks\.1\.attn\.qkv\[q\]: expected at most min\(in_features, out_features\) = 32, got 33",
+            ),
+            ({"blocks.1.attn.qkv[q]": -1}, r"rank of blocks\.1\.attn\.qkv\[q\]: expected an integer >= 0, got -1"),
             ({"blocks.1.attn.qkv[q]": 2.0}, "integer rank >= 0, got 2.0"),
             ({"blocks.1.attn.qkv[q]": True}, "got True"),
         ],
     )
     def test_all_or_nothing(self, model, bad, message):
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 2, **bad})
         after = model.state_dict()
         assert list(after) == list(before) and all(torch.equal(v, before[k]) for k, v in after.items())
@@ -380,7 +389,7 @@ class TestReallocate:
                 model,
                 ({"blocks.0.attn.qkw[q]": 1.0},),
                 {},
-                r"scores: unknown matrix .*did you mean 'blocks.0.attn.qkv\[q\]'",
+                r"scores: .* got 'blocks\.0\.attn\.qkw\[q\]' \(did you mean 'blocks\.0\.attn\.qkv\[q\]'\?\)",
             ),
             (model, ({key: 1.0},), {"budget": 1}, "budget = 1 ranks is below the 2"),
             (model, ({key: float("nan")},), {}, "scores.* must be finite"),
@@ -392,7 +401,7 @@ class TestReallocate:
         ]
         for m, args, kwargs, message in bad:
             before = state_of(m)
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises((TypeError, ValueError), match=message):
                 reallocate(m, *args, **kwargs)
             assert_untouched(m, before)
         assert sum(reallocate(trained, dict.fromkeys(ranks_of(trained), 1.0), reinit=True).values()) == 24
@@ -424,7 +433,7 @@ class TestBreakdown:
     def test_bad_scores(self):
         with pytest.raises(ValueError, match="scores: expected at least one, got none"):
             Scores({}, kind="grad_sq").breakdown()
-        with pytest.raises(ValueError, match="must be finite"):
+        with pytest.raises(ValueError, match=r"values\['a'\]: expected a finite number, got inf"):
             Scores({"a": float("inf")}, kind="grad_sq").breakdown()
 
 

@@ -118,8 +118,14 @@ class TestOptions:
     @pytest.mark.parametrize(
         "kwargs, match",
         [
-            ({"attn_mask": torch.zeros(1, 5)}, r"attn_mask: expected shape \(5, 5\) or \(12, 5, 5\), got \(1, 5\)"),
-            ({"key_padding_mask": torch.zeros(1, 5)}, r"key_padding_mask: expected shape \(3, 5\), got \(1, 5\)"),
+            (
+                {"attn_mask": torch.zeros(1, 5)},
+                r"attn_mask: expected shape \(5, 5\) or \(12, 5, 5\), got torch\.float32 \(1, 5\)",
+            ),
+            (
+                {"key_padding_mask": torch.zeros(1, 5)},
+                r"key_padding_mask: expected shape \(3, 5\), got torch\.float32 \(1, 5\)",
+            ),
             ({"is_causal": True}, "is_causal"),
         ],
     )
@@ -232,7 +238,7 @@ class TestTheModule:
         assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == 4 * 3 * 2 * E
         dense = fastlora.nn.MultiheadAttention(E, H, r=3, split_qkv=False)
         assert dense.in_proj.ranks() == {"weight": 3}
-        with pytest.raises(ValueError, match="r: at most embed_dim"):
+        with pytest.raises(ValueError, match="r: expected at most embed_dim = 16, got 17"):
             fastlora.nn.MultiheadAttention(E, H, r=E + 1)
 
     @pytest.mark.parametrize("which", ["self", "cross", "apart"])

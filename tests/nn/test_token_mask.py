@@ -328,7 +328,9 @@ def test_another_shape_is_refused_by_both_names():
     m, batch = model(), data()
     with track(m, statistics=("act_var",)) as tracker:
         for shape in ((6, 4), (5, 6), (6,)):
-            with pytest.raises(ValueError, match=rf"mask: expected the tokens \(6, 5\) that a layer sees, got \({shape[0]},"):
+            with pytest.raises(
+                ValueError, match=rf"mask: expected the tokens \(6, 5\) that a layer sees, got \({shape[0]},"
+            ):
                 with tracker.mask(torch.ones(shape, dtype=torch.bool)):
                     m(batch[0])
         assert m[0].query.router.current().mask is None

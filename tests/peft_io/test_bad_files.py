@@ -190,7 +190,7 @@ BAD_CONFIG = {
     "future": (dict(some_new_thing={"a": 1}), "some_new_thing"),
     "pissa": (dict(init_lora_weights="pissa"), "init_lora_weights"),
     "other method": (dict(peft_type="LOHA"), "peft_type: only 'LORA'"),
-    "r zero": (dict(r=0), "r: expected a rank"),
+    "r zero": (dict(r=0), "r: expected an integer >= 1, got 0"),
     "r float": (dict(r=2.0), "r: expected an integer"),
     "r missing": (dict(r=None), "field r is missing"),
     "r other": (dict(r=3, rank_pattern={}), "shape"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from fastlora.kernels.grouped import RowBatch, LoraRanks
+from fastlora.kernels.grouped import LoraRanks, RowBatch
 
 from fastlora.ops import reference
 from support.triton_help import DEVICE, wide

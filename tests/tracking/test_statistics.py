@@ -183,7 +183,9 @@ def test_matrices_that_are_sampled_differently_average_over_the_same_stretch(eve
     """Gradients that shrink by steps of ten: however often they are sampled, the average is the same."""
     m, scores = model(), []
     for interval in (1, every):
-        with track(m, estimator="exact", ema=beta, every=interval, statistics=("grad_sq", "fisher", "act_var")) as tracker:
+        with track(
+            m, estimator="exact", ema=beta, every=interval, statistics=("grad_sq", "fisher", "act_var")
+        ) as tracker:
             for step in range(40):
                 (loss_of(m, data(seed=step // 10)) * 0.5 ** (step // 10)).backward()
                 tracker.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fastlora.kernels import gradstat, grouped, linear, linear_backward, shrink, wgrad
-from fastlora.kernels.grouped import RowBatch, LoraRanks
+from fastlora.kernels.grouped import LoraRanks, RowBatch
 from fastlora.kernels.tiling import TileConfig
 from support.triton_help import DEVICE, assert_close, wide
 
