@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..nn.linear import Linear, matrix_key
 from ..nn.probe import Contribution, LayerProbe
 from ..ops.backends import choose
 from ..ops.layout import on_host
+from ..ops.multi_tensor import output_variances
 from ..ops.reference import accumulate_dtype
 
 
@@ -21,8 +23,8 @@ from ..ops.reference import accumulate_dtype
 class Tracked:
     """What a tracker follows: the layers of one adapter, their matrices, and the statistics taken of them."""
 
-    adapter: str
     layers: Mapping[str, Linear]
+    probes: Mapping[str, LayerProbe]  # of each layer
     estimator: str
     kinds: tuple[str, ...]  # one number a matrix
     covariances: tuple[str, ...]  # one matrix a layer
@@ -46,12 +48,26 @@ class Tracked:
         """The statistics of the weight's gradient: all but that of the output."""
         return tuple(kind for kind in self.kinds if kind != "act_var")
 
-    def probe(self, path: str) -> LayerProbe:
-        return self.layers[path].probes[self.adapter]
+    @functools.cached_property
+    def Z(self) -> list[Tensor]:
+        """The leaves of the matrices, with probes."""
+        return [self.probes[path].Z[name] for path, name in self.matrices]
+
+    def taken(self) -> dict[str, list[Contribution]]:
+        """What backward left in each layer under the exact estimator."""
+        return {path: probe.taken for path, probe in self.probes.items()}
+
+    def output_variances(self) -> tuple[Tensor | None, list[bool]]:
+        """``act_var`` of the matrices whose layer was run backward, and for each matrix whether it was."""
+        sums = [probe.V.grad for probe in self.probes.values()]
+        sizes = [list(layer.slices.values()) for layer in self.layers.values()]
+        live = [pair for pair in zip(sums, sizes, strict=True) if pair[0] is not None]
+        found = output_variances(*zip(*live, strict=True)).to(self.device) if live else None
+        return found, [total is not None for total, runs in zip(sums, sizes, strict=True) for _ in runs]
 
     def exact_values(self, path: str, name: str) -> dict[str, Tensor]:
         """This step's exact value of each statistic of one matrix; empty where no backward ran through its layer."""
-        layer, taken = self.layers[path], self.probe(path).taken
+        layer, taken = self.layers[path], self.probes[path].taken
         if not taken:
             return {}
         rows, found = layer.slice_rows(name), {}
@@ -67,7 +83,7 @@ class Tracked:
 
     def sample_squares(self, path: str, name: str) -> tuple[Tensor, int]:
         """``Σ_i ||G_i||²`` of one matrix over the samples of this step, and their number."""
-        layer, taken = self.layers[path], self.probe(path).taken
+        layer, taken = self.layers[path], self.probes[path].taken
         rows, samples = layer.slice_rows(name), 0
         total = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
         for micro in sorted({call.micro for call in taken}):
@@ -86,6 +102,21 @@ def fisher_factor(loss_reduction: str, samples: int | Tensor) -> float | Tensor:
     return samples.double() if loss_reduction == "mean" else 1.0 / samples.double().clamp(min=1)
 
 
+class _Sample(NamedTuple):
+    """The arguments of ``Averages.add``."""
+
+    values: Mapping[str, Tensor]
+    seen: Mapping[str, Tensor]
+    finite: Tensor | None
+    drawn: Tensor | None
+    steps: int
+
+
+# Samples that are folded in at once. Between two training steps the caches hold nothing of this code: the same dozen of
+# operations one after another for sixteen samples take little longer than once for one.
+_TOGETHER = 16
+
+
 class Averages:
     r"""Running averages of every statistic and matrix, over the same stretch of training however often it is sampled.
 
@@ -100,15 +131,25 @@ class Averages:
         self.kinds, self.ema = tuple(kinds), ema
         self._means = torch.zeros(len(self.kinds), matrices, dtype=torch.float64, device=device)
         self._steps = torch.zeros_like(self._means)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._everything = torch.ones(matrices, dtype=torch.bool, device=device)
+        self._waiting: list[_Sample] = []
 
     @property
     def values(self) -> dict[str, Tensor]:
+        self.fold()
         return dict(zip(self.kinds, self._means, strict=True))
 
     @property
     def counts(self) -> dict[str, Tensor]:
+        self.fold()
         return dict(zip(self.kinds, self._steps, strict=True))
+
+    @property
+    def skipped(self) -> Tensor:
+        """Samples that were left out because something was not finite."""
+        self.fold()
+        return self._skipped
 
     def add(
         self,
@@ -117,14 +158,29 @@ class Averages:
         finite: Tensor | None,
         drawn: Tensor | None = None,
         steps: int = 1,
-    ) -> Tensor:
-        """Fold in one sample for the matrices in ``seen``, unless any value is not finite; returns whether it was.
+    ) -> None:
+        """Take in one sample, to be folded in for the matrices in ``seen`` unless any value is not finite.
 
         - ``values``, ``seen``: by statistic, [matrices]; no value is negative.
         - ``finite``: a further condition on folding it in, a boolean tensor or None.
         - ``drawn``: the matrices whose statistics of the weight count, booleans [matrices]; None: all.
         - ``steps``: n, the optimizer steps that the sample stands for.
         """
+        if len(self._waiting) == _TOGETHER:
+            self.fold()
+        self._waiting.append(_Sample(values, seen, finite, drawn, steps))
+
+    @torch.no_grad()
+    def fold(self) -> Tensor | None:
+        """Fold in the samples that wait, one after another; returns whether the last was finite, None without any."""
+        folded = None
+        for sample in self._waiting:
+            folded = self._fold(sample)
+        self._waiting.clear()
+        return folded
+
+    def _fold(self, sample: _Sample) -> Tensor:
+        values, seen, finite, drawn, steps = sample
         value, keep = torch.stack([values[kind] for kind in self.kinds]), None
         if any([seen[kind] is not self._everything for kind in self.kinds]):
             keep = torch.stack([seen[kind] for kind in self.kinds])
@@ -137,6 +193,7 @@ class Averages:
         self._steps += keep if steps == 1 else keep * steps
         weight = steps / self._steps.clamp(min=1) if self.ema is None else 1.0 - self.ema**steps
         self._means += torch.where(keep, value, self._means).sub_(self._means).mul_(weight)
+        self._skipped += ~folded
         return folded
 
     def corrected(self, kind: str) -> Tensor:
