@@ -34,8 +34,9 @@ from .checks import (
 from .hooks import RANKS_AGREE, ForwardHook, StepWatch
 from .penalty import FisherPenalty
 from .record import TrackingRecord, keep_record
+from .sample import ReadSample, Sample
 from .sampling import Sampling, nothing_to_measure
-from .statistics import COVARIANCES, Averages, Covariances, Tracked, all_finite, fisher_factor
+from .statistics import COVARIANCES, Averages, Covariances, Tracked, all_finite
 
 _ONE_CODE = "so that compiled code is the same in all of them"
 _SHOWN = 8  # names in an error
@@ -226,28 +227,34 @@ class Tracker:
     def _fold(self, inverse: Tensor | None) -> None:
         """Take this step's sample; ``inverse``: of the loss scale."""
         tracked, columns = self._tracked, isinstance(self._sampler, ColumnSampler)
-        shared = self._reduction.run(tracked, self._sample_count(), self._agreement)
-        values, seen = self._gather(shared)
-        for kind in tracked.weight_kinds if inverse is not None else ():
-            values[kind] = values[kind] * (inverse if kind == "grad_abs" else inverse * inverse)
+        samples = self._sample_count()
+        shared = self._reduction.run(tracked, samples, self._agreement)
         finite, taken = None if shared is None else shared.finite, {}
         if tracked.covariances:
             taken = tracked.taken()
             finite = all_finite(taken, self.device) if shared is None else finite
         if self.kinds:
+            Q, V = ([leaf.grad for leaf in leaves] for leaves in (tracked.Z, tracked.V))
+            sample, held = Sample(tracked, self._sampler, Q, V, samples, shared, inverse), tracked.leaf_bytes
+            if columns or self.estimator == "exact" or self.device.type != "cpu" or isinstance(samples, Tensor):
+                # What it reads changes with the next step, or lies in the memory of a CUDA graph.
+                sample, held = ReadSample(sample.read()), 0
             drawn = self._sampler.known if columns else None  # those drawn by norms that had been seen
-            self._averages.add(values, seen, finite, drawn, self._sampling.stands_for(self.steps))
+            self._averages.add(sample.read, finite, drawn, self._sampling.stands_for(self.steps), held)
         else:
             self._averages.skipped.add_(~finite)
         # What needs to know now whether the step counts.
         if columns and self._step.refreshes_norms:
-            self._learn(self._sampler, seen[tracked.weight_kinds[0]] & self._averages.fold())
+            self._learn(self._sampler, shared)
         if taken:
             self._add_covariances(taken, shared, self._averages.fold() if self.kinds else finite, inverse)
 
-    def _learn(self, sampler: ColumnSampler, keep: Tensor) -> None:
-        """Let ``columns`` see this step's norms."""
+    def _learn(self, sampler: ColumnSampler, shared: Shared | None) -> None:
+        """Let ``columns`` see this step's norms, where it counts."""
         norms = [self._tracked.probes[path].norms[name].grad for path, name in self.matrices]
+        keep = self._averages.fold()
+        if shared is not None:
+            keep = keep & shared.present[self._tracked.weight_kinds[0]]
         if any(norm is not None for norm in norms):
             measured = torch.tensor([norm is not None for norm in norms]).to(self.device, non_blocking=True)
             sampler.learn(norms, keep & measured)
@@ -286,37 +293,6 @@ class Tracker:
     def _freeze(self, importance: Tensor) -> None:
         self.importance, self._record.frozen = importance, True
         self._detach()
-
-    def _gather(self, shared: Shared | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """This step's value of every statistic and matrix, and whether there is one."""
-        columns: dict[str, tuple[Tensor, Tensor]] = {}
-        kinds = self._tracked.weight_kinds
-        if "act_var" in self.kinds:
-            columns["act_var"] = self._averages.scatter(*self._tracked.output_variances())
-        if kinds and self.estimator == "probe":
-            columns |= self._probe_values(shared, kinds)
-        elif kinds:
-            exact = None if shared is None else shared.exact
-            if exact is None:
-                exact = [self._tracked.exact_values(path, name) for path, name in self.matrices]
-            for kind in kinds:
-                found = [values.get(kind) for values in exact]
-                live = [v.to(self.device, torch.float64) for v in found if v is not None]
-                there = [v is not None for v in found]
-                columns[kind] = self._averages.scatter(torch.stack(live) if live else None, there)
-        values = {kind: value for kind, (value, _) in columns.items()}
-        if shared is not None:
-            return shared.finish(values, self.loss_reduction), dict(shared.present)
-        return values, {kind: seen for kind, (_, seen) in columns.items()}
-
-    def _probe_values(self, shared: Shared | None, kinds: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        grads = [leaf.grad for leaf in self._tracked.Z]
-        factor = 1.0
-        if self.per_sample and shared is None:
-            factor = fisher_factor(self.loss_reduction, self._sample_count())
-        there = [grad is not None for grad in grads]
-        found = self._sampler.values(grads, kinds, factor) if any(there) else {}
-        return {kind: self._averages.scatter(found.get(kind), there) for kind in kinds}
 
     def _sample_count(self) -> int | Tensor:
         return 0 if self._step.signs is None else self._step.signs.count()

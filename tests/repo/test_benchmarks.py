@@ -18,7 +18,7 @@ from benchmarks.harness import estimators, gate, peers, recorded, result_files, 
 from benchmarks.harness.interleave import Interleaved, median_interval, rows  # noqa: E402
 from benchmarks.harness.plot import plot  # noqa: E402
 from benchmarks.reports import report  # noqa: E402
-from fastlora.tracking import tracker  # noqa: E402
+from fastlora.tracking.statistics import Tracked  # noqa: E402
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 TINY = {
@@ -112,8 +112,8 @@ def test_the_gate_refuses_what_is_wrong(build, monkeypatch):
         variant.dy = variant.problem.split(variant.problem.dy, dim=2)
         variant.problem.dy = variant.problem.dy * 1.01
     elif build == "exact":
-        whole = tracker.exact_values
-        monkeypatch.setattr(tracker, "exact_values", lambda *args: {"grad_sq": 1.01 * whole(*args)["grad_sq"]})
+        whole = Tracked.exact_values
+        monkeypatch.setattr(Tracked, "exact_values", lambda *args: {"grad_sq": 1.01 * whole(*args)["grad_sq"]})
     else:
         variant.projections[1].B.data.mul_(1.01)
         problem.expected = (lambda whole: lambda _: whole)(problem.expected(peers.frozen(problem).projections))
