@@ -24,7 +24,7 @@ docs: setup ## the guides and the reference: docs/_build/index.html
 lint: setup
 	cd $(ROOT) && $(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(ROOT).venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-sanitize: setup ## the native code's tests under AddressSanitizer and UBSan, then ThreadSanitizer
+sanitize: setup ## the native code's tests under AddressSanitizer and UBSan, and ThreadSanitizer
 	cd $(ROOT) && $(RUN) tools/sanitize.py
 
 setup:

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "plan_builder.h"
 
 namespace py = pybind11;
@@ -60,6 +62,12 @@ PlanHandle finish(Builder& builder, std::vector<Slot> results) {
   return {std::move(plan), number};
 }
 
+std::optional<PlanHandle> find(int64_t number) {
+  auto plan = registry().plan(number);
+  if (plan == nullptr) return std::nullopt;
+  return PlanHandle{std::move(plan), number};
+}
+
 std::vector<Slot> call(Builder& builder, const std::string& name, const std::string& overload,
                        const py::list& arguments, const std::vector<bool>& results) {
   std::vector<Argument> made;
@@ -74,10 +82,8 @@ PYBIND11_MODULE(_plan, m) {
   using namespace fastlora::plan;
   m.doc() = "Call plans of fastlora.ops.backends.plan, which torch.ops.fastlora.run_plan runs.";
   m.def("registry", [] { return reinterpret_cast<int64_t>(&registry()); }, "Where plans and caches are listed.");
-  m.def(
-      "alive", [](int64_t number) { return registry().plan(number) != nullptr; }, py::arg("plan"),
-      "Whether somebody keeps the plan with this number.");
   py::class_<PlanHandle>(m, "Plan", "A finished plan.").def_readonly("number", &PlanHandle::number);
+  m.def("find", &find, py::arg("number"), "The plan with this number, None where nobody keeps it any more.");
   py::class_<CacheHandle>(m, "Cache", "The plans of one owner, at most ``capacity``: the last used stay.")
       .def(py::init<int64_t>(), py::arg("capacity"))
       .def_readonly("number", &CacheHandle::number)

@@ -32,6 +32,11 @@ class LoraRanks(NamedTuple):
         return [sum(own) + k for own, k in zip(self.by_adapter, self.probes, strict=True)]
 
     @property
+    def adapters(self) -> int:
+        """How many there are."""
+        return len(self.by_adapter)
+
+    @property
     def even(self) -> bool:
         """Whether all are multiples of 8."""
         return multiples_of_8(*self.by_adapter, self.probes)
@@ -140,10 +145,10 @@ def _segments(
     live: Sequence[int] = (),
     scales: Sequence[float] | None = None,
 ) -> Segments:
-    if len(ranks.probes) > GRID_LIMIT:
-        raise ValueError(f"adapters: {len(ranks.probes)} in one batch; the Triton backend takes at most {GRID_LIMIT}")
+    if ranks.adapters > GRID_LIMIT:
+        raise ValueError(f"adapters: {ranks.adapters} in one batch; the Triton backend takes at most {GRID_LIMIT}")
     device = batch.ranges.device
-    table, scales = _table(kind, ranks, tuple(widths), tuple(live), device), scales or [1.0] * len(ranks.probes)
+    table, scales = _table(kind, ranks, tuple(widths), tuple(live), device), scales or [1.0] * ranks.adapters
     return Segments(tiles, batch.ranges, batch.order, table, _scales(tuple(scales), device))
 
 
@@ -206,7 +211,7 @@ def grouped_expand_(
     y_j [M, N_j], W_j [N_j, K]. Returns with ``moments`` the column sums of y_j and y_j^2 over each adapter's rows,
     float64 [2, N_j], entry ``g * len(y) + j``.
     """
-    G, M, n = len(ranks.probes), h.shape[0], len(places)
+    G, M, n = ranks.adapters, h.shape[0], len(places)
     make = torch.zeros if M == 0 else torch.empty
     sums = [make(G, 2, out.shape[1], dtype=torch.float64, device=h.device) for out in y] if moments else []
     if M:
@@ -243,7 +248,7 @@ def grouped_shrink_backward(
     if dh.numel():
         tiles = tiles or choose_tiles("grouped_shrink", 0, 0, 0, 0, dh.dtype)
         widths = [B[i].shape[0] for i in range(n)]
-        some = [scales[g * n + i] for g in range(len(ranks.probes)) for i in live]
+        some = [scales[g * n + i] for g in range(ranks.adapters) for i in live]
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments = _segments("pairs", batch, schedule, ranks, widths, live, some)
         packed, widest = [pack(B).view(-1, 1)] * len(live), max(map(max, ranks.by_adapter))
@@ -263,7 +268,7 @@ def grouped_linear_backward_(
     """In place ``dx[m] += dh[m] A_g`` for the rows of every adapter g: dx [M, K], dh [M, max_g R_g]; returns dx."""
     if dx.numel() and dh.numel():
         tiles = tiles or choose_tiles("expand" + ("_dropout" if drop else ""), 0, 0, 0, 0, dx.dtype)
-        without = ranks._replace(probes=(0,) * len(ranks.probes))
+        without = ranks._replace(probes=(0,) * ranks.adapters)
         schedule = batch.schedule(batch.ranges, dx.shape[0], tiles.rows)
         segments, packed = _segments("shrink", batch, schedule, without), pack(A).view(-1, dx.shape[1])
         dropout = _dropout(drop, without)
@@ -308,7 +313,7 @@ def grouped_wgrad(
     if M and total:
         inputs = [] if x is None else [wgrad.Product(unit_last(x), dh)]
         outer = [wgrad.Product(g, h) for g in wide]
-        some = [scales[g * n + i] for g in range(len(ranks.probes)) for i in live]
+        some = [scales[g * n + i] for g in range(ranks.adapters) for i in live]
         _wgrad_partials(inputs, outer, flat, batch, ranks, [K, *widths], live, some, tiles, drop)
     shapes = [
         [(rank, K) for rank, _, _ in pairs],
@@ -332,7 +337,7 @@ def _wgrad_partials(inputs, outer, flat, batch, ranks, widths, live, scales, til
     programs = sum(triton.cdiv(p.wide.shape[1], unmasked.columns) for p in [*inputs, *outer])
     # A long run is cut, but partial sums never outweigh what is read, and parts times adapters fit the grid.
     read = sum(p.wide.numel() for p in [*inputs, *outer])
-    most = min(read // total, GRID_LIMIT // len(ranks.probes))
+    most = min(read // total, GRID_LIMIT // ranks.adapters)
     parts = max(1, min(choose_split(programs, triton.cdiv(M, unmasked.depth), 2), most))
     partial = torch.empty(parts, total, dtype=torch.float32, device=flat[0].device)
 
@@ -344,7 +349,7 @@ def _wgrad_partials(inputs, outer, flat, batch, ranks, widths, live, scales, til
 
     if drop is None:
         n, ones = len(live), [1.0] * len(inputs)
-        mixed = [s for g in range(len(ranks.probes)) for s in (*ones, *scales[g * n : g * n + n])]
+        mixed = [s for g in range(ranks.adapters) for s in (*ones, *scales[g * n : g * n + n])]
         launch("wgrad", [*inputs, *outer], mixed, unmasked)
     else:
         launch("wgrad x", inputs, drop.keep_scales, masked, drop)

@@ -1,4 +1,4 @@
-"""Run the tests of the native code against builds with AddressSanitizer and UBSan, then with ThreadSanitizer.
+"""Run the tests of the native code against builds with AddressSanitizer and UBSan, and with ThreadSanitizer.
 
     python tools/sanitize.py [address,undefined | thread]
 
@@ -16,10 +16,11 @@ import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SANITIZERS = ("address,undefined", "thread")
+SANITIZERS = ("thread", "address,undefined")  # the longest first: they run side by side
 THREADS = 3  # of torch, under ThreadSanitizer
 # Tests that start others for each instruction set, read other builds, hang or end processes on purpose, or repeat on
 # 10^6 rows what fewer rows show.
@@ -66,7 +67,8 @@ def build(sanitizers: str) -> Path:
     return ROOT / folder / "fastlora"
 
 
-def test(sanitizers: str, folder: Path, isa: str | None = None) -> int:
+def test(sanitizers: str, folder: Path, isa: str | None = None) -> tuple[int, str]:
+    """Exit status and output of one run of the tests, which may have others beside it."""
     races = sanitizers == "thread"
     libraries = [runtime("libtsan.so" if races else "libasan.so"), runtime("libstdc++.so.6")]
     environment = {
@@ -85,9 +87,11 @@ def test(sanitizers: str, folder: Path, isa: str | None = None) -> int:
     if isa is not None:
         environment["FASTLORA_CPU_ISA"] = isa
         selected += ["-m", "every_isa"]
-    # Reports go to the terminal past pytest's capture, which an aborted process would not print.
+    # Reports go past pytest's capture, which an aborted process would not print.
     command = [sys.executable, __file__, "--run", str(folder), "-q", "-x", "-s", "-p", "no:cacheprovider", *selected]
-    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, errors="replace", **both)
+    return done.returncode, done.stdout
 
 
 def run(folder: Path, arguments: list[str]) -> int:
@@ -106,15 +110,20 @@ def run(folder: Path, arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--run"]:
         return run(Path(arguments[1]), arguments[2:])
-    for sanitizers in arguments or SANITIZERS:
+    for sanitizers in arguments:
         if sanitizers not in SANITIZERS:
             raise SystemExit(f"sanitizers {sanitizers!r}; accepted: {' or '.join(SANITIZERS)}")
+    runs: list[tuple[str, Path, str | None]] = []
+    for sanitizers in arguments or SANITIZERS:
         folder = build(sanitizers)
-        if failed := test(sanitizers, folder):
-            return failed
-        if sanitizers != "thread" and (failed := test(sanitizers, folder, "portable")):
-            return failed
-    return 0
+        runs += [(sanitizers, folder, isa) for isa in ((None,) if sanitizers == "thread" else (None, "portable"))]
+    failed = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (sanitizers, _, isa), (code, output) in zip(runs, pool.map(lambda run: test(*run), runs), strict=True):
+            sys.stdout.write(f"== {sanitizers}, {isa or 'own'} instruction set\n{output}")
+            sys.stdout.flush()
+            failed = failed or code
+    return failed
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Soak:
         copy.deepcopy(model)(batch(0)[0]).sum().backward()
         self.tracker.close()
         fastlora.calibrate(
-            model, [batch(0)], lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), 1, progress=False
+            model, [batch(0)], lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]), steps=1, progress=False
         )
         self.tracker = fastlora.track(model, statistics=("grad_sq", "act_var"), every=1)
         with fastlora.disable_adapters(model), torch.no_grad():

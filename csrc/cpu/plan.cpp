@@ -2,7 +2,6 @@
 #include "plan.h"
 
 #include <dlfcn.h>
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -32,8 +31,10 @@ const Driver* driver = nullptr;
 // ABI does not have.
 using Addmm = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, float, float);
 using Mm = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
+using Fill_ = AOTITorchError (*)(AtenTensorHandle, double);
 Addmm addmm_out = nullptr;
 Mm mm_out = nullptr;
+Fill_ fill_with = nullptr;
 
 const std::vector<int32_t>& dtype_codes() {
   static const std::vector<int32_t> codes = {
@@ -235,9 +236,7 @@ class Run {
     if (step.zero) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(made));
   }
 
-  void perform(const Fill& step) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_fill__Scalar(at(step.out), step.number));
-  }
+  void perform(const Fill& step) { STABLE_TORCH_ERROR_CODE_CHECK(fill_with(at(step.out), step.number)); }
 
   void perform(const View& step) {
     AtenTensorHandle made = nullptr;
@@ -388,7 +387,10 @@ std::string open_plans(int64_t place, const std::string& library) {
   if (found->format != kFormat) return "fastlora._plan and the native library are of different builds";
   addmm_out = reinterpret_cast<Addmm>(dlsym(RTLD_DEFAULT, "aoti_torch_addmm_out"));
   mm_out = reinterpret_cast<Mm>(dlsym(RTLD_DEFAULT, "aoti_torch_mm_out"));
-  if (addmm_out == nullptr || mm_out == nullptr) return "this torch's stable ABI has no matmul";
+  fill_with = reinterpret_cast<Fill_>(dlsym(RTLD_DEFAULT, "aoti_torch_aten_fill__Scalar"));
+  if (addmm_out == nullptr || mm_out == nullptr || fill_with == nullptr) {
+    return "this torch's stable ABI has no matmul or no fill";
+  }
   auto opened = std::make_unique<const Driver>(library);
   if (!opened->reason().empty()) return opened->reason();
   registry = found;

@@ -416,5 +416,6 @@ def eject(model: nn.Module) -> nn.Module:
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:
-    owner = type(getattr(hook, "__self__", hook))
-    return owner.__module__.partition(".")[0] == "fastlora"
+    owner = getattr(hook, "__self__", None)
+    made_in = getattr(hook, "__module__", "") if owner is None else type(owner).__module__
+    return (made_in or "").partition(".")[0] == "fastlora"

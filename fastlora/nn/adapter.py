@@ -91,7 +91,10 @@ class Bundle:
         """What a call with the adapters ``names`` takes; one that no layer has, has rank 0."""
         kept = self._kept.get(names)
         if kept is None or not kept.holds():
-            while kept is None and len(self._kept) >= _MOST_BOUND:
+            changes = [layer.changes for layer in self.layers]
+            # Nothing is kept of adapters that are gone.
+            self._kept = {n: k for n, k in self._kept.items() if k.changes == changes and n != names}
+            while len(self._kept) >= _MOST_BOUND:
                 self._kept.pop(next(iter(self._kept)), None)
             kept = self._kept[names] = Operands(self.layers, names)
         return kept

@@ -77,20 +77,27 @@ class Linear(nn.Linear):
         """Put an adapter's factors in place, replacing those of the same name."""
         self.lora_A[name], self.lora_B[name] = A, B
         self.adapter_specs[name] = spec
-        self.changes += 1
+        self._has_changed()
         self.router.changed(name)
         with_rank = any(p is not None for p in A.tensors().values())
         self.ranked = self.ranked | {name} if with_rank else self.ranked - {name}
 
+    def _has_changed(self) -> None:
+        """Nothing is kept of what the layer's adapters were."""
+        self.changes += 1
+        self.bundle = None
+        if self.group is not None:
+            self.group.forget_operands()
+
     def rescale(self, name: str, scale: Mapping[str, float]) -> None:
         """Other scales for an adapter's slices."""
         self.adapter_specs[name] = self.adapter_specs[name].with_scale(scale)
-        self.changes += 1
+        self._has_changed()
 
     def uninstall(self, name: str) -> None:
         """Forget an adapter; a layer that has none left runs as its base alone."""
         del self.lora_A[name], self.lora_B[name], self.adapter_specs[name]
-        self.changes += 1
+        self._has_changed()
         self.router.changed(name)
         self.ranked = self.ranked - {name}
 

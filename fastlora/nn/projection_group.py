@@ -77,6 +77,10 @@ class ProjectionGroup:
         self.__dict__.update(state)
         self._clear()
 
+    def forget_operands(self) -> None:
+        """Let go of factors and weights of earlier calls."""
+        self._bundles.clear()
+
     def take(self, layer: Linear, x: Tensor) -> Tensor | None:
         """The layer's output, where a sibling has computed it ahead from this very input under the same modes."""
         visits = self._visits.get(threading.get_ident())

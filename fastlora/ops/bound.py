@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from .._utils.torch_compat import (
     version_of,
     without_autocast,
 )
-from ..kernels.constants import device_constant
 from .autograd import LoraRest, differentiable_backward, low_precision, moment_gradients
 from .backends import choose
 from .backends.plan import Plans
@@ -192,10 +192,18 @@ def _forward(run: _Run, x, W, bias, A, B, P, sign, rows, key) -> list[Tensor]:
     return [*y, h, *moments]
 
 
-@device_constant(maxsize=256)
+@functools.cache
+def _counts() -> Callable[[int, torch.dtype, torch.device], Tensor]:
+    from ..kernels.constants import device_constant  # importing the package loads no kernels
+
+    return device_constant(maxsize=256)(
+        lambda rows, dtype, device: torch.full((2, 1), rows, dtype=dtype, device=device)
+    )
+
+
 def _count(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The number of rows beside the column sums: what a moment leaf [2, N + 1] accumulates."""
-    return torch.full((2, 1), rows, dtype=dtype, device=device)
+    return _counts()(rows, dtype, device)
 
 
 def _backward(run: _Run, x, h, W, A, B, dy, need: Need, rows, key) -> list[Tensor | None]:

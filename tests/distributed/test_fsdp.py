@@ -257,9 +257,9 @@ def test_losses_parameters_and_statistics_are_those_of_one_process(ranks, how):
         assert_read(scores, read(tracker))
 
 
-def alone(world, *args, **kwargs):
+def alone(world, **kwargs):
     m = model()
-    with fastlora.track(m, *args, every=1, **kwargs) as tracker:
+    with fastlora.track(m, every=1, **kwargs) as tracker:
         train_alone(m, tracker, world, STEPS)
     return read(tracker)
 
@@ -267,7 +267,7 @@ def alone(world, *args, **kwargs):
 def test_statistics_follow_the_factor_that_divides_gradients(ranks):
     world = len(ranks)
     probed = alone(world, statistics=("grad_sq", "act_var"))
-    exact = alone(world, "exact", statistics=("fisher", "act_cov", "grad_cov"))
+    exact = alone(world, estimator="exact", statistics=("fisher", "act_cov", "grad_cov"))
     probed["grad_sq"] = {key: value * world**2 for key, value in probed["grad_sq"].items()}
     exact["grad_cov"] = {key: value * world**2 for key, value in exact["grad_cov"].items()}
     for found in ranks:
@@ -279,7 +279,7 @@ def test_shards_with_replicas(ranks):
     if len(ranks) < 4:
         pytest.skip("takes four ranks")
     for found in ranks:
-        assert_read(found["replicated"], alone(len(ranks), "exact", statistics=("grad_sq", "fisher")))
+        assert_read(found["replicated"], alone(len(ranks), estimator="exact", statistics=("grad_sq", "fisher")))
 
 
 def test_mixed_precision_measures_in_float32(ranks):

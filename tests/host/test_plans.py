@@ -66,7 +66,7 @@ def test_the_launcher_is_a_choice():
 
 
 def test_an_unknown_launcher_is_refused():
-    refused = "ValueError: FASTLORA_TRITON_LAUNCHER: expected one of native, triton, got 'cuda'"
+    refused = "ValueError: FASTLORA_TRITON_LAUNCHER: expected one of ('native', 'triton'), got 'cuda'"
     assert refused in _says(FASTLORA_TRITON_LAUNCHER="cuda").stderr
 
 

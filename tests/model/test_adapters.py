@@ -250,7 +250,7 @@ REFUSED = {
         "ids: expected an int64 tensor .*, got torch.float32",
     ),
     "shape": (lambda m: fastlora.use_adapters(m, torch.tensor(0)), "ids: expected an int64 tensor"),
-    "type": (lambda m: fastlora.use_adapters(m, 3), "ids: expected .*, got int"),
+    "type": (lambda m: fastlora.use_adapters(m, 3), "ids: expected an int64 tensor, names, one name or ranges, got 3"),
     "seeds": (
         lambda m: fastlora.use_adapters(m, IDS, row_seeds=IDS[:2]),
         r"row_seeds: expected one for each of 6 ids, got torch\.int64 \(2,\)",
@@ -281,9 +281,9 @@ def test_ids_that_do_not_fit_the_batch(shape):
 
 
 BAD_SETS = {
-    "same name": (lambda m: fastlora.add_adapter(m, "b", LoraConfig(target_modules="qkv")), "name: .* none of .*, got 'b'"),
+    "same name": (lambda m: fastlora.add_adapter(m, "b", LoraConfig(target_modules="qkv")), "name: .* got 'b'"),
     "dotted": (lambda m: fastlora.add_adapter(m, "a.b", LoraConfig(target_modules="qkv")), "name: expected"),
-    "target": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(target_modules=["qkx"])), "target_modules: .* got 'qkx'"),
+    "target": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(target_modules=["qkx"])), "got 'qkx'"),
     "rank": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(r=9, target_modules="qkv")), "at most .* = 8, got 9"),
     "bias": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(target_modules="qkv", bias="all")), "bias: expected"),
     "not adapted": (

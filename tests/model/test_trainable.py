@@ -232,7 +232,13 @@ BAD = [
     ),
     ("policy", plain(3), ("deep_lara",), {}, "name: expected one of .*did you mean 'deep_lora'"),
     ("policy", plain(3), (None,), {}, "name: expected one of"),
-    ("config", plain(3), ("deep_lora", {"r": 4}), {}, "config: expected fastlora.LoraConfig"),
+    (
+        "config",
+        plain(3),
+        ("deep_lora", {"r": 4}),
+        {},
+        r"config: expected a fastlora\.LoraConfig or a peft\.LoraConfig, got \{'r': 4\}",
+    ),
     (
         "targets",
         plain(3),
@@ -287,7 +293,7 @@ def test_adapted_models_and_outside_targets_are_refused(build):
         match=r"target_modules: expected what matches modules inside the blocks .*, got \['pooler\.dense'\]",
     ):
         apply_policy(build("bert"), "deep_lora", config(target_modules=["pooler.dense"]))
-    with pytest.raises(ValueError, match="model: expected a torch.nn.Module, got '"):
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got '"):
         apply_policy("bert", "norm_only")
 
 

@@ -25,8 +25,8 @@ def run(m, ids=IDS, x=None):
 
 def kept(m) -> Bundle:
     """The bundle of q, k and v of the first block, which run together."""
-    (bundle,) = [b for layers, b in m[0].query.group._bundles.items() if len(layers) == 3]
-    return bundle
+    bundles = [b for layers, b in m[0].query.group._bundles.items() if len(layers) == 3]
+    return bundles[0] if bundles else Bundle((m[0].query, m[0].key, m[0].value))
 
 
 def ranks(m, names=NAMES) -> list[int]:

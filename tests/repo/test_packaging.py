@@ -73,7 +73,7 @@ def test_the_pure_python_install_computes_the_same(checkout):
         "a, b, s = layer.pairs()[0]\n"
         "torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias + s * x @ a.T @ b.T)\n"
         "text = str(fastlora.explain(torch.nn.Sequential(layer)))\n"
-        "assert ' python ' in text and 'not built' in text\n"
+        "assert ' eager ' in text and 'not built' in text\n"
         "try: fastlora.nn.Linear(8, 6, r=2, backend='native')(x)\n"
         "except RuntimeError as error: assert 'native' in str(error) and 'not built' in str(error)\n"
         "else: raise AssertionError('a backend asked for by name fell back')\n"

@@ -110,8 +110,8 @@ def test_attention_names_inputs_that_do_not_fit():
     layer = fastlora.nn.MultiheadAttention(8, 2, batch_first=True, r=2)
     x = torch.randn(3, 5, 8)
     for given, says in (
-        ((x[0, 0],) * 3, r"query: expected \[L, E\] or \[L, N, E\], got shape \(8,\)"),
-        ((x, x[0], x), r"key: expected 3 dimensions as query has, got shape \(5, 8\)"),
+        ((x[0, 0],) * 3, r"query: expected \[L, E\] or \[L, N, E\], got torch\.float32 \(8,\)"),
+        ((x, x[0], x), r"key: expected 3 dimensions as query has, got torch\.float32 \(5, 8\)"),
     ):
         with pytest.raises(ValueError, match=says):
             layer(*given)

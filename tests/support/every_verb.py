@@ -121,10 +121,6 @@ def run_verb(verb, data, tiles):
         return run_dropped(mixed_of(data), tiles)
     if verb == "grouped_shrink":
         return run_grouped(data, tiles)
-    if verb == "shrink_moments":
-        moments = torch.empty(2, s.K, dtype=torch.float64, device=DEVICE)
-        h = shrink.shrink(data.x, [*data.A, data.P], 1, moments=moments, tiles=tiles)
-        return [(h, expected_h(data)), (moments, reference.column_moments(wide(data.x)))]
     if verb.startswith("shrink"):
         found = [(shrink.shrink(data.x, [*data.A, data.P], 1, tiles=tiles, **options), expected_h(data, p))]
         if not p:

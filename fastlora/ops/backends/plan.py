@@ -10,6 +10,7 @@ launcher is used.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 from collections import OrderedDict
@@ -24,7 +25,7 @@ from ..._utils.torch_compat import dispatch_mode, schema_of
 from .. import native
 
 try:
-    from ..._plan import Cache, alive, registry
+    from ..._plan import Cache, find, registry
 except ImportError:
     Cache = None
 
@@ -35,7 +36,7 @@ VARIABLE = "FASTLORA_TRITON_LAUNCHER"
 DRIVER = "libcuda.so.1"
 # Plans an owner keeps: batches come in few lengths, or in so many that no plan pays.
 CAPACITY = 32
-_REMEMBERED = 4096
+_REMEMBERED = 1024
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 Compute = Callable[[list[Tensor]], Sequence[Tensor | None]]
@@ -56,6 +57,7 @@ class _Recent(OrderedDict):
 _known: _Recent = _Recent()
 # As many as there are compiled kernels: Triton keeps those too, as long as its own cache is not cleared.
 _kernels: dict[int, Any] = {}
+_numbers = itertools.count()
 _said: dict[str, None] = {}
 _disabled: list[str] = []
 
@@ -138,10 +140,10 @@ class Plans:
         """
         if inputs[0].dtype is torch.float32:
             key = (key, _precision())
-        variant = self._variants.get(key)
-        if variant is not None:
+        variant, cache = self._variants.get(key), self._cache
+        if variant is not None and cache is not None:
             try:
-                out = _run_plan(self._cache.number, variant, inputs)
+                out = _run_plan(cache.number, variant, inputs)
             except RuntimeError as error:
                 return self._without(inputs, compute, error)
             if out:
@@ -174,10 +176,14 @@ class Plans:
         if isinstance(known, str):
             self.reason = known
             return list(compute(list(inputs)))
-        if known is None or not alive(known[0]):
+        plan = None if known is None else find(known[0])
+        if plan is None:
             return self._record(key, met, inputs, compute)
-        self._keep(key, inputs, *known)
-        return _run_plan(self._cache.number, self._variants[key], inputs)
+        cache, variant = self._keep(key, inputs, plan, known[1])
+        try:
+            return _run_plan(cache.number, variant, inputs)
+        except RuntimeError as error:
+            return self._without(inputs, compute, error)
 
     def _record(self, key: Hashable, met: tuple, inputs: Sequence[Tensor], compute: Compute) -> list:
         from . import program, recorder
@@ -189,19 +195,23 @@ class Plans:
                 self.reason = _known[met] = recording.problem
                 _say(recording.problem)
             return out
-        plan = program.build(found)
+        plan, constants = program.build(found), list(found.constants.values())
         _kernels.update(found.kernels)
-        _known[met] = plan.number, list(found.constants.values())
-        self._keep(key, inputs, *_known[met])
+        _known[met] = plan.number, constants
+        self._keep(key, inputs, plan, constants)
         return out
 
-    def _keep(self, key: Hashable, inputs: Sequence[Tensor], number: int, constants: list[Tensor]) -> None:
-        if self._cache is None or len(self._variants) > 4 * self.capacity:
+    def _keep(self, key: Hashable, inputs: Sequence[Tensor], plan: Any, constants: list[Tensor]) -> tuple[Any, int]:
+        """The cache that has the plan now, and the variant that is it there."""
+        cache = self._cache
+        if cache is None or len(self._variants) > 4 * self.capacity:
             # A key that differs at every call, as a scale that is annealed, would fill the memory.
-            self._cache = Cache(self.capacity)
             self._variants.clear()
-        variant = self._variants.setdefault(key, len(self._variants))
-        torch.ops.fastlora.keep_plan(self._cache.number, variant, number, inputs, constants)
+            cache = self._cache = Cache(self.capacity)
+        # A number is never given twice: another thread may still hold one of a cache that is gone.
+        variant = self._variants.setdefault(key, next(_numbers))
+        torch.ops.fastlora.keep_plan(cache.number, variant, plan.number, inputs, constants)
+        return cache, variant
 
 
 def _precision() -> str:

@@ -146,7 +146,7 @@ class TritonBackend:
         kernels, batch, ranks = _kernel("grouped"), _batch(call.rows), _ranks(call)
         factors = _one_dtype([*call.A, *call.P])
         A, probes = factors[: len(call.A)], factors[len(call.A) :]
-        stacked = [f for g in range(ranks.adapters) for f in (*A[g * n : g * n + n], *probes[g : g + 1])]
+        stacked = [f for g in range(len(ranks.by_adapter)) for f in (*A[g * n : g * n + n], *probes[g : g + 1])]
         h = kernels.grouped_shrink(x, stacked, batch, ranks, drop=_row_dropout(call.drop))
         places = list(zip(layout.outputs, layout.columns, strict=True))
         B, options = _one_dtype(call.B), (places, call.scale, call.moments)

@@ -111,12 +111,6 @@ def off_linear_tma(module, data, p):
     return off_linear(module, Data(FUSED, torch.float32), p, TILES._replace(tma=True))
 
 
-def off_moments_of_x(module, data, p):
-    moments = torch.empty(2, data.problem.K, dtype=torch.float64, device=DEVICE)
-    module.shrink(data.x, data.A, moments=moments, tiles=TILES)
-    return error(moments, reference.column_moments(wide(data.x)))
-
-
 def off_diagonal(module, data, p):
     offsets, dy = [0, 11, data.problem.M], data.dy[0]
     diagonal = torch.ones(dy.shape[1], data.problem.K, device=DEVICE)
@@ -159,58 +153,55 @@ def _off_mixed(o):
     return max(error(one, other) for one, other in [*pairs, *zip(moments, sums, strict=True)])
 
 
-FIRST_PROBE = "o_probes + o_rank"
-OWN_RANKS = "clear(pick(offsets, i_entry), EVEN_R)"
-ROUTED, SHUFFLED = "own_rows(segments, i_m, GATHER", "own_rows(segments, i_m, False"
+FIRST_PROBE = "layout.first_probe + o_rank"
+OWN_RANKS = "reveal(first, EVEN)"
+ROUTED, SHUFFLED = "OPTIONS.gather)", "False)"
 MUTATIONS = {
-    "shrink: no mask past K": ("shrink", "if not EVEN_K:", "if False:", off_shrink, 0.0),
+    "shrink: no mask past K": ("shrink", "if not OPTIONS.even_k:", "if False:", off_shrink, 0.0),
     "shrink: parts overlap": ("shrink", "i_split * part, tl.minimum", "0, tl.minimum", off_shrink, 0.0),
-    "shrink: one mask for all": ("shrink", "keep_mask(seed, i, o_key", "keep_mask(seed, 0, o_key", off_shrink, 0.3),
-    "shrink: probes drop": ("shrink", "(o_rank >= last)[", "(o_rank < 0)[", off_shrink, 0.3),
-    "shrink: moments of one tile": ("shrink", "i_m.to(tl.int64) * 2 * K", "0 * 2 * K", off_moments_of_x, 0.0),
-    "shrink: moments of padding": ("shrink", "m_m[:, None], (o_k < K)", "m_m[:, None] | True, (o_k < K)",
-                                   off_moments_of_x, 0.0),
+    "shrink: one mask for all": ("shrink", "keep_mask(keys.seed, i,", "keep_mask(keys.seed, 0,", off_shrink, 0.3),
+    "shrink: probes drop": ("shrink", "(block.columns >= masked)[", "(block.columns < 0)[", off_shrink, 0.3),
     "dh: a neighbour's ranks": ("shrink", f"o_rank = {OWN_RANKS} + o_own", "o_rank = o_own", off_shrink_backward, 0.0),
-    "dh: no scale": ("shrink", "pick(scales, i_entry)", "1.0", off_shrink_backward, 0.0),
-    "linear: h of the first": ("linear", "o_row * stride_h + offset", "o_row * stride_h", off_linear, 0.0),
-    "linear: bias of the first": ("linear", "None, None, pick(p_bias, i_entry)", "None, None, p_bias[0]",
+    "dh: no scale": ("shrink", "select(factors.scales, i)", "1.0", off_shrink_backward, 0.0),
+    "linear: h of the first": ("linear", "OPTIONS.even_r) + part.offset", "OPTIONS.even_r)", off_linear, 0.0),
+    "linear: bias of the first": ("linear", "select(group.bias, i)\n    linear_tile", "group.bias[0]\n    linear_tile",
                                   off_linear, 0.0),
     "linear: moments of padding": ("linear", "b_y.to(tl.float32), m_m,", "b_y.to(tl.float32), m_m | True,",
                                    off_linear, 0.0),
     "linear: sum lost": ("linear", "matmul_loop(b_acc, p_x", "matmul_loop(b_acc * 0.0, p_x", off_linear, 0.0),
     "tma: tiles skipped": ("linear", "tl.num_programs(0) - own", "tl.num_programs(0)", off_linear_tma, 0.0),
-    "tma: rows of the first tile": ("linear", "desc_x.load([i_m * BLOCK_M, k])", "desc_x.load([0, k])",
+    "tma: rows of the first tile": ("linear", "load([place.row_tile * BLOCK_M, k])", "load([0, k])",
                                     off_linear_tma, 0.0),
-    "tma: a step lost": ("linear", "for k in tl.range(0, K, BLOCK_K)", "for k in tl.range(BLOCK_K, K, BLOCK_K)",
+    "tma: a step lost": ("linear", "tl.range(0, x.columns, BLOCK_K)", "tl.range(BLOCK_K, x.columns, BLOCK_K)",
                          off_linear_tma, 0.0),
-    "dx: a source less": ("linear_backward", "static_range(SOURCES)", "static_range(SOURCES - 1)",
+    "dx: a source less": ("linear_backward", "static_range(len(dy.data))", "static_range(len(dy.data) - 1)",
                           off_linear_backward, 0.0),
     "wgrad: last row lost": ("wgrad", "tl.minimum(first + rows, M)", "tl.minimum(first + rows, M - 3)", off_wgrad, 0.0),
-    "wgrad: a rank as probe": ("wgrad", f"{FIRST_PROBE} - rank", FIRST_PROBE, off_wgrad, 0.0),
-    "wgrad: partials overwritten": ("wgrad", "i_part.to(tl.int64) * total", "0 * total", off_wgrad, 0.0),
+    "wgrad: a rank as probe": ("wgrad", f"{FIRST_PROBE} - ranks", FIRST_PROBE, off_wgrad, 0.0),
+    "wgrad: partials overwritten": ("wgrad", "i_part.to(tl.int64) * reveal", "0 * reveal", off_wgrad, 0.0),
     "gradstat: run boundary": ("gradstat", "(last - first).to", "(last - first - 1).to", off_gradstat, 0.0),
     "diagonal: last run only": ("gradstat", "b_squares += b_acc", "b_squares = b_acc", off_diagonal, 0.0),
     "diagonal: overwritten": ("gradstat", "b_squares + tl.load(", "b_squares + 0 * tl.load(", off_diagonal, 0.0),
-    "covariance: one weight": ("gradstat", "weight = tl.load(p_weight)", "weight = tl.load(p_weight) * 0.5",
+    "covariance: one weight": ("gradstat", "scale = tl.load(weight)", "scale = tl.load(weight) * 0.5",
                                off_covariance, 0.0),
     "covariance: mirrored into itself": ("gradstat", "if i_row != i_column:", "if i_row == i_column:",
                                          off_covariance, 0.0),
-    "adapters, h: routing": ("shrink", ROUTED, SHUFFLED, off_grouped, 0.0),
+    "adapters, h: routing": ("shrink", f"{ROUTED}\n        p_fac", f"{SHUFFLED}\n        p_fac", off_grouped, 0.0),
     "adapters, h: a rank less": ("shrink", "offset + o_own, o_own < rank", "offset + o_own, o_own < rank - 1",
                                  off_grouped, 0.0),
-    "adapters, h: factors of the first": ("shrink", "(first + o_own) * strides", "o_own * strides", off_grouped, 0.0),
+    "adapters, h: factors of the first": ("shrink", "(row + o_own) * factors", "o_own * factors", off_grouped, 0.0),
     "adapters, y: routing": ("linear", ROUTED, SHUFFLED, off_grouped, 0.0),
-    "adapters, y: a neighbour's scale": ("linear", "segments[4] + i_pair", "segments[4] + i_entry", off_grouped, 0.0),
+    "adapters, y: a neighbour's scale": ("linear", "segments.scales + i_pair", "segments.scales + i", off_grouped, 0.0),
     "adapters, dx: routing": ("linear_backward", ROUTED, SHUFFLED, off_grouped, 0.0),
     "adapters, dx: factors of the first": ("linear_backward", "(o_skip + o_rank)", "o_rank", off_grouped, 0.0),
-    "adapters, dA: routing": ("wgrad", "if GATHER:", "if False:", off_grouped, 0.0),
+    "adapters, dA: routing": ("wgrad", "if OPTIONS.gather:", "if False:", off_grouped, 0.0),
     "adapters, dA: rows twice": ("wgrad", "begin + i_part * own", "begin", off_grouped, 0.0),
-    "adapters, dB: no scale": ("wgrad", "tl.where(o_rank < rank, scale, 1.0)", "tl.where(o_rank < rank, 1.0, 1.0)",
+    "adapters, dB: no scale": ("wgrad", "tl.where(o_rank < ranks, scale, 1.0)", "tl.where(o_rank < ranks, 1.0, 1.0)",
                                off_grouped, 0.0),
-    "adapters, dropout of h: row for key": ("shrink", "o_key, o_rank, segments, adapter",
-                                            "o_m, o_rank, segments, adapter", off_dropped, 0.0),
-    "adapters, dropout of dx: no scale": ("linear_backward", "b_part * kept", "b_part", off_dropped, 0.0),
-    "adapters, dropout of dA: one mask": ("wgrad", "keep_mask(seed, i,", "keep_mask(seed, 0,", off_dropped, 0.0),
+    "adapters, dropout of h: row for key": ("shrink", "keys.counters, k,", "rows.numbers, k,", off_dropped, 0.0),
+    "adapters, dropout of dx: no scale": ("linear_backward", "b_part * keys.scale", "b_part", off_dropped, 0.0),
+    "adapters, dropout of dA: one mask": ("wgrad", "keep_mask(keys.seed, i,", "keep_mask(keys.seed, 0,",
+                                          off_dropped, 0.0),
     "adapters, moments: of the first": ("reduce", "(i_before + o_tile) * 2", "o_tile * 2", off_grouped, 0.0),
 }  # fmt: skip
 

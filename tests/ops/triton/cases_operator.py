@@ -14,7 +14,7 @@ from support.triton_help import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, asse
 
 from fastlora.ops import backends, reference
 from fastlora.ops.backends import triton as triton_backend
-from fastlora.ops.layout import AdapterBatch
+from fastlora.ops.layout import AdapterBatch, GroupLayout, LoraCall
 from fastlora.ops.lora import lora_grouped, lora_linear
 from fastlora.ops.probe_ops import measured
 
@@ -228,12 +228,14 @@ def test_a_backend_asked_for_by_name_raises_and_auto_says_why(monkeypatch):
 
 def test_devices_that_differ_are_named_before_anything_runs():
     backend, data = triton_backend.TritonBackend(), Data(SEPARATE, torch.float32)
-    there = [torch.empty_like(a, device="meta") for a in data.A]
+    layout = GroupLayout(data.W, data.B)
+    call = LoraCall(
+        data.x, data.W, data.bias, data.A, data.B, (), (), data.scale, layout, None, None, "auto", False
+    )  # fmt: skip
     with pytest.raises(ValueError, match="lora_A: is on meta, x on"):
-        backend.shrink(data.x, there, None, None, 0.0)
+        backend.forward(call._replace(A=[torch.empty_like(a, device="meta") for a in data.A]))
     with pytest.raises(ValueError, match="weight: is on meta"):
-        whole = [torch.empty_like(w, device="meta") for w in data.W]
-        backend.linear(data.x, whole, data.bias, data.x, data.B, data.layout, data.scale, False)
+        backend.forward(call._replace(W=[torch.empty_like(w, device="meta") for w in data.W]))
     with pytest.raises(ValueError, match="dy: is on meta"):
         backend.gradstat(data.x, torch.empty_like(data.dy[0], device="meta"), (0, 35))
 

@@ -1,23 +1,18 @@
-"""Statistics in Triton: moments in shrink's pass, sums and squares of dy^T x, covariances; against float64."""
+"""Statistics in Triton: sums and squares of dy^T x, covariances; against float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from fastlora.kernels import gradstat, shrink, tiling
+from fastlora.kernels import gradstat, tiling
 from fastlora.kernels.tiling import TileConfig
 from support.every_verb import run_verb
 from support.triton_help import (
     DEVICE,
-    EMPTY,
     FUSED,
-    SEPARATE,
-    TINY,
-    WIDE_RANK,
     Data,
     Problem,
     assert_close,
-    expected_h,
     wide,
 )
 
@@ -31,28 +26,6 @@ KINDS = {
     "bf16": (torch.bfloat16, torch.bfloat16),
 }
 kinds = pytest.mark.parametrize(("dtype", "factors"), KINDS.values(), ids=KINDS)
-
-
-@kinds
-@pytest.mark.parametrize("problem", [SEPARATE, FUSED, TINY, WIDE_RANK, EMPTY])
-@pytest.mark.parametrize("split", [1, 3])
-def test_moments_in_the_pass_of_shrink(problem, dtype, factors, split, monkeypatch):
-    if dtype != torch.float32 and problem is not SEPARATE:
-        pytest.skip("the other dtypes share all but the casts")
-    monkeypatch.setattr(shrink, "choose_split", lambda *sizes: split)
-    data, moments = Data(problem, dtype, factors), torch.full((2, problem.K), float("nan"), device=DEVICE).double()
-    extra = [] if data.P is None else [data.P]
-    h = shrink.shrink(data.x, [*data.A, *extra], len(extra), moments=moments, tiles=SMALL)
-    assert_close(h, expected_h(data), dtype, "h")
-    assert_close(moments, reference.column_moments(wide(data.x)), torch.float32, "moments")
-
-
-def test_moments_of_x_do_not_cancel():
-    data, moments = Data(FUSED, torch.float32), torch.empty(2, FUSED.K, device=DEVICE, dtype=torch.float64)
-    x = data.x + 1e3
-    shrink.shrink(x, data.A, moments=moments, tiles=SMALL)
-    mean, square = wide(moments) / FUSED.M
-    assert torch.allclose(square - mean.square(), wide(x).var(0, unbiased=False), rtol=1e-3)
 
 
 @kinds
@@ -86,7 +59,9 @@ def test_splits_fit_the_grid():
 def test_covariance(M, N):
     x = torch.randn(M, N, device=DEVICE)
     found = gradstat.covariance(x, SMALL)
-    assert torch.equal(found, found.T)
+    # Tiles below the diagonal are copies; in a tile on it the two halves are rounded by the library's own product.
+    rounding = torch.finfo(torch.float32).eps * (x.abs().T @ x.abs())
+    assert ((found - found.T).abs() <= rounding).all()
     assert_close(found, wide(x).T @ wide(x) / max(M, 1), torch.float32, "covariance")
 
 
@@ -150,11 +125,9 @@ def test_a_weight_of_zero_adds_nothing():
     assert (total == 0).all()
 
 
-@pytest.mark.parametrize("statistic", ["diagonal", "moments"])
-def test_out_of_memory_leaves_statistics_as_they_were(statistic, monkeypatch):
+def test_out_of_memory_leaves_the_diagonal_as_it_was(monkeypatch):
     """The n-th allocation fails, for every n: an error, or all of the result, and nothing in between."""
     data, real = Data(FUSED, torch.float32), torch.empty
-    monkeypatch.setattr(tiling, "choose_split", lambda *sizes: 2)
     offsets = torch.tensor([0, 9, 24], device=DEVICE)
     for fatal in range(5):
         allocated = []
@@ -165,14 +138,10 @@ def test_out_of_memory_leaves_statistics_as_they_were(statistic, monkeypatch):
                 raise torch.OutOfMemoryError("out of memory")
             return real(*size, **options)
 
-        kept = torch.full((48, 32) if statistic == "diagonal" else (2, 32), 7.0, device=DEVICE)
-        kept = kept if statistic == "diagonal" else kept.double()
+        kept = torch.full((48, 32), 7.0, device=DEVICE)
         monkeypatch.setattr(torch, "empty", empty)
         try:
-            if statistic == "diagonal":
-                gradstat.gradstat(data.x, data.dy[0], offsets, SMALL, diagonal=kept)
-            else:
-                shrink.shrink(data.x, data.A, moments=kept, tiles=SMALL)
+            gradstat.gradstat(data.x, data.dy[0], offsets, SMALL, diagonal=kept)
         except torch.OutOfMemoryError:
             assert (kept == 7.0).all()
             assert fatal < 4

@@ -102,7 +102,7 @@ def test_linear(problem, dtype, factors, strategy, monkeypatch):
 def test_descriptors_are_used_where_rows_are_aligned(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        linear, "launch", lambda kernel, grid, *rest, **options: seen.append((grid, options.get("TMA")))
+        linear, "launch", lambda kernel, grid, *rest, **options: seen.append((grid, options["TILE"].tma))
     )
     for problem, wanted in ((FUSED, True), (SEPARATE, False)):
         data = Data(problem, torch.float16)

@@ -1,0 +1,157 @@
+"""Running calls with and without plans on the null GPU, what they launch, and programs changed on purpose."""
+
+from __future__ import annotations
+
+import torch
+from plan_cases import AXES, Case, directions
+
+from benchmarks.host import records
+from benchmarks.host.null_gpu import NAME, NullGpu
+from benchmarks.host.records import Kind
+from fastlora.ops.backends import program, recorder
+from fastlora.ops.backends.plan import Plans
+
+INVALID_VALUE = 1  # CUresult
+# As where the library was built with CUDA; the null GPU has kernels for them.
+NATIVE = {("segment_tiles", NAME), ("build_segments", NAME)}
+PLAIN = Case(*(values[0] for values in AXES))
+
+
+def forbidden(_inputs):
+    raise AssertionError("a call that has a plan went through Python")
+
+
+def work(trace):
+    """The library calls and the device's own kernels of a trace, in order, in place or not."""
+    return [
+        (r.kind, r.name.rstrip("_"))
+        for r in trace
+        if not isinstance(r, records.Launch) and r.kind in (Kind.GEMM, Kind.KERNEL)
+    ]
+
+
+def without(every, some):
+    """What is left of a list without another, whose entries stand in it in the same order."""
+    rest, wanted = [], list(some)
+    for item in every:
+        if wanted and wanted[0] == item:
+            wanted.pop(0)
+        else:
+            rest.append(item)
+    assert not wanted, f"{wanted} are not among {every}"
+    return rest
+
+
+def storages(tensors):
+    """(shape, strides, dtype, which of the tensors' memories, offset) of each."""
+    places: dict[int, int] = {}
+    found = []
+    for t in tensors:
+        if t is None:
+            found.append(None)
+            continue
+        place = places.setdefault(t.untyped_storage().data_ptr() if t.numel() else -1, len(places))
+        found.append((tuple(t.shape), t.stride(), t.dtype, place, t.storage_offset(), t.requires_grad))
+    return found
+
+
+def traced(gpu: NullGpu, call):
+    """(trace, outputs) of a call; its outputs live as long as the trace is made."""
+    kept = []
+    return gpu.trace(lambda: kept.extend(call())), kept
+
+
+@torch.no_grad()
+def with_plans(direction, plans=None):
+    """Plans that hold one for a direction."""
+    plans = plans or Plans()
+    for _ in range(2):
+        plans.run(direction.key, direction.inputs, direction.compute)
+    assert plans.reason is None and len(plans) >= 1, plans.reason
+    return plans
+
+
+@torch.no_grad()
+def same(gpu: NullGpu, case: Case) -> None:
+    """A plan starts what Triton's launcher starts, byte for byte, with old inputs and with new ones."""
+    for name, direction in directions(case, gpu.device).items():
+        plans = with_plans(direction)
+        for inputs in (direction.inputs, direction.fresh()):
+            theirs, outputs = traced(gpu, lambda: direction.compute(list(inputs)))  # noqa: B023
+            ours, found = traced(gpu, lambda: plans.run(direction.key, inputs, forbidden))  # noqa: B023
+            problem = records.difference(records.canonical(ours), records.canonical(theirs))
+            assert problem is None, f"{name}: {problem}"
+            assert records.dangling(ours) == [], (name, records.dangling(ours))
+            left_out = without(work(theirs), work(ours))
+            assert case.rows == 0 or {kind for _, kind in left_out} <= {"zero"}, (name, left_out)
+            assert storages(found) == storages(outputs), (name, storages(found), storages(outputs))
+
+
+def changed(found, index, **fields):
+    steps = list(found.steps)
+    steps[index] = steps[index]._replace(**fields)
+    return found._replace(steps=tuple(steps))
+
+
+def swapped(values, i, j):
+    values = list(values)
+    values[i], values[j] = values[j], values[i]
+    return tuple(values)
+
+
+def mutants(found):
+    """(what was changed, the program) for changes of each launch that must not go unseen."""
+    for index, step in enumerate(found.steps):
+        # What a library call reads leaves no trace on the null GPU; tests on a CPU's tensors compare numbers.
+        if isinstance(step, recorder.View) and step.out in found.results:
+            yield f"step {index}: stride", changed(found, index, strides=(step.strides[0] + 8, *step.strides[1:]))
+        if not isinstance(step, recorder.Launch):
+            continue
+        at = f"step {index} ({step.name})"
+        holes, values = step.holes, step.values
+        position, slot, first = holes[0]
+        yield f"{at}: offset", changed(found, index, holes=((position, slot, first + 2), *holes[1:]))
+        other = next(h for h in holes if h[1] != slot)
+        yield f"{at}: tensor", changed(found, index, holes=((position, other[1], first), *holes[1:]))
+        order = [(b if p == position else position if p == b else p, s, o) for b in [other[0]] for p, s, o in holes]
+        yield f"{at}: order of tensors", changed(found, index, holes=tuple(order))
+        numbers = [i for i, v in enumerate(values) if v and all(i != p for p, _, _ in holes)]
+        pair = next((i, j) for i in numbers for j in numbers if values[i] != values[j])
+        yield f"{at}: order of numbers", changed(found, index, values=swapped(values, *pair))
+        for i in numbers:
+            yield f"{at}: number {i}", changed(found, index, values=(*values[:i], values[i] + 1, *values[i + 1 :]))
+        yield f"{at}: grid", changed(found, index, grid=(step.grid[0] + 1, *step.grid[1:]))
+        yield f"{at}: block", changed(found, index, block=(step.block[0] * 2, 1, 1))
+        yield f"{at}: shared memory", changed(found, index, shared_bytes=step.shared_bytes + 16)
+        yield f"{at}: attributes", changed(found, index, attributes=((2, (1,)),))
+        yield f"{at}: left out", found._replace(steps=tuple(s for i, s in enumerate(found.steps) if i != index))
+        yield f"{at}: twice", found._replace(steps=(*found.steps[: index + 1], *found.steps[index:]))
+
+
+@torch.no_grad()
+def changes_are_seen(gpu):
+    for case in (PLAIN, PLAIN._replace(adapters=3, p=0.1, moments=True), PLAIN._replace(columns=1056, layout="fused")):
+        for name, direction in directions(case, gpu.device).items():
+            with_plans(direction)
+            theirs, outputs = traced(gpu, lambda: direction.compute(list(direction.inputs)))  # noqa: B023
+            _, found = recorder.Recorder(direction.inputs).record(direction.compute)
+            assert run_program(gpu, direction, found, theirs, outputs) is None
+            count = 0
+            for what, mutant in mutants(found):
+                problem = run_program(gpu, direction, mutant, theirs, outputs)
+                assert problem is not None, f"{name} of {case}: {what} went unseen"
+                count += 1
+            assert count > 20, (name, count)
+
+
+def run_program(gpu, direction, found, theirs, outputs):
+    """The first difference that a program makes, in launches or results, None where there is none."""
+    built = program.build(found)
+    plans = Plans()
+    plans._keep(direction.key, direction.inputs, built, list(found.constants.values()))
+    try:
+        ours, results = traced(gpu, lambda: plans.run(direction.key, direction.inputs, forbidden))
+    except (RuntimeError, AssertionError) as error:
+        return str(error)
+    problem = records.difference(records.canonical(ours), records.canonical(theirs))
+    return problem or (None if storages(results) == storages(outputs) else "results")
