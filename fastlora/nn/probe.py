@@ -122,6 +122,7 @@ class LayerProbe:
                 }
         if step.variances:
             self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
+        self._leaves = [*self.Z.values(), *self.norms.values(), *([] if self.V is None else [self.V])]
 
     @property
     def live(self) -> bool:
@@ -198,7 +199,7 @@ class LayerProbe:
     def clear(self) -> None:
         """Forget what was taken since the last optimizer step."""
         self.taken.clear()
-        for leaf in (*self.Z.values(), *self.norms.values(), *([] if self.V is None else [self.V])):
+        for leaf in self._leaves:
             leaf.grad = None
 
 

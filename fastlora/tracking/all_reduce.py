@@ -114,7 +114,7 @@ class _Step:
 
     def __init__(self, tracked: Tracked, ranks: ProcessGroupInfo):
         self.tracked, self.ranks, self.device = tracked, ranks, tracked.device
-        self.probes = {path: tracked.probe(path) for path in tracked.layers}
+        self.probes = tracked.probes
         self.exact = tracked.weight_kinds if tracked.estimator == "exact" else ()
 
     def reduce(self, samples: int | Tensor) -> Shared:
@@ -139,7 +139,7 @@ class _Step:
             probe = self.probes[path]
             weights.append(bool(probe.taken) or (name in probe.Z and probe.Z[name].grad is not None))
             moments.append(probe.V is not None and probe.V.grad is not None)
-        taken = {path: probe.taken for path, probe in self.probes.items()} if tracked.covariances else {}
+        taken = tracked.taken() if tracked.covariances else {}
         parts = {
             "here": torch.tensor([*weights, *moments]),
             "bad": ~all_finite(taken, self.device),

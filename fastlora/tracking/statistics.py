@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..nn.linear import Linear, matrix_key
 from ..nn.probe import Contribution, LayerProbe
 from ..ops.backends import choose
 from ..ops.layout import on_host
+from ..ops.multi_tensor import output_variances
 from ..ops.reference import accumulate_dtype
 
 
@@ -21,8 +23,8 @@ from ..ops.reference import accumulate_dtype
 class Tracked:
     """What a tracker follows: the layers of one adapter, their matrices, and the statistics taken of them."""
 
-    adapter: str
     layers: Mapping[str, Linear]
+    probes: Mapping[str, LayerProbe]  # of each layer
     estimator: str
     kinds: tuple[str, ...]  # one number a matrix
     covariances: tuple[str, ...]  # one matrix a layer
@@ -46,12 +48,28 @@ class Tracked:
         """The statistics of the weight's gradient: all but that of the output."""
         return tuple(kind for kind in self.kinds if kind != "act_var")
 
-    def probe(self, path: str) -> LayerProbe:
-        return self.layers[path].probes[self.adapter]
+    @functools.cached_property
+    def Z(self) -> list[Tensor]:
+        """The leaves of the matrices, with probes."""
+        return [leaf for probe in self.probes.values() for leaf in probe.Z.values()]
+
+    @functools.cached_property
+    def leaf_bytes(self) -> int:
+        """What the leaves' gradients of one step take."""
+        return sum(leaf.numel() * leaf.element_size() for leaf in (*self.Z, *self.V))
+
+    def taken(self) -> dict[str, list[Contribution]]:
+        """What backward left in each layer under the exact estimator."""
+        return {path: probe.taken for path, probe in self.probes.items()}
+
+    @functools.cached_property
+    def V(self) -> list[Tensor]:
+        """The leaves of the layers' moments, with ``act_var``."""
+        return [probe.V for probe in self.probes.values() if probe.V is not None]
 
     def exact_values(self, path: str, name: str) -> dict[str, Tensor]:
         """This step's exact value of each statistic of one matrix; empty where no backward ran through its layer."""
-        layer, taken = self.layers[path], self.probe(path).taken
+        layer, taken = self.layers[path], self.probes[path].taken
         if not taken:
             return {}
         rows, found = layer.slice_rows(name), {}
@@ -67,7 +85,7 @@ class Tracked:
 
     def sample_squares(self, path: str, name: str) -> tuple[Tensor, int]:
         """``Σ_i ||G_i||²`` of one matrix over the samples of this step, and their number."""
-        layer, taken = self.layers[path], self.probe(path).taken
+        layer, taken = self.layers[path], self.probes[path].taken
         rows, samples = layer.slice_rows(name), 0
         total = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
         for micro in sorted({call.micro for call in taken}):
@@ -86,6 +104,35 @@ def fisher_factor(loss_reduction: str, samples: int | Tensor) -> float | Tensor:
     return samples.double() if loss_reduction == "mean" else 1.0 / samples.double().clamp(min=1)
 
 
+def output_variances_of(
+    layers: Iterable[Linear], V: Sequence[Tensor | None], device: torch.device
+) -> tuple[Tensor | None, list[bool]]:
+    """``act_var`` of the matrices whose layer has moments, and for each matrix whether it has."""
+    sizes = [list(layer.slices.values()) for layer in layers]
+    live = [(total, runs) for total, runs in zip(V, sizes, strict=True) if total is not None]
+    found = output_variances(*zip(*live, strict=True)).to(device) if live else None
+    return found, [total is not None for total, runs in zip(V, sizes, strict=True) for _ in runs]
+
+
+# Of each statistic: the numbers of those matrices that have one, float64, and for each matrix whether it has; or the
+# numbers of all of them, and a boolean tensor.
+Found = Mapping[str, tuple[Tensor | None, Sequence[bool] | Tensor]]
+
+
+class _Waiting(NamedTuple):
+    """The arguments of ``Averages.add``."""
+
+    read: Callable[[], Found]
+    finite: Tensor | None
+    drawn: Tensor | None
+    steps: int
+
+
+# Samples that wait to be folded in together, and their bytes. Between two training steps the caches hold nothing of
+# this code: the same few operations for sixteen samples in a row take little longer than for one.
+TOGETHER, _TOGETHER_BYTES = 16, 2**23
+
+
 class Averages:
     r"""Running averages of every statistic and matrix, over the same stretch of training however often it is sampled.
 
@@ -100,57 +147,87 @@ class Averages:
         self.kinds, self.ema = tuple(kinds), ema
         self._means = torch.zeros(len(self.kinds), matrices, dtype=torch.float64, device=device)
         self._steps = torch.zeros_like(self._means)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._everything = torch.ones(matrices, dtype=torch.bool, device=device)
+        self._waiting: list[_Waiting] = []
 
     @property
     def values(self) -> dict[str, Tensor]:
+        self.fold()
         return dict(zip(self.kinds, self._means, strict=True))
 
     @property
     def counts(self) -> dict[str, Tensor]:
+        self.fold()
         return dict(zip(self.kinds, self._steps, strict=True))
+
+    @property
+    def skipped(self) -> Tensor:
+        """Samples that were left out because something was not finite."""
+        self.fold()
+        return self._skipped
 
     def add(
         self,
-        values: Mapping[str, Tensor],
-        seen: Mapping[str, Tensor],
-        finite: Tensor | None,
+        read: Callable[[], Found],
+        finite: Tensor | None = None,
         drawn: Tensor | None = None,
         steps: int = 1,
-    ) -> Tensor:
-        """Fold in one sample for the matrices in ``seen``, unless any value is not finite; returns whether it was.
+        bytes_held: int = 0,
+    ) -> None:
+        """Take in one sample, to be folded in for the matrices that have one unless any number is not finite.
 
-        - ``values``, ``seen``: by statistic, [matrices]; no value is negative.
+        - ``read``: gives the numbers, none of them negative, once and later; until then it holds ``bytes_held``.
         - ``finite``: a further condition on folding it in, a boolean tensor or None.
         - ``drawn``: the matrices whose statistics of the weight count, booleans [matrices]; None: all.
         - ``steps``: n, the optimizer steps that the sample stands for.
         """
-        value, keep = torch.stack([values[kind] for kind in self.kinds]), None
-        if any([seen[kind] is not self._everything for kind in self.kinds]):
-            keep = torch.stack([seen[kind] for kind in self.kinds])
-            value = torch.where(keep, value, 0.0)
-        folded = value.amax() < math.inf
-        folded = folded if finite is None else folded & finite
-        keep = folded if keep is None else keep & folded
-        if drawn is not None:
-            keep = keep & torch.stack([drawn | (kind == "act_var") for kind in self.kinds])
-        self._steps += keep if steps == 1 else keep * steps
-        weight = steps / self._steps.clamp(min=1) if self.ema is None else 1.0 - self.ema**steps
-        self._means += torch.where(keep, value, self._means).sub_(self._means).mul_(weight)
+        if self._waiting and len(self._waiting) >= min(TOGETHER, _TOGETHER_BYTES // max(bytes_held, 1)):
+            self.fold()
+        self._waiting.append(_Waiting(read, finite, drawn, steps))
+
+    @torch.no_grad()
+    def fold(self) -> Tensor | None:
+        """Fold in the samples that wait, one after another; returns whether the last was finite, None without any."""
+        folded, waiting = None, self._waiting
+        self._waiting = []
+        for sample in waiting:
+            folded = self._fold(sample)
         return folded
 
-    def corrected(self, kind: str) -> Tensor:
-        """Bias-corrected average of a statistic, ``F / (1 - β^Σn)``; 0 for a matrix without a sample."""
-        value, count = self.values[kind], self.counts[kind]
-        return value / (1.0 - self.ema**count).clamp(min=1e-300) if self.ema is not None else value.clone()
+    def _fold(self, sample: _Waiting) -> Tensor:
+        found = sample.read()
+        rows = [self._scatter(*found[kind]) for kind in self.kinds]
+        value, keep = torch.stack([numbers for numbers, _ in rows]), None
+        if any([seen is not self._everything for _, seen in rows]):
+            keep = torch.stack([seen for _, seen in rows])
+            value = torch.where(keep, value, 0.0)
+        folded = value.amax() < math.inf
+        folded = folded if sample.finite is None else folded & sample.finite
+        keep = folded if keep is None else keep & folded
+        if sample.drawn is not None:
+            keep = keep & torch.stack([sample.drawn | (kind == "act_var") for kind in self.kinds])
+        n = sample.steps
+        self._steps += keep if n == 1 else keep * n
+        weight = n / self._steps.clamp(min=1) if self.ema is None else 1.0 - self.ema**n
+        self._means += torch.where(keep, value, self._means).sub_(self._means).mul_(weight)
+        self._skipped += ~folded
+        return folded
 
-    def scatter(self, found: Tensor | None, there: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Scatter ``found``, one number for each True of ``there``, to all matrices; returns values and mask."""
+    def _scatter(self, found: Tensor | None, there: Sequence[bool] | Tensor) -> tuple[Tensor, Tensor]:
+        """Scatter ``found`` to all matrices; returns values and mask."""
+        if isinstance(there, Tensor):
+            return found, there
         if all(there):
             return found, self._everything
         seen = torch.tensor(there).to(self._means.device, non_blocking=True)
         values = torch.zeros_like(self._means[0])
         return (values if found is None else values.masked_scatter_(seen, found)), seen
+
+    def corrected(self, kind: str) -> Tensor:
+        """Bias-corrected average of a statistic, ``F / (1 - β^Σn)``; 0 for a matrix without a sample."""
+        value, count = self.values[kind], self.counts[kind]
+        return value / (1.0 - self.ema**count).clamp(min=1e-300) if self.ema is not None else value.clone()
 
 
 COVARIANCES = ("act_cov", "grad_cov")

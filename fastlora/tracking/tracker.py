@@ -18,7 +18,6 @@ from ..nn.active import chosen_adapter
 from ..nn.linear import Linear
 from ..nn.probe import LayerProbe, TrackedStep, checked_mask, masked
 from ..nn.probe_rows import ColumnSampler, RademacherProbes, SampleSigns, refreshes_norms
-from ..ops.multi_tensor import output_variances
 from .all_reduce import Reduction, Shared
 from .checks import (
     ABSOLUTE_NEEDS,
@@ -35,8 +34,9 @@ from .checks import (
 from .hooks import RANKS_AGREE, ForwardHook, StepWatch
 from .penalty import FisherPenalty
 from .record import TrackingRecord, keep_record
+from .sample import ReadSample, Sample
 from .sampling import Sampling, nothing_to_measure
-from .statistics import COVARIANCES, Averages, Covariances, Tracked, all_finite, fisher_factor
+from .statistics import COVARIANCES, Averages, Covariances, Tracked, all_finite
 
 _ONE_CODE = "so that compiled code is the same in all of them"
 _SHOWN = 8  # names in an error
@@ -105,20 +105,20 @@ class Tracker:
         kinds = checked_kinds(statistics, estimator, probe_kind)
         self.kinds = tuple(kind for kind in kinds if kind not in COVARIANCES)
         covariances = tuple(kind for kind in kinds if kind in COVARIANCES)
-        self._tracked = Tracked(self.adapter, self.layers, estimator, self.kinds, covariances, loss_reduction)
-        self.per_sample, self.device = "fisher" in kinds, self._tracked.device
-        self.matrices, self.keys = self._tracked.matrices, self._tracked.keys
+        self.per_sample, self.device = "fisher" in kinds, next(iter(self.layers.values())).weight.device
         self.probes = checked_probes(probes, self.device)
         checked_steps(warmup, every, seed)
         if self.per_sample:
             refuse_windows(model, self.layers)
         self.ema, self.warmup, self.seed = checked_decay(ema), warmup, seed
+        self._step = TrackedStep(frozenset(kinds), estimator, self.probes, probe_kind)
+        layer_probes = {path: LayerProbe(layer, self._step) for path, layer in self.layers.items()}
+        self._tracked = Tracked(self.layers, layer_probes, estimator, self.kinds, covariances, loss_reduction)
+        self.matrices, self.keys = self._tracked.matrices, self._tracked.keys
         self.importance: Tensor | None = None
         self._averages = Averages(self.kinds, len(self.keys), self.ema, self.device)
         self._covariances = Covariances(covariances)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._penalty = FisherPenalty(self.layers, self.matrices)
-        self._step = TrackedStep(frozenset(kinds), estimator, self.probes, probe_kind)
         self._sampling = Sampling(every, nothing_to_measure(estimator, self.device))
         self._record = TrackingRecord(self.adapter, warmup, self._sampling, self._step)
         # Held weakly: the model holds its hook, and what the hook leads to would hold the model.
@@ -126,8 +126,8 @@ class Tracker:
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
-        for layer in self.layers.values():
-            layer.probes[self.adapter] = LayerProbe(layer, self._step)
+        for path, probe in self._tracked.probes.items():
+            self.layers[path].probes[self.adapter] = probe
         self._sampler = self._new_sampler()
         if self._sampler is not None:
             self._sampler.draw(0)
@@ -145,23 +145,22 @@ class Tracker:
         """What draws the probes, P or the columns, which the layers' probes see; None without any."""
         if self.estimator != "probe" or not self._tracked.weight_kinds:
             return None
-        layers = list(self.layers.values())
+        pairs = [(layer, self._tracked.probes[path]) for path, layer in self.layers.items()]
         if self.probe_kind == "columns":
             # Each matrix has its own: how large the columns are differs between q, k and v.
-            widths = [layer.in_features for layer in layers for _ in layer.slices]
+            widths = [layer.in_features for layer, _ in pairs for _ in layer.slices]
             sampler = ColumnSampler(widths, self.probes, self.seed, self.device, self.kinds)
-            parts = sampler.index.split([len(layer.slices) for layer in layers])
-            for layer, index in zip(layers, parts, strict=True):
-                layer.probes[self.adapter].columns = index.to(layer.weight.device)
+            parts = sampler.index.split([len(layer.slices) for layer, _ in pairs])
+            for (layer, probe), index in zip(pairs, parts, strict=True):
+                probe.columns = index.to(layer.weight.device)
             return sampler
-        groups: dict[tuple[int, int], list[Linear]] = {}
-        for layer in layers:  # those that share an input share P
-            groups.setdefault((id(layer.group or layer), layer.in_features), []).append(layer)
-        widths = [width for _, width in groups]
-        sampler = RademacherProbes(widths, self.probes, self.seed, self.device)
+        groups: dict[tuple[int, int], list[tuple[Linear, LayerProbe]]] = {}
+        for layer, probe in pairs:  # those that share an input share P
+            groups.setdefault((id(layer.group or layer), layer.in_features), []).append((layer, probe))
+        sampler = RademacherProbes([width for _, width in groups], self.probes, self.seed, self.device)
         for P, members in zip(sampler.rows, groups.values(), strict=True):
-            for layer in members:
-                layer.probes[self.adapter].P = P.to(layer.weight.device)
+            for layer, probe in members:
+                probe.P = P.to(layer.weight.device)
         return sampler
 
     @property
@@ -190,9 +189,9 @@ class Tracker:
     def _detach(self) -> None:
         self._record.closed = True
         self._hook.remove()
-        for layer in self.layers.values():
-            if self._owns(layer):
-                del layer.probes[self.adapter]
+        for path, probe in self._tracked.probes.items():
+            if self._owns(path, probe):
+                del self.layers[path].probes[self.adapter]
 
     @contextlib.contextmanager
     def mask(self, mask: Tensor) -> Iterator[Tracker]:
@@ -219,35 +218,43 @@ class Tracker:
         check = getattr(self._model(), "fastlora_learning", None)
         if check is not None:
             check.examine()
-        if self._record.closed or not any(self._owns(layer) for layer in self.layers.values()):
+        if self._record.closed:
             return
         if self._step.sampled:
             self._fold(inverse)
         self._advance()
 
     def _fold(self, inverse: Tensor | None) -> None:
-        """Fold in this step's sample; ``inverse``: of the loss scale."""
-        shared = self._reduction.run(self._tracked, self._sample_count(), self._agreement)
-        values, seen = self._gather(shared)
-        for kind in self._tracked.weight_kinds if inverse is not None else ():
-            values[kind] = values[kind] * (inverse if kind == "grad_abs" else inverse * inverse)
+        """Take this step's sample; ``inverse``: of the loss scale."""
+        tracked, columns = self._tracked, isinstance(self._sampler, ColumnSampler)
+        samples = self._sample_count()
+        shared = self._reduction.run(tracked, samples, self._agreement)
         finite, taken = None if shared is None else shared.finite, {}
-        if self._covariances.kinds:
-            taken = {path: self._tracked.probe(path).taken for path in self.layers}
+        if tracked.covariances:
+            taken = tracked.taken()
             finite = all_finite(taken, self.device) if shared is None else finite
         if self.kinds:
-            by_columns = isinstance(self._sampler, ColumnSampler)
-            drawn = self._sampler.known if by_columns else None  # those drawn by norms that had been seen
-            finite = self._averages.add(values, seen, finite, drawn, self._sampling.stands_for(self.steps))
-            if by_columns and self._step.refreshes_norms:
-                self._learn(self._sampler, seen[self._tracked.weight_kinds[0]] & finite)
+            Q, V = ([leaf.grad for leaf in leaves] for leaves in (tracked.Z, tracked.V))
+            sample, held = Sample(tracked, self._sampler, Q, V, samples, shared, inverse), tracked.leaf_bytes
+            if columns or self.estimator == "exact" or self.device.type != "cpu" or isinstance(samples, Tensor):
+                # What it reads changes with the next step, or lies in the memory of a CUDA graph.
+                sample, held = ReadSample(sample.read()), 0
+            drawn = self._sampler.known if columns else None  # those drawn by norms that had been seen
+            self._averages.add(sample.read, finite, drawn, self._sampling.stands_for(self.steps), held)
+        else:
+            self._averages.skipped.add_(~finite)
+        # What needs to know now whether the step counts.
+        if columns and self._step.refreshes_norms:
+            self._learn(self._sampler, shared)
         if taken:
-            self._add_covariances(taken, shared, finite, inverse)
-        self._skipped += ~finite
+            self._add_covariances(taken, shared, self._averages.fold() if self.kinds else finite, inverse)
 
-    def _learn(self, sampler: ColumnSampler, keep: Tensor) -> None:
-        """Let ``columns`` see this step's norms."""
-        norms = [self._tracked.probe(path).norms[name].grad for path, name in self.matrices]
+    def _learn(self, sampler: ColumnSampler, shared: Shared | None) -> None:
+        """Let ``columns`` see this step's norms, where it counts."""
+        norms = [self._tracked.probes[path].norms[name].grad for path, name in self.matrices]
+        keep = self._averages.fold()
+        if shared is not None:
+            keep = keep & shared.present[self._tracked.weight_kinds[0]]
         if any(norm is not None for norm in norms):
             measured = torch.tensor([norm is not None for norm in norms]).to(self.device, non_blocking=True)
             sampler.learn(norms, keep & measured)
@@ -257,14 +264,13 @@ class Tracker:
         self._begin(self.steps)
 
     def _begin(self, step: int) -> None:
-        for layer in filter(self._owns, self.layers.values()):
-            layer.probes[self.adapter].clear()
+        for probe in self._tracked.probes.values():
+            probe.clear()
         sampling = self._sampling
         self._step.begin(step, sampling.sampled(step), refreshes_norms(sampling.number(step)))
 
-    def _owns(self, layer: Linear) -> bool:
-        probe = layer.probes.get(self.adapter)
-        return probe is not None and probe.step is self._step
+    def _owns(self, path: str, probe: LayerProbe) -> bool:
+        return self.layers[path].probes.get(self.adapter) is probe
 
     def _add_covariances(self, taken: dict, shared: Shared | None, finite: Tensor, inverse: Tensor | None) -> None:
         inverse = torch.ones((), dtype=torch.float64, device=self.device) if inverse is None else inverse
@@ -288,45 +294,6 @@ class Tracker:
         self.importance, self._record.frozen = importance, True
         self._detach()
 
-    def _gather(self, shared: Shared | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """This step's value of every statistic and matrix, and whether there is one."""
-        columns: dict[str, tuple[Tensor, Tensor]] = {}
-        kinds = self._tracked.weight_kinds
-        if "act_var" in self.kinds:
-            columns["act_var"] = self._variances()
-        if kinds and self.estimator == "probe":
-            columns |= self._probe_values(shared, kinds)
-        elif kinds:
-            exact = None if shared is None else shared.exact
-            if exact is None:
-                exact = [self._tracked.exact_values(path, name) for path, name in self.matrices]
-            for kind in kinds:
-                found = [values.get(kind) for values in exact]
-                live = [v.to(self.device, torch.float64) for v in found if v is not None]
-                there = [v is not None for v in found]
-                columns[kind] = self._averages.scatter(torch.stack(live) if live else None, there)
-        values = {kind: value for kind, (value, _) in columns.items()}
-        if shared is not None:
-            return shared.finish(values, self.loss_reduction), dict(shared.present)
-        return values, {kind: seen for kind, (_, seen) in columns.items()}
-
-    def _variances(self) -> tuple[Tensor, Tensor]:
-        sums = [self._tracked.probe(path).V.grad for path in self.layers]
-        sizes = [list(layer.slices.values()) for layer in self.layers.values()]
-        live = [pair for pair in zip(sums, sizes, strict=True) if pair[0] is not None]
-        found = output_variances(*zip(*live, strict=True)).to(self.device) if live else None
-        there = [total is not None for total, runs in zip(sums, sizes, strict=True) for _ in runs]
-        return self._averages.scatter(found, there)
-
-    def _probe_values(self, shared: Shared | None, kinds: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        grads = [self._tracked.probe(path).Z[name].grad for path, name in self.matrices]
-        factor = 1.0
-        if self.per_sample and shared is None:
-            factor = fisher_factor(self.loss_reduction, self._sample_count())
-        there = [grad is not None for grad in grads]
-        found = self._sampler.values(grads, kinds, factor) if any(there) else {}
-        return {kind: self._averages.scatter(found.get(kind), there) for kind in kinds}
-
     def _sample_count(self) -> int | Tensor:
         return 0 if self._step.signs is None else self._step.signs.count()
 
@@ -347,7 +314,7 @@ class Tracker:
     @property
     def skipped(self) -> int:
         """Steps that were left out because a gradient was not finite (reads back from the device)."""
-        return int(self._skipped)
+        return int(self._averages.skipped)
 
     def scores(self, kind: str = "grad_sq", reduce: str = "sum", missing: str = "raise") -> Scores:
         """The averages by matrix key. ``reduce="mean"`` divides grad_sq and fisher by N·K; grad_abs is always a mean.
@@ -443,7 +410,7 @@ class Tracker:
             "columns": sampler.state_dict() if isinstance(sampler, ColumnSampler) else None,
             "values": {k: v.clone() for k, v in self._averages.values.items()},
             "counts": {k: v.clone() for k, v in self._averages.counts.items()},
-            "skipped": self._skipped.clone(),
+            "skipped": self._averages.skipped.clone(),
             "covariances": self._covariances.state_dict(),
             "importance": None if self.importance is None else self.importance.clone(),
         }
@@ -458,7 +425,7 @@ class Tracker:
             value.copy_(state["values"][kind])
         for kind, count in self._averages.counts.items():
             count.copy_(state["counts"][kind])
-        self._skipped.copy_(state["skipped"])
+        self._averages.skipped.copy_(state["skipped"])
         self._covariances.load_state_dict(state["covariances"])
         self.seed = state["seed"]
         self._sampling.take_up(state.get("every"), fixed=self._fixed())

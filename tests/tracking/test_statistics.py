@@ -81,8 +81,10 @@ def test_averages_decay_by_optimizer_steps_whatever_a_sample_stands_for(beta):
             values["grad_sq"][0] = torch.inf
             seen["grad_sq"][0] = True
         finite = torch.tensor(turn % 11 != 5)
-        folded = averages.add(values, seen, finite, drawn, steps)
-        assert bool(folded) == (not bad and bool(finite))
+        folded, skipped = not bad and bool(finite), int(averages.skipped) if turn % 3 else None
+        averages.add(lambda found={k: (values[k], seen[k]) for k in kinds}: found, finite, drawn, steps)
+        if skipped is not None:  # otherwise several samples wait and are folded in together
+            assert bool(averages.fold()) == folded and int(averages.skipped) == skipped + (not folded)
         for kind in kinds if folded else ():
             for i in range(matrices):
                 if seen[kind][i] and (kind == "act_var" or drawn[i]):
@@ -123,20 +125,26 @@ class Samples:
 
     def watch(self, averages):
         add = averages.add
-        self.monkeypatch.setattr(
-            averages, "add", lambda values, *rest: (self.given.update(values), add(values, *rest))[1]
-        )
+
+        def watched(read, *rest):
+            found = read()
+            self.given.update(found)
+            add(lambda: found, *rest)
+
+        self.monkeypatch.setattr(averages, "add", watched)
 
     def take(self, tracker, n, ran):
         """The step's values of the matrices whose layer ``ran``, each standing for n steps."""
         assert bool(self.given) == (n > 0)
-        for i, ((path, _), key) in enumerate(zip(tracker.matrices, tracker.keys, strict=True)):
-            if not n or not ran(path):
-                continue
-            for kind in self.kinds:
-                if kind == "act_var" or not self.by_columns or key in self.known:
-                    self.mine[kind].setdefault(key, []).append((self.given[kind][i], n))
-            self.known.add(key)  # a first sample shows the norms of the columns
+        matrices = [(p, k) for (p, _), k in zip(tracker.matrices, tracker.keys, strict=True)]
+        for kind in self.kinds if n else ():
+            numbers, there = self.given[kind]
+            numbers = iter(() if numbers is None else numbers.tolist())
+            for (path, key), present in zip(matrices, there, strict=True):
+                value = next(numbers) if present else None
+                if ran(path) and (kind == "act_var" or not self.by_columns or key in self.known):
+                    self.mine[kind].setdefault(key, []).append((value, n))
+        self.known |= {key for path, key in matrices if n and ran(path)}  # a first sample shows the columns' norms
         self.given.clear()
 
     def expected(self, tracker, kind, beta):

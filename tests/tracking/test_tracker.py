@@ -335,8 +335,8 @@ def test_a_step_that_is_not_sampled_keeps_no_tensors():
 def test_a_step_that_no_layer_samples_reads_nothing_and_draws_nothing(monkeypatch):
     m, batch, read, drawn = model(), data(), [], []
     with track(m, every=3) as tracker:
-        gather, draw = tracker._gather, tracker._sampler.draw
-        monkeypatch.setattr(tracker, "_gather", lambda shared: read.append(tracker.steps) or gather(shared))
+        fold, draw = tracker._fold, tracker._sampler.draw
+        monkeypatch.setattr(tracker, "_fold", lambda inverse: read.append(tracker.steps) or fold(inverse))
         monkeypatch.setattr(tracker._sampler, "draw", lambda step: drawn.append(step) or draw(step))
         for _ in range(7):
             loss_of(m, batch).backward()
