@@ -185,8 +185,8 @@ FIGURES = {
     "overhead": (
         "What statistics add to a training step: median and quartiles of paired ratios, variants interleaved in "
         "alternating order, CPU time of one thread. The control is the plain step measured twice. Whether the usual "
-        "way is cheaper on layers as narrow as the demo's, where what probes cost beside arithmetic weighs most, is said "
-        "with its interval among the statements above.",
+        "way is cheaper on layers as narrow as the demo's, where what probes cost beside arithmetic weighs most, is "
+        "said with its interval among the statements above.",
         _overhead,
     ),
 }
