@@ -79,7 +79,7 @@ def _naming_fields(made: type) -> type:
         for name in fields:
             if name not in known:
                 near = suggestion(name, known)
-                raise TypeError(f"{made.__name__} has no field {name!r}, only {', '.join(known)}{near}")
+                raise TypeError(f"{name}: expected a field of {made.__name__}, {', '.join(known)}, got {name!r}{near}")
         init(self, *args, **fields)
 
     made.__init__ = checked

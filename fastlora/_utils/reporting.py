@@ -32,7 +32,7 @@ def reporting(
     """What to call after each piece of work: a batch, a layer. A bar shows up after ``delay`` seconds.
 
     True: a bar, which needs tqdm; None: a bar in a terminal with tqdm installed, the log otherwise; False: nothing; or
-    a callable of one's own. Raises ``ValueError`` for anything else and ``ImportError`` for True without tqdm.
+    a callable of one's own. Raises ``TypeError`` for anything else and ``ImportError`` for True without tqdm.
     """
     check_progress(progress)
     if progress is False:

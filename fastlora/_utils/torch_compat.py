@@ -72,7 +72,8 @@ _has_schema = private_attributes("torch._ops.OpOverload", torch.ops.aten.mm.defa
 _assert_async = private("torch._assert_async", "ids on a GPU are checked with a wait for it")
 _version = private(
     "torch.Tensor._version",
-    "no tensor counts as unchanged: projections run one by one, adapters that never learn are not found",
+    "no tensor counts as unchanged: projections run one by one; adapters that never learn, weights that change between "
+    "forward and backward, and steps that a tracker is not told of are not noticed",
 )
 
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
@@ -305,6 +306,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _has_hooks = private_attributes("torch.nn.Module", nn.Module(), _HOOKS, "projections run one by one")
 private_attributes("torch.nn.Module", nn.Module(), _FLAGS, "hooks that are taken off leave their flags behind")
+_has_load_hooks = private_attributes(
+    "torch.nn.Module", nn.Module(), ("_load_state_dict_pre_hooks",), "adapters_only compares a state dict once a use"
+)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -321,6 +325,11 @@ def has_hooks(module: nn.Module) -> bool:
 def forward_hooks(module: nn.Module) -> tuple[Any, Any]:
     """The module's hooks before and after its forward; where torch does not tell, what counts as one."""
     return (module._forward_pre_hooks, module._forward_hooks) if _has_hooks else ((None,), (None,))
+
+
+def load_hooks(module: nn.Module) -> list[Any]:
+    """What runs before a module's state dict is loaded; nothing where torch does not tell."""
+    return list(module._load_state_dict_pre_hooks.values()) if _has_load_hooks else []
 
 
 def remove_forward_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> None:

@@ -153,7 +153,7 @@ def _weights(scores: Mapping[str, float], values: Mapping[str, float], shares: s
         shares = _automatic_shares(scores, values)
     if shares == "softmax":
         largest = max(values.values())
-        # The normalising sum is common to all and would only add rounding.
+        # The normalizing sum is common to all and would only add rounding.
         return [Fraction(float(_DECIMAL.exp(Decimal((value - largest) / tau)))) for value in values.values()]
     if shares == "shift":
         smallest = Fraction(min(values.values()))

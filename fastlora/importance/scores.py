@@ -10,7 +10,15 @@ from types import MappingProxyType
 
 import torch
 
-from .._utils.errors import check_choice, check_instance, check_integer, check_mapping, check_number, wrong_value
+from .._utils.errors import (
+    check_choice,
+    check_instance,
+    check_integer,
+    check_mapping,
+    check_number,
+    listed,
+    wrong_value,
+)
 
 # True: values may be negative. A kind that is not listed is undecided and judged by its values.
 SIGNED_KINDS: Mapping[str, bool] = MappingProxyType(
@@ -219,7 +227,7 @@ def positive_costs(costs: Mapping[str, int], keys: Mapping[str, object]) -> dict
     check_mapping("costs", costs, "keys to N + K")
     missing = [key for key in keys if key not in costs]
     if missing:
-        raise ValueError(f"costs: expected one for every key, got none for {_listed(missing)}")
+        raise ValueError(f"costs: expected one for every key, got none for {listed(map(repr, missing))}")
     return {key: check_integer(f"costs[{key!r}]", costs[key], 1) for key in keys}
 
 
@@ -227,9 +235,9 @@ def same_keys(first: Mapping[str, object], second: Mapping[str, object], first_n
     """Raise ValueError that names the difference unless both mappings have the same keys."""
     missing = [key for key in first if key not in second]
     extra = [key for key in second if key not in first]
-    problems = [f"without {_listed(missing)}"] if missing else []
+    problems = [f"without {listed(map(repr, missing))}"] if missing else []
     if extra:
-        problems.append(f"with {_listed(extra)}")
+        problems.append(f"with {listed(map(repr, extra))}")
     if problems:
         raise ValueError(f"{second_name}: expected the keys of {first_name}, got others: {' and '.join(problems)}")
 
@@ -244,11 +252,6 @@ def _refuse_negative(values: Mapping[str, float], kind: str) -> None:
     for key, value in values.items():
         if value < 0:
             raise wrong_value(f"values[{key!r}]", f"a number >= 0 of {kind!r} scores", value, ": pass signed=True")
-
-
-def _listed(keys: Sequence[str]) -> str:
-    shown = ", ".join(repr(key) for key in keys[:5])
-    return shown if len(keys) <= 5 else f"{shown} and {len(keys) - 5} more"
 
 
 def _rescaled(values: Mapping[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import shards, whole
 from .._utils.errors import check_model, listed
+from .._utils.torch_compat import load_hooks
 from ..model.trainable import saved_modules
 from ..nn.linear import adapted_layers, matrix_key
 
@@ -30,8 +31,7 @@ class AdaptersOnly:
 
     def __init__(self, model: nn.Module, once_sharded: bool = False):
         check_model(model)
-        hooks = model._load_state_dict_pre_hooks.values()
-        if not any(isinstance(getattr(hook, "hook", None), _BeforeLoad) for hook in hooks):
+        if not any(isinstance(getattr(hook, "hook", None), _BeforeLoad) for hook in load_hooks(model)):
             before = _BeforeLoad()
             model.register_load_state_dict_pre_hook(before)
             model.register_load_state_dict_post_hook(_AfterLoad(before))

@@ -164,7 +164,7 @@ def packed(content: Mapping[str, Any]) -> bytes:
 def _refuse_shards(model: nn.Module) -> None:
     if isinstance(model, nn.Module) and shards(model):
         raise ValueError(
-            "model: is sharded by fully_shard; save its state dict under adapters_only(model), and the optimiser's, "
+            "model: is sharded by fully_shard; save its state dict under adapters_only(model), and the optimizer's, "
             "with torch.distributed.checkpoint, and TrainingState(model, tracker).state_dict() beside it"
         )
 

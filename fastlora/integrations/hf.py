@@ -42,7 +42,8 @@ class FastLoraCallback(TrainerCallback):
       stay readable after training.
     - ``penalty``: λ, or options of ``Tracker.penalty``. Its gradient is there before the first backward of a step, so
       it is clipped with the loss's and counted in ``grad_norm``, once a step whatever the accumulation.
-    - ``freeze``: optimiser steps in which the adapters stand still (their gradients are off).
+    - ``freeze``: optimizer steps in which the adapter stands still (its gradients are off).
+    - ``adapter``: which one is tracked, penalized and frozen; the active one when training begins, unless named.
     - ``checkpoints="adapters"``: while training, the Trainer's own ``model.safetensors`` holds adapters, the head and
       other trained parameters, which is what resuming and ``load_best_model_at_end`` load; PEFT's files lie beside it
       in place of ``config.json``, so that ``from_pretrained`` takes the folder for an adapter; those of further

@@ -23,7 +23,8 @@ class FastLoraCallback(Callback):
     - ``track``: True, False, or options of :func:`fastlora.track`; the tracker is ``callback.tracker``, and its scores
       stay readable after ``fit``.
     - ``penalty``: λ, or options of ``Tracker.penalty``; its gradient joins the loss's before clipping.
-    - ``freeze``: optimiser steps in which the adapters stand still (their gradients are off).
+    - ``freeze``: optimizer steps in which the adapter stands still (its gradients are off).
+    - ``adapter``: which one is tracked, penalized and frozen; the active one when training begins, unless named.
     - ``checkpoints="adapters"``: inside the Trainer's entry points, state dicts leave out the frozen base, and the
       checkpoints with them; ``"full"`` leaves them alone. The tracker's state is the callback's in either.
 
@@ -91,7 +92,7 @@ class FastLoraCallback(Callback):
         self._saved = state_dict
 
     def _steps_adapters(self, optimizer: Any) -> bool:
-        """Whether this optimiser, of perhaps several, has the adapters."""
+        """Whether this optimizer, of perhaps several, has the adapters."""
         layers = adapted_layers(self.session.model).values()
         own = {id(p) for layer in layers for f in (layer.lora_A, layer.lora_B) for p in f.parameters()}
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])

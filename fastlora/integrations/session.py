@@ -7,9 +7,9 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
+from .._utils.distributed import several_processes
 from .._utils.errors import check_choice, check_integer, unknown_choice, wrong_type
 from .._utils.torch_compat import set_requires_grad
 from ..nn.active import NO_ADAPTERS, chosen_adapter
@@ -85,8 +85,7 @@ class Session:
     def _check_freeze(self) -> None:
         if not self.freeze:
             return
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if several_processes():
             raise ValueError(
                 "freeze: several processes agreed on what has gradients; use "
                 "fastlora.training.Cosine(freeze=..., freeze_by='lr')"

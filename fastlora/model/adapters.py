@@ -1,4 +1,4 @@
-"""Several adapters on one frozen base: add and remove them, and say which rows of a batch are whose."""
+"""Several adapters on one frozen base: add, delete and activate them, and route the rows of a batch to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.distributed import refuse_parallel
+from .._utils.distributed import refuse_parallel, several_processes
 from .._utils.errors import check_choice, check_instance, wrong_value
 from .._utils.torch_compat import assert_async
 from ..config import LoraConfig
@@ -53,11 +53,11 @@ def _known(router: Router, name: Any, argument: str) -> str:
 
 
 def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
-    """Give an adapted model one more adapter; it gets the next id, and trains beside the others.
+    """Add an adapter to an adapted model; it gets the next id, and trains beside the others.
 
     ``y = x W^T + bias + s_g x A_g^T B_g^T`` for the rows of adapter g. Targets that have no adapter yet become adapted;
-    ``modules_to_save`` are shared by all adapters. Raises ``ValueError`` naming the argument; the model is then as it
-    was.
+    ``modules_to_save`` are shared by all adapters. Raises ``TypeError`` or ``ValueError`` naming the argument; the
+    model is then as it was.
     """
     refuse_parallel(model, "add_adapter")
     routers = routers_of(model)
@@ -95,9 +95,10 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
 
 
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
-    """Take an adapter out; its id is not given again. Raises ``ValueError`` with the model as it was.
+    """Delete an adapter; its id is not used again.
 
-    The adapter that runs by default, a merged, a tracked one and one whose graph awaits its backward stay.
+    Refused for the active adapter, a merged or a tracked one, and one with a forward that awaits its backward. Raises
+    ``ValueError`` with the model as it was.
     """
     refuse_parallel(model, "delete_adapter")
     routers = routers_of(model)
@@ -138,13 +139,14 @@ def use_adapters(
     *,
     row_seeds: Tensor | None = None,
 ) -> Iterator[nn.Module]:
-    """Inside, forwards of this thread run every sample or token with the adapter of its id, -1 (or None): the base.
+    """Within, forwards of this thread run each sample or token with the adapter of its id; -1 (or None): the base.
 
     ``ids``: an int64 tensor [S] (one a sample, dimension 0), [S, T] or [M] (one a token) of indices into
     ``adapter_names(model)``, a list of S names, one name for all, or one range (begin, end) for each name (None: the
-    base), which together cover the samples or tokens. Ids on the CPU are checked, and adapters that they do not name
-    get no gradient; ids on a GPU are not read back, see ``freeze_unused_adapters``. ``row_seeds`` int64 [S] makes the
-    dropout of a sample depend on its seed, the layer and the place in the sample alone, not on the batch.
+    base), which together cover the samples or tokens. Ids on the CPU are checked, and adapters that do not occur get no
+    gradient; ids on a GPU are not read back, so that these get zeros (see ``freeze_unused_adapters``). ``row_seeds``
+    int64 [S] makes the dropout of a sample depend on its seed, the layer and the place in the sample alone, not on the
+    batch.
 
     Backward may run after the context has closed, under activation checkpointing too. Raises ``ValueError`` naming ids
     or names that are unknown or removed; a layer whose input the ids do not fit raises with both shapes.
@@ -194,7 +196,7 @@ def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
 
 
 def _of_ranges(router: Router, ranges: Mapping[str | None, tuple[int, int]]) -> Tensor:
-    """Ids of ranges by name that cover everything from 0 once."""
+    """Ids [S] from ranges by name, which follow each other from 0 without gaps."""
     for name, given in ranges.items():
         if name is not None:
             _known(router, name, "ids")
@@ -217,8 +219,8 @@ def _of_ranges(router: Router, ranges: Mapping[str | None, tuple[int, int]]) -> 
 def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
     """The names that occur, and ids that index them.
 
-    On a GPU all names, without reading anything back; with data-parallel ranks too, which must agree on what has a
-    gradient.
+    All names on a GPU, from which nothing is read back, and under data-parallel training, whose ranks must agree on
+    which parameters have gradients.
     """
     slots = router.slots
     if ids.device.type == "cpu":
@@ -227,9 +229,11 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
             if not -1 <= value < len(slots) or (value >= 0 and slots[value] is None):
                 where = int((ids.reshape(-1) == value).nonzero()[0])
                 state = ", which was removed" if 0 <= value < len(slots) else ""
-                raise ValueError(f"ids: expected -1 (base only), {_known_ids(slots)}, got {value} at {where}{state}")
+                raise ValueError(
+                    f"ids: expected -1 (base only), {_known_ids(slots)}, got {value} at position {where}{state}"
+                )
         live = [value for value in used if value >= 0]
-    if ids.device.type != "cpu" or _distributed():
+    if ids.device.type != "cpu" or several_processes():
         live = [i for i, name in enumerate(slots) if name is not None]
     table = torch.full((len(slots) + 1,), -1, dtype=torch.int64)
     table[live] = torch.arange(len(live))
@@ -245,9 +249,10 @@ def _known_ids(slots: Sequence[str | None]) -> str:
 
 
 def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
-    """``sum_g mean of the losses of adapter g``: the loss under which adapters train together as they would apart.
+    """``sum_g mean(losses of adapter g)``: the loss with which adapters train together as each would train alone.
 
-    losses [S] or [M], ids int64 of the same shape; -1 does not count. Raises ``ValueError`` for shapes that differ.
+    losses [S] or [M], ids int64 of the same shape; -1 does not count. Raises ``TypeError`` for what is no tensor,
+    ``ValueError`` for other dtypes and shapes that differ.
     """
     if not check_instance("losses", losses, Tensor, "a floating tensor").is_floating_point():
         raise wrong_value("losses", "a floating tensor", losses)
@@ -263,11 +268,11 @@ def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
 
 
 def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    """Keep adapters that were in no batch since the last step as they are: weights and optimiser state.
+    """Leave adapters that were in no batch since the last step unchanged: weights and optimizer state.
 
-    Where their gradient is zero rather than absent (ids on a GPU, torch.compile, data-parallel training) an optimiser
-    would still decay and move them. Reads back once a step which were there, from all data-parallel ranks. Returns the
-    hook's handle.
+    Where their gradient is zero rather than None (ids on a GPU, torch.compile, data-parallel training) an optimizer
+    would still decay and move them. A hook before each step reads back once which adapters occurred, on all
+    data-parallel ranks, and sets the gradients of the others to None. Returns the hook's handle.
     """
     routers = routers_of(model)
     check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
@@ -277,7 +282,7 @@ def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -
     def hook(*_: Any) -> None:
         for router in routers:
             used, router.used = router.used, []
-            if not used and not _distributed():
+            if not used and not several_processes():
                 continue
             present = _present(router, used)
             for path_layer in adapted_layers(model).values():
@@ -290,18 +295,13 @@ def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -
     return optimizer.register_step_pre_hook(hook)
 
 
-def _distributed() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
 def _present(router: Router, used: Sequence[AdapterBatch | str]) -> set[str]:
     names = router.names
     flags = torch.zeros(len(names), dtype=torch.int64)
     for item in used or [router.default.adapter]:
         for name in (item,) if isinstance(item, str) else item.present():
             flags[names.index(name)] = 1
-    if _distributed():
+    if several_processes():
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
         flags = flags.to(device)
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)

@@ -1,4 +1,4 @@
-"""inject and its inverse: find targets, plan, commit; eject."""
+"""``inject``: find the targets, plan every change, then commit; and ``eject``, its inverse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
-from .._utils.errors import check_flag, check_instance, check_model, suggestion, wrong_value
+from .._utils.errors import check_choice, check_flag, check_instance, check_model, suggestion, wrong_value
 from .._utils.torch_compat import remove_forward_hooks
 from ..config import ROLES, LoraConfig
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, new_factors
@@ -34,7 +34,7 @@ from ..nn.linear import (
 from ..nn.projection_group import group_projections
 from ..nn.quantized import QuantizedLinear, check_weight, foreign_base, original_class
 from ..nn.routing import Router
-from .learning_check import checked_mode, watch_learning
+from .learning_check import MODES, watch_learning
 from .modules import (
     adapted_class,
     attention_blocks,
@@ -77,15 +77,15 @@ def inject(
 
     ``adapter`` names the adapter, which is the active one from then on; others come by ``add_adapter``.
     ``accelerate_frozen`` moves every other frozen ``nn.Linear`` to the CPU's fastest matmul engine too (``explain``).
-    ``check``: what is done, after the first backward, about an adapter that its owner passes by, so that it never
-    learns: ``"raise"`` (``RuntimeError`` with the names), ``"warn"``, ``"off"``. What did not run yet is warned of.
+    ``check``: what happens, after the first backward, if an owner reads the weight of an adapted layer instead of
+    calling it, so that the adapter never learns: ``"raise"`` (``RuntimeError`` with the names), ``"warn"``, ``"off"``.
 
-    Raises ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have, a model that is
-    already adapted, wrapped by PEFT or DDP, or sharded; the model is then as it was.
+    Raises ``TypeError`` or ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have,
+    a model that is already adapted, wrapped by PEFT or DDP, or sharded; the model is then as it was.
     """
     check_model(model)
     check_adapter_name(adapter, "adapter")
-    checked_mode(check)
+    check_choice("check", check, MODES)
     refuse_parallel(model, "inject")
     check_flag("accelerate_frozen", accelerate_frozen)
     config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
@@ -136,6 +136,7 @@ def _with_task_head(model: nn.Module, config: LoraConfig, task: str | None) -> L
 
 
 def refuse_adapted(model: nn.Module) -> None:
+    """``ValueError`` for a model that has adapters, ours or PEFT's."""
     refuse_peft(model)
     for name, module in model.named_modules():
         if isinstance(module, Linear):
@@ -211,6 +212,10 @@ def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> li
 
 
 def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str]:
+    """Full names of the linears that a config adapts, in the model's order, but for those inside ``saved`` modules.
+
+    Raises ``ValueError`` for patterns that match nothing and for linears that cannot be adapted.
+    """
     if config.target_modules is None:
         raise wrong_value("target_modules", f"a role {ROLES}, a regular expression or a list of names", None)
     names = _select(model, config.target_modules, "target_modules")
@@ -238,6 +243,7 @@ def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Full names of the modules that a config trains and saves whole."""
     return _select(model, list(config.modules_to_save), "modules_to_save") if config.modules_to_save else []
 
 
@@ -261,7 +267,7 @@ def fused_sizes(model: nn.Module, config: LoraConfig, names: Sequence[str] | Non
 
 
 def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Planned]:
-    """Everything that could fail, before anything changes."""
+    """New factors, scales and classes of every target, before the model changes: whatever can fail fails here."""
     modules = named_targets(model)
     fused = fused_sizes(model, config, names)
     slices = {n: fused.get(n, {WHOLE: features(modules[n])[1]}) for n in names}
@@ -313,6 +319,7 @@ def _match_strength(pattern: str, key: str, exact_names_first: bool, attentions:
 
 
 def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, router: Router, adapter: str) -> None:
+    """Adapt one layer in place, by a change of class unless it is adapted already, and install the new factors."""
     layer = planned.layer
     if not isinstance(layer, Linear):
         layer.in_features, layer.out_features = features(layer)
@@ -387,9 +394,9 @@ def sharing_copy(model: nn.Module, own: Collection[int] = ()) -> nn.Module:
 
 
 def eject(model: nn.Module) -> nn.Module:
-    """Take every adapter out, in place: classes, keys and hooks are the base's again; owners keep calling their qkv.
+    """Remove every adapter in place: classes, keys and hooks are the base's again. Returns the same model.
 
-    What an adapter trained besides (heads, biases) keeps its values. Returns the same model.
+    What was trained besides (heads, biases) keeps its values, and owners that were made to call their qkv still do.
     """
     for layer in adapted_layers(model).values():
         detach_state(layer)

@@ -1,16 +1,15 @@
-"""Adapters that never learn: found once, after the first backward, and named."""
+"""Finds adapters that never learn, once, after the first backward."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .._utils.distributed import is_sharded, shards
-from .._utils.errors import check_choice
+from .._utils.errors import listed
 from .._utils.torch_compat import in_backward, version_of
 from ..nn.linear import Linear, adapted_layers
 
@@ -21,11 +20,13 @@ _SHOWN = 8
 
 
 class LearningCheck:
-    """Watches a model until the first backward has run; then it says which adapters took no part, and is gone.
+    """Watches a model until the first backward has run, reports adapters that took no part, and removes its hooks.
 
-    An adapter whose owner ran and never called it does not learn: its owner reads the weight (``RuntimeError``, or a
-    warning). One whose owner did not run either (an expert without tokens, a dropped layer), and one that ran and got
-    no gradient (a frozen phase), may learn later: a warning. Forwards without gradients and compiled ones do not count.
+    - The owner ran and never called the adapted layer: it reads the weight instead. ``RuntimeError``, or a warning.
+    - The owner did not run either (an expert without tokens, a dropped layer), or the layer ran and got no gradient (a
+      frozen phase): the adapter may learn later. A warning.
+
+    Forwards without gradients and compiled ones do not count.
     """
 
     def __init__(self, model: nn.Module, mode: str):
@@ -50,6 +51,7 @@ class LearningCheck:
         return {**self.__dict__, "versions": {}}  # parameters of a copy have other identities
 
     def owner_ran(self, name: str) -> None:
+        """Note that an owner's forward is over; it is not watched any longer once it has called all its layers."""
         self.ran.add(name)
         if all(self.layers[path].called for path in self.owners[name]):
             self._hooks.pop(name).remove()
@@ -61,7 +63,7 @@ class LearningCheck:
                 self.versions.setdefault(id(p), version_of(p))  # parameters that took the place of others
 
     def examine(self) -> None:
-        """Speak up if backward has run: ``RuntimeError`` with the names where an adapter was passed by."""
+        """Report, if backward has run; ``RuntimeError`` names adapted layers that their owners never called."""
         if self._root is None or not any(self._learned(p) for p in self._trainable()):
             return
         if not self.ran and not any(layer.called for layer in self.layers.values()):
@@ -74,13 +76,13 @@ class LearningCheck:
             logger.warning("%s", self._text(passed_by))
         resting = [p for p in self.layers if p not in passed_by and not self._called(p)] if self.ran else []
         if resting:
-            logger.warning("adapters of modules that have not run so far: %s", _listed(resting))
+            logger.warning("adapters of modules that have not run so far: %s", listed(resting, _SHOWN))
         without = [p for p in self.layers if self._called(p) and not self._got_gradient(self.layers[p])]
         if without:
-            logger.warning("adapters that ran and got no gradient so far: %s", _listed(without))
+            logger.warning("adapters that ran and got no gradient so far: %s", listed(without, _SHOWN))
 
     def close(self) -> None:
-        """Take all hooks away."""
+        """Remove all hooks."""
         for hook in (*self._hooks.values(), *([] if self._root is None else [self._root])):
             hook.remove()
         self._root, self._hooks = None, {}
@@ -105,9 +107,9 @@ class LearningCheck:
     def _text(self, paths: list[str]) -> str:
         named = [f"{path} (in {self.kinds[path.rpartition('.')[0]]})" for path in paths]
         return (
-            f"adapters never ran although the modules around them did, so they do not learn: {_listed(named)}; such a "
-            "module may read the weight instead of calling the layer: leave these out of target_modules, or pass "
-            "check='warn' or 'off' to fastlora.inject"
+            f"adapters never ran although the modules around them did, so they do not learn: {listed(named, _SHOWN)}; "
+            "such a module may read the weight instead of calling the layer: leave these out of target_modules, or "
+            "pass check='warn' or 'off' to fastlora.inject"
         )
 
 
@@ -122,17 +124,8 @@ class _OwnerHook:
             self.check.owner_ran(self.name)
 
 
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-
-
-def checked_mode(check: Any) -> str:
-    return check_choice("check", check, MODES)
-
-
 def watch_learning(model: nn.Module, mode: str | None = None) -> None:
-    """Start to watch all adapters of a model, in place of an earlier watch, whose mode is kept without another."""
+    """Watch all adapters of a model in place of an earlier check, whose mode stays unless another is given."""
     before = getattr(model, "fastlora_learning", None)
     if before is not None:
         before.close()

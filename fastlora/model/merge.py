@@ -1,4 +1,4 @@
-"""Fold adapters into the frozen weights and take them out again; switch them off for a while."""
+"""Merge adapters into the frozen weights and unmerge them; run a model without its adapters."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def merge(
             if foreign_base(layer) is None:
                 weight = layer.merged_weight(adapter)
             else:
-                weight, losses[path] = _quantised_sum(path, layer, adapter)
+                weight, losses[path] = _quantized_sum(path, layer, adapter)
             if weight is None:
                 raise ValueError(f"model: merging {path!r} gives weights that are not finite")
             merged[path] = weight
@@ -107,7 +107,7 @@ def _refuse(path: str, layer: Linear, users: Mapping[int, list[str]], requantize
         raise ValueError(f"model: {path!r} is merged already")
 
 
-def _quantised_sum(path: str, layer: Linear, adapter: str) -> tuple[torch.Tensor | None, float]:
+def _quantized_sum(path: str, layer: Linear, adapter: str) -> tuple[torch.Tensor | None, float]:
     """The merged weight, quantized as the layer's is, and the rounding's norm over the update's."""
     if not any(layer.ranks(adapter).values()):
         return layer.weight, 0.0
@@ -153,7 +153,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, every forward of this thread is the base model's; so is one that checkpointing repeats later."""
+    """Within, forwards of this thread are the base model's, and so is their recomputation under checkpointing."""
     routers = {layer.router for layer in _layers(model).values()}
     before = [(router, router.open(Route(False, router.default.adapter))) for router in routers]
     try:

@@ -1,4 +1,7 @@
-"""What a module is: adaptable linears, their classes, attention and MLP tables, heads."""
+"""Which modules can be adapted, the class that each becomes, and what its owner needs so that the layer is called.
+
+Tables of attention and MLP blocks and of task heads, by structure and name: a model family is one entry.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ class Attention:
 
     @property
     def fused(self) -> bool:
+        """Whether q, k and v are one matrix."""
         return len(self.inputs) == 1
 
 
@@ -174,7 +178,7 @@ def role_targets(model: nn.Module, role: str) -> list[str]:
 
 
 def refusal(model: nn.Module, name: str) -> str | None:
-    """Why a linear cannot be adapted in place, or None. Its owner may read the weight instead of calling the layer."""
+    """Why a linear cannot be adapted in place, or None: its class, or an owner that reads the weight past the layer."""
     modules = named_targets(model)
     module, (path, _, leaf) = modules[name], name.rpartition(".")
     owner = modules.get(path, model)
@@ -209,7 +213,7 @@ def _torch_readers(modules: dict[str, nn.Module], path: str, leaf: str) -> list[
 
 @functools.cache
 def _reads_weight(owner: type, leaf: str) -> bool:
-    """Whether the source of an owner's forward takes ``self.<leaf>.weight`` and never calls ``self.<leaf>``."""
+    """Whether an owner's forward reads ``self.<leaf>.weight`` and never calls ``self.<leaf>``, by its source."""
     try:
         source = inspect.getsource(owner.forward)
     except (OSError, TypeError):
@@ -219,7 +223,7 @@ def _reads_weight(owner: type, leaf: str) -> bool:
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
-    """PEFT's rule for the keys of ``rank_pattern`` and ``alpha_pattern``: a regular expression for the name's tail."""
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches: PEFT takes it as an expression for the tail."""
     try:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error:
@@ -238,7 +242,7 @@ _BIAS_APART = (
 
 
 def class_name(module: Any) -> tuple[str, str]:
-    """(module, name) of a class, which tells it without importing its library."""
+    """(module, name) of a module's class: compared with a table, so that no library need be imported."""
     kind = type(module)
     return kind.__module__, kind.__qualname__
 
@@ -259,7 +263,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 def adapted_class(module: nn.Module, split: bool) -> type[Linear] | None:
-    """The class that a linear becomes, or None where it is not known what its kind of linear does."""
+    """The class that a linear becomes when it is adapted, or None for a class that is not known."""
     if class_name(module) == _CONV1D:
         return Conv1D
     if foreign_base(module) is not None:
@@ -287,12 +291,12 @@ def torch_attentions(model: nn.Module) -> list[str]:
 
 
 def biases_apart(owner: nn.Module) -> bool:
-    """Whether an owner adds the biases of its qkv itself and can be told to call qkv."""
+    """Whether an owner adds the biases of its qkv itself, and has a switch that makes it call qkv."""
     return class_name(owner) in _BIAS_APART and hasattr(owner, "qkv_bias_separate")
 
 
 def passed_by(model: nn.Module, name: str) -> bool:
-    """Whether the owner of a linear may read its weight as things are: ``take_over`` has not been here."""
+    """Whether a linear's owner may read its weight without calling it, until ``take_over`` has changed the owner."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     if biases_apart(owner):
@@ -301,9 +305,9 @@ def passed_by(model: nn.Module, name: str) -> bool:
 
 
 def take_over(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Make the owner of an adapted layer call it: known owners change their class or are told to.
+    """Make the owner of an adapted layer call it: known owners get another class, or their switch is set.
 
-    Owners up the tree come too, because ``nn.TransformerEncoderLayer`` reads the weights of its attention's children.
+    Owners further up, too: ``nn.TransformerEncoderLayer`` reads the weights of its attention's projections.
     """
     parts = name.split(".")
     for depth in range(len(parts)):

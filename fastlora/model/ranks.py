@@ -1,4 +1,4 @@
-"""Other ranks for a model's matrices: those given, or those that follow from scores."""
+"""Change the ranks of a model's matrices: to given ones, or to those that follow from scores."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def reallocate(
 
     ``budget``: the ranks that the scored matrices have now, n r for a uniform r; with ``unit="params"`` their
     parameters. ``r_max``: twice the largest rank there is now. No rank exceeds min(N, K). The default floor is 2, as
-    FIM-LoRA needs it: with 1 ranks split in two camps. Further ``options`` go to ``allocate``; ``reinit`` to
+    FIM-LoRA needs it: with a floor of 1 its ranks are bimodal. Further ``options`` go to ``allocate``; ``reinit`` to
     ``set_ranks``, which refuses trained adapters without it.
 
     Raises ``ValueError`` for scores of unknown matrices and whatever the two functions refuse; the model is then as it

@@ -1,4 +1,4 @@
-"""What is in a model: adapters by matrix, parameter counts, and the backend of each layer."""
+"""``summary``: adapters by matrix and parameter counts. ``explain``: the backend of each layer, and why."""
 
 from __future__ import annotations
 

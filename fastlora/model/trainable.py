@@ -1,4 +1,4 @@
-"""What is trained: blocks, parameter roles, policies, presets, param_groups."""
+"""What is trained: policies, parameter groups, the role of each parameter, the blocks of a model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .modules import HEADS, is_head
 
 @dataclass(frozen=True)
 class Policy:
-    """What a policy trains; the head always is. The final norm is trained under ``norms="all"`` only."""
+    """What a policy trains besides the head, which is always trained; the final norm only with ``norms="all"``."""
 
     lora: str = "none"  # adapters on the linears of "all" blocks or of the "deep" ones
-    norms: str = "none"  # norms of "all" the model, of the "blocks", or of the "shallow" ones: those without adapters
+    norms: str = "none"  # "all" of the model, those of the "blocks", or of the "shallow" blocks, which have no adapters
     biases: bool = False
 
 
@@ -54,8 +54,8 @@ def apply_policy(model: nn.Module, name: str, config: Any = None, *, deep: int |
     block unless ``config.target_modules`` says which; a fused qkv gets one dense adapter unless ``split_qkv``.
     ``deep`` is the number of deep blocks in each stack, a third (rounded) if None. ``config`` may be left out.
 
-    Raises ``ValueError`` naming the argument, with the model as it was, for an unknown policy, a model without blocks,
-    norms, biases or a head where the policy needs them, and whatever ``inject`` refuses.
+    Raises ``TypeError`` or ``ValueError`` naming the argument, with the model as it was, for an unknown policy, a model
+    without blocks, norms, biases or a head where the policy needs them, and whatever ``inject`` refuses.
     """
     check_model(model)
     chosen = POLICIES[check_choice("name", name, POLICIES)]
@@ -177,15 +177,15 @@ def param_groups(
     weight_decay: float | Mapping[str, float] = 0.0,
     adapter: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Trainable parameters as groups named lora, norm, bias, head and other, for any torch optimiser.
+    """Trainable parameters as groups named lora, norm, bias, head and other, for any torch optimizer.
 
     A ``weight_decay`` applies to head and other; adapters, norms and biases get 0. A mapping of group names to numbers
     sets it group by group (0 where a name is missing). ``other`` takes ``lr_head``. Empty groups are left out. Several
     adapters have a group lora each, with the adapter's name under ``"adapter"``; ``lr_lora`` may be a mapping of those.
     ``adapter``: whose ``modules_to_save`` are the head, the active one's unless named.
 
-    Raises ``ValueError`` for a model with neither adapters nor a policy, and for rates and decays that are no finite
-    numbers >= 0, by name.
+    Raises ``TypeError`` or ``ValueError`` naming the argument for rates and decays that are no finite numbers >= 0, and
+    for a model with neither adapters nor a policy.
     """
     adapter = chosen_or_policy(model, adapter)
     by_adapter = _adapter_rates(model, lr_lora)
@@ -248,7 +248,7 @@ _LINEAR_NAMES = ("Conv1D",)  # transformers' linear with a transposed weight
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation with parameters of its own; other libraries' are known by name."""
+    """Whether a module is a normalization with parameters of its own; other libraries' are known by name."""
     if not isinstance(module, _NORMS) and not _NORM_NAME.search(type(module).__name__):
         return False
     return any(True for _ in module.parameters(recurse=False))

@@ -54,7 +54,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     ``in_proj`` and ``out_proj`` are ``fastlora.nn.Linear``; ``in_proj_weight`` [3E, E] keeps its name. ``split_qkv``
     gives q, k and v an adapter each, otherwise the stacked matrix has one. There is no fused path, which would read the
-    weights past the adapters; nested tensors are refused. Raises ``ValueError`` naming the argument.
+    weights past the adapters; nested tensors are refused. Raises ``TypeError`` or ``ValueError`` naming the argument.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ class Linear(nn.Linear):
     .. math:: y = x W^\top + b + s\, \mathrm{dropout}(x) A^\top B^\top,\qquad s = \alpha / r
 
     ``weight`` [N, K] and ``bias`` [N] keep their names; ``lora_A.default.weight`` is [r, K], ``lora_B.default.weight``
-    [N, r]. The base is frozen unless ``train_base``. Raises ``ValueError`` naming the argument.
+    [N, r]. The base is frozen unless ``train_base``. Raises ``TypeError`` or ``ValueError`` naming the argument.
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022).
     """
 

@@ -205,8 +205,8 @@ def lora_linear(
 
     ``backend`` is one of ``fastlora.backends.BACKENDS``; ``engine`` names who multiplies by W on a CPU
     (``fastlora.engines``). Returns one output [*, N_j] a weight. Dropout masks depend on a seed drawn from torch's
-    generator, the projection, the row and the column. Raises ``ValueError`` naming the argument, ``RuntimeError`` for a
-    backend that cannot run.
+    generator, the projection, the row and the column. Raises ``TypeError`` or ``ValueError`` naming the argument,
+    ``RuntimeError`` for a backend that cannot run.
     """
     check_input(x, W[0])
     scale = [float(s) for s in scale]

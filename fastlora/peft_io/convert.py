@@ -46,8 +46,8 @@ def to_peft(model: nn.Module, adapter: str | None = None) -> Any:
     scaling is halved in the returned model, and not in what PEFT would save. PEFT has no dropout in
     ``nn.MultiheadAttention``.
 
-    Raises ``ValueError`` naming the argument for what ``save`` refuses, a merged or sharded model, and an adapter that
-    PEFT cannot run; ``ImportError`` without PEFT.
+    Raises ``TypeError`` or ``ValueError`` naming the argument for what ``save`` refuses, a merged or sharded model, and
+    an adapter that PEFT cannot run; ``ImportError`` without PEFT.
     """
     import peft
 
@@ -80,8 +80,8 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
     ``adapter`` names it, and may be left out where one is active. It becomes ``"default"``, trainable. ``peft_model``
     stays as it is. Frozen parameters are shared, not copied: merging in one of the two models would change both.
 
-    Raises ``ValueError`` naming the argument for a model of another kind, a merged one, several active adapters and
-    what is not implemented (DoRA and other variants, by their field); ``ImportError`` without PEFT.
+    Raises ``TypeError`` or ``ValueError`` naming the argument for a model of another kind, a merged one, several active
+    adapters and what is not implemented (DoRA and other variants, by their field); ``ImportError`` without PEFT.
     """
     import peft
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._utils.torch_compat import counts_versions, version_of
 from ..nn.linear import Linear
 from ..nn.probe import TrackedStep
 from .all_reduce import Reduction
@@ -59,14 +60,15 @@ class StepWatch:
     """Warns once when parameters were updated several times without ``tracker.step()``."""
 
     def __init__(self, layers: dict[str, Linear]):
-        self._parameter = next((p for m in layers.values() for p in m.lora_B.parameters()), None)
-        self._version = None if self._parameter is None else self._parameter._version
+        counted = (p for m in layers.values() for p in m.lora_B.parameters() if counts_versions(p))
+        self._parameter = next(counted, None)
+        self._version = None if self._parameter is None else version_of(self._parameter)
         self._missed, self._warned = 0, False
 
     def forward(self) -> None:
-        if self._parameter is None or self._parameter._version == self._version:
+        if self._parameter is None or version_of(self._parameter) == self._version:
             return
-        self._version = self._parameter._version
+        self._version = version_of(self._parameter)
         self._missed += 1
         if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
             self._warned = True

@@ -16,7 +16,7 @@ class GroupDiagnostics(NamedTuple):
     """Means over the steps of an epoch in which the group had gradients; NaN without any."""
 
     gradient_norm: float
-    """L2 norm of the group's gradient, as the optimiser saw it (after clipping, without the loss scale)."""
+    """L2 norm of the group's gradient, as the optimizer saw it (after clipping, without the loss scale)."""
     update_norm: float
     """L2 norm of what one step changed."""
     cosine: float
@@ -25,13 +25,13 @@ class GroupDiagnostics(NamedTuple):
 
 
 class Diagnostics:
-    """Watches an optimiser through its step hooks; ``epoch()`` gives the means so far by group and starts afresh.
+    """Watches an optimizer through its step hooks; ``epoch()`` gives the means so far by group and starts afresh.
 
     Costs two copies of the trained parameters and a few reductions a step, and never waits for the device; only
     ``epoch`` reads back. Steps with a gradient or update that is not finite are left out. Groups go by their
     ``"name"`` (``param_groups``), else by position. Use with ``with``, or ``close``.
 
-    Raises ``TypeError`` for what is no optimiser.
+    Raises ``TypeError`` for what is no optimizer.
     """
 
     def __init__(self, optimizer: Optimizer):
@@ -58,7 +58,7 @@ class Diagnostics:
 
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        scale = getattr(optimizer, "grad_scale", None)  # set by a GradScaler that leaves unscaling to the optimiser
+        scale = getattr(optimizer, "grad_scale", None)  # set by a GradScaler that leaves unscaling to the optimizer
         for watched, group in zip(self._groups, optimizer.param_groups, strict=False):
             watched.before([p for p in group["params"] if p.grad is not None], scale)
 
@@ -68,7 +68,7 @@ class Diagnostics:
             watched.after()
 
     def epoch(self) -> dict[str, GroupDiagnostics]:
-        """Means since the last call by group name, in the optimiser's order."""
+        """Means since the last call by group name, in the optimizer's order."""
         return {name: group.read() for name, group in zip(self._names, self._groups, strict=True)}
 
 

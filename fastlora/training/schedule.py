@@ -14,7 +14,7 @@ from .._utils.torch_compat import set_requires_grad
 
 
 class _Factor:
-    """Multiplier of one group's base rate after ``step`` optimiser steps; an object, so that a state dict holds it."""
+    """Multiplier of one group's base rate after ``step`` optimizer steps; an object, so that a state dict holds it."""
 
     def __init__(self, steps: int, floor: float, warmup: int, zero_until: int):
         self.steps, self.floor, self.warmup, self.zero_until = steps, floor, warmup, zero_until
@@ -29,19 +29,20 @@ class _Factor:
 
 
 class Cosine(LambdaLR):
-    r"""Cosine from each group's rate to a floor, and groups that are frozen for the first optimiser steps.
+    r"""Cosine from each group's rate to a floor, and groups that are frozen for the first optimizer steps.
 
     .. math:: \eta_t = \eta_{\min} + (\eta_0 - \eta_{\min})\, \tfrac12 (1 + \cos \pi t / T)
 
     A ``LambdaLR``: call ``step()`` after each ``optimizer.step()``; it may stand in a ``SequentialLR``. After T =
     ``steps`` the rate stays at ``floor``, which is never 0. ``warmup`` steps rise linearly first; they count in T.
 
-    ``freeze``: optimiser steps during which the groups named so do not learn, a number for ``"lora"`` or a mapping of
+    ``freeze``: optimizer steps during which the groups named so do not learn, a number for ``"lora"`` or a mapping of
     group names (see ``param_groups``). Their clock runs on, so that all groups end together. ``freeze_by``:
-    ``"requires_grad"`` switches the parameters' gradients off, which costs nothing and leaves the optimiser's moments
+    ``"requires_grad"`` switches the parameters' gradients off, which costs nothing and leaves the optimizer's moments
     empty; ``"lr"`` sets the rate to 0 while moments fill, for DDP and compiled steps, which want a fixed graph.
 
-    ``state_dict`` and ``load_state_dict`` resume, frozen groups included. Raises ``ValueError`` naming the argument.
+    ``state_dict`` and ``load_state_dict`` resume, frozen groups included. Raises ``TypeError`` or ``ValueError`` naming
+    the argument.
     """
 
     def __init__(

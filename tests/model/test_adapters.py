@@ -206,7 +206,7 @@ def test_removing_leaves_the_others_and_retires_the_id():
     assert not factors(m, "b")
     assert fastlora.adapter_names(m) == ["default", None, "c"]
     with pytest.raises(
-        ValueError, match=r"ids: expected -1 \(base only\), 0: default, 2: c, got 1 at 2, which was removed"
+        ValueError, match=r"ids: expected -1 \(base only\), 0: default, 2: c, got 1 at position 2, which was removed"
     ):
         fastlora.use_adapters(m, IDS).__enter__()
     fastlora.add_adapter(m, "d", LoraConfig(r=1, target_modules="qkv"))
@@ -239,11 +239,11 @@ REFUSED = {
     "unknown in a list": (lambda m: fastlora.use_adapters(m, ["b", "defualt"]), "did you mean 'default'"),
     "unknown id": (
         lambda m: fastlora.use_adapters(m, torch.tensor([0, 3])),
-        r"ids: expected -1 \(base only\), 0: default, 1: b, 2: c, got 3 at 1",
+        r"ids: expected -1 \(base only\), 0: default, 1: b, 2: c, got 3 at position 1",
     ),
     "id below -1": (
         lambda m: fastlora.use_adapters(m, torch.tensor([-2])),
-        r"ids: expected -1 \(base only\), 0: default, 1: b, 2: c, got -2 at 0",
+        r"ids: expected -1 \(base only\), 0: default, 1: b, 2: c, got -2 at position 0",
     ),
     "dtype": (
         lambda m: fastlora.use_adapters(m, torch.tensor([0.0])),
@@ -281,9 +281,15 @@ def test_ids_that_do_not_fit_the_batch(shape):
 
 
 BAD_SETS = {
-    "same name": (lambda m: fastlora.add_adapter(m, "b", LoraConfig(target_modules="qkv")), "name: .* got 'b'"),
+    "same name": (
+        lambda m: fastlora.add_adapter(m, "b", LoraConfig(target_modules="qkv")),
+        r"name: expected one that is none of \['default', 'b', 'c'\], got 'b'",
+    ),
     "dotted": (lambda m: fastlora.add_adapter(m, "a.b", LoraConfig(target_modules="qkv")), "name: expected"),
-    "target": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(target_modules=["qkx"])), "got 'qkx'"),
+    "target": (
+        lambda m: fastlora.add_adapter(m, "d", LoraConfig(target_modules=["qkx"])),
+        "target_modules: expected .*, got 'qkx'",
+    ),
     "rank": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(r=9, target_modules="qkv")), "at most .* = 8, got 9"),
     "bias": (lambda m: fastlora.add_adapter(m, "d", LoraConfig(target_modules="qkv", bias="all")), "bias: expected"),
     "not adapted": (

@@ -226,7 +226,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
     "use_adapters": {
         "model": rows(*((r.bad, r.match, r.error) for r in MODEL), (already_merged, "model: an adapter is merged")),
         "ids": rows(
-            (torch.tensor([0, 7]), r"ids: expected -1 \(base only\), 0: default, 1: b, got 7 at 1"),
+            (torch.tensor([0, 7]), r"ids: expected -1 \(base only\), 0: default, 1: b, got 7 at position 1"),
             (torch.tensor([0.0]), "ids: expected an int64 tensor"),
             (["b", "c"], r"ids: expected one of \['default', 'b'\], got 'c'"),
             (3, "ids: expected an int64 tensor, names", TYPE),

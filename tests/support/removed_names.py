@@ -277,6 +277,23 @@ def wrappers() -> None:
     assert torch_compat.as_no_view(y).add_(1).tolist() == [2.0, 2.0, 2.0]
 
 
+def state_dicts() -> None:
+    """A state dict without the base, taken and loaded twice."""
+    from fastlora.integrations.adapters_only import adapters_only
+
+    model = adapted()
+    for _ in range(2):
+        with adapters_only(model):
+            state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert state and all("lora_" in name for name in state)
+        y = model(X)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0 if parameter.requires_grad else 0.0)
+        model.load_state_dict(state)
+        assert torch.equal(model(X), y)
+
+
 def compiled() -> None:
     from fastlora._utils.distributed import unwrapped
 
@@ -284,7 +301,7 @@ def compiled() -> None:
     assert unwrapped(torch.compile(model, backend="eager")) is model
 
 
-SCENARIOS = (plain, under_a_mode, autocast, checkpoints, statistics, lists, wrappers)
+SCENARIOS = (plain, under_a_mode, autocast, checkpoints, statistics, lists, wrappers, state_dicts)
 
 
 def tried(name: str) -> dict[str, Any]:
