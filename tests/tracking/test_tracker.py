@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
+from fastlora.tracking.hooks import ForwardHook
 
 
 @pytest.mark.parametrize("layer,targets", [(Attention, ("query", "key", "value")), (Twice, ("fc1",))])
@@ -475,6 +476,7 @@ def test_a_model_whose_tracker_was_not_closed_can_be_tracked_by_its_copies_alone
     m, batch = model(), data()
     tracker = track(m)
     for copied in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
+        assert not any(isinstance(hook, ForwardHook) for hook in copied._forward_pre_hooks.values())
         loss_of(copied, batch).backward()
         assert tracker._step.micro == 0
         with track(copied) as other:
