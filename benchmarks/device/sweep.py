@@ -100,7 +100,7 @@ def sizes(verb: str, case: Case) -> tuple[int, int, int, int]:
         "wgrad": (M, N, 0, R),
         "shrink": (M, 0, K, R + PROBES),
         "shrink dy": (M, 0, max(case.outputs), R),
-        "gradstat": (M, case.outputs[0], K, 0),
+        "gradstat": (0, case.outputs[0], K, 0),
     }[verb]
 
 
@@ -178,10 +178,9 @@ def jobs(cases: dict[str, Case], dry: bool) -> list[list[Job]]:
 def compile_one(job: Job, capability: int) -> str | None:
     """Put a job's kernels into Triton's cache, without a GPU; why that failed, or None."""
     from fastlora.kernels import compile_report, primitives
-    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    driver.set_active(compile_report.Offline(GPUTarget("cuda", capability, 32)))
+    driver.set_active(compile_report.Offline(divmod(capability, 10)))
     primitives.launcher = lambda kernel, grid, *arguments, **options: kernel.warmup(*arguments, grid=grid, **options)
     try:
         job.call(Operands(job.case, "meta"))()
