@@ -177,7 +177,7 @@ def _cases(operation: str, tile: TileConfig, o: _Operands) -> dict[str, Callable
     if operation.startswith("shrink"):
         h = partial(shrink.shrink, o.x, [*o.A, o.P], 1, tiles=tile, **dropout)
         dh = partial(shrink.shrink_backward, o.dy, o.B, o.offsets, o.scales, o.rank, tile)
-        return {"x": h} if dropout else {"x": h, "dy": dh}
+        return {"dy": dh} if operation == "shrink_backward" else {"x": h}
     if operation.startswith("wgrad"):
         x = o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes
         widths = [b.shape[0] for b in o.B]

@@ -86,6 +86,11 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
         Entry(TileConfig(64, 0, 64, 4, 4), 0, "memory bound: 3 resident with 3 stages of 8 KiB of x in flight each"),
     ),
     ("shrink", "fp32"): (Entry(TileConfig(32, 0, 64, 4, 3), 0, _FFMA),),
+    ("shrink_backward", "half"): (
+        Entry(TileConfig(32, 0, 64, 8, 4), 4096, "as shrink"),
+        Entry(TileConfig(64, 0, 64, 4, 4), 0, "as shrink"),
+    ),
+    ("shrink_backward", "fp32"): (Entry(TileConfig(32, 0, 64, 4, 3), 0, _FFMA),),
     ("shrink_dropout", "half"): (Entry(TileConfig(32, 0, 32, 4, 2), 0, _PHILOX),),
     ("shrink_dropout", "fp32"): (Entry(TileConfig(16, 0, 32, 4, 2), 0, _PHILOX),),
     # Columns are ranks here; one entry, since how a row is summed may not depend on the other rows of its batch.
