@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .._utils import distributed, torch_compat
 from .._utils.distributed import refuse_parallel
+from .._utils.installed import DISTRIBUTION, foreign
 from ..model.inject import refuse_peft
 from ..ops import native, penalty
 from ..ops.backends import BACKENDS
@@ -24,7 +25,7 @@ from ..ops.lora import lora_grouped, lora_linear
 from ..ops.penalty import weighted_penalty
 
 PACKAGES = (
-    "fastlora", "torch", "triton", "numpy", "safetensors", "packaging", "transformers", "peft", "timm", "accelerate",
+    DISTRIBUTION, "torch", "triton", "numpy", "safetensors", "packaging", "transformers", "peft", "timm", "accelerate",
     "lightning", "torchao", "bitsandbytes", "torchvision", "open_clip_torch", "matplotlib", "rich", "tqdm",
 )  # fmt: skip
 
@@ -92,6 +93,9 @@ def clashes() -> Iterator[str]:
     found = importlib.util.find_spec("kernels")
     if found is not None and found.origin and not importlib.util.find_spec("fastlora.kernels"):
         yield f"a package named kernels at {found.origin} hides fastlora.kernels"
+    other = foreign()
+    if other is not None:
+        yield f"{other[0]}, another project with the import name fastlora, is installed in {other[1].parent}: remove it"
     try:
         importlib.import_module("torchvision")
     except ModuleNotFoundError:
