@@ -126,6 +126,20 @@ def nothing_watches() -> bool:
     )
 
 
+def wants_plain_operators() -> bool:
+    """Whether what runs is to consist of torch's own operators: under ``torch.func``, ``torch.jit.trace`` and export."""
+    return torch.compiler.is_exporting() if torch.compiler.is_compiling() else being_traced()
+
+
+def being_traced() -> bool:
+    """Whether a compiler, ``torch.func`` or ``torch.jit.trace`` looks at what runs."""
+    return (
+        torch.compiler.is_compiling()
+        or (_functorch_stack is not None and _functorch_stack() is not None)
+        or (_tracing_state is not None and _tracing_state() is not None)
+    )
+
+
 def can_skip_dispatcher(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing watches the dispatcher and no tensor is a subclass, so that a kernel may be called without it.
 

@@ -146,7 +146,7 @@ def test_kernels_import_torch_triton_and_each_other():
 
 
 def test_import_fastlora_loads_nothing_optional():
-    code = f"import sys, json, fastlora; print(json.dumps([m for m in {OPTIONAL} if m in sys.modules]))"
+    code = f"import sys, json, fastlora.api; print(json.dumps([m for m in {OPTIONAL} if m in sys.modules]))"
     plain = f"import sys, json, torch; print(json.dumps([m for m in {OPTIONAL} if m in sys.modules]))"
 
     def loaded(source):
