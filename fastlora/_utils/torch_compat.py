@@ -188,7 +188,10 @@ def counts_versions(tensor: Tensor) -> bool:
 
 def version_of(tensor: Tensor) -> Any:
     """What changes whenever a tensor is changed in place; equal to nothing where torch does not count."""
-    return object() if _version is None else tensor._version
+    try:
+        return object() if _version is None else tensor._version
+    except RuntimeError:  # of inference tensors, nobody counts changes
+        return object()
 
 
 def _schema_of(operator: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -62,6 +63,7 @@ class _Planned:
     factors: tuple[Factors, Factors]
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def inject(
     model: nn.Module,
     config: Any,

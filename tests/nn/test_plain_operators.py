@@ -71,7 +71,9 @@ def test_gradients_of_each_sample(kind):
 def test_gradients_of_each_sample_with_dropout():
     """Every sample draws its own mask under randomness="different", the same under "same"."""
     torch.manual_seed(0)
-    model = randomise(fastlora.inject(nn.Sequential(nn.Linear(8, 6)), config(r=2, lora_dropout=0.5, target_modules=["0"])))
+    model = randomise(
+        fastlora.inject(nn.Sequential(nn.Linear(8, 6)), config(r=2, lora_dropout=0.5, target_modules=["0"]))
+    )
     x = torch.randn(1, 8).expand(6, 8)
     each = {
         how: vmap(grad(loss_of(model)), (None, 0), randomness=how)(trained(model), x) for how in ("same", "different")
