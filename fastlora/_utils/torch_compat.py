@@ -127,7 +127,7 @@ def nothing_watches() -> bool:
 
 
 def wants_plain_operators() -> bool:
-    """Whether what runs is to consist of torch's own operators: under ``torch.func``, ``torch.jit.trace`` and export."""
+    """Whether what runs has to be torch's own operators: under ``torch.func``, ``torch.jit.trace`` and export."""
     return torch.compiler.is_exporting() if torch.compiler.is_compiling() else being_traced()
 
 

@@ -319,7 +319,7 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
 
 
 def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
-    """As ``forward_together`` of one layer, for a compiler or tracer: the operator with its operands as they are now."""
+    """As ``forward_together`` of one layer, for a compiler or tracer: the operator with the operands of now."""
     check_input(x, layer.weight)
     weights, names = ([layer.weight], [layer.bias]), route.names
     A, B, scale = zip(*[pair for name in names for pair in layer.pairs(name)], strict=True)
