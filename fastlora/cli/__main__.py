@@ -79,6 +79,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS, help="all of it")
     parser.add_argument(
         "--model", metavar="MODULE:NAME", help="a model, or a function that makes one: can it be adapted?"
     )
@@ -93,7 +94,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"fastlora: {error}\n")
         return UNUSABLE
     found = doctor.report(model)
-    text = json.dumps(found, indent=2) if arguments.json else "\n".join(doctor.lines(found))
+    text = json.dumps(found, indent=2) if arguments.json else "\n".join(doctor.lines(found, arguments.verbose > 0))
     sys.stdout.write(text + "\n")
     return OK if found["passed"] else CLAIM_FAILED
 
