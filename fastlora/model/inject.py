@@ -213,9 +213,7 @@ def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> li
     return left
 
 
-def find_targets(
-    model: nn.Module, config: LoraConfig, saved: list[str], blocks: list[str] | None = None
-) -> list[str]:
+def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks: list[str] | None = None) -> list[str]:
     """Full names of the linears that a config adapts, in the model's order, but for those inside ``saved`` modules.
 
     ``blocks``: names outside of these modules are not looked at.
@@ -228,7 +226,9 @@ def find_targets(
     if blocks is not None:
         names = [n for n in names if _inside(n, blocks)]
         if not names:
-            raise wrong_value("target_modules", f"what matches modules inside the blocks {blocks}", config.target_modules)
+            raise wrong_value(
+                "target_modules", f"what matches modules inside the blocks {blocks}", config.target_modules
+            )
     if config.exclude_modules is not None:
         excluded = set(_select(model, config.exclude_modules, "exclude_modules"))
         # As in PEFT a container is not its contents; unnoticed, nothing would be excluded.
@@ -248,7 +248,7 @@ def find_targets(
 
 
 def target_names(model: nn.Module, config: LoraConfig, blocks: list[str]) -> list[str]:
-    """Full names of the linears in ``blocks`` that ``inject`` would adapt; ``ValueError`` where it would refuse them."""
+    """Full names of the linears in ``blocks`` that ``inject`` adapts; ``ValueError`` where it would refuse them."""
     return find_targets(model, config, find_modules_to_save(model, config), blocks)
 
 
