@@ -150,12 +150,13 @@ def _adapters(model: nn.Module, config: LoraConfig, blocks: list[str], saved: li
     """The config that puts adapters on these blocks and trains ``saved`` whole, all by full name."""
     if config.target_modules is None:
         config.target_modules = "all-linear"
-    if config.split_qkv is None:
-        config.split_qkv = config.target_modules in ("qkv", "attention")
     every = target_names(model, config)
     names = [n for n in every if any(n.startswith(block + ".") for block in blocks)]
     if not names:
         raise wrong_value("target_modules", f"what matches modules inside the blocks {blocks}", config.target_modules)
+    if config.split_qkv is None:
+        split = {n: slices for n, slices in slices_of(model, config, names).items() if set(slices) != {WHOLE}}
+        config.split_qkv = split or False
     modules = [n for n, _ in model.named_modules()]
     for field, wanted in (("target_modules", names), ("modules_to_save", saved)):
         extra = [n for n in modules if n not in wanted and any(n.endswith("." + w) for w in wanted)]
