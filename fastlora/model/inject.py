@@ -254,7 +254,7 @@ def slices_of(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> dic
     modules, split = named_targets(model), config.split_qkv
     rows = {name: features(modules[name])[1] for name in names}
     found = {name: Slices({WHOLE: N}) for name, N in rows.items()}
-    if split is False or (split is None and config.target_modules not in _PARTS):
+    if split is False or (split is None and _parts(config) is None):
         return found
     fused, unknown = fused_layouts(model), []
     if isinstance(split, Mapping):
@@ -303,9 +303,14 @@ def _as_told(
 _PARTS = {"qkv": "qkv", "attention": "qkv", "mlp": ("gate", "up", "mlp")}
 
 
+def _parts(config: LoraConfig) -> Sequence[str] | None:
+    target = config.target_modules
+    return _PARTS.get(target) if isinstance(target, str) else None
+
+
 def _rank(config: LoraConfig, name: str) -> int:
     """The rank of a slice that no pattern speaks of."""
-    parts = _PARTS.get(config.target_modules) if isinstance(config.target_modules, str) else None
+    parts = _parts(config)
     return config.r if parts is None or name == WHOLE or name in parts else 0
 
 

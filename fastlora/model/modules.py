@@ -92,7 +92,9 @@ MLP = (
 )
 
 # Parts of the paths of networks that make positions, which are no MLPs of the model's stream.
-_POSITIONS = re.compile(r"rel_pos|relative_position|pos_mlp|pos_embed|pos_proj|meta_mlp|cpb|dpb|(^|\.)(pos|position)(\.|$)")
+_POSITIONS = re.compile(
+    r"rel_pos|relative_position|pos_mlp|pos_embed|pos_proj|meta_mlp|cpb|dpb|(^|\.)(pos|position)(\.|$)"
+)
 
 # Owners that mix tokens without attention: their projections have no q, k and v.
 _MIXERS = re.compile(r"(Mixer|MambaLayer|ShortConv|GatedDeltaNet|RecurrentBlock|mLSTMLayer)$")
@@ -102,6 +104,7 @@ HEADS = (
     "head", "head_dist", "heads", "classifier", "pre_classifier", "classification_head", "lm_head", "score", "fc",
     "qa_outputs",
 )  # fmt: skip
+
 
 def _below(owner: nn.Module, name: str) -> nn.Module | None:
     for part in name.split("."):

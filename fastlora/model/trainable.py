@@ -13,8 +13,9 @@ from torch import nn
 from .._utils.errors import check_choice, check_integer, check_model, check_number, suggestion, wrong_value
 from ..config import LoraConfig
 from ..nn.active import chosen_adapter, names_of
+from ..nn.adapter import WHOLE
 from ..nn.linear import adapted_layers
-from .inject import inject, refuse_adapted, target_names
+from .inject import inject, refuse_adapted, slices_of, target_names
 from .modules import HEADS, is_head
 
 

@@ -155,7 +155,8 @@ def _slice(raw: dict) -> Slice:
     name, ratio = check_instance("name of a slice", raw["name"], str, "a string"), raw["scale_ratio"]
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
         raise wrong_type("scale_ratio", "a number", ratio)
-    rows, rank, blocks = (check_integer(n, raw.get(n, 1), least) for n, least in (("rows", 1), ("rank", 0), ("blocks", 1)))
+    rows, rank = check_integer("rows", raw["rows"], 1), check_integer("rank", raw["rank"], 0)
+    blocks = check_integer("blocks", raw.get("blocks", 1), 1)
     if rows % blocks:
         raise ValueError(f"blocks: expected a divisor of {rows} rows, got {blocks}")
     return Slice(name, rows, rank, float(ratio), blocks)

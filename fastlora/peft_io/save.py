@@ -210,7 +210,8 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
         block[layer.slices.rows(name), column : column + ranks[name]] = b
         column += ranks[name]
     told = set(layer.slices) != {WHOLE} or own < rank or any(ratio != 1.0 for ratio in ratios.values())
-    slices = tuple(Slice(n, x, ranks[n], ratios[n], layer.slices.blocks) for n, x in layer.slices.items()) if told else ()
+    blocks = layer.slices.blocks
+    slices = tuple(Slice(n, rows, ranks[n], ratios[n], blocks) for n, rows in layer.slices.items()) if told else ()
     return _Stored(stacked, block, _alpha(1.0 if fold else s, rank), slices)
 
 

@@ -110,9 +110,7 @@ def output_variances_of(
     """``act_var`` of the matrices whose layer has moments, and for each matrix whether it has."""
     layers = list(layers)
     sizes = [list(layer.slices.values()) for layer in layers]
-    live = [
-        (_by_slice(total, layer), runs) for layer, total, runs in zip(layers, V, sizes, strict=True) if total is not None
-    ]
+    live = [(_by_slice(v, x), runs) for x, v, runs in zip(layers, V, sizes, strict=True) if v is not None]
     found = output_variances(*zip(*live, strict=True)).to(device) if live else None
     return found, [total is not None for total, runs in zip(V, sizes, strict=True) for _ in runs]
 
