@@ -31,6 +31,9 @@ class Slices(dict[str, int]):
     def __eq__(self, other: object) -> bool:
         return dict.__eq__(self, other) and self.blocks == getattr(other, "blocks", 1)
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
     __hash__ = None
 
     def __reduce__(self) -> tuple:
