@@ -40,6 +40,7 @@ from .modules import (
     attention_blocks,
     class_name,
     conv1d_class,
+    expert_parameters,
     features,
     fused_layouts,
     is_linear,
@@ -172,6 +173,8 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
             names = role_targets(model, spec)
         else:
             names = [n for n in modules if n and re.fullmatch(spec, n)]
+        if spec in ROLES:
+            _tell_experts(model, spec, any_taken=bool(names))
         if not names:
             near = suggestion(spec, [*ROLES, *{n.rpartition(".")[2] for n in linears}])
             raise wrong_value(field, f"a role or a pattern that matches modules of {type(model).__name__}", spec, near)
@@ -187,6 +190,16 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
             raise wrong_value(field, f"suffixes of module names of {type(model).__name__}", suffix, near)
         chosen.update(hits)
     return _projections(model, modules, chosen, field)
+
+
+def _tell_experts(model: nn.Module, role: str, any_taken: bool) -> None:
+    """Say that a role leaves experts out; ``ValueError`` where it takes nothing else."""
+    named = ((n, m) for n, m in model.named_modules() if role in ("mlp", "all-linear"))
+    experts = [f"{n}.{p}" for n, m in named for p in expert_parameters(m)]
+    if experts and not any_taken:
+        raise ValueError(f"target_modules: {role!r} takes nothing: {listed(experts)} are parameters of experts")
+    if experts:
+        logger.warning("target_modules: %r leaves out %s, parameters of experts", role, listed(experts))
 
 
 def _projections(model: nn.Module, modules: Mapping[str, nn.Module], names: Collection[str], field: str) -> list[str]:
@@ -235,7 +248,7 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list
     for name in names:
         reason = None if isinstance(modules[name], Linear) else refusal(model, name)
         if reason is not None:
-            raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
+            raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}; exclude_modules leaves it out")
     return names
 
 

@@ -63,6 +63,7 @@ ATTENTION = (
     Attention(("query", "key", "value"), ("^output.dense", "dense", "proj", "projection_layer", "out_proj")),
     Attention(("query_proj", "key_proj", "value_proj"), ("^output.dense",)),
     Attention(("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj", "dense", "projection_layer")),
+    Attention(("q_proj.linear", "k_proj.linear", "v_proj.linear"), ("o_proj.linear",)),
     Attention(("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)),
     Attention(("q_lin", "k_lin", "v_lin"), ("out_lin",)),
     Attention(("to_q", "to_k", "to_v"), ("to_out.0", "to_out")),
@@ -76,6 +77,7 @@ MLP = (
     ("linear1", "linear2"),
     ("linear_fc1", "linear_fc2"),
     ("gate_proj", "up_proj", "down_proj"),
+    ("gate_proj.linear", "up_proj.linear", "down_proj.linear"),
     ("gate_up_proj", "down_proj"),
     ("up_proj", "down_proj"),
     ("intermediate.dense", "output.dense"),
@@ -89,6 +91,9 @@ MLP = (
     ("wi", "wo"),
     ("Wi", "Wo"),
     ("w1", "w2", "w3"),
+    ("layer_1", "layer_2"),
+    ("pwconv1", "pwconv2"),
+    ("net.0.proj", "net.2"),
 )
 
 # Parts of the paths of networks that make positions, which are no MLPs of the model's stream.
@@ -179,6 +184,8 @@ def mlp_linears(model: nn.Module) -> dict[str, Slices | None]:
                 break
     for block in attention_blocks(model):
         names |= {name: layout for name, layout in block.layouts.items() if layout is not None and "mlp" in layout}
+        out = _join(block.owner, "mlp_out_proj")
+        names |= {out: None} if is_linear(_below(model, out)) else {}
     return names
 
 
@@ -189,6 +196,13 @@ def mixer_linears(model: nn.Module) -> list[str]:
         if _MIXERS.search(type(owner).__name__) and type(owner).__module__.partition(".")[0] == "transformers":
             names += [_join(path, n) for n, m in owner.named_children() if is_linear(m)]
     return [name for name in names if refusal(model, name) is None]
+
+
+def expert_parameters(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes [E, N, K] of the parameters that hold the matrices of several experts."""
+    named = module._parameters.items()
+    expert = "expert" in type(module).__name__.lower()
+    return {name: tuple(p.shape) for name, p in named if expert and p is not None and p.dim() == 3}
 
 
 def fused_layouts(model: nn.Module) -> dict[str, Slices | None]:

@@ -12,7 +12,17 @@ from .._utils.reporting import rich_table, text_table
 from ..config import ROLES
 from ..nn.adapter import Slices
 from ..nn.linear import Linear
-from .modules import class_name, features, fused_layouts, is_head, is_linear, named_targets, refusal, role_targets
+from .modules import (
+    class_name,
+    expert_parameters,
+    features,
+    fused_layouts,
+    is_head,
+    is_linear,
+    named_targets,
+    refusal,
+    role_targets,
+)
 
 
 @dataclass(frozen=True)
@@ -63,13 +73,17 @@ def roles(model: nn.Module) -> RoleTable:
             K, N = features(module)
             found = tuple(role for role in ROLES if name in taken[role])
             slices = module.slices if isinstance(module, Linear) and len(module.slices) > 1 else layouts.get(name)
-            rows.append(RoleRow(name, (N, K), found, slices, _remark(model, name, module, name in layouts, slices)))
+            rows.append(
+                RoleRow(
+                    name, (N, K), found, slices, _remark(model, name, module, found, name in layouts and slices is None)
+                )
+            )
         else:
             rows += _experts(name, module)
     return RoleTable(tuple(rows))
 
 
-def _remark(model: nn.Module, name: str, module: nn.Module, fused: bool, slices: Slices | None) -> str:
+def _remark(model: nn.Module, name: str, module: nn.Module, found: tuple[str, ...], unknown: bool) -> str:
     if isinstance(module, Linear):
         return "adapted"
     reason = refusal(model, name)
@@ -77,17 +91,10 @@ def _remark(model: nn.Module, name: str, module: nn.Module, fused: bool, slices:
         return f"cannot be adapted: {reason}"
     if is_head(model, name, module):
         return "part of the task head"
-    if fused and slices is None:
+    if unknown:
         owner = ".".join(class_name(model.get_submodule(name.rpartition(".")[0])))
         return f"one matrix: how q, k and v lie in that of {owner} is not known"
-    return ""
-
-
-def expert_parameters(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes [E, N, K] of the parameters that hold the matrices of several experts."""
-    named = module._parameters.items()
-    expert = "expert" in type(module).__name__.lower()
-    return {name: tuple(p.shape) for name, p in named if expert and p is not None and p.dim() == 3}
+    return "" if set(found) - {"all-linear"} else "of no attention, MLP or mixer that is known by its structure"
 
 
 def _experts(name: str, module: nn.Module) -> list[RoleRow]:

@@ -29,7 +29,7 @@ class Slices(dict[str, int]):
         self.blocks = blocks
 
     def __eq__(self, other: object) -> bool:
-        return dict.__eq__(self, other) and self.blocks == getattr(other, "blocks", 1)
+        return isinstance(other, dict) and dict.__eq__(self, other) and self.blocks == getattr(other, "blocks", 1)
 
     def __ne__(self, other: object) -> bool:
         return not self == other

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from support.fused_zoo import FUSED
 from support.helpers import config, randomise
 from torch import nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import fastlora

@@ -11,7 +11,6 @@ from torch import nn
 
 import fastlora
 from fastlora.nn.adapter import Slices
-from fastlora.nn.linear import adapted_layers
 
 HEADS, K, M = 3, 10, 14
 PARTS = {"q": 4, "k": 2, "v": 3}  # rows of each head
@@ -153,7 +152,9 @@ def test_exact_statistics_of_each_slice(kinds):
     with fastlora.track(model, statistics=kinds, estimator="exact", loss_reduction="sum", ema=None) as tracker:
         model(x).square().sum().backward()
         tracker.step()
-        found = {kind: tracker.scores(kind, reduce="sum" if kind in ("grad_sq", "fisher") else "mean") for kind in kinds}
+        found = {
+            kind: tracker.scores(kind, reduce="sum" if kind in ("grad_sq", "fisher") else "mean") for kind in kinds
+        }
     for name in PARTS:
         key, rows = f"0[{name}]", rows_of(name)
         G, y = gradient_of(model, x)[rows], dense(model)[0](x).detach()[:, rows]

@@ -143,7 +143,7 @@ FUSED: dict[str, Fused] = {
         "attn.qkv", _even(32), 1, (2, 4, 4),
     ),
     "vit_xp": Fused(
-        _timm("vit_base_patch16_xp_224", **_XP), _image(16), "in_proj", (("mlp", 128), *_even(32)), 1, (2, 4, 2)
+        _timm("vit_base_patch16_xp_224", **_XP), _image(16), "in_proj", (("mlp", 128), *_even(32)), 1, (2, 4, 4)
     ),
     "tiny_vit": Fused(
         _timm(
@@ -160,7 +160,9 @@ FUSED: dict[str, Fused] = {
         _image(32), "attn.kv", _even(16, "kv"), 1, (8, 12, 8),
     ),
     "tnt": Fused(
-        _timm("tnt_s_patch16_224", img_size=32, embed_dim=16, inner_dim=16, depth=1, num_heads_inner=2, num_heads_outer=2),
+        _timm(
+            "tnt_s_patch16_224", img_size=32, embed_dim=16, inner_dim=16, depth=1, num_heads_inner=2, num_heads_outer=2
+        ),
         _image(32), ".qk", _even(16, "qk"), 1, (4, 6, 4),
     ),
 }  # fmt: skip
