@@ -56,13 +56,13 @@ _TARGETS = f"a role {ROLES}, a regular expression or a list of names"
 
 
 def _check_split(value: Any) -> None:
-    accepted = "None, True, False, or module names to rows by the names of slices"
-    if value is None or isinstance(value, bool):
+    more = ", or names of modules to the rows of their slices"
+    if not isinstance(value, Mapping):
+        check_choice("split_qkv", value, (None, True, False), more)
         return
-    check_instance("split_qkv", value, Mapping, accepted)
     for name, rows in value.items():
-        if not isinstance(rows, Mapping) or not rows:
-            raise wrong_value("split_qkv", accepted, value)
+        if not isinstance(name, str) or not isinstance(rows, Mapping) or not rows:
+            raise wrong_value("split_qkv", f"one of {(None, True, False)}{more}", value)
         for part, count in rows.items():
             check_integer(f"split_qkv[{name!r}][{part!r}]", count, 1)
 
