@@ -105,7 +105,7 @@ class LoraConfig:
     ``y = x W^T + bias + s x A^T B^T`` with ``s = lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``).
 
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
-      ``"qkv"``, ``"attention"``, ``"mlp"``, ``"all-linear"``.
+      ``"qkv"``, ``"attention"``, ``"mlp"``, ``"mixer"``, ``"all-linear"``.
     - ``rank_pattern``, ``alpha_pattern``: keys (``blocks.0.attn.qkv[q]``), module paths or PEFT's suffix patterns.
     - ``scale``: ``"constant"`` keeps the one ``s`` of (lora_alpha, r) whatever a layer's rank; ``"per_rank"`` divides
       by each layer's own rank, as PEFT does.

@@ -60,7 +60,10 @@ class Slices(dict[str, int]):
         return torch.cat([part.unflatten(0, (self.blocks, -1)) for part in parts], dim=1).flatten(0, 1)
 
     def block_diagonal(self, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, float]:
-        """(A, B, s) of all slices as one matrix: A [R, K] their A, and B [N, R] with zeros beside each slice's B."""
+        """(A, B, s) of all slices as one matrix: A [R, K] their A, and B [N, R] with zeros beside each slice's B.
+
+        One projection to the operator, so that all slices have one dropout mask.
+        """
         ranks = [a.shape[0] for a, _, _ in pairs]
         scales = {s for (_, _, s), r in zip(pairs, ranks, strict=True) if r} or {1.0}
         s, first, parts = scales.pop() if len(scales) == 1 else 1.0, 0, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -111,6 +112,44 @@ def test_merge_and_unmerge():
     torch.testing.assert_close(model(x), y)
     fastlora.unmerge(model)
     assert torch.equal(model[0].weight, W)
+
+
+def test_a_transposed_layer():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(N, K).double())
+    plain, x = copy.deepcopy(model), x_of()
+    fields = dict(target_modules=["0"], init_lora_weights=False, split_qkv={"0": SLICES})
+    fastlora.inject(model, config(r=2, **fields))
+    for name in PARTS:
+        A, B = (getattr(side["default"], name).detach() for side in (model[0].lora_A, model[0].lora_B))
+        plain[0].weight.data[:, rows_of(name)] += (model[0].adapter_specs["default"].scale[name] * B @ A).T
+    y = model(x)
+    torch.testing.assert_close(y, plain(x))
+    y.square().sum().backward()
+    plain(x).square().sum().backward()
+    G, spec = plain[0].weight.grad.T[rows_of("k")], model[0].adapter_specs["default"]
+    A = model[0].lora_A["default"].k.detach()
+    torch.testing.assert_close(model[0].lora_B["default"].k.grad, spec.scale["k"] * G @ A.T)
+    fastlora.merge(model)
+    torch.testing.assert_close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_one_dropout_mask_for_all_slices(batched):
+    model, x = adapted(lora_dropout=0.5, ranks=(2, 2, 2)), x_of()
+    layer = model[0]
+    with torch.no_grad():
+        for side in (layer.lora_A["default"], layer.lora_B["default"]):
+            for name in PARTS:
+                getattr(side, name).copy_(torch.ones_like(getattr(side, name)))
+    scope = fastlora.use_adapters(model, torch.zeros(M, dtype=torch.int64)) if batched else contextlib.nullcontext()
+    with scope:
+        update = layer(x) - nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(update, update[:, :1].expand_as(update))
+    full = x.sum(1) * 2 * layer.adapter_specs["default"].scale["q"]
+    assert not torch.isclose(update[:, 0], full).any()
 
 
 def test_several_adapters_in_one_batch():
