@@ -294,6 +294,11 @@ def _reads_weight(owner: type, leaf: str) -> bool:
     return reads is not None and re.search(rf"\bself\.{re.escape(leaf)}\(", source) is None
 
 
+def has_suffix(name: str, suffix: str) -> bool:
+    """Whether a name ends in a suffix, by whole components."""
+    return name == suffix or name.endswith("." + suffix)
+
+
 def pattern_matches(pattern: str, name: str) -> bool:
     """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches: PEFT takes it as an expression for the tail."""
     try:

@@ -15,8 +15,9 @@ from ..config import LoraConfig
 from ..nn.active import chosen_adapter, names_of
 from ..nn.adapter import WHOLE
 from ..nn.linear import adapted_layers
-from .inject import inject, refuse_adapted, slices_of, target_names
+from .inject import inject, refuse_adapted, target_names
 from .modules import HEADS, is_head
+from .slices import slices_of
 
 
 @dataclass(frozen=True)
