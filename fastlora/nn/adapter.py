@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,23 +81,21 @@ class Bundle:
     """Layers that run together, and what their calls with given adapters take, kept while none of it is replaced.
 
     Weights and factors are looked up as torch means it: a parameter that is replaced, a module that is hooked,
-    parametrised or replicated is noticed, and its tensors are asked for anew.
+    parametrised or replicated is noticed, and its tensors are asked for anew. Layers let go of their bundles when
+    their adapters change. It holds no layer, or the layer that holds it would hold itself.
     """
 
-    def __init__(self, layers: Sequence[Any]):
-        self.layers = tuple(layers)
+    def __init__(self):
         self._kept: dict[tuple[str, ...], Operands] = {}
 
-    def kept(self, names: tuple[str, ...]) -> Operands:
-        """What a call with the adapters ``names`` takes; one that no layer has, has rank 0."""
+    def kept(self, layers: Sequence[Any], names: tuple[str, ...]) -> Operands:
+        """What a call of ``layers`` with the adapters ``names`` takes; one that no layer has, has rank 0."""
         kept = self._kept.get(names)
         if kept is None or not kept.holds():
-            changes = [layer.changes for layer in self.layers]
-            # Nothing is kept of adapters that are gone.
-            self._kept = {n: k for n, k in self._kept.items() if k.changes == changes and n != names}
+            self._kept.pop(names, None)
             while len(self._kept) >= _MOST_BOUND:
                 self._kept.pop(next(iter(self._kept)), None)
-            kept = self._kept[names] = Operands(self.layers, names)
+            kept = self._kept[names] = Operands(layers, names)
         return kept
 
 
@@ -107,9 +106,8 @@ class Operands:
     """A call, and where each of its tensors was found."""
 
     def __init__(self, layers: Sequence[Any], names: tuple[str, ...]):
-        self.layers, self.changes = layers, [layer.changes for layer in layers]
         self.stored: list[tuple[dict[str, Any], str, Any]] = []
-        self.read: list[tuple[Any, str, Any]] = []
+        self.read: list[tuple[weakref.ref, str, Any]] = []
         self.factors: list[Factors] = []
         self.hooked = False
         W, bias = ([self._tensor(layer, name) for layer in layers] for name in ("weight", "bias"))
@@ -147,7 +145,7 @@ class Operands:
         if name in stored:
             self.stored.append((stored, name, found))
         else:  # a property, a parametrisation or a replica's plain attribute
-            self.read.append((owner, name, found))
+            self.read.append((weakref.ref(owner), name, found))
         return found
 
     def _factors(self, side: nn.ModuleDict, name: str) -> dict[str, Tensor | None]:
@@ -163,14 +161,11 @@ class Operands:
         """Whether every tensor is still where it was found, and no hook has to be asked for it."""
         if self.hooked:
             return False
-        for layer, changes in zip(self.layers, self.changes, strict=True):
-            if layer.changes != changes:
-                return False
         for place, key, found in self.stored:
             if place.get(key) is not found:
                 return False
         for owner, name, found in self.read:
-            if getattr(owner, name) is not found:
+            if getattr(owner(), name, None) is not found:
                 return False
         for w in self._weights:  # a parameter that is moved or cast stays the same object
             if w.dtype is not self.dtype or w.device != self.device:

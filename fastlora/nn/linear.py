@@ -84,7 +84,6 @@ class Linear(nn.Linear):
 
     def _has_changed(self) -> None:
         """Nothing is kept of what the layer's adapters were."""
-        self.changes += 1
         self.bundle = None
         if self.group is not None:
             self.group.forget_operands()
@@ -239,7 +238,7 @@ class QKVLinear(Linear):
 
 
 _STATE = (
-    "slices", "adapter_specs", "ranked", "changes", "bundle", "router", "dropout_salt", "backend", "engine",
+    "slices", "adapter_specs", "ranked", "bundle", "router", "dropout_salt", "backend", "engine",
     "merged", "group", "called", "probes",
 )  # fmt: skip
 
@@ -252,8 +251,7 @@ def attach_state(
     layer.slices = dict(slices)
     layer.adapter_specs = {}
     layer.ranked = frozenset()  # adapters with a rank above 0
-    layer.changes = 0  # to its adapters: what a bundle looks at
-    layer.bundle = None  # the layer alone; a group has bundles of its own
+    layer.bundle = None  # of the layer alone, with the parameters it is for; a group has bundles of its own
     layer.router = router
     layer.dropout_salt = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
@@ -281,7 +279,7 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along."""
     first = layers[0]
     if kept is None:
-        kept = _bundle_of(layers).kept(route.names)
+        kept = _bundle_of(layers).kept(layers, route.names)
     if x.dtype is not kept.dtype or x.device != kept.device or not x.dim() or x.shape[-1] != kept.depth:
         check_input(x, first.weight)
     drops = kept.drops and first.training
@@ -337,10 +335,11 @@ def _bundle_of(layers: Sequence[Any]) -> Bundle:
     """The operands of one layer, kept with it; those of a part of a layer are made anew."""
     (layer,) = layers
     if not isinstance(layer, Linear):
-        return Bundle(layers)
-    if layer.bundle is None or layer.bundle.layers[0] is not layer:
-        layer.bundle = Bundle(layers)
-    return layer.bundle
+        return Bundle()
+    # A replica has a copy of the layer's attributes, and parameters of its own.
+    if layer.bundle is None or layer.bundle[0] is not layer._parameters:
+        layer.bundle = (layer._parameters, Bundle())
+    return layer.bundle[1]
 
 
 def _described(factor: Tensor | None) -> str:
