@@ -13,6 +13,7 @@ from .._utils.distributed import is_sharded, shards
 from .._utils.errors import listed
 from .._utils.torch_compat import in_backward, version_of
 from ..nn.linear import Linear, adapted_layers
+from .optimizer_check import watch_optimizers
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,9 @@ class _OwnerHook:
 
 
 def watch_learning(model: nn.Module, mode: str | None = None) -> None:
-    """Watch all adapters of a model in place of an earlier check, whose mode stays unless another is given."""
+    """Watch all adapters of a model in place of an earlier check, whose mode stays unless another is given; and
+    the optimizers that step from now on."""
+    watch_optimizers(model)
     before = getattr(model, "fastlora_learning", None)
     if before is not None:
         before.close()

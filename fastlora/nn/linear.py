@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -75,6 +76,11 @@ class Linear(nn.Linear):
 
     def install(self, name: str, spec: AdapterSpec, A: Factors, B: Factors) -> None:
         """Put an adapter's factors in place, replacing those of the same name."""
+        for side, factors in ((self.lora_A, A), (self.lora_B, B)):
+            for key, old in side[name]._parameters.items() if name in side else ():
+                new = factors._parameters.get(key)
+                if old is not None and new is not None and new is not old:
+                    old.fastlora_replaced_by = weakref.ref(new)  # for an optimizer that still holds the old one
         self.lora_A[name], self.lora_B[name] = A, B
         self.adapter_specs[name] = spec
         self._has_changed()

@@ -16,6 +16,7 @@ from torch import nn
 
 import fastlora
 from fastlora.integrations.hf import STATE, FastLoraCallback
+from fastlora.model.inject import eject
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -405,3 +406,19 @@ def test_a_missing_library_is_named(module, library, monkeypatch):
         monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=rf"{name} needs {library}: pip install 'fastlora\[{module}\]'"):
         importlib.import_module(name)
+
+
+@pytest.mark.parametrize("early", ["before set_ranks", "before inject"])
+def test_an_optimizer_that_was_built_too_early_is_told(early, tmp_path, caplog):
+    model = bert(dropout=0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    if early == "before inject":
+        model = eject(model).requires_grad_()
+        optimizer = torch.optim.AdamW(model.parameters())
+        fastlora.inject(model, fastlora.LoraConfig(r=4, target_modules="qkv", modules_to_save=["classifier"]))
+        trainer(model, tmp_path, optimizers=(optimizer, None), save_strategy="no").train()
+        assert "build it after fastlora.inject" in caplog.text
+        return
+    fastlora.set_ranks(model, {row.key: 2 for row in fastlora.summary(model).rows})
+    with pytest.raises(RuntimeError, match="optimizer: holds the factors that others have replaced"):
+        trainer(model, tmp_path, optimizers=(optimizer, None), save_strategy="no").train()
