@@ -17,6 +17,7 @@ from torch import nn
 import fastlora
 from fastlora.integrations.hf import STATE, FastLoraCallback
 from fastlora.model.inject import eject
+from fastlora.nn.linear import adapted_layers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -422,3 +423,64 @@ def test_an_optimizer_that_was_built_too_early_is_told(early, tmp_path, caplog):
     fastlora.set_ranks(model, {row.key: 2 for row in fastlora.summary(model).rows})
     with pytest.raises(RuntimeError, match="optimizer: holds the factors that others have replaced"):
         trainer(model, tmp_path, optimizers=(optimizer, None), save_strategy="no").train()
+
+
+class _Stops(transformers.TrainerCallback):
+    def __init__(self, error, event):
+        self.error = error
+        setattr(self, event, self.stop)
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step >= 1:
+            raise self.error
+
+
+def _whole(t, keys):
+    layers = adapted_layers(t.model).values()
+    assert list(t.model.state_dict()) == keys
+    assert not any(layer.probes for layer in layers) and "_save_checkpoint" not in vars(t)
+    assert all(p.requires_grad for layer in layers for f in (layer.lora_A, layer.lora_B) for p in f.parameters())
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_save", "on_step_end"])
+@pytest.mark.parametrize("error", [RuntimeError("out"), KeyboardInterrupt()])
+def test_a_training_that_is_interrupted_leaves_the_model_whole(error, event, tmp_path):
+    model = bert()
+    keys = list(model.state_dict())
+    callback = FastLoraCallback(freeze=5, penalty=0.1)
+    t = trainer(model, tmp_path, callback, save_steps=1)
+    t.add_callback(_Stops(error, event))
+    with pytest.raises(type(error)):
+        t.train()
+    _whole(t, keys)
+    t.remove_callback(_Stops)
+    t.train()  # again, by the same Trainer
+    _whole(t, keys)
+    trainer(model, tmp_path, FastLoraCallback(freeze=1)).train()
+    _whole(t, keys)
+
+
+def test_a_run_takes_over_from_a_dead_one(tmp_path):
+    """A callback that was added to a Trainer is not told that it is made, and so not when its training fails."""
+    model = bert()
+    keys = list(model.state_dict())
+    t = trainer(model, tmp_path)
+    t.add_callback(FastLoraCallback(freeze=5))
+    t.add_callback(_Stops(KeyboardInterrupt(), "on_step_end"))
+    with pytest.raises(KeyboardInterrupt):
+        t.train()
+    assert list(model.state_dict()) == keys
+    trainer(model, tmp_path / "again", FastLoraCallback(track={"warmup": 2}, freeze=1)).train()
+    assert list(model.state_dict()) == keys and not any(layer.probes for layer in adapted_layers(model).values())
+    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_the_making_of_a_trainer_hides_nothing(tmp_path):
+    model = bert()
+    keys = set(model.state_dict())
+    t = trainer(model, tmp_path, FastLoraCallback())
+    t.save_model(str(tmp_path / "whole"))
+    assert load_file(tmp_path / "whole" / "model.safetensors").keys() == keys
+    t.train()
+    t.save_model(str(tmp_path / "after"))
+    assert load_file(tmp_path / "after" / "model.safetensors").keys() == keys
