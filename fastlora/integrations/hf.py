@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -36,6 +36,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 STATE = "fastlora_training.pt"
+_HANDLES_CHECKPOINTS = ("_save_checkpoint", "_load_from_checkpoint", "_load_best_model")
 
 
 class FastLoraCallback(TrainerCallback):
@@ -69,24 +70,17 @@ class FastLoraCallback(TrainerCallback):
     ):
         self.session = Session(track, penalty, freeze, adapter)
         self.checkpoints, self.resume_from = checked_checkpoints(checkpoints), resume_from
-        self._trainer: Any = None
+        self._trainer: Any = None  # whose methods are surrounded
 
     @property
     def tracker(self) -> Tracker | None:
         return self.session.tracker
 
     def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs) -> None:
-        self._open(model)
-        trainer = _calling_trainer("__init__")
-        if trainer is not None:
-            _surround(trainer, "_inner_training_loop", self._training)
+        self._open(model, _calling_trainer("__init__"))
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs) -> None:
-        self.close()
-        self._open(model)
-        self._trainer = _calling_trainer("_inner_training_loop") if self.checkpoints == "adapters" else None
-        if self._trainer is not None:
-            _surround(self._trainer, "_save_checkpoint", lambda: adapters_only(model))
+        self._open(model, _calling_trainer("_inner_training_loop"))
         if self.checkpoints == "adapters" and args.save_strategy != "no" and _takes_part(args, model):
             # What has no place in PEFT's files is found now, not at the first checkpoint.
             with tempfile.TemporaryDirectory() as folder:
@@ -127,22 +121,17 @@ class FastLoraCallback(TrainerCallback):
     def close(self) -> None:
         """Stop tracking and let go of frozen adapters: what the end of a training does, however it ends."""
         self.session.close()
-        if self._trainer is not None:
-            vars(self._trainer).pop("_save_checkpoint", None)
-        self._trainer = None
 
-    def _open(self, model: nn.Module) -> None:
+    def _open(self, model: nn.Module, trainer: Any) -> None:
         if not adapted_layers(model):
             raise ValueError("model: has no adapters; call fastlora.inject before the Trainer is made")
+        if trainer is None or trainer is self._trainer:
+            return
+        self._trainer = trainer
+        _surround(trainer, "_inner_training_loop", lambda: contextlib.closing(self))
         if self.checkpoints == "adapters":
-            adapters_only(model).close()  # from now on a checkpoint of adapters loads
-
-    @contextlib.contextmanager
-    def _training(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            self.close()
+            for method in _HANDLES_CHECKPOINTS:
+                _surround(trainer, method, lambda: adapters_only(trainer.model))
 
     def _saved(self, args: Any, state: Any, model: nn.Module) -> dict[str, Any]:
         """Our state in the folder that the Trainer has just resumed from, which it does not tell."""

@@ -16,6 +16,7 @@ from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, suggestion, wrong_value
 from .._utils.torch_compat import remove_forward_hooks
 from ..config import ROLES, LoraConfig
+from ..nn.active import NO_ADAPTERS
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, new_factors
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
 from ..nn.layer_view import Conv1D
@@ -35,6 +36,7 @@ from ..nn.projection_group import group_projections
 from ..nn.quantized import QuantizedLinear, check_weight, foreign_base, original_class
 from ..nn.routing import Router
 from .learning_check import MODES, watch_learning
+from .saving_check import watch_savers
 from .modules import (
     adapted_class,
     attention_blocks,
@@ -91,6 +93,7 @@ def inject(
     config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
     saved = find_modules_to_save(model, config)
+    refuse_shared(model, saved, "config")
     names = find_targets(model, config, saved)
     plan = plan_injection(model, config, names)
     router = Router(adapter)
@@ -103,6 +106,7 @@ def inject(
         _accelerate(model, config)
     model.fastlora_configs = {adapter: copy.deepcopy(config)}
     watch_learning(model, check)
+    watch_savers(model)
     return model
 
 
@@ -247,6 +251,15 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     return _select(model, list(config.modules_to_save), "modules_to_save") if config.modules_to_save else []
 
 
+def refuse_shared(model: nn.Module, saved: Sequence[str], where: str) -> None:
+    """PEFT copies a module to save: a parameter that others share would be one thing here and two there."""
+    inside = {id(p) for name in saved for p in model.get_submodule(name).parameters()}
+    prefixes = tuple(s + "." for s in saved)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in inside and not name.startswith(prefixes):
+            raise ValueError(f"{where}: modules_to_save: a parameter is shared with {name!r}, which PEFT would untie")
+
+
 def fused_sizes(model: nn.Module, config: LoraConfig, names: Sequence[str] | None = None) -> dict[str, dict[str, int]]:
     """Row counts of q, k, v for every fused matrix (of ``names``, if given) that is to be split."""
     split = config.split_qkv
@@ -384,7 +397,7 @@ def _accelerate(model: nn.Module, config: LoraConfig) -> None:
             module.engine = ENGINE_OF_PREPACK[config.prepack]
 
 
-_OF_MODEL = ("fastlora_biases", "fastlora_configs", "fastlora_learning", "fastlora_policy")
+_OF_MODEL = ("fastlora_biases", "fastlora_configs", "fastlora_learning", "fastlora_policy", "fastlora_saving")
 
 
 def sharing_copy(model: nn.Module, own: Collection[int] = ()) -> nn.Module:
@@ -398,7 +411,10 @@ def eject(model: nn.Module) -> nn.Module:
 
     What was trained besides (heads, biases) keeps its values, and owners that were made to call their qkv still do.
     """
+    if hasattr(model, "fastlora_saving"):
+        model.fastlora_saving.remove()
     for layer in adapted_layers(model).values():
+        layer.__dict__.pop("unmerged_weight", None)
         detach_state(layer)
         if isinstance(layer, Conv1D):
             layer.__class__ = conv1d_class()
@@ -420,6 +436,18 @@ def eject(model: nn.Module) -> nn.Module:
     for name in _OF_MODEL:
         model.__dict__.pop(name, None)
     return model
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Remove every adapter in place, as PEFT's ``unload``: modules are the base's, of exactly their classes.
+
+    Weights stay as they are: the base's, or what ``merge`` has made of them. What was trained besides (heads, biases)
+    keeps its values. Returns the same model; ``ValueError`` without adapters and for a model that is sharded or wrapped.
+    """
+    refuse_parallel(model, "unload")
+    if not adapted_layers(model):
+        raise ValueError(NO_ADAPTERS)
+    return eject(model)
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:

@@ -16,7 +16,7 @@ from .._utils.distributed import like, refuse_parallel, reshard, unwrapped
 from .._utils.errors import listed
 from ..config import LoraConfig
 from ..model.adapters import add_adapter
-from ..model.inject import check_adapter_name, fused_sizes, inject, refuse_adapted
+from ..model.inject import check_adapter_name, fused_sizes, inject, refuse_adapted, refuse_shared
 from ..model.modules import features, is_linear, named_targets
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
@@ -31,7 +31,6 @@ from .names import (
     bias_tensors,
     choose_targets,
     is_copy_of_saved,
-    refuse_shared,
     saved_by,
     saved_tensors,
     unranked_biases,
