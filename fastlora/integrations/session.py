@@ -40,7 +40,9 @@ class Session:
         check_integer("freeze", freeze, 0, "a number of optimizer steps")
         self.options = {} if options is True else options
         self.penalty, self.freeze, self.adapter = penalty, freeze, adapter
-        self._model: Callable[[], nn.Module | None] = _nothing  # weakly: what a model's run leads to, the model may hold
+        self._model: Callable[[], nn.Module | None] = (
+            _nothing  # weakly: what a model's run leads to, the model may hold
+        )
         self.tracker: Tracker | None = None
         self._frozen: list[nn.Parameter] = []
         self._held = False  # whether a step has begun with adapters that stand still

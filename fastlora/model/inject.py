@@ -36,7 +36,6 @@ from ..nn.projection_group import group_projections
 from ..nn.quantized import QuantizedLinear, check_weight, foreign_base, original_class
 from ..nn.routing import Router
 from .learning_check import MODES, watch_learning
-from .saving_check import watch_savers
 from .modules import (
     adapted_class,
     attention_blocks,
@@ -51,6 +50,7 @@ from .modules import (
     take_over,
     torch_attentions,
 )
+from .saving_check import watch_savers
 
 logger = logging.getLogger(__name__)
 

@@ -475,12 +475,14 @@ def test_a_run_takes_over_from_a_dead_one(tmp_path):
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
 
 
-def test_the_making_of_a_trainer_hides_nothing(tmp_path):
+def test_the_making_of_a_trainer_hides_nothing(tmp_path, caplog):
     model = bert()
     keys = set(model.state_dict())
     t = trainer(model, tmp_path, FastLoraCallback())
     t.save_model(str(tmp_path / "whole"))
     assert load_file(tmp_path / "whole" / "model.safetensors").keys() == keys
+    assert caplog.text.count("has adapters, which from_pretrained does not load") == 1
     t.train()
+    assert caplog.text.count("does not load") == 1  # nothing about checkpoints
     t.save_model(str(tmp_path / "after"))
     assert load_file(tmp_path / "after" / "model.safetensors").keys() == keys

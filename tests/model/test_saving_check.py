@@ -29,7 +29,9 @@ IDS = torch.arange(16).view(2, 8)
 
 def test_transformers_is_refused_before_anything_is_written(tmp_path):
     model = llama()
-    with pytest.raises(ValueError, match=r"from_pretrained would drop the adapter of 'model\.layers\.0.*fastlora\.save"):
+    with pytest.raises(
+        ValueError, match=r"from_pretrained would drop the adapter of 'model\.layers\.0.*fastlora\.save"
+    ):
         model.save_pretrained(tmp_path / "new")
     assert not list(tmp_path.rglob("*.safetensors"))
     assert any("lora_A" in key for key in model.state_dict())  # of everybody else
@@ -66,7 +68,7 @@ def test_timm_warns(tmp_path, caplog):
     model = fastlora.inject(FAMILIES["timm_vit"].make(), config(target_modules="qkv"))
     optimizer = torch.optim.SGD(fastlora.param_groups(model), lr=0.1)
     utils.CheckpointSaver(model, optimizer, checkpoint_dir=str(tmp_path)).save_checkpoint(0, metric=1.0)
-    assert "the checkpoint has adapters, which a plain model does not load" in caplog.text
+    assert "the file that is saved has adapters, which a plain model does not load" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["timm_vit", "bert", "t5"])
@@ -138,7 +140,9 @@ def test_a_weight_that_is_recomputed_is_refused_by_name(name):
     model = fastlora.inject(sequential(), config(target_modules=["0"], init_lora_weights=False))
     RECOMPUTED[name](model[0])
     before = model.eval()(torch.ones(1, 16))
-    with pytest.raises(ValueError, match=f"'0' cannot be merged into: its weight is computed at each forward by {name}"):
+    with pytest.raises(
+        ValueError, match=f"'0' cannot be merged into: its weight is computed at each forward by {name}"
+    ):
         fastlora.merge(model)
     torch.testing.assert_close(model(torch.ones(1, 16)), before)
 
