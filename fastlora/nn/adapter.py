@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.torch_compat import forward_hooks
-from ..ops.bound import BoundCall
+from .._utils.torch_compat import forward_hooks, wants_plain_operators
+from ..ops.bound import BoundCall, Traced
 
 WHOLE = "weight"  # name of the one slice of a matrix that is not split
 
@@ -88,11 +88,26 @@ class Bundle:
     def __init__(self):
         self._kept: dict[tuple[str, ...], Operands] = {}
 
+<<<<<<< HEAD
     def kept(self, layers: Sequence[Any], names: tuple[str, ...]) -> Operands:
         """What a call of ``layers`` with the adapters ``names`` takes; one that no layer has, has rank 0."""
         kept = self._kept.get(names)
         if kept is None or not kept.holds():
             self._kept.pop(names, None)
+=======
+    def kept(self, names: tuple[str, ...]) -> Operands:
+        """What a call with the adapters ``names`` takes; one that no layer has, has rank 0.
+
+        Raises ``Traced`` where what is looked up belongs to a transform or a tracer, and must not be kept.
+        """
+        kept = self._kept.get(names)
+        if kept is None or not kept.holds():
+            if wants_plain_operators():
+                raise Traced
+            changes = [layer.changes for layer in self.layers]
+            # Nothing is kept of adapters that are gone.
+            self._kept = {n: k for n, k in self._kept.items() if k.changes == changes and n != names}
+>>>>>>> main
             while len(self._kept) >= _MOST_BOUND:
                 self._kept.pop(next(iter(self._kept)), None)
             kept = self._kept[names] = Operands(layers, names)

@@ -16,8 +16,6 @@ from torch import nn
 
 import fastlora
 from fastlora.integrations.hf import STATE, FastLoraCallback
-from fastlora.model.inject import eject
-from fastlora.nn.linear import adapted_layers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -405,84 +403,16 @@ def test_a_missing_library_is_named(module, library, monkeypatch):
     monkeypatch.delitem(sys.modules, name, raising=False)
     for missing in (library, f"{library}.pytorch"):
         monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=rf"{name} needs {library}: pip install 'fastlora\[{module}\]'"):
+    with pytest.raises(ImportError, match=rf"{name} needs {library}: pip install 'fastlora-kernels\[{module}\]'"):
         importlib.import_module(name)
 
 
-@pytest.mark.parametrize("early", ["before set_ranks", "before inject"])
-def test_an_optimizer_that_was_built_too_early_is_told(early, tmp_path, caplog):
-    model = bert(dropout=0)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    if early == "before inject":
-        model = eject(model).requires_grad_()
-        optimizer = torch.optim.AdamW(model.parameters())
-        fastlora.inject(model, fastlora.LoraConfig(r=4, target_modules="qkv", modules_to_save=["classifier"]))
-        trainer(model, tmp_path, optimizers=(optimizer, None), save_strategy="no").train()
-        assert "build it after fastlora.inject" in caplog.text
-        return
-    fastlora.set_ranks(model, {row.key: 2 for row in fastlora.summary(model).rows})
-    with pytest.raises(RuntimeError, match="optimizer: holds the factors that others have replaced"):
-        trainer(model, tmp_path, optimizers=(optimizer, None), save_strategy="no").train()
-
-
-class _Stops(transformers.TrainerCallback):
-    def __init__(self, error, event):
-        self.error = error
-        setattr(self, event, self.stop)
-
-    def stop(self, args, state, control, **kwargs):
-        if state.global_step >= 1:
-            raise self.error
-
-
-def _whole(t, keys):
-    layers = adapted_layers(t.model).values()
-    assert list(t.model.state_dict()) == keys
-    assert not any(layer.probes for layer in layers)
-    assert all(p.requires_grad for layer in layers for f in (layer.lora_A, layer.lora_B) for p in f.parameters())
-
-
-@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_save", "on_step_end"])
-@pytest.mark.parametrize("error", [RuntimeError("out"), KeyboardInterrupt()])
-def test_a_training_that_is_interrupted_leaves_the_model_whole(error, event, tmp_path):
-    model = bert()
-    keys = list(model.state_dict())
-    callback = FastLoraCallback(freeze=5, penalty=0.1)
-    t = trainer(model, tmp_path, callback, save_steps=1)
-    t.add_callback(_Stops(error, event))
-    with pytest.raises(type(error)):
-        t.train()
-    _whole(t, keys)
-    t.remove_callback(_Stops)
-    t.train()  # again, by the same Trainer
-    _whole(t, keys)
-    trainer(model, tmp_path, FastLoraCallback(freeze=1)).train()
-    _whole(t, keys)
-
-
-def test_a_run_takes_over_from_a_dead_one(tmp_path):
-    """A callback that was added to a Trainer is not told that it is made, and so not when its training fails."""
-    model = bert()
-    keys = list(model.state_dict())
-    t = trainer(model, tmp_path)
-    t.add_callback(FastLoraCallback(freeze=5))
-    t.add_callback(_Stops(KeyboardInterrupt(), "on_step_end"))
-    with pytest.raises(KeyboardInterrupt):
-        t.train()
-    assert list(model.state_dict()) == keys
-    trainer(model, tmp_path / "again", FastLoraCallback(track={"warmup": 2}, freeze=1)).train()
-    assert list(model.state_dict()) == keys and not any(layer.probes for layer in adapted_layers(model).values())
-    assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
-
-
-def test_the_making_of_a_trainer_hides_nothing(tmp_path, caplog):
-    model = bert()
-    keys = set(model.state_dict())
-    t = trainer(model, tmp_path, FastLoraCallback())
-    t.save_model(str(tmp_path / "whole"))
-    assert load_file(tmp_path / "whole" / "model.safetensors").keys() == keys
-    assert caplog.text.count("has adapters, which from_pretrained does not load") == 1
-    t.train()
-    assert caplog.text.count("does not load") == 1  # nothing about checkpoints
-    t.save_model(str(tmp_path / "after"))
-    assert load_file(tmp_path / "after" / "model.safetensors").keys() == keys
+def test_a_library_that_fails_to_import_is_not_called_missing(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "fastlora.integrations.lightning", raising=False)
+    for loaded in [name for name in sys.modules if name.split(".")[0] == "lightning"]:
+        monkeypatch.delitem(sys.modules, loaded)
+    (tmp_path / "lightning").mkdir()
+    (tmp_path / "lightning" / "__init__.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_dependency'"):
+        importlib.import_module("fastlora.integrations.lightning")
