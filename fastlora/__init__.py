@@ -10,66 +10,6 @@ from typing import TYPE_CHECKING
 if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_pathlib.Path(__file__).parent.parent))
 
-<<<<<<< HEAD
-from . import nn, training
-from .config import LoraConfig
-from .importance.allocation import allocate
-from .importance.scores import Scores
-from .model.adapters import (
-    adapter_names,
-    add_adapter,
-    delete_adapter,
-    freeze_unused_adapters,
-    per_adapter_mean,
-    set_adapter,
-    use_adapters,
-)
-from .model.inject import inject, unload
-from .model.merge import disable_adapters, merge, merge_and_unload, unmerge
-from .model.ranks import reallocate, set_ranks
-from .model.summary import explain, summary
-from .model.trainable import apply_policy, param_groups
-from .peft_io import from_peft, load, load_layout, save, to_peft
-from .tracking.calibrate import calibrate
-from .tracking.tracker import Tracker, track
-
-__version__ = "0.1.0"
-
-__all__ = [
-    "LoraConfig",
-    "Scores",
-    "Tracker",
-    "adapter_names",
-    "use_adapters",
-    "add_adapter",
-    "allocate",
-    "calibrate",
-    "disable_adapters",
-    "explain",
-    "from_peft",
-    "freeze_unused_adapters",
-    "inject",
-    "load",
-    "load_layout",
-    "merge",
-    "merge_and_unload",
-    "nn",
-    "param_groups",
-    "per_adapter_mean",
-    "apply_policy",
-    "reallocate",
-    "delete_adapter",
-    "save",
-    "set_adapter",
-    "set_ranks",
-    "summary",
-    "to_peft",
-    "track",
-    "training",
-    "unload",
-    "unmerge",
-]
-=======
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -89,4 +29,3 @@ else:
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *_importlib.import_module(".api", __name__).__all__})
->>>>>>> main

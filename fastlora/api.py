@@ -16,8 +16,8 @@ from .model.adapters import (
     set_adapter,
     use_adapters,
 )
-from .model.inject import inject
-from .model.merge import disable_adapters, merge, unmerge
+from .model.inject import inject, unload
+from .model.merge import disable_adapters, merge, merge_and_unload, unmerge
 from .model.ranks import reallocate, set_ranks
 from .model.summary import explain, summary
 from .model.trainable import apply_policy, param_groups
@@ -44,6 +44,7 @@ __all__ = [
     "load",
     "load_layout",
     "merge",
+    "merge_and_unload",
     "nn",
     "param_groups",
     "per_adapter_mean",
@@ -57,5 +58,6 @@ __all__ = [
     "to_peft",
     "track",
     "training",
+    "unload",
     "unmerge",
 ]

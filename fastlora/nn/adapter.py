@@ -88,15 +88,8 @@ class Bundle:
     def __init__(self):
         self._kept: dict[tuple[str, ...], Operands] = {}
 
-<<<<<<< HEAD
     def kept(self, layers: Sequence[Any], names: tuple[str, ...]) -> Operands:
-        """What a call of ``layers`` with the adapters ``names`` takes; one that no layer has, has rank 0."""
-        kept = self._kept.get(names)
-        if kept is None or not kept.holds():
-            self._kept.pop(names, None)
-=======
-    def kept(self, names: tuple[str, ...]) -> Operands:
-        """What a call with the adapters ``names`` takes; one that no layer has, has rank 0.
+        """What a call of ``layers`` with the adapters ``names`` takes; one that no layer has, has rank 0.
 
         Raises ``Traced`` where what is looked up belongs to a transform or a tracer, and must not be kept.
         """
@@ -104,10 +97,7 @@ class Bundle:
         if kept is None or not kept.holds():
             if wants_plain_operators():
                 raise Traced
-            changes = [layer.changes for layer in self.layers]
-            # Nothing is kept of adapters that are gone.
-            self._kept = {n: k for n, k in self._kept.items() if k.changes == changes and n != names}
->>>>>>> main
+            self._kept.pop(names, None)
             while len(self._kept) >= _MOST_BOUND:
                 self._kept.pop(next(iter(self._kept)), None)
             kept = self._kept[names] = Operands(layers, names)

@@ -287,14 +287,10 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along."""
     first = layers[0]
     if kept is None:
-<<<<<<< HEAD
-        kept = _bundle_of(layers).kept(layers, route.names)
-=======
         try:
-            kept = _bundle_of(layers).kept(route.names)
+            kept = _bundle_of(layers).kept(layers, route.names)
         except Traced:
             return [forward_traced(layer, x, route) for layer in layers]
->>>>>>> main
     if x.dtype is not kept.dtype or x.device != kept.device or not x.dim() or x.shape[-1] != kept.depth:
         check_input(x, first.weight)
     drops = kept.drops and first.training
