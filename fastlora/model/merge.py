@@ -18,7 +18,7 @@ from ..nn.active import NO_ADAPTERS, chosen_adapter
 from ..nn.linear import Linear, adapted_layers
 from ..nn.quantized import dequantized, foreign_base, put_back, replace_weight, requantized
 from ..nn.routing import Route
-from .inject import eject
+from .eject import eject
 from .modules import recomputed
 
 logger = logging.getLogger(__name__)

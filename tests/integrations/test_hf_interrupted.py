@@ -9,7 +9,7 @@ from support.trainer_help import bert, texts
 
 import fastlora
 from fastlora.integrations.hf import FastLoraCallback
-from fastlora.model.inject import eject
+from fastlora.model.eject import eject
 from fastlora.nn.linear import adapted_layers
 
 transformers = pytest.importorskip("transformers")

@@ -90,7 +90,7 @@ def compiled(model):
 
 
 def ejected(model):
-    from fastlora.model.inject import eject
+    from fastlora.model.eject import eject
 
     return run(eject(run(model)).requires_grad_())
 

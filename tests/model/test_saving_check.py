@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
 import fastlora
-from fastlora.model.inject import eject
+from fastlora.model.eject import eject
 
 transformers = pytest.importorskip("transformers")
 
