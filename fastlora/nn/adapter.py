@@ -181,7 +181,7 @@ class Operands:
             for layer in layers:
                 here = name in layer.adapter_specs
                 factors = [self._factors(side, name) if here else {} for side in (layer.lora_A, layer.lora_B)]
-                self._found.append((layer, name, *factors))
+                self._found.append((weakref.ref(layer), name, *factors))
         self._interleaved = any([layer.slices.blocks > 1 for layer in layers])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._interleaved):
             self._call = BoundCall(W, bias, *self._operands(), layers[0].backend, layers[0].engine)
@@ -205,7 +205,7 @@ class Operands:
 
     def _operands(self) -> tuple[list[Tensor], list[Tensor], list[float]]:
         """A, B and scale by adapter, layer and slice; of a layer whose slices interleave, as one matrix."""
-        pairs = [pair for layer, name, A, B in self._found for pair in layer.factor_pairs(name, A, B)]
+        pairs = [pair for layer, name, A, B in self._found for pair in layer().factor_pairs(name, A, B)]
         return [a for a, _, _ in pairs], [b for _, b, _ in pairs], [s for _, _, s in pairs]
 
     @property
