@@ -19,6 +19,7 @@ from .model.adapters import (
 from .model.inject import inject
 from .model.merge import disable_adapters, merge, unmerge
 from .model.ranks import reallocate, set_ranks
+from .model.roles import roles
 from .model.summary import explain, summary
 from .model.trainable import apply_policy, param_groups
 from .peft_io import from_peft, load, load_layout, save, to_peft
@@ -49,6 +50,7 @@ __all__ = [
     "per_adapter_mean",
     "apply_policy",
     "reallocate",
+    "roles",
     "delete_adapter",
     "save",
     "set_adapter",

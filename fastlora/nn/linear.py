@@ -17,7 +17,7 @@ from ..config import LoraConfig
 from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
-from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, new_factors
+from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
 from .probe import group_operands
 from .routing import Route, Router
 
@@ -112,17 +112,11 @@ class Linear(nn.Linear):
         name = self.router.default.adapter if name is None else name
         return {s: 0 if p is None else p.shape[0] for s, p in self.lora_A[name].tensors().items()}
 
-    def slice_rows(self, name: str) -> slice:
-        """Rows of the weight that a slice covers."""
-        start = 0
-        for other, size in self.slices.items():
-            if other == name:
-                return slice(start, start + size)
-            start += size
-        raise KeyError(name)
-
     def pairs(self, adapter: str | None = None) -> list[tuple[Tensor, Tensor, float]]:
-        """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here."""
+        """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here.
+
+        Where slices interleave, one pair of the whole matrix (``Slices.block_diagonal``).
+        """
         adapter = self.router.default.adapter if adapter is None else adapter
         here = adapter in self.adapter_specs
         return self.factor_pairs(adapter, *[side[adapter]() if here else {} for side in (self.lora_A, self.lora_B)])
@@ -143,7 +137,7 @@ class Linear(nn.Linear):
                     "whole model to one device; change ranks with fastlora.set_ranks"
                 )
             out.append((a, b, spec.scale[name] if spec else 1.0))
-        return out
+        return out if self.slices.blocks == 1 else [self.slices.block_diagonal(out)]
 
     def empty(self, *shape: int) -> Tensor:
         """A factor of rank 0."""
@@ -237,7 +231,7 @@ class Linear(nn.Linear):
 
 
 class QKVLinear(Linear):
-    """A fused q/k/v projection with one adapter, and one rank, for each of q, k and v (block-diagonal B)."""
+    """A fused matrix with one adapter, and one rank, for each of its slices, as q, k and v (block-diagonal B)."""
 
 
 _STATE = (
@@ -251,7 +245,7 @@ def attach_state(
 ) -> None:
     """Give a linear layer the attributes that the adapted forward reads."""
     layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
-    layer.slices = dict(slices)
+    layer.slices = Slices(slices, getattr(slices, "blocks", 1))
     layer.adapter_specs = {}
     layer.ranked = frozenset()  # adapters with a rank above 0
     layer.changes = 0  # to its adapters: what a bundle looks at

@@ -85,8 +85,9 @@ def save(
         f"{PREFIX}{stored[p]}.lora_{f}.weight": t for p, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))
     }
     tensors |= biases | saved_tensors(model, taken)
+    interleaved = any(s.blocks > 1 for m in matrices.values() for s in m.slices)
     side = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if interleaved else 1,
         "split": {n: [asdict(s) for s in m.slices] for n, m in matrices.items() if m.slices},
         "scale": _rule(config, fields, fold_scale),
         "modules_to_save": saved,
@@ -236,10 +237,11 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
         b = whole(B[name].detach())
         # Products of low-precision factors are rounded once.
         b = b if factor == 1 else (b.double() * factor).to(b.dtype)
-        block[layer.slice_rows(name), column : column + ranks[name]] = b
+        block[layer.slices.rows(name), column : column + ranks[name]] = b
         column += ranks[name]
     told = set(layer.slices) != {WHOLE} or own < rank or any(ratio != 1.0 for ratio in ratios.values())
-    slices = tuple(Slice(n, rows, ranks[n], ratios[n]) for n, rows in layer.slices.items()) if told else ()
+    blocks = layer.slices.blocks
+    slices = tuple(Slice(n, rows, ranks[n], ratios[n], blocks) for n, rows in layer.slices.items()) if told else ()
     return _Stored(stacked, block, _alpha(1.0 if fold else s, rank), slices)
 
 
