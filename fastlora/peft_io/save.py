@@ -111,7 +111,7 @@ def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored
     ranks, alphas = {n: m.A.shape[0] for n, m in matrices.items()}, {n: m.alpha for n, m in matrices.items()}
     unused = ("exclude_modules", "layers_pattern", "layers_to_transform", "revision")
     return {
-        **_auto_class(model),
+        **_auto_class(model, saved),
         **patterns(ranks, alphas),
         **dict.fromkeys(unused),
         "peft_type": "LORA",
@@ -139,7 +139,10 @@ _TASKS = {
 }
 
 
-def _auto_class(model: nn.Module) -> dict[str, Any]:
+_HEADS = ("classifier", "score", "qa_outputs")  # which PEFT trains for some tasks, asked or not
+
+
+def _auto_class(model: nn.Module, saved: list[str]) -> dict[str, Any]:
     """What PEFT's ``AutoPeftModel...`` make the base by: its task, or its class where it has none."""
     # A sharded model's class is made from its own, which comes behind FSDP's in the order of resolution.
     kind = next(k for k in type(model).__mro__ if not k.__name__.startswith("FSDP"))
@@ -147,6 +150,9 @@ def _auto_class(model: nn.Module) -> dict[str, Any]:
     sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if not kind.__module__.startswith("transformers.") or (task == "SEQ_2_SEQ_LM" and not sequences):
         task = None
+    heads = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in _HEADS}
+    if not task or (not task.endswith("_LM") and not heads <= set(saved)):
+        task = None  # the class alone says as much, and no frozen head is trained
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return {"task_type": task, "auto_mapping": None if task else mapping}
 
