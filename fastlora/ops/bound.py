@@ -23,6 +23,7 @@ from .backends import choose
 from .backends.plan import Plans
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
 from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
+from .matmul import ENGINES, LINEAR
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -55,6 +56,10 @@ class BoundCall:
         self.plain = all([type(t) in _PLAIN for t in (*self.frozen, *A, *B)])
         self.chosen: Any = None
         self.plans: Plans | None = None
+        first = self.layout.of(0)
+        self.where = (first.outputs, first.columns, self.scale)
+        self.counted = [w for w in W if counts_versions(w)]
+        self._settled: set[tuple] = set()
         self._needs: dict[tuple, Need] = {}
 
     def __call__(
@@ -94,6 +99,19 @@ class BoundCall:
         with untracked():
             return run.forward(x)[: len(self.W)]
 
+    def whole(self, direction: int, x: Tensor) -> Callable | None:
+        """What does a direction (0: forward) in one call, once each product is known to be the library's."""
+        if self.chosen.whole is None:
+            return None
+        rows = x.numel() // max(x.shape[-1], 1)
+        key = (direction, rows.bit_length(), torch.get_num_threads(), ENGINES.override)
+        if key not in self._settled:
+            name = ("forward", "backward")[direction]
+            if any([ENGINES.settled(name, rows, w, self.engine) != LINEAR for w in self.W]):
+                return None
+            self._settled.add(key)
+        return self.chosen.whole[direction]
+
     def rest(self, rows, key, p, P, sign) -> tuple:
         """The operands of the operator behind V."""
         given, starts = [] if rows is None else list(rows), self.layout.starts
@@ -122,12 +140,20 @@ class _Run:
         # What a plan depends on beside its tensors, and nothing on most calls.
         plain = rows is None and key is None and not P
         self.options = moments > 0 if plain else (moments > 0, rows is None, key is None, *p, self.probes, len(sign))
-        self.versions = [version_of(w) if counts_versions(w) else None for w in bound.W]
+        self.versions = [version_of(w) for w in bound.counted]
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         """[*y, h, *moments]."""
         bound = self.bound
         if bound.plans is None:
+            whole = bound.whole(0, x) if self.rows is None and self.key is None and not self.moments else None
+            if whole is not None:
+                P = self.P[0] if self.P else None
+                out = whole(x, bound.W, bound.bias, bound.A, P, bound.B, *bound.where, False)
+                if out:
+                    if self.sign:
+                        flip_signs(out[len(bound.W)], self.sign, bound.layout, None)
+                    return out
             return _forward(self, x, bound.W, bound.bias, bound.A, bound.B, self.P, self.sign, self.rows, self.key)
         tensors = [x, *bound.frozen, *bound.A, *bound.B]
         if self.options.__class__ is tuple:
@@ -147,6 +173,14 @@ class _Run:
         """[dx, *dA, *dB, *dZ], those of what is not needed left out but for dx."""
         bound = self.bound
         if bound.plans is None:
+            whole = None
+            if self.rows is None and self.key is None and all([g is not None for g in dy]):
+                whole = bound.whole(1, x)
+            if whole is not None:
+                probes = self.probes[0] if need.dZ else 0
+                out = whole(dy, x, h, bound.W, A, B, *bound.where, probes, need.dx, need.dA, need.dB)
+                if out:
+                    return out if need.dx else [None, *out]
             return _backward(self, x, h, bound.W, A, B, dy, need, self.rows, self.key)
         tensors = [x, h, *bound.W, *A, *B, *[g for g in dy if g is not None]]
         if self.options.__class__ is tuple:
@@ -168,12 +202,11 @@ class _Run:
         return _backward(self, x, h, W, A, B, grads, need, rows, None if self.key is None else next(take))
 
     def check_versions(self) -> None:
-        for w, version in zip(self.bound.W, self.versions, strict=True):
-            if version is not None and version_of(w) != version:
-                raise RuntimeError(
-                    "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
-                    "place after the forward"
-                )
+        if [version_of(w) for w in self.bound.counted] != self.versions:
+            raise RuntimeError(
+                "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
+                "place after the forward"
+            )
 
 
 def _forward(run: _Run, x, W, bias, A, B, P, sign, rows, key) -> list[Tensor]:
@@ -183,7 +216,7 @@ def _forward(run: _Run, x, W, bias, A, B, P, sign, rows, key) -> list[Tensor]:
     )
     y, h, moments = bound.chosen.forward(call)
     if sign:
-        flip_signs(h, sign, call)
+        flip_signs(h, sign, bound.layout, rows)
     if moments and rows is None:
         count = x.shape[:-1].numel()
         moments = [torch.cat([m, _count(count, m.dtype, m.device)], dim=1) for m in moments]
