@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import weakref
@@ -66,9 +67,13 @@ class MatmulEngines:
     """Chooses and runs ``x W^T + bias`` and ``dy W``; keeps choices and packed weights."""
 
     def __init__(self) -> None:
-        self.override = os.environ.get(_OVERRIDE, "")
         self._choices: dict[tuple, Choice] = {}
         self._packed: dict[int, tuple[weakref.ref, _Packed]] = {}
+
+    @functools.cached_property
+    def override(self) -> str:
+        """What the environment says, read once: reading it for every product of a small layer is 1 % of a step."""
+        return os.environ.get(_OVERRIDE, "")
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None, engine: str = AUTO) -> Tensor:
         """``x W^T + bias``: x [*, K], W [N, K] -> [*, N]."""
