@@ -7,6 +7,8 @@ written against, are used as they are; the names of data-parallel training are i
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -119,8 +121,8 @@ def nothing_watches() -> bool:
     """Whether no mode, transform, tracer or compiler sees what the dispatcher is called for."""
     return (
         _CAN_TELL
+        and not _dispatch_modes()
         and not torch.compiler.is_compiling()
-        and _dispatch_modes() == 0
         and _functorch_stack() is None
         and _tracing_state() is None
     )
@@ -172,9 +174,8 @@ def counts_versions(tensor: Tensor) -> bool:
     return _version is not None and not tensor.is_inference()
 
 
-def version_of(tensor: Tensor) -> Any:
-    """What changes whenever a tensor is changed in place; equal to nothing where torch does not count."""
-    return object() if _version is None else tensor._version
+# What changes whenever a tensor is changed in place; equal to nothing where torch does not count.
+version_of: Callable[[Tensor], Any] = (lambda _: object()) if _version is None else operator.attrgetter("_version")
 
 
 def _schema_of(operator: Any) -> Any:
@@ -279,12 +280,9 @@ def in_reentrant_checkpoint() -> bool:
     return _a_caller(lambda code: code is CheckpointFunction.forward.__code__)
 
 
-def saving_hooks() -> Any:
-    """The innermost hooks on saved tensors: those of non-reentrant checkpointing among them.
-
-    None without any. Where torch does not tell, what is equal to nothing else: there may be a checkpoint anywhere.
-    """
-    return (object(),) if _top_hooks is None else _top_hooks(False)
+# The innermost hooks on saved tensors, those of non-reentrant checkpointing among them; None without any. Where torch
+# does not tell, what is equal to nothing else: there may be a checkpoint anywhere.
+saving_hooks: Callable[[], Any] = (lambda: (object(),)) if _top_hooks is None else functools.partial(_top_hooks, False)
 
 
 def checkpoint_frame(hooks: Any) -> Any:

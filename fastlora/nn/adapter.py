@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,6 +126,7 @@ class Operands:
         self.call = BoundCall(W, bias, A, B, scale, layers[0].backend, layers[0].engine)
         self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
         self._weights = W
+        self._places, self._keys, self._found = ([entry[i] for entry in self.stored] for i in range(3))
         self._hooks = [hooks for f in self.factors for hooks in forward_hooks(f)]
         self._attributes = [f.__dict__ for f in self.factors]
         first = layers[0]
@@ -163,25 +165,17 @@ class Operands:
         """Whether every tensor is still where it was found, and no hook has to be asked for it."""
         if self.hooked:
             return False
-        for layer, changes in zip(self.layers, self.changes, strict=True):
-            if layer.changes != changes:
-                return False
-        for place, key, found in self.stored:
-            if place.get(key) is not found:
-                return False
+        if [layer.changes for layer in self.layers] != self.changes:
+            return False
+        if not all(map(operator.is_, map(dict.get, self._places, self._keys), self._found)):
+            return False
         for owner, name, found in self.read:
             if getattr(owner, name) is not found:
                 return False
         for w in self._weights:  # a parameter that is moved or cast stays the same object
             if w.dtype is not self.dtype or w.device != self.device:
                 return False
-        for hooks in self._hooks:
-            if hooks:
-                return False
-        for attributes in self._attributes:
-            if "forward" in attributes:
-                return False
-        return True
+        return not any(self._hooks) and not any(["forward" in attributes for attributes in self._attributes])
 
 
 def _dropout(layer: Any, names: Sequence[str]) -> list[float]:
