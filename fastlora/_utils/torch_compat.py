@@ -58,6 +58,9 @@ _KEYS_GONE = "autocast is switched off by torch.autocast(enabled=False) inside o
 _exclude = private("torch._C._ExcludeDispatchKeyGuard", _KEYS_GONE)
 _key_set = private("torch._C.DispatchKeySet", _KEYS_GONE)
 _key = private("torch._C.DispatchKey", _KEYS_GONE)
+_any_autocast = private("torch._C._is_any_autocast_enabled", "each device is asked whether autocast is on") or (
+    lambda: True
+)
 _below_autograd = private(
     "torch._C._AutoDispatchBelowAutograd", "the keys of autograd are excluded by torch._C._ExcludeDispatchKeyGuard"
 )
@@ -114,6 +117,8 @@ def without_autocast(device_type: str) -> Any:
 
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on where a tensor is; torch knows none for tensors without storage."""
+    if _any_autocast is not None and not _any_autocast():
+        return False
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 

@@ -104,7 +104,8 @@ def _lora_backward(dx, dy, x, h, A, B, outputs, columns, scales, probes, need_dA
 
 def _linear_lora_forward(x, W, bias, A, P, B, outputs, columns, scales, moments):
     y = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in W]
-    h, sums = _lora_forward(y, x.view(-1, x.shape[-1]), A, P, B, outputs, columns, scales, moments)
+    rows = [t.view(-1, t.shape[-1]) for t in (x, *y)]
+    h, sums = _lora_forward(rows[1:], rows[0], A, P, B, outputs, columns, scales, moments)
     return [*y, h, *sums]
 
 
