@@ -58,9 +58,7 @@ _KEYS_GONE = "autocast is switched off by torch.autocast(enabled=False) inside o
 _exclude = private("torch._C._ExcludeDispatchKeyGuard", _KEYS_GONE)
 _key_set = private("torch._C.DispatchKeySet", _KEYS_GONE)
 _key = private("torch._C.DispatchKey", _KEYS_GONE)
-_any_autocast = private("torch._C._is_any_autocast_enabled", "each device is asked whether autocast is on") or (
-    lambda: True
-)
+_any_autocast = private("torch._C._is_any_autocast_enabled", "a tensor's device is asked at every call")
 _below_autograd = private(
     "torch._C._AutoDispatchBelowAutograd", "the keys of autograd are excluded by torch._C._ExcludeDispatchKeyGuard"
 )
@@ -126,8 +124,8 @@ def nothing_watches() -> bool:
     """Whether no mode, transform, tracer or compiler sees what the dispatcher is called for."""
     return (
         _CAN_TELL
-        and not _dispatch_modes()
         and not torch.compiler.is_compiling()
+        and _dispatch_modes() == 0
         and _functorch_stack() is None
         and _tracing_state() is None
     )

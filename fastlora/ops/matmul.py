@@ -123,7 +123,7 @@ class MatmulEngines:
         if not W.is_cpu or rows == 0:
             return LINEAR
         if wanted:
-            return _checked(wanted)
+            return NONE if wanted == NONE else _checked(wanted)
         unknown = W.dtype not in (torch.float32, torch.bfloat16) or onednn_reason() is not None
         return LINEAR if W.requires_grad or unknown else None
 
