@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,7 @@ class Bundle:
         return kept
 
 
+_FORWARD = itertools.repeat("forward")
 _MOST_BOUND = 16  # sets of adapters for which a bundle keeps its operands
 
 
@@ -175,7 +177,7 @@ class Operands:
         for w in self._weights:  # a parameter that is moved or cast stays the same object
             if w.dtype is not self.dtype or w.device != self.device:
                 return False
-        return not any(self._hooks) and not any(["forward" in attributes for attributes in self._attributes])
+        return not any(self._hooks) and not any(map(dict.__contains__, self._attributes, _FORWARD))
 
 
 def _dropout(layer: Any, names: Sequence[str]) -> list[float]:
