@@ -33,9 +33,10 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
       "Q)");
   // Both directions of a group whose frozen products are the library's matmul, in one call each:
   // [*y, h, *moments]   y_j = x W_j^T + bias_j   [*, N_j], then lora_forward_
-  // [dx, *dA, *dB, *Q]   dx = sum_j dy_j W_j   [*, K], left out without `need_dx`, then lora_backward_ of the dy_j given
-  // x [*, K] and dy_j [*, N_j] have two dimensions or more; W has those of dy_j. Nothing where a product is not one of
-  // matrices as they lie in memory, where an operand is none that the kernels read, or where torch has no such matmul.
+  // [dx, *dA, *dB, *Q]   dx = sum_j dy_j W_j   [*, K], left out without `need_dx`, then lora_backward_ of the dy_j
+  // given x [*, K] and dy_j [*, N_j] have two dimensions or more; W has those of dy_j. Nothing where a product is not
+  // one of matrices as they lie in memory, where an operand is none that the kernels read, or where torch has no such
+  // matmul.
   m.def(
       "linear_lora_forward(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor? P, Tensor[] B, int[] outputs, "
       "int[] columns, float[] scales, bool moments) -> Tensor[]");

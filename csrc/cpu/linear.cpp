@@ -58,8 +58,7 @@ Tensor shaped_like(const Tensor& matrix, const Tensor& like) {
   sizes.push_back(matrix.size(1));
   for (int64_t i = dim - 2; i >= 0; --i) strides[i] = strides[i + 1] * std::max<int64_t>(sizes[i + 1], 1);
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(matrix.get(), dim, sizes.data(), strides.data(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), dim, sizes.data(), strides.data(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -132,8 +131,7 @@ std::vector<Tensor> linear_lora_backward(const std::vector<Tensor>& dy, const Te
       TORCH_ERROR_CODE_CHECK(torch.addmm(dx->get(), dx->get(), grads[j].get(), W[j].get(), 1.0, 1.0));
     }
   }
-  auto [dA, dB, Q] =
-      lora_backward_(dx, grads, rows, h, A, B, outputs, columns, scales, probes, need_dA, need_dB);
+  auto [dA, dB, Q] = lora_backward_(dx, grads, rows, h, A, B, outputs, columns, scales, probes, need_dA, need_dB);
   std::vector<Tensor> out;
   if (dx) out.push_back(shaped_like(*dx, x));
   for (const std::vector<Tensor>* part : {&dA, &dB, &Q}) out.insert(out.end(), part->begin(), part->end());
