@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -131,6 +130,20 @@ def nothing_watches() -> bool:
     )
 
 
+def wants_plain_operators() -> bool:
+    """Whether what runs has to be torch's own operators: under ``torch.func``, ``torch.jit.trace`` and export."""
+    return torch.compiler.is_exporting() if torch.compiler.is_compiling() else being_traced()
+
+
+def being_traced() -> bool:
+    """Whether a compiler, ``torch.func`` or ``torch.jit.trace`` looks at what runs."""
+    return (
+        torch.compiler.is_compiling()
+        or (_functorch_stack is not None and _functorch_stack() is not None)
+        or (_tracing_state is not None and _tracing_state() is not None)
+    )
+
+
 def can_skip_dispatcher(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing watches the dispatcher and no tensor is a subclass, so that a kernel may be called without it.
 
@@ -177,8 +190,12 @@ def counts_versions(tensor: Tensor) -> bool:
     return _version is not None and not tensor.is_inference()
 
 
-# What changes whenever a tensor is changed in place; equal to nothing where torch does not count.
-version_of: Callable[[Tensor], Any] = (lambda _: object()) if _version is None else operator.attrgetter("_version")
+def version_of(tensor: Tensor) -> Any:
+    """What changes whenever a tensor is changed in place; equal to nothing where torch does not count."""
+    try:
+        return object() if _version is None else tensor._version
+    except RuntimeError:  # of inference tensors, nobody counts changes
+        return object()
 
 
 def _schema_of(operator: Any) -> Any:

@@ -9,14 +9,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
-from .._utils.errors import check_choice, check_flag, check_instance, check_model, suggestion, wrong_value
+from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
 from .._utils.torch_compat import remove_forward_hooks
 from ..config import ROLES, LoraConfig
-from ..nn.adapter import WHOLE, AdapterSpec, Factors, new_factors
+from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, new_factors
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
 from ..nn.layer_view import Conv1D
 from ..nn.linear import (
@@ -38,8 +39,11 @@ from .learning_check import MODES, watch_learning
 from .modules import (
     adapted_class,
     attention_blocks,
+    class_name,
     conv1d_class,
+    expert_parameters,
     features,
+    fused_layouts,
     is_linear,
     named_targets,
     passed_by,
@@ -57,11 +61,12 @@ logger = logging.getLogger(__name__)
 class _Planned:
     path: str
     layer: nn.Linear
-    slices: dict[str, int]
+    slices: Slices
     spec: AdapterSpec
     factors: tuple[Factors, Factors]
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def inject(
     model: nn.Module,
     config: Any,
@@ -170,6 +175,8 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
             names = role_targets(model, spec)
         else:
             names = [n for n in modules if n and re.fullmatch(spec, n)]
+        if spec in ROLES:
+            _tell_experts(model, spec, any_taken=bool(names))
         if not names:
             near = suggestion(spec, [*ROLES, *{n.rpartition(".")[2] for n in linears}])
             raise wrong_value(field, f"a role or a pattern that matches modules of {type(model).__name__}", spec, near)
@@ -185,6 +192,16 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
             raise wrong_value(field, f"suffixes of module names of {type(model).__name__}", suffix, near)
         chosen.update(hits)
     return _projections(model, modules, chosen, field)
+
+
+def _tell_experts(model: nn.Module, role: str, any_taken: bool) -> None:
+    """Say that a role leaves experts out; ``ValueError`` where it takes nothing else."""
+    named = ((n, m) for n, m in model.named_modules() if role in ("mlp", "all-linear"))
+    experts = [f"{n}.{p}" for n, m in named for p in expert_parameters(m)]
+    if experts and not any_taken:
+        raise ValueError(f"target_modules: {role!r} takes nothing: {listed(experts)} are parameters of experts")
+    if experts:
+        logger.warning("target_modules: %r leaves out %s, parameters of experts", role, listed(experts))
 
 
 def _projections(model: nn.Module, modules: Mapping[str, nn.Module], names: Collection[str], field: str) -> list[str]:
@@ -211,14 +228,22 @@ def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> li
     return left
 
 
-def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str]:
+def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks: list[str] | None = None) -> list[str]:
     """Full names of the linears that a config adapts, in the model's order, but for those inside ``saved`` modules.
+
+    ``blocks``: names outside of these modules are not looked at.
 
     Raises ``ValueError`` for patterns that match nothing and for linears that cannot be adapted.
     """
     if config.target_modules is None:
         raise wrong_value("target_modules", f"a role {ROLES}, a regular expression or a list of names", None)
     names = _select(model, config.target_modules, "target_modules")
+    if blocks is not None:
+        names = [n for n in names if _inside(n, blocks)]
+        if not names:
+            raise wrong_value(
+                "target_modules", f"what matches modules inside the blocks {blocks}", config.target_modules
+            )
     if config.exclude_modules is not None:
         excluded = set(_select(model, config.exclude_modules, "exclude_modules"))
         # As in PEFT a container is not its contents; unnoticed, nothing would be excluded.
@@ -233,13 +258,13 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list
     for name in names:
         reason = None if isinstance(modules[name], Linear) else refusal(model, name)
         if reason is not None:
-            raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
+            raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}; exclude_modules leaves it out")
     return names
 
 
-def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Full names of the linears that ``inject`` would adapt; ``ValueError`` where it would refuse them."""
-    return find_targets(model, config, find_modules_to_save(model, config))
+def target_names(model: nn.Module, config: LoraConfig, blocks: list[str]) -> list[str]:
+    """Full names of the linears in ``blocks`` that ``inject`` adapts; ``ValueError`` where it would refuse them."""
+    return find_targets(model, config, find_modules_to_save(model, config), blocks)
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -247,30 +272,75 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     return _select(model, list(config.modules_to_save), "modules_to_save") if config.modules_to_save else []
 
 
-def fused_sizes(model: nn.Module, config: LoraConfig, names: Sequence[str] | None = None) -> dict[str, dict[str, int]]:
-    """Row counts of q, k, v for every fused matrix (of ``names``, if given) that is to be split."""
-    split = config.split_qkv
-    if split is None:
-        split = config.target_modules in ("qkv", "attention")
-    if not split:
-        return {}
-    modules = named_targets(model)
-    fused = [block for block in attention_blocks(model) if block.fused and (names is None or block.names[0] in names)]
-    for block in fused:
-        if not block.splits:
-            owner = type(modules[block.owner])
-            raise ValueError(
-                f"split_qkv: {block.names[0]!r} of {owner.__module__}.{owner.__name__} does not hold q, k and v as "
-                "three blocks of rows; split_qkv=False adapts it as one matrix"
-            )
-    return {block.names[0]: dict.fromkeys("qkv", features(modules[block.names[0]])[1] // 3) for block in fused}
+def slices_of(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> dict[str, Slices]:
+    """How each of ``names`` is adapted: the slices of a fused matrix that is to be split, else one matrix."""
+    modules, split = named_targets(model), config.split_qkv
+    rows = {name: features(modules[name])[1] for name in names}
+    found = {name: Slices({WHOLE: N}) for name, N in rows.items()}
+    if split is False or (split is None and _parts(config) is None):
+        return found
+    fused, unknown = fused_layouts(model), []
+    if isinstance(split, Mapping):
+        return found | _as_told(split, rows, fused)
+    for name in names:
+        if name in fused and fused[name] is not None:
+            found[name] = fused[name]
+        elif name in fused and split is True and rows[name] % 3 == 0:
+            found[name] = Slices(dict.fromkeys("qkv", rows[name] // 3))
+        elif name in fused:
+            unknown.append(name)
+    if unknown and split is True:
+        owner = ".".join(class_name(modules[unknown[0].rpartition(".")[0]]))
+        raise ValueError(
+            f"split_qkv: {unknown[0]!r} of {owner} does not hold q, k and v in a way that is known; split_qkv=False "
+            "adapts it as one matrix"
+        )
+    if unknown:
+        logger.warning(
+            "target_modules: %s: nothing is known of how q, k and v lie in it, so that it is adapted as one matrix "
+            "(fastlora.roles); split_qkv=True takes thirds of its rows", listed(unknown)
+        )  # fmt: skip
+    return found
+
+
+def _as_told(
+    split: Mapping[str, Mapping[str, int]], rows: Mapping[str, int], known: Mapping[str, Slices | None]
+) -> dict[str, Slices]:
+    """Slices of the matrices that ``split`` names, ``ValueError`` where they are none or are known to be others."""
+    found = {}
+    for pattern, told in split.items():
+        hits = [pattern] if pattern in rows else [name for name in rows if _has_suffix(name, pattern)]
+        if not hits:
+            raise wrong_value("split_qkv", "names of adapted modules", pattern, suggestion(pattern, list(rows)))
+        for name in hits:
+            slices = Slices(told, getattr(told, "blocks", 1))
+            if sum(slices.values()) != rows[name]:
+                raise wrong_value(f"split_qkv[{pattern!r}]", f"slices of the {rows[name]} rows of {name!r}", dict(told))
+            if known.get(name, slices) not in (slices, None):
+                raise wrong_value(f"split_qkv[{pattern!r}]", f"the slices of {name!r}, {known[name]}", dict(told))
+            found[name] = slices
+    return found
+
+
+# The slices that a role means, of matrices that hold others, too.
+_PARTS = {"qkv": "qkv", "attention": "qkv", "mlp": ("gate", "up", "mlp")}
+
+
+def _parts(config: LoraConfig) -> Sequence[str] | None:
+    target = config.target_modules
+    return _PARTS.get(target) if isinstance(target, str) else None
+
+
+def _rank(config: LoraConfig, name: str) -> int:
+    """The rank of a slice that no pattern speaks of."""
+    parts = _parts(config)
+    return config.r if parts is None or name == WHOLE or name in parts else 0
 
 
 def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Planned]:
     """New factors, scales and classes of every target, before the model changes: whatever can fail fails here."""
     modules = named_targets(model)
-    fused = fused_sizes(model, config, names)
-    slices = {n: fused.get(n, {WHOLE: features(modules[n])[1]}) for n in names}
+    slices = slices_of(model, config, names)
     keys = [matrix_key(n, s) for n in names for s in slices[n]]
     attentions = frozenset(torch_attentions(model))
     rank_of = _pattern_lookup(config, "rank_pattern", keys, attentions)
@@ -279,7 +349,7 @@ def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> li
     for name in names:
         layer = modules[name]
         check_weight(name, layer, config.backend)
-        ranks = {s: rank_of.get(matrix_key(name, s), config.r) for s in slices[name]}
+        ranks = {s: rank_of.get(matrix_key(name, s), _rank(config, s)) for s in slices[name]}
         K = features(layer)[0]
         checked_ranks(ranks, K, slices[name], name)
         scale = {s: config.scaling(r, alpha_of.get(matrix_key(name, s))) for s, r in ranks.items()}
@@ -323,6 +393,8 @@ def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, ro
     layer = planned.layer
     if not isinstance(layer, Linear):
         layer.in_features, layer.out_features = features(layer)
+        if type(layer) not in (nn.Linear, NonDynamicallyQuantizableLinear) and adapted_class(layer, False) is Linear:
+            layer.base_class = type(layer)
         layer.__class__ = adapted_class(layer, split=set(planned.slices) != {WHOLE})
         attach_state(layer, planned.slices, config, router, planned.path)
         take_over(model, planned.path, layer)
@@ -335,14 +407,17 @@ def group_layers(model: nn.Module) -> None:
     """Let layers that share an input run together: q, k and v, and siblings of equal width once they are seen to."""
     modules = dict(model.named_modules())
     for block in attention_blocks(model):
-        layers = [modules[n] for n in block.names if isinstance(modules.get(n), Linear)]
-        if block.fused or len(layers) < 2:
-            continue
-        known = next((layer.group for layer in layers if layer.group is not None), None)
-        if known is None:
-            group_projections(modules[block.owner], layers)
-        elif known.layers != layers:
-            known.regroup(layers)
+        every = [modules[n] for n in block.names if isinstance(modules.get(n), Linear)]
+        widths = {layer.in_features for layer in every if block.shared}
+        for K in widths:
+            layers = [layer for layer in every if layer.in_features == K]
+            known = next((layer.group for layer in layers if layer.group is not None), None)
+            if len(layers) < 2:
+                continue
+            if known is None:
+                group_projections(modules[block.owner], layers)
+            elif known.layers != layers:
+                known.regroup(layers)
     for owner in modules.values():
         if isinstance(owner, Linear):
             continue
@@ -406,7 +481,7 @@ def eject(model: nn.Module) -> nn.Module:
         elif isinstance(layer, QuantizedLinear):
             layer.__class__ = original_class(layer)
         elif not isinstance(layer, InProjection):
-            layer.__class__ = nn.Linear
+            layer.__class__ = layer.__dict__.pop("base_class", nn.Linear)
     for module in model.modules():
         if type(module) is MultiheadAttention:
             module._modules.pop("in_proj", None)

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.errors import check_flag, check_instance, check_integer, check_model, wrong_value
+from .._utils.torch_compat import wants_plain_operators
 from ..config import LoraConfig
+from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
-from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, new_factors
+from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
 from .probe import group_operands
 from .routing import Route, Router
 
@@ -110,17 +112,11 @@ class Linear(nn.Linear):
         name = self.router.default.adapter if name is None else name
         return {s: 0 if p is None else p.shape[0] for s, p in self.lora_A[name].tensors().items()}
 
-    def slice_rows(self, name: str) -> slice:
-        """Rows of the weight that a slice covers."""
-        start = 0
-        for other, size in self.slices.items():
-            if other == name:
-                return slice(start, start + size)
-            start += size
-        raise KeyError(name)
-
     def pairs(self, adapter: str | None = None) -> list[tuple[Tensor, Tensor, float]]:
-        """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here."""
+        """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here.
+
+        Where slices interleave, one pair of the whole matrix (``Slices.block_diagonal``).
+        """
         adapter = self.router.default.adapter if adapter is None else adapter
         here = adapter in self.adapter_specs
         return self.factor_pairs(adapter, *[side[adapter]() if here else {} for side in (self.lora_A, self.lora_B)])
@@ -141,7 +137,7 @@ class Linear(nn.Linear):
                     "whole model to one device; change ranks with fastlora.set_ranks"
                 )
             out.append((a, b, spec.scale[name] if spec else 1.0))
-        return out
+        return out if self.slices.blocks == 1 else [self.slices.block_diagonal(out)]
 
     def empty(self, *shape: int) -> Tensor:
         """A factor of rank 0."""
@@ -236,7 +232,7 @@ class Linear(nn.Linear):
 
 
 class QKVLinear(Linear):
-    """A fused q/k/v projection with one adapter, and one rank, for each of q, k and v (block-diagonal B)."""
+    """A fused matrix with one adapter, and one rank, for each of its slices, as q, k and v (block-diagonal B)."""
 
 
 _STATE = (
@@ -250,7 +246,7 @@ def attach_state(
 ) -> None:
     """Give a linear layer the attributes that the adapted forward reads."""
     layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
-    layer.slices = dict(slices)
+    layer.slices = Slices(slices, getattr(slices, "blocks", 1))
     layer.adapter_specs = {}
     layer.ranked = frozenset()  # adapters with a rank above 0
     layer.changes = 0  # to its adapters: what a bundle looks at
@@ -282,7 +278,10 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along."""
     first = layers[0]
     if kept is None:
-        kept = _bundle_of(layers).kept(route.names)
+        try:
+            kept = _bundle_of(layers).kept(route.names)
+        except Traced:
+            return [forward_traced(layer, x, route) for layer in layers]
     if x.dtype is not kept.dtype or x.device != kept.device or not x.dim() or x.shape[-1] != kept.depth:
         check_input(x, first.weight)
     drops = kept.drops and first.training
@@ -302,7 +301,10 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
         if names:
             tracked = {name: [layer.probes[name] for layer in layers] for name in names}
             operands = group_operands(tracked, layers, route, x)
-    y = kept.call(x, rows, key, p, **operands) if tracked else kept.call(x, rows, key, p)
+    try:
+        y = kept.call(x, rows, key, p, **operands) if tracked else kept.call(x, rows, key, p)
+    except Traced:
+        return [forward_traced(layer, x, route) for layer in layers]
     for name, probes in tracked.items():
         y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
     node = y[0].grad_fn
@@ -312,9 +314,9 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
 
 
 def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
-    """As ``forward_together`` of one layer, for a compiler: the operator with its operands as they are now."""
+    """As ``forward_together`` of one layer, for a compiler or tracer: the operator with the operands of now."""
     check_input(x, layer.weight)
-    names = route.names
+    weights, names = ([layer.weight], [layer.bias]), route.names
     A, B, scale = zip(*[pair for name in names for pair in layer.pairs(name)], strict=True)
     tracked = [name for name in names if name in layer.probes]
     p = layer.dropout_p(route)
@@ -322,12 +324,11 @@ def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
     if route.batch is None:
         if tracked:
             options |= layer.probes[names[0]].operands([layer.probes[names[0]]], x, route)
-        (y,) = checked_linear(x, [layer.weight], [layer.bias], A, B, scale, p[0], **options)
+        (y,) = checked_linear(x, *weights, A, B, scale, p[0], **options)
     else:
         if tracked:
             options |= group_operands({name: [layer.probes[name]] for name in tracked}, [layer], route, x)
         salt = layer.dropout_salt
-        weights = ([layer.weight], [layer.bias])
         (y,) = lora_grouped(x, *weights, A, B, scale, route.batch, p=p, dropout_salt=salt, **options)
     for name in tracked:
         y = layer.probes[name].tap(x, y, route, name)
@@ -403,5 +404,7 @@ class FrozenLinear(nn.Linear):
         if not torch.compiler.is_compiling() and ENGINES.settled_on_linear(
             x.shape[:-1].numel(), self.weight, self.engine
         ):
+            return super().forward(x)
+        if wants_plain_operators():
             return super().forward(x)
         return torch.ops.fastlora.frozen_linear(x, self.weight, self.bias, self.engine)

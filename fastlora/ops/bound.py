@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from .._utils.torch_compat import (
     nothing_watches,
     untracked,
     version_of,
+    wants_plain_operators,
     without_autocast,
 )
 from .autograd import LoraRest, differentiable_backward, low_precision, moment_gradients
@@ -26,6 +28,10 @@ from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_beh
 from .matmul import ENGINES, LINEAR
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Traced(Exception):
+    """A transform or a tracer looks on, which has to see the operands being looked up."""
 
 
 class BoundCall:
@@ -84,10 +90,7 @@ class BoundCall:
         ):
             return self._watched(x, rows, key, p, Z, V, P, sign)
         if self.chosen is None:
-            self.chosen, _ = choose(self.backend, self.device, self.dtype)
-            absent = tuple([b is None for b in self.bias])
-            scope = (self.chosen.name, len(self.W), absent, tuple(self.scale), tuple(self.layout.starts), self.engine)
-            self.plans = Plans(scope) if self.chosen.plannable else None
+            self._choose()
         run = _Run(self)
         if P or V or rows is not None or key is not None:
             run.set(rows, key, p, P, sign, len(Z), len(V))
@@ -101,6 +104,8 @@ class BoundCall:
         if autocasting(x) and torch.get_autocast_dtype(x.device.type) is self.dtype:
             with without_autocast(x.device.type):
                 return self(low_precision(x, self.dtype), rows, key, p, Z, V, P, sign)
+        if wants_plain_operators():
+            raise Traced
         given = (Z, V, *self.rest(rows, key, p, P, sign))
         return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
 
@@ -116,6 +121,20 @@ class BoundCall:
                 return None
             self._settled.add(key)
         return self.chosen.whole[direction]
+
+    def _choose(self) -> None:
+        self.chosen, _ = choose(self.backend, self.device, self.dtype)
+        absent = tuple([b is None for b in self.bias])
+        scope = (self.chosen.name, len(self.W), absent, tuple(self.scale), tuple(self.layout.starts), self.engine)
+        self.plans = Plans(scope) if self.chosen.plannable else None
+
+    def with_factors(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> BoundCall:
+        """This call with other factors of the same shapes."""
+        if self.chosen is None:
+            self._choose()
+        other = copy.copy(self)
+        other.A, other.B = tuple(A), tuple(B)
+        return other
 
     def rest(self, rows, key, p, P, sign) -> tuple:
         """The operands of the operator behind V."""
