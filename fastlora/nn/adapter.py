@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -164,6 +166,7 @@ class Bundle:
         return kept
 
 
+_FORWARD = itertools.repeat("forward")
 _MOST_BOUND = 16  # sets of adapters for which a bundle keeps its operands
 
 
@@ -187,6 +190,7 @@ class Operands:
             self._call = BoundCall(W, bias, *self._operands(), layers[0].backend, layers[0].engine)
         self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
         self._weights = W
+        self._places, self._keys, self._values = ([entry[i] for entry in self.stored] for i in range(3))
         self._hooks = [hooks for f in self.factors for hooks in forward_hooks(f)]
         self._attributes = [f.__dict__ for f in self.factors]
         first = layers[0]
@@ -235,22 +239,15 @@ class Operands:
         """Whether every tensor is still where it was found, and no hook has to be asked for it."""
         if self.hooked:
             return False
-        for place, key, found in self.stored:
-            if place.get(key) is not found:
-                return False
+        if not all(map(operator.is_, map(dict.get, self._places, self._keys), self._values)):
+            return False
         for owner, name, found in self.read:
             if getattr(owner(), name, None) is not found:
                 return False
         for w in self._weights:  # a parameter that is moved or cast stays the same object
             if w.dtype is not self.dtype or w.device != self.device:
                 return False
-        for hooks in self._hooks:
-            if hooks:
-                return False
-        for attributes in self._attributes:
-            if "forward" in attributes:
-                return False
-        return True
+        return not any(self._hooks) and not any(map(dict.__contains__, self._attributes, _FORWARD))
 
 
 def _dropout(layer: Any, names: Sequence[str]) -> list[float]:

@@ -208,15 +208,16 @@ class Linear(nn.Linear):
             return forward_traced(self, input, route)
         if not self.called:
             self.called = True
-        if self.group is not None:
-            ahead = self.group.take(self, input)
+        group = self.group
+        if group is not None:
+            ahead = group.take(self, input)
             if ahead is not None:
                 return ahead
         route = self.router.route(self.training)
         if self.bypassed(route):
             return F.linear(input, self.weight, self.bias)
-        if self.group is not None:
-            return self.group(self, input, route)
+        if group is not None:
+            return group(self, input, route)
         return forward_together((self,), input, route)[0]
 
     def extra_repr(self) -> str:

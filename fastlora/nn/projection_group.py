@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 from weakref import ref
 
@@ -21,7 +21,7 @@ class _Token:
     """Alive while a recomputation of a pass may still come."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Visit:
     """One pass of a thread through the owner: what was computed ahead, and how it was used."""
 
@@ -35,7 +35,7 @@ class _Visit:
     unused: dict[tuple[int, int], set[Linear]] = field(default_factory=dict)
     shared: tuple[Tensor, tuple] | None = None  # the input of the last launch and its state, while they are compared
     wanted: dict[tuple[int, int], set[int]] = field(default_factory=dict)  # siblings that came for a launch's input
-    token: _Token = field(default_factory=_Token)
+    token: _Token | None = None
 
 
 class ProjectionGroup:
@@ -93,7 +93,7 @@ class ProjectionGroup:
 
     def take(self, layer: Linear, x: Tensor) -> Tensor | None:
         """The layer's output, where a sibling has computed it ahead from this very input under the same modes."""
-        visits = self._visits.get(threading.get_ident())
+        visits = self._visits.get(get_ident())
         if not visits:
             return None
         visit = visits[-1]
@@ -111,7 +111,7 @@ class ProjectionGroup:
 
     def __call__(self, layer: Linear, x: Tensor, route: Route) -> Tensor:
         """The layer's output, and those of the siblings that are expected to follow computed ahead."""
-        visits = self._visits.get(threading.get_ident())
+        visits = self._visits.get(get_ident())
         if (
             not visits
             or visits[-1].x is x  # another call of a projection whose siblings still wait: theirs stay theirs
@@ -144,7 +144,7 @@ class ProjectionGroup:
         visit.waiting = dict(zip(layers[1:], outputs[1:], strict=True))
         visit.x = x if visit.waiting else None
         if visit.hooks is not None and outputs[0].grad_fn is not None and not in_backward():
-            self._await_backward(outputs[0].grad_fn, visit.token)
+            self._await_backward(outputs[0].grad_fn, visit)
         return outputs[0]
 
     def _compare(self, visit: _Visit, trigger: tuple[int, int], x: Tensor, route: Route) -> None:
@@ -156,9 +156,10 @@ class ProjectionGroup:
             visit.shared, visit.first = (x, state), trigger
             visit.wanted[trigger] = set()
 
-    def _await_backward(self, node: Any, token: _Token) -> None:
+    def _await_backward(self, node: Any, visit: _Visit) -> None:
         # A recomputation must launch what its forward launched: until then, or until the graph dies, the plan stands.
-        pending = self._pending
+        pending, token = self._pending, visit.token or _Token()
+        visit.token = token
         pending.add(token)
         node.register_prehook(lambda grads: pending.discard(token))
 
@@ -166,9 +167,10 @@ class ProjectionGroup:
         """Forward pre-hook of the owner: open a visit, and take up what earlier passes taught."""
         if being_traced():
             return
-        if not in_backward() and not self._pending:
+        if self._learned and not self._pending and not in_backward():
             self._plan.update(self._learned)
-        visits = self._visits.setdefault(threading.get_ident(), [])
+            self._learned.clear()
+        visits = self._visits.setdefault(get_ident(), [])
         for interrupted in visits:
             # KeyboardInterrupt passes by the exit hook.
             interrupted.x, interrupted.waiting = None, {}
@@ -178,7 +180,7 @@ class ProjectionGroup:
         """Forward hook of the owner: free what nobody took, and learn from a pass that went through."""
         if torch.compiler.is_compiling():
             return
-        thread = threading.get_ident()
+        thread = get_ident()
         visits = self._visits.get(thread)
         if not visits:
             return
