@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
 from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
 from ..config import LoraConfig
-from ..model.modules import named_targets
+from ..model.modules import named_targets, refuse_shared
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
@@ -32,7 +32,6 @@ from .names import (
     choose_saved,
     choose_targets,
     patterns,
-    refuse_shared,
     saved_tensors,
     unranked_biases,
 )
@@ -112,7 +111,7 @@ def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored
     ranks, alphas = {n: m.A.shape[0] for n, m in matrices.items()}, {n: m.alpha for n, m in matrices.items()}
     unused = ("exclude_modules", "layers_pattern", "layers_to_transform", "revision")
     return {
-        **_auto_class(model),
+        **_auto_class(model, saved),
         **patterns(ranks, alphas),
         **dict.fromkeys(unused),
         "peft_type": "LORA",
@@ -140,7 +139,10 @@ _TASKS = {
 }
 
 
-def _auto_class(model: nn.Module) -> dict[str, Any]:
+_HEADS = ("classifier", "score", "qa_outputs")  # which PEFT trains for some tasks, asked or not
+
+
+def _auto_class(model: nn.Module, saved: list[str]) -> dict[str, Any]:
     """What PEFT's ``AutoPeftModel...`` make the base by: its task, or its class where it has none."""
     # A sharded model's class is made from its own, which comes behind FSDP's in the order of resolution.
     kind = next(k for k in type(model).__mro__ if not k.__name__.startswith("FSDP"))
@@ -148,6 +150,9 @@ def _auto_class(model: nn.Module) -> dict[str, Any]:
     sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if not kind.__module__.startswith("transformers.") or (task == "SEQ_2_SEQ_LM" and not sequences):
         task = None
+    heads = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in _HEADS}
+    if not task or (not task.endswith("_LM") and not heads <= set(saved)):
+        task = None  # the class alone says as much, and no frozen head is trained
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return {"task_type": task, "auto_mapping": None if task else mapping}
 

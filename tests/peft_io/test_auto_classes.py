@@ -35,6 +35,9 @@ CASES = {
     "T5ForConditionalGeneration": (
         lambda: transformers.T5Config(**T5), "AutoPeftModelForSeq2SeqLM", ["q", "v"], None,
     ),
+    "BertForSequenceClassification with a frozen head": (
+        lambda: BERT(**SIZES, num_labels=3), "AutoPeftModel", ["query"], None,
+    ),
     "BertModel": (lambda: BERT(**SIZES), "AutoPeftModel", ["query"], None),
 }  # fmt: skip
 
@@ -50,13 +53,17 @@ def outputs(model):
 def test_the_base_is_found_and_outputs_are_equal(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     make, auto, targets, saved = CASES[name]
+    name = name.partition(" ")[0]
     torch.manual_seed(0)
     getattr(transformers, name)(make()).save_pretrained(tmp_path / "base")
     model = getattr(transformers, name).from_pretrained(tmp_path / "base")
     fastlora.inject(model, fastlora.LoraConfig(r=2, target_modules=targets, modules_to_save=saved))
     expected = outputs(randomise(model))
     fastlora.save(model, tmp_path / "adapter")
-    found = getattr(peft, auto).from_pretrained(tmp_path / "adapter")
+    found = getattr(peft, auto).from_pretrained(tmp_path / "adapter", is_trainable=True)
+    trained = {n.replace(".modules_to_save.default", "") for n, p in found.named_parameters() if p.requires_grad}
+    assert any("lora_A" in n for n in trained)
+    assert all("lora_" in n or any(f".{head}." in n for head in saved or ()) for n in trained)
     torch.testing.assert_close(outputs(found), expected, rtol=1e-4, atol=1e-5)
     ours = getattr(transformers, name).from_pretrained(tmp_path / "base")
     torch.testing.assert_close(outputs(fastlora.load(ours, tmp_path / "adapter")), expected, rtol=1e-4, atol=1e-5)
