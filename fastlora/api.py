@@ -16,8 +16,9 @@ from .model.adapters import (
     set_adapter,
     use_adapters,
 )
+from .model.eject import unload
 from .model.inject import inject
-from .model.merge import disable_adapters, merge, unmerge
+from .model.merge import disable_adapters, merge, merge_and_unload, unmerge
 from .model.ranks import reallocate, set_ranks
 from .model.roles import roles
 from .model.summary import explain, summary
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "load_layout",
     "merge",
+    "merge_and_unload",
     "nn",
     "param_groups",
     "per_adapter_mean",
@@ -59,5 +61,6 @@ __all__ = [
     "to_peft",
     "track",
     "training",
+    "unload",
     "unmerge",
 ]

@@ -222,7 +222,7 @@ def on_cpu(problem: Problem) -> list:
 class Case:
     """Variants that take turns; ``target`` is the one that ``Interleaved`` puts in the middle of a round.
 
-    ``engine``: who multiplies by the frozen weight on the CPU (FASTLORA_CPU_ENGINE); None: the fastest.
+    ``engine``: who multiplies by the frozen weight on the CPU; None: as FASTLORA_CPU_ENGINE says, or the fastest.
     """
 
     title: str

@@ -7,6 +7,7 @@ written against, are used as they are; the names of data-parallel training are i
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -56,6 +57,7 @@ _KEYS_GONE = "autocast is switched off by torch.autocast(enabled=False) inside o
 _exclude = private("torch._C._ExcludeDispatchKeyGuard", _KEYS_GONE)
 _key_set = private("torch._C.DispatchKeySet", _KEYS_GONE)
 _key = private("torch._C.DispatchKey", _KEYS_GONE)
+_any_autocast = private("torch._C._is_any_autocast_enabled", "a tensor's device is asked at every call")
 _below_autograd = private(
     "torch._C._AutoDispatchBelowAutograd", "the keys of autograd are excluded by torch._C._ExcludeDispatchKeyGuard"
 )
@@ -112,6 +114,8 @@ def without_autocast(device_type: str) -> Any:
 
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on where a tensor is; torch knows none for tensors without storage."""
+    if _any_autocast is not None and not _any_autocast():
+        return False
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
@@ -296,12 +300,9 @@ def in_reentrant_checkpoint() -> bool:
     return _a_caller(lambda code: code is CheckpointFunction.forward.__code__)
 
 
-def saving_hooks() -> Any:
-    """The innermost hooks on saved tensors: those of non-reentrant checkpointing among them.
-
-    None without any. Where torch does not tell, what is equal to nothing else: there may be a checkpoint anywhere.
-    """
-    return (object(),) if _top_hooks is None else _top_hooks(False)
+# The innermost hooks on saved tensors, those of non-reentrant checkpointing among them; None without any. Where torch
+# does not tell, what is equal to nothing else: there may be a checkpoint anywhere.
+saving_hooks: Callable[[], Any] = (lambda: (object(),)) if _top_hooks is None else functools.partial(_top_hooks, False)
 
 
 def checkpoint_frame(hooks: Any) -> Any:

@@ -28,7 +28,7 @@ def merge_folder(base: Path, adapter: Path, out: Path) -> int:
     except ModuleNotFoundError as error:
         blame_extra(error, "fastlora merge", "hf", "transformers")
         raise
-    from ..model.inject import eject
+    from ..model.eject import eject
     from ..model.merge import merge
     from ..nn.linear import adapted_layers
     from ..peft_io.load import load

@@ -1,11 +1,11 @@
-"""``inject``: find the targets, plan every change, then commit; and ``eject``, its inverse."""
+"""``inject``: find the targets, plan every change, then commit."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
-from .._utils.torch_compat import remove_forward_hooks
 from ..config import ROLES, LoraConfig
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, new_factors
-from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
-from ..nn.layer_view import Conv1D
 from ..nn.linear import (
     DEFAULT,
     ENGINE_OF_PREPACK,
@@ -29,18 +26,16 @@ from ..nn.linear import (
     adapter_dtype_of,
     attach_state,
     checked_ranks,
-    detach_state,
     matrix_key,
 )
 from ..nn.projection_group import group_projections
-from ..nn.quantized import QuantizedLinear, check_weight, foreign_base, original_class
+from ..nn.quantized import check_weight, foreign_base
 from ..nn.routing import Router
 from .learning_check import MODES, watch_learning
 from .modules import (
     adapted_class,
     attention_blocks,
     class_name,
-    conv1d_class,
     expert_parameters,
     features,
     fused_layouts,
@@ -49,10 +44,12 @@ from .modules import (
     passed_by,
     pattern_matches,
     refusal,
+    refuse_shared,
     role_targets,
     take_over,
     torch_attentions,
 )
+from .saving_check import watch_savers
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +93,7 @@ def inject(
     config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
     saved = find_modules_to_save(model, config)
+    refuse_shared(model, saved, "config")
     names = find_targets(model, config, saved)
     plan = plan_injection(model, config, names)
     router = Router(adapter)
@@ -108,6 +106,7 @@ def inject(
         _accelerate(model, config)
     model.fastlora_configs = {adapter: copy.deepcopy(config)}
     watch_learning(model, check)
+    watch_savers(model)
     return model
 
 
@@ -453,45 +452,7 @@ def _accelerate(model: nn.Module, config: LoraConfig) -> None:
             module.engine = ENGINE_OF_PREPACK[config.prepack]
 
 
-_OF_MODEL = ("fastlora_biases", "fastlora_configs", "fastlora_learning", "fastlora_policy")
-
-
 def sharing_copy(model: nn.Module, own: Collection[int] = ()) -> nn.Module:
     """A deep copy whose frozen parameters are the very ones of ``model``, but for those whose ids are in ``own``."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad and id(p) not in own}
     return copy.deepcopy(model, dict(shared))
-
-
-def eject(model: nn.Module) -> nn.Module:
-    """Remove every adapter in place: classes, keys and hooks are the base's again. Returns the same model.
-
-    What was trained besides (heads, biases) keeps its values, and owners that were made to call their qkv still do.
-    """
-    for layer in adapted_layers(model).values():
-        detach_state(layer)
-        if isinstance(layer, Conv1D):
-            layer.__class__ = conv1d_class()
-            del layer.in_features, layer.out_features
-        elif isinstance(layer, QuantizedLinear):
-            layer.__class__ = original_class(layer)
-        elif not isinstance(layer, InProjection):
-            layer.__class__ = layer.__dict__.pop("base_class", nn.Linear)
-    for module in model.modules():
-        if type(module) is MultiheadAttention:
-            module._modules.pop("in_proj", None)
-            module.__class__, module.out_proj.__class__ = nn.MultiheadAttention, NonDynamicallyQuantizableLinear
-        elif type(module) is TransformerEncoderLayer:
-            module.__class__ = nn.TransformerEncoderLayer
-        elif type(module) is FrozenLinear:
-            module.__class__ = nn.Linear
-            module.__dict__.pop("engine", None)
-        remove_forward_hooks(module, _is_ours)
-    for name in _OF_MODEL:
-        model.__dict__.pop(name, None)
-    return model
-
-
-def _is_ours(hook: Callable[..., Any]) -> bool:
-    owner = getattr(hook, "__self__", None)
-    made_in = getattr(hook, "__module__", "") if owner is None else type(owner).__module__
-    return (made_in or "").partition(".")[0] == "fastlora"

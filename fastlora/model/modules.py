@@ -9,7 +9,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.errors import unknown_choice
+from .._utils.torch_compat import forward_hooks
 from ..config import ROLES
 from ..nn.adapter import Slices
 from ..nn.attention import InProjection, MultiheadAttention, StackedProjection, TransformerEncoderLayer
@@ -256,6 +257,8 @@ def refusal(model: nn.Module, name: str) -> str | None:
     owner = modules.get(path, model)
     if adapted_class(module, split=False) is None:
         return f"it is a {'.'.join(class_name(module))}, not exactly torch.nn.Linear"
+    if recomputed(module) is not None:
+        return f"{recomputed(module)}; remove that first"
     readers = _torch_readers(modules, path, leaf)
     for reader, known in readers:
         if type(reader) is not known and type(reader).__module__ != "fastlora.nn.attention":
@@ -268,6 +271,15 @@ def refusal(model: nn.Module, name: str) -> str | None:
     if (leaf == "qkv" and not apart) or (not readers and _reads_weight(type(owner), leaf)):
         return f"its owner {'.'.join(class_name(owner))} reads {leaf}.weight instead of calling {leaf}"
     return None
+
+
+def recomputed(module: nn.Module) -> str | None:
+    """What computes a linear's weight before each forward (``torch.nn.utils``: weight_norm, prune, ...), or None."""
+    if "weight" in module._parameters or isinstance(module, (StackedProjection, InProjection)):
+        return None
+    by = [type(hook).__name__ for hook in forward_hooks(module)[0].values() if hasattr(type(hook), "compute_weight")
+          or hasattr(type(hook), "compute_mask")]  # fmt: skip
+    return f"its weight is computed at each forward by {' and '.join(by) or 'something else'}"
 
 
 def _torch_readers(modules: dict[str, nn.Module], path: str, leaf: str) -> list[tuple[nn.Module, type[nn.Module]]]:
@@ -395,3 +407,12 @@ def take_over(model: nn.Module, name: str, layer: nn.Module) -> None:
                 owner.hold(layer)
             elif biases_apart(owner) and parts[-1] == "qkv":
                 owner.qkv_bias_separate = True
+
+
+def refuse_shared(model: nn.Module, saved: Sequence[str], where: str) -> None:
+    """PEFT copies a module to save: a parameter that others share would be one thing here and two there."""
+    inside = {id(p) for name in saved for p in model.get_submodule(name).parameters()}
+    prefixes = tuple(s + "." for s in saved)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in inside and not name.startswith(prefixes):
+            raise ValueError(f"{where}: modules_to_save: a parameter is shared with {name!r}, which PEFT would untie")

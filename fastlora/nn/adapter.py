@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,15 +143,15 @@ class Bundle:
     """Layers that run together, and what their calls with given adapters take, kept while none of it is replaced.
 
     Weights and factors are looked up as torch means it: a parameter that is replaced, a module that is hooked,
-    parametrised or replicated is noticed, and its tensors are asked for anew.
+    parametrised or replicated is noticed, and its tensors are asked for anew. Layers let go of their bundles when
+    their adapters change. It holds no layer, or the layer that holds it would hold itself.
     """
 
-    def __init__(self, layers: Sequence[Any]):
-        self.layers = tuple(layers)
+    def __init__(self):
         self._kept: dict[tuple[str, ...], Operands] = {}
 
-    def kept(self, names: tuple[str, ...]) -> Operands:
-        """What a call with the adapters ``names`` takes; one that no layer has, has rank 0.
+    def kept(self, layers: Sequence[Any], names: tuple[str, ...]) -> Operands:
+        """What a call of ``layers`` with the adapters ``names`` takes; one that no layer has, has rank 0.
 
         Raises ``Traced`` where what is looked up belongs to a transform or a tracer, and must not be kept.
         """
@@ -156,15 +159,14 @@ class Bundle:
         if kept is None or not kept.holds():
             if wants_plain_operators():
                 raise Traced
-            changes = [layer.changes for layer in self.layers]
-            # Nothing is kept of adapters that are gone.
-            self._kept = {n: k for n, k in self._kept.items() if k.changes == changes and n != names}
+            self._kept.pop(names, None)
             while len(self._kept) >= _MOST_BOUND:
                 self._kept.pop(next(iter(self._kept)), None)
-            kept = self._kept[names] = Operands(self.layers, names)
+            kept = self._kept[names] = Operands(layers, names)
         return kept
 
 
+_FORWARD = itertools.repeat("forward")
 _MOST_BOUND = 16  # sets of adapters for which a bundle keeps its operands
 
 
@@ -172,9 +174,8 @@ class Operands:
     """A call, and where each of its tensors was found."""
 
     def __init__(self, layers: Sequence[Any], names: tuple[str, ...]):
-        self.layers, self.changes = layers, [layer.changes for layer in layers]
         self.stored: list[tuple[dict[str, Any], str, Any]] = []
-        self.read: list[tuple[Any, str, Any]] = []
+        self.read: list[tuple[weakref.ref, str, Any]] = []
         self.factors: list[Factors] = []
         self.hooked = False
         W, bias = ([self._tensor(layer, name) for layer in layers] for name in ("weight", "bias"))
@@ -183,12 +184,13 @@ class Operands:
             for layer in layers:
                 here = name in layer.adapter_specs
                 factors = [self._factors(side, name) if here else {} for side in (layer.lora_A, layer.lora_B)]
-                self._found.append((layer, name, *factors))
+                self._found.append((weakref.ref(layer), name, *factors))
         self._interleaved = any([layer.slices.blocks > 1 for layer in layers])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._interleaved):
             self._call = BoundCall(W, bias, *self._operands(), layers[0].backend, layers[0].engine)
         self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
         self._weights = W
+        self._places, self._keys, self._values = ([entry[i] for entry in self.stored] for i in range(3))
         self._hooks = [hooks for f in self.factors for hooks in forward_hooks(f)]
         self._attributes = [f.__dict__ for f in self.factors]
         first = layers[0]
@@ -207,7 +209,7 @@ class Operands:
 
     def _operands(self) -> tuple[list[Tensor], list[Tensor], list[float]]:
         """A, B and scale by adapter, layer and slice; of a layer whose slices interleave, as one matrix."""
-        pairs = [pair for layer, name, A, B in self._found for pair in layer.factor_pairs(name, A, B)]
+        pairs = [pair for layer, name, A, B in self._found for pair in layer().factor_pairs(name, A, B)]
         return [a for a, _, _ in pairs], [b for _, b, _ in pairs], [s for _, _, s in pairs]
 
     @property
@@ -221,7 +223,7 @@ class Operands:
         if name in stored:
             self.stored.append((stored, name, found))
         else:  # a property, a parametrisation or a replica's plain attribute
-            self.read.append((owner, name, found))
+            self.read.append((weakref.ref(owner), name, found))
         return found
 
     def _factors(self, side: nn.ModuleDict, name: str) -> dict[str, Tensor | None]:
@@ -237,25 +239,15 @@ class Operands:
         """Whether every tensor is still where it was found, and no hook has to be asked for it."""
         if self.hooked:
             return False
-        for layer, changes in zip(self.layers, self.changes, strict=True):
-            if layer.changes != changes:
-                return False
-        for place, key, found in self.stored:
-            if place.get(key) is not found:
-                return False
+        if not all(map(operator.is_, map(dict.get, self._places, self._keys), self._values)):
+            return False
         for owner, name, found in self.read:
-            if getattr(owner, name) is not found:
+            if getattr(owner(), name, None) is not found:
                 return False
         for w in self._weights:  # a parameter that is moved or cast stays the same object
             if w.dtype is not self.dtype or w.device != self.device:
                 return False
-        for hooks in self._hooks:
-            if hooks:
-                return False
-        for attributes in self._attributes:
-            if "forward" in attributes:
-                return False
-        return True
+        return not any(self._hooks) and not any(map(dict.__contains__, self._attributes, _FORWARD))
 
 
 def _dropout(layer: Any, names: Sequence[str]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -20,7 +21,15 @@ from .routing import Router
 class _OwnersParameters:
     """Weight and bias are those of the attention module that holds the layer, under the module's names."""
 
-    owner: nn.MultiheadAttention
+    @property
+    def owner(self) -> nn.MultiheadAttention:
+        return self.__dict__["owner_ref"]()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "owner_ref": self.owner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "owner_ref": weakref.ref(state["owner_ref"])})
 
     @property
     def weight(self) -> nn.Parameter:
@@ -36,8 +45,8 @@ class StackedProjection(_OwnersParameters, nn.Linear):
 
     def __init__(self, owner: nn.MultiheadAttention):
         nn.Module.__init__(self)
-        # Not a submodule: it is the owner that holds this layer.
-        self.__dict__["owner"] = owner
+        # Weakly, and not a submodule: it is the owner that holds this layer.
+        self.__dict__["owner_ref"] = weakref.ref(owner)
         self.in_features, self.out_features = owner.embed_dim, 3 * owner.embed_dim
         self.training = owner.training
 

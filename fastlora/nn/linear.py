@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -77,6 +78,11 @@ class Linear(nn.Linear):
 
     def install(self, name: str, spec: AdapterSpec, A: Factors, B: Factors) -> None:
         """Put an adapter's factors in place, replacing those of the same name."""
+        for side, factors in ((self.lora_A, A), (self.lora_B, B)):
+            for key, old in side[name]._parameters.items() if name in side else ():
+                new = factors._parameters.get(key)
+                if old is not None and new is not None and new is not old:
+                    old.fastlora_replaced_by = weakref.ref(new)  # for an optimizer that still holds the old one
         self.lora_A[name], self.lora_B[name] = A, B
         self.adapter_specs[name] = spec
         self._has_changed()
@@ -86,7 +92,6 @@ class Linear(nn.Linear):
 
     def _has_changed(self) -> None:
         """Nothing is kept of what the layer's adapters were."""
-        self.changes += 1
         self.bundle = None
         if self.group is not None:
             self.group.forget_operands()
@@ -203,15 +208,16 @@ class Linear(nn.Linear):
             return forward_traced(self, input, route)
         if not self.called:
             self.called = True
-        if self.group is not None:
-            ahead = self.group.take(self, input)
+        group = self.group
+        if group is not None:
+            ahead = group.take(self, input)
             if ahead is not None:
                 return ahead
         route = self.router.route(self.training)
         if self.bypassed(route):
             return F.linear(input, self.weight, self.bias)
-        if self.group is not None:
-            return self.group(self, input, route)
+        if group is not None:
+            return group(self, input, route)
         return forward_together((self,), input, route)[0]
 
     def extra_repr(self) -> str:
@@ -235,7 +241,7 @@ class QKVLinear(Linear):
 
 
 _STATE = (
-    "slices", "adapter_specs", "ranked", "changes", "bundle", "router", "dropout_salt", "backend", "engine",
+    "slices", "adapter_specs", "ranked", "bundle", "router", "dropout_salt", "backend", "engine",
     "merged", "group", "called", "probes",
 )  # fmt: skip
 
@@ -248,8 +254,7 @@ def attach_state(
     layer.slices = Slices(slices, getattr(slices, "blocks", 1))
     layer.adapter_specs = {}
     layer.ranked = frozenset()  # adapters with a rank above 0
-    layer.changes = 0  # to its adapters: what a bundle looks at
-    layer.bundle = None  # the layer alone; a group has bundles of its own
+    layer.bundle = None  # of the layer alone, with the parameters it is for; a group has bundles of its own
     layer.router = router
     layer.dropout_salt = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
@@ -278,7 +283,7 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
     first = layers[0]
     if kept is None:
         try:
-            kept = _bundle_of(layers).kept(route.names)
+            kept = _bundle_of(layers).kept(layers, route.names)
         except Traced:
             return [forward_traced(layer, x, route) for layer in layers]
     if x.dtype is not kept.dtype or x.device != kept.device or not x.dim() or x.shape[-1] != kept.depth:
@@ -338,10 +343,11 @@ def _bundle_of(layers: Sequence[Any]) -> Bundle:
     """The operands of one layer, kept with it; those of a part of a layer are made anew."""
     (layer,) = layers
     if not isinstance(layer, Linear):
-        return Bundle(layers)
-    if layer.bundle is None or layer.bundle.layers[0] is not layer:
-        layer.bundle = Bundle(layers)
-    return layer.bundle
+        return Bundle()
+    # A replica has a copy of the layer's attributes, and parameters of its own.
+    if layer.bundle is None or layer.bundle[0] is not layer._parameters:
+        layer.bundle = (layer._parameters, Bundle())
+    return layer.bundle[1]
 
 
 def _described(factor: Tensor | None) -> str:

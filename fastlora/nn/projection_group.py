@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class _Token:
     """Alive while a recomputation of a pass may still come."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Visit:
     """One pass of a thread through the owner: what was computed ahead, and how it was used."""
 
@@ -34,7 +35,7 @@ class _Visit:
     unused: dict[tuple[int, int], set[Linear]] = field(default_factory=dict)
     shared: tuple[Tensor, tuple] | None = None  # the input of the last launch and its state, while they are compared
     wanted: dict[tuple[int, int], set[int]] = field(default_factory=dict)  # siblings that came for a launch's input
-    token: _Token = field(default_factory=_Token)
+    token: _Token | None = None
 
 
 class ProjectionGroup:
@@ -48,25 +49,34 @@ class ProjectionGroup:
     """
 
     def __init__(self, layers: list[Linear], expected: bool = True):
-        self.layers, self.expected = layers, expected
+        self.expected = expected
+        self._hold(layers)
+
+    @property
+    def layers(self) -> list[Linear]:
+        """The siblings that are still there."""
+        return [layer for member in self._members if (layer := member()) is not None]
+
+    def _hold(self, layers: list[Linear]) -> None:
+        # Weakly: every layer holds its group.
+        self._members = [ref(layer) for layer in layers]
         self._clear()
 
     def regroup(self, layers: list[Linear]) -> None:
         """Take in other siblings; what was learned of the old ones is forgotten."""
         for layer in self.layers:
             layer.group = None
-        self.layers = layers
         for layer in layers:
             layer.group = self
-        self._clear()
+        self._hold(layers)
 
     def _clear(self) -> None:
         self._visits: dict[int, list[_Visit]] = {}
         self._plan: dict[tuple[int, int], frozenset[int]] = {}  # trigger -> siblings not worth computing ahead
         self._learned: dict[tuple[int, int], frozenset[int]] = {}
         self._pending: weakref.WeakSet[_Token] = weakref.WeakSet()
-        self._index = {layer: i for i, layer in enumerate(self.layers)}
-        self._bundles: dict[tuple[Linear, ...], Bundle] = {}
+        self._index = {member: i for i, member in enumerate(self._members)}
+        self._bundles: dict[tuple[int, ...], Bundle] = {}
         self._unknown = frozenset() if self.expected else frozenset(self._index.values())
         self._refused: set[tuple[tuple[int, int], int]] = set()
 
@@ -74,8 +84,8 @@ class ProjectionGroup:
         return {"layers": self.layers, "expected": self.expected}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._clear()
+        self.expected = state["expected"]
+        self._hold(state["layers"])
 
     def forget_operands(self) -> None:
         """Let go of factors and weights of earlier calls."""
@@ -83,7 +93,7 @@ class ProjectionGroup:
 
     def take(self, layer: Linear, x: Tensor) -> Tensor | None:
         """The layer's output, where a sibling has computed it ahead from this very input under the same modes."""
-        visits = self._visits.get(threading.get_ident())
+        visits = self._visits.get(get_ident())
         if not visits:
             return None
         visit = visits[-1]
@@ -101,28 +111,30 @@ class ProjectionGroup:
 
     def __call__(self, layer: Linear, x: Tensor, route: Route) -> Tensor:
         """The layer's output, and those of the siblings that are expected to follow computed ahead."""
-        visits = self._visits.get(threading.get_ident())
+        visits = self._visits.get(get_ident())
         if (
             not visits
             or visits[-1].x is x  # another call of a projection whose siblings still wait: theirs stay theirs
             or x.is_inference()
-            or layer not in self._index
+            or ref(layer) not in self._index
             or _alone(layer, visits[-1], route)
         ):
             return forward_together((layer,), x, route)[0]
         return self._launch(visits[-1], layer, x, route)
 
     def _launch(self, visit: _Visit, layer: Linear, x: Tensor, route: Route) -> Tensor:
-        trigger = (visit.launches, self._index[layer])
+        mine = self._index[ref(layer)]
+        trigger = (visit.launches, mine)
         if not self.expected:
             self._compare(visit, trigger, x, route)
         skip = self._plan.get(trigger, self._unknown)
-        ahead = [other for i, other in enumerate(self.layers) if i not in skip and _joins(other, layer, route)]
-        layers = (layer, *ahead)
-        bundle = self._bundles.get(layers)
+        members = [member() for member in self._members]
+        which = (mine, *[i for i, other in enumerate(members) if i not in skip and _joins(other, layer, route)])
+        layers = tuple([members[i] for i in which])
+        bundle = self._bundles.get(which)
         if bundle is None:
-            bundle = self._bundles[layers] = Bundle(layers)
-        kept = bundle.kept(route.names)
+            bundle = self._bundles[which] = Bundle()
+        kept = bundle.kept(layers, route.names)
         if not kept.alike:
             return forward_together((layer,), x, route)[0]
         outputs = forward_together(layers, x, route, kept)
@@ -132,7 +144,7 @@ class ProjectionGroup:
         visit.waiting = dict(zip(layers[1:], outputs[1:], strict=True))
         visit.x = x if visit.waiting else None
         if visit.hooks is not None and outputs[0].grad_fn is not None and not in_backward():
-            self._await_backward(outputs[0].grad_fn, visit.token)
+            self._await_backward(outputs[0].grad_fn, visit)
         return outputs[0]
 
     def _compare(self, visit: _Visit, trigger: tuple[int, int], x: Tensor, route: Route) -> None:
@@ -144,9 +156,10 @@ class ProjectionGroup:
             visit.shared, visit.first = (x, state), trigger
             visit.wanted[trigger] = set()
 
-    def _await_backward(self, node: Any, token: _Token) -> None:
+    def _await_backward(self, node: Any, visit: _Visit) -> None:
         # A recomputation must launch what its forward launched: until then, or until the graph dies, the plan stands.
-        pending = self._pending
+        pending, token = self._pending, visit.token or _Token()
+        visit.token = token
         pending.add(token)
         node.register_prehook(lambda grads: pending.discard(token))
 
@@ -154,9 +167,10 @@ class ProjectionGroup:
         """Forward pre-hook of the owner: open a visit, and take up what earlier passes taught."""
         if being_traced():
             return
-        if not in_backward() and not self._pending:
+        if self._learned and not self._pending and not in_backward():
             self._plan.update(self._learned)
-        visits = self._visits.setdefault(threading.get_ident(), [])
+            self._learned.clear()
+        visits = self._visits.setdefault(get_ident(), [])
         for interrupted in visits:
             # KeyboardInterrupt passes by the exit hook.
             interrupted.x, interrupted.waiting = None, {}
@@ -166,7 +180,7 @@ class ProjectionGroup:
         """Forward hook of the owner: free what nobody took, and learn from a pass that went through."""
         if torch.compiler.is_compiling():
             return
-        thread = threading.get_ident()
+        thread = get_ident()
         visits = self._visits.get(thread)
         if not visits:
             return
@@ -178,7 +192,7 @@ class ProjectionGroup:
             return
         for trigger, unused in visit.unused.items():
             if unused:
-                skipped = {self._index[layer] for layer in unused if layer in self._index}
+                skipped = {self._index[ref(layer)] for layer in unused if ref(layer) in self._index}
                 self._learned[trigger] = self._plan.get(trigger, self._unknown) | skipped
                 self._refused.update((trigger, index) for index in skipped)
         for trigger, wanted in visit.wanted.items():
@@ -187,10 +201,11 @@ class ProjectionGroup:
                 self._learned[trigger] = self._plan.get(trigger, self._unknown) - wanted
 
 
-def _joins(other: Linear, mine: Linear, route: Route) -> bool:
+def _joins(other: Linear | None, mine: Linear, route: Route) -> bool:
     """Whether a sibling may be computed with a layer, as far as that changes without its operands changing."""
     return not (
         other is mine
+        or other is None
         or has_hooks(other)
         or other.training is not mine.training
         or "forward" in other.__dict__

@@ -38,26 +38,26 @@ def _forward(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, back
     chosen, _ = choose(backend, x.device, x.dtype)
     call = _call(x, W, bias, A, B, P, probe_counts(P), drop, rows, starts, scale, p, engine, bool(V))
     outputs, h, moments = planned(chosen).forward(call)
-    flip_signs(h, sign, call)
+    flip_signs(h, sign, call.layout, call.rows)
     return [*outputs, h, *moments]
 
 
-def flip_signs(h: Tensor, sign: Sequence[Tensor], call: LoraCall) -> None:
+def flip_signs(h: Tensor, sign: Sequence[Tensor], layout: GroupLayout, rows: Rows | None) -> None:
     """Multiply the adapters' probe columns of h, which take no part in y, by their signs."""
     for g, signs in enumerate(sign):
         if signs.numel():
-            _flip(h, signs, call, g)
+            _flip(h, signs, layout.of(g).rank, None if rows is None else rows.ids == g)
 
 
-def _flip(h: Tensor, signs: Tensor, call: LoraCall, g: int) -> None:
-    """Of one adapter: h [M, width], signs [S, k], one a sample and probe."""
-    rank, k = call.layout.of(g).rank, signs.shape[1]
-    if call.rows is None:
+def _flip(h: Tensor, signs: Tensor, rank: int, mine: Tensor | None) -> None:
+    """Of one adapter: h [M, width], signs [S, k], one a sample and probe; its rows (None: all)."""
+    k = signs.shape[1]
+    if mine is None:
         probe = h.view(signs.shape[0], -1, h.shape[1]).narrow(2, rank, h.shape[1] - rank)
         probe.mul_(signs.to(h.dtype).repeat(1, probe.shape[2] // k).unsqueeze(1))
         return
     each = signs.to(h.dtype).repeat_interleave(h.shape[0] // signs.shape[0], 0)
-    h.narrow(1, rank, k).mul_(torch.where((call.rows.ids == g).unsqueeze(1), each, 1.0))
+    h.narrow(1, rank, k).mul_(torch.where(mine.unsqueeze(1), each, 1.0))
 
 
 def _forward_fake(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, backend, engine):

@@ -17,7 +17,7 @@ from .._utils.errors import listed
 from ..config import LoraConfig
 from ..model.adapters import add_adapter
 from ..model.inject import check_adapter_name, inject, refuse_adapted
-from ..model.modules import features, fused_layouts, is_linear, named_targets
+from ..model.modules import features, fused_layouts, is_linear, named_targets, refuse_shared
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE, Slices
@@ -31,7 +31,6 @@ from .names import (
     bias_tensors,
     choose_targets,
     is_copy_of_saved,
-    refuse_shared,
     saved_by,
     saved_tensors,
     unranked_biases,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
 from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
 from ..config import LoraConfig
-from ..model.modules import named_targets
+from ..model.modules import named_targets, refuse_shared
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
@@ -32,7 +32,6 @@ from .names import (
     choose_saved,
     choose_targets,
     patterns,
-    refuse_shared,
     saved_tensors,
     unranked_biases,
 )

@@ -186,7 +186,7 @@ def test_gate_is_what_the_activation_sees(name):
 def test_exact_subclasses_become_ours_and_come_back():
     from transformers.models.falcon.modeling_falcon import FalconLinear
 
-    from fastlora.model.inject import eject
+    from fastlora.model.eject import eject
 
     model = FUSED["falcon"].make()
     kinds = [type(m) for m in model.modules()]

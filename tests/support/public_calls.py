@@ -142,6 +142,8 @@ GOOD: dict[str, Callable[[Path], dict[str, Any]]] = {
     "load_layout": lambda at: {"model": plain(), "layout": "loralib", "lora_alpha": 4,
                                "state_dict": {f"{KEY}.lora_A": torch.ones(2, 8), f"{KEY}.lora_B": torch.ones(8, 2)}},
     "merge": lambda at: {"model": adapted()},
+    "merge_and_unload": lambda at: {"model": adapted()},
+    "unload": lambda at: {"model": adapted()},
     "param_groups": lambda at: {"model": adapted()},
     "per_adapter_mean": lambda at: {"losses": torch.ones(3), "ids": torch.tensor([0, 1, -1])},
     "apply_policy": lambda at: {"model": plain(), "name": "deep_lora"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -16,6 +16,11 @@ from .base import ComposedBackend
 
 class NativeBackend(ComposedBackend):
     """The compiled kernels: without dropout, one pass over the rows in each direction around the library's matmul."""
+
+    @property
+    def whole(self) -> tuple[Callable, Callable]:
+        """As ``Backend.whole``."""
+        return torch.ops.fastlora.linear_lora_forward.default, torch.ops.fastlora.linear_lora_backward.default
 
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """As ``Backend.forward``."""

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from packaging.version import Version
@@ -120,6 +120,7 @@ class TritonBackend:
     name: str = "triton"
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None] = unsupported_reason
     plannable: bool = True
+    whole: ClassVar[None] = None
 
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """As ``Backend.forward``."""
