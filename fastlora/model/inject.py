@@ -236,9 +236,8 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks:
     if blocks is not None:
         names = [n for n in names if _inside(n, blocks)]
         if not names:
-            raise wrong_value(
-                "target_modules", f"what matches modules inside the blocks {blocks}", config.target_modules
-            )
+            accepted = f"what matches modules inside the blocks {blocks}"
+            raise wrong_value("target_modules", accepted, config.target_modules)
     if config.exclude_modules is not None:
         excluded = set(_select(model, config.exclude_modules, "exclude_modules"))
         # As in PEFT a container is not its contents; unnoticed, nothing would be excluded.
@@ -255,11 +254,6 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks:
         if reason is not None:
             raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}; exclude_modules leaves it out")
     return names
-
-
-def target_names(model: nn.Module, config: LoraConfig, blocks: list[str]) -> list[str]:
-    """Full names of the linears in ``blocks`` that ``inject`` adapts; ``ValueError`` where it would refuse them."""
-    return find_targets(model, config, find_modules_to_save(model, config), blocks)
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
