@@ -97,6 +97,7 @@ def inject(
     for planned in plan:
         commit_injection(model, planned, config, router, adapter)
     model.register_forward_pre_hook(router.enter)
+    model.register_forward_hook(router.leave, always_call=True)
     group_layers(model)
     _freeze(model, config, saved)
     if accelerate_frozen:
