@@ -275,7 +275,7 @@ def in_backward() -> bool:
 
 
 def in_reentrant_checkpoint() -> bool:
-    """Whether a caller is an autograd function, as a reentrant checkpoint: it runs without gradients, and is repeated."""
+    """Whether a caller is an autograd function, as a reentrant checkpoint is: without gradients, and repeated."""
     return _a_caller(lambda code: code.co_name == "forward" and code.co_varnames[:1] == ("ctx",))
 
 

@@ -124,8 +124,8 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
 
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Make an adapter the active one: that of every forward outside of ``use_adapters``, and of functions that were
-    given no other (``merge``, ``save``, ``summary``, ``track``, ...). ``ValueError`` for an unknown name, and while another
-    adapter is merged.
+    given no other (``merge``, ``save``, ``summary``, ``track``, ...). ``ValueError`` for an unknown name, and
+    while another adapter is merged.
     """
     layers = adapted_layers(model)
     routers = _agreeing(layers)
@@ -142,7 +142,7 @@ def use_adapters(
     *,
     row_seeds: Tensor | None = None,
 ) -> Iterator[nn.Module]:
-    """Within, forwards of this thread or task run each sample or token with the adapter of its id; -1 (or None): the base.
+    """Within, forwards of this thread or task run each sample or token with its id's adapter; -1 (or None): the base.
 
     ``ids``: an int64 tensor [S] (one a sample, dimension 0), [S, T] or [M] (one a token) of indices into
     ``adapter_names(model)``, a list of S names, one name for all, or one range (begin, end) for each name (None: the

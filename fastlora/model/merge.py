@@ -40,10 +40,10 @@ def merge(
 ) -> nn.Module:
     """``W ← W + s B A``, summed in fp32 (float64 for float64) by blocks of rows and rounded once to the weight's dtype.
 
-    ``adapter``: the active one (``set_adapter``) unless named. Until ``unmerge`` every forward is the adapter's, without
-    gradients for it, and runs as the base does; layers that the adapter has not are the base's. All layers or none: a
-    delta or a merged weight that is not finite raises ``ValueError`` naming the layer before any weight changes, as do
-    a layer that is merged already and an open context of ``use_adapters`` or ``disable_adapters`` in any thread or task.
+    ``adapter``: the active one (``set_adapter``) unless named. Until ``unmerge`` every forward is this adapter's and
+    the base's alone, also in layers that have others. All layers or none: a delta or a merged weight that is not finite
+    raises ``ValueError`` naming the layer before any weight changes, as do a layer that is merged already and an open
+    context of ``use_adapters`` or ``disable_adapters`` in any thread or task.
 
     A quantized base is refused, because rounding to its grid may lose the update; with ``requantize`` the sum is
     quantized anew, as the weight was, and a warning says how much of the update the rounding moved. ``progress``: True
