@@ -38,6 +38,7 @@ from .learning_check import MODES, watch_learning
 from .modules import (
     adapted_class,
     attention_blocks,
+    change_class,
     conv1d_class,
     features,
     is_linear,
@@ -324,7 +325,7 @@ def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, ro
     layer = planned.layer
     if not isinstance(layer, Linear):
         layer.in_features, layer.out_features = features(layer)
-        layer.__class__ = adapted_class(layer, split=set(planned.slices) != {WHOLE})
+        change_class(layer, adapted_class(layer, split=set(planned.slices) != {WHOLE}))
         attach_state(layer, planned.slices, config, router, planned.path)
         take_over(model, planned.path, layer)
     layer.install(adapter, planned.spec, *planned.factors)
@@ -381,7 +382,7 @@ def _accelerate(model: nn.Module, config: LoraConfig) -> None:
     for name, module in model.named_modules():
         plain = type(module) is nn.Linear and not module.weight.requires_grad and foreign_base(module) is None
         if plain and refusal(model, name) is None and not passed_by(model, name):
-            module.__class__ = FrozenLinear
+            change_class(module, FrozenLinear)
             module.engine = ENGINE_OF_PREPACK[config.prepack]
 
 
@@ -402,20 +403,21 @@ def eject(model: nn.Module) -> nn.Module:
     for layer in adapted_layers(model).values():
         detach_state(layer)
         if isinstance(layer, Conv1D):
-            layer.__class__ = conv1d_class()
+            change_class(layer, conv1d_class())
             del layer.in_features, layer.out_features
         elif isinstance(layer, QuantizedLinear):
-            layer.__class__ = original_class(layer)
+            change_class(layer, original_class(layer))
         elif not isinstance(layer, InProjection):
-            layer.__class__ = nn.Linear
+            change_class(layer, nn.Linear)
     for module in model.modules():
         if type(module) is MultiheadAttention:
             module._modules.pop("in_proj", None)
-            module.__class__, module.out_proj.__class__ = nn.MultiheadAttention, NonDynamicallyQuantizableLinear
+            change_class(module, nn.MultiheadAttention)
+            change_class(module.out_proj, NonDynamicallyQuantizableLinear)
         elif type(module) is TransformerEncoderLayer:
-            module.__class__ = nn.TransformerEncoderLayer
+            change_class(module, nn.TransformerEncoderLayer)
         elif type(module) is FrozenLinear:
-            module.__class__ = nn.Linear
+            change_class(module, nn.Linear)
             module.__dict__.pop("engine", None)
         remove_forward_hooks(module, _is_ours)
     for name in _OF_MODEL:

@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -185,6 +186,12 @@ def refusal(model: nn.Module, name: str) -> str | None:
     if adapted_class(module, split=False) is None:
         return f"it is a {'.'.join(class_name(module))}, not exactly torch.nn.Linear"
     readers = _torch_readers(modules, path, leaf)
+    for called in (module, *[reader for reader, _ in readers]):
+        if "forward" in vars(called) and not _kept_forwards(called):
+            kind = type(called).__name__
+            return f"the forward of this {kind} was replaced by {vars(called)['forward']!r}; call inject before that"
+    if module.weight.is_meta and hasattr(module, "_hf_hook"):
+        return "accelerate has offloaded its weight; call inject before dispatch_model or cpu_offload"
     for reader, known in readers:
         if type(reader) is not known and type(reader).__module__ != "fastlora.nn.attention":
             kind = ".".join(class_name(reader))
@@ -295,6 +302,20 @@ def biases_apart(owner: nn.Module) -> bool:
     return class_name(owner) in _BIAS_APART and hasattr(owner, "qkv_bias_separate")
 
 
+def change_class(module: nn.Module, new: type[nn.Module]) -> None:
+    """Give a module another class. Its old forward where the instance keeps it, as accelerate's hooks do, follows."""
+    kept = _kept_forwards(module)
+    module.__class__ = new
+    for name in kept:
+        setattr(module, name, MethodType(new.forward, module))
+
+
+def _kept_forwards(module: nn.Module) -> list[str]:
+    """Attributes of an instance that are its class's forward bound to it."""
+    bound = ((name, held) for name, held in vars(module).items() if isinstance(held, MethodType))
+    return [name for name, held in bound if held.__self__ is module and held.__func__ is type(module).forward]
+
+
 def passed_by(model: nn.Module, name: str) -> bool:
     """Whether a linear's owner may read its weight without calling it, until ``take_over`` has changed the owner."""
     path, _, leaf = name.rpartition(".")
@@ -313,9 +334,9 @@ def take_over(model: nn.Module, name: str, layer: nn.Module) -> None:
     for depth in range(len(parts)):
         owner = model.get_submodule(".".join(parts[:depth]))
         if type(owner) is nn.TransformerEncoderLayer:
-            owner.__class__ = TransformerEncoderLayer
+            change_class(owner, TransformerEncoderLayer)
         elif type(owner) is nn.MultiheadAttention:
-            owner.__class__ = MultiheadAttention
+            change_class(owner, MultiheadAttention)
         if depth == len(parts) - 1:
             if isinstance(layer, InProjection) and "in_proj" not in owner._modules:
                 owner.hold(layer)
