@@ -190,8 +190,6 @@ def refusal(model: nn.Module, name: str) -> str | None:
         if "forward" in vars(called) and not _kept_forwards(called):
             kind = type(called).__name__
             return f"the forward of this {kind} was replaced by {vars(called)['forward']!r}; call inject before that"
-    if module.weight.is_meta and hasattr(module, "_hf_hook"):
-        return "accelerate has offloaded its weight; call inject before dispatch_model or cpu_offload"
     for reader, known in readers:
         if type(reader) is not known and type(reader).__module__ != "fastlora.nn.attention":
             kind = ".".join(class_name(reader))
@@ -202,6 +200,8 @@ def refusal(model: nn.Module, name: str) -> str | None:
     apart = getattr(owner, "q_bias", None) is None or getattr(owner, "qkv_bias_separate", False) or biases_apart(owner)
     if (leaf == "qkv" and not apart) or (not readers and _reads_weight(type(owner), leaf)):
         return f"its owner {'.'.join(class_name(owner))} reads {leaf}.weight instead of calling {leaf}"
+    if module.weight.is_meta and hasattr(module, "_hf_hook"):
+        return "accelerate has offloaded its weight; call inject before dispatch_model or cpu_offload"
     return None
 
 
