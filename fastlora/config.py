@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -25,7 +25,8 @@ from ._utils.errors import (
 )
 from .ops.backends import BACKENDS
 
-ROLES = ("qkv", "attention", "mlp", "all-linear")
+_Made = TypeVar("_Made")
+ROLES = ("qkv", "attention", "mlp", "mixer", "all-linear")
 
 # difficulty -> (r, lora_alpha, target_modules)
 PRESETS: Mapping[str, tuple[int, int, str]] = MappingProxyType(
@@ -49,11 +50,22 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "scale": ("constant", "per_rank"),
     "prepack": ("auto", True, False),
     "init_lora_weights": (True, False, "gaussian"),
-    "split_qkv": (None, True, False),
     "use_rslora": (True, False),
     "backend": ("auto", *BACKENDS),
 }
 _TARGETS = f"a role {ROLES}, a regular expression or a list of names"
+
+
+def _check_split(value: Any) -> None:
+    more = ", or names of modules to the rows of their slices"
+    if not isinstance(value, Mapping):
+        check_choice("split_qkv", value, (None, True, False), more)
+        return
+    for name, rows in value.items():
+        if not isinstance(name, str) or not isinstance(rows, Mapping) or not rows:
+            raise wrong_value("split_qkv", f"one of {(None, True, False)}{more}", value)
+        for part, count in rows.items():
+            check_integer(f"split_qkv[{name!r}][{part!r}]", count, 1)
 
 
 def _check_targets(name: str, value: Any) -> None:
@@ -70,7 +82,7 @@ def _names(value: Any) -> bool:
     return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value)
 
 
-def _naming_fields(made: type) -> type:
+def _naming_fields(made: type[_Made]) -> type[_Made]:
     """A dataclass whose constructor, given a field that it does not have, says which one may be meant."""
     init, known = made.__init__, [f.name for f in dataclasses.fields(made)]
 
@@ -82,7 +94,7 @@ def _naming_fields(made: type) -> type:
                 raise TypeError(f"{name}: expected a field of {made.__name__}, {', '.join(known)}, got {name!r}{near}")
         init(self, *args, **fields)
 
-    made.__init__ = checked
+    made.__init__ = checked  # type: ignore[method-assign]
     return made
 
 
@@ -94,11 +106,14 @@ class LoraConfig:
     ``y = x W^T + bias + s x A^T B^T`` with ``s = lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``).
 
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
-      ``"qkv"``, ``"attention"``, ``"mlp"``, ``"all-linear"``.
+      ``"qkv"``, ``"attention"``, ``"mlp"``, ``"mixer"``, ``"all-linear"``.
     - ``rank_pattern``, ``alpha_pattern``: keys (``blocks.0.attn.qkv[q]``), module paths or PEFT's suffix patterns.
     - ``scale``: ``"constant"`` keeps the one ``s`` of (lora_alpha, r) whatever a layer's rank; ``"per_rank"`` divides
       by each layer's own rank, as PEFT does.
-    - ``split_qkv``: whether a fused qkv gets one adapter for each of q, k, v; None follows the role.
+    - ``split_qkv``: whether a fused matrix gets one adapter for each of its slices, as q, k and v, or gate and up;
+      None follows the role and leaves a matrix whole whose layout is not known (``fastlora.roles``), True takes thirds
+      of it. ``{"attn.qkv": {"q": 64, "k": 16, "v": 16}}`` says the rows of slices one after another, and splits no
+      others.
     - ``adapter_dtype``: dtype of A and B, float32 unless the weight is float64; ``backend``: see ``fastlora.explain``.
     - ``prepack``: whether oneDNN may keep a packed copy of W for each direction on a CPU: where it is measured to be
       faster (``"auto"``), always, or never.
@@ -118,7 +133,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     scale: str = "constant"
-    split_qkv: bool | None = None
+    split_qkv: bool | None | Mapping[str, Mapping[str, int]] = None
     adapter_dtype: torch.dtype | None = None
     backend: str = "auto"
     prepack: bool | str = "auto"
@@ -137,6 +152,7 @@ class LoraConfig:
         check_number("lora_dropout", self.lora_dropout, 0, below=1, accepted="a probability")
         for name, accepted in _CHOICES.items():
             check_choice(name, getattr(self, name), accepted)
+        _check_split(self.split_qkv)
         dtype = self.adapter_dtype
         if dtype is not None:
             check_instance("adapter_dtype", dtype, torch.dtype, "a floating torch.dtype or None")

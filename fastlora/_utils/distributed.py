@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .errors import check_model, wrong_type, wrong_value
 from .torch_compat import PrivateName, inside_compiled
@@ -73,11 +74,11 @@ def _available() -> bool:
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """The wrappers of ``torch.compile`` and DDP around a model, and the model last."""
+    """The wrappers of ``torch.compile``, DDP, DataParallel and ``AveragedModel`` around a model, and the model last."""
     while True:
         yield model
         inner = inside_compiled(model)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)):
             inner = model.module
         if inner is None:
             return

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._utils.distributed import shards, whole
+from .._utils.distributed import whole
 from .._utils.errors import check_model, listed
 from .._utils.torch_compat import load_hooks
 from ..model.trainable import saved_modules
@@ -27,15 +27,15 @@ def adapters_only(model: nn.Module) -> AdaptersOnly:
 
 
 class AdaptersOnly:
-    """See :func:`adapters_only`; ``once_sharded``: from when ``fully_shard`` has the model, complete before."""
+    """See :func:`adapters_only`."""
 
-    def __init__(self, model: nn.Module, once_sharded: bool = False):
+    def __init__(self, model: nn.Module):
         check_model(model)
         if not any(isinstance(getattr(hook, "hook", None), _BeforeLoad) for hook in load_hooks(model)):
             before = _BeforeLoad()
             model.register_load_state_dict_pre_hook(before)
             model.register_load_state_dict_post_hook(_AfterLoad(before))
-        self._handle = model.register_state_dict_post_hook(_LeaveOutBase(once_sharded))
+        self._handle = model.register_state_dict_post_hook(_leave_out_base)
 
     def __enter__(self) -> AdaptersOnly:
         return self
@@ -71,24 +71,20 @@ def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = ""
     return {prefix + name for name in names if name not in given} if partial else set()
 
 
-class _LeaveOutBase:
-    def __init__(self, once_sharded: bool):
-        self.once_sharded = once_sharded
-
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        if not adapted_layers(module) or (self.once_sharded and not shards(module)):
-            return
-        # Whoever shards a model on the meta device fills it from a state dict, of which the base is a part.
-        if any(parameter.is_meta for parameter in module.parameters()):
-            return
-        trained = _trained(module)
-        frozen = [prefix + name for name in _parameters(module) if name not in trained]
-        for name in frozen:
-            state.pop(name, None)
-        # Quantized weights keep their scales under the weight's name.
-        parts = tuple(name + "." for name in frozen)
-        for key in [key for key in state if key.startswith(parts)]:
-            del state[key]
+def _leave_out_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    if not adapted_layers(module):
+        return
+    # Whoever shards a model on the meta device fills it from a state dict, of which the base is a part.
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return
+    trained = _trained(module)
+    frozen = [prefix + name for name in _parameters(module) if name not in trained]
+    for name in frozen:
+        state.pop(name, None)
+    # Quantized weights keep their scales under the weight's name.
+    parts = tuple(name + "." for name in frozen)
+    for key in [key for key in state if key.startswith(parts)]:
+        del state[key]
 
 
 class _BeforeLoad:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import logging
 import os
 import pathlib
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -16,23 +19,26 @@ from torch import nn
 
 from .._utils.distributed import shards
 from .._utils.files import write_atomically
+from .._utils.installed import blame_extra
 from ..model.adapters import adapter_names
 from ..nn.linear import DEFAULT, adapted_layers
 from ..peft_io.save import save
 from ..tracking.tracker import Tracker
-from .adapters_only import AdaptersOnly, trained_state
+from .adapters_only import adapters_only, trained_state
 from .checkpoints import packed, read, refuse_ranks
 from .session import Session, checked_checkpoints
 
 try:
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
     from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
-except ImportError as error:
-    raise ImportError("fastlora.integrations.hf needs transformers: pip install 'fastlora[hf]'") from error
+except ModuleNotFoundError as error:
+    blame_extra(error, __name__, "hf", "transformers")
+    raise
 
 logger = logging.getLogger(__name__)
 
 STATE = "fastlora_training.pt"
+_HANDLES_CHECKPOINTS = ("_save_checkpoint", "_load_from_checkpoint", "_load_best_model")
 
 
 class FastLoraCallback(TrainerCallback):
@@ -44,8 +50,8 @@ class FastLoraCallback(TrainerCallback):
       it is clipped with the loss's and counted in ``grad_norm``, once a step whatever the accumulation.
     - ``freeze``: optimizer steps in which the adapter stands still (its gradients are off).
     - ``adapter``: which one is tracked, penalized and frozen; the active one when training begins, unless named.
-    - ``checkpoints="adapters"``: while training, the Trainer's own ``model.safetensors`` holds adapters, the head and
-      other trained parameters, which is what resuming and ``load_best_model_at_end`` load; PEFT's files lie beside it
+    - ``checkpoints="adapters"``: in the Trainer's checkpoints ``model.safetensors`` holds adapters, the head and other
+      trained parameters, which is what resuming and ``load_best_model_at_end`` load; PEFT's files lie beside it
       in place of ``config.json``, so that ``from_pretrained`` takes the folder for an adapter; those of further
       adapters are in folders of their names. ``"full"`` leaves the Trainer's files alone.
     - ``resume_from``: the folder to resume from, where it is neither ``args.resume_from_checkpoint`` nor in
@@ -66,17 +72,17 @@ class FastLoraCallback(TrainerCallback):
     ):
         self.session = Session(track, penalty, freeze, adapter)
         self.checkpoints, self.resume_from = checked_checkpoints(checkpoints), resume_from
-        self._only: AdaptersOnly | None = None
+        self._trainer: Any = None  # whose methods are surrounded
 
     @property
     def tracker(self) -> Tracker | None:
         return self.session.tracker
 
     def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs) -> None:
-        self._open(model, args)
+        self._open(model, _calling_trainer("__init__"))
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs) -> None:
-        self._open(model, args)
+        self._open(model, _calling_trainer("_inner_training_loop"))
         if self.checkpoints == "adapters" and args.save_strategy != "no" and _takes_part(args, model):
             # What has no place in PEFT's files is found now, not at the first checkpoint.
             with tempfile.TemporaryDirectory() as folder:
@@ -115,19 +121,19 @@ class FastLoraCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Stop tracking and make state dicts complete again: for a training that was interrupted."""
+        """Stop tracking and let go of frozen adapters: what the end of a training does, however it ends."""
         self.session.close()
-        if self._only is not None:
-            self._only.close()
-            self._only = None
 
-    def _open(self, model: nn.Module, args: Any) -> None:
+    def _open(self, model: nn.Module, trainer: Any) -> None:
         if not adapted_layers(model):
             raise ValueError("model: has no adapters; call fastlora.inject before the Trainer is made")
-        if self._only is not None:
-            self._only.close()
-        # Accelerate may shard a model by way of its state dict.
-        self._only = AdaptersOnly(model, once_sharded=bool(args.fsdp)) if self.checkpoints == "adapters" else None
+        if trainer is None or trainer is self._trainer:
+            return
+        self._trainer = trainer
+        _surround(trainer, "_inner_training_loop", lambda: contextlib.closing(self))
+        if self.checkpoints == "adapters":
+            for method in _HANDLES_CHECKPOINTS:
+                _surround(trainer, method, lambda: adapters_only(trainer.model))
 
     def _saved(self, args: Any, state: Any, model: nn.Module) -> dict[str, Any]:
         """Our state in the folder that the Trainer has just resumed from, which it does not tell."""
@@ -143,6 +149,28 @@ class FastLoraCallback(TrainerCallback):
             f"resume: no {STATE} with step {state.global_step} and the weights that were loaded in "
             f"{[str(place) for place in places]}; name the folder: FastLoraCallback(resume_from=...)"
         )
+
+
+def _calling_trainer(method: str) -> Any:
+    """The Trainer whose method is running: no event tells which one it comes from."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == method and isinstance(frame.f_locals.get("self"), Trainer):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
+
+
+def _surround(trainer: Any, method: str, around: Callable[[], Any]) -> None:
+    """Let a context surround one method of one Trainer."""
+    inner = getattr(trainer, method)
+
+    @functools.wraps(inner)
+    def surrounded(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return inner(*args, **kwargs)
+
+    setattr(trainer, method, surrounded)
 
 
 def _folder(args: Any, state: Any) -> pathlib.Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..tracking.tracker import Tracker, track
 from .checkpoints import TrainingState
 
 logger = logging.getLogger(__name__)
+
+_running: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
 
 class Session:
@@ -37,20 +40,31 @@ class Session:
         check_integer("freeze", freeze, 0, "a number of optimizer steps")
         self.options = {} if options is True else options
         self.penalty, self.freeze, self.adapter = penalty, freeze, adapter
-        self.model: nn.Module | None = None
+        self._model: Callable[[], nn.Module | None] = (
+            _nothing  # weakly: what a model's run leads to, the model may hold
+        )
         self.tracker: Tracker | None = None
         self._frozen: list[nn.Parameter] = []
         self._held = False  # whether a step has begun with adapters that stand still
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model of the last run, as long as it is there."""
+        return self._model()
+
     def begin(self, model: nn.Module, saved: Mapping[str, Any] | None = None, steps: int | None = None) -> None:
         """Track ``model`` from now on, or from where a saved state was. ``ValueError`` for a model without adapters.
 
-        ``steps`` of the whole training, where they are known: warns of what they are too few for.
+        ``steps`` of the whole training, where they are known: warns of what they are too few for. A run of the model
+        that has not been closed is over.
         """
         self.close()
+        if model in _running:
+            _running[model].close()
         adapter = chosen_adapter(model, self.adapter)
         layers = [layer for layer in adapted_layers(model).values() if adapter in layer.adapter_names]
-        self.model, self.tracker = model, None
+        self._model, self.tracker = weakref.ref(model), None
+        _running[model] = self
         if self.options is not False:
             self.tracker = track(model, **{"adapter": adapter, **self.options})
         try:
@@ -121,10 +135,16 @@ class Session:
         """Stop tracking and let go of frozen adapters; scores stay readable. Warns of what never acted."""
         if self._held and self._frozen:
             logger.warning("freeze=%d: training is over, and the adapters stood still to the end", self.freeze)
+        if self.model is not None and _running.get(self.model) is self:
+            del _running[self.model]
         set_requires_grad(self._frozen, True)
         self._frozen, self._held = [], False
         if self.tracker is not None:
             self.tracker.close()
+
+
+def _nothing() -> None:
+    """The model before the first run."""
 
 
 def _check_names(argument: str, given: Iterable[str], function: Callable[..., Any]) -> None:

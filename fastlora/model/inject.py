@@ -1,24 +1,22 @@
-"""``inject``: find the targets, plan every change, then commit; and ``eject``, its inverse."""
+"""``inject``: find the targets, plan every change, then commit."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
-from .._utils.errors import check_choice, check_flag, check_instance, check_model, suggestion, wrong_value
-from .._utils.torch_compat import remove_forward_hooks
+from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
 from ..config import ROLES, LoraConfig
-from ..nn.adapter import WHOLE, AdapterSpec, Factors, new_factors
-from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
-from ..nn.layer_view import Conv1D
+from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, new_factors
 from ..nn.linear import (
     DEFAULT,
     ENGINE_OF_PREPACK,
@@ -28,28 +26,31 @@ from ..nn.linear import (
     adapter_dtype_of,
     attach_state,
     checked_ranks,
-    detach_state,
     matrix_key,
 )
 from ..nn.projection_group import group_projections
-from ..nn.quantized import QuantizedLinear, check_weight, foreign_base, original_class
+from ..nn.quantized import check_weight, foreign_base
 from ..nn.routing import Router
 from .learning_check import MODES, watch_learning
 from .modules import (
     adapted_class,
     attention_blocks,
     change_class,
-    conv1d_class,
+    class_name,
+    expert_parameters,
     features,
+    fused_layouts,
     is_linear,
     named_targets,
     passed_by,
     pattern_matches,
     refusal,
+    refuse_shared,
     role_targets,
     take_over,
     torch_attentions,
 )
+from .saving_check import watch_savers
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +59,12 @@ logger = logging.getLogger(__name__)
 class _Planned:
     path: str
     layer: nn.Linear
-    slices: dict[str, int]
+    slices: Slices
     spec: AdapterSpec
     factors: tuple[Factors, Factors]
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def inject(
     model: nn.Module,
     config: Any,
@@ -92,6 +94,7 @@ def inject(
     config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
     saved = find_modules_to_save(model, config)
+    refuse_shared(model, saved, "config")
     names = find_targets(model, config, saved)
     plan = plan_injection(model, config, names)
     router = Router(adapter)
@@ -105,6 +108,7 @@ def inject(
         _accelerate(model, config)
     model.fastlora_configs = {adapter: copy.deepcopy(config)}
     watch_learning(model, check)
+    watch_savers(model)
     return model
 
 
@@ -172,6 +176,8 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
             names = role_targets(model, spec)
         else:
             names = [n for n in modules if n and re.fullmatch(spec, n)]
+        if spec in ROLES:
+            _tell_experts(model, spec, any_taken=bool(names))
         if not names:
             near = suggestion(spec, [*ROLES, *{n.rpartition(".")[2] for n in linears}])
             raise wrong_value(field, f"a role or a pattern that matches modules of {type(model).__name__}", spec, near)
@@ -187,6 +193,16 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
             raise wrong_value(field, f"suffixes of module names of {type(model).__name__}", suffix, near)
         chosen.update(hits)
     return _projections(model, modules, chosen, field)
+
+
+def _tell_experts(model: nn.Module, role: str, any_taken: bool) -> None:
+    """Say that a role leaves experts out; ``ValueError`` where it takes nothing else."""
+    named = ((n, m) for n, m in model.named_modules() if role in ("mlp", "all-linear"))
+    experts = [f"{n}.{p}" for n, m in named for p in expert_parameters(m)]
+    if experts and not any_taken:
+        raise ValueError(f"target_modules: {role!r} takes nothing: {listed(experts)} are parameters of experts")
+    if experts:
+        logger.warning("target_modules: %r leaves out %s, parameters of experts", role, listed(experts))
 
 
 def _projections(model: nn.Module, modules: Mapping[str, nn.Module], names: Collection[str], field: str) -> list[str]:
@@ -213,14 +229,22 @@ def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> li
     return left
 
 
-def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str]:
+def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks: list[str] | None = None) -> list[str]:
     """Full names of the linears that a config adapts, in the model's order, but for those inside ``saved`` modules.
+
+    ``blocks``: names outside of these modules are not looked at.
 
     Raises ``ValueError`` for patterns that match nothing and for linears that cannot be adapted.
     """
     if config.target_modules is None:
         raise wrong_value("target_modules", f"a role {ROLES}, a regular expression or a list of names", None)
     names = _select(model, config.target_modules, "target_modules")
+    if blocks is not None:
+        names = [n for n in names if _inside(n, blocks)]
+        if not names:
+            raise wrong_value(
+                "target_modules", f"what matches modules inside the blocks {blocks}", config.target_modules
+            )
     if config.exclude_modules is not None:
         excluded = set(_select(model, config.exclude_modules, "exclude_modules"))
         # As in PEFT a container is not its contents; unnoticed, nothing would be excluded.
@@ -235,13 +259,13 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list
     for name in names:
         reason = None if isinstance(modules[name], Linear) else refusal(model, name)
         if reason is not None:
-            raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
+            raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}; exclude_modules leaves it out")
     return names
 
 
-def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Full names of the linears that ``inject`` would adapt; ``ValueError`` where it would refuse them."""
-    return find_targets(model, config, find_modules_to_save(model, config))
+def target_names(model: nn.Module, config: LoraConfig, blocks: list[str]) -> list[str]:
+    """Full names of the linears in ``blocks`` that ``inject`` adapts; ``ValueError`` where it would refuse them."""
+    return find_targets(model, config, find_modules_to_save(model, config), blocks)
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -249,30 +273,75 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     return _select(model, list(config.modules_to_save), "modules_to_save") if config.modules_to_save else []
 
 
-def fused_sizes(model: nn.Module, config: LoraConfig, names: Sequence[str] | None = None) -> dict[str, dict[str, int]]:
-    """Row counts of q, k, v for every fused matrix (of ``names``, if given) that is to be split."""
-    split = config.split_qkv
-    if split is None:
-        split = config.target_modules in ("qkv", "attention")
-    if not split:
-        return {}
-    modules = named_targets(model)
-    fused = [block for block in attention_blocks(model) if block.fused and (names is None or block.names[0] in names)]
-    for block in fused:
-        if not block.splits:
-            owner = type(modules[block.owner])
-            raise ValueError(
-                f"split_qkv: {block.names[0]!r} of {owner.__module__}.{owner.__name__} does not hold q, k and v as "
-                "three blocks of rows; split_qkv=False adapts it as one matrix"
-            )
-    return {block.names[0]: dict.fromkeys("qkv", features(modules[block.names[0]])[1] // 3) for block in fused}
+def slices_of(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> dict[str, Slices]:
+    """How each of ``names`` is adapted: the slices of a fused matrix that is to be split, else one matrix."""
+    modules, split = named_targets(model), config.split_qkv
+    rows = {name: features(modules[name])[1] for name in names}
+    found = {name: Slices({WHOLE: N}) for name, N in rows.items()}
+    if split is False or (split is None and _parts(config) is None):
+        return found
+    fused, unknown = fused_layouts(model), []
+    if isinstance(split, Mapping):
+        return found | _as_told(split, rows, fused)
+    for name in names:
+        if name in fused and fused[name] is not None:
+            found[name] = fused[name]
+        elif name in fused and split is True and rows[name] % 3 == 0:
+            found[name] = Slices(dict.fromkeys("qkv", rows[name] // 3))
+        elif name in fused:
+            unknown.append(name)
+    if unknown and split is True:
+        owner = ".".join(class_name(modules[unknown[0].rpartition(".")[0]]))
+        raise ValueError(
+            f"split_qkv: {unknown[0]!r} of {owner} does not hold q, k and v in a way that is known; split_qkv=False "
+            "adapts it as one matrix"
+        )
+    if unknown:
+        logger.warning(
+            "target_modules: %s: nothing is known of how q, k and v lie in it, so that it is adapted as one matrix "
+            "(fastlora.roles); split_qkv=True takes thirds of its rows", listed(unknown)
+        )  # fmt: skip
+    return found
+
+
+def _as_told(
+    split: Mapping[str, Mapping[str, int]], rows: Mapping[str, int], known: Mapping[str, Slices | None]
+) -> dict[str, Slices]:
+    """Slices of the matrices that ``split`` names, ``ValueError`` where they are none or are known to be others."""
+    found = {}
+    for pattern, told in split.items():
+        hits = [pattern] if pattern in rows else [name for name in rows if _has_suffix(name, pattern)]
+        if not hits:
+            raise wrong_value("split_qkv", "names of adapted modules", pattern, suggestion(pattern, list(rows)))
+        for name in hits:
+            slices = Slices(told, getattr(told, "blocks", 1))
+            if sum(slices.values()) != rows[name]:
+                raise wrong_value(f"split_qkv[{pattern!r}]", f"slices of the {rows[name]} rows of {name!r}", dict(told))
+            if known.get(name, slices) not in (slices, None):
+                raise wrong_value(f"split_qkv[{pattern!r}]", f"the slices of {name!r}, {known[name]}", dict(told))
+            found[name] = slices
+    return found
+
+
+# The slices that a role means, of matrices that hold others, too.
+_PARTS = {"qkv": "qkv", "attention": "qkv", "mlp": ("gate", "up", "mlp")}
+
+
+def _parts(config: LoraConfig) -> Sequence[str] | None:
+    target = config.target_modules
+    return _PARTS.get(target) if isinstance(target, str) else None
+
+
+def _rank(config: LoraConfig, name: str) -> int:
+    """The rank of a slice that no pattern speaks of."""
+    parts = _parts(config)
+    return config.r if parts is None or name == WHOLE or name in parts else 0
 
 
 def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Planned]:
     """New factors, scales and classes of every target, before the model changes: whatever can fail fails here."""
     modules = named_targets(model)
-    fused = fused_sizes(model, config, names)
-    slices = {n: fused.get(n, {WHOLE: features(modules[n])[1]}) for n in names}
+    slices = slices_of(model, config, names)
     keys = [matrix_key(n, s) for n in names for s in slices[n]]
     attentions = frozenset(torch_attentions(model))
     rank_of = _pattern_lookup(config, "rank_pattern", keys, attentions)
@@ -281,7 +350,7 @@ def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> li
     for name in names:
         layer = modules[name]
         check_weight(name, layer, config.backend)
-        ranks = {s: rank_of.get(matrix_key(name, s), config.r) for s in slices[name]}
+        ranks = {s: rank_of.get(matrix_key(name, s), _rank(config, s)) for s in slices[name]}
         K = features(layer)[0]
         checked_ranks(ranks, K, slices[name], name)
         scale = {s: config.scaling(r, alpha_of.get(matrix_key(name, s))) for s, r in ranks.items()}
@@ -325,6 +394,8 @@ def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, ro
     layer = planned.layer
     if not isinstance(layer, Linear):
         layer.in_features, layer.out_features = features(layer)
+        if type(layer) not in (nn.Linear, NonDynamicallyQuantizableLinear) and adapted_class(layer, False) is Linear:
+            layer.base_class = type(layer)
         change_class(layer, adapted_class(layer, split=set(planned.slices) != {WHOLE}))
         attach_state(layer, planned.slices, config, router, planned.path)
         take_over(model, planned.path, layer)
@@ -337,14 +408,17 @@ def group_layers(model: nn.Module) -> None:
     """Let layers that share an input run together: q, k and v, and siblings of equal width once they are seen to."""
     modules = dict(model.named_modules())
     for block in attention_blocks(model):
-        layers = [modules[n] for n in block.names if isinstance(modules.get(n), Linear)]
-        if block.fused or len(layers) < 2:
-            continue
-        known = next((layer.group for layer in layers if layer.group is not None), None)
-        if known is None:
-            group_projections(modules[block.owner], layers)
-        elif known.layers != layers:
-            known.regroup(layers)
+        every = [modules[n] for n in block.names if isinstance(modules.get(n), Linear)]
+        widths = {layer.in_features for layer in every if block.shared}
+        for K in widths:
+            layers = [layer for layer in every if layer.in_features == K]
+            known = next((layer.group for layer in layers if layer.group is not None), None)
+            if len(layers) < 2:
+                continue
+            if known is None:
+                group_projections(modules[block.owner], layers)
+            elif known.layers != layers:
+                known.regroup(layers)
     for owner in modules.values():
         if isinstance(owner, Linear):
             continue
@@ -386,46 +460,7 @@ def _accelerate(model: nn.Module, config: LoraConfig) -> None:
             module.engine = ENGINE_OF_PREPACK[config.prepack]
 
 
-_OF_MODEL = ("fastlora_biases", "fastlora_configs", "fastlora_learning", "fastlora_policy")
-
-
 def sharing_copy(model: nn.Module, own: Collection[int] = ()) -> nn.Module:
     """A deep copy whose frozen parameters are the very ones of ``model``, but for those whose ids are in ``own``."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad and id(p) not in own}
     return copy.deepcopy(model, dict(shared))
-
-
-def eject(model: nn.Module) -> nn.Module:
-    """Remove every adapter in place: classes, keys and hooks are the base's again. Returns the same model.
-
-    What was trained besides (heads, biases) keeps its values, and owners that were made to call their qkv still do.
-    """
-    for layer in adapted_layers(model).values():
-        detach_state(layer)
-        if isinstance(layer, Conv1D):
-            change_class(layer, conv1d_class())
-            del layer.in_features, layer.out_features
-        elif isinstance(layer, QuantizedLinear):
-            change_class(layer, original_class(layer))
-        elif not isinstance(layer, InProjection):
-            change_class(layer, nn.Linear)
-    for module in model.modules():
-        if type(module) is MultiheadAttention:
-            module._modules.pop("in_proj", None)
-            change_class(module, nn.MultiheadAttention)
-            change_class(module.out_proj, NonDynamicallyQuantizableLinear)
-        elif type(module) is TransformerEncoderLayer:
-            change_class(module, nn.TransformerEncoderLayer)
-        elif type(module) is FrozenLinear:
-            change_class(module, nn.Linear)
-            module.__dict__.pop("engine", None)
-        remove_forward_hooks(module, _is_ours)
-    for name in _OF_MODEL:
-        model.__dict__.pop(name, None)
-    return model
-
-
-def _is_ours(hook: Callable[..., Any]) -> bool:
-    owner = getattr(hook, "__self__", None)
-    made_in = getattr(hook, "__module__", "") if owner is None else type(owner).__module__
-    return (made_in or "").partition(".")[0] == "fastlora"

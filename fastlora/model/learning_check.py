@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .._utils.distributed import is_sharded, shards
 from .._utils.errors import listed
 from .._utils.torch_compat import in_backward, version_of
 from ..nn.linear import Linear, adapted_layers
+from .optimizer_check import watch_optimizers
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +28,18 @@ class LearningCheck:
     - The owner did not run either (an expert without tokens, a dropped layer), or the layer ran and got no gradient (a
       frozen phase): the adapter may learn later. A warning.
 
-    Forwards without gradients and compiled ones do not count.
+    Forwards without gradients and compiled ones do not count. The model, which holds the check, is held weakly.
     """
 
     def __init__(self, model: nn.Module, mode: str):
         self.mode = mode
-        self.layers = adapted_layers(model)
+        self.layers = weakref.WeakValueDictionary(adapted_layers(model))
         self.owners: dict[str, list[str]] = {}
         for path in self.layers:
             self.owners.setdefault(path.rpartition(".")[0] if path else "", []).append(path)
         self.kinds: dict[str, str] = {}
         self.ran: set[str] = set()
-        self.model = model
+        self.model = weakref.ref(model)
         self.versions = {id(p): version_of(p) for p in self._trainable()}
         self._root = model.register_forward_pre_hook(self._before_forward)
         self._hooks: dict[str, Any] = {}
@@ -48,12 +50,18 @@ class LearningCheck:
                 self._hooks[name] = owner.register_forward_hook(_OwnerHook(self, name))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "versions": {}}  # parameters of a copy have other identities
+        # Parameters of a copy have other identities.
+        return {**self.__dict__, "versions": {}, "model": self.model(), "layers": dict(self.layers)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        layers = weakref.WeakValueDictionary(state["layers"])
+        model = state["model"]
+        self.__dict__.update(state, model=_nothing if model is None else weakref.ref(model), layers=layers)
 
     def owner_ran(self, name: str) -> None:
         """Note that an owner's forward is over; it is not watched any longer once it has called all its layers."""
         self.ran.add(name)
-        if all(self.layers[path].called for path in self.owners[name]):
+        if all(map(self._called, self.owners[name])):
             self._hooks.pop(name).remove()
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
@@ -66,7 +74,7 @@ class LearningCheck:
         """Report, if backward has run; ``RuntimeError`` names adapted layers that their owners never called."""
         if self._root is None or not any(self._learned(p) for p in self._trainable()):
             return
-        if not self.ran and not any(layer.called for layer in self.layers.values()):
+        if not self.ran and not any(map(self._called, self.layers)):
             return  # nothing of an eager forward was seen: to take the hooks of a compiled model would recompile it
         passed_by = [p for name in self._hooks for p in self.owners[name] if name in self.ran and not self._called(p)]
         if passed_by and self.mode == "raise":
@@ -77,7 +85,7 @@ class LearningCheck:
         resting = [p for p in self.layers if p not in passed_by and not self._called(p)] if self.ran else []
         if resting:
             logger.warning("adapters of modules that have not run so far: %s", listed(resting, _SHOWN))
-        without = [p for p in self.layers if self._called(p) and not self._got_gradient(self.layers[p])]
+        without = [p for p, layer in self.layers.items() if layer.called and not self._got_gradient(layer)]
         if without:
             logger.warning("adapters that ran and got no gradient so far: %s", listed(without, _SHOWN))
 
@@ -89,10 +97,12 @@ class LearningCheck:
 
     def _trainable(self) -> list[nn.Parameter]:
         # Asked anew: fully_shard puts other parameters in the place of those that were there.
-        return [p for p in self.model.parameters() if p.requires_grad]
+        model = self.model()
+        return [] if model is None else [p for p in model.parameters() if p.requires_grad]
 
     def _called(self, path: str) -> bool:
-        return self.layers[path].called
+        layer = self.layers.get(path)
+        return layer is None or layer.called
 
     def _learned(self, parameter: nn.Parameter) -> bool:
         version = version_of(parameter)
@@ -101,7 +111,7 @@ class LearningCheck:
     def _got_gradient(self, layer: Linear) -> bool:
         live = [p for f in (layer.lora_A, layer.lora_B) for p in f.parameters() if p.requires_grad]
         # The gradients of a sharded model are with the shards, which a running forward has put aside.
-        aside = bool(shards(self.model)) and not any(is_sharded(p) for p in live)
+        aside = bool(shards(self.model())) and not any(is_sharded(p) for p in live)
         return not live or aside or any(self._learned(p) for p in live)
 
     def _text(self, paths: list[str]) -> str:
@@ -111,6 +121,10 @@ class LearningCheck:
             "such a module may read the weight instead of calling the layer: leave these out of target_modules, or "
             "pass check='warn' or 'off' to fastlora.inject"
         )
+
+
+def _nothing() -> None:
+    """In place of a model that is gone: a part of it was kept and copied."""
 
 
 class _OwnerHook:
@@ -125,7 +139,9 @@ class _OwnerHook:
 
 
 def watch_learning(model: nn.Module, mode: str | None = None) -> None:
-    """Watch all adapters of a model in place of an earlier check, whose mode stays unless another is given."""
+    """Watch all adapters of a model in place of an earlier check, whose mode stays unless another is given; and
+    the optimizers that step from now on."""
+    watch_optimizers(model)
     before = getattr(model, "fastlora_learning", None)
     if before is not None:
         before.close()

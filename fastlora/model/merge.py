@@ -6,17 +6,20 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from .._utils.distributed import shards
+from .._utils.distributed import refuse_parallel, shards
 from .._utils.errors import check_flag
 from .._utils.reporting import Report, check_progress, reporting
 from ..nn.active import NO_ADAPTERS, chosen_adapter, refuse_merged
 from ..nn.linear import Linear, adapted_layers
 from ..nn.quantized import dequantized, foreign_base, put_back, replace_weight, requantized
 from ..nn.routing import Route
+from .eject import eject
+from .modules import recomputed
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ def merge(
     adapter: str | None = None,
     *,
     requantize: bool = False,
+    unload: bool = False,
     progress: bool | Report | None = None,
 ) -> nn.Module:
     """``W ← W + s B A``, summed in fp32 (float64 for float64) by blocks of rows and rounded once to the weight's dtype.
@@ -43,7 +47,8 @@ def merge(
     ``adapter``: the active one (``set_adapter``) unless named. Until ``unmerge`` every forward is this adapter's and
     the base's alone, also in layers that have others. All layers or none: a delta or a merged weight that is not finite
     raises ``ValueError`` naming the layer before any weight changes, as do a layer that is merged already and an open
-    context of ``use_adapters`` or ``disable_adapters`` in any thread or task.
+    context of ``use_adapters`` or ``disable_adapters`` in any thread or task. ``unload`` then removes every
+    adapter, as :func:`unload` does: the modules are plain ones again, and ``unmerge`` has nothing to put back.
 
     A quantized base is refused, because rounding to its grid may lose the update; with ``requantize`` the sum is
     quantized anew, as the weight was, and a warning says how much of the update the rounding moved. ``progress``: True
@@ -51,6 +56,8 @@ def merge(
     """
     layers, adapter = adapted_layers(model), chosen_adapter(model, adapter)
     check_flag("requantize", requantize)
+    if check_flag("unload", unload):
+        refuse_parallel(model, "merge with unload")
     check_progress(progress)
     if shards(model):
         raise ValueError("model: is sharded by fully_shard; save the adapter, and load and merge it in one process")
@@ -83,7 +90,12 @@ def merge(
             "layers; merge into the model in full precision to lose nothing",
             worst, losses[worst], len(losses),
         )  # fmt: skip
-    return model
+    return eject(model) if unload else model
+
+
+def merge_and_unload(model: nn.Module, adapter: str | None = None, **options: Any) -> nn.Module:
+    """``merge(model, adapter, unload=True)``, by PEFT's name; ``options`` and errors are those of :func:`merge`."""
+    return merge(model, adapter, unload=True, **options)
 
 
 def _users(model: nn.Module) -> dict[int, list[str]]:
@@ -105,6 +117,8 @@ def _refuse(path: str, layer: Linear, users: Mapping[int, list[str]], requantize
         )
     # An attention module holds the weight of its stacked projection.
     holder = path if "weight" in layer._parameters else path.rpartition(".")[0]
+    if id(layer.weight) not in users:
+        raise ValueError(f"model: {path!r} cannot be merged into: {recomputed(layer)}")
     sharing = [name for name in users[id(layer.weight)] if name != holder]
     if sharing:
         raise ValueError(f"model: {path!r} and {sharing[0]!r} share one weight and cannot be merged")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._utils.errors import wrong_value
+from .._utils.errors import check_choice, wrong_value
 from ..config import LoraConfig
 from .adapter import WHOLE, AdapterSpec, new_factors
 from .layer_view import LayerView
@@ -20,7 +21,15 @@ from .routing import Router
 class _OwnersParameters:
     """Weight and bias are those of the attention module that holds the layer, under the module's names."""
 
-    owner: nn.MultiheadAttention
+    @property
+    def owner(self) -> nn.MultiheadAttention:
+        return self.__dict__["owner_ref"]()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "owner_ref": self.owner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "owner_ref": weakref.ref(state["owner_ref"])})
 
     @property
     def weight(self) -> nn.Parameter:
@@ -36,8 +45,8 @@ class StackedProjection(_OwnersParameters, nn.Linear):
 
     def __init__(self, owner: nn.MultiheadAttention):
         nn.Module.__init__(self)
-        # Not a submodule: it is the owner that holds this layer.
-        self.__dict__["owner"] = owner
+        # Weakly, and not a submodule: it is the owner that holds this layer.
+        self.__dict__["owner_ref"] = weakref.ref(owner)
         self.in_features, self.out_features = owner.embed_dim, 3 * owner.embed_dim
         self.training = owner.training
 
@@ -75,7 +84,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         split_qkv: bool = True,
         **fields: Any,
     ):
-        config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, split_qkv=split_qkv, **fields)
+        check_choice("split_qkv", split_qkv, (None, True, False))
+        config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **fields)
         if isinstance(embed_dim, int) and r > embed_dim:
             raise wrong_value("r", f"at most embed_dim = {embed_dim}", r)
         super().__init__(
@@ -214,18 +224,20 @@ def _merged_mask(
 ) -> Tensor | None:
     """Both masks as what is added to the scores of ``shape`` (N, H, L, S); boolean masks are -inf where True."""
     samples, heads, length, source = shape
+    # Pairs and no dictionary: sizes that an exporter traces have no hash.
     accepted = {
-        "attn_mask": {(length, source): (1, 1, length, source), (samples * heads, length, source): shape},
-        "key_padding_mask": {(samples, source): (samples, 1, 1, source)},
+        "attn_mask": [((length, source), (1, 1, length, source)), ((samples * heads, length, source), shape)],
+        "key_padding_mask": [((samples, source), (samples, 1, 1, source))],
     }
     merged = None
     for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
         if mask is None:
             continue
-        if tuple(mask.shape) not in accepted[name]:
-            shapes = " or ".join(map(str, accepted[name]))
+        view = next((view for given, view in accepted[name] if mask.shape == given), None)
+        if view is None:
+            shapes = " or ".join(str(given) for given, _ in accepted[name])
             raise wrong_value(name, f"shape {shapes}", mask)
-        mask = _added_mask(name, mask, dtype).view(accepted[name][mask.shape])
+        mask = _added_mask(name, mask, dtype).view(view)
         merged = mask if merged is None else merged + mask
     return merged
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.errors import check_flag, check_instance, check_integer, check_model, wrong_value
+from .._utils.torch_compat import wants_plain_operators
 from ..config import LoraConfig
+from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
-from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, new_factors
+from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
 from .probe import group_operands
 from .routing import Route, Router
 
@@ -75,6 +78,11 @@ class Linear(nn.Linear):
 
     def install(self, name: str, spec: AdapterSpec, A: Factors, B: Factors) -> None:
         """Put an adapter's factors in place, replacing those of the same name."""
+        for side, factors in ((self.lora_A, A), (self.lora_B, B)):
+            for key, old in side[name]._parameters.items() if name in side else ():
+                new = factors._parameters.get(key)
+                if old is not None and new is not None and new is not old:
+                    old.fastlora_replaced_by = weakref.ref(new)  # for an optimizer that still holds the old one
         self.lora_A[name], self.lora_B[name] = A, B
         self.adapter_specs[name] = spec
         self._has_changed()
@@ -84,7 +92,6 @@ class Linear(nn.Linear):
 
     def _has_changed(self) -> None:
         """Nothing is kept of what the layer's adapters were."""
-        self.changes += 1
         self.bundle = None
         if self.group is not None:
             self.group.forget_operands()
@@ -110,17 +117,11 @@ class Linear(nn.Linear):
         name = self.router.default.adapter if name is None else name
         return {s: 0 if p is None else p.shape[0] for s, p in self.lora_A[name].tensors().items()}
 
-    def slice_rows(self, name: str) -> slice:
-        """Rows of the weight that a slice covers."""
-        start = 0
-        for other, size in self.slices.items():
-            if other == name:
-                return slice(start, start + size)
-            start += size
-        raise KeyError(name)
-
     def pairs(self, adapter: str | None = None) -> list[tuple[Tensor, Tensor, float]]:
-        """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here."""
+        """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here.
+
+        Where slices interleave, one pair of the whole matrix (``Slices.block_diagonal``).
+        """
         adapter = self.router.default.adapter if adapter is None else adapter
         here = adapter in self.adapter_specs
         return self.factor_pairs(adapter, *[side[adapter]() if here else {} for side in (self.lora_A, self.lora_B)])
@@ -141,7 +142,7 @@ class Linear(nn.Linear):
                     "whole model to one device; change ranks with fastlora.set_ranks"
                 )
             out.append((a, b, spec.scale[name] if spec else 1.0))
-        return out
+        return out if self.slices.blocks == 1 else [self.slices.block_diagonal(out)]
 
     def empty(self, *shape: int) -> Tensor:
         """A factor of rank 0."""
@@ -235,11 +236,11 @@ class Linear(nn.Linear):
 
 
 class QKVLinear(Linear):
-    """A fused q/k/v projection with one adapter, and one rank, for each of q, k and v (block-diagonal B)."""
+    """A fused matrix with one adapter, and one rank, for each of its slices, as q, k and v (block-diagonal B)."""
 
 
 _STATE = (
-    "slices", "adapter_specs", "ranked", "changes", "bundle", "router", "dropout_salt", "backend", "engine",
+    "slices", "adapter_specs", "ranked", "bundle", "router", "dropout_salt", "backend", "engine",
     "merged", "group", "called", "probes",
 )  # fmt: skip
 
@@ -249,11 +250,10 @@ def attach_state(
 ) -> None:
     """Give a linear layer the attributes that the adapted forward reads."""
     layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
-    layer.slices = dict(slices)
+    layer.slices = Slices(slices, getattr(slices, "blocks", 1))
     layer.adapter_specs = {}
     layer.ranked = frozenset()  # adapters with a rank above 0
-    layer.changes = 0  # to its adapters: what a bundle looks at
-    layer.bundle = None  # the layer alone; a group has bundles of its own
+    layer.bundle = None  # of the layer alone, with the parameters it is for; a group has bundles of its own
     layer.router = router
     layer.dropout_salt = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
@@ -281,7 +281,10 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along."""
     first = layers[0]
     if kept is None:
-        kept = _bundle_of(layers).kept(route.names)
+        try:
+            kept = _bundle_of(layers).kept(layers, route.names)
+        except Traced:
+            return [forward_traced(layer, x, route) for layer in layers]
     if x.dtype is not kept.dtype or x.device != kept.device or not x.dim() or x.shape[-1] != kept.depth:
         check_input(x, first.weight)
     drops = kept.drops and first.training
@@ -301,7 +304,10 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
         if names:
             tracked = {name: [layer.probes[name] for layer in layers] for name in names}
             operands = group_operands(tracked, layers, route, x)
-    y = kept.call(x, rows, key, p, **operands) if tracked else kept.call(x, rows, key, p)
+    try:
+        y = kept.call(x, rows, key, p, **operands) if tracked else kept.call(x, rows, key, p)
+    except Traced:
+        return [forward_traced(layer, x, route) for layer in layers]
     for name, probes in tracked.items():
         y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
     node = y[0].grad_fn
@@ -311,9 +317,9 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
 
 
 def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
-    """As ``forward_together`` of one layer, for a compiler: the operator with its operands as they are now."""
+    """As ``forward_together`` of one layer, for a compiler or tracer: the operator with the operands of now."""
     check_input(x, layer.weight)
-    names = route.names
+    weights, names = ([layer.weight], [layer.bias]), route.names
     A, B, scale = zip(*[pair for name in names for pair in layer.pairs(name)], strict=True)
     tracked = [name for name in names if name in layer.probes]
     p = layer.dropout_p(route)
@@ -321,12 +327,11 @@ def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
     if route.batch is None:
         if tracked:
             options |= layer.probes[names[0]].operands([layer.probes[names[0]]], x, route)
-        (y,) = checked_linear(x, [layer.weight], [layer.bias], A, B, scale, p[0], **options)
+        (y,) = checked_linear(x, *weights, A, B, scale, p[0], **options)
     else:
         if tracked:
             options |= group_operands({name: [layer.probes[name]] for name in tracked}, [layer], route, x)
         salt = layer.dropout_salt
-        weights = ([layer.weight], [layer.bias])
         (y,) = lora_grouped(x, *weights, A, B, scale, route.batch, p=p, dropout_salt=salt, **options)
     for name in tracked:
         y = layer.probes[name].tap(x, y, route, name)
@@ -337,10 +342,11 @@ def _bundle_of(layers: Sequence[Any]) -> Bundle:
     """The operands of one layer, kept with it; those of a part of a layer are made anew."""
     (layer,) = layers
     if not isinstance(layer, Linear):
-        return Bundle(layers)
-    if layer.bundle is None or layer.bundle.layers[0] is not layer:
-        layer.bundle = Bundle(layers)
-    return layer.bundle
+        return Bundle()
+    # A replica has a copy of the layer's attributes, and parameters of its own.
+    if layer.bundle is None or layer.bundle[0] is not layer._parameters:
+        layer.bundle = (layer._parameters, Bundle())
+    return layer.bundle[1]
 
 
 def _described(factor: Tensor | None) -> str:
@@ -402,5 +408,7 @@ class FrozenLinear(nn.Linear):
         if not torch.compiler.is_compiling() and ENGINES.settled_on_linear(
             x.shape[:-1].numel(), self.weight, self.engine
         ):
+            return super().forward(x)
+        if wants_plain_operators():
             return super().forward(x)
         return torch.ops.fastlora.frozen_linear(x, self.weight, self.bias, self.engine)

@@ -6,11 +6,12 @@ import threading
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.torch_compat import autocasting, has_hooks, in_backward, saving_hooks, version_of
+from .._utils.torch_compat import autocasting, being_traced, has_hooks, in_backward, saving_hooks, version_of
 from .adapter import Bundle
 from .linear import Linear, forward_together
 from .routing import Route
@@ -48,25 +49,34 @@ class ProjectionGroup:
     """
 
     def __init__(self, layers: list[Linear], expected: bool = True):
-        self.layers, self.expected = layers, expected
+        self.expected = expected
+        self._hold(layers)
+
+    @property
+    def layers(self) -> list[Linear]:
+        """The siblings that are still there."""
+        return [layer for member in self._members if (layer := member()) is not None]
+
+    def _hold(self, layers: list[Linear]) -> None:
+        # Weakly: every layer holds its group.
+        self._members = [ref(layer) for layer in layers]
         self._clear()
 
     def regroup(self, layers: list[Linear]) -> None:
         """Take in other siblings; what was learned of the old ones is forgotten."""
         for layer in self.layers:
             layer.group = None
-        self.layers = layers
         for layer in layers:
             layer.group = self
-        self._clear()
+        self._hold(layers)
 
     def _clear(self) -> None:
         self._visits: dict[int, list[_Visit]] = {}
         self._plan: dict[tuple[int, int], frozenset[int]] = {}  # trigger -> siblings not worth computing ahead
         self._learned: dict[tuple[int, int], frozenset[int]] = {}
         self._pending: weakref.WeakSet[_Token] = weakref.WeakSet()
-        self._index = {layer: i for i, layer in enumerate(self.layers)}
-        self._bundles: dict[tuple[Linear, ...], Bundle] = {}
+        self._index = {member: i for i, member in enumerate(self._members)}
+        self._bundles: dict[tuple[int, ...], Bundle] = {}
         self._unknown = frozenset() if self.expected else frozenset(self._index.values())
         self._refused: set[tuple[tuple[int, int], int]] = set()
 
@@ -74,8 +84,8 @@ class ProjectionGroup:
         return {"layers": self.layers, "expected": self.expected}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._clear()
+        self.expected = state["expected"]
+        self._hold(state["layers"])
 
     def forget_operands(self) -> None:
         """Let go of factors and weights of earlier calls."""
@@ -106,23 +116,25 @@ class ProjectionGroup:
             not visits
             or visits[-1].x is x  # another call of a projection whose siblings still wait: theirs stay theirs
             or x.is_inference()
-            or layer not in self._index
+            or ref(layer) not in self._index
             or _alone(layer, visits[-1], route)
         ):
             return forward_together((layer,), x, route)[0]
         return self._launch(visits[-1], layer, x, route)
 
     def _launch(self, visit: _Visit, layer: Linear, x: Tensor, route: Route) -> Tensor:
-        trigger = (visit.launches, self._index[layer])
+        mine = self._index[ref(layer)]
+        trigger = (visit.launches, mine)
         if not self.expected:
             self._compare(visit, trigger, x, route)
         skip = self._plan.get(trigger, self._unknown)
-        ahead = [other for i, other in enumerate(self.layers) if i not in skip and _joins(other, layer, route)]
-        layers = (layer, *ahead)
-        bundle = self._bundles.get(layers)
+        members = [member() for member in self._members]
+        which = (mine, *[i for i, other in enumerate(members) if i not in skip and _joins(other, layer, route)])
+        layers = tuple([members[i] for i in which])
+        bundle = self._bundles.get(which)
         if bundle is None:
-            bundle = self._bundles[layers] = Bundle(layers)
-        kept = bundle.kept(route.names)
+            bundle = self._bundles[which] = Bundle()
+        kept = bundle.kept(layers, route.names)
         if not kept.alike:
             return forward_together((layer,), x, route)[0]
         outputs = forward_together(layers, x, route, kept)
@@ -152,7 +164,7 @@ class ProjectionGroup:
 
     def enter(self, owner: nn.Module, args: Any) -> None:
         """Forward pre-hook of the owner: open a visit, and take up what earlier passes taught."""
-        if torch.compiler.is_compiling():
+        if being_traced():
             return
         if not in_backward() and not self._pending:
             self._plan.update(self._learned)
@@ -178,7 +190,7 @@ class ProjectionGroup:
             return
         for trigger, unused in visit.unused.items():
             if unused:
-                skipped = {self._index[layer] for layer in unused if layer in self._index}
+                skipped = {self._index[ref(layer)] for layer in unused if ref(layer) in self._index}
                 self._learned[trigger] = self._plan.get(trigger, self._unknown) | skipped
                 self._refused.update((trigger, index) for index in skipped)
         for trigger, wanted in visit.wanted.items():
@@ -187,10 +199,11 @@ class ProjectionGroup:
                 self._learned[trigger] = self._plan.get(trigger, self._unknown) - wanted
 
 
-def _joins(other: Linear, mine: Linear, route: Route) -> bool:
+def _joins(other: Linear | None, mine: Linear, route: Route) -> bool:
     """Whether a sibling may be computed with a layer, as far as that changes without its operands changing."""
     return not (
         other is mine
+        or other is None
         or has_hooks(other)
         or other.training is not mine.training
         or "forward" in other.__dict__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from .._utils.torch_compat import (
     nothing_watches,
     untracked,
     version_of,
+    wants_plain_operators,
     without_autocast,
 )
 from .autograd import LoraRest, differentiable_backward, low_precision, moment_gradients
@@ -25,6 +27,10 @@ from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
 from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Traced(Exception):
+    """A transform or a tracer looks on, which has to see the operands being looked up."""
 
 
 class BoundCall:
@@ -81,18 +87,31 @@ class BoundCall:
             or autocasting(x)
             or True in [t.requires_grad for t in self.frozen]
         ):
+            if wants_plain_operators():
+                raise Traced
             given = (Z, V, *self.rest(rows, key, p, P, sign))
             return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
         if self.chosen is None:
-            self.chosen, _ = choose(self.backend, self.device, self.dtype)
-            absent = tuple([b is None for b in self.bias])
-            scope = (self.chosen.name, len(self.W), absent, tuple(self.scale), tuple(self.layout.starts), self.engine)
-            self.plans = Plans(scope) if self.chosen.plannable else None
+            self._choose()
         run = _Run(self, rows, key, p, P, sign, len(Z), len(V))
         if torch.is_grad_enabled():
             return _apply(run, x, *self.A, *self.B, *Z, *V)
         with untracked():
             return run.forward(x)[: len(self.W)]
+
+    def _choose(self) -> None:
+        self.chosen, _ = choose(self.backend, self.device, self.dtype)
+        absent = tuple([b is None for b in self.bias])
+        scope = (self.chosen.name, len(self.W), absent, tuple(self.scale), tuple(self.layout.starts), self.engine)
+        self.plans = Plans(scope) if self.chosen.plannable else None
+
+    def with_factors(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> BoundCall:
+        """This call with other factors of the same shapes."""
+        if self.chosen is None:
+            self._choose()
+        other = copy.copy(self)
+        other.A, other.B = tuple(A), tuple(B)
+        return other
 
     def rest(self, rows, key, p, P, sign) -> tuple:
         """The operands of the operator behind V."""

@@ -25,7 +25,8 @@ from .._utils.errors import (
     wrong_type,
     wrong_value,
 )
-from ..model.inject import check_adapter_name, eject, sharing_copy
+from ..model.eject import eject
+from ..model.inject import check_adapter_name, sharing_copy
 from ..model.modules import features, is_linear
 from ..nn.active import chosen_adapter
 from ..nn.linear import DEFAULT, adapted_layers

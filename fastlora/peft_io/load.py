@@ -12,15 +12,15 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from .._utils.distributed import like, refuse_parallel, reshard, unwrapped
+from .._utils.distributed import is_sharded, like, refuse_parallel, reshard, unwrapped
 from .._utils.errors import listed
 from ..config import LoraConfig
 from ..model.adapters import add_adapter
-from ..model.inject import check_adapter_name, fused_sizes, inject, refuse_adapted
-from ..model.modules import features, is_linear, named_targets
+from ..model.inject import check_adapter_name, inject, refuse_adapted
+from ..model.modules import features, fused_layouts, is_linear, named_targets, refuse_shared
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
-from ..nn.adapter import WHOLE
+from ..nn.adapter import WHOLE, Slices
 from ..nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
 from .names import (
@@ -31,7 +31,6 @@ from .names import (
     bias_tensors,
     choose_targets,
     is_copy_of_saved,
-    refuse_shared,
     saved_by,
     saved_tensors,
     unranked_biases,
@@ -42,6 +41,7 @@ logger = logging.getLogger(__name__)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def load(model: nn.Module, path: str | os.PathLike, adapter: str | None = None) -> nn.Module:
     """Load PEFT's files from the folder ``path``, ours or foreign; returns the same model.
 
@@ -50,6 +50,9 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str | None = None) 
     ``add_adapter``; one that has this adapter must have the same matrices, ranks, ``modules_to_save`` and ``bias``, and
     takes tensors and scales from the file. A fused q/k/v of a foreign file is one matrix; ours say in ``fastlora.json``
     what was split.
+
+    A model on the meta device may have its base's tensors filled in later (``load_state_dict(..., assign=True)``): what
+    is in the file is there at once, on the CPU.
 
     Under ``fully_shard`` every rank reads the files and keeps its part; adapters must have been injected before.
 
@@ -109,7 +112,7 @@ def _most_bytes(model: nn.Module) -> int:
 class _Matrix:
     """One module's factors in the file: (A, B) and scale by slice, ``None`` where the rank is 0."""
 
-    rows: dict[str, int]
+    rows: Slices
     factors: dict[str, tuple[Tensor, Tensor] | None]
     scale: dict[str, float]
 
@@ -224,8 +227,12 @@ def _refuse_tensor(where: str, key: str, tensor: Tensor, target: Tensor) -> None
     _refuse_shape(where, key, tensor, tuple(target.shape))
     if tensor.dtype != target.dtype and not (tensor.dtype in _FLOATS and target.dtype in _FLOATS):
         raise ValueError(f"{where}: {key!r} is {tensor.dtype}, expected {target.dtype}")
-    if target.is_meta:
-        raise ValueError(f"model: {key.removeprefix(PREFIX)!r} is on the meta device and cannot be loaded into")
+    _refuse_sharded_on_meta(key.removeprefix(PREFIX), target)
+
+
+def _refuse_sharded_on_meta(name: str, target: Tensor) -> None:
+    if target.is_meta and is_sharded(target):
+        raise ValueError(f"model: {name!r} is sharded on the meta device and cannot be loaded into")
 
 
 def _matrix(
@@ -235,8 +242,7 @@ def _matrix(
     rank, s = folder.fields.rank(adapted), folder.fields.scale(adapted)
     if not is_linear(module):
         raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}; only nn.Linear is implemented")
-    if module.weight.is_meta:
-        raise ValueError(f"model: {path!r} is on the meta device and cannot be loaded into")
+    _refuse_sharded_on_meta(path, module.weight)
     K, N = features(module)
     _refuse_shape(where, f"{PREFIX}{stored}.lora_A.weight", A, (rank, K))
     _refuse_shape(where, f"{PREFIX}{stored}.lora_B.weight", B, (N, rank))
@@ -245,29 +251,34 @@ def _matrix(
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
     if not slices:
-        return _Matrix({WHOLE: N}, {WHOLE: (A, B)}, {WHOLE: s})
+        return _Matrix(Slices({WHOLE: N}), {WHOLE: (A, B)}, {WHOLE: s})
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
     padded = len(known.keys_of(adapted)) > 1 and ranks <= rank
     if rows != N or not (ranks == rank or padded):
         raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {rows} rows and ranks of sum {ranks}, expected {N} and {rank}")  # fmt: skip  # noqa: E501
-    factors = _blocks(slices, A, B)
+    if len({x.blocks for x in slices}) > 1:
+        raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into slices of different numbers of blocks")
+    layout = Slices({x.name: x.rows for x in slices}, slices[0].blocks)
+    factors = _blocks(slices, layout, A, B)
     if factors is None:
         raise ValueError(f"{where}: {path!r} is split in {SIDE}, and its lora_B is not block-diagonal; remove {SIDE} to load it as one matrix")  # fmt: skip  # noqa: E501
-    return _Matrix({x.name: x.rows for x in slices}, factors, {x.name: s * x.scale_ratio for x in slices})
+    return _Matrix(layout, factors, {x.name: s * x.scale_ratio for x in slices})
 
 
-def _blocks(slices: Iterable[Slice], A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tensor] | None] | None:
+def _blocks(
+    slices: Iterable[Slice], layout: Slices, A: Tensor, B: Tensor
+) -> dict[str, tuple[Tensor, Tensor] | None] | None:
     """A and B of each slice, or None where B has anything off its diagonal blocks."""
     factors: dict[str, tuple[Tensor, Tensor] | None] = {}
-    outside, row, column = B != 0, 0, 0
+    outside, column = B != 0, 0
     for x in slices:
-        rows, columns = slice(row, row + x.rows), slice(column, column + x.rank)
+        rows, columns = layout.rows(x.name), slice(column, column + x.rank)
         outside[rows, columns] = False
         b = B[rows, columns]
         if x.scale_ratio not in (0.0, 1.0):
             b = (b.double() / x.scale_ratio).to(b.dtype)
         factors[x.name] = (A[columns], b) if x.rank else None
-        row, column = rows.stop, columns.stop
+        column = columns.stop
     return None if bool(outside.any()) else factors
 
 
@@ -326,7 +337,7 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
             bias=fields.bias,
             modules_to_save=plan.trained or None,
             init_lora_weights=fields.init_lora_weights,
-            split_qkv=any(set(m.rows) != {WHOLE} for m in plan.matrices.values()),
+            split_qkv={path: m.rows for path, m in plan.matrices.items() if set(m.rows) != {WHOLE}} or False,
             adapter_dtype=dtype,
             **rule,
         )
@@ -338,11 +349,10 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
         config = replace(config, rank_pattern={k: r for k, r in ranks.items() if r != config.r}, alpha_pattern=odd)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder.where(CONFIG if side is None else SIDE)}: {error}") from error
-    sizes = fused_sizes(model, config)
-    modules = named_targets(model)
+    known = fused_layouts(model)
     for path, m in plan.matrices.items():
-        possible = sizes.get(path, {WHOLE: features(modules[path])[1]})
-        if possible != m.rows:
+        possible = known.get(path)
+        if set(m.rows) != {WHOLE} and possible is not None and possible != m.rows:
             raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {m.rows}, and this model can {possible}")
     return config
 
@@ -391,10 +401,22 @@ def _converted(value: Tensor, dtype: torch.dtype, label: str, lossy: list[str]) 
 
 @torch.no_grad()
 def _copy(model: nn.Module, plan: _Plan, adapter: str, staged: Mapping) -> None:
-    for key, parameter in _factors(model, plan, adapter).items():
-        parameter.copy_(like(staged[key], parameter))
-    for key, target in plan.others.items():
-        target.copy_(like(staged[key], target))
+    targets = {**_factors(model, plan, adapter), **plan.others}
+    places: dict[int, list[tuple[dict, str]]] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and (tensor.is_meta or tensor.is_inference()):
+                    places.setdefault(id(tensor), []).append((held, name))
+    for key, target in targets.items():
+        if id(target) not in places:
+            target.copy_(like(staged[key], target))
+            continue
+        # A tensor that cannot be written to, on the meta device or made in inference mode, makes way for a new one.
+        value = staged[key].clone() if target.is_meta else staged[key].to(target.device, copy=True)
+        made = nn.Parameter(value, target.requires_grad) if isinstance(target, nn.Parameter) else value
+        for held, name in places[id(target)]:
+            held[name] = made
     layers = adapted_layers(model)
     for path, matrix in plan.matrices.items():
         spec = layers[path].adapter_specs[adapter]

@@ -299,15 +299,6 @@ def is_copy_of_saved(key: str, saved: Iterable[str]) -> bool:
     return key.endswith(".bias") and key.startswith(tuple(copies))
 
 
-def refuse_shared(model: nn.Module, saved: Iterable[str], where: str) -> None:
-    """PEFT copies a module to save: a parameter that others share would be one thing here and two there."""
-    inside = {id(t) for t in saved_tensors(model, saved).values() if isinstance(t, nn.Parameter)}
-    prefixes = tuple(s + "." for s in saved)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in inside and not name.startswith(prefixes):
-            raise ValueError(f"{where}: modules_to_save: a parameter is shared with {name!r}, which PEFT would untie")
-
-
 _OUTPUT = ".base_layer.out_proj"
 
 

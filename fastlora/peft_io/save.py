@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
 from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
 from ..config import LoraConfig
-from ..model.modules import named_targets
+from ..model.modules import named_targets, refuse_shared
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
@@ -32,7 +32,6 @@ from .names import (
     choose_saved,
     choose_targets,
     patterns,
-    refuse_shared,
     saved_tensors,
     unranked_biases,
 )
@@ -85,8 +84,9 @@ def save(
         f"{PREFIX}{stored[p]}.lora_{f}.weight": t for p, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))
     }
     tensors |= biases | saved_tensors(model, taken)
+    interleaved = any(s.blocks > 1 for m in matrices.values() for s in m.slices)
     side = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if interleaved else 1,
         "split": {n: [asdict(s) for s in m.slices] for n, m in matrices.items() if m.slices},
         "scale": _rule(config, fields, fold_scale),
         "modules_to_save": saved,
@@ -109,8 +109,9 @@ class _Stored:
 def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored], saved: list[str]) -> dict[str, Any]:
     """adapter_config.json: fields that every version of PEFT knows, and no others."""
     ranks, alphas = {n: m.A.shape[0] for n, m in matrices.items()}, {n: m.alpha for n, m in matrices.items()}
-    unused = ("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform", "revision", "task_type")
+    unused = ("exclude_modules", "layers_pattern", "layers_to_transform", "revision")
     return {
+        **_auto_class(model, saved),
         **patterns(ranks, alphas),
         **dict.fromkeys(unused),
         "peft_type": "LORA",
@@ -125,6 +126,35 @@ def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored
         "inference_mode": True,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
     }
+
+
+# What PEFT calls the task of a model of transformers, by the end of its class's name.
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+_HEADS = ("classifier", "score", "qa_outputs")  # which PEFT trains for some tasks, asked or not
+
+
+def _auto_class(model: nn.Module, saved: list[str]) -> dict[str, Any]:
+    """What PEFT's ``AutoPeftModel...`` make the base by: its task, or its class where it has none."""
+    # A sharded model's class is made from its own, which comes behind FSDP's in the order of resolution.
+    kind = next(k for k in type(model).__mro__ if not k.__name__.startswith("FSDP"))
+    task = next((task for end, task in _TASKS.items() if kind.__name__.endswith(end)), None)
+    sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not kind.__module__.startswith("transformers.") or (task == "SEQ_2_SEQ_LM" and not sequences):
+        task = None
+    heads = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in _HEADS}
+    if not task or (not task.endswith("_LM") and not heads <= set(saved)):
+        task = None  # the class alone says as much, and no frozen head is trained
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return {"task_type": task, "auto_mapping": None if task else mapping}
 
 
 def _saveable_adapter(model: nn.Module, adapter: str | None) -> str:
@@ -206,10 +236,11 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
         b = whole(B[name].detach())
         # Products of low-precision factors are rounded once.
         b = b if factor == 1 else (b.double() * factor).to(b.dtype)
-        block[layer.slice_rows(name), column : column + ranks[name]] = b
+        block[layer.slices.rows(name), column : column + ranks[name]] = b
         column += ranks[name]
     told = set(layer.slices) != {WHOLE} or own < rank or any(ratio != 1.0 for ratio in ratios.values())
-    slices = tuple(Slice(n, rows, ranks[n], ratios[n]) for n, rows in layer.slices.items()) if told else ()
+    blocks = layer.slices.blocks
+    slices = tuple(Slice(n, rows, ranks[n], ratios[n], blocks) for n, rows in layer.slices.items()) if told else ()
     return _Stored(stacked, block, _alpha(1.0 if fold else s, rank), slices)
 
 

@@ -19,7 +19,7 @@ def state(m):
     layers = [m[i].query for i in range(2)]
     return (
         [(n, p.shape, p.detach().clone(), p.requires_grad) for n, p in m.named_parameters()],
-        [(layer.adapter_names, layer.ranked, layer.changes, dict(layer.adapter_specs)) for layer in layers],
+        [(layer.adapter_names, layer.ranked, dict(layer.adapter_specs)) for layer in layers],
         list(layers[0].router.slots),
         layers[0].router.default.adapter,
         dict(m.fastlora_configs),

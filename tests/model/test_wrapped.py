@@ -125,7 +125,7 @@ def test_the_owner_and_its_projection_are_called_with_hooks_too():
 def test_ejected_layers_run_with_the_hooks_of_others():
     model, hooks = fastlora.inject(Net(), config()), pytest.importorskip("accelerate.hooks")
     hooks.add_hook_to_module(model.a, hooks.ModelHook())
-    torch.testing.assert_close(fastlora.model.inject.eject(model)(X), Net()(X))
+    torch.testing.assert_close(fastlora.model.eject.eject(model)(X), Net()(X))
 
 
 class TestRefused:

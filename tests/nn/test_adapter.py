@@ -26,43 +26,47 @@ def run(m, ids=IDS, x=None):
 def kept(m) -> Bundle:
     """The bundle of q, k and v of the first block, which run together."""
     bundles = [b for layers, b in m[0].query.group._bundles.items() if len(layers) == 3]
-    return bundles[0] if bundles else Bundle((m[0].query, m[0].key, m[0].value))
+    return bundles[0] if bundles else Bundle()
+
+
+def operands(m, names=NAMES):
+    return kept(m).kept((m[0].query, m[0].key, m[0].value), names)
 
 
 def ranks(m, names=NAMES) -> list[int]:
-    return [a.shape[0] for a in kept(m).kept(names).call.A]
+    return [a.shape[0] for a in operands(m, names).call.A]
 
 
 def test_a_batch_lays_out_nothing_that_is_there_already():
     m = model()
     run(m)
-    before = kept(m).kept(NAMES)
+    before = operands(m)
     for ids in (IDS, IDS.flip(0), torch.tensor([2, 2, 0, 0, -1, 0])):
         run(m, ids)
-    assert kept(m).kept(NAMES) is before
+    assert operands(m) is before
 
 
 @pytest.mark.parametrize("change", ["ranks", "scale", "weight", "factor", "dtype"])
 def test_what_changes_is_noticed(change):
     m = model()
     y, _ = run(m)
-    before, layer = kept(m).kept(NAMES), m[0].query
+    before, layer = operands(m), m[0].query
     if change == "ranks":
         fastlora.set_ranks(m, {"0.key": 5}, adapter="b", reinit=True)
         assert ranks(m) == [2, 2, 2, 3, 5, 3, 1, 0, 0]
     elif change == "scale":
         layer.rescale("b", {"weight": 7.0})
-        assert kept(m).kept(NAMES).call.scale[3] == 7.0
+        assert operands(m).call.scale[3] == 7.0
     elif change == "weight":
         layer.weight = torch.nn.Parameter(2 * layer.weight.detach(), requires_grad=False)
-        assert kept(m).kept(NAMES).call.W[0] is layer.weight
+        assert operands(m).call.W[0] is layer.weight
     elif change == "factor":
         layer.lora_A["b"].weight = torch.nn.Parameter(2 * layer.lora_A["b"].weight.detach())
-        assert kept(m).kept(NAMES).call.A[3] is layer.lora_A["b"].weight
+        assert operands(m).call.A[3] is layer.lora_A["b"].weight
     else:
         m.to(torch.float32)
-        assert kept(m).kept(NAMES).call.dtype is torch.float32
-    assert kept(m).kept(NAMES) is not before
+        assert operands(m).call.dtype is torch.float32
+    assert operands(m) is not before
 
 
 def test_adapters_come_and_go():
@@ -80,7 +84,7 @@ def test_a_bundle_is_bounded():
     m = model()
     run(m)
     for i in range(100):
-        kept(m).kept((f"absent {i}",))
+        operands(m, (f"absent {i}",))
     assert len(kept(m)._kept) <= 16 and ranks(m) == [2, 2, 2, 3, 3, 3, 1, 0, 0]
 
 
@@ -111,7 +115,7 @@ def test_copies_have_their_own(again):
         for parameter in other[0].query.lora_B["b"].parameters():
             parameter.zero_()
     assert not torch.allclose(run(other)[0], y)
-    assert kept(other).layers == (other[0].query, other[0].key, other[0].value)
+    assert other[0].query.group.layers == [other[0].query, other[0].key, other[0].value]
 
 
 def test_parameters_are_read_at_every_call():
@@ -182,6 +186,6 @@ def test_rank_zero_and_adapters_of_some_layers():
     m = model()
     fastlora.set_ranks(m, {"0.key": 0}, adapter="b", reinit=True)
     run(m)
-    operands = kept(m).kept(NAMES).call
-    assert [a.shape[0] for a in operands.A] == [2, 2, 2, 3, 0, 3, 1, 0, 0]
-    assert operands.layout.starts == [0, 2, 4, 6, 0, 3, 3, 6, 0, 1, 1, 1]
+    call = operands(m).call
+    assert [a.shape[0] for a in call.A] == [2, 2, 2, 3, 0, 3, 1, 0, 0]
+    assert call.layout.starts == [0, 2, 4, 6, 0, 3, 3, 6, 0, 1, 1, 1]

@@ -21,7 +21,7 @@ from support.quantized_help import EVERY, QUANTISED, K, N, adapted, by_bitsandby
 from torch import nn
 
 import fastlora
-from fastlora.model.inject import eject
+from fastlora.model.eject import eject
 from fastlora.nn import quantized as requantizing
 from fastlora.nn.linear import adapted_layers
 from fastlora.nn.quantized import QuantizedLinear

@@ -16,7 +16,7 @@ from support.peft_zoo_help import FUSED, assert_equal, for_peft, output
 from torch import nn
 
 import fastlora
-from fastlora.model.inject import eject
+from fastlora.model.eject import eject
 from fastlora.nn.linear import adapted_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")

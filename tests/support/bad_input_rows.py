@@ -340,8 +340,14 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "model": MODEL + rows((already_merged, "is merged already")),
         "adapter": rows(("c", "adapter: expected one of")),
         "requantize": rows((1, "requantize: expected True or False", TYPE)),
+        "unload": rows((1, "unload: expected True or False", TYPE)),
         "progress": rows(("bar", "progress: expected True, False, None or a callable", TYPE)),
     },
+    "merge_and_unload": {
+        "model": MODEL + rows((already_merged, "is merged already")),
+        "adapter": rows(("c", "adapter: expected one of")),
+    },
+    "unload": {"model": MODEL},
     "param_groups": {
         "model": MODEL,
         **{name: rows(*RATE) for name in ("lr_norm", "lr_head", "lr_bias")},
@@ -401,6 +407,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "reinit": rows((1, "reinit: expected True or False", TYPE), (False, "pass reinit=True")),
         "keep": rows((1, "keep: expected True or False", TYPE), (True, "keep: expected keep or reinit, got both")),
     },
+    "roles": {"model": rows(NOT_A_MODEL)},
     "summary": {"model": MODEL, "adapter": rows(("c", r"adapter: expected one of \['default', 'b'\], got 'c'"))},
     "track": TRACK,
     "to_peft": {

@@ -1,0 +1,71 @@
+"""``unload`` and ``eject``, the inverses of ``inject``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .._utils.distributed import refuse_parallel
+from .._utils.torch_compat import remove_forward_hooks
+from ..nn.active import NO_ADAPTERS
+from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
+from ..nn.layer_view import Conv1D
+from ..nn.linear import FrozenLinear, adapted_layers, detach_state
+from ..nn.quantized import QuantizedLinear, original_class
+from .modules import change_class, conv1d_class
+
+_OF_MODEL = ("fastlora_biases", "fastlora_configs", "fastlora_learning", "fastlora_policy", "fastlora_saving")
+
+
+def eject(model: nn.Module) -> nn.Module:
+    """Remove every adapter in place: classes, keys and hooks are the base's again. Returns the same model.
+
+    What was trained besides (heads, biases) keeps its values, and owners that were made to call their qkv still do.
+    """
+    if hasattr(model, "fastlora_saving"):
+        model.fastlora_saving.remove()
+    for layer in adapted_layers(model).values():
+        layer.__dict__.pop("unmerged_weight", None)
+        detach_state(layer)
+        if isinstance(layer, Conv1D):
+            change_class(layer, conv1d_class())
+            del layer.in_features, layer.out_features
+        elif isinstance(layer, QuantizedLinear):
+            change_class(layer, original_class(layer))
+        elif not isinstance(layer, InProjection):
+            change_class(layer, layer.__dict__.pop("base_class", nn.Linear))
+    for module in model.modules():
+        if type(module) is MultiheadAttention:
+            module._modules.pop("in_proj", None)
+            change_class(module, nn.MultiheadAttention)
+            change_class(module.out_proj, NonDynamicallyQuantizableLinear)
+        elif type(module) is TransformerEncoderLayer:
+            change_class(module, nn.TransformerEncoderLayer)
+        elif type(module) is FrozenLinear:
+            change_class(module, nn.Linear)
+            module.__dict__.pop("engine", None)
+        remove_forward_hooks(module, _is_ours)
+    for name in _OF_MODEL:
+        model.__dict__.pop(name, None)
+    return model
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Remove every adapter in place, as PEFT's ``unload``: modules are the base's, of exactly their classes.
+
+    Weights stay as they are: the base's, or what ``merge`` has made of them. What was trained besides (heads, biases)
+    keeps its values. Returns the same model; ``ValueError`` without adapters, and for one that is sharded or wrapped.
+    """
+    refuse_parallel(model, "unload")
+    if not adapted_layers(model):
+        raise ValueError(NO_ADAPTERS)
+    return eject(model)
+
+
+def _is_ours(hook: Callable[..., Any]) -> bool:
+    owner = getattr(hook, "__self__", None)
+    made_in = getattr(hook, "__module__", "") if owner is None else type(owner).__module__
+    return (made_in or "").partition(".")[0] == "fastlora"

@@ -1,0 +1,53 @@
+"""Keeps other libraries' savers from dropping adapters in silence."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from torch import nn
+
+from ..nn.linear import adapted_layers
+
+logger = logging.getLogger(__name__)
+
+_HOW = "fastlora.save writes the adapter, and fastlora.merge(model, unload=True) makes a plain model with its update"
+
+
+def watch_savers(model: nn.Module) -> None:
+    """See to it that transformers' ``save_pretrained`` is refused while the model has adapters that are not merged.
+
+    Its files hold factors under names that ``from_pretrained`` drops. timm's saver and ``Trainer.save_model``, whose
+    files an adapted model can take up, warn.
+    """
+    model.fastlora_saving = model.register_state_dict_post_hook(_after_state_dict)
+
+
+def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    running = _running()
+    hugging_face = ("transformers", "save_pretrained") in running
+    # A Trainer's checkpoints are for resuming, with the adapters in place.
+    if ("transformers", "_save_checkpoint") in running or not (hugging_face or ("timm", "_save") in running):
+        return
+    layers = adapted_layers(module)
+    unmerged = [path for path, layer in layers.items() if not layer.merged and layer.ranked]
+    if unmerged and hugging_face and ("transformers", "save_model") not in running:
+        raise ValueError(f"model: from_pretrained would drop the adapter of {unmerged[0]!r}; {_HOW}")
+    if unmerged:
+        reader = "from_pretrained" if hugging_face else "a plain model"
+        logger.warning("the file that is saved has adapters, which %s does not load; %s", reader, _HOW)
+        return
+    for path in layers:
+        inside = tuple(f"{prefix}{path}.lora_{side}." if path else f"{prefix}lora_{side}." for side in "AB")
+        for key in [key for key in state if key.startswith(inside)]:
+            del state[key]
+
+
+def _running() -> set[tuple[str, str]]:
+    """(library, function) of every frame that is running."""
+    found, frame = set(), sys._getframe(2)
+    while frame is not None:
+        found.add((frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_name))
+        frame = frame.f_back
+    return found

@@ -1,0 +1,160 @@
+"""A dropped model is freed at once: nothing that was done to it makes its parameters part of a reference cycle."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from support.helpers import FAMILIES, config, randomise
+from torch import nn
+
+import fastlora
+
+
+class TorchAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, x):
+        return self.block(x)
+
+
+class Siblings(nn.Module):
+    """Two linears that share an input, which has to be seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        return self.down(self.gate(x).sigmoid() * self.up(x))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+
+
+MODELS = {"torch's attention": TorchAttention, "siblings": Siblings, "attention": Attention}
+
+
+def adapted(kind):
+    torch.manual_seed(0)
+    return randomise(fastlora.inject(MODELS[kind](), config(target_modules="all-linear", r=2)))
+
+
+def run(model):
+    for _ in range(3):
+        model(torch.randn(2, 5, 16)).square().sum().backward()
+    return model
+
+
+def tracked(model, **options):
+    with fastlora.track(model, **options) as tracker:
+        for _ in range(2):
+            model(torch.randn(2, 5, 16)).square().sum().backward()
+            tracker.step()
+    return model
+
+
+def several(model):
+    fastlora.add_adapter(model, "b", config(target_modules="all-linear", r=3))
+    with fastlora.use_adapters(model, torch.tensor([0, 1])):
+        run(model)
+    fastlora.delete_adapter(model, "b")
+    return run(model)
+
+
+def reranked(model):
+    fastlora.set_ranks(run(model), {row.key: 1 for row in fastlora.summary(model).rows}, reinit=True)
+    return run(model)
+
+
+def unmerged(model):
+    return run(fastlora.unmerge(fastlora.merge(run(model))))
+
+
+def compiled(model):
+    torch.compile(model, backend="eager")(torch.randn(2, 5, 16)).sum().backward()
+    torch.compiler.reset()
+    return model
+
+
+def ejected(model):
+    from fastlora.model.eject import eject
+
+    return run(eject(run(model)).requires_grad_())
+
+
+def failed(model):
+    run(model)
+    try:
+        model(torch.randn(2, 5, 15))
+    except (RuntimeError, ValueError):
+        return model
+    raise AssertionError
+
+
+USES = {
+    "injected": lambda model: model,
+    "stepped": run,
+    "evaluated": lambda model: run(model).eval(),
+    "tracked": tracked,
+    "tracked exactly": lambda model: tracked(model, estimator="exact"),
+    "copied": lambda model: copy.deepcopy(run(model)),
+    "copied and run": lambda model: run(copy.deepcopy(run(model))),
+    "pickled": lambda model: run(pickle.loads(pickle.dumps(run(model)))),
+    "merged": lambda model: fastlora.merge(run(model)),
+    "unmerged": unmerged,
+    "several adapters": several,
+    "other ranks": reranked,
+    "compiled": compiled,
+    "ejected": ejected,
+    "failed": failed,
+    "explained": lambda model: [fastlora.explain(run(model)), model][1],
+}
+
+
+@pytest.fixture(autouse=True)
+def no_collection():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_dropped_model_is_freed_at_once(kind, use):
+    model = USES[use](adapted(kind))
+    # What a compiler traced through an nn.ModuleDict is garbage of the compiler's own, which is a cycle.
+    names = [n for n, _ in model.named_parameters() if use != "compiled" or ".lora_" not in n]
+    alive = {name: weakref.ref(model.get_parameter(name)) for name in names}
+    del model
+    assert [name for name, p in alive.items() if p() is not None] == []
+
+
+@pytest.mark.parametrize("name", ["llama", "timm_vit"])
+def test_of_families(name):
+    model = fastlora.inject(FAMILIES[name].make(), config(target_modules="qkv", r=2))
+    alive = weakref.ref(next(model.parameters()))
+    del model
+    assert alive() is None
+
+
+def test_a_part_that_outlives_its_model_can_be_copied():
+    model = adapted("torch's attention")
+    part = model.block
+    x = torch.randn(2, 5, 16)
+    expected = part.eval()(x)
+    del model
+    torch.testing.assert_close(copy.deepcopy(part)(x), expected)
