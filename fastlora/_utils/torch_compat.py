@@ -296,8 +296,8 @@ def in_backward() -> bool:
 
 
 def in_reentrant_checkpoint() -> bool:
-    """Whether a caller is the forward of a reentrant checkpoint, which runs without gradients and is repeated."""
-    return _a_caller(lambda code: code is CheckpointFunction.forward.__code__)
+    """Whether a caller is an autograd function, as a reentrant checkpoint is: without gradients, and repeated."""
+    return _a_caller(lambda code: code.co_name == "forward" and code.co_varnames[:1] == ("ctx",))
 
 
 # The innermost hooks on saved tensors, those of non-reentrant checkpointing among them; None without any. Where torch

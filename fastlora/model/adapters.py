@@ -14,7 +14,7 @@ from .._utils.distributed import refuse_parallel, several_processes
 from .._utils.errors import check_choice, check_instance, wrong_value
 from .._utils.torch_compat import assert_async
 from ..config import LoraConfig
-from ..nn.active import NO_ADAPTERS
+from ..nn.active import NO_ADAPTERS, refuse_merged
 from ..nn.linear import Linear, adapted_layers
 from ..nn.routing import Route, Router
 from ..ops.layout import AdapterBatch
@@ -63,6 +63,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     refuse_parallel(model, "add_adapter")
     routers = routers_of(model)
     check_adapter_name(name, "name")
+    refuse_merged(adapted_layers(model))
     if name in routers[0].names:
         raise wrong_value("name", f"one that is none of {routers[0].names}", name)
     config = LoraConfig.coerce(config)
@@ -78,8 +79,6 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
                 f"split_qkv: {planned.path!r} is adapted as {list(planned.layer.slices)} already, not as "
                 f"{list(planned.slices)}; every adapter of a matrix is split as the first"
             )
-        if planned.layer.merged:
-            raise ValueError(f"model: {planned.path!r} is merged; call fastlora.unmerge first")
     for planned in plan:
         if not isinstance(planned.layer, Linear):
             planned.layer.requires_grad_(False)
@@ -112,6 +111,8 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
             raise ValueError(f"name: {name!r} is merged into {path!r}; call fastlora.unmerge first")
         if name in layer.probes:
             raise ValueError(f"name: {name!r} is tracked; close its tracker first")
+    if any(route.enabled and name in route.names for router in routers for route in router.open_contexts()):
+        raise ValueError(f"name: {name!r} runs in a context of use_adapters that is open; leave it first")
     if any(router.awaits_backward(name) for router in routers):
         raise ValueError(f"name: a forward of {name!r} awaits its backward; run it, or let go of the forward's outputs")
     for layer in layers.values():
@@ -124,10 +125,12 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
 
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Make an adapter the active one: that of every forward outside of ``use_adapters``, and of functions that were
-    given no other (``merge``, ``save``, ``summary``, ``track``, ...). ``ValueError`` for an unknown name.
+    given no other (``merge``, ``save``, ``summary``, ``track``, ...). ``ValueError`` for an unknown name, and
+    while another adapter is merged.
     """
-    routers = routers_of(model)
-    _known(routers[0], name, "name")
+    layers = adapted_layers(model)
+    routers = _agreeing(layers)
+    refuse_merged(layers, but=_known(routers[0], name, "name"))
     for router in routers:
         router.default = Route(True, name)
     return model
@@ -140,7 +143,7 @@ def use_adapters(
     *,
     row_seeds: Tensor | None = None,
 ) -> Iterator[nn.Module]:
-    """Within, forwards of this thread run each sample or token with the adapter of its id; -1 (or None): the base.
+    """Within, forwards of this thread or task run each sample or token with its id's adapter; -1 (or None): the base.
 
     ``ids``: an int64 tensor [S] (one a sample, dimension 0), [S, T] or [M] (one a token) of indices into
     ``adapter_names(model)``, a list of S names, one name for all, or one range (begin, end) for each name (None: the
@@ -154,8 +157,7 @@ def use_adapters(
     """
     layers = adapted_layers(model)
     routers = _agreeing(layers)
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("model: an adapter is merged; call fastlora.unmerge first")
+    refuse_merged(layers)
     devices = {layer.weight.device for layer in layers.values()}
     for name, given in (("ids", ids), ("row_seeds", row_seeds)):
         if isinstance(given, Tensor) and given.device.type != "cpu" and given.device not in devices:
@@ -163,12 +165,12 @@ def use_adapters(
             raise ValueError(f"{name}: expected on the CPU or the model's device ({listed}), got {given.device}")
     route = _route(routers[0], ids, row_seeds)
     routers[0].explain_recompilation(route)
-    before = [(router, router.open(route)) for router in routers]
+    opened = [(router, router.open(copy.copy(route))) for router in routers]
     try:
         yield model
     finally:
-        for router, outer in before:
-            router.open(outer, reopened=True)
+        for router, own in opened:
+            router.close(own)
 
 
 def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:

@@ -15,7 +15,7 @@ from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderL
 from ..nn.layer_view import Conv1D
 from ..nn.linear import FrozenLinear, adapted_layers, detach_state
 from ..nn.quantized import QuantizedLinear, original_class
-from .modules import conv1d_class
+from .modules import change_class, conv1d_class
 
 _OF_MODEL = ("fastlora_biases", "fastlora_configs", "fastlora_learning", "fastlora_policy", "fastlora_saving")
 
@@ -31,20 +31,21 @@ def eject(model: nn.Module) -> nn.Module:
         layer.__dict__.pop("unmerged_weight", None)
         detach_state(layer)
         if isinstance(layer, Conv1D):
-            layer.__class__ = conv1d_class()
+            change_class(layer, conv1d_class())
             del layer.in_features, layer.out_features
         elif isinstance(layer, QuantizedLinear):
-            layer.__class__ = original_class(layer)
+            change_class(layer, original_class(layer))
         elif not isinstance(layer, InProjection):
-            layer.__class__ = layer.__dict__.pop("base_class", nn.Linear)
+            change_class(layer, layer.__dict__.pop("base_class", nn.Linear))
     for module in model.modules():
         if type(module) is MultiheadAttention:
             module._modules.pop("in_proj", None)
-            module.__class__, module.out_proj.__class__ = nn.MultiheadAttention, NonDynamicallyQuantizableLinear
+            change_class(module, nn.MultiheadAttention)
+            change_class(module.out_proj, NonDynamicallyQuantizableLinear)
         elif type(module) is TransformerEncoderLayer:
-            module.__class__ = nn.TransformerEncoderLayer
+            change_class(module, nn.TransformerEncoderLayer)
         elif type(module) is FrozenLinear:
-            module.__class__ = nn.Linear
+            change_class(module, nn.Linear)
             module.__dict__.pop("engine", None)
         remove_forward_hooks(module, _is_ours)
     for name in _OF_MODEL:

@@ -35,6 +35,7 @@ from .learning_check import MODES, watch_learning
 from .modules import (
     adapted_class,
     attention_blocks,
+    change_class,
     expert_parameters,
     features,
     has_suffix,
@@ -100,6 +101,7 @@ def inject(
     for planned in plan:
         commit_injection(model, planned, config, router, adapter)
     model.register_forward_pre_hook(router.enter)
+    model.register_forward_hook(router.leave, always_call=True)
     group_layers(model)
     _freeze(model, config, saved)
     if accelerate_frozen:
@@ -319,7 +321,7 @@ def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, ro
         layer.in_features, layer.out_features = features(layer)
         if type(layer) not in (nn.Linear, NonDynamicallyQuantizableLinear) and adapted_class(layer, False) is Linear:
             layer.base_class = type(layer)
-        layer.__class__ = adapted_class(layer, split=set(planned.slices) != {WHOLE})
+        change_class(layer, adapted_class(layer, split=set(planned.slices) != {WHOLE}))
         attach_state(layer, planned.slices, config, router, planned.path)
         take_over(model, planned.path, layer)
     layer.install(adapter, planned.spec, *planned.factors)
@@ -379,7 +381,7 @@ def _accelerate(model: nn.Module, config: LoraConfig) -> None:
     for name, module in model.named_modules():
         plain = type(module) is nn.Linear and not module.weight.requires_grad and foreign_base(module) is None
         if plain and refusal(model, name) is None and not passed_by(model, name):
-            module.__class__ = FrozenLinear
+            change_class(module, FrozenLinear)
             module.engine = ENGINE_OF_PREPACK[config.prepack]
 
 

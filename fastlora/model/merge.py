@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from .._utils.distributed import refuse_parallel, shards
 from .._utils.errors import check_flag
 from .._utils.reporting import Report, check_progress, reporting
-from ..nn.active import NO_ADAPTERS, chosen_adapter
+from ..nn.active import NO_ADAPTERS, chosen_adapter, refuse_merged
 from ..nn.linear import Linear, adapted_layers
 from ..nn.quantized import dequantized, foreign_base, put_back, replace_weight, requantized
 from ..nn.routing import Route
@@ -44,10 +44,11 @@ def merge(
 ) -> nn.Module:
     """``W ← W + s B A``, summed in fp32 (float64 for float64) by blocks of rows and rounded once to the weight's dtype.
 
-    ``adapter``: the active one (``set_adapter``) unless named. The forward is then the base's alone. All layers or
-    none: a delta or a merged weight that is not finite raises ``ValueError`` naming the layer before any weight
-    changes, as does a layer that is merged already. ``unload`` then removes every adapter, as :func:`unload` does: the
-    modules are plain ones again, and ``unmerge`` has nothing to put back.
+    ``adapter``: the active one (``set_adapter``) unless named. Until ``unmerge`` every forward is this adapter's and
+    the base's alone, also in layers that have others. All layers or none: a delta or a merged weight that is not finite
+    raises ``ValueError`` naming the layer before any weight changes, as do a layer that is merged already and an open
+    context of ``use_adapters`` or ``disable_adapters`` in any thread or task. ``unload`` then removes every
+    adapter, as :func:`unload` does: the modules are plain ones again, and ``unmerge`` has nothing to put back.
 
     A quantized base is refused, because rounding to its grid may lose the update; with ``requantize`` the sum is
     quantized anew, as the weight was, and a warning says how much of the update the rounding moved. ``progress``: True
@@ -60,6 +61,9 @@ def merge(
     check_progress(progress)
     if shards(model):
         raise ValueError("model: is sharded by fully_shard; save the adapter, and load and merge it in one process")
+    if any(layer.router.open_contexts() for layer in layers.values()):
+        raise ValueError("model: use_adapters or disable_adapters is open; merge outside of such contexts")
+    every = layers.values()
     layers = {path: layer for path, layer in layers.items() if layer.merged or adapter in layer.adapter_specs}
     users = _users(model)
     for path, layer in layers.items():
@@ -77,7 +81,8 @@ def merge(
             merged[path] = weight
             report(done, len(layers), math.nan)
     for path, layer in layers.items():
-        _put_in(layer, merged[path], adapter)
+        _put_in(layer, merged[path])
+    _mark(every, (adapter,))
     if losses:
         worst = max(losses, key=losses.__getitem__)
         logger.warning(
@@ -139,14 +144,19 @@ def _quantized_sum(path: str, layer: Linear, adapter: str) -> tuple[torch.Tensor
     return weight, float(moved.norm() / delta.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _put_in(layer: Linear, weight: torch.Tensor, adapter: str) -> None:
+def _mark(layers: Iterable[Linear], merged: tuple[str, ...]) -> None:
+    for layer in layers:
+        layer.merged = merged
+        layer.router.changed(None)
+
+
+def _put_in(layer: Linear, weight: torch.Tensor) -> None:
     # The rounding of a low-precision merge cannot be undone by subtraction: keep the original.
     if foreign_base(layer) is None:
         layer.unmerged_weight = layer.weight.detach().clone()
         layer.weight.copy_(weight)
     else:
         layer.unmerged_weight = replace_weight(layer, weight)
-    layer.merged = (adapter,)
 
 
 @torch.no_grad()
@@ -156,22 +166,31 @@ def unmerge(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError("model: nothing is merged")
     for layer in layers:
+        if not hasattr(layer, "unmerged_weight"):
+            continue  # the merged adapter is not on this layer
         if foreign_base(layer) is None:
             layer.weight.copy_(layer.unmerged_weight)
         else:
             put_back(layer, layer.unmerged_weight)
         del layer.unmerged_weight
-        layer.merged = ()
+    _mark(layers, ())
     return model
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Within, forwards of this thread are the base model's, and so is their recomputation under checkpointing."""
-    routers = {layer.router for layer in _layers(model).values()}
-    before = [(router, router.open(Route(False, router.default.adapter))) for router in routers]
+    """Within, forwards of this thread or task are the base model's, and so is their recomputation under checkpointing.
+
+    ``ValueError`` while an adapter is merged: the base is not there then.
+    """
+    layers = _layers(model)
+    refuse_merged(layers)
+    opened = [
+        (router, router.open(Route(False, router.default.adapter)))
+        for router in {layer.router for layer in layers.values()}
+    ]
     try:
         yield model
     finally:
-        for router, route in before:
-            router.open(route, reopened=True)
+        for router, route in opened:
+            router.close(route)

@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -260,6 +261,10 @@ def refusal(model: nn.Module, name: str) -> str | None:
     if recomputed(module) is not None:
         return f"{recomputed(module)}; remove that first"
     readers = _torch_readers(modules, path, leaf)
+    for called in (module, *[reader for reader, _ in readers]):
+        if "forward" in vars(called) and not _kept_forwards(called):
+            kind = type(called).__name__
+            return f"the forward of this {kind} was replaced by {vars(called)['forward']!r}; call inject before that"
     for reader, known in readers:
         if type(reader) is not known and type(reader).__module__ != "fastlora.nn.attention":
             kind = ".".join(class_name(reader))
@@ -270,6 +275,8 @@ def refusal(model: nn.Module, name: str) -> str | None:
     apart = getattr(owner, "q_bias", None) is None or getattr(owner, "qkv_bias_separate", False) or biases_apart(owner)
     if (leaf == "qkv" and not apart) or (not readers and _reads_weight(type(owner), leaf)):
         return f"its owner {'.'.join(class_name(owner))} reads {leaf}.weight instead of calling {leaf}"
+    if module.weight.is_meta and hasattr(module, "_hf_hook"):
+        return "accelerate has offloaded its weight; call inject before dispatch_model or cpu_offload"
     return None
 
 
@@ -386,6 +393,20 @@ def biases_apart(owner: nn.Module) -> bool:
     return class_name(owner) in _BIAS_APART and hasattr(owner, "qkv_bias_separate")
 
 
+def change_class(module: nn.Module, new: type[nn.Module]) -> None:
+    """Give a module another class. Its old forward where the instance keeps it, as accelerate's hooks do, follows."""
+    kept = _kept_forwards(module)
+    module.__class__ = new
+    for name in kept:
+        setattr(module, name, MethodType(new.forward, module))
+
+
+def _kept_forwards(module: nn.Module) -> list[str]:
+    """Attributes of an instance that are its class's forward bound to it."""
+    bound = ((name, held) for name, held in vars(module).items() if isinstance(held, MethodType))
+    return [name for name, held in bound if held.__self__ is module and held.__func__ is type(module).forward]
+
+
 def passed_by(model: nn.Module, name: str) -> bool:
     """Whether a linear's owner may read its weight without calling it, until ``take_over`` has changed the owner."""
     path, _, leaf = name.rpartition(".")
@@ -404,9 +425,9 @@ def take_over(model: nn.Module, name: str, layer: nn.Module) -> None:
     for depth in range(len(parts)):
         owner = model.get_submodule(".".join(parts[:depth]))
         if type(owner) is nn.TransformerEncoderLayer:
-            owner.__class__ = TransformerEncoderLayer
+            change_class(owner, TransformerEncoderLayer)
         elif type(owner) is nn.MultiheadAttention:
-            owner.__class__ = MultiheadAttention
+            change_class(owner, MultiheadAttention)
         if depth == len(parts) - 1:
             if isinstance(layer, InProjection) and "in_proj" not in owner._modules:
                 owner.hold(layer)

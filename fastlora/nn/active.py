@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -37,3 +37,10 @@ def chosen_adapter(model: nn.Module, adapter: Any = None) -> str:
     if len(active) > 1:
         raise ValueError(f"adapter: expected a name, since the layers have different active ones: {active}")
     return active[0]
+
+
+def refuse_merged(layers: Mapping[str, Linear], but: str | None = None) -> None:
+    """``ValueError`` where another adapter than ``but`` is merged: only that one can run."""
+    for path, layer in layers.items():
+        if layer.merged and layer.merged != (but,):
+            raise ValueError(f"model: {layer.merged[0]!r} is merged into {path!r}; call fastlora.unmerge first")

@@ -271,12 +271,12 @@ def token_mask_rows(x: Tensor, route: Any, name: str) -> Tensor | None:
 def masked(layers: Mapping[str, Any], mask: Tensor) -> Iterator[None]:
     """Inside, the ways of this thread through the layers have the mask."""
     routers = list({id(layer.router): layer.router for layer in layers.values()}.values())
-    before = [(router, router.open(router.current().masked(mask), reopened=True)) for router in routers]
+    opened = [(router, router.open(router.current().masked(mask), chosen=False)) for router in routers]
     try:
         yield
     finally:
-        for router, outer in before:
-            router.open(outer, reopened=True)
+        for router, route in opened:
+            router.close(route)
 
 
 def checked_mask(mask: object) -> Tensor:

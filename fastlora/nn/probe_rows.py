@@ -137,7 +137,7 @@ class RademacherProbes:
         self.seed, self.probes = torch.tensor(seed, dtype=torch.int64, device=device), probes
         counts = [(width * probes + 127) // 128 for width in widths]
         self._signs = Signs(counts, _ROWS_TAG)
-        self._flat = torch.zeros(sum(counts) * 128, device=device)
+        self._flat = torch.zeros(sum(counts) * 128, dtype=torch.float32, device=device)
         self.rows = [
             part[: width * probes].view(probes, width)
             for part, width in zip(self._flat.split([c * 128 for c in counts]), widths, strict=True)
@@ -199,7 +199,7 @@ class SampleSigns:
 def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int) -> Tensor:
     """Independent ±1 for each (sample, probe) of a micro-batch: [S, k]."""
     blocks = (samples * probes + 127) // 128
-    out = torch.empty(128 * blocks, device=seed.device)
+    out = torch.empty(128 * blocks, dtype=torch.float32, device=seed.device)
     Signs([blocks], _SIGN_TAG, first=micro).fill_(out, seed, step)
     return out[: samples * probes].view(samples, probes)
 

@@ -61,7 +61,7 @@ class QuantizedLinear(Linear):
         return y
 
     def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, device=self.weight.device)
+        return torch.empty(shape, dtype=torch.float32, device=self.weight.device)
 
 
 class _Update(LayerView):

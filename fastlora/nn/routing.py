@@ -1,10 +1,13 @@
-"""Which adapters a forward runs with, for each thread; a recomputation in backward repeats what its forward had."""
+"""Which adapters a forward runs with, for each thread and task; a recomputation in backward repeats its forward's."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import weakref
+from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,13 +25,16 @@ _EXPLAINED = 8  # sets of adapters; torch gives up compiling at about as many
 class Route:
     """One way through a model: base only, one adapter for every row, or a batch with an adapter for each.
 
-    ``mask``: which tokens count in statistics of the output, None for all.
+    ``mask``: which tokens count in statistics of the output, None for all. The route of a context knows the one around
+    it, whether it was closed, whether it was opened in a backward, and whether the context lasted beyond an ``await``.
     """
 
-    __slots__ = ("__weakref__", "adapter", "batch", "enabled", "mask")
+    __slots__ = ("__weakref__", "adapter", "awaited", "batch", "closed", "enabled", "mask", "outer", "repeated")
 
     def __init__(self, enabled: bool, adapter: str, batch: AdapterBatch | None = None, mask: Tensor | None = None):
         self.enabled, self.adapter, self.batch, self.mask = enabled, adapter, batch, mask
+        self.outer: Route | None = None
+        self.closed = self.repeated = self.awaited = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,13 +61,17 @@ class Router:
         self._clear()
 
     def _clear(self) -> None:
-        self._open = threading.local()
-        # Forwards that a checkpoint may repeat: by the checkpoint's own frame, or only as ways that were taken.
-        self._framed: weakref.WeakKeyDictionary[Any, Route] = weakref.WeakKeyDictionary()
-        self._taken: list[tuple[Route, int]] = []  # with the number of changes to adapters by then
+        self._way: ContextVar[Route | None] = ContextVar("route", default=None)
+        self._contexts: weakref.WeakSet[Route] = weakref.WeakSet()
+        self._open = threading.local()  # whether a graph is built, and what compiled code reads
+        self._awaited = 0  # contexts that are open beyond an await
+        # Forwards that a checkpoint may repeat: by the checkpoint's own frame (None: it went several ways), or only as
+        # ways that were taken; with the number of changes to adapters by then.
+        self._framed: weakref.WeakKeyDictionary[Any, tuple[Route, int] | None] = weakref.WeakKeyDictionary()
+        self._taken: list[tuple[Route, int]] = []
         self._repeated = False
         self._changes = 0
-        self._changed: dict[str, int] = {}  # number of the last change to the ranks of an adapter
+        self._changed: dict[str | None, int] = {}  # number of the last change to an adapter; None: of a merge
         self._graphs: list[tuple[weakref.ref, tuple[str, ...]]] = []
         self._most = _FEW_GRAPHS  # graphs kept before those that are gone are sorted out
         self.compiled, self._compiled_for = False, []
@@ -85,30 +95,63 @@ class Router:
             self.slots.append(name)
 
     def current(self) -> Route:
-        """The way of the innermost open context of this thread, or the default."""
-        return getattr(self._open, "route", self.default)
+        """The way of the innermost open context of this thread or task, or the default."""
+        route = self._way.get()
+        if route is None:
+            return self.default
+        return self._innermost(route) or self.default if route.closed else route
 
-    def changed(self, name: str) -> None:
-        """Take note that an adapter has other factors."""
+    @staticmethod
+    def _innermost(route: Route | None) -> Route | None:
+        while route is not None and route.closed:
+            route = route.outer
+        return route
+
+    def changed(self, name: str | None) -> None:
+        """Take note that an adapter has other factors, or (None) that the base has: something was merged."""
         self._changes += 1
         self._changed[name] = self._changes
 
     def remove(self, name: str) -> None:
         self.slots[self.slots.index(name)] = None
 
-    def open(self, route: Route | None, reopened: bool = False) -> Route | None:
-        """Make ``route`` this thread's way (None: the default again); returns what it replaces."""
-        wanted = self.used is not None and route is not None and route.enabled and not reopened
-        if wanted and torch.is_grad_enabled():
-            self.used.append(route.batch or route.adapter)
-        before = getattr(self._open, "route", None)
-        if route is not None and route.mask is None and not reopened and before is not None:
-            route.mask = before.mask
-        if route is None:
+    def open(self, route: Route, chosen: bool = True) -> Route:
+        """Make ``route`` the way of this thread or task until ``close``; not ``chosen``: as it was, with a mask."""
+        if chosen:
+            self._contexts.add(route)
+            if self.used is not None and route.enabled and torch.is_grad_enabled():
+                self.used.append(route.batch or route.adapter)
+        outer = route.outer = self._innermost(self._way.get())
+        if outer is not None and route.mask is None:
+            route.mask = outer.mask
+        route.repeated = in_backward()
+        self._way.set(route)
+        self._open.route = route
+        with suppress(RuntimeError):  # where no loop runs
+            asyncio.get_running_loop().call_soon(self._awaits, route)
+        return route
+
+    def close(self, route: Route) -> None:
+        """End a context, in whichever order and task."""
+        route.closed = True
+        if route.awaited:
+            self._awaited -= 1
+        way = self._innermost(self._way.get())
+        self._way.set(way)
+        if way is None:
             self._open.__dict__.pop("route", None)
         else:
-            self._open.route = route
-        return before
+            self._open.route = way
+
+    def _awaits(self, route: Route) -> None:
+        """Take note of a context that is open while other tasks run: compiled code cannot tell tasks apart."""
+        if not route.closed:
+            route.awaited = True
+            self._awaited += 1
+
+    def open_contexts(self) -> list[Route]:
+        """The ways that open contexts of all threads and tasks chose."""
+        return [route for route in list(self._contexts) if not route.closed]
 
     def explain_recompilation(self, route: Route) -> None:
         """Say why a compiled model is compiled again: which adapters run is part of its code; their ids are not."""
@@ -140,9 +183,14 @@ class Router:
         return False
 
     def traced(self) -> Route:
-        """As ``route``, for a compiler."""
+        """As ``route``, for a compiler, which knows threads but no tasks."""
         self.compiled = True
-        return self.current()
+        if self._awaited:
+            raise RuntimeError(
+                "a context of use_adapters or disable_adapters is open beyond an await, and compiled code cannot tell "
+                "tasks apart; run the compiled model in a context without awaits, or the model as it is"
+            )
+        return getattr(self._open, "route", self.default)
 
     def route(self, training: bool) -> Route:
         """The way of the forward that is running.
@@ -151,7 +199,7 @@ class Router:
         """
         if in_backward():
             return self._repeat()
-        route = getattr(self._open, "route", self.default)
+        route = self.current()
         if self._repeated:
             self._taken, self._repeated = [], False
         if not torch.is_grad_enabled() or saving_hooks() is not None:
@@ -163,6 +211,11 @@ class Router:
         if not torch.compiler.is_compiling() and not in_backward():
             self._open.grad = torch.is_grad_enabled() or in_reentrant_checkpoint()
 
+    def leave(self, module: Any, args: Any, output: Any) -> None:
+        """Forward hook of the model: outside of it, nothing is known of a forward."""
+        if not torch.compiler.is_compiling() and not in_backward():
+            self._open.grad = True
+
     def _remember(self, route: Route, training: bool) -> None:
         if torch.is_grad_enabled():
             hooks = saving_hooks()
@@ -170,33 +223,55 @@ class Router:
                 return
             frame = checkpoint_frame(hooks)
             if frame is not None:
-                self._framed[frame] = route
+                known = self._framed.setdefault(frame, (route, self._changes))
+                if known is not None and known[0] is not route and not known[0].same(route):
+                    self._framed[frame] = None
                 return
-        elif not training or not getattr(self._open, "grad", True):
+        elif not getattr(self._open, "grad", True) or not (training or in_reentrant_checkpoint()):
             return  # no graph is being built, so nothing will be repeated
         self._taken = [taken for taken in self._taken if not taken[0].same(route)] + [(route, self._changes)]
 
     def _repeat(self) -> Route:
+        current = self.current()
+        if current.repeated:
+            return current  # what is repeated opened the context itself
         hooks = saving_hooks()
         frame = None if hooks is None else checkpoint_frame(hooks)
         if frame is not None and frame in self._framed:
-            return self._framed[frame]
-        self._repeated = True
-        if len(self._taken) > 1:
+            found = [self._framed[frame]]
+        else:
+            self._repeated = True
+            # A checkpoint inside a repeated one is new: it goes the way of the others, where there is only one.
+            found = self._taken or ([] if frame is None else _different(list(self._framed.values())))
+        if len(found) > 1 or None in found:
             raise RuntimeError(
                 "activation checkpointing repeats a forward that cannot be told from others with other adapters or "
-                "masks: run backward before the next forward with other ones, or checkpoint with use_reentrant=False"
+                "masks: run backward before the next forward with other ones, or checkpoint with use_reentrant=False "
+                "what runs with one way"
             )
-        if not self._taken:
-            return self.current()
-        route, changes = self._taken[0]
-        for name in route.names:
+        if not found:
+            return current
+        route, changes = found[0]
+        for name in (*route.names, None):
             if self._changed.get(name, 0) > changes:
+                what = (
+                    "the weights were merged or unmerged"
+                    if name is None
+                    else f"adapter {name!r} was given other factors"
+                )
                 raise RuntimeError(
-                    f"adapter {name!r} was given other factors after the forward that activation checkpointing "
-                    "repeats; change ranks and adapters between backward and the next forward"
+                    f"{what} after the forward that activation checkpointing repeats; change ranks, adapters and "
+                    "weights between backward and the next forward"
                 )
         return route
+
+
+def _different(found: list[tuple[Route, int] | None]) -> list[tuple[Route, int] | None]:
+    """The first and, where there is one, the first that goes another way."""
+    first = found[:1]
+    if not first or first[0] is None:
+        return first
+    return first + [other for other in found if other is None or not other[0].same(first[0][0])][:1]
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -200,7 +200,7 @@ def averaged(
     """
     there = torch.tensor([name in gradients for name in shapes])
     every = {
-        name: gradients[name] if name in gradients else torch.zeros(shape, device=device)
+        name: gradients[name] if name in gradients else torch.zeros(shape, dtype=torch.float32, device=device)
         for name, shape in shapes.items()
     }
     total = _summed({"": there}, every, replace(ranks, divisor=float(ranks.size)), device)

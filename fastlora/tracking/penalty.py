@@ -56,7 +56,7 @@ class FisherPenalty:
         checked_options(weight, form, normalize)
         terms = self._terms(adapter)
         if importance is None or not terms.As:
-            return torch.zeros((), device=next(iter(self._layers.values())).weight.device)
+            return torch.zeros((), dtype=torch.float32, device=next(iter(self._layers.values())).weight.device)
         weights = self._weights(importance, frozen, normalize, terms.positions)
         if terms.formula_because(form) is None:
             return penalty.penalty(terms.As, terms.Bs, terms.scales, weights, weight)

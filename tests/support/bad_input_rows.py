@@ -224,7 +224,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
     },
     "adapter_names": {"model": MODEL},
     "use_adapters": {
-        "model": rows(*((r.bad, r.match, r.error) for r in MODEL), (already_merged, "model: an adapter is merged")),
+        "model": rows(*((r.bad, r.match, r.error) for r in MODEL), (already_merged, "is merged into")),
         "ids": rows(
             (torch.tensor([0, 7]), r"ids: expected -1 \(base only\), 0: default, 1: b, got 7 at position 1"),
             (torch.tensor([0.0]), "ids: expected an int64 tensor"),

@@ -151,7 +151,7 @@ def gradstat(x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = Tru
     """
     sums = torch.zeros(len(offsets) - 1, 2, dtype=torch.float64, device=x.device)
     depth, width = x.shape[1], dy.shape[1]
-    buffer = torch.empty(min(_TILE_ROWS, width), depth, device=x.device)
+    buffer = torch.empty(min(_TILE_ROWS, width), depth, dtype=torch.float32, device=x.device)
     for i, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         count, rows = stop - start, x[start:stop].float()
         if not absolute and count * (depth + width) < depth * width:
