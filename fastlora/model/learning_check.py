@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import weakref
 from typing import Any
 
@@ -24,7 +26,8 @@ _SHOWN = 8
 class LearningCheck:
     """Watches a model until the first backward has run, reports adapters that took no part, and removes its hooks.
 
-    - The owner ran and never called the adapted layer: it reads the weight instead. ``RuntimeError``, or a warning.
+    - The owner ran, never called the adapted layer, and its source reads a weight: ``RuntimeError``, or a warning.
+    - The owner ran without the layer (a branch that the batch did not need): a warning.
     - The owner did not run either (an expert without tokens, a dropped layer), or the layer ran and got no gradient (a
       frozen phase): the adapter may learn later. A warning.
 
@@ -77,8 +80,9 @@ class LearningCheck:
         if not self.ran and not any(map(self._called, self.layers)):
             return  # nothing of an eager forward was seen: to take the hooks of a compiled model would recompile it
         passed_by = [p for name in self._hooks for p in self.owners[name] if name in self.ran and not self._called(p)]
-        if passed_by and self.mode == "raise":
-            raise RuntimeError(self._text(passed_by))
+        readers = [p for p in passed_by if self._reads_weight(p)]
+        if readers and self.mode == "raise":
+            raise RuntimeError(self._text(readers))
         self.close()
         if passed_by:
             logger.warning("%s", self._text(passed_by))
@@ -113,6 +117,14 @@ class LearningCheck:
         # The gradients of a sharded model are with the shards, which a running forward has put aside.
         aside = bool(shards(self.model())) and not any(is_sharded(p) for p in live)
         return not live or aside or any(self._learned(p) for p in live)
+
+    def _reads_weight(self, path: str) -> bool:
+        """Whether the source of the owner's class reads a weight, other than to initialise it."""
+        try:
+            source = inspect.getsource(type(self.model().get_submodule(path.rpartition(".")[0])))
+        except (OSError, TypeError):
+            return False
+        return any(re.search(r"\.weight\b", line) and "init" not in line for line in source.splitlines())
 
     def _text(self, paths: list[str]) -> str:
         named = [f"{path} (in {self.kinds[path.rpartition('.')[0]]})" for path in paths]

@@ -118,8 +118,12 @@ def new_factors(
 ) -> tuple[Factors, Factors]:
     """Fresh (A, B): A Kaiming uniform (``"gaussian"``: normal / r), B zero; ``init=False`` draws B like A.
 
-    slices: name -> N; ranks: name -> r; A [r, K], B [N, r].
+    slices: name -> N; ranks: name -> r; A [r, K], B [N, r]. ``ValueError`` in inference mode.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "model: adapters made in inference mode could not be trained; leave torch.inference_mode first"
+        )
     A: dict[str, Tensor | None] = {}
     B: dict[str, Tensor | None] = {}
     for name, out_features in slices.items():

@@ -128,6 +128,22 @@ class TestPassedBy:
             with pytest.raises(RuntimeError, match=PASSED_BY):
                 step(model)
 
+    def test_a_branch_that_the_first_batch_did_not_need(self, caplog):
+        class Tasks(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body, self.a, self.b = (nn.Linear(8, 8) for _ in range(3))
+                nn.init.normal_(self.b.weight)
+
+            def forward(self, x, task):
+                return getattr(self, task)(self.body(x))
+
+        model = fastlora.inject(Tasks(), config(target_modules=["body", "a", "b"]))
+        for task in "abab":
+            model(torch.randn(4, 8), task).sum().backward()
+        assert caplog.text.count("never ran although") == 1 and ": b (in" in caplog.text
+        assert all(p.grad is not None for p in model.b.lora_A.parameters())
+
     @pytest.mark.parametrize("check", ["error", None, True])
     def test_bad_modes(self, check):
         model = Model()
