@@ -59,11 +59,15 @@ class RowBatch(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Keys int64 [M, 2] of the rows; of each adapter the smallest word kept, and what keeps the mean, 1 / (1 - p)."""
+    """Keys int64 [M, 2] of the rows; of each adapter the smallest word kept, and what keeps the mean, 1 / (1 - p).
+
+    ``streams`` tell the masks of the projections apart, 0, 1, ... without.
+    """
 
     keys: Tensor
     thresholds: tuple[int, ...]
     keep_scales: tuple[float, ...]
+    streams: tuple[int, ...] = ()
 
 
 def pack(factors: Sequence[Tensor]) -> Tensor:
@@ -77,7 +81,7 @@ def _table(kind: str, ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int
     if kind.startswith("wgrad"):
         rows = _wgrad_rows(ranks, widths, live, kind)
     else:
-        rows = (_shrink_rows if kind == "shrink" else _pair_rows)(ranks, widths, live)
+        rows = {"shrink": _shrink_rows, "pairs": _pair_rows, "masks": _mask_rows}[kind](ranks, widths, live)
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
@@ -110,6 +114,16 @@ def _pair_rows(ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int, ...])
                 rows.append([first, rank, offsets[i]])
             first += rank * width
     return rows
+
+
+def _mask_rows(ranks: LoraRanks, widths: tuple[int, ...], streams: tuple[int, ...]) -> list[list[int]]:
+    """Of each adapter and projection: its stream, rank, first column in h."""
+    # As multiples of 8 the streams do not break what ``table_row`` promises of a table with even ranks.
+    return [
+        [8 * stream, rank, offset]
+        for g, some in enumerate(ranks.by_adapter)
+        for stream, rank, offset in zip(streams, some, ranks.offsets(g), strict=True)
+    ]
 
 
 def _wgrad_rows(ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int, ...], kind: str) -> list[list[int]]:
@@ -157,7 +171,7 @@ def _dropout(drop: Dropout | None, ranks: LoraRanks) -> tuple[KeyDropout | None,
     if drop is None:
         return None, 0
     device, n = drop.keys.device, len(ranks.by_adapter[0])
-    table = _table("pairs", ranks, (0,) * n, tuple(range(n)), device)
+    table = _table("masks", ranks, (), drop.streams or tuple(range(n)), device)
     return KeyDropout(drop.keys, _thresholds(drop.thresholds, device), _scales(drop.keep_scales, device), table), n
 
 

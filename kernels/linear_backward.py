@@ -18,6 +18,7 @@ from .primitives import (
     hidden_sum,
     keep_mask,
     launch,
+    mask_stream,
     masked_ranks,
     matmul_loop,
     matrices,
@@ -90,7 +91,8 @@ def linear_backward_kernel(
             b_part = tl.dot(b_dh, b_a, b_part, input_precision=OPTIONS.precision)
         if dropout is not None:
             keys = row_keys(dropout, adapter, rows)
-            m_keep = keep_mask(keys.seed, i, keys.counters, i_n * BLOCK_N, keys.threshold, BLOCK_N)
+            stream = mask_stream(dropout, adapter, i, OPTIONS)
+            m_keep = keep_mask(keys.seed, stream, keys.counters, i_n * BLOCK_N, keys.threshold, BLOCK_N)
             b_part = tl.where(m_keep, b_part * keys.scale, 0.0)
         b_acc += b_part
     p_tile = dx.data + o_row * dx.stride + o_n[None, :]
@@ -113,12 +115,14 @@ def linear_backward(
     seed: Tensor | None = None,
     threshold: int = 0,
     keep_scale: float = 1.0,
+    streams: Sequence[int] = (),
     strategy: str | None = None,
     tiles: TileConfig | None = None,
 ) -> Tensor:
     """``dx = sum_j dy_j W_j + sum_i mask_i o (dh_i A_i)``: dy_j [M, N_j], W_j [N_j, K], A_i [r_i, K] -> dx [M, K].
 
-    The masks are dropout's with their ``keep_scale`` when a seed is given, 1 otherwise. A_i of one dtype.
+    The masks are dropout's, of ``streams`` (0, 1, ... without), with their ``keep_scale`` when a seed is given, 1
+    otherwise. A_i of one dtype.
     """
     dy, W, A = [unit_last(t) for t in dy], [unit_last(t) for t in W], [unit_last(t) for t in A]
     M, K = dy[0].shape[0], W[0].shape[1]
@@ -136,7 +140,8 @@ def linear_backward(
             dx.addmm_(grad, w)
     if strategy == "fused" or dh.shape[1] > 0:
         sources = Sources(matrices(dy), matrices(W)) if strategy == "fused" else None
-        dropout, masked = seed_dropout(seed, threshold, keep_scale), 0 if seed is None else len(A)
+        masked = 0 if seed is None else len(A)
+        dropout = seed_dropout(seed, threshold, keep_scale, streams or range(masked))
         add_adapters_(dx, dh, A, offsets, sources, dropout, masked, tiles)
     return dx
 

@@ -78,17 +78,21 @@ class Segments(NamedTuple):
 
 
 class SeedDropout(NamedTuple):
-    """Dropout with one seed for all rows: the smallest word kept, hidden from specialization; what keeps the mean."""
+    """Dropout with one seed for all rows: the smallest word kept; what keeps the mean; the stream of each projection.
+
+    Integers are hidden from specialization.
+    """
 
     seed: Tensor
     threshold: int
     scale: float
+    streams: tuple
 
 
 class KeyDropout(NamedTuple):
     """Dropout with a key for each row: keys [M, 2] (seed, counter); thresholds and scales (fp32) by adapter.
 
-    table [adapters * projections, 3]: unused, rank, first column in h.
+    table [adapters * projections, 3]: 8 times the projection's stream, rank, first column in h.
     """
 
     keys: Tensor
@@ -149,9 +153,11 @@ def rank_columns(offsets: Sequence[int], ranks: Sequence[int]) -> RankColumns:
     return RankColumns(hide_from_specialization(offsets), hide_from_specialization(ranks))
 
 
-def seed_dropout(seed: Tensor | None, threshold: int, scale: float) -> SeedDropout | None:
+def seed_dropout(seed: Tensor | None, threshold: int, scale: float, streams: Sequence[int]) -> SeedDropout | None:
     """The operand for dropout with one seed, None without a seed."""
-    return None if seed is None else SeedDropout(seed, *hide_from_specialization([threshold]), scale)
+    if seed is None:
+        return None
+    return SeedDropout(seed, *hide_from_specialization([threshold]), scale, hide_from_specialization(streams))
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -357,17 +363,26 @@ def masked_ranks(dropout, columns, adapter, PROJECTION: tl.constexpr, OPTIONS: t
 
 
 @triton.jit
-def keep_mask(seed, PROJECTION: tl.constexpr, o_row, o_first, threshold, COLUMNS: tl.constexpr):
+def mask_stream(dropout, adapter, PROJECTION: tl.constexpr, OPTIONS: tl.constexpr):
+    """By which number a projection's mask is drawn."""
+    if adapter is None:
+        return reveal(dropout.streams[PROJECTION])
+    else:
+        return tl.load(dropout.table + (adapter * OPTIONS.masked + PROJECTION) * 3) // 8
+
+
+@triton.jit
+def keep_mask(seed, stream, o_row, o_first, threshold, COLUMNS: tl.constexpr):
     """Which of ``x[o_row, o_first : o_first + COLUMNS]`` dropout keeps; o_first is a multiple of 4.
 
-    Word ``column % 4`` of ``philox(seed, (column // 4, row, row >> 32, projection))``, as ``reference.dropout``.
+    Word ``column % 4`` of ``philox(seed, (column // 4, row, row >> 32, stream))``, as ``reference.dropout``.
     """
     o_block = (o_first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)
     c0 = tl.zeros((o_row.shape[0], COLUMNS // 4), tl.uint32) + o_block[None, :]
     row = o_row.to(tl.int64)[:, None]
     c1 = tl.zeros_like(c0) + (row & 0xFFFFFFFF).to(tl.uint32)
     c2 = tl.zeros_like(c0) + (row >> 32).to(tl.uint32)
-    c3 = tl.full((o_row.shape[0], COLUMNS // 4), PROJECTION, tl.uint32)
+    c3 = tl.zeros_like(c0) + stream.to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
     least = threshold.to(tl.uint32)
     even = tl.interleave((w0 >= least).to(tl.int8), (w2 >= least).to(tl.int8))

@@ -22,6 +22,7 @@ from .primitives import (
     hide_from_specialization,
     keep_mask,
     launch,
+    mask_stream,
     masked_ranks,
     matrices,
     multiples_of_8,
@@ -88,7 +89,8 @@ def shrink_loop(p_x, K, first, last, rows, block, dropout, columns, adapter, TIL
             for i in tl.static_range(MASKED):
                 low, high = masked_ranks(dropout, columns, adapter, i, OPTIONS)
                 m_own = (block.columns >= low) & (block.columns < high)
-                b_seen = tl.where(keep_mask(keys.seed, i, keys.counters, k, keys.threshold, BLOCK_K), b_x, 0.0)
+                stream = mask_stream(dropout, adapter, i, OPTIONS)
+                b_seen = tl.where(keep_mask(keys.seed, stream, keys.counters, k, keys.threshold, BLOCK_K), b_x, 0.0)
                 b_own = tl.where(m_own[None, :], b_f, 0.0)
                 b_acc = tl.dot(b_seen, b_own, b_acc, input_precision=OPTIONS.precision)
             _, masked = masked_ranks(dropout, columns, adapter, MASKED - 1, OPTIONS)
@@ -208,11 +210,13 @@ def shrink(
     seed: Tensor | None = None,
     threshold: int = 0,
     keep_scale: float = 1.0,
+    streams: Sequence[int] = (),
     tiles: TileConfig | None = None,
 ) -> Tensor:
     """``h = x [F_0; F_1; ...]^T``: x [M, K], F_i [r_i, K] of one dtype -> h [M, sum r_i] in x's dtype.
 
-    With a seed each factor but the last ``probes`` sees x under its own dropout mask, scaled by ``keep_scale``.
+    With a seed each factor but the last ``probes`` sees x under its own dropout mask, scaled by ``keep_scale``;
+    ``streams`` tell the masks apart, 0, 1, ... without.
     """
     x, factors = unit_last(x), [unit_last(f) for f in factors]
     ranks = [f.shape[0] for f in factors]
@@ -220,7 +224,8 @@ def shrink(
     if x.numel() == 0 or h.numel() == 0:
         return h.zero_()
     offsets = [sum(ranks[:i]) for i in range(len(ranks))]
-    dropout, masked = seed_dropout(seed, threshold, keep_scale), 0 if seed is None else len(factors) - probes
+    masked = 0 if seed is None else len(factors) - probes
+    dropout = seed_dropout(seed, threshold, keep_scale, streams or range(masked))
     run([x], factors, h, offsets, None, tiles, dropout, masked)
     return h
 

@@ -122,7 +122,7 @@ class Operands:
                     A.append(a)
                     B.append(b)
                     scale.append(s)
-        self.call = BoundCall(W, bias, A, B, scale, layers[0].backend, layers[0].engine)
+        self.call = BoundCall(W, bias, A, B, scale, layers[0].backend, layers[0].engine, (), streams_of(layers))
         self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
         self._weights = W
         self._hooks = [hooks for f in self.factors for hooks in forward_hooks(f)]
@@ -187,6 +187,11 @@ class Operands:
 def _dropout(layer: Any, names: Sequence[str]) -> list[float]:
     specs = [layer.adapter_specs.get(name) for name in names]
     return [0.0 if spec is None else spec.dropout for spec in specs]
+
+
+def streams_of(layers: Sequence[Any]) -> list[int]:
+    """The number by which dropout knows each projection of layers that run together."""
+    return [layer.stream + i for layer in layers for i in range(len(layer.slices))]
 
 
 def hooked(module: nn.Module) -> bool:

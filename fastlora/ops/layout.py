@@ -127,13 +127,15 @@ class Rows(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Masks that are a function of a key, the projection, the row and the column.
+    """Masks that are a function of a key, the projection's stream, the row and the column.
 
-    ``key``: int64 scalar seed where one adapter has every row, else the rows' own keys [M, 2]; ``p`` by adapter.
+    ``key``: int64 scalar seed where one adapter has every row, else the rows' own keys [M, 2]; ``p`` by adapter;
+    ``streams`` by projection, 0 or more.
     """
 
     key: Tensor
     p: Sequence[float]
+    streams: Sequence[int]
 
 
 class LoraCall(NamedTuple):

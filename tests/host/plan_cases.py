@@ -156,7 +156,7 @@ class Example:
         if not case.p:
             return None
         key = torch.zeros((case.rows, 2) if case.adapters else (), dtype=torch.int64, device=self.device)
-        return Dropout(key, [case.p, 0.0, case.p][: case.adapters or 1])
+        return Dropout(key, [case.p, 0.0, case.p][: case.adapters or 1], range(1, 2 * len(LAYOUTS[case.layout][1]), 2))
 
     def _dy(self, weights: Sequence[int]) -> list[Tensor | None]:
         dy: list[Tensor | None] = [self._matrix(n, deep=False) for n in weights]

@@ -92,7 +92,12 @@ def _dropout(drop: Dropout | None) -> dict[str, Any]:
     """What the kernels of one adapter read of its dropout."""
     if drop is None or not drop.p[0]:
         return {}
-    return {"seed": drop.key, "threshold": keep_threshold(drop.p[0]), "keep_scale": 1.0 / (1.0 - drop.p[0])}
+    return {
+        "seed": drop.key,
+        "threshold": keep_threshold(drop.p[0]),
+        "keep_scale": 1.0 / (1.0 - drop.p[0]),
+        "streams": tuple(drop.streams),
+    }
 
 
 def _row_dropout(drop: Dropout | None) -> Any:
@@ -100,7 +105,7 @@ def _row_dropout(drop: Dropout | None) -> Any:
     if drop is None or not any(drop.p):
         return None
     thresholds, scales = tuple(keep_threshold(p) if p else 0 for p in drop.p), tuple(1.0 / (1.0 - p) for p in drop.p)
-    return _kernel("grouped").Dropout(drop.key.contiguous(), thresholds, scales)
+    return _kernel("grouped").Dropout(drop.key.contiguous(), thresholds, scales, tuple(drop.streams))
 
 
 def _reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
