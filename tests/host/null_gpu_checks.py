@@ -279,6 +279,8 @@ def operators_without_a_kernel_give_shapes(gpu):
     softmax, values, indices, changed = found
     assert softmax.shape == x.shape and values.shape == indices.shape == (4, 2) and indices.dtype == torch.int64
     assert changed.data_ptr() == x.data_ptr() + 6 * 4 and {t.device for t in found} == {x.device}
+    out = torch.empty(0, device=gpu.device)
+    assert x.tanh_() is x and torch.cumsum(x, 1, out=out) is out and out.shape == x.shape
 
 
 def layers_launch_triton_kernels(gpu):
