@@ -83,8 +83,7 @@ class Batch(many.Mixed):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._open = contextlib.ExitStack()
-        use = getattr(fastlora, "use_adapters", None) or fastlora.adapters
-        self._open.enter_context(use(self.model, self.ids))
+        self._open.enter_context(fastlora.use_adapters(self.model, self.ids))
 
     def run(self) -> list[Tensor]:
         y = self.model(self.x)
