@@ -81,7 +81,7 @@ def _table(kind: str, ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int
     if kind.startswith("wgrad"):
         rows = _wgrad_rows(ranks, widths, live, kind)
     else:
-        rows = {"shrink": _shrink_rows, "pairs": _pair_rows, "masks": _mask_rows}[kind](ranks, widths, live)
+        rows = (_shrink_rows if kind == "shrink" else _pair_rows)(ranks, widths, live)
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
@@ -114,16 +114,6 @@ def _pair_rows(ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int, ...])
                 rows.append([first, rank, offsets[i]])
             first += rank * width
     return rows
-
-
-def _mask_rows(ranks: LoraRanks, widths: tuple[int, ...], streams: tuple[int, ...]) -> list[list[int]]:
-    """Of each adapter and projection: its stream, rank, first column in h."""
-    # As multiples of 8 the streams do not break what ``table_row`` promises of a table with even ranks.
-    return [
-        [8 * stream, rank, offset]
-        for g, some in enumerate(ranks.by_adapter)
-        for stream, rank, offset in zip(streams, some, ranks.offsets(g), strict=True)
-    ]
 
 
 def _wgrad_rows(ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int, ...], kind: str) -> list[list[int]]:
@@ -166,13 +156,14 @@ def _segments(
     return Segments(tiles, batch.ranges, batch.order, table, _scales(tuple(scales), device))
 
 
-def _dropout(drop: Dropout | None, ranks: LoraRanks) -> tuple[KeyDropout | None, int]:
-    """The kernels' operand, and how many projections have a mask each."""
+def _dropout(drop: Dropout | None, ranks: LoraRanks) -> tuple[KeyDropout | None, Sequence[int]]:
+    """The kernels' operand, and the streams of the projections' masks."""
     if drop is None:
-        return None, 0
+        return None, ()
     device, n = drop.keys.device, len(ranks.by_adapter[0])
-    table = _table("masks", ranks, (), drop.streams or tuple(range(n)), device)
-    return KeyDropout(drop.keys, _thresholds(drop.thresholds, device), _scales(drop.keep_scales, device), table), n
+    table = _table("pairs", ranks, (0,) * n, tuple(range(n)), device)
+    dropout = KeyDropout(drop.keys, _thresholds(drop.thresholds, device), _scales(drop.keep_scales, device), table)
+    return dropout, drop.streams or range(n)
 
 
 def _apart(views: Sequence[Tensor]) -> list[Tensor]:
@@ -266,7 +257,7 @@ def grouped_shrink_backward(
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments = _segments("pairs", batch, schedule, ranks, widths, live, some)
         packed, widest = [pack(B).view(-1, 1)] * len(live), max(map(max, ranks.by_adapter))
-        shrink.run(wide, packed, dh, [0] * len(live), [1.0] * len(live), tiles, None, 0, segments, widest, ranks.even)
+        shrink.run(wide, packed, dh, [0] * len(live), [1.0] * len(live), tiles, None, (), segments, widest, ranks.even)
     return dh
 
 
@@ -358,8 +349,8 @@ def _wgrad_partials(inputs, outer, flat, batch, ranks, widths, live, scales, til
     def launch(kind, products, each, tile, drop=None):
         if products:
             segments = _segments(kind, batch, batch.ranges, ranks, widths, live, each)
-            dropout, masked = _dropout(drop, ranks)
-            wgrad.run(products, partial, 0, tile, dropout, None, masked, segments, max(ranks.widths), ranks.even)
+            dropout, streams = _dropout(drop, ranks)
+            wgrad.run(products, partial, 0, tile, dropout, None, streams, segments, max(ranks.widths), ranks.even)
 
     if drop is None:
         n, ones = len(live), [1.0] * len(inputs)

@@ -18,7 +18,6 @@ from .primitives import (
     hidden_sum,
     keep_mask,
     launch,
-    mask_stream,
     masked_ranks,
     matmul_loop,
     matrices,
@@ -91,8 +90,7 @@ def linear_backward_kernel(
             b_part = tl.dot(b_dh, b_a, b_part, input_precision=OPTIONS.precision)
         if dropout is not None:
             keys = row_keys(dropout, adapter, rows)
-            stream = mask_stream(dropout, adapter, i, OPTIONS)
-            m_keep = keep_mask(keys.seed, stream, keys.counters, i_n * BLOCK_N, keys.threshold, BLOCK_N)
+            m_keep = keep_mask(keys.seed, OPTIONS.streams[i], keys.counters, i_n * BLOCK_N, keys.threshold, BLOCK_N)
             b_part = tl.where(m_keep, b_part * keys.scale, 0.0)
         b_acc += b_part
     p_tile = dx.data + o_row * dx.stride + o_n[None, :]
@@ -140,18 +138,17 @@ def linear_backward(
             dx.addmm_(grad, w)
     if strategy == "fused" or dh.shape[1] > 0:
         sources = Sources(matrices(dy), matrices(W)) if strategy == "fused" else None
-        masked = 0 if seed is None else len(A)
-        dropout = seed_dropout(seed, threshold, keep_scale, streams or range(masked))
-        add_adapters_(dx, dh, A, offsets, sources, dropout, masked, tiles)
+        dropout, own = seed_dropout(seed, threshold, keep_scale), streams or range(len(A))
+        add_adapters_(dx, dh, A, offsets, sources, dropout, () if seed is None else own, tiles)
     return dx
 
 
 def add_adapters_(
-    dx, dh, A, offsets, sources=None, dropout=None, masked=0, tiles=None, segments=None, even=False
+    dx, dh, A, offsets, sources=None, dropout=None, streams=(), tiles=None, segments=None, even=False
 ) -> None:
     """Add the adapters' part to dx in place, or fill dx when ``sources`` are given.
 
-    masked: projections that have a mask each under ``dropout``. With ``segments`` every row gets its own adapter's
+    streams: one for each projection with a mask under ``dropout``. With ``segments`` every row gets its own adapter's
     part, A is the packed [rows, K] of all, and ``even`` says whether all ranks are multiples of 8.
     """
     M, K = dx.shape
@@ -167,7 +164,8 @@ def add_adapters_(
         even_k=all(width % tiles.depth == 0 for width in widths),
         even_r=even and dh.stride(0) % 8 == 0,
         aligned=aligned(A),
-        masked=masked,
+        masked=len(streams),
+        streams=tuple(streams),
         gather=segments is not None and segments.order.numel() > 0,
     )
     factors = Factors(tuple(A), tuple(a.stride(0) for a in A), rank_columns(offsets, ranks))

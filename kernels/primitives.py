@@ -78,21 +78,17 @@ class Segments(NamedTuple):
 
 
 class SeedDropout(NamedTuple):
-    """Dropout with one seed for all rows: the smallest word kept; what keeps the mean; the stream of each projection.
-
-    Integers are hidden from specialization.
-    """
+    """Dropout with one seed for all rows: the smallest word kept, hidden from specialization; what keeps the mean."""
 
     seed: Tensor
     threshold: int
     scale: float
-    streams: tuple
 
 
 class KeyDropout(NamedTuple):
     """Dropout with a key for each row: keys [M, 2] (seed, counter); thresholds and scales (fp32) by adapter.
 
-    table [adapters * projections, 3]: 8 times the projection's stream, rank, first column in h.
+    table [adapters * projections, 3]: unused, rank, first column in h.
     """
 
     keys: Tensor
@@ -105,8 +101,8 @@ class Options(NamedTuple):
     """What a product is compiled for beside its tile.
 
     precision: of ``tl.dot`` for fp32; even_k: the sum is whole steps; even_r: ranks and strides over them are multiples
-    of 8; aligned: rows of the factors start on 16 bytes; masked: projections with a dropout mask each; gather: the
-    order of ``Segments`` is read.
+    of 8; aligned: rows of the factors start on 16 bytes; masked: projections with a dropout mask each, streams: the
+    number by which ``keep_mask`` knows each of them; gather: the order of ``Segments`` is read.
     """
 
     precision: str
@@ -114,6 +110,7 @@ class Options(NamedTuple):
     even_r: bool = False
     aligned: bool = False
     masked: int = 0
+    streams: tuple = ()
     gather: bool = False
 
 
@@ -153,11 +150,9 @@ def rank_columns(offsets: Sequence[int], ranks: Sequence[int]) -> RankColumns:
     return RankColumns(hide_from_specialization(offsets), hide_from_specialization(ranks))
 
 
-def seed_dropout(seed: Tensor | None, threshold: int, scale: float, streams: Sequence[int]) -> SeedDropout | None:
+def seed_dropout(seed: Tensor | None, threshold: int, scale: float) -> SeedDropout | None:
     """The operand for dropout with one seed, None without a seed."""
-    if seed is None:
-        return None
-    return SeedDropout(seed, *hide_from_specialization([threshold]), scale, hide_from_specialization(streams))
+    return None if seed is None else SeedDropout(seed, *hide_from_specialization([threshold]), scale)
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -363,16 +358,7 @@ def masked_ranks(dropout, columns, adapter, PROJECTION: tl.constexpr, OPTIONS: t
 
 
 @triton.jit
-def mask_stream(dropout, adapter, PROJECTION: tl.constexpr, OPTIONS: tl.constexpr):
-    """By which number a projection's mask is drawn."""
-    if adapter is None:
-        return reveal(dropout.streams[PROJECTION])
-    else:
-        return tl.load(dropout.table + (adapter * OPTIONS.masked + PROJECTION) * 3) // 8
-
-
-@triton.jit
-def keep_mask(seed, stream, o_row, o_first, threshold, COLUMNS: tl.constexpr):
+def keep_mask(seed, STREAM: tl.constexpr, o_row, o_first, threshold, COLUMNS: tl.constexpr):
     """Which of ``x[o_row, o_first : o_first + COLUMNS]`` dropout keeps; o_first is a multiple of 4.
 
     Word ``column % 4`` of ``philox(seed, (column // 4, row, row >> 32, stream))``, as ``reference.dropout``.
@@ -382,7 +368,7 @@ def keep_mask(seed, stream, o_row, o_first, threshold, COLUMNS: tl.constexpr):
     row = o_row.to(tl.int64)[:, None]
     c1 = tl.zeros_like(c0) + (row & 0xFFFFFFFF).to(tl.uint32)
     c2 = tl.zeros_like(c0) + (row >> 32).to(tl.uint32)
-    c3 = tl.zeros_like(c0) + stream.to(tl.uint32)
+    c3 = tl.full((o_row.shape[0], COLUMNS // 4), STREAM, tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
     least = threshold.to(tl.uint32)
     even = tl.interleave((w0 >= least).to(tl.int8), (w2 >= least).to(tl.int8))

@@ -22,7 +22,6 @@ from .primitives import (
     hide_from_specialization,
     keep_mask,
     launch,
-    mask_stream,
     masked_ranks,
     matrices,
     multiples_of_8,
@@ -89,8 +88,9 @@ def shrink_loop(p_x, K, first, last, rows, block, dropout, columns, adapter, TIL
             for i in tl.static_range(MASKED):
                 low, high = masked_ranks(dropout, columns, adapter, i, OPTIONS)
                 m_own = (block.columns >= low) & (block.columns < high)
-                stream = mask_stream(dropout, adapter, i, OPTIONS)
-                b_seen = tl.where(keep_mask(keys.seed, stream, keys.counters, k, keys.threshold, BLOCK_K), b_x, 0.0)
+                b_seen = tl.where(
+                    keep_mask(keys.seed, OPTIONS.streams[i], keys.counters, k, keys.threshold, BLOCK_K), b_x, 0.0
+                )
                 b_own = tl.where(m_own[None, :], b_f, 0.0)
                 b_acc = tl.dot(b_seen, b_own, b_acc, input_precision=OPTIONS.precision)
             _, masked = masked_ranks(dropout, columns, adapter, MASKED - 1, OPTIONS)
@@ -153,16 +153,16 @@ def run(
     scales: Sequence[float] | None,
     tiles: TileConfig | None = None,
     dropout: SeedDropout | KeyDropout | None = None,
-    masked: int = 0,
+    streams: Sequence[int] = (),
     segments: Segments | None = None,
     widest: int = 0,
     even: bool = False,
 ) -> None:
     """Launch over ``x`` (one a factor, or without ``scales`` one for all) and finish a split sum into ``out`` [M, R].
 
-    With ``segments`` there is one factor, the packed [rows or elements, K or 1] of all adapters, ``widest`` ranks wide
-    at most and ``even`` if all ranks are multiples of 8. No split then: how a row is summed must not depend on the rest
-    of the batch.
+    ``streams``: one for each projection that has a mask under ``dropout``. With ``segments`` there is one factor, the
+    packed [rows or elements, K or 1] of all adapters, ``widest`` ranks wide at most and ``even`` if all ranks are
+    multiples of 8. No split then: how a row is summed must not depend on the rest of the batch.
     """
     M, total = out.shape
     shared = scales is None
@@ -195,7 +195,8 @@ def run(
         even_k=all(width % tiles.depth == 0 for width in widths),
         even_r=even and total % 8 == 0,
         aligned=shared and aligned(factors),
-        masked=masked,
+        masked=len(streams),
+        streams=tuple(streams),
         gather=segments is not None and segments.order.numel() > 0,
     )
     launch(shrink_kernel, (programs, split), *operands, M, SHARED=shared, BLOCKS=blocks, TILE=tiles, OPTIONS=options)
@@ -224,9 +225,8 @@ def shrink(
     if x.numel() == 0 or h.numel() == 0:
         return h.zero_()
     offsets = [sum(ranks[:i]) for i in range(len(ranks))]
-    masked = 0 if seed is None else len(factors) - probes
-    dropout = seed_dropout(seed, threshold, keep_scale, streams or range(masked))
-    run([x], factors, h, offsets, None, tiles, dropout, masked)
+    dropout, own = seed_dropout(seed, threshold, keep_scale), streams or range(len(factors) - probes)
+    run([x], factors, h, offsets, None, tiles, dropout, () if seed is None else own)
     return h
 
 

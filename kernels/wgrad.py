@@ -23,7 +23,6 @@ from .primitives import (
     hide_from_specialization,
     keep_mask,
     launch,
-    mask_stream,
     masked_ranks,
     matrices,
     multiples_of_8,
@@ -134,8 +133,7 @@ def wgrad_loop(
             for i in tl.static_range(MASKED):
                 low, high = masked_ranks(dropout, masked, adapter, i, OPTIONS)
                 m_own = (o_rank >= low) & (o_rank < high)
-                stream = mask_stream(dropout, adapter, i, OPTIONS)
-                m_keep = keep_mask(keys.seed, stream, keys.counters, o_first, keys.threshold, BLOCK_N)
+                m_keep = keep_mask(keys.seed, OPTIONS.streams[i], keys.counters, o_first, keys.threshold, BLOCK_N)
                 b_seen = tl.where(m_keep, b_wide, 0.0)
                 b_own = tl.where(m_own[None, :], b_skinny, 0.0)
                 b_acc = tl.dot(tl.trans(b_seen), b_own, b_acc, input_precision=OPTIONS.precision)
@@ -190,14 +188,14 @@ def run(
     tiles: TileConfig,
     dropout: SeedDropout | KeyDropout | None = None,
     columns: RankColumns | None = None,
-    masked: int = 0,
+    streams: Sequence[int] = (),
     segments: Segments | None = None,
     widest: int = 0,
     even: bool = False,
 ) -> None:
     """Launch over ``products``, ``rows`` rows a program, into ``partial`` [splits, total].
 
-    ``columns`` of skinny have a mask each under ``dropout``, ``masked`` of them.
+    ``columns`` of skinny have a mask each under ``dropout``, told apart by ``streams``.
     With ``segments`` each program takes one of ``splits`` parts of one adapter's rows; ``widest``: most ranks and
     probes of an adapter; ``even``: whether all are multiples of 8.
     """
@@ -222,7 +220,8 @@ def run(
     options = Options(
         precision(wide.data[0].dtype),
         even_r=even and multiples_of_8(strides),
-        masked=masked,
+        masked=len(streams),
+        streams=tuple(streams),
         gather=segments is not None and segments.order.numel() > 0,
     )
     operands = Products(wide, hidden, layout, columns), rank_matrix(partial), dropout, segments
@@ -284,8 +283,8 @@ def wgrad(
     if seed is None:
         run([*inputs, *outer], partial, rows, unmasked)
     else:
-        dropout = seed_dropout(seed, threshold, keep_scale, streams or range(len(ranks)))
-        run(inputs, partial, rows, masked, dropout, rank_columns(offsets, ranks), len(ranks))
+        dropout = seed_dropout(seed, threshold, keep_scale)
+        run(inputs, partial, rows, masked, dropout, rank_columns(offsets, ranks), streams or range(len(ranks)))
         run(outer, partial, rows, unmasked)
     reduce_partials(partial, outputs, weights)
     return dA, dB, Q

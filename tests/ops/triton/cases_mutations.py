@@ -155,7 +155,7 @@ def _off_mixed(o):
 
 FIRST_PROBE = "layout.first_probe + o_rank"
 OWN_RANKS = "reveal(first, EVEN)"
-ONE_MASK = "mask_stream(dropout, adapter, i,", "mask_stream(dropout, adapter, 0,"
+ONE_MASK = "keep_mask(keys.seed, OPTIONS.streams[i],", "keep_mask(keys.seed, OPTIONS.streams[0],"
 ROUTED, SHUFFLED = "OPTIONS.gather)", "False)"
 MUTATIONS = {
     "shrink: no mask past K": ("shrink", "if not OPTIONS.even_k:", "if False:", off_shrink, 0.0),
