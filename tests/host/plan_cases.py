@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlora.ops.backends import BACKENDS
 from fastlora.ops.backends.planned import PlannedBackend
-from fastlora.ops.layout import Dropout, GroupLayout, LoraCall, Need, Rows
+from fastlora.ops.layout import SCHEDULED, Dropout, GroupLayout, LoraCall, Need, Rows, segment_tiles
 
 LAYOUTS = {  # rows of each weight, rows of each projection
     "separate": ((768, 768, 768), (768, 768, 768)),
@@ -149,7 +149,9 @@ class Example:
         if not adapters:
             return None
         ids, order = (zeros(rows, dtype=torch.int64, device=self.device) for _ in range(2))
-        return Rows(ids, order, zeros(adapters, 2, dtype=torch.int64, device=self.device))
+        ranges = zeros(adapters, 2, dtype=torch.int64, device=self.device)
+        tiles = torch.cat([segment_tiles(ranges, rows, block) for block in SCHEDULED])
+        return Rows(ids, order, ranges, tiles)
 
     def _drop(self) -> Dropout | None:
         case = self.case
