@@ -52,6 +52,7 @@ def _known(router: Router, name: Any, argument: str) -> str:
     return check_choice(argument, name, router.names)
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     """Add an adapter to an adapted model; it gets the next id, and trains beside the others.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -62,6 +63,7 @@ class _Planned:
     factors: tuple[Factors, Factors]
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def inject(
     model: nn.Module,
     config: Any,
@@ -211,14 +213,22 @@ def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> li
     return left
 
 
-def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str]:
+def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks: list[str] | None = None) -> list[str]:
     """Full names of the linears that a config adapts, in the model's order, but for those inside ``saved`` modules.
+
+    ``blocks``: names outside of these modules are not looked at.
 
     Raises ``ValueError`` for patterns that match nothing and for linears that cannot be adapted.
     """
     if config.target_modules is None:
         raise wrong_value("target_modules", f"a role {ROLES}, a regular expression or a list of names", None)
     names = _select(model, config.target_modules, "target_modules")
+    if blocks is not None:
+        names = [n for n in names if _inside(n, blocks)]
+        if not names:
+            raise wrong_value(
+                "target_modules", f"what matches modules inside the blocks {blocks}", config.target_modules
+            )
     if config.exclude_modules is not None:
         excluded = set(_select(model, config.exclude_modules, "exclude_modules"))
         # As in PEFT a container is not its contents; unnoticed, nothing would be excluded.
@@ -237,9 +247,9 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list
     return names
 
 
-def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Full names of the linears that ``inject`` would adapt; ``ValueError`` where it would refuse them."""
-    return find_targets(model, config, find_modules_to_save(model, config))
+def target_names(model: nn.Module, config: LoraConfig, blocks: list[str]) -> list[str]:
+    """Full names of the linears in ``blocks`` that ``inject`` adapts; ``ValueError`` where it would refuse them."""
+    return find_targets(model, config, find_modules_to_save(model, config), blocks)
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:

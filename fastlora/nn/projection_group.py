@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .._utils.torch_compat import (
     autocasting,
+    being_traced,
     has_hooks,
     in_backward,
     saving_hooks,
@@ -188,7 +189,7 @@ class ProjectionGroup:
 
     def enter(self, owner: nn.Module, args: Any) -> None:
         """Forward pre-hook of the owner: open a visit, and take up what earlier passes taught."""
-        if torch.compiler.is_compiling():
+        if being_traced():
             return
         if not in_backward() and not self._pending:
             self._plan.update(self._learned)

@@ -375,17 +375,17 @@ class TestRefusals:
             trainer(model, tmp_path, FastLoraCallback()).train()
 
     @pytest.mark.parametrize(
-        "options, said",
+        "options, kind, said",
         [
-            (dict(track="yes"), "track: expected True, False or options"),
-            (dict(penalty="1"), "penalty: expected a number"),
-            (dict(penalty=1.0, track=False), "penalty: is weighed by statistics"),
-            (dict(freeze=-1), "freeze: expected a number of optimizer steps"),
-            (dict(checkpoints="none"), "checkpoints: expected one of"),
+            (dict(track="yes"), TypeError, "track: expected True, False or options"),
+            (dict(penalty="1"), TypeError, "penalty: expected a number"),
+            (dict(penalty=1.0, track=False), ValueError, "penalty: is weighed by statistics"),
+            (dict(freeze=-1), ValueError, "freeze: expected a number of optimizer steps"),
+            (dict(checkpoints="none"), ValueError, "checkpoints: expected one of"),
         ],
     )
-    def test_options(self, options, said):
-        with pytest.raises((TypeError, ValueError), match=said):
+    def test_options(self, options, kind, said):
+        with pytest.raises(kind, match=said):
             FastLoraCallback(**options)
 
     def test_an_unknown_adapter(self, tmp_path):
@@ -403,5 +403,16 @@ def test_a_missing_library_is_named(module, library, monkeypatch):
     monkeypatch.delitem(sys.modules, name, raising=False)
     for missing in (library, f"{library}.pytorch"):
         monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=rf"{name} needs {library}: pip install 'fastlora\[{module}\]'"):
+    with pytest.raises(ImportError, match=rf"{name} needs {library}: pip install 'fastlora-kernels\[{module}\]'"):
         importlib.import_module(name)
+
+
+def test_a_library_that_fails_to_import_is_not_called_missing(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "fastlora.integrations.lightning", raising=False)
+    for loaded in [name for name in sys.modules if name.split(".")[0] == "lightning"]:
+        monkeypatch.delitem(sys.modules, loaded)
+    (tmp_path / "lightning").mkdir()
+    (tmp_path / "lightning" / "__init__.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_dependency'"):
+        importlib.import_module("fastlora.integrations.lightning")

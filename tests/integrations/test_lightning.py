@@ -203,12 +203,12 @@ def test_only_the_optimiser_with_adapters_counts(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises((TypeError, ValueError), match="model: has no adapters; call fastlora.inject first"):
+    with pytest.raises(ValueError, match="model: has no adapters; call fastlora.inject first"):
         fit(Module(Images()), tmp_path, FastLoraCallback())
     callback = FastLoraCallback()
     fit(Module(), tmp_path, callback, epochs=1)
-    with pytest.raises((TypeError, ValueError), match=r"checkpoint: version 99 is newer than 1; update fastlora"):
+    with pytest.raises(ValueError, match=r"checkpoint: version 99 is newer than 1; update fastlora"):
         FastLoraCallback().load_state_dict({**callback.state_dict(), "version": 99})
     # Tracked otherwise than before.
-    with pytest.raises((TypeError, ValueError), match="state: expected the probes 2, got 4"):
+    with pytest.raises(ValueError, match="state: expected the probes 2, got 4"):
         fit(Module(), tmp_path / "a", FastLoraCallback(track={"probes": 2}), str(tmp_path / "epoch=0.ckpt"))

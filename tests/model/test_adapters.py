@@ -267,7 +267,7 @@ def test_a_refused_context_leaves_the_model_alone(name):
     m, x = model(), batch()
     before = m(x)
     call, message = REFUSED[name]
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises(TypeError if name == "type" else ValueError, match=message):
         call(m).__enter__()
     assert torch.equal(m(x), before)
 

@@ -158,7 +158,7 @@ class TestPeftConfig:
         import peft
 
         with pytest.raises(
-            (TypeError, ValueError),
+            TypeError,
             match=r"config: expected a fastlora\.LoraConfig or a peft\.LoraConfig, got IA3Config",
         ):
             fastlora.inject(build("bert"), peft.IA3Config(target_modules=["query"], feedforward_modules=[]))
@@ -256,7 +256,8 @@ class TestSetRanks:
     )
     def test_all_or_nothing(self, model, bad, message):
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises((TypeError, ValueError), match=message):
+        kind = ValueError if all(type(rank) is int for rank in bad.values()) else TypeError
+        with pytest.raises(kind, match=message):
             fastlora.set_ranks(model, {"blocks.0.attn.qkv[q]": 2, **bad})
         after = model.state_dict()
         assert list(after) == list(before) and all(torch.equal(v, before[k]) for k, v in after.items())
@@ -414,7 +415,7 @@ class TestReallocate:
         ]
         for m, args, kwargs, message in bad:
             before = state_of(m)
-            with pytest.raises((TypeError, ValueError), match=message):
+            with pytest.raises(ValueError, match=message):
                 reallocate(m, *args, **kwargs)
             assert_untouched(m, before)
         assert sum(reallocate(trained, dict.fromkeys(ranks_of(trained), 1.0), reinit=True).values()) == 24

@@ -279,9 +279,18 @@ def test_refused_by_name_with_the_model_as_it_was(model, args, kwargs, message):
     model = copy.deepcopy(model)
     next(model.parameters()).requires_grad_(False)
     before = state_of(model)
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises(TypeError if "LoraConfig" in message else ValueError, match=message):
         apply_policy(model, *args, **kwargs)
     assert_untouched(model, before)
+
+
+def test_names_that_match_outside_of_the_blocks_too_mean_those_inside(build):
+    """``proj`` is the attention's output projection, and the convolution that makes patches."""
+    model = build("timm_vit")
+    assert isinstance(model.patch_embed.proj, nn.Conv2d)
+    fastlora.apply_policy(model, "lora_only", fastlora.LoraConfig(r=2, target_modules=["qkv", "proj"]))
+    wanted = {f"blocks.{i}.attn.{name}" for i in range(len(model.blocks)) for name in ("qkv", "proj")}
+    assert set(adapted_layers(model)) == wanted
 
 
 def test_adapted_models_and_outside_targets_are_refused(build):
@@ -298,19 +307,23 @@ def test_adapted_models_and_outside_targets_are_refused(build):
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
+    "kwargs, kind, message",
     [
-        ({"lr_lora": -1.0}, "lr_lora: expected a finite number >= 0, got -1.0"),
-        ({"lr_bias": float("nan")}, "lr_bias: expected a finite"),
-        ({"lr_head": "1e-3"}, "lr_head: expected a finite number >= 0, got '1e-3'"),
-        ({"weight_decay": True}, "weight_decay: expected a finite"),
-        ({"weight_decay": {"loar": 0.1}}, "weight_decay: expected group names among .* got 'loar'"),
-        ({"weight_decay": {"lora": -0.1}}, r"weight_decay\['lora'\]: expected a finite number >= 0, got -0.1"),
+        ({"lr_lora": -1.0}, ValueError, "lr_lora: expected a finite number >= 0, got -1.0"),
+        ({"lr_bias": float("nan")}, ValueError, "lr_bias: expected a finite"),
+        ({"lr_head": "1e-3"}, TypeError, "lr_head: expected a finite number >= 0, got '1e-3'"),
+        ({"weight_decay": True}, TypeError, "weight_decay: expected a finite"),
+        ({"weight_decay": {"loar": 0.1}}, ValueError, "weight_decay: expected group names among .* got 'loar'"),
+        (
+            {"weight_decay": {"lora": -0.1}},
+            ValueError,
+            r"weight_decay\['lora'\]: expected a finite number >= 0, got -0.1",
+        ),
     ],
 )
-def test_rates_of_parameter_groups(kwargs, message):
+def test_rates_of_parameter_groups(kwargs, kind, message):
     model = apply_policy(plain(3), "deep_lora", config())
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises(kind, match=message):
         fastlora.param_groups(model, **kwargs)
     groups = {g["name"]: g["weight_decay"] for g in fastlora.param_groups(model, weight_decay={"norm": 0.5})}
     assert groups == {"lora": 0.0, "norm": 0.5}

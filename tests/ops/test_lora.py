@@ -322,7 +322,7 @@ def test_two_backwards_of_one_graph_add_up():
 
 def test_forward_mode_raises():
     case = make()
-    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError)):
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
         x = torch.autograd.forward_ad.make_dual(case["x"], torch.ones_like(case["x"]))
         lora_linear(x, case["W"], case["bias"], [a.requires_grad_() for a in case["A"]], case["B"], case["scale"])
 

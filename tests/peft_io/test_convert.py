@@ -147,9 +147,9 @@ def test_the_scale_that_runs_is_taken():
 
 class TestRefused:
     def test_models_of_another_kind(self):
-        with pytest.raises((TypeError, ValueError), match="peft_model: expected a peft.PeftModel, got Nested"):
+        with pytest.raises(TypeError, match="peft_model: expected a peft.PeftModel, got Nested"):
             fastlora.from_peft(Nested())
-        with pytest.raises((TypeError, ValueError), match="model: has no adapters"):
+        with pytest.raises(ValueError, match="model: has no adapters"):
             fastlora.to_peft(Nested())
 
     def test_merged(self):
@@ -320,7 +320,7 @@ def test_refused_and_unchanged(case):
     good = {f"layer.0.{n}.lora_{f}": t for n in "qk" for f, t in (("A", A), ("B", B))}
     model = Nested().double()
     before = snapshot(model)
-    with pytest.raises((TypeError, ValueError), match=match):
+    with pytest.raises(TypeError if case in ("not a mapping", "rename of no kind") else ValueError, match=match):
         fastlora.load_layout(model, **{"state_dict": good, "layout": "loralib", "lora_alpha": 2, **changed})
     assert_same(before, snapshot(model))
 

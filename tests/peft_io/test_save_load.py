@@ -269,7 +269,7 @@ def test_importance_is_in_the_side_file_only(tmp_path):
     assert "importance" not in (tmp_path / CONFIG).read_text()
     fastlora.load(make_vit(), tmp_path)
     for bad in ({"a": math.nan}, {"a": "x"}, {1: 2.0}, [1.0]):
-        with pytest.raises((TypeError, ValueError), match="importance"):
+        with pytest.raises(ValueError if isinstance(bad, dict) else TypeError, match="importance"):
             fastlora.save(model, tmp_path / "new", importance=bad)
     assert not (tmp_path / "new").exists()
 
@@ -279,30 +279,30 @@ def test_save_refuses_what_the_files_cannot_hold(tmp_path):
     fastlora.save(model, tmp_path / "fine")
     model.norm.weight.requires_grad_(True)
     model.blocks[0].attn.proj.bias.requires_grad_(True)
-    with pytest.raises((TypeError, ValueError), match=r"trained parameters.*blocks\.0\.attn\.proj\.bias, norm\.weight"):
+    with pytest.raises(ValueError, match=r"trained parameters.*blocks\.0\.attn\.proj\.bias, norm\.weight"):
         fastlora.save(model, tmp_path / "a")
-    with pytest.raises((TypeError, ValueError), match="has no adapters"):
+    with pytest.raises(ValueError, match="has no adapters"):
         fastlora.save(make_vit(), tmp_path / "a")
-    with pytest.raises((TypeError, ValueError), match=r"adapter: expected one of \['default'\], got 'b'"):
+    with pytest.raises(ValueError, match=r"adapter: expected one of \['default'\], got 'b'"):
         fastlora.save(model, tmp_path / "a", adapter="b")
-    with pytest.raises((TypeError, ValueError), match="model: expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module"):
         fastlora.save({}, tmp_path / "a")
-    with pytest.raises((TypeError, ValueError), match="no name in a file"):
+    with pytest.raises(ValueError, match="no name in a file"):
         fastlora.save(fastlora.nn.Linear(4, 4, r=2), tmp_path / "a")
     shared = Nested()
     shared.layer[0]["q"] = shared.vision["layer"][0]["q"]
     fastlora.inject(shared, fastlora.LoraConfig(r=2, target_modules=["q"]))
-    with pytest.raises((TypeError, ValueError), match="several names"):
+    with pytest.raises(ValueError, match="several names"):
         fastlora.save(shared, tmp_path / "a")
     tied = Nested()
     tied.head = nn.Linear(8, 8)
     tied.head.weight = tied.layer[0]["k"].weight
     fastlora.inject(tied, fastlora.LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"]))
-    with pytest.raises((TypeError, ValueError), match=r"shared with 'layer\.0\.k\.weight'"):
+    with pytest.raises(ValueError, match=r"shared with 'layer\.0\.k\.weight'"):
         fastlora.save(tied, tmp_path / "a")
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("x")
-    with pytest.raises((TypeError, ValueError), match="expected a folder"):
+    with pytest.raises(ValueError, match="expected a folder"):
         fastlora.save(adapted("vit", target_modules="qkv"), tmp_path / "file")
 
 
