@@ -58,7 +58,7 @@ def _measured(name: str, case: Case, rounds: int, gpu: NullGpu | None) -> list[d
             variant.forget()
             variant.call()
     counted = {} if gpu is None else {variant.name: _counted(gpu, variant) for variant in variants}
-    times = _times(case, variants, rounds)
+    times = _times(case, variants, rounds * case.longer)
     for variant in variants:
         getattr(variant, "close", lambda: None)()
     ratios = {base: paired(times, base) for base in BASES if base in times}

@@ -278,13 +278,11 @@ _BACKWARD = frozenset(
 _CHECKPOINTS = CheckpointFunction.forward.__code__.co_filename
 
 
-def _a_caller(is_it: Callable[[Any], bool]) -> bool:
+def _callers() -> Iterable[Any]:
     frame = sys._getframe(2)
     while frame is not None:
-        if is_it(frame.f_code):
-            return True
+        yield frame.f_code
         frame = frame.f_back
-    return False
 
 
 def in_backward() -> bool:
@@ -292,12 +290,19 @@ def in_backward() -> bool:
     if _graph_task is not None:
         return _graph_task() != -1
     # On a GPU the engine's own threads have no caller of backward, but the checkpoint's hook.
-    return _a_caller(lambda c: c in _BACKWARD or (c.co_filename == _CHECKPOINTS and c.co_name == "unpack_hook"))
+    return any(c in _BACKWARD or (c.co_filename == _CHECKPOINTS and c.co_name == "unpack_hook") for c in _callers())
 
 
 def in_reentrant_checkpoint() -> bool:
     """Whether a caller is an autograd function, as a reentrant checkpoint is: without gradients, and repeated."""
-    return _a_caller(lambda code: code.co_name == "forward" and code.co_varnames[:1] == ("ctx",))
+    return any(code.co_name == "forward" and code.co_varnames[:1] == ("ctx",) for code in _callers())
+
+
+def unseen_checkpoints() -> int:
+    """How many checkpoints are open that put no hooks on saved tensors, since nothing is saved without gradients."""
+    if torch.is_grad_enabled():
+        return 0
+    return sum(c.co_filename == _CHECKPOINTS and c.co_name in ("checkpoint", "forward") for c in _callers())
 
 
 # The innermost hooks on saved tensors, those of non-reentrant checkpointing among them; None without any. Where torch

@@ -191,7 +191,8 @@ class Operands:
                 self._found.append((weakref.ref(layer), name, *factors))
         self._interleaved = any([layer.slices.blocks > 1 for layer in layers])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._interleaved):
-            self._call = BoundCall(W, bias, *self._operands(), layers[0].backend, layers[0].engine)
+            of_all = layers[0].backend, layers[0].engine, (), streams_of(layers)
+            self._call = BoundCall(W, bias, *self._operands(), *of_all)
         self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
         self._weights = W
         self._places, self._keys, self._values = ([entry[i] for entry in self.stored] for i in range(3))
@@ -257,6 +258,11 @@ class Operands:
 def _dropout(layer: Any, names: Sequence[str]) -> list[float]:
     specs = [layer.adapter_specs.get(name) for name in names]
     return [0.0 if spec is None else spec.dropout for spec in specs]
+
+
+def streams_of(layers: Sequence[Any]) -> list[int]:
+    """The number by which dropout knows each projection of layers that run together."""
+    return [layer.stream + i for layer in layers for i in range(len(layer.slices.widths()))]
 
 
 def hooked(module: nn.Module) -> bool:

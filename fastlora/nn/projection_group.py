@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -11,7 +12,16 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .._utils.torch_compat import autocasting, being_traced, has_hooks, in_backward, saving_hooks, version_of
+from .._utils.torch_compat import (
+    autocasting,
+    being_traced,
+    has_hooks,
+    in_backward,
+    saving_hooks,
+    unseen_checkpoints,
+    version_of,
+)
+from ..ops.lora import new_seed
 from .adapter import Bundle
 from .linear import Linear, forward_together
 from .routing import Route
@@ -36,6 +46,18 @@ class _Visit:
     shared: tuple[Tensor, tuple] | None = None  # the input of the last launch and its state, while they are compared
     wanted: dict[tuple[int, int], set[int]] = field(default_factory=dict)  # siblings that came for a launch's input
     token: _Token | None = None
+    checkpoints: int = 0  # that it runs in without gradients
+    drawn: dict[Linear, int] = field(default_factory=dict)  # calls of each sibling with dropout
+    seeds: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)  # of the siblings' n-th calls
+    number: int | None = None  # of the seed of the last launch, None without dropout
+
+    def seed(self, layer: Linear, device: torch.device) -> Tensor:
+        """What all siblings draw the masks of their n-th call from, whichever of them run together."""
+        number = self.drawn.get(layer, 0)
+        self.drawn[layer] = number + 1
+        if (number, device) not in self.seeds:
+            self.seeds[(number, device)] = new_seed(device)
+        return self.seeds[(number, device)]
 
 
 class ProjectionGroup:
@@ -45,12 +67,13 @@ class ProjectionGroup:
     own when it is called with the same tensor object at the same version under the same modes; otherwise it computes
     alone. What is expected is learned: a result that nobody took by the owner's exit is not computed ahead again, and
     siblings that are not ``expected`` to share an input are computed ahead once they were seen to.
-    While dropout is active every projection runs alone, with its own mask.
+    Their dropout masks come from one seed a visit of the owner, each from a stream of its own, so that they do not
+    depend on what runs together.
     """
 
     def __init__(self, layers: list[Linear], expected: bool = True):
         self.expected = expected
-        self._hold(layers)
+        self._adopt(layers)
 
     @property
     def layers(self) -> list[Linear]:
@@ -66,8 +89,14 @@ class ProjectionGroup:
         """Take in other siblings; what was learned of the old ones is forgotten."""
         for layer in self.layers:
             layer.group = None
+        self._adopt(layers)
+
+    def _adopt(self, layers: list[Linear]) -> None:
+        stream = 0
         for layer in layers:
-            layer.group = self
+            layer.group, layer.bundle = self, None
+            layer.dropout_salt, layer.stream = layers[0].dropout_salt, stream
+            stream += len(layer.slices.widths())
         self._hold(layers)
 
     def _clear(self) -> None:
@@ -103,6 +132,10 @@ class ProjectionGroup:
         route = layer.router.route(layer.training) if in_backward() else layer.router.current()
         if visit.state != _state(x, route):
             return None
+        if visit.number is not None:
+            if visit.drawn.get(layer, 0) != visit.number:
+                return None
+            visit.drawn[layer] = visit.number + 1
         visit.unused[visit.trigger].discard(layer)
         out = visit.waiting.pop(layer)
         if not visit.waiting:
@@ -112,32 +145,38 @@ class ProjectionGroup:
     def __call__(self, layer: Linear, x: Tensor, route: Route) -> Tensor:
         """The layer's output, and those of the siblings that are expected to follow computed ahead."""
         visits = self._visits.get(get_ident())
-        if (
-            not visits
-            or visits[-1].x is x  # another call of a projection whose siblings still wait: theirs stay theirs
-            or x.is_inference()
-            or ref(layer) not in self._index
-            or _alone(layer, visits[-1], route)
-        ):
+        if not visits or ref(layer) not in self._index or _repeated_alone(layer, visits[-1]):
             return forward_together((layer,), x, route)[0]
-        return self._launch(visits[-1], layer, x, route)
+        visit = visits[-1]
+        seed = functools.partial(visit.seed, layer)
+        # Another call of a projection whose siblings still wait: theirs stay theirs.
+        if visit.x is x or x.is_inference():
+            return forward_together((layer,), x, route, None, seed)[0]
+        return self._launch(visit, layer, x, route, seed)
 
-    def _launch(self, visit: _Visit, layer: Linear, x: Tensor, route: Route) -> Tensor:
+    def _launch(self, visit: _Visit, layer: Linear, x: Tensor, route: Route, seed: Any) -> Tensor:
         mine = self._index[ref(layer)]
         trigger = (visit.launches, mine)
         if not self.expected:
             self._compare(visit, trigger, x, route)
-        skip = self._plan.get(trigger, self._unknown)
+        skip, drawn = self._plan.get(trigger, self._unknown), visit.drawn
+        number = drawn.get(layer, 0)
         members = [member() for member in self._members]
-        which = (mine, *[i for i, other in enumerate(members) if i not in skip and _joins(other, layer, route)])
+        ahead = [
+            i
+            for i, other in enumerate(members)
+            if i not in skip and _joins(other, layer, route) and (not drawn or drawn.get(other, 0) == number)
+        ]
+        which = (mine, *ahead)
         layers = tuple([members[i] for i in which])
         bundle = self._bundles.get(which)
         if bundle is None:
             bundle = self._bundles[which] = Bundle()
         kept = bundle.kept(layers, route.names)
         if not kept.alike:
-            return forward_together((layer,), x, route)[0]
-        outputs = forward_together(layers, x, route, kept)
+            return forward_together((layer,), x, route, None, seed)[0]
+        outputs = forward_together(layers, x, route, kept, seed)
+        visit.number = number if drawn.get(layer, 0) > number else None
         visit.launches += 1
         visit.trigger, visit.state = trigger, _state(x, route)
         visit.unused[trigger] = set(layers[1:])
@@ -171,10 +210,11 @@ class ProjectionGroup:
             self._plan.update(self._learned)
             self._learned.clear()
         visits = self._visits.setdefault(get_ident(), [])
+        training = any([layer.training for layer in self.layers])
         for interrupted in visits:
             # KeyboardInterrupt passes by the exit hook.
             interrupted.x, interrupted.waiting = None, {}
-        visits.append(_Visit(saving_hooks()))
+        visits.append(_Visit(saving_hooks(), checkpoints=unseen_checkpoints() if training else 0))
 
     def release(self, owner: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the owner: free what nobody took, and learn from a pass that went through."""
@@ -214,13 +254,9 @@ def _joins(other: Linear | None, mine: Linear, route: Route) -> bool:
     )
 
 
-def _alone(layer: Linear, visit: _Visit, route: Route) -> bool:
-    """Whether a call must not compute ahead.
-
-    With dropout, masks would depend on what runs together, and so on what was learned: not reproducible. A checkpoint
-    around the projection alone is recomputed outside its owner, where nothing is computed ahead.
-    """
-    return saving_hooks() != visit.hooks or (layer.training and any(layer.dropout_p(route)))
+def _repeated_alone(layer: Linear, visit: _Visit) -> bool:
+    """Whether a checkpoint inside of the owner is around the call: it is recomputed outside, without a visit."""
+    return saving_hooks() != visit.hooks or (layer.training and unseen_checkpoints() != visit.checkpoints)
 
 
 def _state(x: Tensor, route: Route) -> tuple:
@@ -239,8 +275,6 @@ def group_projections(owner: nn.Module, layers: list[Linear], expected: bool = T
     ``expected``: whether they do is taken for granted at first, as for q, k and v, or has to be seen.
     """
     group = ProjectionGroup(layers, expected)
-    for layer in layers:
-        layer.group = group
     owner.register_forward_pre_hook(group.enter)
     owner.register_forward_hook(group.release, always_call=True)
     return group

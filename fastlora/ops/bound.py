@@ -52,10 +52,12 @@ class BoundCall:
         backend: str,
         engine: str,
         starts: Sequence[int] = (),
+        streams: Sequence[int] = (),
     ):
         self.W, self.bias, self.A, self.B = tuple(W), tuple(bias), tuple(A), tuple(B)
         self.scale, self.backend, self.engine = [float(s) for s in scale], backend, engine
         self.layout = GroupLayout(W, B, starts)
+        self.streams = tuple(streams) or tuple(range(self.layout.projections))
         self.dtype, self.device = W[0].dtype, W[0].device
         self.no_dropout = [0.0] * (len(A) // self.layout.projections)
         self.frozen = [t for t in (*W, *bias) if t is not None]
@@ -139,7 +141,7 @@ class BoundCall:
     def rest(self, rows, key, p, P, sign) -> tuple:
         """The operands of the operator behind V."""
         given, starts = [] if rows is None else list(rows), self.layout.starts
-        return P, sign, key, given, starts, self.scale, p or self.no_dropout, self.backend, self.engine
+        return P, sign, key, given, starts, self.scale, p or self.no_dropout, self.streams, self.backend, self.engine
 
     def need(self, wanted: tuple[bool, ...], leaves: int) -> Need:
         """Which gradients a backward is asked for; ``wanted`` is for x, A, B, Z and V in turn."""
@@ -171,10 +173,9 @@ class _Run:
         self.leaves, self.moments = leaves, moments
         self.probes = tuple(probe_counts(P)) if P else ()
         self.plain = rows is None and key is None
+        streams = None if key is None else self.bound.streams
         self.options = (
-            moments > 0
-            if self.plain and not P
-            else (moments > 0, rows is None, key is None, *p, self.probes, len(sign))
+            moments > 0 if self.plain and not P else (moments > 0, rows is None, streams, *p, self.probes, len(sign))
         )
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
@@ -247,7 +248,7 @@ class _Run:
 
 
 def _forward(run: _Run, x, W, bias, A, B, P, sign, rows, key) -> list[Tensor]:
-    bound, drop = run.bound, None if key is None else Dropout(key, run.p)
+    bound, drop = run.bound, None if key is None else Dropout(key, run.p, run.bound.streams)
     call = LoraCall(
         x, W, bias, A, B, P, run.probes, bound.scale, bound.layout, rows, drop, bound.engine, run.moments > 0
     )
@@ -277,7 +278,7 @@ def _count(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _backward(run: _Run, x, h, W, A, B, dy, need: Need, rows, key) -> list[Tensor | None]:
-    bound, drop, dtype = run.bound, None if key is None else Dropout(key, run.p), x.dtype
+    bound, drop, dtype = run.bound, None if key is None else Dropout(key, run.p, run.bound.streams), x.dtype
     call = LoraCall(
         x, W, (), A, B, (), run.probes, bound.scale, bound.layout, rows, drop, bound.engine, False
     )  # fmt: skip

@@ -120,9 +120,9 @@ class ComposedBackend:
 
     def _dropout(self, call: LoraCall, g: int, mine: Tensor | None, x: Tensor, projection: int) -> Tensor:
         if mine is None:
-            return self.kernels.dropout(x, call.drop.key, projection, call.drop.p[g])
+            return self.kernels.dropout(x, call.drop.key, call.drop.streams[projection], call.drop.p[g])
         keys = call.drop.key if mine.dtype == torch.bool else call.drop.key[mine]
-        return self.kernels.dropout_rows(x, keys, projection, call.drop.p[g])
+        return self.kernels.dropout_rows(x, keys, call.drop.streams[projection], call.drop.p[g])
 
     def backward(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
         """As ``Backend.backward``."""
