@@ -39,7 +39,9 @@ PRESETS: Mapping[str, tuple[int, int, str]] = MappingProxyType(
 # Fields of peft.LoraConfig that say where a file came from or how PEFT runs, and change no number here.
 _PEFT_NEUTRAL = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "runtime_config", "ephemeral_gpu_offload", "megatron_core", "fan_in_fan_out",
+    "runtime_config", "ephemeral_gpu_offload", "megatron_core",
+    "fan_in_fan_out",  # PEFT corrects it by the class of each layer, which says how its weight lies
+    "ensure_weight_tying",  # ``inject`` refuses it where a target is tied
 }  # fmt: skip
 
 
@@ -95,6 +97,8 @@ class LoraConfig:
 
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
       ``"qkv"``, ``"attention"``, ``"mlp"``, ``"all-linear"``.
+    - ``layers_to_transform``: indices of the only layers that a list of names or a role means; ``layers_pattern``: the
+      names of the ``nn.ModuleList`` that they count, any one where it is None.
     - ``rank_pattern``, ``alpha_pattern``: keys (``blocks.0.attn.qkv[q]``), module paths or PEFT's suffix patterns.
     - ``scale``: ``"constant"`` keeps the one ``s`` of (lora_alpha, r) whatever a layer's rank; ``"per_rank"`` divides
       by each layer's own rank, as PEFT does.
@@ -117,14 +121,18 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
     scale: str = "constant"
     split_qkv: bool | None = None
     adapter_dtype: torch.dtype | None = None
     backend: str = "auto"
     prepack: bool | str = "auto"
 
-    # How patterns are looked up; PEFT takes the first that matches. Not a field: nobody has to write it down.
+    # How patterns are looked up (PEFT takes the first that matches), and whether a rank may exceed min(N, K), as it may
+    # in PEFT. Not fields: nobody has to write them down.
     exact_names_first: ClassVar[bool] = True
+    any_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.r = check_integer("r", self.r, 1)
@@ -146,6 +154,25 @@ class LoraConfig:
             _check_targets(name, getattr(self, name))
         if self.modules_to_save is not None and not _names(self.modules_to_save):
             raise wrong_type("modules_to_save", "a list of names or None", self.modules_to_save)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        wanted, pattern = self.layers_to_transform, self.layers_pattern
+        indices = list(wanted) if isinstance(wanted, (list, tuple, set, frozenset)) else [wanted]
+        for index in () if wanted is None else indices:
+            check_integer("layers_to_transform", index, 0, "None, or one or several integers")
+        if pattern is not None and not isinstance(pattern, str) and not _names(pattern):
+            raise wrong_type("layers_pattern", "a name, a list of names or None", pattern)
+        if pattern and not indices_of(wanted):
+            raise wrong_value("layers_pattern", "None without layers_to_transform", pattern)
+        for name in names_in(pattern):
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise wrong_value("layers_pattern", "regular expressions", name, f": {error}") from None
+        target = self.target_modules
+        if indices_of(wanted) and isinstance(target, str) and target not in ROLES:
+            raise wrong_value("layers_to_transform", "None with a regular expression, which can say it itself", wanted)
 
     def scaling(self, rank: int, alpha: float | None = None) -> float:
         """``s`` of a matrix of this rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
@@ -164,7 +191,7 @@ class LoraConfig:
         if type(config).__name__ != "LoraConfig":
             raise wrong_type("config", "a fastlora.LoraConfig or a peft.LoraConfig", config)
         taken = cls(**_from_peft_fields(config))
-        taken.exact_names_first = False
+        taken.exact_names_first, taken.any_rank = False, True
         return taken
 
     @classmethod
@@ -177,6 +204,24 @@ class LoraConfig:
         """
         r, alpha, targets = PRESETS[check_choice("difficulty", difficulty, PRESETS)]
         return cls(**{"r": r, "lora_alpha": alpha, "target_modules": targets, "split_qkv": False, **fields})
+
+
+def indices_of(layers: Sequence[int] | int | None) -> list[int]:
+    """The indices that ``layers_to_transform`` gives; none where every layer is meant."""
+    return [] if layers is None else [layers] if isinstance(layers, int) else list(layers)
+
+
+def names_in(patterns: Sequence[str] | str | None) -> list[str]:
+    """The names that ``layers_pattern`` gives."""
+    return [patterns] if isinstance(patterns, str) and patterns else list(patterns or ())
+
+
+def layer_index(path: str, patterns: Sequence[str] | str | None) -> int | None:
+    """Index of the layer that a module lies in: below the first list of modules, or the first one of these names."""
+    found = None if patterns else re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", path)
+    for pattern in names_in(patterns):
+        found = found or re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path)
+    return None if found is None else int(found["index"])
 
 
 def _from_peft_fields(config: Any) -> dict[str, Any]:

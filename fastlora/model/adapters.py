@@ -15,7 +15,7 @@ from .._utils.errors import check_choice, check_instance, wrong_value
 from .._utils.torch_compat import assert_async
 from ..config import LoraConfig
 from ..nn.active import NO_ADAPTERS
-from ..nn.linear import Linear, adapted_layers
+from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
 from ..ops.layout import AdapterBatch
 from .inject import (
@@ -25,6 +25,7 @@ from .inject import (
     find_targets,
     group_layers,
     plan_injection,
+    refuse_tying,
 )
 from .learning_check import watch_learning
 
@@ -34,7 +35,7 @@ def routers_of(model: nn.Module) -> list[Router]:
     return _agreeing(adapted_layers(model))
 
 
-def _agreeing(layers: Mapping[str, Linear]) -> list[Router]:
+def _agreeing(layers: Mapping[str, Adapted]) -> list[Router]:
     found = list({id(layer.router): layer.router for layer in layers.values()}.values())
     if not found:
         raise ValueError(NO_ADAPTERS)
@@ -64,13 +65,15 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     check_adapter_name(name, "name")
     if name in routers[0].names:
         raise wrong_value("name", f"one that is none of {routers[0].names}", name)
-    config = LoraConfig.coerce(config)
+    given, config = config, LoraConfig.coerce(config)
     if config.bias != "none":
         raise wrong_value("bias", "'none' for an adapter that shares its base with others", config.bias)
     saved = find_modules_to_save(model, config)
-    plan = plan_injection(model, config, find_targets(model, config, saved))
+    names = find_targets(model, config, saved)
+    refuse_tying(model, given, names, saved)
+    plan = plan_injection(model, config, names)
     for planned in plan:
-        if not isinstance(planned.layer, Linear):
+        if not isinstance(planned.layer, Adapted):
             continue
         if planned.layer.slices != planned.slices:
             raise ValueError(
@@ -80,7 +83,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
         if planned.layer.merged:
             raise ValueError(f"model: {planned.path!r} is merged; call fastlora.unmerge first")
     for planned in plan:
-        if not isinstance(planned.layer, Linear):
+        if not isinstance(planned.layer, Adapted):
             planned.layer.requires_grad_(False)
         commit_injection(model, planned, config, routers[0], name)
     modules = dict(model.named_modules())

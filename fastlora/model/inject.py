@@ -15,13 +15,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, suggestion, wrong_value
 from .._utils.torch_compat import remove_forward_hooks
-from ..config import ROLES, LoraConfig
+from ..config import ROLES, LoraConfig, indices_of, layer_index
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, new_factors
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
 from ..nn.layer_view import Conv1D
 from ..nn.linear import (
     DEFAULT,
     ENGINE_OF_PREPACK,
+    Adapted,
     FrozenLinear,
     Linear,
     adapted_layers,
@@ -31,6 +32,7 @@ from ..nn.linear import (
     detach_state,
     matrix_key,
 )
+from ..nn.plain import Plain
 from ..nn.projection_group import group_projections
 from ..nn.quantized import QuantizedLinear, check_weight, foreign_base, original_class
 from ..nn.routing import Router
@@ -88,10 +90,11 @@ def inject(
     check_choice("check", check, MODES)
     refuse_parallel(model, "inject")
     check_flag("accelerate_frozen", accelerate_frozen)
-    config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
+    given, config = config, _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
     saved = find_modules_to_save(model, config)
     names = find_targets(model, config, saved)
+    refuse_tying(model, given, names, saved)
     plan = plan_injection(model, config, names)
     router = Router(adapter)
     for planned in plan:
@@ -139,7 +142,7 @@ def refuse_adapted(model: nn.Module) -> None:
     """``ValueError`` for a model that has adapters, ours or PEFT's."""
     refuse_peft(model)
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Adapted):
             raise ValueError(f"model: {name!r} already has an adapter; use set_ranks to change ranks")
 
 
@@ -228,13 +231,44 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list
         names = [n for n in names if n not in excluded]
     if not names:
         raise ValueError("exclude_modules: nothing is left of target_modules")
-    names = _without_saved(config, names, saved)
+    names = _of_layers(config, _without_saved(config, names, saved))
     modules = named_targets(model)
     for name in names:
-        reason = None if isinstance(modules[name], Linear) else refusal(model, name)
+        reason = None if isinstance(modules[name], Adapted) else refusal(model, name)
         if reason is not None:
             raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
     return names
+
+
+def _of_layers(config: LoraConfig, names: list[str]) -> list[str]:
+    """Those of the layers that ``layers_to_transform`` gives; as in PEFT, a full name in a list is always meant."""
+    wanted, target = indices_of(config.layers_to_transform), config.target_modules
+    if not wanted:
+        return names
+    own = () if isinstance(target, str) else target
+    index_of = {n: layer_index(n, config.layers_pattern) for n in names}
+    missing = sorted(set(wanted) - set(index_of.values()))
+    if missing:
+        known = sorted({i for i in index_of.values() if i is not None})
+        raise wrong_value("layers_to_transform", f"indices of layers that hold targets, of {known}", missing)
+    return [n for n in names if n in own or index_of[n] in wanted]
+
+
+def refuse_tying(model: nn.Module, config: Any, names: Collection[str], saved: Collection[str]) -> None:
+    """``ensure_weight_tying`` of a ``peft.LoraConfig``: nothing to do, unless something that is trained is tied."""
+    if not getattr(config, "ensure_weight_tying", False):
+        return
+    chosen, users = {*names, *saved}, {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for _, parameter in module.named_parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(path)
+    for paths in users.values():
+        tied = [path for path in paths if path in chosen]
+        if tied and len(paths) > 1:
+            raise ValueError(
+                f"ensure_weight_tying: {paths[0]!r} and {paths[1]!r} share one weight, and adapters of the two would "
+                f"not be one; adapt one of them without ensure_weight_tying, or leave out {tied[0]!r}"
+            )
 
 
 def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -281,10 +315,11 @@ def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> li
         check_weight(name, layer, config.backend)
         ranks = {s: rank_of.get(matrix_key(name, s), config.r) for s in slices[name]}
         K = features(layer)[0]
-        checked_ranks(ranks, K, slices[name], name)
+        groups, lookup = getattr(layer, "groups", 1), isinstance(layer, nn.Embedding)
+        checked_ranks(ranks, K, slices[name], name, config.any_rank, groups)
         scale = {s: config.scaling(r, alpha_of.get(matrix_key(name, s))) for s, r in ranks.items()}
         spec = AdapterSpec(scale, config.lora_dropout, config.init_lora_weights, adapter_dtype_of(config, layer))
-        factors = new_factors(slices[name], ranks, K, spec, layer.weight.device)
+        factors = new_factors(slices[name], ranks, K, spec, layer.weight.device, groups, lookup)
         plan.append(_Planned(name, layer, slices[name], spec, factors))
     return plan
 
@@ -321,7 +356,7 @@ def _match_strength(pattern: str, key: str, exact_names_first: bool, attentions:
 def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, router: Router, adapter: str) -> None:
     """Adapt one layer in place, by a change of class unless it is adapted already, and install the new factors."""
     layer = planned.layer
-    if not isinstance(layer, Linear):
+    if not isinstance(layer, Adapted):
         layer.in_features, layer.out_features = features(layer)
         layer.__class__ = adapted_class(layer, split=set(planned.slices) != {WHOLE})
         attach_state(layer, planned.slices, config, router, planned.path)
@@ -344,7 +379,7 @@ def group_layers(model: nn.Module) -> None:
         elif known.layers != layers:
             known.regroup(layers)
     for owner in modules.values():
-        if isinstance(owner, Linear):
+        if isinstance(owner, Adapted):
             continue
         alike: dict[int, list[Linear]] = {}
         for child in owner.children():
@@ -400,8 +435,8 @@ def eject(model: nn.Module) -> nn.Module:
     """
     for layer in adapted_layers(model).values():
         detach_state(layer)
-        if isinstance(layer, Conv1D):
-            layer.__class__ = conv1d_class()
+        if isinstance(layer, (Conv1D, Plain)):
+            layer.__class__ = conv1d_class() if isinstance(layer, Conv1D) else layer.original
             del layer.in_features, layer.out_features
         elif isinstance(layer, QuantizedLinear):
             layer.__class__ = original_class(layer)

@@ -105,6 +105,11 @@ def _refuse(path: str, layer: Linear, users: Mapping[int, list[str]], requantize
         raise ValueError(f"model: {path!r} and {sharing[0]!r} share one weight and cannot be merged")
     if layer.merged:
         raise ValueError(f"model: {path!r} is merged already")
+    if layer.groups > 1:
+        raise ValueError(
+            f"model: {path!r} is a convolution in {layer.groups} groups, and its adapter runs over all channels, which "
+            "no such weight does; it cannot be merged"
+        )
 
 
 def _quantized_sum(path: str, layer: Linear, adapter: str) -> tuple[torch.Tensor | None, float]:

@@ -56,8 +56,12 @@ def set_ranks(
     replaced = []
     for path, changed in wanted.items():
         layer = layers[path]
-        checked_ranks(changed, layer.in_features, layer.slices, path)
-        trained = any(b is not None and bool(b.detach().any()) for b in layer.lora_B[adapter]._parameters.values())
+        checked_ranks(changed, layer.in_features, layer.slices, path, groups=layer.groups)
+        if keep and layer.groups > 1:
+            raise ValueError(f"keep: {path!r} is a convolution in groups, whose rows of A have other columns of B then")
+        # Of an embedding A is zero at first.
+        factors = layer.lora_A[adapter].tensors() if layer.lookup else layer.lora_B[adapter].tensors()
+        trained = any(p is not None and bool(p.detach().any()) for p in factors.values())
         if trained and not (reinit or keep) and layer.adapter_specs[adapter].init is not False:
             raise ValueError(
                 f"ranks: {path!r} has been trained (B is not zero); pass reinit=True to start it afresh, or keep=True"
@@ -105,7 +109,8 @@ def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: Lo
     dtype = next((p.dtype for p in layer.lora_B[adapter].parameters()), spec.dtype)
     spec = replace(spec, scale=scale, dtype=dtype)
     with torch.no_grad():
-        A, B = new_factors(layer.slices, {**ranks, **changed}, layer.in_features, spec, layer.weight.device)
+        made = (layer.slices, {**ranks, **changed}, layer.in_features, spec, layer.weight.device)
+        A, B = new_factors(*made, groups=layer.groups, lookup=layer.lookup)
         for name in layer.slices:
             if name not in changed and ranks[name]:
                 A._parameters[name], B._parameters[name] = (

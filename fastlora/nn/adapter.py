@@ -51,11 +51,18 @@ class AdapterSpec:
 
 
 def new_factors(
-    slices: Mapping[str, int], ranks: Mapping[str, int], in_features: int, spec: AdapterSpec, device: torch.device
+    slices: Mapping[str, int],
+    ranks: Mapping[str, int],
+    in_features: int,
+    spec: AdapterSpec,
+    device: torch.device,
+    groups: int = 1,
+    lookup: bool = False,
 ) -> tuple[Factors, Factors]:
     """Fresh (A, B): A Kaiming uniform (``"gaussian"``: normal / r), B zero; ``init=False`` draws B like A.
 
-    slices: name -> N; ranks: name -> r; A [r, K], B [N, r].
+    slices: name -> N; ranks: name -> r; A [r, K], B [N, r / groups]. ``lookup``, an embedding: A zero and B normal;
+    ``init=False`` draws A like B.
     """
     A: dict[str, Tensor | None] = {}
     B: dict[str, Tensor | None] = {}
@@ -65,12 +72,15 @@ def new_factors(
             A[name] = B[name] = None
             continue
         a = torch.empty(rank, in_features, device=device, dtype=spec.dtype)
-        b = torch.zeros(out_features, rank, device=device, dtype=spec.dtype)
-        if spec.init == "gaussian":
+        b = torch.zeros(out_features, rank // groups, device=device, dtype=spec.dtype)
+        if lookup:
+            nn.init.normal_(a) if spec.init is False else nn.init.zeros_(a)
+            nn.init.normal_(b)
+        elif spec.init == "gaussian":
             nn.init.normal_(a, std=1 / rank)
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        if spec.init is False:
+        if spec.init is False and not lookup:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         A[name], B[name] = a, b
     return Factors(A), Factors(B)

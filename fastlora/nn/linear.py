@@ -24,54 +24,13 @@ _MERGED_AT_ONCE = 2**17  # entries of a weight: 512 KiB in fp32, the fastest of 
 ENGINE_OF_PREPACK = {"auto": AUTO, True: PACKED, False: UNPACKED}
 
 
-class Linear(nn.Linear):
-    r"""A frozen linear layer with a trainable low-rank update; drop-in for ``nn.Linear``.
-
-    .. math:: y = x W^\top + b + s\, \mathrm{dropout}(x) A^\top B^\top,\qquad s = \alpha / r
-
-    ``weight`` [N, K] and ``bias`` [N] keep their names; ``lora_A.default.weight`` is [r, K], ``lora_B.default.weight``
-    [N, r]. The base is frozen unless ``train_base``. Raises ``TypeError`` or ``ValueError`` naming the argument.
-    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022).
-    """
+class Adapted(nn.Module):
+    """A layer with adapters on a weight [N, K] in slices: its factors, and what follows from them."""
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        r: int = 8,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        adapter_dtype: torch.dtype | None = None,
-        train_base: bool = False,
-        backend: str = "auto",
-        prepack: bool | str = "auto",
-    ):
-        config = LoraConfig(
-            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend,
-            prepack=prepack,
-        )  # fmt: skip
-        check_flag("train_base", train_base)
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            check_integer(name, size)
-        if r > min(in_features, out_features):
-            raise wrong_value("r", f"at most min(in_features, out_features) = {min(in_features, out_features)}", r)
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        if not train_base:
-            self.requires_grad_(False)
-        slices = {WHOLE: out_features}
-        attach_state(self, slices, config, Router(DEFAULT))
-        spec = AdapterSpec({WHOLE: config.scaling(r)}, lora_dropout, init_lora_weights, adapter_dtype_of(config, self))
-        self.install(DEFAULT, spec, *new_factors(slices, {WHOLE: r}, in_features, spec, self.weight.device))
+    groups = 1  # of a convolution: B has r / groups columns
+    lookup = False  # an embedding, whose factors start the other way round: A zero, B random
 
     def install(self, name: str, spec: AdapterSpec, A: Factors, B: Factors) -> None:
         """Put an adapter's factors in place, replacing those of the same name."""
@@ -198,6 +157,68 @@ class Linear(nn.Linear):
             return (0.0,) * len(names)
         return tuple([self.adapter_specs[n].dropout if n in self.adapter_specs else 0.0 for n in names])
 
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        for name in self.adapter_specs:
+            ranks = self.ranks(name)
+            shown = ranks[WHOLE] if set(ranks) == {WHOLE} else "{" + ", ".join(f"{s}: {r}" for s, r in ranks.items()) + "}"  # fmt: skip  # noqa: E501
+            text += f", r={shown}" if name == DEFAULT else f", r[{name}]={shown}"
+        return text + (", merged" if self.merged else "")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A tracker belongs to the model it was made for, not to its copies; a packing refers to other layers.
+        return {**self.__dict__, "probes": {}, "bundle": None}
+
+
+class Linear(Adapted, nn.Linear):
+    r"""A frozen linear layer with a trainable low-rank update; drop-in for ``nn.Linear``.
+
+    .. math:: y = x W^\top + b + s\, \mathrm{dropout}(x) A^\top B^\top,\qquad s = \alpha / r
+
+    ``weight`` [N, K] and ``bias`` [N] keep their names; ``lora_A.default.weight`` is [r, K], ``lora_B.default.weight``
+    [N, r]. The base is frozen unless ``train_base``. Raises ``TypeError`` or ``ValueError`` naming the argument.
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype | None = None,
+        train_base: bool = False,
+        backend: str = "auto",
+        prepack: bool | str = "auto",
+    ):
+        config = LoraConfig(
+            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend,
+            prepack=prepack,
+        )  # fmt: skip
+        check_flag("train_base", train_base)
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            check_integer(name, size)
+        if r > min(in_features, out_features):
+            raise wrong_value("r", f"at most min(in_features, out_features) = {min(in_features, out_features)}", r)
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        if not train_base:
+            self.requires_grad_(False)
+        slices = {WHOLE: out_features}
+        attach_state(self, slices, config, Router(DEFAULT))
+        spec = AdapterSpec({WHOLE: config.scaling(r)}, lora_dropout, init_lora_weights, adapter_dtype_of(config, self))
+        self.install(DEFAULT, spec, *new_factors(slices, {WHOLE: r}, in_features, spec, self.weight.device))
+
     def forward(self, input: Tensor) -> Tensor:
         """``y = x W^T + b + s dropout(x) A^T B^T`` of the adapter that the running context chose; x [..., K]."""
         if torch.compiler.is_compiling():
@@ -217,21 +238,6 @@ class Linear(nn.Linear):
         if self.group is not None:
             return self.group(self, input, route)
         return forward_together((self,), input, route)[0]
-
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        for name in self.adapter_specs:
-            ranks = self.ranks(name)
-            shown = ranks[WHOLE] if set(ranks) == {WHOLE} else "{" + ", ".join(f"{s}: {r}" for s, r in ranks.items()) + "}"  # fmt: skip  # noqa: E501
-            text += f", r={shown}" if name == DEFAULT else f", r[{name}]={shown}"
-        return text + (", merged" if self.merged else "")
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A tracker belongs to the model it was made for, not to its copies; a packing refers to other layers.
-        return {**self.__dict__, "probes": {}, "bundle": None}
 
 
 class QKVLinear(Linear):
@@ -347,29 +353,38 @@ def _described(factor: Tensor | None) -> str:
     return "none" if factor is None else f"{tuple(factor.shape)} on {factor.device}"
 
 
-def checked_ranks(ranks: Mapping[str, int], in_features: int, slices: Mapping[str, int], key: str) -> None:
-    """Refuse ranks that a matrix cannot have, naming it."""
+def checked_ranks(
+    ranks: Mapping[str, int],
+    in_features: int,
+    slices: Mapping[str, int],
+    key: str,
+    above: bool = False,
+    groups: int = 1,
+) -> None:
+    """Refuse ranks that a matrix cannot have, naming it; ``above``: those above min(N, K) are none of them."""
     for name, rank in ranks.items():
         limit = min(in_features, slices[name])
         label = key if name == WHOLE else f"{key}[{name}]"
-        if check_integer(f"rank of {label}", rank, 0) > limit:
+        if check_integer(f"rank of {label}", rank, 0) > limit and not above:
             raise wrong_value(f"rank of {label}", f"at most min(in_features, out_features) = {limit}", rank)
+        if rank % groups:
+            raise wrong_value(f"rank of {label}", f"a multiple of the convolution's groups = {groups}", rank)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Linear]:
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     """Every adapted layer of a model by its path; ``TypeError`` for what is no model."""
     check_model(model)
-    found: dict[str, Linear] = {}
+    found: dict[str, Adapted] = {}
     _collect(model, "", set(), found)
     return found
 
 
-def _collect(module: nn.Module, path: str, seen: set[nn.Module], found: dict[str, Linear]) -> None:
+def _collect(module: nn.Module, path: str, seen: set[nn.Module], found: dict[str, Adapted]) -> None:
     # The modules of an adapted layer are its factors, of which there are many with many adapters.
     if module in seen:
         return
     seen.add(module)
-    if isinstance(module, Linear):
+    if isinstance(module, Adapted):
         found[path] = module
         return
     for name, child in module._modules.items():

@@ -22,6 +22,7 @@ from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
 from ..nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
+from ..nn.plain import CLASSES, CONVOLUTIONS, kernel_shapes
 from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
 from .names import (
     LORA_KEY,
@@ -30,6 +31,8 @@ from .names import (
     base_names,
     bias_tensors,
     choose_targets,
+    factor_key,
+    frozen_tensors,
     is_copy_of_saved,
     refuse_shared,
     saved_by,
@@ -145,6 +148,8 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     stored = {known.path(name): name for name in pairs}
     others = saved_tensors(model, saved) | bias_tensors(model, fields.bias, stored, saved)
     rest = {k for k in folder.tensors if not LORA_KEY.fullmatch(k)}
+    frozen = frozen_tensors(model, stored)
+    others |= {k: frozen[k] for k in sorted(rest & (frozen.keys() - others.keys()))}
     if fields.bias == "all":
         rest = {k for k in rest if not is_copy_of_saved(k, saved)}
     unranked = _unranked(fields.bias, rest - set(others))
@@ -154,6 +159,12 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     modules = named_targets(model)
     matrices = {p: _matrix(folder, known, p, name, modules[p], pairs[name]) for p, name in stored.items()}
     for key, target in others.items():
+        if key in frozen and folder.tensors[key].shape != target.shape:
+            rows = folder.tensors[key].shape[0]
+            raise ValueError(
+                f"{where}: {key!r} has shape {tuple(folder.tensors[key].shape)}, and the model's is "
+                f"{tuple(target.shape)}; call model.resize_token_embeddings({rows}) first"
+            )
         _refuse_tensor(where, key, folder.tensors[key], target)
     if folder.side is not None:
         split = set(folder.side.split)
@@ -200,7 +211,7 @@ def factor_pairs(folder: AdapterFolder) -> dict[str, tuple[Tensor, Tensor]]:
             key = f"{PREFIX}{path}.lora_{factor}.weight"
             if factor not in pair:
                 raise ValueError(f"{folder.where(TENSORS)}: missing key {key!r}")
-            if pair[factor].ndim != 2 or pair[factor].dtype not in _FLOATS:
+            if pair[factor].ndim < 2 or pair[factor].dtype not in _FLOATS:
                 raise ValueError(f"{folder.where(TENSORS)}: {key!r}: expected a floating matrix, got {pair[factor].dtype} {tuple(pair[factor].shape)}")  # fmt: skip  # noqa: E501
     if not found:
         raise ValueError(f"{folder.where(TENSORS)}: has no keys like {PREFIX}<module>.lora_A.weight")
@@ -233,13 +244,19 @@ def _matrix(
 ) -> _Matrix:
     where, (A, B), adapted = folder.where(TENSORS), pair, known.module(stored)
     rank, s = folder.fields.rank(adapted), folder.fields.scale(adapted)
-    if not is_linear(module):
-        raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}; only nn.Linear is implemented")
+    if not is_linear(module) and not isinstance(module, tuple(CLASSES)):
+        raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}, which is not implemented")
     if module.weight.is_meta:
         raise ValueError(f"model: {path!r} is on the meta device and cannot be loaded into")
     K, N = features(module)
-    _refuse_shape(where, f"{PREFIX}{stored}.lora_A.weight", A, (rank, K))
-    _refuse_shape(where, f"{PREFIX}{stored}.lora_B.weight", B, (N, rank))
+    convolves = isinstance(module, CONVOLUTIONS)
+    shapes = kernel_shapes(module, rank) if convolves else ((rank, K), (N, rank))
+    for factor, tensor, shape in zip("AB", pair, shapes, strict=True):
+        key = factor_key(stored, factor, module)
+        if key not in folder.tensors:
+            raise ValueError(f"{where}: missing key {key!r}")
+        _refuse_shape(where, key, tensor, shape)
+    A, B = (t.flatten(1) for t in pair)
     slices = folder.side.split.get(path, ()) if folder.side is not None else ()
     for scale in (s, *(s * x.scale_ratio for x in slices)):
         if not abs(scale) <= torch.finfo(torch.float32).max:
@@ -336,6 +353,7 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
             k: s / config.scaling(ranks[k], 1.0) for k, s in scales.items() if not _same(config.scaling(ranks[k]), s)
         }
         config = replace(config, rank_pattern={k: r for k, r in ranks.items() if r != config.r}, alpha_pattern=odd)
+        config.any_rank = True
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder.where(CONFIG if side is None else SIDE)}: {error}") from error
     sizes = fused_sizes(model, config)

@@ -13,12 +13,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._utils.errors import check_integer, wrong_value
+from ..config import indices_of, layer_index, names_in
 from ..model.modules import torch_attentions
 from ..nn.attention import InProjection
 from ..nn.linear import adapted_layers
 
 PREFIX = "base_model.model."
-LORA_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
+# An embedding's factors are parameters themselves.
+_FACTOR = r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?(embedding)|\.weight)"
+LORA_KEY = re.compile(re.escape(PREFIX) + _FACTOR)
+
+
+def factor_key(stored: str, factor: str, module: nn.Module) -> str:
+    """PEFT's key of A or B of the module that is stored under a name."""
+    kind = f"embedding_{factor}" if isinstance(module, nn.Embedding) else f"{factor}.weight"
+    return f"{PREFIX}{stored}.lora_{kind}"
+
 
 # Fields that say where a file came from, or that mean nothing unless another field is set.
 _NEUTRAL = {
@@ -78,19 +88,8 @@ class PeftFields:
             return re.fullmatch(self.target_modules, path) is not None
         if path in self.target_modules:
             return True
-        return _matches(self.target_modules, path) and self._layer_wanted(path)
-
-    def _layer_wanted(self, path: str) -> bool:
-        wanted = self.layers_to_transform
-        if wanted is None or wanted == []:
-            return True
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        found = None
-        if not self.layers_pattern:
-            found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", path)
-        for pattern in patterns if self.layers_pattern else ():
-            found = found or re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path)
-        return found is not None and int(found["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
+        wanted = indices_of(self.layers_to_transform)
+        return _matches(self.target_modules, path) and (not wanted or layer_index(path, self.layers_pattern) in wanted)
 
 
 def _matches(spec: str | Iterable[str], path: str) -> bool:
@@ -137,9 +136,8 @@ def parse_fields(raw: Any, where: str) -> PeftFields:
         fields = PeftFields(**taken)
         # Every pattern once, so that none of them fails later.
         fields.scale("a")
-        layers = [fields.layers_pattern] if isinstance(fields.layers_pattern, str) else fields.layers_pattern or []
         whole = [s for s in (fields.target_modules, fields.exclude_modules) if isinstance(s, str)]
-        for pattern in [*whole, *layers, *fields.modules_to_save]:
+        for pattern in [*whole, *names_in(fields.layers_pattern), *fields.modules_to_save]:
             re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{where}: not a regular expression: {error.pattern!r}: {error}") from None
@@ -291,6 +289,22 @@ def unranked_biases(model: nn.Module, adapter: str, mode: str, stored: Collectio
     layers = adapted_layers(model).items()
     targets = {p for p, x in layers if adapter in x.adapter_names and x._parameters.get("bias") is not None}
     return {*targets, *getattr(model, "fastlora_biases", {}).get(adapter, ())} - set(stored)
+
+
+def frozen_tensors(model: nn.Module, stored: Mapping[str, str]) -> dict[str, Tensor]:
+    """PEFT's keys of what is frozen and saved all the same (``save_embedding_layers``) -> the model's own parameters.
+
+    The input and output embeddings where they are adapted, and both where one of them was resized.
+    """
+    getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
+    embeddings = {id(get()) for get in getters if callable(get)}
+    out: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if id(module) in embeddings:
+            prefix = PREFIX + (f"{stored[path]}.base_layer" if path in stored else path)
+            own = {name: module._parameters.get(name) for name in ("weight", "bias")}
+            out |= {f"{prefix}.{name}": p for name, p in own.items() if p is not None}
+    return out
 
 
 def is_copy_of_saved(key: str, saved: Iterable[str]) -> bool:

@@ -23,14 +23,15 @@ from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, adapted_layers
+from ..nn.plain import CONVOLUTIONS, Plain, kernel_shapes
 from .folder import FORMAT_VERSION, Slice, write_folder
 from .names import (
-    PREFIX,
     StoredNames,
     base_names,
     bias_tensors,
     choose_saved,
     choose_targets,
+    factor_key,
     patterns,
     refuse_shared,
     saved_tensors,
@@ -81,8 +82,9 @@ def save(
     biases = bias_tensors(model, config.bias, stored, taken, unranked_biases(model, adapter, config.bias, stored))
     _refuse_untold(model, taken, biases)
     fields = _fields(model, config, adapted, spec)
+    modules = named_targets(model)
     tensors = {
-        f"{PREFIX}{stored[p]}.lora_{f}.weight": t for p, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))
+        factor_key(stored[p], f, modules[p]): t for p, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))
     }
     tensors |= biases | saved_tensors(model, taken)
     side = {
@@ -195,6 +197,8 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
     A, B = layer.lora_A[adapter]._parameters, layer.lora_B[adapter]._parameters
     ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
     live = [name for name in layer.slices if ranks[name]]
+    if isinstance(layer, Plain):
+        return _kernels(layer, A[WHOLE].detach(), B[WHOLE].detach(), s, fold)
     ratios = {name: scales[name] / s if s and not fold else 1.0 for name in layer.slices}
     own = sum(ranks.values())
     stacked = torch.cat([whole(A[name].detach()) for name in live])
@@ -211,6 +215,15 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
     told = set(layer.slices) != {WHOLE} or own < rank or any(ratio != 1.0 for ratio in ratios.values())
     slices = tuple(Slice(n, rows, ranks[n], ratios[n]) for n, rows in layer.slices.items()) if told else ()
     return _Stored(stacked, block, _alpha(1.0 if fold else s, rank), slices)
+
+
+def _kernels(layer: Plain, A: Tensor, B: Tensor, s: float, fold: bool) -> _Stored:
+    """The factors of a convolution or an embedding in PEFT's shapes."""
+    rank, A, B = len(A), whole(A), whole(B)
+    B = (B.double() * s).to(B.dtype) if fold else B
+    if isinstance(layer, CONVOLUTIONS):
+        A, B = (t.view(shape) for t, shape in zip((A, B), kernel_shapes(layer, rank), strict=True))
+    return _Stored(A, B, _alpha(1.0 if fold else s, rank), ())
 
 
 def _alpha(s: float, rank: int) -> float:

@@ -140,7 +140,6 @@ class TestPeftConfig:
         [
             {"use_dora": True},
             {"init_lora_weights": "pissa"},
-            {"layers_to_transform": [0]},
             {"lora_bias": True},
             {"trainable_token_indices": [1]},
             {"target_parameters": ["weight"]},
