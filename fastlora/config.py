@@ -45,12 +45,25 @@ _PEFT_NEUTRAL = {
 }  # fmt: skip
 
 
+# Initialisations that move a part of the frozen weight into the factors: W + s B A is what W was.
+FROM_WEIGHT = ("pissa", "olora")
+# Those of PEFT that are not here, and why.
+_NOT_HERE = {
+    "pissa_niter": "a random subspace, from which nobody could have the changed weight again; use 'pissa'",
+    "mica": "B frozen and A trained; use 'olora', or freeze lora_B after inject",
+    "corda": "the covariance of the layers' inputs before inject; use 'pissa', or 'orthogonal'",
+    "eva": "batches before inject; use True, or 'pissa'",
+    "loftq": "weights rounded to a grid; quantize the model first and use True",
+    "lora_ga": "gradients of batches before inject; use True, or 'pissa'",
+}
 # Fields that are one of a few.
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", "all", "lora_only"),
     "scale": ("constant", "per_rank"),
     "prepack": ("auto", True, False),
-    "init_lora_weights": (True, False, "gaussian"),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", *FROM_WEIGHT),
+    "lora_bias": (True, False),
+    "use_dora": (True, False),
     "split_qkv": (None, True, False),
     "use_rslora": (True, False),
     "backend": ("auto", *BACKENDS),
@@ -97,6 +110,11 @@ class LoraConfig:
 
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
       ``"qkv"``, ``"attention"``, ``"mlp"``, ``"all-linear"``.
+    - ``init_lora_weights``: True, ``"gaussian"`` (A normal / r, B zero), False (both random), ``"orthogonal"`` (even
+      r), or, with ``W ← W − s B A``, ``"pissa"`` (leading singular vectors of W) and ``"olora"`` (its QR factors): as
+      in PEFT the frozen weight is then the rest, with the adapter disabled and for who loads the file, too.
+    - ``lora_bias``: a trained bias beside B, ``y += s b_B``. ``use_dora``: rows of the sum have a trained length m,
+      ``y = m / ‖W + s B A‖ (x W^T + s x A^T B^T) + bias``; no gradient goes through the norm.
     - ``layers_to_transform``: indices of the only layers that a list of names or a role means; ``layers_pattern``: the
       names of the ``nn.ModuleList`` that they count, any one where it is None.
     - ``rank_pattern``, ``alpha_pattern``: keys (``blocks.0.attn.qkv[q]``), module paths or PEFT's suffix patterns.
@@ -123,6 +141,8 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: Sequence[int] | int | None = None
     layers_pattern: Sequence[str] | str | None = None
+    lora_bias: bool = False
+    use_dora: bool = False
     scale: str = "constant"
     split_qkv: bool | None = None
     adapter_dtype: torch.dtype | None = None
@@ -143,6 +163,10 @@ class LoraConfig:
             check_number(f"alpha_pattern[{key!r}]", alpha)
         self.rank_pattern = {k: check_integer(f"rank_pattern[{k!r}]", v, 0) for k, v in self.rank_pattern.items()}
         check_number("lora_dropout", self.lora_dropout, 0, below=1, accepted="a probability")
+        init = self.init_lora_weights
+        reason = next((why for name, why in _NOT_HERE.items() if isinstance(init, str) and init.startswith(name)), None)
+        if reason is not None:
+            raise ValueError(f"init_lora_weights: {init!r} is not implemented: it takes {reason}")
         for name, accepted in _CHOICES.items():
             check_choice(name, getattr(self, name), accepted)
         dtype = self.adapter_dtype
@@ -155,6 +179,9 @@ class LoraConfig:
         if self.modules_to_save is not None and not _names(self.modules_to_save):
             raise wrong_type("modules_to_save", "a list of names or None", self.modules_to_save)
         self._check_layers()
+        if self.lora_bias and (self.use_dora or init not in (True, False)):
+            other = "use_dora=False" if self.use_dora else "init_lora_weights True or False"
+            raise wrong_value("lora_bias", f"False, or {other}", True)
 
     def _check_layers(self) -> None:
         wanted, pattern = self.layers_to_transform, self.layers_pattern

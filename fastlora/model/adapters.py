@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._utils.distributed import refuse_parallel, several_processes
 from .._utils.errors import check_choice, check_instance, wrong_value
 from .._utils.torch_compat import assert_async
-from ..config import LoraConfig
+from ..config import FROM_WEIGHT, LoraConfig
 from ..nn.active import NO_ADAPTERS
 from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
@@ -68,6 +68,12 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     given, config = config, LoraConfig.coerce(config)
     if config.bias != "none":
         raise wrong_value("bias", "'none' for an adapter that shares its base with others", config.bias)
+    for each in (config, *getattr(model, "fastlora_configs", {}).values()):
+        if each.init_lora_weights in FROM_WEIGHT:
+            raise ValueError(
+                f"init_lora_weights: {each.init_lora_weights!r} changes the weight that adapters share, so that the "
+                "files of the others would not fit the base; it takes a model with one adapter"
+            )
     saved = find_modules_to_save(model, config)
     names = find_targets(model, config, saved)
     refuse_tying(model, given, names, saved)

@@ -15,9 +15,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, suggestion, wrong_value
 from .._utils.torch_compat import remove_forward_hooks
-from ..config import ROLES, LoraConfig, indices_of, layer_index
+from ..config import FROM_WEIGHT, ROLES, LoraConfig, indices_of, layer_index
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, new_factors
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
+from ..nn.initialise import new_bias, start_from_weight
 from ..nn.layer_view import Conv1D
 from ..nn.linear import (
     DEFAULT,
@@ -25,6 +26,7 @@ from ..nn.linear import (
     Adapted,
     FrozenLinear,
     Linear,
+    QKVLinear,
     adapted_layers,
     adapter_dtype_of,
     attach_state,
@@ -32,7 +34,7 @@ from ..nn.linear import (
     detach_state,
     matrix_key,
 )
-from ..nn.plain import Plain
+from ..nn.plain import CONVOLUTIONS, Plain
 from ..nn.projection_group import group_projections
 from ..nn.quantized import QuantizedLinear, check_weight, foreign_base, original_class
 from ..nn.routing import Router
@@ -50,6 +52,7 @@ from .modules import (
     role_targets,
     take_over,
     torch_attentions,
+    users_of_parameters,
 )
 
 logger = logging.getLogger(__name__)
@@ -258,11 +261,8 @@ def refuse_tying(model: nn.Module, config: Any, names: Collection[str], saved: C
     """``ensure_weight_tying`` of a ``peft.LoraConfig``: nothing to do, unless something that is trained is tied."""
     if not getattr(config, "ensure_weight_tying", False):
         return
-    chosen, users = {*names, *saved}, {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for _, parameter in module.named_parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(path)
-    for paths in users.values():
+    chosen = {*names, *saved}
+    for paths in users_of_parameters(model).values():
         tied = [path for path in paths if path in chosen]
         if tied and len(paths) > 1:
             raise ValueError(
@@ -309,19 +309,45 @@ def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> li
     attentions = frozenset(torch_attentions(model))
     rank_of = _pattern_lookup(config, "rank_pattern", keys, attentions)
     alpha_of = _pattern_lookup(config, "alpha_pattern", keys, attentions)
-    plan = []
+    plan, users = [], users_of_parameters(model)
     for name in names:
         layer = modules[name]
         check_weight(name, layer, config.backend)
         ranks = {s: rank_of.get(matrix_key(name, s), config.r) for s in slices[name]}
         K = features(layer)[0]
         groups, lookup = getattr(layer, "groups", 1), isinstance(layer, nn.Embedding)
+        _refuse_beyond_factors(name, layer, config, ranks, users)
         checked_ranks(ranks, K, slices[name], name, config.any_rank, groups)
         scale = {s: config.scaling(r, alpha_of.get(matrix_key(name, s))) for s, r in ranks.items()}
         spec = AdapterSpec(scale, config.lora_dropout, config.init_lora_weights, adapter_dtype_of(config, layer))
         factors = new_factors(slices[name], ranks, K, spec, layer.weight.device, groups, lookup)
         plan.append(_Planned(name, layer, slices[name], spec, factors))
     return plan
+
+
+def _refuse_beyond_factors(
+    name: str, layer: nn.Module, config: LoraConfig, ranks: Mapping[str, int], users: Mapping[int, list[str]]
+) -> None:
+    """``ValueError`` for a layer that cannot have what a config asks for beside factors that start anyhow."""
+    init = config.init_lora_weights
+    wanted = [field for field in ("use_dora", "lora_bias") if getattr(config, field)]
+    wanted += ["init_lora_weights"] if init in (*FROM_WEIGHT, "orthogonal") else []
+    linear = type(layer) in (nn.Linear, Linear, QKVLinear) or adapted_class(layer, False) is Conv1D
+    linear |= isinstance(layer, Conv1D)
+    if isinstance(layer, CONVOLUTIONS) and wanted == ["lora_bias"]:
+        return
+    if wanted and (not linear or foreign_base(layer) is not None):
+        kind = foreign_base(layer) or type(layer).__name__
+        raise ValueError(
+            f"{wanted[0]}: {getattr(config, wanted[0])!r} is implemented for nn.Linear and Conv1D, and {name!r} is "
+            f"{kind}; leave it out by exclude_modules, or use plain LoRA"
+        )
+    if init in FROM_WEIGHT and len(users[id(layer.weight)]) > 1:
+        raise ValueError(f"init_lora_weights: {init!r} changes the weight of {name!r}, which other modules share")
+    if init in FROM_WEIGHT and max(ranks.values()) > min(features(layer)):
+        raise ValueError(
+            f"init_lora_weights: {init!r} takes ranks up to {min(features(layer))} in {name!r}, got {ranks}"
+        )
 
 
 def _pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions: Collection[str]) -> dict[str, Any]:
@@ -362,6 +388,13 @@ def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, ro
         attach_state(layer, planned.slices, config, router, planned.path)
         take_over(model, planned.path, layer)
     layer.install(adapter, planned.spec, *planned.factors)
+    if planned.spec.init in FROM_WEIGHT:
+        start_from_weight(layer, adapter)
+    B = planned.factors[1]
+    if config.lora_bias:
+        B.register_parameter("bias", nn.Parameter(new_bias(planned.spec, layer)))
+    if config.use_dora:
+        B.register_parameter("magnitude", nn.Parameter(layer.row_norms(adapter).to(planned.spec.dtype)))
     layer.lora_A.train(layer.training)
     layer.lora_B.train(layer.training)
 

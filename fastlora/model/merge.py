@@ -17,6 +17,7 @@ from ..nn.active import NO_ADAPTERS, chosen_adapter
 from ..nn.linear import Linear, adapted_layers
 from ..nn.quantized import dequantized, foreign_base, put_back, replace_weight, requantized
 from ..nn.routing import Route
+from .modules import users_of_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,12 @@ def merge(
     if shards(model):
         raise ValueError("model: is sharded by fully_shard; save the adapter, and load and merge it in one process")
     layers = {path: layer for path, layer in layers.items() if layer.merged or adapter in layer.adapter_specs}
-    users = _users(model)
+    users = users_of_parameters(model)
     for path, layer in layers.items():
         _refuse(path, layer, users, requantize)
+        added = layer.lora_B[adapter].beside() if adapter in layer.ranked else {}
+        if "bias" in added and layer.bias is None:
+            raise ValueError(f"model: {path!r} has no bias, and that of adapter {adapter!r} (lora_bias) needs one")
     merged: dict[str, torch.Tensor] = {}
     losses: dict[str, float] = {}
     with reporting(progress, len(layers), "merge", "layer", _PATIENCE) as report:
@@ -79,15 +83,6 @@ def merge(
             worst, losses[worst], len(losses),
         )  # fmt: skip
     return model
-
-
-def _users(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that hold a parameter, by its id."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            users.setdefault(id(parameter), []).append(name)
-    return users
 
 
 def _refuse(path: str, layer: Linear, users: Mapping[int, list[str]], requantize: bool) -> None:
@@ -137,6 +132,10 @@ def _put_in(layer: Linear, weight: torch.Tensor, adapter: str) -> None:
         layer.weight.copy_(weight)
     else:
         layer.unmerged_weight = replace_weight(layer, weight)
+    bias = layer.merged_bias(adapter)
+    if bias is not None:
+        layer.unmerged_bias = layer.bias.detach().clone()
+        layer.bias.copy_(bias)
     layer.merged = (adapter,)
 
 
@@ -152,6 +151,9 @@ def unmerge(model: nn.Module) -> nn.Module:
         else:
             put_back(layer, layer.unmerged_weight)
         del layer.unmerged_weight
+        if hasattr(layer, "unmerged_bias"):
+            layer.bias.copy_(layer.unmerged_bias)
+            del layer.unmerged_bias
         layer.merged = ()
     return model
 

@@ -299,6 +299,15 @@ def torch_attentions(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
 
 
+def users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold a parameter, by its id."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for _, parameter in module.named_parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    return users
+
+
 def biases_apart(owner: nn.Module) -> bool:
     """Whether an owner adds the biases of its qkv itself, and has a switch that makes it call qkv."""
     return class_name(owner) in _BIAS_APART and hasattr(owner, "qkv_bias_separate")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_flag, check_integer, check_mapping, suggestion, wrong_value
-from ..config import LoraConfig
+from ..config import FROM_WEIGHT, LoraConfig
 from ..importance.allocation import allocate
 from ..nn.active import chosen_adapter
 from ..nn.adapter import new_factors
@@ -56,6 +56,11 @@ def set_ranks(
     replaced = []
     for path, changed in wanted.items():
         layer = layers[path]
+        if layer.adapter_specs[adapter].init in FROM_WEIGHT:
+            raise ValueError(
+                f"ranks: {path!r} has a part of its weight in the factors (init_lora_weights="
+                f"{layer.adapter_specs[adapter].init!r}); give ranks to inject, by rank_pattern"
+            )
         checked_ranks(changed, layer.in_features, layer.slices, path, groups=layer.groups)
         if keep and layer.groups > 1:
             raise ValueError(f"keep: {path!r} is a convolution in groups, whose rows of A have other columns of B then")
@@ -78,6 +83,8 @@ def set_ranks(
         _keep_trained(replaced, adapter)
     for layer, spec, A, B in replaced:
         layer.install(adapter, spec, A, B)
+        if reinit and "magnitude" in B.beside():
+            B.magnitude.data.copy_(layer.row_norms(adapter))
     watch_learning(model)  # the factors are new
     return model
 
@@ -88,7 +95,7 @@ def _keep_trained(replaced: list[tuple], adapter: str) -> None:
     to: list[Tensor] = []
     source: list[Tensor] = []
     for layer, _, A, B in replaced:
-        for name, b in B._parameters.items():
+        for name, b in B.tensors().items():
             old_A, old_B = (f[adapter]._parameters[name] for f in (layer.lora_A, layer.lora_B))
             if b is None or old_B is None or b is old_B:
                 continue
@@ -117,6 +124,8 @@ def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: Lo
                     layer.lora_A[adapter]._parameters[name],
                     layer.lora_B[adapter]._parameters[name],
                 )
+    for name, parameter in layer.lora_B[adapter].beside().items():
+        B.register_parameter(name, parameter)
     for factors, old in ((A, layer.lora_A[adapter]), (B, layer.lora_B[adapter])):
         factors.train(old.training)
         for name, parameter in factors.named_parameters():

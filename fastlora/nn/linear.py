@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.errors import check_flag, check_instance, check_integer, check_model, wrong_value
-from ..config import LoraConfig
+from ..config import FROM_WEIGHT, LoraConfig
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, new_factors
@@ -102,6 +102,51 @@ class Adapted(nn.Module):
             out.append((a, b, spec.scale[name] if spec else 1.0))
         return out
 
+    def finishes(self, names: Sequence[str]) -> bool:
+        """Whether one of these adapters has more than factors."""
+        return any([name in self.ranked and self.lora_B[name].beside() for name in names])
+
+    def rescales(self, names: Sequence[str]) -> bool:
+        """Whether one of these adapters gives the rows of the weight a length (``use_dora``)."""
+        return any([name in self.ranked and "magnitude" in self.lora_B[name].beside() for name in names])
+
+    def finish(self, y: Tensor, route: Route) -> Tensor:
+        """What follows on ``x W^T + s x A^T B^T``, which has no bias yet under ``use_dora``."""
+        if self.rescales(route.names):
+            if route.batch is not None:
+                raise ValueError(
+                    "ids: an adapter with use_dora scales the frozen weight's rows and cannot share a batch with "
+                    "others; name one adapter for all rows"
+                )
+            y = y * self.row_factors(route.adapter).to(y.dtype)
+            return y if self.bias is None else y + self.bias
+        added = [
+            (self.lora_B[n].beside().get("bias"), self.adapter_specs[n].scale) if n in self.ranked else (None, {})
+            for n in route.names
+        ]
+        rows = [y.new_zeros(self.out_features) if b is None else (b * max(s.values())).to(y.dtype) for b, s in added]
+        if route.batch is None:
+            return y + rows[0]
+        table = torch.stack([*rows, torch.zeros_like(rows[0])])  # the last for -1
+        return y + table[route.batch.rows(y).ids].view_as(y)
+
+    def row_factors(self, adapter: str) -> Tensor:
+        """``m / ‖W + s B A‖`` of each row, differentiable in m alone."""
+        return self.lora_B[adapter].magnitude / self.row_norms(adapter)
+
+    @torch.no_grad()
+    def row_norms(self, adapter: str) -> Tensor:
+        """``‖w + s b A‖`` of each row [N], in fp32 or more: ``‖w‖² + 2 s b·(A w) + s² b (A A^T) b``, with no [N, K]."""
+        acc, squares, start = torch.promote_types(self.weight.dtype, torch.float32), [], 0
+        W = self.as_matrix(self.weight)
+        for a, b, s in self.pairs(adapter):
+            w, a, b = W[start : start + b.shape[0]], a.to(acc), b.to(acc)
+            start += b.shape[0]
+            cross = (w @ a.t().to(w.dtype)).to(acc) + (s / 2) * (b @ (a @ a.t()))
+            length = torch.linalg.vector_norm(w, dim=1, dtype=acc)
+            squares.append(length.square() + 2 * s * (b * cross).sum(1))
+        return torch.cat(squares).clamp_(min=0).sqrt()
+
     def empty(self, *shape: int) -> Tensor:
         """A factor of rank 0."""
         return self.weight.new_empty(shape)
@@ -135,7 +180,19 @@ class Adapted(nn.Module):
                 if not all(map(math.isfinite, map(float, out.aminmax()))):
                     return None
             start = stop
+        name = self.router.default.adapter if adapter is None else adapter
+        if self.rescales((name,)):
+            target.mul_(self.row_factors(name).to(target.dtype).unsqueeze(1))
         return merged
+
+    @torch.no_grad()
+    def merged_bias(self, adapter: str) -> Tensor | None:
+        """``bias + s b_B`` in the bias's dtype, None where the adapter has no ``lora_bias``."""
+        if adapter not in self.ranked or "bias" not in self.lora_B[adapter].beside():
+            return None
+        return (self.bias + max(self.adapter_specs[adapter].scale.values()) * self.lora_B[adapter].bias).to(
+            self.bias.dtype
+        )
 
     @property
     def active_adapter(self) -> str:
@@ -207,6 +264,10 @@ class Linear(Adapted, nn.Linear):
             prepack=prepack,
         )  # fmt: skip
         check_flag("train_base", train_base)
+        if init_lora_weights in FROM_WEIGHT:
+            raise wrong_value(
+                "init_lora_weights", "one that needs no weight; fastlora.inject has it", init_lora_weights
+            )
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             check_integer(name, size)
         if r > min(in_features, out_features):
@@ -313,6 +374,8 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
     node = y[0].grad_fn
     if node is not None:
         first.router.built(node, route)
+    if kept.finishes:
+        y = [layer.finish(out, route) for layer, out in zip(layers, y, strict=True)]
     return y
 
 
@@ -324,19 +387,20 @@ def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
     tracked = [name for name in names if name in layer.probes]
     p = layer.dropout_p(route)
     options: dict[str, Any] = {"backend": layer.backend, "engine": layer.engine}
+    bias = None if layer.rescales(names) else layer.bias
     if route.batch is None:
         if tracked:
             options |= layer.probes[names[0]].operands([layer.probes[names[0]]], x, route)
-        (y,) = checked_linear(x, [layer.weight], [layer.bias], A, B, scale, p[0], **options)
+        (y,) = checked_linear(x, [layer.weight], [bias], A, B, scale, p[0], **options)
     else:
         if tracked:
             options |= group_operands({name: [layer.probes[name]] for name in tracked}, [layer], route, x)
         salt = layer.dropout_salt
-        weights = ([layer.weight], [layer.bias])
+        weights = ([layer.weight], [bias])
         (y,) = lora_grouped(x, *weights, A, B, scale, route.batch, p=p, dropout_salt=salt, **options)
     for name in tracked:
         y = layer.probes[name].tap(x, y, route, name)
-    return y
+    return layer.finish(y, route) if layer.finishes(names) else y
 
 
 def _bundle_of(layers: Sequence[Any]) -> Bundle:

@@ -103,7 +103,7 @@ class _Convolution(Plain):
         padding = self.padding if self.padding_mode == "zeros" else 0
         down, up = (t.view(shape) for t, shape in zip((a, b), kernel_shapes(self, len(a)), strict=True))
         h = conv(x.to(a.dtype), down, None, self.stride, padding, self.dilation)
-        return conv(h, up, groups=self.groups) * s
+        return conv(h, up, self.lora_B[adapter].beside().get("bias"), groups=self.groups) * s
 
     def ids_of(self, y: Tensor, route: Route) -> Tensor:
         """The id of each sample, in a shape that goes with y."""

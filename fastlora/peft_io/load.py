@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import like, refuse_parallel, reshard, unwrapped
 from .._utils.errors import listed
-from ..config import LoraConfig
+from ..config import FROM_WEIGHT, LoraConfig
 from ..model.adapters import add_adapter
 from ..model.inject import check_adapter_name, fused_sizes, inject, refuse_adapted
 from ..model.modules import features, is_linear, named_targets
@@ -25,6 +25,8 @@ from ..nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from ..nn.plain import CLASSES, CONVOLUTIONS, kernel_shapes
 from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
 from .names import (
+    BESIDE,
+    BESIDE_KEY,
     LORA_KEY,
     PREFIX,
     StoredNames,
@@ -115,6 +117,7 @@ class _Matrix:
     rows: dict[str, int]
     factors: dict[str, tuple[Tensor, Tensor] | None]
     scale: dict[str, float]
+    beside: dict[str, Tensor]  # bias, magnitude
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -147,7 +150,7 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
         raise ValueError(f"{folder.where(SIDE)}: modules_to_save {trained} are not all in those of {CONFIG}, {saved}")
     stored = {known.path(name): name for name in pairs}
     others = saved_tensors(model, saved) | bias_tensors(model, fields.bias, stored, saved)
-    rest = {k for k in folder.tensors if not LORA_KEY.fullmatch(k)}
+    rest = {k for k in folder.tensors if not LORA_KEY.fullmatch(k) and not BESIDE_KEY.fullmatch(k)}
     frozen = frozen_tensors(model, stored)
     others |= {k: frozen[k] for k in sorted(rest & (frozen.keys() - others.keys()))}
     if fields.bias == "all":
@@ -204,7 +207,7 @@ def factor_pairs(folder: AdapterFolder) -> dict[str, tuple[Tensor, Tensor]]:
         match = LORA_KEY.fullmatch(key)
         if match:
             found.setdefault(match["path"], {})[match["factor"]] = tensor
-        elif ".lora_" in key:
+        elif ".lora_" in key and not BESIDE_KEY.fullmatch(key):
             raise ValueError(f"{folder.where(TENSORS)}: {key!r} is no LoRA factor of a linear layer; not implemented")
     for path, pair in found.items():
         for factor in "AB":
@@ -257,12 +260,13 @@ def _matrix(
             raise ValueError(f"{where}: missing key {key!r}")
         _refuse_shape(where, key, tensor, shape)
     A, B = (t.flatten(1) for t in pair)
+    beside = _beside(folder, stored, N)
     slices = folder.side.split.get(path, ()) if folder.side is not None else ()
     for scale in (s, *(s * x.scale_ratio for x in slices)):
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
     if not slices:
-        return _Matrix({WHOLE: N}, {WHOLE: (A, B)}, {WHOLE: s})
+        return _Matrix({WHOLE: N}, {WHOLE: (A, B)}, {WHOLE: s}, beside)
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
     padded = len(known.keys_of(adapted)) > 1 and ranks <= rank
     if rows != N or not (ranks == rank or padded):
@@ -270,7 +274,20 @@ def _matrix(
     factors = _blocks(slices, A, B)
     if factors is None:
         raise ValueError(f"{where}: {path!r} is split in {SIDE}, and its lora_B is not block-diagonal; remove {SIDE} to load it as one matrix")  # fmt: skip  # noqa: E501
-    return _Matrix({x.name: x.rows for x in slices}, factors, {x.name: s * x.scale_ratio for x in slices})
+    return _Matrix({x.name: x.rows for x in slices}, factors, {x.name: s * x.scale_ratio for x in slices}, beside)
+
+
+def _beside(folder: AdapterFolder, stored: str, N: int) -> dict[str, Tensor]:
+    """What the file has beside B of one module: as its fields say, vectors [N]."""
+    wanted = {"B.bias": folder.fields.lora_bias, "magnitude_vector": folder.fields.use_dora}
+    where, prefix = folder.where(TENSORS), f"{PREFIX}{stored}.lora_"
+    got = {name for name in wanted if prefix + name in folder.tensors}
+    _refuse_keys(where, CONFIG, {prefix + n for n, w in wanted.items() if w}, {prefix + n for n in got}, "")
+    for name in got:
+        _refuse_shape(where, prefix + name, folder.tensors[prefix + name], (N,))
+        if folder.tensors[prefix + name].dtype not in _FLOATS:
+            raise ValueError(f"{where}: {prefix + name!r}: expected a floating vector")
+    return {BESIDE[name]: folder.tensors[prefix + name] for name in got}
 
 
 def _blocks(slices: Iterable[Slice], A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tensor] | None] | None:
@@ -312,6 +329,10 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
         ]
     config = getattr(model, "fastlora_configs", {}).get(adapter)
     bias = "none" if config is None else config.bias
+    for field in ("lora_bias", "use_dora", "init_lora_weights"):
+        mine, theirs = getattr(config, field, None), getattr(folder.fields, field)
+        if config is not None and mine != theirs and (field != "init_lora_weights" or {mine, theirs} & {*FROM_WEIGHT}):
+            differences.append(f"{field} is {mine!r} in the model and {theirs!r} in the file")
     saved = saved_modules(model, adapter)
     if set(saved) != set(plan.trained):
         differences.append(f"modules_to_save are {sorted(saved)} in the model and {sorted(plan.trained)} in the file")
@@ -343,6 +364,8 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
             bias=fields.bias,
             modules_to_save=plan.trained or None,
             init_lora_weights=fields.init_lora_weights,
+            lora_bias=fields.lora_bias,
+            use_dora=fields.use_dora,
             split_qkv=any(set(m.rows) != {WHOLE} for m in plan.matrices.values()),
             adapter_dtype=dtype,
             **rule,
@@ -378,6 +401,8 @@ def _factors(model: nn.Module, plan: _Plan, adapter: str) -> dict[tuple[str, str
         for name in (n for n, pair in matrix.factors.items() if pair is not None):
             out[path, name, "A"] = layers[path].lora_A[adapter]._parameters[name]
             out[path, name, "B"] = layers[path].lora_B[adapter]._parameters[name]
+        for name in matrix.beside:
+            out[path, name, "beside"] = layers[path].lora_B[adapter]._parameters[name]
     return out
 
 
@@ -389,6 +414,9 @@ def _staged(folder: AdapterFolder, plan: _Plan, dtypes: Mapping) -> dict:
             for factor, value in zip("AB", pair or (), strict=False):
                 key = (path, name, factor)
                 staged[key] = _converted(value, dtypes.get(key, value.dtype), f"{where}: lora_{factor} of {matrix_key(path, name)!r}", lossy)  # fmt: skip  # noqa: E501
+        for name, value in matrix.beside.items():
+            key = (path, name, "beside")
+            staged[key] = _converted(value, dtypes.get(key, value.dtype), f"{where}: {name} of {path!r}", lossy)
     for key, target in plan.others.items():
         staged[key] = _converted(folder.tensors[key], target.dtype, f"{where}: {key!r}", lossy)
     if lossy:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._utils.errors import check_integer, wrong_value
-from ..config import indices_of, layer_index, names_in
+from ..config import FROM_WEIGHT, indices_of, layer_index, names_in
 from ..model.modules import torch_attentions
 from ..nn.attention import InProjection
 from ..nn.linear import adapted_layers
@@ -22,6 +22,10 @@ PREFIX = "base_model.model."
 # An embedding's factors are parameters themselves.
 _FACTOR = r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?(embedding)|\.weight)"
 LORA_KEY = re.compile(re.escape(PREFIX) + _FACTOR)
+
+# What stands beside B: ``lora_bias``, ``use_dora``.
+BESIDE_KEY = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(?P<name>B\.bias|magnitude_vector)")
+BESIDE = {"B.bias": "bias", "magnitude_vector": "magnitude"}
 
 
 def factor_key(stored: str, factor: str, module: nn.Module) -> str:
@@ -55,6 +59,8 @@ class PeftFields:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    lora_bias: bool = False
+    use_dora: bool = False
 
     def rank(self, path: str) -> int:
         return _pattern_value(self._ranks, path, self.r)
@@ -168,11 +174,11 @@ _CHECKS = {
     "exclude_modules": (lambda v: isinstance(v, str) or _is_strings(v), "a string or a list of names"),
     "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a probability in [0, 1)"),
     "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
-    "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    **dict.fromkeys(("use_rslora", "lora_bias", "use_dora"), (lambda v: isinstance(v, bool), "true or false")),
     "modules_to_save": (_is_strings, "a list of names"),
     "init_lora_weights": (
-        lambda v: isinstance(v, bool) or v == "gaussian",
-        "true, false or 'gaussian', the implemented ones",
+        lambda v: isinstance(v, bool) or v in ("gaussian", "orthogonal", *FROM_WEIGHT),
+        f"true, false or one of {('gaussian', 'orthogonal', *FROM_WEIGHT)}, the implemented ones",
     ),  # fmt: skip  # noqa: E501
     "rank_pattern": (lambda v: isinstance(v, dict), "an object of ranks"),
     "alpha_pattern": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "an object of numbers"),
@@ -296,8 +302,13 @@ def frozen_tensors(model: nn.Module, stored: Mapping[str, str]) -> dict[str, Ten
 
     The input and output embeddings where they are adapted, and both where one of them was resized.
     """
-    getters = [getattr(model, name, None) for name in ("get_input_embeddings", "get_output_embeddings")]
-    embeddings = {id(get()) for get in getters if callable(get)}
+    embeddings = set()
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        get = getattr(model, name, None)
+        try:
+            embeddings.add(id(get() if callable(get) else None))
+        except (NotImplementedError, AttributeError):  # transformers' answer of a model that has none
+            continue
     out: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if id(module) in embeddings:

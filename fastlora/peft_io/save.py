@@ -26,6 +26,8 @@ from ..nn.linear import Linear, adapted_layers
 from ..nn.plain import CONVOLUTIONS, Plain, kernel_shapes
 from .folder import FORMAT_VERSION, Slice, write_folder
 from .names import (
+    BESIDE,
+    PREFIX,
     StoredNames,
     base_names,
     bias_tensors,
@@ -86,6 +88,10 @@ def save(
     tensors = {
         factor_key(stored[p], f, modules[p]): t for p, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))
     }
+    for adapted_path, name in stored.items():
+        if adapted_path in layers:
+            own = layers[adapted_path].lora_B[adapter].beside()
+            tensors |= {f"{PREFIX}{name}.lora_{key}": own[here] for key, here in BESIDE.items() if here in own}
     tensors |= biases | saved_tensors(model, taken)
     side = {
         "format_version": FORMAT_VERSION,
@@ -122,7 +128,8 @@ def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored
         "lora_dropout": config.lora_dropout,
         "init_lora_weights": config.init_lora_weights,
         "use_rslora": False,
-        "use_dora": False,
+        **({"lora_bias": True} if config.lora_bias else {}),
+        "use_dora": config.use_dora,
         "fan_in_fan_out": all(isinstance(model.get_submodule(path), Conv1D) for path in matrices),
         "inference_mode": True,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,

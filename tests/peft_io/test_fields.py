@@ -47,6 +47,7 @@ def both(make, **fields):
             if ".lora_" in name:
                 values = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.1
                 parameter.copy_(values)
+                name = name.replace("lora_B.default.magnitude", "lora_magnitude_vector.default.weight")
                 named[name].copy_(values)
     return theirs, ours
 
@@ -196,3 +197,241 @@ class TestFrozenWeightsInTheFile:
         assert_close(forward(fastlora.load(resized().double(), tmp_path), tokens() + 4), wanted)
         with pytest.raises(ValueError, match=r"call model.resize_token_embeddings\(44\) first"):
             fastlora.load(make_llama().double(), tmp_path)
+
+
+TARGETS = dict(r=2, target_modules=["q_proj", "up_proj"])
+
+
+def make_gpt2():
+    torch.manual_seed(0)
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=40, **NO_DROPOUT)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+
+
+class Biased(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = torch.nn.Linear(6, 8), torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+def run_biased(model):
+    return model(torch.randn(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+
+
+CASES = {
+    "llama": (make_llama, forward, TARGETS),
+    "gpt2": (make_gpt2, forward, dict(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "biased": (Biased, run_biased, dict(r=2, target_modules=["up", "down"], lora_alpha=3)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("field", ["lora_bias", "use_dora"])
+class TestBesideTheFactors:
+    def test_first_step(self, case, field):
+        make, run, fields = CASES[case]
+        theirs, ours = both(make, **fields, **{field: True})
+        assert sum(plain_names(ours).values()) == sum(plain_names(theirs).values())
+        assert_same_first_step(theirs, ours, run)
+
+    def test_files_both_ways(self, case, field, tmp_path):
+        make, run, fields = CASES[case]
+        theirs, wanted = trained_by_peft(make, tmp_path / "theirs", run=run, **fields, **{field: True})
+        ours = fastlora.load(make().double(), tmp_path / "theirs")
+        assert_close(run(ours), wanted)
+        fastlora.save(ours, tmp_path / "ours")
+        assert_close(run(fastlora.load(make().double(), tmp_path / "ours")), wanted)
+        assert_close(run(peft.PeftModel.from_pretrained(make().double(), str(tmp_path / "ours"))), wanted)
+        assert_close(run(fastlora.to_peft(ours)), wanted)
+        assert_close(run(fastlora.from_peft(theirs)), wanted)
+        assert_close(run(fastlora.load(ours, tmp_path / "ours")), wanted)
+
+    def test_merge(self, case, field):
+        make, run, fields = CASES[case]
+        _, ours = both(make, **fields, **{field: True})
+        state = {k: v.clone() for k, v in ours.state_dict().items()}
+        before = run(ours)
+        if field == "lora_bias" and case == "llama":
+            with pytest.raises(ValueError, match="has no bias, and that of adapter 'default' .lora_bias. needs one"):
+                fastlora.merge(ours)
+        else:
+            assert_close(run(fastlora.merge(ours)), before)
+            fastlora.unmerge(ours)
+        assert all(torch.equal(v, state[k]) for k, v in ours.state_dict().items())
+        assert_close(run(ours), before)
+
+
+def test_dora_starts_as_the_base_and_keeps_its_length():
+    model = make_llama().double()
+    before = forward(model)
+    fastlora.inject(model, fastlora.LoraConfig(**TARGETS, use_dora=True))
+    assert_close(forward(model), before)
+    fastlora.set_ranks(model, {"model.layers.0.mlp.up_proj": 5})
+    assert_close(forward(model), before)
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.lora_B.default.magnitude.shape == (32,)
+    assert_close(layer.row_norms("default"), layer.weight.norm(dim=1))
+
+
+def test_dora_of_slices_and_groups_is_dora_of_the_matrix():
+    """q, k and v of one fused matrix, each with a rank of its own."""
+    model = fastlora.inject(make_gpt2().double(), fastlora.LoraConfig(r=2, target_modules="qkv", use_dora=True))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    layer = model.transformer.h[0].attn.c_attn
+    x = torch.randn(5, 16, dtype=torch.float64)
+    W = layer.weight.t() + layer.delta().t()
+    W = W / W.norm(dim=1, keepdim=True) * layer.lora_B.default.magnitude[:, None]
+    assert_close(layer(x), torch.nn.functional.linear(x, W, layer.bias))
+
+
+def test_rows_of_several_adapters_with_a_bias():
+    _, model = both(Biased, **CASES["biased"][2], lora_bias=True)
+    fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=2, target_modules=["up"]))
+    alone = {}
+    for name in ("default", "b"):
+        with fastlora.use_adapters(model, name):
+            alone[name] = run_biased(model)
+    with fastlora.use_adapters(model, ["b", "default", None, "default"]):
+        mixed = run_biased(model)
+    assert_close(mixed[0], alone["b"][0])
+    assert_close(mixed[[1, 3]], alone["default"][[1, 3]])
+    with fastlora.disable_adapters(model):
+        assert_close(mixed[2], run_biased(model)[2])
+
+
+def test_rows_of_several_adapters_with_dora_are_refused():
+    model = fastlora.inject(Biased().double(), fastlora.LoraConfig(r=2, target_modules=["up"], use_dora=True))
+    fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=2, target_modules=["up"]))
+    with pytest.raises(ValueError, match="ids: an adapter with use_dora scales the frozen weight's rows"):
+        with fastlora.use_adapters(model, ["b", "default", None, "default"]):
+            run_biased(model)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+class TestStartsFromTheWeight:
+    def test_as_peft(self, case, init):
+        if (case, init) == ("gpt2", "olora"):
+            pytest.skip("PEFT 0.21 takes the QR factors of a Conv1D's W^T, which have other shapes than A and B")
+        make, run, fields = CASES[case]
+        theirs = peft.get_peft_model(make(), peft.LoraConfig(**fields, init_lora_weights=init))
+        ours = fastlora.inject(make(), peft.LoraConfig(**fields, init_lora_weights=init))
+        named = {n.replace(".base_layer", ""): p for n, p in theirs.named_parameters()}
+        for name, parameter in ours.named_parameters():
+            its = named["base_model.model." + name]
+            if ".lora_" in name and init == "pissa":  # the signs of singular vectors are anyone's
+                parameter, its = parameter.abs(), its.abs()
+            torch.testing.assert_close(parameter, its, rtol=2e-3, atol=2e-5)
+        run32 = lambda m: run(m.double())  # noqa: E731
+        torch.testing.assert_close(run32(ours), run32(make()), rtol=1e-4, atol=1e-5)
+
+    def test_files_both_ways(self, case, init, tmp_path):
+        if (case, init) == ("gpt2", "olora"):
+            pytest.skip("see above")
+        make, run, fields = CASES[case]
+        model = peft.get_peft_model(make(), peft.LoraConfig(**fields, init_lora_weights=init))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(1.5)
+        model.save_pretrained(str(tmp_path / "theirs"))
+        close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+        ours = fastlora.load(make(), tmp_path / "theirs")
+        fastlora.save(ours, tmp_path / "ours")
+        again = [
+            ours,
+            fastlora.load(make(), tmp_path / "ours"),
+            fastlora.load(copy.deepcopy(ours), tmp_path / "ours"),
+            peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours")),
+            fastlora.to_peft(ours),
+            fastlora.from_peft(model),
+        ]
+        fastlora.save(again[-1], tmp_path / "taken over")
+        again.append(fastlora.load(make(), tmp_path / "taken over"))
+        again[4].save_pretrained(str(tmp_path / "handed over"))
+        again.append(fastlora.load(make(), tmp_path / "handed over"))
+        again.append(fastlora.merge(copy.deepcopy(ours)))
+        wanted = run(model.double())
+        for other in again:
+            close(run(other.double()), wanted)
+
+    def test_what_would_lose_the_weight(self, case, init):
+        make, _, fields = CASES[case]
+        model = fastlora.inject(make(), peft.LoraConfig(**fields, init_lora_weights=init))
+        key = fastlora.summary(model).rows[0].key
+        with pytest.raises(ValueError, match="has a part of its weight in the factors"):
+            fastlora.set_ranks(model, {key: 1}, reinit=True)
+        with pytest.raises(ValueError, match=f"init_lora_weights: '{init}' changes the weight that adapters share"):
+            fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=1, target_modules=fields["target_modules"]))
+
+
+def test_orthogonal_as_peft():
+    made = []
+    for library in (fastlora, peft):
+        torch.manual_seed(3)
+        config = library.LoraConfig(r=4, target_modules=["up"], init_lora_weights="orthogonal")
+        if library is peft:
+            made.append(peft.get_peft_model(Biased(), config).base_model.model)
+        else:
+            made.append(fastlora.inject(Biased(), config))
+    ours, theirs = (m.up for m in made)
+    assert ours.lora_A.default.weight.shape == theirs.lora_A.default.weight.shape
+    A, B = ours.lora_A.default.weight.detach(), ours.lora_B.default.weight.detach()
+    assert_close(B @ A, torch.zeros(8, 6))
+    assert A.any() and B.any()
+    for a, b in ((A, theirs.lora_A.default.weight), (B, theirs.lora_B.default.weight)):
+        assert float(a.std()) == pytest.approx(float(b.std()), rel=0.5)
+    with pytest.raises(ValueError, match="r: expected an even rank"):
+        fastlora.inject(Biased(), fastlora.LoraConfig(r=3, target_modules=["up"], init_lora_weights="orthogonal"))
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (dict(init_lora_weights="pissa_niter_4"), "a random subspace.*; use 'pissa'"),
+        (dict(init_lora_weights="mica"), "use 'olora'"),
+        (dict(init_lora_weights="corda"), "is not implemented: it takes the covariance"),
+        (dict(init_lora_weights="eva"), "is not implemented: it takes batches"),
+        (dict(init_lora_weights="lora_ga"), "is not implemented: it takes gradients"),
+        (dict(lora_bias=True, use_dora=True), "lora_bias: expected False, or use_dora=False"),
+        (
+            dict(lora_bias=True, init_lora_weights="gaussian"),
+            "lora_bias: expected False, or init_lora_weights True or Fal",
+        ),
+        (dict(use_dora=1), "use_dora: expected one of"),
+    ],
+)
+def test_refused(fields, says):
+    with pytest.raises(ValueError, match=says):
+        fastlora.LoraConfig(target_modules=["q_proj"], **fields)
+
+
+@pytest.mark.parametrize("fields", [dict(use_dora=True), dict(init_lora_weights="pissa"), dict(lora_bias=True)])
+def test_layers_without_it(fields):
+    for make in (lambda: torch.nn.Embedding(9, 6), lambda: torch.nn.MultiheadAttention(6, 2)):
+        model = torch.nn.ModuleDict({"layer": make()})
+        with pytest.raises(ValueError, match=f"{next(iter(fields))}: .*is implemented for nn.Linear and Conv1D"):
+            fastlora.inject(model, fastlora.LoraConfig(r=2, target_modules=["layer"], **fields))
+        assert not fastlora.nn.linear.adapted_layers(model)
+
+
+def test_a_bias_of_a_convolution(tmp_path):
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    make = lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).double()  # noqa: E731
+    torch.manual_seed(0)
+    base = make()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["0"], lora_bias=True))
+    for name, parameter in theirs.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter)
+    theirs.save_pretrained(str(tmp_path))
+    ours = fastlora.load(copy.deepcopy(base), tmp_path)
+    assert_close(ours(x), theirs(x))
+    assert_close(fastlora.merge(ours)(x), theirs(x))
+    assert torch.equal(fastlora.unmerge(ours)[0].bias, base[0].bias)

@@ -111,7 +111,7 @@ LORA = {
 LAYER = {
     **LORA,
     "use_rslora": rows(("yes", "use_rslora: expected one of")),
-    "init_lora_weights": rows(("pissa", "init_lora_weights: expected one of")),
+    "init_lora_weights": rows(("svd", "init_lora_weights: expected one of")),
     "adapter_dtype": rows((torch.int8, "adapter_dtype: expected a floating torch.dtype or None, got torch.int8")),
     "train_base": rows(("no", "train_base: expected True or False, got 'no'", TYPE)),
     "backend": rows(("fast", "backend: expected one of")),
@@ -184,6 +184,8 @@ ROWS: dict[str, dict[str, list[Row]]] = {
                                     ("1", "layers_to_transform: expected", TYPE)),
         "layers_pattern": rows((3, "layers_pattern: expected a name, a list of names or None", TYPE),
                                ("h", "layers_pattern: expected None without layers_to_transform")),
+        "lora_bias": rows((1, "lora_bias: expected one of")),
+        "use_dora": rows(("yes", "use_dora: expected one of")),
         "scale": rows(("rank", "scale: expected one of")),
         "split_qkv": rows(("yes", "split_qkv: expected one of")),
     },
