@@ -21,6 +21,7 @@ from .model.adapters import (
     set_adapter,
     use_adapters,
 )
+from .model.combine import add_weighted_adapter
 from .model.inject import inject
 from .model.merge import disable_adapters, merge, unmerge
 from .model.ranks import reallocate, set_ranks
@@ -39,6 +40,7 @@ __all__ = [
     "adapter_names",
     "use_adapters",
     "add_adapter",
+    "add_weighted_adapter",
     "allocate",
     "calibrate",
     "disable_adapters",

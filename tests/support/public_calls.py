@@ -126,6 +126,8 @@ GOOD: dict[str, Callable[[Path], dict[str, Any]]] = {
     "adapter_names": lambda at: {"model": adapted()},
     "use_adapters": lambda at: {"model": adapted(), "ids": torch.tensor([0, 1, -1])},
     "add_adapter": lambda at: {"model": adapted(), "name": "c", "config": config()},
+    "add_weighted_adapter": lambda at: {"model": adapted(), "adapters": ["default", "b"], "weights": [1.0, 0.5],
+                                        "adapter_name": "c", "combination_type": "ties_svd", "density": 0.5},
     "allocate": lambda at: {"scores": {"a": 3.0, "b": 1.0}, "budget": 8},
     "Scores.breakdown": lambda at: {"self": fastlora.Scores(scores(), "grad_sq")},
     "calibrate": lambda at: {"model": adapted(), "batches": batches(), "loss_fn": loss, "steps": 2, "method": "fw",
