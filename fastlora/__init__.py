@@ -22,6 +22,7 @@ from .model.adapters import (
     use_adapters,
 )
 from .model.combine import add_weighted_adapter
+from .model.eva import initialize_eva
 from .model.inject import inject
 from .model.merge import disable_adapters, merge, unmerge
 from .model.ranks import reallocate, set_ranks
@@ -47,6 +48,7 @@ __all__ = [
     "explain",
     "from_peft",
     "freeze_unused_adapters",
+    "initialize_eva",
     "inject",
     "load",
     "load_layout",

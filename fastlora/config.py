@@ -40,6 +40,7 @@ PRESETS: Mapping[str, tuple[int, int, str]] = MappingProxyType(
 _PEFT_NEUTRAL = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "ephemeral_gpu_offload", "megatron_core",
+    "eva_config", "lora_ga_config", "corda_config", "loftq_config",  # of initialisations, which are refused themselves
     "fan_in_fan_out",  # PEFT corrects it by the class of each layer, which says how its weight lies
     "ensure_weight_tying",  # ``inject`` refuses it where a target is tied
 }  # fmt: skip
@@ -52,16 +53,26 @@ _NOT_HERE = {
     "pissa_niter": "a random subspace, from which nobody could have the changed weight again; use 'pissa'",
     "mica": "B frozen and A trained; use 'olora', or freeze lora_B after inject",
     "corda": "the covariance of the layers' inputs before inject; use 'pissa', or 'orthogonal'",
-    "eva": "batches before inject; use True, or 'pissa'",
     "loftq": "weights rounded to a grid; quantize the model first and use True",
     "lora_ga": "gradients of batches before inject; use True, or 'pissa'",
+}
+# The nearest thing to a field of PEFT's that is not here.
+_NEAREST = {
+    "trainable_token_indices": "rows of an embedding are not trained alone here; name the embedding in modules_to_save "
+    "(all of its rows) or in target_modules (adapters)",
+    "target_parameters": "experts that are one parameter [E, N, K] have no adapters here; name the linears around them "
+    "in target_modules",
+    "layer_replication": "replicate the layers of the model first, then inject",
+    "use_qalora": "plain LoRA runs over a quantized base; leave it out",
+    "alora_invocation_tokens": "every token has the adapter; fastlora.use_adapters takes ids by token instead",
+    "megatron_config": "fully_shard and DDP are what is implemented of parallel training",
 }
 # Fields that are one of a few.
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", "all", "lora_only"),
     "scale": ("constant", "per_rank"),
     "prepack": ("auto", True, False),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", *FROM_WEIGHT),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", *FROM_WEIGHT),
     "lora_bias": (True, False),
     "use_dora": (True, False),
     "split_qkv": (None, True, False),
@@ -113,6 +124,7 @@ class LoraConfig:
     - ``init_lora_weights``: True, ``"gaussian"`` (A normal / r, B zero), False (both random), ``"orthogonal"`` (even
       r), or, with ``W ← W − s B A``, ``"pissa"`` (leading singular vectors of W) and ``"olora"`` (its QR factors): as
       in PEFT the frozen weight is then the rest, with the adapter disabled and for who loads the file, too.
+      ``"eva"`` is True until ``fastlora.initialize_eva`` has seen what the layers see.
     - ``lora_bias``: a trained bias beside B, ``y += s b_B``. ``use_dora``: rows of the sum have a trained length m,
       ``y = m / ‖W + s B A‖ (x W^T + s x A^T B^T) + bias``; no gradient goes through the norm.
     - ``layers_to_transform``: indices of the only layers that a list of names or a role means; ``layers_pattern``: the
@@ -259,7 +271,8 @@ def _from_peft_fields(config: Any) -> dict[str, Any]:
         if f.name in ours:
             taken[f.name] = sorted(value) if isinstance(value, set) else value
         elif f.name not in _PEFT_NEUTRAL and not _is_default(f, value):
-            raise ValueError(f"config: peft.LoraConfig field {f.name}={value!r} is set and not implemented")
+            nearest = _NEAREST.get(f.name, "leave it out")
+            raise ValueError(f"config: peft.LoraConfig field {f.name}={value!r} is set and not implemented: {nearest}")
     for name in ("rank_pattern", "alpha_pattern"):
         taken[name] = dict(taken.get(name) or {})
     return taken

@@ -109,6 +109,8 @@ def inject(
         _accelerate(model, config)
     model.fastlora_configs = {adapter: copy.deepcopy(config)}
     watch_learning(model, check)
+    if config.init_lora_weights == "eva":
+        logger.warning("init_lora_weights='eva': A is random until fastlora.initialize_eva(model, covariances)")
     return model
 
 

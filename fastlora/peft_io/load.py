@@ -16,7 +16,7 @@ from .._utils.distributed import like, refuse_parallel, reshard, unwrapped
 from .._utils.errors import listed
 from ..config import FROM_WEIGHT, LoraConfig
 from ..model.adapters import add_adapter
-from ..model.inject import check_adapter_name, fused_sizes, inject, refuse_adapted
+from ..model.inject import check_adapter_name, fused_sizes, inject, refuse_adapted, refuse_tying
 from ..model.modules import features, is_linear, named_targets
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
@@ -140,6 +140,7 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     pairs = factor_pairs(folder)
     for name in {known.module(stored) for stored in pairs} - set(names):
         raise ValueError(f"{where}: adapts {name!r}, and {type(model).__name__} has no module of that name")
+    refuse_tying(model, fields, [known.path(stored) for stored in pairs], ())
     if fields.targets_known:
         selected = {n for n in names if fields.selects(n)}
         expected = {s for n in selected for s in known.keys_of(n)}

@@ -38,6 +38,7 @@ def factor_key(stored: str, factor: str, module: nn.Module) -> str:
 _NEUTRAL = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "megatron_core", "qalora_group_size",
+    "eva_config",  # how A was found
     "fan_in_fan_out",  # says that the weight is transposed, as a Conv1D's is: A and B are the same
 }  # fmt: skip
 
@@ -61,6 +62,7 @@ class PeftFields:
     layers_pattern: list[str] | str | None = None
     lora_bias: bool = False
     use_dora: bool = False
+    ensure_weight_tying: bool = False
 
     def rank(self, path: str) -> int:
         return _pattern_value(self._ranks, path, self.r)
@@ -168,17 +170,20 @@ def _is_indices(value: Any) -> bool:
     return all(type(v) is int for v in (value if isinstance(value, list) else [value]))
 
 
+_INITS = ("gaussian", "orthogonal", "eva", *FROM_WEIGHT)
 _CHECKS = {
     "lora_alpha": (_is_number, "a finite number"),
     "target_modules": (lambda v: isinstance(v, str) or _is_strings(v) and v, "a string or a list of names"),
     "exclude_modules": (lambda v: isinstance(v, str) or _is_strings(v), "a string or a list of names"),
     "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a probability in [0, 1)"),
     "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
-    **dict.fromkeys(("use_rslora", "lora_bias", "use_dora"), (lambda v: isinstance(v, bool), "true or false")),
+    **dict.fromkeys(
+        ("use_rslora", "lora_bias", "use_dora", "ensure_weight_tying"), (lambda v: isinstance(v, bool), "true or false")
+    ),
     "modules_to_save": (_is_strings, "a list of names"),
     "init_lora_weights": (
-        lambda v: isinstance(v, bool) or v in ("gaussian", "orthogonal", *FROM_WEIGHT),
-        f"true, false or one of {('gaussian', 'orthogonal', *FROM_WEIGHT)}, the implemented ones",
+        lambda v: isinstance(v, bool) or v in _INITS,
+        f"true, false or one of {_INITS}, the implemented ones",
     ),  # fmt: skip  # noqa: E501
     "rank_pattern": (lambda v: isinstance(v, dict), "an object of ranks"),
     "alpha_pattern": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "an object of numbers"),

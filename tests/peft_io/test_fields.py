@@ -120,6 +120,17 @@ class TestLayersToTransform:
 
 
 class TestWeightTying:
+    def test_a_file_of_tied_adapters(self, tmp_path):
+        tied = lambda: make_llama(tie_word_embeddings=True)  # noqa: E731
+        fields = dict(r=2, ensure_weight_tying=True)
+        trained_by_peft(tied, tmp_path / "free", target_modules=["q_proj"], **fields)
+        fastlora.load(tied().double(), tmp_path / "free")
+        trained_by_peft(tied, tmp_path / "tied", target_modules=["q_proj", "embed_tokens"], **fields)
+        with pytest.raises(
+            ValueError, match="ensure_weight_tying: 'model.embed_tokens' and 'lm_head' share one weight"
+        ):
+            fastlora.load(tied().double(), tmp_path / "tied")
+
     def test_nothing_tied_is_trained(self):
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], ensure_weight_tying=True)
         fastlora.inject(make_llama(tie_word_embeddings=True), config)
@@ -397,7 +408,7 @@ def test_orthogonal_as_peft():
         (dict(init_lora_weights="pissa_niter_4"), "a random subspace.*; use 'pissa'"),
         (dict(init_lora_weights="mica"), "use 'olora'"),
         (dict(init_lora_weights="corda"), "is not implemented: it takes the covariance"),
-        (dict(init_lora_weights="eva"), "is not implemented: it takes batches"),
+        (dict(init_lora_weights="loftq"), "quantize the model first"),
         (dict(init_lora_weights="lora_ga"), "is not implemented: it takes gradients"),
         (dict(lora_bias=True, use_dora=True), "lora_bias: expected False, or use_dora=False"),
         (
@@ -435,3 +446,68 @@ def test_a_bias_of_a_convolution(tmp_path):
     assert_close(ours(x), theirs(x))
     assert_close(fastlora.merge(ours)(x), theirs(x))
     assert torch.equal(fastlora.unmerge(ours)[0].bias, base[0].bias)
+
+
+class TestEva:
+    def seen(self, model):
+        with fastlora.track(model, estimator="exact", statistics=["act_cov"]) as tracker:
+            for row in range(3):
+                forward(model, tokens()[row : row + 1]).square().mean().backward()
+            tracker.step()
+        return tracker.covariances("act_cov")
+
+    def test_the_leading_directions_of_the_inputs(self, caplog):
+        model = fastlora.inject(make_llama().double(), peft.LoraConfig(**TARGETS, init_lora_weights="eva"))
+        assert "A is random until fastlora.initialize_eva" in caplog.text
+        before, seen = forward(model), []
+        layer = model.model.layers[1].mlp.up_proj
+        hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, 1)))
+        found = self.seen(model)
+        hook.remove()
+        fastlora.initialize_eva(model, found)
+        assert_close(forward(model), before)
+        V = torch.linalg.svd(torch.cat(seen), full_matrices=False)[2][:2]
+        assert_close((layer.lora_A.default.weight @ V.t()).abs(), torch.eye(2, dtype=torch.float64))
+
+    def test_as_peft_where_inputs_have_no_mean(self, monkeypatch):
+        """PEFT takes the mean off; with x and -x there is none."""
+        torch.manual_seed(2)
+        x = torch.randn(64, 6) * torch.tensor([3.0, 2.0, 1.0, 0.5, 0.2, 0.1])
+        x = torch.cat([x, -x])
+        config = dict(r=2, target_modules=["up"], init_lora_weights="eva")
+        theirs = peft.get_peft_model(Biased(), peft.LoraConfig(**config, eva_config=peft.EvaConfig(rho=1.0)))
+        peft.initialize_lora_eva_weights(
+            theirs, [x] * 4, forward_fn=lambda m, batch: m(batch), show_progress_bar=False,
+            prepare_model_inputs_fn=None, prepare_layer_inputs_fn=lambda layer_input, model_input, name: layer_input[0],
+        )  # fmt: skip
+        ours = fastlora.inject(Biased(), fastlora.LoraConfig(**config))
+        fastlora.initialize_eva(ours, {"up": x.t() @ x / len(x)})
+        overlap = (ours.up.lora_A.default.weight @ theirs.base_model.model.up.lora_A.default.weight.t()).abs()
+        torch.testing.assert_close(overlap, torch.eye(2), rtol=1e-3, atol=1e-3)
+
+    def test_refused(self):
+        model = fastlora.inject(Biased(), fastlora.LoraConfig(r=2, target_modules=["up"]))
+        for given, says in (
+            ({"up": torch.eye(5)}, r"covariances\['up'\]: expected a finite matrix \[6, 6\]"),
+            ({"up": torch.full((6, 6), torch.nan)}, "expected a finite matrix"),
+        ):
+            with pytest.raises(ValueError, match=says):
+                fastlora.initialize_eva(model, given)
+        torch.nn.init.ones_(model.up.lora_B.default.weight)
+        with pytest.raises(ValueError, match="'up' has been trained"):
+            fastlora.initialize_eva(model, {"up": torch.eye(6)})
+
+
+@pytest.mark.parametrize(
+    "fields, nearest",
+    [
+        (dict(trainable_token_indices=[3]), "name the embedding in modules_to_save"),
+        (dict(target_parameters=["mlp.experts.gate_up_proj"]), "name the linears around them in target_modules"),
+        (dict(layer_replication=[[0, 1]]), "replicate the layers of the model first"),
+    ],
+)
+def test_a_refusal_names_the_nearest_thing(fields, nearest):
+    model = make_llama()
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}=.* is set and not implemented: .*{nearest}"):
+        fastlora.inject(model, peft.LoraConfig(r=2, target_modules=["q_proj"], **fields))
+    assert not fastlora.nn.linear.adapted_layers(model)

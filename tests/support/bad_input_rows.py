@@ -371,6 +371,13 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "density": rows((1.5, r"density: expected a share in \(0, 1\]"), (0.0, "density: expected a finite")),
         "majority_sign_method": rows(("most", "majority_sign_method: expected one of")),
     },
+    "initialize_eva": {
+        "model": MODEL,
+        "covariances": rows(({}, "covariances: expected a matrix for every linear of the adapter, got none for"),
+                            ({"qq": torch.eye(2)}, "covariances: expected paths of linears of the adapter, got 'qq'"),
+                            ([torch.eye(2)], "covariances: expected a mapping", TYPE)),
+        "adapter": rows(("c", r"adapter: expected one of \['default'\], got 'c'")),
+    },
     "per_adapter_mean": {
         "losses": rows((torch.ones(2), "losses: expected the shape of ids"),
                        ([1.0], "losses: expected a floating tensor", TYPE)),
