@@ -511,3 +511,47 @@ def test_a_refusal_names_the_nearest_thing(fields, nearest):
     with pytest.raises(ValueError, match=f"{next(iter(fields))}=.* is set and not implemented: .*{nearest}"):
         fastlora.inject(model, peft.LoraConfig(r=2, target_modules=["q_proj"], **fields))
     assert not fastlora.nn.linear.adapted_layers(model)
+
+
+@pytest.mark.parametrize("field", ["lora_bias", "use_dora"])
+class TestRunsEveryWay:
+    """What stands beside the factors, under a compiler, checkpointing, a low precision and tracking."""
+
+    def model(self, field):
+        return both(Biased, **CASES["biased"][2], **{field: True})[1].train()
+
+    def test_compiled_and_checkpointed(self, field):
+        model = self.model(field)
+        x = torch.randn(4, 6, dtype=torch.float64)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        wanted = torch.autograd.grad(model(x).square().sum(), trained)
+        repeated = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+        for run in (repeated, torch.compile(model, backend="eager")(x)):
+            assert_close(run, model(x))
+            for a, b in zip(torch.autograd.grad(run.square().sum(), trained), wanted, strict=True):
+                assert b.any()
+                assert_close(a, b)
+
+    def test_bfloat16(self, field):
+        exact, x = self.model(field), torch.randn(4, 6, dtype=torch.float64)
+        model = copy.deepcopy(exact)
+        for module in (model.up, model.down):
+            module.weight.data, module.bias.data = module.weight.data.bfloat16(), module.bias.data.bfloat16()
+        y = model(x.bfloat16())
+        assert y.dtype == torch.bfloat16
+        error = (y.double() - exact(x)).abs().max() / exact(x).abs().max()
+        assert error < 4 * 2**-8 * 3  # a few roundings
+
+    def test_statistics_are_of_the_frozen_weight(self, field):
+        model, x = self.model(field), torch.randn(4, 6, dtype=torch.float64)
+        with fastlora.track(model, estimator="exact") as tracker:
+            model(x).square().sum().backward()
+            tracker.step()
+        layer = model.up
+        W = layer.weight.detach().clone().requires_grad_()
+        a, b, s = layer.pairs()[0]
+        factors = layer.lora_B.default
+        h = x @ (W + s * b @ a).t().detach() + x @ (W - W.detach()).t()
+        h = h * layer.row_factors("default") if field == "use_dora" else h + s * factors.bias
+        model.down(torch.tanh(h + layer.bias)).square().sum().backward()
+        assert tracker.scores("grad_sq")["up"] == pytest.approx(float(W.grad.square().sum()), rel=1e-6)
