@@ -1,7 +1,7 @@
-"""Compile every kernel with every committed tile for sm_90, without a GPU, and tabulate what the compiler reports.
+"""Compile every kernel with every committed tile that a GPU can run, without one, and tabulate what the compiler says.
 
-``python -m fastlora.kernels.compile_report [--output table.md]``. The host functions run on meta tensors, so what is
-compiled is what a GPU would be given: the same flags, alignments and strides.
+``python -m fastlora.kernels.compile_report [--capability 9.0] [--output table.md]``. The host functions run on meta
+tensors, so what is compiled is what a GPU would be given: the same flags, alignments and strides.
 """
 
 from __future__ import annotations
@@ -23,13 +23,22 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from . import gradstat, grouped, linear, linear_backward, primitives, shrink, wgrad
-from .tiling import SHARED_LIMIT, TileConfig, committed
+from .tiling import Limits, TileConfig, committed
 
-TARGET = GPUTarget("cuda", 90, 32)
 REGISTERS = 65536
 # Kernels whose product is large enough to be meant for wgmma, in 16-bit types.
 WGMMA = ("linear", "linear_moments", "linear_backward", "linear_backward_dropout", "wgrad", "gradstat",
          "gradstat_diagonal", "covariance")  # fmt: skip
+# Bytes of shared memory that a program may ask for, by capability, as CUDA's documentation has them.
+SHARED = {
+    (8, 0): 163 << 10,
+    (8, 6): 99 << 10,
+    (8, 9): 99 << 10,
+    (9, 0): 227 << 10,
+    (10, 0): 227 << 10,
+    (12, 0): 99 << 10,
+}
+THREADS = {(8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
 COLUMNS = ("operation", "case", "dtype", "tile", "registers", "stack", "shared KiB", "resident", "wgmma",
            "16-byte copies", "TMA")  # fmt: skip
 
@@ -50,15 +59,17 @@ class Row(NamedTuple):
     tma: bool
     resident: int
 
-    def faults(self) -> list[str]:
-        """What breaks a promise: stack (where spilled registers live), shared memory, missing wgmma."""
+    def faults(self, device: Limits) -> list[str]:
+        """What breaks a promise: shared memory; on sm_90 also stack (where spilled registers live), missing wgmma."""
         found = []
-        if self.stack:
+        if self.stack and device.capability == (9, 0):
             found.append(f"{self.stack} bytes of stack (spilled registers)")
-        if self.shared > SHARED_LIMIT:
-            found.append(f"{self.shared} bytes of shared memory, the limit is {SHARED_LIMIT}")
+        if self.shared > device.shared:
+            found.append(f"{self.shared} bytes of shared memory, the limit is {device.shared}")
         if not self.resident:
             found.append(f"{self.registers} registers a thread do not fit")
+        if device.capability != (9, 0):
+            return found
         if self.operation in WGMMA and self.dtype == "bf16" and "matmul" in self.case and not self.wgmma:
             found.append("no wgmma instruction")
         if self.tile.tma and self.operation != "reduce" and not self.tma:
@@ -71,8 +82,8 @@ class Row(NamedTuple):
 class Offline:
     """Stands for a driver, so that launches can be compiled on a machine without one."""
 
-    def __init__(self, target: GPUTarget = TARGET):
-        self.target = target
+    def __init__(self, capability: tuple[int, int] = (9, 0)):
+        self.target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -85,12 +96,12 @@ class Offline:
 
 
 @contextmanager
-def _compiling(record: Callable[[str, Any, dict], None], tf32: bool) -> Iterator[None]:
+def _compiling(record: Callable[[str, Any, dict], None], tf32: bool, capability: tuple[int, int]) -> Iterator[None]:
     def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         record(kernel.fn.__name__, compiled, options)
 
-    driver.set_active(Offline())
+    driver.set_active(Offline(capability))
     matmul = torch.backends.cuda.matmul
     before = primitives.launcher, matmul.allow_tf32
     primitives.launcher, matmul.allow_tf32 = compile_only, tf32
@@ -166,7 +177,7 @@ def _cases(operation: str, tile: TileConfig, o: _Operands) -> dict[str, Callable
     if operation.startswith("shrink"):
         h = partial(shrink.shrink, o.x, [*o.A, o.P], 1, tiles=tile, **dropout)
         dh = partial(shrink.shrink_backward, o.dy, o.B, o.offsets, o.scales, o.rank, tile)
-        return {"x": h} if dropout else {"x": h, "dy": dh}
+        return {"dy": dh} if operation == "shrink_backward" else {"x": h}
     if operation.startswith("wgrad"):
         x = o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes
         widths = [b.shape[0] for b in o.B]
@@ -197,11 +208,19 @@ def _cases(operation: str, tile: TileConfig, o: _Operands) -> dict[str, Callable
     return {"matmul": lambda: linear_forward(operation == "linear_moments")}
 
 
-def compile_all(ranks: tuple[int, ...] = (8, 5, 64), operations: tuple[str, ...] = ()) -> list[Row]:
-    """Compile every committed tile: bf16 at each rank a projection (one no multiple of 8), fp32 exact and as tf32."""
+def device_of(capability: tuple[int, int]) -> Limits:
+    """The limits of a capability."""
+    return Limits(capability, SHARED[capability])
+
+
+def compile_all(
+    ranks: tuple[int, ...] = (8, 5, 64), operations: tuple[str, ...] = (), capability: tuple[int, int] = (9, 0)
+) -> list[Row]:
+    """Compile every committed tile that fits: bf16 at each rank a projection (one no multiple of 8), fp32, tf32."""
     rows: dict[str, Row] = {}
+    device = device_of(capability)
     for operation, kind, entry in committed():
-        if operations and operation not in operations:
+        if operations and operation not in operations or not entry.tile.fits(4 if kind == "fp32" else 2, device):
             continue
         # The rank block of linear's kernels is fixed, so that only whether ranks are multiples of 8 changes their code.
         fixed = [rank for rank in ranks if rank <= 16] if operation.startswith(("linear", "expand")) else ranks
@@ -218,22 +237,25 @@ def compile_all(ranks: tuple[int, ...] = (8, 5, 64), operations: tuple[str, ...]
                 if ("moments" in case or operation == "linear_moments") and not first:
                     continue
 
-                what = partial(_row, operation, label, precision, entry.tile)
+                what = partial(_row, device, operation, label, precision, entry.tile)
 
                 def record(name: str, compiled: Any, options: dict, what=what):
                     if compiled.hash not in rows:
                         rows[compiled.hash] = what(name, compiled, options)
 
-                with _compiling(record, precision == "tf32"):
+                with _compiling(record, precision == "tf32", capability):
                     call()
     return list(rows.values())
 
 
-def _row(operation: str, case: str, dtype: str, tile: TileConfig, name: str, compiled: Any, options: dict) -> Row:
+def _row(
+    device: Limits, operation: str, case: str, dtype: str, tile: TileConfig, name: str, compiled: Any, options: dict
+) -> Row:
     registers, stack = _resources(compiled.asm["cubin"])
     text, shared = compiled.asm["ptx"], compiled.metadata.shared
     threads = 32 * options["num_warps"]
-    resident = min(REGISTERS // (registers * threads), SHARED_LIMIT // max(shared, 1), 2048 // threads)
+    most = THREADS.get(device.capability, 2048) // threads
+    resident = min(REGISTERS // (registers * threads), device.shared // max(shared, 1), most)
     if name in ("reduce_kernel", "reduce_pairs_kernel", "moments_kernel"):
         operation, case = "reduce", "-"
     wide_copies = re.search(r"cp\.async\.cg\.shared\.global[^;]*0x10", text) is not None
@@ -241,10 +263,10 @@ def _row(operation: str, case: str, dtype: str, tile: TileConfig, name: str, com
     return Row(operation, case, name, dtype, tile, registers, stack, shared, *used, resident)
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], capability: tuple[int, int] = (9, 0)) -> str:
     """The rows as Markdown."""
     lines = [
-        "# What the compiler says for sm_90",
+        f"# What the compiler says for sm_{capability[0]}{capability[1]}",
         "",
         f"Triton {triton.__version__}, no GPU involved. A tile is rows x columns x depth of the sum, then warps and",
         "stages; `resident` is how many programs fit a multiprocessor; stack is where spilled registers would live.",
@@ -270,14 +292,18 @@ def main() -> None:
     """Print the table, or write it, and fail if a promise is broken."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", type=Path, help="file for the Markdown table")
+    parser.add_argument("--capability", default="9.0", choices=[f"{a}.{b}" for a, b in SHARED], help="of the GPU")
     parser.add_argument("--operations", nargs="*", default=[], help="only these operations")
     given = parser.parse_args()
-    rows = compile_all(operations=tuple(given.operations))
+    major, minor = map(int, given.capability.split("."))
+    capability = major, minor
+    rows = compile_all(operations=tuple(given.operations), capability=capability)
     if given.output:
-        given.output.write_text(table(rows))
+        given.output.write_text(table(rows, capability))
     else:
-        print(table(rows))
-    broken = [f"{r.operation} ({r.case}, {r.dtype}, {r.tile}): {fault}" for r in rows for fault in r.faults()]
+        print(table(rows, capability))
+    faults = [(r, fault) for r in rows for fault in r.faults(device_of(capability))]
+    broken = [f"{r.operation} ({r.case}, {r.dtype}, {r.tile}): {fault}" for r, fault in faults]
     if broken:
         raise SystemExit("\n".join(broken))
 

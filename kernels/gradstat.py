@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .primitives import Options, launch, matrix, precision, swizzle, unit_last
 from .reduce import reduce_pairs
-from .tiling import GRID_LIMIT, TileConfig, choose_tiles
+from .tiling import GRID_LIMIT, TileConfig, choose_filling
 
 
 @triton.jit
@@ -99,30 +99,39 @@ def covariance_kernel(x, out, weight, M, scale, TILE: tl.constexpr, OPTIONS: tl.
             tl.store(p_above, b_acc, mask=m_tile)
 
 
+def _tiles(N: int, K: int, tile: TileConfig) -> int:
+    return triton.cdiv(N, tile.rows) * triton.cdiv(K, tile.columns)
+
+
+def _half(N: int, tile: TileConfig) -> int:
+    side = triton.cdiv(N, tile.rows)
+    return side * (side + 1) // 2
+
+
 def gradstat(
     x: Tensor,
     dy: Tensor,
     offsets: Tensor,
     tiles: TileConfig | None = None,
-    longest: int = 0,
     diagonal: Tensor | None = None,
 ) -> Tensor:
     """``sum G^2`` and ``sum |G|`` of ``G = dy^T x`` over the rows ``offsets[i] : offsets[i + 1]``; G is never stored.
 
-    x [M, K], dy [M, N] of one dtype, offsets int64 [runs + 1] on their device -> fp32 [runs, 2]. ``longest``: rows of
-    the longest run, a hint for the tiles. ``diagonal``: fp32 [N, K], contiguous, to which the sum of G^2 over the runs
-    is added; it changes only once everything that can run out of memory has been allocated.
+    x [M, K], dy [M, N] of one dtype, offsets int64 [runs + 1] on their device -> fp32 [runs, 2]. ``diagonal``: fp32
+    [N, K], contiguous, to which the sum of G^2 over the runs is added; it changes only once everything that can run out
+    of memory has been allocated.
     """
     x, dy = unit_last(x), unit_last(dy)
     runs, N, K = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
     if runs == 0 or N == 0 or K == 0:
         return torch.zeros(runs, 2, dtype=torch.float32, device=x.device)
     operation = "gradstat" if diagonal is None else "gradstat_diagonal"
-    tiles = tiles or choose_tiles(operation, longest or x.shape[0] // runs, N, K, 0, x.dtype)
-    count = triton.cdiv(N, tiles.rows) * triton.cdiv(K, tiles.columns)
+    # Without a diagonal a program takes one run.
+    at_once = runs if diagonal is None else 1
+    tiles = tiles or choose_filling(operation, lambda tile: at_once * _tiles(N, K, tile), N, K, x.dtype, x.device)
+    count = _tiles(N, K, tiles)
     partial = torch.empty(runs, count, 2, dtype=torch.float32, device=x.device)
     out, options = torch.empty(runs, 2, dtype=torch.float32, device=x.device), Options(precision(x.dtype))
-    # Without a diagonal a program takes one run.
     each = GRID_LIMIT if diagonal is None else runs
     for start in range(0, runs, each):
         some = min(each, runs - start)
@@ -135,9 +144,8 @@ def gradstat(
 
 def _symmetric(x: Tensor, out: Tensor, weight: Tensor | None, scale: float, tiles: TileConfig | None) -> None:
     M, N = x.shape
-    tiles = tiles or choose_tiles("covariance", M, N, N, 0, x.dtype)
-    side = triton.cdiv(N, tiles.rows)
-    grid, options = (side * (side + 1) // 2,), Options(precision(x.dtype))
+    tiles = tiles or choose_filling("covariance", lambda tile: _half(N, tile), N, N, x.dtype, x.device)
+    grid, options = (_half(N, tiles),), Options(precision(x.dtype))
     launch(covariance_kernel, grid, matrix(x), out, weight, M, scale, TILE=tiles, OPTIONS=options)
 
 

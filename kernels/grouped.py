@@ -186,7 +186,7 @@ def grouped_shrink(
     M, K = x.shape
     h = torch.zeros(M, max(ranks.widths), dtype=x.dtype, device=x.device)
     if h.numel() and K:
-        tiles = tiles or choose_tiles("grouped_shrink" + ("_dropout" if drop else ""), 0, 0, 0, 0, x.dtype)
+        tiles = tiles or choose_tiles("grouped_shrink" + ("_dropout" if drop else ""), 0, 0, 0, 0, x.dtype, x.device)
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments, stacked = _segments("shrink", batch, schedule, ranks), pack(factors).view(-1, K)
         dropout, wide = _dropout(drop, ranks), max(ranks.widths)
@@ -215,7 +215,7 @@ def grouped_expand_(
     make = torch.zeros if M == 0 else torch.empty
     sums = [make(G, 2, out.shape[1], dtype=torch.float64, device=h.device) for out in y] if moments else []
     if M:
-        tiles = tiles or choose_tiles("expand", 0, 0, 0, 0, h.dtype)
+        tiles = tiles or choose_tiles("expand", 0, 0, 0, 0, h.dtype, h.device)
         widths = [B[i].shape[0] for i in range(n)]
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments = _segments("pairs", batch, schedule, ranks, widths, range(n), scales)
@@ -246,7 +246,7 @@ def grouped_shrink_backward(
     n, M = len(dy), wide[0].shape[0]
     dh = torch.zeros(M, max(map(sum, ranks.by_adapter)), dtype=wide[0].dtype, device=wide[0].device)
     if dh.numel():
-        tiles = tiles or choose_tiles("grouped_shrink", 0, 0, 0, 0, dh.dtype)
+        tiles = tiles or choose_tiles("grouped_shrink", 0, 0, 0, 0, dh.dtype, dh.device)
         widths = [B[i].shape[0] for i in range(n)]
         some = [scales[g * n + i] for g in range(ranks.adapters) for i in live]
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
@@ -267,7 +267,7 @@ def grouped_linear_backward_(
 ) -> Tensor:
     """In place ``dx[m] += dh[m] A_g`` for the rows of every adapter g: dx [M, K], dh [M, max_g R_g]; returns dx."""
     if dx.numel() and dh.numel():
-        tiles = tiles or choose_tiles("expand" + ("_dropout" if drop else ""), 0, 0, 0, 0, dx.dtype)
+        tiles = tiles or choose_tiles("expand" + ("_dropout" if drop else ""), 0, 0, 0, 0, dx.dtype, dx.device)
         without = ranks._replace(probes=(0,) * ranks.adapters)
         schedule = batch.schedule(batch.ranges, dx.shape[0], tiles.rows)
         segments, packed = _segments("shrink", batch, schedule, without), pack(A).view(-1, dx.shape[1])
@@ -332,8 +332,8 @@ def _wgrad_partials(inputs, outer, flat, batch, ranks, widths, live, scales, til
     """Fill ``flat`` with all dA, dB and Q: x on its own if it is seen through dropout, else beside the dy."""
     first, total = (inputs or outer)[0].wide, sum(f.numel() for f in flat)
     M, dtype = first.shape[0], first.dtype
-    unmasked = tiles or choose_tiles("wgrad", M, 0, widths[0], 0, dtype)
-    masked = tiles or choose_tiles("wgrad_dropout", M, 0, widths[0], 0, dtype)
+    unmasked = tiles or choose_tiles("wgrad", M, 0, widths[0], 0, dtype, first.device)
+    masked = tiles or choose_tiles("wgrad_dropout", M, 0, widths[0], 0, dtype, first.device)
     programs = sum(triton.cdiv(p.wide.shape[1], unmasked.columns) for p in [*inputs, *outer])
     # A long run is cut, but partial sums never outweigh what is read, and parts times adapters fit the grid.
     read = sum(p.wide.numel() for p in [*inputs, *outer])

@@ -37,7 +37,7 @@ from .primitives import (
     unit_last,
 )
 from .reduce import reduce_moments
-from .tiling import PROGRAMS, TileConfig, choose_strategy, choose_tiles
+from .tiling import TileConfig, choose_strategy, choose_tiles, limits
 
 
 class Projection(NamedTuple):
@@ -199,8 +199,8 @@ def expand(
     offsets, N = [p.offset for p in projections], sum(p.W.shape[0] for p in projections)
     moments = projections[0].moments is not None
     operation = ("linear_moments" if moments else "linear") if matmul else "expand"
-    tiles = tiles or choose_tiles(operation, M, N, K, max(ranks), x.dtype)
-    tiles = tiles._replace(tma=matmul and tiles.tma and aligned([x, *(p.W for p in projections)]))
+    tiles = tiles or choose_tiles(operation, M, N, K, max(ranks), x.dtype, x.device)
+    tiles = tiles._replace(tma=matmul and tiles.tma)
     tiles_m = triton.cdiv(M, tiles.rows) if segments is None else segments.tiles.shape[0]
     tiles_n = sum(triton.cdiv(p.W.shape[0], tiles.columns) for p in projections)
     sums = torch.empty(2 * tiles_m, N, dtype=torch.float32, device=x.device) if moments else None
@@ -213,14 +213,16 @@ def expand(
     B = Factors(tuple(p.B for p in projections), hide_from_specialization(strides), columns, scales)
     group = Group(matrices([p.W for p in projections]), bias, B, matrices([p.y for p in projections]))
     operands = group, matrix(x) if matmul else None, rank_matrix(h), None if sums is None else matrix(sums), segments
-    grid = (min(tiles_m * tiles_n, PROGRAMS) if tiles.tma else tiles_m * tiles_n,)
+    own, programs = limits(x.device), tiles_m * tiles_n
+    if tiles.tma:
+        programs = min(programs, own.multiprocessors * max(1, own.shared // tiles.shared(x.element_size())))
     options = Options(
         precision(x.dtype),
         even_k=K % tiles.depth == 0,
         even_r=even and h.stride(0) % 8 == 0,
         gather=segments is not None and segments.order.numel() > 0,
     )
-    launch(linear_kernel, grid, *operands, M, tiles_m, tiles_n, TILE=tiles, OPTIONS=options)
+    launch(linear_kernel, (programs,), *operands, M, tiles_m, tiles_n, TILE=tiles, OPTIONS=options)
     if sums is not None:
         ranges = None if segments is None else segments.ranges
         reduce_moments(sums, [p.moments for p in projections], M, tiles.rows, ranges)
@@ -261,14 +263,22 @@ def linear(
     x, h, W, B = unit_last(x), unit_last(h), [unit_last(w) for w in W], [unit_last(b) for b in B]
     M, K = x.shape
     rank = sum(b.shape[1] for b in B)
-    y = [torch.empty(M, w.shape[0], dtype=x.dtype, device=x.device) for w in W]
     make = torch.zeros if M == 0 else torch.empty
     sums = [make(2, w.shape[0], dtype=torch.float64, device=x.device) for w in W] if moments else []
     if M == 0:
-        return y, sums
-    strategy = strategy or choose_strategy("forward", M, sum(w.shape[0] for w in W), K, rank, x.dtype)
+        return [x.new_empty(0, w.shape[0]) for w in W], sums
+    N = sum(w.shape[0] for w in W)
+    strategy = strategy or choose_strategy("forward", M, N, K, rank, x.dtype, x.device)
+    if strategy == "fused":
+        operation, most = "linear_moments" if moments else "linear", max(b.shape[1] for b in B)
+        tiles = tiles or choose_tiles(operation, M, N, K, most, x.dtype, x.device)
+        # By pointers that tile would keep what does not fit its registers on the stack.
+        if tiles.tma and not aligned([x, *W]):
+            strategy, tiles = "library", None
     if strategy == "library":
         y = [torch.nn.functional.linear(x, w, b) for w, b in zip(W, bias, strict=True)]
+    else:
+        y = [torch.empty(M, w.shape[0], dtype=x.dtype, device=x.device) for w in W]
     projections = []
     for i, (j, column) in enumerate(places):
         n = B[i].shape[0]

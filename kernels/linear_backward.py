@@ -125,7 +125,7 @@ def linear_backward(
     if M == 0:
         return dy[0].new_empty(M, K)
     N = sum(w.shape[0] for w in W)
-    strategy = strategy or choose_strategy("backward", M, N, K, dh.shape[1], dh.dtype)
+    strategy = strategy or choose_strategy("backward", M, N, K, dh.shape[1], dh.dtype, dh.device)
     if strategy == "augmented" and seed is None and dh.shape[1] > 0:
         return torch.cat([*dy, dh], dim=1) @ torch.cat([*W, torch.cat(list(A)).to(dh.dtype)])
     if strategy == "fused":
@@ -152,7 +152,7 @@ def add_adapters_(
     M, K = dx.shape
     widths = sources.dy.columns if sources else ()
     operation = ("linear_backward" if sources else "expand") + ("_dropout" if dropout else "")
-    tiles = tiles or choose_tiles(operation, M, sum(widths), K, dh.shape[1], dx.dtype)
+    tiles = tiles or choose_tiles(operation, M, sum(widths), K, dh.shape[1], dx.dtype, dx.device)
     tiles_m = triton.cdiv(M, tiles.rows) if segments is None else segments.tiles.shape[0]
     ranks = [a.shape[0] for a in A]
     if segments is None:

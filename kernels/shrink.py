@@ -167,7 +167,8 @@ def run(
     strides = tuple(f.stride(0) for f in factors)
     ranks = [f.shape[0] if shared else f.shape[1] for f in factors]
     widths = [t.shape[1] for t in x]
-    tiles = tiles or choose_tiles("shrink_dropout" if dropout else "shrink", M, 0, max(widths), total, x[0].dtype)
+    operation = ("shrink_dropout" if dropout else "shrink") if shared else "shrink_backward"
+    tiles = tiles or choose_tiles(operation, M, 0, max(widths), total, x[0].dtype, x[0].device)
     if segments is None:
         widest = total if shared else max(ranks)
         even = multiples_of_8(offsets, ranks, () if shared else strides)

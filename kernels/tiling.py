@@ -8,12 +8,13 @@ no reason says otherwise, a neighbour with fewer warps or a deeper step spills a
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-SHARED_LIMIT = 232448
 # Multiprocessors of an H100 or H200. A constant, so that sums are split alike, and results agree, on every GPU.
 PROGRAMS = 132
 # Programs along the second and the third axis of a grid: CUDA's limit.
@@ -22,6 +23,23 @@ GRID_LIMIT = 65535
 REDUCE_BLOCK = 1024
 # Counters of 128 signs that a program draws: 32 KiB of fp32; 36 layers of width 768 with k = 8 fill a chip of 132.
 SIGNS_BLOCK = 64
+
+
+class Limits(NamedTuple):
+    """A device's compute capability, the bytes of shared memory a program may ask for, its multiprocessors."""
+
+    capability: tuple[int, int] = (9, 0)
+    shared: int = 227 << 10
+    multiprocessors: int = PROGRAMS
+
+
+@functools.lru_cache(maxsize=64)
+def limits(device: torch.device) -> Limits:
+    """Those of a GPU; those of an H200 for tensors that are on none."""
+    if device.type in ("cpu", "meta"):
+        return Limits()
+    found = torch.cuda.get_device_properties(device)
+    return Limits((found.major, found.minor), found.shared_memory_per_block_optin, found.multi_processor_count)
 
 
 class TileConfig(NamedTuple):
@@ -39,6 +57,15 @@ class TileConfig(NamedTuple):
     band: int = 8
     tma: bool = False
 
+    def shared(self, itemsize: int) -> int:
+        """Bytes of the stages of both operands; what else a kernel keeps is in the compile report."""
+        return self.stages * self.depth * (self.rows + self.columns) * itemsize
+
+    def fits(self, itemsize: int, device: Limits) -> bool:
+        """Whether a device can run it. What is wider than 128 x 128 needs wgmma: elsewhere its sums spill."""
+        wide = self.tma or self.rows * self.columns > 128 * 128
+        return self.shared(itemsize) <= device.shared and (device.capability == (9, 0) or not wide)
+
 
 class Entry(NamedTuple):
     """A tile, the most rows of a problem that it is meant for (0: any), and why."""
@@ -49,6 +76,7 @@ class Entry(NamedTuple):
 
 
 _FFMA = "exact fp32 has no tensor cores: small tiles keep operands and sums in registers"
+_FEW = "a narrow matrix has too few of the larger tiles for the chip"
 _PHILOX = "bound by Philox: few counters a thread and mask, or its words spill"
 
 # Operation and precision -> entries, from the fewest rows to any.
@@ -58,6 +86,11 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
         Entry(TileConfig(64, 0, 64, 4, 4), 0, "memory bound: 3 resident with 3 stages of 8 KiB of x in flight each"),
     ),
     ("shrink", "fp32"): (Entry(TileConfig(32, 0, 64, 4, 3), 0, _FFMA),),
+    ("shrink_backward", "half"): (
+        Entry(TileConfig(32, 0, 64, 8, 4), 4096, "as shrink"),
+        Entry(TileConfig(64, 0, 64, 4, 4), 0, "as shrink"),
+    ),
+    ("shrink_backward", "fp32"): (Entry(TileConfig(32, 0, 64, 4, 3), 0, _FFMA),),
     ("shrink_dropout", "half"): (Entry(TileConfig(32, 0, 32, 4, 2), 0, _PHILOX),),
     ("shrink_dropout", "fp32"): (Entry(TileConfig(16, 0, 32, 4, 2), 0, _PHILOX),),
     # Columns are ranks here; one entry, since how a row is summed may not depend on the other rows of its batch.
@@ -104,16 +137,24 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("wgrad", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
     ("wgrad_dropout", "half"): (Entry(TileConfig(64, 64, 32, 4, 3), 0, _PHILOX),),
     ("wgrad_dropout", "fp32"): (Entry(TileConfig(64, 32, 16, 4, 2), 0, _PHILOX),),
+    # By ``choose_filling``: the first that fills the device.
     ("gradstat", "half"): (
-        Entry(TileConfig(128, 128, 64, 8, 3), 4096, "a run is a sample: many programs, short loops, 2 resident"),
-        Entry(TileConfig(128, 256, 64, 8, 3), 0, "long runs: the largest tile, as for a weight gradient"),
+        Entry(TileConfig(128, 256, 64, 8, 3), 0, "the largest tile, as for a weight gradient"),
+        Entry(TileConfig(128, 128, 64, 8, 3), 0, "2 resident"),
+        Entry(TileConfig(64, 128, 64, 4, 3), 0, _FEW),
+        Entry(TileConfig(64, 64, 64, 4, 4), 0, _FEW),
     ),
     ("gradstat", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
     ("gradstat_diagonal", "half"): (
         Entry(TileConfig(128, 128, 64, 8, 3), 0, "two sums an entry: half of gradstat's largest tile"),
+        Entry(TileConfig(64, 128, 64, 8, 3), 0, _FEW),
+        Entry(TileConfig(64, 64, 64, 4, 4), 0, _FEW),
     ),
     ("gradstat_diagonal", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
-    ("covariance", "half"): (Entry(TileConfig(128, 128, 64, 8, 3), 0, "square, as a tile is stored twice"),),
+    ("covariance", "half"): (
+        Entry(TileConfig(128, 128, 64, 8, 3), 0, "square, as a tile is stored twice"),
+        Entry(TileConfig(64, 64, 64, 4, 4), 0, _FEW),
+    ),
     ("covariance", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
 }
 
@@ -130,9 +171,9 @@ class Measurement(NamedTuple):
     device: str
 
     def distance(self, *size: int) -> float:
-        """How far away a size is, in powers of two; a dimension that does not count is 0."""
+        """The dimension that differs most, in powers of two; one that does not count is 0."""
         pairs = zip(self[:4], size, strict=True)
-        return sum(abs(math.log2(mine / other)) for mine, other in pairs if mine > 0 and other > 0)
+        return max((abs(math.log2(mine / other)) for mine, other in pairs if mine > 0 and other > 0), default=0.0)
 
 
 # Operation, or "forward" and "backward" for the strategies, and precision -> measurements.
@@ -141,22 +182,52 @@ MEASURED: dict[tuple[str, str], tuple[Measurement, ...]] = {}
 # end measured
 
 
+# A measurement speaks for sizes that differ from its own by at most this factor in every dimension.
+_NEAR = 2
+
+
 def _measured(operation: str, kind: str, *size: int) -> TileConfig | str | None:
-    """The choice of the nearest measurement."""
-    found = MEASURED.get((operation, kind), ())
+    """The choice of the nearest measurement, if one is near."""
+    found = [m for m in MEASURED.get((operation, kind), ()) if m.distance(*size) <= math.log2(_NEAR)]
     return min(found, key=lambda m: m.distance(*size)).choice if found else None
 
 
-def choose_tiles(operation: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> TileConfig:
-    """The tile for an operation at a size: M rows (for gradstat, of the longest run), N outputs, K inputs, R ranks.
-
-    The nearest measurement decides, by the logarithms of the sizes; the argued table where nothing was measured.
-    """
+def _fitting(operation: str, dtype: torch.dtype, device: Limits) -> list[Entry]:
     kind = "fp32" if dtype == torch.float32 else "half"
+    return [entry for entry in _TABLE[operation, kind] if entry.tile.fits(dtype.itemsize, device)]
+
+
+def choose_tiles(
+    operation: str, M: int, N: int, K: int, R: int, dtype: torch.dtype, device: torch.device
+) -> TileConfig:
+    """The tile for an operation at a size: M rows, N outputs, K inputs, R ranks.
+
+    A near measurement decides, else the argued table; either counts only where the device can run it.
+    ``ValueError`` if there is no tile so small.
+    """
+    kind, own = "fp32" if dtype == torch.float32 else "half", limits(device)
     measured = _measured(operation, kind, M, N, K, R)
-    if measured is not None:
+    if measured is not None and measured.fits(dtype.itemsize, own):
         return measured
-    return next(e.tile for e in _TABLE[operation, kind] if e.most_rows == 0 or e.most_rows >= M)
+    fitting = _fitting(operation, dtype, own)
+    if not fitting:
+        raise ValueError(f"device: expected more shared memory for {operation} in {dtype}, {device} has {own.shared}")
+    return next((e.tile for e in fitting if e.most_rows == 0 or e.most_rows >= M), fitting[-1].tile)
+
+
+def choose_filling(
+    operation: str, programs: Callable[[TileConfig], int], N: int, K: int, dtype: torch.dtype, device: torch.device
+) -> TileConfig:
+    """The largest tile of which there is one for every multiprocessor, else the smallest; a near measurement decides.
+
+    ``programs`` says how many a tile makes.
+    """
+    kind, own = "fp32" if dtype == torch.float32 else "half", limits(device)
+    measured = _measured(operation, kind, 0, N, K, 0)
+    if measured is not None and measured.fits(dtype.itemsize, own):
+        return measured
+    tiles = [entry.tile for entry in _fitting(operation, dtype, own)]
+    return next((tile for tile in tiles if programs(tile) >= own.multiprocessors), tiles[-1])
 
 
 def committed() -> list[tuple[str, str, Entry]]:
@@ -179,7 +250,7 @@ def choose_split(programs: int, steps: int, waves: int = 1) -> int:
     return max(1, min(waves * PROGRAMS // max(programs, 1), steps // 4))
 
 
-def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch.dtype) -> str:
+def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch.dtype, device: torch.device) -> str:
     """How ``linear`` ("forward" or "backward") runs: "fused", "library" (cuBLAS, then expand) or "augmented".
 
     Fusing saves a read and a write of the output. From the roofline, at width 768 the fused matmul pays from 0.69 of
@@ -191,6 +262,7 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     measured = _measured(direction, "fp32" if dtype == torch.float32 else "half", M, N, K, R)
     if measured is not None:
         return measured
-    if dtype == torch.float32:
+    operation = "linear" if direction == "forward" else "linear_backward"
+    if dtype == torch.float32 or not _fitting(operation, dtype, limits(device)):
         return "library"
     return "fused" if K <= 1024 and (direction == "forward" or M <= 8192) else "library"

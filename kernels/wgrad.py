@@ -271,8 +271,8 @@ def wgrad(
         for n, (i, g) in enumerate(zip(live, wide, strict=True))
         if ranks[i] + probes > 0
     ]
-    unmasked = tiles or choose_tiles("wgrad", M, sum(g.shape[1] for g in wide), 0, rank, h.dtype)
-    masked = tiles or choose_tiles("wgrad_dropout", M, 0, dh.shape[1], rank, h.dtype)
+    unmasked = tiles or choose_tiles("wgrad", M, sum(g.shape[1] for g in wide), 0, rank, h.dtype, h.device)
+    masked = tiles or choose_tiles("wgrad_dropout", M, 0, dh.shape[1], rank, h.dtype, h.device)
     programs = sum(triton.cdiv(p.wide.shape[1], unmasked.columns) for p in [*inputs, *outer])
     depth = max(unmasked.depth, masked.depth)
     steps = triton.cdiv(M, depth)

@@ -156,7 +156,8 @@ def _peft(case: Case, name: str, device: str, dtype: torch.dtype) -> Variant:
 def _fastlora(case: Case, name: str, device: str, dtype: torch.dtype) -> Variant:
     model = Model(case, case.fused, device, dtype)
     config = fastlora.LoraConfig(r=case.rank, lora_alpha=ALPHA, target_modules="qkv")
-    fastlora.inject(model, config)
+    # No optimizer runs here: the check would search for a step at every call.
+    fastlora.inject(model, config, check="off")
     leaves = _randomise([p for p in model.parameters() if p.requires_grad])
     found = Variant(name, case, model, leaves)
     if name == "fastlora_probe":
@@ -186,11 +187,11 @@ BUILDERS = {
     "fastlora": _fastlora,
     "fastlora_probe": _fastlora,
     "peft_bf16": _peft,
+    "gradstat": _weight_gradient,
+    "wgrad_library": _weight_gradient,
     "frozen_fused": _frozen,
     "torch": _torch,
     "peft_default": _peft,
-    "gradstat": _weight_gradient,
-    "wgrad_library": _weight_gradient,
     "fastlora_exact50": _fastlora,
     "peft_compiled": _peft,
 }

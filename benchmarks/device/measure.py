@@ -73,7 +73,7 @@ def summarise(samples: list[float]) -> dict[str, float]:
 
 
 def time_calls(call: Callable[[], None], per_call: int, device: str, repeats: int) -> dict[str, float]:
-    """Milliseconds of one of the ``per_call`` steps that a call makes."""
+    """Milliseconds of one of the ``per_call`` steps that a call makes, and microseconds of the host's part of it."""
     for _ in range(3):
         call()
     samples = []
@@ -82,15 +82,20 @@ def time_calls(call: Callable[[], None], per_call: int, device: str, repeats: in
             start = time.perf_counter()
             call()
             samples.append((time.perf_counter() - start) * 1e3 / per_call)
-        return summarise(samples)
+        return summarise(samples) | {"host_us": 1e3 * summarise(samples)["median_ms"]}
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    hosts = []
     torch.cuda.synchronize()
     for start, stop in events:
         start.record()
+        before = time.perf_counter()
         call()
+        hosts.append((time.perf_counter() - before) * 1e3 / per_call)
         stop.record()
     torch.cuda.synchronize()
-    return summarise([start.elapsed_time(stop) / per_call for start, stop in events])
+    # The least, since a full queue makes the host wait for the device.
+    times = summarise([start.elapsed_time(stop) / per_call for start, stop in events])
+    return times | {"host_us": 1e3 * min(hosts)}
 
 
 def captured(call: Callable[[], None]) -> Callable[[], None]:

@@ -84,8 +84,9 @@ class TrainingStep:
 
     def __init__(self, case: ModelCase, variant: str, device: str, dtype: torch.dtype):
         torch.manual_seed(0)
-        model, inputs = case.build()
-        model = model.to(device, dtype).requires_grad_(False)
+        with torch.device(device):
+            model, inputs = case.build()
+        model = model.to(dtype).requires_grad_(False)
         self.parameters = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
         self.tracker = None
         if variant == "frozen":
@@ -94,7 +95,8 @@ class TrainingStep:
         elif variant.startswith("peft"):
             model = _with_peft(model, case, variant)
         else:
-            fastlora.inject(model, fastlora.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="qkv"))
+            config = fastlora.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="qkv")
+            fastlora.inject(model, config, check="off")
             if variant == "fastlora_probe":
                 self.tracker = fastlora.track(model, statistics=("grad_sq",), probes=PROBES)
         self.model, given = model, inputs(device)

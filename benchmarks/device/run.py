@@ -119,14 +119,15 @@ def _jobs(cases: list[Case | ModelCase], variants: list[str]) -> list[tuple[Case
     """What is measured, in order: what matters most comes first, should the time run out."""
     layers = [c for c in cases if isinstance(c, Case)]
     models = [c for c in cases if isinstance(c, ModelCase)]
-    early = 4
+    # The variants that targets are about.
+    early, first = list(BUILDERS)[:6], MODEL_VARIANTS[:4]
     some = [name for name in BUILDERS if name in variants]
     whole = [name for name in MODEL_VARIANTS if name in variants]
     return [
-        *((case, name) for name in some[:early] for case in layers),
-        *((case, name) for name in whole[:early] for case in models),
-        *((case, name) for name in some[early:] for case in layers),
-        *((case, name) for name in whole[early:] for case in models),
+        *((case, name) for name in some if name in early for case in layers),
+        *((case, name) for name in whole if name in first for case in models),
+        *((case, name) for name in some if name not in early for case in layers),
+        *((case, name) for name in whole if name not in first for case in models),
     ]
 
 
@@ -172,6 +173,7 @@ def main() -> None:
     """Measure, write ``device_<gpu>.json``, ``.md`` and ``.png``, print the table last."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--output", type=Path, default=Path("."))
+    parser.add_argument("--name", default="", help="what the names of the files end in")
     parser.add_argument("--seconds", type=float, default=240.0, help="start nothing new after this long")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--cases", nargs="*", default=[*CASES, *model_cases(True)])
@@ -185,7 +187,7 @@ def main() -> None:
 
     def keep(result: dict[str, Any], markdown: str) -> None:
         name = re.sub(r"[^a-z0-9]+", "_", result["device"].lower().removeprefix("nvidia ")).strip("_")
-        target = given.output / f"device_{name}"
+        target = given.output / "_".join(filter(None, ("device", name, given.name)))
         result_files.write(target.with_suffix(".json"), result)
         target.with_suffix(".md").write_text(markdown)
         last.update(result=result, markdown=markdown, plot=target.with_suffix(".png"))

@@ -22,32 +22,41 @@ from fastlora.kernels.tiling import Measurement, TileConfig, committed
 from harness import result_files
 
 from .cases import CASES, PROBES, TINY, Case
-from .measure import captured, time_calls
+from .measure import CACHE_BYTES, captured, time_calls
 
 STRATEGIES = ("fused", "library", "augmented")
 # The most promising first, should the time run out.
-VERBS = ("linear", "linear_backward", "wgrad", "shrink", "shrink dy", "gradstat")
+VERBS = ("linear", "linear_backward", "wgrad", "shrink", "shrink_backward", "gradstat")
 TILING = Path(__file__).parents[2] / "kernels" / "tiling.py"
 
 
+# A graph of fewer kernels would time its own launch.
+CALLS = 20
+# Relative error, in the norm, that rounding sums to bf16 explains; a wrong tile misses by far more.
+ROUNDING = 4 * 2.0**-8
+
+
 class Operands:
-    """Tensors of one case; factors fp32, as adapters are by default."""
+    """Tensors of one case, one weight where it is fused; factors fp32, as adapters are by default."""
 
     def __init__(self, case: Case, device: str):
         def make(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
             return torch.randn(*size, device=device).to(dtype)
 
         self.x = make(case.rows, case.width)
-        self.W = [make(n, case.width) for n in case.outputs]
-        self.bias = [make(n) for n in case.outputs]
+        outputs = [case.total] if case.fused else case.outputs
+        self.W = [make(n, case.width) for n in outputs]
+        self.bias = [make(n) for n in outputs]
         self.A = [make(case.rank, case.width, dtype=torch.float32) for _ in case.outputs]
         self.P = make(PROBES, case.width, dtype=torch.float32)
         self.B = [make(n, case.rank, dtype=torch.float32) for n in case.outputs]
-        self.dy = [make(case.rows, n) for n in case.outputs]
+        self.dy = [make(case.rows, n) for n in outputs]
+        self.parts = list(self.dy[0].split(case.outputs, 1)) if case.fused else self.dy
         self.offsets = [case.rank * i for i in range(3)]
         self.ranks, self.scales, self.rank = [case.rank] * 3, [2.0] * 3, 3 * case.rank
         self.h, self.dh = make(case.rows, self.rank + PROBES), make(case.rows, self.rank)
-        self.places = [(i, 0) for i in range(3)]
+        columns = [sum(case.outputs[:i]) for i in range(3)]
+        self.places = [(0, column) for column in columns] if case.fused else [(i, 0) for i in range(3)]
         self.runs = torch.tensor([0, case.rows], device=device)
 
 
@@ -55,8 +64,8 @@ def calls(o: Operands, verb: str, tile: TileConfig | None, strategy: str) -> Cal
     """The call that exercises a verb with a tile."""
     if verb == "shrink":
         return lambda: shrink.shrink(o.x, [*o.A, o.P], 1, tiles=tile)
-    if verb == "shrink dy":
-        return lambda: shrink.shrink_backward(o.dy, o.B, o.offsets, o.scales, o.rank, tile)
+    if verb == "shrink_backward":
+        return lambda: shrink.shrink_backward(o.parts, o.B, o.offsets, o.scales, o.rank, tile)
     if verb == "linear":
         return lambda: linear.linear(
             o.x, o.W, o.bias, o.h, o.B, o.places, o.offsets, o.scales, False, strategy, tile
@@ -64,8 +73,47 @@ def calls(o: Operands, verb: str, tile: TileConfig | None, strategy: str) -> Cal
     if verb == "linear_backward":
         return lambda: linear_backward.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile)
     if verb == "wgrad":
-        return lambda: wgrad.wgrad(o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, PROBES, tiles=tile)
+        return lambda: wgrad.wgrad(o.x, o.dh, o.parts, o.h, o.offsets, o.ranks, o.scales, PROBES, tiles=tile)
     return lambda: gradstat.gradstat(o.x, o.dy[0], o.runs, tile)
+
+
+def wanted(o: Operands, verb: str) -> list[torch.Tensor]:
+    """What a verb is to compute, in fp32."""
+    x, h, dh, parts = o.x.float(), o.h.float(), o.dh.float(), [g.float() for g in o.parts]
+    each = list(zip(o.offsets, o.scales, o.B, parts, strict=True))
+    rank = o.ranks[0]
+    if verb == "shrink":
+        return [x @ torch.cat([*o.A, o.P]).T]
+    if verb == "shrink_backward":
+        return [torch.cat([s * g @ b for _, s, b, g in each], 1)]
+    if verb == "linear":
+        update = torch.cat([s * h[:, i : i + rank] @ b.T for i, s, b, _ in each], 1)
+        return [x @ torch.cat(o.W).float().T + torch.cat(o.bias).float() + update]
+    if verb == "linear_backward":
+        return [torch.cat(parts, 1) @ torch.cat(o.W).float() + dh @ torch.cat(o.A)]
+    if verb == "wgrad":
+        dB = [s * g.T @ h[:, i : i + rank] for i, s, _, g in each]
+        return [dh.T @ x, torch.cat(dB), torch.cat([g.T @ h[:, o.rank :] for g in parts])]
+    G = o.dy[0].float().T @ x
+    return [torch.stack([G.square().sum(), G.abs().sum()])]
+
+
+def computed(verb: str, found: object) -> list[torch.Tensor]:
+    """A verb's results as ``wanted`` has them."""
+    if verb == "linear":
+        return [torch.cat(found[0], 1)]
+    if verb == "wgrad":
+        return [torch.cat(list(part)) for part in found]
+    return [found.flatten() if verb == "gradstat" else found]
+
+
+def fault(verb: str, found: object, right: list[torch.Tensor]) -> str | None:
+    """Why a candidate's results are wrong, or None."""
+    for got, want in zip(computed(verb, found), right, strict=True):
+        error = float((got.float() - want).norm() / want.norm())
+        if not error <= ROUNDING:
+            return f"wrong by {error:.2g} of the result"
+    return None
 
 
 def neighbours(tile: TileConfig) -> Iterator[TileConfig]:
@@ -80,12 +128,11 @@ def neighbours(tile: TileConfig) -> Iterator[TileConfig]:
 
 def candidates(verb: str) -> list[tuple[str, TileConfig | None]]:
     """(strategy, tile) pairs worth timing for a verb."""
-    name = verb.split()[0]
-    tiles = [t for v, kind, entry in committed() if v == name and kind == "half" for t in neighbours(entry.tile)]
-    if name == "linear":
+    tiles = [t for v, kind, entry in committed() if v == verb and kind == "half" for t in neighbours(entry.tile)]
+    if verb == "linear":
         tiles += [t._replace(tma=not t.tma) for t in tiles]
     found: list[tuple[str, TileConfig | None]] = [("fused", t) for t in dict.fromkeys(tiles)]
-    if name.startswith("linear"):
+    if verb.startswith("linear"):
         expands = [entry.tile for v, kind, entry in committed() if v == "expand" and kind == "half"]
         found += [("library", t) for e in expands for t in neighbours(e)] + [("augmented", None)]
     return found
@@ -99,8 +146,8 @@ def sizes(verb: str, case: Case) -> tuple[int, int, int, int]:
         "linear_backward": (M, N, K, R),
         "wgrad": (M, N, 0, R),
         "shrink": (M, 0, K, R + PROBES),
-        "shrink dy": (M, 0, max(case.outputs), R),
-        "gradstat": (M, case.outputs[0], K, 0),
+        "shrink_backward": (M, 0, max(case.outputs), R),
+        "gradstat": (0, case.outputs[0], K, 0),
     }[verb]
 
 
@@ -116,7 +163,7 @@ def fastest(rows: list[dict[str, Any]], device: str) -> dict[tuple[str, str], li
         timed = [r for r in rows if (r["verb"], r["case"]) == (verb, name) and "median_ms" in r]
         best = {s: min(some, key=lambda r: r["median_ms"]) for s in STRATEGIES if (some := _of(timed, s))}
         if "fused" in best:
-            keep(verb.split()[0], best["fused"], best["fused"]["tile"])
+            keep(verb, best["fused"], best["fused"]["tile"])
         if "library" in best:
             keep("expand", best["library"], best["library"]["tile"])
         if verb.startswith("linear") and best:
@@ -178,10 +225,9 @@ def jobs(cases: dict[str, Case], dry: bool) -> list[list[Job]]:
 def compile_one(job: Job, capability: int) -> str | None:
     """Put a job's kernels into Triton's cache, without a GPU; why that failed, or None."""
     from fastlora.kernels import compile_report, primitives
-    from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    driver.set_active(compile_report.Offline(GPUTarget("cuda", capability, 32)))
+    driver.set_active(compile_report.Offline(divmod(capability, 10)))
     primitives.launcher = lambda kernel, grid, *arguments, **options: kernel.warmup(*arguments, grid=grid, **options)
     try:
         job.call(Operands(job.case, "meta"))()
@@ -201,13 +247,26 @@ def measure(device: str, listed: list[list[Job]], seconds: float) -> list[dict[s
     """Time the jobs until the time is up."""
     rows, limit = [], time.monotonic() + seconds
     for several in listed:
-        operands = Operands(several[0].case, device)
+        case, verb = several[0].case, several[0].verb
+        # So many sets that none is found in the cache.
+        sets = 1 if device == "cpu" else min(8, 1 + CACHE_BYTES // (2 * case.rows * (case.width + case.total)))
+        operands = [Operands(case, device) for _ in range(sets)]
+        right = wanted(operands[0], verb)
         for job in several:
             if time.monotonic() > limit:
                 return rows
-            call = job.call(operands)
+            calls_of = [job.call(some) for some in operands]
+            many = 1 if device == "cpu" else CALLS
+
+            def call(calls_of=calls_of, many=many) -> None:
+                for i in range(many):
+                    calls_of[i % len(calls_of)]()
+
             try:
-                times = time_calls(call if device == "cpu" else captured(call), 1, device, 20)
+                wrong = fault(verb, calls_of[0](), right)
+                if wrong is not None:
+                    raise ArithmeticError(wrong)
+                times = time_calls(call if device == "cpu" else captured(call), many, device, 20)
             except Exception as problem:  # a tile that does not fit is a result too
                 times = {"error": f"{type(problem).__name__}: {problem}"[:200]}
             rows.append({"verb": job.verb, "case": job.case.name, "strategy": job.strategy, "tile": job.tile, **times})

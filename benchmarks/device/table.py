@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .cases import CASES
 
 STEPS = ("deit_base_step", "llama_8_layers_step")
-HEAD = "| case | variant | pass | mode | median ms | p10 | p90 | GB/s | TFLOP/s | of roofline | peak MiB |"
+HEAD = "| case | variant | pass | mode | median ms | p10 | p90 | host us | GB/s | TFLOP/s | of roofline | peak MiB |"
 
 
 class Target(NamedTuple):
@@ -103,12 +103,11 @@ def table(result: dict[str, Any], ceilings: tuple[float, float], missing: list[s
     """Markdown of a result; ``ceilings``: measured bytes and operations a second; ``missing``: what has no row, why."""
     lines = [f"# {result['device']}, driver {result['driver']}, {result['versions']}", ""]
     lines += [f"Measured ceilings: {ceilings[0] / 1e9:.0f} GB/s, {ceilings[1] / 1e12:.0f} TFLOP/s.", ""]
-    lines += [HEAD, "|---" * 11 + "|"]
+    lines += [HEAD, "|---" * 12 + "|"]
     for r in result["rows"]:
-        lines.append(
-            f"| {r['case']} | {r['variant']} | {r['pass']} | {r['mode']} | {r['median_ms']:.4f} | {r['p10_ms']:.4f} "
-            f"| {r['p90_ms']:.4f} | {r['gbps']:.0f} | {r['tflops']:.1f} | {r['roofline']:.2f} | {r['peak_mib']:.0f} |"
-        )
+        times = f"{r['median_ms']:.4f} | {r['p10_ms']:.4f} | {r['p90_ms']:.4f} | {r['host_us']:.0f}"
+        rates = f"{r['gbps']:.0f} | {r['tflops']:.1f} | {r['roofline']:.2f} | {r['peak_mib']:.0f}"
+        lines.append(f"| {r['case']} | {r['variant']} | {r['pass']} | {r['mode']} | {times} | {rates} |")
     lines += ["", *_ratios(result["rows"]), "", *_verdicts(result), ""]
     lines += ["A `_step` is a whole training step with AdamW; its GB/s and TFLOP/s count the frozen matrices alone."]
     return "\n".join([*lines, "", *(f"- missing: {entry}" for entry in missing)]) + "\n"

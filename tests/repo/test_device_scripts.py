@@ -35,7 +35,7 @@ TARGETS = [
     *(("gradstat's memory beyond x and dy, over one bf16 [N,K]", case, "1.00") for case in CASE_NAMES),
     *(("peak memory over PEFT bf16", case, "0.75") for case in (*CASE_NAMES, "deit_base_step", "llama_8_layers_step")),
 ]
-KEYS = "case variant pass mode median_ms p10_ms p90_ms gbps tflops roofline peak_mib".split()
+KEYS = "case variant pass mode median_ms p10_ms p90_ms host_us gbps tflops roofline peak_mib".split()
 
 
 def run(module: str, folder: Path, *options: str, **environment: str) -> str:
@@ -126,19 +126,46 @@ def test_the_sweep_fills_the_table(tmp_path):
     filled = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = filled
     specification.loader.exec_module(filled)
-    verbs = {"linear", "expand", "forward", "linear_backward", "backward", "wgrad", "shrink", "gradstat"}
+    verbs = {"linear", "expand", "forward", "linear_backward", "backward", "wgrad", "shrink", "shrink_backward"}
+    verbs |= {"gradstat"}
     assert {verb for verb, _ in filled.MEASURED} == verbs
     (only,) = filled.MEASURED["linear", "half"]
-    # The tile measured at one size is what any size gets; with two, the nearer decides.
-    far = only._replace(M=64, choice=only.choice._replace(rows=16))
-    filled.MEASURED["linear", "half"] = (only, far)
     import torch
 
-    assert filled.choose_tiles("linear", 30000, 2304, 768, 8, torch.bfloat16) == only.choice
-    assert filled.choose_tiles("linear", 100, 2304, 768, 8, torch.bfloat16) == far.choice
-    assert filled.choose_tiles("linear", 100, 2304, 768, 8, torch.float32).rows == 64
-    assert filled.choose_strategy("forward", 100, 2304, 768, 8, torch.float16) in ("fused", "library", "augmented")
+    device, size = torch.device("cpu"), only[:4]
+    assert filled.choose_tiles("linear", *size, torch.bfloat16, device) == only.choice
+    assert filled.choose_tiles("linear", *size, torch.float32, device).rows == 64
+    (strategy,) = filled.MEASURED["forward", "half"]
+    assert filled.choose_strategy("forward", *strategy[:4], torch.float16, device) == strategy.choice
     assert {verb for verb, _, entry in filled.committed() if "cpu" in entry.reason} == verbs - {"forward", "backward"}
+
+
+WRONG = """
+import torch
+from device import sweep
+from device.cases import TINY
+for name in ("deit_base_qkv", "roberta_base_qkv"):
+    operands = sweep.Operands(TINY[name], "cpu")
+    assert len(operands.W) == (1 if TINY[name].fused else 3)
+    for verb in sweep.VERBS:
+        right = sweep.wanted(operands, verb)
+        off = [part.clone() for part in right]
+        off[0].view(-1)[: off[0].numel() // 8 + 1] = 0
+        shapes = {"linear": lambda parts: ([parts[0]], []), "wgrad": lambda parts: tuple([part] for part in parts)}
+        as_found = shapes.get(verb, lambda parts: parts[0])
+        assert sweep.fault(verb, as_found(right), right) is None
+        assert "wrong by" in sweep.fault(verb, as_found(off), right)
+        off[0].fill_(float("nan"))
+        assert "wrong by nan" in sweep.fault(verb, as_found(off), right)
+"""
+
+
+def test_the_sweep_sees_a_wrong_result():
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_sweep_compiles_its_candidates_ahead(tmp_path):
@@ -161,22 +188,32 @@ def call_script(folder: Path, **environment: str) -> tuple[subprocess.CompletedP
     script = [str(ROOT / "benchmarks" / "device.sh"), str(folder / "out")]
     done = subprocess.run(["bash", *script], capture_output=True, text=True, env=environment)
     calls = (folder / "calls").read_text() if (folder / "calls").exists() else ""
-    marks = {"pip install": "build", "device.sweep": "sweep", "pytest -q --tb": "test", "device.run": "bench"}
-    return done, [step for line in calls.splitlines() for mark, step in marks.items() if mark in line]
+    marks = {
+        "pip install": "build",
+        "device.sweep": "sweep",
+        "pytest -q --tb": "test",
+        "device.run": "bench",
+        "--name headline": "headline",
+        "--name models": "models",
+    }
+    found = [[step for mark, step in marks.items() if mark in line] for line in calls.splitlines()]
+    return done, [steps[-1] for steps in found if steps]
 
 
 def test_the_script_runs_the_steps_that_are_asked_for(tmp_path):
     done, ran = call_script(tmp_path)
-    assert done.returncode == 0 and ran == ["build", "sweep", "test", "bench"], done.stdout + done.stderr
-    assert re.findall(r"^== (\w+)", done.stdout, re.M) == ["build", "sweep", "test", "sanitize", "bench"]
+    assert done.returncode == 0 and ran == ["build", "test", "headline"], done.stdout + done.stderr
+    assert re.findall(r"^== (\w+)", done.stdout, re.M) == ["build", "test", "headline"]
     (tmp_path / "calls").unlink()
-    done, ran = call_script(tmp_path, STEPS="build,bench,sweep")
-    assert done.returncode == 0 and ran == ["build", "bench", "sweep"]
+    done, ran = call_script(tmp_path, STEPS="build,bench,sweep,models")
+    assert done.returncode == 0 and ran == ["build", "bench", "sweep", "models"]
 
 
 def test_the_script_refuses_unknown_steps_and_keeps_its_limit(tmp_path):
     done, ran = call_script(tmp_path, STEPS="build,tests")
-    assert done.returncode == 2 and not ran and "'tests' is none of build, sweep, test, sanitize, bench" in done.stderr
+    assert (
+        done.returncode == 2 and not ran and "'tests' is none of build, sweep, test, sanitize, headline" in done.stderr
+    )
     done, ran = call_script(tmp_path, LIMIT="0")
     assert done.returncode == 1 and not ran and done.stdout.count("out of time, left out: ") >= 4
 
@@ -186,9 +223,14 @@ def test_calls_of_the_documented_steps_fit_nine_minutes():
     bodies = dict(re.findall(r"^step_(\w+)\(\) \{\n(.*?)^\}", text, re.M | re.S))
     seconds = {step: sum(map(int, re.findall(r"within (\d+)", body))) for step, body in bodies.items()}
     seconds["sanitize"] *= 2  # memcheck and racecheck
-    assert set(seconds) == {"build", "sweep", "test", "sanitize", "bench"} and "limit=${LIMIT:-540}" in text
+    seconds |= dict.fromkeys(("headline", "bench", "models"), 0)
+    assert (
+        set(seconds) == {"build", "sweep", "test", "sanitize", "headline", "bench", "models"}
+        and "limit=${LIMIT:-540}" in text
+    )
     readme = (ROOT / "benchmarks" / "results" / "README.md").read_text()
     documented = [steps.split(",") for steps in re.findall(r"STEPS=(\S+) benchmarks/device.sh", readme)]
-    assert len(documented) == 2 and {step for steps in documented for step in steps} == set(seconds)
+    assert len(documented) == 4 and {step for steps in documented for step in steps} == set(seconds)
     # What is left is the benchmarks', which stop by themselves: they need two minutes at least.
-    assert all(sum(seconds[s] for s in steps) <= 540 - 120 * ("bench" in steps) for steps in documented)
+    timed = {"headline", "bench", "models"}
+    assert all(sum(seconds[s] for s in steps) <= 540 - 120 * bool(timed & set(steps)) for steps in documented)

@@ -211,10 +211,7 @@ class TritonBackend:
         _same_device(x=x, dy=dy, diagonal=diagonal)
         if isinstance(offsets, Tensor):
             return _kernel("gradstat").gradstat(x, dy, offsets, diagonal=diagonal)
-        longest = max((b - a for a, b in zip(offsets[:-1], offsets[1:], strict=True)), default=0)
-        return _kernel("gradstat").gradstat(
-            x, dy, _offsets_on(tuple(offsets), x.device), longest=longest, diagonal=diagonal
-        )
+        return _kernel("gradstat").gradstat(x, dy, _offsets_on(tuple(offsets), x.device), diagonal=diagonal)
 
     def moments(self, y: Tensor) -> Tensor:
         """As ``Backend.moments``."""

@@ -78,7 +78,7 @@ def test_shrink_backward(problem, dtype, factors, missing, monkeypatch):
 def test_linear(problem, dtype, factors, strategy, monkeypatch):
     data = Data(problem, dtype, factors, strided=problem is SEPARATE)
     # Fewer programs than tiles, so that each goes from projection to projection.
-    monkeypatch.setattr(linear, "PROGRAMS", 2)
+    monkeypatch.setattr(linear, "limits", lambda device: tiling.Limits((9, 0), 0, 2))
     tiles, strategy = (SMALL._replace(tma=True), "fused") if strategy == "tma" else (SMALL, strategy)
     h = expected_h(data).to(DEVICE, dtype)
     layout = data.layout

@@ -18,7 +18,7 @@ COMMITTED = ROOT / "benchmarks" / "results" / "triton_compile_sm90.md"
 ARTEFACT = ROOT / "build" / "triton_compile_sm90.md"
 # A child a group of verbs: importing torch and triton costs seconds.
 VERBS = (
-    "shrink grouped_shrink wgrad",
+    "shrink shrink_backward grouped_shrink wgrad",
     "linear linear_moments expand",
     "linear_backward gradstat gradstat_diagonal covariance",
 )
@@ -27,8 +27,8 @@ VERBS = (
 CHILD = """
 import json, sys
 from fastlora.kernels import compile_report
-rows = compile_report.compile_all(operations=tuple(sys.argv[1:]))
-found = [[row.operation, row.kernel, row.dtype, list(row.tile), row.faults()] for row in rows]
+rows, device = compile_report.compile_all(operations=tuple(sys.argv[1:])), compile_report.device_of((9, 0))
+found = [[row.operation, row.kernel, row.dtype, list(row.tile), row.faults(device)] for row in rows]
 print(json.dumps([found, compile_report.table(rows).splitlines()]))
 """
 

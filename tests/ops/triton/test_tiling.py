@@ -1,0 +1,139 @@
+"""Which tile and which strategy a device gets, without a GPU: its limits are told."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from fastlora.kernels import compile_report, linear, tiling  # noqa: E402
+from fastlora.kernels.tiling import Limits, Measurement, TileConfig  # noqa: E402
+
+from benchmarks.host.limits import GPUS  # noqa: E402
+
+CPU = torch.device("cpu")
+SIZES = [(M, N, K) for M in (1, 512, 4096, 25216) for N in (768, 2304, 6144) for K in (768, 4096)]
+SUPPORTED = [capability for capability in GPUS if capability >= (8, 0)]
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """The limits of a capability, in place of those that a device would be asked for."""
+    card = GPUS[request.param]
+    found = Limits(request.param, card.shared_bytes, card.multiprocessors)
+    monkeypatch.setattr(tiling, "limits", lambda device: found)
+    return found
+
+
+def test_the_compile_report_knows_every_capability():
+    assert {c: GPUS[c].shared_bytes for c in SUPPORTED} == compile_report.SHARED
+
+
+@pytest.mark.parametrize("device", SUPPORTED, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_chosen_tile_fits_its_device(device, dtype):
+    kind = "fp32" if dtype == torch.float32 else "half"
+    for (operation, of), (M, N, K) in itertools.product(tiling._TABLE, SIZES):
+        if of == kind:
+            tile = tiling.choose_tiles(operation, M, N, K, 24, dtype, CPU)
+            assert tile.shared(dtype.itemsize) <= device.shared
+            assert device.capability == (9, 0) or not tile.tma
+
+
+@pytest.mark.parametrize("device", SUPPORTED, indirect=True)
+def test_a_measured_tile_that_does_not_fit_is_passed_over(device, monkeypatch):
+    large = TileConfig(128, 256, 64, 8, 4, tma=True)
+    monkeypatch.setitem(tiling.MEASURED, ("linear", "half"), (Measurement(4096, 768, 768, 8, large, 0.1, "H200"),))
+    tile = tiling.choose_tiles("linear", 4096, 768, 768, 8, torch.bfloat16, CPU)
+    assert (tile == large) == (device.capability == (9, 0))
+
+
+@pytest.mark.parametrize("device", [(7, 5)], indirect=True)
+def test_where_no_tile_fits_the_library_multiplies(device):
+    assert tiling.choose_strategy("forward", 512, 768, 768, 24, torch.bfloat16, CPU) == "library"
+    with pytest.raises(ValueError, match=r"device: expected more shared memory for linear in torch.bfloat16, cpu has"):
+        tiling.choose_tiles("linear", 512, 768, 768, 24, torch.bfloat16, CPU)
+
+
+def test_a_measurement_counts_within_a_factor_of_two(monkeypatch):
+    odd = TileConfig(64, 64, 32, 4, 2)
+    measured = Measurement(4096, 2304, 768, 8, odd, 0.1, "H200")
+    monkeypatch.setitem(tiling.MEASURED, ("linear", "half"), (measured,))
+    strategy = measured._replace(choice="augmented")
+    monkeypatch.setitem(tiling.MEASURED, ("forward", "half"), (strategy,))
+    near, far = ((8192, 1152, 1536, 16), (2048, 4608, 768, 4)), ((256, 2304, 768, 8), (4096, 6144, 768, 8))
+    for size in near:
+        assert tiling.choose_tiles("linear", *size, torch.bfloat16, CPU) == odd
+        assert tiling.choose_strategy("forward", *size, torch.bfloat16, CPU) == "augmented"
+    for size in far:
+        assert tiling.choose_tiles("linear", *size, torch.bfloat16, CPU) != odd
+        assert tiling.choose_strategy("forward", *size, torch.bfloat16, CPU) != "augmented"
+
+
+def test_of_two_near_measurements_the_nearer_decides(monkeypatch):
+    first, second = TileConfig(64, 64, 32, 4, 2), TileConfig(128, 64, 32, 4, 2)
+    rows = [Measurement(M, 768, 768, 8, tile, 0.1, "H200") for M, tile in ((4096, first), (8192, second))]
+    monkeypatch.setitem(tiling.MEASURED, ("linear", "half"), tuple(rows))
+    assert tiling.choose_tiles("linear", 5000, 768, 768, 8, torch.bfloat16, CPU) == first
+    assert tiling.choose_tiles("linear", 7000, 768, 768, 8, torch.bfloat16, CPU) == second
+
+
+@pytest.mark.parametrize("N, K, runs", [(2304, 768, 1), (768, 768, 1), (4096, 4096, 1), (768, 768, 128)])
+def test_sums_of_squares_fill_the_chip_where_their_matrix_can(N, K, runs):
+    def programs(tile: TileConfig) -> int:
+        return runs * -(-N // tile.rows) * -(-K // tile.columns)
+
+    tile = tiling.choose_filling("gradstat", programs, N, K, torch.bfloat16, CPU)
+    assert programs(tile) >= 132
+    larger = [
+        e.tile for e in tiling._TABLE["gradstat", "half"] if e.tile.rows * e.tile.columns > tile.rows * tile.columns
+    ]
+    assert all(programs(other) < 132 for other in larger)
+
+
+def test_a_persistent_grid_has_a_program_for_every_place(monkeypatch):
+    grids = []
+    monkeypatch.setattr(linear, "launch", lambda kernel, grid, *rest, **options: grids.append(grid))
+    x, W = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (65536, 4096))
+    h, B = x[:, :8].contiguous(), torch.empty(4096, 8, device="meta")
+    tile = TileConfig(128, 256, 64, 8, 4, tma=True)
+    for own, programs in ((Limits(), 132), (Limits(multiprocessors=114), 114), (Limits(shared=400 << 10), 264)):
+        monkeypatch.setattr(linear, "limits", lambda device, own=own: own)
+        linear.linear(x, [W], [None], h, [B], [(0, 0)], [0], [1.0], strategy="fused", tiles=tile)
+        assert grids.pop() == (programs,)
+
+
+def test_rows_that_are_not_aligned_go_to_the_library(monkeypatch):
+    seen = []
+    monkeypatch.setattr(linear, "launch", lambda kernel, grid, *rest, **options: seen.append(rest[1]))
+    h, B = torch.empty(16384, 8, dtype=torch.bfloat16, device="meta"), torch.empty(768, 8, device="meta")
+    for K, fused in ((768, True), (769, False), (772, False)):
+        x, W = (torch.empty(n, K, dtype=torch.bfloat16, device="meta") for n in (16384, 768))
+        linear.linear(x, [W], [None], h, [B], [(0, 0)], [0], [1.0])
+        # The kernel that multiplies takes x.
+        assert (seen.pop() is not None) == fused
+
+
+CHILD = """
+import sys
+from fastlora.kernels import compile_report
+capability = tuple(map(int, sys.argv[1].split(".")))
+operations = "linear", "gradstat", "shrink"
+rows = compile_report.compile_all(ranks=(8,), operations=operations, capability=capability)
+assert {row.operation for row in rows} >= set(operations)
+print(*[fault for row in rows for fault in row.faults(compile_report.device_of(capability))])
+"""
+
+
+@pytest.mark.parametrize("capability", ["8.0", "8.9", "12.0"])
+def test_tiles_of_other_capabilities_compile_and_fit(capability, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, capability]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout.strip(), done.stderr[-4000:] + done.stdout
