@@ -80,10 +80,11 @@ def summary(model: nn.Module, adapter: str | None = None) -> Summary:
     Raises ``ValueError`` for an adapter that is not there, and without adapters or a policy.
     """
     layers, adapter = adapted_layers(model), chosen_or_policy(model, adapter)
-    rows, adapted = [], []
+    rows, adapted, beside = [], [], 0
     for path, layer in layers.items():
         if adapter not in layer.adapter_specs:
             continue
+        beside += sum(t.numel() for t in layer.lora_B[adapter].beside().values())
         ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
         if any(ranks.values()):
             adapted.append(path)
@@ -101,7 +102,7 @@ def summary(model: nn.Module, adapter: str | None = None) -> Summary:
     other = counts["norm"] + counts["bias"] + counts["other"]
     return Summary(
         tuple(rows),
-        sum(r.params for r in rows),
+        sum(r.params for r in rows) + beside,
         counts["head"],
         other,
         total,

@@ -132,7 +132,8 @@ class Adapted(nn.Module):
 
     def row_factors(self, adapter: str) -> Tensor:
         """``m / ‖W + s B A‖`` of each row, differentiable in m alone."""
-        return self.lora_B[adapter].magnitude / self.row_norms(adapter)
+        norms = self.row_norms(adapter)
+        return self.lora_B[adapter].magnitude / norms.clamp(min=torch.finfo(norms.dtype).tiny)  # a row of zeros stays
 
     @torch.no_grad()
     def row_norms(self, adapter: str) -> Tensor:
@@ -171,18 +172,18 @@ class Adapted(nn.Module):
         merged = torch.empty_like(self.weight)
         source, target, start = self.as_matrix(self.weight), self.as_matrix(merged), 0
         step = max(1, _MERGED_AT_ONCE // max(self.in_features, 1))
+        name = self.router.default.adapter if adapter is None else adapter
+        lengths = self.row_factors(name).to(acc).unsqueeze(1) if self.rescales((name,)) else None
         for a, b, s in self.pairs(adapter):
             a, stop = a.to(acc), start + b.shape[0]
             for first in range(start, stop, step):
                 rows = slice(first, min(first + step, stop))
                 out = target[rows]
-                out.copy_(torch.addmm(source[rows].to(acc), b[first - start : rows.stop - start].to(acc), a, alpha=s))
+                summed = torch.addmm(source[rows].to(acc), b[first - start : rows.stop - start].to(acc), a, alpha=s)
+                out.copy_(summed if lengths is None else summed * lengths[rows])
                 if not all(map(math.isfinite, map(float, out.aminmax()))):
                     return None
             start = stop
-        name = self.router.default.adapter if adapter is None else adapter
-        if self.rescales((name,)):
-            target.mul_(self.row_factors(name).to(target.dtype).unsqueeze(1))
         return merged
 
     @torch.no_grad()

@@ -84,15 +84,7 @@ def save(
     biases = bias_tensors(model, config.bias, stored, taken, unranked_biases(model, adapter, config.bias, stored))
     _refuse_untold(model, taken, biases)
     fields = _fields(model, config, adapted, spec)
-    modules = named_targets(model)
-    tensors = {
-        factor_key(stored[p], f, modules[p]): t for p, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))
-    }
-    for adapted_path, name in stored.items():
-        if adapted_path in layers:
-            own = layers[adapted_path].lora_B[adapter].beside()
-            tensors |= {f"{PREFIX}{name}.lora_{key}": own[here] for key, here in BESIDE.items() if here in own}
-    tensors |= biases | saved_tensors(model, taken)
+    tensors = _tensors(model, layers, matrices, stored, adapter) | biases | saved_tensors(model, taken)
     side = {
         "format_version": FORMAT_VERSION,
         "split": {n: [asdict(s) for s in m.slices] for n, m in matrices.items() if m.slices},
@@ -112,6 +104,22 @@ class _Stored:
     B: Tensor
     alpha: float
     slices: tuple[Slice, ...]
+
+
+def _tensors(
+    model: nn.Module,
+    layers: Mapping[str, Linear],
+    matrices: Mapping[str, _Stored],
+    stored: Mapping[str, str],
+    adapter: str,
+) -> dict[str, Tensor]:
+    """PEFT's keys of the adapter's own tensors."""
+    modules, out = named_targets(model), {}
+    for path, matrix in matrices.items():
+        out |= {factor_key(stored[path], f, modules[path]): t for f, t in (("A", matrix.A), ("B", matrix.B))}
+        own = layers[path].lora_B[adapter].beside() if path in layers else {}
+        out |= {f"{PREFIX}{stored[path]}.lora_{key}": own[here] for key, here in BESIDE.items() if here in own}
+    return out
 
 
 def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored], saved: list[str]) -> dict[str, Any]:

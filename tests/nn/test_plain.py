@@ -189,6 +189,23 @@ class TestHere:
         close(torch.compile(model, backend="eager")(x), model(x))
 
 
+@pytest.mark.parametrize("kind", ["conv2d", "embedding"])
+def test_a_kept_rank_that_grows(kind):
+    model, x = adapted(kind), data(kind)
+    graph = model(x)
+    with pytest.raises(ValueError, match="a forward of 'default' awaits its backward"):
+        fastlora.set_ranks(model, {"layer": 4}, keep=True)
+    before = graph.detach()
+    del graph
+    fastlora.set_ranks(model, {"layer": 4}, keep=True)
+    close(model(x), before)
+    model(x).square().sum().backward()
+    A, B = model.layer.lora_A.default.weight.grad, model.layer.lora_B.default.weight.grad
+    assert (A[2:] if kind == "embedding" else B[:, 2:]).any()  # the new part learns
+    with pytest.raises(ValueError, match="keep: 'layer' is a convolution in groups"):
+        fastlora.set_ranks(adapted("conv2d in groups"), {"layer": 4}, keep=True)
+
+
 def test_dilation_and_padding_modes_are_the_base_s():
     """PEFT leaves both out of A; the update of the merged weight is what runs here."""
     for layer in (nn.Conv2d(4, 6, 3, dilation=2, padding=2), nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular")):

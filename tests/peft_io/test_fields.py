@@ -246,7 +246,8 @@ class TestBesideTheFactors:
     def test_first_step(self, case, field):
         make, run, fields = CASES[case]
         theirs, ours = both(make, **fields, **{field: True})
-        assert sum(plain_names(ours).values()) == sum(plain_names(theirs).values())
+        count = sum(plain_names(theirs).values())
+        assert fastlora.summary(ours).adapter_params == sum(plain_names(ours).values()) == count
         assert_same_first_step(theirs, ours, run)
 
     def test_files_both_ways(self, case, field, tmp_path):
@@ -286,6 +287,16 @@ def test_dora_starts_as_the_base_and_keeps_its_length():
     layer = model.model.layers[0].mlp.up_proj
     assert layer.lora_B.default.magnitude.shape == (32,)
     assert_close(layer.row_norms("default"), layer.weight.norm(dim=1))
+
+
+def test_dora_of_a_row_of_zeros_learns():
+    """PEFT divides by the row's norm of zero."""
+    base = Biased().double()
+    base.up.weight.data[1] = 0
+    model = fastlora.inject(base, fastlora.LoraConfig(r=2, target_modules=["up"], use_dora=True))
+    run_biased(model).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert_close(run_biased(fastlora.merge(model)), run_biased(fastlora.unmerge(model)))
 
 
 def test_dora_of_slices_and_groups_is_dora_of_the_matrix():
