@@ -9,7 +9,8 @@ RUN := $(ROOT).venv/bin/python
 
 .PHONY: demo test bench docs lint sanitize setup clean
 
-demo: setup ## train, adapt and draw: results in fastlora-demo/
+demo: ## train, adapt and draw: results in fastlora-demo/
+	@$(PYTHON) $(ROOT)tools/setup_env.py demo
 	cd $(ROOT) && $(RUN) -m fastlora.cli demo
 
 test: setup ## the whole test suite

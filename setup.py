@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -257,6 +258,18 @@ class BuildNative(build_ext):
         return super().get_ext_filename(fullname)
 
 
+class Wheel(bdist_wheel):
+    """Tags a wheel for this platform only where something native is in it."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        built = self.get_finalized_command("build_ext")
+        if not any(Path(built.get_ext_fullpath(extension.name)).is_file() for extension in built.extensions or ()):
+            self.root_is_pure, self.distribution.ext_modules = True, []
+        self.skip_build = True  # it is done
+        super().run()
+
+
 def extensions() -> list[Extension]:
     if build_mode() == "0":
         return []
@@ -269,5 +282,5 @@ setup(
     packages=[*find_packages(include=["fastlora", "fastlora.*"]), "fastlora.kernels"],
     package_dir={"fastlora.kernels": "kernels"},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )

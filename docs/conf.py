@@ -7,6 +7,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fastlora import __version__  # noqa: E402  the path above finds it
+from fastlora.testing import enable_torchvision  # noqa: E402
+
+enable_torchvision()  # for the pages of the callbacks, whose libraries import it
 
 project = "fastlora"
 release = version = __version__

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ from ._utils.errors import (
 )
 from .ops.backends import BACKENDS
 
+_Made = TypeVar("_Made")
 ROLES = ("qkv", "attention", "mlp", "all-linear")
 
 # difficulty -> (r, lora_alpha, target_modules)
@@ -96,7 +97,7 @@ def _names(value: Any) -> bool:
     return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value)
 
 
-def _naming_fields(made: type) -> type:
+def _naming_fields(made: type[_Made]) -> type[_Made]:
     """A dataclass whose constructor, given a field that it does not have, says which one may be meant."""
     init, known = made.__init__, [f.name for f in dataclasses.fields(made)]
 
@@ -108,7 +109,7 @@ def _naming_fields(made: type) -> type:
                 raise TypeError(f"{name}: expected a field of {made.__name__}, {', '.join(known)}, got {name!r}{near}")
         init(self, *args, **fields)
 
-    made.__init__ = checked
+    made.__init__ = checked  # type: ignore[method-assign]
     return made
 
 

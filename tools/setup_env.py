@@ -1,7 +1,7 @@
 """Make ``.venv`` ready: pinned dependencies, then this package with its native library. Does nothing when up to date.
 
 A torch with CUDA that the calling Python already has is used, never replaced: the environment then sees the packages of
-that Python, and only what is missing is installed.
+that Python, and only what is missing is installed. ``setup_env.py demo`` installs what the demo needs and no more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "fastlora-setup.json"
-REQUIREMENTS = ROOT / "requirements.txt"
+REQUIREMENTS = {"demo": ROOT / "requirements-demo.txt", "all": ROOT / "requirements.txt"}
 MINIMUM = (3, 10)
 
 
@@ -42,9 +42,15 @@ def run(*words: object, **environment: str) -> None:
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **environment})
 
 
-def missing_requirements() -> list[str]:
-    """Names in requirements.txt that the environment lacks, whatever their version."""
-    names = [line.partition("==")[0] for line in REQUIREMENTS.read_text().splitlines() if "==" in line]
+def files_of(kind: str) -> list[Path]:
+    """The requirement files of a kind; what everything needs begins with what the demo needs."""
+    return [REQUIREMENTS["demo"]] if kind == "demo" else list(REQUIREMENTS.values())
+
+
+def missing_requirements(kind: str) -> list[str]:
+    """Names in the requirement files that the environment lacks, whatever their version."""
+    lines = [line for path in files_of(kind) for line in path.read_text().splitlines()]
+    names = [line.partition("==")[0] for line in lines if "==" in line]
     probe = (
         "import importlib.metadata as m, sys\n"
         "for name in sys.argv[1:]:\n"
@@ -55,44 +61,46 @@ def missing_requirements() -> list[str]:
     return done.stdout.split()
 
 
-def install_dependencies() -> None:
+def install_dependencies(kind: str) -> None:
     torch = cuda_torch()
     if not PYTHON.exists():
         shutil.rmtree(VENV, ignore_errors=True)
         run(sys.executable, "-m", "venv", *(["--system-site-packages"] if torch else []), VENV)
     pip = (PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     if torch is None:
-        run(*pip, "-r", REQUIREMENTS)
+        run(*pip, "-r", REQUIREMENTS[kind])
         return
-    missing = missing_requirements()
+    missing = missing_requirements(kind)
     if missing:
         constraint = VENV / "keep-torch.txt"
         constraint.write_text(f"torch=={torch}\n")
         run(*pip, "--constraint", constraint, *missing)
 
 
-def main() -> None:
+def main(kind: str = "all") -> None:
     if sys.version_info < MINIMUM:
         sys.exit(f"Python {MINIMUM[0]}.{MINIMUM[1]} or newer is needed, this is {sys.version.split()[0]}")
     sources = sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())
     project = [ROOT / "setup.py", ROOT / "pyproject.toml"]
     wanted = {
-        "dependencies": digest([REQUIREMENTS, Path(__file__).resolve()]),
+        **{k: digest([*files_of(k), Path(__file__).resolve()]) for k in (REQUIREMENTS if kind == "all" else ["demo"])},
         "native": digest([*project, *sources]) + os.environ.get("FASTLORA_BUILD", "auto"),
         "root": str(ROOT),  # an editable install and a virtual environment do not survive a move
     }
     have = json.loads(STAMP.read_text()) if STAMP.exists() and PYTHON.exists() else {}
-    if have == wanted:
+    if wanted.items() <= have.items():
         return
     if have.get("root") not in (None, str(ROOT)):
         shutil.rmtree(VENV)
         have = {}
-    if have.get("dependencies") != wanted["dependencies"]:
-        install_dependencies()
+    if have.get(kind) != wanted[kind]:
+        install_dependencies(kind)
+    # The name that an earlier checkout was installed under, and that another project has in the public index.
+    run(PYTHON, "-m", "pip", "uninstall", "--quiet", "--disable-pip-version-check", "--yes", "fastlora")
     run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-build-isolation", "--no-deps",
         "--editable", ROOT)  # fmt: skip
-    STAMP.write_text(json.dumps(wanted))
+    STAMP.write_text(json.dumps(have | wanted))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

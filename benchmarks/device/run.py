@@ -29,7 +29,7 @@ PASSES = ("forward", "backward", "both")
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("torch", "triton", "peft", "fastlora"):
+    for name in ("torch", "triton", "peft", "fastlora-kernels"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -126,6 +126,20 @@ def nothing_watches() -> bool:
     )
 
 
+def wants_plain_operators() -> bool:
+    """Whether what runs has to be torch's own operators: under ``torch.func``, ``torch.jit.trace`` and export."""
+    return torch.compiler.is_exporting() if torch.compiler.is_compiling() else being_traced()
+
+
+def being_traced() -> bool:
+    """Whether a compiler, ``torch.func`` or ``torch.jit.trace`` looks at what runs."""
+    return (
+        torch.compiler.is_compiling()
+        or (_functorch_stack is not None and _functorch_stack() is not None)
+        or (_tracing_state is not None and _tracing_state() is not None)
+    )
+
+
 def can_skip_dispatcher(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing watches the dispatcher and no tensor is a subclass, so that a kernel may be called without it.
 
@@ -174,7 +188,10 @@ def counts_versions(tensor: Tensor) -> bool:
 
 def version_of(tensor: Tensor) -> Any:
     """What changes whenever a tensor is changed in place; equal to nothing where torch does not count."""
-    return object() if _version is None else tensor._version
+    try:
+        return object() if _version is None else tensor._version
+    except RuntimeError:  # of inference tensors, nobody counts changes
+        return object()
 
 
 def _schema_of(operator: Any) -> Any:

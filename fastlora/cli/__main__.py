@@ -79,6 +79,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS, help="all of it")
     parser.add_argument(
         "--model", metavar="MODULE:NAME", help="a model, or a function that makes one: can it be adapted?"
     )
@@ -93,29 +94,53 @@ def _doctor(arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"fastlora: {error}\n")
         return UNUSABLE
     found = doctor.report(model)
-    text = json.dumps(found, indent=2) if arguments.json else "\n".join(doctor.lines(found))
+    text = json.dumps(found, indent=2) if arguments.json else "\n".join(doctor.lines(found, arguments.verbose > 0))
     sys.stdout.write(text + "\n")
     return OK if found["passed"] else CLAIM_FAILED
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", type=Path, help="folder with adapter_config.json and adapter_model.safetensors")
+    parser.add_argument(
+        "adapter",
+        type=Path,
+        help="folder of PEFT's files, also in the Hub's cache",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rank map, too (needs matplotlib)")
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from .inspect_adapter import describe, draw
+    from .merge_folder import snapshot
 
+    folder = snapshot(arguments.adapter)
     try:
-        sys.stdout.write(describe(arguments.adapter) + "\n")
+        sys.stdout.write(describe(folder) + "\n")
         if arguments.plot is not None:
-            draw(arguments.adapter, arguments.plot)
+            draw(folder, arguments.plot)
     except ModuleNotFoundError:
         sys.stderr.write("fastlora: --plot needs matplotlib: pip install matplotlib\n")
         return UNUSABLE
     except (OSError, ValueError) as error:
         sys.stderr.write(f"fastlora: {error}\n")
         return UNUSABLE
+    return OK
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", type=Path, metavar="BASE", help="folder of a model of transformers")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of PEFT's files, ours or foreign")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder for the merged model")
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from .merge_folder import merge_folder
+
+    try:
+        count = merge_folder(arguments.base, arguments.adapter, arguments.out)
+    except (ImportError, OSError, ValueError) as error:
+        sys.stderr.write(f"fastlora: {error}\n")
+        return UNUSABLE
+    sys.stdout.write(f"merged {count} matrices into {arguments.out}\n")
     return OK
 
 
@@ -150,6 +175,7 @@ def _run_demo(settings, out: Path) -> int:
 COMMANDS: dict[str, Command] = {
     "bench": Command("measure this machine with the benchmarks of a checkout", _bench_arguments, _bench),
     "doctor": Command("versions, devices, and a self-test of every operator and backend", _doctor_arguments, _doctor),
+    "merge": Command("write a base of transformers with an adapter in its weights", _merge_arguments, _merge),
     "inspect": Command("ranks and rank map of an adapter's files", _inspect_arguments, _inspect),
     "demo": Command("adapt a small vision transformer to new digits in five ways and report", _demo_arguments, _demo),
 }

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .._utils.installed import extra
+
 SHORT = "S4 or recorded or test_error"  # the smallest layer, statistics on the smallest model, their error
 SHORT_ROUNDS = 5
 OK, FAILED = 0, 1
@@ -37,7 +39,7 @@ def checkout() -> Path:
         )
     for name in ("pytest", "pytest_benchmark"):
         if importlib.util.find_spec(name) is None:
-            raise MissingBenchmarks(f"bench: needs {name.replace('_', '-')}: pip install 'fastlora[test]'")
+            raise MissingBenchmarks(f"bench: needs {name.replace('_', '-')}: {extra('test')}")
     return root
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .._utils import distributed, torch_compat
 from .._utils.distributed import refuse_parallel
+from .._utils.installed import DISTRIBUTION, foreign
 from ..model.inject import refuse_peft
 from ..ops import native, penalty
 from ..ops.backends import BACKENDS
@@ -24,7 +25,7 @@ from ..ops.lora import lora_grouped, lora_linear
 from ..ops.penalty import weighted_penalty
 
 PACKAGES = (
-    "fastlora", "torch", "triton", "numpy", "safetensors", "packaging", "transformers", "peft", "timm", "accelerate",
+    DISTRIBUTION, "torch", "triton", "numpy", "safetensors", "packaging", "transformers", "peft", "timm", "accelerate",
     "lightning", "torchao", "bitsandbytes", "torchvision", "open_clip_torch", "matplotlib", "rich", "tqdm",
 )  # fmt: skip
 
@@ -92,6 +93,9 @@ def clashes() -> Iterator[str]:
     found = importlib.util.find_spec("kernels")
     if found is not None and found.origin and not importlib.util.find_spec("fastlora.kernels"):
         yield f"a package named kernels at {found.origin} hides fastlora.kernels"
+    other = foreign()
+    if other is not None:
+        yield f"{other[0]}, another project with the import name fastlora, is installed in {other[1].parent}: remove it"
     try:
         importlib.import_module("torchvision")
     except ModuleNotFoundError:
@@ -132,8 +136,8 @@ def found_model(where: str) -> nn.Module:
     return model
 
 
-def lines(found: dict[str, Any]) -> Iterator[str]:
-    """The report as text, self-tests last."""
+def lines(found: dict[str, Any], verbose: bool = False) -> Iterator[str]:
+    """The report as text, self-tests last: a line for each backend and device, every test of it with ``verbose``."""
     yield found["platform"]
     yield "packages: " + ", ".join(f"{name} {version or '-'}" for name, version in found["packages"].items())
     yield f"devices: {found['devices']['cpu']}; CUDA: {', '.join(found['devices']['cuda']) or 'none'}"
@@ -141,17 +145,43 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     library = found["native"]
     used = f"yes, {library['instruction_set']}" if library["available"] else f"no: {library['reason']}"
     yield f"native library: {used} ({library['path']}); oneDNN: {library['onednn']}"
-    for name in found["private_names"]:
+    names = found["private_names"]
+    yield f"torch's private names: {sum(name['there'] for name in names)} of {len(names)} are there"
+    for name in names:
         there = "is there" if name["there"] else "is gone"
-        yield f"torch's {name['name']} {there}; without it: {name['when_gone']}"
+        if verbose or not name["there"]:
+            yield f"torch's {name['name']} {there}; without it: {name['when_gone']}"
     for clash in found["clashes"]:
         yield f"note: {clash}"
     for clash in found["model"]:
         yield f"clash: {clash}"
+    if not verbose:
+        yield from _by_backend(found["self_tests"])
     for test in found["self_tests"]:
         where = f"{test['operator']} by {test['backend']} {test['device']} {test['dtype']}"
         told = f"error {test['error']:.1e}, allowed {test['allowed']:.1e}" if "error" in test else test["reason"]
-        yield f"{test['verdict']:8} {where}: {told}"
+        if verbose or test["verdict"] == "wrong":
+            yield f"{test['verdict']:8} {where}: {told}"
+
+
+def _by_backend(tests: list[dict[str, Any]]) -> Iterator[str]:
+    """What each backend does right, then what is not here, by reason; what is wrong has lines of its own."""
+    right: dict[str, list[dict[str, Any]]] = {}
+    absent: dict[str, list[str]] = {}
+    for test in tests:
+        place = f"{test['backend']} on {test['device']}"
+        if test["verdict"] == "right":
+            right.setdefault(place, []).append(test)
+        elif test["verdict"] == "not here":
+            absent.setdefault(test["reason"], []).append(place)
+    for place, good in right.items():
+        operators, dtypes = (", ".join(dict.fromkeys(test[key] for test in good)) for key in ("operator", "dtype"))
+        worst = max(test["error"] / test["allowed"] for test in good)
+        yield f"right    {place}: {operators} in {dtypes}; largest error {worst:.0%} of what is allowed"
+    for reason, places in absent.items():
+        missing = [place for place in dict.fromkeys(places) if place not in right]
+        if missing:
+            yield f"not here {', '.join(missing)}: {reason}"
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -162,11 +162,12 @@ _TEMPLATE = """<!doctype html>
 @media (prefers-color-scheme: dark) {{
  :root {{ --text: #e6e8ea; --soft: #a3a9b0; --page: #16181b; --line: #373b40; --ok: #4cc38a; --bad: #ff8a80 }} }}
 body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
- max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+ max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
 h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem }}
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }}
+th {{ white-space: normal; vertical-align: bottom }}
 th:first-child, td:first-child {{ text-align: left }}
 .note, figcaption {{ color: var(--soft); font-size: .85rem }}
 figure {{ margin: 1.5rem 0 }} img {{ max-width: 100%; background: #fff; border-radius: 6px }}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.installed import extra
 from ..testing import enable_torchvision
 
 CLASSES = 5  # digits 0 to 4 for the base, 5 to 9 for the adaptation
@@ -74,7 +75,7 @@ def require(*packages: str) -> None:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
             name = {"sklearn": "scikit-learn"}.get(error.name or package, error.name or package)
-            raise MissingExtra(f"the demo needs {name}: pip install 'fastlora[demo]'") from error
+            raise MissingExtra(f"the demo needs {name}: {extra('demo')}") from error
 
 
 class Images(NamedTuple):

@@ -16,6 +16,7 @@ from torch import nn
 
 from .._utils.distributed import shards
 from .._utils.files import write_atomically
+from .._utils.installed import blame_extra
 from ..model.adapters import adapter_names
 from ..nn.linear import DEFAULT, adapted_layers
 from ..peft_io.save import save
@@ -27,8 +28,9 @@ from .session import Session, checked_checkpoints
 try:
     from transformers import TrainerCallback
     from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
-except ImportError as error:
-    raise ImportError("fastlora.integrations.hf needs transformers: pip install 'fastlora[hf]'") from error
+except ModuleNotFoundError as error:
+    blame_extra(error, __name__, "hf", "transformers")
+    raise
 
 logger = logging.getLogger(__name__)
 

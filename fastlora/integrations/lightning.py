@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .._utils.installed import blame_extra
 from ..nn.linear import adapted_layers
 from ..tracking.tracker import Tracker
 from .adapters_only import AdaptersOnly, adapters_only
@@ -13,8 +14,9 @@ from .session import Session, adapted_model, checked_checkpoints
 
 try:
     from lightning.pytorch import Callback
-except ImportError as error:
-    raise ImportError("fastlora.integrations.lightning needs lightning: pip install 'fastlora[lightning]'") from error
+except ModuleNotFoundError as error:
+    blame_extra(error, __name__, "lightning", "lightning", "lightning.pytorch")
+    raise
 
 
 class FastLoraCallback(Callback):

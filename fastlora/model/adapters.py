@@ -18,6 +18,7 @@ from ..nn.active import NO_ADAPTERS
 from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
 from ..ops.layout import AdapterBatch
+from .fields import refuse_tying
 from .inject import (
     check_adapter_name,
     commit_injection,
@@ -25,7 +26,6 @@ from .inject import (
     find_targets,
     group_layers,
     plan_injection,
-    refuse_tying,
 )
 from .learning_check import watch_learning
 
@@ -53,6 +53,7 @@ def _known(router: Router, name: Any, argument: str) -> str:
     return check_choice(argument, name, router.names)
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     """Add an adapter to an adapted model; it gets the next id, and trains beside the others.
 

@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, suggestion, wrong_value
 from .._utils.torch_compat import remove_forward_hooks
-from ..config import FROM_WEIGHT, ROLES, LoraConfig, indices_of, layer_index
+from ..config import FROM_WEIGHT, ROLES, LoraConfig
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, new_factors
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
 from ..nn.initialise import new_bias, start_from_weight
@@ -26,7 +27,6 @@ from ..nn.linear import (
     Adapted,
     FrozenLinear,
     Linear,
-    QKVLinear,
     adapted_layers,
     adapter_dtype_of,
     attach_state,
@@ -34,10 +34,11 @@ from ..nn.linear import (
     detach_state,
     matrix_key,
 )
-from ..nn.plain import CONVOLUTIONS, Plain
+from ..nn.plain import Plain
 from ..nn.projection_group import group_projections
 from ..nn.quantized import QuantizedLinear, check_weight, foreign_base, original_class
 from ..nn.routing import Router
+from .fields import of_layers, refuse_beyond_factors, refuse_tying
 from .learning_check import MODES, watch_learning
 from .modules import (
     adapted_class,
@@ -67,6 +68,7 @@ class _Planned:
     factors: tuple[Factors, Factors]
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def inject(
     model: nn.Module,
     config: Any,
@@ -219,14 +221,22 @@ def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> li
     return left
 
 
-def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list[str]:
+def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks: list[str] | None = None) -> list[str]:
     """Full names of the linears that a config adapts, in the model's order, but for those inside ``saved`` modules.
+
+    ``blocks``: names outside of these modules are not looked at.
 
     Raises ``ValueError`` for patterns that match nothing and for linears that cannot be adapted.
     """
     if config.target_modules is None:
         raise wrong_value("target_modules", f"a role {ROLES}, a regular expression or a list of names", None)
     names = _select(model, config.target_modules, "target_modules")
+    if blocks is not None:
+        names = [n for n in names if _inside(n, blocks)]
+        if not names:
+            raise wrong_value(
+                "target_modules", f"what matches modules inside the blocks {blocks}", config.target_modules
+            )
     if config.exclude_modules is not None:
         excluded = set(_select(model, config.exclude_modules, "exclude_modules"))
         # As in PEFT a container is not its contents; unnoticed, nothing would be excluded.
@@ -236,7 +246,7 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list
         names = [n for n in names if n not in excluded]
     if not names:
         raise ValueError("exclude_modules: nothing is left of target_modules")
-    names = _of_layers(config, _without_saved(config, names, saved))
+    names = of_layers(config, _without_saved(config, names, saved))
     modules = named_targets(model)
     for name in names:
         reason = None if isinstance(modules[name], Adapted) else refusal(model, name)
@@ -245,37 +255,9 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str]) -> list
     return names
 
 
-def _of_layers(config: LoraConfig, names: list[str]) -> list[str]:
-    """Those of the layers that ``layers_to_transform`` gives; as in PEFT, a full name in a list is always meant."""
-    wanted, target = indices_of(config.layers_to_transform), config.target_modules
-    if not wanted:
-        return names
-    own = () if isinstance(target, str) else target
-    index_of = {n: layer_index(n, config.layers_pattern) for n in names}
-    missing = sorted(set(wanted) - set(index_of.values()))
-    if missing:
-        known = sorted({i for i in index_of.values() if i is not None})
-        raise wrong_value("layers_to_transform", f"indices of layers that hold targets, of {known}", missing)
-    return [n for n in names if n in own or index_of[n] in wanted]
-
-
-def refuse_tying(model: nn.Module, config: Any, names: Collection[str], saved: Collection[str]) -> None:
-    """``ensure_weight_tying`` of a ``peft.LoraConfig``: nothing to do, unless something that is trained is tied."""
-    if not getattr(config, "ensure_weight_tying", False):
-        return
-    chosen = {*names, *saved}
-    for paths in users_of_parameters(model).values():
-        tied = [path for path in paths if path in chosen]
-        if tied and len(paths) > 1:
-            raise ValueError(
-                f"ensure_weight_tying: {paths[0]!r} and {paths[1]!r} share one weight, and adapters of the two would "
-                f"not be one; adapt one of them without ensure_weight_tying, or leave out {tied[0]!r}"
-            )
-
-
-def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Full names of the linears that ``inject`` would adapt; ``ValueError`` where it would refuse them."""
-    return find_targets(model, config, find_modules_to_save(model, config))
+def target_names(model: nn.Module, config: LoraConfig, blocks: list[str]) -> list[str]:
+    """Full names of the linears in ``blocks`` that ``inject`` adapts; ``ValueError`` where it would refuse them."""
+    return find_targets(model, config, find_modules_to_save(model, config), blocks)
 
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -318,38 +300,13 @@ def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> li
         ranks = {s: rank_of.get(matrix_key(name, s), config.r) for s in slices[name]}
         K = features(layer)[0]
         groups, lookup = getattr(layer, "groups", 1), isinstance(layer, nn.Embedding)
-        _refuse_beyond_factors(name, layer, config, ranks, users)
+        refuse_beyond_factors(name, layer, config, ranks, users)
         checked_ranks(ranks, K, slices[name], name, config.any_rank, groups)
         scale = {s: config.scaling(r, alpha_of.get(matrix_key(name, s))) for s, r in ranks.items()}
         spec = AdapterSpec(scale, config.lora_dropout, config.init_lora_weights, adapter_dtype_of(config, layer))
         factors = new_factors(slices[name], ranks, K, spec, layer.weight.device, groups, lookup)
         plan.append(_Planned(name, layer, slices[name], spec, factors))
     return plan
-
-
-def _refuse_beyond_factors(
-    name: str, layer: nn.Module, config: LoraConfig, ranks: Mapping[str, int], users: Mapping[int, list[str]]
-) -> None:
-    """``ValueError`` for a layer that cannot have what a config asks for beside factors that start anyhow."""
-    init = config.init_lora_weights
-    wanted = [field for field in ("use_dora", "lora_bias") if getattr(config, field)]
-    wanted += ["init_lora_weights"] if init in (*FROM_WEIGHT, "orthogonal") else []
-    linear = type(layer) in (nn.Linear, Linear, QKVLinear) or adapted_class(layer, False) is Conv1D
-    linear |= isinstance(layer, Conv1D)
-    if isinstance(layer, CONVOLUTIONS) and wanted == ["lora_bias"]:
-        return
-    if wanted and (not linear or foreign_base(layer) is not None):
-        kind = foreign_base(layer) or type(layer).__name__
-        raise ValueError(
-            f"{wanted[0]}: {getattr(config, wanted[0])!r} is implemented for nn.Linear and Conv1D, and {name!r} is "
-            f"{kind}; leave it out by exclude_modules, or use plain LoRA"
-        )
-    if init in FROM_WEIGHT and len(users[id(layer.weight)]) > 1:
-        raise ValueError(f"init_lora_weights: {init!r} changes the weight of {name!r}, which other modules share")
-    if init in FROM_WEIGHT and max(ranks.values()) > min(features(layer)):
-        raise ValueError(
-            f"init_lora_weights: {init!r} takes ranks up to {min(features(layer))} in {name!r}, got {ranks}"
-        )
 
 
 def _pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions: Collection[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .learning_check import watch_learning
 from .summary import summary
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def set_ranks(
     model: nn.Module,
     ranks: Mapping[str, int],

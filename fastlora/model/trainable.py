@@ -152,10 +152,7 @@ def _adapters(model: nn.Module, config: LoraConfig, blocks: list[str], saved: li
         config.target_modules = "all-linear"
     if config.split_qkv is None:
         config.split_qkv = config.target_modules in ("qkv", "attention")
-    every = target_names(model, config)
-    names = [n for n in every if any(n.startswith(block + ".") for block in blocks)]
-    if not names:
-        raise wrong_value("target_modules", f"what matches modules inside the blocks {blocks}", config.target_modules)
+    names = target_names(model, config, blocks)
     modules = [n for n, _ in model.named_modules()]
     for field, wanted in (("target_modules", names), ("modules_to_save", saved)):
         extra = [n for n in modules if n not in wanted and any(n.endswith("." + w) for w in wanted)]

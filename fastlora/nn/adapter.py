@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.errors import wrong_value
-from .._utils.torch_compat import forward_hooks
-from ..ops.bound import BoundCall
+from .._utils.torch_compat import forward_hooks, wants_plain_operators
+from ..ops.bound import BoundCall, Traced
 
 WHOLE = "weight"  # name of the one slice of a matrix that is not split
 
@@ -118,9 +118,14 @@ class Bundle:
         self._kept: dict[tuple[str, ...], Operands] = {}
 
     def kept(self, names: tuple[str, ...]) -> Operands:
-        """What a call with the adapters ``names`` takes; one that no layer has, has rank 0."""
+        """What a call with the adapters ``names`` takes; one that no layer has, has rank 0.
+
+        Raises ``Traced`` where what is looked up belongs to a transform or a tracer, and must not be kept.
+        """
         kept = self._kept.get(names)
         if kept is None or not kept.holds():
+            if wants_plain_operators():
+                raise Traced
             changes = [layer.changes for layer in self.layers]
             # Nothing is kept of adapters that are gone.
             self._kept = {n: k for n, k in self._kept.items() if k.changes == changes and n != names}

@@ -214,18 +214,20 @@ def _merged_mask(
 ) -> Tensor | None:
     """Both masks as what is added to the scores of ``shape`` (N, H, L, S); boolean masks are -inf where True."""
     samples, heads, length, source = shape
+    # Pairs and no dictionary: sizes that an exporter traces have no hash.
     accepted = {
-        "attn_mask": {(length, source): (1, 1, length, source), (samples * heads, length, source): shape},
-        "key_padding_mask": {(samples, source): (samples, 1, 1, source)},
+        "attn_mask": [((length, source), (1, 1, length, source)), ((samples * heads, length, source), shape)],
+        "key_padding_mask": [((samples, source), (samples, 1, 1, source))],
     }
     merged = None
     for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
         if mask is None:
             continue
-        if tuple(mask.shape) not in accepted[name]:
-            shapes = " or ".join(map(str, accepted[name]))
+        view = next((view for given, view in accepted[name] if mask.shape == given), None)
+        if view is None:
+            shapes = " or ".join(str(given) for given, _ in accepted[name])
             raise wrong_value(name, f"shape {shapes}", mask)
-        mask = _added_mask(name, mask, dtype).view(accepted[name][mask.shape])
+        mask = _added_mask(name, mask, dtype).view(view)
         merged = mask if merged is None else merged + mask
     return merged
 

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.errors import check_flag, check_instance, check_integer, check_model, wrong_value
+from .._utils.torch_compat import wants_plain_operators
 from ..config import FROM_WEIGHT, LoraConfig
+from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, new_factors
@@ -349,7 +351,10 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along."""
     first = layers[0]
     if kept is None:
-        kept = _bundle_of(layers).kept(route.names)
+        try:
+            kept = _bundle_of(layers).kept(route.names)
+        except Traced:
+            return [forward_traced(layer, x, route) for layer in layers]
     if x.dtype is not kept.dtype or x.device != kept.device or not x.dim() or x.shape[-1] != kept.depth:
         check_input(x, first.weight)
     drops = kept.drops and first.training
@@ -369,7 +374,10 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
         if names:
             tracked = {name: [layer.probes[name] for layer in layers] for name in names}
             operands = group_operands(tracked, layers, route, x)
-    y = kept.call(x, rows, key, p, **operands) if tracked else kept.call(x, rows, key, p)
+    try:
+        y = kept.call(x, rows, key, p, **operands) if tracked else kept.call(x, rows, key, p)
+    except Traced:
+        return [forward_traced(layer, x, route) for layer in layers]
     for name, probes in tracked.items():
         y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
     node = y[0].grad_fn
@@ -381,23 +389,22 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
 
 
 def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
-    """As ``forward_together`` of one layer, for a compiler: the operator with its operands as they are now."""
+    """As ``forward_together`` of one layer, for a compiler or tracer: the operator with the operands of now."""
     check_input(x, layer.weight)
     names = route.names
+    weights = ([layer.weight], [None if layer.rescales(names) else layer.bias])
     A, B, scale = zip(*[pair for name in names for pair in layer.pairs(name)], strict=True)
     tracked = [name for name in names if name in layer.probes]
     p = layer.dropout_p(route)
     options: dict[str, Any] = {"backend": layer.backend, "engine": layer.engine}
-    bias = None if layer.rescales(names) else layer.bias
     if route.batch is None:
         if tracked:
             options |= layer.probes[names[0]].operands([layer.probes[names[0]]], x, route)
-        (y,) = checked_linear(x, [layer.weight], [bias], A, B, scale, p[0], **options)
+        (y,) = checked_linear(x, *weights, A, B, scale, p[0], **options)
     else:
         if tracked:
             options |= group_operands({name: [layer.probes[name]] for name in tracked}, [layer], route, x)
         salt = layer.dropout_salt
-        weights = ([layer.weight], [bias])
         (y,) = lora_grouped(x, *weights, A, B, scale, route.batch, p=p, dropout_salt=salt, **options)
     for name in tracked:
         y = layer.probes[name].tap(x, y, route, name)
@@ -482,5 +489,7 @@ class FrozenLinear(nn.Linear):
         if not torch.compiler.is_compiling() and ENGINES.settled_on_linear(
             x.shape[:-1].numel(), self.weight, self.engine
         ):
+            return super().forward(x)
+        if wants_plain_operators():
             return super().forward(x)
         return torch.ops.fastlora.frozen_linear(x, self.weight, self.bias, self.engine)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.torch_compat import autocasting, has_hooks, in_backward, saving_hooks, version_of
+from .._utils.torch_compat import autocasting, being_traced, has_hooks, in_backward, saving_hooks, version_of
 from .adapter import Bundle
 from .linear import Linear, forward_together
 from .routing import Route
@@ -152,7 +152,7 @@ class ProjectionGroup:
 
     def enter(self, owner: nn.Module, args: Any) -> None:
         """Forward pre-hook of the owner: open a visit, and take up what earlier passes taught."""
-        if torch.compiler.is_compiling():
+        if being_traced():
             return
         if not in_backward() and not self._pending:
             self._plan.update(self._learned)

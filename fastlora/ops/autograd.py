@@ -14,6 +14,7 @@ from .._utils.torch_compat import (
     autocasting,
     can_skip_dispatcher,
     untracked,
+    wants_plain_operators,
     without_autocast,
     without_graph,
 )
@@ -40,7 +41,16 @@ class Operator(NamedTuple):
         W, bias, A, B, Z, V = arguments[:6]
         if not autocasting(x) and can_skip_dispatcher((x, *W, *bias, *A, *B, *Z, *V)):
             return _autograd(self, x, *arguments, plain=True)
+        if wants_plain_operators():
+            return self._formula_of_torch(x, *arguments)
         return getattr(torch.ops.fastlora, self.name)(x, *arguments)
+
+    def _formula_of_torch(self, x: Tensor, W, bias, A, B, Z, V, *rest) -> list[Tensor]:
+        """The outputs from torch's own operators, which every transform and exporter knows."""
+        for given, what in ((Z or V, "no tracker to be open"), (rest[3], "one adapter for all rows")):
+            if given:
+                raise ValueError(f"model: expected {what} under torch.func, torch.jit.trace and torch.export")
+        return self.formula(x, W, bias, A, B, (), rest)
 
     def register(self, fake: Callable, backward_fake: Callable) -> None:
         """Kernels, autograd, autocast and shapes of the operator and its backward."""

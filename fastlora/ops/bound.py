@@ -16,6 +16,7 @@ from .._utils.torch_compat import (
     nothing_watches,
     untracked,
     version_of,
+    wants_plain_operators,
     without_autocast,
 )
 from .autograd import LoraRest, differentiable_backward, low_precision, moment_gradients
@@ -25,6 +26,10 @@ from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
 from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Traced(Exception):
+    """A transform or a tracer looks on, which has to see the operands being looked up."""
 
 
 class BoundCall:
@@ -81,6 +86,8 @@ class BoundCall:
             or autocasting(x)
             or True in [t.requires_grad for t in self.frozen]
         ):
+            if wants_plain_operators():
+                raise Traced
             given = (Z, V, *self.rest(rows, key, p, P, sign))
             return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
         if self.chosen is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._utils.installed import DISTRIBUTION
 from .._utils.torch_compat import kernels_of
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,12 @@ LIBRARY = Path(os.environ.get("FASTLORA_LIBRARY") or Path(__file__).parent.with_
 def _load() -> str | None:
     """Loads the library once; returns why it could not be."""
     if not LIBRARY.is_file():
-        return f"the native library was not built: no {LIBRARY.name} (reinstall with FASTLORA_BUILD=1 to see why)"
+        why = (
+            f"the native library was not built: no {LIBRARY.name}; reinstall with a C++ compiler and torch in place by "
+            f"FASTLORA_BUILD=1 pip install --no-build-isolation --force-reinstall --no-deps {DISTRIBUTION}"
+        )
+        logger.warning("slow: CPU layers run in plain torch, because %s", why)
+        return why
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:

@@ -12,11 +12,12 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from .._utils.distributed import like, refuse_parallel, reshard, unwrapped
+from .._utils.distributed import is_sharded, like, refuse_parallel, reshard, unwrapped
 from .._utils.errors import listed
 from ..config import FROM_WEIGHT, LoraConfig
 from ..model.adapters import add_adapter
-from ..model.inject import check_adapter_name, fused_sizes, inject, refuse_adapted, refuse_tying
+from ..model.fields import refuse_tying
+from ..model.inject import check_adapter_name, fused_sizes, inject, refuse_adapted
 from ..model.modules import features, is_linear, named_targets
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def load(model: nn.Module, path: str | os.PathLike, adapter: str | None = None) -> nn.Module:
     """Load PEFT's files from the folder ``path``, ours or foreign; returns the same model.
 
@@ -55,6 +57,9 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str | None = None) 
     ``add_adapter``; one that has this adapter must have the same matrices, ranks, ``modules_to_save`` and ``bias``, and
     takes tensors and scales from the file. A fused q/k/v of a foreign file is one matrix; ours say in ``fastlora.json``
     what was split.
+
+    A model on the meta device may have its base's tensors filled in later (``load_state_dict(..., assign=True)``): what
+    is in the file is there at once, on the CPU.
 
     Under ``fully_shard`` every rank reads the files and keeps its part; adapters must have been injected before.
 
@@ -239,8 +244,12 @@ def _refuse_tensor(where: str, key: str, tensor: Tensor, target: Tensor) -> None
     _refuse_shape(where, key, tensor, tuple(target.shape))
     if tensor.dtype != target.dtype and not (tensor.dtype in _FLOATS and target.dtype in _FLOATS):
         raise ValueError(f"{where}: {key!r} is {tensor.dtype}, expected {target.dtype}")
-    if target.is_meta:
-        raise ValueError(f"model: {key.removeprefix(PREFIX)!r} is on the meta device and cannot be loaded into")
+    _refuse_sharded_on_meta(key.removeprefix(PREFIX), target)
+
+
+def _refuse_sharded_on_meta(name: str, target: Tensor) -> None:
+    if target.is_meta and is_sharded(target):
+        raise ValueError(f"model: {name!r} is sharded on the meta device and cannot be loaded into")
 
 
 def _matrix(
@@ -250,8 +259,7 @@ def _matrix(
     rank, s = folder.fields.rank(adapted), folder.fields.scale(adapted)
     if not is_linear(module) and not isinstance(module, tuple(CLASSES)):
         raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}, which is not implemented")
-    if module.weight.is_meta:
-        raise ValueError(f"model: {path!r} is on the meta device and cannot be loaded into")
+    _refuse_sharded_on_meta(path, module.weight)
     K, N = features(module)
     convolves = isinstance(module, CONVOLUTIONS)
     shapes = kernel_shapes(module, rank) if convolves else ((rank, K), (N, rank))
@@ -438,10 +446,22 @@ def _converted(value: Tensor, dtype: torch.dtype, label: str, lossy: list[str]) 
 
 @torch.no_grad()
 def _copy(model: nn.Module, plan: _Plan, adapter: str, staged: Mapping) -> None:
-    for key, parameter in _factors(model, plan, adapter).items():
-        parameter.copy_(like(staged[key], parameter))
-    for key, target in plan.others.items():
-        target.copy_(like(staged[key], target))
+    targets = {**_factors(model, plan, adapter), **plan.others}
+    places: dict[int, list[tuple[dict, str]]] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and (tensor.is_meta or tensor.is_inference()):
+                    places.setdefault(id(tensor), []).append((held, name))
+    for key, target in targets.items():
+        if id(target) not in places:
+            target.copy_(like(staged[key], target))
+            continue
+        # A tensor that cannot be written to, on the meta device or made in inference mode, makes way for a new one.
+        value = staged[key].clone() if target.is_meta else staged[key].to(target.device, copy=True)
+        made = nn.Parameter(value, target.requires_grad) if isinstance(target, nn.Parameter) else value
+        for held, name in places[id(target)]:
+            held[name] = made
     layers = adapted_layers(model)
     for path, matrix in plan.matrices.items():
         spec = layers[path].adapter_specs[adapter]

@@ -125,8 +125,9 @@ def _tensors(
 def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored], saved: list[str]) -> dict[str, Any]:
     """adapter_config.json: fields that every version of PEFT knows, and no others."""
     ranks, alphas = {n: m.A.shape[0] for n, m in matrices.items()}, {n: m.alpha for n, m in matrices.items()}
-    unused = ("auto_mapping", "exclude_modules", "layers_pattern", "layers_to_transform", "revision", "task_type")
+    unused = ("exclude_modules", "layers_pattern", "layers_to_transform", "revision")
     return {
+        **_auto_class(model),
         **patterns(ranks, alphas),
         **dict.fromkeys(unused),
         "peft_type": "LORA",
@@ -142,6 +143,29 @@ def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored
         "inference_mode": True,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
     }
+
+
+# What PEFT calls the task of a model of transformers, by the end of its class's name.
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def _auto_class(model: nn.Module) -> dict[str, Any]:
+    """What PEFT's ``AutoPeftModel...`` make the base by: its task, or its class where it has none."""
+    # A sharded model's class is made from its own, which comes behind FSDP's in the order of resolution.
+    kind = next(k for k in type(model).__mro__ if not k.__name__.startswith("FSDP"))
+    task = next((task for end, task in _TASKS.items() if kind.__name__.endswith(end)), None)
+    sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not kind.__module__.startswith("transformers.") or (task == "SEQ_2_SEQ_LM" and not sequences):
+        task = None
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return {"task_type": task, "auto_mapping": None if task else mapping}
 
 
 def _saveable_adapter(model: nn.Module, adapter: str | None) -> str:

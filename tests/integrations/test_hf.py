@@ -403,5 +403,16 @@ def test_a_missing_library_is_named(module, library, monkeypatch):
     monkeypatch.delitem(sys.modules, name, raising=False)
     for missing in (library, f"{library}.pytorch"):
         monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=rf"{name} needs {library}: pip install 'fastlora\[{module}\]'"):
+    with pytest.raises(ImportError, match=rf"{name} needs {library}: pip install 'fastlora-kernels\[{module}\]'"):
         importlib.import_module(name)
+
+
+def test_a_library_that_fails_to_import_is_not_called_missing(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "fastlora.integrations.lightning", raising=False)
+    for loaded in [name for name in sys.modules if name.split(".")[0] == "lightning"]:
+        monkeypatch.delitem(sys.modules, loaded)
+    (tmp_path / "lightning").mkdir()
+    (tmp_path / "lightning" / "__init__.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_dependency'"):
+        importlib.import_module("fastlora.integrations.lightning")

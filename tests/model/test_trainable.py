@@ -284,6 +284,15 @@ def test_refused_by_name_with_the_model_as_it_was(model, args, kwargs, message):
     assert_untouched(model, before)
 
 
+def test_names_that_match_outside_of_the_blocks_too_mean_those_inside(build):
+    """``proj`` is the attention's output projection, and the convolution that makes patches."""
+    model = build("timm_vit")
+    assert isinstance(model.patch_embed.proj, nn.Conv2d)
+    fastlora.apply_policy(model, "lora_only", fastlora.LoraConfig(r=2, target_modules=["qkv", "proj"]))
+    wanted = {f"blocks.{i}.attn.{name}" for i in range(len(model.blocks)) for name in ("qkv", "proj")}
+    assert set(adapted_layers(model)) == wanted
+
+
 def test_adapted_models_and_outside_targets_are_refused(build):
     model = fastlora.inject(build("bert"), config(target_modules="qkv"))
     with pytest.raises(ValueError, match="already has an adapter"):

@@ -443,6 +443,12 @@ def test_layers_without_it(fields):
         assert not fastlora.nn.linear.adapted_layers(model)
 
 
+def test_a_weight_without_values():
+    for fields in (dict(use_dora=True), dict(init_lora_weights="olora")):
+        with pytest.raises(ValueError, match=f"{next(iter(fields))}: takes the values of a weight, and that of 'up'"):
+            fastlora.inject(Biased().to("meta"), fastlora.LoraConfig(r=2, target_modules=["up"], **fields))
+
+
 def test_a_bias_of_a_convolution(tmp_path):
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     make = lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)).double()  # noqa: E731

@@ -25,7 +25,7 @@ def test_an_installed_package_says_where_the_benchmarks_are(monkeypatch, tmp_pat
 
 def test_pytest_is_needed(monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(bench.MissingBenchmarks, match="needs pytest: pip install 'fastlora"):
+    with pytest.raises(bench.MissingBenchmarks, match="needs pytest: pip install 'fastlora-kernels"):
         bench.checkout()
 
 

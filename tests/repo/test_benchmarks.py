@@ -340,3 +340,17 @@ def test_committed_results_have_a_row_a_line(path):
     assert path.read_text() == result_files.dumps(result_files.read(path)), (
         f"python -m benchmarks.harness.result_files {path}"
     )
+
+
+def test_the_gpu_model_is_of_the_shipped_tiles():
+    from benchmarks import gpu_model
+
+    rows = [gpu_model.row(case, gpu_model.resident_programs()) for case in gpu_model.cases()]
+    stale = "run `python -m benchmarks.gpu_model --out benchmarks/results`"
+    assert (gpu_model.RESULTS / "gpu_model.md").read_text() == gpu_model.markdown(rows), stale
+    for one in rows:
+        assert all(kernel["ideal_us"] <= kernel["estimate_us"] for kernel in one["kernels"])
+    # By hand: DeiT's fused qkv has 25216 rows, 768 columns, 2304 outputs.
+    linear = next(k for k in rows[0]["kernels"] if k["name"] == "linear")
+    assert abs(linear["gigaflops"] - 2 * 25216 * 768 * 2304 / 1e9) < 1e-6
+    assert abs(linear["megabytes"] - 2 * (25216 * 768 + 2304 * 768 + 25216 * 2304) / 1e6) < 1e-6

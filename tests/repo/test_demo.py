@@ -138,7 +138,7 @@ def test_missing_packages_are_named(monkeypatch):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(recipe.importlib, "import_module", absent)
-    with pytest.raises(MissingExtra, match=r"needs scikit-learn: pip install 'fastlora\[demo\]'"):
+    with pytest.raises(MissingExtra, match=r"needs scikit-learn: pip install 'fastlora-kernels\[demo\]'"):
         require("sklearn")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import pathlib
@@ -13,6 +14,8 @@ import pytest
 
 import fastlora
 from fastlora.cli.__main__ import COMMANDS, main
+from fastlora.integrations import __all__ as integrations
+from fastlora.model.summary import Summary
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 REFERENCE = DOCS / "reference" / "index.md"
@@ -71,6 +74,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert run.returncode == 0, run.stderr
     page = (tmp_path / "reference" / "index.html").read_text()
     assert all(f'id="fastlora.{name}"' in page or f'id="module-fastlora.{name}"' in page for name in fastlora.__all__)
+    fields = [f"LoraConfig.{f.name}" for f in dataclasses.fields(fastlora.LoraConfig)]
+    fields += [f"model.summary.Summary.{f.name}" for f in dataclasses.fields(Summary)]
+    assert all(f'id="fastlora.{name}"' in page for name in (*fields, *(f"integrations.{n}" for n in integrations)))
     index = (tmp_path / "index.html").read_text()
     assert all(f"{path.stem}.html" in index for path in DOCS.glob("*.md") if path.stem != "index")
 

@@ -31,6 +31,19 @@ def test_every_backend_is_tested_or_says_why_not(capsys):
     assert found["native"]["available"] == (found["native"]["reason"] is None)
 
 
+def test_a_line_for_each_backend_and_all_tests_on_request(capsys):
+    assert main(["doctor"]) == 0
+    short = capsys.readouterr().out.splitlines()
+    about = [line for line in short if line.startswith(("right", "not here"))]
+    for backend in BACKENDS:
+        assert sum(f" {backend} on cpu" in line for line in about) == 1
+    assert sum(line.startswith("torch's ") for line in short) == 1
+    for command in (["doctor", "-v"], ["-v", "doctor"]):
+        assert main(command) == 0
+        told = capsys.readouterr().out.splitlines()
+        assert sum(" by eager cpu float32: " in line for line in told) == len(OPERATORS)
+
+
 @pytest.mark.parametrize("broken", ["numbers", "raises"])
 def test_a_backend_that_is_wrong_is_found(broken, monkeypatch, capsys):
     plain = type(BACKENDS["reference"]).forward

@@ -12,6 +12,8 @@ import zipfile
 
 import pytest
 
+import fastlora
+
 ROOT = pathlib.Path(__file__).parents[2]
 NEEDED = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "fastlora", "kernels")
 
@@ -52,9 +54,10 @@ def test_a_wheel_without_a_compiler_is_pure_python_and_says_why_in_one_line(chec
     said = [line for line in (done.stdout + done.stderr).splitlines() if "native library not built" in line]
     assert len(said) == 1 and "no C++ compiler found" in said[0] and "pure Python" in said[0]
     (wheel,) = (checkout / "dist").glob("*.whl")
+    assert wheel.name == f"fastlora_kernels-{fastlora.__version__}-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     assert not any(name.endswith(".so") for name in names)
-    assert {"fastlora/__init__.py", "fastlora/kernels/__init__.py", "fastlora/demo/__init__.py"} <= set(names)
+    assert {"fastlora/__init__.py", "fastlora/py.typed", "fastlora/kernels/__init__.py"} <= set(names)
     assert not any(name.startswith(("kernels/", "tests/", "benchmarks/")) for name in names)
     required = run(checkout, *command, PATH="/nonexistent", CXX="no-such-compiler", FASTLORA_BUILD="1")
     assert required.returncode != 0 and "no C++ compiler found" in required.stdout + required.stderr
@@ -79,4 +82,53 @@ def test_the_pure_python_install_computes_the_same(checkout):
         "else: raise AssertionError('a backend asked for by name fell back')\n"
     )
     done = run(checkout, "-c", code, PYTHONPATH=str(checkout))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("native library was not built") == 1 and "FASTLORA_BUILD=1 pip install" in done.stderr
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_another_projects_package_of_the_same_name_is_found(checkout, tmp_path, mixed):
+    """Its files among ours are refused at first use; elsewhere on the path, doctor names it."""
+    elsewhere = checkout if mixed else tmp_path / "elsewhere"
+    info = elsewhere / "fastlora-4.2.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fastlora\nVersion: 4.2.1\n")
+    (info / "RECORD").write_text("fastlora/__init__.py,,\n")
+    code = (
+        "import importlib, fastlora\n"
+        "try: fastlora.inject\n"
+        "except ImportError as error: print(error)\n"
+        "print(list(importlib.import_module('fastlora.cli.doctor').clashes()))\n"
+    )
+    done = run(checkout, "-c", code, PYTHONPATH=f"{checkout}{os.pathsep}{elsewhere}")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    refused = f"{checkout / 'fastlora'} also belongs to fastlora 4.2.1, another project, and their files are mixed"
+    assert (refused in said[0]) == mixed
+    assert f"fastlora 4.2.1, another project with the import name fastlora, is installed in {elsewhere}" in said[-1]
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_the_command_answers_without_torch(option):
+    code = (
+        "import sys\n"
+        "from fastlora.cli.__main__ import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: sys.stderr.write(str('torch' in sys.modules))\n"
+    )
+    done = run(ROOT, "-c", code, option, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0 and done.stderr == "False" and "fastlora" in done.stdout
+
+
+def test_the_public_names_come_at_first_use():
+    code = (
+        "import sys, fastlora\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert fastlora.inject.__module__ == 'fastlora.model.inject' and 'torch' in sys.modules\n"
+        "assert set(fastlora.__all__) <= set(dir(fastlora))\n"
+        "assert not hasattr(fastlora, 'no_such_name')\n"
+        "from fastlora import *\n"
+        "assert inject is fastlora.inject and nn is sys.modules['fastlora.nn']\n"
+    )
+    done = run(ROOT, "-c", code, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr

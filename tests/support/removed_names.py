@@ -64,7 +64,7 @@ def take_away(name: str) -> str:
         hide(name.rpartition(".")[2])
         return "hidden"
     if name in NEEDED_BY_TORCH:
-        import fastlora  # noqa: F401  looks its names up
+        import fastlora.api  # noqa: F401  looks its names up
 
         setattr(owner, last, kept)
         return "gone at import"

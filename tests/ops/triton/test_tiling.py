@@ -84,16 +84,16 @@ def test_of_two_near_measurements_the_nearer_decides(monkeypatch):
 
 
 @pytest.mark.parametrize("N, K, runs", [(2304, 768, 1), (768, 768, 1), (4096, 4096, 1), (768, 768, 128)])
-def test_sums_of_squares_fill_the_chip_where_their_matrix_can(N, K, runs):
+def test_sums_of_squares_fill_half_of_the_chip_where_their_matrix_can(N, K, runs):
     def programs(tile: TileConfig) -> int:
         return runs * -(-N // tile.rows) * -(-K // tile.columns)
 
     tile = tiling.choose_filling("gradstat", programs, N, K, torch.bfloat16, CPU)
-    assert programs(tile) >= 132
+    assert 2 * programs(tile) >= 132
     larger = [
         e.tile for e in tiling._TABLE["gradstat", "half"] if e.tile.rows * e.tile.columns > tile.rows * tile.columns
     ]
-    assert all(programs(other) < 132 for other in larger)
+    assert all(2 * programs(other) < 132 for other in larger)
 
 
 def test_a_persistent_grid_has_a_program_for_every_place(monkeypatch):
