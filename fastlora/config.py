@@ -26,7 +26,7 @@ from ._utils.errors import (
 from .ops.backends import BACKENDS
 
 _Made = TypeVar("_Made")
-ROLES = ("qkv", "attention", "mlp", "all-linear")
+ROLES = ("qkv", "attention", "mlp", "mixer", "all-linear")
 
 # difficulty -> (r, lora_alpha, target_modules)
 PRESETS: Mapping[str, tuple[int, int, str]] = MappingProxyType(
@@ -76,11 +76,22 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", *FROM_WEIGHT),
     "lora_bias": (True, False),
     "use_dora": (True, False),
-    "split_qkv": (None, True, False),
     "use_rslora": (True, False),
     "backend": ("auto", *BACKENDS),
 }
 _TARGETS = f"a role {ROLES}, a regular expression or a list of names"
+
+
+def _check_split(value: Any) -> None:
+    more = ", or names of modules to the rows of their slices"
+    if not isinstance(value, Mapping):
+        check_choice("split_qkv", value, (None, True, False), more)
+        return
+    for name, rows in value.items():
+        if not isinstance(name, str) or not isinstance(rows, Mapping) or not rows:
+            raise wrong_value("split_qkv", f"one of {(None, True, False)}{more}", value)
+        for part, count in rows.items():
+            check_integer(f"split_qkv[{name!r}][{part!r}]", count, 1)
 
 
 def _check_targets(name: str, value: Any) -> None:
@@ -121,7 +132,7 @@ class LoraConfig:
     ``y = x W^T + bias + s x A^T B^T`` with ``s = lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``).
 
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
-      ``"qkv"``, ``"attention"``, ``"mlp"``, ``"all-linear"``.
+      ``"qkv"``, ``"attention"``, ``"mlp"``, ``"mixer"``, ``"all-linear"``.
     - ``init_lora_weights``: True, ``"gaussian"`` (A normal / r, B zero), False (both random), ``"orthogonal"`` (even
       r), or, with ``W ← W − s B A``, ``"pissa"`` (leading singular vectors of W) and ``"olora"`` (its QR factors): as
       in PEFT the frozen weight is then the rest, with the adapter disabled and for who loads the file, too.
@@ -133,7 +144,10 @@ class LoraConfig:
     - ``rank_pattern``, ``alpha_pattern``: keys (``blocks.0.attn.qkv[q]``), module paths or PEFT's suffix patterns.
     - ``scale``: ``"constant"`` keeps the one ``s`` of (lora_alpha, r) whatever a layer's rank; ``"per_rank"`` divides
       by each layer's own rank, as PEFT does.
-    - ``split_qkv``: whether a fused qkv gets one adapter for each of q, k, v; None follows the role.
+    - ``split_qkv``: whether a fused matrix gets one adapter for each of its slices, as q, k and v, or gate and up;
+      None follows the role and leaves a matrix whole whose layout is not known (``fastlora.roles``), True takes thirds
+      of it. ``{"attn.qkv": {"q": 64, "k": 16, "v": 16}}`` says the rows of slices one after another, and splits no
+      others.
     - ``adapter_dtype``: dtype of A and B, float32 unless the weight is float64; ``backend``: see ``fastlora.explain``.
     - ``prepack``: whether oneDNN may keep a packed copy of W for each direction on a CPU: where it is measured to be
       faster (``"auto"``), always, or never.
@@ -157,7 +171,7 @@ class LoraConfig:
     lora_bias: bool = False
     use_dora: bool = False
     scale: str = "constant"
-    split_qkv: bool | None = None
+    split_qkv: bool | None | Mapping[str, Mapping[str, int]] = None
     adapter_dtype: torch.dtype | None = None
     backend: str = "auto"
     prepack: bool | str = "auto"
@@ -182,6 +196,7 @@ class LoraConfig:
             raise ValueError(f"init_lora_weights: {init!r} is not implemented: it takes {reason}")
         for name, accepted in _CHOICES.items():
             check_choice(name, getattr(self, name), accepted)
+        _check_split(self.split_qkv)
         dtype = self.adapter_dtype
         if dtype is not None:
             check_instance("adapter_dtype", dtype, torch.dtype, "a floating torch.dtype or None")

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from .._utils.errors import wrong_value
+from .._utils.errors import suggestion, wrong_value
 from ..config import FROM_WEIGHT, LoraConfig, indices_of, layer_index
+from ..nn.adapter import WHOLE
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, QKVLinear
 from ..nn.plain import CONVOLUTIONS
 from ..nn.quantized import foreign_base
-from .modules import adapted_class, features, users_of_parameters
+from .modules import adapted_class, features, pattern_matches, users_of_parameters
 
 
 def of_layers(config: LoraConfig, names: list[str]) -> list[str]:
@@ -63,9 +64,47 @@ def refuse_beyond_factors(
         )
     if layer.weight.is_meta and (config.use_dora or init in FROM_WEIGHT):
         raise ValueError(f"{wanted[0]}: takes the values of a weight, and that of {name!r} is on the meta device")
+    if init in FROM_WEIGHT and set(ranks) != {WHOLE}:
+        raise ValueError(
+            f"init_lora_weights: {init!r} takes a matrix as a whole, as who reads the file does, and {name!r} is split "
+            f"into {list(ranks)}; pass split_qkv=False"
+        )
     if init in FROM_WEIGHT and len(users[id(layer.weight)]) > 1:
         raise ValueError(f"init_lora_weights: {init!r} changes the weight of {name!r}, which other modules share")
     if init in FROM_WEIGHT and max(ranks.values()) > min(features(layer)):
         raise ValueError(
             f"init_lora_weights: {init!r} takes ranks up to {min(features(layer))} in {name!r}, got {ranks}"
         )
+
+
+def has_suffix(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions: Collection[str]) -> dict[str, Any]:
+    """Value of each matrix: its exact key wins, then its path, then the first suffix or PEFT pattern that matches.
+
+    A pattern that is a matrix's exact name means it alone. A ``peft.LoraConfig`` keeps PEFT's rule: the first match.
+    The name of an ``nn.MultiheadAttention`` means both of its projections.
+    """
+    found: dict[str, tuple[int, Any]] = {}
+    for pattern, value in getattr(config, field).items():
+        strengths = {k: _match_strength(pattern, k, config.exact_names_first, attentions) for k in keys}
+        best = max(strengths.values())
+        if best == 0:
+            raise wrong_value(field, "patterns that match an adapted matrix", pattern, suggestion(pattern, keys))
+        for key, strength in strengths.items():
+            wanted = strength > 0 if best == 1 else strength > 1
+            if wanted and (key not in found or strength > found[key][0]):
+                found[key] = (strength, value)
+    return {key: value for key, (_, value) in found.items()}
+
+
+def _match_strength(pattern: str, key: str, exact_names_first: bool, attentions: Collection[str]) -> int:
+    path = key.partition("[")[0]
+    owner = path.rpartition(".")[0]
+    if owner in attentions and (has_suffix(owner, pattern) or pattern_matches(pattern, owner)):
+        return 1
+    if exact_names_first and pattern in (key, path):
+        return 3 if pattern == key else 2
+    return int(has_suffix(key, pattern) or pattern_matches(pattern, path))

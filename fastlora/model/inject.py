@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
-from .._utils.errors import check_choice, check_flag, check_instance, check_model, suggestion, wrong_value
+from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
 from .._utils.torch_compat import remove_forward_hooks
 from ..config import FROM_WEIGHT, ROLES, LoraConfig
-from ..nn.adapter import WHOLE, AdapterSpec, Factors, new_factors
+from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, new_factors
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
 from ..nn.initialise import new_bias, start_from_weight
 from ..nn.layer_view import Conv1D
@@ -38,17 +38,19 @@ from ..nn.plain import Plain
 from ..nn.projection_group import group_projections
 from ..nn.quantized import QuantizedLinear, check_weight, foreign_base, original_class
 from ..nn.routing import Router
-from .fields import of_layers, refuse_beyond_factors, refuse_tying
+from .fields import has_suffix, of_layers, pattern_lookup, refuse_beyond_factors, refuse_tying
 from .learning_check import MODES, watch_learning
 from .modules import (
     adapted_class,
     attention_blocks,
+    class_name,
     conv1d_class,
+    expert_parameters,
     features,
+    fused_layouts,
     is_linear,
     named_targets,
     passed_by,
-    pattern_matches,
     refusal,
     role_targets,
     take_over,
@@ -63,7 +65,7 @@ logger = logging.getLogger(__name__)
 class _Planned:
     path: str
     layer: nn.Linear
-    slices: dict[str, int]
+    slices: Slices
     spec: AdapterSpec
     factors: tuple[Factors, Factors]
 
@@ -137,7 +139,7 @@ _TASK_HEADS = {
 def _with_task_head(model: nn.Module, config: LoraConfig, task: str | None) -> LoraConfig:
     modules = [n for n, _ in model.named_modules()]
     saved = list(config.modules_to_save or ())
-    heads = [h for h in _TASK_HEADS.get(task, ()) if h not in saved and any(_has_suffix(n, h) for n in modules)]
+    heads = [h for h in _TASK_HEADS.get(task, ()) if h not in saved and any(has_suffix(n, h) for n in modules)]
     if not heads:
         return config
     config = copy.copy(config)
@@ -164,10 +166,6 @@ def refuse_peft(model: nn.Module) -> None:
             )
 
 
-def _has_suffix(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith("." + suffix)
-
-
 def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str]:
     """Names chosen by a role, a regular expression or a list of suffixes; every entry must choose something.
 
@@ -180,6 +178,8 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
             names = role_targets(model, spec)
         else:
             names = [n for n in modules if n and re.fullmatch(spec, n)]
+        if spec in ROLES:
+            _tell_experts(model, spec, any_taken=bool(names))
         if not names:
             near = suggestion(spec, [*ROLES, *{n.rpartition(".")[2] for n in linears}])
             raise wrong_value(field, f"a role or a pattern that matches modules of {type(model).__name__}", spec, near)
@@ -189,12 +189,22 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
         raise wrong_value(field, f"a role {ROLES}, a regular expression or a list of names", spec)
     chosen: set[str] = set()
     for suffix in spec:
-        hits = [n for n in modules if n and _has_suffix(n, suffix)]
+        hits = [n for n in modules if n and has_suffix(n, suffix)]
         if not hits:
             near = suggestion(suffix, sorted({n.rpartition(".")[2] for n in linears} | set(linears)))
             raise wrong_value(field, f"suffixes of module names of {type(model).__name__}", suffix, near)
         chosen.update(hits)
     return _projections(model, modules, chosen, field)
+
+
+def _tell_experts(model: nn.Module, role: str, any_taken: bool) -> None:
+    """Say that a role leaves experts out; ``ValueError`` where it takes nothing else."""
+    named = ((n, m) for n, m in model.named_modules() if role in ("mlp", "all-linear"))
+    experts = [f"{n}.{p}" for n, m in named for p in expert_parameters(m)]
+    if experts and not any_taken:
+        raise ValueError(f"target_modules: {role!r} takes nothing: {listed(experts)} are parameters of experts")
+    if experts:
+        logger.warning("target_modules: %r leaves out %s, parameters of experts", role, listed(experts))
 
 
 def _projections(model: nn.Module, modules: Mapping[str, nn.Module], names: Collection[str], field: str) -> list[str]:
@@ -212,7 +222,7 @@ def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> li
     """As in PEFT, what is trained and saved whole is not adapted as well; nothing asked for may be lost by that."""
     target = config.target_modules
     for suffix in () if isinstance(target, str) else target:
-        hits = [n for n in names if _has_suffix(n, suffix)]
+        hits = [n for n in names if has_suffix(n, suffix)]
         if hits and all(_inside(n, saved) for n in hits):
             raise ValueError(f"modules_to_save: {hits[0]!r} is also a target; a module is adapted or trained, not both")
     left = [n for n in names if not _inside(n, saved)]
@@ -251,7 +261,7 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks:
     for name in names:
         reason = None if isinstance(modules[name], Adapted) else refusal(model, name)
         if reason is not None:
-            raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}")
+            raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}; exclude_modules leaves it out")
     return names
 
 
@@ -265,39 +275,84 @@ def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     return _select(model, list(config.modules_to_save), "modules_to_save") if config.modules_to_save else []
 
 
-def fused_sizes(model: nn.Module, config: LoraConfig, names: Sequence[str] | None = None) -> dict[str, dict[str, int]]:
-    """Row counts of q, k, v for every fused matrix (of ``names``, if given) that is to be split."""
-    split = config.split_qkv
-    if split is None:
-        split = config.target_modules in ("qkv", "attention")
-    if not split:
-        return {}
-    modules = named_targets(model)
-    fused = [block for block in attention_blocks(model) if block.fused and (names is None or block.names[0] in names)]
-    for block in fused:
-        if not block.splits:
-            owner = type(modules[block.owner])
-            raise ValueError(
-                f"split_qkv: {block.names[0]!r} of {owner.__module__}.{owner.__name__} does not hold q, k and v as "
-                "three blocks of rows; split_qkv=False adapts it as one matrix"
-            )
-    return {block.names[0]: dict.fromkeys("qkv", features(modules[block.names[0]])[1] // 3) for block in fused}
+def slices_of(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> dict[str, Slices]:
+    """How each of ``names`` is adapted: the slices of a fused matrix that is to be split, else one matrix."""
+    modules, split = named_targets(model), config.split_qkv
+    rows = {name: features(modules[name])[1] for name in names}
+    found = {name: Slices({WHOLE: N}) for name, N in rows.items()}
+    if split is False or (split is None and _parts(config) is None):
+        return found
+    fused, unknown = fused_layouts(model), []
+    if isinstance(split, Mapping):
+        return found | _as_told(split, rows, fused)
+    for name in names:
+        if name in fused and fused[name] is not None:
+            found[name] = fused[name]
+        elif name in fused and split is True and rows[name] % 3 == 0:
+            found[name] = Slices(dict.fromkeys("qkv", rows[name] // 3))
+        elif name in fused:
+            unknown.append(name)
+    if unknown and split is True:
+        owner = ".".join(class_name(modules[unknown[0].rpartition(".")[0]]))
+        raise ValueError(
+            f"split_qkv: {unknown[0]!r} of {owner} does not hold q, k and v in a way that is known; split_qkv=False "
+            "adapts it as one matrix"
+        )
+    if unknown:
+        logger.warning(
+            "target_modules: %s: nothing is known of how q, k and v lie in it, so that it is adapted as one matrix "
+            "(fastlora.roles); split_qkv=True takes thirds of its rows", listed(unknown)
+        )  # fmt: skip
+    return found
+
+
+def _as_told(
+    split: Mapping[str, Mapping[str, int]], rows: Mapping[str, int], known: Mapping[str, Slices | None]
+) -> dict[str, Slices]:
+    """Slices of the matrices that ``split`` names, ``ValueError`` where they are none or are known to be others."""
+    found = {}
+    for pattern, told in split.items():
+        hits = [pattern] if pattern in rows else [name for name in rows if has_suffix(name, pattern)]
+        if not hits:
+            raise wrong_value("split_qkv", "names of adapted modules", pattern, suggestion(pattern, list(rows)))
+        for name in hits:
+            slices = Slices(told, getattr(told, "blocks", 1))
+            if sum(slices.values()) != rows[name]:
+                raise wrong_value(f"split_qkv[{pattern!r}]", f"slices of the {rows[name]} rows of {name!r}", dict(told))
+            if known.get(name, slices) not in (slices, None):
+                raise wrong_value(f"split_qkv[{pattern!r}]", f"the slices of {name!r}, {known[name]}", dict(told))
+            found[name] = slices
+    return found
+
+
+# The slices that a role means, of matrices that hold others, too.
+_PARTS = {"qkv": "qkv", "attention": "qkv", "mlp": ("gate", "up", "mlp")}
+
+
+def _parts(config: LoraConfig) -> Sequence[str] | None:
+    target = config.target_modules
+    return _PARTS.get(target) if isinstance(target, str) else None
+
+
+def _rank(config: LoraConfig, name: str) -> int:
+    """The rank of a slice that no pattern speaks of."""
+    parts = _parts(config)
+    return config.r if parts is None or name == WHOLE or name in parts else 0
 
 
 def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Planned]:
     """New factors, scales and classes of every target, before the model changes: whatever can fail fails here."""
     modules = named_targets(model)
-    fused = fused_sizes(model, config, names)
-    slices = {n: fused.get(n, {WHOLE: features(modules[n])[1]}) for n in names}
+    slices = slices_of(model, config, names)
     keys = [matrix_key(n, s) for n in names for s in slices[n]]
     attentions = frozenset(torch_attentions(model))
-    rank_of = _pattern_lookup(config, "rank_pattern", keys, attentions)
-    alpha_of = _pattern_lookup(config, "alpha_pattern", keys, attentions)
+    rank_of = pattern_lookup(config, "rank_pattern", keys, attentions)
+    alpha_of = pattern_lookup(config, "alpha_pattern", keys, attentions)
     plan, users = [], users_of_parameters(model)
     for name in names:
         layer = modules[name]
         check_weight(name, layer, config.backend)
-        ranks = {s: rank_of.get(matrix_key(name, s), config.r) for s in slices[name]}
+        ranks = {s: rank_of.get(matrix_key(name, s), _rank(config, s)) for s in slices[name]}
         K = features(layer)[0]
         groups, lookup = getattr(layer, "groups", 1), isinstance(layer, nn.Embedding)
         refuse_beyond_factors(name, layer, config, ranks, users)
@@ -309,40 +364,13 @@ def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> li
     return plan
 
 
-def _pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions: Collection[str]) -> dict[str, Any]:
-    """Value of each matrix: its exact key wins, then its path, then the first suffix or PEFT pattern that matches.
-
-    A pattern that is a matrix's exact name means it alone. A ``peft.LoraConfig`` keeps PEFT's rule: the first match.
-    The name of an ``nn.MultiheadAttention`` means both of its projections.
-    """
-    found: dict[str, tuple[int, Any]] = {}
-    for pattern, value in getattr(config, field).items():
-        strengths = {k: _match_strength(pattern, k, config.exact_names_first, attentions) for k in keys}
-        best = max(strengths.values())
-        if best == 0:
-            raise wrong_value(field, "patterns that match an adapted matrix", pattern, suggestion(pattern, keys))
-        for key, strength in strengths.items():
-            wanted = strength > 0 if best == 1 else strength > 1
-            if wanted and (key not in found or strength > found[key][0]):
-                found[key] = (strength, value)
-    return {key: value for key, (_, value) in found.items()}
-
-
-def _match_strength(pattern: str, key: str, exact_names_first: bool, attentions: Collection[str]) -> int:
-    path = key.partition("[")[0]
-    owner = path.rpartition(".")[0]
-    if owner in attentions and (_has_suffix(owner, pattern) or pattern_matches(pattern, owner)):
-        return 1
-    if exact_names_first and pattern in (key, path):
-        return 3 if pattern == key else 2
-    return int(_has_suffix(key, pattern) or pattern_matches(pattern, path))
-
-
 def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, router: Router, adapter: str) -> None:
     """Adapt one layer in place, by a change of class unless it is adapted already, and install the new factors."""
     layer = planned.layer
     if not isinstance(layer, Adapted):
         layer.in_features, layer.out_features = features(layer)
+        if type(layer) not in (nn.Linear, NonDynamicallyQuantizableLinear) and adapted_class(layer, False) is Linear:
+            layer.base_class = type(layer)
         layer.__class__ = adapted_class(layer, split=set(planned.slices) != {WHOLE})
         attach_state(layer, planned.slices, config, router, planned.path)
         take_over(model, planned.path, layer)
@@ -362,14 +390,17 @@ def group_layers(model: nn.Module) -> None:
     """Let layers that share an input run together: q, k and v, and siblings of equal width once they are seen to."""
     modules = dict(model.named_modules())
     for block in attention_blocks(model):
-        layers = [modules[n] for n in block.names if isinstance(modules.get(n), Linear)]
-        if block.fused or len(layers) < 2:
-            continue
-        known = next((layer.group for layer in layers if layer.group is not None), None)
-        if known is None:
-            group_projections(modules[block.owner], layers)
-        elif known.layers != layers:
-            known.regroup(layers)
+        every = [modules[n] for n in block.names if isinstance(modules.get(n), Linear)]
+        widths = {layer.in_features for layer in every if block.shared}
+        for K in widths:
+            layers = [layer for layer in every if layer.in_features == K]
+            known = next((layer.group for layer in layers if layer.group is not None), None)
+            if len(layers) < 2:
+                continue
+            if known is None:
+                group_projections(modules[block.owner], layers)
+            elif known.layers != layers:
+                known.regroup(layers)
     for owner in modules.values():
         if isinstance(owner, Adapted):
             continue
@@ -433,7 +464,7 @@ def eject(model: nn.Module) -> nn.Module:
         elif isinstance(layer, QuantizedLinear):
             layer.__class__ = original_class(layer)
         elif not isinstance(layer, InProjection):
-            layer.__class__ = nn.Linear
+            layer.__class__ = layer.__dict__.pop("base_class", nn.Linear)
     for module in model.modules():
         if type(module) is MultiheadAttention:
             module._modules.pop("in_proj", None)

@@ -19,37 +19,57 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.errors import unknown_choice
 from ..config import ROLES
+from ..nn.adapter import Slices
 from ..nn.attention import InProjection, MultiheadAttention, StackedProjection, TransformerEncoderLayer
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Adapted, Linear, QKVLinear
 from ..nn.plain import CLASSES
 from ..nn.quantized import foreign_base, foreign_class
+from .layouts import known_layout
 
 
 @dataclass(frozen=True)
 class Attention:
     """An attention block: its input projections and its output projection, by name below the owner."""
 
-    inputs: tuple[str, ...]  # (q, k, v), or the one name of a fused [q; k; v] matrix
+    inputs: tuple[str, ...]
     outputs: tuple[str, ...]  # alternatives, first found; a leading "^" looks below the owner's parent
+    shared: bool = True  # whether inputs of one width are expected to have one input
 
     @property
     def fused(self) -> bool:
-        """Whether q, k and v are one matrix."""
+        """Whether the inputs are one matrix, which may be in slices."""
         return len(self.inputs) == 1
 
 
 ATTENTION = (
-    Attention(("qkv",), ("proj", "out_proj")),
-    Attention(("in_proj",), ("out_proj",)),
+    Attention(("qkv",), ("proj", "out_proj", "projection", "to_out", "^output.dense")),
+    Attention(("qkv.linear",), ("proj.ln.linear",)),
+    Attention(("queries_keys_values.linear",), ("projection.linear",)),
+    Attention(("in_proj",), ("out_proj", "attn_out_proj", "^output.dense")),
     Attention(("q_attn", "c_attn"), ("c_proj",)),  # GPT-2's cross-attention: k and v are one matrix
     Attention(("c_attn",), ("c_proj",)),
-    Attention(("query", "key", "value"), ("^output.dense", "dense")),
+    Attention(("att_proj",), ("out_proj",)),
+    Attention(("query_key_value",), ("dense",)),
+    Attention(("qkv_proj",), ("o_proj", "out_proj")),
+    Attention(("Wqkv",), ("Wo", "out_proj")),
+    Attention(("qkv_linear",), ("^output.dense",)),
+    Attention(("q", "kv"), ("proj",)),
+    Attention(("q.ln.linear", "kv.linear"), ("proj.ln.linear",)),
+    Attention(("queries.linear", "keys_values.linear"), ("projection.linear",)),
+    Attention(("to_q", "to_kv"), ("to_out",)),
+    Attention(("qk", "v"), ("proj",)),
+    # Latent attention: down-projections of the input, and what they give projected up.
+    Attention(("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"), ("o_proj",), shared=False),
+    Attention(("q_proj", "kv_a_proj_with_mqa", "kv_b_proj"), ("o_proj",), shared=False),
+    Attention(("query", "key", "value"), ("^output.dense", "dense", "proj", "projection_layer", "out_proj")),
     Attention(("query_proj", "key_proj", "value_proj"), ("^output.dense",)),
-    Attention(("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj", "dense")),
+    Attention(("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj", "dense", "projection_layer")),
+    Attention(("q_proj.linear", "k_proj.linear", "v_proj.linear"), ("o_proj.linear",)),
+    Attention(("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)),
     Attention(("q_lin", "k_lin", "v_lin"), ("out_lin",)),
     Attention(("to_q", "to_k", "to_v"), ("to_out.0", "to_out")),
-    Attention(("wq", "wk", "wv"), ("wo",)),
+    Attention(("wq", "wk", "wv"), ("wo", "proj")),
     Attention(("q", "k", "v"), ("o", "proj")),
 )
 
@@ -57,24 +77,40 @@ MLP = (
     ("fc1", "fc2"),
     ("fc1_g", "fc1_x", "fc2"),
     ("linear1", "linear2"),
+    ("linear_fc1", "linear_fc2"),
     ("gate_proj", "up_proj", "down_proj"),
+    ("gate_proj.linear", "up_proj.linear", "down_proj.linear"),
+    ("gate_up_proj", "down_proj"),
+    ("up_proj", "down_proj"),
     ("intermediate.dense", "output.dense"),
+    ("intermediate_dense", "output_dense"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
     ("c_fc", "c_proj"),
+    ("fc_in", "fc_out"),
+    ("ffn", "ffn_output"),
     ("lin1", "lin2"),
     ("wi_0", "wi_1", "wo"),
     ("wi", "wo"),
+    ("Wi", "Wo"),
     ("w1", "w2", "w3"),
+    ("layer_1", "layer_2"),
+    ("pwconv1", "pwconv2"),
+    ("net.0.proj", "net.2"),
 )
+
+# Parts of the paths of networks that make positions, which are no MLPs of the model's stream.
+_POSITIONS = re.compile(
+    r"rel_pos|relative_position|pos_mlp|pos_embed|pos_proj|meta_mlp|cpb|dpb|(^|\.)(pos|position)(\.|$)"
+)
+
+# Owners that mix tokens without attention: their projections have no q, k and v.
+_MIXERS = re.compile(r"(Mixer|MambaLayer|ShortConv|GatedDeltaNet|RecurrentBlock|mLSTMLayer)$")
 
 # First component of the path of a task head.
 HEADS = (
     "head", "head_dist", "heads", "classifier", "pre_classifier", "classification_head", "lm_head", "score", "fc",
     "qa_outputs",
 )  # fmt: skip
-
-# Owners whose fused matrix does not hold q, k and v as three blocks of rows: an attribute that says so, or the class.
-_INTERLEAVED_FLAGS = ("head_first", "use_global")
-_INTERLEAVED_CLASSES = (("timm.models.tiny_vit", "Attention"),)
 
 
 def _below(owner: nn.Module, name: str) -> nn.Module | None:
@@ -85,12 +121,16 @@ def _below(owner: nn.Module, name: str) -> nn.Module | None:
 
 @dataclass(frozen=True)
 class Projections:
-    """The input projections found in one owner: full names in q, k, v order, and whether they are one matrix."""
+    """The input projections found in one owner: full names in the order of the table, and whether they are one matrix.
+
+    ``layouts``: the slices of those that hold several of q, k and v, None where no table knows how.
+    """
 
     owner: str
     names: tuple[str, ...]
     fused: bool
-    splits: bool  # whether the rows of a fused matrix are [q; k; v]
+    shared: bool
+    layouts: dict[str, Slices | None]
     output: str | None
 
 
@@ -99,28 +139,26 @@ def _join(path: str, name: str) -> str:
 
 
 def attention_blocks(model: nn.Module) -> Iterator[Projections]:
-    """Every attention block of the model, by structure: all inputs must be linears of one input width."""
+    """Every attention block of the model, by structure: all inputs must be linears."""
     modules = named_targets(model)
     name_of = {module: name for name, module in modules.items()}
     for path, owner in modules.items():
+        taken: set[nn.Module] = set()
         for entry in ATTENTION:
             found = [_below(owner, name) or modules.get(_join(path, name)) for name in entry.inputs]
-            if not all(is_linear(m) for m in found) or len({features(m)[0] for m in found}) != 1:
+            if not all(is_linear(m) for m in found) or taken.intersection(found):
                 continue
-            if entry.inputs == ("qkv",) and features(found[0])[1] % 3:
-                continue
-            output = _output_of(model, path, entry)
             # A module that several owners share goes by its first name.
-            names = tuple(name_of[m] for m in found)
-            yield Projections(path, names, entry.fused, _rows_are_blocks(owner, found[0]), name_of.get(output))
-            break
-
-
-def _rows_are_blocks(owner: nn.Module, layer: nn.Module) -> bool:
-    if any(getattr(owner, flag, False) for flag in _INTERLEAVED_FLAGS) or class_name(owner) in _INTERLEAVED_CLASSES:
-        return False
-    K, N = features(layer)
-    return N % 3 == 0 and (N == 3 * K or not hasattr(owner, "c_attn"))  # with one k and v for all heads N < 3 K
+            names, layouts = tuple(name_of[m] for m in found), {}
+            for name, leaf, module in zip(names, entry.inputs, found, strict=True):
+                layout = known_layout(owner, leaf, features(module)[1])
+                if layout is not None or entry.fused:
+                    layouts[name] = layout
+            if entry.inputs == ("in_proj",) and layouts[names[0]] is None:
+                continue  # of a mixer or an MLP, as far as its name goes
+            taken.update(found)
+            output = _output_of(model, path, entry)
+            yield Projections(path, names, entry.fused, entry.shared, layouts, name_of.get(output))
 
 
 def _output_of(model: nn.Module, path: str, entry: Attention) -> nn.Module | None:
@@ -132,17 +170,49 @@ def _output_of(model: nn.Module, path: str, entry: Attention) -> nn.Module | Non
     return None
 
 
-def mlp_linears(model: nn.Module) -> list[str]:
-    """Names of the feed-forward linears, by structure."""
+def mlp_linears(model: nn.Module) -> dict[str, Slices | None]:
+    """Feed-forward linears by structure: full names, and the slices of those that hold a gate beside what it gates."""
     name_of = {module: name for name, module in model.named_modules()}
-    names = []
-    for owner in name_of:
+    names: dict[str, Slices | None] = {}
+    for owner, path in name_of.items():
         for entry in MLP:
             found = [_below(owner, n) for n in entry]
-            if all(is_linear(m) for m in found):
-                names += [name_of[m] for m in found]
+            if all(is_linear(m) for m in found) and not _POSITIONS.search(path):
+                names |= {
+                    name_of[m]: known_layout(owner, n, features(m)[1])
+                    for n, m in zip(entry, found, strict=True)
+                    if not is_head(model, name_of[m], m)
+                }
                 break
+    for block in attention_blocks(model):
+        names |= {name: layout for name, layout in block.layouts.items() if layout is not None and "mlp" in layout}
+        out = _join(block.owner, "mlp_out_proj")
+        names |= {out: None} if is_linear(_below(model, out)) else {}
     return names
+
+
+def mixer_linears(model: nn.Module) -> list[str]:
+    """Full names of the linears of state-space models, short convolutions and linear recurrences."""
+    names = []
+    for path, owner in model.named_modules():
+        if _MIXERS.search(type(owner).__name__) and type(owner).__module__.partition(".")[0] == "transformers":
+            names += [_join(path, n) for n, m in owner.named_children() if is_linear(m)]
+    return [name for name in names if refusal(model, name) is None]
+
+
+def expert_parameters(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes [E, N, K] of the parameters that hold the matrices of several experts."""
+    named = module._parameters.items()
+    expert = "expert" in type(module).__name__.lower()
+    return {name: tuple(p.shape) for name, p in named if expert and p is not None and p.dim() == 3}
+
+
+def fused_layouts(model: nn.Module) -> dict[str, Slices | None]:
+    """The matrices that hold several projections, and how, None where no table knows the owner."""
+    found = {name: layout for name, layout in mlp_linears(model).items() if layout is not None}
+    for block in attention_blocks(model):
+        found |= block.layouts
+    return found
 
 
 def is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
@@ -168,6 +238,8 @@ def role_targets(model: nn.Module, role: str) -> list[str]:
         return [n for n, m in named_targets(model).items() if is_linear(m) and not is_head(model, n, m)]
     if role == "mlp":
         chosen = set(mlp_linears(model))
+    elif role == "mixer":
+        chosen = set(mixer_linears(model))
     elif role in ROLES:
         chosen = set()
         for block in attention_blocks(model):
@@ -235,6 +307,8 @@ def pattern_matches(pattern: str, name: str) -> bool:
         return False
 
 
+# Subclasses whose forward is that of ``nn.Linear``.
+_EXACT = (("transformers.models.falcon.modeling_falcon", "FalconLinear"),)
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 
 # timm's owners of a fused qkv with biases apart: they multiply by qkv.weight themselves unless told that the biases are
@@ -279,7 +353,7 @@ def adapted_class(module: nn.Module, split: bool) -> type[Adapted] | None:
         return foreign_class(module)
     if type(module) is StackedProjection:
         return InProjection
-    if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear):
+    if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) or class_name(module) in _EXACT:
         return QKVLinear if split else Linear
     return CLASSES.get(type(module))
 

@@ -13,8 +13,9 @@ from torch import nn
 from .._utils.errors import check_choice, check_integer, check_model, check_number, suggestion, wrong_value
 from ..config import LoraConfig
 from ..nn.active import chosen_adapter, names_of
+from ..nn.adapter import WHOLE
 from ..nn.linear import adapted_layers
-from .inject import inject, refuse_adapted, target_names
+from .inject import inject, refuse_adapted, slices_of, target_names
 from .modules import HEADS, is_head
 
 
@@ -150,9 +151,10 @@ def _adapters(model: nn.Module, config: LoraConfig, blocks: list[str], saved: li
     """The config that puts adapters on these blocks and trains ``saved`` whole, all by full name."""
     if config.target_modules is None:
         config.target_modules = "all-linear"
-    if config.split_qkv is None:
-        config.split_qkv = config.target_modules in ("qkv", "attention")
     names = target_names(model, config, blocks)
+    if config.split_qkv is None:
+        split = {n: slices for n, slices in slices_of(model, config, names).items() if set(slices) != {WHOLE}}
+        config.split_qkv = split or False
     modules = [n for n, _ in model.named_modules()]
     for field, wanted in (("target_modules", names), ("modules_to_save", saved)):
         extra = [n for n in modules if n not in wanted and any(n.endswith("." + w) for w in wanted)]

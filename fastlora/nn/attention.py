@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._utils.errors import wrong_value
+from .._utils.errors import check_choice, wrong_value
 from ..config import LoraConfig
 from .adapter import WHOLE, AdapterSpec, new_factors
 from .layer_view import LayerView
@@ -75,7 +75,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         split_qkv: bool = True,
         **fields: Any,
     ):
-        config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, split_qkv=split_qkv, **fields)
+        check_choice("split_qkv", split_qkv, (None, True, False))
+        config = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **fields)
         if isinstance(embed_dim, int) and r > embed_dim:
             raise wrong_value("r", f"at most embed_dim = {embed_dim}", r)
         super().__init__(

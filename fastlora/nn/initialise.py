@@ -17,18 +17,18 @@ def start_from_weight(layer: Adapted, adapter: str) -> None:
 
     ``"pissa"``: :math:`B A = U_r S_r V_r^\top / s`, its root on either side; ``"olora"``: :math:`Q_r R_r`, of W = Q R.
     """
-    weight, init, start = layer.weight.detach().clone(), layer.adapter_specs[adapter].init, 0
+    weight, spec = layer.weight.detach().clone(), layer.adapter_specs[adapter]
     acc = torch.promote_types(weight.dtype, torch.float32)
-    W = layer.as_matrix(weight)
-    for a, b, s in layer.pairs(adapter):
-        rows = slice(start, start + b.shape[0])
-        start, rank, w = rows.stop, len(a), W[rows].to(acc)
+    W, A, B = layer.as_matrix(weight), layer.lora_A[adapter].tensors(), layer.lora_B[adapter].tensors()
+    for name, rank in layer.ranks(adapter).items():
         if rank == 0:
             continue
-        left, right = _pissa(w, rank, s) if init == "pissa" else _olora(w, rank)
-        a.copy_(right)
-        b.copy_(left)
-        W[rows] = w - s * (left @ right)
+        rows, s = layer.slices.rows(name), spec.scale[name]
+        w = W[rows].to(acc)
+        left, right = _pissa(w, rank, s) if spec.init == "pissa" else _olora(w, rank)
+        A[name].copy_(right)
+        B[name].copy_(left)
+        W[rows] = (w - s * (left @ right)).to(W.dtype)
     layer.weight.copy_(weight)
 
 

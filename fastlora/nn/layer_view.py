@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.matmul import UNPACKED
+from .adapter import Slices
 from .linear import Linear, forward_together, forward_traced
 
 
@@ -23,8 +24,10 @@ class LayerView:
 
     def __init__(self, layer: Linear, weight: Tensor, bias: Tensor | None, rows: slice | None = None, count: float = 1):
         self.layer, self.weight, self.bias = layer, weight, bias
-        self.parts = _parts(layer, slice(0, layer.out_features) if rows is None else rows)
-        self.slices = {name: part.stop - part.start for name, part in self.parts.items()}
+        self.parts = None if rows is None else _parts(layer, rows)
+        self.slices = layer.slices
+        if rows is not None:
+            self.slices = Slices({name: part.stop - part.start for name, part in self.parts.items()})
         self.out_features = sum(self.slices.values())
         self.probes, self.dropout_salt = layer.probes, layer.dropout_salt
         if rows is not None:
@@ -45,6 +48,8 @@ class LayerView:
         return self._mine(self.layer.factor_pairs(adapter, A, B))
 
     def _mine(self, whole: list[tuple[Tensor, Tensor, float]]) -> list[tuple[Tensor, Tensor, float]]:
+        if self.parts is None:
+            return whole
         pairs = dict(zip(self.layer.slices, whole, strict=True))
         return [(pairs[name][0], pairs[name][1][part], pairs[name][2]) for name, part in self.parts.items()]
 
@@ -62,7 +67,7 @@ def _parts(layer: Linear, rows: slice) -> dict[str, slice]:
     """The rows of each slice that lie in ``rows``, counted from the slice's first."""
     found = {}
     for name in layer.slices:
-        mine = layer.slice_rows(name)
+        mine = layer.slices.rows(name)
         start, stop = max(mine.start, rows.start), min(mine.stop, rows.stop)
         if start < stop:
             found[name] = slice(start - mine.start, stop - mine.start)

@@ -17,7 +17,7 @@ from ..config import FROM_WEIGHT, LoraConfig
 from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
-from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, new_factors
+from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
 from .probe import group_operands
 from .routing import Route, Router
 
@@ -71,17 +71,11 @@ class Adapted(nn.Module):
         name = self.router.default.adapter if name is None else name
         return {s: 0 if p is None else p.shape[0] for s, p in self.lora_A[name].tensors().items()}
 
-    def slice_rows(self, name: str) -> slice:
-        """Rows of the weight that a slice covers."""
-        start = 0
-        for other, size in self.slices.items():
-            if other == name:
-                return slice(start, start + size)
-            start += size
-        raise KeyError(name)
-
     def pairs(self, adapter: str | None = None) -> list[tuple[Tensor, Tensor, float]]:
-        """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here."""
+        """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here.
+
+        Where slices interleave, one pair of the whole matrix (``Slices.block_diagonal``).
+        """
         adapter = self.router.default.adapter if adapter is None else adapter
         here = adapter in self.adapter_specs
         return self.factor_pairs(adapter, *[side[adapter]() if here else {} for side in (self.lora_A, self.lora_B)])
@@ -102,7 +96,7 @@ class Adapted(nn.Module):
                     "whole model to one device; change ranks with fastlora.set_ranks"
                 )
             out.append((a, b, spec.scale[name] if spec else 1.0))
-        return out
+        return out if self.slices.blocks == 1 else [self.slices.block_diagonal(out)]
 
     def finishes(self, names: Sequence[str]) -> bool:
         """Whether one of these adapters has more than factors."""
@@ -122,11 +116,11 @@ class Adapted(nn.Module):
                 )
             y = y * self.row_factors(route.adapter).to(y.dtype)
             return y if self.bias is None else y + self.bias
-        added = [
-            (self.lora_B[n].beside().get("bias"), self.adapter_specs[n].scale) if n in self.ranked else (None, {})
-            for n in route.names
+        added = [self.lora_B[n].beside().get("bias") if n in self.ranked else None for n in route.names]
+        rows = [
+            y.new_zeros(self.out_features) if b is None else (b * self.bias_scale(n)).to(y.dtype)
+            for n, b in zip(route.names, added, strict=True)
         ]
-        rows = [y.new_zeros(self.out_features) if b is None else (b * max(s.values())).to(y.dtype) for b, s in added]
         if route.batch is None:
             return y + rows[0]
         table = torch.stack([*rows, torch.zeros_like(rows[0])])  # the last for -1
@@ -193,9 +187,12 @@ class Adapted(nn.Module):
         """``bias + s b_B`` in the bias's dtype, None where the adapter has no ``lora_bias``."""
         if adapter not in self.ranked or "bias" not in self.lora_B[adapter].beside():
             return None
-        return (self.bias + max(self.adapter_specs[adapter].scale.values()) * self.lora_B[adapter].bias).to(
-            self.bias.dtype
-        )
+        return (self.bias + self.bias_scale(adapter) * self.lora_B[adapter].bias).to(self.bias.dtype)
+
+    def bias_scale(self, adapter: str) -> float:
+        """``s`` of the bias beside B: the largest of the slices that have a rank, as a file says it of the matrix."""
+        ranks, scales = self.ranks(adapter), self.adapter_specs[adapter].scale
+        return max((scales[name] for name in self.slices if ranks[name]), key=abs)
 
     @property
     def active_adapter(self) -> str:
@@ -305,7 +302,7 @@ class Linear(Adapted, nn.Linear):
 
 
 class QKVLinear(Linear):
-    """A fused q/k/v projection with one adapter, and one rank, for each of q, k and v (block-diagonal B)."""
+    """A fused matrix with one adapter, and one rank, for each of its slices, as q, k and v (block-diagonal B)."""
 
 
 _STATE = (
@@ -319,7 +316,7 @@ def attach_state(
 ) -> None:
     """Give a linear layer the attributes that the adapted forward reads."""
     layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
-    layer.slices = dict(slices)
+    layer.slices = Slices(slices, getattr(slices, "blocks", 1))
     layer.adapter_specs = {}
     layer.ranked = frozenset()  # adapters with a rank above 0
     layer.changes = 0  # to its adapters: what a bundle looks at

@@ -13,6 +13,7 @@ from .._utils.errors import check_instance, wrong_value
 from ..ops.layout import on_host
 from ..ops.probe_ops import measured, with_moments
 from ..ops.reference import accumulate_dtype
+from .adapter import Slices
 from .probe_rows import SampleSigns
 
 
@@ -59,7 +60,7 @@ def selected(tensor: Tensor, select: tuple[Tensor, bool] | None) -> Tensor:
 class AdaptedLayer(Protocol):
     """What a probe reads of the layer it is for."""
 
-    slices: Mapping[str, int]
+    slices: Slices
     in_features: int
     out_features: int
     weight: Tensor
@@ -146,7 +147,7 @@ class LayerProbe:
         found: dict[str, Any] = {}
         if self.Z and (self.columns is None or route.batch is None):
             P = self.P if self.columns is None else torch.cat([LayerProbe.index(probe) for probe in probes])
-            found |= {"Z": [z for probe in probes for z in probe.Z.values()], "P": P}
+            found |= {"Z": [z for probe in probes for z in _of_projections(probe)], "P": P}
             if step.per_sample:
                 found["sign"] = step.signs_for(x, samples)
         if self.V is not None and route.mask is None:
@@ -203,6 +204,12 @@ class LayerProbe:
             leaf.grad = None
 
 
+def _of_projections(probe: LayerProbe) -> Sequence[Tensor]:
+    """The zero leaves, one for each projection that the operator sees."""
+    Z = [*probe.Z.values()]
+    return Z if probe.slices.blocks == 1 else [probe.slices.interleave(Z)]
+
+
 def tracked_adapters(batch: Any) -> Sequence[str]:
     """The adapters of a batch that have statistics."""
     # Data-parallel ranks name all adapters, so that they agree on gradients; one that is absent has no statistics.
@@ -224,7 +231,7 @@ def group_operands(
     acc = accumulate_dtype(x.dtype)
     for name in batch.names:
         own = found.get(name, {})
-        widths = [rows for layer in layers for rows in layer.slices.values()]
+        widths = [rows for layer in layers for rows in layer.slices.widths()]
         Z += own.get("Z", [x.new_zeros((rows, 0), dtype=acc) for rows in widths])
         P.append(own.get("P", x.new_zeros((0, x.shape[-1]), dtype=torch.float32)))
         sign.append(own.get("sign", x.new_zeros((0, 0), dtype=torch.float32)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -91,15 +92,26 @@ class BoundCall:
             given = (Z, V, *self.rest(rows, key, p, P, sign))
             return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
         if self.chosen is None:
-            self.chosen, _ = choose(self.backend, self.device, self.dtype)
-            absent = tuple([b is None for b in self.bias])
-            scope = (self.chosen.name, len(self.W), absent, tuple(self.scale), tuple(self.layout.starts), self.engine)
-            self.plans = Plans(scope) if self.chosen.plannable else None
+            self._choose()
         run = _Run(self, rows, key, p, P, sign, len(Z), len(V))
         if torch.is_grad_enabled():
             return _apply(run, x, *self.A, *self.B, *Z, *V)
         with untracked():
             return run.forward(x)[: len(self.W)]
+
+    def _choose(self) -> None:
+        self.chosen, _ = choose(self.backend, self.device, self.dtype)
+        absent = tuple([b is None for b in self.bias])
+        scope = (self.chosen.name, len(self.W), absent, tuple(self.scale), tuple(self.layout.starts), self.engine)
+        self.plans = Plans(scope) if self.chosen.plannable else None
+
+    def with_factors(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> BoundCall:
+        """This call with other factors of the same shapes."""
+        if self.chosen is None:
+            self._choose()
+        other = copy.copy(self)
+        other.A, other.B = tuple(A), tuple(B)
+        return other
 
     def rest(self, rows, key, p, P, sign) -> tuple:
         """The operands of the operator behind V."""

@@ -21,7 +21,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 SIDE = "fastlora.json"
 PICKLE = "adapter_model.bin"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # that a reader has to know where slices interleave; 1 holds the rest
 _LARGEST_JSON = 2**26
 
 
@@ -33,6 +33,7 @@ class Slice:
     rows: int
     rank: int
     scale_ratio: float
+    blocks: int = 1  # of rows of the matrix, each with its part of every slice
 
 
 @dataclass(frozen=True)
@@ -154,4 +155,8 @@ def _slice(raw: dict) -> Slice:
     name, ratio = check_instance("name of a slice", raw["name"], str, "a string"), raw["scale_ratio"]
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
         raise wrong_type("scale_ratio", "a number", ratio)
-    return Slice(name, check_integer("rows", raw["rows"], 1), check_integer("rank", raw["rank"], 0), float(ratio))
+    rows, rank = check_integer("rows", raw["rows"], 1), check_integer("rank", raw["rank"], 0)
+    blocks = check_integer("blocks", raw.get("blocks", 1), 1)
+    if rows % blocks:
+        raise ValueError(f"blocks: expected a divisor of {rows} rows, got {blocks}")
+    return Slice(name, rows, rank, float(ratio), blocks)

@@ -17,11 +17,11 @@ from .._utils.errors import listed
 from ..config import FROM_WEIGHT, LoraConfig
 from ..model.adapters import add_adapter
 from ..model.fields import refuse_tying
-from ..model.inject import check_adapter_name, fused_sizes, inject, refuse_adapted
-from ..model.modules import features, is_linear, named_targets
+from ..model.inject import check_adapter_name, inject, refuse_adapted
+from ..model.modules import features, fused_layouts, is_linear, named_targets
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
-from ..nn.adapter import WHOLE
+from ..nn.adapter import WHOLE, Slices
 from ..nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from ..nn.plain import CLASSES, CONVOLUTIONS, kernel_shapes
 from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
@@ -119,7 +119,7 @@ def _most_bytes(model: nn.Module) -> int:
 class _Matrix:
     """One module's factors in the file: (A, B) and scale by slice, ``None`` where the rank is 0."""
 
-    rows: dict[str, int]
+    rows: Slices
     factors: dict[str, tuple[Tensor, Tensor] | None]
     scale: dict[str, float]
     beside: dict[str, Tensor]  # bias, magnitude
@@ -275,15 +275,18 @@ def _matrix(
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
     if not slices:
-        return _Matrix({WHOLE: N}, {WHOLE: (A, B)}, {WHOLE: s}, beside)
+        return _Matrix(Slices({WHOLE: N}), {WHOLE: (A, B)}, {WHOLE: s}, beside)
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
     padded = len(known.keys_of(adapted)) > 1 and ranks <= rank
     if rows != N or not (ranks == rank or padded):
         raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {rows} rows and ranks of sum {ranks}, expected {N} and {rank}")  # fmt: skip  # noqa: E501
-    factors = _blocks(slices, A, B)
+    if len({x.blocks for x in slices}) > 1:
+        raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into slices of different numbers of blocks")
+    layout = Slices({x.name: x.rows for x in slices}, slices[0].blocks)
+    factors = _blocks(slices, layout, A, B)
     if factors is None:
         raise ValueError(f"{where}: {path!r} is split in {SIDE}, and its lora_B is not block-diagonal; remove {SIDE} to load it as one matrix")  # fmt: skip  # noqa: E501
-    return _Matrix({x.name: x.rows for x in slices}, factors, {x.name: s * x.scale_ratio for x in slices}, beside)
+    return _Matrix(layout, factors, {x.name: s * x.scale_ratio for x in slices}, beside)
 
 
 def _beside(folder: AdapterFolder, stored: str, N: int) -> dict[str, Tensor]:
@@ -299,18 +302,20 @@ def _beside(folder: AdapterFolder, stored: str, N: int) -> dict[str, Tensor]:
     return {BESIDE[name]: folder.tensors[prefix + name] for name in got}
 
 
-def _blocks(slices: Iterable[Slice], A: Tensor, B: Tensor) -> dict[str, tuple[Tensor, Tensor] | None] | None:
+def _blocks(
+    slices: Iterable[Slice], layout: Slices, A: Tensor, B: Tensor
+) -> dict[str, tuple[Tensor, Tensor] | None] | None:
     """A and B of each slice, or None where B has anything off its diagonal blocks."""
     factors: dict[str, tuple[Tensor, Tensor] | None] = {}
-    outside, row, column = B != 0, 0, 0
+    outside, column = B != 0, 0
     for x in slices:
-        rows, columns = slice(row, row + x.rows), slice(column, column + x.rank)
+        rows, columns = layout.rows(x.name), slice(column, column + x.rank)
         outside[rows, columns] = False
         b = B[rows, columns]
         if x.scale_ratio not in (0.0, 1.0):
             b = (b.double() / x.scale_ratio).to(b.dtype)
         factors[x.name] = (A[columns], b) if x.rank else None
-        row, column = rows.stop, columns.stop
+        column = columns.stop
     return None if bool(outside.any()) else factors
 
 
@@ -375,7 +380,7 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
             init_lora_weights=fields.init_lora_weights,
             lora_bias=fields.lora_bias,
             use_dora=fields.use_dora,
-            split_qkv=any(set(m.rows) != {WHOLE} for m in plan.matrices.values()),
+            split_qkv={path: m.rows for path, m in plan.matrices.items() if set(m.rows) != {WHOLE}} or False,
             adapter_dtype=dtype,
             **rule,
         )
@@ -388,11 +393,10 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
         config.any_rank = True
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder.where(CONFIG if side is None else SIDE)}: {error}") from error
-    sizes = fused_sizes(model, config)
-    modules = named_targets(model)
+    known = fused_layouts(model)
     for path, m in plan.matrices.items():
-        possible = sizes.get(path, {WHOLE: features(modules[path])[1]})
-        if possible != m.rows:
+        possible = known.get(path)
+        if set(m.rows) != {WHOLE} and possible is not None and possible != m.rows:
             raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {m.rows}, and this model can {possible}")
     return config
 

@@ -73,6 +73,8 @@ def save(
     adapter = _saveable_adapter(model, adapter)
     layers = _saveable(model, adapter)
     config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
+    if fold_scale and config.init_lora_weights == "olora":
+        raise ValueError("fold_scale: expected False for init_lora_weights='olora', whose frozen weight depends on s")
     names = StoredNames(model)
     matrices = _matrices(model, names, layers, adapter, fold_scale)
     stored = {path: names.stored(path) for path in matrices}
@@ -84,9 +86,10 @@ def save(
     biases = bias_tensors(model, config.bias, stored, taken, unranked_biases(model, adapter, config.bias, stored))
     _refuse_untold(model, taken, biases)
     fields = _fields(model, config, adapted, spec)
-    tensors = _tensors(model, layers, matrices, stored, adapter) | biases | saved_tensors(model, taken)
+    tensors = _tensors(model, layers, matrices, stored, adapter, fold_scale) | biases | saved_tensors(model, taken)
+    interleaved = any(s.blocks > 1 for m in matrices.values() for s in m.slices)
     side = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if interleaved else 1,
         "split": {n: [asdict(s) for s in m.slices] for n, m in matrices.items() if m.slices},
         "scale": _rule(config, fields, fold_scale),
         "modules_to_save": saved,
@@ -112,12 +115,15 @@ def _tensors(
     matrices: Mapping[str, _Stored],
     stored: Mapping[str, str],
     adapter: str,
+    fold: bool,
 ) -> dict[str, Tensor]:
     """PEFT's keys of the adapter's own tensors."""
     modules, out = named_targets(model), {}
     for path, matrix in matrices.items():
         out |= {factor_key(stored[path], f, modules[path]): t for f, t in (("A", matrix.A), ("B", matrix.B))}
         own = layers[path].lora_B[adapter].beside() if path in layers else {}
+        if fold and "bias" in own:
+            own["bias"] = own["bias"] * layers[path].bias_scale(adapter)
         out |= {f"{PREFIX}{stored[path]}.lora_{key}": own[here] for key, here in BESIDE.items() if here in own}
     return out
 
@@ -249,10 +255,11 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
         b = whole(B[name].detach())
         # Products of low-precision factors are rounded once.
         b = b if factor == 1 else (b.double() * factor).to(b.dtype)
-        block[layer.slice_rows(name), column : column + ranks[name]] = b
+        block[layer.slices.rows(name), column : column + ranks[name]] = b
         column += ranks[name]
     told = set(layer.slices) != {WHOLE} or own < rank or any(ratio != 1.0 for ratio in ratios.values())
-    slices = tuple(Slice(n, rows, ranks[n], ratios[n]) for n, rows in layer.slices.items()) if told else ()
+    blocks = layer.slices.blocks
+    slices = tuple(Slice(n, rows, ranks[n], ratios[n], blocks) for n, rows in layer.slices.items()) if told else ()
     return _Stored(stacked, block, _alpha(1.0 if fold else s, rank), slices)
 
 

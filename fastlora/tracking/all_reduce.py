@@ -173,7 +173,7 @@ class _Step:
             x, dy, _ = as_one_batch(taken)
             gradient += dy.to(dtype).T @ x.to(dtype)
         self.ranks.sum_(gradient).div_(self.ranks.divisor)
-        parts = {name: gradient[layer.slice_rows(name)].double() for name in layer.slices}
+        parts = {name: gradient[layer.slices.rows(name)].double() for name in layer.slices}
         return {name: (part.square().sum(), part.abs().sum()) for name, part in parts.items()}
 
 

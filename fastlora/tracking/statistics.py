@@ -72,7 +72,7 @@ class Tracked:
         layer, taken = self.layers[path], self.probes[path].taken
         if not taken:
             return {}
-        rows, found = layer.slice_rows(name), {}
+        rows, found = layer.slices.rows(name), {}
         if {"grad_sq", "grad_abs"} & {*self.kinds}:
             backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
             x, dy, offsets = as_one_batch(taken)
@@ -86,7 +86,7 @@ class Tracked:
     def sample_squares(self, path: str, name: str) -> tuple[Tensor, int]:
         """``Σ_i ||G_i||²`` of one matrix over the samples of this step, and their number."""
         layer, taken = self.layers[path], self.probes[path].taken
-        rows, samples = layer.slice_rows(name), 0
+        rows, samples = layer.slices.rows(name), 0
         total = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
         for micro in sorted({call.micro for call in taken}):
             x, dy, offsets = by_sample([call for call in taken if call.micro == micro])
@@ -108,10 +108,19 @@ def output_variances_of(
     layers: Iterable[Linear], V: Sequence[Tensor | None], device: torch.device
 ) -> tuple[Tensor | None, list[bool]]:
     """``act_var`` of the matrices whose layer has moments, and for each matrix whether it has."""
+    layers = list(layers)
     sizes = [list(layer.slices.values()) for layer in layers]
-    live = [(total, runs) for total, runs in zip(V, sizes, strict=True) if total is not None]
+    live = [(_by_slice(v, x), runs) for x, v, runs in zip(layers, V, sizes, strict=True) if v is not None]
     found = output_variances(*zip(*live, strict=True)).to(device) if live else None
     return found, [total is not None for total, runs in zip(V, sizes, strict=True) for _ in runs]
+
+
+def _by_slice(total: Tensor, layer: Linear) -> Tensor:
+    """Moments [2, N + 1] with the columns of each slice together."""
+    if layer.slices.blocks == 1:
+        return total
+    order = torch.cat([*[layer.slices.rows(name) for name in layer.slices], torch.tensor([layer.out_features])])
+    return total.index_select(1, order.to(total.device))
 
 
 # Of each statistic: the numbers of those matrices that have one, float64, and for each matrix whether it has; or the

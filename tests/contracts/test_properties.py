@@ -84,6 +84,7 @@ def adapters(draw):
     alphas = {key: draw(st.sampled_from([0.5, 3, 8, 16])) for key in KEYS if ranks[key] and draw(st.booleans())}
     return fastlora.LoraConfig(
         r=draw(st.integers(1, 8)), lora_alpha=draw(st.sampled_from([1, 4.5, 16])), target_modules="attention",
+        split_qkv=True,
         lora_dropout=draw(st.sampled_from([0.0, 0.1])), use_rslora=draw(st.booleans()), rank_pattern=ranks,
         alpha_pattern=alphas, scale=draw(st.sampled_from(["constant", "per_rank"])), init_lora_weights=False,
         adapter_dtype=draw(st.sampled_from([None, torch.float64, torch.bfloat16])),

@@ -336,7 +336,7 @@ def test_splits_must_agree():
             super().__init__()
             self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
 
-    m = fastlora.inject(nn.Sequential(Fused()), LoraConfig(r=2, target_modules="qkv"))
+    m = fastlora.inject(nn.Sequential(Fused()), LoraConfig(r=2, target_modules="qkv", split_qkv=True))
     with pytest.raises(ValueError, match="split_qkv: '0.qkv' is adapted as .*'q', 'k', 'v'.* already"):
         fastlora.add_adapter(m, "b", LoraConfig(r=2, target_modules=["qkv"]))
     fastlora.add_adapter(m, "b", LoraConfig(r=2, target_modules=["qkv"], split_qkv=True))

@@ -196,10 +196,8 @@ class TestRefusedByName:
         from timm.models.tiny_vit import Attention
 
         model = nn.ModuleDict({"attn": Attention(16, 8, 2, resolution=(2, 2))})
-        with pytest.raises(ValueError, match="split_qkv: 'attn.qkv' of timm.models.tiny_vit.Attention"):
-            fastlora.inject(model, config(target_modules="qkv"))
-        fastlora.inject(model, config(target_modules="qkv", split_qkv=False))
-        assert model["attn"].qkv.ranks() == {"weight": 4}
+        fastlora.inject(model, config(target_modules="qkv"))
+        assert model["attn"].qkv.ranks() == {"q": 4, "k": 4, "v": 4} and model["attn"].qkv.slices.blocks == 2
 
 
 def trainable(model: nn.Module) -> set[str]:
@@ -255,7 +253,7 @@ def test_counts_by_role(name):
     model = build(name)
     counts = tuple(len(role_targets(model, role)) for role in ("qkv", "attention", "mlp", "all-linear"))
     assert counts == ZOO[name].counts
-    assert set(ROLES) == {"qkv", "attention", "mlp", "all-linear"}
+    assert set(ROLES) == {"qkv", "attention", "mlp", "mixer", "all-linear"}
     fastlora.inject(model, config(target_modules="attention"))
     assert len(adapted_layers(model)) == counts[1]
     assert counts == tuple(len(role_targets(model, role)) for role in ("qkv", "attention", "mlp", "all-linear"))
@@ -356,7 +354,7 @@ def test_exact_statistics_are_those_of_the_full_gradient(name):
         for part in layer.slices:
             key = path if part == "weight" else f"{path}[{part}]"
             grad = layer.weight.grad.T if isinstance(layer, fastlora.nn.Conv1D) else layer.weight.grad
-            expected = grad[layer.slice_rows(part)].square().sum().item()
+            expected = grad[layer.slices.rows(part)].square().sum().item()
             assert math.isclose(mine[key], expected, rel_tol=1e-3), key
     assert all(v > 0 for kind in kinds for v in tracker.scores(kind).values())
 

@@ -285,7 +285,7 @@ def test_repr_shows_ranks():
     assert repr(make()) == f"Linear(in_features={K}, out_features={N}, bias=True, r={R})"
     model = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(K, 3 * K), "proj": nn.Linear(K, K)})})
     pattern = {"attn.qkv[k]": 2, "attn.qkv[v]": 0}
-    fastlora.inject(model, fastlora.LoraConfig(r=4, target_modules="qkv", rank_pattern=pattern))
+    fastlora.inject(model, fastlora.LoraConfig(r=4, target_modules="qkv", split_qkv=True, rank_pattern=pattern))
     assert type(model["attn"]["qkv"]) is QKVLinear
     assert "r={q: 4, k: 2, v: 0}" in repr(model["attn"]["qkv"]) and "r=" not in repr(model["attn"]["proj"])
 

@@ -242,7 +242,7 @@ def split_of(raw, **changes):
 
 
 BAD_SIDE = {
-    "newer": (lambda raw: dict(format_version=2), "format_version 2 is newer"),
+    "newer": (lambda raw: dict(format_version=3), "format_version 3 is newer"),
     "no version": (lambda raw: dict(format_version=None), "format_version: expected an integer"),
     "no split": (lambda raw: dict(split=None), "missing or malformed"),
     "rank": (lambda raw: dict(split=split_of(raw, rank=1)), r"ranks of sum 5, expected 72 and 6"),
@@ -251,7 +251,9 @@ BAD_SIDE = {
     "name": (lambda raw: dict(split=split_of(raw, name="x")), "splits 'blocks.1.attn.qkv' into"),
     "slice": (lambda raw: dict(split={**raw["split"], QKV: [{}]}), "missing or malformed"),
     "unknown matrix": (lambda raw: dict(split={**raw["split"], "blocks.7": raw["split"][QKV]}), "unexpected: split of"),
-    "only one split": (lambda raw: dict(split={QKV: raw["split"][QKV]}), "splits 'blocks.0.attn.qkv'"),
+    "blocks": (lambda raw: dict(split=split_of(raw, blocks=5)), "blocks: expected a divisor of 24 rows, got 5"),
+    "blocks of one slice": (lambda raw: dict(split=split_of(raw, blocks=2)), "slices of different numbers of blocks"),
+    "no blocks": (lambda raw: dict(split=split_of(raw, blocks=0)), "blocks: expected"),
     "rule": (lambda raw: dict(scale={**raw["scale"], "mode": "odd"}), "scale: expected one of"),
     "head": (lambda raw: dict(modules_to_save=["norm"]), "modules_to_save"),
     "digest": (lambda raw: dict(sha256="0"), "was written for other tensors"),

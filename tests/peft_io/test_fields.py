@@ -572,3 +572,52 @@ class TestRunsEveryWay:
         h = h * layer.row_factors("default") if field == "use_dora" else h + s * factors.bias
         model.down(torch.tanh(h + layer.bias)).square().sum().backward()
         assert tracker.scores("grad_sq")["up"] == pytest.approx(float(W.grad.square().sum()), rel=1e-6)
+
+
+def make_neox():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=40)
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes)).eval().double()
+
+
+@pytest.mark.parametrize("fields", [dict(use_dora=True), dict(lora_bias=True)])
+def test_slices_that_interleave(fields, tmp_path):
+    """q, k and v of each head lie together; each has a rank of its own."""
+    patterns = dict(rank_pattern={"gpt_neox.layers.0.attention.query_key_value[k]": 1})
+    base = forward(make_neox())
+    model = fastlora.inject(make_neox(), fastlora.LoraConfig(r=2, target_modules="qkv", **patterns, **fields))
+    assert_close(forward(model), base)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
+    before = forward(model)
+    assert not torch.allclose(before, base)
+    for fold in (False, True):
+        fastlora.save(model, tmp_path, fold_scale=fold)
+        assert_close(forward(fastlora.load(make_neox(), tmp_path)), before)
+        assert_close(forward(peft.PeftModel.from_pretrained(make_neox(), str(tmp_path))), before)
+    assert_close(forward(fastlora.merge(model)), before)
+
+
+def test_starts_from_a_whole_matrix():
+    """What PEFT would take from a file of slices is another rest of the weight."""
+    config = fastlora.LoraConfig(r=2, target_modules="qkv", init_lora_weights="pissa")
+    with pytest.raises(
+        ValueError, match=r"takes a matrix as a whole, .* is split into \['q', 'k', 'v'\]; pass split_qkv"
+    ):
+        fastlora.inject(make_neox(), config)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_folded_scale_of_what_starts_from_the_weight(init, tmp_path):
+    fields = dict(r=2, lora_alpha=3, target_modules=["up", "down"], init_lora_weights=init)
+    model = fastlora.inject(Biased(), fastlora.LoraConfig(**fields))
+    torch.nn.init.ones_(model.up.lora_B.default.weight)
+    if init == "olora":
+        with pytest.raises(ValueError, match="fold_scale: expected False for init_lora_weights='olora'"):
+            fastlora.save(model, tmp_path, fold_scale=True)
+        return
+    fastlora.save(model, tmp_path, fold_scale=True)
+    run32 = lambda m: run_biased(copy.deepcopy(m).double())  # noqa: E731
+    for other in (fastlora.load(Biased(), tmp_path), peft.PeftModel.from_pretrained(Biased(), str(tmp_path))):
+        torch.testing.assert_close(run32(other), run32(model), rtol=1e-4, atol=1e-5)

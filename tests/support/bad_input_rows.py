@@ -430,6 +430,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "reinit": rows((1, "reinit: expected True or False", TYPE), (False, "pass reinit=True")),
         "keep": rows((1, "keep: expected True or False", TYPE), (True, "keep: expected keep or reinit, got both")),
     },
+    "roles": {"model": rows(NOT_A_MODEL)},
     "summary": {"model": MODEL, "adapter": rows(("c", r"adapter: expected one of \['default', 'b'\], got 'c'"))},
     "track": TRACK,
     "to_peft": {

@@ -161,6 +161,7 @@ GOOD: dict[str, Callable[[Path], dict[str, Any]]] = {
     "save": lambda at: {"model": adapted(), "path": at / "new"},
     "set_adapter": lambda at: {"model": adapted(), "name": "b"},
     "set_ranks": lambda at: {"model": adapted(), "ranks": {KEY: 3}, "reinit": True},
+    "roles": lambda at: {"model": adapted()},
     "summary": lambda at: {"model": adapted()},
     "to_peft": lambda at: {"model": adapted()},
     "track": lambda at: {"model": adapted()},

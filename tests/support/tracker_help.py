@@ -66,7 +66,7 @@ def weight_gradients(m, batches, loss=loss_of):
     for batch in batches:
         loss(m, batch).backward()
     return {
-        fastlora.nn.linear.matrix_key(path, name): layer.weight.grad[layer.slice_rows(name)]
+        fastlora.nn.linear.matrix_key(path, name): layer.weight.grad[layer.slices.rows(name)]
         if layer.weight.grad is not None
         else None
         for path, layer in layers.items()

@@ -278,7 +278,7 @@ def test_warmup_freezes_importance_and_stops_tracking():
     expected = 0.0
     for weight, (path, name) in zip(importance, tracker.matrices, strict=True):
         layer = tracker.layers[path]
-        expected += 0.1 * (1 - float(weight)) * float(layer.delta()[layer.slice_rows(name)].square().sum())
+        expected += 0.1 * (1 - float(weight)) * float(layer.delta()[layer.slices.rows(name)].square().sum())
     assert tracker.penalty(0.1).item() == pytest.approx(expected, rel=1e-5)
 
 
