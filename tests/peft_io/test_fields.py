@@ -602,9 +602,7 @@ def test_slices_that_interleave(fields, tmp_path):
 def test_starts_from_a_whole_matrix():
     """What PEFT would take from a file of slices is another rest of the weight."""
     config = fastlora.LoraConfig(r=2, target_modules="qkv", init_lora_weights="pissa")
-    with pytest.raises(
-        ValueError, match=r"takes a matrix as a whole, .* is split into \['q', 'k', 'v'\]; pass split_qkv"
-    ):
+    with pytest.raises(ValueError, match="takes a matrix as a whole, .*; pass split_qkv"):
         fastlora.inject(make_neox(), config)
 
 
