@@ -16,7 +16,9 @@ from .model.adapters import (
     set_adapter,
     use_adapters,
 )
+from .model.combine import add_weighted_adapter
 from .model.eject import unload
+from .model.eva import initialize_eva
 from .model.inject import inject
 from .model.merge import disable_adapters, merge, merge_and_unload, unmerge
 from .model.ranks import reallocate, set_ranks
@@ -36,12 +38,14 @@ __all__ = [
     "adapter_names",
     "use_adapters",
     "add_adapter",
+    "add_weighted_adapter",
     "allocate",
     "calibrate",
     "disable_adapters",
     "explain",
     "from_peft",
     "freeze_unused_adapters",
+    "initialize_eva",
     "inject",
     "load",
     "load_layout",

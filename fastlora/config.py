@@ -40,16 +40,42 @@ PRESETS: Mapping[str, tuple[int, int, str]] = MappingProxyType(
 # Fields of peft.LoraConfig that say where a file came from or how PEFT runs, and change no number here.
 _PEFT_NEUTRAL = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "runtime_config", "ephemeral_gpu_offload", "megatron_core", "fan_in_fan_out",
+    "runtime_config", "ephemeral_gpu_offload", "megatron_core",
+    "eva_config", "lora_ga_config", "corda_config", "loftq_config",  # of initialisations, which are refused themselves
+    "fan_in_fan_out",  # PEFT corrects it by the class of each layer, which says how its weight lies
+    "ensure_weight_tying",  # ``inject`` refuses it where a target is tied
 }  # fmt: skip
 
 
+# Initialisations that move a part of the frozen weight into the factors: W + s B A is what W was.
+FROM_WEIGHT = ("pissa", "olora")
+# Those of PEFT that are not here, and why.
+_NOT_HERE = {
+    "pissa_niter": "a random subspace, from which nobody could have the changed weight again; use 'pissa'",
+    "mica": "B frozen and A trained; use 'olora', or freeze lora_B after inject",
+    "corda": "the covariance of the layers' inputs before inject; use 'pissa', or 'orthogonal'",
+    "loftq": "weights rounded to a grid; quantize the model first and use True",
+    "lora_ga": "gradients of batches before inject; use True, or 'pissa'",
+}
+# The nearest thing to a field of PEFT's that is not here.
+_NEAREST = {
+    "trainable_token_indices": "rows of an embedding are not trained alone here; name the embedding in modules_to_save "
+    "(all of its rows) or in target_modules (adapters)",
+    "target_parameters": "experts that are one parameter [E, N, K] have no adapters here; name the linears around them "
+    "in target_modules",
+    "layer_replication": "replicate the layers of the model first, then inject",
+    "use_qalora": "plain LoRA runs over a quantized base; leave it out",
+    "alora_invocation_tokens": "every token has the adapter; fastlora.use_adapters takes ids by token instead",
+    "megatron_config": "fully_shard and DDP are what is implemented of parallel training",
+}
 # Fields that are one of a few.
 _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", "all", "lora_only"),
     "scale": ("constant", "per_rank"),
     "prepack": ("auto", True, False),
-    "init_lora_weights": (True, False, "gaussian"),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", *FROM_WEIGHT),
+    "lora_bias": (True, False),
+    "use_dora": (True, False),
     "use_rslora": (True, False),
     "backend": ("auto", *BACKENDS),
 }
@@ -107,6 +133,14 @@ class LoraConfig:
 
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
       ``"qkv"``, ``"attention"``, ``"mlp"``, ``"mixer"``, ``"all-linear"``.
+    - ``init_lora_weights``: True, ``"gaussian"`` (A normal / r, B zero), False (both random), ``"orthogonal"`` (even
+      r), or, with ``W ← W − s B A``, ``"pissa"`` (leading singular vectors of W) and ``"olora"`` (its QR factors): as
+      in PEFT the frozen weight is then the rest, with the adapter disabled and for who loads the file, too.
+      ``"eva"`` is True until ``fastlora.initialize_eva`` has seen what the layers see.
+    - ``lora_bias``: a trained bias beside B, ``y += s b_B``. ``use_dora``: rows of the sum have a trained length m,
+      ``y = m / ‖W + s B A‖ (x W^T + s x A^T B^T) + bias``; no gradient goes through the norm.
+    - ``layers_to_transform``: indices of the only layers that a list of names or a role means; ``layers_pattern``: the
+      names of the ``nn.ModuleList`` that they count, any one where it is None.
     - ``rank_pattern``, ``alpha_pattern``: keys (``blocks.0.attn.qkv[q]``), module paths or PEFT's suffix patterns.
     - ``scale``: ``"constant"`` keeps the one ``s`` of (lora_alpha, r) whatever a layer's rank; ``"per_rank"`` divides
       by each layer's own rank, as PEFT does.
@@ -132,14 +166,20 @@ class LoraConfig:
     init_lora_weights: bool | str = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    lora_bias: bool = False
+    use_dora: bool = False
     scale: str = "constant"
     split_qkv: bool | None | Mapping[str, Mapping[str, int]] = None
     adapter_dtype: torch.dtype | None = None
     backend: str = "auto"
     prepack: bool | str = "auto"
 
-    # How patterns are looked up; PEFT takes the first that matches. Not a field: nobody has to write it down.
+    # How patterns are looked up (PEFT takes the first that matches), and whether a rank may exceed min(N, K), as it may
+    # in PEFT. Not fields: nobody has to write them down.
     exact_names_first: ClassVar[bool] = True
+    any_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.r = check_integer("r", self.r, 1)
@@ -150,6 +190,10 @@ class LoraConfig:
             check_number(f"alpha_pattern[{key!r}]", alpha)
         self.rank_pattern = {k: check_integer(f"rank_pattern[{k!r}]", v, 0) for k, v in self.rank_pattern.items()}
         check_number("lora_dropout", self.lora_dropout, 0, below=1, accepted="a probability")
+        init = self.init_lora_weights
+        reason = next((why for name, why in _NOT_HERE.items() if isinstance(init, str) and init.startswith(name)), None)
+        if reason is not None:
+            raise ValueError(f"init_lora_weights: {init!r} is not implemented: it takes {reason}")
         for name, accepted in _CHOICES.items():
             check_choice(name, getattr(self, name), accepted)
         _check_split(self.split_qkv)
@@ -162,6 +206,28 @@ class LoraConfig:
             _check_targets(name, getattr(self, name))
         if self.modules_to_save is not None and not _names(self.modules_to_save):
             raise wrong_type("modules_to_save", "a list of names or None", self.modules_to_save)
+        self._check_layers()
+        if self.lora_bias and (self.use_dora or init not in (True, False)):
+            other = "use_dora=False" if self.use_dora else "init_lora_weights True or False"
+            raise wrong_value("lora_bias", f"False, or {other}", True)
+
+    def _check_layers(self) -> None:
+        wanted, pattern = self.layers_to_transform, self.layers_pattern
+        indices = list(wanted) if isinstance(wanted, (list, tuple, set, frozenset)) else [wanted]
+        for index in () if wanted is None else indices:
+            check_integer("layers_to_transform", index, 0, "None, or one or several integers")
+        if pattern is not None and not isinstance(pattern, str) and not _names(pattern):
+            raise wrong_type("layers_pattern", "a name, a list of names or None", pattern)
+        if pattern and not indices_of(wanted):
+            raise wrong_value("layers_pattern", "None without layers_to_transform", pattern)
+        for name in names_in(pattern):
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise wrong_value("layers_pattern", "regular expressions", name, f": {error}") from None
+        target = self.target_modules
+        if indices_of(wanted) and isinstance(target, str) and target not in ROLES:
+            raise wrong_value("layers_to_transform", "None with a regular expression, which can say it itself", wanted)
 
     def scaling(self, rank: int, alpha: float | None = None) -> float:
         """``s`` of a matrix of this rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
@@ -180,7 +246,7 @@ class LoraConfig:
         if type(config).__name__ != "LoraConfig":
             raise wrong_type("config", "a fastlora.LoraConfig or a peft.LoraConfig", config)
         taken = cls(**_from_peft_fields(config))
-        taken.exact_names_first = False
+        taken.exact_names_first, taken.any_rank = False, True
         return taken
 
     @classmethod
@@ -195,6 +261,24 @@ class LoraConfig:
         return cls(**{"r": r, "lora_alpha": alpha, "target_modules": targets, "split_qkv": False, **fields})
 
 
+def indices_of(layers: Sequence[int] | int | None) -> list[int]:
+    """The indices that ``layers_to_transform`` gives; none where every layer is meant."""
+    return [] if layers is None else [layers] if isinstance(layers, int) else list(layers)
+
+
+def names_in(patterns: Sequence[str] | str | None) -> list[str]:
+    """The names that ``layers_pattern`` gives."""
+    return [patterns] if isinstance(patterns, str) and patterns else list(patterns or ())
+
+
+def layer_index(path: str, patterns: Sequence[str] | str | None) -> int | None:
+    """Index of the layer that a module lies in: below the first list of modules, or the first one of these names."""
+    found = None if patterns else re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", path)
+    for pattern in names_in(patterns):
+        found = found or re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path)
+    return None if found is None else int(found["index"])
+
+
 def _from_peft_fields(config: Any) -> dict[str, Any]:
     ours = {f.name for f in dataclasses.fields(LoraConfig)}
     taken: dict[str, Any] = {"scale": "per_rank"}
@@ -203,7 +287,8 @@ def _from_peft_fields(config: Any) -> dict[str, Any]:
         if f.name in ours:
             taken[f.name] = sorted(value) if isinstance(value, set) else value
         elif f.name not in _PEFT_NEUTRAL and not _is_default(f, value):
-            raise ValueError(f"config: peft.LoraConfig field {f.name}={value!r} is set and not implemented")
+            nearest = _NEAREST.get(f.name, "leave it out")
+            raise ValueError(f"config: peft.LoraConfig field {f.name}={value!r} is set and not implemented: {nearest}")
     for name in ("rank_pattern", "alpha_pattern"):
         taken[name] = dict(taken.get(name) or {})
     return taken

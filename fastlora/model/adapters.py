@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from .._utils.distributed import refuse_parallel, several_processes
 from .._utils.errors import check_choice, check_instance, wrong_value
 from .._utils.torch_compat import assert_async
-from ..config import LoraConfig
+from ..config import FROM_WEIGHT, LoraConfig
 from ..nn.active import NO_ADAPTERS, refuse_merged
-from ..nn.linear import Linear, adapted_layers
+from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
 from ..ops.layout import AdapterBatch
+from .fields import refuse_tying
 from .inject import (
     check_adapter_name,
     commit_injection,
@@ -34,7 +35,7 @@ def routers_of(model: nn.Module) -> list[Router]:
     return _agreeing(adapted_layers(model))
 
 
-def _agreeing(layers: Mapping[str, Linear]) -> list[Router]:
+def _agreeing(layers: Mapping[str, Adapted]) -> list[Router]:
     found = list({id(layer.router): layer.router for layer in layers.values()}.values())
     if not found:
         raise ValueError(NO_ADAPTERS)
@@ -66,13 +67,21 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     refuse_merged(adapted_layers(model))
     if name in routers[0].names:
         raise wrong_value("name", f"one that is none of {routers[0].names}", name)
-    config = LoraConfig.coerce(config)
+    given, config = config, LoraConfig.coerce(config)
     if config.bias != "none":
         raise wrong_value("bias", "'none' for an adapter that shares its base with others", config.bias)
+    for each in (config, *getattr(model, "fastlora_configs", {}).values()):
+        if each.init_lora_weights in FROM_WEIGHT:
+            raise ValueError(
+                f"init_lora_weights: {each.init_lora_weights!r} changes the weight that adapters share, so that the "
+                "files of the others would not fit the base; it takes a model with one adapter"
+            )
     saved = find_modules_to_save(model, config)
-    plan = plan_injection(model, config, find_targets(model, config, saved))
+    names = find_targets(model, config, saved)
+    refuse_tying(model, given, names, saved)
+    plan = plan_injection(model, config, names)
     for planned in plan:
-        if not isinstance(planned.layer, Linear):
+        if not isinstance(planned.layer, Adapted):
             continue
         if planned.layer.slices != planned.slices:
             raise ValueError(
@@ -80,7 +89,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
                 f"{list(planned.slices)}; every adapter of a matrix is split as the first"
             )
     for planned in plan:
-        if not isinstance(planned.layer, Linear):
+        if not isinstance(planned.layer, Adapted):
             planned.layer.requires_grad_(False)
         commit_injection(model, planned, config, routers[0], name)
     modules = dict(model.named_modules())

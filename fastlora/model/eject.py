@@ -12,8 +12,10 @@ from .._utils.distributed import refuse_parallel
 from .._utils.torch_compat import remove_forward_hooks
 from ..nn.active import NO_ADAPTERS
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
+from ..nn.frozen import FrozenLinear
 from ..nn.layer_view import Conv1D
-from ..nn.linear import FrozenLinear, adapted_layers, detach_state
+from ..nn.linear import adapted_layers, detach_state
+from ..nn.plain import Plain
 from ..nn.quantized import QuantizedLinear, original_class
 from .modules import change_class, conv1d_class
 
@@ -28,10 +30,11 @@ def eject(model: nn.Module) -> nn.Module:
     if hasattr(model, "fastlora_saving"):
         model.fastlora_saving.remove()
     for layer in adapted_layers(model).values():
-        layer.__dict__.pop("unmerged_weight", None)
+        for kept in ("unmerged_weight", "unmerged_bias"):
+            layer.__dict__.pop(kept, None)
         detach_state(layer)
-        if isinstance(layer, Conv1D):
-            change_class(layer, conv1d_class())
+        if isinstance(layer, (Conv1D, Plain)):
+            change_class(layer, conv1d_class() if isinstance(layer, Conv1D) else layer.original)
             del layer.in_features, layer.out_features
         elif isinstance(layer, QuantizedLinear):
             change_class(layer, original_class(layer))

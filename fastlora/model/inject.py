@@ -15,12 +15,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
-from ..config import ROLES, LoraConfig
+from ..config import FROM_WEIGHT, ROLES, LoraConfig
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, new_factors
+from ..nn.frozen import FrozenLinear
+from ..nn.initialise import new_bias, start_from_weight
 from ..nn.linear import (
     DEFAULT,
     ENGINE_OF_PREPACK,
-    FrozenLinear,
+    Adapted,
     Linear,
     adapted_layers,
     adapter_dtype_of,
@@ -31,6 +33,7 @@ from ..nn.linear import (
 from ..nn.projection_group import group_projections
 from ..nn.quantized import check_weight, foreign_base
 from ..nn.routing import Router
+from .fields import of_layers, pattern_lookup, refuse_beyond_factors, refuse_tying
 from .learning_check import MODES, watch_learning
 from .modules import (
     adapted_class,
@@ -42,12 +45,12 @@ from .modules import (
     is_linear,
     named_targets,
     passed_by,
-    pattern_matches,
     refusal,
     refuse_shared,
     role_targets,
     take_over,
     torch_attentions,
+    users_of_parameters,
 )
 from .saving_check import watch_savers
 from .slices import default_rank, slices_of
@@ -91,11 +94,12 @@ def inject(
     check_choice("check", check, MODES)
     refuse_parallel(model, "inject")
     check_flag("accelerate_frozen", accelerate_frozen)
-    config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
+    given, config = config, _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
     saved = find_modules_to_save(model, config)
     refuse_shared(model, saved, "config")
     names = find_targets(model, config, saved)
+    refuse_tying(model, given, names, saved)
     plan = plan_injection(model, config, names)
     router = Router(adapter)
     for planned in plan:
@@ -109,6 +113,8 @@ def inject(
     model.fastlora_configs = {adapter: copy.deepcopy(config)}
     watch_learning(model, check)
     watch_savers(model)
+    if config.init_lora_weights == "eva":
+        logger.warning("init_lora_weights='eva': A is random until fastlora.initialize_eva(model, covariances)")
     return model
 
 
@@ -145,7 +151,7 @@ def refuse_adapted(model: nn.Module) -> None:
     """``ValueError`` for a model that has adapters, ours or PEFT's."""
     refuse_peft(model)
     for name, module in model.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Adapted):
             raise ValueError(f"model: {name!r} already has an adapter; use set_ranks to change ranks")
 
 
@@ -249,10 +255,10 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks:
         names = [n for n in names if n not in excluded]
     if not names:
         raise ValueError("exclude_modules: nothing is left of target_modules")
-    names = _without_saved(config, names, saved)
+    names = of_layers(config, _without_saved(config, names, saved))
     modules = named_targets(model)
     for name in names:
-        reason = None if isinstance(modules[name], Linear) else refusal(model, name)
+        reason = None if isinstance(modules[name], Adapted) else refusal(model, name)
         if reason is not None:
             raise ValueError(f"target_modules: {name!r} cannot be adapted: {reason}; exclude_modules leaves it out")
     return names
@@ -269,55 +275,28 @@ def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> li
     slices = slices_of(model, config, names)
     keys = [matrix_key(n, s) for n in names for s in slices[n]]
     attentions = frozenset(torch_attentions(model))
-    rank_of = _pattern_lookup(config, "rank_pattern", keys, attentions)
-    alpha_of = _pattern_lookup(config, "alpha_pattern", keys, attentions)
-    plan = []
+    rank_of = pattern_lookup(config, "rank_pattern", keys, attentions)
+    alpha_of = pattern_lookup(config, "alpha_pattern", keys, attentions)
+    plan, users = [], users_of_parameters(model)
     for name in names:
         layer = modules[name]
         check_weight(name, layer, config.backend)
         ranks = {s: rank_of.get(matrix_key(name, s), default_rank(config, s)) for s in slices[name]}
         K = features(layer)[0]
-        checked_ranks(ranks, K, slices[name], name)
+        groups, lookup = getattr(layer, "groups", 1), isinstance(layer, nn.Embedding)
+        refuse_beyond_factors(name, layer, config, ranks, users)
+        checked_ranks(ranks, K, slices[name], name, config.any_rank, groups)
         scale = {s: config.scaling(r, alpha_of.get(matrix_key(name, s))) for s, r in ranks.items()}
         spec = AdapterSpec(scale, config.lora_dropout, config.init_lora_weights, adapter_dtype_of(config, layer))
-        factors = new_factors(slices[name], ranks, K, spec, layer.weight.device)
+        factors = new_factors(slices[name], ranks, K, spec, layer.weight.device, groups, lookup)
         plan.append(_Planned(name, layer, slices[name], spec, factors))
     return plan
-
-
-def _pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions: Collection[str]) -> dict[str, Any]:
-    """Value of each matrix: its exact key wins, then its path, then the first suffix or PEFT pattern that matches.
-
-    A pattern that is a matrix's exact name means it alone. A ``peft.LoraConfig`` keeps PEFT's rule: the first match.
-    The name of an ``nn.MultiheadAttention`` means both of its projections.
-    """
-    found: dict[str, tuple[int, Any]] = {}
-    for pattern, value in getattr(config, field).items():
-        strengths = {k: _match_strength(pattern, k, config.exact_names_first, attentions) for k in keys}
-        best = max(strengths.values())
-        if best == 0:
-            raise wrong_value(field, "patterns that match an adapted matrix", pattern, suggestion(pattern, keys))
-        for key, strength in strengths.items():
-            wanted = strength > 0 if best == 1 else strength > 1
-            if wanted and (key not in found or strength > found[key][0]):
-                found[key] = (strength, value)
-    return {key: value for key, (_, value) in found.items()}
-
-
-def _match_strength(pattern: str, key: str, exact_names_first: bool, attentions: Collection[str]) -> int:
-    path = key.partition("[")[0]
-    owner = path.rpartition(".")[0]
-    if owner in attentions and (has_suffix(owner, pattern) or pattern_matches(pattern, owner)):
-        return 1
-    if exact_names_first and pattern in (key, path):
-        return 3 if pattern == key else 2
-    return int(has_suffix(key, pattern) or pattern_matches(pattern, path))
 
 
 def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, router: Router, adapter: str) -> None:
     """Adapt one layer in place, by a change of class unless it is adapted already, and install the new factors."""
     layer = planned.layer
-    if not isinstance(layer, Linear):
+    if not isinstance(layer, Adapted):
         layer.in_features, layer.out_features = features(layer)
         if type(layer) not in (nn.Linear, NonDynamicallyQuantizableLinear) and adapted_class(layer, False) is Linear:
             layer.base_class = type(layer)
@@ -325,6 +304,13 @@ def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, ro
         attach_state(layer, planned.slices, config, router, planned.path)
         take_over(model, planned.path, layer)
     layer.install(adapter, planned.spec, *planned.factors)
+    if planned.spec.init in FROM_WEIGHT:
+        start_from_weight(layer, adapter)
+    B = planned.factors[1]
+    if config.lora_bias:
+        B.register_parameter("bias", nn.Parameter(new_bias(planned.spec, layer)))
+    if config.use_dora:
+        B.register_parameter("magnitude", nn.Parameter(layer.row_norms(adapter).to(planned.spec.dtype)))
     layer.lora_A.train(layer.training)
     layer.lora_B.train(layer.training)
 
@@ -345,7 +331,7 @@ def group_layers(model: nn.Module) -> None:
             elif known.layers != layers:
                 known.regroup(layers)
     for owner in modules.values():
-        if isinstance(owner, Linear):
+        if isinstance(owner, Adapted):
             continue
         alike: dict[int, list[Linear]] = {}
         for child in owner.children():

@@ -15,18 +15,18 @@ from .._utils.distributed import refuse_parallel, shards
 from .._utils.errors import check_flag
 from .._utils.reporting import Report, check_progress, reporting
 from ..nn.active import NO_ADAPTERS, chosen_adapter, refuse_merged
-from ..nn.linear import Linear, adapted_layers
+from ..nn.linear import Adapted, adapted_layers
 from ..nn.quantized import dequantized, foreign_base, put_back, replace_weight, requantized
 from ..nn.routing import Route
 from .eject import eject
-from .modules import recomputed
+from .modules import recomputed, users_of_parameters
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 1.0  # seconds of a merge before a bar shows up
 
 
-def _layers(model: nn.Module) -> dict[str, Linear]:
+def _layers(model: nn.Module) -> dict[str, Adapted]:
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(NO_ADAPTERS)
@@ -65,9 +65,12 @@ def merge(
         raise ValueError("model: use_adapters or disable_adapters is open; merge outside of such contexts")
     every = layers.values()
     layers = {path: layer for path, layer in layers.items() if layer.merged or adapter in layer.adapter_specs}
-    users = _users(model)
+    users = users_of_parameters(model)
     for path, layer in layers.items():
         _refuse(path, layer, users, requantize)
+        added = layer.lora_B[adapter].beside() if adapter in layer.ranked else {}
+        if "bias" in added and layer.bias is None:
+            raise ValueError(f"model: {path!r} has no bias, and that of adapter {adapter!r} (lora_bias) needs one")
     merged: dict[str, torch.Tensor] = {}
     losses: dict[str, float] = {}
     with reporting(progress, len(layers), "merge", "layer", _PATIENCE) as report:
@@ -81,7 +84,7 @@ def merge(
             merged[path] = weight
             report(done, len(layers), math.nan)
     for path, layer in layers.items():
-        _put_in(layer, merged[path])
+        _put_in(layer, merged[path], adapter)
     _mark(every, (adapter,))
     if losses:
         worst = max(losses, key=losses.__getitem__)
@@ -98,16 +101,7 @@ def merge_and_unload(model: nn.Module, adapter: str | None = None, **options: An
     return merge(model, adapter, unload=True, **options)
 
 
-def _users(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that hold a parameter, by its id."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            users.setdefault(id(parameter), []).append(name)
-    return users
-
-
-def _refuse(path: str, layer: Linear, users: Mapping[int, list[str]], requantize: bool) -> None:
+def _refuse(path: str, layer: Adapted, users: Mapping[int, list[str]], requantize: bool) -> None:
     """``ValueError`` for a layer that cannot be merged."""
     foreign = foreign_base(layer)
     if foreign is not None and not requantize:
@@ -127,9 +121,14 @@ def _refuse(path: str, layer: Linear, users: Mapping[int, list[str]], requantize
         raise ValueError(f"model: {path!r} and {sharing[0]!r} share one weight and cannot be merged")
     if layer.merged:
         raise ValueError(f"model: {path!r} is merged already")
+    if layer.groups > 1:
+        raise ValueError(
+            f"model: {path!r} is a convolution in {layer.groups} groups, and its adapter runs over all channels, which "
+            "no such weight does; it cannot be merged"
+        )
 
 
-def _quantized_sum(path: str, layer: Linear, adapter: str) -> tuple[torch.Tensor | None, float]:
+def _quantized_sum(path: str, layer: Adapted, adapter: str) -> tuple[torch.Tensor | None, float]:
     """The merged weight, quantized as the layer's is, and the rounding's norm over the update's."""
     if not any(layer.ranks(adapter).values()):
         return layer.weight, 0.0
@@ -147,19 +146,23 @@ def _quantized_sum(path: str, layer: Linear, adapter: str) -> tuple[torch.Tensor
     return weight, float(moved.norm() / delta.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _mark(layers: Iterable[Linear], merged: tuple[str, ...]) -> None:
+def _mark(layers: Iterable[Adapted], merged: tuple[str, ...]) -> None:
     for layer in layers:
         layer.merged = merged
         layer.router.changed(None)
 
 
-def _put_in(layer: Linear, weight: torch.Tensor) -> None:
+def _put_in(layer: Adapted, weight: torch.Tensor, adapter: str) -> None:
     # The rounding of a low-precision merge cannot be undone by subtraction: keep the original.
     if foreign_base(layer) is None:
         layer.unmerged_weight = layer.weight.detach().clone()
         layer.weight.copy_(weight)
     else:
         layer.unmerged_weight = replace_weight(layer, weight)
+    bias = layer.merged_bias(adapter)
+    if bias is not None:
+        layer.unmerged_bias = layer.bias.detach().clone()
+        layer.bias.copy_(bias)
 
 
 @torch.no_grad()
@@ -176,6 +179,9 @@ def unmerge(model: nn.Module) -> nn.Module:
         else:
             put_back(layer, layer.unmerged_weight)
         del layer.unmerged_weight
+        if hasattr(layer, "unmerged_bias"):
+            layer.bias.copy_(layer.unmerged_bias)
+            del layer.unmerged_bias
     _mark(layers, ())
     return model
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from ..config import ROLES
 from ..nn.adapter import Slices
 from ..nn.attention import InProjection, MultiheadAttention, StackedProjection, TransformerEncoderLayer
 from ..nn.layer_view import Conv1D
-from ..nn.linear import Linear, QKVLinear
+from ..nn.linear import Adapted, Linear, QKVLinear
+from ..nn.plain import CLASSES
 from ..nn.quantized import foreign_base, foreign_class
 from .layouts import known_layout
 
@@ -257,9 +259,12 @@ def refusal(model: nn.Module, name: str) -> str | None:
     module, (path, _, leaf) = modules[name], name.rpartition(".")
     owner = modules.get(path, model)
     if adapted_class(module, split=False) is None:
-        return f"it is a {'.'.join(class_name(module))}, not exactly torch.nn.Linear"
+        known = ", ".join(kind.__name__ for kind in CLASSES)
+        return f"it is a {'.'.join(class_name(module))}, not exactly torch.nn.Linear, {known}"
     if recomputed(module) is not None:
         return f"{recomputed(module)}; remove that first"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        return "it is an embedding with max_norm or sparse gradients, which its factors could not have"
     readers = _torch_readers(modules, path, leaf)
     for called in (module, *[reader for reader, _ in readers]):
         if "forward" in vars(called) and not _kept_forwards(called):
@@ -356,12 +361,16 @@ def is_linear(module: Any) -> bool:
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """(K, N) of a linear."""
+    """(K, N) of a linear, of a convolution over all channels, of an embedding (V, D)."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if isinstance(module, tuple(CLASSES)):
+        return module.in_channels * math.prod(module.kernel_size), module.out_channels
     return tuple(module.weight.shape) if class_name(module) == _CONV1D else (module.in_features, module.out_features)
 
 
-def adapted_class(module: nn.Module, split: bool) -> type[Linear] | None:
-    """The class that a linear becomes when it is adapted, or None for a class that is not known."""
+def adapted_class(module: nn.Module, split: bool) -> type[Adapted] | None:
+    """The class that a layer becomes when it is adapted, or None for a class that is not known."""
     if class_name(module) == _CONV1D:
         return Conv1D
     if foreign_base(module) is not None:
@@ -370,7 +379,7 @@ def adapted_class(module: nn.Module, split: bool) -> type[Linear] | None:
         return InProjection
     if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) or class_name(module) in _EXACT:
         return QKVLinear if split else Linear
-    return None
+    return CLASSES.get(type(module))
 
 
 def named_targets(model: nn.Module) -> dict[str, nn.Module]:
@@ -386,6 +395,15 @@ def named_targets(model: nn.Module) -> dict[str, nn.Module]:
 def torch_attentions(model: nn.Module) -> list[str]:
     """Names of the ``nn.MultiheadAttention`` modules."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+
+
+def users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold a parameter, by its id."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for _, parameter in module.named_parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name)
+    return users
 
 
 def biases_apart(owner: nn.Module) -> bool:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_flag, check_integer, check_mapping, suggestion, wrong_value
-from ..config import LoraConfig
+from ..config import FROM_WEIGHT, LoraConfig
 from ..importance.allocation import allocate
 from ..nn.active import chosen_adapter
 from ..nn.adapter import new_factors
-from ..nn.linear import Linear, adapted_layers, checked_ranks, matrix_key
+from ..nn.linear import Adapted, Linear, adapted_layers, checked_ranks, matrix_key
 from ..ops.multi_tensor import copy_overlap_
 from .learning_check import watch_learning
 from .summary import summary
@@ -57,26 +57,44 @@ def set_ranks(
     replaced = []
     for path, changed in wanted.items():
         layer = layers[path]
-        checked_ranks(changed, layer.in_features, layer.slices, path)
-        trained = any(b is not None and bool(b.detach().any()) for b in layer.lora_B[adapter]._parameters.values())
-        if trained and not (reinit or keep) and layer.adapter_specs[adapter].init is not False:
-            raise ValueError(
-                f"ranks: {path!r} has been trained (B is not zero); pass reinit=True to start it afresh, or keep=True"
-            )
-        if layer.merged:
-            raise ValueError(f"ranks: {path!r} is merged; call fastlora.unmerge first")
-        if layer.router.awaits_backward(adapter):
-            raise ValueError(
-                f"ranks: a forward of {adapter!r} awaits its backward, whose gradients would be lost; run it, or let "
-                "go of the forward's outputs"
-            )
+        _refuse_change(path, layer, changed, adapter, reinit, keep)
         replaced.append((layer, *_resized(layer, changed, adapter, config)))
     if keep:
         _keep_trained(replaced, adapter)
     for layer, spec, A, B in replaced:
         layer.install(adapter, spec, A, B)
+        if reinit and "magnitude" in B.beside():
+            B.magnitude.data.copy_(layer.row_norms(adapter))
     watch_learning(model)  # the factors are new
     return model
+
+
+def _refuse_change(
+    path: str, layer: Adapted, changed: Mapping[str, int], adapter: str, reinit: bool, keep: bool
+) -> None:
+    """``ValueError`` for a layer whose ranks cannot be changed, or not in this way."""
+    if layer.adapter_specs[adapter].init in FROM_WEIGHT:
+        raise ValueError(
+            f"ranks: {path!r} has a part of its weight in the factors (init_lora_weights="
+            f"{layer.adapter_specs[adapter].init!r}); give ranks to inject, by rank_pattern"
+        )
+    checked_ranks(changed, layer.in_features, layer.slices, path, groups=layer.groups)
+    if keep and layer.groups > 1:
+        raise ValueError(f"keep: {path!r} is a convolution in groups, whose rows of A have other columns of B then")
+    # Of an embedding A is zero at first.
+    factors = layer.lora_A[adapter].tensors() if layer.lookup else layer.lora_B[adapter].tensors()
+    trained = any(p is not None and bool(p.detach().any()) for p in factors.values())
+    if trained and not (reinit or keep) and layer.adapter_specs[adapter].init is not False:
+        raise ValueError(
+            f"ranks: {path!r} has been trained (B is not zero); pass reinit=True to start it afresh, or keep=True"
+        )
+    if layer.merged:
+        raise ValueError(f"ranks: {path!r} is merged; call fastlora.unmerge first")
+    if layer.router.awaits_backward(adapter):
+        raise ValueError(
+            f"ranks: a forward of {adapter!r} awaits its backward, whose gradients would be lost; run it, or let "
+            "go of the forward's outputs"
+        )
 
 
 @torch.no_grad()
@@ -85,11 +103,15 @@ def _keep_trained(replaced: list[tuple], adapter: str) -> None:
     to: list[Tensor] = []
     source: list[Tensor] = []
     for layer, _, A, B in replaced:
-        for name, b in B._parameters.items():
+        for name, b in B.tensors().items():
             old_A, old_B = (f[adapter]._parameters[name] for f in (layer.lora_A, layer.lora_B))
             if b is None or old_B is None or b is old_B:
                 continue
             kept = min(len(old_A), b.shape[1])
+            if layer.lookup:  # further rows of A are zero; B's columns must not be, or neither would ever learn
+                A._parameters[name].detach()[:kept].copy_(old_A[:kept])
+                b.detach()[:, :kept].copy_(old_B[:, :kept])
+                continue
             to += [A._parameters[name].detach()[:kept], b.detach()]
             source += [old_A.detach(), old_B.detach()]
     copy_overlap_(to, source)
@@ -106,13 +128,16 @@ def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: Lo
     dtype = next((p.dtype for p in layer.lora_B[adapter].parameters()), spec.dtype)
     spec = replace(spec, scale=scale, dtype=dtype)
     with torch.no_grad():
-        A, B = new_factors(layer.slices, {**ranks, **changed}, layer.in_features, spec, layer.weight.device)
+        made = (layer.slices, {**ranks, **changed}, layer.in_features, spec, layer.weight.device)
+        A, B = new_factors(*made, groups=layer.groups, lookup=layer.lookup)
         for name in layer.slices:
             if name not in changed and ranks[name]:
                 A._parameters[name], B._parameters[name] = (
                     layer.lora_A[adapter]._parameters[name],
                     layer.lora_B[adapter]._parameters[name],
                 )
+    for name, parameter in layer.lora_B[adapter].beside().items():
+        B.register_parameter(name, parameter)
     for factors, old in ((A, layer.lora_A[adapter]), (B, layer.lora_B[adapter])):
         factors.train(old.training)
         for name, parameter in factors.named_parameters():

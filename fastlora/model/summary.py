@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from .._utils.errors import check_model
 from .._utils.reporting import rich_table, text_table
 from ..nn.adapter import WHOLE
-from ..nn.linear import FrozenLinear, Linear, adapted_layers, matrix_key
+from ..nn.frozen import FrozenLinear
+from ..nn.linear import Linear, adapted_layers, matrix_key
+from ..nn.plain import Plain
 from ..nn.quantized import compute_dtype, foreign_base, update_backend
 from ..ops.backends import choose
 from ..ops.backends.planned import launch_remarks
@@ -24,7 +26,7 @@ from .trainable import ROLES_OF_PARAMETERS, chosen_or_policy, parameter_roles
 
 @dataclass(frozen=True)
 class Row:
-    """One adapted matrix: ``params = r (N + K)``."""
+    """One adapted matrix: ``params = r (N + K)``, of a convolution in groups ``r (N / groups + K)``."""
 
     key: str
     in_features: int
@@ -32,6 +34,7 @@ class Row:
     rank: int
     scale: float
     params: int
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Summary:
     @property
     def costs(self) -> dict[str, int]:
         """Parameters that one rank of each matrix costs, N + K."""
-        return {row.key: row.in_features + row.out_features for row in self.rows}
+        return {row.key: row.in_features + row.out_features // row.groups for row in self.rows}
 
     def _parts(self) -> tuple[tuple[str, ...], list[tuple], list[str]]:
         """Header, cells, and the lines below."""
@@ -78,16 +81,18 @@ def summary(model: nn.Module, adapter: str | None = None) -> Summary:
     Raises ``ValueError`` for an adapter that is not there, and without adapters or a policy.
     """
     layers, adapter = adapted_layers(model), chosen_or_policy(model, adapter)
-    rows, adapted = [], []
+    rows, adapted, beside = [], [], 0
     for path, layer in layers.items():
         if adapter not in layer.adapter_specs:
             continue
+        beside += sum(t.numel() for t in layer.lora_B[adapter].beside().values())
         ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
         if any(ranks.values()):
             adapted.append(path)
         for name, n in layer.slices.items():
-            params = ranks[name] * (n + layer.in_features)
-            rows.append(Row(matrix_key(path, name), layer.in_features, n, ranks[name], scales[name], params))
+            params = ranks[name] * (n // layer.groups + layer.in_features)
+            sizes = (layer.in_features, n, ranks[name])
+            rows.append(Row(matrix_key(path, name), *sizes, scales[name], params, layer.groups))
     roles, counts, total = parameter_roles(model, adapter), dict.fromkeys(ROLES_OF_PARAMETERS, 0), 0
     # Two weights of 4 bits lie in one byte.
     packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if foreign_base(m) is not None}
@@ -98,7 +103,7 @@ def summary(model: nn.Module, adapter: str | None = None) -> Summary:
     other = counts["norm"] + counts["bias"] + counts["other"]
     return Summary(
         tuple(rows),
-        sum(r.params for r in rows),
+        sum(r.params for r in rows) + beside,
         counts["head"],
         other,
         total,
@@ -163,6 +168,8 @@ def explain(model: nn.Module) -> Explanation:
     check_model(model)
     rows, packed = [], 0
     for path, layer in model.named_modules():
+        if isinstance(layer, Plain):
+            rows.append(ExplainedLayer(path, "torch", "the device's own", f"an adapted {layer.original.__name__}"))
         if not isinstance(layer, (Linear, FrozenLinear)):
             continue
         packed += ENGINES.packed_bytes(layer.weight)
@@ -186,7 +193,7 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _penalties(model: nn.Module) -> dict[str, tuple[str, str]]:
-    layers = adapted_layers(model)
+    layers = {path: layer for path, layer in adapted_layers(model).items() if isinstance(layer, Linear)}
     regulariser = FisherPenalty(layers, [(path, name) for path, layer in layers.items() for name in layer.slices])
     names = dict.fromkeys(name for layer in layers.values() for name in layer.adapter_names)
     return {name: regulariser.backend(name) for name in names}

@@ -175,6 +175,7 @@ def param_groups(
     lr_head: float = 1e-3,
     lr_bias: float = 1e-3,
     weight_decay: float | Mapping[str, float] = 0.0,
+    lr_ratio: float = 1.0,
     adapter: str | None = None,
 ) -> list[dict[str, Any]]:
     """Trainable parameters as groups named lora, norm, bias, head and other, for any torch optimizer.
@@ -182,7 +183,11 @@ def param_groups(
     A ``weight_decay`` applies to head and other; adapters, norms and biases get 0. A mapping of group names to numbers
     sets it group by group (0 where a name is missing). ``other`` takes ``lr_head``. Empty groups are left out. Several
     adapters have a group lora each, with the adapter's name under ``"adapter"``; ``lr_lora`` may be a mapping of those.
+    ``lr_ratio``: LoRA+, ``lr_lora * lr_ratio`` for B and what stands beside it (``lora_bias``, ``use_dora``), as groups
+    lora_B; the factors of an embedding, of which A is zero at first, keep ``lr_lora``.
     ``adapter``: whose ``modules_to_save`` are the head, the active one's unless named.
+
+    Source of ``lr_ratio``: Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models" (ICML 2024).
 
     Raises ``TypeError`` or ``ValueError`` naming the argument for rates and decays that are no finite numbers >= 0, and
     for a model with neither adapters nor a policy.
@@ -207,6 +212,8 @@ def param_groups(
             groups[roles[id(parameter)]]["params"].append(parameter)
     lora = groups.pop("lora")
     split = [lora] if len(by_adapter) < 2 else _by_adapter(model, lora, by_adapter)
+    if check_number("lr_ratio", lr_ratio, above=0) != 1:
+        split = [part for group in split for part in _by_factor(model, group, lr_ratio)]
     return [group for group in (*split, *groups.values()) if group["params"]]
 
 
@@ -231,6 +238,14 @@ def _by_adapter(model: nn.Module, lora: dict[str, Any], rates: Mapping[str, floa
         {**lora, "adapter": name, "lr": rate, "params": [p for p in lora["params"] if owner[id(p)] == name]}
         for name, rate in rates.items()
     ]
+
+
+def _by_factor(model: nn.Module, group: dict[str, Any], ratio: float) -> list[dict[str, Any]]:
+    layers = [layer for layer in adapted_layers(model).values() if not layer.lookup]
+    later = {id(p) for layer in layers for p in layer.lora_B.parameters()}
+    parts = ([p for p in group["params"] if (id(p) in later) is is_B] for is_B in (False, True))
+    first, second = parts
+    return [{**group, "params": first}, {**group, "name": "lora_B", "lr": group["lr"] * ratio, "params": second}]
 
 
 def _decays(weight_decay: float | Mapping[str, float]) -> dict[str, float]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.errors import wrong_value
 from .._utils.torch_compat import forward_hooks, wants_plain_operators
 from ..ops.bound import BoundCall, Traced
 
@@ -80,7 +81,10 @@ class Slices(dict[str, int]):
 
 
 class Factors(nn.Module):
-    """A or B of one adapter: one parameter a slice, ``None`` where the rank is 0."""
+    """A or B of one adapter: one parameter a slice, ``None`` where the rank is 0.
+
+    With B go a ``bias`` [N] (``lora_bias``) and a ``magnitude`` [N] (``use_dora``), where the adapter has them.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor | None]):
         super().__init__()
@@ -95,6 +99,11 @@ class Factors(nn.Module):
     def tensors(self) -> dict[str, Tensor | None]:
         """The factor of every slice as it is stored, whatever hooks a call would run."""
         return {name: getattr(self, name) for name in self.slices}
+
+    def beside(self) -> dict[str, Tensor]:
+        """What stands beside the slices, by name: ``bias``, ``magnitude``."""
+        found = {name: getattr(self, name, None) for name in ("bias", "magnitude")}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {'rank 0' if p is None else tuple(p.shape)}" for n, p in self.tensors().items())
@@ -114,16 +123,19 @@ class AdapterSpec:
 
 
 def new_factors(
-    slices: Mapping[str, int], ranks: Mapping[str, int], in_features: int, spec: AdapterSpec, device: torch.device
+    slices: Mapping[str, int],
+    ranks: Mapping[str, int],
+    in_features: int,
+    spec: AdapterSpec,
+    device: torch.device,
+    groups: int = 1,
+    lookup: bool = False,
 ) -> tuple[Factors, Factors]:
     """Fresh (A, B): A Kaiming uniform (``"gaussian"``: normal / r), B zero; ``init=False`` draws B like A.
 
-    slices: name -> N; ranks: name -> r; A [r, K], B [N, r]. ``ValueError`` in inference mode.
+    slices: name -> N; ranks: name -> r; A [r, K], B [N, r / groups]. ``lookup``, an embedding: A zero and B normal;
+    ``init=False`` draws A like B.
     """
-    if torch.is_inference_mode_enabled():
-        raise ValueError(
-            "model: adapters made in inference mode could not be trained; leave torch.inference_mode first"
-        )
     A: dict[str, Tensor | None] = {}
     B: dict[str, Tensor | None] = {}
     for name, out_features in slices.items():
@@ -132,15 +144,29 @@ def new_factors(
             A[name] = B[name] = None
             continue
         a = torch.empty(rank, in_features, device=device, dtype=spec.dtype)
-        b = torch.zeros(out_features, rank, device=device, dtype=spec.dtype)
-        if spec.init == "gaussian":
+        b = torch.zeros(out_features, rank // groups, device=device, dtype=spec.dtype)
+        if lookup:
+            nn.init.normal_(a) if spec.init is False else nn.init.zeros_(a)
+            nn.init.normal_(b)
+        elif spec.init == "gaussian":
             nn.init.normal_(a, std=1 / rank)
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        if spec.init is False:
+        if spec.init == "orthogonal":
+            a, b = _orthogonal(rank, in_features, out_features, spec.dtype, device)
+        if spec.init is False and not lookup:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
         A[name], B[name] = a, b
     return Factors(A), Factors(B)
+
+
+def _orthogonal(rank: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """PEFT's: B A = 0, since A and B are random combinations of the odd and of the even rows of a rotation."""
+    if rank % 2:
+        raise wrong_value("r", "an even rank with init_lora_weights='orthogonal'", rank)
+    Q, _ = torch.linalg.qr(torch.randn(rank, rank))
+    a, b = torch.randn(K, rank // 2).mm(Q[0::2]).T / 10, torch.randn(rank // 2, N).T.mm(Q[1::2]) / 10
+    return a.contiguous().to(device, dtype), b.contiguous().to(device, dtype)
 
 
 class Bundle:
@@ -183,6 +209,8 @@ class Operands:
         self.factors: list[Factors] = []
         self.hooked = False
         W, bias = ([self._tensor(layer, name) for layer in layers] for name in ("weight", "bias"))
+        self.finishes = any([layer.finishes(names) for layer in layers])
+        bias = [None if layer.rescales(names) else b for layer, b in zip(layers, bias, strict=True)]
         self._found = []
         for name in names:
             for layer in layers:

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.errors import check_flag, check_instance, check_integer, check_model, wrong_value
-from .._utils.torch_compat import wants_plain_operators
-from ..config import LoraConfig
+from ..config import FROM_WEIGHT, LoraConfig
 from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
-from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
+from ..ops.matmul import AUTO, PACKED, UNPACKED
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors, streams_of
 from .probe import group_operands
 from .routing import Route, Router
@@ -27,54 +26,13 @@ _MERGED_AT_ONCE = 2**17  # entries of a weight: 512 KiB in fp32, the fastest of 
 ENGINE_OF_PREPACK = {"auto": AUTO, True: PACKED, False: UNPACKED}
 
 
-class Linear(nn.Linear):
-    r"""A frozen linear layer with a trainable low-rank update; drop-in for ``nn.Linear``.
-
-    .. math:: y = x W^\top + b + s\, \mathrm{dropout}(x) A^\top B^\top,\qquad s = \alpha / r
-
-    ``weight`` [N, K] and ``bias`` [N] keep their names; ``lora_A.default.weight`` is [r, K], ``lora_B.default.weight``
-    [N, r]. The base is frozen unless ``train_base``. Raises ``TypeError`` or ``ValueError`` naming the argument.
-    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022).
-    """
+class Adapted(nn.Module):
+    """A layer with adapters on a weight [N, K] in slices: its factors, and what follows from them."""
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        r: int = 8,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        adapter_dtype: torch.dtype | None = None,
-        train_base: bool = False,
-        backend: str = "auto",
-        prepack: bool | str = "auto",
-    ):
-        config = LoraConfig(
-            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend,
-            prepack=prepack,
-        )  # fmt: skip
-        check_flag("train_base", train_base)
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            check_integer(name, size)
-        if r > min(in_features, out_features):
-            raise wrong_value("r", f"at most min(in_features, out_features) = {min(in_features, out_features)}", r)
-        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        if not train_base:
-            self.requires_grad_(False)
-        slices = {WHOLE: out_features}
-        attach_state(self, slices, config, Router(DEFAULT))
-        spec = AdapterSpec({WHOLE: config.scaling(r)}, lora_dropout, init_lora_weights, adapter_dtype_of(config, self))
-        self.install(DEFAULT, spec, *new_factors(slices, {WHOLE: r}, in_features, spec, self.weight.device))
+    groups = 1  # of a convolution: B has r / groups columns
+    lookup = False  # an embedding, whose factors start the other way round: A zero, B random
 
     def install(self, name: str, spec: AdapterSpec, A: Factors, B: Factors) -> None:
         """Put an adapter's factors in place, replacing those of the same name."""
@@ -144,6 +102,52 @@ class Linear(nn.Linear):
             out.append((a, b, spec.scale[name] if spec else 1.0))
         return out if self.slices.blocks == 1 else [self.slices.block_diagonal(out)]
 
+    def finishes(self, names: Sequence[str]) -> bool:
+        """Whether one of these adapters has more than factors."""
+        return any([name in self.ranked and self.lora_B[name].beside() for name in names])
+
+    def rescales(self, names: Sequence[str]) -> bool:
+        """Whether one of these adapters gives the rows of the weight a length (``use_dora``)."""
+        return any([name in self.ranked and "magnitude" in self.lora_B[name].beside() for name in names])
+
+    def finish(self, y: Tensor, route: Route) -> Tensor:
+        """What follows on ``x W^T + s x A^T B^T``, which has no bias yet under ``use_dora``."""
+        if self.rescales(route.names):
+            if route.batch is not None:
+                raise ValueError(
+                    "ids: an adapter with use_dora scales the frozen weight's rows and cannot share a batch with "
+                    "others; name one adapter for all rows"
+                )
+            y = y * self.row_factors(route.adapter).to(y.dtype)
+            return y if self.bias is None else y + self.bias
+        added = [self.lora_B[n].beside().get("bias") if n in self.ranked else None for n in route.names]
+        rows = [
+            y.new_zeros(self.out_features) if b is None else (b * self.bias_scale(n)).to(y.dtype)
+            for n, b in zip(route.names, added, strict=True)
+        ]
+        if route.batch is None:
+            return y + rows[0]
+        table = torch.stack([*rows, torch.zeros_like(rows[0])])  # the last for -1
+        return y + table[route.batch.rows(y).ids].view_as(y)
+
+    def row_factors(self, adapter: str) -> Tensor:
+        """``m / ‖W + s B A‖`` of each row, differentiable in m alone."""
+        norms = self.row_norms(adapter)
+        return self.lora_B[adapter].magnitude / norms.clamp(min=torch.finfo(norms.dtype).tiny)  # a row of zeros stays
+
+    @torch.no_grad()
+    def row_norms(self, adapter: str) -> Tensor:
+        """``‖w + s b A‖`` of each row [N], in fp32 or more: ``‖w‖² + 2 s b·(A w) + s² b (A A^T) b``, with no [N, K]."""
+        acc, squares, start = torch.promote_types(self.weight.dtype, torch.float32), [], 0
+        W = self.as_matrix(self.weight)
+        for a, b, s in self.pairs(adapter):
+            w, a, b = W[start : start + b.shape[0]], a.to(acc), b.to(acc)
+            start += b.shape[0]
+            cross = (w @ a.t().to(w.dtype)).to(acc) + (s / 2) * (b @ (a @ a.t()))
+            length = torch.linalg.vector_norm(w, dim=1, dtype=acc)
+            squares.append(length.square() + 2 * s * (b * cross).sum(1))
+        return torch.cat(squares).clamp_(min=0).sqrt()
+
     def empty(self, *shape: int) -> Tensor:
         """A factor of rank 0."""
         return self.weight.new_empty(shape)
@@ -168,16 +172,31 @@ class Linear(nn.Linear):
         merged = torch.empty_like(self.weight)
         source, target, start = self.as_matrix(self.weight), self.as_matrix(merged), 0
         step = max(1, _MERGED_AT_ONCE // max(self.in_features, 1))
+        name = self.router.default.adapter if adapter is None else adapter
+        lengths = self.row_factors(name).to(acc).unsqueeze(1) if self.rescales((name,)) else None
         for a, b, s in self.pairs(adapter):
             a, stop = a.to(acc), start + b.shape[0]
             for first in range(start, stop, step):
                 rows = slice(first, min(first + step, stop))
                 out = target[rows]
-                out.copy_(torch.addmm(source[rows].to(acc), b[first - start : rows.stop - start].to(acc), a, alpha=s))
+                summed = torch.addmm(source[rows].to(acc), b[first - start : rows.stop - start].to(acc), a, alpha=s)
+                out.copy_(summed if lengths is None else summed * lengths[rows])
                 if not all(map(math.isfinite, map(float, out.aminmax()))):
                     return None
             start = stop
         return merged
+
+    @torch.no_grad()
+    def merged_bias(self, adapter: str) -> Tensor | None:
+        """``bias + s b_B`` in the bias's dtype, None where the adapter has no ``lora_bias``."""
+        if adapter not in self.ranked or "bias" not in self.lora_B[adapter].beside():
+            return None
+        return (self.bias + self.bias_scale(adapter) * self.lora_B[adapter].bias).to(self.bias.dtype)
+
+    def bias_scale(self, adapter: str) -> float:
+        """``s`` of the bias beside B: the largest of the slices that have a rank, as a file says it of the matrix."""
+        ranks, scales = self.ranks(adapter), self.adapter_specs[adapter].scale
+        return max((scales[name] for name in self.slices if ranks[name]), key=abs)
 
     @property
     def active_adapter(self) -> str:
@@ -199,6 +218,72 @@ class Linear(nn.Linear):
             return (0.0,) * len(names)
         return tuple([self.adapter_specs[n].dropout if n in self.adapter_specs else 0.0 for n in names])
 
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        for name in self.adapter_specs:
+            ranks = self.ranks(name)
+            shown = ranks[WHOLE] if set(ranks) == {WHOLE} else "{" + ", ".join(f"{s}: {r}" for s, r in ranks.items()) + "}"  # fmt: skip  # noqa: E501
+            text += f", r={shown}" if name == DEFAULT else f", r[{name}]={shown}"
+        return text + (", merged" if self.merged else "")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A tracker belongs to the model it was made for, not to its copies; a packing refers to other layers.
+        return {**self.__dict__, "probes": {}, "bundle": None}
+
+
+class Linear(Adapted, nn.Linear):
+    r"""A frozen linear layer with a trainable low-rank update; drop-in for ``nn.Linear``.
+
+    .. math:: y = x W^\top + b + s\, \mathrm{dropout}(x) A^\top B^\top,\qquad s = \alpha / r
+
+    ``weight`` [N, K] and ``bias`` [N] keep their names; ``lora_A.default.weight`` is [r, K], ``lora_B.default.weight``
+    [N, r]. The base is frozen unless ``train_base``. Raises ``TypeError`` or ``ValueError`` naming the argument.
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype | None = None,
+        train_base: bool = False,
+        backend: str = "auto",
+        prepack: bool | str = "auto",
+    ):
+        config = LoraConfig(
+            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend,
+            prepack=prepack,
+        )  # fmt: skip
+        check_flag("train_base", train_base)
+        if init_lora_weights in FROM_WEIGHT:
+            raise wrong_value(
+                "init_lora_weights", "one that needs no weight; fastlora.inject has it", init_lora_weights
+            )
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            check_integer(name, size)
+        if r > min(in_features, out_features):
+            raise wrong_value("r", f"at most min(in_features, out_features) = {min(in_features, out_features)}", r)
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        if not train_base:
+            self.requires_grad_(False)
+        slices = {WHOLE: out_features}
+        attach_state(self, slices, config, Router(DEFAULT))
+        spec = AdapterSpec({WHOLE: config.scaling(r)}, lora_dropout, init_lora_weights, adapter_dtype_of(config, self))
+        self.install(DEFAULT, spec, *new_factors(slices, {WHOLE: r}, in_features, spec, self.weight.device))
+
     def forward(self, input: Tensor) -> Tensor:
         """``y = x W^T + b + s dropout(x) A^T B^T`` of the adapter that the running context chose; x [..., K]."""
         if torch.compiler.is_compiling():
@@ -219,21 +304,6 @@ class Linear(nn.Linear):
         if group is not None:
             return group(self, input, route)
         return forward_together((self,), input, route)[0]
-
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        for name in self.adapter_specs:
-            ranks = self.ranks(name)
-            shown = ranks[WHOLE] if set(ranks) == {WHOLE} else "{" + ", ".join(f"{s}: {r}" for s, r in ranks.items()) + "}"  # fmt: skip  # noqa: E501
-            text += f", r={shown}" if name == DEFAULT else f", r[{name}]={shown}"
-        return text + (", merged" if self.merged else "")
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A tracker belongs to the model it was made for, not to its copies; a packing refers to other layers.
-        return {**self.__dict__, "probes": {}, "bundle": None}
 
 
 class QKVLinear(Linear):
@@ -324,13 +394,16 @@ def forward_together(
     node = y[0].grad_fn
     if node is not None:
         first.router.built(node, route)
+    if kept.finishes:
+        y = [layer.finish(out, route) for layer, out in zip(layers, y, strict=True)]
     return y
 
 
 def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
     """As ``forward_together`` of one layer, for a compiler or tracer: the operator with the operands of now."""
     check_input(x, layer.weight)
-    weights, names = ([layer.weight], [layer.bias]), route.names
+    names = route.names
+    weights = ([layer.weight], [None if layer.rescales(names) else layer.bias])
     A, B, scale = zip(*[pair for name in names for pair in layer.pairs(name)], strict=True)
     tracked = [name for name in names if name in layer.probes]
     p = layer.dropout_p(route)
@@ -346,7 +419,7 @@ def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
         (y,) = lora_grouped(x, *weights, A, B, scale, route.batch, p=p, dropout_salt=salt, **options)
     for name in tracked:
         y = layer.probes[name].tap(x, y, route, name)
-    return y
+    return layer.finish(y, route) if layer.finishes(names) else y
 
 
 def _bundle_of(layers: Sequence[Any]) -> Bundle:
@@ -364,29 +437,38 @@ def _described(factor: Tensor | None) -> str:
     return "none" if factor is None else f"{tuple(factor.shape)} on {factor.device}"
 
 
-def checked_ranks(ranks: Mapping[str, int], in_features: int, slices: Mapping[str, int], key: str) -> None:
-    """Refuse ranks that a matrix cannot have, naming it."""
+def checked_ranks(
+    ranks: Mapping[str, int],
+    in_features: int,
+    slices: Mapping[str, int],
+    key: str,
+    above: bool = False,
+    groups: int = 1,
+) -> None:
+    """Refuse ranks that a matrix cannot have, naming it; ``above``: those above min(N, K) are none of them."""
     for name, rank in ranks.items():
         limit = min(in_features, slices[name])
         label = key if name == WHOLE else f"{key}[{name}]"
-        if check_integer(f"rank of {label}", rank, 0) > limit:
+        if check_integer(f"rank of {label}", rank, 0) > limit and not above:
             raise wrong_value(f"rank of {label}", f"at most min(in_features, out_features) = {limit}", rank)
+        if rank % groups:
+            raise wrong_value(f"rank of {label}", f"a multiple of the convolution's groups = {groups}", rank)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Linear]:
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     """Every adapted layer of a model by its path; ``TypeError`` for what is no model."""
     check_model(model)
-    found: dict[str, Linear] = {}
+    found: dict[str, Adapted] = {}
     _collect(model, "", set(), found)
     return found
 
 
-def _collect(module: nn.Module, path: str, seen: set[nn.Module], found: dict[str, Linear]) -> None:
+def _collect(module: nn.Module, path: str, seen: set[nn.Module], found: dict[str, Adapted]) -> None:
     # The modules of an adapted layer are its factors, of which there are many with many adapters.
     if module in seen:
         return
     seen.add(module)
-    if isinstance(module, Linear):
+    if isinstance(module, Adapted):
         found[path] = module
         return
     for name, child in module._modules.items():
@@ -402,24 +484,3 @@ def check_adapter(adapter: object, name: str = "adapter") -> None:
 def matrix_key(path: str, name: str) -> str:
     """The name of a matrix: module path, with the slice of a fused one in brackets."""
     return path if name == WHOLE else f"{path}[{name}]"
-
-
-class FrozenLinear(nn.Linear):
-    r"""``y = x W^\top + b`` without gradients for W and b; the plain path once either asks for one, or off the CPU.
-
-    Made by ``inject(..., accelerate_frozen=True)`` out of ``nn.Linear`` by a change of class.
-    """
-
-    engine: str = AUTO
-
-    def forward(self, x: Tensor) -> Tensor:
-        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if trained or x.device.type != "cpu":
-            return super().forward(x)
-        if not torch.compiler.is_compiling() and ENGINES.settled_on_linear(
-            x.shape[:-1].numel(), self.weight, self.engine
-        ):
-            return super().forward(x)
-        if wants_plain_operators():
-            return super().forward(x)
-        return torch.ops.fastlora.frozen_linear(x, self.weight, self.bias, self.engine)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import pathlib
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from ..model.inject import check_adapter_name, sharing_copy
 from ..model.modules import features, is_linear
 from ..nn.active import chosen_adapter
 from ..nn.linear import DEFAULT, adapted_layers
-from .folder import AdapterFolder, Side, Slice, read_folder
+from .folder import CONFIG, AdapterFolder, Side, Slice, read_folder
 from .load import load_folder
 from .names import PREFIX, StoredNames, base_names, choose_targets, parse_fields, patterns
 from .save import save
@@ -61,12 +62,14 @@ def to_peft(model: nn.Module, adapter: str | None = None) -> Any:
         raise ValueError(f"model: {merged[0]!r} is merged; call fastlora.unmerge first")
     with tempfile.TemporaryDirectory() as folder:
         save(inner, folder, adapter)
+        init = _without_init(pathlib.Path(folder) / CONFIG)
         base = eject(sharing_copy(inner))
         modes = [(module, module.training) for module in base.modules()]
         try:
             handed = peft.PeftModel.from_pretrained(base, folder, adapter_name=adapter, is_trainable=True)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"model: PEFT cannot take adapter {adapter!r}: {error}") from error
+    handed.peft_config[adapter].init_lora_weights = init
     handed.train(inner.training)
     for module, training in modes:
         module.training = training
@@ -105,9 +108,22 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
         if _is_peft_s(name) or (trained and name.endswith("bias")):
             parameter.requires_grad_()
     model = wrapped.base_model.unload()
-    load_folder(model, folder)
+    # The base is what such an initialisation left of it.
+    init = folder.fields.init_lora_weights
+    load_folder(model, replace(folder, fields=replace(folder.fields, init_lora_weights=True)))
+    model.fastlora_configs[DEFAULT].init_lora_weights = init
+    for layer in adapted_layers(model).values():
+        layer.adapter_specs[DEFAULT] = replace(layer.adapter_specs[DEFAULT], init=init)
     _take_scales(model, tuned, adapter)
     return model
+
+
+def _without_init(path: pathlib.Path) -> Any:
+    """Let a saved config start from nothing: the base that is handed over is already what its initialisation left."""
+    fields = json.loads(path.read_text())
+    init, fields["init_lora_weights"] = fields["init_lora_weights"], True
+    path.write_text(json.dumps(fields))
+    return init
 
 
 def _take_scales(model: nn.Module, tuned: list[tuple[str, Any]], adapter: str) -> None:

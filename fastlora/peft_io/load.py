@@ -14,22 +14,28 @@ from torch import Tensor, nn
 
 from .._utils.distributed import is_sharded, like, refuse_parallel, reshard, unwrapped, whole
 from .._utils.errors import listed
-from ..config import LoraConfig
+from ..config import FROM_WEIGHT, LoraConfig
 from ..model.adapters import add_adapter
+from ..model.fields import refuse_tying
 from ..model.inject import check_adapter_name, inject, refuse_adapted
 from ..model.modules import features, fused_layouts, is_linear, named_targets, refuse_shared
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE, Slices
 from ..nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
+from ..nn.plain import CLASSES, CONVOLUTIONS, kernel_shapes
 from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
 from .names import (
+    BESIDE,
+    BESIDE_KEY,
     LORA_KEY,
     PREFIX,
     StoredNames,
     base_names,
     bias_tensors,
     choose_targets,
+    factor_key,
+    frozen_tensors,
     is_copy_of_saved,
     saved_by,
     saved_tensors,
@@ -117,6 +123,7 @@ class _Matrix:
     rows: Slices
     factors: dict[str, tuple[Tensor, Tensor] | None]
     scale: dict[str, float]
+    beside: dict[str, Tensor]  # bias, magnitude
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -139,6 +146,7 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     pairs = factor_pairs(folder)
     for name in {known.module(stored) for stored in pairs} - set(names):
         raise ValueError(f"{where}: adapts {name!r}, and {type(model).__name__} has no module of that name")
+    refuse_tying(model, fields, [known.path(stored) for stored in pairs], ())
     if fields.targets_known:
         selected = {n for n in names if fields.selects(n)}
         expected = {s for n in selected for s in known.keys_of(n)}
@@ -149,7 +157,9 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
         raise ValueError(f"{folder.where(SIDE)}: modules_to_save {trained} are not all in those of {CONFIG}, {saved}")
     stored = {known.path(name): name for name in pairs}
     others = saved_tensors(model, saved) | bias_tensors(model, fields.bias, stored, saved)
-    rest = {k for k in folder.tensors if not LORA_KEY.fullmatch(k)}
+    rest = {k for k in folder.tensors if not LORA_KEY.fullmatch(k) and not BESIDE_KEY.fullmatch(k)}
+    frozen = frozen_tensors(model, stored)
+    others |= {k: frozen[k] for k in sorted(rest & (frozen.keys() - others.keys()))}
     if fields.bias == "all":
         rest = {k for k in rest if not is_copy_of_saved(k, saved)}
     unranked = _unranked(fields.bias, rest - set(others))
@@ -159,6 +169,12 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     modules = named_targets(model)
     matrices = {p: _matrix(folder, known, p, name, modules[p], pairs[name]) for p, name in stored.items()}
     for key, target in others.items():
+        if key in frozen and folder.tensors[key].shape != target.shape:
+            rows = folder.tensors[key].shape[0]
+            raise ValueError(
+                f"{where}: {key!r} has shape {tuple(folder.tensors[key].shape)}, and the model's is "
+                f"{tuple(target.shape)}; call model.resize_token_embeddings({rows}) first"
+            )
         _refuse_tensor(where, key, folder.tensors[key], target)
     if folder.side is not None:
         split = set(folder.side.split)
@@ -198,14 +214,14 @@ def factor_pairs(folder: AdapterFolder) -> dict[str, tuple[Tensor, Tensor]]:
         match = LORA_KEY.fullmatch(key)
         if match:
             found.setdefault(match["path"], {})[match["factor"]] = tensor
-        elif ".lora_" in key:
+        elif ".lora_" in key and not BESIDE_KEY.fullmatch(key):
             raise ValueError(f"{folder.where(TENSORS)}: {key!r} is no LoRA factor of a linear layer; not implemented")
     for path, pair in found.items():
         for factor in "AB":
             key = f"{PREFIX}{path}.lora_{factor}.weight"
             if factor not in pair:
                 raise ValueError(f"{folder.where(TENSORS)}: missing key {key!r}")
-            if pair[factor].ndim != 2 or pair[factor].dtype not in _FLOATS:
+            if pair[factor].ndim < 2 or pair[factor].dtype not in _FLOATS:
                 raise ValueError(f"{folder.where(TENSORS)}: {key!r}: expected a floating matrix, got {pair[factor].dtype} {tuple(pair[factor].shape)}")  # fmt: skip  # noqa: E501
     if not found:
         raise ValueError(f"{folder.where(TENSORS)}: has no keys like {PREFIX}<module>.lora_A.weight")
@@ -242,18 +258,25 @@ def _matrix(
 ) -> _Matrix:
     where, (A, B), adapted = folder.where(TENSORS), pair, known.module(stored)
     rank, s = folder.fields.rank(adapted), folder.fields.scale(adapted)
-    if not is_linear(module):
-        raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}; only nn.Linear is implemented")
+    if not is_linear(module) and not isinstance(module, tuple(CLASSES)):
+        raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}, which is not implemented")
     _refuse_sharded_on_meta(path, module.weight)
     K, N = features(module)
-    _refuse_shape(where, f"{PREFIX}{stored}.lora_A.weight", A, (rank, K))
-    _refuse_shape(where, f"{PREFIX}{stored}.lora_B.weight", B, (N, rank))
+    convolves = isinstance(module, CONVOLUTIONS)
+    shapes = kernel_shapes(module, rank) if convolves else ((rank, K), (N, rank))
+    for factor, tensor, shape in zip("AB", pair, shapes, strict=True):
+        key = factor_key(stored, factor, module)
+        if key not in folder.tensors:
+            raise ValueError(f"{where}: missing key {key!r}")
+        _refuse_shape(where, key, tensor, shape)
+    A, B = (t.flatten(1) for t in pair)
+    beside = _beside(folder, stored, N)
     slices = folder.side.split.get(path, ()) if folder.side is not None else ()
     for scale in (s, *(s * x.scale_ratio for x in slices)):
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
     if not slices:
-        return _Matrix(Slices({WHOLE: N}), {WHOLE: (A, B)}, {WHOLE: s})
+        return _Matrix(Slices({WHOLE: N}), {WHOLE: (A, B)}, {WHOLE: s}, beside)
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
     padded = len(known.keys_of(adapted)) > 1 and ranks <= rank
     if rows != N or not (ranks == rank or padded):
@@ -264,7 +287,20 @@ def _matrix(
     factors = _blocks(slices, layout, A, B)
     if factors is None:
         raise ValueError(f"{where}: {path!r} is split in {SIDE}, and its lora_B is not block-diagonal; remove {SIDE} to load it as one matrix")  # fmt: skip  # noqa: E501
-    return _Matrix(layout, factors, {x.name: s * x.scale_ratio for x in slices})
+    return _Matrix(layout, factors, {x.name: s * x.scale_ratio for x in slices}, beside)
+
+
+def _beside(folder: AdapterFolder, stored: str, N: int) -> dict[str, Tensor]:
+    """What the file has beside B of one module: as its fields say, vectors [N]."""
+    wanted = {"B.bias": folder.fields.lora_bias, "magnitude_vector": folder.fields.use_dora}
+    where, prefix = folder.where(TENSORS), f"{PREFIX}{stored}.lora_"
+    got = {name for name in wanted if prefix + name in folder.tensors}
+    _refuse_keys(where, CONFIG, {prefix + n for n, w in wanted.items() if w}, {prefix + n for n in got}, "")
+    for name in got:
+        _refuse_shape(where, prefix + name, folder.tensors[prefix + name], (N,))
+        if folder.tensors[prefix + name].dtype not in _FLOATS:
+            raise ValueError(f"{where}: {prefix + name!r}: expected a floating vector")
+    return {BESIDE[name]: folder.tensors[prefix + name] for name in got}
 
 
 def _blocks(
@@ -318,6 +354,10 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
         ]
     config = getattr(model, "fastlora_configs", {}).get(adapter)
     bias = "none" if config is None else config.bias
+    for field in ("lora_bias", "use_dora", "init_lora_weights"):
+        mine, theirs = getattr(config, field, None), getattr(folder.fields, field)
+        if config is not None and mine != theirs and (field != "init_lora_weights" or {mine, theirs} & {*FROM_WEIGHT}):
+            differences.append(f"{field} is {mine!r} in the model and {theirs!r} in the file")
     saved = saved_modules(model, adapter)
     if set(saved) != set(plan.trained):
         differences.append(f"modules_to_save are {sorted(saved)} in the model and {sorted(plan.trained)} in the file")
@@ -349,6 +389,8 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
             bias=fields.bias,
             modules_to_save=plan.trained or None,
             init_lora_weights=fields.init_lora_weights,
+            lora_bias=fields.lora_bias,
+            use_dora=fields.use_dora,
             split_qkv={path: m.rows for path, m in plan.matrices.items() if set(m.rows) != {WHOLE}} or False,
             adapter_dtype=dtype,
             **rule,
@@ -359,6 +401,7 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
             k: s / config.scaling(ranks[k], 1.0) for k, s in scales.items() if not _same(config.scaling(ranks[k]), s)
         }
         config = replace(config, rank_pattern={k: r for k, r in ranks.items() if r != config.r}, alpha_pattern=odd)
+        config.any_rank = True
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder.where(CONFIG if side is None else SIDE)}: {error}") from error
     known = fused_layouts(model)
@@ -382,6 +425,8 @@ def _factors(model: nn.Module, plan: _Plan, adapter: str) -> dict[tuple[str, str
         for name in (n for n, pair in matrix.factors.items() if pair is not None):
             out[path, name, "A"] = layers[path].lora_A[adapter]._parameters[name]
             out[path, name, "B"] = layers[path].lora_B[adapter]._parameters[name]
+        for name in matrix.beside:
+            out[path, name, "beside"] = layers[path].lora_B[adapter]._parameters[name]
     return out
 
 
@@ -393,6 +438,9 @@ def _staged(folder: AdapterFolder, plan: _Plan, dtypes: Mapping) -> dict:
             for factor, value in zip("AB", pair or (), strict=False):
                 key = (path, name, factor)
                 staged[key] = _converted(value, dtypes.get(key, value.dtype), f"{where}: lora_{factor} of {matrix_key(path, name)!r}", lossy)  # fmt: skip  # noqa: E501
+        for name, value in matrix.beside.items():
+            key = (path, name, "beside")
+            staged[key] = _converted(value, dtypes.get(key, value.dtype), f"{where}: {name} of {path!r}", lossy)
     for key, target in plan.others.items():
         staged[key] = _converted(folder.tensors[key], target.dtype, f"{where}: {key!r}", lossy)
     if lossy:

@@ -13,17 +13,32 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._utils.errors import check_integer, wrong_value
+from ..config import FROM_WEIGHT, indices_of, layer_index, names_in
 from ..model.modules import torch_attentions
 from ..nn.attention import InProjection
 from ..nn.linear import adapted_layers
 
 PREFIX = "base_model.model."
-LORA_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
+# An embedding's factors are parameters themselves.
+_FACTOR = r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?(embedding)|\.weight)"
+LORA_KEY = re.compile(re.escape(PREFIX) + _FACTOR)
+
+# What stands beside B: ``lora_bias``, ``use_dora``.
+BESIDE_KEY = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(?P<name>B\.bias|magnitude_vector)")
+BESIDE = {"B.bias": "bias", "magnitude_vector": "magnitude"}
+
+
+def factor_key(stored: str, factor: str, module: nn.Module) -> str:
+    """PEFT's key of A or B of the module that is stored under a name."""
+    kind = f"embedding_{factor}" if isinstance(module, nn.Embedding) else f"{factor}.weight"
+    return f"{PREFIX}{stored}.lora_{kind}"
+
 
 # Fields that say where a file came from, or that mean nothing unless another field is set.
 _NEUTRAL = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "megatron_core", "qalora_group_size",
+    "eva_config",  # how A was found
     "fan_in_fan_out",  # says that the weight is transposed, as a Conv1D's is: A and B are the same
 }  # fmt: skip
 
@@ -45,6 +60,9 @@ class PeftFields:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    lora_bias: bool = False
+    use_dora: bool = False
+    ensure_weight_tying: bool = False
 
     def rank(self, path: str) -> int:
         return _pattern_value(self._ranks, path, self.r)
@@ -78,19 +96,8 @@ class PeftFields:
             return re.fullmatch(self.target_modules, path) is not None
         if path in self.target_modules:
             return True
-        return _matches(self.target_modules, path) and self._layer_wanted(path)
-
-    def _layer_wanted(self, path: str) -> bool:
-        wanted = self.layers_to_transform
-        if wanted is None or wanted == []:
-            return True
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        found = None
-        if not self.layers_pattern:
-            found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", path)
-        for pattern in patterns if self.layers_pattern else ():
-            found = found or re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", path)
-        return found is not None and int(found["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
+        wanted = indices_of(self.layers_to_transform)
+        return _matches(self.target_modules, path) and (not wanted or layer_index(path, self.layers_pattern) in wanted)
 
 
 def _matches(spec: str | Iterable[str], path: str) -> bool:
@@ -137,9 +144,8 @@ def parse_fields(raw: Any, where: str) -> PeftFields:
         fields = PeftFields(**taken)
         # Every pattern once, so that none of them fails later.
         fields.scale("a")
-        layers = [fields.layers_pattern] if isinstance(fields.layers_pattern, str) else fields.layers_pattern or []
         whole = [s for s in (fields.target_modules, fields.exclude_modules) if isinstance(s, str)]
-        for pattern in [*whole, *layers, *fields.modules_to_save]:
+        for pattern in [*whole, *names_in(fields.layers_pattern), *fields.modules_to_save]:
             re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{where}: not a regular expression: {error.pattern!r}: {error}") from None
@@ -164,17 +170,20 @@ def _is_indices(value: Any) -> bool:
     return all(type(v) is int for v in (value if isinstance(value, list) else [value]))
 
 
+_INITS = ("gaussian", "orthogonal", "eva", *FROM_WEIGHT)
 _CHECKS = {
     "lora_alpha": (_is_number, "a finite number"),
     "target_modules": (lambda v: isinstance(v, str) or _is_strings(v) and v, "a string or a list of names"),
     "exclude_modules": (lambda v: isinstance(v, str) or _is_strings(v), "a string or a list of names"),
     "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a probability in [0, 1)"),
     "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
-    "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    **dict.fromkeys(
+        ("use_rslora", "lora_bias", "use_dora", "ensure_weight_tying"), (lambda v: isinstance(v, bool), "true or false")
+    ),
     "modules_to_save": (_is_strings, "a list of names"),
     "init_lora_weights": (
-        lambda v: isinstance(v, bool) or v == "gaussian",
-        "true, false or 'gaussian', the implemented ones",
+        lambda v: isinstance(v, bool) or v in _INITS,
+        f"true, false or one of {_INITS}, the implemented ones",
     ),  # fmt: skip  # noqa: E501
     "rank_pattern": (lambda v: isinstance(v, dict), "an object of ranks"),
     "alpha_pattern": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "an object of numbers"),
@@ -291,6 +300,27 @@ def unranked_biases(model: nn.Module, adapter: str, mode: str, stored: Collectio
     layers = adapted_layers(model).items()
     targets = {p for p, x in layers if adapter in x.adapter_names and x._parameters.get("bias") is not None}
     return {*targets, *getattr(model, "fastlora_biases", {}).get(adapter, ())} - set(stored)
+
+
+def frozen_tensors(model: nn.Module, stored: Mapping[str, str]) -> dict[str, Tensor]:
+    """PEFT's keys of what is frozen and saved all the same (``save_embedding_layers``) -> the model's own parameters.
+
+    The input and output embeddings where they are adapted, and both where one of them was resized.
+    """
+    embeddings = set()
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        get = getattr(model, name, None)
+        try:
+            embeddings.add(id(get() if callable(get) else None))
+        except (NotImplementedError, AttributeError):  # transformers' answer of a model that has none
+            continue
+    out: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if id(module) in embeddings:
+            prefix = PREFIX + (f"{stored[path]}.base_layer" if path in stored else path)
+            own = {name: module._parameters.get(name) for name in ("weight", "bias")}
+            out |= {f"{prefix}.{name}": p for name, p in own.items() if p is not None}
+    return out
 
 
 def is_copy_of_saved(key: str, saved: Iterable[str]) -> bool:

@@ -23,14 +23,17 @@ from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, adapted_layers
+from ..nn.plain import CONVOLUTIONS, Plain, kernel_shapes
 from .folder import FORMAT_VERSION, Slice, write_folder
 from .names import (
+    BESIDE,
     PREFIX,
     StoredNames,
     base_names,
     bias_tensors,
     choose_saved,
     choose_targets,
+    factor_key,
     patterns,
     saved_tensors,
     unranked_biases,
@@ -69,6 +72,8 @@ def save(
     adapter = _saveable_adapter(model, adapter)
     layers = _saveable(model, adapter)
     config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
+    if fold_scale and config.init_lora_weights == "olora":
+        raise ValueError("fold_scale: expected False for init_lora_weights='olora', whose frozen weight depends on s")
     names = StoredNames(model)
     matrices = _matrices(model, names, layers, adapter, fold_scale)
     stored = {path: names.stored(path) for path in matrices}
@@ -80,10 +85,7 @@ def save(
     biases = bias_tensors(model, config.bias, stored, taken, unranked_biases(model, adapter, config.bias, stored))
     _refuse_untold(model, taken, biases)
     fields = _fields(model, config, adapted, spec)
-    tensors = {
-        f"{PREFIX}{stored[p]}.lora_{f}.weight": t for p, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))
-    }
-    tensors |= biases | saved_tensors(model, taken)
+    tensors = _tensors(model, layers, matrices, stored, adapter, fold_scale) | biases | saved_tensors(model, taken)
     interleaved = any(s.blocks > 1 for m in matrices.values() for s in m.slices)
     side = {
         "format_version": FORMAT_VERSION if interleaved else 1,
@@ -106,6 +108,25 @@ class _Stored:
     slices: tuple[Slice, ...]
 
 
+def _tensors(
+    model: nn.Module,
+    layers: Mapping[str, Linear],
+    matrices: Mapping[str, _Stored],
+    stored: Mapping[str, str],
+    adapter: str,
+    fold: bool,
+) -> dict[str, Tensor]:
+    """PEFT's keys of the adapter's own tensors."""
+    modules, out = named_targets(model), {}
+    for path, matrix in matrices.items():
+        out |= {factor_key(stored[path], f, modules[path]): t for f, t in (("A", matrix.A), ("B", matrix.B))}
+        own = layers[path].lora_B[adapter].beside() if path in layers else {}
+        if fold and "bias" in own:
+            own["bias"] = own["bias"] * layers[path].bias_scale(adapter)
+        out |= {f"{PREFIX}{stored[path]}.lora_{key}": own[here] for key, here in BESIDE.items() if here in own}
+    return out
+
+
 def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored], saved: list[str]) -> dict[str, Any]:
     """adapter_config.json: fields that every version of PEFT knows, and no others."""
     ranks, alphas = {n: m.A.shape[0] for n, m in matrices.items()}, {n: m.alpha for n, m in matrices.items()}
@@ -121,7 +142,8 @@ def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored
         "lora_dropout": config.lora_dropout,
         "init_lora_weights": config.init_lora_weights,
         "use_rslora": False,
-        "use_dora": False,
+        **({"lora_bias": True} if config.lora_bias else {}),
+        "use_dora": config.use_dora,
         "fan_in_fan_out": all(isinstance(model.get_submodule(path), Conv1D) for path in matrices),
         "inference_mode": True,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -225,6 +247,8 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
     A, B = layer.lora_A[adapter]._parameters, layer.lora_B[adapter]._parameters
     ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
     live = [name for name in layer.slices if ranks[name]]
+    if isinstance(layer, Plain):
+        return _kernels(layer, A[WHOLE].detach(), B[WHOLE].detach(), s, fold)
     ratios = {name: scales[name] / s if s and not fold else 1.0 for name in layer.slices}
     own = sum(ranks.values())
     stacked = torch.cat([whole(A[name].detach()) for name in live])
@@ -242,6 +266,15 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
     blocks = layer.slices.blocks
     slices = tuple(Slice(n, rows, ranks[n], ratios[n], blocks) for n, rows in layer.slices.items()) if told else ()
     return _Stored(stacked, block, _alpha(1.0 if fold else s, rank), slices)
+
+
+def _kernels(layer: Plain, A: Tensor, B: Tensor, s: float, fold: bool) -> _Stored:
+    """The factors of a convolution or an embedding in PEFT's shapes."""
+    rank, A, B = len(A), whole(A), whole(B)
+    B = (B.double() * s).to(B.dtype) if fold else B
+    if isinstance(layer, CONVOLUTIONS):
+        A, B = (t.view(shape) for t, shape in zip((A, B), kernel_shapes(layer, rank), strict=True))
+    return _Stored(A, B, _alpha(1.0 if fold else s, rank), ())
 
 
 def _alpha(s: float, rank: int) -> float:

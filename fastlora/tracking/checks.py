@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._utils.errors import check_choice, check_instance, check_integer, check_number, wrong_type, wrong_value
+from .._utils.errors import check_choice, check_instance, check_integer, check_number, listed, wrong_type, wrong_value
 from .._utils.torch_compat import scale_of
 from ..nn.linear import Linear, adapted_layers
 from .statistics import COVARIANCES
+
+logger = logging.getLogger(__name__)
 
 SCALARS = ("grad_sq", "fisher", "grad_abs", "act_var")
 KINDS = (*SCALARS, *COVARIANCES)
@@ -25,7 +28,12 @@ def checked_decay(ema: Any) -> float | None:
 
 
 def checked_layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
-    layers = {path: layer for path, layer in adapted_layers(model).items() if adapter in layer.adapter_specs}
+    every = {path: layer for path, layer in adapted_layers(model).items() if adapter in layer.adapter_specs}
+    layers = {path: layer for path, layer in every.items() if isinstance(layer, Linear)}
+    if len(layers) < len(every):
+        logger.warning("not tracked, since they are no linears: %s", listed([p for p in every if p not in layers]))
+    if not layers:
+        raise ValueError(f"model: adapter {adapter!r} has no linear; statistics of other layers are not tracked")
     if any(adapter in layer.probes for layer in layers.values()):
         raise ValueError("model: is tracked already; close the other tracker first")
     return layers

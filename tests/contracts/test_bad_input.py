@@ -106,7 +106,7 @@ PLAIN = [
     ("dropout", made(lora_dropout=1.0), "lora_dropout: expected a probability >= 0 and < 1, got 1.0"),
     ("bias", made(bias="some"), "bias: expected one of .*, got 'some'"),
     ("scale", made(scale="rank"), "scale: expected one of"),
-    ("init", made(init_lora_weights="pissa"), "init_lora_weights: expected one of .*, got 'pissa'"),
+    ("init", made(init_lora_weights="svd"), "init_lora_weights: expected one of .*, got 'svd'"),
     ("split", made(split_qkv="yes"), "split_qkv: expected one of"),
     ("prepack", made(prepack="yes"), "prepack: expected one of .*, got 'yes'"),
     ("backend", made(backend="cuda"), "backend: expected one of .*'reference'.*, got 'cuda'"),
@@ -234,7 +234,7 @@ LAYER = [
     ({"r": 9}, r"r: expected at most min\(in_features, out_features\) = 8, got 9"),
     ({"lora_dropout": -0.1}, "lora_dropout: expected a probability"),
     ({"lora_alpha": float("inf")}, "lora_alpha: expected a finite number"),
-    ({"init_lora_weights": "eva"}, "init_lora_weights: expected one of"),
+    ({"init_lora_weights": "svd"}, "init_lora_weights: expected one of"),
     ({"backend": "fast"}, "backend: expected one of"),
 ]
 

@@ -138,10 +138,7 @@ class TestPeftConfig:
     @pytest.mark.parametrize(
         "fields",
         [
-            {"use_dora": True},
-            {"init_lora_weights": "pissa"},
-            {"layers_to_transform": [0]},
-            {"lora_bias": True},
+            {"init_lora_weights": "pissa_niter_4"},
             {"trainable_token_indices": [1]},
             {"target_parameters": ["weight"]},
         ],

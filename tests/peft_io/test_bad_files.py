@@ -147,7 +147,7 @@ BAD_TENSORS = {
         r"unexpected: base_model\.model\.norm\.weight",
     ),
     "no prefix": (set_key("head.weight", torch.ones(5, 24)), "unexpected: head.weight"),
-    "magnitude": (set_key(f"base_model.model.{QKV}.lora_magnitude_vector", torch.ones(72)), "not implemented"),
+    "magnitude": (set_key(f"base_model.model.{QKV}.lora_magnitude_vector", torch.ones(72)), "unexpected: base"),
     "A too wide": (
         lambda t: t.update({KEY.format(QKV, "A"): t[KEY.format(QKV, "A")].repeat(1, 2)}),
         r"has shape \((2|6), 48\), expected \((2|6), 24\)",
@@ -182,13 +182,14 @@ def test_bad_tensors(folder, case):
 
 
 BAD_CONFIG = {
-    "use_dora": (dict(use_dora=True), "use_dora=True is set and not implemented"),
-    "lora_bias": (dict(lora_bias=True), "lora_bias=True is set and not implemented"),
+    "use_dora": (dict(use_dora=True), r"missing: base_model.model.blocks.[01].attn.qkv.lora_magnitude_vector"),
+    "use_dora text": (dict(use_dora="yes"), "use_dora: expected true or false, got 'yes'"),
+    "lora_bias": (dict(lora_bias=True), r"missing: base_model.model.blocks.[01].attn.qkv.lora_B.bias"),
     "target_parameters": (dict(target_parameters=["a.b"]), "target_parameters"),
     "tokens": (dict(trainable_token_indices=[1]), "trainable_token_indices"),
     "replication": (dict(layer_replication=[[0, 1]]), "layer_replication"),
     "future": (dict(some_new_thing={"a": 1}), "some_new_thing"),
-    "pissa": (dict(init_lora_weights="pissa"), "init_lora_weights"),
+    "pissa_niter": (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights: expected true, false or one of"),
     "other method": (dict(peft_type="LOHA"), "peft_type: only 'LORA'"),
     "r zero": (dict(r=0), "r: expected an integer >= 1, got 0"),
     "r float": (dict(r=2.0), "r: expected an integer"),

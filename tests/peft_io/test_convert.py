@@ -163,7 +163,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"peft_model: .*layer.0.q' is merged; call unmerge_adapter\(\)"):
             fastlora.from_peft(theirs)
 
-    @pytest.mark.parametrize("fields", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
+    @pytest.mark.parametrize("fields", [{"init_lora_weights": "pissa_niter_2"}, {"init_lora_weights": "mica"}])
     def test_variants_by_their_field(self, fields):
         theirs = peft.get_peft_model(Nested(), peft.LoraConfig(r=2, target_modules=["q"], **fields))
         with pytest.raises(ValueError, match=next(iter(fields))):

@@ -70,6 +70,12 @@ def peft_model() -> nn.Module:
     return peft.get_peft_model(plain(), peft.LoraConfig(r=2, target_modules=["q"]))
 
 
+def eva_call() -> dict:
+    model = fastlora.inject(plain(), config())
+    sizes = {row.key: row.in_features for row in fastlora.summary(model).rows}
+    return {"model": model, "covariances": {path: torch.eye(size) for path, size in sizes.items()}}
+
+
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(fastlora.param_groups(model))
 
@@ -126,6 +132,9 @@ GOOD: dict[str, Callable[[Path], dict[str, Any]]] = {
     "adapter_names": lambda at: {"model": adapted()},
     "use_adapters": lambda at: {"model": adapted(), "ids": torch.tensor([0, 1, -1])},
     "add_adapter": lambda at: {"model": adapted(), "name": "c", "config": config()},
+    "add_weighted_adapter": lambda at: {"model": adapted(), "adapters": ["default", "b"], "weights": [1.0, 0.5],
+                                        "adapter_name": "c", "combination_type": "ties_svd", "density": 0.5},
+    "initialize_eva": lambda at: eva_call(),
     "allocate": lambda at: {"scores": {"a": 3.0, "b": 1.0}, "budget": 8},
     "Scores.breakdown": lambda at: {"self": fastlora.Scores(scores(), "grad_sq")},
     "calibrate": lambda at: {"model": adapted(), "batches": batches(), "loss_fn": loss, "steps": 2, "method": "fw",

@@ -1,0 +1,62 @@
+"""``initialize_eva``: A from the leading directions of what a layer sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.distributed import refuse_parallel
+from .._utils.errors import check_mapping, listed, suggestion, wrong_value
+from ..nn.active import chosen_adapter
+from ..nn.linear import Linear, adapted_layers
+
+
+@torch.no_grad()
+def initialize_eva(model: nn.Module, covariances: Mapping[str, Tensor], *, adapter: str | None = None) -> nn.Module:
+    r"""EVA: A of each linear becomes the r leading eigenvectors of the second moment of its inputs; returns the model.
+
+    .. math:: C = x^\top x / M = V \Lambda V^\top,\qquad A = V_{:r}^\top
+
+    ``covariances``: C [K, K] by module path, as ``tracker.covariances("act_cov")`` of an exact tracker gives them for
+    the adapter's layers. B stays zero, so that outputs do; ranks stay (``set_ranks``). ``adapter``: the active one
+    unless named. PEFT takes the mean of x off first, and may move ranks between layers (its ``rho``).
+
+    Raises ``TypeError`` or ``ValueError`` naming the argument, with the model as it was, for a layer without a matrix,
+    one of another shape or with values that are not finite, and an adapter that has been trained (B is not zero).
+    Source: Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance Adaptation" (NeurIPS 2025).
+    """
+    refuse_parallel(model, "initialize_eva")
+    adapter = chosen_adapter(model, adapter)
+    check_mapping("covariances", covariances, "module paths to matrices [K, K]")
+    found = {p: x for p, x in adapted_layers(model).items() if isinstance(x, Linear) and adapter in x.ranked}
+    for path in covariances:
+        if path not in found:
+            raise wrong_value(
+                "covariances", "paths of linears of the adapter", path, suggestion(str(path), list(found))
+            )
+    missing = [path for path in found if path not in covariances]
+    if missing:
+        raise ValueError(
+            f"covariances: expected a matrix for every linear of the adapter, got none for {listed(missing)}"
+        )
+    directions = {}
+    for path, layer in found.items():
+        C, K = covariances[path], layer.in_features
+        if not isinstance(C, Tensor) or C.shape != (K, K) or not bool(C.isfinite().all()):
+            raise wrong_value(f"covariances[{path!r}]", f"a finite matrix [{K}, {K}]", C)
+        if any(b is not None and bool(b.any()) for b in layer.lora_B[adapter].tensors().values()):
+            raise ValueError(
+                f"model: {path!r} has been trained (B is not zero), and another A would change its outputs"
+            )
+        most = max(layer.ranks(adapter).values())
+        if most > K:
+            raise ValueError(f"model: {path!r} has rank {most}, above its {K} inputs")
+        _, V = torch.linalg.eigh(C.to(torch.promote_types(C.dtype, torch.float32)))
+        directions[path] = V.flip(1)[:, :most].t()
+    for path, rows in directions.items():
+        for a in found[path].lora_A[adapter].tensors().values():
+            if a is not None:
+                a.copy_(rows[: len(a)])
+    return model

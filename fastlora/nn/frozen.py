@@ -1,0 +1,30 @@
+"""Linears without adapters whose products the CPU's engines compute, too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .._utils.torch_compat import wants_plain_operators
+from ..ops.matmul import AUTO, ENGINES
+
+
+class FrozenLinear(nn.Linear):
+    r"""``y = x W^\top + b`` without gradients for W and b; the plain path once either asks for one, or off the CPU.
+
+    Made by ``inject(..., accelerate_frozen=True)`` out of ``nn.Linear`` by a change of class.
+    """
+
+    engine: str = AUTO
+
+    def forward(self, x: Tensor) -> Tensor:
+        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if trained or x.device.type != "cpu":
+            return super().forward(x)
+        if not torch.compiler.is_compiling() and ENGINES.settled_on_linear(
+            x.shape[:-1].numel(), self.weight, self.engine
+        ):
+            return super().forward(x)
+        if wants_plain_operators():
+            return super().forward(x)
+        return torch.ops.fastlora.frozen_linear(x, self.weight, self.bias, self.engine)

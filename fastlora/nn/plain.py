@@ -1,0 +1,168 @@
+"""Adapted convolutions and embeddings: plain torch, one adapter after another, without statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear import Adapted
+from .routing import Route
+
+
+class _Watched(torch.autograd.Function):
+    """The identity, as a node that Python can watch (``Router.awaits_backward``)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        ctx.spent = True
+        return dy
+
+
+class Plain(Adapted):
+    """What an adapted convolution and an adapted embedding share; made by ``inject`` by a change of class.
+
+    A [r, K] and B [N, r] as of a ``Linear``; the file has those of a convolution as kernels. The fused kernels
+    do not run here, and statistics of the weight are not tracked.
+    """
+
+    original: type[nn.Module]
+    groups = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The base's output plus ``s B A`` of what each sample's adapter is given."""
+        y = self.original.forward(self, input)
+        compiling = torch.compiler.is_compiling()
+        route = self.router.traced() if compiling else self.router.route(self.training)
+        if not compiling and not self.called:
+            self.called = True
+        if self.bypassed(route):
+            return y
+        if route.batch is None:
+            out = (y + self.update(route.adapter, input)).to(y.dtype)
+        else:
+            out = self._mixed(y, input, route)
+        if not compiling and out.grad_fn is not None:
+            out = _Watched.apply(out)
+            self.router.built(out.grad_fn, route)
+        return out
+
+    def _mixed(self, y: Tensor, input: Tensor, route: Route) -> Tensor:
+        drops = self.training and any(self.dropout_p(route))
+        if route.batch.row_seeds is not None and drops:
+            raise ValueError(f"row_seeds: expected None, or no dropout in a {self.original.__name__}, got both")
+        ids, out = self.ids_of(y, route), y
+        for place, name in enumerate(route.batch.names):
+            if name in self.ranked:
+                out = out + torch.where(ids == place, self.update(name, input), 0.0)
+        return out.to(y.dtype)
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
+        """(A, B, s) of an adapter that has a rank here."""
+        (a,), (b,) = self.lora_A[adapter]().values(), self.lora_B[adapter]().values()
+        (s,) = self.adapter_specs[adapter].scale.values()
+        return a, b, s
+
+    def merged_weight(self, adapter: str | None = None) -> Tensor | None:
+        """``W + s B A`` in the weight's dtype and layout, None where it is not finite."""
+        delta = self.delta(adapter)
+        merged = (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        return merged if bool(merged.isfinite().all()) else None
+
+
+class _Convolution(Plain):
+    r"""A convolution with a low-rank update, as in PEFT.
+
+    .. math:: y = \mathrm{conv}(x, W) + b + s\, \mathrm{conv}_{1}(\mathrm{conv}(\mathrm{dropout}(x), A), B)
+
+    A [r, C·k] is a convolution with W's kernel, stride, padding and dilation over all channels; B [N, r / groups] one
+    with kernels of size 1 in as many groups as W has. With groups above 1 no weight of W's shape does the same, so that
+    ``merge`` refuses it.
+    """
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """``s B A`` of x with dropout."""
+        a, b, s = self.factors(adapter)
+        if self.training:
+            x = F.dropout(x, self.adapter_specs[adapter].dropout)
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
+        padding = self.padding if self.padding_mode == "zeros" else 0
+        down, up = (t.view(shape) for t, shape in zip((a, b), kernel_shapes(self, len(a)), strict=True))
+        h = conv(x.to(a.dtype), down, None, self.stride, padding, self.dilation)
+        return conv(h, up, self.lora_B[adapter].beside().get("bias"), groups=self.groups) * s
+
+    def ids_of(self, y: Tensor, route: Route) -> Tensor:
+        """The id of each sample, in a shape that goes with y."""
+        ids = route.batch.ids.to(y.device, non_blocking=True)
+        if ids.dim() != 1 or y.dim() != self.weight.dim() or ids.shape[0] != y.shape[0]:
+            raise ValueError(f"ids: {tuple(ids.shape)} given, but a convolution takes one a sample ({y.shape[0]})")
+        return ids.view(-1, *(1,) * (y.dim() - 1))
+
+    def delta(self, adapter: str | None = None) -> Tensor:
+        """``s B A`` in the weight's shape."""
+        return super().delta(adapter).view_as(self.weight)
+
+
+def kernel_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a convolution's factors as kernels: [r, C, *k] and [N, r / groups, 1, ...]."""
+    ones = (1,) * len(module.kernel_size)
+    return (rank, module.in_channels, *module.kernel_size), (module.out_channels, rank // module.groups, *ones)
+
+
+class Conv1d(_Convolution, nn.Conv1d):
+    __doc__ = _Convolution.__doc__
+    original = nn.Conv1d
+
+
+class Conv2d(_Convolution, nn.Conv2d):
+    __doc__ = _Convolution.__doc__
+    original = nn.Conv2d
+
+
+class Conv3d(_Convolution, nn.Conv3d):
+    __doc__ = _Convolution.__doc__
+    original = nn.Conv3d
+
+
+class Embedding(Plain, nn.Embedding):
+    r"""An embedding with a low-rank update, as in PEFT: A [r, V] is zero at first, B [D, r] normal.
+
+    .. math:: y_i = W_{x_i} + s\, A^\top_{x_i} B^\top
+
+    The update has no dropout, and ``padding_idx`` gets no gradient in A either.
+    """
+
+    original = nn.Embedding
+    lookup = True
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """``s A^T[x] B^T``."""
+        a, b, s = self.factors(adapter)
+        h = F.embedding(x, a.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        return (h @ b.t()) * s
+
+    def ids_of(self, y: Tensor, route: Route) -> Tensor:
+        """The id of each token, in a shape that goes with y [*, D]."""
+        return route.batch.rows(y).ids.view(*y.shape[:-1], 1)
+
+    def delta(self, adapter: str | None = None) -> Tensor:
+        """``s (B A)^T`` of the whole weight [V, D]."""
+        return super().delta(adapter).t()
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CLASSES: dict[type[nn.Module], type[Plain]] = {kind.original: kind for kind in (Conv1d, Conv2d, Conv3d, Embedding)}
