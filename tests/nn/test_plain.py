@@ -7,7 +7,7 @@ from support.peft_help import TENSORS, peft
 from torch import nn
 
 import fastlora
-from fastlora.model.inject import eject
+from fastlora.model.eject import eject
 from fastlora.nn.linear import adapted_layers
 
 KINDS = {
