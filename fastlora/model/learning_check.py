@@ -13,6 +13,7 @@ from .._utils.distributed import is_sharded, shards
 from .._utils.errors import listed
 from .._utils.torch_compat import in_backward, version_of
 from ..nn.linear import Linear, adapted_layers
+from .modules import may_read_weights
 from .optimizer_check import watch_optimizers
 
 logger = logging.getLogger(__name__)
@@ -24,9 +25,9 @@ _SHOWN = 8
 class LearningCheck:
     """Watches a model until the first backward has run, reports adapters that took no part, and removes its hooks.
 
-    - The owner ran and never called the adapted layer: it reads the weight instead. ``RuntimeError``, or a warning.
-    - The owner did not run either (an expert without tokens, a dropped layer), or the layer ran and got no gradient (a
-      frozen phase): the adapter may learn later. A warning.
+    - The owner ran and never called the adapted layer, and its source reads weights: ``RuntimeError``, or a warning.
+    - The layer did not run (a branch that was not needed, an expert without tokens, a dropped layer), or it ran and got
+      no gradient (a frozen phase): the adapter may learn later. A warning.
 
     Forwards without gradients and compiled ones do not count. The model, which holds the check, is held weakly.
     """
@@ -77,6 +78,7 @@ class LearningCheck:
         if not self.ran and not any(map(self._called, self.layers)):
             return  # nothing of an eager forward was seen: to take the hooks of a compiled model would recompile it
         passed_by = [p for name in self._hooks for p in self.owners[name] if name in self.ran and not self._called(p)]
+        passed_by = [p for p in passed_by if self._may_be_read(p)]
         if passed_by and self.mode == "raise":
             raise RuntimeError(self._text(passed_by))
         self.close()
@@ -99,6 +101,10 @@ class LearningCheck:
         # Asked anew: fully_shard puts other parameters in the place of those that were there.
         model = self.model()
         return [] if model is None else [p for p in model.parameters() if p.requires_grad]
+
+    def _may_be_read(self, path: str) -> bool:
+        model = self.model()
+        return model is not None and may_read_weights(type(model.get_submodule(path.rpartition(".")[0])))
 
     def _called(self, path: str) -> bool:
         layer = self.layers.get(path)

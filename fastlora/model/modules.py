@@ -313,6 +313,21 @@ def _reads_weight(owner: type, leaf: str) -> bool:
     return reads is not None and re.search(rf"\bself\.{re.escape(leaf)}\(", source) is None
 
 
+@functools.cache
+def may_read_weights(owner: type) -> bool:
+    """Whether a method of an owner reads a ``.weight``, initialisation apart; True where there is no source to tell."""
+    methods = [
+        method
+        for kind in owner.__mro__[: owner.__mro__.index(nn.Module)]
+        for name, method in vars(kind).items()
+        if inspect.isfunction(method) and not re.search("init|reset|tie_", name)
+    ]
+    try:
+        return any(re.search(r"\.weight\b", inspect.getsource(method)) for method in methods)
+    except OSError:
+        return True
+
+
 def pattern_matches(pattern: str, name: str) -> bool:
     """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches: PEFT takes it as an expression for the tail."""
     try:
