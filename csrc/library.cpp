@@ -31,6 +31,18 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
       "lora_backward_(Tensor(a!)? dx, Tensor[] dy, Tensor x, Tensor h, Tensor[] A, Tensor[] B, int[] outputs, "
       "int[] columns, float[] scales, int probes, bool need_dA, bool need_dB) -> (Tensor[] dA, Tensor[] dB, Tensor[] "
       "Q)");
+  // Both directions of a group whose frozen products are the library's matmul, in one call each:
+  // [*y, h, *moments]   y_j = x W_j^T + bias_j   [*, N_j], then lora_forward_
+  // [dx, *dA, *dB, *Q]   dx = sum_j dy_j W_j   [*, K], left out without `need_dx`, then lora_backward_ of the dy_j
+  // given x [*, K] and dy_j [*, N_j] have two dimensions or more; W has those of dy_j. Nothing where a product is not
+  // one of matrices as they lie in memory, where an operand is none that the kernels read, or where torch has no such
+  // matmul.
+  m.def(
+      "linear_lora_forward(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor? P, Tensor[] B, int[] outputs, "
+      "int[] columns, float[] scales, bool moments) -> Tensor[]");
+  m.def(
+      "linear_lora_backward(Tensor[] dy, Tensor x, Tensor h, Tensor[] W, Tensor[] A, Tensor[] B, int[] outputs, "
+      "int[] columns, float[] scales, int probes, bool need_dx, bool need_dA, bool need_dB) -> Tensor[]");
   // lora_forward_ of each of G adapters on its own rows: rows order[p] for p from ranges[g, 0] to ranges[g, 1], or rows
   // p where `order` (int64 [M]) is empty. ranges is int64 [G, 2] and does not overlap; rows of no adapter keep y and
   // have zeros in h. A, B, scales: adapter by adapter, projection by projection. starts: of each adapter, the first

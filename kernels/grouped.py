@@ -59,11 +59,15 @@ class RowBatch(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Keys int64 [M, 2] of the rows; of each adapter the smallest word kept, and what keeps the mean, 1 / (1 - p)."""
+    """Keys int64 [M, 2] of the rows; of each adapter the smallest word kept, and what keeps the mean, 1 / (1 - p).
+
+    ``streams`` tell the masks of the projections apart, 0, 1, ... without.
+    """
 
     keys: Tensor
     thresholds: tuple[int, ...]
     keep_scales: tuple[float, ...]
+    streams: tuple[int, ...] = ()
 
 
 def pack(factors: Sequence[Tensor]) -> Tensor:
@@ -152,13 +156,14 @@ def _segments(
     return Segments(tiles, batch.ranges, batch.order, table, _scales(tuple(scales), device))
 
 
-def _dropout(drop: Dropout | None, ranks: LoraRanks) -> tuple[KeyDropout | None, int]:
-    """The kernels' operand, and how many projections have a mask each."""
+def _dropout(drop: Dropout | None, ranks: LoraRanks) -> tuple[KeyDropout | None, Sequence[int]]:
+    """The kernels' operand, and the streams of the projections' masks."""
     if drop is None:
-        return None, 0
+        return None, ()
     device, n = drop.keys.device, len(ranks.by_adapter[0])
     table = _table("pairs", ranks, (0,) * n, tuple(range(n)), device)
-    return KeyDropout(drop.keys, _thresholds(drop.thresholds, device), _scales(drop.keep_scales, device), table), n
+    dropout = KeyDropout(drop.keys, _thresholds(drop.thresholds, device), _scales(drop.keep_scales, device), table)
+    return dropout, drop.streams or range(n)
 
 
 def _apart(views: Sequence[Tensor]) -> list[Tensor]:
@@ -252,7 +257,7 @@ def grouped_shrink_backward(
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments = _segments("pairs", batch, schedule, ranks, widths, live, some)
         packed, widest = [pack(B).view(-1, 1)] * len(live), max(map(max, ranks.by_adapter))
-        shrink.run(wide, packed, dh, [0] * len(live), [1.0] * len(live), tiles, None, 0, segments, widest, ranks.even)
+        shrink.run(wide, packed, dh, [0] * len(live), [1.0] * len(live), tiles, None, (), segments, widest, ranks.even)
     return dh
 
 
@@ -344,8 +349,8 @@ def _wgrad_partials(inputs, outer, flat, batch, ranks, widths, live, scales, til
     def launch(kind, products, each, tile, drop=None):
         if products:
             segments = _segments(kind, batch, batch.ranges, ranks, widths, live, each)
-            dropout, masked = _dropout(drop, ranks)
-            wgrad.run(products, partial, 0, tile, dropout, None, masked, segments, max(ranks.widths), ranks.even)
+            dropout, streams = _dropout(drop, ranks)
+            wgrad.run(products, partial, 0, tile, dropout, None, streams, segments, max(ranks.widths), ranks.even)
 
     if drop is None:
         n, ones = len(live), [1.0] * len(inputs)

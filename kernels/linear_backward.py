@@ -90,7 +90,7 @@ def linear_backward_kernel(
             b_part = tl.dot(b_dh, b_a, b_part, input_precision=OPTIONS.precision)
         if dropout is not None:
             keys = row_keys(dropout, adapter, rows)
-            m_keep = keep_mask(keys.seed, i, keys.counters, i_n * BLOCK_N, keys.threshold, BLOCK_N)
+            m_keep = keep_mask(keys.seed, OPTIONS.streams[i], keys.counters, i_n * BLOCK_N, keys.threshold, BLOCK_N)
             b_part = tl.where(m_keep, b_part * keys.scale, 0.0)
         b_acc += b_part
     p_tile = dx.data + o_row * dx.stride + o_n[None, :]
@@ -113,12 +113,14 @@ def linear_backward(
     seed: Tensor | None = None,
     threshold: int = 0,
     keep_scale: float = 1.0,
+    streams: Sequence[int] = (),
     strategy: str | None = None,
     tiles: TileConfig | None = None,
 ) -> Tensor:
     """``dx = sum_j dy_j W_j + sum_i mask_i o (dh_i A_i)``: dy_j [M, N_j], W_j [N_j, K], A_i [r_i, K] -> dx [M, K].
 
-    The masks are dropout's with their ``keep_scale`` when a seed is given, 1 otherwise. A_i of one dtype.
+    The masks are dropout's, of ``streams`` (0, 1, ... without), with their ``keep_scale`` when a seed is given, 1
+    otherwise. A_i of one dtype.
     """
     dy, W, A = [unit_last(t) for t in dy], [unit_last(t) for t in W], [unit_last(t) for t in A]
     M, K = dy[0].shape[0], W[0].shape[1]
@@ -136,17 +138,17 @@ def linear_backward(
             dx.addmm_(grad, w)
     if strategy == "fused" or dh.shape[1] > 0:
         sources = Sources(matrices(dy), matrices(W)) if strategy == "fused" else None
-        dropout, masked = seed_dropout(seed, threshold, keep_scale), 0 if seed is None else len(A)
-        add_adapters_(dx, dh, A, offsets, sources, dropout, masked, tiles)
+        dropout, own = seed_dropout(seed, threshold, keep_scale), streams or range(len(A))
+        add_adapters_(dx, dh, A, offsets, sources, dropout, () if seed is None else own, tiles)
     return dx
 
 
 def add_adapters_(
-    dx, dh, A, offsets, sources=None, dropout=None, masked=0, tiles=None, segments=None, even=False
+    dx, dh, A, offsets, sources=None, dropout=None, streams=(), tiles=None, segments=None, even=False
 ) -> None:
     """Add the adapters' part to dx in place, or fill dx when ``sources`` are given.
 
-    masked: projections that have a mask each under ``dropout``. With ``segments`` every row gets its own adapter's
+    streams: one for each projection with a mask under ``dropout``. With ``segments`` every row gets its own adapter's
     part, A is the packed [rows, K] of all, and ``even`` says whether all ranks are multiples of 8.
     """
     M, K = dx.shape
@@ -162,7 +164,8 @@ def add_adapters_(
         even_k=all(width % tiles.depth == 0 for width in widths),
         even_r=even and dh.stride(0) % 8 == 0,
         aligned=aligned(A),
-        masked=masked,
+        masked=len(streams),
+        streams=tuple(streams),
         gather=segments is not None and segments.order.numel() > 0,
     )
     factors = Factors(tuple(A), tuple(a.stride(0) for a in A), rank_columns(offsets, ranks))

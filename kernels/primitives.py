@@ -101,8 +101,8 @@ class Options(NamedTuple):
     """What a product is compiled for beside its tile.
 
     precision: of ``tl.dot`` for fp32; even_k: the sum is whole steps; even_r: ranks and strides over them are multiples
-    of 8; aligned: rows of the factors start on 16 bytes; masked: projections with a dropout mask each; gather: the
-    order of ``Segments`` is read.
+    of 8; aligned: rows of the factors start on 16 bytes; masked: projections with a dropout mask each, streams: the
+    number by which ``keep_mask`` knows each of them; gather: the order of ``Segments`` is read.
     """
 
     precision: str
@@ -110,6 +110,7 @@ class Options(NamedTuple):
     even_r: bool = False
     aligned: bool = False
     masked: int = 0
+    streams: tuple = ()
     gather: bool = False
 
 
@@ -357,17 +358,17 @@ def masked_ranks(dropout, columns, adapter, PROJECTION: tl.constexpr, OPTIONS: t
 
 
 @triton.jit
-def keep_mask(seed, PROJECTION: tl.constexpr, o_row, o_first, threshold, COLUMNS: tl.constexpr):
+def keep_mask(seed, STREAM: tl.constexpr, o_row, o_first, threshold, COLUMNS: tl.constexpr):
     """Which of ``x[o_row, o_first : o_first + COLUMNS]`` dropout keeps; o_first is a multiple of 4.
 
-    Word ``column % 4`` of ``philox(seed, (column // 4, row, row >> 32, projection))``, as ``reference.dropout``.
+    Word ``column % 4`` of ``philox(seed, (column // 4, row, row >> 32, stream))``, as ``reference.dropout``.
     """
     o_block = (o_first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)
     c0 = tl.zeros((o_row.shape[0], COLUMNS // 4), tl.uint32) + o_block[None, :]
     row = o_row.to(tl.int64)[:, None]
     c1 = tl.zeros_like(c0) + (row & 0xFFFFFFFF).to(tl.uint32)
     c2 = tl.zeros_like(c0) + (row >> 32).to(tl.uint32)
-    c3 = tl.full((o_row.shape[0], COLUMNS // 4), PROJECTION, tl.uint32)
+    c3 = tl.full((o_row.shape[0], COLUMNS // 4), STREAM, tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
     least = threshold.to(tl.uint32)
     even = tl.interleave((w0 >= least).to(tl.int8), (w2 >= least).to(tl.int8))

@@ -88,7 +88,9 @@ def shrink_loop(p_x, K, first, last, rows, block, dropout, columns, adapter, TIL
             for i in tl.static_range(MASKED):
                 low, high = masked_ranks(dropout, columns, adapter, i, OPTIONS)
                 m_own = (block.columns >= low) & (block.columns < high)
-                b_seen = tl.where(keep_mask(keys.seed, i, keys.counters, k, keys.threshold, BLOCK_K), b_x, 0.0)
+                b_seen = tl.where(
+                    keep_mask(keys.seed, OPTIONS.streams[i], keys.counters, k, keys.threshold, BLOCK_K), b_x, 0.0
+                )
                 b_own = tl.where(m_own[None, :], b_f, 0.0)
                 b_acc = tl.dot(b_seen, b_own, b_acc, input_precision=OPTIONS.precision)
             _, masked = masked_ranks(dropout, columns, adapter, MASKED - 1, OPTIONS)
@@ -151,16 +153,16 @@ def run(
     scales: Sequence[float] | None,
     tiles: TileConfig | None = None,
     dropout: SeedDropout | KeyDropout | None = None,
-    masked: int = 0,
+    streams: Sequence[int] = (),
     segments: Segments | None = None,
     widest: int = 0,
     even: bool = False,
 ) -> None:
     """Launch over ``x`` (one a factor, or without ``scales`` one for all) and finish a split sum into ``out`` [M, R].
 
-    With ``segments`` there is one factor, the packed [rows or elements, K or 1] of all adapters, ``widest`` ranks wide
-    at most and ``even`` if all ranks are multiples of 8. No split then: how a row is summed must not depend on the rest
-    of the batch.
+    ``streams``: one for each projection that has a mask under ``dropout``. With ``segments`` there is one factor, the
+    packed [rows or elements, K or 1] of all adapters, ``widest`` ranks wide at most and ``even`` if all ranks are
+    multiples of 8. No split then: how a row is summed must not depend on the rest of the batch.
     """
     M, total = out.shape
     shared = scales is None
@@ -194,7 +196,8 @@ def run(
         even_k=all(width % tiles.depth == 0 for width in widths),
         even_r=even and total % 8 == 0,
         aligned=shared and aligned(factors),
-        masked=masked,
+        masked=len(streams),
+        streams=tuple(streams),
         gather=segments is not None and segments.order.numel() > 0,
     )
     launch(shrink_kernel, (programs, split), *operands, M, SHARED=shared, BLOCKS=blocks, TILE=tiles, OPTIONS=options)
@@ -209,11 +212,13 @@ def shrink(
     seed: Tensor | None = None,
     threshold: int = 0,
     keep_scale: float = 1.0,
+    streams: Sequence[int] = (),
     tiles: TileConfig | None = None,
 ) -> Tensor:
     """``h = x [F_0; F_1; ...]^T``: x [M, K], F_i [r_i, K] of one dtype -> h [M, sum r_i] in x's dtype.
 
-    With a seed each factor but the last ``probes`` sees x under its own dropout mask, scaled by ``keep_scale``.
+    With a seed each factor but the last ``probes`` sees x under its own dropout mask, scaled by ``keep_scale``;
+    ``streams`` tell the masks apart, 0, 1, ... without.
     """
     x, factors = unit_last(x), [unit_last(f) for f in factors]
     ranks = [f.shape[0] for f in factors]
@@ -221,8 +226,8 @@ def shrink(
     if x.numel() == 0 or h.numel() == 0:
         return h.zero_()
     offsets = [sum(ranks[:i]) for i in range(len(ranks))]
-    dropout, masked = seed_dropout(seed, threshold, keep_scale), 0 if seed is None else len(factors) - probes
-    run([x], factors, h, offsets, None, tiles, dropout, masked)
+    dropout, own = seed_dropout(seed, threshold, keep_scale), streams or range(len(factors) - probes)
+    run([x], factors, h, offsets, None, tiles, dropout, () if seed is None else own)
     return h
 
 

@@ -133,7 +133,7 @@ def wgrad_loop(
             for i in tl.static_range(MASKED):
                 low, high = masked_ranks(dropout, masked, adapter, i, OPTIONS)
                 m_own = (o_rank >= low) & (o_rank < high)
-                m_keep = keep_mask(keys.seed, i, keys.counters, o_first, keys.threshold, BLOCK_N)
+                m_keep = keep_mask(keys.seed, OPTIONS.streams[i], keys.counters, o_first, keys.threshold, BLOCK_N)
                 b_seen = tl.where(m_keep, b_wide, 0.0)
                 b_own = tl.where(m_own[None, :], b_skinny, 0.0)
                 b_acc = tl.dot(tl.trans(b_seen), b_own, b_acc, input_precision=OPTIONS.precision)
@@ -188,14 +188,14 @@ def run(
     tiles: TileConfig,
     dropout: SeedDropout | KeyDropout | None = None,
     columns: RankColumns | None = None,
-    masked: int = 0,
+    streams: Sequence[int] = (),
     segments: Segments | None = None,
     widest: int = 0,
     even: bool = False,
 ) -> None:
     """Launch over ``products``, ``rows`` rows a program, into ``partial`` [splits, total].
 
-    ``columns`` of skinny have a mask each under ``dropout``, ``masked`` of them.
+    ``columns`` of skinny have a mask each under ``dropout``, told apart by ``streams``.
     With ``segments`` each program takes one of ``splits`` parts of one adapter's rows; ``widest``: most ranks and
     probes of an adapter; ``even``: whether all are multiples of 8.
     """
@@ -220,7 +220,8 @@ def run(
     options = Options(
         precision(wide.data[0].dtype),
         even_r=even and multiples_of_8(strides),
-        masked=masked,
+        masked=len(streams),
+        streams=tuple(streams),
         gather=segments is not None and segments.order.numel() > 0,
     )
     operands = Products(wide, hidden, layout, columns), rank_matrix(partial), dropout, segments
@@ -239,6 +240,7 @@ def wgrad(
     seed: Tensor | None = None,
     threshold: int = 0,
     keep_scale: float = 1.0,
+    streams: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
     tiles: TileConfig | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -247,7 +249,7 @@ def wgrad(
     x [M, K] (None: dA is not wanted), dh [M, R] with the ranks of the projections side by side, dy_i [M, N_i] (None: no
     gradient came), h [M, R + probes], or R + probes for each projection -> dA_i [r_i, K] for every projection, dB_i
     [N_i, r_i], both in ``dtype``, and Q_i fp32 [N_i, probes] for those with a dy. With a seed x_i is x under dropout
-    mask i times ``keep_scale``.
+    mask i, of its stream (i without ``streams``), times ``keep_scale``.
     """
     live = [i for i, g in enumerate(dy) if g is not None]
     wide, h, dh = [unit_last(dy[i]) for i in live], unit_last(h), unit_last(dh)
@@ -282,7 +284,7 @@ def wgrad(
         run([*inputs, *outer], partial, rows, unmasked)
     else:
         dropout = seed_dropout(seed, threshold, keep_scale)
-        run(inputs, partial, rows, masked, dropout, rank_columns(offsets, ranks), len(ranks))
+        run(inputs, partial, rows, masked, dropout, rank_columns(offsets, ranks), streams or range(len(ranks)))
         run(outer, partial, rows, unmasked)
     reduce_partials(partial, outputs, weights)
     return dA, dB, Q

@@ -12,6 +12,7 @@ import torch
 from support.helpers import built
 from torch import nn
 
+from fastlora.ops.matmul import ENGINES
 from fastlora.testing import enable_torchvision
 
 pytest_plugins = ["support.processes"]
@@ -36,7 +37,7 @@ def build() -> Callable[[str], nn.Module]:
 @pytest.fixture
 def library_matmul(monkeypatch) -> None:
     """F.linear as the matmul: with another engine outputs equal the base's up to rounding only."""
-    monkeypatch.setenv("FASTLORA_CPU_ENGINE", "linear")
+    monkeypatch.setattr(ENGINES, "override", "linear")
 
 
 @pytest.fixture(autouse=True)

@@ -31,21 +31,9 @@ class _Parts(NamedTuple):
     primitives: ModuleType  # _workspace(size, alignment, stream), nullcontext
 
 
-def _first(*names: str) -> ModuleType:
-    for name in names[:-1]:
-        with contextlib.suppress(ModuleNotFoundError):
-            return importlib.import_module(name)
-    return importlib.import_module(names[-1])
-
-
 def _parts() -> _Parts:
-    return _Parts(
-        backends=_first("fastlora.ops.backends", "fastlora.backends"),
-        triton=_first("fastlora.ops.backends.triton", "fastlora.triton_backend"),
-        native=_first("fastlora.ops.native", "fastlora.native"),
-        operator=_first("fastlora.ops.autograd", "fastlora._operator"),
-        primitives=importlib.import_module("fastlora.kernels.primitives"),
-    )
+    names = ("ops.backends", "ops.backends.triton", "ops.native", "ops.autograd", "kernels.primitives")
+    return _Parts(*[importlib.import_module(f"fastlora.{name}") for name in names])
 
 
 @contextlib.contextmanager

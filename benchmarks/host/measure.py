@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 import fastlora
+from fastlora.ops.matmul import ENGINES
 
 from ..harness.interleave import Interleaved, paired, spread
 from ..harness.machine import cpu_name
@@ -29,7 +30,6 @@ from .records import Event, Kind, launches
 WARMUP = 2  # rounds that are run and thrown away
 WARM_CALLS = 3  # of each turn
 BASES = ("frozen", "peft", "fastlora")
-ENGINE = "FASTLORA_CPU_ENGINE"
 OURS = ("fastlora", "control", "probes", "act_var", "four_adapters", "autocast", "dropout")
 
 
@@ -46,7 +46,7 @@ class _Warm(Interleaved):
 def measure(name: str, rounds: int, gpu: NullGpu | None) -> list[dict[str, Any]]:
     """One row a variant of a case: microseconds of CPU time a call, ratios within the round, counts of one call."""
     case = CASES[name]
-    with mock.patch.dict(os.environ, {ENGINE: case.engine} if case.engine else {}):
+    with mock.patch.object(ENGINES, "override", case.engine or ENGINES.override):
         return _measured(name, case, rounds, gpu)
 
 
@@ -58,7 +58,7 @@ def _measured(name: str, case: Case, rounds: int, gpu: NullGpu | None) -> list[d
             variant.forget()
             variant.call()
     counted = {} if gpu is None else {variant.name: _counted(gpu, variant) for variant in variants}
-    times = _times(case, variants, rounds)
+    times = _times(case, variants, rounds * case.longer)
     for variant in variants:
         getattr(variant, "close", lambda: None)()
     ratios = {base: paired(times, base) for base in BASES if base in times}

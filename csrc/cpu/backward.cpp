@@ -1,6 +1,8 @@
 // The backward of one adapter in one pass over row blocks, after the frozen matmul has written dx: lora_backward_.
 #include "cpu/backward.h"
 
+#include "cpu/fused.h"
+
 namespace fastlora {
 namespace {
 
@@ -34,8 +36,6 @@ void run(const BackwardCall& call, float* sums) {
   });
 }
 
-using Gradients = std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>>;
-
 Gradients collect(const BackwardCall& call, const float* sums, const std::vector<Tensor>& A,
                   const std::vector<Tensor>& B) {
   std::vector<Tensor> dA, dB, Q;
@@ -60,6 +60,8 @@ Gradients collect(const BackwardCall& call, const float* sums, const std::vector
   return {dA, dB, Q};
 }
 
+}  // namespace
+
 Gradients lora_backward_(std::optional<Tensor> dx, const std::vector<Tensor>& dy, const Tensor& x, const Tensor& h,
                          const std::vector<Tensor>& A, const std::vector<Tensor>& B,
                          const std::vector<int64_t>& outputs, const std::vector<int64_t>& columns,
@@ -79,7 +81,6 @@ Gradients lora_backward_(std::optional<Tensor> dx, const std::vector<Tensor>& dy
   return collect(call, sums.get(), A, B);
 }
 
-}  // namespace
 }  // namespace fastlora
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) { m.impl("lora_backward_", TORCH_BOX(&fastlora::lora_backward_)); }

@@ -1,4 +1,5 @@
 // The forward of one adapter in one pass over row blocks, after the frozen matmul has written y: lora_forward_.
+#include "cpu/fused.h"
 #include "cpu/operands.h"
 #include "cpu/parallel.h"
 
@@ -91,6 +92,8 @@ std::vector<int64_t> read_columns(const Tensor& P, int64_t depth) {
   return columns;
 }
 
+}  // namespace
+
 std::tuple<Tensor, std::vector<Tensor>> lora_forward_(std::vector<Tensor> y, const Tensor& x_,
                                                       const std::vector<Tensor>& A, const std::optional<Tensor>& P,
                                                       const std::vector<Tensor>& B, const std::vector<int64_t>& outputs,
@@ -118,7 +121,6 @@ std::tuple<Tensor, std::vector<Tensor>> lora_forward_(std::vector<Tensor> y, con
   return {h, result};
 }
 
-}  // namespace
 }  // namespace fastlora
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) { m.impl("lora_forward_", TORCH_BOX(&fastlora::lora_forward_)); }

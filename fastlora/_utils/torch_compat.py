@@ -7,6 +7,7 @@ written against, are used as they are; the names of data-parallel training are i
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -56,6 +57,7 @@ _KEYS_GONE = "autocast is switched off by torch.autocast(enabled=False) inside o
 _exclude = private("torch._C._ExcludeDispatchKeyGuard", _KEYS_GONE)
 _key_set = private("torch._C.DispatchKeySet", _KEYS_GONE)
 _key = private("torch._C.DispatchKey", _KEYS_GONE)
+_any_autocast = private("torch._C._is_any_autocast_enabled", "a tensor's device is asked at every call")
 _below_autograd = private(
     "torch._C._AutoDispatchBelowAutograd", "the keys of autograd are excluded by torch._C._ExcludeDispatchKeyGuard"
 )
@@ -112,6 +114,8 @@ def without_autocast(device_type: str) -> Any:
 
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on where a tensor is; torch knows none for tensors without storage."""
+    if _any_autocast is not None and not _any_autocast():
+        return False
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
@@ -274,13 +278,11 @@ _BACKWARD = frozenset(
 _CHECKPOINTS = CheckpointFunction.forward.__code__.co_filename
 
 
-def _a_caller(is_it: Callable[[Any], bool]) -> bool:
+def _callers() -> Iterable[Any]:
     frame = sys._getframe(2)
     while frame is not None:
-        if is_it(frame.f_code):
-            return True
+        yield frame.f_code
         frame = frame.f_back
-    return False
 
 
 def in_backward() -> bool:
@@ -288,20 +290,24 @@ def in_backward() -> bool:
     if _graph_task is not None:
         return _graph_task() != -1
     # On a GPU the engine's own threads have no caller of backward, but the checkpoint's hook.
-    return _a_caller(lambda c: c in _BACKWARD or (c.co_filename == _CHECKPOINTS and c.co_name == "unpack_hook"))
+    return any(c in _BACKWARD or (c.co_filename == _CHECKPOINTS and c.co_name == "unpack_hook") for c in _callers())
 
 
 def in_reentrant_checkpoint() -> bool:
     """Whether a caller is an autograd function, as a reentrant checkpoint is: without gradients, and repeated."""
-    return _a_caller(lambda code: code.co_name == "forward" and code.co_varnames[:1] == ("ctx",))
+    return any(code.co_name == "forward" and code.co_varnames[:1] == ("ctx",) for code in _callers())
 
 
-def saving_hooks() -> Any:
-    """The innermost hooks on saved tensors: those of non-reentrant checkpointing among them.
+def unseen_checkpoints() -> int:
+    """How many checkpoints are open that put no hooks on saved tensors, since nothing is saved without gradients."""
+    if torch.is_grad_enabled():
+        return 0
+    return sum(c.co_filename == _CHECKPOINTS and c.co_name in ("checkpoint", "forward") for c in _callers())
 
-    None without any. Where torch does not tell, what is equal to nothing else: there may be a checkpoint anywhere.
-    """
-    return (object(),) if _top_hooks is None else _top_hooks(False)
+
+# The innermost hooks on saved tensors, those of non-reentrant checkpointing among them; None without any. Where torch
+# does not tell, what is equal to nothing else: there may be a checkpoint anywhere.
+saving_hooks: Callable[[], Any] = (lambda: (object(),)) if _top_hooks is None else functools.partial(_top_hooks, False)
 
 
 def checkpoint_frame(hooks: Any) -> Any:

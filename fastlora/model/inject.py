@@ -36,10 +36,9 @@ from .modules import (
     adapted_class,
     attention_blocks,
     change_class,
-    class_name,
     expert_parameters,
     features,
-    fused_layouts,
+    has_suffix,
     is_linear,
     named_targets,
     passed_by,
@@ -51,6 +50,7 @@ from .modules import (
     torch_attentions,
 )
 from .saving_check import watch_savers
+from .slices import default_rank, slices_of
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ _TASK_HEADS = {
 def _with_task_head(model: nn.Module, config: LoraConfig, task: str | None) -> LoraConfig:
     modules = [n for n, _ in model.named_modules()]
     saved = list(config.modules_to_save or ())
-    heads = [h for h in _TASK_HEADS.get(task, ()) if h not in saved and any(_has_suffix(n, h) for n in modules)]
+    heads = [h for h in _TASK_HEADS.get(task, ()) if h not in saved and any(has_suffix(n, h) for n in modules)]
     if not heads:
         return config
     config = copy.copy(config)
@@ -160,10 +160,6 @@ def refuse_peft(model: nn.Module) -> None:
             )
 
 
-def _has_suffix(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith("." + suffix)
-
-
 def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str]:
     """Names chosen by a role, a regular expression or a list of suffixes; every entry must choose something.
 
@@ -187,7 +183,7 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
         raise wrong_value(field, f"a role {ROLES}, a regular expression or a list of names", spec)
     chosen: set[str] = set()
     for suffix in spec:
-        hits = [n for n in modules if n and _has_suffix(n, suffix)]
+        hits = [n for n in modules if n and has_suffix(n, suffix)]
         if not hits:
             near = suggestion(suffix, sorted({n.rpartition(".")[2] for n in linears} | set(linears)))
             raise wrong_value(field, f"suffixes of module names of {type(model).__name__}", suffix, near)
@@ -220,7 +216,7 @@ def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> li
     """As in PEFT, what is trained and saved whole is not adapted as well; nothing asked for may be lost by that."""
     target = config.target_modules
     for suffix in () if isinstance(target, str) else target:
-        hits = [n for n in names if _has_suffix(n, suffix)]
+        hits = [n for n in names if has_suffix(n, suffix)]
         if hits and all(_inside(n, saved) for n in hits):
             raise ValueError(f"modules_to_save: {hits[0]!r} is also a target; a module is adapted or trained, not both")
     left = [n for n in names if not _inside(n, saved)]
@@ -242,9 +238,8 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks:
     if blocks is not None:
         names = [n for n in names if _inside(n, blocks)]
         if not names:
-            raise wrong_value(
-                "target_modules", f"what matches modules inside the blocks {blocks}", config.target_modules
-            )
+            accepted = f"what matches modules inside the blocks {blocks}"
+            raise wrong_value("target_modules", accepted, config.target_modules)
     if config.exclude_modules is not None:
         excluded = set(_select(model, config.exclude_modules, "exclude_modules"))
         # As in PEFT a container is not its contents; unnoticed, nothing would be excluded.
@@ -263,79 +258,9 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks:
     return names
 
 
-def target_names(model: nn.Module, config: LoraConfig, blocks: list[str]) -> list[str]:
-    """Full names of the linears in ``blocks`` that ``inject`` adapts; ``ValueError`` where it would refuse them."""
-    return find_targets(model, config, find_modules_to_save(model, config), blocks)
-
-
 def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     """Full names of the modules that a config trains and saves whole."""
     return _select(model, list(config.modules_to_save), "modules_to_save") if config.modules_to_save else []
-
-
-def slices_of(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> dict[str, Slices]:
-    """How each of ``names`` is adapted: the slices of a fused matrix that is to be split, else one matrix."""
-    modules, split = named_targets(model), config.split_qkv
-    rows = {name: features(modules[name])[1] for name in names}
-    found = {name: Slices({WHOLE: N}) for name, N in rows.items()}
-    if split is False or (split is None and _parts(config) is None):
-        return found
-    fused, unknown = fused_layouts(model), []
-    if isinstance(split, Mapping):
-        return found | _as_told(split, rows, fused)
-    for name in names:
-        if name in fused and fused[name] is not None:
-            found[name] = fused[name]
-        elif name in fused and split is True and rows[name] % 3 == 0:
-            found[name] = Slices(dict.fromkeys("qkv", rows[name] // 3))
-        elif name in fused:
-            unknown.append(name)
-    if unknown and split is True:
-        owner = ".".join(class_name(modules[unknown[0].rpartition(".")[0]]))
-        raise ValueError(
-            f"split_qkv: {unknown[0]!r} of {owner} does not hold q, k and v in a way that is known; split_qkv=False "
-            "adapts it as one matrix"
-        )
-    if unknown:
-        logger.warning(
-            "target_modules: %s: nothing is known of how q, k and v lie in it, so that it is adapted as one matrix "
-            "(fastlora.roles); split_qkv=True takes thirds of its rows", listed(unknown)
-        )  # fmt: skip
-    return found
-
-
-def _as_told(
-    split: Mapping[str, Mapping[str, int]], rows: Mapping[str, int], known: Mapping[str, Slices | None]
-) -> dict[str, Slices]:
-    """Slices of the matrices that ``split`` names, ``ValueError`` where they are none or are known to be others."""
-    found = {}
-    for pattern, told in split.items():
-        hits = [pattern] if pattern in rows else [name for name in rows if _has_suffix(name, pattern)]
-        if not hits:
-            raise wrong_value("split_qkv", "names of adapted modules", pattern, suggestion(pattern, list(rows)))
-        for name in hits:
-            slices = Slices(told, getattr(told, "blocks", 1))
-            if sum(slices.values()) != rows[name]:
-                raise wrong_value(f"split_qkv[{pattern!r}]", f"slices of the {rows[name]} rows of {name!r}", dict(told))
-            if known.get(name, slices) not in (slices, None):
-                raise wrong_value(f"split_qkv[{pattern!r}]", f"the slices of {name!r}, {known[name]}", dict(told))
-            found[name] = slices
-    return found
-
-
-# The slices that a role means, of matrices that hold others, too.
-_PARTS = {"qkv": "qkv", "attention": "qkv", "mlp": ("gate", "up", "mlp")}
-
-
-def _parts(config: LoraConfig) -> Sequence[str] | None:
-    target = config.target_modules
-    return _PARTS.get(target) if isinstance(target, str) else None
-
-
-def _rank(config: LoraConfig, name: str) -> int:
-    """The rank of a slice that no pattern speaks of."""
-    parts = _parts(config)
-    return config.r if parts is None or name == WHOLE or name in parts else 0
 
 
 def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Planned]:
@@ -350,7 +275,7 @@ def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> li
     for name in names:
         layer = modules[name]
         check_weight(name, layer, config.backend)
-        ranks = {s: rank_of.get(matrix_key(name, s), _rank(config, s)) for s in slices[name]}
+        ranks = {s: rank_of.get(matrix_key(name, s), default_rank(config, s)) for s in slices[name]}
         K = features(layer)[0]
         checked_ranks(ranks, K, slices[name], name)
         scale = {s: config.scaling(r, alpha_of.get(matrix_key(name, s))) for s, r in ranks.items()}
@@ -382,11 +307,11 @@ def _pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions:
 def _match_strength(pattern: str, key: str, exact_names_first: bool, attentions: Collection[str]) -> int:
     path = key.partition("[")[0]
     owner = path.rpartition(".")[0]
-    if owner in attentions and (_has_suffix(owner, pattern) or pattern_matches(pattern, owner)):
+    if owner in attentions and (has_suffix(owner, pattern) or pattern_matches(pattern, owner)):
         return 1
     if exact_names_first and pattern in (key, path):
         return 3 if pattern == key else 2
-    return int(_has_suffix(key, pattern) or pattern_matches(pattern, path))
+    return int(has_suffix(key, pattern) or pattern_matches(pattern, path))
 
 
 def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, router: Router, adapter: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import weakref
 from typing import Any
 
@@ -13,7 +15,6 @@ from .._utils.distributed import is_sharded, shards
 from .._utils.errors import listed
 from .._utils.torch_compat import in_backward, version_of
 from ..nn.linear import Linear, adapted_layers
-from .modules import may_read_weights
 from .optimizer_check import watch_optimizers
 
 logger = logging.getLogger(__name__)
@@ -25,9 +26,10 @@ _SHOWN = 8
 class LearningCheck:
     """Watches a model until the first backward has run, reports adapters that took no part, and removes its hooks.
 
-    - The owner ran and never called the adapted layer, and its source reads weights: ``RuntimeError``, or a warning.
-    - The layer did not run (a branch that was not needed, an expert without tokens, a dropped layer), or it ran and got
-      no gradient (a frozen phase): the adapter may learn later. A warning.
+    - The owner ran, never called the adapted layer, and its source reads a weight: ``RuntimeError``, or a warning.
+    - The owner ran without the layer (a branch that the batch did not need): a warning.
+    - The owner did not run either (an expert without tokens, a dropped layer), or the layer ran and got no gradient (a
+      frozen phase): the adapter may learn later. A warning.
 
     Forwards without gradients and compiled ones do not count. The model, which holds the check, is held weakly.
     """
@@ -78,9 +80,9 @@ class LearningCheck:
         if not self.ran and not any(map(self._called, self.layers)):
             return  # nothing of an eager forward was seen: to take the hooks of a compiled model would recompile it
         passed_by = [p for name in self._hooks for p in self.owners[name] if name in self.ran and not self._called(p)]
-        passed_by = [p for p in passed_by if self._may_be_read(p)]
-        if passed_by and self.mode == "raise":
-            raise RuntimeError(self._text(passed_by))
+        readers = [p for p in passed_by if self._reads_weight(p)]
+        if readers and self.mode == "raise":
+            raise RuntimeError(self._text(readers))
         self.close()
         if passed_by:
             logger.warning("%s", self._text(passed_by))
@@ -102,10 +104,6 @@ class LearningCheck:
         model = self.model()
         return [] if model is None else [p for p in model.parameters() if p.requires_grad]
 
-    def _may_be_read(self, path: str) -> bool:
-        model = self.model()
-        return model is not None and may_read_weights(type(model.get_submodule(path.rpartition(".")[0])))
-
     def _called(self, path: str) -> bool:
         layer = self.layers.get(path)
         return layer is None or layer.called
@@ -119,6 +117,14 @@ class LearningCheck:
         # The gradients of a sharded model are with the shards, which a running forward has put aside.
         aside = bool(shards(self.model())) and not any(is_sharded(p) for p in live)
         return not live or aside or any(self._learned(p) for p in live)
+
+    def _reads_weight(self, path: str) -> bool:
+        """Whether the source of the owner's class reads a weight, other than to initialise it."""
+        try:
+            source = inspect.getsource(type(self.model().get_submodule(path.rpartition(".")[0])))
+        except (OSError, TypeError):
+            return False
+        return any(re.search(r"\.weight\b", line) and "init" not in line for line in source.splitlines())
 
     def _text(self, paths: list[str]) -> str:
         named = [f"{path} (in {self.kinds[path.rpartition('.')[0]]})" for path in paths]

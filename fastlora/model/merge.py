@@ -115,6 +115,9 @@ def _refuse(path: str, layer: Linear, users: Mapping[int, list[str]], requantize
             f"model: {path!r} is quantized ({foreign}), and rounding may lose the update; save the adapter, and load "
             "and merge it into the model in full precision, or accept the rounding with requantize=True"
         )
+    if foreign is None and layer.weight.dtype.itemsize == 1:
+        kind = str(layer.weight.dtype).removeprefix("torch.")
+        raise ValueError(f"model: {path!r} is in {kind}, to which the update would be rounded; cast it with .to first")
     # An attention module holds the weight of its stacked projection.
     holder = path if "weight" in layer._parameters else path.rpartition(".")[0]
     if id(layer.weight) not in users:

@@ -313,19 +313,9 @@ def _reads_weight(owner: type, leaf: str) -> bool:
     return reads is not None and re.search(rf"\bself\.{re.escape(leaf)}\(", source) is None
 
 
-@functools.cache
-def may_read_weights(owner: type) -> bool:
-    """Whether a method of an owner reads a ``.weight``, initialisation apart; True where there is no source to tell."""
-    methods = [
-        method
-        for kind in owner.__mro__[: owner.__mro__.index(nn.Module)]
-        for name, method in vars(kind).items()
-        if inspect.isfunction(method) and not re.search("init|reset|tie_", name)
-    ]
-    try:
-        return any(re.search(r"\.weight\b", inspect.getsource(method)) for method in methods)
-    except OSError:
-        return True
+def has_suffix(name: str, suffix: str) -> bool:
+    """Whether a name ends in a suffix, by whole components."""
+    return name == suffix or name.endswith("." + suffix)
 
 
 def pattern_matches(pattern: str, name: str) -> bool:

@@ -15,8 +15,9 @@ from ..config import LoraConfig
 from ..nn.active import chosen_adapter, names_of
 from ..nn.adapter import WHOLE
 from ..nn.linear import adapted_layers
-from .inject import inject, refuse_adapted, slices_of, target_names
+from .inject import find_modules_to_save, find_targets, inject, refuse_adapted
 from .modules import HEADS, is_head
+from .slices import slices_of
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _adapters(model: nn.Module, config: LoraConfig, blocks: list[str], saved: li
     """The config that puts adapters on these blocks and trains ``saved`` whole, all by full name."""
     if config.target_modules is None:
         config.target_modules = "all-linear"
-    names = target_names(model, config, blocks)
+    names = find_targets(model, config, find_modules_to_save(model, config), blocks)
     if config.split_qkv is None:
         split = {n: slices for n, slices in slices_of(model, config, names).items() if set(slices) != {WHOLE}}
         config.split_qkv = split or False

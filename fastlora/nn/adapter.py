@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -116,8 +118,12 @@ def new_factors(
 ) -> tuple[Factors, Factors]:
     """Fresh (A, B): A Kaiming uniform (``"gaussian"``: normal / r), B zero; ``init=False`` draws B like A.
 
-    slices: name -> N; ranks: name -> r; A [r, K], B [N, r].
+    slices: name -> N; ranks: name -> r; A [r, K], B [N, r]. ``ValueError`` in inference mode.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "model: adapters made in inference mode could not be trained; leave torch.inference_mode first"
+        )
     A: dict[str, Tensor | None] = {}
     B: dict[str, Tensor | None] = {}
     for name, out_features in slices.items():
@@ -164,6 +170,7 @@ class Bundle:
         return kept
 
 
+_FORWARD = itertools.repeat("forward")
 _MOST_BOUND = 16  # sets of adapters for which a bundle keeps its operands
 
 
@@ -184,9 +191,11 @@ class Operands:
                 self._found.append((weakref.ref(layer), name, *factors))
         self._interleaved = any([layer.slices.blocks > 1 for layer in layers])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._interleaved):
-            self._call = BoundCall(W, bias, *self._operands(), layers[0].backend, layers[0].engine)
+            of_all = layers[0].backend, layers[0].engine, (), streams_of(layers)
+            self._call = BoundCall(W, bias, *self._operands(), *of_all)
         self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
         self._weights = W
+        self._places, self._keys, self._values = ([entry[i] for entry in self.stored] for i in range(3))
         self._hooks = [hooks for f in self.factors for hooks in forward_hooks(f)]
         self._attributes = [f.__dict__ for f in self.factors]
         first = layers[0]
@@ -235,27 +244,25 @@ class Operands:
         """Whether every tensor is still where it was found, and no hook has to be asked for it."""
         if self.hooked:
             return False
-        for place, key, found in self.stored:
-            if place.get(key) is not found:
-                return False
+        if not all(map(operator.is_, map(dict.get, self._places, self._keys), self._values)):
+            return False
         for owner, name, found in self.read:
             if getattr(owner(), name, None) is not found:
                 return False
         for w in self._weights:  # a parameter that is moved or cast stays the same object
             if w.dtype is not self.dtype or w.device != self.device:
                 return False
-        for hooks in self._hooks:
-            if hooks:
-                return False
-        for attributes in self._attributes:
-            if "forward" in attributes:
-                return False
-        return True
+        return not any(self._hooks) and not any(map(dict.__contains__, self._attributes, _FORWARD))
 
 
 def _dropout(layer: Any, names: Sequence[str]) -> list[float]:
     specs = [layer.adapter_specs.get(name) for name in names]
     return [0.0 if spec is None else spec.dropout for spec in specs]
+
+
+def streams_of(layers: Sequence[Any]) -> list[int]:
+    """The number by which dropout knows each projection of layers that run together."""
+    return [layer.stream + i for layer in layers for i in range(len(layer.slices.widths()))]
 
 
 def hooked(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..config import LoraConfig
 from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, ENGINES, PACKED, UNPACKED
-from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
+from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors, streams_of
 from .probe import group_operands
 from .routing import Route, Router
 
@@ -208,15 +208,16 @@ class Linear(nn.Linear):
             return forward_traced(self, input, route)
         if not self.called:
             self.called = True
-        if self.group is not None:
-            ahead = self.group.take(self, input)
+        group = self.group
+        if group is not None:
+            ahead = group.take(self, input)
             if ahead is not None:
                 return ahead
         route = self.router.route(self.training)
         if self.bypassed(route):
             return F.linear(input, self.weight, self.bias)
-        if self.group is not None:
-            return self.group(self, input, route)
+        if group is not None:
+            return group(self, input, route)
         return forward_together((self,), input, route)[0]
 
     def extra_repr(self) -> str:
@@ -240,7 +241,7 @@ class QKVLinear(Linear):
 
 
 _STATE = (
-    "slices", "adapter_specs", "ranked", "bundle", "router", "dropout_salt", "backend", "engine",
+    "slices", "adapter_specs", "ranked", "bundle", "router", "dropout_salt", "stream", "backend", "engine",
     "merged", "group", "called", "probes",
 )  # fmt: skip
 
@@ -256,6 +257,7 @@ def attach_state(
     layer.bundle = None  # of the layer alone, with the parameters it is for; a group has bundles of its own
     layer.router = router
     layer.dropout_salt = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
+    layer.stream = 0  # tells its dropout from that of its siblings, with whom it shares seed and salt
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
     layer.merged = ()
     layer.group = None
@@ -277,8 +279,17 @@ def adapter_dtype_of(config: LoraConfig, layer: nn.Linear) -> torch.dtype:
     return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
-def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Operands | None = None) -> Sequence[Tensor]:
-    """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along."""
+def forward_together(
+    layers: Sequence[Any],
+    x: Tensor,
+    route: Route,
+    kept: Operands | None = None,
+    seed: Callable[[torch.device], Tensor] = new_seed,
+) -> Sequence[Tensor]:
+    """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along.
+
+    ``seed`` is asked for the call's seed where dropout is active.
+    """
     first = layers[0]
     if kept is None:
         try:
@@ -291,7 +302,7 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
     rows, key, p, tracked = None, None, kept.dropout if drops else (), {}
     if route.batch is None:
         if drops:
-            key = new_seed(x.device)
+            key = seed(x.device)
         if route.adapter in first.probes:
             tracked = {route.adapter: [layer.probes[route.adapter] for layer in layers]}
             found = first.probes[route.adapter].operands(tracked[route.adapter], x, route)
@@ -299,7 +310,7 @@ def forward_together(layers: Sequence[Any], x: Tensor, route: Route, kept: Opera
     else:
         rows = route.batch.rows(x)
         if drops:
-            key = route.batch.keys(x, new_seed(x.device), first.dropout_salt)
+            key = route.batch.keys(x, seed(x.device), first.dropout_salt)
         names = [name for name in route.names if name in first.probes]
         if names:
             tracked = {name: [layer.probes[name] for layer in layers] for name in names}
@@ -323,7 +334,7 @@ def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
     A, B, scale = zip(*[pair for name in names for pair in layer.pairs(name)], strict=True)
     tracked = [name for name in names if name in layer.probes]
     p = layer.dropout_p(route)
-    options: dict[str, Any] = {"backend": layer.backend, "engine": layer.engine}
+    options: dict[str, Any] = {"backend": layer.backend, "engine": layer.engine, "streams": streams_of([layer])}
     if route.batch is None:
         if tracked:
             options |= layer.probes[names[0]].operands([layer.probes[names[0]]], x, route)

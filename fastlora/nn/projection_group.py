@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import threading
+import functools
 import weakref
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.torch_compat import autocasting, being_traced, has_hooks, in_backward, saving_hooks, version_of
+from .._utils.torch_compat import (
+    autocasting,
+    being_traced,
+    has_hooks,
+    in_backward,
+    saving_hooks,
+    unseen_checkpoints,
+    version_of,
+)
+from ..ops.lora import new_seed
 from .adapter import Bundle
 from .linear import Linear, forward_together
 from .routing import Route
@@ -21,7 +31,7 @@ class _Token:
     """Alive while a recomputation of a pass may still come."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Visit:
     """One pass of a thread through the owner: what was computed ahead, and how it was used."""
 
@@ -35,7 +45,19 @@ class _Visit:
     unused: dict[tuple[int, int], set[Linear]] = field(default_factory=dict)
     shared: tuple[Tensor, tuple] | None = None  # the input of the last launch and its state, while they are compared
     wanted: dict[tuple[int, int], set[int]] = field(default_factory=dict)  # siblings that came for a launch's input
-    token: _Token = field(default_factory=_Token)
+    token: _Token | None = None
+    checkpoints: int = 0  # that it runs in without gradients
+    drawn: dict[Linear, int] = field(default_factory=dict)  # calls of each sibling with dropout
+    seeds: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)  # of the siblings' n-th calls
+    number: int | None = None  # of the seed of the last launch, None without dropout
+
+    def seed(self, layer: Linear, device: torch.device) -> Tensor:
+        """What all siblings draw the masks of their n-th call from, whichever of them run together."""
+        number = self.drawn.get(layer, 0)
+        self.drawn[layer] = number + 1
+        if (number, device) not in self.seeds:
+            self.seeds[(number, device)] = new_seed(device)
+        return self.seeds[(number, device)]
 
 
 class ProjectionGroup:
@@ -45,12 +67,13 @@ class ProjectionGroup:
     own when it is called with the same tensor object at the same version under the same modes; otherwise it computes
     alone. What is expected is learned: a result that nobody took by the owner's exit is not computed ahead again, and
     siblings that are not ``expected`` to share an input are computed ahead once they were seen to.
-    While dropout is active every projection runs alone, with its own mask.
+    Their dropout masks come from one seed a visit of the owner, each from a stream of its own, so that they do not
+    depend on what runs together.
     """
 
     def __init__(self, layers: list[Linear], expected: bool = True):
         self.expected = expected
-        self._hold(layers)
+        self._adopt(layers)
 
     @property
     def layers(self) -> list[Linear]:
@@ -66,8 +89,14 @@ class ProjectionGroup:
         """Take in other siblings; what was learned of the old ones is forgotten."""
         for layer in self.layers:
             layer.group = None
+        self._adopt(layers)
+
+    def _adopt(self, layers: list[Linear]) -> None:
+        stream = 0
         for layer in layers:
-            layer.group = self
+            layer.group, layer.bundle = self, None
+            layer.dropout_salt, layer.stream = layers[0].dropout_salt, stream
+            stream += len(layer.slices.widths())
         self._hold(layers)
 
     def _clear(self) -> None:
@@ -93,7 +122,7 @@ class ProjectionGroup:
 
     def take(self, layer: Linear, x: Tensor) -> Tensor | None:
         """The layer's output, where a sibling has computed it ahead from this very input under the same modes."""
-        visits = self._visits.get(threading.get_ident())
+        visits = self._visits.get(get_ident())
         if not visits:
             return None
         visit = visits[-1]
@@ -103,6 +132,10 @@ class ProjectionGroup:
         route = layer.router.route(layer.training) if in_backward() else layer.router.current()
         if visit.state != _state(x, route):
             return None
+        if visit.number is not None:
+            if visit.drawn.get(layer, 0) != visit.number:
+                return None
+            visit.drawn[layer] = visit.number + 1
         visit.unused[visit.trigger].discard(layer)
         out = visit.waiting.pop(layer)
         if not visit.waiting:
@@ -111,40 +144,46 @@ class ProjectionGroup:
 
     def __call__(self, layer: Linear, x: Tensor, route: Route) -> Tensor:
         """The layer's output, and those of the siblings that are expected to follow computed ahead."""
-        visits = self._visits.get(threading.get_ident())
-        if (
-            not visits
-            or visits[-1].x is x  # another call of a projection whose siblings still wait: theirs stay theirs
-            or x.is_inference()
-            or ref(layer) not in self._index
-            or _alone(layer, visits[-1], route)
-        ):
+        visits = self._visits.get(get_ident())
+        if not visits or ref(layer) not in self._index or _repeated_alone(layer, visits[-1]):
             return forward_together((layer,), x, route)[0]
-        return self._launch(visits[-1], layer, x, route)
+        visit = visits[-1]
+        seed = functools.partial(visit.seed, layer)
+        # Another call of a projection whose siblings still wait: theirs stay theirs.
+        if visit.x is x or x.is_inference():
+            return forward_together((layer,), x, route, None, seed)[0]
+        return self._launch(visit, layer, x, route, seed)
 
-    def _launch(self, visit: _Visit, layer: Linear, x: Tensor, route: Route) -> Tensor:
+    def _launch(self, visit: _Visit, layer: Linear, x: Tensor, route: Route, seed: Any) -> Tensor:
         mine = self._index[ref(layer)]
         trigger = (visit.launches, mine)
         if not self.expected:
             self._compare(visit, trigger, x, route)
-        skip = self._plan.get(trigger, self._unknown)
+        skip, drawn = self._plan.get(trigger, self._unknown), visit.drawn
+        number = drawn.get(layer, 0)
         members = [member() for member in self._members]
-        which = (mine, *[i for i, other in enumerate(members) if i not in skip and _joins(other, layer, route)])
+        ahead = [
+            i
+            for i, other in enumerate(members)
+            if i not in skip and _joins(other, layer, route) and (not drawn or drawn.get(other, 0) == number)
+        ]
+        which = (mine, *ahead)
         layers = tuple([members[i] for i in which])
         bundle = self._bundles.get(which)
         if bundle is None:
             bundle = self._bundles[which] = Bundle()
         kept = bundle.kept(layers, route.names)
         if not kept.alike:
-            return forward_together((layer,), x, route)[0]
-        outputs = forward_together(layers, x, route, kept)
+            return forward_together((layer,), x, route, None, seed)[0]
+        outputs = forward_together(layers, x, route, kept, seed)
+        visit.number = number if drawn.get(layer, 0) > number else None
         visit.launches += 1
         visit.trigger, visit.state = trigger, _state(x, route)
         visit.unused[trigger] = set(layers[1:])
         visit.waiting = dict(zip(layers[1:], outputs[1:], strict=True))
         visit.x = x if visit.waiting else None
         if visit.hooks is not None and outputs[0].grad_fn is not None and not in_backward():
-            self._await_backward(outputs[0].grad_fn, visit.token)
+            self._await_backward(outputs[0].grad_fn, visit)
         return outputs[0]
 
     def _compare(self, visit: _Visit, trigger: tuple[int, int], x: Tensor, route: Route) -> None:
@@ -156,9 +195,10 @@ class ProjectionGroup:
             visit.shared, visit.first = (x, state), trigger
             visit.wanted[trigger] = set()
 
-    def _await_backward(self, node: Any, token: _Token) -> None:
+    def _await_backward(self, node: Any, visit: _Visit) -> None:
         # A recomputation must launch what its forward launched: until then, or until the graph dies, the plan stands.
-        pending = self._pending
+        pending, token = self._pending, visit.token or _Token()
+        visit.token = token
         pending.add(token)
         node.register_prehook(lambda grads: pending.discard(token))
 
@@ -166,19 +206,21 @@ class ProjectionGroup:
         """Forward pre-hook of the owner: open a visit, and take up what earlier passes taught."""
         if being_traced():
             return
-        if not in_backward() and not self._pending:
+        if self._learned and not self._pending and not in_backward():
             self._plan.update(self._learned)
-        visits = self._visits.setdefault(threading.get_ident(), [])
+            self._learned.clear()
+        visits = self._visits.setdefault(get_ident(), [])
+        training = any([layer.training for layer in self.layers])
         for interrupted in visits:
             # KeyboardInterrupt passes by the exit hook.
             interrupted.x, interrupted.waiting = None, {}
-        visits.append(_Visit(saving_hooks()))
+        visits.append(_Visit(saving_hooks(), checkpoints=unseen_checkpoints() if training else 0))
 
     def release(self, owner: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the owner: free what nobody took, and learn from a pass that went through."""
         if torch.compiler.is_compiling():
             return
-        thread = threading.get_ident()
+        thread = get_ident()
         visits = self._visits.get(thread)
         if not visits:
             return
@@ -212,13 +254,9 @@ def _joins(other: Linear | None, mine: Linear, route: Route) -> bool:
     )
 
 
-def _alone(layer: Linear, visit: _Visit, route: Route) -> bool:
-    """Whether a call must not compute ahead.
-
-    With dropout, masks would depend on what runs together, and so on what was learned: not reproducible. A checkpoint
-    around the projection alone is recomputed outside its owner, where nothing is computed ahead.
-    """
-    return saving_hooks() != visit.hooks or (layer.training and any(layer.dropout_p(route)))
+def _repeated_alone(layer: Linear, visit: _Visit) -> bool:
+    """Whether a checkpoint inside of the owner is around the call: it is recomputed outside, without a visit."""
+    return saving_hooks() != visit.hooks or (layer.training and unseen_checkpoints() != visit.checkpoints)
 
 
 def _state(x: Tensor, route: Route) -> tuple:
@@ -237,8 +275,6 @@ def group_projections(owner: nn.Module, layers: list[Linear], expected: bool = T
     ``expected``: whether they do is taken for granted at first, as for q, k and v, or has to be seen.
     """
     group = ProjectionGroup(layers, expected)
-    for layer in layers:
-        layer.group = group
     owner.register_forward_pre_hook(group.enter)
     owner.register_forward_hook(group.release, always_call=True)
     return group

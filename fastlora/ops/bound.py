@@ -25,6 +25,7 @@ from .backends import choose
 from .backends.plan import Plans
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
 from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
+from .matmul import ENGINES, LINEAR
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -51,16 +52,22 @@ class BoundCall:
         backend: str,
         engine: str,
         starts: Sequence[int] = (),
+        streams: Sequence[int] = (),
     ):
         self.W, self.bias, self.A, self.B = tuple(W), tuple(bias), tuple(A), tuple(B)
         self.scale, self.backend, self.engine = [float(s) for s in scale], backend, engine
         self.layout = GroupLayout(W, B, starts)
+        self.streams = tuple(streams) or tuple(range(self.layout.projections))
         self.dtype, self.device = W[0].dtype, W[0].device
         self.no_dropout = [0.0] * (len(A) // self.layout.projections)
         self.frozen = [t for t in (*W, *bias) if t is not None]
         self.plain = all([type(t) in _PLAIN for t in (*self.frozen, *A, *B)])
         self.chosen: Any = None
         self.plans: Plans | None = None
+        first = self.layout.of(0)
+        self.where = (first.outputs, first.columns, self.scale)
+        self.counted = [w for w in W if counts_versions(w)]
+        self._settled: set[tuple] = set()
         self._needs: dict[tuple, Need] = {}
 
     def __call__(
@@ -75,10 +82,6 @@ class BoundCall:
         sign: Sequence[Tensor] = (),
     ) -> Sequence[Tensor]:
         """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``."""
-        if autocasting(x) and torch.get_autocast_dtype(x.device.type) is self.dtype:
-            # What autocast would do, since the weights have its dtype already.
-            with without_autocast(x.device.type):
-                return self(low_precision(x, self.dtype), rows, key, p, Z, V, P, sign)
         if (
             not self.plain
             or type(x) not in _PLAIN
@@ -87,17 +90,39 @@ class BoundCall:
             or autocasting(x)
             or True in [t.requires_grad for t in self.frozen]
         ):
-            if wants_plain_operators():
-                raise Traced
-            given = (Z, V, *self.rest(rows, key, p, P, sign))
-            return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
+            return self._watched(x, rows, key, p, Z, V, P, sign)
         if self.chosen is None:
             self._choose()
-        run = _Run(self, rows, key, p, P, sign, len(Z), len(V))
+        run = _Run(self)
+        if P or V or rows is not None or key is not None:
+            run.set(rows, key, p, P, sign, len(Z), len(V))
         if torch.is_grad_enabled():
             return _apply(run, x, *self.A, *self.B, *Z, *V)
         with untracked():
             return run.forward(x)[: len(self.W)]
+
+    def _watched(self, x, rows, key, p, Z, V, P, sign) -> Sequence[Tensor]:
+        """The call through the operator; without autocast where the weights have its dtype already."""
+        if autocasting(x) and torch.get_autocast_dtype(x.device.type) is self.dtype:
+            with without_autocast(x.device.type):
+                return self(low_precision(x, self.dtype), rows, key, p, Z, V, P, sign)
+        if wants_plain_operators():
+            raise Traced
+        given = (Z, V, *self.rest(rows, key, p, P, sign))
+        return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
+
+    def whole(self, direction: int, x: Tensor) -> Callable | None:
+        """What does a direction (0: forward) in one call, once each product is known to be the library's."""
+        if self.chosen.whole is None:
+            return None
+        rows = x.numel() // max(x.shape[-1], 1)
+        key = (direction, rows.bit_length(), torch.get_num_threads(), ENGINES.override)
+        if key not in self._settled:
+            name = ("forward", "backward")[direction]
+            if any([ENGINES.settled(name, rows, w, self.engine) != LINEAR for w in self.W]):
+                return None
+            self._settled.add(key)
+        return self.chosen.whole[direction]
 
     def _choose(self) -> None:
         self.chosen, _ = choose(self.backend, self.device, self.dtype)
@@ -116,7 +141,7 @@ class BoundCall:
     def rest(self, rows, key, p, P, sign) -> tuple:
         """The operands of the operator behind V."""
         given, starts = [] if rows is None else list(rows), self.layout.starts
-        return P, sign, key, given, starts, self.scale, p or self.no_dropout, self.backend, self.engine
+        return P, sign, key, given, starts, self.scale, p or self.no_dropout, self.streams, self.backend, self.engine
 
     def need(self, wanted: tuple[bool, ...], leaves: int) -> Need:
         """Which gradients a backward is asked for; ``wanted`` is for x, A, B, Z and V in turn."""
@@ -132,21 +157,38 @@ class BoundCall:
 class _Run:
     """One call of a ``BoundCall`` besides its differentiable tensors."""
 
-    __slots__ = ("P", "bound", "key", "leaves", "moments", "options", "p", "probes", "rows", "sign", "versions")
+    rows = key = None
+    p = P = sign = probes = ()
+    leaves = moments = 0
+    plain = True  # all rows are one adapter's, without dropout
+    options: Any = False  # what a plan depends on beside its tensors
 
-    def __init__(self, bound: BoundCall, rows, key, p, P, sign, leaves: int, moments: int):
-        self.bound, self.rows, self.key, self.p, self.P, self.sign = bound, rows, key, p, P, sign
+    def __init__(self, bound: BoundCall):
+        self.bound = bound
+        self.versions = [version_of(w) for w in bound.counted]
+
+    def set(self, rows, key, p, P, sign, leaves: int, moments: int) -> None:
+        """What most calls have not."""
+        self.rows, self.key, self.p, self.P, self.sign = rows, key, p, P, sign
         self.leaves, self.moments = leaves, moments
         self.probes = tuple(probe_counts(P)) if P else ()
-        # What a plan depends on beside its tensors, and nothing on most calls.
-        plain = rows is None and key is None and not P
-        self.options = moments > 0 if plain else (moments > 0, rows is None, key is None, *p, self.probes, len(sign))
-        self.versions = [version_of(w) if counts_versions(w) else None for w in bound.W]
+        self.plain = rows is None and key is None
+        streams = None if key is None else self.bound.streams
+        self.options = (
+            moments > 0 if self.plain and not P else (moments > 0, rows is None, streams, *p, self.probes, len(sign))
+        )
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         """[*y, h, *moments]."""
         bound = self.bound
         if bound.plans is None:
+            if self.plain and not self.moments and (whole := bound.whole(0, x)) is not None:
+                P = self.P[0] if self.P else None
+                out = whole(x, bound.W, bound.bias, bound.A, P, bound.B, *bound.where, False)
+                if out:
+                    if self.sign:
+                        flip_signs(out[len(bound.W)], self.sign, bound.layout, None)
+                    return out
             return _forward(self, x, bound.W, bound.bias, bound.A, bound.B, self.P, self.sign, self.rows, self.key)
         tensors = [x, *bound.frozen, *bound.A, *bound.B]
         if self.options.__class__ is tuple:
@@ -162,15 +204,26 @@ class _Run:
         rows = None if self.rows is None else Rows(*[next(take) for _ in self.rows])
         return _forward(self, x, W, bias, A, B, P, sign, rows, None if self.key is None else next(take))
 
-    def backward(self, x: Tensor, h: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], dy, need: Need) -> Sequence:
-        """[dx, *dA, *dB, *dZ], those of what is not needed left out but for dx."""
+    def backward(
+        self, x: Tensor, h: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], dy, there, need: Need
+    ) -> Sequence:
+        """[dx, *dA, *dB, *dZ], those of what is not needed left out but for dx; ``there``: which dy are not None."""
         bound = self.bound
         if bound.plans is None:
+            if (
+                self.key is None
+                and self.rows is None
+                and False not in there
+                and (whole := bound.whole(1, x)) is not None
+            ):
+                probes = self.probes[0] if need.dZ else 0
+                out = whole(dy, x, h, bound.W, A, B, *bound.where, probes, need.dx, need.dA, need.dB)
+                if out:
+                    return out if need.dx else [None, *out]
             return _backward(self, x, h, bound.W, A, B, dy, need, self.rows, self.key)
         tensors = [x, h, *bound.W, *A, *B, *[g for g in dy if g is not None]]
         if self.options.__class__ is tuple:
             tensors += [*(self.rows or ()), *([] if self.key is None else [self.key])]
-        there = tuple([g is not None for g in dy])  # ``None in dy`` would ask every tensor whether it equals None
         return bound.plans.run(
             (1, self.options, need, there),
             tensors,
@@ -187,22 +240,21 @@ class _Run:
         return _backward(self, x, h, W, A, B, grads, need, rows, None if self.key is None else next(take))
 
     def check_versions(self) -> None:
-        for w, version in zip(self.bound.W, self.versions, strict=True):
-            if version is not None and version_of(w) != version:
-                raise RuntimeError(
-                    "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
-                    "place after the forward"
-                )
+        if [version_of(w) for w in self.bound.counted] != self.versions:
+            raise RuntimeError(
+                "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
+                "place after the forward"
+            )
 
 
 def _forward(run: _Run, x, W, bias, A, B, P, sign, rows, key) -> list[Tensor]:
-    bound, drop = run.bound, None if key is None else Dropout(key, run.p)
+    bound, drop = run.bound, None if key is None else Dropout(key, run.p, run.bound.streams)
     call = LoraCall(
         x, W, bias, A, B, P, run.probes, bound.scale, bound.layout, rows, drop, bound.engine, run.moments > 0
     )
     y, h, moments = bound.chosen.forward(call)
     if sign:
-        flip_signs(h, sign, call)
+        flip_signs(h, sign, bound.layout, rows)
     if moments and rows is None:
         count = x.shape[:-1].numel()
         moments = [torch.cat([m, _count(count, m.dtype, m.device)], dim=1) for m in moments]
@@ -226,7 +278,7 @@ def _count(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _backward(run: _Run, x, h, W, A, B, dy, need: Need, rows, key) -> list[Tensor | None]:
-    bound, drop, dtype = run.bound, None if key is None else Dropout(key, run.p), x.dtype
+    bound, drop, dtype = run.bound, None if key is None else Dropout(key, run.p, run.bound.streams), x.dtype
     call = LoraCall(
         x, W, (), A, B, (), run.probes, bound.scale, bound.layout, rows, drop, bound.engine, False
     )  # fmt: skip
@@ -253,7 +305,7 @@ class _Bound(torch.autograd.Function):
         run, needs = ctx.run, ctx.needs_input_grad
         bound, count = run.bound, len(run.bound.A)
         ctx.spent = True
-        there = [g is not None for g in dy]
+        there = tuple([g is not None for g in dy])  # ``None in dy`` would ask every tensor whether it equals None
         if True not in there:
             return (None,) * len(needs)
         x, h, *saved = ctx.saved_tensors
@@ -263,7 +315,7 @@ class _Bound(torch.autograd.Function):
             return (None, *_again(run, needs[1:], dy, x, A, B), *moments)
         need = bound.need(needs[1:], run.leaves)
         with untracked():
-            found = run.backward(x, h, A, B, dy, need)
+            found = run.backward(x, h, A, B, dy, there, need)
         if need.dA and need.dB and need.dZ is (run.leaves > 0) and False not in there:
             return (None, *found, *moments)
         return (None, found[0], *_placed(found[1:], need, dy, bound.layout, count, run.leaves, moments))

@@ -101,12 +101,22 @@ class Rows(NamedTuple):
     """Rows of x by adapter: those of adapter g are ``order[ranges[g, 0]:ranges[g, 1]]``.
 
     order int64 [M], or [0] where every adapter's rows are one run and ``ranges`` [G, 2] indexes rows themselves; ids
-    int64 [M] says the same row by row, -1 for the frozen layer alone.
+    int64 [M] says the same row by row, -1 for the frozen layer alone. ``tiles`` int64 [T, 2]: the ``segment_tiles`` of
+    each of ``SCHEDULED`` one after another, which a batch on a GPU makes once for all its layers; empty elsewhere.
     """
 
     ids: Tensor
     order: Tensor
     ranges: Tensor
+    tiles: Tensor
+
+    def schedule(self, block: int) -> Tensor:
+        """(adapter, first position) of tiles of at most ``block`` rows, as ``fastlora.reference.segment_tiles``."""
+        rows = self.ids.shape[0]
+        if self.tiles.numel() and block in SCHEDULED:
+            sizes = [-(-rows // own) + self.ranges.shape[0] for own in SCHEDULED]
+            return self.tiles.split(sizes)[SCHEDULED.index(block)]
+        return segment_tiles(self.ranges, rows, block)
 
     def each(self) -> Iterator[tuple[int, Tensor]]:
         """(adapter, its rows): indices for the adapters that have any, which takes ``ranges`` from the CPU.
@@ -127,13 +137,15 @@ class Rows(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Masks that are a function of a key, the projection, the row and the column.
+    """Masks that are a function of a key, the projection's stream, the row and the column.
 
-    ``key``: int64 scalar seed where one adapter has every row, else the rows' own keys [M, 2]; ``p`` by adapter.
+    ``key``: int64 scalar seed where one adapter has every row, else the rows' own keys [M, 2]; ``p`` by adapter;
+    ``streams`` by projection, 0 or more.
     """
 
     key: Tensor
     p: Sequence[float]
+    streams: Sequence[int]
 
 
 class LoraCall(NamedTuple):
@@ -200,6 +212,16 @@ def build_segments(ids: Tensor, adapters: int) -> tuple[Tensor, Tensor]:
     return reference.build_segments(ids, adapters)
 
 
+SCHEDULED = (32, 64)  # rows of a tile: what the kernels over segments take without dropout
+
+
+def segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:
+    """``fastlora.reference.segment_tiles``, by a kernel where there is one."""
+    if native.has_kernel("segment_tiles", ranges.device):
+        return torch.ops.fastlora.segment_tiles(ranges, rows, block)
+    return reference.segment_tiles(ranges, rows, block)
+
+
 class AdapterBatch:
     """The adapter of every sample or token of a batch, and its rows in a layer that sees them.
 
@@ -239,7 +261,10 @@ class AdapterBatch:
     def _build(self, times: int, device: torch.device) -> Rows:
         ids = self.ids.reshape(-1).to(device, non_blocking=True)
         ids = ids.repeat_interleave(times) if times > 1 else ids
-        return Rows(ids, *build_segments(ids, len(self.names)))
+        order, ranges = build_segments(ids, len(self.names))
+        blocks = () if on_host(device) or torch.compiler.is_compiling() else SCHEDULED
+        tiles = [segment_tiles(ranges, ids.shape[0], block) for block in blocks]
+        return Rows(ids, order, ranges, torch.cat(tiles) if tiles else ranges.new_empty((0, 2)))
 
     def keys(self, x: Tensor, seed: Tensor, dropout_salt: int) -> Tensor:
         """Dropout keys of the rows of ``x``: from ``seed`` and the row, or from the row's own seed and the layer."""

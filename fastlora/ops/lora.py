@@ -16,51 +16,54 @@ from .layout import AdapterBatch, Dropout, Gradients, GroupLayout, LoraCall, Nee
 
 # Lists run over adapters, then projections (A, B, Z, scale) or weights (V); P, sign, p and probes over adapters.
 # rows is [ids, order, ranges] of the adapters' rows, empty where one adapter has all; drop is nothing, one seed, or
-# the rows' keys.
+# the rows' keys; streams tell the masks of projections with one key apart, 0, 1, ... where empty.
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor[] P, "
-    "Tensor[] sign, Tensor? drop, Tensor[] rows, int[] starts, float[] scale, float[] p, str backend, str engine) "
-    "-> Tensor[]"
+    "Tensor[] sign, Tensor? drop, Tensor[] rows, int[] starts, float[] scale, float[] p, int[] streams, str backend, "
+    "str engine) -> Tensor[]"
 )
 LIBRARY.define(
     "lora_linear_backward(Tensor?[] dy, Tensor x, Tensor h, Tensor[] W, Tensor[] A, Tensor[] B, int[] probes, "
-    "Tensor? drop, Tensor[] rows, int[] starts, float[] scale, float[] p, bool[] need, str backend, str engine) "
+    "Tensor? drop, Tensor[] rows, int[] starts, float[] scale, float[] p, int[] streams, bool[] need, str backend, "
+    "str engine) "
     "-> Tensor[]"
 )
 
 
-def _call(x, W, bias, A, B, P, probes, drop, rows, starts, scale, p, engine, moments) -> LoraCall:
-    layout, dropout = GroupLayout(W, B, starts), None if drop is None else Dropout(drop, p)
+def _call(x, W, bias, A, B, P, probes, drop, rows, starts, scale, p, streams, engine, moments) -> LoraCall:
+    layout, dropout = GroupLayout(W, B, starts), None
+    if drop is not None:
+        dropout = Dropout(drop, p, streams or range(layout.projections))
     return LoraCall(x, W, bias, A, B, P, probes, scale, layout, Rows(*rows) if rows else None, dropout, engine, moments)
 
 
-def _forward(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, backend, engine):
+def _forward(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, streams, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
-    call = _call(x, W, bias, A, B, P, probe_counts(P), drop, rows, starts, scale, p, engine, bool(V))
+    call = _call(x, W, bias, A, B, P, probe_counts(P), drop, rows, starts, scale, p, streams, engine, bool(V))
     outputs, h, moments = planned(chosen).forward(call)
-    flip_signs(h, sign, call)
+    flip_signs(h, sign, call.layout, call.rows)
     return [*outputs, h, *moments]
 
 
-def flip_signs(h: Tensor, sign: Sequence[Tensor], call: LoraCall) -> None:
+def flip_signs(h: Tensor, sign: Sequence[Tensor], layout: GroupLayout, rows: Rows | None) -> None:
     """Multiply the adapters' probe columns of h, which take no part in y, by their signs."""
     for g, signs in enumerate(sign):
         if signs.numel():
-            _flip(h, signs, call, g)
+            _flip(h, signs, layout.of(g).rank, None if rows is None else rows.ids == g)
 
 
-def _flip(h: Tensor, signs: Tensor, call: LoraCall, g: int) -> None:
-    """Of one adapter: h [M, width], signs [S, k], one a sample and probe."""
-    rank, k = call.layout.of(g).rank, signs.shape[1]
-    if call.rows is None:
+def _flip(h: Tensor, signs: Tensor, rank: int, mine: Tensor | None) -> None:
+    """Of one adapter: h [M, width], signs [S, k], one a sample and probe; its rows (None: all)."""
+    k = signs.shape[1]
+    if mine is None:
         probe = h.view(signs.shape[0], -1, h.shape[1]).narrow(2, rank, h.shape[1] - rank)
         probe.mul_(signs.to(h.dtype).repeat(1, probe.shape[2] // k).unsqueeze(1))
         return
     each = signs.to(h.dtype).repeat_interleave(h.shape[0] // signs.shape[0], 0)
-    h.narrow(1, rank, k).mul_(torch.where((call.rows.ids == g).unsqueeze(1), each, 1.0))
+    h.narrow(1, rank, k).mul_(torch.where(mine.unsqueeze(1), each, 1.0))
 
 
-def _forward_fake(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, backend, engine):
+def _forward_fake(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, streams, backend, engine):
     layout = GroupLayout(W, B, starts)
     outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in W]
     adapters = len(A) // layout.projections if V else 0
@@ -81,11 +84,11 @@ def probe_counts(P: Sequence[Tensor]) -> list[int]:
     return [m.shape[1] if picks_columns(m) else m.shape[0] for m in P]
 
 
-def _backward(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, need, backend, engine):
+def _backward(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, streams, need, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
     need, seen = Need(*need), as_rows(x)
     grads = [None if g is None else as_rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
-    call = _call(x, W, [None] * len(W), A, B, (), probes, drop, rows, starts, scale, p, engine, False)
+    call = _call(x, W, [None] * len(W), A, B, (), probes, drop, rows, starts, scale, p, streams, engine, False)
     dx, dA, dB, dZ = like_operands(call, planned(chosen).backward(call, h, grads, need), need)
     out = [*([dx] if need.dx else []), *dA, *dB, *dZ]
     if need.dW:
@@ -119,7 +122,7 @@ def _columns(probes: Sequence[int], factors: int) -> list[int]:
     return [k for k in probes for _ in range(each)] or [0] * factors
 
 
-def _backward_fake(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, need, backend, engine):
+def _backward_fake(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, streams, need, backend, engine):
     need, acc = Need(*need), reference.accumulate_dtype(x.dtype)
     out = [x.new_empty(x.shape)] if need.dx else []
     if need.dA:
@@ -136,16 +139,16 @@ def _backward_fake(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, need
 
 
 def _backward_rest(rest: tuple) -> tuple:
-    P, _, drop, rows, starts, scale, p, _, _ = rest
-    return probe_counts(P), drop, rows, starts, scale, p
+    P, _, drop, rows, starts, scale, p, streams, _, _ = rest
+    return probe_counts(P), drop, rows, starts, scale, p, streams
 
 
 def _formula(x, W, bias, A, B, Z, rest):
-    P, sign, drop, rows, _, scale, p, _, _ = rest
+    P, sign, drop, rows, _, scale, p, streams, _, _ = rest
     if rows:
-        return reference.lora_grouped(x, W, bias, A, B, scale, rows[0], Z, P, sign, drop, p)
+        return reference.lora_grouped(x, W, bias, A, B, scale, rows[0], Z, P, sign, drop, p, streams)
     first = [found[0] if found else None for found in (P, sign)]
-    return reference.lora_linear(x, W, bias, A, B, scale, Z, *first, drop, p[0] if p else 0.0)
+    return reference.lora_linear(x, W, bias, A, B, scale, Z, *first, drop, p[0] if p else 0.0, streams)
 
 
 def _probe_leaves(B: Sequence[Tensor], rest: tuple) -> list[Tensor]:
@@ -214,12 +217,12 @@ def lora_linear(
 
 
 def checked_linear(
-    x, W, bias, A, B, scale, p, Z=(), V=(), P=None, sign=None, backend="auto", engine="auto"
+    x, W, bias, A, B, scale, p, Z=(), V=(), P=None, sign=None, backend="auto", engine="auto", streams=()
 ) -> list[Tensor]:
     """``lora_linear`` of an input that was checked; scales and p are floats."""
     seed = new_seed(x.device) if p > 0.0 else None
     probes, signs = [[] if given is None else [given] for given in (P, sign)]
-    out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, probes, signs, seed, [], [], scale, [p], backend, engine)
+    out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, probes, signs, seed, [], [], scale, [p], streams, backend, engine)
     return out[: len(W)]
 
 
@@ -234,6 +237,7 @@ def lora_grouped(
     *,
     p: Sequence[float] = (),
     dropout_salt: int = 0,
+    streams: Sequence[int] = (),
     starts: Sequence[int] = (),
     Z: Sequence[Tensor] = (),
     V: Sequence[Tensor] = (),
@@ -248,9 +252,9 @@ def lora_grouped(
 
     A, B, scale and Z run over the batch's adapters, then projections, V over adapters, then weights; P, sign and p
     over adapters, with [0, K] and [0, 0] where an adapter is not measured. ``dropout_salt`` tells the layers of one
-    ``row_seeds`` apart; ``starts`` are the ``column_starts`` of the batch's adapters, worked out here without.
-    Gradients of an adapter come from its own rows. Raises as ``lora_linear`` does, and for ids
-    that do not fit x.
+    ``row_seeds`` apart, ``streams`` the projections of one salt (0, 1, ... without); ``starts`` are the
+    ``column_starts`` of the batch's adapters, worked out here without. Gradients of an adapter come from its own rows.
+    Raises as ``lora_linear`` does, and for ids that do not fit x.
     """
     check_input(x, W[0])
     rows, keys = batch.rows(x), None
@@ -258,7 +262,7 @@ def lora_grouped(
         keys = batch.keys(x, new_seed(x.device), dropout_salt)
     out = LORA_LINEAR.apply(
         x, W, bias, A, B, Z, V, P, sign, keys, list(rows), starts, [float(s) for s in scale],
-        [float(q) for q in p] or [0.0] * len(batch.names), backend, engine,
+        [float(q) for q in p] or [0.0] * len(batch.names), streams, backend, engine,
     )  # fmt: skip
     return out[: len(W)]
 

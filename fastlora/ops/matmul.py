@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import weakref
@@ -69,14 +70,19 @@ class MatmulEngines:
         self._choices: dict[tuple, Choice] = {}
         self._packed: dict[int, tuple[weakref.ref, _Packed]] = {}
 
+    @functools.cached_property
+    def override(self) -> str:
+        """What the environment says, read once: reading it for every product of a small layer is 1 % of a step."""
+        return os.environ.get(_OVERRIDE, "")
+
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None, engine: str = AUTO) -> Tensor:
         """``x W^T + bias``: x [*, K], W [N, K] -> [*, N]."""
         if engine == NONE:
             return x.new_zeros((*x.shape[:-1], W.shape[0]))
         rows = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
-        name = self._known("forward", rows, W, engine)
+        name = self.settled("forward", rows, W, engine)
         if name is None:
-            name = self._choose("forward", rows, W, engine, lambda name: self._forward(name, x, W, bias, rows))
+            name = self._measured("forward", rows, W, engine, lambda name: self._forward(name, x, W, bias, rows))
         return self._forward(name, x, W, bias, rows)
 
     def backward(self, dy: Tensor, W: Tensor, engine: str = AUTO, into: Tensor | None = None) -> Tensor:
@@ -84,9 +90,9 @@ class MatmulEngines:
         if engine == NONE:
             return dy.new_zeros((dy.shape[0], W.shape[1])) if into is None else into
         rows = dy.shape[0]
-        name = self._known("backward", rows, W, engine)
+        name = self.settled("backward", rows, W, engine)
         if name is None:
-            name = self._choose("backward", rows, W, engine, lambda name: self._backward(name, dy, W, rows, None))
+            name = self._measured("backward", rows, W, engine, lambda name: self._backward(name, dy, W, rows, None))
         return self._backward(name, dy, W, rows, into)
 
     def _forward(self, name: str, x: Tensor, W: Tensor, bias: Tensor | None, rows: int) -> Tensor:
@@ -107,28 +113,25 @@ class MatmulEngines:
             return onednn_linear(dy, weight, None)
         return onednn_linear_add(dy, into, weight)
 
-    def _known(self, direction: str, rows: int, W: Tensor, engine: str) -> str | None:
-        """What was chosen before, without the checks of a first choice: on a small layer they cost 2 % of a step."""
-        if _OVERRIDE in os.environ or W.requires_grad or not W.is_cpu:
-            return None
-        choice = self._choices.get(self._key(direction, rows, W, engine))
-        return None if choice is None else choice.name
-
-    def _choose(self, direction: str, rows: int, W: Tensor, engine: str, run: Callable[[str], Tensor]) -> str:
-        wanted = os.environ.get(_OVERRIDE, "") if engine in (AUTO, UNPACKED) else engine
-        if W.device.type != "cpu" or rows == 0:
+    def settled(self, direction: str, rows: int, W: Tensor, engine: str) -> str | None:
+        """The engine of a product, where nothing has to be measured for it."""
+        wanted = self.override if engine in (AUTO, UNPACKED) else engine
+        if not wanted and W.is_cpu and not W.requires_grad:
+            choice = self._choices.get(self._key(direction, rows, W, engine))
+            if choice is not None:
+                return choice.name
+        if not W.is_cpu or rows == 0:
             return LINEAR
         if wanted:
-            return _checked(wanted)
-        if W.requires_grad or W.dtype not in (torch.float32, torch.bfloat16) or onednn_reason() is not None:
-            return LINEAR
-        key = self._key(direction, rows, W, engine)
-        choice = self._choices.get(key)
-        if choice is None:
-            candidates = NAMES if engine == AUTO else (LINEAR, ONEDNN)
-            choice = self._choices[key] = _time(candidates, run)
-            if choice.name != PACKED:
-                self.drop(W, direction)
+            return NONE if wanted == NONE else _checked(wanted)
+        unknown = W.dtype not in (torch.float32, torch.bfloat16) or onednn_reason() is not None
+        return LINEAR if W.requires_grad or unknown else None
+
+    def _measured(self, direction: str, rows: int, W: Tensor, engine: str, run: Callable[[str], Tensor]) -> str:
+        choice = _time(NAMES if engine == AUTO else (LINEAR, ONEDNN), run)
+        self._choices[self._key(direction, rows, W, engine)] = choice
+        if choice.name != PACKED:
+            self.drop(W, direction)
         return choice.name
 
     @staticmethod
@@ -139,7 +142,7 @@ class MatmulEngines:
         """Whether both directions were measured and the library's own linear won: nothing is left to decide."""
         found = [self._choices.get(self._key(d, rows, W, engine)) for d in ("forward", "backward")]
         won = all([choice is not None and choice.name == LINEAR for choice in found])
-        return won and _OVERRIDE not in os.environ
+        return won and not self.override
 
     def _pack(self, direction: str, W: Tensor, rows: int) -> Tensor:
         """The packed copy of a weight for one direction, made anew whenever the weight has changed."""

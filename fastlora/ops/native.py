@@ -108,6 +108,18 @@ def _lora_backward(dx, dy, x, h, A, B, outputs, columns, scales, probes, need_dA
     return dA, dB, Q
 
 
+def _linear_lora_forward(x, W, bias, A, P, B, outputs, columns, scales, moments):
+    y = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in W]
+    rows = [t.view(-1, t.shape[-1]) for t in (x, *y)]
+    h, sums = _lora_forward(rows[1:], rows[0], A, P, B, outputs, columns, scales, moments)
+    return [*y, h, *sums]
+
+
+def _linear_lora_backward(dy, x, h, W, A, B, outputs, columns, scales, probes, need_dx, need_dA, need_dB):
+    found = _lora_backward(None, dy, x, h, A, B, outputs, columns, scales, probes, need_dA, need_dB)
+    return [*([x.new_empty(x.shape)] if need_dx else []), *[g for part in found for g in part]]
+
+
 def _lora_grouped_forward(y, x, A, P, B, order, ranges, outputs, columns, scales, starts, moments):
     adapters = ranges.shape[0] if moments else 0
     projections = len(outputs)
@@ -199,6 +211,8 @@ def _dropout_rows(x, keys, projection, p):
 SHAPES = {
     "lora_forward_": _lora_forward,
     "lora_backward_": _lora_backward,
+    "linear_lora_forward": _linear_lora_forward,
+    "linear_lora_backward": _linear_lora_backward,
     "lora_grouped_forward_": _lora_grouped_forward,
     "lora_grouped_backward_": _lora_grouped_backward,
     "shrink": _shrink,

@@ -99,6 +99,7 @@ def lora_linear(
     sign: Tensor | None = None,
     seed: Tensor | None = None,
     p: float = 0.0,
+    streams: Sequence[int] = (),
 ) -> list[Tensor]:
     """The adapted linears of one group, written as the formula and differentiable any number of times.
 
@@ -107,13 +108,14 @@ def lora_linear(
 
     x [*, K]; W_j [N_j, K]; projection i covers the next N_i columns of the concatenated outputs, A_i [r_i, K],
     B_i [N_i, r_i]; P [k, K] or int64 [projections, k], Z_i [N_i, k] (zero: it only collects the gradient
-    Q_i = G_W P^T), sign [S, k] for the S samples of dimension 0. Returns one y_j [*, N_j] a weight.
+    Q_i = G_W P^T), sign [S, k] for the S samples of dimension 0. ``streams``: the number by which ``dropout``
+    knows each projection, its place without. Returns one y_j [*, N_j] a weight.
     """
     rows = x.reshape(-1, x.shape[-1])
     base = torch.cat([torch.nn.functional.linear(rows, w, b) for w, b in zip(W, bias, strict=True)], dim=1)
     updates, probe = [], None
     for i, (a, b) in enumerate(zip(A, B, strict=True)):
-        seen = dropout(rows, seed, i, p) if p > 0 else rows
+        seen = dropout(rows, seed, streams[i] if streams else i, p) if p > 0 else rows
         update = scale[i] * (seen @ a.to(rows.dtype).T) @ b.to(rows.dtype).T
         if P is not None and (probe is None or not P.is_floating_point()):
             probe = rows @ P.to(rows.dtype).T if P.is_floating_point() else rows[:, P[i]]
@@ -140,6 +142,7 @@ def lora_grouped(
     sign: Sequence[Tensor] = (),
     keys: Tensor | None = None,
     p: Sequence[float] = (),
+    streams: Sequence[int] = (),
 ) -> list[Tensor]:
     """``lora_linear`` of every row with the adapter that its id names; -1 leaves the frozen linear alone.
 
@@ -159,7 +162,8 @@ def lora_grouped(
                 probe = probe * sign[g].to(seen.dtype)[mine // (rows.shape[0] // sign[g].shape[0])]
         updates = []
         for i, (a, b, s) in enumerate(zip(A[part], B[part], scale[part], strict=True)):
-            dropped = dropout_rows(seen, keys[mine], i, p[g]) if p and p[g] > 0 else seen
+            stream = streams[i] if streams else i
+            dropped = dropout_rows(seen, keys[mine], stream, p[g]) if p and p[g] > 0 else seen
             update = s * (dropped @ a.to(seen.dtype).T) @ b.to(seen.dtype).T
             if probe is not None:
                 update = update + probe @ Z[part][i].to(seen.dtype).T

@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from .._utils.distributed import is_sharded, like, refuse_parallel, reshard, unwrapped
+from .._utils.distributed import is_sharded, like, refuse_parallel, reshard, unwrapped, whole
 from .._utils.errors import listed
 from ..config import LoraConfig
 from ..model.adapters import add_adapter
@@ -81,6 +81,8 @@ def load_folder(model: nn.Module, folder: AdapterFolder, adapter: str | None = N
     plan = _plan(model, folder)
     if here:
         _refuse_differences(model, folder, plan, adapter)
+    elif layers:
+        _refuse_other_head(model, folder, plan)
     config = None if here else _config_for(model, folder, plan)
     dtypes = {n: p.dtype for n, p in _factors(model, plan, adapter).items()} if here else {}
     staged = _staged(folder, plan, dtypes)
@@ -280,6 +282,16 @@ def _blocks(
         factors[x.name] = (A[columns], b) if x.rank else None
         column = columns.stop
     return None if bool(outside.any()) else factors
+
+
+def _refuse_other_head(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> None:
+    """``ValueError`` for a further adapter whose file would overwrite what the adapters of the model share."""
+    for key, target in plan.others.items():
+        if not torch.equal(whole(target).to(folder.tensors[key].dtype).cpu(), folder.tensors[key]):
+            raise ValueError(
+                f"{folder.where(TENSORS)}: {key!r} differs from the model's, which its adapters share; load this "
+                "adapter into a model of its own"
+            )
 
 
 def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, adapter: str) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from unittest import mock
+
 import torch
 from child import run
 from torch import nn
 
 import fastlora
+from benchmarks.harness import peers
+from benchmarks.harness.shapes import ANCHORS, Problem
+from benchmarks.host import cases
 from benchmarks.host.counts import counts, frames
 
 
@@ -93,9 +100,75 @@ def modules_are_as_torch_has_them(gpu):
     assert found.gpu.gemms == 6 and found.gpu.launches == 0 and found.operators["aten::linear"] == 3, found
 
 
+# Of a forward and backward of q, k, v: Python functions of fastlora entered, at most; then exactly the calls of the
+# dispatcher, allocations, launches of Triton kernels, products by the library and other kernels.
+PINNED_GPU = {
+    "fastlora": (74, 22, 13, 6, 0, 0),
+    "probes": (90, 28, 16, 6, 0, 3),
+    "act_var": (90, 38, 23, 7, 0, 9),
+    "dropout": (76, 25, 14, 7, 0, 1),
+    "four_adapters": (77, 74, 37, 6, 6, 8),
+}
+# The same without what a GPU does.
+PINNED_CPU = {
+    "fastlora": (130, 74, 11),
+    "probes": (148, 77, 14),
+    "act_var": (151, 83, 20),
+    "dropout": (169, 147, 28),
+}
+
+
+def own_frames(step, gpu=None):
+    """Those of fastlora alone: torch's own differ from one version to the next."""
+    own = f"{Path(fastlora.__file__).parent}/"
+    return sum(count for name, count in frames(step, gpu).items() if name.startswith(own))
+
+
+def pinned(found, expected):
+    for name, (most, *exactly) in expected.items():
+        assert found[name][0] <= most, (name, found[name], expected[name])
+        assert list(found[name][1:]) == exactly, (name, found[name], expected[name])
+    assert found.keys() == expected.keys()
+
+
+def of_a_group(problem):
+    tracked = [peers.ours(problem, name, statistics) for name, statistics in peers.TRACKED.items()]
+    return [peers.ours(problem), *tracked, cases.with_dropout(problem)]
+
+
+def steps_of_a_group_on_a_gpu_are_pinned(gpu):
+    with torch.device(gpu.device):
+        problem = Problem(ANCHORS["A2"], torch.bfloat16)
+        variants = [*of_a_group(problem), cases.batch(problem)]
+    found = {}
+    for variant in variants:
+        for _ in range(3):
+            variant.forget()
+            variant.call()
+        seen = counts(variant.call, gpu)
+        events = seen.gpu
+        assert (events.to_host, events.to_device, events.synchronizes, events.fallbacks) == (0, 0, 0, 0), seen
+        of_gpu = events.allocations, events.launches, events.gemms, events.kernels
+        found[variant.name] = own_frames(variant.call, gpu), seen.dispatcher, *of_gpu
+    pinned(found, PINNED_GPU)
+
+
+def steps_of_a_group_on_the_cpu_are_pinned(gpu):
+    found = {}
+    with mock.patch.dict(os.environ, FASTLORA_CPU_ENGINE="linear"):  # else the fastest multiplies, which time tells
+        for variant in of_a_group(Problem(cases.TINY, torch.float32)):
+            for _ in range(3):
+                variant.forget()
+                variant.call()
+            seen = counts(variant.call)
+            found[variant.name] = own_frames(variant.call), seen.dispatcher, seen.allocations
+    pinned(found, PINNED_CPU)
+
+
 CHECKS = (
     frames_are_the_functions_entered, frames_of_a_backward_count, dispatcher_calls_and_allocations_are_counted,
-    steps_of_a_layer_count_the_same, modules_are_as_torch_has_them,
+    steps_of_a_layer_count_the_same, steps_of_a_group_on_a_gpu_are_pinned, steps_of_a_group_on_the_cpu_are_pinned,
+    modules_are_as_torch_has_them,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.host import records
 from benchmarks.host.null_gpu import null_gpu
 from benchmarks.host.records import Kind
 
+MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 INVALID_VALUE, NO_BINARY = 1, 209  # CUresult
 CLUSTER_DIMENSION, CLUSTER_SCHEDULING = 4, 5  # CUlaunchAttributeID
 
@@ -204,6 +205,25 @@ def shared_memory_is_limited(gpu):
         assert gpu_driver["max_shared_mem"] == launch.shared_bytes - 1, gpu_driver
 
 
+def a_block_gets_the_shared_memory_that_was_asked_for(gpu):
+    """Beyond the limit of the function itself, 48 KiB unless cuFuncSetAttribute raised it, nothing starts."""
+    large(gpu)
+    x = torch.empty(128, 128, dtype=torch.bfloat16, device=gpu.device)
+    kernel = large_kernel.warmup(x, torch.empty(128, 128, device=gpu.device), BLOCK=128, grid=(1,))
+    raise_limit = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute
+    raise_limit.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    assert raise_limit(kernel.function, MAX_DYNAMIC_SHARED, kernel.metadata.shared - 1) == 0
+    try:
+        large(gpu)
+    except RuntimeError as error:
+        assert "error 1 of the null driver" in str(error), error
+    else:
+        raise AssertionError("a launch with more shared memory than the function's was taken")
+    assert raise_limit(kernel.function, MAX_DYNAMIC_SHARED, kernel.metadata.shared) == 0
+    large(gpu)
+    assert raise_limit(kernel.function, MAX_DYNAMIC_SHARED, (227 << 10) + 1) == INVALID_VALUE
+
+
 def capability_is_compiled_for(gpu):
     out, x, other = vectors(gpu)
     with null_gpu(capability=(8, 0), multiprocessors=7):
@@ -259,6 +279,8 @@ def operators_without_a_kernel_give_shapes(gpu):
     softmax, values, indices, changed = found
     assert softmax.shape == x.shape and values.shape == indices.shape == (4, 2) and indices.dtype == torch.int64
     assert changed.data_ptr() == x.data_ptr() + 6 * 4 and {t.device for t in found} == {x.device}
+    out = torch.empty(0, device=gpu.device)
+    assert x.tanh_() is x and torch.cumsum(x, 1, out=out) is out and out.shape == x.shape
 
 
 def layers_launch_triton_kernels(gpu):
@@ -314,7 +336,8 @@ def unknown_cards_are_refused(gpu):
 CHECKS = (
     launch_is_written_down, parameters_are_told, any_argument_makes_a_difference, memory_of_a_record_is_told_by_its_use,
     freed_memory_is_found, tensor_maps_are_written_down, clusters_are_attributes, streams_are_written_down,
-    shared_memory_is_limited, capability_is_compiled_for, driver_refuses_what_it_must, copies_are_counted,
+    shared_memory_is_limited, a_block_gets_the_shared_memory_that_was_asked_for,
+    capability_is_compiled_for, driver_refuses_what_it_must, copies_are_counted,
     operators_without_a_kernel_give_shapes, layers_launch_triton_kernels, everything_is_put_back,
     unknown_cards_are_refused,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlora.ops.backends import BACKENDS
 from fastlora.ops.backends.planned import PlannedBackend
-from fastlora.ops.layout import Dropout, GroupLayout, LoraCall, Need, Rows
+from fastlora.ops.layout import SCHEDULED, Dropout, GroupLayout, LoraCall, Need, Rows, segment_tiles
 
 LAYOUTS = {  # rows of each weight, rows of each projection
     "separate": ((768, 768, 768), (768, 768, 768)),
@@ -149,14 +149,16 @@ class Example:
         if not adapters:
             return None
         ids, order = (zeros(rows, dtype=torch.int64, device=self.device) for _ in range(2))
-        return Rows(ids, order, zeros(adapters, 2, dtype=torch.int64, device=self.device))
+        ranges = zeros(adapters, 2, dtype=torch.int64, device=self.device)
+        tiles = torch.cat([segment_tiles(ranges, rows, block) for block in SCHEDULED])
+        return Rows(ids, order, ranges, tiles)
 
     def _drop(self) -> Dropout | None:
         case = self.case
         if not case.p:
             return None
         key = torch.zeros((case.rows, 2) if case.adapters else (), dtype=torch.int64, device=self.device)
-        return Dropout(key, [case.p, 0.0, case.p][: case.adapters or 1])
+        return Dropout(key, [case.p, 0.0, case.p][: case.adapters or 1], range(1, 2 * len(LAYOUTS[case.layout][1]), 2))
 
     def _dy(self, weights: Sequence[int]) -> list[Tensor | None]:
         dy: list[Tensor | None] = [self._matrix(n, deep=False) for n in weights]

@@ -123,7 +123,7 @@ def test_row_seeds_differ_between_layers_and_places():
     assert torch.equal(first[0][0], first[0][1])  # and not the place in the batch
     assert not torch.equal(first[0][0, 0], first[0][0, 1])  # but the place in the sample does
     layers = list(fastlora.nn.linear.adapted_layers(m).values())
-    assert len({layer.dropout_salt for layer in layers}) == len(layers)
+    assert len({(layer.dropout_salt, layer.stream) for layer in layers}) == len(layers)
 
 
 def statistics(m, x, labels, ids, name, **options):

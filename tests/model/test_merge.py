@@ -244,3 +244,12 @@ class TestDisabled:
                 assert torch.equal(run(model), off)
                 raise KeyError
             assert torch.equal(run(model), before) and not torch.equal(off, before)
+
+
+def test_a_weight_in_fp8_is_refused_whole():
+    model = fastlora.inject(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config(target_modules=["0", "1"]))
+    model[1].weight.data = model[1].weight.data.to(torch.float8_e4m3fn)
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match="model: '1' is in float8_e4m3fn, to which the update would be rounded"):
+        fastlora.merge(model)
+    assert torch.equal(model[0].weight, before) and not model[0].merged

@@ -227,3 +227,21 @@ class TestRecomputation:
         same(step(lambda x: checkpoint(inside, x, use_reentrant=reentrant)), step(inside))
         with pytest.raises(RuntimeError, match="cannot be told from others with other adapters"):
             step(lambda x: checkpoint(both, x, use_reentrant=reentrant))
+
+
+def test_a_second_adapter_does_not_replace_the_head_of_the_first(tmp_path):
+    def made(**more):
+        config = fastlora.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"], **more)
+        return fastlora.inject(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), config)
+
+    torch.manual_seed(0)
+    first = made()
+    fastlora.save(first, tmp_path)
+    fastlora.load(first, tmp_path, adapter="b")  # the same head
+    with torch.no_grad():
+        first[1].weight.add_(1)
+    before = {k: v.clone() for k, v in first.state_dict().items()}
+    with pytest.raises(ValueError, match="1.weight' differs from the model's, which its adapters share"):
+        fastlora.load(first, tmp_path, adapter="c")
+    after = first.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import itertools
 import pickle
 import threading
 import types
@@ -23,6 +24,7 @@ from support.helpers import (
     config,
     lora_grads,
     mix,
+    one_by_one,
     outcome,
     plain,
     randomise,
@@ -64,11 +66,48 @@ class TestTogether:
         fastlora.inject(model, config(target_modules=["q_proj", "v_proj"]))
         assert calls(randomise(model), x) == [(D, KV)]
 
-    def test_dropout_runs_alone_so_that_masks_do_not_depend_on_grouping(self, x, memory):
-        model = adapted(lora_dropout=0.5)
-        assert calls(model, x) == [(D,), (KV,), (KV,)]
-        assert_same(outcome(model, x, memory), outcome(ungrouped(model), x, memory))
-        assert calls(model.eval(), x) == [(D, KV, KV)]
+    @pytest.mark.parametrize("cross", [False, True])
+    def test_dropout_masks_do_not_depend_on_what_runs_together(self, x, memory, cross):
+        model, args = adapted(lora_dropout=0.5), (x, memory) if cross else (x,)
+        alone = outcome(one_by_one(model), *args)
+        assert calls(one_by_one(model), *args) == [(D,), (KV,), (KV,)]
+        for _ in range(3):  # the last as the first taught
+            assert_same(outcome(model, *args), alone)
+        assert calls(model, *args) == ([(D,), (KV, KV)] if cross else [(D, KV, KV)])
+        model.attn.k_proj.register_forward_hook(lambda *_: None)
+        assert_same(outcome(model, *args), alone)
+
+    def test_dropout_masks_by_row_seeds_do_not_either(self, x):
+        model, found = adapted(lora_dropout=0.5), []
+        for each in (model, one_by_one(model), one_by_one(model)):
+            with fastlora.use_adapters(each, "default", row_seeds=torch.tensor([3, 4])):
+                found.append(outcome(each, x))
+        assert_same(found[0], found[1])
+        compiled = one_by_one(model)
+        compiled.attn = torch.compile(compiled.attn, backend="aot_eager")
+        with fastlora.use_adapters(compiled, "default", row_seeds=torch.tensor([3, 4])):
+            assert_same(outcome(compiled, x)[:1], found[0][:1])
+
+    @pytest.mark.parametrize("again", ["other", "same"])
+    def test_a_second_call_has_a_mask_of_its_own(self, x, memory, again):
+        seen = {}
+
+        def body(self, x, memory):
+            other = memory if again == "other" else x
+            # k takes part in q's call; then it comes for another input before its own, and twice for that.
+            seen["q"], k = self.q_proj(x), [self.k_proj(other), self.k_proj(x), self.k_proj(x)]
+            seen["k"] = [t.detach() for t in k]
+            return sum(t.square().sum() for t in k) + self.v_proj(x).sum() + seen["q"].square().sum()
+
+        model = adapted(body, lora_dropout=0.5)
+        x, memory = x.flatten(0, 1), memory.flatten(0, 1)
+        for _ in range(2):
+            mine, here = outcome(model, x, memory), list(seen["k"])
+            assert_same(mine, outcome(one_by_one(model), x, memory))
+            for a, b in zip(here, seen["k"], strict=True):
+                torch.testing.assert_close(a, b)
+            masked = here[1:] if again == "other" else here
+            assert all(not torch.allclose(a, b) for a, b in itertools.combinations(masked, 2))
 
     def test_dropout_has_its_own_mask_for_each(self, x):
         model = adapted(lora_dropout=0.5, r=8)

@@ -8,7 +8,20 @@ import gc
 
 import pytest
 import torch
-from support.helpers import KV, CountOps, D, adapted, assert_same, calls, lora_grads, mix, outcome, plain, ungrouped
+from support.helpers import (
+    KV,
+    CountOps,
+    D,
+    adapted,
+    assert_same,
+    calls,
+    lora_grads,
+    mix,
+    one_by_one,
+    outcome,
+    plain,
+    ungrouped,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -42,12 +55,12 @@ class TestCheckpointing:
         args = (x, memory) if cross else (x,)
         model = adapted(lora_dropout=p)
         for _ in range(3):
-            assert_same(self.through(model, use_reentrant, *args), outcome(ungrouped(model), *args))
+            assert_same(self.through(model, use_reentrant, *args), outcome(one_by_one(model), *args))
         # The formula holds along a direction, so the masks of forward and backward are the same.
-        self.check_directional(model, use_reentrant, *args)
+        self.check_directional(model, functools.partial(checkpoint, use_reentrant=use_reentrant), *args)
 
     @staticmethod
-    def check_directional(model, use_reentrant, *args):
+    def check_directional(model, run, *args):
         model, args = copy.deepcopy(model).double(), [a.double() for a in args]
         b = model.attn.v_proj.lora_B["default"].weight
         direction = torch.randn_like(b)
@@ -55,7 +68,7 @@ class TestCheckpointing:
         def loss():
             torch.manual_seed(3)
             given = [a.clone().requires_grad_() for a in args]
-            return checkpoint(model.attn, *given, use_reentrant=use_reentrant).square().sum()
+            return run(model.attn, *given).square().sum()
 
         model.zero_grad()
         loss().backward()
@@ -111,6 +124,20 @@ class TestCheckpointing:
         reference.load_state_dict(model.state_dict())
         for _ in range(2):
             assert_same(outcome(model, x), outcome(ungrouped(reference), x))
+
+    @pytest.mark.parametrize("outer", [None, False, True])
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_dropout_in_a_projection_checkpointed_alone(self, x, use_reentrant, outer):
+        def body(self, x, memory):
+            k, v = (checkpoint(layer, x, use_reentrant=use_reentrant) for layer in (self.k_proj, self.v_proj))
+            return mix(self, self.q_proj(x), k, v)
+
+        model = adapted(body, lora_dropout=0.3)
+        for _ in range(2):
+            if outer is None:
+                self.check_directional(model, lambda f, *args: f(*args), x)
+            else:
+                self.check_directional(model, functools.partial(checkpoint, use_reentrant=outer), x)
 
     def test_saved_tensor_hooks_without_recomputation(self, x, memory):
         model = adapted()

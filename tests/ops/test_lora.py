@@ -39,6 +39,19 @@ def test_forward_and_gradients(name, dtype, backend, p):
     assert_close_as(grads, want, low)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("picks", [False, True], ids=["probe rows", "columns of x"])
+def test_masks_of_the_streams_that_are_named(dtype, backend, picks):
+    case, streams = make(dtype=dtype, k=3, picks=picks), [4, 0, 9]
+    y, grads = run(case, backend, 0.3, streams=streams)
+    want_y, want = oracle(case, p=0.3, streams=streams)
+    low_y, low = run(case, function=reference.lora_linear, p=0.3, streams=streams)
+    assert_close_as(y, want_y, low_y)
+    assert_close_as(grads, want, low)
+    assert not torch.allclose(y[0].double(), oracle(case, p=0.3)[0][0], atol=0.1)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_float64_is_exact(p):
     case = make(dtype=torch.float64, k=2)
@@ -260,13 +273,13 @@ def test_opcheck(p, picks):
     Z = [torch.zeros(b.shape[0], 2, requires_grad=True) for b in B]
     V = [torch.zeros(2, w.shape[0] + 1, dtype=torch.float64, requires_grad=True) for w in case["W"]]
     probes = ([case["P"]], [case["sign"]])
-    args = (x, case["W"], case["bias"], A, B, Z, V, *probes, seed, [], [], case["scale"], [p], "auto", "auto")
+    args = (x, case["W"], case["bias"], A, B, Z, V, *probes, seed, [], [], case["scale"], [p], [], "auto", "auto")
     torch.library.opcheck(torch.ops.fastlora.lora_linear.default, args)
     h = torch.randn(13, 8 + (6 if picks else 2))
     back = (case["dy"], case["x"].detach(), h, case["W"], [a.detach() for a in A], [b.detach() for b in B], [2])
     torch.library.opcheck(
         torch.ops.fastlora.lora_linear_backward.default,
-        (*back, seed, [], [], case["scale"], [p], [True] * 6, "auto", "auto"),
+        (*back, seed, [], [], case["scale"], [p], [], [True] * 6, "auto", "auto"),
     )
 
 

@@ -40,6 +40,15 @@ def test_forward_and_gradients(ids, dtype, backend, p):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_of_the_streams_that_are_named(backend):
+    case, p = make(IDS["scattered"]), (0.3, 0.0, 0.5)
+    other = [4, 0, 9][: len(case["W"])]
+    want = run(case, None, p, torch.float64, streams=other)
+    assert_close_as(run(case, backend, p, streams=other), want, run(case, None, p, streams=other))
+    assert not torch.allclose(want[0], run(case, None, p, torch.float64)[0], atol=0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_rank_in_one_batch(backend):
     ids = torch.randint(-1, len(RANKS), (97,), generator=torch.Generator().manual_seed(3)).tolist()
     case = make(ids, K=33, N=(16, 7, 9), ranks=tuple((r, 1, r) for r in RANKS), probes=(4,) * len(RANKS))

@@ -19,7 +19,8 @@ NAMES = [LINEAR, *([] if engines.onednn_reason() else [ONEDNN, PACKED])]
 
 @pytest.fixture(autouse=True)
 def no_override(monkeypatch):
-    monkeypatch.delenv("FASTLORA_CPU_ENGINE", raising=False)
+    monkeypatch.setenv("FASTLORA_CPU_ENGINE", "")
+    monkeypatch.setattr(ENGINES, "override", "")
 
 
 def low_precision_error(x, W, b):
@@ -128,7 +129,7 @@ def test_override_by_environment_and_by_name(monkeypatch):
     monkeypatch.setattr(engines, "onednn_reason", lambda: "this torch has no mkldnn::_linear_pointwise")
     with pytest.raises(RuntimeError, match="'onednn' was asked for and cannot run: this torch has no mkldnn"):
         MatmulEngines().forward(torch.randn(2, 3), torch.randn(4, 3), None)
-    monkeypatch.delenv("FASTLORA_CPU_ENGINE")
+    monkeypatch.setenv("FASTLORA_CPU_ENGINE", "")
     x, W = torch.randn(2, 3), torch.randn(4, 3)
     assert torch.equal(MatmulEngines().forward(x, W, None), F.linear(x, W))  # auto is safe without the private operator
 
@@ -231,7 +232,7 @@ def test_a_frozen_layer_leaves_the_operator_once_the_plain_linear_has_won(monkey
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("adapt", [True, False])
 def test_an_activation_may_change_the_output_in_place(monkeypatch, name, shape, with_bias, adapt):
-    monkeypatch.setenv("FASTLORA_CPU_ENGINE", name)
+    monkeypatch.setattr(ENGINES, "override", name)
     base = nn.Sequential(nn.Linear(8, 4, bias=with_bias), nn.ReLU(inplace=True), nn.Linear(4, 4))
     model = copy.deepcopy(base)
     targets = ["0"] if adapt else ["2"]
@@ -251,7 +252,7 @@ def test_packed_layers_of_a_model_follow_loads_merges_and_moves(monkeypatch):
     def check(dtype=torch.float32):
         x, found = torch.randn(5, 12, dtype=dtype), []
         for name in (LINEAR, PACKED):
-            monkeypatch.setenv("FASTLORA_CPU_ENGINE", name)
+            monkeypatch.setattr(ENGINES, "override", name)
             seen = x.clone().requires_grad_()
             y = model(seen)
             y.sum().backward()
@@ -284,7 +285,7 @@ def test_packed_layers_of_a_model_follow_loads_merges_and_moves(monkeypatch):
 @pytest.mark.parametrize("layout", ["contiguous", "slice", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_linear_engine_keeps_the_base_model_s_bits_and_makes_no_view(monkeypatch, shape, with_bias, layout, dtype):
-    monkeypatch.setenv("FASTLORA_CPU_ENGINE", LINEAR)
+    monkeypatch.setattr(ENGINES, "override", LINEAR)
     base = nn.Linear(8, 4, bias=with_bias, dtype=dtype).requires_grad_(False)
     layer = fastlora.inject(nn.Sequential(copy.deepcopy(base)), fastlora.LoraConfig(r=2, target_modules=["0"]))
     x = torch.randn(shape, dtype=dtype)

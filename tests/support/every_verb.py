@@ -17,13 +17,14 @@ def run_dropped(o, tiles, others=None):
     G, M = len(o.case.ranks), len(o.case.ids)
     p, keys = [(0.25, 0.0, 0.5)[g % 3] for g in range(G)], torch.randint(2**62, (M, 2), device=DEVICE)
     thresholds = tuple(reference.keep_threshold(q) if q else 0 for q in p)
-    drop, rest = grouped.Dropout(keys, thresholds, tuple(1 / (1 - q) for q in p)), (o.batch, o.own)
+    streams = tuple(range(1, 2 * len(o.case.widths), 2))
+    drop, rest = grouped.Dropout(keys, thresholds, tuple(1 / (1 - q) for q in p), streams), (o.batch, o.own)
     wanted_h, dh, dy = expected_mixed_h(o), expected_mixed_dh(o, o.slices(o.dy)).to(DEVICE, o.dtype), o.slices(o.dy)
     wanted_dx, wanted_dA = wide(o.x), []
     for g, ranks in enumerate(o.case.ranks):
         rows, column = o.rows(g), 0
         for i, r in enumerate(ranks):
-            own, A = (wide(dh)[rows, column : column + r], keys[rows].cpu(), i, p[g]), o.factor(o.A, g, i)
+            own, A = (wide(dh)[rows, column : column + r], keys[rows].cpu(), streams[i], p[g]), o.factor(o.A, g, i)
             seen = reference.dropout_rows(wide(o.x)[rows], *own[1:]) if p[g] else wide(o.x)[rows]
             part = own[0] @ A
             wanted_h[rows, column : column + r] = seen @ A.T

@@ -30,7 +30,7 @@ def make(ids, K=20, N=(12, 6), ranks=((3, 5), (1, 0), (17, 2)), probes=(2, 0, 3)
     }
 
 
-def run(case, backend=None, p=(), dtype=None, moments=False):
+def run(case, backend=None, p=(), dtype=None, moments=False, streams=()):
     """Outputs and gradients of x, A, B, Z and V; the reference without a backend."""
 
     def cast(t):
@@ -48,12 +48,12 @@ def run(case, backend=None, p=(), dtype=None, moments=False):
         seed = torch.randint(2**62, (), dtype=torch.int64) if any(p) else None
         keys = None if seed is None else case["batch"].keys(x, seed, 0)
         y = reference.lora_grouped(
-            x, W, bias, A, B, case["scale"], case["batch"].ids, Z, case["P"], case["sign"], keys, p
+            x, W, bias, A, B, case["scale"], case["batch"].ids, Z, case["P"], case["sign"], keys, p, streams
         )
     else:
         y = lora_grouped(
             x, W, bias, A, B, case["scale"], case["batch"], p=p, Z=Z, V=V, P=case["P"], sign=case["sign"],
-            backend=backend,
+            backend=backend, streams=streams,
         )  # fmt: skip
     inputs = [x, *A, *B, *Z, *V]
     grads = torch.autograd.grad(y, inputs, [cast(g) for g in case["dy"]], allow_unused=True)

@@ -150,6 +150,14 @@ def ungrouped(model: nn.Module) -> nn.Module:
     return model
 
 
+def one_by_one(model: nn.Module) -> nn.Module:
+    """A copy of a model whose siblings know each other, and run one by one in the first pass."""
+    model = copy.deepcopy(model)
+    for group in {layer.group for layer in adapted_layers(model).values()} - {None}:
+        group.__setstate__({"layers": group.layers, "expected": False})
+    return model
+
+
 def lora_grads(model: nn.Module) -> dict[str, torch.Tensor | None]:
     return {n: p.grad for n, p in model.named_parameters() if ".lora_" in n}
 

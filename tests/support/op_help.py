@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastlora.ops import native, reference
-from fastlora.ops.lora import lora_linear
+from fastlora.ops.lora import checked_linear
 
 BACKENDS = ["reference", "eager", *(["native"] if native.available() else [])]
 
@@ -38,7 +38,7 @@ def make(M=13, K=20, N=(12, 6, 6), r=(3, 0, 5), fused=False, k=0, dtype=torch.fl
     return case
 
 
-def run(case, backend="auto", p=0.0, function=None, dtype=None, moments=False, probes=True):
+def run(case, backend="auto", p=0.0, function=None, dtype=None, moments=False, probes=True, streams=()):
     """Outputs and gradients of x, A, B (and Z, V) as flat lists."""
     cast = (lambda t: t if t is None else t.detach().to(dtype)) if dtype else (lambda t: t if t is None else t.detach())
     x = cast(case["x"]).requires_grad_()
@@ -51,11 +51,12 @@ def run(case, backend="auto", p=0.0, function=None, dtype=None, moments=False, p
     V = [torch.zeros(2, w.shape[0] + 1, dtype=torch.float64, requires_grad=True) for w in W] if moments else []
     if function is None:
         torch.manual_seed(5)
-        y = lora_linear(x, W, bias, A, B, case["scale"], p=p, Z=Z, V=V, P=P, sign=case.get("sign"), backend=backend)
+        rest = (P, case.get("sign"), backend, "auto", streams)
+        y = checked_linear(x, W, bias, A, B, case["scale"], p, Z, V, *rest)
     else:
         torch.manual_seed(5)
         seed = torch.randint(2**62, (), dtype=torch.int64) if p > 0 else None
-        y = function(x, W, bias, A, B, case["scale"], Z, P, case.get("sign"), seed, p)
+        y = function(x, W, bias, A, B, case["scale"], Z, P, case.get("sign"), seed, p, streams)
     inputs = [x, *A, *B, *Z, *V]
     grads = torch.autograd.grad(y, inputs, [cast(g) for g in case["dy"]], allow_unused=True)
     return [t.detach() for t in y], [

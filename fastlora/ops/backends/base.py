@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class Backend(Protocol):
     name: str
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None]
     plannable: bool  # whether what it does for a call may be written down once and repeated
+    whole: tuple[Callable, Callable] | None  # linear_lora_forward, linear_lora_backward; None: it has none
 
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """``y_j = x W_j^T + bias_j + s h B^T``, ``h = [dropout(x) A^T | x P^T]``: y_j [*, N_j], h [M, width], moments.
@@ -73,6 +74,7 @@ class ComposedBackend:
     kernels: Any
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None]
     plannable: bool = False
+    whole: ClassVar[tuple[Callable, Callable] | None] = None
 
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """As ``Backend.forward``."""
@@ -118,9 +120,9 @@ class ComposedBackend:
 
     def _dropout(self, call: LoraCall, g: int, mine: Tensor | None, x: Tensor, projection: int) -> Tensor:
         if mine is None:
-            return self.kernels.dropout(x, call.drop.key, projection, call.drop.p[g])
+            return self.kernels.dropout(x, call.drop.key, call.drop.streams[projection], call.drop.p[g])
         keys = call.drop.key if mine.dtype == torch.bool else call.drop.key[mine]
-        return self.kernels.dropout_rows(x, keys, projection, call.drop.p[g])
+        return self.kernels.dropout_rows(x, keys, call.drop.streams[projection], call.drop.p[g])
 
     def backward(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
         """As ``Backend.backward``."""

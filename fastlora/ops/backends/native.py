@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -17,6 +17,11 @@ from .base import ComposedBackend
 class NativeBackend(ComposedBackend):
     """The compiled kernels: without dropout, one pass over the rows in each direction around the library's matmul."""
 
+    @property
+    def whole(self) -> tuple[Callable, Callable]:
+        """As ``Backend.whole``."""
+        return torch.ops.fastlora.linear_lora_forward.default, torch.ops.fastlora.linear_lora_backward.default
+
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """As ``Backend.forward``."""
         if call.drop is not None:
@@ -29,7 +34,7 @@ class NativeBackend(ComposedBackend):
             P = call.P[0] if call.P else None
             h, sums = ops.lora_forward_.default(y, x, A, P, B, *where, call.moments)
         else:
-            _, order, ranges = call.rows
+            _, order, ranges, _ = call.rows
             starts = call.layout.starts
             h, sums = ops.lora_grouped_forward_.default(y, x, A, call.P, B, order, ranges, *where, starts, call.moments)
         return outputs, h, sums
@@ -47,7 +52,7 @@ class NativeBackend(ComposedBackend):
             probes = call.probes[0] if call.probes and need.dZ else 0
             dA, dB, Q = ops.lora_backward_.default(dx, live, x, h, A, B, *where, probes, need.dA, need.dB)
         else:
-            _, order, ranges = call.rows
+            _, order, ranges, _ = call.rows
             probes = call.probes or [0] * ranges.shape[0]
             dA, dB, Q = ops.lora_grouped_backward_.default(
                 dx, live, x, h, A, B, order, ranges, *where, call.layout.starts, probes, need.dA, need.dB

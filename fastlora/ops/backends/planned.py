@@ -97,7 +97,7 @@ def _rest(call: LoraCall, inputs: list[Tensor]) -> tuple:
         inputs += call.rows
     if call.drop is not None:
         inputs.append(call.drop.key)
-        p = tuple(call.drop.p)
+        p = (*call.drop.p, *call.drop.streams)
     return len(call.W), len(call.A), tuple(call.scale), tuple(call.layout.starts), call.rows is None, p, call.engine
 
 

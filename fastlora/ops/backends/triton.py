@@ -6,14 +6,13 @@ import functools
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from packaging.version import Version
 from torch import Tensor
 
 from ..._utils.torch_compat import unsafe_view
-from .. import native, reference
 from ..layout import Dropout, Gradients, Layout, LoraCall, Need, Rows, as_rows, picks_columns
 from ..reference import keep_threshold
 
@@ -92,7 +91,12 @@ def _dropout(drop: Dropout | None) -> dict[str, Any]:
     """What the kernels of one adapter read of its dropout."""
     if drop is None or not drop.p[0]:
         return {}
-    return {"seed": drop.key, "threshold": keep_threshold(drop.p[0]), "keep_scale": 1.0 / (1.0 - drop.p[0])}
+    return {
+        "seed": drop.key,
+        "threshold": keep_threshold(drop.p[0]),
+        "keep_scale": 1.0 / (1.0 - drop.p[0]),
+        "streams": tuple(drop.streams),
+    }
 
 
 def _row_dropout(drop: Dropout | None) -> Any:
@@ -100,7 +104,7 @@ def _row_dropout(drop: Dropout | None) -> Any:
     if drop is None or not any(drop.p):
         return None
     thresholds, scales = tuple(keep_threshold(p) if p else 0 for p in drop.p), tuple(1.0 / (1.0 - p) for p in drop.p)
-    return _kernel("grouped").Dropout(drop.key.contiguous(), thresholds, scales)
+    return _kernel("grouped").Dropout(drop.key.contiguous(), thresholds, scales, tuple(drop.streams))
 
 
 def _reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -120,6 +124,7 @@ class TritonBackend:
     name: str = "triton"
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None] = unsupported_reason
     plannable: bool = True
+    whole: ClassVar[None] = None
 
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """As ``Backend.forward``."""
@@ -141,8 +146,12 @@ class TritonBackend:
         return [_reshaped(out, (*call.x.shape[:-1], out.shape[1])) for out in y], h, sums
 
     def _forward_many(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        outputs = [torch.nn.functional.linear(call.x, w, b) for w, b in zip(call.W, call.bias, strict=True)]
-        y, x, layout, n = [as_rows(out) for out in outputs], as_rows(call.x), call.layout.of(0), call.layout.projections
+        x, layout, n = as_rows(call.x), call.layout.of(0), call.layout.projections
+        # A call plan repeats these as they are; behind F.linear stand five calls more.
+        y = [
+            torch.mm(x, w.t()) if b is None else torch.addmm(b, x, w.t())
+            for w, b in zip(call.W, call.bias, strict=True)
+        ]
         kernels, batch, ranks = _kernel("grouped"), _batch(call.rows), _ranks(call)
         factors = _one_dtype([*call.A, *call.P])
         A, probes = factors[: len(call.A)], factors[len(call.A) :]
@@ -150,7 +159,8 @@ class TritonBackend:
         h = kernels.grouped_shrink(x, stacked, batch, ranks, drop=_row_dropout(call.drop))
         places = list(zip(layout.outputs, layout.columns, strict=True))
         B, options = _one_dtype(call.B), (places, call.scale, call.moments)
-        return outputs, h, kernels.grouped_expand_(y, h, call.W, B, batch, ranks, *options)
+        sums = kernels.grouped_expand_(y, h, call.W, B, batch, ranks, *options)
+        return [_reshaped(out, (*call.x.shape[:-1], out.shape[1])) for out in y], h, sums
 
     def backward(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
         """As ``Backend.backward``."""
@@ -232,17 +242,11 @@ class TritonBackend:
 
 
 def _batch(rows: Rows) -> Any:
-    return _kernel("grouped").RowBatch(rows.order, rows.ranges, _segment_tiles)
+    return _kernel("grouped").RowBatch(rows.order, rows.ranges, lambda ranges, count, block: rows.schedule(block))
 
 
 def _ranks(call: LoraCall) -> Any:
     return _kernel("grouped").LoraRanks(call.layout.ranks, tuple(call.probes) or (0,) * call.rows.ranges.shape[0])
-
-
-def _segment_tiles(ranges: Tensor, rows: int, block: int) -> Tensor:
-    if native.has_kernel("segment_tiles", ranges.device):
-        return torch.ops.fastlora.segment_tiles(ranges, rows, block)
-    return reference.segment_tiles(ranges, rows, block)
 
 
 def _parts(dy: Sequence[Tensor | None], layout: Layout) -> list[Tensor | None]:

@@ -155,11 +155,12 @@ def _off_mixed(o):
 
 FIRST_PROBE = "layout.first_probe + o_rank"
 OWN_RANKS = "reveal(first, EVEN)"
+ONE_MASK = "keep_mask(keys.seed, OPTIONS.streams[i],", "keep_mask(keys.seed, OPTIONS.streams[0],"
 ROUTED, SHUFFLED = "OPTIONS.gather)", "False)"
 MUTATIONS = {
     "shrink: no mask past K": ("shrink", "if not OPTIONS.even_k:", "if False:", off_shrink, 0.0),
     "shrink: parts overlap": ("shrink", "i_split * part, tl.minimum", "0, tl.minimum", off_shrink, 0.0),
-    "shrink: one mask for all": ("shrink", "keep_mask(keys.seed, i,", "keep_mask(keys.seed, 0,", off_shrink, 0.3),
+    "shrink: one mask for all": ("shrink", *ONE_MASK, off_shrink, 0.3),
     "shrink: probes drop": ("shrink", "(block.columns >= masked)[", "(block.columns < 0)[", off_shrink, 0.3),
     "dh: a neighbour's ranks": ("shrink", f"o_rank = {OWN_RANKS} + o_own", "o_rank = o_own", off_shrink_backward, 0.0),
     "dh: no scale": ("shrink", "select(factors.scales, i)", "1.0", off_shrink_backward, 0.0),
@@ -200,7 +201,7 @@ MUTATIONS = {
                                off_grouped, 0.0),
     "adapters, dropout of h: row for key": ("shrink", "keys.counters, k,", "rows.numbers, k,", off_dropped, 0.0),
     "adapters, dropout of dx: no scale": ("linear_backward", "b_part * keys.scale", "b_part", off_dropped, 0.0),
-    "adapters, dropout of dA: one mask": ("wgrad", "keep_mask(keys.seed, i,", "keep_mask(keys.seed, 0,",
+    "adapters, dropout of dA: one mask": ("wgrad", *ONE_MASK,
                                           off_dropped, 0.0),
     "adapters, moments: of the first": ("reduce", "(i_before + o_tile) * 2", "o_tile * 2", off_grouped, 0.0),
 }  # fmt: skip

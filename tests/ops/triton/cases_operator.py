@@ -15,7 +15,7 @@ from support.triton_help import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, asse
 from fastlora.ops import backends, reference
 from fastlora.ops.backends import triton as triton_backend
 from fastlora.ops.layout import AdapterBatch, GroupLayout, LoraCall
-from fastlora.ops.lora import lora_grouped, lora_linear
+from fastlora.ops.lora import checked_linear, lora_grouped, lora_linear
 from fastlora.ops.probe_ops import measured
 
 pytestmark = pytest.mark.usefixtures("poisoned", "allowed")
@@ -52,13 +52,14 @@ def run(data, p, double):
     Z = [torch.zeros(n, probes, dtype=acc, device=device, requires_grad=True) for n in data.problem.widths if probes]
     V = [torch.zeros(2, n + 1, dtype=torch.float64, device=device, requires_grad=True) for n in data.problem.outputs]
     seed = torch.randint(2**62, (), dtype=torch.int64, device=DEVICE).cpu() if p else None
+    streams = range(1, 2 * len(A), 2)
     torch.manual_seed(7)
     W, bias = ([wide(t) if double else t for t in ts] for ts in (data.W, data.bias))
     if double:
         P = None if data.P is None else wide(data.P) if data.P.is_floating_point() else data.P.cpu()
-        y = reference.lora_linear(x, W, bias, A, B, data.scale, Z, P, None, seed, p)
+        y = reference.lora_linear(x, W, bias, A, B, data.scale, Z, P, None, seed, p, streams)
     else:
-        y = lora_linear(x, W, bias, A, B, data.scale, p=p, Z=Z, V=V, P=data.P, backend="triton")
+        y = checked_linear(x, W, bias, A, B, data.scale, p, Z, V, data.P, None, "triton", "auto", streams)
     torch.autograd.backward(y, [wide(g) if double else g for g in data.dy])
     moments = [reference.column_moments(out.detach()) for out in y] if double else [v.grad[:, :-1] for v in V]
     found = {"dx": x.grad} | {f"y[{j}]": out.detach() for j, out in enumerate(y)}

@@ -1,0 +1,80 @@
+"""Which targets are adapted slice by slice, and the rank that a role gives to each slice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from .._utils.errors import listed, suggestion, wrong_value
+from ..config import LoraConfig
+from ..nn.adapter import WHOLE, Slices
+from .modules import class_name, features, fused_layouts, has_suffix, named_targets
+
+logger = logging.getLogger(__name__)
+
+
+def slices_of(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> dict[str, Slices]:
+    """How each of ``names`` is adapted: the slices of a fused matrix that is to be split, else one matrix."""
+    modules, split = named_targets(model), config.split_qkv
+    rows = {name: features(modules[name])[1] for name in names}
+    found = {name: Slices({WHOLE: N}) for name, N in rows.items()}
+    if split is False or (split is None and _parts(config) is None):
+        return found
+    fused, unknown = fused_layouts(model), []
+    if isinstance(split, Mapping):
+        return found | _as_told(split, rows, fused)
+    for name in names:
+        if name in fused and fused[name] is not None:
+            found[name] = fused[name]
+        elif name in fused and split is True and rows[name] % 3 == 0:
+            found[name] = Slices(dict.fromkeys("qkv", rows[name] // 3))
+        elif name in fused:
+            unknown.append(name)
+    if unknown and split is True:
+        owner = ".".join(class_name(modules[unknown[0].rpartition(".")[0]]))
+        raise ValueError(
+            f"split_qkv: {unknown[0]!r} of {owner} does not hold q, k and v in a way that is known; split_qkv=False "
+            "adapts it as one matrix"
+        )
+    if unknown:
+        logger.warning(
+            "target_modules: %s: nothing is known of how q, k and v lie in it, so that it is adapted as one matrix "
+            "(fastlora.roles); split_qkv=True takes thirds of its rows", listed(unknown)
+        )  # fmt: skip
+    return found
+
+
+def _as_told(
+    split: Mapping[str, Mapping[str, int]], rows: Mapping[str, int], known: Mapping[str, Slices | None]
+) -> dict[str, Slices]:
+    """Slices of the matrices that ``split`` names, ``ValueError`` where they are none or are known to be others."""
+    found = {}
+    for pattern, told in split.items():
+        hits = [pattern] if pattern in rows else [name for name in rows if has_suffix(name, pattern)]
+        if not hits:
+            raise wrong_value("split_qkv", "names of adapted modules", pattern, suggestion(pattern, list(rows)))
+        for name in hits:
+            slices = Slices(told, getattr(told, "blocks", 1))
+            if sum(slices.values()) != rows[name]:
+                raise wrong_value(f"split_qkv[{pattern!r}]", f"slices of the {rows[name]} rows of {name!r}", dict(told))
+            if known.get(name, slices) not in (slices, None):
+                raise wrong_value(f"split_qkv[{pattern!r}]", f"the slices of {name!r}, {known[name]}", dict(told))
+            found[name] = slices
+    return found
+
+
+# The slices that a role means, of matrices that hold others, too.
+_PARTS = {"qkv": "qkv", "attention": "qkv", "mlp": ("gate", "up", "mlp")}
+
+
+def _parts(config: LoraConfig) -> Sequence[str] | None:
+    target = config.target_modules
+    return _PARTS.get(target) if isinstance(target, str) else None
+
+
+def default_rank(config: LoraConfig, name: str) -> int:
+    """The rank of a slice that no pattern speaks of."""
+    parts = _parts(config)
+    return config.r if parts is None or name == WHOLE or name in parts else 0
