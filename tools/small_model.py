@@ -46,7 +46,7 @@ def plain() -> nn.Module:
 def adapted(rank: int = 2) -> nn.Module:
     """B is not zero, and one slice has a rank of its own."""
     config = fastlora.LoraConfig(r=rank, target_modules="qkv", modules_to_save=["head"], init_lora_weights=False,
-                                 rank_pattern={"blocks.0.attn.qkv[k]": 1})  # fmt: skip
+                                 split_qkv=True, rank_pattern={"blocks.0.attn.qkv[k]": 1})  # fmt: skip
     return fastlora.inject(plain(), config, check="off")
 
 

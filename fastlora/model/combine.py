@@ -27,10 +27,10 @@ def add_weighted_adapter(
     model: nn.Module,
     adapters: Sequence[str],
     weights: Sequence[float],
+    *,
     adapter_name: str,
     combination_type: str = "svd",
     svd_rank: int | None = None,
-    *,
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> nn.Module:
@@ -112,7 +112,7 @@ class _Mix:
             if layer.lora_B[name].beside():
                 raise ValueError(f"adapters: {name!r} has use_dora or lora_bias in {path!r}, which do not add up")
         if layer.groups > 1 and kind not in _OF_FACTORS:
-            raise ValueError(f"combination_type: {path!r} is a convolution in groups; expected one of {_OF_FACTORS}")
+            raise wrong_value("combination_type", f"for {path!r}, a convolution in groups, one of {_OF_FACTORS}", kind)
 
     def __call__(self, name: str, majority: str) -> tuple[Tensor, Tensor] | None:
         live = [n for n in self.shares if self.layer.ranks(n)[name]]

@@ -97,9 +97,9 @@ def inject(
     given, config = config, _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
     saved = find_modules_to_save(model, config)
-    refuse_shared(model, saved, "config")
     names = find_targets(model, config, saved)
     refuse_tying(model, given, names, saved)
+    refuse_shared(model, saved, "config")
     plan = plan_injection(model, config, names)
     router = Router(adapter)
     for planned in plan:

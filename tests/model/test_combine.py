@@ -62,7 +62,9 @@ def test_as_peft(kind, weights, tmp_path, monkeypatch):
     theirs, ours = models((2, 3) if kind in ("svd", "cat", "ties_svd") else (2, 2), targets)
     theirs.base_model.add_weighted_adapter(["default", "b"], list(weights), "c", combination_type=kind, **OPTIONS)
     theirs.set_adapter("c")
-    fastlora.add_weighted_adapter(ours, ["default", "b"], list(weights), "c", kind, **OPTIONS)
+    fastlora.add_weighted_adapter(
+        ours, ["default", "b"], list(weights), adapter_name="c", combination_type=kind, **OPTIONS
+    )
     # PEFT rounds the weights to float32.
     torch.testing.assert_close(output(ours, "c"), theirs(X), rtol=1e-6, atol=1e-6)
     assert not any(p.requires_grad for n, p in ours.named_parameters() if ".c." in n)
@@ -77,11 +79,17 @@ def test_random_pruning_keeps_the_expectation(kind):
     _, ours = models(targets=(["up"], ["up"]))
     plain = kind.replace("dare_ties", "ties").replace("dare_linear", "linear")
     plain = "svd" if plain == "linear_svd" else plain
-    fastlora.add_weighted_adapter(ours, ["default", "b"], [1.0, 0.5], "all", kind, density=1.0)
-    fastlora.add_weighted_adapter(ours, ["default", "b"], [1.0, 0.5], "plain", plain, density=1.0)
+    fastlora.add_weighted_adapter(
+        ours, ["default", "b"], [1.0, 0.5], adapter_name="all", combination_type=kind, density=1.0
+    )
+    fastlora.add_weighted_adapter(
+        ours, ["default", "b"], [1.0, 0.5], adapter_name="plain", combination_type=plain, density=1.0
+    )
     torch.testing.assert_close(ours.up.delta("all"), ours.up.delta("plain"))
     torch.manual_seed(0)
-    fastlora.add_weighted_adapter(ours, ["default", "b"], [1.0, 0.5], "some", kind, density=0.5)
+    fastlora.add_weighted_adapter(
+        ours, ["default", "b"], [1.0, 0.5], adapter_name="some", combination_type=kind, density=0.5
+    )
     assert not torch.equal(ours.up.delta("some"), ours.up.delta("plain"))
 
 
@@ -92,7 +100,7 @@ def test_cat_is_exact_and_split_matrices_stay_split():
     for p in model.parameters():
         if p.requires_grad:
             nn.init.normal_(p)
-    fastlora.add_weighted_adapter(model, ["default", "b"], [2.0, -1.0], "c", "cat")
+    fastlora.add_weighted_adapter(model, ["default", "b"], [2.0, -1.0], adapter_name="c", combination_type="cat")
     layer = model["attn"].qkv
     assert layer.ranks("c") == {"q": 5, "k": 2, "v": 5}
     torch.testing.assert_close(layer.delta("c"), 2 * layer.delta("default") - layer.delta("b"), rtol=1e-5, atol=1e-5)
@@ -124,7 +132,7 @@ def test_what_does_not_add_up(fields, kind, says):
     model = fastlora.inject(Three(), config(0))
     fastlora.add_adapter(model, "b", config(1))
     with pytest.raises(ValueError, match=says):
-        fastlora.add_weighted_adapter(model, ["default", "b"], [1.0, 1.0], "c", kind)
+        fastlora.add_weighted_adapter(model, ["default", "b"], [1.0, 1.0], adapter_name="c", combination_type=kind)
     assert fastlora.adapter_names(model) == ["default", "b"]
 
 

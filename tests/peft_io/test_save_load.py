@@ -297,7 +297,8 @@ def test_save_refuses_what_the_files_cannot_hold(tmp_path):
     tied = Nested()
     tied.head = nn.Linear(8, 8)
     tied.head.weight = tied.layer[0]["k"].weight
-    fastlora.inject(tied, fastlora.LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"]))
+    fastlora.inject(tied, fastlora.LoraConfig(r=2, target_modules=["q"]))
+    tied.fastlora_configs["default"].modules_to_save = ["head"]
     with pytest.raises(ValueError, match=r"shared with 'layer\.0\.k\.weight'"):
         fastlora.save(tied, tmp_path / "a")
     assert not (tmp_path / "a").exists()
