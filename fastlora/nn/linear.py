@@ -17,7 +17,7 @@ from ..config import FROM_WEIGHT, LoraConfig
 from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, PACKED, UNPACKED
-from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors, streams_of
+from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
 from .probe import group_operands
 from .routing import Route, Router
 
@@ -407,7 +407,9 @@ def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
     A, B, scale = zip(*[pair for name in names for pair in layer.pairs(name)], strict=True)
     tracked = [name for name in names if name in layer.probes]
     p = layer.dropout_p(route)
-    options: dict[str, Any] = {"backend": layer.backend, "engine": layer.engine, "streams": streams_of([layer])}
+    # Without a comprehension over layers: the compiler would keep them until the cyclic collector runs.
+    streams = list(range(layer.stream, layer.stream + len(layer.slices.widths())))
+    options: dict[str, Any] = {"backend": layer.backend, "engine": layer.engine, "streams": streams}
     if route.batch is None:
         if tracked:
             options |= layer.probes[names[0]].operands([layer.probes[names[0]]], x, route)
