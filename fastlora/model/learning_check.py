@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import re
@@ -119,12 +120,12 @@ class LearningCheck:
         return not live or aside or any(self._learned(p) for p in live)
 
     def _reads_weight(self, path: str) -> bool:
-        """Whether the source of the owner's class reads a weight, other than to initialise it."""
-        try:
-            source = inspect.getsource(type(self.model().get_submodule(path.rpartition(".")[0])))
-        except (OSError, TypeError):
-            return False
-        return any(re.search(r"\.weight\b", line) and "init" not in line for line in source.splitlines())
+        """Whether the source of the owner's class, or of one it is made of, reads a weight other than to initialise it."""
+        owner, lines = self.model().get_submodule(path.rpartition(".")[0]), []
+        for kind in type(owner).__mro__[: -len(nn.Module.__mro__)]:
+            with contextlib.suppress(OSError, TypeError):  # a class without a source, as a sharded module's is
+                lines += inspect.getsource(kind).splitlines()
+        return any(re.search(r"\.weight\b", line) and "init" not in line for line in lines)
 
     def _text(self, paths: list[str]) -> str:
         named = [f"{path} (in {self.kinds[path.rpartition('.')[0]]})" for path in paths]

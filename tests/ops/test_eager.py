@@ -184,7 +184,22 @@ def test_opcheck(p):
     Z = [torch.zeros(b.shape[0], 2, requires_grad=True) for b in B]
     V = [torch.zeros(2, w.shape[0] + 1, dtype=torch.float64, requires_grad=True) for w in case["W"]]
     seed = torch.tensor(7) if p else None
-    leaves = (A, B, Z, V, [case["P"]], [case["sign"]], seed, [], [], case["scale"], [p], "eager", "linear")
+    leaves = (
+        A,
+        B,
+        Z,
+        V,
+        [case["P"]],
+        [case["sign"]],
+        seed,
+        [],
+        [],
+        case["scale"],
+        [p],
+        list(range(len(B))),
+        "eager",
+        "linear",
+    )
     torch.library.opcheck(torch.ops.fastlora.lora_linear.default, (x[0], case["W"], case["bias"], *leaves))
 
 

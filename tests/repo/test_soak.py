@@ -123,7 +123,7 @@ def test_workers_of_a_data_loader(start):
 AGAIN = """
 import importlib, sys
 import torch, fastlora
-from fastlora.ops import native
+fastlora.nn  # the first use of a public name loads the package
 before = torch._C._dispatch_dump("fastlora::lora_linear")
 model = fastlora.inject(torch.nn.Sequential(torch.nn.Linear(4, 4)), fastlora.LoraConfig(r=2, target_modules=["0"]))
 for _ in range(3):
