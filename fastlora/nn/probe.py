@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 from .._utils.errors import check_instance, wrong_value
+from .._utils.torch_compat import capturing
 from ..ops.layout import on_host
 from ..ops.probe_ops import measured, with_moments
 from ..ops.reference import accumulate_dtype
 from .adapter import Slices
 from .probe_rows import SampleSigns
+
+
+def refuse_capture(device: torch.device) -> None:
+    """A replay knows neither of the optimizer step nor of ``.grad`` of leaves: its statistics would be of one step."""
+    if capturing(device):
+        raise RuntimeError(
+            "track: expected no capture of a CUDA graph, got one, whose replays would repeat one step's probes; run "
+            "steps with a tracker eagerly or under torch.compile, and call tracker.close() before a capture"
+        )
 
 
 class Contribution(NamedTuple):
@@ -142,6 +152,8 @@ class LayerProbe:
             return {}
         if torch.compiler.is_compiling():
             step.compiled = True
+        else:
+            refuse_capture(x.device)
         if not step.sampled:
             return {}
         found: dict[str, Any] = {}
@@ -229,11 +241,12 @@ def group_operands(
         found[name] = mine[0].operands(mine, x, route, samples)
     Z, P, sign, V = [], [], [], []
     acc = accumulate_dtype(x.dtype)
+    rows_dtype = next((own["P"].dtype for own in found.values() if "P" in own), torch.float32)
     for name in batch.names:
         own = found.get(name, {})
         widths = [rows for layer in layers for rows in layer.slices.widths()]
         Z += own.get("Z", [x.new_zeros((rows, 0), dtype=acc) for rows in widths])
-        P.append(own.get("P", x.new_zeros((0, x.shape[-1]), dtype=torch.float32)))
+        P.append(own.get("P", x.new_zeros((0, x.shape[-1]), dtype=rows_dtype)))
         sign.append(own.get("sign", x.new_zeros((0, 0), dtype=torch.float32)))
         V += own.get("V", [x.new_zeros((2, layer.out_features + 1), dtype=torch.float64) for layer in layers])
     if not any("V" in own for own in found.values()):
