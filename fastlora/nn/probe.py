@@ -88,6 +88,7 @@ class TrackedStep:
         self.of_weights = bool(kinds - {"act_var"})  # whether a statistic takes more than the moments of the output
         self.variances, self.per_sample = "act_var" in kinds, "fisher" in kinds
         self.covariances = bool({"act_cov", "grad_cov"} & kinds)
+        self.taps = probe_kind == "columns" or (estimator == "exact" and self.of_weights)  # without a mask
         self.index, self.micro = 0, 0  # the optimizer step, and the forwards in it so far
         self.sampled, self.refreshes_norms = True, True
         self.compiled = False  # whether compiled code runs through the layers
@@ -133,6 +134,8 @@ class LayerProbe:
                 }
         if step.variances:
             self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
+        # The zero leaves, one for each projection that the operator sees; None: slices are interleaved for each call.
+        self.projections = [*self.Z.values()] if layer.slices.blocks == 1 else None
         self._leaves = [*self.Z.values(), *self.norms.values(), *([] if self.V is None else [self.V])]
 
     @property
@@ -159,7 +162,10 @@ class LayerProbe:
         found: dict[str, Any] = {}
         if self.Z and (self.columns is None or route.batch is None):
             P = self.P if self.columns is None else torch.cat([LayerProbe.index(probe) for probe in probes])
-            found |= {"Z": [z for probe in probes for z in _of_projections(probe)], "P": P}
+            found["P"] = P
+            found["Z"] = [
+                z for probe in probes for z in probe.projections or (probe.slices.interleave([*probe.Z.values()]),)
+            ]
             if step.per_sample:
                 found["sign"] = step.signs_for(x, samples)
         if self.V is not None and route.mask is None:
@@ -214,12 +220,6 @@ class LayerProbe:
         self.taken.clear()
         for leaf in self._leaves:
             leaf.grad = None
-
-
-def _of_projections(probe: LayerProbe) -> Sequence[Tensor]:
-    """The zero leaves, one for each projection that the operator sees."""
-    Z = [*probe.Z.values()]
-    return Z if probe.slices.blocks == 1 else [probe.slices.interleave(Z)]
 
 
 def tracked_adapters(batch: Any) -> Sequence[str]:
