@@ -104,9 +104,34 @@ def probes_cast_no_factor(gpu):
             assert (found.launches, found.kernels, found.to_device) == (6, 0, 0), (dtype, found)
 
 
+def probes_of_one_adapter_of_several_cast_no_factor(gpu):
+    """What a batch runs besides our kernels is the same in both dtypes."""
+    found = {}
+    with torch.device(gpu.device):
+        problem = Problem(ANCHORS["A2"], torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = peers.Model(problem).to(gpu.device)
+        config = fastlora.LoraConfig(r=8, lora_alpha=16, target_modules="qkv", adapter_dtype=dtype)
+        fastlora.inject(model, config)
+        fastlora.add_adapter(model, "other", config)
+        ids = torch.arange(problem.shape.batch) % 2
+        x, dy = problem.x.clone().requires_grad_(), problem.split(problem.dy, dim=2)
+        with fastlora.use_adapters(model, ids), fastlora.track(model, every=1, adapter="default") as tracker:
+            for _ in range(3):
+                torch.autograd.backward(model(x), dy)
+                x.grad = None
+                model.zero_grad()
+                tracker.step()
+            seen = gpu.count(lambda x=x, dy=dy, model=model: torch.autograd.backward(model(x), dy))
+            tracker.step()
+        found[dtype] = seen.launches, seen.gemms, seen.kernels
+    assert found[torch.float32] == found[torch.bfloat16] and found[torch.float32][0] >= 4, found
+
+
 CHECKS = (
     tracked_layers_are_refused_in_a_capture, tracker_step_is_refused_in_a_capture, a_captured_step_copies_nothing,
     tables_of_adapters_are_not_made_in_a_capture, probes_cast_no_factor,
+    probes_of_one_adapter_of_several_cast_no_factor,
 )  # fmt: skip
 
 if __name__ == "__main__":
