@@ -29,10 +29,13 @@ class _Parts(NamedTuple):
     native: ModuleType  # _KERNELS, pairs (operator, kind of device)
     operator: ModuleType  # LIBRARY, _autocast(name, kind of device)
     primitives: ModuleType  # _workspace(size, alignment, stream), nullcontext
+    constants: ModuleType  # CAPTURED
+    compat: ModuleType  # CAPTURED
 
 
 def _parts() -> _Parts:
-    names = ("ops.backends", "ops.backends.triton", "ops.native", "ops.autograd", "kernels.primitives")
+    of_ops = ("ops.backends", "ops.backends.triton", "ops.native", "ops.autograd")
+    names = (*of_ops, "kernels.primitives", "kernels.constants", "_utils.torch_compat")
     return _Parts(*[importlib.import_module(f"fastlora.{name}") for name in names])
 
 
@@ -62,7 +65,7 @@ def _torch_cuda(gpu: NullGpu, stack: contextlib.ExitStack) -> None:
     answer("get_device_properties", lambda device=None: properties)
     answer("get_device_capability", lambda device=None: (major, minor))
     answer("current_stream", lambda device=None: SimpleNamespace(cuda_stream=gpu.current_stream()))
-    answer("is_current_stream_capturing", lambda: False)
+    answer("is_current_stream_capturing", gpu.is_capturing)
     answer("_exchange_device", gpu.exchange_device)
     answer("_maybe_exchange_device", gpu.exchange_device)
 
@@ -119,6 +122,7 @@ def _fastlora(gpu: NullGpu, stack: contextlib.ExitStack) -> None:
         mock.patch.dict(parts.backends.BACKENDS, triton=there),
         mock.patch.object(parts.native, "_KERNELS", kernels),
         mock.patch.object(parts.primitives, "_workspace", workspace),
+        *[mock.patch.object(part, "CAPTURED", (gpu.device.type,)) for part in (parts.constants, parts.compat)],
         # A launch on a GPU makes its device the current one; these tensors do not look like a GPU's.
         mock.patch.object(parts.primitives, "nullcontext", lambda: torch.cuda.device(cuda)),
     ):

@@ -47,21 +47,38 @@ class HostCounts(NamedTuple):
         return self.operators.total()
 
 
-def counts(call: Callable[[], object], gpu: null_gpu.NullGpu | None = None) -> HostCounts:
-    """Counts of one call, which runs five times: twice unobserved, then for Python, for torch and for the null GPU."""
-    call()
-    call()
+def _nothing() -> None:
+    pass
+
+
+def counts(
+    call: Callable[[], object], gpu: null_gpu.NullGpu | None = None, before: Callable[[], object] = _nothing
+) -> HostCounts:
+    """Counts of one call, which runs five times: twice unobserved, then for Python, for torch and for the null GPU.
+
+    ``before`` runs ahead of each of them and is not counted.
+    """
+    for _ in range(2):
+        before()
+        call()
     with _no_collections():
+        before()
         frames, functions = _python(call, gpu)
+        before()
         operators, allocations = _torch(call)
+        before()
         events = None if gpu is None else gpu.count(call)
     return HostCounts(sum(frames.values()), sum(functions.values()), operators, allocations, events)
 
 
-def frames(call: Callable[[], object], gpu: null_gpu.NullGpu | None = None) -> Counter[str]:
+def frames(
+    call: Callable[[], object], gpu: null_gpu.NullGpu | None = None, before: Callable[[], object] = _nothing
+) -> Counter[str]:
     """The Python functions that one call enters, by file and name: where a difference of two counts comes from."""
+    before()
     call()
     with _no_collections():
+        before()
         return _python(call, gpu)[0]
 
 

@@ -62,6 +62,7 @@ class NullGpu:
         driver.null_gpu_fail.argtypes = [ctypes.c_char_p, ctypes.c_int]
         torch_device.null_gpu_current_stream.restype = ctypes.c_int64
         torch_device.null_gpu_set_stream.argtypes = [ctypes.c_int, ctypes.c_int64]
+        self._capturing = False
         self.set_limits((9, 0))
         self.set_system(1, DRIVER_VERSION)
 
@@ -142,6 +143,18 @@ class NullGpu:
     def current_stream(self, index: int | None = None) -> int:
         """The number that stands for the handle of this thread's current stream; 0: the default one."""
         return self._torch_device.null_gpu_current_stream(self.current_device() if index is None else index)
+
+    def is_capturing(self) -> bool:
+        return self._capturing
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Inside, torch says that a CUDA graph is captured; what runs is the same."""
+        before, self._capturing = self._capturing, True
+        try:
+            yield
+        finally:
+            self._capturing = before
 
     @contextlib.contextmanager
     def stream(self, number: int) -> Iterator[None]:

@@ -119,6 +119,14 @@ def autocasting(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
+CAPTURED = ("cuda",)  # kinds of devices whose work a graph can capture
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether this thread's work on a device is captured into a CUDA graph, and not run."""
+    return device.type in CAPTURED and torch.cuda.is_current_stream_capturing()
+
+
 def nothing_watches() -> bool:
     """Whether no mode, transform, tracer or compiler sees what the dispatcher is called for."""
     return (

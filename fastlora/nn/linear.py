@@ -390,6 +390,8 @@ def forward_together(
     except Traced:
         return [forward_traced(layer, x, route) for layer in layers]
     for name, probes in tracked.items():
+        if not probes[0].step.taps and route.mask is None:
+            continue
         y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
     node = y[0].grad_fn
     if node is not None:

@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 from .._utils.errors import check_instance, wrong_value
+from .._utils.torch_compat import capturing
 from ..ops.layout import on_host
 from ..ops.probe_ops import measured, with_moments
 from ..ops.reference import accumulate_dtype
 from .adapter import Slices
 from .probe_rows import SampleSigns
+
+
+def refuse_capture(device: torch.device) -> None:
+    """A replay knows neither of the optimizer step nor of ``.grad`` of leaves: its statistics would be of one step."""
+    if capturing(device):
+        raise RuntimeError(
+            "track: expected no capture of a CUDA graph, got one, whose replays would repeat one step's probes; run "
+            "steps with a tracker eagerly or under torch.compile, and call tracker.close() before a capture"
+        )
 
 
 class Contribution(NamedTuple):
@@ -78,6 +88,7 @@ class TrackedStep:
         self.of_weights = bool(kinds - {"act_var"})  # whether a statistic takes more than the moments of the output
         self.variances, self.per_sample = "act_var" in kinds, "fisher" in kinds
         self.covariances = bool({"act_cov", "grad_cov"} & kinds)
+        self.taps = probe_kind == "columns" or (estimator == "exact" and self.of_weights)  # without a mask
         self.index, self.micro = 0, 0  # the optimizer step, and the forwards in it so far
         self.sampled, self.refreshes_norms = True, True
         self.compiled = False  # whether compiled code runs through the layers
@@ -123,6 +134,8 @@ class LayerProbe:
                 }
         if step.variances:
             self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
+        # The zero leaves, one for each projection that the operator sees; None: slices are interleaved for each call.
+        self.projections = [*self.Z.values()] if layer.slices.blocks == 1 else None
         self._leaves = [*self.Z.values(), *self.norms.values(), *([] if self.V is None else [self.V])]
 
     @property
@@ -142,12 +155,17 @@ class LayerProbe:
             return {}
         if torch.compiler.is_compiling():
             step.compiled = True
+        else:
+            refuse_capture(x.device)
         if not step.sampled:
             return {}
         found: dict[str, Any] = {}
         if self.Z and (self.columns is None or route.batch is None):
             P = self.P if self.columns is None else torch.cat([LayerProbe.index(probe) for probe in probes])
-            found |= {"Z": [z for probe in probes for z in _of_projections(probe)], "P": P}
+            found["P"] = P
+            found["Z"] = [
+                z for probe in probes for z in probe.projections or (probe.slices.interleave([*probe.Z.values()]),)
+            ]
             if step.per_sample:
                 found["sign"] = step.signs_for(x, samples)
         if self.V is not None and route.mask is None:
@@ -204,12 +222,6 @@ class LayerProbe:
             leaf.grad = None
 
 
-def _of_projections(probe: LayerProbe) -> Sequence[Tensor]:
-    """The zero leaves, one for each projection that the operator sees."""
-    Z = [*probe.Z.values()]
-    return Z if probe.slices.blocks == 1 else [probe.slices.interleave(Z)]
-
-
 def tracked_adapters(batch: Any) -> Sequence[str]:
     """The adapters of a batch that have statistics."""
     # Data-parallel ranks name all adapters, so that they agree on gradients; one that is absent has no statistics.
@@ -229,11 +241,12 @@ def group_operands(
         found[name] = mine[0].operands(mine, x, route, samples)
     Z, P, sign, V = [], [], [], []
     acc = accumulate_dtype(x.dtype)
+    rows_dtype = next((own["P"].dtype for own in found.values() if "P" in own), torch.float32)
     for name in batch.names:
         own = found.get(name, {})
         widths = [rows for layer in layers for rows in layer.slices.widths()]
         Z += own.get("Z", [x.new_zeros((rows, 0), dtype=acc) for rows in widths])
-        P.append(own.get("P", x.new_zeros((0, x.shape[-1]), dtype=torch.float32)))
+        P.append(own.get("P", x.new_zeros((0, x.shape[-1]), dtype=rows_dtype)))
         sign.append(own.get("sign", x.new_zeros((0, 0), dtype=torch.float32)))
         V += own.get("V", [x.new_zeros((2, layer.out_features + 1), dtype=torch.float64) for layer in layers])
     if not any("V" in own for own in found.values()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,22 +130,29 @@ _ROWS_TAG, _SIGN_TAG = 1, 2  # fourth Philox counter word: probe rows and sample
 class RademacherProbes:
     """P of every group of layers: ±1 rows from (seed, step, group), all groups in one pass.
 
-    ``E P^T P = k I``, so ``E ||G P^T||^2 / k = ||G||_F^2``.
+    ``E P^T P = k I``, so ``E ||G P^T||^2 / k = ||G||_F^2``. On a GPU they have the dtype of the factors, with which a
+    kernel reads them, where ``dtypes`` is one: ±1 is exact in each.
     """
 
-    def __init__(self, widths: Sequence[int], probes: int, seed: int, device: torch.device):
+    def __init__(
+        self, widths: Sequence[int], probes: int, seed: int, device: torch.device, dtypes: Collection[torch.dtype] = ()
+    ):
         self.seed, self.probes = torch.tensor(seed, dtype=torch.int64, device=device), probes
         counts = [(width * probes + 127) // 128 for width in widths]
         self._signs = Signs(counts, _ROWS_TAG)
         self._flat = torch.zeros(sum(counts) * 128, dtype=torch.float32, device=device)
+        narrow = {*dtypes} in ({torch.bfloat16}, {torch.float16}) and device.type != "cpu"
+        self._read = self._flat.to(*dtypes) if narrow else self._flat
         self.rows = [
             part[: width * probes].view(probes, width)
-            for part, width in zip(self._flat.split([c * 128 for c in counts]), widths, strict=True)
+            for part, width in zip(self._read.split([c * 128 for c in counts]), widths, strict=True)
         ]
 
     def draw(self, step: int) -> None:
         """Fill P for an optimizer step, in place."""
         self._signs.fill_(self._flat, self.seed, step)
+        if self._read is not self._flat:
+            self._read.copy_(self._flat)
 
     def restart(self, seed: int) -> None:
         """Draw from another seed."""

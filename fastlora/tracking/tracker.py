@@ -16,7 +16,7 @@ from .._utils.errors import check_choice, listed, suggestion, wrong_value
 from ..importance.scores import Scores
 from ..nn.active import chosen_adapter
 from ..nn.linear import Linear
-from ..nn.probe import LayerProbe, TrackedStep, checked_mask, masked
+from ..nn.probe import LayerProbe, TrackedStep, checked_mask, masked, refuse_capture
 from ..nn.probe_rows import ColumnSampler, RademacherProbes, SampleSigns, refreshes_norms
 from .all_reduce import Reduction, Shared
 from .checks import (
@@ -157,7 +157,8 @@ class Tracker:
         groups: dict[tuple[int, int], list[tuple[Linear, LayerProbe]]] = {}
         for layer, probe in pairs:  # those that share an input share P
             groups.setdefault((id(layer.group or layer), layer.in_features), []).append((layer, probe))
-        sampler = RademacherProbes([width for _, width in groups], self.probes, self.seed, self.device)
+        dtypes = {a.dtype for layer, _ in pairs for a, _, _ in layer.pairs(self.adapter)}
+        sampler = RademacherProbes([width for _, width in groups], self.probes, self.seed, self.device, dtypes)
         for P, members in zip(sampler.rows, groups.values(), strict=True):
             for layer, probe in members:
                 probe.P = P.to(layer.weight.device)
@@ -211,8 +212,10 @@ class Tracker:
 
         With a ``GradScaler`` pass it, before ``scaler.update()``. A step with a gradient that is not finite is left out
         and counted in ``skipped``: it neither decays the averages nor adds to them, and a matrix whose layer did not
-        run keeps its own. Nothing is read back to the host.
+        run keeps its own. Nothing is read back to the host. Raises ``RuntimeError`` in the capture of a CUDA graph.
         """
+        if not self._record.closed:
+            refuse_capture(self.device)
         inverse = inverse_scale(scaler, self.device)
         self._watch.stepped()
         check = getattr(self._model(), "fastlora_learning", None)

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("null_gpu_checks", "counts_checks")
+SCRIPTS = ("null_gpu_checks", "counts_checks", "capture_checks")
 
 
 def _checks() -> list[tuple[str, str]]:
