@@ -18,6 +18,7 @@ from .._utils.torch_compat import (
     without_autocast,
     without_graph,
 )
+from .flops import tell_counters
 
 LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 
@@ -43,6 +44,7 @@ class Operator(NamedTuple):
             return _autograd(self, x, *arguments, plain=True)
         if wants_plain_operators():
             return self._formula_of_torch(x, *arguments)
+        tell_counters()
         return getattr(torch.ops.fastlora, self.name)(x, *arguments)
 
     def _formula_of_torch(self, x: Tensor, W, bias, A, B, Z, V, *rest) -> list[Tensor]:
@@ -114,6 +116,7 @@ class _LoRALinear(torch.autograd.Function):
         need = [needs[1], True in parts[2], True in parts[3], True in parts[4], True in parts[0], True in parts[1]]
         kernel, below = operator.backward, untracked
         if not can_skip_dispatcher((x, h, *dy, *saved)):
+            tell_counters()
             kernel, below = getattr(torch.ops.fastlora, f"{operator.name}_backward"), without_graph
         with below():
             out = kernel(dy, x, h, W, A, B, *operator.backward_rest(call.rest), need, *call.rest[-2:])
