@@ -13,6 +13,7 @@ from .._utils.torch_compat import (
     apply_directly,
     autocasting,
     can_skip_dispatcher,
+    differentiated_again,
     untracked,
     wants_plain_operators,
     without_autocast,
@@ -109,7 +110,7 @@ class _LoRALinear(torch.autograd.Function):
         first = 2 * weights
         second, last = first + projections, first + 2 * projections
         W, A, B, moments = saved[:weights], saved[first:second], saved[second:last], saved[last:]
-        if torch.is_grad_enabled():
+        if differentiated_again(dy):
             bias = saved[weights:first]
             return (None, *differentiable_backward(call, needs[1:], dy, x, W, bias, A, B, moments))
         parts = call.split(needs[2:])
@@ -157,11 +158,12 @@ def _column(moments: Tensor, count: Any) -> Tensor:
 
 
 def differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
-    """create_graph: gradients of the written-out formula, which autograd can differentiate again."""
+    """Gradients of the written-out formula, which autograd can differentiate again and batch."""
     Z = call.operator.probe_leaves(B, call.rest) if call.counts[2] else []
     flat = [x, *W, *bias, *A, *B, *Z]
     wanted = [t for t, flag in zip(flat, needs, strict=False) if flag]
-    y = call.operator.formula(x, W, bias, A, B, Z, call.rest)
+    with torch.enable_grad():
+        y = call.operator.formula(x, W, bias, A, B, Z, call.rest)
     live = [(out, g) for out, g in zip(y, dy, strict=True) if g is not None]
     grads = iter(
         torch.autograd.grad([o for o, _ in live], wanted, [g for _, g in live], create_graph=True, allow_unused=True)

@@ -32,7 +32,9 @@ def _lora_linear(x, W, bias, A, B, Z, V, P, *rest, out_val=None) -> int:
     """``2 M (sum_j N_j K + sum_i r_i (K + N_i))``, and ``2 M K k`` for k rows of P."""
     base = 0 if rest[-1] == _NONE else sum(w.numel() for w in W)
     update = _largest([a.numel() + b.numel() for a, b in zip(A, B, strict=True)], GroupLayout(W, B).projections)
-    return 2 * x.shape[:-1].numel() * (base + update + max([0 if picks_columns(p) else p.numel() for p in P], default=0))
+    return (
+        2 * x.shape[:-1].numel() * (base + update + max([0 if picks_columns(p) else p.numel() for p in P], default=0))
+    )
 
 
 def _lora_linear_backward(dy, x, h, W, A, B, probes, *rest, out_val=None) -> int:
