@@ -28,6 +28,7 @@ from .inject import (
     plan_injection,
 )
 from .learning_check import watch_learning
+from .replaced_check import watch_places
 
 
 def routers_of(model: nn.Module) -> list[Router]:
@@ -100,6 +101,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
         router.add(name)
     model.fastlora_configs = {**getattr(model, "fastlora_configs", {}), name: copy.deepcopy(config)}
     watch_learning(model)
+    watch_places(model)
     return model
 
 
