@@ -25,6 +25,7 @@ _OF_MODEL = (
     "fastlora_learning",
     "fastlora_places",
     "fastlora_policy",
+    "fastlora_resting",
     "fastlora_saving",
 )
 
