@@ -150,7 +150,7 @@ class LoraConfig:
       others.
     - ``adapter_dtype``: dtype of A and B, float32 unless the weight is float64; ``backend``: see ``fastlora.explain``.
     - ``prepack``: whether oneDNN may keep a packed copy of W for each direction on a CPU: where it is measured to be
-      faster (``"auto"``), always, or never.
+      faster (``"auto"``), always in float32 and bfloat16, or never. Every use compares W with a further copy of it.
 
     Raises ``TypeError`` or ``ValueError`` that names the field.
     """

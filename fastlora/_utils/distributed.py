@@ -208,8 +208,10 @@ def _mesh_of_shards(model: nn.Module) -> tuple[Any, float | None] | None:
     return sharded.device_mesh, None
 
 
-def _running_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+def running_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
     """The DDP wrapper of a model that was given without it: the one that runs, if torch tells."""
+    if not _available():
+        return None
     ask = getattr(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", None)
     if ask is not None:
         wrappers = [ask()]
@@ -256,7 +258,7 @@ def ranks_of(model: nn.Module, process_group: Any = "auto") -> ProcessGroupInfo 
     found = [m for m in wrappers(model) if isinstance(m, nn.parallel.DistributedDataParallel)]
     model = unwrapped(model)
     _refuse_tensor_parallel(model)
-    wrapper = found[0] if found else _running_ddp(model)
+    wrapper = found[0] if found else running_ddp(model)
     if wrapper is not None:
         return _counted((wrapper.process_group,), None)
     mesh, divisor = _mesh_of_shards(model) or (None, None)

@@ -70,6 +70,12 @@ _unsafe_view = private("torch.ops.aten._unsafe_view.default", "an output that is
 _is_view = private("torch.Tensor._is_view", "every output is taken for a view, and handed on under another header")
 _NOT_PLANNED = "calls on a GPU are not planned: Triton launches every kernel"
 dispatch_mode = private("torch.utils._python_dispatch.TorchDispatchMode", _NOT_PLANNED)
+_batched = private(
+    "torch._C._functorch.is_legacy_batchedtensor", "is_grads_batched=True raises inside native operators"
+)
+_mode_stack = private(
+    "torch.utils._python_dispatch._get_current_dispatch_mode_stack", "FLOP counters count our operators as nothing"
+)
 _has_schema = private_attributes("torch._ops.OpOverload", torch.ops.aten.mm.default, ("_schema",), _NOT_PLANNED)
 _assert_async = private("torch._assert_async", "ids on a GPU are checked with a wait for it")
 _version = private(
@@ -136,6 +142,16 @@ def nothing_watches() -> bool:
         and _functorch_stack() is None
         and _tracing_state() is None
     )
+
+
+def differentiated_again(grads: Sequence[Tensor | None]) -> bool:
+    """Whether a backward has to be torch's own operators: gradients that have gradients, or that autograd batches."""
+    return torch.is_grad_enabled() or (_batched is not None and True in [g is not None and _batched(g) for g in grads])
+
+
+def active_modes() -> Sequence[Any]:
+    """The dispatch modes that are on."""
+    return () if torch.compiler.is_compiling() or _mode_stack is None else _mode_stack()
 
 
 def wants_plain_operators() -> bool:

@@ -28,6 +28,8 @@ from .inject import (
     plan_injection,
 )
 from .learning_check import watch_learning
+from .replaced_check import watch_places
+from .resting_check import watch_resting
 
 
 def routers_of(model: nn.Module) -> list[Router]:
@@ -100,6 +102,8 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
         router.add(name)
     model.fastlora_configs = {**getattr(model, "fastlora_configs", {}), name: copy.deepcopy(config)}
     watch_learning(model)
+    watch_places(model)
+    watch_resting(model)
     return model
 
 

@@ -19,7 +19,15 @@ from ..nn.plain import Plain
 from ..nn.quantized import QuantizedLinear, original_class
 from .modules import change_class, conv1d_class
 
-_OF_MODEL = ("fastlora_biases", "fastlora_configs", "fastlora_learning", "fastlora_policy", "fastlora_saving")
+_OF_MODEL = (
+    "fastlora_biases",
+    "fastlora_configs",
+    "fastlora_learning",
+    "fastlora_places",
+    "fastlora_policy",
+    "fastlora_resting",
+    "fastlora_saving",
+)
 
 
 def eject(model: nn.Module) -> nn.Module:

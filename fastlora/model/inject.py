@@ -52,6 +52,7 @@ from .modules import (
     torch_attentions,
     users_of_parameters,
 )
+from .replaced_check import watch_places
 from .saving_check import watch_savers
 from .slices import default_rank, slices_of
 
@@ -113,6 +114,7 @@ def inject(
     model.fastlora_configs = {adapter: copy.deepcopy(config)}
     watch_learning(model, check)
     watch_savers(model)
+    watch_places(model)
     if config.init_lora_weights == "eva":
         logger.warning("init_lora_weights='eva': A is random until fastlora.initialize_eva(model, covariances)")
     return model

@@ -120,7 +120,7 @@ class LearningCheck:
         return not live or aside or any(self._learned(p) for p in live)
 
     def _reads_weight(self, path: str) -> bool:
-        """Whether the source of the owner's class, or of one it is made of, reads a weight other than to initialise it."""
+        """Whether the source of the owner's class, or of a base of it, reads a weight other than to initialise it."""
         owner, lines = self.model().get_submodule(path.rpartition(".")[0]), []
         for kind in type(owner).__mro__[: -len(nn.Module.__mro__)]:
             with contextlib.suppress(OSError, TypeError):  # a class without a source, as a sharded module's is

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.torch_compat import wants_plain_operators
+from ..ops.flops import tell_counters
 from ..ops.matmul import AUTO, ENGINES
 
 
@@ -27,4 +28,5 @@ class FrozenLinear(nn.Linear):
             return super().forward(x)
         if wants_plain_operators():
             return super().forward(x)
+        tell_counters()
         return torch.ops.fastlora.frozen_linear(x, self.weight, self.bias, self.engine)

@@ -13,11 +13,13 @@ from .._utils.torch_compat import (
     apply_directly,
     autocasting,
     can_skip_dispatcher,
+    differentiated_again,
     untracked,
     wants_plain_operators,
     without_autocast,
     without_graph,
 )
+from .flops import tell_counters
 
 LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 
@@ -43,6 +45,7 @@ class Operator(NamedTuple):
             return _autograd(self, x, *arguments, plain=True)
         if wants_plain_operators():
             return self._formula_of_torch(x, *arguments)
+        tell_counters()
         return getattr(torch.ops.fastlora, self.name)(x, *arguments)
 
     def _formula_of_torch(self, x: Tensor, W, bias, A, B, Z, V, *rest) -> list[Tensor]:
@@ -107,13 +110,14 @@ class _LoRALinear(torch.autograd.Function):
         first = 2 * weights
         second, last = first + projections, first + 2 * projections
         W, A, B, moments = saved[:weights], saved[first:second], saved[second:last], saved[last:]
-        if torch.is_grad_enabled():
+        if differentiated_again(dy):
             bias = saved[weights:first]
             return (None, *differentiable_backward(call, needs[1:], dy, x, W, bias, A, B, moments))
         parts = call.split(needs[2:])
         need = [needs[1], True in parts[2], True in parts[3], True in parts[4], True in parts[0], True in parts[1]]
         kernel, below = operator.backward, untracked
         if not can_skip_dispatcher((x, h, *dy, *saved)):
+            tell_counters()
             kernel, below = getattr(torch.ops.fastlora, f"{operator.name}_backward"), without_graph
         with below():
             out = kernel(dy, x, h, W, A, B, *operator.backward_rest(call.rest), need, *call.rest[-2:])
@@ -154,11 +158,12 @@ def _column(moments: Tensor, count: Any) -> Tensor:
 
 
 def differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
-    """create_graph: gradients of the written-out formula, which autograd can differentiate again."""
+    """Gradients of the written-out formula, which autograd can differentiate again and batch."""
     Z = call.operator.probe_leaves(B, call.rest) if call.counts[2] else []
     flat = [x, *W, *bias, *A, *B, *Z]
     wanted = [t for t, flag in zip(flat, needs, strict=False) if flag]
-    y = call.operator.formula(x, W, bias, A, B, Z, call.rest)
+    with torch.enable_grad():
+        y = call.operator.formula(x, W, bias, A, B, Z, call.rest)
     live = [(out, g) for out, g in zip(y, dy, strict=True) if g is not None]
     grads = iter(
         torch.autograd.grad([o for o, _ in live], wanted, [g for _, g in live], create_graph=True, allow_unused=True)

@@ -14,6 +14,7 @@ from .._utils.torch_compat import (
     apply_directly,
     autocasting,
     counts_versions,
+    differentiated_again,
     nothing_watches,
     untracked,
     version_of,
@@ -311,7 +312,7 @@ class _Bound(torch.autograd.Function):
         x, h, *saved = ctx.saved_tensors
         moments, A, B = saved[: run.moments], saved[run.moments : run.moments + count], saved[run.moments + count :]
         run.check_versions()
-        if torch.is_grad_enabled():
+        if differentiated_again(dy):
             return (None, *_again(run, needs[1:], dy, x, A, B), *moments)
         need = bound.need(needs[1:], run.leaves)
         with untracked():
@@ -334,7 +335,7 @@ def _placed(found, need: Need, dy, layout: GroupLayout, count: int, leaves: int,
 
 
 def _again(run: _Run, needs, dy, x, A, B) -> Sequence[Tensor | None]:
-    """create_graph: gradients that can be differentiated again."""
+    """Gradients of the written-out formula."""
     bound, weights = run.bound, len(run.bound.W)
     rest = bound.rest(run.rows, run.key, run.p, run.P, run.sign)
     call = LoraRest(LORA_LINEAR, (weights, len(A), run.leaves, 0), rest, None, None)

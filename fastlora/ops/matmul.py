@@ -20,7 +20,6 @@ from .._utils.torch_compat import (
     onednn_linear_add,
     onednn_pack,
     onednn_reason,
-    version_of,
     without_autocast,
     without_graph,
 )
@@ -39,14 +38,14 @@ _OVERRIDE = "FASTLORA_CPU_ENGINE"  # names one of NAMES for every product whose 
 _WORTH_CHANGING = 0.08
 _CLEAR = 0.15
 _TIMING_ROUNDS = (5, 15)
+_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass
 class _Packed:
     """oneDNN's copies of one weight, valid while the weight is as it was."""
 
-    state: tuple[int, int]
-    sample: Tensor
+    original: Tensor
     by_direction: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -122,10 +121,13 @@ class MatmulEngines:
                 return choice.name
         if not W.is_cpu or rows == 0:
             return LINEAR
+        if wanted == NONE:
+            return NONE
+        if W.dtype not in _ONEDNN_DTYPES:
+            return LINEAR
         if wanted:
-            return NONE if wanted == NONE else _checked(wanted)
-        unknown = W.dtype not in (torch.float32, torch.bfloat16) or onednn_reason() is not None
-        return LINEAR if W.requires_grad or unknown else None
+            return _checked(wanted)
+        return LINEAR if W.requires_grad or onednn_reason() is not None else None
 
     def _measured(self, direction: str, rows: int, W: Tensor, engine: str, run: Callable[[str], Tensor]) -> str:
         choice = _time(NAMES if engine == AUTO else (LINEAR, ONEDNN), run)
@@ -146,10 +148,10 @@ class MatmulEngines:
 
     def _pack(self, direction: str, W: Tensor, rows: int) -> Tensor:
         """The packed copy of a weight for one direction, made anew whenever the weight has changed."""
-        key, state, sample = id(W), (0 if W.is_inference() else version_of(W), W.data_ptr()), _sample(W)
-        entry = self._packed.get(key)
-        if entry is None or entry[0]() is not W or entry[1].state != state or not torch.equal(entry[1].sample, sample):
-            entry = (weakref.ref(W, lambda _: self._packed.pop(key, None)), _Packed(state, sample.clone()))
+        key, entry = id(W), self._packed.get(id(W))
+        if entry is None or entry[0]() is not W or not _same_bits(entry[1].original, W):
+            original = W.detach().clone(memory_format=torch.contiguous_format)
+            entry = (weakref.ref(W, lambda _: self._packed.pop(key, None)), _Packed(original))
             self._packed[key] = entry
         packs = entry[1].by_direction
         if direction not in packs:
@@ -163,11 +165,13 @@ class MatmulEngines:
         if entry is not None and entry[0]() is W:
             for key in [direction] if direction else list(entry[1].by_direction):
                 entry[1].by_direction.pop(key, None)
+            if not entry[1].by_direction:
+                self._packed.pop(id(W), None)
 
     def packed_bytes(self, W: Tensor | None = None) -> int:
-        """Memory of the packed copies of one weight, or of all."""
+        """Memory of the packed copies of one weight, or of all, and of the copy that tells edits."""
         entries = [e for e in self._packed.values() if e[0]() is not None and (W is None or e[0]() is W)]
-        return sum(p.numel() * p.element_size() for _, e in entries for p in e.by_direction.values())
+        return sum(p.numel() * p.element_size() for _, e in entries for p in (e.original, *e.by_direction.values()))
 
     def choices(self, W: Tensor) -> dict[str, Choice]:
         """What was chosen for weights of this shape: direction and rows -> choice."""
@@ -178,9 +182,15 @@ class MatmulEngines:
         }
 
 
-def _sample(W: Tensor) -> Tensor:
-    """A few elements of the weight: edits through ``.data`` and of inference tensors leave the version as it was."""
-    return W.detach()[:: max(1, W.shape[0] // 8), :: max(1, W.shape[1] // 8)]
+def _same_bits(original: Tensor, W: Tensor) -> bool:
+    """Whether a weight is as it was, every element: edits through ``.data``, NumPy and of inference tensors leave no
+    trace. This costs less than a hash of the weight, and a copy of it."""
+    if original.dtype != W.dtype or original.shape != W.shape:
+        return False
+    size = W.element_size()
+    whole = W.is_contiguous() and W.numel() * size % 8 == 0 and W.storage_offset() * size % 8 == 0
+    bits = torch.int64 if whole else torch.int32 if size == 4 else torch.int16
+    return torch.equal(*[(t.view(-1) if whole else t).view(bits) for t in (original, W.detach())])
 
 
 def _checked(name: str) -> str:

@@ -18,6 +18,7 @@ from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, who
 from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
 from ..config import LoraConfig
 from ..model.modules import named_targets, refuse_shared
+from ..model.replaced_check import refuse_replaced
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
@@ -70,6 +71,7 @@ def save(
     sharded = bool(shards(model))
     reshard(model)
     adapter = _saveable_adapter(model, adapter)
+    refuse_replaced(model)
     layers = _saveable(model, adapter)
     config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
     if fold_scale and config.init_lora_weights == "olora":

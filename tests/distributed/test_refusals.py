@@ -146,3 +146,53 @@ def test_one_process_reduces_nothing(monkeypatch, given):
 def test_a_process_group_that_is_none():
     with pytest.raises(ValueError, match="process_group: expected 'auto', None or a process group, got 'all'"):
         fastlora.track(model(), process_group="all")
+
+
+def several():
+    m = fastlora.inject(plain(), CONFIG)
+    return fastlora.add_adapter(m, "resting", CONFIG)
+
+
+def freeze_resting(m):
+    for name, p in m.named_parameters():
+        if ".resting." in name:
+            p.requires_grad_(False)
+    return m
+
+
+def three_steps(parallel):
+    for _ in range(3):
+        parallel(torch.randn(4, 4)).square().mean().backward()
+
+
+def test_a_trainable_adapter_that_rests_under_ddp_is_refused(caplog):
+    m = several()
+    for other in (m, copy.deepcopy(m)):
+        with pytest.raises(RuntimeError, match=r"'default' runs alone.*\['resting'\].*find_unused_parameters=True"):
+            three_steps(DistributedDataParallel(other))
+    assert all(p.grad is None for p in m.parameters())
+    three_steps(m)
+    with torch.no_grad():
+        DistributedDataParallel(m)(torch.randn(4, 4))
+    fastlora.set_adapter(m, "resting")
+    with pytest.raises(RuntimeError, match="'resting' runs alone"):
+        three_steps(DistributedDataParallel(m))
+    assert not hasattr(fastlora.unload(m), "fastlora_resting")
+    three_steps(m.requires_grad_(True))
+
+
+def test_what_its_message_says_works(caplog):
+    three_steps(DistributedDataParallel(freeze_resting(several())))
+    three_steps(DistributedDataParallel(several(), find_unused_parameters=True))
+    assert "runs alone" not in caplog.text
+
+
+def test_two_adapters_that_run_one_after_the_other_are_warned_of_and_run(caplog):
+    m, x = several(), torch.randn(4, 4)
+    parallel, total = DistributedDataParallel(m), 0.0
+    for name in ("default", "resting"):
+        with fastlora.use_adapters(m, name):
+            total = total + parallel(x).square().mean()
+    total.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in m.parameters())
+    assert caplog.text.count("runs alone") == 2

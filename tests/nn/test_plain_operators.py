@@ -187,3 +187,38 @@ def test_what_has_no_plain_form_is_refused():
     with fastlora.track(model.train(), warmup=1):
         with pytest.raises(ValueError, match="model: expected no tracker to be open under torch.func"):
             grad(loss_of(model))(trained(model), x)
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("options", [{}, {"accelerate_frozen": True}])
+def test_gradients_that_autograd_batches_are_those_one_by_one(kind, options):
+    model, x = adapted(kind, **options), torch.randn(2, 3, 8, requires_grad=True)
+    model(x)  # from the second forward on, q, k and v are one call
+    with fastlora.disable_adapters(model):
+        assert torch.autograd.functional.jacobian(model, x, vectorize=True).shape == (2, 3, 8, 2, 3, 8)
+    leaves, weights = [x, *trained(model).values()], torch.randn(4, 2, 3, 8)
+    y = model(x)
+    batched = torch.autograd.grad(y, leaves, weights, is_grads_batched=True, retain_graph=True)
+    for i, weight in enumerate(weights):
+        single = torch.autograd.grad(y, leaves, weight, retain_graph=True)
+        for many, one in zip(batched, single, strict=True):
+            assert (many[i] - one).abs().max() <= 16 * torch.finfo(one.dtype).eps * one.abs().max()
+
+
+def test_gradients_that_autograd_batches_under_dropout_in_a_mixed_batch_and_with_a_tracker():
+    model, x = adapted(), torch.randn(2, 3, 8, requires_grad=True)
+    fastlora.add_adapter(model, "b", config(r=3, target_modules=["q", "v"], lora_dropout=0.5))
+    randomise(model).train()
+    model(x)
+    leaves = [x, *trained(model).values()]
+    with fastlora.track(model, probes=2), fastlora.use_adapters(model, ["b", "default"]):
+        for _ in range(2):
+            y, weights = model(x), torch.randn(3, 2, 3, 8)
+            batched = torch.autograd.grad(
+                y, leaves, weights, is_grads_batched=True, retain_graph=True, allow_unused=True
+            )
+            for i, weight in enumerate(weights):
+                single = torch.autograd.grad(y, leaves, weight, retain_graph=True, allow_unused=True)
+                for many, one in zip(batched, single, strict=True):
+                    assert (many is None) == (one is None)
+                    assert many is None or torch.allclose(many[i], one, atol=1e-5)

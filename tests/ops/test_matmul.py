@@ -80,6 +80,50 @@ def test_packed_copy_follows_in_place_edits_loads_and_new_memory():
     assert mine.packed_bytes() == mine.packed_bytes(low) > 0
 
 
+EDITS = {
+    "a row": lambda w: w.data[5].zero_(),
+    "columns": lambda w: w.data[:, 1:5].zero_(),
+    "odd columns negated": lambda w: w.data[:, 1::2].neg_(),
+    "two rows change places": lambda w: w.data.copy_(w.data[[1, 0, *range(2, len(w))]]),
+    "transposed": lambda w: w.data.copy_(w.data.t().clone()),
+    "by NumPy": lambda w: w.detach().numpy().__setitem__((7, 3), 3.0),
+    "the last bit": lambda w: w.data.view(torch.int32)[-1, -1].bitwise_xor_(1 << 20),
+    "foreach": lambda w: torch._foreach_add_([w.data], 0.01),
+}
+
+
+@pytest.mark.skipif(PACKED not in NAMES, reason="this torch has no oneDNN linear")
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("layout", ["whole", "odd address", "transposed"])
+def test_packed_copies_follow_edits_that_torch_does_not_count(monkeypatch, edit, layout):
+    torch.manual_seed(0)
+    mine, x, memory = MatmulEngines(), torch.randn(4, 96), torch.randn(96 * 96 + 1)
+    W = {"whole": memory[:-1], "odd address": memory[1:], "transposed": memory[:-1]}[layout].view(96, 96)
+    W = nn.Parameter(W.t() if layout == "transposed" else W, requires_grad=False)
+    mine.forward(x, W, None, PACKED), mine.backward(x, W, PACKED)
+    EDITS[edit](W)
+    for _ in range(2):
+        torch.testing.assert_close(mine.forward(x, W, None, PACKED), x @ W.t())
+        torch.testing.assert_close(mine.backward(x, W, PACKED), x @ W)
+        monkeypatch.setattr(engines, "onednn_pack", None)  # the second time nothing has changed
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_model_that_asks_for_packing_runs_in_dtypes_that_onednn_has_no_product_for(dtype):
+    torch.manual_seed(0)
+    options = fastlora.LoraConfig(r=2, target_modules=["0"], prepack=True)
+    model = fastlora.inject(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 3)), options, accelerate_frozen=True)
+    plain = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 3)).to(dtype)
+    x = torch.randn(4, 16)
+    model(x).sum().backward()
+    model.to(dtype)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "lora" not in k})
+    y = model(x.to(dtype))
+    y.sum().backward()
+    assert torch.equal(y, plain(x.to(dtype)))  # B is zero
+    assert model[0].lora_B.default.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.skipif(PACKED not in NAMES, reason="this torch has no oneDNN linear")
 def test_packed_copy_is_freed_with_its_weight():
     mine, W = MatmulEngines(), torch.randn(8, 16)
