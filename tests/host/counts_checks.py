@@ -107,7 +107,7 @@ PINNED_GPU = {
     "probes": (82, 28, 16, 6, 0, 0),
     "act_var": (82, 38, 23, 7, 0, 3),
     "dropout": (75, 25, 14, 7, 0, 1),
-    "four_adapters": (76, 74, 37, 6, 6, 8),
+    "four_adapters": (79, 74, 37, 6, 6, 8),
 }
 # The same without what a GPU does.
 PINNED_CPU = {
