@@ -16,6 +16,7 @@ from .._utils.distributed import is_sharded, shards
 from .._utils.errors import listed
 from .._utils.torch_compat import in_backward, version_of
 from ..nn.linear import Linear, adapted_layers
+from .modules import uses_of_weight
 from .optimizer_check import watch_optimizers
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class LearningCheck:
         return not live or aside or any(self._learned(p) for p in live)
 
     def _reads_weight(self, path: str) -> bool:
-        """Whether the source of the owner's class, or of one it is made of, reads a weight other than to initialise it."""
+        """Whether the source of the owner's class, or of its bases, reads a weight other than to initialise it."""
         owner, lines = self.model().get_submodule(path.rpartition(".")[0]), []
         for kind in type(owner).__mro__[: -len(nn.Module.__mro__)]:
             with contextlib.suppress(OSError, TypeError):  # a class without a source, as a sharded module's is
@@ -160,4 +161,17 @@ def watch_learning(model: nn.Module, mode: str | None = None) -> None:
         before.close()
         mode = mode or before.mode
     if mode in ("raise", "warn"):
+        _warn_of_reads(model)
         model.fastlora_learning = LearningCheck(model, mode)
+
+
+def _warn_of_reads(model: nn.Module) -> None:
+    """Name the layers that are called in one place and whose weight is read in another, where no adapter acts."""
+    found = []
+    for path, layer in adapted_layers(model).items():
+        owner, _, leaf = path.rpartition(".")
+        kind = type(model.get_submodule(owner))
+        if isinstance(layer, Linear) and leaf and uses_of_weight(kind, leaf) == (True, True):
+            found.append(f"{path} (in {kind.__module__}.{kind.__qualname__})")
+    if found:
+        logger.warning("the weight is read besides the call, and adapters do not act there: %s", listed(found, _SHOWN))
