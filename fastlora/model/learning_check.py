@@ -16,7 +16,7 @@ from .._utils.distributed import is_sharded, shards
 from .._utils.errors import listed
 from .._utils.torch_compat import in_backward, version_of
 from ..nn.linear import Linear, adapted_layers
-from .modules import uses_of_weight
+from .modules import biases_apart, uses_of_weight
 from .optimizer_check import watch_optimizers
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,10 @@ def _warn_of_reads(model: nn.Module) -> None:
     found = []
     for path, layer in adapted_layers(model).items():
         owner, _, leaf = path.rpartition(".")
-        kind = type(model.get_submodule(owner))
+        around = model.get_submodule(owner)
+        kind = type(around)
+        if kind.__module__ == "fastlora.nn.attention" or biases_apart(around):
+            continue  # these call it once they are taken over
         if isinstance(layer, Linear) and leaf and uses_of_weight(kind, leaf) == (True, True):
             found.append(f"{path} (in {kind.__module__}.{kind.__qualname__})")
     if found:

@@ -320,7 +320,7 @@ def uses_of_weight(owner: type, leaf: str) -> tuple[bool, bool]:
     source, name = "\n".join(sources), rf"\bself\.{re.escape(leaf)}"
     # What only asks for a property of the weight, or sets it.
     asks = r"(?!\.(?:dtype|device|shape|size|numel|ndim|dim|is_\w+)\b|\.data\b|\s*=[^=])"
-    reads = re.search(rf"{name}\.weight\b{asks}", source)
+    reads = re.search(rf"(?<!isinstance\(){name}\.weight\b{asks}", source)
     return reads is not None, re.search(rf"{name}\(", source) is not None
 
 

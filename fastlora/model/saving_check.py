@@ -25,14 +25,14 @@ def watch_savers(model: nn.Module) -> None:
 
 
 def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    running = _running()
-    hugging_face = ("transformers", "save_pretrained") in running
+    frames = running()
+    hugging_face = ("transformers", "save_pretrained") in frames
     # A Trainer's checkpoints are for resuming, with the adapters in place.
-    if ("transformers", "_save_checkpoint") in running or not (hugging_face or ("timm", "_save") in running):
+    if ("transformers", "_save_checkpoint") in frames or not (hugging_face or ("timm", "_save") in frames):
         return
     layers = adapted_layers(module)
     unmerged = [path for path, layer in layers.items() if not layer.merged and layer.ranked]
-    if unmerged and hugging_face and ("transformers", "save_model") not in running:
+    if unmerged and hugging_face and ("transformers", "save_model") not in frames:
         raise ValueError(f"model: from_pretrained would drop the adapter of {unmerged[0]!r}; {_HOW}")
     if unmerged:
         reader = "from_pretrained" if hugging_face else "a plain model"
@@ -44,8 +44,8 @@ def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, met
             del state[key]
 
 
-def _running() -> set[tuple[str, str]]:
-    """(library, function) of every frame that is running."""
+def running() -> set[tuple[str, str]]:
+    """(library, function) of every frame that is running, from a state dict's hook."""
     found, frame = set(), sys._getframe(2)
     while frame is not None:
         found.add((frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_name))

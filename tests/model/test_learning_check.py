@@ -252,7 +252,7 @@ class CalledAndRead(nn.Module):
         self.proj, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x):
-        x = x.to(self.other.weight.dtype)
+        x = x.to(self.other.weight.dtype) if isinstance(self.other.weight, torch.Tensor) else x
         return self.other(self.proj(x)) + F.linear(x, self.proj.weight)
 
 
@@ -274,3 +274,9 @@ def test_an_owner_that_reads_in_another_method_is_refused():
     with pytest.raises(ValueError, match=r"WavLMAttention reads q_proj\.weight instead of calling q_proj"):
         fastlora.inject(model, config(target_modules=["q_proj"]))
     fastlora.inject(model, config(target_modules=["intermediate_dense"]))
+
+
+@pytest.mark.parametrize("kind", [nn.MultiheadAttention, nn.TransformerEncoderLayer])
+def test_owners_that_were_taken_over_are_not_named(kind, caplog):
+    fastlora.inject(nn.Sequential(kind(8, 2)), config(target_modules=["out_proj"]))
+    assert not caplog.text
