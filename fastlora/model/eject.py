@@ -19,7 +19,14 @@ from ..nn.plain import Plain
 from ..nn.quantized import QuantizedLinear, original_class
 from .modules import change_class, conv1d_class
 
-_OF_MODEL = ("fastlora_biases", "fastlora_configs", "fastlora_learning", "fastlora_policy", "fastlora_saving")
+_OF_MODEL = (
+    "fastlora_biases",
+    "fastlora_configs",
+    "fastlora_learning",
+    "fastlora_loading",
+    "fastlora_policy",
+    "fastlora_saving",
+)
 
 
 def eject(model: nn.Module) -> nn.Module:
@@ -29,6 +36,7 @@ def eject(model: nn.Module) -> nn.Module:
     """
     if hasattr(model, "fastlora_saving"):
         model.fastlora_saving.remove()
+        model.fastlora_loading.remove()
     for layer in adapted_layers(model).values():
         for kept in ("unmerged_weight", "unmerged_bias"):
             layer.__dict__.pop(kept, None)

@@ -22,6 +22,20 @@ def watch_savers(model: nn.Module) -> None:
     files an adapted model can take up, warn.
     """
     model.fastlora_saving = model.register_state_dict_post_hook(_after_state_dict)
+    model.fastlora_loading = model.register_load_state_dict_pre_hook(_before_load)
+
+
+def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *_: Any) -> None:
+    """Lightning's ``load_from_checkpoint`` of what its callback made small fails for want of the base: say the way."""
+    if not any(function == "load_from_checkpoint" for _, function in running()):
+        return
+    paths = [f"{prefix}{path}" for path in adapted_layers(module)]
+    there = [path for path in paths if any(key.startswith(f"{path}.lora_") for key in state)]
+    if there and not any(f"{path}.weight" in state for path in paths):
+        logger.warning(
+            "the checkpoint has adapters without the frozen base; load_from_checkpoint(path, strict=False) keeps "
+            "the base that the module's __init__ makes"
+        )
 
 
 def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
