@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from .._utils.distributed import whole
 from .._utils.errors import check_model, listed
 from .._utils.torch_compat import load_hooks
+from ..model.saving_check import running
 from ..model.trainable import saved_modules
 from ..nn.linear import adapted_layers, matrix_key
+
+_AVERAGING = {("timm", "apply_update_"), ("timm", "_update"), ("timm", "set")}
 
 
 def adapters_only(model: nn.Module) -> AdaptersOnly:
@@ -76,6 +79,9 @@ def _leave_out_base(module: nn.Module, state: dict[str, Any], prefix: str, metad
         return
     # Whoever shards a model on the meta device fills it from a state dict, of which the base is a part.
     if any(parameter.is_meta for parameter in module.parameters()):
+        return
+    # timm's averages pair the values of two state dicts by their order; one of them may be complete.
+    if _AVERAGING & running():
         return
     trained = _trained(module)
     frozen = [prefix + name for name in _parameters(module) if name not in trained]

@@ -23,6 +23,7 @@ _OF_MODEL = (
     "fastlora_biases",
     "fastlora_configs",
     "fastlora_learning",
+    "fastlora_loading",
     "fastlora_places",
     "fastlora_policy",
     "fastlora_resting",
@@ -37,6 +38,7 @@ def eject(model: nn.Module) -> nn.Module:
     """
     if hasattr(model, "fastlora_saving"):
         model.fastlora_saving.remove()
+        model.fastlora_loading.remove()
     for layer in adapted_layers(model).values():
         for kept in ("unmerged_weight", "unmerged_bias"):
             layer.__dict__.pop(kept, None)

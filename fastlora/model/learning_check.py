@@ -16,6 +16,7 @@ from .._utils.distributed import is_sharded, shards
 from .._utils.errors import listed
 from .._utils.torch_compat import in_backward, version_of
 from ..nn.linear import Linear, adapted_layers
+from .modules import biases_apart, uses_of_weight
 from .optimizer_check import watch_optimizers
 
 logger = logging.getLogger(__name__)
@@ -160,4 +161,20 @@ def watch_learning(model: nn.Module, mode: str | None = None) -> None:
         before.close()
         mode = mode or before.mode
     if mode in ("raise", "warn"):
+        _warn_of_reads(model)
         model.fastlora_learning = LearningCheck(model, mode)
+
+
+def _warn_of_reads(model: nn.Module) -> None:
+    """Name the layers that are called in one place and whose weight is read in another, where no adapter acts."""
+    found = []
+    for path, layer in adapted_layers(model).items():
+        owner, _, leaf = path.rpartition(".")
+        around = model.get_submodule(owner)
+        kind = type(around)
+        if kind.__module__ == "fastlora.nn.attention" or biases_apart(around):
+            continue  # these call it once they are taken over
+        if isinstance(layer, Linear) and leaf and uses_of_weight(kind, leaf) == (True, True):
+            found.append(f"{path} (in {kind.__module__}.{kind.__qualname__})")
+    if found:
+        logger.warning("the weight is read besides the call, and adapters do not act there: %s", listed(found, _SHOWN))

@@ -5,6 +5,7 @@ Tables of attention and MLP blocks and of task heads, by structure and name: a m
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -278,7 +279,7 @@ def refusal(model: nn.Module, name: str) -> str | None:
         return "its owner has kdim or vdim other than embed_dim, so that q, k and v are not one stacked matrix"
     # timm's BEiT, EVA and SwinV2: the layer is called only where the biases are apart.
     apart = getattr(owner, "q_bias", None) is None or getattr(owner, "qkv_bias_separate", False) or biases_apart(owner)
-    if (leaf == "qkv" and not apart) or (not readers and _reads_weight(type(owner), leaf)):
+    if (leaf == "qkv" and not apart) or (not readers and uses_of_weight(type(owner), leaf) == (True, False)):
         return f"its owner {'.'.join(class_name(owner))} reads {leaf}.weight instead of calling {leaf}"
     if module.weight.is_meta and hasattr(module, "_hf_hook"):
         return "accelerate has offloaded its weight; call inject before dispatch_model or cpu_offload"
@@ -308,14 +309,19 @@ def _torch_readers(modules: dict[str, nn.Module], path: str, leaf: str) -> list[
 
 
 @functools.cache
-def _reads_weight(owner: type, leaf: str) -> bool:
-    """Whether an owner's forward reads ``self.<leaf>.weight`` and never calls ``self.<leaf>``, by its source."""
-    try:
-        source = inspect.getsource(owner.forward)
-    except (OSError, TypeError):
-        return False
-    reads = re.search(rf"\bself\.{re.escape(leaf)}\.weight\b(?!\.(?:dtype|device|shape)\b)", source)
-    return reads is not None and re.search(rf"\bself\.{re.escape(leaf)}\(", source) is None
+def uses_of_weight(owner: type, leaf: str) -> tuple[bool, bool]:
+    """Whether the methods of an owner read ``self.<leaf>.weight`` other than to set it up, and whether one calls it."""
+    sources = []
+    for kind in owner.__mro__[: -len(nn.Module.__mro__)]:
+        for name, method in vars(kind).items():
+            if inspect.isfunction(method) and not re.search("init|reset|tie|load|fuse|merge", name):
+                with contextlib.suppress(OSError, TypeError):
+                    sources.append(inspect.getsource(method))
+    source, name = "\n".join(sources), rf"\bself\.{re.escape(leaf)}"
+    # What only asks for a property of the weight, or sets it.
+    asks = r"(?!\.(?:dtype|device|shape|size|numel|ndim|dim|is_\w+)\b|\.data\b|\s*=[^=])"
+    reads = re.search(rf"(?<!isinstance\(){name}\.weight\b{asks}", source)
+    return reads is not None, re.search(rf"{name}\(", source) is not None
 
 
 def has_suffix(name: str, suffix: str) -> bool:

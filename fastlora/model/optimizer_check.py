@@ -24,7 +24,7 @@ def watch_optimizers(model: nn.Module) -> None:
     """Look once at each optimizer that steps from now on, whether it holds what is trained of ``model``.
 
     ``RuntimeError`` for one with factors that others have replaced; a warning for one that holds frozen parameters of
-    the model and none of its factors.
+    the model and none of its factors, and where PEFT has frozen the factors.
     """
     _models.add(model)
     _looked_at.clear()
@@ -56,6 +56,14 @@ def _look(model: nn.Module, held: dict[int, nn.Parameter]) -> None:
             "build the optimizer after fastlora.set_ranks and reallocate"
         )
     own = [p for p in model.parameters() if id(p) in held]
+    by_peft = any(type(module).__module__.startswith("peft.") for module in model.modules())
+    if own and by_peft and not any(p.requires_grad for p in factors.values()):
+        logger.warning(
+            "optimizer: peft.get_peft_model has frozen the adapters of fastlora.inject, so that these do not "
+            "learn: %s; call fastlora.to_peft to go on in PEFT, or fastlora.add_adapter for another adapter",
+            listed(list(factors)),
+        )
+        return
     if factors and own and not all(p.requires_grad for p in own) and not any(id(p) in held for p in factors.values()):
         logger.warning(
             "optimizer: holds frozen parameters of the model and none of its adapters, which this optimizer does not "

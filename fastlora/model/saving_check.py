@@ -22,17 +22,31 @@ def watch_savers(model: nn.Module) -> None:
     files an adapted model can take up, warn.
     """
     model.fastlora_saving = model.register_state_dict_post_hook(_after_state_dict)
+    model.fastlora_loading = model.register_load_state_dict_pre_hook(_before_load)
+
+
+def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *_: Any) -> None:
+    """Lightning's ``load_from_checkpoint`` of what its callback made small fails for want of the base: say the way."""
+    if not any(function == "load_from_checkpoint" for _, function in running()):
+        return
+    paths = [f"{prefix}{path}" for path in adapted_layers(module)]
+    there = [path for path in paths if any(key.startswith(f"{path}.lora_") for key in state)]
+    if there and not any(f"{path}.weight" in state for path in paths):
+        logger.warning(
+            "the checkpoint has adapters without the frozen base; load_from_checkpoint(path, strict=False) keeps "
+            "the base that the module's __init__ makes"
+        )
 
 
 def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    running = _running()
-    hugging_face = ("transformers", "save_pretrained") in running
+    frames = running()
+    hugging_face = ("transformers", "save_pretrained") in frames
     # A Trainer's checkpoints are for resuming, with the adapters in place.
-    if ("transformers", "_save_checkpoint") in running or not (hugging_face or ("timm", "_save") in running):
+    if ("transformers", "_save_checkpoint") in frames or not (hugging_face or ("timm", "_save") in frames):
         return
     layers = adapted_layers(module)
     unmerged = [path for path, layer in layers.items() if not layer.merged and layer.ranked]
-    if unmerged and hugging_face and ("transformers", "save_model") not in running:
+    if unmerged and hugging_face and ("transformers", "save_model") not in frames:
         raise ValueError(f"model: from_pretrained would drop the adapter of {unmerged[0]!r}; {_HOW}")
     if unmerged:
         reader = "from_pretrained" if hugging_face else "a plain model"
@@ -44,8 +58,8 @@ def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, met
             del state[key]
 
 
-def _running() -> set[tuple[str, str]]:
-    """(library, function) of every frame that is running."""
+def running() -> set[tuple[str, str]]:
+    """(library, function) of every frame that is running, from a state dict's hook."""
     found, frame = set(), sys._getframe(2)
     while frame is not None:
         found.add((frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_name))

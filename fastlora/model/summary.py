@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .._utils.errors import check_model
+from .._utils.distributed import unwrapped
 from .._utils.reporting import rich_table, text_table
 from ..nn.adapter import WHOLE
 from ..nn.frozen import FrozenLinear
@@ -80,6 +80,7 @@ def summary(model: nn.Module, adapter: str | None = None) -> Summary:
 
     Raises ``ValueError`` for an adapter that is not there, and without adapters or a policy.
     """
+    model = unwrapped(model)
     layers, adapter = adapted_layers(model), chosen_or_policy(model, adapter)
     rows, adapted, beside = [], [], 0
     for path, layer in layers.items():
@@ -165,7 +166,7 @@ def _engine(weight: Tensor, engine: str) -> str:
 
 def explain(model: nn.Module) -> Explanation:
     """Backend and matmul engine of each layer, for inputs of its weight's dtype, and why others are passed over."""
-    check_model(model)
+    model = unwrapped(model)
     rows, packed = [], 0
     for path, layer in model.named_modules():
         if isinstance(layer, Plain):

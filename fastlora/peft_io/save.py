@@ -25,6 +25,7 @@ from ..nn.adapter import WHOLE
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, adapted_layers
 from ..nn.plain import CONVOLUTIONS, Plain, kernel_shapes
+from .effect import warn_of_peft
 from .folder import FORMAT_VERSION, Slice, write_folder
 from .names import (
     BESIDE,
@@ -60,7 +61,8 @@ def save(
     ``importance`` (scores by matrix) goes into the side file.
 
     The first rank alone writes under data-parallel training; of a sharded model (``fully_shard``) every rank must call
-    this, and waits for the files. They appear complete or not at all, also when the process is killed. Raises
+    this, and waits for the files. They appear complete or not at all, also when the process is killed. A warning names
+    the matrices that PEFT would load and run otherwise, or not at all. Raises
     ``ValueError``, before anything is written, for a model without this adapter and for trained parameters that the
     files have no place for, by name; ``OSError`` where they cannot be written, with the old ones still there.
     """
@@ -98,6 +100,7 @@ def save(
     }
     whole_tensors = {k: _detached(k, t) for k, t in tensors.items()}
     once(ranks, sharded, lambda: write_folder(pathlib.Path(path), fields, whole_tensors, side))
+    warn_of_peft(model, layers)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
@@ -327,3 +328,21 @@ def test_a_bert_of_several_dtypes(tmp_path):
     other = shifted(bert(adapter_dtype=torch.bfloat16))
     load_checkpoint(tmp_path / "last.pt", other)
     assert_same(trained(other), trained(model))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"exclude_buffers": True}])
+def test_timms_averages_pair_the_same_values(inside, options):
+    utils = pytest.importorskip("timm.utils")
+    model = still(vit())
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with adapters_only(model) if inside else contextlib.nullcontext():
+        averages = utils.ModelEmaV3(model, decay=0.9, **options)
+    with adapters_only(model):
+        with torch.no_grad():
+            for p in trained_parameters(model):
+                p.add_(1.0)
+        averages.update(model)
+    for name, value in model.state_dict().items():
+        expected = before[name] + 0.1 * (value - before[name])
+        torch.testing.assert_close(dict(averages.module.named_parameters()).get(name, expected), expected)

@@ -212,3 +212,14 @@ def test_refusals(tmp_path):
     # Tracked otherwise than before.
     with pytest.raises(ValueError, match="state: expected the probes 2, got 4"):
         fit(Module(), tmp_path / "a", FastLoraCallback(track={"probes": 2}), str(tmp_path / "epoch=0.ckpt"))
+
+
+def test_load_from_checkpoint_says_how(tmp_path, caplog):
+    module = Module()
+    checkpoint = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "last")
+    fit(module, tmp_path, FastLoraCallback(), epochs=1, checkpoint=checkpoint)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        Module.load_from_checkpoint(checkpoint.best_model_path)
+    assert "load_from_checkpoint(path, strict=False) keeps" in caplog.text
+    other = Module.load_from_checkpoint(checkpoint.best_model_path, strict=False)
+    assert_same(factors(other.net), factors(module.net))

@@ -244,3 +244,39 @@ def test_new_ranks_are_watched_in_place_of_the_old(new_ranks, caplog):
         step(model, optimizer)
         optimizer.zero_grad()
     assert "got no gradient" not in caplog.text
+
+
+class CalledAndRead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x.to(self.other.weight.dtype) if isinstance(self.other.weight, torch.Tensor) else x
+        return self.other(self.proj(x)) + F.linear(x, self.proj.weight)
+
+
+@pytest.mark.parametrize("check", ["raise", "off"])
+def test_a_weight_that_is_read_besides_the_call_is_named(check, caplog):
+    fastlora.inject(nn.Sequential(CalledAndRead()), config(target_modules=["proj", "other"]), check=check)
+    assert ("read besides the call" in caplog.text and "0.proj" in caplog.text) == (check == "raise")
+    assert "0.other" not in caplog.text
+
+
+def test_an_owner_that_reads_in_another_method_is_refused():
+    transformers = pytest.importorskip("transformers")
+    small = transformers.WavLMConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, conv_dim=(8,),
+        conv_stride=(4,), conv_kernel=(4,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        num_feat_extract_layers=1,
+    )  # fmt: skip
+    model = transformers.WavLMModel(small)
+    with pytest.raises(ValueError, match=r"WavLMAttention reads q_proj\.weight instead of calling q_proj"):
+        fastlora.inject(model, config(target_modules=["q_proj"]))
+    fastlora.inject(model, config(target_modules=["intermediate_dense"]))
+
+
+@pytest.mark.parametrize("kind", [nn.MultiheadAttention, nn.TransformerEncoderLayer])
+def test_owners_that_were_taken_over_are_not_named(kind, caplog):
+    fastlora.inject(nn.Sequential(kind(8, 2)), config(target_modules=["out_proj"]))
+    assert not caplog.text

@@ -119,3 +119,16 @@ def test_nothing_is_kept_alive():
     del model, optimizer
     gc.collect()
     assert [a() for a in alive] == [None, None]
+
+
+@pytest.mark.parametrize("target", ["0", "3"])
+def test_adapters_that_peft_has_frozen_are_named(target, caplog):
+    peft = pytest.importorskip("peft")
+    model = adapted()
+    own = torch.optim.SGD(trained(model), lr=0.1)
+    steps(model, own)
+    assert not caplog.text
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[target]))
+    steps(wrapped, torch.optim.SGD(trained(wrapped), lr=0.1))
+    assert caplog.text.count("get_peft_model has frozen the adapters") == 1
+    assert "2.lora_A.default.weight" in caplog.text

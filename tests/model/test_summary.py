@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 
 import pytest
+import torch
 from support.helpers import config
+from torch import nn
 
 import fastlora
 
@@ -50,3 +52,13 @@ def test_a_narrow_console_folds_and_loses_nothing(model):
     cells = [line.split("\u2502")[1].strip() for line in table.splitlines() if line.startswith("\u2502")]
     for row in fastlora.summary(model).rows:
         assert row.key in "".join(cells)
+
+
+def test_a_compiled_model_has_the_keys_of_its_scores():
+    model = fastlora.inject(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config(target_modules=["0"]))
+    compiled = torch.compile(model, backend="eager")
+    with fastlora.track(compiled) as tracker:
+        compiled(torch.randn(3, 8)).square().sum().backward()
+        tracker.step()
+        assert list(tracker.scores()) == list(fastlora.summary(compiled).costs) == ["0"]
+    assert [row.path for row in fastlora.explain(compiled).rows] == ["0"]

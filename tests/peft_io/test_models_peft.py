@@ -165,8 +165,8 @@ class TestAttention:
         with caplog.at_level(logging.WARNING):
             fastlora.load(Tower(), tmp_path)
         assert "counts the update of out_proj twice" in caplog.text and "attn" in caplog.text
-        caplog.clear()
         fastlora.save(tower(target_modules=["attn"]), tmp_path)
+        caplog.clear()
         fastlora.load(Tower(), tmp_path)
         assert not caplog.text
 

@@ -1,0 +1,66 @@
+"""What PEFT would load from our files and run otherwise, or not at all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from torch import nn
+
+from .._utils.errors import listed
+from ..model.modules import biases_apart
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 8
+_EXPERTS = ("gate_up_proj", "down_proj")  # stacked over the experts, [E, ...], in transformers 5
+_RENAMED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what PEFT takes for them, wherever it stands
+
+
+def warn_of_peft(model: nn.Module, paths: Collection[str]) -> None:
+    """Name the adapted matrices that PEFT would load and not run as they run here, with the reason."""
+    reasons: dict[str, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    stacked = _renames_experts(model) and any(map(_is_stack_of_experts, modules.values()))
+    for path in paths:
+        reason = _reason(modules, path, stacked)
+        if reason:
+            reasons.setdefault(reason, []).append(path)
+    for reason, named in reasons.items():
+        logger.warning("PEFT does not run the adapters of %s as here: %s", listed(named, _SHOWN), reason)
+
+
+def _renames_experts(model: nn.Module) -> bool:
+    """Whether PEFT converts targets of this type of model, by transformers' table where it still has one."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None:
+        return False
+    try:
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as table
+    except ImportError:
+        return True
+    return table.get(kind) in ("mixtral", "qwen2_moe")
+
+
+def _is_stack_of_experts(module: nn.Module) -> bool:
+    return all((p := module._parameters.get(name)) is not None and p.dim() == 3 for name in _EXPERTS)
+
+
+def _reason(modules: dict[str, nn.Module], path: str, stacked: bool) -> str | None:
+    owner, _, leaf = path.rpartition(".")
+    if biases_apart(modules[owner]) and leaf == "qkv" and modules[owner].q_bias is not None:
+        return "their owner reads qkv.weight unless its qkv_bias_separate is True; set that in the base given to PEFT"
+    above = owner.rpartition(".")[0] if isinstance(modules[owner], nn.MultiheadAttention) else owner
+    if isinstance(modules.get(above), nn.TransformerEncoderLayer):
+        return (
+            "the fast path of nn.TransformerEncoderLayer passes them by in evaluation without gradients; "
+            "call torch.backends.mha.set_fastpath_enabled(False) where PEFT runs"
+        )
+    if stacked and leaf in _RENAMED:
+        return (
+            "with transformers 5 PEFT takes a target of this name for the stacked weights of the experts, "
+            "so that these are without effect"
+        )
+    if leaf == "out_proj" and above != owner:
+        return "PEFT to 0.21 adds this update twice when it loads files; to_peft corrects that"
+    return None
