@@ -98,7 +98,7 @@ class _Convolution(Plain):
         if self.training:
             x = F.dropout(x, self.adapter_specs[adapter].dropout)
         if self.padding_mode != "zeros":
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            x = F.pad(x, _pads(self), mode=self.padding_mode)
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
         padding = self.padding if self.padding_mode == "zeros" else 0
         down, up = (t.view(shape) for t, shape in zip((a, b), kernel_shapes(self, len(a)), strict=True))
@@ -115,6 +115,18 @@ class _Convolution(Plain):
     def delta(self, adapter: str | None = None) -> Tensor:
         """``s B A`` in the weight's shape."""
         return super().delta(adapter).view_as(self.weight)
+
+
+def _pads(module: nn.Module) -> list[int]:
+    """What ``F.pad`` takes of a convolution's padding: the last dimension first, before and after."""
+    if module.padding == "valid":
+        sides = [(0, 0)] * len(module.kernel_size)
+    elif module.padding == "same":
+        both = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        sides = [(n // 2, n - n // 2) for n in both]
+    else:
+        sides = [(n, n) for n in module.padding]
+    return [n for side in reversed(sides) for n in side]
 
 
 def kernel_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
