@@ -34,7 +34,7 @@ def test_step(statistics, benchmark, record):
     torch.manual_seed(0)
     shape = SHAPES["S1"]
     model = _Stack(Problem(shape, torch.float32))
-    fastlora.inject(model, fastlora.LoraConfig(r=shape.rank, target_modules="qkv"))
+    fastlora.inject(model, fastlora.LoraConfig(r=shape.rank, target_modules="qkv", split_qkv=True))
     tracker = fastlora.track(model, statistics=TRACKED[statistics], every=1)
     x = torch.randn(1, 16, shape.width, requires_grad=True)
     benchmark.pedantic(tracker.step, setup=lambda: model(x).backward(), rounds=3 * TOGETHER, warmup_rounds=2)

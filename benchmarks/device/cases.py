@@ -155,7 +155,7 @@ def _peft(case: Case, name: str, device: str, dtype: torch.dtype) -> Variant:
 
 def _fastlora(case: Case, name: str, device: str, dtype: torch.dtype) -> Variant:
     model = Model(case, case.fused, device, dtype)
-    config = fastlora.LoraConfig(r=case.rank, lora_alpha=ALPHA, target_modules="qkv")
+    config = fastlora.LoraConfig(r=case.rank, lora_alpha=ALPHA, target_modules="qkv", split_qkv=True)
     # No optimizer runs here: the check would search for a step at every call.
     fastlora.inject(model, config, check="off")
     leaves = _randomise([p for p in model.parameters() if p.requires_grad])

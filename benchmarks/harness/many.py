@@ -65,7 +65,7 @@ class Mixed:
     def _model(self) -> nn.Module:
         model = Model(self.problem)
         for g, own in enumerate(self.factors):
-            config = fastlora.LoraConfig(r=len(own[0][0]), lora_alpha=ALPHA, target_modules="qkv")
+            config = fastlora.LoraConfig(r=len(own[0][0]), lora_alpha=ALPHA, target_modules="qkv", split_qkv=True)
             if g == 0:
                 fastlora.inject(model, config)
             else:

@@ -324,7 +324,9 @@ def ours(
 ) -> Variant:
     """What ``fastlora.inject`` makes of the model, with a tracker at its defaults where statistics are asked for."""
     model, rank = Model(problem), problem.shape.rank
-    config = fastlora.LoraConfig(r=rank, lora_alpha=problem.scale * rank, target_modules="qkv", backend=backend)
+    config = fastlora.LoraConfig(
+        r=rank, lora_alpha=problem.scale * rank, target_modules="qkv", split_qkv=True, backend=backend
+    )
     fastlora.inject(model, config)
     pairs = [(a, b) for n in model.attn.names for a, b, _ in getattr(model.attn, n).pairs()]
     projections = _fill(problem, pairs, problem.scale)

@@ -101,7 +101,9 @@ def _as_step(kind: type[Step], name: str, variant: peers.Variant) -> Step:
 def with_dropout(problem: Problem) -> Step:
     """``fastlora.inject`` with dropout of the adapters' input."""
     model = peers.Model(problem)
-    config = fastlora.LoraConfig(r=problem.shape.rank, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="qkv")
+    config = fastlora.LoraConfig(
+        r=problem.shape.rank, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="qkv", split_qkv=True
+    )
     fastlora.inject(model, config)
     built = Step("dropout", model.train(), problem.x.clone().requires_grad_(), problem.split(problem.dy, dim=2))
     built.call()
