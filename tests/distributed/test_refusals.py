@@ -68,7 +68,7 @@ def test_new_parameters_come_too_late(name, wrapped):
 
 def test_reallocate_comes_too_late():
     m = DistributedDataParallel(fastlora.inject(plain(), CONFIG))
-    refused(m, lambda m: fastlora.reallocate(m, {"module.0": 1.0}), "call fastlora.set_ranks before")
+    refused(m, lambda m: fastlora.reallocate(m, {"0": 1.0}), "call fastlora.set_ranks before")
 
 
 def test_loading_needs_adapters_in_a_sharded_model(tmp_path):
