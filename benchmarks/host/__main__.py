@@ -8,7 +8,6 @@ Builds the null GPU at the first run (twenty seconds). Prints a table for each c
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from fastlora import testing
 
+from ..harness import result_files
 from ..harness.peers import LABELS
 from ..harness.tables import table
 from .cases import ADAPTERS, CASES, DROPOUT
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     judged = verdicts(rows)
     sys.stdout.write("\n".join(["", "## Targets", "", *_verdicts(judged), ""]))
     if given.json is not None:
-        given.json.write_text(_document(environment(given.rounds), rows, judged), encoding="utf-8")
+        result_files.write(given.json, _document(environment(given.rounds), rows, judged))
     return 0
 
 
@@ -108,14 +108,10 @@ def _verdicts(judged: Sequence[Verdict]) -> Iterator[str]:
     yield from table(header, rows, words=(0, 1, 4))
 
 
-def _document(where: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], judged: Sequence[Verdict]) -> str:
-    """JSON with one row a line."""
+def _document(where: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], judged: Sequence[Verdict]) -> dict[str, Any]:
+    """What a result file holds."""
     targets = [{**v.target._asdict(), "cases": [v.case], "median": v.found["median"], "met": v.met} for v in judged]
-    parts = [f'"environment": {json.dumps(where)}']
-    for name, entries in (("rows", rows), ("targets", targets)):
-        lines = ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
-        parts.append(f'"{name}": [\n{lines}\n]')
-    return "{" + ",\n".join(parts) + "}\n"
+    return {"environment": where, "rows": rows, "targets": targets}
 
 
 if __name__ == "__main__":

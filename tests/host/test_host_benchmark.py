@@ -63,7 +63,7 @@ def test_the_command_measures_and_judges(tmp_path):
     assert found["environment"]["rounds"] == 2 and {"cpu", "torch", "triton", "source"} <= set(found["environment"])
     rows = {(row["case"], row["variant"]): row for row in found["rows"]}
     assert {v for c, v in rows if c == "linear"} == {"frozen", "peft", "fastlora"}
-    assert sum(line.startswith('{"case"') for line in text.splitlines()) == len(rows), "not one row a line"
+    assert sum(line.strip().startswith('{"case"') for line in text.splitlines()) == len(rows), "not one row a line"
     ours, theirs = rows["linear", "fastlora"], rows["linear", "peft"]
     assert ours["counts"]["launches"] >= 4 and ours["counts"]["fallbacks"] == 0
     assert (theirs["counts"]["launches"], theirs["counts"]["gemms"]) == (0, 8)
