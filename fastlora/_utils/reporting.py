@@ -66,9 +66,14 @@ def _log(what: str, units: str, done: int, wanted: int | None, correlation: floa
 
 
 def text_table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    """Rows in columns: names to the left, what follows to the right."""
     cells = [head, *[tuple(str(c) for c in row) for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in cells]  # fmt: skip  # noqa: E501
+    first, *rest = widths
+    lines = [
+        "  ".join([name.ljust(first), *[c.rjust(w) for c, w in zip(numbers, rest, strict=True)]])
+        for name, *numbers in cells
+    ]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 

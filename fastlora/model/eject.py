@@ -36,9 +36,9 @@ def eject(model: nn.Module) -> nn.Module:
 
     What was trained besides (heads, biases) keeps its values, and owners that were made to call their qkv still do.
     """
-    if hasattr(model, "fastlora_saving"):
-        model.fastlora_saving.remove()
-        model.fastlora_loading.remove()
+    for hook in ("fastlora_saving", "fastlora_loading"):
+        if hasattr(model, hook):
+            getattr(model, hook).remove()
     for layer in adapted_layers(model).values():
         for kept in ("unmerged_weight", "unmerged_bias"):
             layer.__dict__.pop(kept, None)
