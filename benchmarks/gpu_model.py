@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fastlora.kernels.tiling import PROGRAMS, TileConfig, choose_filling, choose_split, choose_strategy, choose_tiles
+from fastlora.kernels.tiling import (
+    PROGRAMS,
+    TileConfig,
+    choose_filling,
+    choose_parts,
+    choose_split,
+    choose_strategy,
+    choose_tiles,
+)
 
 from .device.cases import CASES, PROBES, Case
 from .harness import result_files
@@ -81,8 +89,9 @@ class Model:
         size = 2 * elements
         each = self.resident.get((name, written(tile)), 1) if tile else 0
         waves = programs / (PROGRAMS * each) if tile else 0.0
-        # Multiprocessors without a program leave a part of the bandwidth unused.
-        idle = max(1.0, PROGRAMS / programs) if programs else 1.0
+        # Multiprocessors without a program leave a part of the bandwidth unused: in the last wave, or the only one.
+        last = programs % (PROGRAMS * each) if each else 0
+        idle = 1 + max(0, PROGRAMS - last) / programs if last else 1.0
         estimate = size / (STREAM * COPY) * 1e6 * idle + RAMP + GAP
         shown = written(tile) if tile else "-"
         return Kernel(name, shown, programs, each, waves, size / 1e6, 0.0, size / COPY * 1e6, estimate)
@@ -140,14 +149,7 @@ class Model:
         else:
             yield from (self.library("cuBLAS y", M, n, K) for n in self.weights)
             yield self.expand(M, widths, 2 * M * N)
-        tile = choose_tiles("shrink_backward", M, 0, max(widths), R, BF16, CPU)
-        programs = math.ceil(M / tile.rows) * len(widths)
-        yield self.stream("shrink_backward", M * N + M * R, tile, programs)
-        tile = choose_tiles("wgrad", M, N, 0, R, BF16, CPU)
-        programs = math.ceil(K / tile.columns) + sum(math.ceil(n / tile.columns) for n in widths)
-        programs *= choose_split(programs, math.ceil(M / tile.depth), 2)
-        yield self.stream("wgrad", M * (N + K), tile, programs)
-        yield self.stream("reduce", 4 * (R * K + N * (self.case.rank + PROBES)))
+        yield from self.expand_backward()
         if choose_strategy("backward", M, N, K, R, BF16, CPU) == "fused":
             tile = choose_tiles("linear_backward", M, N, K, R, BF16, CPU)
             yield self.tiled("linear_backward", tile, M, [K], N, 2 * (M * N + N * K + M * K))
@@ -155,6 +157,38 @@ class Model:
             yield from (self.library("cuBLAS dx", M, K, n) for n in self.weights)
             yield from (self.stream("dx added", M * K) for _ in self.weights[1:])
             yield self.expand(M, [K], 2 * M * K)
+
+    def expand_backward(self, strategy: str | None = None) -> Iterator[Kernel]:
+        """dh, dA, dB and Q."""
+        M, K, N, R, widths = self.M, self.K, self.N, self.R, self.case.outputs
+        kept = N * (self.case.rank + PROBES)
+        strategy = strategy or choose_strategy("expand_backward", M, N, 0, R + PROBES, BF16, CPU)
+        if strategy == "fused":
+            tile = choose_tiles("expand_backward", M, N, 0, R + PROBES, BF16, CPU)
+            rows, span = choose_parts(M, widths, tile)
+            parts, cuts = math.ceil(M / rows), math.ceil(max(widths) / span)
+            programs = parts * sum(math.ceil(n / span) for n in widths)
+            dh = M * R if cuts == 1 else 2 * cuts * M * R
+            yield self.stream("expand_backward", M * N + M * (R + PROBES) + dh + 2 * parts * kept, tile, programs)
+            if cuts > 1:
+                yield self.stream("reduce", 2 * cuts * M * R + M * R)
+            yield self.stream("reduce", 2 * (parts + 1) * kept)
+            yield from self.wgrad([K], M * (K + R), R * K)
+            return
+        tile = choose_tiles("shrink_backward", M, 0, max(widths), R, BF16, CPU)
+        split = choose_split(math.ceil(M / tile.rows) * len(widths), math.ceil(min(widths) / tile.depth))
+        programs, dh = math.ceil(M / tile.rows) * len(widths) * split, M * R if split == 1 else 2 * split * M * R
+        yield self.stream("shrink_backward", M * N + dh, tile, programs)
+        if split > 1:
+            yield self.stream("reduce", dh + M * R)
+        yield from self.wgrad([K, *widths], M * (N + K + 2 * R + PROBES), R * K + kept)
+
+    def wgrad(self, columns: list[int], elements: int, kept: int) -> Iterator[Kernel]:
+        tile = choose_tiles("wgrad", self.M, 0, 0, self.R, BF16, CPU)
+        programs, steps = sum(math.ceil(n / tile.columns) for n in columns), math.ceil(self.M / tile.depth)
+        split = choose_split(programs, steps, 2)
+        yield self.stream("wgrad", elements + 2 * split * kept, tile, programs * split)
+        yield self.stream("reduce", 2 * (split + 1) * kept)
 
     def expand(self, rows: int, columns: list[int], elements: int) -> Kernel:
         tile = choose_tiles("expand", rows, sum(columns), self.K, self.case.rank, BF16, CPU)

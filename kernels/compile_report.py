@@ -22,13 +22,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import gradstat, grouped, linear, linear_backward, primitives, shrink, wgrad
+from . import expand_backward, gradstat, grouped, linear, linear_backward, primitives, shrink, wgrad
 from .tiling import Limits, TileConfig, committed
 
 REGISTERS = 65536
 # Kernels whose product is large enough to be meant for wgmma, in 16-bit types.
-WGMMA = ("linear", "linear_moments", "linear_backward", "linear_backward_dropout", "wgrad", "gradstat",
-         "gradstat_diagonal", "covariance")  # fmt: skip
+WGMMA = ("linear", "linear_moments", "linear_backward", "linear_backward_dropout", "wgrad", "expand_backward",
+         "gradstat", "gradstat_diagonal", "covariance")  # fmt: skip
 # Bytes of shared memory that a program may ask for, by capability, as CUDA's documentation has them.
 SHARED = {
     (8, 0): 163 << 10,
@@ -178,6 +178,10 @@ def _cases(operation: str, tile: TileConfig, o: _Operands) -> dict[str, Callable
         h = partial(shrink.shrink, o.x, [*o.A, o.P], 1, tiles=tile, **dropout)
         dh = partial(shrink.shrink_backward, o.dy, o.B, o.offsets, o.scales, o.rank, tile)
         return {"dy": dh} if operation == "shrink_backward" else {"x": h}
+    if operation == "expand_backward":
+        rest = o.offsets, o.scales, o.rank, o.probes
+        dy = partial(expand_backward.expand_backward, None, o.dy, o.h, o.B, *rest, strategy="fused", tiles=tile)
+        return {"matmul": dy}
     if operation.startswith("wgrad"):
         x = o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes
         widths = [b.shape[0] for b in o.B]
@@ -223,7 +227,8 @@ def compile_all(
         if operations and operation not in operations or not entry.tile.fits(4 if kind == "fp32" else 2, device):
             continue
         # The rank block of linear's kernels is fixed, so that only whether ranks are multiples of 8 changes their code.
-        fixed = [rank for rank in ranks if rank <= 16] if operation.startswith(("linear", "expand")) else ranks
+        fixed_block = operation.startswith(("linear", "expand")) and operation != "expand_backward"
+        fixed = [rank for rank in ranks if rank <= 16] if fixed_block else ranks
         some = ranks[:1] if operation in ("gradstat", "gradstat_diagonal", "covariance") else fixed
         exact_only = operation.endswith("dropout") or operation == "expand"
         settings = [("bf16", rank) for rank in some]

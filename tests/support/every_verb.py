@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fastlora.kernels import gradstat, grouped, linear, linear_backward, shrink, wgrad
+from fastlora.kernels import expand_backward, gradstat, grouped, linear, linear_backward, shrink, wgrad
 
 from fastlora.ops import reference
 from support.triton_grouped_help import Mixed, Operands, expected_dx, expected_wgrad, expected_y
@@ -99,6 +99,19 @@ def run_wgrad(data, tiles, h, dh, p, options):
     return found
 
 
+def run_expand_backward(data, tiles, h):
+    """(found, wanted) pairs of dh, dB and Q from one pass over dy."""
+    layout, s = data.layout, data.problem
+    rest = data.B, layout.offsets, data.scale, layout.rank, s.probes
+    dh, _, dB, Q = expand_backward.expand_backward(None, data.slices(), h, *rest, strategy="fused", tiles=tiles)
+    found = [(dh, expected_dh(data))]
+    for i, part in enumerate(data.slices()):
+        own = slice(layout.offsets[i], layout.offsets[i] + s.ranks[i])
+        found.append((dB[i], data.scale[i] * wide(part).T @ wide(h)[:, own]))
+        found.append((Q[i], wide(part).T @ wide(h)[:, layout.rank :]))
+    return found
+
+
 def run_gradstat(verb, data, tiles):
     """(found, wanted) pairs of three runs, and of the diagonal where the verb has it."""
     s = data.problem
@@ -140,6 +153,8 @@ def run_verb(verb, data, tiles):
             part = wide(dh)[:, o : o + a.shape[0]] @ wide(a.to(data.dtype))
             wanted = wanted + (reference.dropout(part, data.seed.cpu(), i, p) if p else part)
         return [(dx, wanted)]
+    if verb == "expand_backward":
+        return run_expand_backward(data, tiles, h)
     if verb.startswith("wgrad"):
         return run_wgrad(data, tiles, h, dh, p, options)
     if verb.startswith("gradstat"):

@@ -169,14 +169,12 @@ class TritonBackend:
     def _backward_one(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
         layout, drop = call.layout.of(0), _dropout(call.drop)
         parts, B = _parts(dy, layout), _one_dtype(call.B)
-        dh = _kernel("shrink").shrink_backward(parts, B, layout.offsets, call.scale, layout.rank)
         probes = call.probes[0] if call.probes and need.dZ else 0
         some = [part is not None for part in parts]
         h = h if probes else h[:, : layout.rank]
         x = as_rows(call.x) if need.dA else None
-        dA, dB, Q = _kernel("wgrad").wgrad(
-            x, dh, parts, h, layout.offsets, layout.ranks, call.scale, probes, dtype=B[0].dtype, **drop
-        )
+        rest = (layout.offsets, call.scale, layout.rank, probes)
+        dh, dA, dB, Q = _kernel("expand_backward").expand_backward(x, parts, h, B, *rest, **drop)
         placed = [iter(grads) for grads in (dB, Q)]
         dB, Q = [[next(grads) if there else None for there in some] for grads in placed]
         dA = [grad if there else None for grad, there in zip(dA, some, strict=True)] if need.dA else []

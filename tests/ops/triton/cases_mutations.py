@@ -101,6 +101,20 @@ def off_wgrad(module, data, p):
     return worst
 
 
+def off_expand_backward(module, data, p):
+    layout, s, h = data.layout, data.problem, expected_h(data).to(DEVICE, data.dtype)
+    dh, dA, dB, Q = module.expand_backward(
+        data.x, data.slices(), h, data.B, layout.offsets, data.scale, layout.rank, s.probes,
+        strategy="fused", tiles=TILES,
+    )  # fmt: skip
+    worst = max(error(dh, expected_dh(data)), error(torch.cat(dA), wide(dh).T @ wide(data.x)))
+    for i, part in enumerate(data.slices()):
+        own = wide(h)[:, layout.offsets[i] : layout.offsets[i] + s.ranks[i]]
+        worst = max(worst, error(dB[i], data.scale[i] * wide(part).T @ own))
+        worst = max(worst, error(Q[i], wide(part).T @ wide(h)[:, layout.rank :]))
+    return worst
+
+
 def off_gradstat(module, data, p):
     offsets = [0, 11, data.problem.M]
     found = module.gradstat(data.x, data.dy[0], torch.tensor(offsets, device=DEVICE), TILES)
@@ -180,6 +194,14 @@ MUTATIONS = {
     "wgrad: last row lost": ("wgrad", "tl.minimum(first + rows, M)", "tl.minimum(first + rows, M - 3)", off_wgrad, 0.0),
     "wgrad: a rank as probe": ("wgrad", f"{FIRST_PROBE} - ranks", FIRST_PROBE, off_wgrad, 0.0),
     "wgrad: partials overwritten": ("wgrad", "i_part.to(tl.int64) * reveal", "0 * reveal", off_wgrad, 0.0),
+    "one pass: rows twice": ("expand_backward", "tl.minimum(M, (i_part + 1) * rows)", "M", off_expand_backward, 0.0),
+    "one pass: columns twice": ("expand_backward", "tl.minimum(N, first + span)", "N", off_expand_backward, 0.0),
+    "one pass: columns of the first": ("expand_backward", "tl.program_id(2) * span", "0 * span", off_expand_backward,
+                                       0.0),
+    "one pass: a rank as probe": ("expand_backward", f"{FIRST_PROBE} - ranks", FIRST_PROBE, off_expand_backward, 0.0),
+    "one pass: partials overwritten": ("expand_backward", "i_part.to(tl.int64) * reveal", "0 * reveal",
+                                       off_expand_backward, 0.0),
+    "one pass: no scale": ("expand_backward", "b_dh * select(B.scales, i)", "b_dh", off_expand_backward, 0.0),
     "gradstat: run boundary": ("gradstat", "(last - first).to", "(last - first - 1).to", off_gradstat, 0.0),
     "diagonal: last run only": ("gradstat", "b_squares += b_acc", "b_squares = b_acc", off_diagonal, 0.0),
     "diagonal: overwritten": ("gradstat", "b_squares + tl.load(", "b_squares + 0 * tl.load(", off_diagonal, 0.0),

@@ -8,7 +8,7 @@ import importlib.util
 
 import pytest
 import torch
-from fastlora.kernels import primitives
+from fastlora.kernels import expand_backward, primitives
 from support.triton_grouped_help import CASES, Operands, expected_dh, expected_dx
 from support.triton_help import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, assert_close, wide
 
@@ -77,6 +77,17 @@ def test_outputs_and_gradients(problem, dtype, p):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert_close(found[name], value, dtype, name)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_outputs_and_gradients_of_one_pass_over_dy(problem, p, monkeypatch):
+    monkeypatch.setattr(expand_backward, "choose_strategy", lambda *size: "fused")
+    data = Data(problem, torch.float32)
+    found, wanted = run(data, p, False), run(data, p, True)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert_close(found[name], value, torch.float32, name)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)

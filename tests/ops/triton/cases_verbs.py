@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastlora.kernels import linear, linear_backward, shrink, signs, tiling, wgrad
+from fastlora.kernels import expand_backward, linear, linear_backward, shrink, signs, tiling, wgrad
 from fastlora.kernels.tiling import TileConfig
 from support.triton_help import (
     DEVICE,
     EMPTY,
+    EVEN,
     FUSED,
     INTERPRETED,
     PROBLEMS,
@@ -167,6 +168,38 @@ def test_wgrad(problem, dtype, factors, p, missing, monkeypatch):
         assert_close(dB[n], data.scale[i] * wide(slices[i]).T @ wide(h)[:, part], rounding, f"dB[{i}]")
         assert_close(Q[n], wide(slices[i]).T @ wide(h)[:, layout.rank :], torch.float32, f"Q[{i}]")
     assert len(dB) == len(Q) == len(live)
+
+
+@problems
+@pytest.mark.parametrize(("p", "missing"), [(0.0, False), (0.3, False), (0.0, True)])
+def test_one_pass_over_dy(problem, dtype, factors, p, missing, monkeypatch):
+    """dh, dA, dB and Q of the pass that reads dy once, its rows and columns cut so that both sums are finished later."""
+    data = Data(problem, dtype, factors, strided=problem is SEPARATE)
+    if missing and len(data.dy) == 1:
+        pytest.skip("one output")
+    monkeypatch.setattr(tiling, "PROGRAMS", 24 if problem in (SEPARATE, EVEN) else 1)
+    if missing:
+        data.dy[0] = None
+    layout, s = data.layout, data.problem
+    h, slices = expected_h(data, p).to(DEVICE, dtype), data.slices()
+    options = {"seed": data.seed, **dropped(p)} if p else {}
+    dh, dA, dB, Q = expand_backward.expand_backward(
+        data.x, slices, h, data.B, layout.offsets, data.scale, layout.rank, s.probes,
+        strategy="fused", tiles=SMALL, **options,
+    )  # fmt: skip
+    assert dh.dtype == dtype and all(grad.dtype == factors for grad in [*dA, *dB])
+    assert_close(dh, expected_dh(data), dtype, "dh")
+    rounding = dtype if dtype != torch.float32 else factors
+    live = [i for i, g in enumerate(slices) if g is not None]
+    assert (len(dA), len(dB), len(Q)) == (len(s.ranks), len(live), len(live))
+    for i in range(len(s.ranks)):
+        part = slice(layout.offsets[i], layout.offsets[i] + s.ranks[i])
+        x = reference.dropout(wide(data.x), data.seed.cpu(), i, p) if p else wide(data.x)
+        assert_close(dA[i], wide(dh)[:, part].T @ x, rounding, f"dA[{i}]")
+    for n, i in enumerate(live):
+        part = slice(layout.offsets[i], layout.offsets[i] + s.ranks[i])
+        assert_close(dB[n], data.scale[i] * wide(slices[i]).T @ wide(h)[:, part], rounding, f"dB[{i}]")
+        assert_close(Q[n], wide(slices[i]).T @ wide(h)[:, layout.rank :], torch.float32, f"Q[{i}]")
 
 
 def test_split_sums_are_repeatable(monkeypatch):
