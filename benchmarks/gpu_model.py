@@ -96,13 +96,15 @@ class Model:
         shown = written(tile) if tile else "-"
         return Kernel(name, shown, programs, each, waves, size / 1e6, 0.0, size / COPY * 1e6, estimate)
 
-    def tiled(self, name: str, tile: TileConfig, rows: int, columns: list[int], depth: int, size: int) -> Kernel:
-        """One of our matmuls."""
+    def tiled(
+        self, name: str, tile: TileConfig, rows: int, columns: list[int], depth: int, size: int, ranks: int = 0
+    ) -> Kernel:
+        """One of our matmuls; beside each tile's columns it sums ``ranks``, whose factors are fp32."""
         programs = math.ceil(rows / tile.rows) * sum(math.ceil(n / tile.columns) for n in columns)
         each = self.resident[name, written(tile)]
-        operations = 2.0 * rows * sum(columns) * depth
-        one = 2.0 * tile.rows * tile.columns * depth / (MATMUL * TENSOR / PROGRAMS) * 1e6
-        cache = 2.0 * programs * (tile.rows + tile.columns) * depth / L2 * 1e6
+        operations, beside = 2.0 * rows * (sum(columns) + ranks) * depth, 16 * math.ceil(ranks / 16)
+        one = 2.0 * tile.rows * (tile.columns + beside) * depth / (MATMUL * TENSOR / PROGRAMS) * 1e6
+        cache = 2.0 * programs * (tile.rows + tile.columns + 2 * ranks) * depth / L2 * 1e6
         waves = programs / (PROGRAMS * each)
         full, rest = divmod(programs, PROGRAMS * each)
         # Programs that share a multiprocessor share its tensor cores and hide each other's prologue and epilogue.
@@ -139,16 +141,8 @@ class Model:
 
     def fastlora(self) -> Iterator[Kernel]:
         """The shipped sequence with its probes, in the order of its launches."""
-        M, K, N, R, widths = self.M, self.K, self.N, self.R, list(self.case.outputs)
-        tile = choose_tiles("shrink", M, 0, K, R + PROBES, BF16, CPU)
-        split = choose_split(math.ceil(M / tile.rows), math.ceil(K / tile.depth))
-        yield self.stream("shrink", M * K + M * (R + PROBES), tile, math.ceil(M / tile.rows) * split)
-        if choose_strategy("forward", M, N, K, R, BF16, CPU) == "fused":
-            tile = choose_tiles("linear", M, N, K, self.case.rank, BF16, CPU)
-            yield self.tiled("linear", tile, M, widths, K, 2 * (M * K + N * K + M * N))
-        else:
-            yield from (self.library("cuBLAS y", M, n, K) for n in self.weights)
-            yield self.expand(M, widths, 2 * M * N)
+        M, K, N, R = self.M, self.K, self.N, self.R
+        yield from self.forward()
         yield from self.expand_backward()
         if choose_strategy("backward", M, N, K, R, BF16, CPU) == "fused":
             tile = choose_tiles("linear_backward", M, N, K, R, BF16, CPU)
@@ -157,6 +151,28 @@ class Model:
             yield from (self.library("cuBLAS dx", M, K, n) for n in self.weights)
             yield from (self.stream("dx added", M * K) for _ in self.weights[1:])
             yield self.expand(M, [K], 2 * M * K)
+
+    def forward(self, together: str | None = None, strategy: str | None = None) -> Iterator[Kernel]:
+        """h and y; ``together`` "fused": in one kernel."""
+        M, K, N, R, widths = self.M, self.K, self.N, self.R, list(self.case.outputs)
+        size = 2 * (M * K + N * K + M * N)
+        if (together or choose_strategy("shrink_linear", M, N, K, self.case.rank + PROBES, BF16, CPU)) == "fused":
+            tile = choose_tiles("shrink_linear", M, N, K, R + PROBES, BF16, CPU)
+            yield self.tiled("shrink_linear", tile, M, widths, K, size + 2 * M * (R + PROBES), self.case.rank + PROBES)
+            return
+        tile = choose_tiles("shrink", M, 0, K, R + PROBES, BF16, CPU)
+        split = choose_split(math.ceil(M / tile.rows), math.ceil(K / tile.depth))
+        h = M * (R + PROBES)
+        programs = math.ceil(M / tile.rows) * split
+        yield self.stream("shrink", M * K + (h if split == 1 else 2 * split * h), tile, programs)
+        if split > 1:
+            yield self.stream("reduce", 2 * split * h + h)
+        if (strategy or choose_strategy("forward", M, N, K, R, BF16, CPU)) == "fused":
+            tile = choose_tiles("linear", M, N, K, self.case.rank, BF16, CPU)
+            yield self.tiled("linear", tile, M, widths, K, size)
+        else:
+            yield from (self.library("cuBLAS y", M, n, K) for n in self.weights)
+            yield self.expand(M, widths, 2 * M * N)
 
     def expand_backward(self, strategy: str | None = None) -> Iterator[Kernel]:
         """dh, dA, dB and Q."""

@@ -180,6 +180,37 @@ def linear_kernel(group, x, h, sums, segments, M, tiles_m, tiles_n, TILE: tl.con
     linear_tile(part, bias, x, h, sums, place, None, TILE, OPTIONS)
 
 
+def cut(
+    W: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    B: Sequence[Tensor],
+    y: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    places: Sequence[tuple[int, int]],
+    offsets: Sequence[int],
+    scales: Sequence[float],
+) -> list[Projection]:
+    """The projections at ``places`` (output, first column); ``sums``: the moments of every output, or none."""
+    projections = []
+    for i, (j, column) in enumerate(places):
+        n = B[i].shape[0]
+        w, b = W[j].narrow(0, column, n), None if bias[j] is None else bias[j].narrow(0, column, n)
+        out, own = y[j].narrow(1, column, n), sums[j].narrow(1, column, n) if sums else None
+        projections.append(Projection(w, b, B[i], out, own, offsets[i], scales[i]))
+    return projections
+
+
+def as_group(projections: Sequence[Projection], matmul: bool = True) -> Group:
+    """The operand for projections; a bias is added where the kernel multiplies."""
+    bias = None
+    if matmul and any(p.bias is not None for p in projections):
+        bias = tuple(p.W.new_zeros(p.W.shape[0]) if p.bias is None else p.bias for p in projections)
+    columns = rank_columns([p.offset for p in projections], [p.B.shape[1] for p in projections])
+    strides = hide_from_specialization([p.B.stride(0) for p in projections])
+    B = Factors(tuple(p.B for p in projections), strides, columns, tuple(float(p.scale) for p in projections))
+    return Group(matrices([p.W for p in projections]), bias, B, matrices([p.y for p in projections]))
+
+
 def expand(
     x: Tensor,
     h: Tensor,
@@ -204,14 +235,9 @@ def expand(
     tiles_m = triton.cdiv(M, tiles.rows) if segments is None else segments.tiles.shape[0]
     tiles_n = sum(triton.cdiv(p.W.shape[0], tiles.columns) for p in projections)
     sums = torch.empty(2 * tiles_m, N, dtype=torch.float32, device=x.device) if moments else None
-    bias = None
-    if matmul and any(p.bias is not None for p in projections):
-        bias = tuple(p.W.new_zeros(p.W.shape[0]) if p.bias is None else p.bias for p in projections)
     if segments is None:
         even = multiples_of_8(ranks, strides, offsets)
-    scales, columns = tuple(float(p.scale) for p in projections), rank_columns(offsets, ranks)
-    B = Factors(tuple(p.B for p in projections), hide_from_specialization(strides), columns, scales)
-    group = Group(matrices([p.W for p in projections]), bias, B, matrices([p.y for p in projections]))
+    group = as_group(projections, matmul)
     operands = group, matrix(x) if matmul else None, rank_matrix(h), None if sums is None else matrix(sums), segments
     own, programs = limits(x.device), tiles_m * tiles_n
     if tiles.tma:
@@ -279,12 +305,7 @@ def linear(
         y = [torch.nn.functional.linear(x, w, b) for w, b in zip(W, bias, strict=True)]
     else:
         y = [torch.empty(M, w.shape[0], dtype=x.dtype, device=x.device) for w in W]
-    projections = []
-    for i, (j, column) in enumerate(places):
-        n = B[i].shape[0]
-        w, b = W[j].narrow(0, column, n), None if bias[j] is None else bias[j].narrow(0, column, n)
-        out, own = y[j].narrow(1, column, n), sums[j].narrow(1, column, n) if moments else None
-        projections.append(Projection(w, b, B[i], out, own, offsets[i], scales[i]))
+    projections = cut(W, bias, B, y, sums, places, offsets, scales)
     if strategy == "augmented":
         for j, (w, b) in enumerate(zip(W, bias, strict=True)):
             mine = [p for p, (output, _) in zip(projections, places, strict=True) if output == j]

@@ -112,6 +112,12 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
             "many tiles a program: pays for its descriptors, and copies need no addresses, so that a fourth stage fits",
         ),
     ),
+    ("shrink_linear", "half"): (
+        Entry(TileConfig(64, 128, 64, 4, 3), 1024, "as linear; a stage less, for that of A beside it"),
+        Entry(TileConfig(128, 128, 64, 8, 3), 8192, "as linear"),
+        Entry(TileConfig(128, 256, 64, 8, 3), 0, "few tiles repeat the sum of h"),
+    ),
+    ("shrink_linear", "fp32"): (Entry(TileConfig(64, 64, 16, 8, 3), 0, _FFMA),),
     ("linear_moments", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "as linear"),
         Entry(TileConfig(128, 128, 64, 8, 3), 8192, "as linear"),
@@ -282,11 +288,18 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
 
     How ``expand_backward`` runs: "fused" or "separate". By ``benchmarks/results/gpu_model.md`` one pass over dy pays
     for its larger partial sums and one or two launches more from 16 to 32 MB of dy.
+
+    How ``shrink_linear`` runs, R being the ranks and probes of a projection: "fused" or "separate". 16 columns more a
+    tile cost an eighth of the matmul, the second kernel 4 to 6 us: by the estimates that pays up to 6 * 2^30 products.
+    Above 8192 rows the tile with TMA, which has no room for them, is kept.
     """
     own = limits(device)
     measured = _measured(direction, "fp32" if dtype == torch.float32 else "half", M, N, K, R)
     if measured is not None:
         return measured
+    if direction == "shrink_linear":
+        few = K <= 1024 and M <= 8192 and M * N * K <= 6 << 30 and R <= 16
+        return "fused" if few and dtype != torch.float32 and own.capability == (9, 0) else "separate"
     if direction == "expand_backward":
         one_pass = dtype != torch.float32 and own.capability == (9, 0) and M * N >= 1 << 24
         return "fused" if one_pass else "separate"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from fastlora.kernels import expand_backward, gradstat, grouped, linear, linear_backward, shrink, wgrad
+from fastlora.kernels import expand_backward, gradstat, grouped, linear, linear_backward, shrink, shrink_linear, wgrad
 
 from fastlora.ops import reference
 from support.triton_grouped_help import Mixed, Operands, expected_dx, expected_wgrad, expected_y
@@ -112,6 +112,17 @@ def run_expand_backward(data, tiles, h):
     return found
 
 
+def run_shrink_linear(data, tiles):
+    """(found, wanted) pairs of h and y; of ranks that do not fit beside a tile from two kernels."""
+    layout = data.layout
+    y, h, _ = shrink_linear.shrink_linear(
+        data.x, data.W, data.bias, data.A, data.P, data.B, data.places, layout.offsets, data.scale,
+        strategy="fused", tiles=tiles,
+    )  # fmt: skip
+    ((_, wanted),) = run_linear("linear", data, None, h)
+    return [(h, expected_h(data)), (torch.cat(y, 1), wanted)]
+
+
 def run_gradstat(verb, data, tiles):
     """(found, wanted) pairs of three runs, and of the diagonal where the verb has it."""
     s = data.problem
@@ -135,6 +146,8 @@ def run_verb(verb, data, tiles):
         return run_dropped(mixed_of(data), tiles)
     if verb == "grouped_shrink":
         return run_grouped(data, tiles)
+    if verb == "shrink_linear":
+        return run_shrink_linear(data, tiles)
     if verb.startswith("shrink"):
         found = [(shrink.shrink(data.x, [*data.A, data.P], 1, tiles=tiles, **options), expected_h(data, p))]
         if not p:

@@ -135,14 +135,15 @@ class TritonBackend:
     def _forward_one(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         x, layout, P = as_rows(call.x), call.layout.of(0), call.P[0] if call.P else None
         columns = picks_columns(P)
-        probes = [] if P is None or columns else [P]
-        h = _kernel("shrink").shrink(x, _one_dtype([*call.A, *probes]), len(probes), **_dropout(call.drop))
+        factors = _one_dtype([*call.A, *([] if P is None or columns else [P])])
+        A, rows = factors[: len(call.A)], next(iter(factors[len(call.A) :]), None)
+        places = list(zip(layout.outputs, layout.columns, strict=True))
+        y, h, sums = _kernel("shrink_linear").shrink_linear(
+            x, call.W, call.bias, A, rows, _one_dtype(call.B), places, layout.offsets, call.scale, call.moments,
+            **_dropout(call.drop),
+        )  # fmt: skip
         if columns:
             h = torch.cat([h, x.index_select(1, P.reshape(-1))], dim=1)
-        places = list(zip(layout.outputs, layout.columns, strict=True))
-        y, sums = _kernel("linear").linear(
-            x, call.W, call.bias, h, _one_dtype(call.B), places, layout.offsets, call.scale, call.moments
-        )
         return [_reshaped(out, (*call.x.shape[:-1], out.shape[1])) for out in y], h, sums
 
     def _forward_many(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:

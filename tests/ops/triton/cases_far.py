@@ -41,9 +41,7 @@ def test_shrink_and_dh(operands):
 
 def test_one_pass_over_dy(operands):
     _, dy, _, B, h = operands
-    dh, _, dB, _ = expand_backward.expand_backward(
-        None, [dy], h, [B], [0], [1.0], R, 0, strategy="fused", tiles=SMALL
-    )
+    dh, _, dB, _ = expand_backward.expand_backward(None, [dy], h, [B], [0], [1.0], R, 0, strategy="fused", tiles=SMALL)
     assert_close(dh, wide(dy) @ wide(B.half()), torch.float16, "dh")
     assert_close(dB[0], wide(dy).T @ wide(h), torch.float32, "dB")
 

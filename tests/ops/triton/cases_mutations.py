@@ -19,6 +19,7 @@ from support.triton_grouped_help import expected_dh as expected_dh_of
 from support.triton_grouped_help import expected_h as expected_h_of
 from support.triton_help import (
     DEVICE,
+    EVEN,
     FUSED,
     INTERPRETED,
     SEPARATE,
@@ -115,6 +116,21 @@ def off_expand_backward(module, data, p):
     return worst
 
 
+def off_shrink_linear(module, data, p):
+    data = Data(EVEN, torch.float32)
+    layout = data.layout
+    y, h, _ = module.shrink_linear(
+        data.x, data.W, data.bias, data.A, data.P, data.B, data.places, layout.offsets, data.scale,
+        strategy="fused", tiles=TILES,
+    )  # fmt: skip
+    worst = error(h, expected_h(data))
+    for i, (w, b, bias) in enumerate(zip(data.W, data.B, data.bias, strict=True)):
+        own = wide(h)[:, layout.offsets[i] : layout.offsets[i] + b.shape[1]]
+        wanted = wide(data.x) @ wide(w).T + data.scale[i] * own @ wide(b).T + (0 if bias is None else wide(bias))
+        worst = max(worst, error(y[i], wanted))
+    return worst
+
+
 def off_gradstat(module, data, p):
     offsets = [0, 11, data.problem.M]
     found = module.gradstat(data.x, data.dy[0], torch.tensor(offsets, device=DEVICE), TILES)
@@ -202,6 +218,11 @@ MUTATIONS = {
     "one pass: partials overwritten": ("expand_backward", "i_part.to(tl.int64) * reveal", "0 * reveal",
                                        off_expand_backward, 0.0),
     "one pass: no scale": ("expand_backward", "b_dh * select(B.scales, i)", "b_dh", off_expand_backward, 0.0),
+    "beside: no probes": ("shrink_linear", "m_rank | (m_f & (i == 0))", "m_rank", off_shrink_linear, 0.0),
+    "beside: ranks of the first": ("shrink_linear", "select(factors.data, i)", "factors.data[0]", off_shrink_linear,
+                                   0.0),
+    "beside: no scale": ("shrink_linear", "* part.scale", "* 1.0", off_shrink_linear, 0.0),
+    "beside: bias of the first": ("shrink_linear", "select(group.bias, i)", "group.bias[0]", off_shrink_linear, 0.0),
     "gradstat: run boundary": ("gradstat", "(last - first).to", "(last - first - 1).to", off_gradstat, 0.0),
     "diagonal: last run only": ("gradstat", "b_squares += b_acc", "b_squares = b_acc", off_diagonal, 0.0),
     "diagonal: overwritten": ("gradstat", "b_squares + tl.load(", "b_squares + 0 * tl.load(", off_diagonal, 0.0),

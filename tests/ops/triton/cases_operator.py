@@ -8,7 +8,7 @@ import importlib.util
 
 import pytest
 import torch
-from fastlora.kernels import expand_backward, primitives
+from fastlora.kernels import expand_backward, primitives, shrink_linear
 from support.triton_grouped_help import CASES, Operands, expected_dh, expected_dx
 from support.triton_help import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, assert_close, wide
 
@@ -81,8 +81,10 @@ def test_outputs_and_gradients(problem, dtype, p):
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_outputs_and_gradients_of_one_pass_over_dy(problem, p, monkeypatch):
-    monkeypatch.setattr(expand_backward, "choose_strategy", lambda *size: "fused")
+def test_outputs_and_gradients_of_the_fused_strategies(problem, p, monkeypatch):
+    for module in (expand_backward, shrink_linear):
+        monkeypatch.setattr(module, "choose_strategy", lambda *size: "fused")
+    monkeypatch.setattr(shrink_linear, "aligned", lambda tensors: True)
     data = Data(problem, torch.float32)
     found, wanted = run(data, p, False), run(data, p, True)
     assert found.keys() == wanted.keys()

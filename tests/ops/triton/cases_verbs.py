@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastlora.kernels import expand_backward, linear, linear_backward, shrink, signs, tiling, wgrad
+from fastlora.kernels import expand_backward, linear, linear_backward, shrink, shrink_linear, signs, tiling, wgrad
 from fastlora.kernels.tiling import TileConfig
 from support.triton_help import (
     DEVICE,
@@ -100,6 +100,31 @@ def test_linear(problem, dtype, factors, strategy, monkeypatch):
         assert_close(sums, reference.column_moments(wide(out)), torch.float32, "moments")
 
 
+@problems
+def test_shrink_beside_linear(problem, dtype, factors, monkeypatch):
+    """h and y from one kernel."""
+    data = Data(problem, dtype, factors)
+    launched = []
+    real = shrink_linear.launch
+    monkeypatch.setattr(
+        shrink_linear, "launch", lambda *given, **options: launched.append(1) or real(*given, **options)
+    )
+    monkeypatch.setattr(shrink_linear, "aligned", lambda tensors: True)
+    layout = data.layout
+    y, h, sums = shrink_linear.shrink_linear(
+        data.x, data.W, data.bias, data.A, data.P, data.B, data.places, layout.offsets, data.scale,
+        strategy="fused", tiles=SMALL,
+    )  # fmt: skip
+    assert bool(launched) == (problem not in (EMPTY, PROBLEMS["wide_rank"])) and not sums
+    assert h.dtype == dtype
+    assert_close(h, expected_h(data), dtype, "h")
+    for i, (b, o, (j, column)) in enumerate(zip(data.B, layout.offsets, data.places, strict=True)):
+        own, part = slice(o, o + b.shape[1]), slice(column, column + b.shape[0])
+        wanted = wide(data.x) @ wide(data.W[j])[part].T + data.scale[i] * wide(h)[:, own] @ wide(b.to(dtype)).T
+        wanted += 0 if data.bias[j] is None else wide(data.bias[j])[part]
+        assert_close(y[j][:, part], wanted, dtype, f"y[{j}], {column}")
+
+
 def test_descriptors_are_used_where_rows_are_aligned(monkeypatch):
     seen = []
     monkeypatch.setattr(
@@ -173,7 +198,7 @@ def test_wgrad(problem, dtype, factors, p, missing, monkeypatch):
 @problems
 @pytest.mark.parametrize(("p", "missing"), [(0.0, False), (0.3, False), (0.0, True)])
 def test_one_pass_over_dy(problem, dtype, factors, p, missing, monkeypatch):
-    """dh, dA, dB and Q of the pass that reads dy once, its rows and columns cut so that both sums are finished later."""
+    """dh, dA, dB and Q with dy read once, its rows and columns cut so that both sums are finished later."""
     data = Data(problem, dtype, factors, strided=problem is SEPARATE)
     if missing and len(data.dy) == 1:
         pytest.skip("one output")

@@ -19,7 +19,7 @@ ARTEFACT = ROOT / "build" / "triton_compile_sm90.md"
 # A child a group of verbs: importing torch and triton costs seconds.
 VERBS = (
     "shrink shrink_backward grouped_shrink wgrad expand_backward",
-    "linear linear_moments expand",
+    "shrink_linear linear linear_moments expand",
     "linear_backward gradstat gradstat_diagonal covariance",
 )
 

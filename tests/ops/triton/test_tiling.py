@@ -92,6 +92,16 @@ def test_one_pass_over_dy_is_for_much_of_it_in_half_precision_on_sm_90(device):
     assert strategy(4096, torch.bfloat16) == strategy(25216, torch.float32) == "separate"
 
 
+@pytest.mark.parametrize("device", SUPPORTED, indirect=True)
+def test_h_is_summed_beside_y_where_the_matmul_is_small_on_sm_90(device):
+    def strategy(M: int, N: int, K: int, R: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        return tiling.choose_strategy("shrink_linear", M, N, K, R, dtype, CPU)
+
+    assert strategy(2048, 2304, 768, 16) == ("fused" if device.capability == (9, 0) else "separate")
+    others = [(4096, 2304, 768, 16), (25216, 2304, 768, 16), (512, 768, 4096, 16), (2048, 2304, 768, 17)]
+    assert {strategy(*size) for size in others} | {strategy(2048, 2304, 768, 16, torch.float32)} == {"separate"}
+
+
 @pytest.mark.parametrize("M", [1, 255, 257, 4096, 8192, 25216, 100000])
 @pytest.mark.parametrize("widths", [(768,) * 3, (4096, 1024, 1024), (5, 9), (14336, 14336)])
 def test_parts_of_dy_are_whole_steps_within_a_tile(M, widths):
