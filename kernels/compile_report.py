@@ -22,13 +22,25 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import expand_backward, gradstat, grouped, linear, linear_backward, primitives, shrink, shrink_linear, wgrad
+from . import (
+    expand_backward,
+    gradstat,
+    grouped,
+    linear,
+    linear_backward,
+    primitives,
+    shrink,
+    shrink_linear,
+    shrink_linear_backward,
+    wgrad,
+)
 from .tiling import Limits, TileConfig, committed
 
 REGISTERS = 65536
 # Kernels whose product is large enough to be meant for wgmma, in 16-bit types.
-WGMMA = ("linear", "linear_moments", "linear_backward", "linear_backward_dropout", "shrink_linear", "wgrad",
-         "expand_backward", "gradstat", "gradstat_diagonal", "covariance")  # fmt: skip
+WGMMA = ("linear", "linear_moments", "linear_backward", "linear_backward_dropout", "shrink_linear",
+         "shrink_linear_backward", "wgrad", "expand_backward", "gradstat", "gradstat_diagonal",
+         "covariance")  # fmt: skip
 # Bytes of shared memory that a program may ask for, by capability, as CUDA's documentation has them.
 SHARED = {
     (8, 0): 163 << 10,
@@ -177,6 +189,9 @@ def _cases(operation: str, tile: TileConfig, o: _Operands) -> dict[str, Callable
     if operation == "shrink_linear":
         rest = o.x, o.W, o.bias, o.A, o.P, o.B, o.places, o.offsets, o.scales
         return {"matmul": partial(shrink_linear.shrink_linear, *rest, strategy="fused", tiles=tile)}
+    if operation == "shrink_linear_backward":
+        rest = o.dy, o.W, o.B, o.A, o.places, o.offsets, o.scales
+        return {"matmul": partial(shrink_linear_backward.shrink_linear_backward, *rest, strategy="fused", tiles=tile)}
     if operation.startswith("shrink"):
         h = partial(shrink.shrink, o.x, [*o.A, o.P], 1, tiles=tile, **dropout)
         dh = partial(shrink.shrink_backward, o.dy, o.B, o.offsets, o.scales, o.rank, tile)
@@ -233,7 +248,7 @@ def compile_all(
         fixed_block = operation.startswith(("linear", "expand")) and operation != "expand_backward"
         # Beside a tile of y there is room for 32 ranks and probes.
         fixed = [rank for rank in ranks if rank <= 16] if fixed_block else ranks
-        fixed = [min(rank, 24) for rank in ranks] if operation == "shrink_linear" else fixed
+        fixed = [min(rank, 24) for rank in ranks] if operation.startswith("shrink_linear") else fixed
         some = ranks[:1] if operation in ("gradstat", "gradstat_diagonal", "covariance") else fixed
         exact_only = operation.endswith("dropout") or operation == "expand"
         settings = [("bf16", rank) for rank in some]

@@ -123,6 +123,7 @@ def expand_backward(
     scales: Sequence[float],
     rank: int,
     probes: int,
+    dh: Tensor | None = None,
     seed: Tensor | None = None,
     threshold: int = 0,
     keep_scale: float = 1.0,
@@ -133,14 +134,14 @@ def expand_backward(
     """dh [M, rank] as ``shrink_backward`` and dA, dB, Q as ``wgrad``, in the dtype of B.
 
     ``strategy``: "fused" reads dy once, with ``tiles``, "separate" once for dh and once for dB and Q; default by the
-    table.
+    table. A ``dh`` that is there already is kept.
     """
     ranks, live = [b.shape[1] for b in B], [g for g in dy if g is not None]
     M, N = live[0].shape[0], sum(g.shape[1] for g in live)
     strategy = strategy or choose_strategy("expand_backward", M, N, 0, rank + probes, h.dtype, h.device)
     rest = (h, offsets, ranks, scales, probes, seed, threshold, keep_scale, streams, B[0].dtype)
-    if strategy == "separate":
-        dh = shrink_backward(dy, B, offsets, scales, rank)
+    if strategy == "separate" or dh is not None:
+        dh = shrink_backward(dy, B, offsets, scales, rank) if dh is None else dh
         return dh, *wgrad(x, dh, dy, *rest)
     h, B, own = unit_last(h), [unit_last(b) for b in B], [r for r, g in zip(ranks, dy, strict=True) if g is not None]
     make = torch.empty if sum(own) == rank else torch.zeros

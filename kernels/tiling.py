@@ -117,6 +117,11 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
         Entry(TileConfig(128, 128, 64, 8, 3), 8192, "as linear"),
         Entry(TileConfig(128, 256, 64, 8, 3), 0, "few tiles repeat the sum of h"),
     ),
+    ("shrink_linear_backward", "half"): (
+        Entry(TileConfig(64, 128, 64, 4, 3), 1024, "as shrink_linear"),
+        Entry(TileConfig(128, 128, 64, 8, 3), 0, "as shrink_linear"),
+    ),
+    ("shrink_linear_backward", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
     ("shrink_linear", "fp32"): (Entry(TileConfig(64, 64, 16, 8, 3), 0, _FFMA),),
     ("linear_moments", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "as linear"),
@@ -291,18 +296,20 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
 
     How ``shrink_linear`` runs, R being the ranks and probes of a projection: "fused" or "separate". 16 columns more a
     tile cost an eighth of the matmul, the second kernel 4 to 6 us: by the estimates that pays up to 6 * 2^30 products.
-    Above 8192 rows the tile with TMA, which has no room for them, is kept.
+    Above 8192 rows the tile with TMA, which has no room for them, is kept. ``shrink_linear_backward``, R being the
+    ranks of a projection, takes as much longer and saves a pass over dy: that pays wherever dx is "fused".
     """
     own = limits(device)
     measured = _measured(direction, "fp32" if dtype == torch.float32 else "half", M, N, K, R)
     if measured is not None:
         return measured
-    if direction == "shrink_linear":
-        few = K <= 1024 and M <= 8192 and M * N * K <= 6 << 30 and R <= 16
-        return "fused" if few and dtype != torch.float32 and own.capability == (9, 0) else "separate"
+    modelled = dtype != torch.float32 and own.capability == (9, 0)
     if direction == "expand_backward":
-        one_pass = dtype != torch.float32 and own.capability == (9, 0) and M * N >= 1 << 24
-        return "fused" if one_pass else "separate"
+        return "fused" if modelled and M * N >= 1 << 24 else "separate"
+    if direction.startswith("shrink_linear"):
+        small = K <= 1024 and M <= 8192 and R <= 16
+        few = direction == "shrink_linear_backward" or M * N * K <= 6 << 30
+        return "fused" if modelled and small and few else "separate"
     operation = "linear" if direction == "forward" else "linear_backward"
     if dtype == torch.float32 or not _fitting(operation, dtype, own):
         return "library"

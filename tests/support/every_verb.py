@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import torch
-from fastlora.kernels import expand_backward, gradstat, grouped, linear, linear_backward, shrink, shrink_linear, wgrad
+from fastlora.kernels import (
+    expand_backward,
+    gradstat,
+    grouped,
+    linear,
+    linear_backward,
+    shrink,
+    shrink_linear,
+    shrink_linear_backward,
+    wgrad,
+)
 
 from fastlora.ops import reference
 from support.triton_grouped_help import Mixed, Operands, expected_dx, expected_wgrad, expected_y
@@ -123,6 +133,22 @@ def run_shrink_linear(data, tiles):
     return [(h, expected_h(data)), (torch.cat(y, 1), wanted)]
 
 
+def run_shrink_linear_backward(data, tiles):
+    """(found, wanted) pairs of dh and dx; none of ranks that do not fit beside a tile."""
+    rest = data.W, data.B, data.A, data.places, data.layout.offsets, data.scale
+    both = shrink_linear_backward.shrink_linear_backward(data.slices(), *rest, strategy="fused", tiles=tiles)
+    return [] if both is None else [(both[1], expected_dh(data)), (both[0], expected_dx_of(data, both[1]))]
+
+
+def expected_dx_of(data, dh, p=0.0):
+    """dx in float64, from a dh that may be rounded."""
+    wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True) if g is not None)
+    for i, (a, o) in enumerate(zip(data.A, data.layout.offsets, strict=True)):
+        part = wide(dh)[:, o : o + a.shape[0]] @ wide(a.to(data.dtype))
+        wanted = wanted + (reference.dropout(part, data.seed.cpu(), i, p) if p else part)
+    return wanted
+
+
 def run_gradstat(verb, data, tiles):
     """(found, wanted) pairs of three runs, and of the diagonal where the verb has it."""
     s = data.problem
@@ -146,6 +172,8 @@ def run_verb(verb, data, tiles):
         return run_dropped(mixed_of(data), tiles)
     if verb == "grouped_shrink":
         return run_grouped(data, tiles)
+    if verb == "shrink_linear_backward":
+        return run_shrink_linear_backward(data, tiles)
     if verb == "shrink_linear":
         return run_shrink_linear(data, tiles)
     if verb.startswith("shrink"):
@@ -161,11 +189,7 @@ def run_verb(verb, data, tiles):
         dx = linear_backward.linear_backward(
             data.dy, data.W, dh, data.A, layout.offsets, strategy=strategy, tiles=tiles, **options
         )
-        wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True))
-        for i, (a, o) in enumerate(zip(data.A, layout.offsets, strict=True)):
-            part = wide(dh)[:, o : o + a.shape[0]] @ wide(a.to(data.dtype))
-            wanted = wanted + (reference.dropout(part, data.seed.cpu(), i, p) if p else part)
-        return [(dx, wanted)]
+        return [(dx, expected_dx_of(data, dh, p))]
     if verb == "expand_backward":
         return run_expand_backward(data, tiles, h)
     if verb.startswith("wgrad"):

@@ -174,17 +174,20 @@ class TritonBackend:
         some = [part is not None for part in parts]
         h = h if probes else h[:, : layout.rank]
         x = as_rows(call.x) if need.dA else None
-        rest = (layout.offsets, call.scale, layout.rank, probes)
+        A, dx, dh = _one_dtype(call.A), None, None
+        if need.dx and not drop:
+            places = list(zip(layout.outputs, layout.columns, strict=True))
+            together = _kernel("shrink_linear_backward").shrink_linear_backward
+            dx, dh = together(parts, call.W, B, A, places, layout.offsets, call.scale) or (None, None)
+        rest = (layout.offsets, call.scale, layout.rank, probes, dh)
         dh, dA, dB, Q = _kernel("expand_backward").expand_backward(x, parts, h, B, *rest, **drop)
         placed = [iter(grads) for grads in (dB, Q)]
         dB, Q = [[next(grads) if there else None for there in some] for grads in placed]
         dA = [grad if there else None for grad, there in zip(dA, some, strict=True)] if need.dA else []
-        dx = None
-        if need.dx:
+        if need.dx and dx is None:
             live = [j for j, grad in enumerate(dy) if grad is not None]
-            A, W = _one_dtype(call.A), [call.W[j] for j in live]
             backward = _kernel("linear_backward").linear_backward
-            dx = backward([dy[j] for j in live], W, dh, A, layout.offsets, **drop)
+            dx = backward([dy[j] for j in live], [call.W[j] for j in live], dh, A, layout.offsets, **drop)
         return Gradients(dx, dA, dB, Q)
 
     def _backward_many(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:

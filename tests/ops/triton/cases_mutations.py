@@ -13,7 +13,7 @@ import pytest
 import torch
 from fastlora.kernels import grouped, linear, tiling
 from fastlora.kernels.tiling import TileConfig
-from support.every_verb import run_dropped
+from support.every_verb import expected_dx_of, run_dropped
 from support.triton_grouped_help import CASES, Operands, expected_dx, expected_wgrad, expected_y
 from support.triton_grouped_help import expected_dh as expected_dh_of
 from support.triton_grouped_help import expected_h as expected_h_of
@@ -131,6 +131,13 @@ def off_shrink_linear(module, data, p):
     return worst
 
 
+def off_shrink_linear_backward(module, data, p):
+    data = Data(EVEN, torch.float32)
+    rest = data.W, data.B, data.A, data.places, data.layout.offsets, data.scale
+    dx, dh = module.shrink_linear_backward(data.slices(), *rest, strategy="fused", tiles=TILES)
+    return max(error(dh, expected_dh(data)), error(dx, expected_dx_of(data, expected_dh(data))))
+
+
 def off_gradstat(module, data, p):
     offsets = [0, 11, data.problem.M]
     found = module.gradstat(data.x, data.dy[0], torch.tensor(offsets, device=DEVICE), TILES)
@@ -223,6 +230,13 @@ MUTATIONS = {
                                    0.0),
     "beside: no scale": ("shrink_linear", "* part.scale", "* 1.0", off_shrink_linear, 0.0),
     "beside: bias of the first": ("shrink_linear", "select(group.bias, i)", "group.bias[0]", off_shrink_linear, 0.0),
+    "dh beside dx: no scale": ("shrink_linear_backward", "b_dh * B.scales[i]", "b_dh", off_shrink_linear_backward, 0.0),
+    "dh beside dx: stored elsewhere": ("shrink_linear_backward", "(offset + o_rank)", "o_rank",
+                                       off_shrink_linear_backward, 0.0),
+    "dh beside dx: a projection less": ("shrink_linear_backward", "static_range(len(dy.data))",
+                                        "static_range(len(dy.data) - 1)", off_shrink_linear_backward, 0.0),
+    "dh beside dx: A of the first": ("shrink_linear_backward", "A.data[i] +", "A.data[0] +",
+                                     off_shrink_linear_backward, 0.0),
     "gradstat: run boundary": ("gradstat", "(last - first).to", "(last - first - 1).to", off_gradstat, 0.0),
     "diagonal: last run only": ("gradstat", "b_squares += b_acc", "b_squares = b_acc", off_diagonal, 0.0),
     "diagonal: overwritten": ("gradstat", "b_squares + tl.load(", "b_squares + 0 * tl.load(", off_diagonal, 0.0),

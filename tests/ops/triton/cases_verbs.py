@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastlora.kernels import expand_backward, linear, linear_backward, shrink, shrink_linear, signs, tiling, wgrad
+from fastlora.kernels import (
+    expand_backward,
+    linear,
+    linear_backward,
+    shrink,
+    shrink_linear,
+    shrink_linear_backward,
+    signs,
+    tiling,
+    wgrad,
+)
 from fastlora.kernels.tiling import TileConfig
+from support.every_verb import expected_dx_of
 from support.triton_help import (
     DEVICE,
     EMPTY,
@@ -125,6 +136,27 @@ def test_shrink_beside_linear(problem, dtype, factors, monkeypatch):
         assert_close(y[j][:, part], wanted, dtype, f"y[{j}], {column}")
 
 
+@problems
+@pytest.mark.parametrize("missing", [False, True])
+def test_dh_beside_dx(problem, dtype, factors, missing, monkeypatch):
+    """dx and dh from one kernel."""
+    data = Data(problem, dtype, factors, strided=problem is SEPARATE)
+    if missing and len(data.dy) == 1:
+        pytest.skip("one output")
+    if missing:
+        data.dy[0] = None
+    monkeypatch.setattr(shrink_linear_backward, "aligned", lambda tensors: True)
+    rest = data.W, data.B, data.A, data.places, data.layout.offsets, data.scale
+    both = shrink_linear_backward.shrink_linear_backward(data.slices(), *rest, strategy="fused", tiles=SMALL)
+    if problem in (EMPTY, PROBLEMS["wide_rank"]):
+        assert both is None
+        return
+    dx, dh = both
+    assert dx.dtype == dh.dtype == dtype
+    assert_close(dh, expected_dh(data), dtype, "dh")
+    assert_close(dx, expected_dx_of(data, dh), dtype, "dx")
+
+
 def test_descriptors_are_used_where_rows_are_aligned(monkeypatch):
     seen = []
     monkeypatch.setattr(
@@ -157,12 +189,8 @@ def test_linear_backward(problem, dtype, factors, strategy, p):
     dx = linear_backward.linear_backward(
         data.dy, data.W, dh, data.A, data.layout.offsets, strategy=strategy, tiles=SMALL, **options
     )
-    wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True))
-    for i, (a, o) in enumerate(zip(data.A, data.layout.offsets, strict=True)):
-        part = wide(dh)[:, o : o + a.shape[0]] @ wide(a.to(dtype))
-        wanted = wanted + (reference.dropout(part, data.seed.cpu(), i, p) if p else part)
     assert dx.dtype == dtype
-    assert_close(dx, wanted, dtype, "dx")
+    assert_close(dx, expected_dx_of(data, dh, p), dtype, "dx")
 
 
 @problems

@@ -20,7 +20,7 @@ ARTEFACT = ROOT / "build" / "triton_compile_sm90.md"
 VERBS = (
     "shrink shrink_backward grouped_shrink wgrad expand_backward",
     "shrink_linear linear linear_moments expand",
-    "linear_backward gradstat gradstat_diagonal covariance",
+    "shrink_linear_backward linear_backward gradstat gradstat_diagonal covariance",
 )
 
 # A child, so that neither the stand-in driver nor an interpreter chosen elsewhere reaches other tests.
