@@ -113,10 +113,13 @@ def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, 
     m_m, m_n = place.rows.exist[:, None], (o_n < part.y.columns)[None, :]
     o_row = place.rows.numbers.to(tl.int64)[:, None]
     # The expand comes first: scaled in fp32 it becomes the start of the accumulator and needs no registers of its own.
+    # With descriptors a block of it comes last: its loads are under way while the first steps of the matmul are copied.
+    # Without wide loads there are no registers to keep it in.
+    LATE: tl.constexpr = descriptors is not None and OPTIONS.even_r
     p_h = h.data + o_row * reveal(h.stride, OPTIONS.even_r) + part.offset
     p_b = part.B + o_n.to(tl.int64)[None, :] * part.stride_B
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r in tl.range(0, part.rank, BLOCK_R, num_stages=1):
+    for r in tl.range(BLOCK_R if LATE else 0, part.rank, BLOCK_R, num_stages=1):
         o_rank = r + tl.arange(0, BLOCK_R)
         b_h = tl.load(p_h + o_rank[None, :], mask=m_m & (o_rank < part.rank)[None, :], other=0.0)
         b_b = tl.load(p_b + o_rank[:, None], mask=m_n & (o_rank < part.rank)[:, None], other=0.0).to(b_h.dtype)
@@ -126,9 +129,17 @@ def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, 
         p_w, p_x = part.W.data + o_n.to(tl.int64)[None, :] * part.W.stride, x.data + o_row * x.stride
         b_acc = matmul_loop(b_acc, p_x, p_w, 1, m_m, m_n, x.columns, TILE, OPTIONS)
     elif x is not None:
+        if LATE:
+            o_rank = tl.arange(0, BLOCK_R)
+            m_h, m_b = m_m & (o_rank < part.rank)[None, :], m_n & (o_rank < part.rank)[:, None]
+            b_h, b_b = tl.load(p_h + o_rank[None, :], mask=m_h), tl.load(p_b + o_rank[:, None], mask=m_b, other=0.0)
         for k in tl.range(0, x.columns, BLOCK_K):
             b_x, b_w = descriptors[0].load([place.row_tile * BLOCK_M, k]), descriptors[1].load([place.column, k])
             b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, input_precision=OPTIONS.precision)
+        if LATE:
+            # Masked here, or the compiler waits for h before the first copies.
+            b_h, b_b = tl.where(m_h, b_h, 0.0), (b_b.to(tl.float32) * part.scale).to(b_h.dtype)
+            b_acc = tl.dot(b_h, b_b, b_acc, input_precision=OPTIONS.precision)
     if bias is not None:
         b_acc += tl.load(bias + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
     p_tile = part.y.data + o_row * part.y.stride + o_n[None, :]

@@ -148,6 +148,10 @@ def off_linear_tma(module, data, p):
     return off_linear(module, Data(FUSED, torch.float32), p, TILES._replace(tma=True))
 
 
+def off_linear_tma_even(module, data, p):
+    return off_linear(module, Data(EVEN, torch.float32), p, TILES._replace(tma=True))
+
+
 def off_diagonal(module, data, p):
     offsets, dy = [0, 11, data.problem.M], data.dy[0]
     diagonal = torch.ones(dy.shape[1], data.problem.K, device=DEVICE)
@@ -212,6 +216,8 @@ MUTATIONS = {
                                     off_linear_tma, 0.0),
     "tma: a step lost": ("linear", "tl.range(0, x.columns, BLOCK_K)", "tl.range(BLOCK_K, x.columns, BLOCK_K)",
                          off_linear_tma, 0.0),
+    "tma: the first ranks twice": ("linear", "BLOCK_R if LATE else 0", "0", off_linear_tma_even, 0.0),
+    "tma: other ranks' columns": ("linear", "tl.where(m_h, b_h, 0.0)", "b_h + 1.0", off_linear_tma_even, 0.0),
     "dx: a source less": ("linear_backward", "static_range(len(dy.data))", "static_range(len(dy.data) - 1)",
                           off_linear_backward, 0.0),
     "wgrad: last row lost": ("wgrad", "tl.minimum(first + rows, M)", "tl.minimum(first + rows, M - 3)", off_wgrad, 0.0),
