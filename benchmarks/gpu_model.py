@@ -43,6 +43,11 @@ LIBRARY_TILES = {(128, 256): 0.97, (256, 128): 0.97, (128, 192): 0.93, (128, 128
                  (128, 64): 0.8, (64, 128): 0.8}  # fmt: skip
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 ROWS = (512, 2048, 8192, 32768)
+# Where outputs are wider than the input, or narrower.
+MLP = [
+    Case("llama3_8b_gate_up", 8192, 4096, (14336, 14336)),
+    Case("llama3_8b_down", 8192, 14336, (4096,)),
+]  # fmt: skip
 
 
 class Kernel(NamedTuple):
@@ -81,7 +86,7 @@ class Model:
     def __init__(self, case: Case, resident: dict[tuple[str, str], int]):
         self.case, self.resident = case, resident
         self.M, self.K, self.N = case.rows, case.width, case.total
-        self.R = 3 * case.rank
+        self.R = len(case.outputs) * case.rank
         self.weights = [case.total] if case.fused else list(case.outputs)
 
     def stream(self, name: str, elements: int, tile: TileConfig | None = None, programs: int = 0) -> Kernel:
@@ -141,70 +146,100 @@ class Model:
 
     def fastlora(self) -> Iterator[Kernel]:
         """The shipped sequence with its probes, in the order of its launches."""
-        M, K, N, R = self.M, self.K, self.N, self.R
-        yield from self.forward()
-        yield from self.expand_backward()
-        if choose_strategy("backward", M, N, K, R, BF16, CPU) == "fused":
-            tile = choose_tiles("linear_backward", M, N, K, R, BF16, CPU)
-            yield self.tiled("linear_backward", tile, M, [K], N, 2 * (M * N + N * K + M * K))
-        else:
-            yield from (self.library("cuBLAS dx", M, K, n) for n in self.weights)
-            yield from (self.stream("dx added", M * K) for _ in self.weights[1:])
-            yield self.expand(M, [K], 2 * M * K)
+        for strategies in (self.forward(), self.backward()):
+            yield from next(kernels for kernels, chosen in strategies.values() if chosen)
 
-    def forward(self, together: str | None = None, strategy: str | None = None) -> Iterator[Kernel]:
-        """h and y; ``together`` "fused": in one kernel."""
-        M, K, N, R, widths = self.M, self.K, self.N, self.R, list(self.case.outputs)
-        size = 2 * (M * K + N * K + M * N)
-        if (together or choose_strategy("shrink_linear", M, N, K, self.case.rank + PROBES, BF16, CPU)) == "fused":
-            tile = choose_tiles("shrink_linear", M, N, K, R + PROBES, BF16, CPU)
-            yield self.tiled("shrink_linear", tile, M, widths, K, size + 2 * M * (R + PROBES), self.case.rank + PROBES)
-            return
+    def choose(self, direction: str, R: int) -> str:
+        """The shipped strategy."""
+        N, K = self.N, 0 if direction == "expand_backward" else self.K
+        return choose_strategy(direction, self.M, N, K, R, BF16, CPU)
+
+    def forward(self) -> dict[str, tuple[list[Kernel], bool]]:
+        """Strategy -> the kernels of h and y, and whether it is the shipped one."""
+        M, K, N, R, each = self.M, self.K, self.N, self.R, self.case.rank + PROBES
+        widths, size, h = list(self.case.outputs), 2 * (M * K + N * K + M * N), M * (R + PROBES)
         tile = choose_tiles("shrink", M, 0, K, R + PROBES, BF16, CPU)
         split = choose_split(math.ceil(M / tile.rows), math.ceil(K / tile.depth))
-        h = M * (R + PROBES)
-        programs = math.ceil(M / tile.rows) * split
-        yield self.stream("shrink", M * K + (h if split == 1 else 2 * split * h), tile, programs)
-        if split > 1:
-            yield self.stream("reduce", 2 * split * h + h)
-        if (strategy or choose_strategy("forward", M, N, K, R, BF16, CPU)) == "fused":
-            tile = choose_tiles("linear", M, N, K, self.case.rank, BF16, CPU)
-            yield self.tiled("linear", tile, M, widths, K, size)
-        else:
-            yield from (self.library("cuBLAS y", M, n, K) for n in self.weights)
-            yield self.expand(M, widths, 2 * M * N)
+        programs, made = math.ceil(M / tile.rows) * split, h if split == 1 else 2 * split * h
+        shrink = [self.stream("shrink", M * K + made, tile, programs)]
+        shrink += [self.stream("reduce", made + h)] if split > 1 else []
+        found = {
+            "library": [*(self.library("cuBLAS y", M, n, K) for n in self.weights), self.expand(M, widths, 2 * M * N)]
+        }
+        found["augmented"] = self.augmented(
+            "y", [(M, K)], [(n, K) for n in self.weights], [(M, n, K) for n in self.weights]
+        )
+        tile = choose_tiles("linear", M, N, K, self.case.rank, BF16, CPU)
+        found["fused"] = [self.tiled("linear", tile, M, widths, K, size)]
+        shipped, beside = self.choose("forward", R), self.choose("shrink_linear", each) == "fused"
+        strategies = {name: (shrink + kernels, name == shipped and not beside) for name, kernels in found.items()}
+        tile = choose_tiles("shrink_linear", M, N, K, R + PROBES, BF16, CPU)
+        together = [self.tiled("shrink_linear", tile, M, widths, K, size + 2 * h, each)]
+        return strategies | {"h beside y": (together, beside)}
 
-    def expand_backward(self, strategy: str | None = None) -> Iterator[Kernel]:
-        """dh, dA, dB and Q."""
+    def augmented(self, name: str, inputs: list, weights: list, products: list) -> list[Kernel]:
+        """Copies of the inputs and weights with the small factors appended, B scaled first, and the products."""
+        found = [self.stream("copied", 2 * rows * columns + rows * self.R) for rows, columns in [*inputs, *weights]]
+        if name == "y":
+            found += [self.stream("scaled", 0) for _ in range(len(weights) + 4 * len(self.case.outputs))]
+        return found + [self.library(f"cuBLAS {name}", m, n, k + self.R) for m, n, k in products]
+
+    def backward(self) -> dict[str, tuple[list[Kernel], bool]]:
+        """Strategy -> the kernels of dh, dA, dB, Q and dx, and whether it is the shipped one."""
+        M, K, N, R = self.M, self.K, self.N, self.R
+        size = 2 * (M * N + N * K + M * K)
+        tile = choose_tiles("linear_backward", M, N, K, R, BF16, CPU)
+        library = [*(self.library("cuBLAS dx", M, K, n) for n in self.weights)]
+        library += [*(self.stream("dx added", M * K) for _ in self.weights[1:]), self.expand(M, [K], 2 * M * K)]
+        dx = {
+            "library": library,
+            "augmented": self.augmented("dx", [(M, N)], [(N, K)], [(M, K, N)]),
+            "fused": [self.tiled("linear_backward", tile, M, [K], N, size)],
+        }
+        factors = {"dy twice": self.separate(), "dy once": self.one_pass()}
+        once = self.choose("expand_backward", R + PROBES) == "fused"
+        shipped, beside = self.choose("backward", R), self.choose("shrink_linear_backward", self.case.rank) == "fused"
+        strategies = {
+            f"{how}, {name}": ([*first, *last], not beside and name == shipped and (how == "dy once") == once)
+            for how, first in factors.items()
+            for name, last in dx.items()
+        }
+        tile = choose_tiles("shrink_linear_backward", M, N, K, R, BF16, CPU)
+        together = [self.tiled("shrink_linear_backward", tile, M, [K], N, size + 2 * M * R, self.case.rank)]
+        rest = [kernel for kernel in self.separate() if kernel.name == "wgrad"] + self.separate()[-1:]
+        return strategies | {"dh beside dx": (together + rest, beside)}
+
+    def one_pass(self) -> list[Kernel]:
+        """dh, dA, dB and Q, of which all but dA come out of one pass over dy."""
         M, K, N, R, widths = self.M, self.K, self.N, self.R, self.case.outputs
         kept = N * (self.case.rank + PROBES)
-        strategy = strategy or choose_strategy("expand_backward", M, N, 0, R + PROBES, BF16, CPU)
-        if strategy == "fused":
-            tile = choose_tiles("expand_backward", M, N, 0, R + PROBES, BF16, CPU)
-            rows, span = choose_parts(M, widths, tile)
-            parts, cuts = math.ceil(M / rows), math.ceil(max(widths) / span)
-            programs = parts * sum(math.ceil(n / span) for n in widths)
-            dh = M * R if cuts == 1 else 2 * cuts * M * R
-            yield self.stream("expand_backward", M * N + M * (R + PROBES) + dh + 2 * parts * kept, tile, programs)
-            if cuts > 1:
-                yield self.stream("reduce", 2 * cuts * M * R + M * R)
-            yield self.stream("reduce", 2 * (parts + 1) * kept)
-            yield from self.wgrad([K], M * (K + R), R * K)
-            return
+        tile = choose_tiles("expand_backward", M, N, 0, R + PROBES, BF16, CPU)
+        rows, span = choose_parts(M, widths, tile)
+        parts, cuts = math.ceil(M / rows), math.ceil(max(widths) / span)
+        programs = parts * sum(math.ceil(n / span) for n in widths)
+        dh = M * R if cuts == 1 else 2 * cuts * M * R
+        found = [self.stream("expand_backward", M * N + M * (R + PROBES) + dh + 2 * parts * kept, tile, programs)]
+        found += [self.stream("reduce", dh + M * R)] if cuts > 1 else []
+        found.append(self.stream("reduce", 2 * (parts + 1) * kept))
+        return found + self.wgrad([K], M * (K + R), R * K)
+
+    def separate(self) -> list[Kernel]:
+        """dh from one pass over dy, dA, dB and Q from another."""
+        M, K, N, R, widths = self.M, self.K, self.N, self.R, self.case.outputs
         tile = choose_tiles("shrink_backward", M, 0, max(widths), R, BF16, CPU)
         split = choose_split(math.ceil(M / tile.rows) * len(widths), math.ceil(min(widths) / tile.depth))
         programs, dh = math.ceil(M / tile.rows) * len(widths) * split, M * R if split == 1 else 2 * split * M * R
-        yield self.stream("shrink_backward", M * N + dh, tile, programs)
-        if split > 1:
-            yield self.stream("reduce", dh + M * R)
-        yield from self.wgrad([K, *widths], M * (N + K + 2 * R + PROBES), R * K + kept)
+        found = [self.stream("shrink_backward", M * N + dh, tile, programs)]
+        found += [self.stream("reduce", dh + M * R)] if split > 1 else []
+        kept = R * K + N * (self.case.rank + PROBES)
+        return found + self.wgrad([K, *widths], M * (N + K + 2 * R + PROBES), kept)
 
-    def wgrad(self, columns: list[int], elements: int, kept: int) -> Iterator[Kernel]:
+    def wgrad(self, columns: list[int], elements: int, kept: int) -> list[Kernel]:
         tile = choose_tiles("wgrad", self.M, 0, 0, self.R, BF16, CPU)
         programs, steps = sum(math.ceil(n / tile.columns) for n in columns), math.ceil(self.M / tile.depth)
         split = choose_split(programs, steps, 2)
-        yield self.stream("wgrad", elements + 2 * split * kept, tile, programs * split)
-        yield self.stream("reduce", 2 * (split + 1) * kept)
+        summed = self.stream("wgrad", elements + 2 * split * kept, tile, programs * split)
+        return [summed, self.stream("reduce", 2 * (split + 1) * kept)]
 
     def expand(self, rows: int, columns: list[int], elements: int) -> Kernel:
         tile = choose_tiles("expand", rows, sum(columns), self.K, self.case.rank, BF16, CPU)
@@ -238,7 +273,20 @@ def row(case: Case, resident: dict[tuple[str, str], int]) -> dict:
         "over PEFT bf16": [a / b for a, b in zip(totals(kernels), totals(peft), strict=True)],
         "gradstat over matmul": [exact.ideal_us / matmul.ideal_us, exact.estimate_us / matmul.estimate_us],
     }
-    return {"case": case.name, "M": case.rows, "ratios": ratios, "kernels": [k._asdict() for k in [*kernels, exact]]}
+    strategies = [
+        {
+            "part": part,
+            "strategy": name,
+            "shipped": shipped,
+            "launches": len(some),
+            "megabytes": sum(k.megabytes for k in some),
+        }
+        | dict(zip(("ideal_us", "estimate_us"), totals(some), strict=True))
+        for part, found in (("forward", model.forward()), ("backward", model.backward()))
+        for name, (some, shipped) in found.items()
+    ]
+    kernels = [k._asdict() for k in [*kernels, exact]]
+    return {"case": case.name, "M": case.rows, "ratios": ratios, "kernels": kernels, "strategies": strategies}
 
 
 def cases() -> list[Case]:
@@ -248,7 +296,7 @@ def cases() -> list[Case]:
         Case(f"{case.name} M={M}", M, case.width, case.outputs, case.rank, case.fused)
         for case, M in zip(others, ROWS * len(CASES), strict=True)
     ]
-    return [*CASES.values(), *scaled]
+    return [*CASES.values(), *scaled, *MLP]
 
 
 def markdown(rows: list[dict]) -> str:
@@ -274,7 +322,31 @@ def markdown(rows: list[dict]) -> str:
             numbers = f"{k['waves']:.2f} | {k['megabytes']:.1f} | {k['gigaflops']:.1f} | {k['ideal_us']:.1f}"
             lines.append(f"| {k['name']} | {k['tile']} | {k['programs']} | {k['resident']} | {numbers} "
                          f"| {k['estimate_us']:.1f} |")  # fmt: skip
-    return "\n".join(lines) + "\n"
+    lines += [
+        "",
+        "## Strategies",
+        "",
+        "Estimates in us of h and y (forward) and of dh, dA, dB, Q and dx (backward).",
+        "The shipped choice is **bold**, the least estimate has a star.",
+        "",
+    ]
+    for part in ("forward", "backward"):
+        names = [s["strategy"] for s in rows[0]["strategies"] if s["part"] == part]
+        lines += [f"| {part} | M | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+        for r in rows:
+            some = [s for s in r["strategies"] if s["part"] == part]
+            least = min(s["estimate_us"] for s in some)
+            cells = []
+            for s in some:
+                cell = (
+                    f"{s['estimate_us']:.1f}"
+                    + ("*" if s["estimate_us"] == least else "")
+                    + f" ({s['megabytes']:.0f} MB)"
+                )
+                cells.append(f"**{cell}**" if s["shipped"] else cell)
+            lines.append(f"| {r['case']} | {r['M']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
 
 
 def main() -> None:

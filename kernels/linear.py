@@ -36,7 +36,7 @@ from .primitives import (
     tile_rows,
     unit_last,
 )
-from .reduce import reduce_moments
+from .reduce import reduce_moments, reduce_partials
 from .tiling import TileConfig, choose_strategy, choose_tiles, limits
 
 
@@ -265,14 +265,17 @@ def expand(
         reduce_moments(sums, [p.moments for p in projections], M, tiles.rows, ranges)
 
 
-def _augmented(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, mine: Sequence[Projection], y: Tensor) -> None:
-    """``y = [x | h] [W | s B]^T + bias`` by the library's matmul, B block-diagonal over one weight's projections."""
-    factor = W.new_zeros(W.shape[0], h.shape[1])
-    row = 0
+def _augmented(both: Tensor, W: Tensor, bias: Tensor | None, mine: Sequence[Projection], y: Tensor) -> None:
+    """``y = [x | h] [W | s B]^T + bias`` by the library's matmul, B block-diagonal over one weight's projections.
+
+    What stands behind h in ``both`` meets zeros.
+    """
+    blocks, width = [], both.shape[1] - W.shape[1]
     for p in mine:
-        factor[row : row + p.B.shape[0], p.offset : p.offset + p.B.shape[1]] = p.scale * p.B
-        row += p.B.shape[0]
-    both, weight = torch.cat([x, h], dim=1), torch.cat([W, factor], dim=1)
+        scaled, after = W.new_empty(p.B.shape), width - p.offset - p.B.shape[1]
+        reduce_partials(p.B.contiguous().view(1, -1), [scaled], [p.scale])
+        blocks.append([W.new_zeros(len(scaled), p.offset), scaled, W.new_zeros(len(scaled), after)])
+    weight = torch.cat([W, torch.cat([torch.cat(block, dim=1) for block in blocks])], dim=1)
     if bias is None:
         torch.mm(both, weight.t(), out=y)
     else:
@@ -305,7 +308,10 @@ def linear(
     if M == 0:
         return [x.new_empty(0, w.shape[0]) for w in W], sums
     N = sum(w.shape[0] for w in W)
-    strategy = strategy or choose_strategy("forward", M, N, K, rank, x.dtype, x.device)
+    if strategy is None:
+        strategy = choose_strategy("forward", M, N, K, rank, x.dtype, x.device)
+        # A pass over y that counts its moments adds h B^T for nothing.
+        strategy = "library" if moments and strategy == "augmented" else strategy
     if strategy == "fused":
         operation, most = "linear_moments" if moments else "linear", max(b.shape[1] for b in B)
         tiles = tiles or choose_tiles(operation, M, N, K, most, x.dtype, x.device)
@@ -318,9 +324,11 @@ def linear(
         y = [torch.empty(M, w.shape[0], dtype=x.dtype, device=x.device) for w in W]
     projections = cut(W, bias, B, y, sums, places, offsets, scales)
     if strategy == "augmented":
+        # Zeros behind the ranks, so that rows stay aligned.
+        both = torch.cat([x, h.narrow(1, 0, rank), x.new_zeros(M, -(K + rank) % 8)], dim=1)
         for j, (w, b) in enumerate(zip(W, bias, strict=True)):
             mine = [p for p, (output, _) in zip(projections, places, strict=True) if output == j]
-            _augmented(x, w, b, h.narrow(1, 0, rank), mine, y[j])
+            _augmented(both, w, b, mine, y[j])
         # The moments kernel finds nothing left to add.
         projections = [p._replace(B=p.B.narrow(1, 0, 0)) for p in projections]
     if strategy == "fused" or moments or (strategy == "library" and rank > 0):

@@ -121,7 +121,7 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
         Entry(TileConfig(64, 128, 64, 4, 3), 1024, "as shrink_linear"),
         Entry(TileConfig(128, 128, 64, 8, 3), 0, "as shrink_linear"),
     ),
-    ("shrink_linear_backward", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
+    ("shrink_linear_backward", "fp32"): (Entry(TileConfig(32, 64, 16, 4, 3), 0, _FFMA),),
     ("shrink_linear", "fp32"): (Entry(TileConfig(64, 64, 16, 8, 3), 0, _FFMA),),
     ("linear_moments", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "as linear"),
@@ -288,8 +288,9 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     Fusing saves a read and a write of the output. From the roofline, at width 768 the fused matmul pays from 0.69 of
     cuBLAS's speed in the forward and 0.88 in the backward, at 4096 from 0.92 and 0.95. Kernels of this kind are
     commonly seen at 0.7 to 0.85 of it by pointers, 0.85 to 0.95 persistent with TMA: so fused up to 1024 columns, the
-    library's matmul above. In exact fp32 the library's tuned kernels win. "augmented" copies W at every call: never the
-    default.
+    library's matmul above. In exact fp32 the library's tuned kernels win. "augmented" copies the input and W at every
+    call where the library's way reads and writes the output once more: by the estimates that pays for outputs that are
+    much wider than the input and have more rows than it has columns.
 
     How ``expand_backward`` runs: "fused" or "separate". By ``benchmarks/results/gpu_model.md`` one pass over dy pays
     for its larger partial sums and one or two launches more from 16 to 32 MB of dy.
@@ -313,4 +314,8 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     operation = "linear" if direction == "forward" else "linear_backward"
     if dtype == torch.float32 or not _fitting(operation, dtype, own):
         return "library"
-    return "fused" if K <= 1024 and (direction == "forward" or M <= 8192) else "library"
+    if K <= 1024 and (direction == "forward" or M <= 8192):
+        return "fused"
+    # What is saved, in elements that are read or written twice; a weight's B is laid out by a dozen launches.
+    saved, least = (M * (N - K), 1 << 26) if direction == "forward" else (M * (K - N), 1 << 24)
+    return "augmented" if modelled and saved - N * K >= least else "library"

@@ -102,6 +102,18 @@ def test_h_is_summed_beside_y_where_the_matmul_is_small_on_sm_90(device):
     assert {strategy(*size) for size in others} | {strategy(2048, 2304, 768, 16, torch.float32)} == {"separate"}
 
 
+@pytest.mark.parametrize("device", SUPPORTED, indirect=True)
+def test_factors_are_appended_where_outputs_are_much_wider_on_sm_90(device):
+    def strategy(direction: str, M: int, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        return tiling.choose_strategy(direction, M, N, K, 16, dtype, CPU)
+
+    wanted = "augmented" if device.capability == (9, 0) else "library"
+    assert strategy("forward", 8192, 28672, 4096) == strategy("backward", 8192, 4096, 14336) == wanted
+    others = [("forward", 512, 28672, 4096), ("forward", 8192, 6144, 4096), ("backward", 8192, 28672, 4096)]
+    found = {strategy(*size) for size in others} | {strategy("forward", 8192, 28672, 4096, torch.float32)}
+    assert found == {"library"}
+
+
 @pytest.mark.parametrize("M", [1, 255, 257, 4096, 8192, 25216, 100000])
 @pytest.mark.parametrize("widths", [(768,) * 3, (4096, 1024, 1024), (5, 9), (14336, 14336)])
 def test_parts_of_dy_are_whole_steps_within_a_tile(M, widths):
