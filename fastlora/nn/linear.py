@@ -355,10 +355,11 @@ def forward_together(
     route: Route,
     kept: Operands | None = None,
     seed: Callable[[torch.device], Tensor] = new_seed,
+    built: list[Any] | None = None,
 ) -> Sequence[Tensor]:
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along.
 
-    ``seed`` is asked for the call's seed where dropout is active.
+    ``seed`` is asked for the call's seed where dropout is active; ``built`` is given the watch of the graph.
     """
     first = layers[0]
     if kept is None:
@@ -386,16 +387,17 @@ def forward_together(
             tracked = {name: [layer.probes[name] for layer in layers] for name in names}
             operands = group_operands(tracked, layers, route, x)
     try:
-        y = kept.call(x, rows, key, p, **operands) if tracked else kept.call(x, rows, key, p)
+        y, watch = kept.call(x, rows, key, p, **operands) if tracked else kept.call(x, rows, key, p)
     except Traced:
         return [forward_traced(layer, x, route) for layer in layers]
     for name, probes in tracked.items():
         if not probes[0].step.taps and route.mask is None:
             continue
         y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
-    node = y[0].grad_fn
-    if node is not None:
-        first.router.built(node, route)
+    if watch is not None:
+        first.router.built(watch, route)
+        if built is not None:
+            built.append(watch)
     if kept.finishes:
         y = [layer.finish(out, route) for layer, out in zip(layers, y, strict=True)]
     return y

@@ -72,7 +72,7 @@ class Router:
         self._repeated = False
         self._changes = 0
         self._changed: dict[str | None, int] = {}  # number of the last change to an adapter; None: of a merge
-        self._graphs: list[tuple[weakref.ref, tuple[str, ...]]] = []
+        self._graphs: list[tuple[Any, tuple[str, ...]]] = []
         self._most = _FEW_GRAPHS  # graphs kept before those that are gone are sorted out
         self.compiled, self._compiled_for = False, []
         self.used: list[AdapterBatch | str] | None = (
@@ -167,20 +167,16 @@ class Router:
             )
             self._compiled_for.append(kind)
 
-    def built(self, node: Any, route: Route) -> None:
-        """Remember a node of a graph that runs through the adapters of ``route``."""
-        self._graphs.append((weakref.ref(node), route.names))
+    def built(self, watch: Any, route: Route) -> None:
+        """Remember a graph that runs through the adapters of ``route``."""
+        self._graphs.append((watch, route.names))
         if len(self._graphs) > self._most:
-            self._graphs = [kept for kept in self._graphs if kept[0]() is not None]
+            self._graphs = [kept for kept in self._graphs if kept[0].pending]
             self._most = max(_FEW_GRAPHS, 2 * len(self._graphs))
 
     def awaits_backward(self, name: str) -> bool:
         """Whether a graph through the adapter is alive whose backward has not run."""
-        for kept, names in self._graphs:
-            node = kept()
-            if node is not None and name in names and not getattr(node, "spent", False):
-                return True
-        return False
+        return any([watch.pending and name in names for watch, names in self._graphs])
 
     def traced(self) -> Route:
         """As ``route``, for a compiler, which knows threads but no tasks."""

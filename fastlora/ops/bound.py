@@ -27,8 +27,10 @@ from .backends.plan import Plans
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
 from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
 from .matmul import ENGINES, LINEAR
+from .node import NODE, Watch, watch
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+MOST_OPTIONS = 64  # of which a group keeps the numbers of plans
 
 
 class Traced(Exception):
@@ -68,6 +70,8 @@ class BoundCall:
         first = self.layout.of(0)
         self.where = (first.outputs, first.columns, self.scale)
         self.counted = [w for w in W if counts_versions(w)]
+        self._group: Any = None
+        self._numbers: dict[Any, Any] = {}  # of plans, by what they depend on beside tensors
         self._settled: set[tuple] = set()
         self._needs: dict[tuple, Need] = {}
 
@@ -81,8 +85,8 @@ class BoundCall:
         V: Sequence[Tensor] = (),
         P: Sequence[Tensor] = (),
         sign: Sequence[Tensor] = (),
-    ) -> Sequence[Tensor]:
-        """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``."""
+    ) -> tuple[Sequence[Tensor], Any]:
+        """y_j [*, N_j], and the watch of their graph; the arguments are those of the operator ``lora_linear``."""
         if (
             not self.plain
             or type(x) not in _PLAIN
@@ -97,12 +101,39 @@ class BoundCall:
         run = _Run(self)
         if P or V or rows is not None or key is not None:
             run.set(rows, key, p, P, sign, len(Z), len(V))
+        if NODE is not None:
+            return self._natively(run, x, Z, V)
         if torch.is_grad_enabled():
-            return _apply(run, x, *self.A, *self.B, *Z, *V)
+            y = _apply(run, x, *self.A, *self.B, *Z, *V)
+            return y, watch(y[0])
         with untracked():
-            return run.forward(x)[: len(self.W)]
+            return run.forward(x)[: len(self.W)], None
 
-    def _watched(self, x, rows, key, p, Z, V, P, sign) -> Sequence[Tensor]:
+    def _natively(self, run: _Run, x: Tensor, Z: Sequence[Tensor], V: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+        """The call with a node in C++, which takes no Python where there is a plan or a whole call."""
+        if self._group is None:
+            self._group = NODE.Group(self.W, self.bias, self.A, self.B, self.counted, *self.where)
+        numbers, whole, more, later = None, 0, (), 0
+        if self.plans is not None:
+            numbers, more, later = run.numbers(), run.more(), run.later()
+        elif run.plain:
+            whole = self.whole_directions(x)
+            if run.sign or run.moments:
+                whole &= 2
+            else:
+                more = run.P
+        probes = run.probes[0] if run.probes else 0
+        found = NODE.run(self._group, numbers, whole, run.differentiated, x, Z, V, probes, more, later)
+        if found is None:
+            with untracked():
+                out = run.forward(x)
+            given = [] if later == 0 else more[-later:]
+            found = NODE.attach(
+                self._group, numbers, whole > 1, run.differentiated, x, Z, V, probes, given, list(out)
+            )
+        return found
+
+    def _watched(self, x, rows, key, p, Z, V, P, sign) -> tuple[Sequence[Tensor], Watch | None]:
         """The call through the operator; without autocast where the weights have its dtype already."""
         if autocasting(x) and torch.get_autocast_dtype(x.device.type) is self.dtype:
             with without_autocast(x.device.type):
@@ -110,20 +141,29 @@ class BoundCall:
         if wants_plain_operators():
             raise Traced
         given = (Z, V, *self.rest(rows, key, p, P, sign))
-        return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
+        y = LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
+        return y, watch(y[0])
 
     def whole(self, direction: int, x: Tensor) -> Callable | None:
-        """What does a direction (0: forward) in one call, once each product is known to be the library's."""
+        """What does a direction (0: forward) in one call, where that is how it goes."""
+        return self.chosen.whole[direction] if self.whole_directions(x) >> direction & 1 else None
+
+    def whole_directions(self, x: Tensor) -> int:
+        """Which directions go in one call, 1 for the forward and 2 for the backward: once each product is known to be
+        the library's."""
         if self.chosen.whole is None:
-            return None
+            return 0
         rows = x.numel() // max(x.shape[-1], 1)
-        key = (direction, rows.bit_length(), torch.get_num_threads(), ENGINES.override)
-        if key not in self._settled:
-            name = ("forward", "backward")[direction]
-            if any([ENGINES.settled(name, rows, w, self.engine) != LINEAR for w in self.W]):
-                return None
+        key = (rows.bit_length(), torch.get_num_threads(), ENGINES.override)
+        if key in self._settled:
+            return 3
+        by_library = [
+            all([ENGINES.settled(name, rows, w, self.engine) == LINEAR for w in self.W])
+            for name in ("forward", "backward")
+        ]
+        if all(by_library):
             self._settled.add(key)
-        return self.chosen.whole[direction]
+        return by_library[0] + 2 * by_library[1]
 
     def _choose(self) -> None:
         self.chosen, _ = choose(self.backend, self.device, self.dtype)
@@ -136,7 +176,7 @@ class BoundCall:
         if self.chosen is None:
             self._choose()
         other = copy.copy(self)
-        other.A, other.B = tuple(A), tuple(B)
+        other.A, other.B, other._group = tuple(A), tuple(B), None
         return other
 
     def rest(self, rows, key, p, P, sign) -> tuple:
@@ -166,7 +206,6 @@ class _Run:
 
     def __init__(self, bound: BoundCall):
         self.bound = bound
-        self.versions = [version_of(w) for w in bound.counted]
 
     def set(self, rows, key, p, P, sign, leaves: int, moments: int) -> None:
         """What most calls have not."""
@@ -178,6 +217,25 @@ class _Run:
         self.options = (
             moments > 0 if self.plain and not P else (moments > 0, rows is None, streams, *p, self.probes, len(sign))
         )
+
+    def more(self) -> Sequence[Tensor]:
+        """What a plan takes beside the tensors of every call, ``later`` of them in the backward too."""
+        if self.options.__class__ is not tuple:
+            return ()
+        return [*self.P, *self.sign, *(self.rows or ()), *([] if self.key is None else [self.key])]
+
+    def later(self) -> int:
+        return (0 if self.rows is None else len(self.rows)) + (self.key is not None)
+
+    def numbers(self) -> Any:
+        """Where the node finds the numbers of this call's plans."""
+        known = self.bound._numbers
+        found = known.get(self.options)
+        if found is None:
+            if len(known) > MOST_OPTIONS:
+                known.clear()  # those that differ at every call, as a dropout that is annealed
+            found = known[self.options] = NODE.Plans()
+        return found
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         """[*y, h, *moments]."""
@@ -191,10 +249,16 @@ class _Run:
                         flip_signs(out[len(bound.W)], self.sign, bound.layout, None)
                     return out
             return _forward(self, x, bound.W, bound.bias, bound.A, bound.B, self.P, self.sign, self.rows, self.key)
-        tensors = [x, *bound.frozen, *bound.A, *bound.B]
-        if self.options.__class__ is tuple:
-            tensors += [*self.P, *self.sign, *(self.rows or ()), *([] if self.key is None else [self.key])]
-        return bound.plans.run((0, self.options), tensors, self._forward_of)
+        return self._planned((0, self.options), [x, *bound.frozen, *bound.A, *bound.B, *self.more()], self._forward_of)
+
+    def _planned(self, key: tuple, tensors: list[Tensor], compute: Callable, need: int = -1) -> Sequence:
+        """What a plan does; the node is told the plan's number. ``need``: of a backward, by the node's bits."""
+        plans = self.bound.plans
+        out = plans.run(key, tensors, compute)
+        number = None if NODE is None or need is None else plans.number(key, tensors[0].dtype)
+        if number is not None:
+            self.numbers().keep(number[0], need, number[1])
+        return out
 
     def _forward_of(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         """The forward of tensors that stand for this call's own."""
@@ -222,14 +286,11 @@ class _Run:
                 if out:
                     return out if need.dx else [None, *out]
             return _backward(self, x, h, bound.W, A, B, dy, need, self.rows, self.key)
-        tensors = [x, h, *bound.W, *A, *B, *[g for g in dy if g is not None]]
-        if self.options.__class__ is tuple:
-            tensors += [*(self.rows or ()), *([] if self.key is None else [self.key])]
-        return bound.plans.run(
-            (1, self.options, need, there),
-            tensors,
-            lambda given: self._backward_of(given, dy, need),
-        )
+        later = self.later()
+        tensors = [x, h, *bound.W, *A, *B, *[g for g in dy if g is not None], *(self.more()[-later:] if later else ())]
+        bits = None if False in there else need.dx + 2 * need.dA + 4 * need.dB + 8 * need.dZ
+        key = (1, self.options, need, there)
+        return self._planned(key, tensors, lambda given: self._backward_of(given, dy, need), bits)
 
     def _backward_of(self, tensors: list[Tensor], dy, need: Need) -> Sequence[Tensor | None]:
         """The backward of tensors that stand for this call's own."""
@@ -240,12 +301,20 @@ class _Run:
         rows = None if self.rows is None else Rows(*[next(take) for _ in self.rows])
         return _backward(self, x, h, W, A, B, grads, need, rows, None if self.key is None else next(take))
 
-    def check_versions(self) -> None:
-        if [version_of(w) for w in self.bound.counted] != self.versions:
-            raise RuntimeError(
-                "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
-                "place after the forward"
-            )
+    def differentiated(self, needs: Sequence[bool], dy: Sequence[Tensor | None], saved: Sequence[Tensor]) -> Sequence:
+        """Gradients of x, A, B, Z and V; ``saved``: x, h, moments, A and B."""
+        bound, count, needs = self.bound, len(self.bound.A), tuple(needs)
+        x, h, *saved = saved
+        moments, A, B = saved[: self.moments], saved[self.moments : self.moments + count], saved[self.moments + count :]
+        if differentiated_again(dy):
+            return [*_again(self, needs, dy, x, A, B), *moments]
+        need = bound.need(needs, self.leaves)
+        there = tuple([g is not None for g in dy])
+        with untracked():
+            found = self.backward(x, h, A, B, dy, there, need)
+        if need.dA and need.dB and need.dZ is (self.leaves > 0) and False not in there:
+            return [*found, *moments]
+        return [found[0], *_placed(found[1:], need, dy, bound.layout, count, self.leaves, moments)]
 
 
 def _forward(run: _Run, x, W, bias, A, B, P, sign, rows, key) -> list[Tensor]:
@@ -296,30 +365,23 @@ class _Bound(torch.autograd.Function):
         with untracked():
             out = run.forward(x)
         count = len(run.bound.W)
-        ctx.run = run
+        ctx.run, ctx.versions = run, [version_of(w) for w in run.bound.counted]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *out[count:], *leaves[: 2 * len(run.bound.A)])
         return tuple(out[:count])
 
     @staticmethod
     def backward(ctx, *dy):
-        run, needs = ctx.run, ctx.needs_input_grad
-        bound, count = run.bound, len(run.bound.A)
         ctx.spent = True
-        there = tuple([g is not None for g in dy])  # ``None in dy`` would ask every tensor whether it equals None
-        if True not in there:
-            return (None,) * len(needs)
-        x, h, *saved = ctx.saved_tensors
-        moments, A, B = saved[: run.moments], saved[run.moments : run.moments + count], saved[run.moments + count :]
-        run.check_versions()
-        if differentiated_again(dy):
-            return (None, *_again(run, needs[1:], dy, x, A, B), *moments)
-        need = bound.need(needs[1:], run.leaves)
-        with untracked():
-            found = run.backward(x, h, A, B, dy, there, need)
-        if need.dA and need.dB and need.dZ is (run.leaves > 0) and False not in there:
-            return (None, *found, *moments)
-        return (None, found[0], *_placed(found[1:], need, dy, bound.layout, count, run.leaves, moments))
+        if all([g is None for g in dy]):
+            return (None,) * len(ctx.needs_input_grad)
+        saved = ctx.saved_tensors
+        if [version_of(w) for w in ctx.run.bound.counted] != ctx.versions:
+            raise RuntimeError(
+                "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
+                "place after the forward"
+            )
+        return (None, *ctx.run.differentiated(ctx.needs_input_grad[1:], dy, saved))
 
 
 def _placed(found, need: Need, dy, layout: GroupLayout, count: int, leaves: int, moments) -> list[Tensor | None]:
