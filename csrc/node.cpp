@@ -88,6 +88,11 @@ struct Group {
   }
 };
 
+// How many graphs there are whose backward has not run.
+struct Pending {
+  std::atomic<int64_t> count{0};
+};
+
 // One call of a group: what its backward takes beside saved tensors.
 struct Call : torch::CustomClassHolder {
   std::shared_ptr<const Group> group;
@@ -99,11 +104,21 @@ struct Call : torch::CustomClassHolder {
   size_t leaves = 0, moments = 0;
   int64_t probes = 0;
   bool whole = false;
-  std::atomic<bool> spent{false};
 
+  Call() = default;
   ~Call() override {
+    finish();
     const py::gil_scoped_acquire gil;
     backward = py::object();
+  }
+
+  void count_in(std::vector<std::shared_ptr<Pending>> counters) {
+    pending_ = std::move(counters);
+    for (const auto& counter : pending_) ++counter->count;
+  }
+  void finish() {
+    if (finished_.exchange(true)) return;
+    for (const auto& counter : pending_) --counter->count;
   }
 
   void check_versions() const {
@@ -114,6 +129,10 @@ struct Call : torch::CustomClassHolder {
                   "place after the forward");
     }
   }
+
+ private:
+  std::vector<std::shared_ptr<Pending>> pending_;
+  std::atomic<bool> finished_{false};
 };
 
 variable_list by_python(const Call& call, const std::vector<bool>& needs, const variable_list& dy,
@@ -170,7 +189,7 @@ struct LoRA : torch::autograd::Function<LoRA> {
   static variable_list backward(AutogradContext* context, variable_list dy) {
     const auto kept = context->saved_data["call"].toCapsule();
     Call& call = *static_cast<Call*>(kept.get());
-    call.spent = true;
+    call.finish();
     const size_t factors = call.group->A.size(), count = 1 + 2 * factors + call.leaves + call.moments;
     variable_list result(1 + count);
     if (std::none_of(dy.begin(), dy.end(), [](const Tensor& g) { return g.defined(); })) return result;
@@ -213,24 +232,13 @@ struct LoRA : torch::autograd::Function<LoRA> {
   }
 };
 
-// Whether the graph of a call is there and its backward has not run.
-struct Watch {
-  c10::weak_intrusive_ptr<Call> call;
-
-  bool pending() const {
-    const auto found = call.lock();
-    return found && !found->spent;
-  }
-};
-
-using Given = std::tuple<Tensors, std::optional<Watch>>;  // y, and the watch of its graph
-
-Given attach(const std::shared_ptr<const Group>& group, std::shared_ptr<Plans> plans, bool whole, py::object backward,
-             const Tensor& x, const Tensors& Z, const Tensors& V, int64_t probes, Tensors more, Tensors out) {
+Tensors attach(const std::shared_ptr<const Group>& group, std::shared_ptr<Plans> plans, bool whole, py::object backward,
+               const Tensor& x, const Tensors& Z, const Tensors& V, int64_t probes, Tensors more, Tensors out,
+               std::vector<std::shared_ptr<Pending>> pending) {
   const size_t outputs = group->W.size();
   if (!at::GradMode::is_enabled()) {
     out.resize(outputs);
-    return {std::move(out), std::nullopt};
+    return out;
   }
   auto call = c10::make_intrusive<Call>();
   call->group = group;
@@ -242,20 +250,19 @@ Given attach(const std::shared_ptr<const Group>& group, std::shared_ptr<Plans> p
   call->probes = probes;
   call->more = std::move(more);
   call->out = std::move(out);
+  call->count_in(std::move(pending));
   for (const Tensor& w : group->counted) call->versions.push_back(static_cast<int64_t>(w._version()));
   Tensors inputs{x};
   for (const Tensors* part : {&group->A, &group->B, &Z, &V}) inputs.insert(inputs.end(), part->begin(), part->end());
   const py::gil_scoped_release released;
-  variable_list y = LoRA::apply(call, at::TensorList(inputs));
-  const bool graph = y[0].requires_grad();
-  return {std::move(y), graph ? std::optional<Watch>(Watch{c10::weak_intrusive_ptr<Call>(call)}) : std::nullopt};
+  return LoRA::apply(call, at::TensorList(inputs));
 }
 
 // A call for which there is a native one; nothing otherwise. ``more``: what a plan takes beside the tensors of every
-// call, ``later`` of them in the backward too; ``P``: of the library's whole call.
-std::optional<Given> run(const std::shared_ptr<const Group>& group, const std::shared_ptr<Plans>& plans, int64_t whole,
-                         py::object backward, const Tensor& x, const Tensors& Z, const Tensors& V, int64_t probes,
-                         const Tensors& more, size_t later) {
+// call, ``later`` of them in the backward too, or P of the library's whole call.
+std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const std::shared_ptr<Plans>& plans, int64_t whole,
+                           py::object backward, const Tensor& x, const Tensors& Z, const Tensors& V, int64_t probes,
+                           const Tensors& more, size_t later, std::vector<std::shared_ptr<Pending>> pending) {
   Tensors out;
   {
     const py::gil_scoped_release released;
@@ -276,7 +283,7 @@ std::optional<Given> run(const std::shared_ptr<const Group>& group, const std::s
   }
   if (out.empty()) return std::nullopt;
   return attach(group, plans, (whole & 2) != 0, std::move(backward), x, Z, V, probes,
-                Tensors(more.end() - static_cast<std::ptrdiff_t>(later), more.end()), std::move(out));
+                Tensors(more.end() - static_cast<std::ptrdiff_t>(later), more.end()), std::move(out), std::move(pending));
 }
 
 }  // namespace
@@ -294,8 +301,9 @@ PYBIND11_MODULE(_node, m) {
                     std::vector<int64_t>, std::vector<double>>(),
            py::arg("W"), py::arg("bias"), py::arg("A"), py::arg("B"), py::arg("counted"), py::arg("outputs"),
            py::arg("columns"), py::arg("scales"));
-  py::class_<Watch>(m, "Watch", "Of the graph of a call.")
-      .def_property_readonly("pending", &Watch::pending, "Whether it is there and its backward has not run.");
+  py::class_<Pending, std::shared_ptr<Pending>>(m, "Pending", "Graphs that are there and whose backward has not run.")
+      .def(py::init<>())
+      .def_property_readonly("count", [](const Pending& pending) { return pending.count.load(); });
   m.def("run", &run);
   m.def("attach", &attach);
 }

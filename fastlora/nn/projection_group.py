@@ -21,6 +21,7 @@ from .._utils.torch_compat import (
     version_of,
 )
 from ..ops.lora import new_seed
+from ..ops.node import Pending
 from .adapter import Bundle
 from .linear import Linear, forward_together
 from .routing import Route
@@ -97,7 +98,7 @@ class ProjectionGroup:
         self._visits: dict[int, list[_Visit]] = {}
         self._plan: dict[tuple[int, int], frozenset[int]] = {}  # trigger -> siblings not worth computing ahead
         self._learned: dict[tuple[int, int], frozenset[int]] = {}
-        self._pending: list[Any] = []  # watches of graphs: a recomputation must launch what its forward launched
+        self._pending = (Pending(),)  # graphs whose recomputation must launch what their forward launched
         self._index = {member: i for i, member in enumerate(self._members)}
         self._bundles: dict[tuple[int, ...], Bundle] = {}
         self._unknown = frozenset() if self.expected else frozenset(self._index.values())
@@ -169,16 +170,14 @@ class ProjectionGroup:
         kept = bundle.kept(layers, route.names)
         if not kept.alike:
             return forward_together((layer,), x, route, None, seed)[0]
-        built: list[Any] = []
-        outputs = forward_together(layers, x, route, kept, seed, built)
+        checkpointed = visit.hooks is not None and not in_backward()
+        outputs = forward_together(layers, x, route, kept, seed, self._pending if checkpointed else ())
         visit.number = number if drawn.get(layer, 0) > number else None
         visit.launches += 1
         visit.trigger, visit.state = trigger, _state(x, route)
         visit.unused[trigger] = set(layers[1:])
         visit.waiting = dict(zip(layers[1:], outputs[1:], strict=True))
         visit.x = x if visit.waiting else None
-        if built and visit.hooks is not None and not in_backward():
-            self._pending = [*self._waiting(), *built]
         return outputs[0]
 
     def _compare(self, visit: _Visit, trigger: tuple[int, int], x: Tensor, route: Route) -> None:
@@ -190,14 +189,11 @@ class ProjectionGroup:
             visit.shared, visit.first = (x, state), trigger
             visit.wanted[trigger] = set()
 
-    def _waiting(self) -> list[Any]:
-        return [found for found in self._pending if found.pending]
-
     def enter(self, owner: nn.Module, args: Any) -> None:
         """Forward pre-hook of the owner: open a visit, and take up what earlier passes taught."""
         if being_traced():
             return
-        if self._learned and not self._waiting() and not in_backward():
+        if self._learned and not self._pending[0] and not in_backward():
             self._plan.update(self._learned)
             self._learned.clear()
         visits = self._visits.setdefault(get_ident(), [])

@@ -27,7 +27,7 @@ from .backends.plan import Plans
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
 from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
 from .matmul import ENGINES, LINEAR
-from .node import NODE, Watch, watch
+from .node import NODE, Pending
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 MOST_OPTIONS = 64  # of which a group keeps the numbers of plans
@@ -85,8 +85,9 @@ class BoundCall:
         V: Sequence[Tensor] = (),
         P: Sequence[Tensor] = (),
         sign: Sequence[Tensor] = (),
-    ) -> tuple[Sequence[Tensor], Any]:
-        """y_j [*, N_j], and the watch of their graph; the arguments are those of the operator ``lora_linear``."""
+        pending: Sequence[Pending] = (),
+    ) -> Sequence[Tensor]:
+        """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``, and what counts the call's graph."""
         if (
             not self.plain
             or type(x) not in _PLAIN
@@ -95,21 +96,23 @@ class BoundCall:
             or autocasting(x)
             or True in [t.requires_grad for t in self.frozen]
         ):
-            return self._watched(x, rows, key, p, Z, V, P, sign)
+            return self._watched(x, rows, key, p, Z, V, P, sign, pending)
         if self.chosen is None:
             self._choose()
         run = _Run(self)
         if P or V or rows is not None or key is not None:
             run.set(rows, key, p, P, sign, len(Z), len(V))
         if NODE is not None:
-            return self._natively(run, x, Z, V)
+            return self._natively(run, x, Z, V, [p.native for p in pending])
         if torch.is_grad_enabled():
             y = _apply(run, x, *self.A, *self.B, *Z, *V)
-            return y, watch(y[0])
+            for counter in pending:
+                counter.add(y[0])
+            return y
         with untracked():
-            return run.forward(x)[: len(self.W)], None
+            return run.forward(x)[: len(self.W)]
 
-    def _natively(self, run: _Run, x: Tensor, Z: Sequence[Tensor], V: Sequence[Tensor]) -> tuple[Sequence[Tensor], Any]:
+    def _natively(self, run: _Run, x: Tensor, Z: Sequence[Tensor], V: Sequence[Tensor], pending) -> Sequence[Tensor]:
         """The call with a node in C++, which takes no Python where there is a plan or a whole call."""
         if self._group is None:
             self._group = NODE.Group(self.W, self.bias, self.A, self.B, self.counted, *self.where)
@@ -123,26 +126,28 @@ class BoundCall:
             else:
                 more = run.P
         probes = run.probes[0] if run.probes else 0
-        found = NODE.run(self._group, numbers, whole, run.differentiated, x, Z, V, probes, more, later)
+        found = NODE.run(self._group, numbers, whole, run.differentiated, x, Z, V, probes, more, later, pending)
         if found is None:
             with untracked():
                 out = run.forward(x)
             given = [] if later == 0 else more[-later:]
             found = NODE.attach(
-                self._group, numbers, whole > 1, run.differentiated, x, Z, V, probes, given, list(out)
+                self._group, numbers, whole > 1, run.differentiated, x, Z, V, probes, given, list(out), pending
             )
         return found
 
-    def _watched(self, x, rows, key, p, Z, V, P, sign) -> tuple[Sequence[Tensor], Watch | None]:
+    def _watched(self, x, rows, key, p, Z, V, P, sign, pending) -> Sequence[Tensor]:
         """The call through the operator; without autocast where the weights have its dtype already."""
         if autocasting(x) and torch.get_autocast_dtype(x.device.type) is self.dtype:
             with without_autocast(x.device.type):
-                return self(low_precision(x, self.dtype), rows, key, p, Z, V, P, sign)
+                return self(low_precision(x, self.dtype), rows, key, p, Z, V, P, sign, pending)
         if wants_plain_operators():
             raise Traced
         given = (Z, V, *self.rest(rows, key, p, P, sign))
         y = LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
-        return y, watch(y[0])
+        for counter in pending:
+            counter.add(y[0])
+        return y
 
     def whole(self, direction: int, x: Tensor) -> Callable | None:
         """What does a direction (0: forward) in one call, where that is how it goes."""

@@ -1,4 +1,4 @@
-"""The autograd node in C++, where it was built for this torch, and what tells whether a backward is still to come."""
+"""The autograd node in C++, where it was built for this torch, and what counts graphs whose backward is to come."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import weakref
 from typing import Any
 
 import torch
+
+_FEW = 256
 
 
 def _load() -> tuple[Any, str | None]:
@@ -23,18 +25,27 @@ def _load() -> tuple[Any, str | None]:
 NODE, REASON = _load()
 
 
-class Watch:
-    """Whether the graph of a call is there and its backward has not run, by a node of Python's."""
+class Pending:
+    """Graphs that are there and whose backward has not run; true where there are any."""
 
-    def __init__(self, node: Any):
-        self.node = weakref.ref(node)
+    def __init__(self):
+        self.native = None if NODE is None else NODE.Pending()
+        self._nodes: list[weakref.ref] = []
+        self._most = _FEW  # nodes kept before those that are gone are sorted out
 
-    @property
-    def pending(self) -> bool:
-        node = self.node()
-        return node is not None and not getattr(node, "spent", False)
+    def add(self, y: torch.Tensor) -> None:
+        """Count a graph whose node is Python's, by the tensor that the node gave."""
+        if y.grad_fn is None:
+            return
+        self._nodes.append(weakref.ref(y.grad_fn))
+        if len(self._nodes) > self._most:
+            self._nodes = [node for node in self._nodes if _waits(node)]
+            self._most = max(_FEW, 2 * len(self._nodes))
+
+    def __bool__(self) -> bool:
+        return (self.native is not None and self.native.count > 0) or any(map(_waits, self._nodes))
 
 
-def watch(y: torch.Tensor) -> Watch | None:
-    """The watch of a tensor's graph, None without one."""
-    return None if y.grad_fn is None else Watch(y.grad_fn)
+def _waits(kept: weakref.ref) -> bool:
+    node = kept()
+    return node is not None and not getattr(node, "spent", False)
