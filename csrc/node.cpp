@@ -1,8 +1,13 @@
 // The autograd node of an adapted group: a direction that has a native call takes no Python on its way.
 #include <ATen/LegacyBatchedTensorImpl.h>
+#include <ATen/TracerMode.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -232,23 +237,37 @@ struct LoRA : torch::autograd::Function<LoRA> {
   }
 };
 
-Tensors attach(const std::shared_ptr<const Group>& group, std::shared_ptr<Plans> plans, bool whole, py::object backward,
-               const Tensor& x, const Tensors& Z, const Tensors& V, int64_t probes, Tensors more, Tensors out,
-               std::vector<std::shared_ptr<Pending>> pending) {
-  const size_t outputs = group->W.size();
+// Whether a mode, a transform, a tracer, autocast or a subclass sees what the dispatcher is called for, or a frozen tensor
+// is none any more: Python's way knows what to do.
+bool watched(const Group& group, const py::handle& x) {
+  if (!THPVariable_CheckExact(x.ptr())) return true;
+  const Tensor& given = THPVariable_Unpack(x.ptr());
+  return given.dtype() != group.W[0].dtype() || c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
+         c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode) || at::tracer::impl::is_dispatch_enabled() ||
+         (!given.is_meta() && at::autocast::is_autocast_enabled(given.device().type())) ||
+         std::any_of(group.frozen.begin(), group.frozen.end(), [](const Tensor& t) { return t.requires_grad(); });
+}
+
+using Counters = std::vector<std::shared_ptr<Pending>>;
+
+// ``whole``: 2 where the backward is one call of the library's; ``more``: what a forward takes beside the tensors of
+// every call, ``later`` of them in the backward too.
+Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const Tensors& Z, const Tensors& V,
+               py::object backward, std::shared_ptr<Plans> plans, int64_t whole, int64_t probes, const Tensors& more,
+               size_t later, Counters pending, Tensors out) {
   if (!at::GradMode::is_enabled()) {
-    out.resize(outputs);
+    out.resize(group->W.size());
     return out;
   }
   auto call = c10::make_intrusive<Call>();
   call->group = group;
   call->plans = std::move(plans);
-  call->whole = whole;
+  call->whole = (whole & 2) != 0;
   call->backward = std::move(backward);
   call->leaves = Z.size();
   call->moments = V.size();
   call->probes = probes;
-  call->more = std::move(more);
+  call->more.assign(more.end() - static_cast<std::ptrdiff_t>(later), more.end());
   call->out = std::move(out);
   call->count_in(std::move(pending));
   for (const Tensor& w : group->counted) call->versions.push_back(static_cast<int64_t>(w._version()));
@@ -258,11 +277,13 @@ Tensors attach(const std::shared_ptr<const Group>& group, std::shared_ptr<Plans>
   return LoRA::apply(call, at::TensorList(inputs));
 }
 
-// A call for which there is a native one; nothing otherwise. ``more``: what a plan takes beside the tensors of every
-// call, ``later`` of them in the backward too, or P of the library's whole call.
-std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const std::shared_ptr<Plans>& plans, int64_t whole,
-                           py::object backward, const Tensor& x, const Tensors& Z, const Tensors& V, int64_t probes,
-                           const Tensors& more, size_t later, std::vector<std::shared_ptr<Pending>> pending) {
+// A call for which there is a native one, by a plan or (``whole`` 1) by the library with at most P in ``more``; nothing
+// otherwise.
+std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const py::object& given, const Tensors& Z,
+                           const Tensors& V, py::object backward, std::shared_ptr<Plans> plans, int64_t whole,
+                           int64_t probes, const Tensors& more, size_t later, Counters pending) {
+  if (watched(*group, given)) return std::nullopt;
+  const Tensor& x = THPVariable_Unpack(given.ptr());
   Tensors out;
   {
     const py::gil_scoped_release released;
@@ -282,8 +303,8 @@ std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const std:
     }
   }
   if (out.empty()) return std::nullopt;
-  return attach(group, plans, (whole & 2) != 0, std::move(backward), x, Z, V, probes,
-                Tensors(more.end() - static_cast<std::ptrdiff_t>(later), more.end()), std::move(out), std::move(pending));
+  return attach(group, x, Z, V, std::move(backward), std::move(plans), whole, probes, more, later, std::move(pending),
+                std::move(out));
 }
 
 }  // namespace

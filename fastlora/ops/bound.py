@@ -88,6 +88,14 @@ class BoundCall:
         pending: Sequence[Pending] = (),
     ) -> Sequence[Tensor]:
         """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``, and what counts the call's graph."""
+        run = _Run(self)
+        if P or V or rows is not None or key is not None:
+            run.set(rows, key, p, P, sign, len(Z), len(V))
+        if self._group is not None:
+            node = self._node(run, x, Z, V)
+            found = NODE.run(self._group, x, Z, V, *node, [counter.native for counter in pending])
+            if found is not None:
+                return found
         if (
             not self.plain
             or type(x) not in _PLAIN
@@ -99,42 +107,32 @@ class BoundCall:
             return self._watched(x, rows, key, p, Z, V, P, sign, pending)
         if self.chosen is None:
             self._choose()
-        run = _Run(self)
-        if P or V or rows is not None or key is not None:
-            run.set(rows, key, p, P, sign, len(Z), len(V))
-        if NODE is not None:
-            return self._natively(run, x, Z, V, [p.native for p in pending])
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            with untracked():
+                return run.forward(x)[: len(self.W)]
+        if NODE is None:
             y = _apply(run, x, *self.A, *self.B, *Z, *V)
             for counter in pending:
                 counter.add(y[0])
             return y
         with untracked():
-            return run.forward(x)[: len(self.W)]
-
-    def _natively(self, run: _Run, x: Tensor, Z: Sequence[Tensor], V: Sequence[Tensor], pending) -> Sequence[Tensor]:
-        """The call with a node in C++, which takes no Python where there is a plan or a whole call."""
+            out = run.forward(x)
         if self._group is None:
             self._group = NODE.Group(self.W, self.bias, self.A, self.B, self.counted, *self.where)
-        numbers, whole, more, later = None, 0, (), 0
-        if self.plans is not None:
-            numbers, more, later = run.numbers(), run.more(), run.later()
-        elif run.plain:
-            whole = self.whole_directions(x)
-            if run.sign or run.moments:
-                whole &= 2
-            else:
-                more = run.P
+        return NODE.attach(
+            self._group, x, Z, V, *self._node(run, x, Z, V), [counter.native for counter in pending], list(out)
+        )
+
+    def _node(self, run: _Run, x: Tensor, Z: Sequence[Tensor], V: Sequence[Tensor]) -> tuple:
+        """What a node takes beside differentiable tensors: the backward in Python, numbers of plans, directions that
+        are one call of the library's, number of probes, and what the forward takes, its last in the backward too."""
         probes = run.probes[0] if run.probes else 0
-        found = NODE.run(self._group, numbers, whole, run.differentiated, x, Z, V, probes, more, later, pending)
-        if found is None:
-            with untracked():
-                out = run.forward(x)
-            given = [] if later == 0 else more[-later:]
-            found = NODE.attach(
-                self._group, numbers, whole > 1, run.differentiated, x, Z, V, probes, given, list(out), pending
-            )
-        return found
+        if self.plans is not None:
+            return run.differentiated, run.numbers(), 0, probes, run.more(), run.later()
+        whole = self.whole_directions(x) if run.plain else 0
+        if run.sign or run.moments:
+            return run.differentiated, None, whole & 2, probes, (), 0
+        return run.differentiated, None, whole, probes, run.P, 0
 
     def _watched(self, x, rows, key, p, Z, V, P, sign, pending) -> Sequence[Tensor]:
         """The call through the operator; without autocast where the weights have its dtype already."""
@@ -158,10 +156,11 @@ class BoundCall:
         the library's."""
         if self.chosen.whole is None:
             return 0
-        rows = x.numel() // max(x.shape[-1], 1)
-        key = (rows.bit_length(), torch.get_num_threads(), ENGINES.override)
+        elements = x.numel()
+        key = (elements.bit_length(), torch.get_num_threads(), ENGINES.override)
         if key in self._settled:
             return 3
+        rows = elements // max(x.shape[-1], 1)
         by_library = [
             all([ENGINES.settled(name, rows, w, self.engine) == LINEAR for w in self.W])
             for name in ("forward", "backward")
