@@ -8,11 +8,14 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <array>
 #include <atomic>
+
+#include "plan.h"
 
 namespace py = pybind11;
 
@@ -27,11 +30,31 @@ using torch::autograd::variable_list;
 // What a backward is asked for, a bit each.
 enum Need : unsigned { kX = 1, kA = 2, kB = 4, kZ = 8, kNeeds = 16 };
 
-Tensors run_plan(int64_t cache, int64_t variant, const Tensors& inputs) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastlora::run_plan", "")
-                             .typed<Tensors(int64_t, int64_t, at::TensorList)>();
-  return op.call(cache, variant, inputs);
+const plan::Registry* registry = nullptr;
+
+// The results of a plan, undefined where there is none; nothing without a plan for these.
+Tensors run_plan(int64_t cache, int64_t variant, Tensors& inputs) {
+  const plan::RunPlan run = registry == nullptr ? nullptr : registry->run.load();
+  if (run == nullptr) return {};
+  std::vector<AtenTensorHandle> handles, results;
+  handles.reserve(inputs.size());
+  for (Tensor& input : inputs) handles.push_back(torch::aot_inductor::tensor_pointer_to_tensor_handle(&input));
+  Tensors found;
+  try {
+    if (!run(cache, variant, handles, results)) return {};
+  } catch (const std::exception&) {
+    return {};  // Python's way meets it again, and says what is the matter
+  }
+  found.reserve(results.size());
+  for (const AtenTensorHandle result : results) {
+    if (result == nullptr) {
+      found.emplace_back();
+      continue;
+    }
+    found.push_back(std::move(*torch::aot_inductor::tensor_handle_to_tensor_pointer(result)));
+    aoti_torch_delete_tensor_object(result);
+  }
+  return found;
 }
 
 // The plans of calls that differ in nothing but their tensors, by number; -1: there is none.
@@ -97,12 +120,48 @@ struct Group {
 struct Pending {
   std::atomic<int64_t> count{0};
 };
+using Counters = std::array<std::shared_ptr<Pending>, 2>;  // each may be null
+
+// Whether what was looked up is still what would be found: values of dicts, dicts that are empty or have no ``forward``,
+// and weights, which stay the same objects when they are moved or cast.
+struct Guard {
+  py::list places, keys, values, empty, without;
+  Tensors weights;
+  std::vector<at::TensorOptions> options;
+
+  Guard(py::list in, py::list by, py::list what, py::list nothing, py::list attributes, Tensors frozen)
+      : places(std::move(in)),
+        keys(std::move(by)),
+        values(std::move(what)),
+        empty(std::move(nothing)),
+        without(std::move(attributes)),
+        weights(std::move(frozen)) {
+    for (const Tensor& w : weights) options.push_back(w.options());
+  }
+
+  bool holds() const {
+    static PyObject* const forward = PyUnicode_InternFromString("forward");
+    for (size_t i = 0; i < places.size(); ++i) {
+      if (PyDict_GetItem(places[i].ptr(), keys[i].ptr()) != values[i].ptr()) return false;
+    }
+    for (const py::handle& hooks : empty) {
+      if (PyObject_Length(hooks.ptr()) != 0) return false;
+    }
+    for (const py::handle& attributes : without) {
+      if (PyDict_Contains(attributes.ptr(), forward) != 0) return false;
+    }
+    for (size_t i = 0; i < weights.size(); ++i) {
+      if (weights[i].dtype() != options[i].dtype() || weights[i].device() != options[i].device()) return false;
+    }
+    return true;
+  }
+};
 
 // One call of a group: what its backward takes beside saved tensors.
 struct Call : torch::CustomClassHolder {
   std::shared_ptr<const Group> group;
   std::shared_ptr<Plans> plans;  // null: by the library's whole call or by Python
-  py::object backward;           // of Python's, for what no native call does
+  py::object owner, rest;        // what Python's backward is for, where no native call does it
   Tensors out;                   // [*y, h, *moments], until they are saved
   Tensors more;                  // what a plan takes beside the tensors of every call
   std::vector<int64_t> versions;
@@ -114,16 +173,20 @@ struct Call : torch::CustomClassHolder {
   ~Call() override {
     finish();
     const py::gil_scoped_acquire gil;
-    backward = py::object();
+    owner = rest = py::object();
   }
 
-  void count_in(std::vector<std::shared_ptr<Pending>> counters) {
+  void count_in(Counters counters) {
     pending_ = std::move(counters);
-    for (const auto& counter : pending_) ++counter->count;
+    for (const auto& counter : pending_) {
+      if (counter) ++counter->count;
+    }
   }
   void finish() {
     if (finished_.exchange(true)) return;
-    for (const auto& counter : pending_) --counter->count;
+    for (const auto& counter : pending_) {
+      if (counter) --counter->count;
+    }
   }
 
   void check_versions() const {
@@ -136,7 +199,7 @@ struct Call : torch::CustomClassHolder {
   }
 
  private:
-  std::vector<std::shared_ptr<Pending>> pending_;
+  Counters pending_;
   std::atomic<bool> finished_{false};
 };
 
@@ -144,7 +207,7 @@ variable_list by_python(const Call& call, const std::vector<bool>& needs, const 
                         const variable_list& saved) {
   const py::gil_scoped_acquire gil;
   try {
-    const py::list found = call.backward(needs, dy, saved);
+    const py::list found = call.owner.attr("differentiated")(call.rest, needs, dy, saved);
     variable_list grads;
     for (const py::handle& grad : found) grads.push_back(grad.is_none() ? Tensor() : grad.cast<Tensor>());
     return grads;
@@ -168,11 +231,7 @@ Tensors natively(const Call& call, const variable_list& dy, const Tensor& x, con
   for (const Tensors* part : {&call.group->W, &std::as_const(A), &std::as_const(B), &dy, &call.more}) {
     inputs.insert(inputs.end(), part->begin(), part->end());
   }
-  try {
-    return run_plan(call.plans->cache, variant, inputs);
-  } catch (const c10::Error&) {
-    return {};  // Python's way meets it again, and says what is the matter
-  }
+  return run_plan(call.plans->cache, variant, inputs);
 }
 
 struct LoRA : torch::autograd::Function<LoRA> {
@@ -248,13 +307,11 @@ bool watched(const Group& group, const py::handle& x) {
          std::any_of(group.frozen.begin(), group.frozen.end(), [](const Tensor& t) { return t.requires_grad(); });
 }
 
-using Counters = std::vector<std::shared_ptr<Pending>>;
-
 // ``whole``: 2 where the backward is one call of the library's; ``more``: what a forward takes beside the tensors of
 // every call, ``later`` of them in the backward too.
 Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const Tensors& Z, const Tensors& V,
-               py::object backward, std::shared_ptr<Plans> plans, int64_t whole, int64_t probes, const Tensors& more,
-               size_t later, Counters pending, Tensors out) {
+               py::object owner, py::object rest, std::shared_ptr<Plans> plans, int64_t whole, int64_t probes, const Tensors& more,
+               size_t later, std::shared_ptr<Pending> pending, std::shared_ptr<Pending> also, Tensors out) {
   if (!at::GradMode::is_enabled()) {
     out.resize(group->W.size());
     return out;
@@ -263,13 +320,14 @@ Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const
   call->group = group;
   call->plans = std::move(plans);
   call->whole = (whole & 2) != 0;
-  call->backward = std::move(backward);
+  call->owner = std::move(owner);
+  call->rest = std::move(rest);
   call->leaves = Z.size();
   call->moments = V.size();
   call->probes = probes;
   call->more.assign(more.end() - static_cast<std::ptrdiff_t>(later), more.end());
   call->out = std::move(out);
-  call->count_in(std::move(pending));
+  call->count_in({std::move(pending), std::move(also)});
   for (const Tensor& w : group->counted) call->versions.push_back(static_cast<int64_t>(w._version()));
   Tensors inputs{x};
   for (const Tensors* part : {&group->A, &group->B, &Z, &V}) inputs.insert(inputs.end(), part->begin(), part->end());
@@ -280,8 +338,9 @@ Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const
 // A call for which there is a native one, by a plan or (``whole`` 1) by the library with at most P in ``more``; nothing
 // otherwise.
 std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const py::object& given, const Tensors& Z,
-                           const Tensors& V, py::object backward, std::shared_ptr<Plans> plans, int64_t whole,
-                           int64_t probes, const Tensors& more, size_t later, Counters pending) {
+                           const Tensors& V, py::object owner, py::object rest, std::shared_ptr<Plans> plans, int64_t whole,
+                           int64_t probes, const Tensors& more, size_t later, std::shared_ptr<Pending> pending,
+                           std::shared_ptr<Pending> also) {
   if (watched(*group, given)) return std::nullopt;
   const Tensor& x = THPVariable_Unpack(given.ptr());
   Tensors out;
@@ -295,16 +354,12 @@ std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const py::
       for (const Tensors* part : {&group->frozen, &group->A, &group->B, &more}) {
         inputs.insert(inputs.end(), part->begin(), part->end());
       }
-      try {
-        out = run_plan(plans->cache, plans->forward, inputs);
-      } catch (const c10::Error&) {
-        out.clear();  // Python's way meets it again, and says what is the matter
-      }
+      out = run_plan(plans->cache, plans->forward, inputs);
     }
   }
   if (out.empty()) return std::nullopt;
-  return attach(group, x, Z, V, std::move(backward), std::move(plans), whole, probes, more, later, std::move(pending),
-                std::move(out));
+  return attach(group, x, Z, V, std::move(owner), std::move(rest), std::move(plans), whole, probes, more, later, std::move(pending),
+                std::move(also), std::move(out));
 }
 
 }  // namespace
@@ -314,6 +369,13 @@ PYBIND11_MODULE(_node, m) {
   using namespace fastlora::node;
   m.doc() = "The autograd node of fastlora.ops.bound, without Python where a native call does a direction.";
   m.attr("torch_version") = TORCH_VERSION;
+  m.def(
+      "open_plans",
+      [](int64_t place) {
+        const auto* const found = reinterpret_cast<const fastlora::plan::Registry*>(place);
+        if (found->format == fastlora::plan::kFormat) registry = found;
+      },
+      py::arg("registry"), "Take in where fastlora._plan lists plans.");
   py::class_<Plans, std::shared_ptr<Plans>>(m, "Plans", "Numbers of the plans of calls that differ in tensors only.")
       .def(py::init<>())
       .def("keep", &Plans::keep, py::arg("cache"), py::arg("need"), py::arg("variant"));
@@ -322,6 +384,10 @@ PYBIND11_MODULE(_node, m) {
                     std::vector<int64_t>, std::vector<double>>(),
            py::arg("W"), py::arg("bias"), py::arg("A"), py::arg("B"), py::arg("counted"), py::arg("outputs"),
            py::arg("columns"), py::arg("scales"));
+  py::class_<Guard>(m, "Guard", "Of what was looked up.")
+      .def(py::init<py::list, py::list, py::list, py::list, py::list, Tensors>(), py::arg("places"), py::arg("keys"),
+           py::arg("values"), py::arg("empty"), py::arg("without_forward"), py::arg("weights"))
+      .def("holds", &Guard::holds, "Whether all of it is as it was.");
   py::class_<Pending, std::shared_ptr<Pending>>(m, "Pending", "Graphs that are there and whose backward has not run.")
       .def(py::init<>())
       .def_property_readonly("count", [](const Pending& pending) { return pending.count.load(); });

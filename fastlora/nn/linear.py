@@ -356,7 +356,7 @@ def forward_together(
     route: Route,
     kept: Operands | None = None,
     seed: Callable[[torch.device], Tensor] = new_seed,
-    pending: Sequence[Pending] = (),
+    pending: Pending | None = None,
 ) -> Sequence[Tensor]:
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along.
 
@@ -389,7 +389,7 @@ def forward_together(
             tracked = {name: [layer.probes[name] for layer in layers] for name in names}
             operands = group_operands(tracked, layers, route, x)
     try:
-        y = kept.call(x, rows, key, p, pending=(first.router.pending(route), *pending), **operands)
+        y = kept.call(x, rows, key, p, pending=first.router.pending(route), also=pending, **operands)
     except Traced:
         return [forward_traced(layer, x, route) for layer in layers]
     for name, probes in tracked.items():

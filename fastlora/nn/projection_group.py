@@ -98,7 +98,7 @@ class ProjectionGroup:
         self._visits: dict[int, list[_Visit]] = {}
         self._plan: dict[tuple[int, int], frozenset[int]] = {}  # trigger -> siblings not worth computing ahead
         self._learned: dict[tuple[int, int], frozenset[int]] = {}
-        self._pending = (Pending(),)  # graphs whose recomputation must launch what their forward launched
+        self._pending = Pending()  # graphs whose recomputation must launch what their forward launched
         self._index = {member: i for i, member in enumerate(self._members)}
         self._bundles: dict[tuple[int, ...], Bundle] = {}
         self._unknown = frozenset() if self.expected else frozenset(self._index.values())
@@ -171,7 +171,7 @@ class ProjectionGroup:
         if not kept.alike:
             return forward_together((layer,), x, route, None, seed)[0]
         checkpointed = visit.hooks is not None and not in_backward()
-        outputs = forward_together(layers, x, route, kept, seed, self._pending if checkpointed else ())
+        outputs = forward_together(layers, x, route, kept, seed, self._pending if checkpointed else None)
         visit.number = number if drawn.get(layer, 0) > number else None
         visit.launches += 1
         visit.trigger, visit.state = trigger, _state(x, route)
@@ -193,7 +193,7 @@ class ProjectionGroup:
         """Forward pre-hook of the owner: open a visit, and take up what earlier passes taught."""
         if being_traced():
             return
-        if self._learned and not self._pending[0] and not in_backward():
+        if self._learned and not self._pending and not in_backward():
             self._plan.update(self._learned)
             self._learned.clear()
         visits = self._visits.setdefault(get_ident(), [])

@@ -85,15 +85,17 @@ class BoundCall:
         V: Sequence[Tensor] = (),
         P: Sequence[Tensor] = (),
         sign: Sequence[Tensor] = (),
-        pending: Sequence[Pending] = (),
+        pending: Pending | None = None,
+        also: Pending | None = None,
     ) -> Sequence[Tensor]:
-        """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``, and what counts the call's graph."""
-        run = _Run(self)
+        """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``, and two that count the call's graph."""
+        run = None
         if P or V or rows is not None or key is not None:
+            run = _Run(self)
             run.set(rows, key, p, P, sign, len(Z), len(V))
+        counters = None if pending is None else pending.native, None if also is None else also.native
         if self._group is not None:
-            node = self._node(run, x, Z, V)
-            found = NODE.run(self._group, x, Z, V, *node, [counter.native for counter in pending])
+            found = NODE.run(self._group, x, Z, V, *self._node(run, x), *counters)
             if found is not None:
                 return found
         if (
@@ -104,48 +106,72 @@ class BoundCall:
             or autocasting(x)
             or True in [t.requires_grad for t in self.frozen]
         ):
-            return self._watched(x, rows, key, p, Z, V, P, sign, pending)
+            return self._watched(x, rows, key, p, Z, V, P, sign, pending, also)
         if self.chosen is None:
             self._choose()
         if not torch.is_grad_enabled():
             with untracked():
-                return run.forward(x)[: len(self.W)]
+                return (run or _Run(self)).forward(x)[: len(self.W)]
         if NODE is None:
-            y = _apply(run, x, *self.A, *self.B, *Z, *V)
-            for counter in pending:
-                counter.add(y[0])
-            return y
+            return _counted(_apply(run or _Run(self), x, *self.A, *self.B, *Z, *V), pending, also)
         with untracked():
-            out = run.forward(x)
+            out = (run or _Run(self)).forward(x)
         if self._group is None:
             self._group = NODE.Group(self.W, self.bias, self.A, self.B, self.counted, *self.where)
-        return NODE.attach(
-            self._group, x, Z, V, *self._node(run, x, Z, V), [counter.native for counter in pending], list(out)
-        )
+        return NODE.attach(self._group, x, Z, V, *self._node(run, x), *counters, list(out))
 
-    def _node(self, run: _Run, x: Tensor, Z: Sequence[Tensor], V: Sequence[Tensor]) -> tuple:
-        """What a node takes beside differentiable tensors: the backward in Python, numbers of plans, directions that
-        are one call of the library's, number of probes, and what the forward takes, its last in the backward too."""
+    def _node(self, run: _Run | None, x: Tensor) -> tuple:
+        """What a node takes beside differentiable tensors: what ``differentiated`` does a backward with, numbers of
+        plans, directions that are one call of the library's, number of probes, and what the forward takes, its last in
+        the backward too."""
+        if run is None:
+            if self.plans is None:
+                return self, None, None, self.whole_directions(x), 0, (), 0
+            return self, None, self.numbers(False), 0, 0, (), 0
         probes = run.probes[0] if run.probes else 0
         if self.plans is not None:
-            return run.differentiated, run.numbers(), 0, probes, run.more(), run.later()
+            return self, run, self.numbers(run.options), 0, probes, run.more(), run.later()
         whole = self.whole_directions(x) if run.plain else 0
         if run.sign or run.moments:
-            return run.differentiated, None, whole & 2, probes, (), 0
-        return run.differentiated, None, whole, probes, run.P, 0
+            return self, run, None, whole & 2, probes, (), 0
+        return self, run, None, whole, probes, run.P, 0
 
-    def _watched(self, x, rows, key, p, Z, V, P, sign, pending) -> Sequence[Tensor]:
+    def numbers(self, options: Any) -> Any:
+        """Where the node finds the numbers of plans."""
+        found = self._numbers.get(options)
+        if found is None:
+            if len(self._numbers) > MOST_OPTIONS:
+                self._numbers.clear()  # options that differ at every call, as a dropout that is annealed
+            found = self._numbers[options] = NODE.Plans()
+        return found
+
+    def differentiated(
+        self, run: _Run | None, needs: Sequence[bool], dy: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Gradients of x, A, B, Z and V; ``saved``: x, h, moments, A and B."""
+        run, count, needs = run or _Run(self), len(self.A), tuple(needs)
+        x, h, *saved = saved
+        moments, A, B = saved[: run.moments], saved[run.moments : run.moments + count], saved[run.moments + count :]
+        if differentiated_again(dy):
+            return [*_again(run, needs, dy, x, A, B), *moments]
+        need = self.need(needs, run.leaves)
+        there = tuple([g is not None for g in dy])  # ``None in dy`` would ask every tensor whether it equals None
+        with untracked():
+            found = run.backward(x, h, A, B, dy, there, need)
+        if need.dA and need.dB and need.dZ is (run.leaves > 0) and False not in there:
+            return [*found, *moments]
+        return [found[0], *_placed(found[1:], need, dy, self.layout, count, run.leaves, moments)]
+
+    def _watched(self, x, rows, key, p, Z, V, P, sign, *pending) -> Sequence[Tensor]:
         """The call through the operator; without autocast where the weights have its dtype already."""
         if autocasting(x) and torch.get_autocast_dtype(x.device.type) is self.dtype:
             with without_autocast(x.device.type):
-                return self(low_precision(x, self.dtype), rows, key, p, Z, V, P, sign, pending)
+                return self(low_precision(x, self.dtype), rows, key, p, Z, V, P, sign, *pending)
         if wants_plain_operators():
             raise Traced
         given = (Z, V, *self.rest(rows, key, p, P, sign))
         y = LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
-        for counter in pending:
-            counter.add(y[0])
-        return y
+        return _counted(y, *pending)
 
     def whole(self, direction: int, x: Tensor) -> Callable | None:
         """What does a direction (0: forward) in one call, where that is how it goes."""
@@ -231,16 +257,6 @@ class _Run:
     def later(self) -> int:
         return (0 if self.rows is None else len(self.rows)) + (self.key is not None)
 
-    def numbers(self) -> Any:
-        """Where the node finds the numbers of this call's plans."""
-        known = self.bound._numbers
-        found = known.get(self.options)
-        if found is None:
-            if len(known) > MOST_OPTIONS:
-                known.clear()  # those that differ at every call, as a dropout that is annealed
-            found = known[self.options] = NODE.Plans()
-        return found
-
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         """[*y, h, *moments]."""
         bound = self.bound
@@ -261,7 +277,7 @@ class _Run:
         out = plans.run(key, tensors, compute)
         number = None if NODE is None or need is None else plans.number(key, tensors[0].dtype)
         if number is not None:
-            self.numbers().keep(number[0], need, number[1])
+            self.bound.numbers(self.options).keep(number[0], need, number[1])
         return out
 
     def _forward_of(self, tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -304,21 +320,6 @@ class _Run:
         grads = [None if g is None else next(take) for g in dy]
         rows = None if self.rows is None else Rows(*[next(take) for _ in self.rows])
         return _backward(self, x, h, W, A, B, grads, need, rows, None if self.key is None else next(take))
-
-    def differentiated(self, needs: Sequence[bool], dy: Sequence[Tensor | None], saved: Sequence[Tensor]) -> Sequence:
-        """Gradients of x, A, B, Z and V; ``saved``: x, h, moments, A and B."""
-        bound, count, needs = self.bound, len(self.bound.A), tuple(needs)
-        x, h, *saved = saved
-        moments, A, B = saved[: self.moments], saved[self.moments : self.moments + count], saved[self.moments + count :]
-        if differentiated_again(dy):
-            return [*_again(self, needs, dy, x, A, B), *moments]
-        need = bound.need(needs, self.leaves)
-        there = tuple([g is not None for g in dy])
-        with untracked():
-            found = self.backward(x, h, A, B, dy, there, need)
-        if need.dA and need.dB and need.dZ is (self.leaves > 0) and False not in there:
-            return [*found, *moments]
-        return [found[0], *_placed(found[1:], need, dy, bound.layout, count, self.leaves, moments)]
 
 
 def _forward(run: _Run, x, W, bias, A, B, P, sign, rows, key) -> list[Tensor]:
@@ -385,7 +386,7 @@ class _Bound(torch.autograd.Function):
                 "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
                 "place after the forward"
             )
-        return (None, *ctx.run.differentiated(ctx.needs_input_grad[1:], dy, saved))
+        return (None, *ctx.run.bound.differentiated(ctx.run, ctx.needs_input_grad[1:], dy, saved))
 
 
 def _placed(found, need: Need, dy, layout: GroupLayout, count: int, leaves: int, moments) -> list[Tensor | None]:
@@ -411,3 +412,10 @@ def _again(run: _Run, needs, dy, x, A, B) -> Sequence[Tensor | None]:
 
 
 _apply = apply_directly(_Bound)
+
+
+def _counted(y: Sequence[Tensor], *pending: Pending | None) -> Sequence[Tensor]:
+    for counter in pending:
+        if counter is not None:
+            counter.add(y[0])
+    return y

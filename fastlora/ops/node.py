@@ -18,6 +18,11 @@ def _load() -> tuple[Any, str | None]:
     here = torch.__version__.partition("+")[0]
     if _node.torch_version != here:
         return None, f"fastlora._node was built for torch {_node.torch_version}, and this is {here}"
+    try:
+        from .. import _plan
+    except ImportError:
+        return _node, None
+    _node.open_plans(_plan.registry())
     return _node, None
 
 
