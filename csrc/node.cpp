@@ -107,8 +107,19 @@ struct Group {
   Tensors backward(const variable_list& dy, const Tensor& x, const Tensor& h, const Tensors& a, const Tensors& b,
                    int64_t probes, unsigned need) const {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastlora::linear_lora_backward", "");
-    c10::Stack stack{dy, x, h, W, a, b, outputs, columns, scales, need & kZ ? probes : int64_t{0},
-                     (need & kX) != 0, (need & kA) != 0, (need & kB) != 0};
+    c10::Stack stack{dy,
+                     x,
+                     h,
+                     W,
+                     a,
+                     b,
+                     outputs,
+                     columns,
+                     scales,
+                     need & kZ ? probes : int64_t{0},
+                     (need & kX) != 0,
+                     (need & kA) != 0,
+                     (need & kB) != 0};
     op.callBoxed(stack);
     Tensors found = stack[0].toTensorVector();
     if (!found.empty() && !(need & kX)) found.insert(found.begin(), Tensor());
@@ -122,8 +133,8 @@ struct Pending {
 };
 using Counters = std::array<std::shared_ptr<Pending>, 2>;  // each may be null
 
-// Whether what was looked up is still what would be found: values of dicts, dicts that are empty or have no ``forward``,
-// and weights, which stay the same objects when they are moved or cast.
+// Whether what was looked up is still what would be found: values of dicts, dicts that are empty or have no
+// ``forward``, and weights, which stay the same objects when they are moved or cast.
 struct Guard {
   py::list places, keys, values, empty, without;
   Tensors weights;
@@ -263,12 +274,13 @@ struct LoRA : torch::autograd::Function<LoRA> {
     for (size_t i = 0; i < count; ++i) needs[i] = context->needs_input_grad(i);
     const auto any = [&](size_t start, size_t size, unsigned bit) {
       const auto first = needs.begin() + static_cast<std::ptrdiff_t>(start);
-      return std::find(first, first + static_cast<std::ptrdiff_t>(size), true) == first + static_cast<std::ptrdiff_t>(size)
+      return std::find(first, first + static_cast<std::ptrdiff_t>(size), true) ==
+                     first + static_cast<std::ptrdiff_t>(size)
                  ? 0u
                  : bit;
     };
-    const unsigned need = any(0, 1, kX) | any(1, factors, kA) | any(1 + factors, factors, kB) |
-                          any(1 + 2 * factors, call.leaves, kZ);
+    const unsigned need =
+        any(0, 1, kX) | any(1, factors, kA) | any(1 + factors, factors, kB) | any(1 + 2 * factors, call.leaves, kZ);
     const bool plain = !at::GradMode::is_enabled() && std::all_of(dy.begin(), dy.end(), [](const Tensor& g) {
       return g.defined() && !at::isBatchedTensor(g);
     });
@@ -278,7 +290,8 @@ struct LoRA : torch::autograd::Function<LoRA> {
     };
     const size_t first = 2 + call.moments;
     Tensors found;
-    if (plain) found = natively(call, dy, saved[0], saved[1], part(first, factors), part(first + factors, factors), need);
+    if (plain)
+      found = natively(call, dy, saved[0], saved[1], part(first, factors), part(first + factors, factors), need);
     if (found.empty()) {
       const variable_list grads = by_python(call, needs, dy, saved);
       std::copy(grads.begin(), grads.end(), result.begin() + 1);
@@ -296,13 +309,14 @@ struct LoRA : torch::autograd::Function<LoRA> {
   }
 };
 
-// Whether a mode, a transform, a tracer, autocast or a subclass sees what the dispatcher is called for, or a frozen tensor
-// is none any more: Python's way knows what to do.
+// Whether a mode, a transform, a tracer, autocast or a subclass sees what the dispatcher is called for, or a frozen
+// tensor is none any more: Python's way knows what to do.
 bool watched(const Group& group, const py::handle& x) {
   if (!THPVariable_CheckExact(x.ptr())) return true;
   const Tensor& given = THPVariable_Unpack(x.ptr());
   return given.dtype() != group.W[0].dtype() || c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
-         c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode) || at::tracer::impl::is_dispatch_enabled() ||
+         c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         at::tracer::impl::is_dispatch_enabled() ||
          (!given.is_meta() && at::autocast::is_autocast_enabled(given.device().type())) ||
          std::any_of(group.frozen.begin(), group.frozen.end(), [](const Tensor& t) { return t.requires_grad(); });
 }
@@ -310,8 +324,9 @@ bool watched(const Group& group, const py::handle& x) {
 // ``whole``: 2 where the backward is one call of the library's; ``more``: what a forward takes beside the tensors of
 // every call, ``later`` of them in the backward too.
 Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const Tensors& Z, const Tensors& V,
-               py::object owner, py::object rest, std::shared_ptr<Plans> plans, int64_t whole, int64_t probes, const Tensors& more,
-               size_t later, std::shared_ptr<Pending> pending, std::shared_ptr<Pending> also, Tensors out) {
+               py::object owner, py::object rest, std::shared_ptr<Plans> plans, int64_t whole, int64_t probes,
+               const Tensors& more, size_t later, std::shared_ptr<Pending> pending, std::shared_ptr<Pending> also,
+               Tensors out) {
   if (!at::GradMode::is_enabled()) {
     out.resize(group->W.size());
     return out;
@@ -338,9 +353,9 @@ Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const
 // A call for which there is a native one, by a plan or (``whole`` 1) by the library with at most P in ``more``; nothing
 // otherwise.
 std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const py::object& given, const Tensors& Z,
-                           const Tensors& V, py::object owner, py::object rest, std::shared_ptr<Plans> plans, int64_t whole,
-                           int64_t probes, const Tensors& more, size_t later, std::shared_ptr<Pending> pending,
-                           std::shared_ptr<Pending> also) {
+                           const Tensors& V, py::object owner, py::object rest, std::shared_ptr<Plans> plans,
+                           int64_t whole, int64_t probes, const Tensors& more, size_t later,
+                           std::shared_ptr<Pending> pending, std::shared_ptr<Pending> also) {
   if (watched(*group, given)) return std::nullopt;
   const Tensor& x = THPVariable_Unpack(given.ptr());
   Tensors out;
@@ -358,8 +373,8 @@ std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const py::
     }
   }
   if (out.empty()) return std::nullopt;
-  return attach(group, x, Z, V, std::move(owner), std::move(rest), std::move(plans), whole, probes, more, later, std::move(pending),
-                std::move(also), std::move(out));
+  return attach(group, x, Z, V, std::move(owner), std::move(rest), std::move(plans), whole, probes, more, later,
+                std::move(pending), std::move(also), std::move(out));
 }
 
 }  // namespace

@@ -311,7 +311,8 @@ class Run {
     for (auto slot = plan_.results.begin(); slot != plan_.results.end(); ++slot) {
       if (*slot == -1) {
         found.push_back(nullptr);
-      } else if (*slot < plan_.inputs + plan_.constants || std::find(slot + 1, plan_.results.end(), *slot) != plan_.results.end()) {
+      } else if (*slot < plan_.inputs + plan_.constants ||
+                 std::find(slot + 1, plan_.results.end(), *slot) != plan_.results.end()) {
         found.push_back(share(at(*slot)));
       } else {
         found.push_back(std::exchange(tensors_.all[static_cast<size_t>(*slot)], nullptr));

@@ -88,7 +88,7 @@ class BoundCall:
         pending: Pending | None = None,
         also: Pending | None = None,
     ) -> Sequence[Tensor]:
-        """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``, and two that count the call's graph."""
+        """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``, and two that count its graph."""
         run = None
         if P or V or rows is not None or key is not None:
             run = _Run(self)
@@ -362,8 +362,8 @@ def _backward(run: _Run, x, h, W, A, B, dy, need: Need, rows, key) -> list[Tenso
     return [dx, *dA, *dB, *dZ]
 
 
-class _Bound(torch.autograd.Function):
-    """y with gradients for x, A, B, Z and V."""
+class LoRA(torch.autograd.Function):
+    """Where the node in C++ is not there: y with gradients for x, A, B, Z and V."""
 
     @staticmethod
     def forward(ctx, run: _Run, x: Tensor, *leaves: Tensor):
@@ -411,7 +411,7 @@ def _again(run: _Run, needs, dy, x, A, B) -> Sequence[Tensor | None]:
     return dx, *found[2 * weights :]
 
 
-_apply = apply_directly(_Bound)
+_apply = apply_directly(LoRA)
 
 
 def _counted(y: Sequence[Tensor], *pending: Pending | None) -> Sequence[Tensor]:
