@@ -213,15 +213,15 @@ def add_module(build: NinjaFile, name: str, sources: Sequence[str], suffix: str,
     return target
 
 
-def compile_all(nvcc: str | None, suffix: str) -> dict[str, Path]:
-    """Compiles all artefacts with ninja and returns where they are."""
+def compile_all(nvcc: str | None, suffix: str, modules: Sequence[str]) -> dict[str, Path]:
+    """Compiles the operators and these modules with ninja and returns where they are."""
     ninja, compiler, torch_root = find_ninja(), find_compiler(), find_torch()
     # A folder of our own: setuptools' temporary one changes from call to call, which would defeat incremental builds.
     kind = "-".join(["native", *filter(None, SANITIZERS.split(","))])
     folder = Path("build") / f"{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     build = NinjaFile(folder, compiler, nvcc)
     built = {OPERATORS: add_operators(build, torch_root)}
-    built |= {name: add_module(build, name, files, suffix, torch_root) for name, files in MODULES.items()}
+    built |= {name: add_module(build, name, MODULES[name], suffix, torch_root) for name in modules}
     build.run(ninja)
     return {name: ROOT / path for name, path in built.items()}
 
@@ -246,15 +246,21 @@ class BuildNative(build_ext):
             os.replace(temporary, target)
 
     def compile_with_fallback(self) -> dict[str, Path]:
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        nvcc = find_nvcc()
-        try:
-            return compile_all(nvcc, suffix)
-        except BuildUnavailable as problem:
-            if nvcc is None or build_mode() == "1" or "compiler failed" not in str(problem):
-                raise
-            say("building with CUDA failed: trying the CPU operators only")
-            return compile_all(None, suffix)
+        suffix, nvcc = sysconfig.get_config_var("EXT_SUFFIX"), find_nvcc()
+        plain = [name for name in MODULES if name != WITH_TORCH]
+        attempts = [("everything", nvcc, list(MODULES)), (f"without {WITH_TORCH}", nvcc, plain)]
+        attempts += [("the CPU operators only", None, plain)] if nvcc else []
+        problem = None
+        for what, compiler, modules in attempts:
+            if problem is not None:
+                say(f"building failed: trying {what}")
+            try:
+                return compile_all(compiler, suffix, modules)
+            except BuildUnavailable as failed:
+                problem = failed
+                if build_mode() == "1" or "compiler failed" not in str(failed):
+                    break
+        raise problem
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.rpartition(".")[2] == "_C":
