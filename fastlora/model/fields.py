@@ -10,6 +10,7 @@ from torch import nn
 from .._utils.errors import suggestion, wrong_value
 from ..config import FROM_WEIGHT, LoraConfig, indices_of, layer_index
 from ..nn.adapter import WHOLE
+from ..nn.experts import ExpertStack
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, QKVLinear
 from ..nn.plain import CONVOLUTIONS
@@ -56,6 +57,8 @@ def refuse_beyond_factors(
     linear |= isinstance(layer, Conv1D)
     if isinstance(layer, CONVOLUTIONS) and wanted == ["lora_bias"]:
         return
+    if isinstance(layer, ExpertStack) and config.lora_dropout:
+        raise wrong_value("lora_dropout", f"0 with experts, as in PEFT, of which {name!r} are some", config.lora_dropout)
     if wanted and (not linear or foreign_base(layer) is not None):
         kind = foreign_base(layer) or type(layer).__name__
         raise ValueError(

@@ -34,6 +34,7 @@ class Contribution(NamedTuple):
     x: Tensor
     dy: Tensor
     keep: Tensor | None = None  # tokens that count in covariances, a boolean for each row of x; None: all
+    part: str | None = None  # the slice whose rows these are, where slices do not share x
 
 
 class _Tap(torch.autograd.Function):
@@ -57,6 +58,15 @@ class _Tap(torch.autograd.Function):
             kept = None if keep is None else selected(keep.unsqueeze(-1), ctx.select).squeeze(-1)
             ctx.sink.append(Contribution(ctx.micro, *rows, kept))
         return dy, None, None, None, None, None
+
+
+def tap(
+    y: Tensor, x: Tensor, sink: Any, micro: int, select: tuple[Tensor, bool] | None = None, keep: Tensor | None = None
+) -> Tensor:
+    """``y``, whose backward appends a ``Contribution`` to ``sink``."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
+    return _Tap.apply(y, x, sink, micro, select, keep)
 
 
 def selected(tensor: Tensor, select: tuple[Tensor, bool] | None) -> Tensor:
@@ -143,6 +153,13 @@ class LayerProbe:
         """Whether the optimizer step that runs is sampled."""
         return self.step.sampled
 
+    def entered(self, x: Tensor) -> None:
+        """Take note of a forward on ``x`` that builds a graph."""
+        if torch.compiler.is_compiling():
+            self.step.compiled = True
+        else:
+            refuse_capture(x.device)
+
     def operands(
         self, probes: Sequence[LayerProbe], x: Tensor, route: Any, samples: int | None = None
     ) -> dict[str, Any]:
@@ -153,10 +170,7 @@ class LayerProbe:
         step = self.step
         if not torch.is_grad_enabled():
             return {}
-        if torch.compiler.is_compiling():
-            step.compiled = True
-        else:
-            refuse_capture(x.device)
+        self.entered(x)
         if not step.sampled:
             return {}
         found: dict[str, Any] = {}
@@ -183,13 +197,11 @@ class LayerProbe:
             return LayerProbe._measure(self, x, y, place) if self.step.refreshes_norms or place else y
         if not self.exact:
             return y
-        if torch.compiler.is_compiling():
-            raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
         select = None if place is None else place[0].select(place[1], x)
         if select is not None and select[1] and self.step.per_sample:
             raise RuntimeError("track: 'fisher' needs samples: give use_adapters() one id a sample, not one a token")
         keep = token_mask(x, route) if self.step.covariances else None
-        return _Tap.apply(y, x, self.taken, self.step.micro, select, keep)
+        return tap(y, x, self.taken, self.step.micro, select, keep)
 
     def index(self) -> Tensor:
         """Columns of x [n, k] for its slices: a part of a layer has some of them."""

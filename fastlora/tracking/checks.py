@@ -29,7 +29,7 @@ def checked_decay(ema: Any) -> float | None:
 
 def checked_layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
     every = {path: layer for path, layer in adapted_layers(model).items() if adapter in layer.adapter_specs}
-    layers = {path: layer for path, layer in every.items() if isinstance(layer, Linear)}
+    layers = {path: layer for path, layer in every.items() if layer.measured}
     if len(layers) < len(every):
         logger.warning("not tracked, since they are no linears: %s", listed([p for p in every if p not in layers]))
     if not layers:
@@ -44,8 +44,8 @@ def checked_probe_kind(probe_kind: Any, estimator: str, layers: dict[str, Linear
     if estimator != "probe" and probe_kind != "rademacher":
         raise wrong_value("probe_kind", f"'rademacher' with estimator={estimator!r}", probe_kind)
     for path, layer in layers.items() if probe_kind == "columns" else ():
-        if layer.slices.blocks > 1:
-            why = f"{path!r} holds {', '.join(layer.slices)} interleaved"
+        if layer.slices.blocks > 1 or not isinstance(layer, Linear):
+            why = f"{path!r} holds {listed([*layer.slices])} interleaved or by rows of x"
             raise ValueError(f"probe_kind: expected 'rademacher' or estimator='exact' where {why}, got 'columns'")
     return probe_kind
 

@@ -62,6 +62,10 @@ class Tracked:
         """What backward left in each layer under the exact estimator."""
         return {path: probe.taken for path, probe in self.probes.items()}
 
+    def taken_of(self, path: str, name: str) -> list[Contribution]:
+        """What backward left for one matrix."""
+        return [call for call in self.probes[path].taken if call.part in (None, name)]
+
     @functools.cached_property
     def V(self) -> list[Tensor]:
         """The leaves of the layers' moments, with ``act_var``."""
@@ -69,10 +73,10 @@ class Tracked:
 
     def exact_values(self, path: str, name: str) -> dict[str, Tensor]:
         """This step's exact value of each statistic of one matrix; empty where no backward ran through its layer."""
-        layer, taken = self.layers[path], self.probes[path].taken
+        layer, taken = self.layers[path], self.taken_of(path, name)
         if not taken:
             return {}
-        rows, found = layer.slices.rows(name), {}
+        rows, found = _columns(layer, name, taken), {}
         if {"grad_sq", "grad_abs"} & {*self.kinds}:
             backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
             x, dy, offsets = as_one_batch(taken)
@@ -85,8 +89,8 @@ class Tracked:
 
     def sample_squares(self, path: str, name: str) -> tuple[Tensor, int]:
         """``Σ_i ||G_i||²`` of one matrix over the samples of this step, and their number."""
-        layer, taken = self.layers[path], self.probes[path].taken
-        rows, samples = layer.slices.rows(name), 0
+        layer, taken = self.layers[path], self.taken_of(path, name)
+        rows, samples = _columns(layer, name, taken), 0
         total = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
         for micro in sorted({call.micro for call in taken}):
             x, dy, offsets = by_sample([call for call in taken if call.micro == micro])
@@ -94,6 +98,11 @@ class Tracked:
             total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
             samples += len(offsets) - 1
         return total, samples
+
+
+def _columns(layer: Linear, name: str, taken: Sequence[Contribution]) -> slice | Tensor:
+    """Columns of dy that are a slice's."""
+    return layer.slices.rows(name) if not taken or taken[0].part is None else slice(None)
 
 
 def fisher_factor(loss_reduction: str, samples: int | Tensor) -> float | Tensor:

@@ -1,0 +1,328 @@
+"""Adapters on experts whose matrices are one parameter [E, N, K], by transformers' registry of implementations."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.layout import Rows
+from ..ops.lora import lora_grouped
+from ..ops.matmul import NONE
+from .adapter import Slices
+from .attention import OwnersParameters
+from .linear import Adapted
+from .probe import Contribution, LayerProbe, tap
+from .quantized import update_backend
+from .routing import Route
+
+IMPLEMENTATION = "fastlora"  # in transformers' registry
+BASES = ("eager", "grouped_mm", "batched_mm")  # the implementations whose products these are
+_REGISTRY = "transformers.integrations.moe"
+
+
+class ExpertStack(OwnersParameters, nn.Module):
+    """A parameter of an experts module, [E, N, K] or transposed [E, K, N], as a matrix [N, K] of each expert."""
+
+    def __init__(self, owner: nn.Module, parameter: str):
+        nn.Module.__init__(self)
+        self.belong_to(owner)
+        self.leaf = parameter
+        experts, rows, columns = self.weight.shape
+        if owner.is_transposed:
+            rows, columns = columns, rows
+        self.in_features, self.out_features = columns, experts * rows
+        self.training = owner.training
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.owner._parameters[self.leaf]
+
+    @property
+    def bias(self) -> None:
+        """Those of the experts stay with their owner."""
+
+    def matrices(self) -> Slices:
+        """Rows of each expert's matrix, by number."""
+        experts = self.weight.shape[0]
+        return Slices({str(e): self.out_features // experts for e in range(experts)})
+
+
+class ExpertProjection(ExpertStack, Adapted):
+    r"""An adapted ``ExpertStack``: every expert has its own A, B, rank, scale and statistics.
+
+    .. math:: y_m = x_m W_e^\top + s_e\, x_m A_e^\top B_e^\top,\qquad e = e(m)
+
+    A_e [r_e, K], B_e [N, r_e] in either layout; r_e may be 0. Made by ``inject``; its owner calls it through the
+    implementation ``"fastlora"`` of transformers' registry, and keeps its parameters under their names.
+    """
+
+    measured = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register()
+
+    @property
+    def parts(self) -> int:
+        """Matrices whose rows of x differ."""
+        return len(self.slices)
+
+    def in_layout(self, matrices: Tensor) -> Tensor:
+        """[E, N, K] in the parameter's own layout."""
+        return matrices.transpose(1, 2) if self.owner.is_transposed else matrices
+
+    def delta(self, adapter: str | None = None) -> Tensor:
+        """``s_e B_e A_e`` in the parameter's layout, in fp32 (float64 for float64)."""
+        return self.in_layout(super().delta(adapter).unflatten(0, (self.parts, -1)))
+
+    @torch.no_grad()
+    def merged_weight(self, adapter: str | None = None) -> Tensor | None:
+        """``W + s B A`` in the weight's dtype and layout, None where it is not finite; one expert after another."""
+        acc = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        merged = torch.empty_like(self.weight)
+        of_each = zip(self.in_layout(self.weight), self.in_layout(merged), self.pairs(adapter), strict=True)
+        for source, target, (a, b, s) in of_each:
+            target.copy_(torch.addmm(source.to(acc), b.to(acc), a.to(acc), alpha=s))
+        return merged if bool(merged.isfinite().all()) else None
+
+    def add_update(self, y: Tensor, x: Tensor, segments: Segments, route: Route) -> Tensor:
+        """``y`` [S, N] with what each row's adapter and expert add to it; x [S, K]."""
+        pairs = [self.pairs(name) for name in route.names]
+        measured = [self._measured(name) for name in route.names]
+        live = [
+            (i, g, e) for i, (g, e) in enumerate(segments.present)
+            if g >= 0 and (pairs[g][e][0].shape[0] or (measured[g] and measured[g].Z))
+        ]  # fmt: skip
+        if live:
+            factors = [pairs[g][e] for _, g, e in live]
+            A, B, scale = zip(*factors, strict=True)
+            seen = x if x.dtype == y.dtype else x.to(y.dtype)
+            zero = torch.zeros((), dtype=seen.dtype, device=seen.device).expand(B[0].shape[0], x.shape[1])
+            batch = segments.select([i for i, _, _ in live])
+            operands = _probe_operands([(measured[g], str(e)) for _, g, e in live], B, seen)
+            backend = update_backend(self)
+            (update,) = lora_grouped(
+                seen, [zero], [None], A, B, scale, batch, backend=backend, engine=NONE, **operands
+            )
+            if not torch.compiler.is_compiling() and update.grad_fn is not None:
+                self.router.built(update.grad_fn, route)
+            y = y + update if torch.compiler.is_compiling() else update.add_(y)
+        for g, probe in enumerate(measured):
+            y = y if probe is None else _observed(y, x, probe, segments, g)
+        return y
+
+    def _measured(self, name: str) -> LayerProbe | None:
+        """The adapter's probe where this forward counts in its statistics."""
+        probe = self.probes.get(name)
+        return probe if probe is not None and probe.live and torch.is_grad_enabled() else None
+
+
+def _probe_operands(live: Sequence[tuple[LayerProbe | None, str]], B: Sequence[Tensor], x: Tensor) -> dict[str, Any]:
+    """Zero leaves and probe rows of each segment, empty where its adapter is not measured by them."""
+    if not any(probe is not None and probe.Z for probe, _ in live):
+        return {}
+    Z, P = [], []
+    for (probe, name), b in zip(live, B, strict=True):
+        there = probe is not None and probe.Z
+        Z.append(probe.Z[name] if there else b.new_zeros((b.shape[0], 0)))
+        P.append(probe.P if there else x.new_zeros((0, x.shape[1])))
+    return {"Z": Z, "P": P}
+
+
+def _observed(y: Tensor, x: Tensor, probe: LayerProbe, segments: Segments, adapter: int) -> Tensor:
+    """``y``, whose backward gives each expert without rows a gradient of zero, and (x, dy) of the others."""
+    probe.entered(x)
+    if probe.exact:
+        return tap(y, x, _ByExpert(probe, segments, adapter), probe.step.micro)
+    here = {str(e) for g, e in segments.present if g == adapter}
+    absent = [leaf for name, leaf in probe.Z.items() if name not in here]
+    return _Absent.apply(y, *absent) if absent else y
+
+
+class _Absent(torch.autograd.Function):
+    """Identity whose backward gives leaves of experts without rows the gradient that they have: zero."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*leaves)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return (dy, *map(torch.zeros_like, ctx.saved_tensors))
+
+
+class _ByExpert:
+    """Takes what the exact estimator keeps of all rows, and hands it on expert by expert."""
+
+    def __init__(self, probe: LayerProbe, segments: Segments, adapter: int):
+        self.taken, self.names = probe.taken, [*probe.slices]
+        self.rows = {str(e): rows for (g, e), rows in segments.ranges() if g == adapter}
+
+    def append(self, call: Contribution) -> None:
+        for name in self.names:
+            rows = self.rows.get(name, slice(0, 0))
+            self.taken.append(call._replace(x=call.x[rows], dy=call.dy[rows], part=name))
+
+
+class Segments:
+    """The rows of one forward of an experts module in the order of their experts, then of their adapters.
+
+    ``present``: (adapter, expert) of each run of rows, adapter -1 for the base alone. Reads back how long the runs are;
+    a compiler, which cannot, has all of them, of which some are empty.
+    """
+
+    def __init__(self, experts: Tensor, tokens: int, count: int, route: Route):
+        k = experts.shape[0] // max(tokens, 1)
+        adapters = 1 if route.batch is None else len(route.batch.names) + 1
+        base = route.batch is not None  # whether the first of an expert's runs is of the base alone
+        if base:
+            own = route.batch.ids_of_rows(tokens).to(experts.device, non_blocking=True)
+            experts = experts * adapters + own.repeat_interleave(k) + 1
+        keys, self.order = torch.sort(experts)
+        self.tokens, self.experts = self.order // max(k, 1), keys // adapters
+        numbers = torch.arange(count * adapters, device=keys.device)
+        ends = torch.searchsorted(keys, numbers, right=True)
+        self.offsets = ends[adapters - 1 :: adapters].to(torch.int32)
+        self._pairs = [(g - base, e) for e in range(count) for g in range(adapters)]
+        self._starts, self._ends, self._kept = torch.cat([ends.new_zeros(1), ends[:-1]]), ends, {}
+        self.runs: list[tuple[int, int]] | None = None
+        if torch.compiler.is_compiling():
+            self.present, self._numbers = self._pairs, numbers
+        else:
+            ends = ends.tolist()
+            runs = enumerate(zip([0, *ends[:-1]], ends, strict=True))
+            found = [(i, run) for i, run in runs if run[0] < run[1]]
+            self.present = [self._pairs[i] for i, _ in found]
+            self.runs = [run for _, run in found]
+
+    def ranges(self) -> list[tuple[tuple[int, int], slice]]:
+        """(adapter, expert) and rows of each run."""
+        return [(pair, slice(*run)) for pair, run in zip(self.present, self.runs, strict=True)]
+
+    def select(self, chosen: list[int]) -> Batch:
+        """Those of the runs as what the grouped operator takes for adapters; other rows have none."""
+        key = tuple(chosen)
+        if key not in self._kept:
+            if self.runs is None:
+                ranges = torch.stack([self._starts, self._ends], dim=1)[chosen]
+                places = torch.arange(self.order.shape[0], device=self.order.device)
+                inside = (places >= ranges[:, :1]) & (places < ranges[:, 1:])
+                numbers = torch.arange(1, len(chosen) + 1, device=places.device).unsqueeze(1)
+                ids = (inside * numbers).sum(0) - 1
+            else:
+                ranges = torch.tensor([self.runs[i] for i in chosen])  # on the host: nothing need be read back
+                ids = torch.full((self.order.shape[0],), -1)
+                for number, i in enumerate(chosen):
+                    ids[slice(*self.runs[i])] = number
+                ids = ids.to(self.order.device, non_blocking=True)
+            self._kept[key] = Batch(ids, ranges)
+        return self._kept[key]
+
+
+class Batch:
+    """Runs of rows as ``lora_grouped`` sees the adapters of a batch."""
+
+    def __init__(self, ids: Tensor, ranges: Tensor):
+        self.names = range(ranges.shape[0])
+        self._rows = Rows(ids, ids[:0], ranges, ranges.new_empty((0, 2)))
+
+    def rows(self, x: Tensor) -> Rows:
+        return self._rows
+
+
+class ExpertsConfig:
+    """A model's config as its adapted experts see it: the implementation is ours, and everything else the config's."""
+
+    _experts_implementation = IMPLEMENTATION
+
+    def __init__(self, base: Any):
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base":  # of one that is being unpickled
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+
+def register() -> None:
+    """Make ``forward`` an implementation of transformers' registry."""
+    importlib.import_module(_REGISTRY).ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
+
+
+def adapt(owner: nn.Module, projection: ExpertProjection) -> None:
+    """Let an experts module hold an adapted parameter, and run with it."""
+    register()
+    owner._modules[f"{projection.leaf}_adapter"] = projection
+    if not isinstance(owner.config, ExpertsConfig):
+        owner.config = ExpertsConfig(owner.config)
+
+
+def release(projection: ExpertProjection) -> None:
+    """The inverse of ``adapt``."""
+    owner = projection.owner
+    del owner._modules[f"{projection.leaf}_adapter"]
+    if isinstance(owner.config, ExpertsConfig):
+        owner.config = owner.config.base
+
+
+def forward(owner: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts' forward with the updates of adapted parameters: hidden_states [T, K], routes [T, k]."""
+    adapted = {p.leaf: p for p in owner.children() if isinstance(p, ExpertProjection)}
+    first = next(iter(adapted.values()))
+    compiling = torch.compiler.is_compiling()
+    route = first.router.traced() if compiling else first.router.route(first.training)
+    implementation = owner.config.base._experts_implementation or "eager"
+    if implementation not in BASES:
+        raise ValueError(f"experts_implementation: expected one of {BASES} with adapters, got {implementation!r}")
+    if owner._is_expert_parallel:
+        raise ValueError("model: its experts are spread over processes (expert parallel), where adapters do not run")
+    if not compiling:
+        for projection in adapted.values():
+            projection.called = True
+    if all([projection.bypassed(route) for projection in adapted.values()]):
+        plain = type(owner).forward.__wrapped__
+        base = importlib.import_module(_REGISTRY).ALL_EXPERTS_FUNCTIONS.get_interface(implementation, plain)
+        return base(owner, hidden_states, top_k_index, top_k_weights)
+    segments = Segments(top_k_index.reshape(-1), top_k_index.shape[0], owner.num_experts, route)
+    grouped = implementation == "grouped_mm" and owner.down_proj.dtype != torch.float64  # torch has none in float64
+
+    def project(name: str, x: Tensor) -> Tensor:
+        y = _base(owner, name, x, segments, grouped)
+        projection = adapted.get(name)
+        return y if projection is None or projection.bypassed(route) else projection.add_update(y, x, segments, route)
+
+    x = hidden_states[segments.tokens]
+    h = owner._apply_gate(project("gate_up_proj", x)) if owner.has_gate else owner.act_fn(project("up_proj", x))
+    y = project("down_proj", h)
+    if owner.has_post_expert_norm:
+        y = owner.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[segments.order].unsqueeze(-1)
+    back = torch.empty_like(segments.order)
+    back[segments.order] = torch.arange(back.shape[0], device=back.device)
+    y = y[back].view(*top_k_index.shape, -1).sum(1)
+    return y.to(hidden_states.dtype)
+
+
+def _base(owner: nn.Module, name: str, x: Tensor, segments: Segments, grouped: bool) -> Tensor:
+    """The model's own product of each row and its expert's matrix."""
+    weight, bias = getattr(owner, name), None
+    if owner.has_bias:
+        bias = getattr(owner, f"{name}_bias")[segments.experts]
+    if grouped or segments.runs is None:
+        product = importlib.import_module(_REGISTRY)._grouped_linear
+        return product(x, weight, segments.offsets, bias=bias, is_transposed=owner.is_transposed)
+    ends = segments.offsets.tolist()
+    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    parts = [
+        rows @ w if owner.is_transposed else F.linear(rows, w)
+        for rows, w in zip(x.split(sizes), weight, strict=True)
+        if rows.shape[0]
+    ]
+    y = torch.cat(parts) if parts else x.new_empty((0, weight.shape[2 if owner.is_transposed else 1]))
+    return y if bias is None else y + bias

@@ -1,0 +1,161 @@
+"""Adapters on experts that are one parameter [E, N, K]: against the model's own eager loop over W + s B A."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.experts_zoo import IDS, MODELS, loss_of, moe, ranks_of
+from support.helpers import config, randomise
+from torch.func import functional_call
+
+import fastlora
+from fastlora.nn.experts import ExpertProjection
+from fastlora.nn.linear import adapted_layers
+
+
+def adapted(name="Mixtral", **fields):
+    model = moe(name, **fields)
+    names = fastlora.model.modules.role_targets(model, "experts")
+    pattern = ranks_of(model, names)
+    fastlora.inject(model, config(r=2, target_modules="experts", rank_pattern=pattern))
+    return randomise(model)
+
+
+def updated(model, base):
+    """The base's weights with each expert's update written out, differentiable in A and B."""
+    found = {}
+    for path, layer in adapted_layers(model).items():
+        parts = []
+        for a, b, s in layer.pairs():
+            update = s * b @ a
+            parts.append(update.T if layer.owner.is_transposed else update)
+        found[path] = base.get_parameter(path) + torch.stack(parts)
+    return found
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_outputs_and_gradients_are_those_of_the_written_out_weights(name):
+    base, model = moe(name), adapted(name)
+    layers = adapted_layers(model)
+    assert all(isinstance(layer, ExpertProjection) for layer in layers.values())
+    assert {r for layer in layers.values() for r in layer.ranks().values()} == {0, 1, 2, 3}
+    x = model.get_input_embeddings()(IDS).detach()
+    grads = []
+    for run in (lambda e: model(inputs_embeds=e), lambda e: functional_call(base, updated(model, base), (), {"inputs_embeds": e})):
+        model.zero_grad()
+        seen = x.clone().requires_grad_()
+        y = run(seen).logits
+        y.square().mean().backward()
+        factors = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        grads.append((y.detach(), seen.grad, factors))
+    (y, dx, ours), (ref, dref, theirs) = grads
+    torch.testing.assert_close(y, ref)
+    torch.testing.assert_close(dx, dref)
+    compared = 0
+    for n, g in theirs.items():
+        if ours[n] is None:  # an expert without rows
+            assert not g.any()
+        else:
+            torch.testing.assert_close(ours[n], g)
+            compared += bool(g.any())
+    assert compared > 10
+
+
+class TestTheBaseIsTheModels:
+    @pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+    @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+    def test_outputs_of_new_adapters(self, name, implementation):
+        base = moe(name, implementation, torch.float32)
+        model = fastlora.inject(copy.deepcopy(base), config(r=2, target_modules="experts"))
+        assert model.config._experts_implementation == base.config._experts_implementation == implementation
+        ours, theirs = model(input_ids=IDS).logits, base(input_ids=IDS).logits
+        assert torch.equal(ours, theirs) if implementation == "grouped_mm" else torch.allclose(ours, theirs, atol=1e-5)
+        with fastlora.disable_adapters(randomise(model)):
+            assert torch.equal(model(input_ids=IDS).logits, theirs)
+        assert not torch.allclose(model(input_ids=IDS).logits, theirs, atol=1e-3)
+
+    def test_the_implementation_may_change_later(self):
+        model = adapted()
+        before = model(input_ids=IDS).logits
+        model.set_experts_implementation("batched_mm")
+        torch.testing.assert_close(model(input_ids=IDS).logits, before)
+        model.config._experts_implementation = "sonicmoe"
+        with pytest.raises(ValueError, match="experts_implementation: expected one of .*'sonicmoe'"):
+            model(input_ids=IDS)
+
+    def test_copies_and_files_of_the_whole_model(self, tmp_path):
+        model = adapted()
+        before = model(input_ids=IDS).logits
+        twin = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+        again = torch.load(tmp_path / "model.pt", weights_only=False)
+        for p in model.parameters():
+            p.data.zero_()
+        for other in (twin, again):
+            assert torch.equal(other(input_ids=IDS).logits, before)
+            other.load_state_dict(model.state_dict())
+            assert not other(input_ids=IDS).logits.any()
+
+    def test_merge_unmerge_and_unload(self):
+        for name in ("Mixtral", "GptOss"):
+            base, model = moe(name), adapted(name)
+            keys, before = list(base.state_dict()), model(input_ids=IDS).logits
+            weights = {n: p.clone() for n, p in model.named_parameters()}
+            fastlora.merge(model)
+            torch.testing.assert_close(model(input_ids=IDS).logits, before)
+            fastlora.unmerge(model)
+            assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+            fastlora.merge(model, unload=True)
+            torch.testing.assert_close(model(input_ids=IDS).logits, before)
+            assert list(model.state_dict()) == keys
+            assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+            assert type(model.model.layers[-1].mlp.experts.config) is type(model.config)
+
+
+def test_several_adapters_in_one_batch_are_what_each_is_alone():
+    model = adapted()
+    fastlora.add_adapter(model, "b", config(r=3, target_modules="experts"))
+    randomise(model)
+    alone = {}
+    for name in ("default", "b"):
+        with fastlora.use_adapters(model, name):
+            alone[name] = model(input_ids=IDS).logits
+    with fastlora.disable_adapters(model):
+        alone[None] = model(input_ids=IDS).logits
+    for ids in (["b", "default"], ["default", None], [None, "b"]):
+        with fastlora.use_adapters(model, ids):
+            y = model(input_ids=IDS).logits
+        torch.testing.assert_close(y, torch.stack([alone[name][i] for i, name in enumerate(ids)]))
+    with fastlora.use_adapters(model, ["b", "default"]):
+        model.zero_grad()
+        loss_of(model).backward()
+    assert all(p.grad is None or p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_checkpointing_repeats_the_same():
+    model = adapted().train()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        loss_of(model).backward()
+        grads.append({n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()})
+    for n, g in grads[0].items():
+        assert (g is None) == (grads[1][n] is None)
+        if g is not None:
+            torch.testing.assert_close(grads[1][n], g)
+
+
+def test_experts_without_rows_have_no_gradient_and_do_not_decay():
+    model = adapted()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+    before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model(input_ids=IDS[:1, :2]).logits.square().mean().backward()
+    absent = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert 0 < len(absent) < len(before) and all("experts" in n for n in before)
+    optimizer.step()
+    assert {n for n, p in model.named_parameters() if n in before and torch.equal(p, before[n])} == absent
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "gate.weight" in n)
