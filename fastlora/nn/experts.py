@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ..ops.layout import Rows
 from ..ops.lora import lora_grouped
 from ..ops.matmul import NONE
+from ..ops.probe_ops import with_moments_of_runs
 from .adapter import Slices
 from .attention import OwnersParameters
 from .linear import Adapted
-from .probe import Contribution, LayerProbe, tap
+from .probe import Contribution, LayerProbe, tap, token_mask
 from .quantized import update_backend
 from .routing import Route
 
@@ -104,7 +105,7 @@ class ExpertProjection(ExpertStack, Adapted):
             seen = x if x.dtype == y.dtype else x.to(y.dtype)
             zero = torch.zeros((), dtype=seen.dtype, device=seen.device).expand(B[0].shape[0], x.shape[1])
             batch = segments.select([i for i, _, _ in live])
-            operands = _probe_operands([(measured[g], str(e)) for _, g, e in live], B, seen)
+            operands = _probe_operands([(measured[g], str(e)) for _, g, e in live], B, seen, segments)
             backend = update_backend(self)
             (update,) = lora_grouped(
                 seen, [zero], [None], A, B, scale, batch, backend=backend, engine=NONE, **operands
@@ -113,7 +114,7 @@ class ExpertProjection(ExpertStack, Adapted):
                 self.router.built(update.grad_fn, route)
             y = y + update if torch.compiler.is_compiling() else update.add_(y)
         for g, probe in enumerate(measured):
-            y = y if probe is None else _observed(y, x, probe, segments, g)
+            y = y if probe is None else _observed(y, x, probe, segments, g, route)
         return y
 
     def _measured(self, name: str) -> LayerProbe | None:
@@ -122,21 +123,32 @@ class ExpertProjection(ExpertStack, Adapted):
         return probe if probe is not None and probe.live and torch.is_grad_enabled() else None
 
 
-def _probe_operands(live: Sequence[tuple[LayerProbe | None, str]], B: Sequence[Tensor], x: Tensor) -> dict[str, Any]:
-    """Zero leaves and probe rows of each segment, empty where its adapter is not measured by them."""
-    if not any(probe is not None and probe.Z for probe, _ in live):
+def _probe_operands(
+    live: Sequence[tuple[LayerProbe | None, str]], B: Sequence[Tensor], x: Tensor, segments: Segments
+) -> dict[str, Any]:
+    """Zero leaves, probe rows and signs of each segment, empty where its adapter is not measured by them."""
+    probes = {id(probe): probe for probe, _ in live if probe is not None and probe.Z}
+    if not probes:
         return {}
-    Z, P = [], []
+    signs = {key: segments.signs(probe) for key, probe in probes.items() if probe.step.per_sample}
+    Z, P, sign = [], [], []
     for (probe, name), b in zip(live, B, strict=True):
         there = probe is not None and probe.Z
         Z.append(probe.Z[name] if there else b.new_zeros((b.shape[0], 0)))
         P.append(probe.P if there else x.new_zeros((0, x.shape[1])))
-    return {"Z": Z, "P": P}
+        sign.append(signs.get(id(probe), x.new_zeros((0, 0), dtype=torch.float32)))
+    return {"Z": Z, "P": P, "sign": sign}
 
 
-def _observed(y: Tensor, x: Tensor, probe: LayerProbe, segments: Segments, adapter: int) -> Tensor:
-    """``y``, whose backward gives each expert without rows a gradient of zero, and (x, dy) of the others."""
+def _observed(y: Tensor, x: Tensor, probe: LayerProbe, segments: Segments, adapter: int, route: Route) -> Tensor:
+    """``y``, whose backward gives each expert without rows a gradient of zero, and of the others what is asked for."""
     probe.entered(x)
+    if probe.V is not None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("track: 'act_var' of experts runs in eager mode only; leave it out under compile")
+        keep = token_mask(x.new_empty((segments.count, 0)), route)
+        runs = [(e, rows) for (g, e), rows in segments.ranges() if g == adapter]
+        y = with_moments_of_runs(y, probe.V, runs, None if keep is None else keep[segments.tokens], probe.backend)
     if probe.exact:
         return tap(y, x, _ByExpert(probe, segments, adapter), probe.step.micro)
     here = {str(e) for g, e in segments.present if g == adapter}
@@ -162,12 +174,15 @@ class _ByExpert:
 
     def __init__(self, probe: LayerProbe, segments: Segments, adapter: int):
         self.taken, self.names = probe.taken, [*probe.slices]
+        self.samples = segments.samples(probe.step.samples) if probe.step.per_sample else None
+        self.count = probe.step.samples
         self.rows = {str(e): rows for (g, e), rows in segments.ranges() if g == adapter}
 
     def append(self, call: Contribution) -> None:
         for name in self.names:
             rows = self.rows.get(name, slice(0, 0))
-            self.taken.append(call._replace(x=call.x[rows], dy=call.dy[rows], part=name))
+            samples = None if self.samples is None else (self.samples[rows], self.count)
+            self.taken.append(call._replace(x=call.x[rows], dy=call.dy[rows], part=name, samples=samples))
 
 
 class Segments:
@@ -178,7 +193,7 @@ class Segments:
     """
 
     def __init__(self, experts: Tensor, tokens: int, count: int, route: Route):
-        k = experts.shape[0] // max(tokens, 1)
+        k, self.count = experts.shape[0] // max(tokens, 1), tokens
         adapters = 1 if route.batch is None else len(route.batch.names) + 1
         base = route.batch is not None  # whether the first of an expert's runs is of the base alone
         if base:
@@ -204,6 +219,21 @@ class Segments:
     def ranges(self) -> list[tuple[tuple[int, int], slice]]:
         """(adapter, expert) and rows of each run."""
         return [(pair, slice(*run)) for pair, run in zip(self.present, self.runs, strict=True)]
+
+    def samples(self, count: int) -> Tensor:
+        """The sample of each row, of ``count`` whose tokens follow one another."""
+        if not count or self.count % count or torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"track: 'fisher' of experts needs the samples of their {self.count} tokens, and the first tensor that "
+                f"the model is called with has {count} in dimension 0 (compiled code: none); take grad_sq"
+            )
+        return self.tokens // (self.count // count)
+
+    def signs(self, probe: LayerProbe) -> Tensor:
+        """±1 of each row's sample and probe."""
+        return probe.step.signs.take(probe.step.samples, None, probe.step.index, probe.step.micro)[
+            self.samples(probe.step.samples)
+        ]
 
     def select(self, chosen: list[int]) -> Batch:
         """Those of the runs as what the grouped operator takes for adapters; other rows have none."""

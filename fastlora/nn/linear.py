@@ -33,6 +33,7 @@ class Adapted(nn.Module):
     lora_B: nn.ModuleDict
     leaf: str | None = None  # the last part of its path, where that is not its own name below its owner
     groups = 1  # of a convolution: B has r / groups columns
+    parts = 1  # matrices of which each sees other rows of x
     measured = False  # whether statistics of the weight are tracked
     lookup = False  # an embedding, whose factors start the other way round: A zero, B random
 

@@ -35,6 +35,7 @@ class Contribution(NamedTuple):
     dy: Tensor
     keep: Tensor | None = None  # tokens that count in covariances, a boolean for each row of x; None: all
     part: str | None = None  # the slice whose rows these are, where slices do not share x
+    samples: tuple[Tensor, int] | None = None  # then: of each row, and how many there are
 
 
 class _Tap(torch.autograd.Function):
@@ -83,6 +84,7 @@ class AdaptedLayer(Protocol):
     slices: Slices
     in_features: int
     out_features: int
+    parts: int
     weight: Tensor
     backend: str
 
@@ -102,6 +104,7 @@ class TrackedStep:
         self.index, self.micro = 0, 0  # the optimizer step, and the forwards in it so far
         self.sampled, self.refreshes_norms = True, True
         self.compiled = False  # whether compiled code runs through the layers
+        self.samples = 0  # of the forward that runs, by dimension 0 of the model's first tensor
         self.signs: SampleSigns | None = None  # with probes for ``fisher``
 
     def begin(self, index: int, sampled: bool, refreshes_norms: bool) -> None:
@@ -143,7 +146,7 @@ class LayerProbe:
                     for name in layer.slices
                 }
         if step.variances:
-            self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
+            self.V = torch.zeros(2, layer.out_features + layer.parts, dtype=torch.float64, device=device, requires_grad=True)
         # The zero leaves, one for each projection that the operator sees; None: slices are interleaved for each call.
         self.projections = [*self.Z.values()] if layer.slices.blocks == 1 else None
         self._leaves = [*self.Z.values(), *self.norms.values(), *([] if self.V is None else [self.V])]

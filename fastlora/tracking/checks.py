@@ -50,7 +50,9 @@ def checked_probe_kind(probe_kind: Any, estimator: str, layers: dict[str, Linear
     return probe_kind
 
 
-def checked_kinds(statistics: Sequence[str], estimator: str, probe_kind: str) -> tuple[str, ...]:
+def checked_kinds(
+    statistics: Sequence[str], estimator: str, probe_kind: str, layers: dict[str, Linear]
+) -> tuple[str, ...]:
     check_instance("statistics", statistics, (str, Sequence, set, frozenset), f"some of {KINDS}")
     kinds = (statistics,) if isinstance(statistics, str) else tuple(statistics)
     kinds = tuple(kind for i, kind in enumerate(kinds) if kind not in kinds[:i])
@@ -60,6 +62,10 @@ def checked_kinds(statistics: Sequence[str], estimator: str, probe_kind: str) ->
         check_choice("statistics", kind, KINDS)
         if estimator == "probe" and kind in COVARIANCES:
             raise ValueError(f"statistics: {kind!r} is not estimated from probes; use estimator='exact'")
+    experts = next((path for path, layer in layers.items() if layer.parts > 1), None)
+    if experts is not None and {*kinds} & {*COVARIANCES}:
+        what = f"statistics of weights or outputs, since {experts!r} has another covariance for each expert"
+        raise wrong_value("statistics", what, kinds)
     if estimator == "probe" and "grad_abs" in kinds and probe_kind == "rademacher":
         raise ValueError(f"statistics: 'grad_abs' cannot be estimated from ±1 probes; {ABSOLUTE_NEEDS}")
     if estimator == "probe" and {"grad_abs", "fisher"} <= set(kinds):
