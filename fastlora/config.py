@@ -131,8 +131,8 @@ class LoraConfig:
 
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
       ``"qkv"``, ``"attention"``, ``"mlp"``, ``"mixer"``, ``"experts"``, ``"all-linear"``.
-    - ``target_parameters``: suffixes of parameters [E, N, K] of experts, as ``"experts.down_proj"``: A, B and a rank for
-      each expert (``experts.down_proj[3]``), without dropout.
+    - ``target_parameters``: suffixes of parameters [E, N, K] of experts, as ``"experts.down_proj"``: each expert has
+      its own A, B and rank (``experts.down_proj[3]``), without dropout.
     - ``init_lora_weights``: True, ``"gaussian"`` (A normal / r, B zero), False (both random), ``"orthogonal"`` (even
       r), or, with ``W ← W − s B A``, ``"pissa"`` (leading singular vectors of W) and ``"olora"`` (its QR factors): as
       in PEFT the frozen weight is then the rest, with the adapter disabled and for who loads the file, too.

@@ -58,7 +58,9 @@ def refuse_beyond_factors(
     if isinstance(layer, CONVOLUTIONS) and wanted == ["lora_bias"]:
         return
     if isinstance(layer, ExpertStack) and config.lora_dropout:
-        raise wrong_value("lora_dropout", f"0 with experts, as in PEFT, of which {name!r} are some", config.lora_dropout)
+        raise wrong_value(
+            "lora_dropout", f"0 with experts, as in PEFT, of which {name!r} are some", config.lora_dropout
+        )
     if wanted and (not linear or foreign_base(layer) is not None):
         kind = foreign_base(layer) or type(layer).__name__
         raise ValueError(
@@ -87,7 +89,11 @@ def pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions: 
     The name of an ``nn.MultiheadAttention`` means both of its projections.
     """
     found: dict[str, tuple[int, Any]] = {}
+    known = {*keys}
     for pattern, value in getattr(config, field).items():
+        if config.exact_names_first and pattern in known:
+            found[pattern] = (3, value)
+            continue
         strengths = {k: _match_strength(pattern, k, config.exact_names_first, attentions) for k in keys}
         best = max(strengths.values())
         if best == 0:

@@ -73,6 +73,11 @@ class ExpertProjection(ExpertStack, Adapted):
         """Matrices whose rows of x differ."""
         return len(self.slices)
 
+    def extra_repr(self) -> str:
+        ranks = {name: self.ranks(name).values() for name in self.adapter_specs}
+        each = ", ".join(f"r[{name}]={min(r)} to {max(r)}" for name, r in ranks.items())
+        return f"{self.parts} experts, in_features={self.in_features}, {each}" + (", merged" if self.merged else "")
+
     def in_layout(self, matrices: Tensor) -> Tensor:
         """[E, N, K] in the parameter's own layout."""
         return matrices.transpose(1, 2) if self.owner.is_transposed else matrices
@@ -107,9 +112,7 @@ class ExpertProjection(ExpertStack, Adapted):
             batch = segments.select([i for i, _, _ in live])
             operands = _probe_operands([(measured[g], str(e)) for _, g, e in live], B, seen, segments)
             backend = update_backend(self)
-            (update,) = lora_grouped(
-                seen, [zero], [None], A, B, scale, batch, backend=backend, engine=NONE, **operands
-            )
+            (update,) = lora_grouped(seen, [zero], [None], A, B, scale, batch, backend=backend, engine=NONE, **operands)
             if not torch.compiler.is_compiling() and update.grad_fn is not None:
                 self.router.built(update.grad_fn, route)
             y = y + update if torch.compiler.is_compiling() else update.add_(y)

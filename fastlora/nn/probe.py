@@ -146,7 +146,8 @@ class LayerProbe:
                     for name in layer.slices
                 }
         if step.variances:
-            self.V = torch.zeros(2, layer.out_features + layer.parts, dtype=torch.float64, device=device, requires_grad=True)
+            moments = (2, layer.out_features + layer.parts)
+            self.V = torch.zeros(moments, dtype=torch.float64, device=device, requires_grad=True)
         # The zero leaves, one for each projection that the operator sees; None: slices are interleaved for each call.
         self.projections = [*self.Z.values()] if layer.slices.blocks == 1 else None
         self._leaves = [*self.Z.values(), *self.norms.values(), *([] if self.V is None else [self.V])]

@@ -43,7 +43,10 @@ def test_outputs_and_gradients_are_those_of_the_written_out_weights(name):
     assert {r for layer in layers.values() for r in layer.ranks().values()} == {0, 1, 2, 3}
     x = model.get_input_embeddings()(IDS).detach()
     grads = []
-    for run in (lambda e: model(inputs_embeds=e), lambda e: functional_call(base, updated(model, base), (), {"inputs_embeds": e})):
+    for run in (
+        lambda e: model(inputs_embeds=e),
+        lambda e: functional_call(base, updated(model, base), (), {"inputs_embeds": e}),
+    ):
         model.zero_grad()
         seen = x.clone().requires_grad_()
         y = run(seen).logits

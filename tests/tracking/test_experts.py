@@ -132,7 +132,7 @@ def test_scores_become_ranks_and_calibration_runs():
     ranks = fastlora.allocate(scores, 40, r_min=0, r_max=8)
     assert sum(ranks.values()) == 40 and min(ranks.values()) == 0
     fastlora.set_ranks(model, ranks)
-    assert {k: r for p, x in adapted_layers(model).items() for k, r in ((f"{p}[{n}]", r) for n, r in x.ranks().items())} == ranks
+    assert {row.key: row.rank for row in fastlora.summary(model).rows} == ranks
     losses(model, IDS).mean().backward()
 
 
