@@ -217,8 +217,9 @@ def _experts(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[
     for result in results:
         yield "## experts"
         yield ""
-        yield f"A step of {result['model']}: {result['layers']} layers, {result['experts']} experts, {result['active']} of"
-        yield f"them a token, {result['tokens']} tokens, r = {result['rank']} for each expert's two matrices, fp32."
+        experts = f"{result['experts']} experts, {result['active']} of them a token"
+        yield f"A step of {result['model']}: {result['layers']} layers, {experts}, {result['tokens']} tokens,"
+        yield f"r = {result['rank']} for each expert's two matrices, fp32."
         yield ""
         rows = [[r["label"], cell(r["ms"], 1), cell(r["ratio_to_frozen"]), str(r["ms"]["rounds"])]
                 for r in result["rows"]]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.errors import unknown_choice
 from ..ops.layout import Rows
 from ..ops.lora import lora_grouped
 from ..ops.matmul import NONE
@@ -23,7 +23,6 @@ from .routing import Route
 
 IMPLEMENTATION = "fastlora"  # in transformers' registry
 BASES = ("eager", "grouped_mm", "batched_mm")  # the implementations whose products these are
-_REGISTRY = "transformers.integrations.moe"
 
 
 class ExpertStack(OwnersParameters, nn.Module):
@@ -285,7 +284,9 @@ class ExpertsConfig:
 
 def register() -> None:
     """Make ``forward`` an implementation of transformers' registry."""
-    importlib.import_module(_REGISTRY).ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
 
 
 def adapt(owner: nn.Module, projection: ExpertProjection) -> None:
@@ -312,7 +313,7 @@ def forward(owner: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_
     route = first.router.traced() if compiling else first.router.route(first.training)
     implementation = owner.config.base._experts_implementation or "eager"
     if implementation not in BASES:
-        raise ValueError(f"experts_implementation: expected one of {BASES} with adapters, got {implementation!r}")
+        raise unknown_choice("experts_implementation", implementation, BASES, " with adapters")
     if owner._is_expert_parallel:
         raise ValueError("model: its experts are spread over processes (expert parallel), where adapters do not run")
     if not compiling:
@@ -320,7 +321,9 @@ def forward(owner: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_
             projection.called = True
     if all([projection.bypassed(route) for projection in adapted.values()]):
         plain = type(owner).forward.__wrapped__
-        base = importlib.import_module(_REGISTRY).ALL_EXPERTS_FUNCTIONS.get_interface(implementation, plain)
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        base = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, plain)
         return base(owner, hidden_states, top_k_index, top_k_weights)
     segments = Segments(top_k_index.reshape(-1), top_k_index.shape[0], owner.num_experts, route)
     grouped = implementation == "grouped_mm" and owner.down_proj.dtype != torch.float64  # torch has none in float64
@@ -348,8 +351,9 @@ def _base(owner: nn.Module, name: str, x: Tensor, segments: Segments, grouped: b
     if owner.has_bias:
         bias = getattr(owner, f"{name}_bias")[segments.experts]
     if grouped or segments.runs is None:
-        product = importlib.import_module(_REGISTRY)._grouped_linear
-        return product(x, weight, segments.offsets, bias=bias, is_transposed=owner.is_transposed)
+        from transformers.integrations.moe import _grouped_linear
+
+        return _grouped_linear(x, weight, segments.offsets, bias=bias, is_transposed=owner.is_transposed)
     ends = segments.offsets.tolist()
     sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     parts = [

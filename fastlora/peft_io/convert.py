@@ -114,7 +114,7 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
     model.fastlora_configs[DEFAULT].init_lora_weights = init
     for layer in adapted_layers(model).values():
         layer.adapter_specs[DEFAULT] = replace(layer.adapter_specs[DEFAULT], init=init)
-    _take_scales(model, tuned, adapter, folder.fields.parameters(model))
+    _take_scales(model, tuned, adapter, folder.fields.parameters(model, folder.where(CONFIG)))
     return model
 
 

@@ -144,7 +144,7 @@ class _Plan:
 
 def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     where, fields = folder.where(TENSORS), folder.fields
-    parameters = fields.parameters(model)
+    parameters = fields.parameters(model, folder.where(CONFIG))
     names, known = base_names(model), StoredNames(model, parameters)
     pairs = factor_pairs(folder)
     for name in {known.module(stored) for stored in pairs} - {*names, *parameters}:
@@ -383,7 +383,7 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
 
 def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraConfig:
     """The LoraConfig that injects exactly what is in the file."""
-    fields, side, stacks = folder.fields, folder.side, folder.fields.parameters(model)
+    fields, side, stacks = folder.fields, folder.side, folder.fields.parameters(model, folder.where(CONFIG))
     stacks, modules = ([p for p in plan.matrices if (p in stacks) == wanted] for wanted in (True, False))
     names = [*base_names(model), *StoredNames(model).inputs]
     factors = [t for m in plan.matrices.values() for pair in m.factors.values() for t in pair or ()]

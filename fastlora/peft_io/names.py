@@ -88,9 +88,16 @@ class PeftFields:
         spec = self.target_modules
         return spec is not None and not (isinstance(spec, str) and spec.lower() == "all-linear")
 
-    def parameters(self, model: nn.Module) -> list[str]:
-        """The parameters of experts that PEFT would adapt, by path."""
+    def parameters(self, model: nn.Module, where: str) -> list[str]:
+        """The parameters of experts that PEFT would adapt, by path; ``ValueError`` naming ``where`` for others."""
+        if not self.target_parameters:
+            return []
         stacks = [n for n, m in named_targets(model).items() if isinstance(m, ExpertStack)]
+        for suffix in self.target_parameters:
+            if not any(has_suffix(n, suffix) for n in stacks):
+                kind = type(model).__name__
+                accepted = f"suffixes of parameters [E, N, K] of experts of {kind} that transformers' registry runs"
+                raise wrong_value(f"{where}: target_parameters", accepted, suffix)
         return [n for n in stacks if any(has_suffix(n, s) for s in self.target_parameters)]
 
     def selects(self, path: str) -> bool:
