@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,8 @@ from .quantized import update_backend
 from .routing import Route
 
 IMPLEMENTATION = "fastlora"  # in transformers' registry
+# Classes that the registry does not run, and what is made of them here; PEFT takes their parameters for [E, N, K].
+UNREGISTERED = {"transformers.models.llama4.modeling_llama4.Llama4TextExperts": "Llama4Experts"}
 BASES = ("eager", "grouped_mm", "batched_mm")  # the implementations whose products these are
 
 
@@ -33,7 +37,7 @@ class ExpertStack(OwnersParameters, nn.Module):
         self.belong_to(owner)
         self.leaf = parameter
         experts, rows, columns = self.weight.shape
-        if owner.is_transposed:
+        if self.transposed:
             rows, columns = columns, rows
         self.in_features, self.out_features = columns, experts * rows
         self.training = owner.training
@@ -45,6 +49,16 @@ class ExpertStack(OwnersParameters, nn.Module):
     @property
     def bias(self) -> None:
         """Those of the experts stay with their owner."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the parameter is [E, K, N]."""
+        return getattr(self.owner, "is_transposed", True)
+
+    @property
+    def taken_for_untransposed(self) -> bool:
+        """Whether PEFT takes a transposed parameter for [E, N, K], so that its A is the B here, transposed."""
+        return class_path(self.owner) in UNREGISTERED or isinstance(self.owner, _Unregistered)
 
     def matrices(self) -> Slices:
         """Rows of each expert's matrix, by number."""
@@ -79,7 +93,7 @@ class ExpertProjection(ExpertStack, Adapted):
 
     def in_layout(self, matrices: Tensor) -> Tensor:
         """[E, N, K] in the parameter's own layout."""
-        return matrices.transpose(1, 2) if self.owner.is_transposed else matrices
+        return matrices.transpose(1, 2) if self.transposed else matrices
 
     def delta(self, adapter: str | None = None) -> Tensor:
         """``s_e B_e A_e`` in the parameter's layout, in fp32 (float64 for float64)."""
@@ -190,23 +204,24 @@ class _ByExpert:
 class Segments:
     """The rows of one forward of an experts module in the order of their experts, then of their adapters.
 
+    ``experts``, of ``number``, and ``tokens``, of ``count``: those of each row, in any order.
     ``present``: (adapter, expert) of each run of rows, adapter -1 for the base alone. Reads back how long the runs are;
     a compiler, which cannot, has all of them, of which some are empty.
     """
 
-    def __init__(self, experts: Tensor, tokens: int, count: int, route: Route):
-        k, self.count = experts.shape[0] // max(tokens, 1), tokens
+    def __init__(self, experts: Tensor, tokens: Tensor, count: int, number: int, route: Route):
+        self.count = count
         adapters = 1 if route.batch is None else len(route.batch.names) + 1
         base = route.batch is not None  # whether the first of an expert's runs is of the base alone
         if base:
-            own = route.batch.ids_of_rows(tokens).to(experts.device, non_blocking=True)
-            experts = experts * adapters + own.repeat_interleave(k) + 1
+            own = route.batch.ids_of_rows(count).to(experts.device, non_blocking=True)
+            experts = experts * adapters + own[tokens] + 1
         keys, self.order = torch.sort(experts)
-        self.tokens, self.experts = self.order // max(k, 1), keys // adapters
-        numbers = torch.arange(count * adapters, device=keys.device)
+        self.tokens, self.experts = tokens[self.order], keys // adapters
+        numbers = torch.arange(number * adapters, device=keys.device)
         ends = torch.searchsorted(keys, numbers, right=True)
         self.offsets = ends[adapters - 1 :: adapters].to(torch.int32)
-        self._pairs = [(g - base, e) for e in range(count) for g in range(adapters)]
+        self._pairs = [(g - base, e) for e in range(number) for g in range(adapters)]
         self._starts, self._ends, self._kept = torch.cat([ends.new_zeros(1), ends[:-1]]), ends, {}
         self.runs: list[tuple[int, int]] | None = None
         if torch.compiler.is_compiling():
@@ -293,7 +308,9 @@ def adapt(owner: nn.Module, projection: ExpertProjection) -> None:
     """Let an experts module hold an adapted parameter, and run with it."""
     register()
     owner._modules[f"{projection.leaf}_adapter"] = projection
-    if not isinstance(owner.config, ExpertsConfig):
+    if class_path(owner) in UNREGISTERED:
+        owner.__class__ = getattr(sys.modules[__name__], UNREGISTERED[class_path(owner)])
+    elif not isinstance(owner, _Unregistered) and not isinstance(owner.config, ExpertsConfig):
         owner.config = ExpertsConfig(owner.config)
 
 
@@ -301,48 +318,110 @@ def release(projection: ExpertProjection) -> None:
     """The inverse of ``adapt``."""
     owner = projection.owner
     del owner._modules[f"{projection.leaf}_adapter"]
-    if isinstance(owner.config, ExpertsConfig):
+    if isinstance(owner, _Unregistered):
+        owner.__class__ = type(owner).__mro__[2]
+    elif isinstance(getattr(owner, "config", None), ExpertsConfig):
         owner.config = owner.config.base
+
+
+def class_path(module: nn.Module) -> str:
+    """Module and name of a class, dotted."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+class _Unregistered:
+    """What ``forward`` reads of an experts class that transformers' registry does not run."""
+
+    is_transposed = has_gate = True
+    has_bias = has_post_expert_norm = _is_expert_parallel = False
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return up * self.act_fn(gate)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[E T, K] -> [E T, K]: each expert sees all tokens, zeros where not routed, and gives zeros there."""
+        projections, route = _adapted(self)
+        if all([projection.bypassed(route) for projection in projections.values()]):
+            return super().forward(hidden_states)
+        count = hidden_states.shape[0] // self.num_experts
+        if torch.compiler.is_compiling():
+            rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        else:
+            rows = hidden_states.detach().any(1).nonzero()[:, 0]
+        segments = Segments(rows // max(count, 1), rows % max(count, 1), count, self.num_experts, route)
+        rows = rows[segments.order]
+        y = _through(self, projections, hidden_states[rows], segments, route, grouped=False)
+        return torch.zeros_like(hidden_states).index_copy(0, rows, y.to(hidden_states.dtype))
+
+
+def __getattr__(name: str) -> Any:
+    # Pickle finds the classes by name; making them imports a model of transformers.
+    path = next((path for path, made in UNREGISTERED.items() if made == name), None)
+    if path is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, kind = path.rpartition(".")
+    base = getattr(importlib.import_module(module), kind)
+    text = f"transformers' ``{kind}``, whose parameters are adapted."
+    globals()[name] = type(name, (_Unregistered, base), {"__module__": __name__, "__doc__": text})
+    return globals()[name]
+
+
+def _adapted(owner: nn.Module) -> tuple[dict[str, ExpertProjection], Route]:
+    """The adapted parameters of an experts module that runs, and the way of its forward."""
+    adapted = {p.leaf: p for p in owner.children() if isinstance(p, ExpertProjection)}
+    first = next(iter(adapted.values()))
+    if torch.compiler.is_compiling():
+        return adapted, first.router.traced()
+    for projection in adapted.values():
+        projection.called = True
+    return adapted, first.router.route(first.training)
 
 
 def forward(owner: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts' forward with the updates of adapted parameters: hidden_states [T, K], routes [T, k]."""
-    adapted = {p.leaf: p for p in owner.children() if isinstance(p, ExpertProjection)}
-    first = next(iter(adapted.values()))
-    compiling = torch.compiler.is_compiling()
-    route = first.router.traced() if compiling else first.router.route(first.training)
+    adapted, route = _adapted(owner)
     implementation = owner.config.base._experts_implementation or "eager"
     if implementation not in BASES:
         raise unknown_choice("experts_implementation", implementation, BASES, " with adapters")
     if owner._is_expert_parallel:
         raise ValueError("model: its experts are spread over processes (expert parallel), where adapters do not run")
-    if not compiling:
-        for projection in adapted.values():
-            projection.called = True
     if all([projection.bypassed(route) for projection in adapted.values()]):
         plain = type(owner).forward.__wrapped__
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         base = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, plain)
         return base(owner, hidden_states, top_k_index, top_k_weights)
-    segments = Segments(top_k_index.reshape(-1), top_k_index.shape[0], owner.num_experts, route)
+    experts, (count, k) = top_k_index.reshape(-1), top_k_index.shape
+    tokens = torch.arange(experts.shape[0], device=experts.device) // max(k, 1)
+    segments = Segments(experts, tokens, count, owner.num_experts, route)
     grouped = implementation == "grouped_mm" and owner.down_proj.dtype != torch.float64  # torch has none in float64
+    y = _through(owner, adapted, hidden_states[segments.tokens], segments, route, grouped)
+    y = y * top_k_weights.reshape(-1)[segments.order].unsqueeze(-1)
+    back = torch.empty_like(segments.order)
+    back[segments.order] = torch.arange(back.shape[0], device=back.device)
+    y = y[back].view(*top_k_index.shape, -1).sum(1)
+    return y.to(hidden_states.dtype)
+
+
+def _through(
+    owner: nn.Module,
+    adapted: dict[str, ExpertProjection],
+    x: Tensor,
+    segments: Segments,
+    route: Route,
+    grouped: bool,
+) -> Tensor:
+    """What each row's expert makes of it; x [S, K] in the order of the segments."""
 
     def project(name: str, x: Tensor) -> Tensor:
         y = _base(owner, name, x, segments, grouped)
         projection = adapted.get(name)
         return y if projection is None or projection.bypassed(route) else projection.add_update(y, x, segments, route)
 
-    x = hidden_states[segments.tokens]
     h = owner._apply_gate(project("gate_up_proj", x)) if owner.has_gate else owner.act_fn(project("up_proj", x))
     y = project("down_proj", h)
-    if owner.has_post_expert_norm:
-        y = owner.post_expert_norm(y)
-    y = y * top_k_weights.reshape(-1)[segments.order].unsqueeze(-1)
-    back = torch.empty_like(segments.order)
-    back[segments.order] = torch.arange(back.shape[0], device=back.device)
-    y = y[back].view(*top_k_index.shape, -1).sum(1)
-    return y.to(hidden_states.dtype)
+    return owner.post_expert_norm(y) if owner.has_post_expert_norm else y
 
 
 def _base(owner: nn.Module, name: str, x: Tensor, segments: Segments, grouped: bool) -> Tensor:

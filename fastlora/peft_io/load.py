@@ -265,11 +265,12 @@ def _matrix(
         raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}, which is not implemented")
     _refuse_sharded_on_meta(path, module.weight)
     K, N = features(module)
-    convolves, shapes = isinstance(module, CONVOLUTIONS), ((rank, K), (N, rank))
+    shapes = ((rank, K), (N, rank))
     if isinstance(module, ExpertStack):
-        count = len(module.matrices())
-        shapes = ((rank * count, K), (N // count, rank * count))
-    elif convolves:
+        experts, flip = module.matrices(), module.taken_for_untransposed
+        inner, outer = (K, N // len(experts))[:: -1 if flip else 1]
+        shapes = ((rank * len(experts), inner), (outer, rank * len(experts)))
+    elif isinstance(module, CONVOLUTIONS):
         shapes = kernel_shapes(module, rank)
     for factor, tensor, shape in zip("AB", pair, shapes, strict=True):
         key = factor_key(stored, factor, module)
@@ -283,8 +284,10 @@ def _matrix(
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
     if isinstance(module, ExpertStack):
-        factors, ratios = experts_unstacked(A, B, module.matrices(), slices, f"{folder.where(SIDE)}: {path!r}")
-        return _Matrix(module.matrices(), factors, {name: s * ratio for name, ratio in ratios.items()}, {})
+        where = f"{folder.where(SIDE)}: {path!r}"
+        factors, ratios = experts_unstacked(A, B, Slices(dict.fromkeys(experts, outer)), slices, where)
+        factors = {n: pair and (pair[1].t(), pair[0].t()) for n, pair in factors.items()} if flip else factors
+        return _Matrix(experts, factors, {name: s * ratio for name, ratio in ratios.items()}, {})
     if not slices:
         return _Matrix(Slices({WHOLE: N}), {WHOLE: (A, B)}, {WHOLE: s}, beside)
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)

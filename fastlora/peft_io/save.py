@@ -275,6 +275,8 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
     live = [name for name in layer.slices if ranks[name]]
     if isinstance(layer, ExpertProjection):
         pairs = dict(zip(layer.slices, layer.pairs(adapter), strict=True))
+        if layer.taken_for_untransposed:
+            pairs = {name: (b.t(), a.t(), scale) for name, (a, b, scale) in pairs.items()}
         As, Bs, slices = experts_stacked(pairs, s, rank, fold)
         return _Stored(As, Bs, _alpha(1.0 if fold else s, rank), slices, rank)
     if isinstance(layer, Plain):

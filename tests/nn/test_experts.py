@@ -30,7 +30,7 @@ def updated(model, base):
         parts = []
         for a, b, s in layer.pairs():
             update = s * b @ a
-            parts.append(update.T if layer.owner.is_transposed else update)
+            parts.append(update.T if layer.transposed else update)
         found[path] = base.get_parameter(path) + torch.stack(parts)
     return found
 
@@ -88,8 +88,9 @@ class TestTheBaseIsTheModels:
         with pytest.raises(ValueError, match="experts_implementation: expected one of .*'sonicmoe'"):
             model(input_ids=IDS)
 
-    def test_copies_and_files_of_the_whole_model(self, tmp_path):
-        model = adapted()
+    @pytest.mark.parametrize("name", ["Mixtral", "Llama4Text"])
+    def test_copies_and_files_of_the_whole_model(self, name, tmp_path):
+        model = adapted(name)
         before = model(input_ids=IDS).logits
         twin = copy.deepcopy(model)
         torch.save(model, tmp_path / "model.pt")
@@ -102,7 +103,7 @@ class TestTheBaseIsTheModels:
             assert not other(input_ids=IDS).logits.any()
 
     def test_merge_unmerge_and_unload(self):
-        for name in ("Mixtral", "GptOss"):
+        for name in ("Mixtral", "GptOss", "Llama4Text"):
             base, model = moe(name), adapted(name)
             keys, before = list(base.state_dict()), model(input_ids=IDS).logits
             weights = {n: p.clone() for n, p in model.named_parameters()}
@@ -114,7 +115,7 @@ class TestTheBaseIsTheModels:
             torch.testing.assert_close(model(input_ids=IDS).logits, before)
             assert list(model.state_dict()) == keys
             assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
-            assert type(model.model.layers[-1].mlp.experts.config) is type(model.config)
+            assert all(m.config is model.config for m in model.modules() if hasattr(m, "is_concatenated"))
 
 
 def test_several_adapters_in_one_batch_are_what_each_is_alone():

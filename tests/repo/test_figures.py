@@ -134,6 +134,13 @@ def test_penalty_merge_and_floor():
     assert f"run at {span(share, 0)} % of what this core's multiply-adds can do" in text("docs/speed.md")
 
 
+def test_experts():
+    ((_, rows),) = rows_of("experts.json", "experts")
+    ours, theirs = (f"{rows[name]['ratio_to_frozen']['median']:.2f}" for name in ("fastlora", "experts_peft"))
+    page = " ".join(text("docs/experts.md").split())
+    assert f"costs {ours} of the frozen model's, where PEFT" in page and f"to its weight, takes {theirs} (" in page
+
+
 def test_the_machine_of_the_times():
     machine = results("layer.json")["environment"]
     for page in ("README.md", "docs/speed.md"):

@@ -22,6 +22,7 @@ MODELS = {
     "GptOss": dict(_SIZES, num_local_experts=6, layer_types=["full_attention"] * 2),
     "DeepseekV3": {**{k: v for k, v in _SIZES.items() if k != "head_dim"}, **_LATENT, "num_key_value_heads": 4},
 }
+MODELS["Llama4Text"] = dict(_SIZES, num_local_experts=6, intermediate_size_mlp=24, interleave_moe_layer_step=1)
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(3))
 
 

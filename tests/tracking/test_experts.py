@@ -37,13 +37,13 @@ def gradients(name, model, ids, loss=lambda m, ids: losses(m, ids).mean()):
         plain.get_parameter(path).requires_grad_()
     loss(plain, ids).backward()
     return {
-        f"{path}[{e}]": (g.T if layer.owner.is_transposed else g)
+        f"{path}[{e}]": (g.T if layer.transposed else g)
         for path, layer in layers.items()
         for e, g in enumerate(plain.get_parameter(path).grad)
     }
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "GptOss"])
+@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "Llama4Text"])
 class TestExact:
     def test_squares_and_absolute_values(self, name):
         model = adapted(name)
