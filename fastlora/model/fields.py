@@ -62,7 +62,7 @@ def refuse_beyond_factors(
             "lora_dropout", f"0 with experts, as in PEFT, of which {name!r} are some", config.lora_dropout
         )
     if wanted and (not linear or foreign_base(layer) is not None):
-        kind = foreign_base(layer) or type(layer).__name__
+        kind = "of experts" if isinstance(layer, ExpertStack) else foreign_base(layer) or type(layer).__name__
         raise ValueError(
             f"{wanted[0]}: {getattr(config, wanted[0])!r} is implemented for nn.Linear and Conv1D, and {name!r} is "
             f"{kind}; leave it out by exclude_modules, or use plain LoRA"

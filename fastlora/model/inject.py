@@ -206,16 +206,18 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str, others: boo
 
 def _tell_experts(model: nn.Module, role: str, any_taken: bool, others: bool) -> None:
     """Say that a role leaves experts out, unless the config has ``others``; ``ValueError`` where it takes nothing."""
-    named = ((n, m) for n, m in model.named_modules() if role in ("mlp", "all-linear"))
+    named = ((n, m) for n, m in model.named_modules() if role in ("mlp", "experts", "all-linear"))
     experts = [f"{n}.{p}" for n, m in named for p in expert_parameters(m)]
+    what, instead = "parameters of experts", "; the role 'experts' or target_parameters takes them"
+    if role == "experts":
+        known = named_targets(model)
+        experts, instead = [name for name in experts if name not in known], ""
+        what += " that transformers' registry does not run"
     if not experts or others:
         return
     if not any_taken:
-        raise ValueError(
-            f"target_modules: {role!r} takes nothing: {listed(experts)} are parameters of experts; the role 'experts' "
-            "or target_parameters takes them"
-        )
-    logger.warning("target_modules: %r leaves out %s, parameters of experts", role, listed(experts))
+        raise ValueError(f"target_modules: {role!r} takes nothing: {listed(experts)} are {what}{instead}")
+    logger.warning("target_modules: %r leaves out %s, %s", role, listed(experts), what)
 
 
 def _select_parameters(model: nn.Module, suffixes: Sequence[str]) -> list[str]:

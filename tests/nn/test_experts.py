@@ -185,3 +185,28 @@ def test_compiled_code_computes_the_same(implementation):
     torch.testing.assert_close(compiled, loss)
     torch.testing.assert_close(others, grads)
     torch.testing.assert_close(theirs, scores)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(use_dora=True), "use_dora: True is implemented for nn.Linear and Conv1D, and .*gate_up_proj' is of experts"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights: 'pissa' is implemented for"),
+        (dict(lora_dropout=0.1), "lora_dropout: expected 0 with experts as 'model.layers.0.mlp.experts.gate_up_proj'"),
+        (dict(rank_pattern={"experts.down_proj[3]": 25}), r"rank of .*down_proj\[3\]: expected at most .* = 24, got 25"),
+        (dict(rank_pattern={"experts.down_proj[6]": 1}), "rank_pattern: expected patterns that match"),
+    ],
+)
+def test_bad_input_leaves_the_model_as_it_was(fields, message):
+    model = moe()
+    before = list(model.named_modules())
+    with pytest.raises(ValueError, match=message):
+        fastlora.inject(model, config(target_modules="experts", **{"r": 2, **fields}))
+    assert list(model.named_modules()) == before and all(p.requires_grad for p in model.parameters())
+
+
+def test_ids_that_do_not_go_with_the_tokens_are_refused():
+    model = adapted()
+    with fastlora.use_adapters(model, torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="ids: expected one a sample or one a token, got 3 for 8 tokens"):
+            model.model.layers[0].mlp(torch.randn(2, 4, 32, dtype=torch.float64))
