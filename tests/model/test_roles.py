@@ -137,9 +137,10 @@ class TestExperts:
 
     def test_experts_that_the_registry_does_not_run_are_named(self, monkeypatch):
         model = of("Mixtral", **EXPERTS)
-        monkeypatch.setattr(type(model.layers[0].mlp.experts), "__name__", "OtherExperts")
         monkeypatch.delattr(type(model.layers[0].mlp.experts), "_apply_gate")
-        with pytest.raises(ValueError, match="'experts' takes nothing: .*down_proj are parameters of experts that trans"):
+        with pytest.raises(
+            ValueError, match="'experts' takes nothing: .*down_proj are parameters of experts that trans"
+        ):
             fastlora.inject(model, config(r=2, target_modules="experts"))
         assert "which no role takes: transformers' registry" in str(fastlora.roles(model))
 

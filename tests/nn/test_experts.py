@@ -190,10 +190,16 @@ def test_compiled_code_computes_the_same(implementation):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(use_dora=True), "use_dora: True is implemented for nn.Linear and Conv1D, and .*gate_up_proj' is of experts"),
+        (
+            dict(use_dora=True),
+            "use_dora: True is implemented for nn.Linear and Conv1D, and .*gate_up_proj' is of experts",
+        ),
         (dict(init_lora_weights="pissa"), "init_lora_weights: 'pissa' is implemented for"),
-        (dict(lora_dropout=0.1), "lora_dropout: expected 0 with experts as 'model.layers.0.mlp.experts.gate_up_proj'"),
-        (dict(rank_pattern={"experts.down_proj[3]": 25}), r"rank of .*down_proj\[3\]: expected at most .* = 24, got 25"),
+        (dict(lora_dropout=0.1), "lora_dropout: expected 0 with experts, as in PEFT, of which .*gate_up_proj"),
+        (
+            dict(rank_pattern={"experts.down_proj[3]": 25}),
+            r"rank of .*down_proj\[3\]: expected at most .* = 24, got 25",
+        ),
         (dict(rank_pattern={"experts.down_proj[6]": 1}), "rank_pattern: expected patterns that match"),
     ],
 )
