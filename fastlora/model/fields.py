@@ -57,6 +57,8 @@ def refuse_beyond_factors(
     linear |= isinstance(layer, Conv1D)
     if isinstance(layer, CONVOLUTIONS) and wanted == ["lora_bias"]:
         return
+    if isinstance(layer, ExpertStack) and init == "eva":
+        raise wrong_value("init_lora_weights", f"one that needs no covariance, for experts as {name!r}", init)
     if isinstance(layer, ExpertStack) and config.lora_dropout:
         raise wrong_value(
             "lora_dropout", f"0 with experts, as in PEFT, of which {name!r} are some", config.lora_dropout

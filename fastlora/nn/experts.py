@@ -210,10 +210,9 @@ class Segments:
     """
 
     def __init__(self, experts: Tensor, tokens: Tensor, count: int, number: int, route: Route):
-        self.count = count
+        self.count, self.mixed = count, route.batch is not None
         adapters = 1 if route.batch is None else len(route.batch.names) + 1
-        base = route.batch is not None  # whether the first of an expert's runs is of the base alone
-        if base:
+        if self.mixed:  # the first of an expert's runs is of the base alone
             own = route.batch.ids_of_rows(count).to(experts.device, non_blocking=True)
             experts = experts * adapters + own[tokens] + 1
         keys, self.order = torch.sort(experts)
@@ -221,13 +220,16 @@ class Segments:
         numbers = torch.arange(number * adapters, device=keys.device)
         ends = torch.searchsorted(keys, numbers, right=True)
         self.offsets = ends[adapters - 1 :: adapters].to(torch.int32)
-        self._pairs = [(g - base, e) for e in range(number) for g in range(adapters)]
+        self._pairs = [(g - self.mixed, e) for e in range(number) for g in range(adapters)]
         self._starts, self._ends, self._kept = torch.cat([ends.new_zeros(1), ends[:-1]]), ends, {}
         self.runs: list[tuple[int, int]] | None = None
         if torch.compiler.is_compiling():
-            self.present, self._numbers = self._pairs, numbers
+            self.present = self._pairs
         else:
-            ends = ends.tolist()
+            below = torch.searchsorted(keys, keys.new_zeros(1))
+            *ends, below = torch.cat([ends, below]).tolist()
+            if below or ends[-1] < keys.shape[0]:
+                raise ValueError(f"top_k_index: expected experts 0 to {number - 1}, got others")
             runs = enumerate(zip([0, *ends[:-1]], ends, strict=True))
             found = [(i, run) for i, run in runs if run[0] < run[1]]
             self.present = [self._pairs[i] for i, _ in found]
@@ -239,18 +241,21 @@ class Segments:
 
     def samples(self, count: int) -> Tensor:
         """The sample of each row, of ``count`` whose tokens follow one another."""
-        if not count or self.count % count or torch.compiler.is_compiling():
+        if self.mixed or torch.compiler.is_compiling():
+            where = "a batch of several adapters" if self.mixed else "compiled code"
+            raise RuntimeError(f"track: 'fisher' of experts is not measured in {where}; take grad_sq")
+        if not count or self.count % count:
             raise RuntimeError(
                 f"track: 'fisher' of experts needs the samples of their {self.count} tokens, and the first tensor that "
-                f"the model is called with has {count} in dimension 0 (compiled code: none); take grad_sq"
+                f"the model is called with has {count} in dimension 0; take grad_sq"
             )
         return self.tokens // (self.count // count)
 
     def signs(self, probe: LayerProbe) -> Tensor:
         """±1 of each row's sample and probe."""
-        return probe.step.signs.take(probe.step.samples, None, probe.step.index, probe.step.micro)[
-            self.samples(probe.step.samples)
-        ]
+        step = probe.step
+        of_rows = self.samples(step.samples)
+        return step.signs.take(step.samples, None, step.index, step.micro)[of_rows]
 
     def select(self, chosen: list[int]) -> Batch:
         """Those of the runs as what the grouped operator takes for adapters; other rows have none."""

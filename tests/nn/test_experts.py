@@ -195,6 +195,7 @@ def test_compiled_code_computes_the_same(implementation):
             "use_dora: True is implemented for nn.Linear and Conv1D, and .*gate_up_proj' is of experts",
         ),
         (dict(init_lora_weights="pissa"), "init_lora_weights: 'pissa' is implemented for"),
+        (dict(init_lora_weights="eva"), "init_lora_weights: expected one that needs no covariance, for experts as"),
         (dict(lora_dropout=0.1), "lora_dropout: expected 0 with experts, as in PEFT, of which .*gate_up_proj"),
         (
             dict(rank_pattern={"experts.down_proj[3]": 25}),
@@ -209,6 +210,26 @@ def test_bad_input_leaves_the_model_as_it_was(fields, message):
     with pytest.raises(ValueError, match=message):
         fastlora.inject(model, config(target_modules="experts", **{"r": 2, **fields}))
     assert list(model.named_modules()) == before and all(p.requires_grad for p in model.parameters())
+
+
+def test_routes_to_experts_that_are_not_there_are_refused():
+    experts = adapted().model.layers[0].mlp.experts
+    x, weights = torch.randn(3, 32, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
+    for bad in (6, -1):
+        with pytest.raises(ValueError, match="top_k_index: expected experts 0 to 5"):
+            experts(x, torch.tensor([[0, 1], [2, bad], [3, 4]]), weights)
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_other_backends_compute_the_same(backend):
+    model, other = (
+        randomise(fastlora.inject(moe(dtype=torch.float32), config(r=2, target_modules="experts", backend=b)))
+        for b in ("auto", backend)
+    )
+    for m in (model, other):
+        loss_of(m).backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
 
 
 def test_ids_that_do_not_go_with_the_tokens_are_refused():

@@ -145,3 +145,5 @@ def test_what_is_not_tracked_is_refused():
     with fastlora.track(model, estimator="exact", statistics="fisher", every=1):
         with pytest.raises(RuntimeError, match="'fisher' of experts needs the samples"):
             model.model.layers[0].mlp(torch.randn(2, 3, 32, dtype=torch.float64))
+        with fastlora.use_adapters(model, ["default", None]), pytest.raises(RuntimeError, match="several adapters"):
+            losses(model, IDS).sum().backward()
