@@ -127,7 +127,7 @@ class ExpertProjection(ExpertStack, Adapted):
             backend = update_backend(self)
             (update,) = lora_grouped(seen, [zero], [None], A, B, scale, batch, backend=backend, engine=NONE, **operands)
             if not torch.compiler.is_compiling() and update.grad_fn is not None:
-                self.router.built(update.grad_fn, route)
+                self.router.pending(route).add(update)
             y = y + update if torch.compiler.is_compiling() else update.add_(y)
         for g, probe in enumerate(measured):
             y = y if probe is None else _observed(y, x, probe, segments, g, route)

@@ -237,3 +237,12 @@ def test_ids_that_do_not_go_with_the_tokens_are_refused():
     with fastlora.use_adapters(model, torch.zeros(3, dtype=torch.int64)):
         with pytest.raises(ValueError, match="ids: expected one a sample or one a token, got 3 for 8 tokens"):
             model.model.layers[0].mlp(torch.randn(2, 4, 32, dtype=torch.float64))
+
+
+def test_ranks_wait_for_the_backward():
+    model = fastlora.inject(moe(), config(r=2, target_modules="experts"))
+    loss, ranks = loss_of(model), {"model.layers.0.mlp.experts.down_proj[0]": 1}
+    with pytest.raises(ValueError, match="a forward of 'default' awaits its backward"):
+        fastlora.set_ranks(model, ranks)
+    loss.backward()
+    fastlora.set_ranks(model, ranks)
