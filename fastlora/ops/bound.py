@@ -159,7 +159,7 @@ class _Run:
     """One call of a ``BoundCall`` besides its differentiable tensors."""
 
     rows = key = None
-    p = P = sign = probes = ()
+    p = P = sign = probes = drop = ()
     leaves = moments = 0
     plain = True  # all rows are one adapter's, without dropout
     options: Any = False  # what a plan depends on beside its tensors
@@ -174,6 +174,7 @@ class _Run:
         self.leaves, self.moments = leaves, moments
         self.probes = tuple(probe_counts(P)) if P else ()
         self.plain = rows is None and key is None
+        self.drop = () if key is None else (key, p[0], self.bound.streams)  # for one adapter's rows
         streams = None if key is None else self.bound.streams
         self.options = (
             moments > 0 if self.plain and not P else (moments > 0, rows is None, streams, *p, self.probes, len(sign))
@@ -183,9 +184,9 @@ class _Run:
         """[*y, h, *moments]."""
         bound = self.bound
         if bound.plans is None:
-            if self.plain and not self.moments and (whole := bound.whole(0, x)) is not None:
+            if self.rows is None and not self.moments and (whole := bound.whole(0, x)) is not None:
                 P = self.P[0] if self.P else None
-                out = whole(x, bound.W, bound.bias, bound.A, P, bound.B, *bound.where, False)
+                out = whole(x, bound.W, bound.bias, bound.A, P, bound.B, *bound.where, False, *self.drop)
                 if out:
                     if self.sign:
                         flip_signs(out[len(bound.W)], self.sign, bound.layout, None)
@@ -211,14 +212,9 @@ class _Run:
         """[dx, *dA, *dB, *dZ], those of what is not needed left out but for dx; ``there``: which dy are not None."""
         bound = self.bound
         if bound.plans is None:
-            if (
-                self.key is None
-                and self.rows is None
-                and False not in there
-                and (whole := bound.whole(1, x)) is not None
-            ):
+            if self.rows is None and False not in there and (whole := bound.whole(1, x)) is not None:
                 probes = self.probes[0] if need.dZ else 0
-                out = whole(dy, x, h, bound.W, A, B, *bound.where, probes, need.dx, need.dA, need.dB)
+                out = whole(dy, x, h, bound.W, A, B, *bound.where, probes, need.dx, need.dA, need.dB, *self.drop)
                 if out:
                     return out if need.dx else [None, *out]
             return _backward(self, x, h, bound.W, A, B, dy, need, self.rows, self.key)

@@ -114,7 +114,7 @@ PINNED_CPU = {
     "fastlora": (74, 33, 11),
     "probes": (84, 36, 14),
     "act_var": (108, 71, 20),
-    "dropout": (162, 147, 28),
+    "dropout": (77, 36, 12),
 }
 
 

@@ -261,6 +261,48 @@ FASTLORA_INLINE VecU64 multiply_low(VecU64 a, VecU64 b) {
 #endif
 }
 
+// Lanes 2l and 2l + 1 of the result are lanes 2l + Odd of a and of b.
+template <int Odd>
+FASTLORA_INLINE VecU64 interleave_pairs(VecU64 a, VecU64 b) {
+  VecU64 index;
+#pragma GCC unroll 8
+  for (int lane = 0; lane < kWidth / 2; ++lane) index[lane] = (lane & 1 ? kWidth / 2 : 0) + lane / 2 * 2 + Odd;
+#if defined(__clang__)
+  VecU64 out;
+  for (int lane = 0; lane < kWidth / 2; ++lane) out[lane] = (lane & 1 ? b : a)[lane / 2 * 2 + Odd];
+  return out;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// Bit l: whether lane l is at least the threshold; no bits above those of the lanes.
+FASTLORA_INLINE uint32_t lanes_of_at_least(VecU32 v, uint32_t threshold) {
+#if defined(__AVX512F__)
+  return _mm512_cmpge_epu32_mask((__m512i)v, _mm512_set1_epi32(static_cast<int>(threshold)));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(v >= threshold)));
+#elif defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)(v >= threshold)));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kWidth; ++lane) bits |= static_cast<uint32_t>(v[lane] >= threshold) << lane;
+  return bits;
+#endif
+}
+
+// The lanes whose bits are set, the others zero.
+FASTLORA_INLINE Vec kept(uint32_t bits, Vec v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
+#else
+  VecU32 own;
+#pragma GCC unroll 8
+  for (int lane = 0; lane < kWidth; ++lane) own[lane] = 1u << lane;
+  return float_of(reinterpret_cast<VecU32>((own & bits) != 0) & bits_of(v));
+#endif
+}
+
 // out[l] = l has bit Step ? b[l - Step + Shift] : a[l + Shift], the two halves of one step of a transposed sum.
 template <int Step, int Shift>
 FASTLORA_INLINE Vec interleave(Vec a, Vec b) {
