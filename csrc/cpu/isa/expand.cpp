@@ -161,8 +161,14 @@ void kept_strip(const float* s, int64_t lds, const float* b, int64_t ldb, const 
   }
 }
 
+template <class T>
+constexpr bool kInPairs = false;
+template <>
+constexpr bool kInPairs<bf16> = true;
+
 // The sums are shifted by a rough mean: where the mean is far larger than the spread, plain fp32 sums would lose it.
-template <int Columns, class Load>
+// Vectors come in pairs of even and odd columns where they are Halves.
+template <int Columns, bool Halves, class Load>
 FASTLORA_INLINE void column_moments(int64_t rows, int count, const Load& element, double* sum, double* squares) {
   const int64_t few = rows < 8 ? rows : 8;
   Vec shift[Columns] = {}, first[Columns] = {}, second[Columns] = {};
@@ -178,6 +184,19 @@ FASTLORA_INLINE void column_moments(int64_t rows, int count, const Load& element
       const Vec delta = element(m, q) - shift[q];
       first[q] += delta;
       second[q] = fma(delta, delta, second[q]);
+    }
+  }
+  if constexpr (Halves) {
+    const auto put_in_order = [](Vec* v) {
+      const Vec even = v[0], odd = v[1];
+      v[0] = zip<0>(even, odd);
+      v[1] = zip<1>(even, odd);
+    };
+#pragma GCC unroll 2
+    for (int q = 0; q < Columns; q += 2) {
+      put_in_order(shift + q);
+      put_in_order(first + q);
+      put_in_order(second + q);
     }
   }
   alignas(64) float centres[Columns * kWidth], totals[Columns * kWidth], scatters[Columns * kWidth];
@@ -222,13 +241,26 @@ void moments(const T* y, int64_t ldy, int64_t rows, int64_t columns, double* sum
   constexpr int kStep = kColumns * kWidth;
   int64_t n = 0;
   for (; n + kStep <= columns; n += kStep) {
-    const auto element = [&](int64_t m, int q) { return load(y + m * ldy + n + q * kWidth); };
-    column_moments<kColumns>(rows, kStep, element, sum + n, squares + n);
+    if constexpr (kInPairs<T>) {
+      const auto element = [&](int64_t m, int q) {
+        const T* p = y + m * ldy + n + q / 2 * 2 * kWidth;
+        // Walking down a column strip defeats the hardware's prefetcher: ask for the next strip.
+        __builtin_prefetch(p + kStep, 0, 3);
+        return q % 2 ? load_half<1>(p) : load_half<0>(p);
+      };
+      column_moments<kColumns, true>(rows, kStep, element, sum + n, squares + n);
+    } else {
+      const auto element = [&](int64_t m, int q) {
+        __builtin_prefetch(y + m * ldy + n + kStep + q * kWidth, 0, 3);
+        return load(y + m * ldy + n + q * kWidth);
+      };
+      column_moments<kColumns, false>(rows, kStep, element, sum + n, squares + n);
+    }
   }
   for (; n < columns; n += kWidth) {
     const int count = columns - n < kWidth ? static_cast<int>(columns - n) : kWidth;
     const auto element = [&](int64_t m, int) { return load(y + m * ldy + n, count); };
-    column_moments<1>(rows, count, element, sum + n, squares + n);
+    column_moments<1, false>(rows, count, element, sum + n, squares + n);
   }
 }
 
