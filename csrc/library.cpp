@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
       "int[] columns, float[] scales, int probes, bool need_dA, bool need_dB, Tensor? seed=None, float p=0, int[] "
       "streams=[]) -> (Tensor[] dA, Tensor[] dB, Tensor[] Q)");
   // Both directions of a group whose frozen products are the library's matmul, in one call each:
-  // [*y, h, *moments]   y_j = x W_j^T + bias_j   [*, N_j], then lora_forward_
+  // [*y, h, *moments]   y_j = x W_j^T + bias_j   [*, N_j], then lora_forward_; moments_j has M in one more column
   // [dx, *dA, *dB, *Q]   dx = sum_j dy_j W_j   [*, K], left out without `need_dx`, then lora_backward_ of the dy_j
   // given x [*, K] and dy_j [*, N_j] have two dimensions or more; W has those of dy_j. Nothing where a product is not
   // one of matrices as they lie in memory, where an operand is none that the kernels read, or where torch has no such

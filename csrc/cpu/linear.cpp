@@ -74,6 +74,19 @@ bool fits(const Tensor& W, int64_t rows, int64_t columns, ScalarType dtype) {
   return W.dim() == 2 && W.size(0) == rows && W.size(1) == columns && W.scalar_type() == dtype && W.is_cpu();
 }
 
+// [2, N] sums of columns with the number of rows behind them in one more column.
+Tensor with_count(const Tensor& sums, int64_t rows) {
+  const int64_t columns = sums.size(1);
+  Tensor out = new_tensor({2, columns + 1}, ScalarType::Double);
+  const double* from = static_cast<const double*>(sums.const_data_ptr());
+  double* to = static_cast<double*>(out.mutable_data_ptr());
+  for (int64_t row = 0; row < 2; ++row) {
+    std::copy_n(from + row * columns, columns, to + row * (columns + 1));
+    to[row * (columns + 1) + columns] = static_cast<double>(rows);
+  }
+  return out;
+}
+
 std::vector<Tensor> linear_lora_forward(const Tensor& x, const std::vector<Tensor>& W,
                                         const std::vector<std::optional<Tensor>>& bias, const std::vector<Tensor>& A,
                                         const std::optional<Tensor>& P, const std::vector<Tensor>& B,
@@ -105,7 +118,7 @@ std::vector<Tensor> linear_lora_forward(const Tensor& x, const std::vector<Tenso
   std::vector<Tensor> out;
   for (const Tensor& of_rows : y) out.push_back(shaped_like(of_rows, x));
   out.push_back(h);
-  out.insert(out.end(), sums.begin(), sums.end());
+  for (const Tensor& of_y : sums) out.push_back(with_count(of_y, rows.size(0)));
   return out;
 }
 

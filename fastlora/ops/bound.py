@@ -184,9 +184,9 @@ class _Run:
         """[*y, h, *moments]."""
         bound = self.bound
         if bound.plans is None:
-            if self.rows is None and not self.moments and (whole := bound.whole(0, x)) is not None:
+            if self.rows is None and (whole := bound.whole(0, x)) is not None:
                 P = self.P[0] if self.P else None
-                out = whole(x, bound.W, bound.bias, bound.A, P, bound.B, *bound.where, False, *self.drop)
+                out = whole(x, bound.W, bound.bias, bound.A, P, bound.B, *bound.where, self.moments > 0, *self.drop)
                 if out:
                     if self.sign:
                         flip_signs(out[len(bound.W)], self.sign, bound.layout, None)

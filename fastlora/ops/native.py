@@ -112,7 +112,7 @@ def _linear_lora_forward(x, W, bias, A, P, B, outputs, columns, scales, moments,
     y = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in W]
     rows = [t.view(-1, t.shape[-1]) for t in (x, *y)]
     h, sums = _lora_forward(rows[1:], rows[0], A, P, B, outputs, columns, scales, moments)
-    return [*y, h, *sums]
+    return [*y, h, *[s.new_empty((2, s.shape[1] + 1)) for s in sums]]
 
 
 def _linear_lora_backward(dy, x, h, W, A, B, outputs, columns, scales, probes, need_dx, need_dA, need_dB, *drop):

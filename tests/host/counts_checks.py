@@ -113,7 +113,7 @@ PINNED_GPU = {
 PINNED_CPU = {
     "fastlora": (74, 33, 11),
     "probes": (84, 36, 14),
-    "act_var": (108, 71, 20),
+    "act_var": (84, 39, 20),
     "dropout": (77, 36, 12),
 }
 

@@ -59,7 +59,8 @@ class Group:
         y = [F.linear(self.x, w, b).clone() for w, b in zip(self.W, self.bias, strict=True)]
         operands = ([rows(t) for t in y], rows(self.x), self.A, P, self.B, *self.where, moments)
         h, sums = ops.lora_forward_(*operands, *self.drop)
-        return [*y, h, *sums]
+        count = torch.full((2, 1), len(rows(self.x)), dtype=torch.float64)
+        return [*y, h, *[torch.cat([s, count], 1) for s in sums]]
 
     def backward(self, h, probes=0, need=(True, True, True)):
         operands = (self.dy, self.x, h, self.W, self.A, self.B, *self.where, probes, *need)
