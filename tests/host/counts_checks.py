@@ -113,8 +113,8 @@ PINNED_GPU = {
 PINNED_CPU = {
     "fastlora": (55, 33, 11),
     "probes": (66, 36, 14),
-    "act_var": (99, 71, 20),
-    "dropout": (156, 147, 28),
+    "act_var": (66, 39, 20),
+    "dropout": (59, 36, 12),
 }
 
 
