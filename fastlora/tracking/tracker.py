@@ -101,7 +101,7 @@ class Tracker:
         self.layers = checked_layers(model, self.adapter)
         self.estimator = check_choice("estimator", estimator, ("probe", "exact"))
         self.loss_reduction = check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        self.probe_kind = checked_probe_kind(probe_kind, estimator, self.layers)
+        self.probe_kind = checked_probe_kind(probe_kind, estimator)
         kinds = checked_kinds(statistics, estimator, probe_kind)
         self.kinds = tuple(kind for kind in kinds if kind not in COVARIANCES)
         covariances = tuple(kind for kind in kinds if kind in COVARIANCES)
