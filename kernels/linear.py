@@ -15,6 +15,7 @@ from .primitives import (
     Matrix,
     Options,
     Rows,
+    Runs,
     Segments,
     aligned,
     find_tile,
@@ -30,6 +31,7 @@ from .primitives import (
     reveal,
     select,
     select_matrix,
+    spread,
     store_moments,
     swizzle,
     table_row,
@@ -44,7 +46,7 @@ class Projection(NamedTuple):
     """A block of output columns with its own adapter: views of the frozen weight, its bias, B and the output.
 
     W [N_i, K]; bias [N_i] or None; B [N_i, r_i]; y [M, N_i]; moments float64 [2, N_i] or None; offset: first column
-    in h.
+    in h. With ``Runs`` a view has the first row or column and the number of them right.
     """
 
     W: Tensor
@@ -66,8 +68,9 @@ class Group(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One projection, or one adapter's part of it: weight, output, B with its stride, ranks in h, scale."""
+    """Projection ``i``, or one adapter's part of it: weight, output, B with its stride, ranks in h, scale."""
 
+    i: tl.tensor
     W: Matrix
     y: Matrix
     B: tl.tensor
@@ -99,17 +102,18 @@ def projection_part(group, i, segments, adapter, EVEN: tl.constexpr):
         i_pair = adapter * len(group.y.data) + i
         first, rank, offset = table_row(segments.table, i_pair, 3, EVEN)
         p_b, stride_b, scale = B.data[0] + first, rank, tl.load(segments.scales + i_pair)
-    return Part(select_matrix(group.W, i), select_matrix(group.y, i), p_b, stride_b, offset, rank, scale)
+    return Part(i, select_matrix(group.W, i), select_matrix(group.y, i), p_b, stride_b, offset, rank, scale)
 
 
 @triton.jit
-def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+def linear_tile(part, bias, x, h, sums, place, runs, descriptors, TILE: tl.constexpr, OPTIONS: tl.constexpr):
     """The tile at ``place`` of a projection's y."""
     BLOCK_M: tl.constexpr = TILE.rows
     BLOCK_N: tl.constexpr = TILE.columns
     BLOCK_K: tl.constexpr = TILE.depth
     BLOCK_R: tl.constexpr = 16  # a tensor core's
     o_n = place.column + tl.arange(0, BLOCK_N)
+    o_y = spread(o_n, runs, part.i)
     m_m, m_n = place.rows.exist[:, None], (o_n < part.y.columns)[None, :]
     o_row = place.rows.numbers.to(tl.int64)[:, None]
     # The expand comes first: scaled in fp32 it becomes the start of the accumulator and needs no registers of its own.
@@ -123,15 +127,15 @@ def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, 
         b_acc = tl.dot(b_h, b_b, b_acc, input_precision=OPTIONS.precision)
     b_acc *= part.scale
     if x is not None and descriptors is None:
-        p_w, p_x = part.W.data + o_n.to(tl.int64)[None, :] * part.W.stride, x.data + o_row * x.stride
+        p_w, p_x = part.W.data + o_y.to(tl.int64)[None, :] * part.W.stride, x.data + o_row * x.stride
         b_acc = matmul_loop(b_acc, p_x, p_w, 1, m_m, m_n, x.columns, TILE, OPTIONS)
     elif x is not None:
         for k in tl.range(0, x.columns, BLOCK_K):
             b_x, b_w = descriptors[0].load([place.row_tile * BLOCK_M, k]), descriptors[1].load([place.column, k])
             b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, input_precision=OPTIONS.precision)
     if bias is not None:
-        b_acc += tl.load(bias + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
-    p_tile = part.y.data + o_row * part.y.stride + o_n[None, :]
+        b_acc += tl.load(bias + o_y[None, :], mask=m_n, other=0.0).to(tl.float32)
+    p_tile = part.y.data + o_row * part.y.stride + o_y[None, :]
     if x is None:
         b_acc += tl.load(p_tile, mask=m_m & m_n, other=0.0).to(tl.float32)
     b_y = b_acc.to(part.y.data.dtype.element_ty)
@@ -162,7 +166,7 @@ def linear_kernel(group, x, h, sums, segments, M, tiles_m, tiles_n, TILE: tl.con
             for i_tile in tl.range(i_next, own, tl.num_programs(0), num_stages=1, disable_licm=True):
                 i_m, i_n = swizzle(i_tile, tiles_m, tl.cdiv(width, BLOCK_N), TILE.band)
                 place = Place(i_m, tile_rows(None, None, i_m, M, BLOCK_M, False), i_n * BLOCK_N, o_entry)
-                linear_tile(part, bias, x, h, sums, place, (desc_x, desc_w), TILE, OPTIONS)
+                linear_tile(part, bias, x, h, sums, place, None, (desc_x, desc_w), TILE, OPTIONS)
             # The next projection's tiles go on where this one's ended, so that every program has as many.
             i_next += tl.cdiv(tl.maximum(own - i_next, 0), tl.num_programs(0)) * tl.num_programs(0) - own
             o_entry += width
@@ -177,7 +181,7 @@ def linear_kernel(group, x, h, sums, segments, M, tiles_m, tiles_n, TILE: tl.con
     place = Place(i_m, tile_rows(segments, adapter, i_m, M, BLOCK_M, OPTIONS.gather), o_first, o_entry)
     part = projection_part(group, i, segments, adapter, OPTIONS.even_r)
     bias = None if group.bias is None else select(group.bias, i)
-    linear_tile(part, bias, x, h, sums, place, None, TILE, OPTIONS)
+    linear_tile(part, bias, x, h, sums, place, group.B.runs, None, TILE, OPTIONS)
 
 
 def expand(
@@ -188,11 +192,12 @@ def expand(
     tiles: TileConfig | None,
     segments: Segments | None = None,
     even: bool = False,
+    runs: Runs | None = None,
 ) -> None:
     """Fill (``matmul``) or update every projection's y, and its moments where it has them.
 
     With ``segments`` every row gets its own adapter's part: B is then the packed [elements, 1] of all, ``even`` says
-    whether all ranks are multiples of 8, and the moments are [adapters, 2, N_i].
+    whether all ranks are multiples of 8, and the moments are [adapters, 2, N_i]. With ``runs`` a tile has no TMA.
     """
     M, K = x.shape
     ranks, strides = [p.B.shape[1] for p in projections], [p.B.stride(0) for p in projections]
@@ -210,7 +215,7 @@ def expand(
     if segments is None:
         even = multiples_of_8(ranks, strides, offsets)
     scales, columns = tuple(float(p.scale) for p in projections), rank_columns(offsets, ranks)
-    B = Factors(tuple(p.B for p in projections), hide_from_specialization(strides), columns, scales)
+    B = Factors(tuple(p.B for p in projections), hide_from_specialization(strides), columns, scales, runs)
     group = Group(matrices([p.W for p in projections]), bias, B, matrices([p.y for p in projections]))
     operands = group, matrix(x) if matmul else None, rank_matrix(h), None if sums is None else matrix(sums), segments
     own, programs = limits(x.device), tiles_m * tiles_n
@@ -225,16 +230,18 @@ def expand(
     launch(linear_kernel, (programs,), *operands, M, tiles_m, tiles_n, TILE=tiles, OPTIONS=options)
     if sums is not None:
         ranges = None if segments is None else segments.ranges
-        reduce_moments(sums, [p.moments for p in projections], M, tiles.rows, ranges)
+        reduce_moments(sums, [p.moments for p in projections], M, tiles.rows, ranges, runs)
 
 
-def _augmented(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, mine: Sequence[Projection], y: Tensor) -> None:
-    """``y = [x | h] [W | s B]^T + bias`` by the library's matmul, B block-diagonal over one weight's projections."""
+def _augmented(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, mine: Sequence[tuple], y: Tensor) -> None:
+    """``y = [x | h] [W | s B]^T + bias`` by the library's matmul, B block-diagonal over one weight's projections.
+
+    mine: projection, its first row, rows that are together, and gap between them.
+    """
     factor = W.new_zeros(W.shape[0], h.shape[1])
-    row = 0
-    for p in mine:
-        factor[row : row + p.B.shape[0], p.offset : p.offset + p.B.shape[1]] = p.scale * p.B
-        row += p.B.shape[0]
+    for p, row, run, gap in mine:
+        own = factor[row : row + p.B.shape[0]] if gap == 0 else factor.unflatten(0, (-1, run + gap))[:, row : row + run]
+        own[..., p.offset : p.offset + p.B.shape[1]] = (p.scale * p.B).view(*own.shape[:-1], -1)
     both, weight = torch.cat([x, h], dim=1), torch.cat([W, factor], dim=1)
     if bias is None:
         torch.mm(both, weight.t(), out=y)
@@ -254,11 +261,13 @@ def linear(
     moments: bool = False,
     strategy: str | None = None,
     tiles: TileConfig | None = None,
+    runs: Runs | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """``y_j = x W_j^T + bias_j`` with ``s_i h_i B_i^T`` added at projection i's place (output, first column).
 
     x [M, K], W_j [N_j, K], h [M, R or more], B_i [N_i, r_i] of one dtype -> y_j [M, N_j] and, with ``moments``, the
     column sums of y and y^2, float64 [2, N_j]. ``strategy``: "fused", "library" or "augmented"; default by the table.
+    ``runs``: of projections that interleave.
     """
     x, h, W, B = unit_last(x), unit_last(h), [unit_last(w) for w in W], [unit_last(b) for b in B]
     M, K = x.shape
@@ -273,7 +282,7 @@ def linear(
         operation, most = "linear_moments" if moments else "linear", max(b.shape[1] for b in B)
         tiles = tiles or choose_tiles(operation, M, N, K, most, x.dtype, x.device)
         # By pointers that tile would keep what does not fit its registers on the stack.
-        if tiles.tma and not aligned([x, *W]):
+        if tiles.tma and (runs or not aligned([x, *W])):
             strategy, tiles = "library", None
     if strategy == "library":
         y = [torch.nn.functional.linear(x, w, b) for w, b in zip(W, bias, strict=True)]
@@ -287,10 +296,12 @@ def linear(
         projections.append(Projection(w, b, B[i], out, own, offsets[i], scales[i]))
     if strategy == "augmented":
         for j, (w, b) in enumerate(zip(W, bias, strict=True)):
-            mine = [p for p, (output, _) in zip(projections, places, strict=True) if output == j]
+            own = runs or Runs([p.B.shape[0] for p in projections], [0] * len(projections))
+            each = zip(projections, places, *own, strict=True)
+            mine = [(p, row, run, gap) for p, (output, row), run, gap in each if output == j]
             _augmented(x, w, b, h.narrow(1, 0, rank), mine, y[j])
         # The moments kernel finds nothing left to add.
         projections = [p._replace(B=p.B.narrow(1, 0, 0)) for p in projections]
     if strategy == "fused" or moments or (strategy == "library" and rank > 0):
-        expand(x, h, projections, strategy == "fused", tiles)
+        expand(x, h, projections, strategy == "fused", tiles, runs=runs)
     return y, sums

@@ -19,7 +19,7 @@ LIBRARY.define("column_probes(Tensor dy, Tensor? columns, Tensor? x, int[] sizes
 def _columns_kernel(
     dy: Tensor, columns: Tensor | None, x: Tensor | None, sizes: Sequence[int], blocks: int, backend: str
 ) -> list[Tensor]:
-    """Of the ``sizes`` columns of dy that are each projection's: ``Q_i = dy_i^T c_i`` [N_i, k], then the norms of x's columns [n, K]."""
+    """Of each projection's columns of dy: ``Q_i = dy_i^T c_i`` [N_i, k], then the norms of x's columns [n, K]."""
     parts, out = reference.split_columns(as_rows(dy), sizes, blocks), []
     if columns is not None:
         (chosen, _), k = choose(backend, dy.device, dy.dtype), columns.shape[1] // len(sizes)

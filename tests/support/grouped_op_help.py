@@ -41,7 +41,7 @@ def run(case, backend=None, p=(), dtype=None, moments=False, streams=()):
     x = cast(case["x"]).requires_grad_()
     A, B = ([cast(t).requires_grad_() for t in case[f]] for f in "AB")
     W, bias = [cast(w) for w in case["W"]], [cast(b) for b in case["bias"]]
-    acc, n = reference.accumulate_dtype(x.dtype), len(B) // len(case["P"])
+    acc, n = reference.accumulate_dtype(x.dtype), len(B) // len(case["batch"].names)
     Z = [torch.zeros(w.shape[0], P.shape[0], dtype=acc, requires_grad=True) for P in case["P"] for w in case["B"][:n]]
     V = [torch.zeros(2, w.shape[0] + 1, dtype=torch.float64, requires_grad=True) for _ in case["P"] for w in W]
     V = V if moments else []
@@ -50,7 +50,19 @@ def run(case, backend=None, p=(), dtype=None, moments=False, streams=()):
         seed = torch.randint(2**62, (), dtype=torch.int64) if any(p) else None
         keys = None if seed is None else case["batch"].keys(x, seed, 0)
         y = reference.lora_grouped(
-            x, W, bias, A, B, case["scale"], case["batch"].ids, Z, case["P"], case["sign"], keys, p, streams,
+            x,
+            W,
+            bias,
+            A,
+            B,
+            case["scale"],
+            case["batch"].ids,
+            Z,
+            case["P"],
+            case["sign"],
+            keys,
+            p,
+            streams,
             case["blocks"],
         )
     else:

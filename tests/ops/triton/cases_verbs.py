@@ -68,7 +68,7 @@ def test_shrink_backward(problem, dtype, factors, missing, monkeypatch):
         data.dy[0] = None
     layout = data.layout
     tiles = SHALLOW
-    dh = shrink.shrink_backward(data.slices(), data.B, layout.offsets, data.scale, layout.rank, tiles)
+    dh = shrink.shrink_backward(data.parts(), data.B, layout.offsets, data.scale, layout.rank, tiles, data.runs)
     assert dh.dtype == dtype
     assert_close(dh, expected_dh(data), dtype, "dh")
 
@@ -83,16 +83,14 @@ def test_linear(problem, dtype, factors, strategy, monkeypatch):
     h = expected_h(data).to(DEVICE, dtype)
     layout = data.layout
     y, moments = linear.linear(
-        data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, True, strategy, tiles
+        data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, True, strategy, tiles, data.runs
     )
-    update = torch.cat(
-        [
-            s * wide(h)[:, o : o + b.shape[1]] @ wide(b.to(dtype)).T
-            for b, o, s in zip(data.B, layout.offsets, data.scale, strict=True)
-        ],
-        dim=1,
-    )
-    for out, sums, part, w, b in zip(y, moments, update.split(problem.outputs, 1), data.W, data.bias, strict=True):
+    update = [torch.zeros(problem.M, n, dtype=torch.float64) for n in problem.outputs]
+    for i, (b, o, s) in enumerate(zip(data.B, layout.offsets, data.scale, strict=True)):
+        own = s * wide(h)[:, o : o + b.shape[1]] @ wide(b.to(dtype)).T
+        for first, column, count in layout.runs_of(i):
+            update[layout.outputs[i]][:, column : column + count] = own[:, first : first + count]
+    for out, sums, part, w, b in zip(y, moments, update, data.W, data.bias, strict=True):
         wanted = wide(data.x) @ wide(w).T + part + (0 if b is None else wide(b))
         assert out.dtype == dtype and sums.dtype == torch.float64
         assert_close(out, wanted, dtype, "y")
@@ -154,8 +152,9 @@ def test_wgrad(problem, dtype, factors, p, missing, monkeypatch):
     slices = data.slices()
     tiles = SHALLOW if problem is SEPARATE and not p else SMALL
     dA, dB, Q = wgrad.wgrad(
-        data.x, dh, slices, h, layout.offsets, s.ranks, data.scale, s.probes, dtype=factors, tiles=tiles, **options
-    )
+        data.x, dh, data.parts(), h, layout.offsets, s.ranks, data.scale, s.probes, dtype=factors, tiles=tiles,
+        runs=data.runs, **options,
+    )  # fmt: skip
     live = [i for i, g in enumerate(slices) if g is not None]
     rounding = dtype if dtype != torch.float32 else factors
     for i in range(len(s.ranks)):
