@@ -57,6 +57,11 @@ class Slices(dict[str, int]):
         runs = self.runs(name)
         return runs[0] if len(runs) == 1 else torch.cat([torch.arange(run.start, run.stop) for run in runs])
 
+    def columns(self, y: Tensor, name: str) -> Tensor:
+        """The columns of y [M, N] that are a slice's: a view where they are together."""
+        run = self.runs(name)[0]
+        return y.unflatten(1, (self.blocks, -1))[:, :, run].flatten(1)
+
     def interleave(self, parts: Sequence[Tensor]) -> Tensor:
         """Rows of each slice, one after another in ``parts`` [N_i, *], as they lie in the matrix [N, *]."""
         return torch.cat([part.unflatten(0, (self.blocks, -1)) for part in parts], dim=1).flatten(0, 1)

@@ -72,11 +72,11 @@ class Tracked:
         layer, taken = self.layers[path], self.probes[path].taken
         if not taken:
             return {}
-        rows, found = layer.slices.rows(name), {}
+        found = {}
         if {"grad_sq", "grad_abs"} & {*self.kinds}:
             backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
             x, dy, offsets = as_one_batch(taken)
-            both = backend.gradstat(x, dy[:, rows], offsets, absolute="grad_abs" in self.kinds)
+            both = backend.gradstat(x, layer.slices.columns(dy, name), offsets, absolute="grad_abs" in self.kinds)
             found["grad_sq"], found["grad_abs"] = both[0]
         if "fisher" in self.kinds:
             total, samples = self.sample_squares(path, name)
@@ -86,12 +86,12 @@ class Tracked:
     def sample_squares(self, path: str, name: str) -> tuple[Tensor, int]:
         """``Σ_i ||G_i||²`` of one matrix over the samples of this step, and their number."""
         layer, taken = self.layers[path], self.probes[path].taken
-        rows, samples = layer.slices.rows(name), 0
+        columns, samples = layer.slices.columns, 0
         total = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
         for micro in sorted({call.micro for call in taken}):
             x, dy, offsets = by_sample([call for call in taken if call.micro == micro])
             backend, _ = choose(layer.backend, x.device, x.dtype)
-            total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
+            total += backend.gradstat(x, columns(dy, name), offsets, absolute=False)[:, 0].double().sum()
             samples += len(offsets) - 1
         return total, samples
 
@@ -119,8 +119,8 @@ def _by_slice(total: Tensor, layer: Linear) -> Tensor:
     """Moments [2, N + 1] with the columns of each slice together."""
     if layer.slices.blocks == 1:
         return total
-    order = torch.cat([*[layer.slices.rows(name) for name in layer.slices], torch.tensor([layer.out_features])])
-    return total.index_select(1, order.to(total.device))
+    parts = [layer.slices.columns(total[:, :-1], name) for name in layer.slices]
+    return torch.cat([*parts, total[:, -1:]], dim=1)
 
 
 # Of each statistic: the numbers of those matrices that have one, float64, and for each matrix whether it has; or the
