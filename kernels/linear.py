@@ -241,7 +241,7 @@ def _augmented(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, mine: Seque
     factor = W.new_zeros(W.shape[0], h.shape[1])
     for p, row, run, gap in mine:
         own = factor[row : row + p.B.shape[0]] if gap == 0 else factor.unflatten(0, (-1, run + gap))[:, row : row + run]
-        own[..., p.offset : p.offset + p.B.shape[1]] = (p.scale * p.B).view(*own.shape[:-1], -1)
+        own[..., p.offset : p.offset + p.B.shape[1]] = (p.scale * p.B).view(*own.shape[:-1], p.B.shape[1])
     both, weight = torch.cat([x, h], dim=1), torch.cat([W, factor], dim=1)
     if bias is None:
         torch.mm(both, weight.t(), out=y)

@@ -217,8 +217,9 @@ inline void add_projection(Group& group, const Tensor& A, const Tensor& B, doubl
   Slot slot{B.size(1), B.size(0), group.rank, places.outputs[i], places.columns[i], static_cast<float>(scale)};
   if (places.interleave()) {
     slot.block = places.columns[places.outputs.size() + i], slot.stride = places.columns[2 * places.outputs.size() + i];
-    STD_TORCH_CHECK(slot.columns == 0 || (slot.block > 0 && slot.columns % slot.block == 0 && slot.stride >= slot.block),
-                    "columns: blocks of ", slot.block, " every ", slot.stride, " were asked for, of ", slot.columns);
+    STD_TORCH_CHECK(
+        slot.columns == 0 || (slot.block > 0 && slot.columns % slot.block == 0 && slot.stride >= slot.block),
+        "columns: blocks of ", slot.block, " every ", slot.stride, " were asked for, of ", slot.columns);
   }
   const int64_t last = slot.columns == slot.block ? 0 : (slot.columns / slot.block - 1) * slot.stride;
   const int64_t end = slot.column + last + slot.block;

@@ -173,19 +173,8 @@ class TritonBackend:
         some = [part is not None for part in parts]
         h = h if probes else h[:, : layout.rank]
         x = as_rows(call.x) if need.dA else None
-        dA, dB, Q = _kernel("wgrad").wgrad(
-            x,
-            dh,
-            parts,
-            h,
-            layout.offsets,
-            layout.ranks,
-            call.scale,
-            probes,
-            dtype=B[0].dtype,
-            runs=runs,
-            **drop,
-        )
+        options = {"dtype": B[0].dtype, "runs": runs, **drop}
+        dA, dB, Q = _kernel("wgrad").wgrad(x, dh, parts, h, layout.offsets, layout.ranks, call.scale, probes, **options)
         placed = [iter(grads) for grads in (dB, Q)]
         dB, Q = [[next(grads) if there else None for there in some] for grads in placed]
         dA = [grad if there else None for grad, there in zip(dA, some, strict=True)] if need.dA else []
