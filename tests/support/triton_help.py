@@ -84,8 +84,11 @@ class Data:
         ]
 
     def parts(self) -> list[Tensor | None]:
-        """dy of every projection as the kernels take it beside ``runs``."""
-        return triton_backend.parts_of(self.dy, self.layout)
+        """dy of every projection as the kernels take it beside ``runs``: its first column, and as many as it has."""
+        return [
+            None if self.dy[j] is None else self.dy[j].narrow(1, c, n)
+            for j, c, n in zip(self.layout.outputs, self.layout.columns, self.layout.widths, strict=True)
+        ]
 
 
 def wide(tensor: Tensor | None) -> Tensor | None:

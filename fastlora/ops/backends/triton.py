@@ -167,7 +167,7 @@ class TritonBackend:
 
     def _backward_one(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
         layout, drop = call.layout.of(0), _dropout(call.drop)
-        parts, B, runs = parts_of(dy, layout), _one_dtype(call.B), runs_of(layout)
+        parts, B, runs = _parts(dy, layout), _one_dtype(call.B), runs_of(layout)
         dh = _kernel("shrink").shrink_backward(parts, B, layout.offsets, call.scale, layout.rank, runs=runs)
         probes = call.probes[0] if call.probes and need.dZ else 0
         some = [part is not None for part in parts]
@@ -194,7 +194,7 @@ class TritonBackend:
             dx = torch.mm(*first)
             for grad, w in rest:
                 dx.addmm_(grad, w)
-        A, B, parts, runs = _one_dtype(call.A), _one_dtype(call.B), parts_of(dy, layout), runs_of(layout)
+        A, B, parts, runs = _one_dtype(call.A), _one_dtype(call.B), _parts(dy, layout), runs_of(layout)
         dh = h
         if need.dx or need.dA:
             dh = kernels.grouped_shrink_backward(parts, B, batch, ranks, call.scale, runs=runs)
@@ -260,7 +260,7 @@ def runs_of(layout: Layout) -> Any:
     return _kernel("primitives").Runs(layout.runs, tuple(gaps))
 
 
-def parts_of(dy: Sequence[Tensor | None], layout: Layout) -> list[Tensor | None]:
+def _parts(dy: Sequence[Tensor | None], layout: Layout) -> list[Tensor | None]:
     """The columns of dy that are each projection's; with ``runs_of`` as many from the first on."""
     if runs_of(layout) is not None:
         dy = [None if grad is None else _kernel("primitives").unit_last(grad) for grad in dy]
