@@ -5,6 +5,7 @@ Prints a JSON object of check and None or what failed. With names as arguments, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -15,6 +16,7 @@ import torch
 from plan_cases import AXES, Case, Example, directions, pairs
 from plan_program import (
     changes_are_seen,
+    every_strategy_is_repeated,
     forbidden,
     same,
     storages,
@@ -218,8 +220,6 @@ def a_launch_that_fails_goes_to_triton(gpu):
         tried.append(1)
         failing.close()
         return forward.compute(given)
-
-    import contextlib
 
     with contextlib.ExitStack() as failing:
         failing.enter_context(gpu.failing("cuLaunchKernelEx", INVALID_VALUE))
@@ -465,7 +465,7 @@ CHECKS = (
     what_cannot_be_written_down_is_said, a_launch_that_fails_goes_to_triton, memory_that_is_missing_is_tritons_error,
     a_driver_without_a_symbol_is_said, other_cards_have_plans_of_their_own, numbers_of_library_calls_are_torchs,
     backends_with_plans_give_the_same, layers_use_plans, another_device_is_the_current_one_for_its_launches,
-    compiled_kernels_are_kept, tritons_launcher_is_a_choice, explain_says_who_launches,
+    compiled_kernels_are_kept, every_strategy_is_repeated, tritons_launcher_is_a_choice, explain_says_who_launches,
 )  # fmt: skip
 
 

@@ -350,6 +350,11 @@ def test_the_gpu_model_is_of_the_shipped_tiles():
     assert (gpu_model.RESULTS / "gpu_model.md").read_text() == gpu_model.markdown(rows), stale
     for one in rows:
         assert all(kernel["ideal_us"] <= kernel["estimate_us"] for kernel in one["kernels"])
+        # Every part has one choice, and none is far from the least estimate.
+        for part in ("forward", "backward"):
+            some = [s for s in one["strategies"] if s["part"] == part]
+            (shipped,) = (s["estimate_us"] for s in some if s["shipped"])
+            assert shipped <= 1.07 * min(s["estimate_us"] for s in some), (one["case"], part)
     # By hand: DeiT's fused qkv has 25216 rows, 768 columns, 2304 outputs.
     linear = next(k for k in rows[0]["kernels"] if k["name"] == "linear")
     assert abs(linear["gigaflops"] - 2 * 25216 * 768 * 2304 / 1e9) < 1e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastlora.kernels import gradstat, grouped, linear, linear_backward, shrink, wgrad
+from fastlora.kernels import expand_backward, gradstat, grouped, linear, linear_backward, shrink, wgrad
 from fastlora.kernels.grouped import LoraRanks, RowBatch
 from fastlora.kernels.tiling import TileConfig
 from support.triton_help import DEVICE, assert_close, wide
@@ -37,6 +37,13 @@ def test_shrink_and_dh(operands):
     half = torch.float16
     assert_close(shrink.shrink(x, [A], tiles=SMALL), wide(x) @ wide(A.half()).T, half, "h")
     assert_close(shrink.shrink_backward([dy], [B], [0], [1.0], R, SMALL), wide(dy) @ wide(B.half()), half, "dh")
+
+
+def test_one_pass_over_dy(operands):
+    _, dy, _, B, h = operands
+    dh, _, dB, _ = expand_backward.expand_backward(None, [dy], h, [B], [0], [1.0], R, 0, strategy="fused", tiles=SMALL)
+    assert_close(dh, wide(dy) @ wide(B.half()), torch.float16, "dh")
+    assert_close(dB[0], wide(dy).T @ wide(h), torch.float32, "dB")
 
 
 @pytest.mark.parametrize("tma", [False, True])
