@@ -304,7 +304,7 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     measured = _measured(direction, "fp32" if dtype == torch.float32 else "half", M, N, K, R)
     if measured is not None:
         return measured
-    modelled = dtype != torch.float32 and own.capability == (9, 0)
+    modelled = dtype != torch.float32 and own.capability == (9, 0) and own.shared >= Limits().shared
     if direction == "expand_backward":
         return "fused" if modelled and M * N >= 1 << 24 else "separate"
     if direction.startswith("shrink_linear"):

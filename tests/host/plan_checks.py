@@ -226,7 +226,7 @@ def a_launch_that_fails_goes_to_triton(gpu):
         out = plans.run(forward.key, forward.inputs, compute)
     assert len(out) == 4 and tried == [1]
     name, reason = plan.launcher()
-    assert name == "triton" and "shrink_kernel failed" in reason and reason in plan._said, (name, reason)
+    assert name == "triton" and "shrink_linear_kernel failed" in reason and reason in plan._said, (name, reason)
     assert len(gpu.record(lambda: plans.run(forward.key, forward.inputs, forward.compute))) > 0 and len(plans) == 0
     plan._disabled.clear()
     plans = with_plans(forward)
@@ -383,14 +383,14 @@ def another_device_is_the_current_one_for_its_launches(gpu):
 def compiled_kernels_are_kept(gpu):
     import gc
 
-    from fastlora.kernels.shrink import shrink_kernel
+    from fastlora.kernels.shrink_linear import shrink_linear_kernel
 
     forward = directions(PLAIN, gpu.device)["forward"]
     plans = with_plans(forward)
-    shrink_kernel.device_caches.clear()
+    shrink_linear_kernel.device_caches.clear()
     gc.collect()
     launches = gpu.record(lambda: plans.run(forward.key, forward.inputs, forbidden))
-    assert "shrink_kernel" in {launch.function for launch in launches}
+    assert "shrink_linear_kernel" in {launch.function for launch in launches}
     assert {kernel.name for kernel in plan._kernels.values()} >= {launch.function for launch in launches}
 
 
