@@ -1,8 +1,10 @@
 // Schemas of the low-level operators; the maths lives in csrc/cpu and csrc/cuda.
 //
 // M rows (tokens), K = in_features, N_j columns of the matrix y_j. Projection i has the factors A_i [r_i, K] and
-// B_i [n_i, r_i], and lies in columns columns[i]..columns[i] + n_i of y_j, j = outputs[i]. R = sum_i r_i.
-// Unless said otherwise:
+// B_i [n_i, r_i], and lies in columns columns[i]..columns[i] + n_i of y_j, j = outputs[i]. R = sum_i r_i. Where
+// projections interleave `columns` goes on with a block b_i and a stride s_i of each, all first columns, then all
+// blocks, then all strides: column n of projection i is column columns[i] + n / b_i * s_i + n % b_i of y_j. Unless said
+// otherwise:
 // - matrices are float32, bfloat16 or float16 of any strides; those written in place, (a!), have column stride 1;
 // - every size may be 0, a rank too, and a list empty;
 // - products are summed in fp32 and rounded once to the dtype of the result. Sums over rows go block by block, then

@@ -13,6 +13,7 @@ from .primitives import (
     Factors,
     Matrix,
     Options,
+    Runs,
     block_rank,
     hide_from_specialization,
     launch,
@@ -23,12 +24,13 @@ from .primitives import (
     rank_matrix,
     reveal,
     select,
+    spread,
     unit_last,
 )
 from .reduce import reduce_partials
 from .shrink import shrink_backward
 from .tiling import TileConfig, choose_parts, choose_strategy, choose_tiles
-from .wgrad import Layout, Outer, Products, outer_products, product_layout, wgrad
+from .wgrad import Layout, Outer, Products, outer_products, product_layout, runs_of_products, wgrad
 
 
 @triton.jit(do_not_specialize=["M", "rows", "span"])
@@ -60,7 +62,7 @@ def expand_backward_kernel(products, B, dh, partial, M, rows, span, TILE: tl.con
         if not OPTIONS.even_k:
             m_dy = m_row & (o_n < N)[None, :]
         o_column = o_n.to(tl.int64)[:, None]
-        b_dy = tl.load(p_dy + o_n[None, :], mask=m_dy, other=0.0)
+        b_dy = tl.load(p_dy + spread(o_n, products.runs, i)[None, :], mask=m_dy, other=0.0)
         b_b = tl.load(p_b + o_column * stride_b, mask=m_n & m_rank, other=0.0).to(b_dy.dtype)
         b_dh = tl.dot(b_dy, b_b, b_dh, input_precision=OPTIONS.precision)
         b_dB = tl.dot(tl.trans(b_dy), b_h, input_precision=OPTIONS.precision)
@@ -102,6 +104,7 @@ def run(outer: Outer, B: Sequence[Tensor], scales: Sequence[float], dh: Tensor, 
             Matrix(tuple(skinny), hide_from_specialization(strides_h), None),
             Layout(*map(hide_from_specialization, zip(*layouts, strict=True))),
             None,
+            runs_of_products(outer.products),
         ),
         Factors(tuple(B), hide_from_specialization(strides_b), columns, weights),
         rank_matrix(target),
@@ -130,23 +133,25 @@ def expand_backward(
     streams: Sequence[int] = (),
     strategy: str | None = None,
     tiles: TileConfig | None = None,
+    runs: Runs | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """dh [M, rank] as ``shrink_backward`` and dA, dB, Q as ``wgrad``, in the dtype of B.
 
     ``strategy``: "fused" reads dy once, with ``tiles``, "separate" once for dh and once for dB and Q; default by the
-    table. A ``dh`` that is there already is kept.
+    table. A ``dh`` that is there already is kept. ``runs``: of projections that interleave, whose dy have a column
+    stride of 1.
     """
     ranks, live = [b.shape[1] for b in B], [g for g in dy if g is not None]
     M, N = live[0].shape[0], sum(g.shape[1] for g in live)
     strategy = strategy or choose_strategy("expand_backward", M, N, 0, rank + probes, h.dtype, h.device)
     rest = (h, offsets, ranks, scales, probes, seed, threshold, keep_scale, streams, B[0].dtype)
     if strategy == "separate" or dh is not None:
-        dh = shrink_backward(dy, B, offsets, scales, rank) if dh is None else dh
-        return dh, *wgrad(x, dh, dy, *rest)
+        dh = shrink_backward(dy, B, offsets, scales, rank, runs=runs) if dh is None else dh
+        return dh, *wgrad(x, dh, dy, *rest, runs=runs)
     h, B, own = unit_last(h), [unit_last(b) for b in B], [r for r, g in zip(ranks, dy, strict=True) if g is not None]
     make = torch.empty if sum(own) == rank else torch.zeros
     dh = make(M, rank, dtype=live[0].dtype, device=h.device)
-    outer = outer_products(dy, h, offsets, ranks, scales, probes, B[0].dtype)
+    outer = outer_products(dy, h, offsets, ranks, scales, probes, B[0].dtype, runs=runs)
     if M > 0 and outer.products:
         run(outer, B, scales, dh, tiles or choose_tiles("expand_backward", M, N, 0, rank + probes, h.dtype, h.device))
     dA = [] if x is None else wgrad(x, dh, [None] * len(dy), *rest)[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import linear, linear_backward, shrink, wgrad
 from .constants import device_constant
-from .primitives import KeyDropout, Segments, multiples_of_8, unit_last
+from .primitives import KeyDropout, Runs, Segments, multiples_of_8, unit_last
 from .reduce import reduce_partials
 from .tiling import GRID_LIMIT, TileConfig, choose_split, choose_tiles
 
@@ -210,11 +210,12 @@ def grouped_expand_(
     scales: Sequence[float],
     moments: bool = False,
     tiles: TileConfig | None = None,
+    runs: Runs | None = None,
 ) -> list[Tensor]:
     """In place ``y[m] += s_gi h_gi[m] B_gi^T`` at projection i's place, for the rows of every adapter g.
 
     y_j [M, N_j], W_j [N_j, K]. Returns with ``moments`` the column sums of y_j and y_j^2 over each adapter's rows,
-    float64 [2, N_j], entry ``g * len(y) + j``.
+    float64 [2, N_j], entry ``g * len(y) + j``. ``runs``: of projections that interleave.
     """
     G, M, n = ranks.adapters, h.shape[0], len(places)
     make = torch.zeros if M == 0 else torch.empty
@@ -230,7 +231,7 @@ def grouped_expand_(
             w, out = W[j].narrow(0, column, width), y[j].narrow(1, column, width)
             own = sums[j].narrow(2, column, width) if moments else None
             projections.append(linear.Projection(w, None, packed, out, own, 0, 1.0))
-        linear.expand(h, h, projections, False, tiles, segments, ranks.even)
+        linear.expand(h, h, projections, False, tiles, segments, ranks.even, runs)
     return _apart([of_output[g] for g in range(G) for of_output in sums])
 
 
@@ -241,10 +242,12 @@ def grouped_shrink_backward(
     ranks: LoraRanks,
     scales: Sequence[float],
     tiles: TileConfig | None = None,
+    runs: Runs | None = None,
 ) -> Tensor:
     """``dh[m, o_gi :] = s_gi dy_i[m] B_gi`` for the rows of every adapter: dy_i [M, N_i] -> dh [M, max_g R_g].
 
-    At least one dy_i, the part of the gradient that is projection i's, is given.
+    At least one dy_i, the part of the gradient that is projection i's, is given. ``runs``: of projections that
+    interleave, whose dy have a column stride of 1.
     """
     live = [i for i, part in enumerate(dy) if part is not None]
     wide = [unit_last(dy[i]) for i in live]
@@ -257,7 +260,8 @@ def grouped_shrink_backward(
         schedule = batch.schedule(batch.ranges, M, tiles.rows)
         segments = _segments("pairs", batch, schedule, ranks, widths, live, some)
         packed, widest = [pack(B).view(-1, 1)] * len(live), max(map(max, ranks.by_adapter))
-        shrink.run(wide, packed, dh, [0] * len(live), [1.0] * len(live), tiles, None, (), segments, widest, ranks.even)
+        options = tiles, None, (), segments, widest, ranks.even, runs and runs.of(live)
+        shrink.run(wide, packed, dh, [0] * len(live), [1.0] * len(live), *options)
     return dh
 
 
@@ -293,11 +297,12 @@ def grouped_wgrad(
     dtype: torch.dtype = torch.float32,
     tiles: TileConfig | None = None,
     drop: Dropout | None = None,
+    runs: Runs | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """``dA = dh^T x``, ``dB = s dy_i^T h_i``, ``Q = dy_i^T h_P`` of every adapter over its own rows.
 
     x [M, K] (None: dA is not wanted), dy_i [M, widths_i] (None: zeros) -> dA [r, K], dB [N_i, r] in ``dtype`` and Q
-    fp32 [N_i, k_g], each with one entry for every adapter and projection.
+    fp32 [N_i, k_g], each with one entry for every adapter and projection. ``runs`` as in ``grouped_shrink_backward``.
     """
     n, live = len(dy), [i for i, part in enumerate(dy) if part is not None]
     wide, K = [unit_last(dy[i]) for i in live], 0 if x is None else x.shape[1]
@@ -317,7 +322,7 @@ def grouped_wgrad(
     ]
     if M and total:
         inputs = [] if x is None else [wgrad.Product(unit_last(x), dh)]
-        outer = [wgrad.Product(g, h) for g in wide]
+        outer = [wgrad.Product(g, h, None, wgrad.run_of(runs, i)) for i, g in zip(live, wide, strict=True)]
         some = [scales[g * n + i] for g in range(ranks.adapters) for i in live]
         _wgrad_partials(inputs, outer, flat, batch, ranks, [K, *widths], live, some, tiles, drop)
     shapes = [

@@ -15,6 +15,7 @@ from .primitives import (
     Matrix,
     Options,
     Rows,
+    Runs,
     Segments,
     aligned,
     find_tile,
@@ -30,6 +31,7 @@ from .primitives import (
     reveal,
     select,
     select_matrix,
+    spread,
     store_moments,
     swizzle,
     table_row,
@@ -44,7 +46,7 @@ class Projection(NamedTuple):
     """A block of output columns with its own adapter: views of the frozen weight, its bias, B and the output.
 
     W [N_i, K]; bias [N_i] or None; B [N_i, r_i]; y [M, N_i]; moments float64 [2, N_i] or None; offset: first column
-    in h.
+    in h. With ``Runs`` a view has the first row or column and the number of them right.
     """
 
     W: Tensor
@@ -66,8 +68,9 @@ class Group(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One projection, or one adapter's part of it: weight, output, B with its stride, ranks in h, scale."""
+    """Projection ``i``, or one adapter's part of it: weight, output, B with its stride, ranks in h, scale."""
 
+    i: tl.tensor
     W: Matrix
     y: Matrix
     B: tl.tensor
@@ -99,17 +102,18 @@ def projection_part(group, i, segments, adapter, EVEN: tl.constexpr):
         i_pair = adapter * len(group.y.data) + i
         first, rank, offset = table_row(segments.table, i_pair, 3, EVEN)
         p_b, stride_b, scale = B.data[0] + first, rank, tl.load(segments.scales + i_pair)
-    return Part(select_matrix(group.W, i), select_matrix(group.y, i), p_b, stride_b, offset, rank, scale)
+    return Part(i, select_matrix(group.W, i), select_matrix(group.y, i), p_b, stride_b, offset, rank, scale)
 
 
 @triton.jit
-def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+def linear_tile(part, bias, x, h, sums, place, runs, descriptors, TILE: tl.constexpr, OPTIONS: tl.constexpr):
     """The tile at ``place`` of a projection's y."""
     BLOCK_M: tl.constexpr = TILE.rows
     BLOCK_N: tl.constexpr = TILE.columns
     BLOCK_K: tl.constexpr = TILE.depth
     BLOCK_R: tl.constexpr = 16  # a tensor core's
     o_n = place.column + tl.arange(0, BLOCK_N)
+    o_y = spread(o_n, runs, part.i)
     m_m, m_n = place.rows.exist[:, None], (o_n < part.y.columns)[None, :]
     o_row = place.rows.numbers.to(tl.int64)[:, None]
     # The expand comes first: scaled in fp32 it becomes the start of the accumulator and needs no registers of its own.
@@ -126,7 +130,7 @@ def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, 
         b_acc = tl.dot(b_h, b_b, b_acc, input_precision=OPTIONS.precision)
     b_acc *= part.scale
     if x is not None and descriptors is None:
-        p_w, p_x = part.W.data + o_n.to(tl.int64)[None, :] * part.W.stride, x.data + o_row * x.stride
+        p_w, p_x = part.W.data + o_y.to(tl.int64)[None, :] * part.W.stride, x.data + o_row * x.stride
         b_acc = matmul_loop(b_acc, p_x, p_w, 1, m_m, m_n, x.columns, TILE, OPTIONS)
     elif x is not None:
         if LATE:
@@ -141,8 +145,8 @@ def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, 
             b_h, b_b = tl.where(m_h, b_h, 0.0), (b_b.to(tl.float32) * part.scale).to(b_h.dtype)
             b_acc = tl.dot(b_h, b_b, b_acc, input_precision=OPTIONS.precision)
     if bias is not None:
-        b_acc += tl.load(bias + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
-    p_tile = part.y.data + o_row * part.y.stride + o_n[None, :]
+        b_acc += tl.load(bias + o_y[None, :], mask=m_n, other=0.0).to(tl.float32)
+    p_tile = part.y.data + o_row * part.y.stride + o_y[None, :]
     if x is None:
         b_acc += tl.load(p_tile, mask=m_m & m_n, other=0.0).to(tl.float32)
     b_y = b_acc.to(part.y.data.dtype.element_ty)
@@ -173,7 +177,7 @@ def linear_kernel(group, x, h, sums, segments, M, tiles_m, tiles_n, TILE: tl.con
             for i_tile in tl.range(i_next, own, tl.num_programs(0), num_stages=1, disable_licm=True):
                 i_m, i_n = swizzle(i_tile, tiles_m, tl.cdiv(width, BLOCK_N), TILE.band)
                 place = Place(i_m, tile_rows(None, None, i_m, M, BLOCK_M, False), i_n * BLOCK_N, o_entry)
-                linear_tile(part, bias, x, h, sums, place, (desc_x, desc_w), TILE, OPTIONS)
+                linear_tile(part, bias, x, h, sums, place, None, (desc_x, desc_w), TILE, OPTIONS)
             # The next projection's tiles go on where this one's ended, so that every program has as many.
             i_next += tl.cdiv(tl.maximum(own - i_next, 0), tl.num_programs(0)) * tl.num_programs(0) - own
             o_entry += width
@@ -188,7 +192,7 @@ def linear_kernel(group, x, h, sums, segments, M, tiles_m, tiles_n, TILE: tl.con
     place = Place(i_m, tile_rows(segments, adapter, i_m, M, BLOCK_M, OPTIONS.gather), o_first, o_entry)
     part = projection_part(group, i, segments, adapter, OPTIONS.even_r)
     bias = None if group.bias is None else select(group.bias, i)
-    linear_tile(part, bias, x, h, sums, place, None, TILE, OPTIONS)
+    linear_tile(part, bias, x, h, sums, place, group.B.runs, None, TILE, OPTIONS)
 
 
 def cut(
@@ -211,14 +215,14 @@ def cut(
     return projections
 
 
-def as_group(projections: Sequence[Projection], matmul: bool = True) -> Group:
-    """The operand for projections; a bias is added where the kernel multiplies."""
+def as_group(projections: Sequence[Projection], matmul: bool = True, runs: Runs | None = None) -> Group:
+    """The operand for projections; a bias is added where the kernel multiplies. ``runs``: of those that interleave."""
     bias = None
     if matmul and any(p.bias is not None for p in projections):
         bias = tuple(p.W.new_zeros(p.W.shape[0]) if p.bias is None else p.bias for p in projections)
     columns = rank_columns([p.offset for p in projections], [p.B.shape[1] for p in projections])
     strides = hide_from_specialization([p.B.stride(0) for p in projections])
-    B = Factors(tuple(p.B for p in projections), strides, columns, tuple(float(p.scale) for p in projections))
+    B = Factors(tuple(p.B for p in projections), strides, columns, tuple(float(p.scale) for p in projections), runs)
     return Group(matrices([p.W for p in projections]), bias, B, matrices([p.y for p in projections]))
 
 
@@ -230,11 +234,12 @@ def expand(
     tiles: TileConfig | None,
     segments: Segments | None = None,
     even: bool = False,
+    runs: Runs | None = None,
 ) -> None:
     """Fill (``matmul``) or update every projection's y, and its moments where it has them.
 
     With ``segments`` every row gets its own adapter's part: B is then the packed [elements, 1] of all, ``even`` says
-    whether all ranks are multiples of 8, and the moments are [adapters, 2, N_i].
+    whether all ranks are multiples of 8, and the moments are [adapters, 2, N_i]. With ``runs`` a tile has no TMA.
     """
     M, K = x.shape
     ranks, strides = [p.B.shape[1] for p in projections], [p.B.stride(0) for p in projections]
@@ -248,7 +253,7 @@ def expand(
     sums = torch.empty(2 * tiles_m, N, dtype=torch.float32, device=x.device) if moments else None
     if segments is None:
         even = multiples_of_8(ranks, strides, offsets)
-    group = as_group(projections, matmul)
+    group = as_group(projections, matmul, runs)
     operands = group, matrix(x) if matmul else None, rank_matrix(h), None if sums is None else matrix(sums), segments
     own, programs = limits(x.device), tiles_m * tiles_n
     if tiles.tma:
@@ -262,20 +267,22 @@ def expand(
     launch(linear_kernel, (programs,), *operands, M, tiles_m, tiles_n, TILE=tiles, OPTIONS=options)
     if sums is not None:
         ranges = None if segments is None else segments.ranges
-        reduce_moments(sums, [p.moments for p in projections], M, tiles.rows, ranges)
+        reduce_moments(sums, [p.moments for p in projections], M, tiles.rows, ranges, runs)
 
 
-def _augmented(both: Tensor, W: Tensor, bias: Tensor | None, mine: Sequence[Projection], y: Tensor) -> None:
+def _augmented(both: Tensor, W: Tensor, bias: Tensor | None, mine: Sequence[Projection], n: int, y: Tensor) -> None:
     """``y = [x | h] [W | s B]^T + bias`` by the library's matmul, B block-diagonal over one weight's projections.
 
-    What stands behind h in ``both`` meets zeros.
+    What stands behind h in ``both`` meets zeros. The weight's rows are n blocks, each with a part of each projection.
     """
     blocks, width = [], both.shape[1] - W.shape[1]
     for p in mine:
         scaled, after = W.new_empty(p.B.shape), width - p.offset - p.B.shape[1]
         reduce_partials(p.B.contiguous().view(1, -1), [scaled], [p.scale])
         blocks.append([W.new_zeros(len(scaled), p.offset), scaled, W.new_zeros(len(scaled), after)])
-    weight = torch.cat([W, torch.cat([torch.cat(block, dim=1) for block in blocks])], dim=1)
+    rows = [torch.cat(block, dim=1) for block in blocks]
+    factor = torch.cat(rows) if n == 1 else torch.cat([own.unflatten(0, (n, -1)) for own in rows], dim=1).flatten(0, 1)
+    weight = torch.cat([W, factor], dim=1)
     if bias is None:
         torch.mm(both, weight.t(), out=y)
     else:
@@ -294,11 +301,13 @@ def linear(
     moments: bool = False,
     strategy: str | None = None,
     tiles: TileConfig | None = None,
+    runs: Runs | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """``y_j = x W_j^T + bias_j`` with ``s_i h_i B_i^T`` added at projection i's place (output, first column).
 
     x [M, K], W_j [N_j, K], h [M, R or more], B_i [N_i, r_i] of one dtype -> y_j [M, N_j] and, with ``moments``, the
     column sums of y and y^2, float64 [2, N_j]. ``strategy``: "fused", "library" or "augmented"; default by the table.
+    ``runs``: of projections that interleave.
     """
     x, h, W, B = unit_last(x), unit_last(h), [unit_last(w) for w in W], [unit_last(b) for b in B]
     M, K = x.shape
@@ -316,7 +325,7 @@ def linear(
         operation, most = "linear_moments" if moments else "linear", max(b.shape[1] for b in B)
         tiles = tiles or choose_tiles(operation, M, N, K, most, x.dtype, x.device)
         # By pointers that tile would keep what does not fit its registers on the stack.
-        if tiles.tma and not aligned([x, *W]):
+        if tiles.tma and (runs or not aligned([x, *W])):
             strategy, tiles = "library", None
     if strategy == "library":
         y = [torch.nn.functional.linear(x, w, b) for w, b in zip(W, bias, strict=True)]
@@ -328,9 +337,11 @@ def linear(
         both = torch.cat([x, h.narrow(1, 0, rank), x.new_zeros(M, -(K + rank) % 8)], dim=1)
         for j, (w, b) in enumerate(zip(W, bias, strict=True)):
             mine = [p for p, (output, _) in zip(projections, places, strict=True) if output == j]
-            _augmented(both, w, b, mine, y[j])
+            own = zip(B, [b.shape[0] for b in B] if runs is None else runs.lengths, places, strict=True)
+            n = next(b.shape[0] // run for b, run, (output, _) in own if output == j and run > 0)
+            _augmented(both, w, b, mine, n, y[j])
         # The moments kernel finds nothing left to add.
         projections = [p._replace(B=p.B.narrow(1, 0, 0)) for p in projections]
     if strategy == "fused" or moments or (strategy == "library" and rank > 0):
-        expand(x, h, projections, strategy == "fused", tiles)
+        expand(x, h, projections, strategy == "fused", tiles, runs=runs)
     return y, sums

@@ -51,8 +51,22 @@ class RankColumns(NamedTuple):
     ranks: tuple
 
 
+class Runs(NamedTuple):
+    """Columns of y and dy that are a projection's, where projections interleave: ``lengths`` of them are together, and
+    ``gaps`` columns of others lie between.
+    """
+
+    lengths: tuple
+    gaps: tuple
+
+    def of(self, chosen: Sequence[int]) -> Runs:
+        """Those of some of the projections."""
+        return Runs(*(tuple(values[i] for i in chosen) for values in self))
+
+
 class Factors(NamedTuple):
-    """Low-rank factors: tensors, strides of their rows, their columns of h, scales.
+    """Low-rank factors: tensors, strides of their rows, their columns of h, scales, and the columns of y or dy that
+    meet their rows (None: each projection's are together).
 
     With ``Segments`` the packed factors of all adapters are the only entry.
     """
@@ -61,6 +75,7 @@ class Factors(NamedTuple):
     strides: tuple
     columns: RankColumns
     scales: tuple | None = None
+    runs: Runs | None = None
 
 
 class Segments(NamedTuple):
@@ -242,6 +257,15 @@ def select(values, i_chosen):
 def select_matrix(group, i_chosen):
     """Matrix ``i_chosen`` of a group."""
     return Matrix(select(group.data, i_chosen), select(group.stride, i_chosen), select(group.columns, i_chosen))
+
+
+@triton.jit
+def spread(o_n, runs, i):
+    """Where columns ``o_n`` of projection i lie, counted from its first."""
+    if runs is None:
+        return o_n
+    else:
+        return o_n + o_n // select(runs.lengths, i) * select(runs.gaps, i)
 
 
 @triton.jit

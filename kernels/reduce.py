@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import Matrix, find_tile, launch, matrix, select
+from .primitives import Matrix, Runs, find_tile, launch, matrix, select, spread
 from .tiling import REDUCE_BLOCK
 
 
@@ -62,7 +62,7 @@ def reduce_pairs(partial: Tensor, out: Tensor) -> None:
 
 @triton.jit(do_not_specialize=["M"])
 def moments_kernel(
-    sums, out, ranges, M,
+    sums, out, runs, ranges, M,
     ADAPTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Column sums and sums of squares in float64 from each row tile's sum and its squares about its own mean.
@@ -91,18 +91,26 @@ def moments_kernel(
         b_total += b_sum
         b_square += tl.load(p_sum + sums.stride, mask=m_sum, other=0.0).to(tl.float64) + b_sum * b_sum / rows
     stride_out = select(out.stride, i_entry)
-    p_tile = select(out.data, i_entry) + adapter * 2 * stride_out + o_n
+    p_tile = select(out.data, i_entry) + adapter * 2 * stride_out + spread(o_n, runs, i_entry)
     tl.store(p_tile, tl.sum(b_total, axis=0), mask=m_n)
     tl.store(p_tile + stride_out, tl.sum(b_square, axis=0), mask=m_n)
 
 
-def reduce_moments(sums: Tensor, outputs: Sequence[Tensor], M: int, block: int, ranges: Tensor | None = None) -> None:
+def reduce_moments(
+    sums: Tensor,
+    outputs: Sequence[Tensor],
+    M: int,
+    block: int,
+    ranges: Tensor | None = None,
+    runs: Runs | None = None,
+) -> None:
     """Fill float64 outputs [2, N_i] from ``sums`` [2 tiles, sum N_i] of row tiles of height ``block``.
 
-    With ``ranges`` [adapters, 2] the outputs are [adapters, 2, N_i] and each sums its own tiles.
+    With ``ranges`` [adapters, 2] the outputs are [adapters, 2, N_i] and each sums its own tiles. ``runs``: of outputs
+    whose columns interleave.
     """
     adapters = 0 if ranges is None else ranges.shape[0]
     out = Matrix(tuple(outputs), tuple(m.stride(-2) for m in outputs), tuple(m.shape[-1] for m in outputs))
     blocks = {"ADAPTERS": triton.next_power_of_2(adapters), "BLOCK_M": block, "BLOCK_N": 32, "TILES": 32}
     grid = (sum(triton.cdiv(width, blocks["BLOCK_N"]) for width in out.columns), max(adapters, 1))
-    launch(moments_kernel, grid, matrix(sums), out, ranges, M, **blocks, num_warps=4)
+    launch(moments_kernel, grid, matrix(sums), out, runs, ranges, M, **blocks, num_warps=4)

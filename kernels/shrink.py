@@ -14,6 +14,7 @@ from .primitives import (
     Factors,
     KeyDropout,
     Options,
+    Runs,
     SeedDropout,
     Segments,
     aligned,
@@ -32,6 +33,7 @@ from .primitives import (
     row_keys,
     seed_dropout,
     select,
+    spread,
     stacked_rows,
     table_row,
     tile_rows,
@@ -67,8 +69,11 @@ def rank_block(factors, i, o_own, total, SHARED: tl.constexpr, OPTIONS: tl.const
 
 
 @triton.jit
-def shrink_loop(p_x, K, first, last, rows, block, dropout, columns, adapter, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+def shrink_loop(
+    p_x, K, first, last, rows, block, dropout, factors, i_x, adapter, TILE: tl.constexpr, OPTIONS: tl.constexpr
+):
     """``x f`` over the columns from first to last, with dropout of x for the masked projections' ranks."""
+    columns = factors.columns
     BLOCK_M: tl.constexpr = TILE.rows
     BLOCK_R: tl.constexpr = TILE.columns
     BLOCK_K: tl.constexpr = TILE.depth
@@ -81,7 +86,7 @@ def shrink_loop(p_x, K, first, last, rows, block, dropout, columns, adapter, TIL
         m_x, m_f = rows.exist[:, None], block.exist[None, :]
         if not OPTIONS.even_k:
             m_x, m_f = m_x & (o_k < K)[None, :], m_f & (o_k < K)[:, None]
-        b_x = tl.load(p_x + o_k[None, :], mask=m_x, other=0.0)
+        b_x = tl.load(p_x + spread(o_k, factors.runs, i_x)[None, :], mask=m_x, other=0.0)
         p_f = block.factors[None, :] + o_k[:, None].to(tl.int64) * block.stride
         b_f = tl.load(p_f, mask=m_f, other=0.0).to(b_x.dtype)
         if dropout is not None:
@@ -137,7 +142,7 @@ def shrink_kernel(
     part = tl.cdiv(tl.cdiv(K, TILE.depth), tl.num_programs(1)) * TILE.depth
     p_x = select(x.data, i) + rows.numbers.to(tl.int64)[:, None] * select(x.stride, i)
     first, last = i_split * part, tl.minimum(K, (i_split + 1) * part)
-    b_acc = shrink_loop(p_x, K, first, last, rows, block, dropout, factors.columns, adapter, TILE, OPTIONS)
+    b_acc = shrink_loop(p_x, K, first, last, rows, block, dropout, factors, i, adapter, TILE, OPTIONS)
     if not SHARED:
         b_acc *= block.scale
     o_row = i_split.to(tl.int64) * M + rows.numbers
@@ -157,12 +162,14 @@ def run(
     segments: Segments | None = None,
     widest: int = 0,
     even: bool = False,
+    runs: Runs | None = None,
 ) -> None:
     """Launch over ``x`` (one a factor, or without ``scales`` one for all) and finish a split sum into ``out`` [M, R].
 
     ``streams``: one for each projection that has a mask under ``dropout``. With ``segments`` there is one factor, the
     packed [rows or elements, K or 1] of all adapters, ``widest`` ranks wide at most and ``even`` if all ranks are
-    multiples of 8. No split then: how a row is summed must not depend on the rest of the batch.
+    multiples of 8. No split then: how a row is summed must not depend on the rest of the batch. ``runs``: of x whose
+    columns interleave.
     """
     M, total = out.shape
     shared = scales is None
@@ -186,7 +193,7 @@ def run(
     scales = None if shared else tuple(float(s) for s in scales)
     operands = (
         matrices(x),
-        Factors(tuple(factors), strides, rank_columns(offsets, ranks), scales),
+        Factors(tuple(factors), strides, rank_columns(offsets, ranks), scales, runs),
         rank_matrix(target),
         dropout,
         segments,
@@ -238,10 +245,12 @@ def shrink_backward(
     scales: Sequence[float],
     rank: int,
     tiles: TileConfig | None = None,
+    runs: Runs | None = None,
 ) -> Tensor:
     """``dh[:, o_i : o_i + r_i] = s_i dy_i B_i``: dy_i [M, N_i], B_i [N_i, r_i] -> dh [M, rank] in dy's dtype.
 
-    Columns of a projection without dy are zero. At least one dy is given.
+    Columns of a projection without dy are zero. At least one dy is given. ``runs``: of projections that interleave,
+    whose dy have a column stride of 1.
     """
     live = [i for i, b in enumerate(B) if dy[i] is not None and b.shape[1] > 0]
     some = next(g for g in dy if g is not None)
@@ -250,5 +259,6 @@ def shrink_backward(
     if dh.numel() == 0 or not live:
         return dh
     wide, factors = [unit_last(dy[i]) for i in live], [unit_last(B[i]) for i in live]
-    run(wide, factors, dh, [offsets[i] for i in live], [scales[i] for i in live], tiles)
+    runs = runs and runs.of(live)
+    run(wide, factors, dh, [offsets[i] for i in live], [scales[i] for i in live], tiles, runs=runs)
     return dh

@@ -13,6 +13,7 @@ from .linear import Projection, as_group, cut, linear, projection_part
 from .primitives import (
     Factors,
     Options,
+    Runs,
     aligned,
     block_rank,
     find_tile,
@@ -24,6 +25,7 @@ from .primitives import (
     rank_matrix,
     reveal,
     select,
+    spread,
     swizzle,
     tile_rows,
     unit_last,
@@ -76,6 +78,7 @@ def shrink_linear_kernel(
         o_first + tl.arange(0, TILE.columns),
         tl.arange(0, RANKS),
     )
+    o_y = spread(o_n, group.B.runs, i)
     m_m, m_n, m_rank = rows.exist[:, None], (o_n < part.y.columns)[None, :], o_rank < part.rank
     o_row = rows.numbers.to(tl.int64)[:, None]
     p_f = select(factors.data, i) + o_rank.to(tl.int64) * select(factors.strides, i)
@@ -90,8 +93,8 @@ def shrink_linear_kernel(
         p_f = tl.multiple_of(p_f, 16)
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if group.bias is not None:
-        b_acc += tl.load(select(group.bias, i) + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
-    p_x, p_w = x.data + o_row * x.stride, part.W.data + o_n.to(tl.int64)[None, :] * part.W.stride
+        b_acc += tl.load(select(group.bias, i) + o_y[None, :], mask=m_n, other=0.0).to(tl.float32)
+    p_x, p_w = x.data + o_row * x.stride, part.W.data + o_y.to(tl.int64)[None, :] * part.W.stride
     b_acc, b_h = shrink_matmul_loop(
         b_acc, p_x, p_w, p_f[None, :], m_m, m_n, m_f[None, :], x.columns, RANKS, TILE, OPTIONS
     )
@@ -99,7 +102,7 @@ def shrink_linear_kernel(
     p_b = part.B + o_n.to(tl.int64)[None, :] * part.stride_B + o_rank[:, None]
     b_b = (tl.load(p_b, mask=m_n & m_rank[:, None], other=0.0).to(tl.float32) * part.scale).to(b_low.dtype)
     b_acc = tl.dot(b_low, b_b, b_acc, input_precision=OPTIONS.precision)
-    tl.store(part.y.data + o_row * part.y.stride + o_n[None, :], b_acc.to(part.y.data.dtype.element_ty), mask=m_m & m_n)
+    tl.store(part.y.data + o_row * part.y.stride + o_y[None, :], b_acc.to(part.y.data.dtype.element_ty), mask=m_m & m_n)
     if o_first == 0:
         tl.store(h.data + o_row * reveal(h.stride, EVEN) + o_h[None, :], b_low, mask=m_m & m_store[None, :])
 
@@ -110,6 +113,7 @@ def run(
     h: Tensor,
     projections: Sequence[Projection],
     tiles: TileConfig | None,
+    runs: Runs | None = None,
 ) -> None:
     """Fill h [M, R + probes] and every projection's y; ``factors``: A of each and P, if h has probes."""
     M, K = x.shape
@@ -126,7 +130,7 @@ def run(
     )
     columns = rank_columns(starts, ranks)
     operands = (
-        as_group(projections),
+        as_group(projections, runs=runs),
         matrix(x),
         Factors(tuple(factors), tuple(f.stride(0) for f in factors), columns),
         rank_matrix(h),
@@ -157,11 +161,13 @@ def shrink_linear(
     streams: Sequence[int] = (),
     strategy: str | None = None,
     tiles: TileConfig | None = None,
+    runs: Runs | None = None,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """(y, h, moments) as ``shrink`` of A and of the probes P [k, K] and ``linear`` have them.
 
     ``strategy``: "fused", one kernel with ``tiles``, or "separate"; default by the table. One kernel neither drops nor
     sums moments, and takes rows that are aligned and at most 32 ranks and probes of a projection: else it is two.
+    ``runs``: of projections that interleave.
     """
     factors, probes = ([*A], 0) if P is None else ([*A, P], P.shape[0])
     (M, K), N, rank = x.shape, sum(w.shape[0] for w in W), sum(a.shape[0] for a in A)
@@ -169,10 +175,10 @@ def shrink_linear(
     strategy = strategy or choose_strategy("shrink_linear", M, N, K, widest, x.dtype, x.device)
     if strategy == "separate" or moments or seed is not None or M == 0 or widest > WIDEST or not aligned([x, *W]):
         h = shrink(x, factors, probes, seed, threshold, keep_scale, streams)
-        y, sums = linear(x, W, bias, h, B, places, offsets, scales, moments)
+        y, sums = linear(x, W, bias, h, B, places, offsets, scales, moments, runs=runs)
         return y, h, sums
     h = torch.empty(M, rank + probes, dtype=x.dtype, device=x.device)
     y = [torch.empty(M, w.shape[0], dtype=x.dtype, device=x.device) for w in W]
     projections = cut(W, bias, [unit_last(b) for b in B], y, [], places, offsets, scales)
-    run(x, [unit_last(f) for f in factors], h, projections, tiles)
+    run(x, [unit_last(f) for f in factors], h, projections, tiles, runs)
     return y, h, []

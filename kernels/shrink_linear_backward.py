@@ -13,6 +13,7 @@ from .primitives import (
     Factors,
     Matrix,
     Options,
+    Runs,
     aligned,
     block_rank,
     hide_from_specialization,
@@ -24,6 +25,7 @@ from .primitives import (
     rank_columns,
     rank_matrix,
     reveal,
+    spread,
     swizzle,
     tile_rows,
     unit_last,
@@ -34,7 +36,7 @@ from .tiling import TileConfig, choose_strategy, choose_tiles
 
 @triton.jit
 def shrink_matmul_loop(
-    b_acc, p_dy, p_w, stride_w, p_b, stride_b, m_m, m_n, m_rank, N,
+    b_acc, p_dy, p_w, stride_w, p_b, stride_b, m_m, m_n, m_rank, N, runs, i_dy,
     RANKS: tl.constexpr, TILE: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """(acc + dy W, dy B) over N: p_dy [BM, 1], p_w [1, BN] and p_b [1, RANKS] at row 0 of W and B."""
@@ -43,11 +45,12 @@ def shrink_matmul_loop(
     b_dh = tl.zeros((BLOCK_M, RANKS), tl.float32)
     for n in tl.range(0, N, BLOCK_K):
         o_n = n + tl.arange(0, BLOCK_K)
-        o_row, m_dy, m_w, m_b = o_n[:, None].to(tl.int64), m_m, m_n, m_rank
+        o_dy, o_row = spread(o_n, runs, i_dy), o_n[:, None].to(tl.int64)
+        m_dy, m_w, m_b = m_m, m_n, m_rank
         if not OPTIONS.even_k:
             m_dy, m_w, m_b = m_m & (o_n < N)[None, :], m_n & (o_n < N)[:, None], m_rank & (o_n < N)[:, None]
-        b_dy = tl.load(p_dy + o_n[None, :], mask=m_dy, other=0.0)
-        b_w = tl.load(p_w + o_row * stride_w, mask=m_w, other=0.0)
+        b_dy = tl.load(p_dy + o_dy[None, :], mask=m_dy, other=0.0)
+        b_w = tl.load(p_w + o_dy[:, None].to(tl.int64) * stride_w, mask=m_w, other=0.0)
         b_b = tl.load(p_b + o_row * stride_b, mask=m_b, other=0.0).to(b_dy.dtype)
         b_acc = tl.dot(b_dy, b_w, b_acc, input_precision=OPTIONS.precision)
         b_dh = tl.dot(b_dy, b_b, b_dh, input_precision=OPTIONS.precision)
@@ -72,7 +75,7 @@ def shrink_linear_backward_kernel(
         stride_b, p_b = reveal(B.strides[i], EVEN), B.data[i] + o_rank[None, :]
         p_dy, p_w = dy.data[i] + o_row * dy.stride[i], W.data[i] + o_n[None, :]
         b_acc, b_dh = shrink_matmul_loop(
-            b_acc, p_dy, p_w, W.stride[i], p_b, stride_b, m_m, m_n, m_rank[None, :], dy.columns[i],
+            b_acc, p_dy, p_w, W.stride[i], p_b, stride_b, m_m, m_n, m_rank[None, :], dy.columns[i], B.runs, i,
             RANKS, TILE, OPTIONS,
         )  # fmt: skip
         b_low = (b_dh * B.scales[i]).to(dh.data.dtype.element_ty)
@@ -95,12 +98,14 @@ def shrink_linear_backward(
     scales: Sequence[float],
     strategy: str | None = None,
     tiles: TileConfig | None = None,
+    runs: Runs | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """``dx = sum_i dy_i W_i + dh_i A_i`` with ``dh_i = s_i dy_i B_i``: (dx [M, K], dh [M, R]); None where they are two.
 
     dy_i [M, N_i] (None: no gradient came), B_i [N_i, r_i] and A_i [r_i, K] of every projection; W_i are the N_i rows
     of W at its place (weight, first row), so that the projections cover the weights. ``strategy``: "fused" or
     "separate", default by the table; two kernels it is for more than 32 ranks and rows that are not aligned.
+    ``runs``: of projections that interleave, whose dy have a column stride of 1.
     """
     live, ranks = [i for i, g in enumerate(dy) if g is not None], [b.shape[1] for b in B]
     wide = [unit_last(dy[i]) for i in live]
@@ -125,7 +130,13 @@ def shrink_linear_backward(
         matrix(dx),
         rank_matrix(dh),
         Factors(tuple(A), tuple(a.stride(0) for a in A), columns),
-        Factors(tuple(B), hide_from_specialization(strides), columns, tuple(float(scales[i]) for i in live)),
+        Factors(
+            tuple(B),
+            hide_from_specialization(strides),
+            columns,
+            tuple(float(scales[i]) for i in live),
+            runs and runs.of(live),
+        ),
         matrices(wide),
         Matrix(tuple(weights), tuple(w.stride(0) for w in weights), None),
     )

@@ -17,6 +17,7 @@ from .primitives import (
     Options,
     RankColumns,
     Rows,
+    Runs,
     SeedDropout,
     Segments,
     block_rank,
@@ -34,6 +35,7 @@ from .primitives import (
     row_keys,
     seed_dropout,
     select,
+    spread,
     table_row,
     unit_last,
 )
@@ -60,11 +62,15 @@ class Layout(NamedTuple):
 
 
 class Product(NamedTuple):
-    """One ``wide^T skinny``: wide [M, n]; with ``Segments`` the layout stands in their table."""
+    """One ``wide^T skinny``: wide [M, n]; with ``Segments`` the layout stands in their table.
+
+    run: as in ``Runs``, the columns of wide that are together and the gap between, where projections interleave.
+    """
 
     wide: Tensor
     skinny: Tensor
     layout: Layout | None = None
+    run: tuple[int, int] | None = None
 
 
 class Products(NamedTuple):
@@ -77,6 +83,7 @@ class Products(NamedTuple):
     skinny: Matrix
     layout: Layout | None
     masked: RankColumns | None
+    runs: Runs | None
 
 
 class Side(NamedTuple):
@@ -168,7 +175,8 @@ def wgrad_kernel(products, partial, dropout, segments, M, rows, splits, TILE: tl
     o_n = o_first + tl.arange(0, BLOCK_N)
     m_n, m_rank = o_n < select(products.wide.columns, i), o_rank < count
     o_skinny = tl.where(o_rank < ranks, layout.first + o_rank, layout.first_probe + o_rank - ranks)
-    p_wide, p_skinny = select(products.wide.data, i) + o_n[None, :], select(products.skinny.data, i) + o_skinny[None, :]
+    p_wide = select(products.wide.data, i) + spread(o_n, products.runs, i)[None, :]
+    p_skinny = select(products.skinny.data, i) + o_skinny[None, :]
     wide = Side(p_wide, select(products.wide.stride, i), m_n)
     skinny = Side(p_skinny, reveal(select(products.skinny.stride, i), OPTIONS.even_r), m_rank)
     b_acc = wgrad_loop(wide, skinny, o_first, first, last, dropout, products.masked, segments, adapter, TILE, OPTIONS)
@@ -225,8 +233,25 @@ def run(
         streams=tuple(streams),
         gather=segments is not None and segments.order.numel() > 0,
     )
-    operands = Products(wide, hidden, layout, columns), rank_matrix(partial), dropout, segments
+    operands = (
+        Products(wide, hidden, layout, columns, runs_of_products(products)),
+        rank_matrix(partial),
+        dropout,
+        segments,
+    )
     launch(wgrad_kernel, grid, *operands, wide.data[0].shape[0], rows, parts, TILE=tiles, OPTIONS=options)
+
+
+def runs_of_products(products: Sequence[Product]) -> Runs | None:
+    """The operand for the columns of every wide, None where none has runs."""
+    if not any(p.run for p in products):
+        return None
+    return Runs(*zip(*[p.run or (p.wide.shape[1], 0) for p in products], strict=True))
+
+
+def run_of(runs: Runs | None, i: int) -> tuple[int, int] | None:
+    """What a product takes of the runs of projection i."""
+    return None if runs is None else (runs.lengths[i], runs.gaps[i])
 
 
 class Outer(NamedTuple):
@@ -251,6 +276,7 @@ def outer_products(
     probes: int,
     dtype: torch.dtype,
     start: int = 0,
+    runs: Runs | None = None,
 ) -> Outer:
     """What the pass over dy fills, zero where there are no rows; its partial sums begin at ``start``."""
     some = [i for i, g in enumerate(dy) if g is not None]
@@ -262,7 +288,12 @@ def outer_products(
     regions = zip(some, starts, starts[len(dB) :], strict=False)
     live = [(i, at_B, at_Q) for i, at_B, at_Q in regions if ranks[i] + probes > 0]
     products = [
-        Product(unit_last(dy[i]), h, Layout(offsets[i], ranks[i], probes, at_B, ranks[i], 1, at_Q, rank + i * stride))
+        Product(
+            unit_last(dy[i]),
+            h,
+            Layout(offsets[i], ranks[i], probes, at_B, ranks[i], 1, at_Q, rank + i * stride),
+            run_of(runs, i),
+        )
         for i, at_B, at_Q in live
     ]
     return Outer(dB, Q, products, [i for i, *_ in live], [scales[i] for i in some] + [1.0] * len(Q))
@@ -283,20 +314,22 @@ def wgrad(
     streams: Sequence[int] = (),
     dtype: torch.dtype = torch.float32,
     tiles: TileConfig | None = None,
+    runs: Runs | None = None,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """``dA_i = dh_i^T x_i``, ``dB_i = s_i dy_i^T h_i``, ``Q_i = dy_i^T h_P``.
 
     x [M, K] (None: dA is not wanted), dh [M, R] with the ranks of the projections side by side, dy_i [M, N_i] (None: no
     gradient came), h [M, R + probes], or R + probes for each projection -> dA_i [r_i, K] for every projection, dB_i
     [N_i, r_i], both in ``dtype``, and Q_i fp32 [N_i, probes] for those with a dy. With a seed x_i is x under dropout
-    mask i, of its stream (i without ``streams``), times ``keep_scale``.
+    mask i, of its stream (i without ``streams``), times ``keep_scale``. ``runs``: of projections that interleave, whose
+    dy have a column stride of 1.
     """
     h, dh = unit_last(h), unit_last(dh)
     rank, M = sum(ranks), h.shape[0]
     make = torch.zeros if M == 0 else torch.empty
     dA = [] if x is None else [make(r, x.shape[1], dtype=dtype, device=h.device) for r in ranks]
     inputs = [] if x is None or rank == 0 else [Product(unit_last(x), dh, Layout(0, rank, 0, 0, 1, x.shape[1]))]
-    outer = outer_products(dy, h, offsets, ranks, scales, probes, dtype, sum(grad.numel() for grad in dA))
+    outer = outer_products(dy, h, offsets, ranks, scales, probes, dtype, sum(grad.numel() for grad in dA), runs)
     outputs, products = [*dA, *outer.dB, *outer.Q], [*inputs, *outer.products]
     total = sum(out.numel() for out in outputs)
     if M == 0 or total == 0:

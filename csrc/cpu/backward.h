@@ -36,12 +36,13 @@ struct BackwardCall : BackwardOperands {
 template <class T, class V>
 struct BackwardScratch {
   Scratch<float> as_fp32;
-  Scratch<V> h, columns_of_h;
+  Scratch<V> h, columns_of_h, columns_of_dy;
 
   BackwardScratch(const BackwardCall& call, int64_t block)
       : as_fp32(scratch_for<float, T>(block * call.widest())),
         h(scratch_for<V, T>(block * call.h.columns)),
-        columns_of_h(block * call.h.columns) {}
+        columns_of_h(block * call.h.columns),
+        columns_of_dy(call.group.interleaves ? block * call.group.widest : 0) {}
   V* dy() const {
     if constexpr (std::is_same_v<V, float>) {
       return as_fp32.get();
@@ -50,6 +51,18 @@ struct BackwardScratch {
     }
   }
 };
+
+// The columns of dy that are one projection's, in rows m..
+template <class T, class V>
+RowsOf<V> rows_of_dy(const Matrix& dy, const Slot& slot, int64_t m, int64_t rows,
+                     const BackwardScratch<T, V>& scratch) {
+  if (slot.block == slot.columns) {
+    return rows_as(dy.row<T>(m) + slot.column, dy.stride, rows, slot.columns, scratch.dy());
+  }
+  V* to = scratch.columns_of_dy.get();
+  for (int64_t i = 0; i < rows; ++i) copy_columns(dy.row<T>(m + i), slot, to + i * slot.columns);
+  return {to, slot.columns};
+}
 
 // dh, and the products of dy with the columns of h: dB and Q of every projection.
 template <class T, class V>
@@ -60,8 +73,7 @@ void run_slots(const BackwardCall& call, int64_t m, int64_t rows, const Backward
   for (size_t i = 0; i < call.group.slots.size(); ++i) {
     const Slot& slot = call.group.slots[i];
     if (slot.output < 0) continue;
-    const Matrix& from = call.dy[slot.output];
-    const RowsOf<V> dy = rows_as(from.row<T>(m) + slot.column, from.stride, rows, slot.columns, scratch.dy());
+    const RowsOf<V> dy = rows_of_dy<T, V>(call.dy[slot.output], slot, m, rows, scratch);
     dot(dy, rows, {call.B.as<V>() + slot.packed, slot.columns}, slot.rank, slot.columns, dh + slot.offset, rank);
     if constexpr (std::is_same_v<V, bf16>) scale_ranks(dh, rank, rows, slot);
     const int64_t first_probe = rank + static_cast<int64_t>(i) * call.probe_stride, used = call.used_rank(slot);

@@ -77,8 +77,10 @@ void run_rows(const ForwardCall& call, int64_t begin, int64_t end, int64_t block
     for (const Slot& slot : call.group.slots) {
       if (slot.rank == 0) continue;
       const Target& y = call.y[slot.output];
-      typed.expand(s + slot.offset, width, rows, call.B.fp32.get() + slot.packed, slot.columns, slot.rank, slot.columns,
-                   y.row<T>(m) + slot.column, y.stride);
+      slot.each_block([&](int64_t n, int64_t at, int64_t count) {
+        typed.expand(s + slot.offset, width, rows, call.B.fp32.get() + slot.packed + n, slot.columns, slot.rank, count,
+                     y.row<T>(m) + at, y.stride);
+      });
     }
     for (size_t j = 0; sums && j < call.y.size(); ++j) {
       const Target& y = call.y[j];

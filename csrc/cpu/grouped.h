@@ -105,7 +105,7 @@ inline Adapters read_adapters(const std::vector<Tensor>& A, const std::vector<Te
   check_entries(scales.size(), "scales", all, "A");
   STD_TORCH_CHECK(starts.size() == ends, "starts has ", starts.size(), " entries; ", adapters, " adapters of ", count,
                   " projections need ", ends);
-  check_entries(places.columns.size(), "columns", count, "outputs");
+  check_columns(places);
   Adapters out{{}, std::move(probes)};
   out.groups.reserve(static_cast<size_t>(adapters));
   for (int64_t g = 0; g < adapters; ++g) {
@@ -251,8 +251,8 @@ RowsOf<V> rows_as(const T* from, int64_t stride, const Rows& rows, int64_t colum
 }
 
 template <class T>
-void expand_each(const float* s, int64_t lds, const Rows& rows, const float* b, int64_t rank, int64_t columns,
-                 const Target& y, int64_t column) {
+void expand_each(const float* s, int64_t lds, const Rows& rows, const float* b, int64_t ldb, int64_t rank,
+                 int64_t columns, const Target& y, int64_t column) {
   // The columns of b that meet all rows of the block stay in the first-level cache.
   constexpr int64_t kFactors = 6144, kStep = 64;
   const int64_t strip = std::max(kFactors / rank / kStep, int64_t{1}) * kStep;
@@ -260,7 +260,7 @@ void expand_each(const float* s, int64_t lds, const Rows& rows, const float* b, 
     for (int64_t i = 0; i < rows.count; ++i) {
       // The kernel fetches the row after its last one ahead: the stride tells it where that is.
       const int64_t next = i + 1 < rows.count ? rows.index[i + 1] - rows.index[i] : 0;
-      kernels().of<T>().expand(s + i * lds, lds, 1, b + n, columns, rank, std::min(strip, columns - n),
+      kernels().of<T>().expand(s + i * lds, lds, 1, b + n, ldb, rank, std::min(strip, columns - n),
                                y.row<T>(rows.index[i]) + column + n, next * y.stride);
     }
   }
@@ -268,24 +268,24 @@ void expand_each(const float* s, int64_t lds, const Rows& rows, const float* b, 
 
 // y[rows, column..] += s b in place; scratch holds as many values.
 template <class T>
-void expand(const float* s, int64_t lds, const Rows& rows, const float* b, int64_t rank, int64_t columns,
+void expand(const float* s, int64_t lds, const Rows& rows, const float* b, int64_t ldb, int64_t rank, int64_t columns,
             const Target& y, int64_t column, T* scratch) {
   if (rank == 0) return;
   const TypedKernels<T>& typed = kernels().of<T>();
   if (rows.index == nullptr) {
-    typed.expand(s, lds, rows.count, b, columns, rank, columns, y.row<T>(rows.first) + column, rows.step * y.stride);
+    typed.expand(s, lds, rows.count, b, ldb, rank, columns, y.row<T>(rows.first) + column, rows.step * y.stride);
     return;
   }
   // One row at a time is slower than a tile of rows; up to this rank copying rows there and back costs more.
   constexpr int64_t kLowRank = 16;
   if (rank <= kLowRank) {
-    expand_each<T>(s, lds, rows, b, rank, columns, y, column);
+    expand_each<T>(s, lds, rows, b, ldb, rank, columns, y, column);
     return;
   }
   for (int64_t i = 0; i < rows.count; ++i) {
     std::copy_n(y.row<T>(rows.index[i]) + column, columns, scratch + i * columns);
   }
-  typed.expand(s, lds, rows.count, b, columns, rank, columns, scratch, columns);
+  typed.expand(s, lds, rows.count, b, ldb, rank, columns, scratch, columns);
   for (int64_t i = 0; i < rows.count; ++i) {
     std::copy_n(scratch + i * columns, columns, y.row<T>(rows.index[i]) + column);
   }

@@ -75,6 +75,17 @@ class BackwardPart {
     }
   }
 
+  // The columns of dy that are one projection's.
+  RowsOf<V> rows_of_dy(const Slot& slot, const Rows& rows) {
+    const Matrix& dy = call_.dy[slot.output];
+    if (slot.block == slot.columns) {
+      return rows_as(dy.row<T>(0) + slot.column, dy.stride, rows, slot.columns, dy_scratch());
+    }
+    V* to = dy_scratch();
+    for (int64_t i = 0; i < rows.count; ++i) copy_columns(dy.row<T>(rows.at(i)), slot, to + i * slot.columns);
+    return {to, slot.columns};
+  }
+
   // dh, and the products of dy with the columns of h, dB and Q of every projection; the end of what it added to.
   float* run_slots(const Rows& rows, float* sums) {
     const int64_t rank = group_->rank, probes = call_.adapters.probes[adapter_];
@@ -82,8 +93,7 @@ class BackwardPart {
     for (const Slot& slot : group_->slots) {
       const int64_t used = call_.used_rank(slot);
       if (slot.output >= 0) {
-        const Matrix& from = call_.dy[slot.output];
-        const RowsOf<V> dy = rows_as(from.row<T>(0) + slot.column, from.stride, rows, slot.columns, dy_scratch());
+        const RowsOf<V> dy = rows_of_dy(slot, rows);
         if (call_.need_dh()) {
           const RowsOf<V> B{B_.template as<V>() + slot.packed, slot.columns};
           dot(dy, rows.count, B, slot.rank, slot.columns, dh_.get() + slot.offset, rank);
@@ -105,7 +115,7 @@ class BackwardPart {
       const RowsOf<float> x = rows_as(call_.x.row<T>(0), call_.x.stride, rows, depth, as_fp32_.get());
       add_outer({dh_.get(), rank}, rank, x, rows.count, depth, sums);
     }
-    if (call_.dx) expand<T>(dh_.get(), rank, rows, A_.get(), rank, depth, *call_.dx, 0, dx_.get());
+    if (call_.dx) expand<T>(dh_.get(), rank, rows, A_.get(), depth, rank, depth, *call_.dx, 0, dx_.get());
   }
 
   const GroupedBackwardCall& call_;

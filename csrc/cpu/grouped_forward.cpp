@@ -56,8 +56,10 @@ class ForwardPart {
       std::fill_n(to + width_, call_.width - width_, T{});
     }
     for (const Slot& slot : group_->slots) {
-      expand<T>(s_.get() + slot.offset, width_, rows, B_.get() + slot.packed, slot.rank, slot.columns,
-                call_.y[slot.output], slot.column, y_.get());
+      slot.each_block([&](int64_t n, int64_t at, int64_t count) {
+        expand<T>(s_.get() + slot.offset, width_, rows, B_.get() + slot.packed + n, slot.columns, slot.rank, count,
+                  call_.y[slot.output], at, y_.get());
+      });
     }
     for (size_t j = 0; sums && j < call_.y.size(); ++j) {
       const int64_t columns = call_.y[j].columns;

@@ -162,11 +162,19 @@ struct Packed {
   }
 };
 
-// One projection: ranks offset.. of h, columns column.. of matrix `output` (-1: it has none).
+// One projection: ranks offset.. of h, columns column.. of matrix `output` (-1: it has none), `block` of them together
+// and `stride` from one block to the next.
 struct Slot {
   int64_t rank, columns, offset, output, column;
   float scale;
+  int64_t block = columns, stride = 0;
   int64_t packed = 0;  // where scale * B^T, [rank, columns], lies among the packed factors
+
+  // Calls f(first of its columns, where they lie, how many) for each block.
+  template <class F>
+  void each_block(const F& f) const {
+    for (int64_t n = 0, at = column; n < columns; n += block, at += stride) f(n, at, block);
+  }
 };
 
 // Projections that share x.
@@ -175,9 +183,11 @@ struct Group {
   int64_t rank = 0;    // of h, without the probes
   int64_t packed = 0;  // elements of all factors B
   int64_t widest = 0;  // columns of the widest projection
+  bool interleaves = false;
 
   void add(Slot slot) {
     slot.packed = packed;
+    interleaves |= slot.block < slot.columns;
     packed += slot.rank * slot.columns;
     widest = std::max(widest, slot.columns);
     slots.push_back(slot);
@@ -188,7 +198,13 @@ struct Group {
 struct Places {
   const std::vector<int64_t>&outputs, &columns, &widths;
   int64_t depth;  // in_features
+
+  bool interleave() const { return columns.size() == 3 * outputs.size(); }
 };
+
+inline void check_columns(const Places& places) {
+  if (!places.interleave()) check_entries(places.columns.size(), "columns", places.outputs.size(), "outputs");
+}
 
 inline void check_operand(const Tensor& tensor, const char* name) {
   check_matrix(tensor, name);
@@ -198,16 +214,23 @@ inline void check_operand(const Tensor& tensor, const char* name) {
 // Adds projection i, whose A [rank, depth] and B [columns, rank] have been found to be operands of one rank.
 inline void add_projection(Group& group, const Tensor& A, const Tensor& B, double scale, const Places& places,
                            size_t i) {
-  const Slot slot{B.size(1), B.size(0), group.rank, places.outputs[i], places.columns[i], static_cast<float>(scale)};
+  Slot slot{B.size(1), B.size(0), group.rank, places.outputs[i], places.columns[i], static_cast<float>(scale)};
+  if (places.interleave()) {
+    slot.block = places.columns[places.outputs.size() + i], slot.stride = places.columns[2 * places.outputs.size() + i];
+    STD_TORCH_CHECK(
+        slot.columns == 0 || (slot.block > 0 && slot.columns % slot.block == 0 && slot.stride >= slot.block),
+        "columns: blocks of ", slot.block, " every ", slot.stride, " were asked for, of ", slot.columns);
+  }
+  const int64_t last = slot.columns == slot.block ? 0 : (slot.columns / slot.block - 1) * slot.stride;
+  const int64_t end = slot.column + last + slot.block;
   const int64_t matrices = static_cast<int64_t>(places.widths.size());
   STD_TORCH_CHECK(A.size(1) == places.depth, "A has ", A.size(1), " columns, but x has ", places.depth,
                   " (in_features)");
   STD_TORCH_CHECK(slot.output >= -1 && slot.output < matrices, "outputs: ", slot.output, " was asked for, of ",
                   matrices);
   const int64_t width = slot.output < 0 ? 0 : places.widths[slot.output];
-  STD_TORCH_CHECK(slot.output < 0 || (slot.column >= 0 && slot.column + slot.columns <= width),
-                  "columns: ", slot.column, " to ", slot.column + slot.columns, " were asked for, but there are ",
-                  width);
+  STD_TORCH_CHECK(slot.output < 0 || (slot.column >= 0 && end <= width), "columns: ", slot.column, " to ", end,
+                  " were asked for, but there are ", width);
   group.rank += slot.rank;
   group.add(slot);
 }
@@ -217,7 +240,7 @@ inline Group read_group(const std::vector<Tensor>& A, const std::vector<Tensor>&
                         const Places& places) {
   check_entries(B.size(), "B", A.size(), "A");
   check_entries(places.outputs.size(), "outputs", A.size(), "A");
-  check_entries(places.columns.size(), "columns", A.size(), "A");
+  check_columns(places);
   check_entries(scales.size(), "scales", A.size(), "A");
   Group group;
   group.slots.reserve(A.size());
@@ -270,6 +293,18 @@ RowsOf<V> columns_of_h(const RowsOf<V>& h, int64_t rows, int64_t offset, int64_t
     for (int64_t r = 0; r < probes; ++r) *to++ = from[first_probe + r];
   }
   return {scratch, rank + probes};
+}
+
+// One row's columns of a projection side by side.
+template <class V, class T>
+void copy_columns(const T* row, const Slot& slot, V* to) {
+  slot.each_block([&](int64_t n, int64_t at, int64_t count) {
+    if constexpr (std::is_same_v<V, T>) {
+      std::copy_n(row + at, count, to + n);
+    } else {
+      kernels().of<T>().widen(row + at, to + n, count);
+    }
+  });
 }
 
 // The ranks of one projection in rows of dh, which were multiplied by B without the scale.

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.errors import wrong_value
@@ -47,38 +46,26 @@ class Slices(dict[str, int]):
     def __repr__(self) -> str:
         return dict.__repr__(self) + (f" in {self.blocks} blocks" if self.blocks > 1 else "")
 
-    def widths(self) -> list[int]:
-        """Rows of each projection that the operator sees: of each slice, or of all where they interleave."""
-        return [*self.values()] if self.blocks == 1 else [sum(self.values())]
+    def runs(self, name: str) -> list[slice]:
+        """Runs of rows of the matrix that make up a slice: one, or one a block."""
+        names, stride = [*self], sum(self.values()) // self.blocks
+        start = sum(self[other] for other in names[: names.index(name)]) // self.blocks
+        stop = start + self[name] // self.blocks
+        return [slice(start + first, stop + first) for first in range(0, self.blocks * stride, stride)]
 
     def rows(self, name: str) -> slice | Tensor:
         """Rows of the matrix that a slice covers: a range, or int64 indices where slices interleave."""
-        names = [*self]
-        start = sum(self[other] for other in names[: names.index(name)])
-        if self.blocks == 1:
-            return slice(start, start + self[name])
-        every = torch.arange(sum(self.values())).view(self.blocks, -1)
-        return every[:, start // self.blocks : (start + self[name]) // self.blocks].flatten()
+        runs = self.runs(name)
+        return runs[0] if len(runs) == 1 else torch.cat([torch.arange(run.start, run.stop) for run in runs])
+
+    def columns(self, y: Tensor, name: str) -> Tensor:
+        """The columns of y [M, N] that are a slice's: a view where they are together."""
+        run = self.runs(name)[0]
+        return y.unflatten(1, (self.blocks, -1))[:, :, run].flatten(1)
 
     def interleave(self, parts: Sequence[Tensor]) -> Tensor:
         """Rows of each slice, one after another in ``parts`` [N_i, *], as they lie in the matrix [N, *]."""
         return torch.cat([part.unflatten(0, (self.blocks, -1)) for part in parts], dim=1).flatten(0, 1)
-
-    def block_diagonal(self, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, float]:
-        """(A, B, s) of all slices as one matrix: A [R, K] their A, and B [N, R] with zeros beside each slice's B.
-
-        One projection to the operator, so that all slices have one dropout mask.
-        """
-        ranks = [a.shape[0] for a, _, _ in pairs]
-        scales = {s for (_, _, s), r in zip(pairs, ranks, strict=True) if r} or {1.0}
-        s, first, parts = scales.pop() if len(scales) == 1 else 1.0, 0, []
-        for (_, b, own), r in zip(pairs, ranks, strict=True):
-            b = b if own == s or not r else b * own
-            parts.append(F.pad(b, (first, sum(ranks) - first - r)))
-            first += r
-        dtypes = [b.dtype for (_, b, _), r in zip(pairs, ranks, strict=True) if r] or [pairs[0][1].dtype]
-        A = torch.cat([a for (a, _, _), r in zip(pairs, ranks, strict=True) if r] or [pairs[0][0]])
-        return A, self.interleave([part.to(dtypes[0]) for part in parts]), s
 
 
 class Factors(nn.Module):
@@ -212,16 +199,16 @@ class Operands:
         W, bias = ([self._tensor(layer, name) for layer in layers] for name in ("weight", "bias"))
         self.finishes = any([layer.finishes(names) for layer in layers])
         bias = [None if layer.rescales(names) else b for layer, b in zip(layers, bias, strict=True)]
-        self._found = []
+        found = []
         for name in names:
             for layer in layers:
                 here = name in layer.adapter_specs
                 factors = [self._factors(side, name) if here else {} for side in (layer.lora_A, layer.lora_B)]
-                self._found.append((weakref.ref(layer), name, *factors))
-        self._interleaved = any([layer.slices.blocks > 1 for layer in layers])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._interleaved):
-            of_all = layers[0].backend, layers[0].engine, (), streams_of(layers)
-            self._call = BoundCall(W, bias, *self._operands(), *of_all)
+                found.append((layer, name, *factors))
+        pairs = [pair for layer, name, A, B in found for pair in layer.factor_pairs(name, A, B)]
+        blocks = [layer.slices.blocks for layer in layers]
+        of_all = layers[0].backend, layers[0].engine, (), streams_of(layers), blocks if max(blocks) > 1 else ()
+        self.call = BoundCall(W, bias, *[[pair[i] for pair in pairs] for i in range(3)], *of_all)
         self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
         self._weights = W
         self._places, self._keys, self._values = ([entry[i] for entry in self.stored] for i in range(3))
@@ -242,16 +229,6 @@ class Operands:
         )
         self.dropout = _dropout(first, names)
         self.drops = any(self.dropout)
-
-    def _operands(self) -> tuple[list[Tensor], list[Tensor], list[float]]:
-        """A, B and scale by adapter, layer and slice; of a layer whose slices interleave, as one matrix."""
-        pairs = [pair for layer, name, A, B in self._found for pair in layer().factor_pairs(name, A, B)]
-        return [a for a, _, _ in pairs], [b for _, b, _ in pairs], [s for _, _, s in pairs]
-
-    @property
-    def call(self) -> BoundCall:
-        """The call, with what is made of the factors as they are now."""
-        return self._call.with_factors(*self._operands()[:2]) if self._interleaved else self._call
 
     def _tensor(self, owner: Any, name: str) -> Any:
         found = getattr(owner, name)
@@ -295,7 +272,7 @@ def _dropout(layer: Any, names: Sequence[str]) -> list[float]:
 
 def streams_of(layers: Sequence[Any]) -> list[int]:
     """The number by which dropout knows each projection of layers that run together."""
-    return [layer.stream + i for layer in layers for i in range(len(layer.slices.widths()))]
+    return [layer.stream + i for layer in layers for i in range(len(layer.slices))]
 
 
 def hooked(module: nn.Module) -> bool:

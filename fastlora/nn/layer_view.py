@@ -85,7 +85,6 @@ class PartOfProbe:
         self.probe, self.width = probe, rows.stop - rows.start
         self.taken = _Widened(probe.taken, rows, probe.width)
         self.Z = {name: probe.Z[name][part] for name, part in parts.items()} if probe.Z else {}
-        self.projections = [*self.Z.values()]
         self.V = None
         if probe.V is not None:
             first = rows.start == 0

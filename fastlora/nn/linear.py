@@ -80,10 +80,7 @@ class Adapted(nn.Module):
         return {s: 0 if p is None else p.shape[0] for s, p in self.lora_A[name].tensors().items()}
 
     def pairs(self, adapter: str | None = None) -> list[tuple[Tensor, Tensor, float]]:
-        """(A_i, B_i, s_i) of every slice in row order; empty factors where the rank is 0 or the adapter is not here.
-
-        Where slices interleave, one pair of the whole matrix (``Slices.block_diagonal``).
-        """
+        """(A_i, B_i, s_i) of every slice in order; empty factors where the rank is 0 or the adapter is not here."""
         adapter = self.router.default.adapter if adapter is None else adapter
         here = adapter in self.adapter_specs
         return self.factor_pairs(adapter, *[side[adapter]() if here else {} for side in (self.lora_A, self.lora_B)])
@@ -104,7 +101,7 @@ class Adapted(nn.Module):
                     "whole model to one device; change ranks with fastlora.set_ranks"
                 )
             out.append((a, b, spec.scale[name] if spec else 1.0))
-        return out if self.slices.blocks == 1 else [self.slices.block_diagonal(out)]
+        return out
 
     def finishes(self, names: Sequence[str]) -> bool:
         """Whether one of these adapters has more than factors."""
@@ -142,15 +139,16 @@ class Adapted(nn.Module):
     @torch.no_grad()
     def row_norms(self, adapter: str) -> Tensor:
         """``‖w + s b A‖`` of each row [N], in fp32 or more: ``‖w‖² + 2 s b·(A w) + s² b (A A^T) b``, with no [N, K]."""
-        acc, squares, start = torch.promote_types(self.weight.dtype, torch.float32), [], 0
-        W = self.as_matrix(self.weight)
-        for a, b, s in self.pairs(adapter):
-            w, a, b = W[start : start + b.shape[0]], a.to(acc), b.to(acc)
-            start += b.shape[0]
-            cross = (w @ a.t().to(w.dtype)).to(acc) + (s / 2) * (b @ (a @ a.t()))
-            length = torch.linalg.vector_norm(w, dim=1, dtype=acc)
-            squares.append(length.square() + 2 * s * (b * cross).sum(1))
-        return torch.cat(squares).clamp_(min=0).sqrt()
+        acc, W = torch.promote_types(self.weight.dtype, torch.float32), self.as_matrix(self.weight)
+        squares = W.new_empty(W.shape[0], dtype=acc)
+        for name, (a, b, s) in zip(self.slices, self.pairs(adapter), strict=True):
+            a, runs = a.to(acc), self.slices.runs(name)
+            for rows, own in zip(runs, b.to(acc).chunk(len(runs)), strict=True):
+                w = W[rows]
+                cross = (w @ a.t().to(w.dtype)).to(acc) + (s / 2) * (own @ (a @ a.t()))
+                length = torch.linalg.vector_norm(w, dim=1, dtype=acc)
+                squares[rows] = length.square() + 2 * s * (own * cross).sum(1)
+        return squares.clamp_(min=0).sqrt()
 
     def empty(self, *shape: int) -> Tensor:
         """A factor of rank 0."""
@@ -160,7 +158,8 @@ class Adapted(nn.Module):
         """``s B A`` of the whole weight [N, K], of the active adapter unless named, in fp32 (float64 for float64)."""
         adapter = self.router.default.adapter if adapter is None else adapter
         acc = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        return torch.cat([s * (b.detach().to(acc) @ a.detach().to(acc)) for a, b, s in self.pairs(adapter)])
+        parts = [s * (b.detach().to(acc) @ a.detach().to(acc)) for a, b, s in self.pairs(adapter)]
+        return self.slices.interleave(parts)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """A tensor in the layout of this layer's weight as [N, K]."""
@@ -174,20 +173,20 @@ class Adapted(nn.Module):
         """
         acc = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         merged = torch.empty_like(self.weight)
-        source, target, start = self.as_matrix(self.weight), self.as_matrix(merged), 0
+        source, target = self.as_matrix(self.weight), self.as_matrix(merged)
         step = max(1, _MERGED_AT_ONCE // max(self.in_features, 1))
         name = self.router.default.adapter if adapter is None else adapter
         lengths = self.row_factors(name).to(acc).unsqueeze(1) if self.rescales((name,)) else None
-        for a, b, s in self.pairs(adapter):
-            a, stop = a.to(acc), start + b.shape[0]
-            for first in range(start, stop, step):
+        for part, (a, b, s) in zip(self.slices, self.pairs(adapter), strict=True):
+            a, done = a.to(acc), 0
+            for first, stop in [(i, r.stop) for r in self.slices.runs(part) for i in range(r.start, r.stop, step)]:
                 rows = slice(first, min(first + step, stop))
-                out = target[rows]
-                summed = torch.addmm(source[rows].to(acc), b[first - start : rows.stop - start].to(acc), a, alpha=s)
+                own, out = b[done : done + rows.stop - first], target[rows]
+                done += len(own)
+                summed = torch.addmm(source[rows].to(acc), own.to(acc), a, alpha=s)
                 out.copy_(summed if lengths is None else summed * lengths[rows])
                 if not all(map(math.isfinite, map(float, out.aminmax()))):
                     return None
-            start = stop
         return merged
 
     @torch.no_grad()
@@ -415,8 +414,10 @@ def forward_traced(layer: Any, x: Tensor, route: Route) -> Tensor:
     tracked = [name for name in names if name in layer.probes]
     p = layer.dropout_p(route)
     # Without a comprehension over layers: the compiler would keep them until the cyclic collector runs.
-    streams = list(range(layer.stream, layer.stream + len(layer.slices.widths())))
+    streams = list(range(layer.stream, layer.stream + len(layer.slices)))
     options: dict[str, Any] = {"backend": layer.backend, "engine": layer.engine, "streams": streams}
+    if layer.slices.blocks > 1:
+        options["blocks"] = [layer.slices.blocks]
     if route.batch is None:
         if tracked:
             options |= layer.probes[names[0]].operands([layer.probes[names[0]]], x, route)

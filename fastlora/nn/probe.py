@@ -148,8 +148,6 @@ class LayerProbe:
         if step.variances:
             moments = (2, layer.out_features + layer.parts)
             self.V = torch.zeros(moments, dtype=torch.float64, device=device, requires_grad=True)
-        # The zero leaves, one for each projection that the operator sees; None: slices are interleaved for each call.
-        self.projections = [*self.Z.values()] if layer.slices.blocks == 1 else None
         self._leaves = [*self.Z.values(), *self.norms.values(), *([] if self.V is None else [self.V])]
 
     @property
@@ -181,9 +179,7 @@ class LayerProbe:
         if self.Z and (self.columns is None or route.batch is None):
             P = self.P if self.columns is None else torch.cat([LayerProbe.index(probe) for probe in probes])
             found["P"] = P
-            found["Z"] = [
-                z for probe in probes for z in probe.projections or (probe.slices.interleave([*probe.Z.values()]),)
-            ]
+            found["Z"] = [z for probe in probes for z in probe.Z.values()]
             if step.per_sample:
                 found["sign"] = step.signs_for(x, samples)
         if self.V is not None and route.mask is None:
@@ -229,7 +225,7 @@ class LayerProbe:
         sizes, norms = [z.shape[0] for z in self.Z.values()], []
         if self.step.refreshes_norms:
             norms, rows = [self.norms[name] for name in self.Z], rows if own is None else torch.where(own, rows, 0)
-        return measured(y, sizes, self.backend, picked, Z, rows if norms else None, norms)
+        return measured(y, sizes, self.backend, picked, Z, rows if norms else None, norms, self.slices.blocks)
 
     def clear(self) -> None:
         """Forget what was taken since the last optimizer step."""
@@ -260,7 +256,7 @@ def group_operands(
     rows_dtype = next((own["P"].dtype for own in found.values() if "P" in own), torch.float32)
     for name in batch.names:
         own = found.get(name, {})
-        widths = [rows for layer in layers for rows in layer.slices.widths()]
+        widths = [rows for layer in layers for rows in layer.slices.values()]
         Z += own.get("Z", [x.new_zeros((rows, 0), dtype=acc) for rows in widths])
         P.append(own.get("P", x.new_zeros((0, x.shape[-1]), dtype=rows_dtype)))
         sign.append(own.get("sign", x.new_zeros((0, 0), dtype=torch.float32)))

@@ -91,7 +91,7 @@ class ProjectionGroup:
         for layer in layers:
             layer.group, layer.bundle = self, None
             layer.dropout_salt, layer.stream = layers[0].dropout_salt, stream
-            stream += len(layer.slices.widths())
+            stream += len(layer.slices)
         self._hold(layers)
 
     def _clear(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,10 +55,11 @@ class BoundCall:
         engine: str,
         starts: Sequence[int] = (),
         streams: Sequence[int] = (),
+        blocks: Sequence[int] = (),
     ):
         self.W, self.bias, self.A, self.B = tuple(W), tuple(bias), tuple(A), tuple(B)
         self.scale, self.backend, self.engine = [float(s) for s in scale], backend, engine
-        self.layout = GroupLayout(W, B, starts)
+        self.layout = GroupLayout(W, B, starts, blocks)
         self.streams = tuple(streams) or tuple(range(self.layout.projections))
         self.dtype, self.device = W[0].dtype, W[0].device
         self.no_dropout = [0.0] * (len(A) // self.layout.projections)
@@ -68,7 +68,7 @@ class BoundCall:
         self.chosen: Any = None
         self.plans: Plans | None = None
         first = self.layout.of(0)
-        self.where = (first.outputs, first.columns, self.scale)
+        self.where = (first.outputs, first.places, self.scale)
         self.counted = [w for w in W if counts_versions(w)]
         self._group: Any = None
         self._numbers: dict[Any, Any] = {}  # of plans, by what they depend on beside tensors
@@ -199,21 +199,15 @@ class BoundCall:
     def _choose(self) -> None:
         self.chosen, _ = choose(self.backend, self.device, self.dtype)
         absent = tuple([b is None for b in self.bias])
-        scope = (self.chosen.name, len(self.W), absent, tuple(self.scale), tuple(self.layout.starts), self.engine)
+        layout = tuple(self.layout.starts), self.layout.blocks
+        scope = (self.chosen.name, len(self.W), absent, tuple(self.scale), *layout, self.engine)
         self.plans = Plans(scope) if self.chosen.plannable else None
-
-    def with_factors(self, A: Sequence[Tensor], B: Sequence[Tensor]) -> BoundCall:
-        """This call with other factors of the same shapes."""
-        if self.chosen is None:
-            self._choose()
-        other = copy.copy(self)
-        other.A, other.B, other._group = tuple(A), tuple(B), None
-        return other
 
     def rest(self, rows, key, p, P, sign) -> tuple:
         """The operands of the operator behind V."""
-        given, starts = [] if rows is None else list(rows), self.layout.starts
-        return P, sign, key, given, starts, self.scale, p or self.no_dropout, self.streams, self.backend, self.engine
+        given, layout = [] if rows is None else list(rows), self.layout
+        where = p or self.no_dropout, self.streams, layout.blocks
+        return P, sign, key, given, layout.starts, self.scale, *where, self.backend, self.engine
 
     def need(self, wanted: tuple[bool, ...], leaves: int) -> Need:
         """Which gradients a backward is asked for; ``wanted`` is for x, A, B, Z and V in turn."""

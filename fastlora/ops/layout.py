@@ -15,13 +15,35 @@ from .reference import projections_of
 
 
 class Layout(NamedTuple):
-    """Where each projection of a group lies: ranks in h, columns in the outputs."""
+    """Where each projection of a group lies: ranks in h, columns in the outputs.
+
+    Column n of projection i is column ``columns[i] + n // runs[i] * strides[i] + n % runs[i]`` of its output.
+    """
 
     ranks: tuple[int, ...]
     offsets: tuple[int, ...]  # first column of projection i in h
     outputs: tuple[int, ...]  # index of the weight whose output holds projection i
     columns: tuple[int, ...]  # first column of projection i in that output
     widths: tuple[int, ...]
+    runs: tuple[int, ...]  # columns of projection i that are together: all, unless projections interleave
+    strides: tuple[int, ...]  # from one run to the next
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """``columns``, and where projections interleave runs and strides behind: what the native passes take."""
+        return self.columns if self.runs == self.widths else self.columns + self.runs + self.strides
+
+    def columns_of(self, y: Tensor, i: int) -> Tensor:
+        """The columns of projection i in its output [M, N]: a view where they are together."""
+        first, width, run, stride = self.columns[i], self.widths[i], self.runs[i], self.strides[i]
+        if run == width:
+            return y.narrow(1, first, width)
+        return y.unflatten(1, (-1, stride)).narrow(2, first, run).flatten(1)
+
+    def runs_of(self, i: int) -> list[tuple[int, int, int]]:
+        """(first of projection i's columns, where it lies in the output, how many) of what is together."""
+        count = self.widths[i] // self.runs[i] if self.runs[i] else 1
+        return [(n * self.runs[i], self.columns[i] + n * self.strides[i], self.runs[i]) for n in range(count)]
 
     @property
     def rank(self) -> int:
@@ -37,13 +59,16 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def group_layout(W: Sequence[Tensor], B: Sequence[Tensor]) -> Layout:
-    """Lay the projections over the concatenated rows of ``W``; a projection never straddles two weights."""
-    return _layout_of(tuple([w.shape[0] for w in W]), tuple([b.shape for b in B]))
+def group_layout(W: Sequence[Tensor], B: Sequence[Tensor], blocks: Sequence[int] = ()) -> Layout:
+    """Lay the projections over the concatenated rows of ``W``; a projection never straddles two weights.
+
+    ``blocks``: the rows of weight j are that many equal blocks (1 without), each with its part of every projection.
+    """
+    return _layout_of(tuple([w.shape[0] for w in W]), tuple([b.shape for b in B]), tuple(blocks))
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout_of(rows: tuple[int, ...], shapes: tuple[torch.Size, ...]) -> Layout:
+def _layout_of(rows: tuple[int, ...], shapes: tuple[torch.Size, ...], blocks: tuple[int, ...]) -> Layout:
     widths, ranks = tuple(n for n, _ in shapes), tuple(r for _, r in shapes)
     offsets, total = [], 0
     for r in ranks:
@@ -60,24 +85,35 @@ def _layout_of(rows: tuple[int, ...], shapes: tuple[torch.Size, ...]) -> Layout:
         used += width
     if sum(widths) != sum(rows):
         raise ValueError(f"lora_B: rows {list(widths)} do not tile weights with {list(rows)} rows")
-    return Layout(ranks, tuple(offsets), tuple(outputs), tuple(columns), widths)
+    blocks = blocks or (1,) * len(rows)
+    if len(blocks) != len(rows) or any(n < 1 or N % n for n, N in zip(blocks, rows, strict=False)):
+        raise ValueError(f"blocks: expected a divisor of each of {list(rows)} rows, got {list(blocks)}")
+    each = [blocks[j] for j in outputs]
+    if any(width % n for width, n in zip(widths, each, strict=True)):
+        raise ValueError(f"blocks: expected divisors of the projections' rows {list(widths)}, got {list(blocks)}")
+    columns, runs = ([n // b for n, b in zip(of_all, each, strict=True)] for of_all in (columns, widths))
+    strides = [rows[j] // blocks[j] for j in outputs]
+    return Layout(ranks, tuple(offsets), tuple(outputs), tuple(columns), widths, tuple(runs), tuple(strides))
 
 
 class GroupLayout:
     """Where the projections of a group lie, for one adapter or each of several: they differ in their ranks alone.
 
-    ``starts``: of each adapter, one after another, the first columns of its projections in h and the end.
+    ``starts``: of each adapter, one after another, the first columns of its projections in h and the end;
+    ``blocks``: as in ``group_layout``.
     """
 
-    def __init__(self, W: Sequence[Tensor], B: Sequence[Tensor], starts: Sequence[int] = ()):
-        self.projections = projections_of(W, B)
+    def __init__(
+        self, W: Sequence[Tensor], B: Sequence[Tensor], starts: Sequence[int] = (), blocks: Sequence[int] = ()
+    ):
+        self.projections, self.blocks = projections_of(W, B), tuple(blocks)
         self.starts = starts or column_starts([b.shape[1] for b in B], self.projections)
         self._rows, self._B = tuple([w.shape[0] for w in W]), B
 
     def of(self, g: int) -> Layout:
         """The layout of adapter g."""
         part = self._B[g * self.projections : (g + 1) * self.projections]
-        return _layout_of(self._rows, tuple([b.shape for b in part]))
+        return _layout_of(self._rows, tuple([b.shape for b in part]), self.blocks)
 
     def width(self, probes: Sequence[int]) -> int:
         """Columns of h: the largest rank of an adapter with its probe columns (none: ``probes`` is empty)."""

@@ -16,30 +16,30 @@ from .layout import AdapterBatch, Dropout, Gradients, GroupLayout, LoraCall, Nee
 
 # Lists run over adapters, then projections (A, B, Z, scale) or weights (V); P, sign, p and probes over adapters.
 # rows is [ids, order, ranges] of the adapters' rows, empty where one adapter has all; drop is nothing, one seed, or
-# the rows' keys; streams tell the masks of projections with one key apart, 0, 1, ... where empty.
+# the rows' keys; streams tell the masks of projections with one key apart, 0, 1, ... where empty; blocks are those of
+# the weights' rows, 1 where empty.
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, Tensor[] Z, Tensor[] V, Tensor[] P, "
-    "Tensor[] sign, Tensor? drop, Tensor[] rows, int[] starts, float[] scale, float[] p, int[] streams, str backend, "
-    "str engine) -> Tensor[]"
+    "Tensor[] sign, Tensor? drop, Tensor[] rows, int[] starts, float[] scale, float[] p, int[] streams, int[] blocks, "
+    "str backend, str engine) -> Tensor[]"
 )
 LIBRARY.define(
     "lora_linear_backward(Tensor?[] dy, Tensor x, Tensor h, Tensor[] W, Tensor[] A, Tensor[] B, int[] probes, "
-    "Tensor? drop, Tensor[] rows, int[] starts, float[] scale, float[] p, int[] streams, bool[] need, str backend, "
-    "str engine) "
-    "-> Tensor[]"
+    "Tensor? drop, Tensor[] rows, int[] starts, float[] scale, float[] p, int[] streams, int[] blocks, bool[] need, "
+    "str backend, str engine) -> Tensor[]"
 )
 
 
-def _call(x, W, bias, A, B, P, probes, drop, rows, starts, scale, p, streams, engine, moments) -> LoraCall:
-    layout, dropout = GroupLayout(W, B, starts), None
+def _call(x, W, bias, A, B, P, probes, drop, rows, starts, scale, p, streams, blocks, engine, moments) -> LoraCall:
+    layout, dropout = GroupLayout(W, B, starts, blocks), None
     if drop is not None:
         dropout = Dropout(drop, p, streams or range(layout.projections))
     return LoraCall(x, W, bias, A, B, P, probes, scale, layout, Rows(*rows) if rows else None, dropout, engine, moments)
 
 
-def _forward(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, streams, backend, engine):
+def _forward(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, streams, blocks, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
-    call = _call(x, W, bias, A, B, P, probe_counts(P), drop, rows, starts, scale, p, streams, engine, bool(V))
+    call = _call(x, W, bias, A, B, P, probe_counts(P), drop, rows, starts, scale, p, streams, blocks, engine, bool(V))
     outputs, h, moments = planned(chosen).forward(call)
     flip_signs(h, sign, call.layout, call.rows)
     return [*outputs, h, *moments]
@@ -63,7 +63,7 @@ def _flip(h: Tensor, signs: Tensor, rank: int, mine: Tensor | None) -> None:
     h.narrow(1, rank, k).mul_(torch.where(mine.unsqueeze(1), each, 1.0))
 
 
-def _forward_fake(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, streams, backend, engine):
+def _forward_fake(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p, streams, blocks, backend, engine):
     layout = GroupLayout(W, B, starts)
     outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in W]
     adapters = len(A) // layout.projections if V else 0
@@ -84,11 +84,11 @@ def probe_counts(P: Sequence[Tensor]) -> list[int]:
     return [m.shape[1] if picks_columns(m) else m.shape[0] for m in P]
 
 
-def _backward(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, streams, need, backend, engine):
+def _backward(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, streams, blocks, need, backend, engine):
     chosen, _ = choose(backend, x.device, x.dtype)
     need, seen = Need(*need), as_rows(x)
     grads = [None if g is None else as_rows(g if g.dtype == x.dtype else g.to(x.dtype)) for g in dy]
-    call = _call(x, W, [None] * len(W), A, B, (), probes, drop, rows, starts, scale, p, streams, engine, False)
+    call = _call(x, W, [None] * len(W), A, B, (), probes, drop, rows, starts, scale, p, streams, blocks, engine, False)
     dx, dA, dB, dZ = like_operands(call, planned(chosen).backward(call, h, grads, need), need)
     out = [*([dx] if need.dx else []), *dA, *dB, *dZ]
     if need.dW:
@@ -122,7 +122,7 @@ def _columns(probes: Sequence[int], factors: int) -> list[int]:
     return [k for k in probes for _ in range(each)] or [0] * factors
 
 
-def _backward_fake(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, streams, need, backend, engine):
+def _backward_fake(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, streams, blocks, need, backend, engine):
     need, acc = Need(*need), reference.accumulate_dtype(x.dtype)
     out = [x.new_empty(x.shape)] if need.dx else []
     if need.dA:
@@ -139,16 +139,16 @@ def _backward_fake(dy, x, h, W, A, B, probes, drop, rows, starts, scale, p, stre
 
 
 def _backward_rest(rest: tuple) -> tuple:
-    P, _, drop, rows, starts, scale, p, streams, _, _ = rest
-    return probe_counts(P), drop, rows, starts, scale, p, streams
+    P, _, *shared = rest[:-2]
+    return probe_counts(P), *shared
 
 
 def _formula(x, W, bias, A, B, Z, rest):
-    P, sign, drop, rows, _, scale, p, streams, _, _ = rest
+    P, sign, drop, rows, _, scale, p, streams, blocks, _, _ = rest
     if rows:
-        return reference.lora_grouped(x, W, bias, A, B, scale, rows[0], Z, P, sign, drop, p, streams)
+        return reference.lora_grouped(x, W, bias, A, B, scale, rows[0], Z, P, sign, drop, p, streams, blocks)
     first = [found[0] if found else None for found in (P, sign)]
-    return reference.lora_linear(x, W, bias, A, B, scale, Z, *first, drop, p[0] if p else 0.0, streams)
+    return reference.lora_linear(x, W, bias, A, B, scale, Z, *first, drop, p[0] if p else 0.0, streams, blocks)
 
 
 def _probe_leaves(B: Sequence[Tensor], rest: tuple) -> list[Tensor]:
@@ -186,6 +186,7 @@ def lora_linear(
     V: Sequence[Tensor] = (),
     P: Tensor | None = None,
     sign: Tensor | None = None,
+    blocks: Sequence[int] = (),
     backend: str = "auto",
     engine: str = "auto",
 ) -> list[Tensor]:
@@ -204,6 +205,8 @@ def lora_linear(
     P          [k, K]          probe rows (needed with Z); or int64 [projections, k], columns of
                                x instead of ``x P^T``, each projection's own
     sign       [S, k]          one sign per (sample of dimension 0, probe)
+    blocks                     one integer a weight (1 without): how many equal blocks its rows
+                               are, each with its part of every projection in order
     =========  ==============  ==========================================================
 
     ``backend`` is one of ``fastlora.backends.BACKENDS``; ``engine`` names who multiplies by W on a CPU
@@ -213,16 +216,17 @@ def lora_linear(
     """
     check_input(x, W[0])
     scale = [float(s) for s in scale]
-    return checked_linear(x, W, bias, A, B, scale, float(p), Z, V, P, sign, backend, engine)
+    return checked_linear(x, W, bias, A, B, scale, float(p), Z, V, P, sign, backend, engine, (), blocks)
 
 
 def checked_linear(
-    x, W, bias, A, B, scale, p, Z=(), V=(), P=None, sign=None, backend="auto", engine="auto", streams=()
+    x, W, bias, A, B, scale, p, Z=(), V=(), P=None, sign=None, backend="auto", engine="auto", streams=(), blocks=()
 ) -> list[Tensor]:
     """``lora_linear`` of an input that was checked; scales and p are floats."""
     seed = new_seed(x.device) if p > 0.0 else None
     probes, signs = [[] if given is None else [given] for given in (P, sign)]
-    out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, probes, signs, seed, [], [], scale, [p], streams, backend, engine)
+    rest = [], [], scale, [p], streams, blocks, backend, engine
+    out = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, probes, signs, seed, *rest)
     return out[: len(W)]
 
 
@@ -239,6 +243,7 @@ def lora_grouped(
     dropout_salt: int = 0,
     streams: Sequence[int] = (),
     starts: Sequence[int] = (),
+    blocks: Sequence[int] = (),
     Z: Sequence[Tensor] = (),
     V: Sequence[Tensor] = (),
     P: Sequence[Tensor] = (),
@@ -253,8 +258,8 @@ def lora_grouped(
     A, B, scale and Z run over the batch's adapters, then projections, V over adapters, then weights; P, sign and p
     over adapters, with [0, K] and [0, 0] where an adapter is not measured. ``dropout_salt`` tells the layers of one
     ``row_seeds`` apart, ``streams`` the projections of one salt (0, 1, ... without); ``starts`` are the
-    ``column_starts`` of the batch's adapters, worked out here without. Gradients of an adapter come from its own rows.
-    Raises as ``lora_linear`` does, and for ids that do not fit x.
+    ``column_starts`` of the batch's adapters, worked out here without; ``blocks`` as in ``lora_linear``. Gradients of
+    an adapter come from its own rows. Raises as ``lora_linear`` does, and for ids that do not fit x.
     """
     check_input(x, W[0])
     rows, keys = batch.rows(x), None
@@ -262,7 +267,7 @@ def lora_grouped(
         keys = batch.keys(x, new_seed(x.device), dropout_salt)
     out = LORA_LINEAR.apply(
         x, W, bias, A, B, Z, V, P, sign, keys, list(rows), starts, [float(s) for s in scale],
-        [float(q) for q in p] or [0.0] * len(batch.names), streams, backend, engine,
+        [float(q) for q in p] or [0.0] * len(batch.names), streams, blocks, backend, engine,
     )  # fmt: skip
     return out[: len(W)]
 

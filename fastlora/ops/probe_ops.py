@@ -13,21 +13,21 @@ from .autograd import LIBRARY
 from .backends import choose
 from .layout import as_rows, on_host
 
-LIBRARY.define("column_probes(Tensor dy, Tensor? columns, Tensor? x, int[] sizes, str backend) -> Tensor[]")
+LIBRARY.define("column_probes(Tensor dy, Tensor? columns, Tensor? x, int[] sizes, int blocks, str backend) -> Tensor[]")
 
 
 def _columns_kernel(
-    dy: Tensor, columns: Tensor | None, x: Tensor | None, sizes: Sequence[int], backend: str
+    dy: Tensor, columns: Tensor | None, x: Tensor | None, sizes: Sequence[int], blocks: int, backend: str
 ) -> list[Tensor]:
-    """Of every run of ``sizes`` columns of dy: ``Q_i = dy_i^T c_i`` [N_i, k], then the norms of x's columns [n, K]."""
-    parts, out = as_rows(dy).split(list(sizes), dim=1), []
+    """Of each projection's columns of dy: ``Q_i = dy_i^T c_i`` [N_i, k], then the norms of x's columns [n, K]."""
+    parts, out = reference.split_columns(as_rows(dy), sizes, blocks), []
     if columns is not None:
         (chosen, _), k = choose(backend, dy.device, dy.dtype), columns.shape[1] // len(sizes)
         out = [chosen.outer(part, columns.narrow(1, i * k, k)) for i, part in enumerate(parts)]
     return out if x is None else [*out, reference.column_norms(as_rows(x), parts)]
 
 
-def _columns_fake(dy, columns, x, sizes, backend):
+def _columns_fake(dy, columns, x, sizes, blocks, backend):
     out = []
     if columns is not None:
         acc, k = reference.accumulate_dtype(dy.dtype), columns.shape[1] // len(sizes)
@@ -46,9 +46,10 @@ class _Measured(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, y: Tensor, columns: Tensor | None, x: Tensor | None, sizes: tuple[int, ...], backend: str, *leaves
-    ):
-        ctx.sizes, ctx.backend = sizes, backend
+        ctx, y: Tensor, columns: Tensor | None, x: Tensor | None, sizes: tuple[int, ...], blocks: int, backend: str,
+        *leaves,
+    ):  # fmt: skip
+        ctx.sizes, ctx.blocks, ctx.backend = sizes, blocks, backend
         ctx.save_for_backward(columns, x)
         # Not a view of y, which an owner could not add its bias to in place.
         ctx.mark_dirty(y)
@@ -59,15 +60,15 @@ class _Measured(torch.autograd.Function):
         columns, x = ctx.saved_tensors
         if torch.is_grad_enabled() and columns is not None:  # create_graph: the formula can be differentiated again
             acc, k = reference.accumulate_dtype(dy.dtype), columns.shape[1] // len(ctx.sizes)
-            parts = as_rows(dy).to(acc).split(ctx.sizes, dim=1)
+            parts = reference.split_columns(as_rows(dy).to(acc), ctx.sizes, ctx.blocks)
             found = [part.T @ columns[:, i * k : i * k + k].to(acc) for i, part in enumerate(parts)]
             found += [] if x is None else [reference.column_norms(as_rows(x), parts).detach()]
         else:
             run = _columns_kernel if can_skip_dispatcher((dy, columns, x)) else torch.ops.fastlora.column_probes
-            found = run(dy.detach(), columns, x, ctx.sizes, ctx.backend)
+            found = run(dy.detach(), columns, x, ctx.sizes, ctx.blocks, ctx.backend)
         count = 0 if columns is None else len(ctx.sizes)
         norms = () if x is None else found[-1].unbind()
-        return (dy, None, None, None, None, *found[:count], *norms)
+        return (dy, None, None, None, None, None, *found[:count], *norms)
 
 
 def measured(
@@ -78,13 +79,14 @@ def measured(
     Z: Sequence[Tensor] = (),
     x: Tensor | None = None,
     norms: Sequence[Tensor] = (),
+    blocks: int = 1,
 ) -> Tensor:
-    """y [*, sum N_i] as it is, with N_i = ``sizes``. Counted if and only if backward ran:
+    """y [*, sum N_i] as it is, with N_i = ``sizes`` in so many ``blocks``. Counted if and only if backward ran:
 
     with n k ``columns`` [M, n k] of x backward adds ``dy_i^T c_i`` to Z_i [N_i, k], with x [*, K] it adds
     ``sum_m ||dy_im||^2 x_mj^2`` to norms_i [K].
     """
-    return _Measured.apply(y, columns, x, tuple(sizes), backend, *Z, *norms)
+    return _Measured.apply(y, columns, x, tuple(sizes), blocks, backend, *Z, *norms)
 
 
 LIBRARY.define("masked_moments(Tensor y, Tensor? keep, str backend) -> Tensor")

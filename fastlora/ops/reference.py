@@ -100,6 +100,7 @@ def lora_linear(
     seed: Tensor | None = None,
     p: float = 0.0,
     streams: Sequence[int] = (),
+    blocks: Sequence[int] = (),
 ) -> list[Tensor]:
     """The adapted linears of one group, written as the formula and differentiable any number of times.
 
@@ -109,7 +110,8 @@ def lora_linear(
     x [*, K]; W_j [N_j, K]; projection i covers the next N_i columns of the concatenated outputs, A_i [r_i, K],
     B_i [N_i, r_i]; P [k, K] or int64 [projections, k], Z_i [N_i, k] (zero: it only collects the gradient
     Q_i = G_W P^T), sign [S, k] for the S samples of dimension 0. ``streams``: the number by which ``dropout``
-    knows each projection, its place without. Returns one y_j [*, N_j] a weight.
+    knows each projection, its place without. ``blocks``: the columns of y_j are that many equal blocks (1 without),
+    each with its part of every projection of W_j in order. Returns one y_j [*, N_j] a weight.
     """
     rows = x.reshape(-1, x.shape[-1])
     base = torch.cat([torch.nn.functional.linear(rows, w, b) for w, b in zip(W, bias, strict=True)], dim=1)
@@ -125,7 +127,7 @@ def lora_linear(
         if probe is not None:
             update = update + probe @ Z[i].to(rows.dtype).T
         updates.append(update)
-    y = base + torch.cat(updates, dim=1)
+    y = base + interleaved(updates, [w.shape[0] for w in W], blocks)
     return [part.reshape(*x.shape[:-1], part.shape[1]) for part in y.split([w.shape[0] for w in W], dim=1)]
 
 
@@ -143,6 +145,7 @@ def lora_grouped(
     keys: Tensor | None = None,
     p: Sequence[float] = (),
     streams: Sequence[int] = (),
+    blocks: Sequence[int] = (),
 ) -> list[Tensor]:
     """``lora_linear`` of every row with the adapter that its id names; -1 leaves the frozen linear alone.
 
@@ -168,8 +171,27 @@ def lora_grouped(
             if probe is not None:
                 update = update + probe @ Z[part][i].to(seen.dtype).T
             updates.append(update)
-        y = y.index_add(0, mine, torch.cat(updates, dim=1))
+        y = y.index_add(0, mine, interleaved(updates, [w.shape[0] for w in W], blocks))
     return [part.reshape(*x.shape[:-1], part.shape[1]) for part in y.split([w.shape[0] for w in W], dim=1)]
+
+
+def interleaved(parts: Sequence[Tensor], widths: Sequence[int], blocks: Sequence[int] = ()) -> Tensor:
+    """Columns of projections [M, N_i] as they lie in the outputs [M, N_j] side by side, ``blocks`` of each output."""
+    outputs, rest = [], list(parts)
+    for width, n in zip(widths, blocks or [1] * len(widths), strict=True):
+        own = []
+        while sum(part.shape[1] for part in own) < width:
+            own.append(rest.pop(0))
+        outputs += own if n == 1 else [torch.cat([p.unflatten(1, (n, -1)) for p in own], dim=2).flatten(1)]
+    return torch.cat([*outputs, *rest], dim=1)
+
+
+def split_columns(y: Tensor, widths: Sequence[int], blocks: int = 1) -> Sequence[Tensor]:
+    """The columns of each projection [M, N_i] of one output [M, N] in ``blocks``: views where they are together."""
+    if blocks == 1:
+        return y.split(list(widths), dim=1)
+    parts = y.unflatten(1, (blocks, -1)).split([width // blocks for width in widths], dim=2)
+    return [part.flatten(1) for part in parts]
 
 
 def projections_of(W: Sequence[Tensor], B: Sequence[Tensor]) -> int:

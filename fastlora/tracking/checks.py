@@ -39,13 +39,13 @@ def checked_layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
     return layers
 
 
-def checked_probe_kind(probe_kind: Any, estimator: str, layers: dict[str, Linear]) -> str:
+def checked_probe_kind(probe_kind: Any, estimator: str) -> str:
     check_choice("probe_kind", probe_kind, PROBE_KINDS)
     if estimator != "probe" and probe_kind != "rademacher":
         raise wrong_value("probe_kind", f"'rademacher' with estimator={estimator!r}", probe_kind)
     for path, layer in layers.items() if probe_kind == "columns" else ():
-        if layer.slices.blocks > 1 or not isinstance(layer, Linear):
-            why = f"{path!r} holds {listed([*layer.slices])} interleaved or by rows of x"
+        if not isinstance(layer, Linear):
+            why = f"{path!r} holds {listed([*layer.slices])} by rows of x"
             raise ValueError(f"probe_kind: expected 'rademacher' or estimator='exact' where {why}, got 'columns'")
     return probe_kind
 

@@ -76,11 +76,11 @@ class Tracked:
         layer, taken = self.layers[path], self.taken_of(path, name)
         if not taken:
             return {}
-        rows, found = _columns(layer, name, taken), {}
+        found = {}
         if {"grad_sq", "grad_abs"} & {*self.kinds}:
             backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
             x, dy, offsets = as_one_batch(taken)
-            both = backend.gradstat(x, dy[:, rows], offsets, absolute="grad_abs" in self.kinds)
+            both = backend.gradstat(x, _columns(layer, name, dy, taken), offsets, absolute="grad_abs" in self.kinds)
             found["grad_sq"], found["grad_abs"] = both[0]
         if "fisher" in self.kinds:
             total, samples = self.sample_squares(path, name)
@@ -90,19 +90,19 @@ class Tracked:
     def sample_squares(self, path: str, name: str) -> tuple[Tensor, int]:
         """``Σ_i ||G_i||²`` of one matrix over the samples of this step, and their number."""
         layer, taken = self.layers[path], self.taken_of(path, name)
-        rows, samples = _columns(layer, name, taken), 0
+        samples = 0
         total = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
         for micro in sorted({call.micro for call in taken}):
             x, dy, offsets = by_sample([call for call in taken if call.micro == micro])
             backend, _ = choose(layer.backend, x.device, x.dtype)
-            total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
+            total += backend.gradstat(x, _columns(layer, name, dy, taken), offsets, absolute=False)[:, 0].double().sum()
             samples += len(offsets) - 1
         return total, samples
 
 
-def _columns(layer: Linear, name: str, taken: Sequence[Contribution]) -> slice | Tensor:
+def _columns(layer: Linear, name: str, dy: Tensor, taken: Sequence[Contribution]) -> Tensor:
     """Columns of dy that are a slice's."""
-    return layer.slices.rows(name) if not taken or taken[0].part is None else slice(None)
+    return layer.slices.columns(dy, name) if taken[0].part is None else dy
 
 
 def fisher_factor(loss_reduction: str, samples: int | Tensor) -> float | Tensor:
@@ -149,8 +149,8 @@ def _by_slice(total: Tensor, layer: Linear) -> Tensor:
     """Moments [2, N + 1] with the columns of each slice together."""
     if layer.slices.blocks == 1:
         return total
-    order = torch.cat([*[layer.slices.rows(name) for name in layer.slices], torch.tensor([layer.out_features])])
-    return total.index_select(1, order.to(total.device))
+    parts = [layer.slices.columns(total[:, :-1], name) for name in layer.slices]
+    return torch.cat([*parts, total[:, -1:]], dim=1)
 
 
 # Of each statistic: the numbers of those matrices that have one, float64, and for each matrix whether it has; or the

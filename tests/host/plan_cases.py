@@ -13,11 +13,12 @@ from fastlora.ops.backends import BACKENDS
 from fastlora.ops.backends.planned import PlannedBackend
 from fastlora.ops.layout import SCHEDULED, Dropout, GroupLayout, LoraCall, Need, Rows, segment_tiles
 
-LAYOUTS = {  # rows of each weight, rows of each projection
-    "separate": ((768, 768, 768), (768, 768, 768)),
-    "fused": ((1152,), (384, 384, 384)),
-    "gqa": ((512, 128, 128), (512, 128, 128)),
-    "one": ((256,), (256,)),
+LAYOUTS = {  # rows of each weight, rows of each projection, blocks of each weight
+    "separate": ((768, 768, 768), (768, 768, 768), ()),
+    "fused": ((1152,), (384, 384, 384), ()),
+    "interleaved": ((1152,), (384, 384, 384), (6,)),
+    "gqa": ((512, 128, 128), (512, 128, 128), ()),
+    "one": ((256,), (256,), ()),
 }
 RANKS = {"even": (8, 8, 8), "uneven": (8, 16, 4), "odd": (1, 3, 5)}
 PROBES = 8
@@ -90,7 +91,7 @@ class Example:
 
     def __init__(self, case: Case, device: torch.device):
         self.case, self.device = case, device
-        weights, widths = LAYOUTS[case.layout]
+        weights, widths, blocks = LAYOUTS[case.layout]
         ranks = [tuple(r * (g + 1) for r in RANKS[case.ranks][: len(widths)]) for g in range(max(case.adapters, 1))]
         empty = self._empty
         W = tuple(empty(n, case.columns) for n in weights)
@@ -102,7 +103,7 @@ class Example:
         P, probes, width = self._probes(ranks, len(widths))
         self.call = LoraCall(
             self._matrix(case.columns), W, bias, A, B, P, probes, [0.5 + 0.25 * i for i in range(len(A))],
-            GroupLayout(W, B), self._rows(), self._drop(), "auto", case.moments,
+            GroupLayout(W, B, (), blocks), self._rows(), self._drop(), "auto", case.moments,
         )  # fmt: skip
         self.h, self.dy = empty(case.rows, width), self._dy(weights)
         self.need = Need(

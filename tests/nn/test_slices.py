@@ -12,6 +12,7 @@ from torch import nn
 
 import fastlora
 from fastlora.nn.adapter import Slices
+from fastlora.ops import reference
 
 HEADS, K, M = 3, 10, 14
 PARTS = {"q": 4, "k": 2, "v": 3}  # rows of each head
@@ -136,20 +137,34 @@ def test_a_transposed_layer():
     torch.testing.assert_close(model(x), plain(x))
 
 
+@pytest.mark.parametrize("backend", ["native", "eager", "reference"])
 @pytest.mark.parametrize("batched", [False, True])
-def test_one_dropout_mask_for_all_slices(batched):
-    model, x = adapted(lora_dropout=0.5, ranks=(2, 2, 2)), x_of()
-    layer = model[0]
-    with torch.no_grad():
-        for side in (layer.lora_A["default"], layer.lora_B["default"]):
-            for name in PARTS:
-                getattr(side, name).copy_(torch.ones_like(getattr(side, name)))
+def test_a_dropout_mask_of_its_own_for_each_slice(backend, batched):
+    dtype, p = torch.float64 if backend == "reference" else torch.float32, 0.5
+    model, x = adapted(dtype, lora_dropout=p, backend=backend), x_of(dtype=dtype).requires_grad_()
+    layer, twin = model[0], x_of(dtype=dtype).double().requires_grad_()
     scope = fastlora.use_adapters(model, torch.zeros(M, dtype=torch.int64)) if batched else contextlib.nullcontext()
+    torch.manual_seed(3)
     with scope:
-        update = layer(x) - nn.functional.linear(x, layer.weight, layer.bias)
-    torch.testing.assert_close(update, update[:, :1].expand_as(update))
-    full = x.sum(1) * 2 * layer.adapter_specs["default"].scale["q"]
-    assert not torch.isclose(update[:, 0], full).any()
+        y = layer(x)
+    torch.manual_seed(3)
+    seed, wanted, factors = torch.randint(2**62, ()), nn.functional.linear(twin, *layer_of(layer)), []
+    for stream, name in enumerate(PARTS):
+        A, B = (getattr(side["default"], name).detach().double() for side in (layer.lora_A, layer.lora_B))
+        factors += [A.requires_grad_(), B.requires_grad_()]
+        update = layer.adapter_specs["default"].scale[name] * reference.dropout(twin, seed, stream, p) @ A.T @ B.T
+        wanted = wanted.index_add(1, torch.tensor(rows_of(name)), update)
+    close = dict(rtol=2e-4, atol=2e-5) if dtype == torch.float32 else dict(rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(y.double(), wanted, **close)
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    found = [getattr(side["default"], name).grad for name in PARTS for side in (layer.lora_A, layer.lora_B)]
+    for grad, own in zip([x.grad, *found], [twin.grad, *[f.grad for f in factors]], strict=True):
+        torch.testing.assert_close(grad.double(), own, **close)
+
+
+def layer_of(layer):
+    return layer.weight.double(), layer.bias.double()
 
 
 def test_several_adapters_in_one_batch():
@@ -208,17 +223,29 @@ def test_exact_statistics_of_each_slice(kinds):
             assert found[kind][key] == pytest.approx(float(wanted[kind]), rel=1e-9)
 
 
-def test_probes_estimate_each_slice():
+@pytest.mark.parametrize("probe_kind", ["rademacher", "columns"])
+@pytest.mark.parametrize("batched", [False, True])
+def test_probes_estimate_each_slice(probe_kind, batched):
     model, x = adapted(), x_of()
-    with fastlora.track(model, statistics=["grad_sq"], probes=64, ema=None) as tracker:
+    ids = torch.zeros(M, dtype=torch.int64)
+    with fastlora.track(model, statistics=["grad_sq"], probes=64, probe_kind=probe_kind, ema=None) as tracker:
         for _ in range(40):
-            model(x).square().sum().backward()
+            with fastlora.use_adapters(model, ids) if batched else contextlib.nullcontext():
+                model(x).square().sum().backward()
             tracker.step()
         found = tracker.scores("grad_sq", reduce="sum")
     for name in PARTS:
         assert found[f"0[{name}]"] == pytest.approx(float(gradient_of(model, x)[rows_of(name)].square().sum()), rel=0.1)
-    with pytest.raises(ValueError, match="probe_kind: expected 'rademacher'"):
-        fastlora.track(model, statistics=["grad_sq"], probe_kind="columns")
+
+
+def test_norms_of_columns_are_of_each_slice():
+    model, x = adapted(), x_of()
+    with fastlora.track(model, statistics=["grad_sq"], probe_kind="columns", ema=None):
+        kept, y = [], model[0](x)
+        y.register_hook(kept.append)
+        model[2](model[1](y)).square().sum().backward()
+        for name, norms in model[0].probes["default"].norms.items():
+            torch.testing.assert_close(norms.grad, kept[0][:, rows_of(name)].square().sum(1) @ x.square())
 
 
 def test_under_compile_and_checkpointing():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastlora.ops.layout import GroupLayout, column_starts
+from fastlora.ops.layout import GroupLayout, column_starts, group_layout
 
 
 @st.composite
@@ -70,3 +70,36 @@ def test_width_and_ranks_of_the_adapters(given_adapters, data):
 def test_probes_of_another_number_of_adapters():
     with pytest.raises(ValueError):
         layouts([[4]], 1).width([1, 2])
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+def test_columns_of_projections_that_interleave(runs, data):
+    """The columns of each projection, counted block by block; together they are every column of every output once."""
+    runs = [[*own, 1] for own in runs]
+    blocks = data.draw(st.lists(st.integers(1, 5), min_size=len(runs), max_size=len(runs)))
+    W = [torch.empty(n * sum(own), 7) for own, n in zip(runs, blocks, strict=True)]
+    B = [torch.empty(n * run, 2) for own, n in zip(runs, blocks, strict=True) for run in own]
+    found, i = group_layout(W, B, blocks), 0
+    for j, (own, n) in enumerate(zip(runs, blocks, strict=True)):
+        y, seen = torch.arange(n * sum(own)).unsqueeze(0), []
+        for before, run in zip(accumulate([0, *own]), own, strict=False):
+            wanted = [b * sum(own) + before + k for b in range(n) for k in range(run)]
+            assert found.columns_of(y, i)[0].tolist() == wanted
+            assert [c + k for _, c, count in found.runs_of(i) for k in range(count)] == wanted
+            assert found.outputs[i] == j or run == 0
+            seen, i = seen + wanted, i + 1
+        assert sorted(seen) == y[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "blocks, why",
+    [
+        ([5], r"blocks: expected a divisor of each of \[12\] rows, got \[5\]"),
+        ([0], "blocks: expected a divisor of each"),
+        ([2, 2], "blocks: expected a divisor of each"),
+        ([4], r"blocks: expected divisors of the projections' rows \[6, 6\], got \[4\]"),
+    ],
+)
+def test_blocks_that_are_none(blocks, why):
+    with pytest.raises(ValueError, match=why):
+        group_layout([torch.empty(12, 3)], [torch.empty(6, 1), torch.empty(6, 2)], blocks)

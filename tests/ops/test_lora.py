@@ -23,6 +23,11 @@ CASES = {
     "one row": {"M": 1},
     "no rows": {"M": 0},
     "odd": {"M": 3, "K": 5, "N": (1, 3), "r": (1, 1)},
+    "interleaved": {"fused": True, "blocks": [3]},
+    "interleaved uneven": {"fused": True, "N": (10, 5, 25), "r": (4, 17, 1), "blocks": [5]},
+    "interleaved wide": {"M": 65, "K": 130, "fused": True, "N": (128, 66), "r": (8, 20), "blocks": [2]},
+    "interleaved in part": {"N": (12, 6, 6), "blocks": [1, 1, 3]},
+    "interleaved, no rows": {"M": 0, "fused": True, "blocks": [6]},
 }
 
 
@@ -52,9 +57,28 @@ def test_masks_of_the_streams_that_are_named(dtype, backend, picks):
     assert not torch.allclose(y[0].double(), oracle(case, p=0.3)[0][0], atol=0.1)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_interleaved_projections_are_those_of_a_sorted_weight(p):
+    """Rows counted one by one: with W, bias and dy sorted into projections it is the contiguous operator."""
+    N, heads = (12, 6, 9), 3
+    case = make(dtype=torch.float64, k=2, N=N, r=(3, 2, 1), fused=True, blocks=[heads])
+    order, block = [], sum(N) // heads
+    for i, n in enumerate(N):
+        order += [h * block + sum(N[:i]) // heads + j for h in range(heads) for j in range(n // heads)]
+    rows = {name: [case[name][0][order]] for name in ("W", "bias")}
+    (y,), grads = run(case, function=reference.lora_linear, p=p)
+    (want,), want_grads = run(
+        {**case, **rows, "dy": [case["dy"][0][:, order]], "blocks": ()}, function=reference.lora_linear, p=p
+    )
+    torch.testing.assert_close(y[:, order], want, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(grads, want_grads, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(y, want)
+
+
+@pytest.mark.parametrize("blocks", [[], [3]], ids=["together", "interleaved"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_float64_is_exact(p):
-    case = make(dtype=torch.float64, k=2)
+def test_float64_is_exact(p, blocks):
+    case = make(dtype=torch.float64, k=2, fused=True, blocks=blocks)
     y, grads = run(case, p=p)
     want_y, want = oracle(case, p=p)
     for a, e in zip([*y, *grads], [*want_y, *want], strict=True):
@@ -260,10 +284,11 @@ def test_native_kernels_run_once_per_group():
     assert counts.get("aten::linear") == 3
 
 
-@pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize("picks", [False, True])
-def test_opcheck(p, picks):
-    case = make(k=2, S=13, picks=picks)
+@pytest.mark.parametrize("p, picks, blocks", [
+    (0.0, False, []), (0.0, True, []), (0.4, False, []), (0.4, True, []), (0.4, False, [1, 3, 2]),
+])  # fmt: skip
+def test_opcheck(p, picks, blocks):
+    case = make(k=2, S=13, picks=picks, blocks=blocks)
     seed = torch.tensor(7) if p else None
     x, A, B = (
         case["x"].requires_grad_(),
@@ -273,24 +298,25 @@ def test_opcheck(p, picks):
     Z = [torch.zeros(b.shape[0], 2, requires_grad=True) for b in B]
     V = [torch.zeros(2, w.shape[0] + 1, dtype=torch.float64, requires_grad=True) for w in case["W"]]
     probes = ([case["P"]], [case["sign"]])
-    args = (x, case["W"], case["bias"], A, B, Z, V, *probes, seed, [], [], case["scale"], [p], [], "auto", "auto")
-    torch.library.opcheck(torch.ops.fastlora.lora_linear.default, args)
+    args = (x, case["W"], case["bias"], A, B, Z, V, *probes, seed, [], [], case["scale"], [p], [], case["blocks"])
+    torch.library.opcheck(torch.ops.fastlora.lora_linear.default, (*args, "auto", "auto"))
     h = torch.randn(13, 8 + (6 if picks else 2))
     back = (case["dy"], case["x"].detach(), h, case["W"], [a.detach() for a in A], [b.detach() for b in B], [2])
     torch.library.opcheck(
         torch.ops.fastlora.lora_linear_backward.default,
-        (*back, seed, [], [], case["scale"], [p], [], [True] * 6, "auto", "auto"),
+        (*back, seed, [], [], case["scale"], [p], [], case["blocks"], [True] * 6, "auto", "auto"),
     )
 
 
-def test_gradcheck_and_gradgradcheck():
-    case = make(M=4, K=5, N=(3, 2), r=(2, 1), dtype=torch.float64, k=2)
+@pytest.mark.parametrize("blocks", [(), [2]], ids=["together", "interleaved"])
+def test_gradcheck_and_gradgradcheck(blocks):
+    case = make(M=4, K=5, N=(4, 2), r=(2, 1), dtype=torch.float64, k=2, fused=bool(blocks))
     inputs = [case["x"], *case["A"], *case["B"]]
     for t in inputs:
         t.requires_grad_()
 
     def function(x, a0, a1, b0, b1):
-        return tuple(lora_linear(x, case["W"], case["bias"], [a0, a1], [b0, b1], case["scale"]))
+        return tuple(lora_linear(x, case["W"], case["bias"], [a0, a1], [b0, b1], case["scale"], blocks=blocks))
 
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)

@@ -14,7 +14,7 @@ from support.grouped_op_help import make, run
 from support.op_help import BACKENDS, assert_close_as
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.ops import layout, native
+from fastlora.ops import layout, native, reference
 from fastlora.ops.layout import AdapterBatch
 from fastlora.ops.lora import lora_grouped
 
@@ -37,6 +37,27 @@ IDS = {
 def test_forward_and_gradients(ids, dtype, backend, p):
     case = make(IDS[ids], dtype=dtype)
     assert_close_as(run(case, backend, p), run(case, None, p, torch.float64), run(case, None, p))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize("p", [(), (0.3, 0.0, 0.5)], ids=["", "dropout"])
+def test_projections_that_interleave(ids, dtype, backend, p):
+    ranks = ((3, 5, 1), (1, 0, 2), (17, 2, 20))
+    case = make(IDS[ids], N=(12, 6, 9), ranks=ranks, dtype=dtype, blocks=[3])
+    assert_close_as(run(case, backend, p), run(case, None, p, torch.float64), run(case, None, p))
+
+
+def test_the_formula_of_projections_that_interleave():
+    """Each adapter's rows as ``lora_linear`` of these rows has them."""
+    case = make(IDS["scattered"], N=(12, 6, 9), ranks=((3, 5, 1), (1, 0, 2), (17, 2, 20)), blocks=[3])
+    y, ids = run(case, None, dtype=torch.float64)[0], case["batch"].ids
+    for g in range(3):
+        own = [[t.double() for t in case[f][3 * g : 3 * g + 3]] for f in "AB"]
+        x, W, bias = case["x"].double()[ids == g], case["W"][0].double(), case["bias"][0].double()
+        (want,) = reference.lora_linear(x, [W], [bias], *own, case["scale"][3 * g : 3 * g + 3], blocks=[3])
+        torch.testing.assert_close(y[ids == g], want, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

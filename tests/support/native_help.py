@@ -11,6 +11,17 @@ needs_library = pytest.mark.skipif(
     os.environ.get("FASTLORA_BUILD") == "0", reason="FASTLORA_BUILD=0: the native library is left out on purpose"
 )
 
+
+def interleaved_columns(widths: list[int], blocks: int) -> tuple[list[int], list[int]]:
+    """``columns`` of projections in ``blocks`` of one matrix, and its columns counted one by one, projection by
+    projection."""
+    each = [width // blocks for width in widths]
+    firsts, stride = [sum(each[:i]) for i in range(len(each))], sum(each)
+    order = [b * stride + first + n for first, run in zip(firsts, each, strict=True) for b in range(blocks)
+             for n in range(run)]  # fmt: skip
+    return [*firsts, *each, *[stride] * len(each)], order
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [0, 1, 2, 3, 7, 33, 100]
 SIZES = [1, 5, 16, 17, 63, 130]

@@ -10,7 +10,8 @@ from fastlora.ops.lora import checked_linear
 BACKENDS = ["reference", "eager", *(["native"] if native.available() else [])]
 
 
-def make(M=13, K=20, N=(12, 6, 6), r=(3, 0, 5), fused=False, k=0, dtype=torch.float32, seed=0, S=None, picks=False):
+def make(M=13, K=20, N=(12, 6, 6), r=(3, 0, 5), fused=False, k=0, dtype=torch.float32, seed=0, S=None, picks=False,
+         blocks=()):  # fmt: skip
     """Random operands of one group, B not zero; k probe rows, or with ``picks`` k columns of x for each projection."""
     g = torch.Generator().manual_seed(seed)
 
@@ -28,6 +29,7 @@ def make(M=13, K=20, N=(12, 6, 6), r=(3, 0, 5), fused=False, k=0, dtype=torch.fl
         "B": [rand(n, rank) for n, rank in zip(N, r, strict=True)],
         "scale": [0.5 + 0.25 * i for i in range(len(N))],
         "dy": [rand(M, sum(N))] if fused else [rand(M, n) for n in N],
+        "blocks": blocks,
     }
     if picks:
         case["P"] = torch.randint(K, (len(N), k), generator=g)
@@ -51,12 +53,12 @@ def run(case, backend="auto", p=0.0, function=None, dtype=None, moments=False, p
     V = [torch.zeros(2, w.shape[0] + 1, dtype=torch.float64, requires_grad=True) for w in W] if moments else []
     if function is None:
         torch.manual_seed(5)
-        rest = (P, case.get("sign"), backend, "auto", streams)
+        rest = (P, case.get("sign"), backend, "auto", streams, case["blocks"])
         y = checked_linear(x, W, bias, A, B, case["scale"], p, Z, V, *rest)
     else:
         torch.manual_seed(5)
         seed = torch.randint(2**62, (), dtype=torch.int64) if p > 0 else None
-        y = function(x, W, bias, A, B, case["scale"], Z, P, case.get("sign"), seed, p, streams)
+        y = function(x, W, bias, A, B, case["scale"], Z, P, case.get("sign"), seed, p, streams, case["blocks"])
     inputs = [x, *A, *B, *Z, *V]
     grads = torch.autograd.grad(y, inputs, [cast(g) for g in case["dy"]], allow_unused=True)
     return [t.detach() for t in y], [

@@ -21,6 +21,7 @@ class Mixed:
     widths: tuple[int, ...]
     ranks: tuple[tuple[int, ...], ...]
     probes: tuple[int, ...]
+    blocks: tuple[int, ...] = ()
 
 
 def _cycle(pattern, count):
@@ -38,6 +39,12 @@ CASES = {
     "one_adapter": Mixed((0,) * 40, 24, (20,), (20,), ((70,),), (3,)),
     "empty": Mixed((), 16, (16, 8), (16, 8), ((2, 3), (1, 1)), (2, 2)),
 }
+
+
+INTERLEAVED = Mixed(
+    _cycle((1, 0, 2, -1, 2), 41), 32, (48, 20), (24, 12, 12, 20), ((3, 1, 2, 4), (17, 0, 8, 1), (1, 1, 1, 0)),
+    (4, 0, 3), (4, 1),
+)  # fmt: skip
 
 
 class Operands:

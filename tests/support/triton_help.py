@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlora.ops import reference
+from fastlora.ops.backends import triton as triton_backend
 from fastlora.ops.layout import Layout, group_layout
 
 DEVICE = os.environ.get("FASTLORA_KERNEL_DEVICE", "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-SCALES = (2.0, 0.7, 1.3)
+SCALES = (2.0, 0.7, 1.3, 0.9)
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Problem:
     widths: tuple[int, ...]
     ranks: tuple[int, ...]
     probes: int = 0
+    blocks: tuple[int, ...] = ()
 
 
 SEPARATE = Problem(35, 34, (33, 17, 20), (33, 17, 20), (3, 1, 5), 4)
@@ -34,8 +37,10 @@ FUSED = Problem(24, 32, (48,), (16, 16, 16), (4, 0, 2), 8)
 TINY = Problem(1, 5, (3,), (3,), (1,))
 WIDE_RANK = Problem(17, 20, (18,), (18,), (70,), 3)
 EVEN = Problem(17, 32, (16, 16), (16, 16), (8, 24), 8)
+INTERLEAVED = Problem(24, 32, (48, 20), (24, 12, 12, 20), (4, 0, 2, 3), 4, (4, 1))
 EMPTY = Problem(0, 16, (16, 8), (16, 8), (2, 3), 2)
-PROBLEMS = {"separate": SEPARATE, "fused": FUSED, "tiny": TINY, "wide_rank": WIDE_RANK, "even": EVEN, "empty": EMPTY}
+PROBLEMS = {"separate": SEPARATE, "fused": FUSED, "tiny": TINY, "wide_rank": WIDE_RANK, "even": EVEN, "empty": EMPTY,
+            "interleaved": INTERLEAVED}  # fmt: skip
 
 
 class Data:
@@ -61,7 +66,11 @@ class Data:
 
     @property
     def layout(self) -> Layout:
-        return group_layout(self.W, self.B)
+        return group_layout(self.W, self.B, self.problem.blocks)
+
+    @property
+    def runs(self) -> Any:
+        return triton_backend.runs_of(self.layout)
 
     @property
     def places(self) -> list[tuple[int, int]]:
@@ -69,6 +78,13 @@ class Data:
 
     def slices(self) -> list[Tensor | None]:
         """dy of every projection."""
+        return [
+            None if self.dy[j] is None else self.layout.columns_of(self.dy[j], i)
+            for i, j in enumerate(self.layout.outputs)
+        ]
+
+    def parts(self) -> list[Tensor | None]:
+        """dy of every projection as the kernels take it beside ``runs``: its first column, and as many as it has."""
         return [
             None if self.dy[j] is None else self.dy[j].narrow(1, c, n)
             for j, c, n in zip(self.layout.outputs, self.layout.columns, self.layout.widths, strict=True)

@@ -90,13 +90,15 @@ class ComposedBackend:
                 _put_(h[:, : own.shape[1]], mine, own)
             for j, out in enumerate(y):
                 target, held = _take(out, mine), [i for i, output in enumerate(layout.outputs) if output == j]
+                runs = [(i, *run) for i in held for run in layout.runs_of(i)]
+                B = {i: call.B[first + i].to(out.dtype).t() for i in held}
                 sums[g * len(y) + j] = self.kernels.expand_(
                     target,
                     own,
-                    [call.B[first + i].to(out.dtype).t() for i in held],
-                    [layout.offsets[i] for i in held],
-                    [layout.columns[i] for i in held],
-                    [call.scale[first + i] for i in held],
+                    [B[i].narrow(1, row, count) for i, row, _, count in runs],
+                    [layout.offsets[i] for i, *_ in runs],
+                    [column for _, _, column, _ in runs],
+                    [call.scale[first + i] for i, *_ in runs],
                     call.moments,
                 )
                 _put_(out, mine, target)
@@ -160,7 +162,7 @@ class ComposedBackend:
         taken = {j: _take(dy[j], mine) for j in {layout.outputs[i] for i in live}}
         dh, packed, dB, Q = self.kernels.wgrad(
             x,
-            [taken[layout.outputs[i]].narrow(1, layout.columns[i], layout.widths[i]) for i in live],
+            [layout.columns_of(taken[layout.outputs[i]], i) for i in live],
             own,
             [call.B[first + i].to(x.dtype) for i in live],
             [layout.offsets[i] for i in live],

@@ -32,7 +32,7 @@ class NativeBackend(ComposedBackend):
         layout, ops = call.layout.of(0), torch.ops.fastlora
         outputs = [ENGINES.forward(call.x, w, b, call.engine) for w, b in zip(call.W, call.bias, strict=True)]
         y, x, A, B = [as_rows(out) for out in outputs], as_rows(call.x), _readable(call.A), _readable(call.B)
-        where = (layout.outputs, layout.columns, call.scale)
+        where = (layout.outputs, layout.places, call.scale)
         if call.rows is None:
             P = call.P[0] if call.P else None
             drop = () if call.drop is None else (call.drop.key, call.drop.p[0], call.drop.streams)
@@ -51,7 +51,7 @@ class NativeBackend(ComposedBackend):
         dx = matmul_backward(dy, call.W, call.engine) if need.dx else None
         position, live = _defined(dy)
         x, A, B = as_rows(call.x), _readable(call.A), _readable(call.B)
-        where = ([position[j] for j in layout.outputs], layout.columns, call.scale)
+        where = ([position[j] for j in layout.outputs], layout.places, call.scale)
         if call.rows is None:
             probes = call.probes[0] if call.probes and need.dZ else 0
             drop = () if call.drop is None else (call.drop.key, call.drop.p[0], call.drop.streams)

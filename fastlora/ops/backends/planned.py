@@ -98,7 +98,8 @@ def _rest(call: LoraCall, inputs: list[Tensor]) -> tuple:
     if call.drop is not None:
         inputs.append(call.drop.key)
         p = (*call.drop.p, *call.drop.streams)
-    return len(call.W), len(call.A), tuple(call.scale), tuple(call.layout.starts), call.rows is None, p, call.engine
+    layout = tuple(call.layout.starts), call.layout.blocks
+    return len(call.W), len(call.A), tuple(call.scale), *layout, call.rows is None, p, call.engine
 
 
 class _Cut:

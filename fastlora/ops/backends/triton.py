@@ -140,7 +140,7 @@ class TritonBackend:
         places = list(zip(layout.outputs, layout.columns, strict=True))
         y, h, sums = _kernel("shrink_linear").shrink_linear(
             x, call.W, call.bias, A, rows, _one_dtype(call.B), places, layout.offsets, call.scale, call.moments,
-            **_dropout(call.drop),
+            runs=runs_of(layout), **_dropout(call.drop),
         )  # fmt: skip
         if columns:
             h = torch.cat([h, x.index_select(1, P.reshape(-1))], dim=1)
@@ -160,7 +160,7 @@ class TritonBackend:
         h = kernels.grouped_shrink(x, stacked, batch, ranks, drop=_row_dropout(call.drop))
         places = list(zip(layout.outputs, layout.columns, strict=True))
         B, options = _one_dtype(call.B), (places, call.scale, call.moments)
-        sums = kernels.grouped_expand_(y, h, call.W, B, batch, ranks, *options)
+        sums = kernels.grouped_expand_(y, h, call.W, B, batch, ranks, *options, runs=runs_of(layout))
         return [_reshaped(out, (*call.x.shape[:-1], out.shape[1])) for out in y], h, sums
 
     def backward(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
@@ -169,7 +169,7 @@ class TritonBackend:
 
     def _backward_one(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
         layout, drop = call.layout.of(0), _dropout(call.drop)
-        parts, B = _parts(dy, layout), _one_dtype(call.B)
+        parts, B, runs = _parts(dy, layout), _one_dtype(call.B), runs_of(layout)
         probes = call.probes[0] if call.probes and need.dZ else 0
         some = [part is not None for part in parts]
         h = h if probes else h[:, : layout.rank]
@@ -178,9 +178,9 @@ class TritonBackend:
         if need.dx and not drop:
             places = list(zip(layout.outputs, layout.columns, strict=True))
             together = _kernel("shrink_linear_backward").shrink_linear_backward
-            dx, dh = together(parts, call.W, B, A, places, layout.offsets, call.scale) or (None, None)
+            dx, dh = together(parts, call.W, B, A, places, layout.offsets, call.scale, runs=runs) or (None, None)
         rest = (layout.offsets, call.scale, layout.rank, probes, dh)
-        dh, dA, dB, Q = _kernel("expand_backward").expand_backward(x, parts, h, B, *rest, **drop)
+        dh, dA, dB, Q = _kernel("expand_backward").expand_backward(x, parts, h, B, *rest, runs=runs, **drop)
         placed = [iter(grads) for grads in (dB, Q)]
         dB, Q = [[next(grads) if there else None for there in some] for grads in placed]
         dA = [grad if there else None for grad, there in zip(dA, some, strict=True)] if need.dA else []
@@ -198,13 +198,15 @@ class TritonBackend:
             dx = torch.mm(*first)
             for grad, w in rest:
                 dx.addmm_(grad, w)
-        A, B, parts = _one_dtype(call.A), _one_dtype(call.B), _parts(dy, layout)
-        dh = kernels.grouped_shrink_backward(parts, B, batch, ranks, call.scale) if need.dx or need.dA else h
+        A, B, parts, runs = _one_dtype(call.A), _one_dtype(call.B), _parts(dy, layout), runs_of(layout)
+        dh = h
+        if need.dx or need.dA:
+            dh = kernels.grouped_shrink_backward(parts, B, batch, ranks, call.scale, runs=runs)
         if need.dx:
             kernels.grouped_linear_backward_(dx, dh, A, batch, ranks, drop=drop)
         x, outer = as_rows(call.x) if need.dA else None, parts if need.dB or any(call.probes) else [None] * len(parts)
         dA, dB, Q = kernels.grouped_wgrad(
-            x, dh, outer, h, layout.widths, batch, ranks, call.scale, B[0].dtype, drop=drop
+            x, dh, outer, h, layout.widths, batch, ranks, call.scale, B[0].dtype, drop=drop, runs=runs
         )
         return Gradients(dx, dA, dB if need.dB else [], Q if any(call.probes) else [])
 
@@ -251,8 +253,21 @@ def _ranks(call: LoraCall) -> Any:
     return _kernel("grouped").LoraRanks(call.layout.ranks, tuple(call.probes) or (0,) * call.rows.ranges.shape[0])
 
 
+def runs_of(layout: Layout) -> Any:
+    """What the kernels read where projections interleave."""
+    if layout.runs == layout.widths:
+        return None
+    gaps = [
+        0 if run == width else stride - run
+        for run, width, stride in zip(layout.runs, layout.widths, layout.strides, strict=True)
+    ]
+    return _kernel("primitives").Runs(layout.runs, tuple(gaps))
+
+
 def _parts(dy: Sequence[Tensor | None], layout: Layout) -> list[Tensor | None]:
-    """The columns of dy that are each projection's."""
+    """The columns of dy that are each projection's; with ``runs_of`` as many from the first on."""
+    if runs_of(layout) is not None:
+        dy = [None if grad is None else _kernel("primitives").unit_last(grad) for grad in dy]
     return [
         None if dy[j] is None else dy[j].narrow(1, column, width)
         for j, column, width in zip(layout.outputs, layout.columns, layout.widths, strict=True)

@@ -19,6 +19,7 @@ from support.native_grouped_help import (
     make,
     strided,
 )
+from support.native_help import interleaved_columns
 
 from fastlora.ops import native, reference
 
@@ -140,6 +141,27 @@ def test_segments_that_the_library_built(name):
     batch = make(ORDERS[name](), 3, 40, [24, 17], [4, 2, 7], probes=(2, 0, 1))
     batch.order, batch.ranges = torch.ops.fastlora.build_segments(batch.ids, 3)
     check_backward(batch, check_forward(batch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direct", [False, True], ids=["scattered", "runs"])
+def test_projections_that_interleave_are_those_of_sorted_columns(direct, dtype):
+    widths, blocks = [24, 12, 6], 6
+    ids = draw_ids("uniform", 80, 4)
+    batch = make(ids.sort()[0] if direct else ids, 4, 40, widths, [3, 17, 5, 20], dtype, torch.float32, True,
+                 probes=(2, 0, 1), direct=direct)  # fmt: skip
+    columns, order = interleaved_columns(widths, blocks)
+    dy, start, before = strided(80, sum(widths), dtype), strided(80, sum(widths), dtype), batch.dx.clone()
+    results = []
+    for places, own in ((batch.columns, order), (columns, list(range(len(order))))):
+        batch.columns, batch.y, batch.dy = places, [start[:, own].clone()], [dy[:, own]]
+        batch.dx.copy_(before)
+        h, moments = batch.forward()
+        found, back = batch.backward(h), torch.tensor(own).argsort()
+        parts = [t for part in found for t in part]
+        results.append([h, batch.y[0][:, back], *[m[:, back] for m in moments], batch.dx.clone(), *parts])
+    for one, other in zip(*results, strict=True):
+        close(other, one.double(), 128, "interleaved")
 
 
 def test_no_adapters_no_rows_no_ranks():

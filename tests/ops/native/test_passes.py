@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support.native_help import DTYPES, needs_library
+from support.native_help import DTYPES, interleaved_columns, needs_library
 
 from fastlora.ops import native, reference
 
@@ -212,6 +212,22 @@ def test_what_is_dropped_is_zero_whatever_it_was():
     assert h.isfinite().all() and dA[0].isfinite().all()
 
 
+@pytest.mark.parametrize("widths, blocks", [([24, 12, 6], 6), ([64, 128], 2), ([3, 6], 3)])
+def test_projections_that_interleave_are_those_of_sorted_columns(widths, blocks, dtype):
+    problem = make(75, 40, widths, [3, 17, 5][: len(widths)], dtype, torch.float32, True, probes=2, layout="slice")
+    columns, order = interleaved_columns(widths, blocks)
+    dy, h = strided(75, sum(widths), dtype, "slice"), strided(75, problem.rank + 2, dtype, "slice")
+    start, results = problem.y[0].clone(), []
+    for places, own in ((problem.columns, order), (columns, list(range(len(order))))):
+        problem.columns, problem.y, dx = places, [start[:, own].clone()], torch.ones_like(problem.x)
+        _, (moments,) = problem.forward()
+        found = problem.backward(dx, [dy[:, own]], h, probes=2)
+        back = torch.tensor(own).argsort()
+        results.append([problem.y[0][:, back], moments[:, back], dx, *[t for part in found for t in part]])
+    for one, other in zip(*results, strict=True):
+        close(other, one.double(), 128, "interleaved")
+
+
 def test_backward_pass_leaves_out_what_is_not_needed():
     problem = make(40, 12, [8, 6], [2, 3], torch.float32, probes=2)
     dy, h = [torch.randn(40, 8), torch.randn(40, 6)], torch.randn(40, 7)
@@ -268,6 +284,11 @@ def test_threads_and_repeatability(drop, dtype):
         ({"outputs": [1]}, "outputs: 1 was asked for, of 1"),
         ({"outputs": [-1]}, "outputs: -1"),
         ({"columns": [1]}, "columns: 1 to 5 were asked for, but there are 4"),
+        ({"columns": [0, 2]}, "columns has 2 entries, but outputs has 1"),
+        ({"columns": [0, 3, 3]}, "columns: blocks of 3 every 3 were asked for, of 4"),
+        ({"columns": [0, 0, 3]}, "columns: blocks of 0 every 3"),
+        ({"columns": [0, 2, 1]}, "columns: blocks of 2 every 1"),
+        ({"columns": [0, 2, 3]}, "columns: 0 to 5 were asked for, but there are 4"),
         ({"scales": []}, "scales has 0 entries"),
         ({"P": torch.ones(2, 5)}, "P has 5 columns"),
         ({"drop": (torch.tensor(1), 1.0, [0])}, "p is 1"),

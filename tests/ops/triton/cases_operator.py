@@ -10,7 +10,8 @@ import pytest
 import torch
 from fastlora.kernels import expand_backward, primitives, shrink_linear, shrink_linear_backward
 from support.triton_grouped_help import CASES, Operands, expected_dh, expected_dx
-from support.triton_help import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, assert_close, wide
+from support.triton_grouped_help import INTERLEAVED as MIXED
+from support.triton_help import DEVICE, EMPTY, FUSED, INTERLEAVED, SEPARATE, TINY, Data, assert_close, wide
 
 from fastlora.ops import backends, reference
 from fastlora.ops.backends import triton as triton_backend
@@ -19,7 +20,7 @@ from fastlora.ops.lora import checked_linear, lora_grouped, lora_linear
 from fastlora.ops.probe_ops import measured
 
 pytestmark = pytest.mark.usefixtures("poisoned", "allowed")
-PROBLEMS = {"separate": SEPARATE, "fused": FUSED, "tiny": TINY, "empty": EMPTY}
+PROBLEMS = {"separate": SEPARATE, "fused": FUSED, "tiny": TINY, "empty": EMPTY, "interleaved": INTERLEAVED}
 
 
 @pytest.fixture
@@ -52,14 +53,14 @@ def run(data, p, double):
     Z = [torch.zeros(n, probes, dtype=acc, device=device, requires_grad=True) for n in data.problem.widths if probes]
     V = [torch.zeros(2, n + 1, dtype=torch.float64, device=device, requires_grad=True) for n in data.problem.outputs]
     seed = torch.randint(2**62, (), dtype=torch.int64, device=DEVICE).cpu() if p else None
-    streams = range(1, 2 * len(A), 2)
+    streams, blocks = range(1, 2 * len(A), 2), data.problem.blocks
     torch.manual_seed(7)
     W, bias = ([wide(t) if double else t for t in ts] for ts in (data.W, data.bias))
     if double:
         P = None if data.P is None else wide(data.P) if data.P.is_floating_point() else data.P.cpu()
-        y = reference.lora_linear(x, W, bias, A, B, data.scale, Z, P, None, seed, p, streams)
+        y = reference.lora_linear(x, W, bias, A, B, data.scale, Z, P, None, seed, p, streams, blocks)
     else:
-        y = checked_linear(x, W, bias, A, B, data.scale, p, Z, V, data.P, None, "triton", "auto", streams)
+        y = checked_linear(x, W, bias, A, B, data.scale, p, Z, V, data.P, None, "triton", "auto", streams, blocks)
     torch.autograd.backward(y, [wide(g) if double else g for g in data.dy])
     moments = [reference.column_moments(out.detach()) for out in y] if double else [v.grad[:, :-1] for v in V]
     found = {"dx": x.grad} | {f"y[{j}]": out.detach() for j, out in enumerate(y)}
@@ -147,7 +148,7 @@ def run_grouped(o, p, double):
     Z = [torch.zeros(b.shape[0], k, dtype=acc, device=device).requires_grad_() for b, k in zip(B, probes, strict=True)]
     groups = [(g, n) for g in range(len(o.case.ranks)) for n in o.case.outputs]
     V = [torch.zeros(2, n + 1, dtype=torch.float64, device=device).requires_grad_() for _, n in groups]
-    bias = [None] * len(o.W)
+    bias, own = [None] * len(o.W), {"blocks": o.case.blocks}
     batch = AdapterBatch(
         [str(g) for g in range(len(o.case.ranks))], torch.tensor(o.case.ids, dtype=torch.int64, device=DEVICE)
     )
@@ -155,9 +156,9 @@ def run_grouped(o, p, double):
         seed = torch.randint(2**62, (), dtype=torch.int64, device=DEVICE)
         keys = batch.keys(o.x, seed, 0).cpu() if any(p) else None
         P, ids = [wide(t) for t in o.P], batch.ids.cpu()
-        y = reference.lora_grouped(x, [wide(w) for w in o.W], bias, A, B, o.scales, ids, Z, P, (), keys, p)
+        y = reference.lora_grouped(x, [wide(w) for w in o.W], bias, A, B, o.scales, ids, Z, P, (), keys, p, **own)
     else:
-        y = lora_grouped(x, o.W, bias, A, B, o.scales, batch, p=p, Z=Z, V=V, P=o.P, backend="triton")
+        y = lora_grouped(x, o.W, bias, A, B, o.scales, batch, p=p, Z=Z, V=V, P=o.P, backend="triton", **own)
     torch.autograd.backward(y, [wide(g) if double else g for g in o.dy])
     found = {"dx": x.grad} | {f"y[{j}]": out.detach() for j, out in enumerate(y)}
     if double:
@@ -167,10 +168,10 @@ def run_grouped(o, p, double):
     return found | {f"moments[{i}]": v if double else v.grad[:, :-1] for i, v in enumerate(V)}
 
 
-@pytest.mark.parametrize("case", ["separate", "fused", "base_only", "empty"])
+@pytest.mark.parametrize("case", ["separate", "fused", "base_only", "empty", "interleaved"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_rows_of_several_adapters(case, p):
-    o = Operands(CASES[case])
+    o = Operands({**CASES, "interleaved": MIXED}[case])
     some = [p if g % 2 == 0 else 0.0 for g in range(len(o.case.ranks))]
     found, wanted = run_grouped(o, some, False), run_grouped(o, some, True)
     assert found.keys() == wanted.keys()

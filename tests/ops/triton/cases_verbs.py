@@ -80,7 +80,7 @@ def test_shrink_backward(problem, dtype, factors, missing, monkeypatch):
         data.dy[0] = None
     layout = data.layout
     tiles = SHALLOW
-    dh = shrink.shrink_backward(data.slices(), data.B, layout.offsets, data.scale, layout.rank, tiles)
+    dh = shrink.shrink_backward(data.parts(), data.B, layout.offsets, data.scale, layout.rank, tiles, data.runs)
     assert dh.dtype == dtype
     assert_close(dh, expected_dh(data), dtype, "dh")
 
@@ -95,16 +95,14 @@ def test_linear(problem, dtype, factors, strategy, monkeypatch):
     h = expected_h(data).to(DEVICE, dtype)
     layout = data.layout
     y, moments = linear.linear(
-        data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, True, strategy, tiles
+        data.x, data.W, data.bias, h, data.B, data.places, layout.offsets, data.scale, True, strategy, tiles, data.runs
     )
-    update = torch.cat(
-        [
-            s * wide(h)[:, o : o + b.shape[1]] @ wide(b.to(dtype)).T
-            for b, o, s in zip(data.B, layout.offsets, data.scale, strict=True)
-        ],
-        dim=1,
-    )
-    for out, sums, part, w, b in zip(y, moments, update.split(problem.outputs, 1), data.W, data.bias, strict=True):
+    update = [torch.zeros(problem.M, n, dtype=torch.float64) for n in problem.outputs]
+    for i, (b, o, s) in enumerate(zip(data.B, layout.offsets, data.scale, strict=True)):
+        own = s * wide(h)[:, o : o + b.shape[1]] @ wide(b.to(dtype)).T
+        for first, column, count in layout.runs_of(i):
+            update[layout.outputs[i]][:, column : column + count] = own[:, first : first + count]
+    for out, sums, part, w, b in zip(y, moments, update, data.W, data.bias, strict=True):
         wanted = wide(data.x) @ wide(w).T + part + (0 if b is None else wide(b))
         assert out.dtype == dtype and sums.dtype == torch.float64
         assert_close(out, wanted, dtype, "y")
@@ -124,16 +122,16 @@ def test_shrink_beside_linear(problem, dtype, factors, monkeypatch):
     layout = data.layout
     y, h, sums = shrink_linear.shrink_linear(
         data.x, data.W, data.bias, data.A, data.P, data.B, data.places, layout.offsets, data.scale,
-        strategy="fused", tiles=SMALL,
+        strategy="fused", tiles=SMALL, runs=data.runs,
     )  # fmt: skip
     assert bool(launched) == (problem not in (EMPTY, PROBLEMS["wide_rank"])) and not sums
     assert h.dtype == dtype
     assert_close(h, expected_h(data), dtype, "h")
-    for i, (b, o, (j, column)) in enumerate(zip(data.B, layout.offsets, data.places, strict=True)):
-        own, part = slice(o, o + b.shape[1]), slice(column, column + b.shape[0])
+    for i, (b, o, j) in enumerate(zip(data.B, layout.offsets, layout.outputs, strict=True)):
+        own, part = slice(o, o + b.shape[1]), layout.columns_of(torch.arange(y[j].shape[1]).unsqueeze(0), i)[0]
         wanted = wide(data.x) @ wide(data.W[j])[part].T + data.scale[i] * wide(h)[:, own] @ wide(b.to(dtype)).T
         wanted += 0 if data.bias[j] is None else wide(data.bias[j])[part]
-        assert_close(y[j][:, part], wanted, dtype, f"y[{j}], {column}")
+        assert_close(y[j][:, part], wanted, dtype, f"y[{j}], {i}")
 
 
 @problems
@@ -147,7 +145,9 @@ def test_dh_beside_dx(problem, dtype, factors, missing, monkeypatch):
         data.dy[0] = None
     monkeypatch.setattr(shrink_linear_backward, "aligned", lambda tensors: True)
     rest = data.W, data.B, data.A, data.places, data.layout.offsets, data.scale
-    both = shrink_linear_backward.shrink_linear_backward(data.slices(), *rest, strategy="fused", tiles=SMALL)
+    both = shrink_linear_backward.shrink_linear_backward(
+        data.parts(), *rest, strategy="fused", tiles=SMALL, runs=data.runs
+    )
     if problem in (EMPTY, PROBLEMS["wide_rank"]):
         assert both is None
         return
@@ -208,8 +208,9 @@ def test_wgrad(problem, dtype, factors, p, missing, monkeypatch):
     slices = data.slices()
     tiles = SHALLOW if problem is SEPARATE and not p else SMALL
     dA, dB, Q = wgrad.wgrad(
-        data.x, dh, slices, h, layout.offsets, s.ranks, data.scale, s.probes, dtype=factors, tiles=tiles, **options
-    )
+        data.x, dh, data.parts(), h, layout.offsets, s.ranks, data.scale, s.probes, dtype=factors, tiles=tiles,
+        runs=data.runs, **options,
+    )  # fmt: skip
     live = [i for i, g in enumerate(slices) if g is not None]
     rounding = dtype if dtype != torch.float32 else factors
     for i in range(len(s.ranks)):
@@ -237,8 +238,8 @@ def test_one_pass_over_dy(problem, dtype, factors, p, missing, monkeypatch):
     h, slices = expected_h(data, p).to(DEVICE, dtype), data.slices()
     options = {"seed": data.seed, **dropped(p)} if p else {}
     dh, dA, dB, Q = expand_backward.expand_backward(
-        data.x, slices, h, data.B, layout.offsets, data.scale, layout.rank, s.probes,
-        strategy="fused", tiles=SMALL, **options,
+        data.x, data.parts(), h, data.B, layout.offsets, data.scale, layout.rank, s.probes,
+        strategy="fused", tiles=SMALL, runs=data.runs, **options,
     )  # fmt: skip
     assert dh.dtype == dtype and all(grad.dtype == factors for grad in [*dA, *dB])
     assert_close(dh, expected_dh(data), dtype, "dh")
