@@ -33,6 +33,7 @@ from ..nn.linear import (
 from ..nn.projection_group import group_projections
 from ..nn.quantized import check_weight, foreign_base
 from ..nn.routing import Router
+from .embedding_outputs import keep_changeable
 from .fields import of_layers, pattern_lookup, refuse_beyond_factors, refuse_tying
 from .learning_check import MODES, watch_learning
 from .modules import (
@@ -115,6 +116,7 @@ def inject(
     watch_learning(model, check)
     watch_savers(model)
     watch_places(model)
+    keep_changeable(model)
     if config.init_lora_weights == "eva":
         logger.warning("init_lora_weights='eva': A is random until fastlora.initialize_eva(model, covariances)")
     return model

@@ -8,18 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.torch_compat import unsafe_view
 from .linear import Adapted
 from .routing import Route
 
 
 class _Watched(torch.autograd.Function):
-    """The identity, as a node that Python can watch (``Router.awaits_backward``)."""
+    """The identity, as a node that Python can watch (``Router.awaits_backward``); no view, which nobody may change."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return x.view_as(x)
+        return unsafe_view(x, x.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
