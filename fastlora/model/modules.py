@@ -28,6 +28,7 @@ from ..nn.layer_view import Conv1D
 from ..nn.linear import Adapted, Linear, QKVLinear
 from ..nn.plain import CLASSES
 from ..nn.quantized import foreign_base, foreign_class
+from ..nn.weight_reads import ASKS
 from .layouts import known_layout
 
 
@@ -318,9 +319,7 @@ def uses_of_weight(owner: type, leaf: str) -> tuple[bool, bool]:
                 with contextlib.suppress(OSError, TypeError):
                     sources.append(inspect.getsource(method))
     source, name = "\n".join(sources), rf"\bself\.{re.escape(leaf)}"
-    # What only asks for a property of the weight, or sets it.
-    asks = r"(?!\.(?:dtype|device|shape|size|numel|ndim|dim|is_\w+)\b|\.data\b|\s*=[^=])"
-    reads = re.search(rf"(?<!isinstance\(){name}\.weight\b{asks}", source)
+    reads = re.search(rf"(?<!isinstance\(){name}\.weight\b{ASKS}", source)
     return reads is not None, re.search(rf"{name}\(", source) is not None
 
 

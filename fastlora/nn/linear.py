@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from ..ops.matmul import AUTO, PACKED, UNPACKED
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
 from .probe import group_operands
 from .routing import Route, Router
+from .weight_reads import WeightReads
 
 DEFAULT = "default"
 _MERGED_AT_ONCE = 2**17  # entries of a weight: 512 KiB in fp32, the fastest of 2^15 to 2^20 for both dtypes
@@ -33,6 +35,12 @@ class Adapted(nn.Module):
     lora_B: nn.ModuleDict
     groups = 1  # of a convolution: B has r / groups columns
     lookup = False  # an embedding, whose factors start the other way round: A zero, B random
+    reads: WeightReads | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.reads is not None and not torch.compiler.is_compiling():
+            self.reads.note(self, sys._getframe(1))
+        return super().__getattr__(name)
 
     def install(self, name: str, spec: AdapterSpec, A: Factors, B: Factors) -> None:
         """Put an adapter's factors in place, replacing those of the same name."""
@@ -312,7 +320,7 @@ class QKVLinear(Linear):
 
 _STATE = (
     "slices", "adapter_specs", "ranked", "bundle", "router", "dropout_salt", "stream", "backend", "engine",
-    "merged", "group", "called", "probes",
+    "merged", "group", "called", "probes", "reads",
 )  # fmt: skip
 
 
@@ -333,6 +341,7 @@ def attach_state(
     layer.group = None
     layer.called = False
     layer.probes = {}
+    layer.reads = None
 
 
 def detach_state(layer: nn.Linear) -> None:
