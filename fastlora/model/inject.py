@@ -85,8 +85,9 @@ def inject(
 
     ``adapter`` names the adapter, which is the active one from then on; others come by ``add_adapter``.
     ``accelerate_frozen`` moves every other frozen ``nn.Linear`` to the CPU's fastest matmul engine too (``explain``).
-    ``check``: what happens, after the first backward, if an owner reads the weight of an adapted layer instead of
+    ``check``: what happens, after the first backward, if an owner has read the weight of an adapted layer instead of
     calling it, so that the adapter never learns: ``"raise"`` (``RuntimeError`` with the names), ``"warn"``, ``"off"``.
+    Such reads are warned of where they happen, also in eval mode.
 
     Raises ``TypeError`` or ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have,
     a model that is already adapted, wrapped by PEFT or DDP, or sharded; the model is then as it was.

@@ -103,7 +103,7 @@ def test_an_error_outside_of_callbacks(where, added, tmp_path, monkeypatch):
 
 
 def test_a_run_takes_over_from_a_dead_one(tmp_path):
-    """Where nothing says that a run has died, as when its process was told to stop between two calls of the Trainer's."""
+    """Where nothing says that a run has died."""
     model = bert()
     keys = list(model.state_dict())
     dead = FastLoraCallback(freeze=5)

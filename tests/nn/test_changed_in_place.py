@@ -80,8 +80,10 @@ def test_as_the_base_allows_it(kind, edit, way):
 
 
 BLIP = dict(hidden_size=32, intermediate_size=48, projection_dim=32, num_hidden_layers=1, num_attention_heads=2)
-BLIP_TEXT = dict(BLIP, vocab_size=50, encoder_hidden_size=32, max_position_embeddings=16, hidden_dropout=0.0,
-                 attention_probs_dropout_prob=0.0, bos_token_id=0, eos_token_id=1, pad_token_id=3, sep_token_id=2)  # fmt: skip
+BLIP_TEXT = dict(
+    BLIP, vocab_size=50, encoder_hidden_size=32, max_position_embeddings=16, hidden_dropout=0.0,
+    attention_probs_dropout_prob=0.0, bos_token_id=0, eos_token_id=1, pad_token_id=3, sep_token_id=2,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("first", ["checkpointing", "inject"])
