@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._utils.distributed import whole
+from .._utils.distributed import refuse_partitioned, whole
 from .._utils.errors import check_model, listed
 from .._utils.torch_compat import load_hooks
 from ..model.saving_check import running
@@ -77,6 +77,7 @@ def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = ""
 def _leave_out_base(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     if not adapted_layers(module):
         return
+    refuse_partitioned(module)
     # Whoever shards a model on the meta device fills it from a state dict, of which the base is a part.
     if any(parameter.is_meta for parameter in module.parameters()):
         return

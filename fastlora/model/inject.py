@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
 from ..config import FROM_WEIGHT, ROLES, LoraConfig
-from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, new_factors
+from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, checked_ranks, new_factors
 from ..nn.frozen import FrozenLinear
 from ..nn.initialise import new_bias, start_from_weight
 from ..nn.linear import (
@@ -27,7 +27,6 @@ from ..nn.linear import (
     adapted_layers,
     adapter_dtype_of,
     attach_state,
-    checked_ranks,
     matrix_key,
 )
 from ..nn.projection_group import group_projections

@@ -109,12 +109,15 @@ class LearningCheck:
 
     def _learned(self, parameter: nn.Parameter) -> bool:
         version = version_of(parameter)
-        return parameter.grad is not None or self.versions.get(id(parameter), version) != version
+        has_gradient = parameter.is_leaf and parameter.grad is not None
+        return has_gradient or self.versions.get(id(parameter), version) != version
 
     def _got_gradient(self, layer: Linear) -> bool:
         live = [p for f in (layer.lora_A, layer.lora_B) for p in f.parameters() if p.requires_grad]
-        # The gradients of a sharded model are with the shards, which a running forward has put aside.
+        # The gradients of a sharded model are with the shards, which a running forward has put aside; a process under
+        # FSDP1 has views of some whole matrices in the forward, and of none or a part of them afterwards.
         aside = bool(shards(self.model())) and not any(is_sharded(p) for p in live)
+        aside = aside or not all(p.is_leaf and p.numel() for p in live)
         return not live or aside or any(self._learned(p) for p in live)
 
     def _read_at(self, path: str) -> list[str]:

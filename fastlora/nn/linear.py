@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.distributed import refuse_partitioned
 from .._utils.errors import check_flag, check_instance, check_integer, check_model, wrong_value
 from ..config import FROM_WEIGHT, LoraConfig
 from ..ops.bound import Traced
@@ -101,7 +102,8 @@ class Adapted(nn.Module):
             a, b = A.get(name), B.get(name)
             if a is None and b is None:
                 a, b = self.empty(0, self.in_features), self.empty(rows, 0)
-            elif a is None or b is None or a.device != device or b.device != device or a.shape[0] != b.shape[1]:
+            elif None in (a, b) or {a.device, b.device} != {device} or a.dim() != 2 or a.shape[:1] != b.shape[1:]:
+                refuse_partitioned(self)
                 raise ValueError(
                     f"adapter {adapter!r}: expected factors A [r, {self.in_features}] and B [{rows}, r] of slice "
                     f"{name!r} on {device}, where the weight is; got {_described(a)} and {_described(b)}. Move the "
@@ -309,9 +311,11 @@ class Linear(Adapted, nn.Linear):
         route = self.router.route(self.training)
         if self.bypassed(route):
             return F.linear(input, self.weight, self.bias)
-        if group is not None:
-            return group(self, input, route)
-        return forward_together((self,), input, route)[0]
+        try:
+            return forward_together((self,), input, route)[0] if group is None else group(self, input, route)
+        except (RuntimeError, ValueError, IndexError):
+            refuse_partitioned(self)
+            raise
 
 
 class QKVLinear(Linear):
@@ -448,24 +452,6 @@ def _bundle_of(layers: Sequence[Any]) -> Bundle:
 
 def _described(factor: Tensor | None) -> str:
     return "none" if factor is None else f"{tuple(factor.shape)} on {factor.device}"
-
-
-def checked_ranks(
-    ranks: Mapping[str, int],
-    in_features: int,
-    slices: Mapping[str, int],
-    key: str,
-    above: bool = False,
-    groups: int = 1,
-) -> None:
-    """Refuse ranks that a matrix cannot have, naming it; ``above``: those above min(N, K) are none of them."""
-    for name, rank in ranks.items():
-        limit = min(in_features, slices[name])
-        label = key if name == WHOLE else f"{key}[{name}]"
-        if check_integer(f"rank of {label}", rank, 0) > limit and not above:
-            raise wrong_value(f"rank of {label}", f"at most min(in_features, out_features) = {limit}", rank)
-        if rank % groups:
-            raise wrong_value(f"rank of {label}", f"a multiple of the convolution's groups = {groups}", rank)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:

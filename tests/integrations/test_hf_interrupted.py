@@ -61,7 +61,9 @@ def _whole(t, keys):
 
 
 @pytest.mark.parametrize("added", [False, True], ids=["made with it", "added"])
-@pytest.mark.parametrize("event", ["on_epoch_begin", "on_step_begin", "on_pre_optimizer_step", "on_save", "on_step_end"])
+@pytest.mark.parametrize(
+    "event", ["on_epoch_begin", "on_step_begin", "on_pre_optimizer_step", "on_save", "on_step_end"]
+)
 def test_a_training_that_is_interrupted_leaves_the_model_whole(event, added, tmp_path):
     """A callback that was added to a Trainer is not told that it is made; its first training tells it."""
     model, error = bert(), KeyboardInterrupt() if added else RuntimeError("out")
