@@ -411,6 +411,13 @@ def users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
+def saved_modules(model: nn.Module, adapter: str | None) -> list[str]:
+    """Full names of the modules that are trained and saved whole with an adapter (``modules_to_save``)."""
+    config = getattr(model, "fastlora_configs", {}).get(adapter)
+    wanted = list(config.modules_to_save or ()) if config is not None else []
+    return [n for n, _ in model.named_modules() if any(n == w or n.endswith("." + w) for w in wanted)]
+
+
 def biases_apart(owner: nn.Module) -> bool:
     """Whether an owner adds the biases of its qkv itself, and has a switch that makes it call qkv."""
     return class_name(owner) in _BIAS_APART and hasattr(owner, "qkv_bias_separate")

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
 from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
 from ..config import LoraConfig
-from ..model.modules import named_targets, refuse_shared
+from ..model.modules import named_targets, refuse_shared, saved_modules
 from ..model.replaced_check import refuse_replaced
-from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
 from ..nn.layer_view import Conv1D

@@ -53,6 +53,9 @@ class _Stops(transformers.TrainerCallback):
             raise self.error
 
 
+EVENTS = ["on_epoch_begin", "on_step_begin", "on_pre_optimizer_step", "on_save", "on_step_end"]
+
+
 def _whole(t, keys):
     layers = adapted_layers(t.model).values()
     assert list(t.model.state_dict()) == keys
