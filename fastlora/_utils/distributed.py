@@ -156,14 +156,25 @@ def refuse_parallel(model: nn.Module, function: str) -> None:
         raise ValueError(f"model: is sharded by fully_shard, which knows its parameters; {_FIRST.format(function)}")
 
 
-def _refuse_tensor_parallel(model: nn.Module) -> None:
-    """FSDP1 and tensor parallelism have no support; ``ValueError`` names what was found and what to do."""
+def refuse_partitioned(model: nn.Module) -> None:
+    """FSDP1 and ZeRO-3 hold parameters in parts and have no support; ``ValueError`` names one and what to do."""
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(
                 f"model: {name or 'it'!r} is wrapped by FullyShardedDataParallel (FSDP1), which flattens parameters; "
                 "use torch.distributed.fsdp.fully_shard, after fastlora.inject"
             )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id") and not parameter.numel():
+            raise ValueError(
+                f"model: {name!r} is partitioned by DeepSpeed's ZeRO-3, which has no support; use ZeRO-1 or ZeRO-2, or "
+                "torch.distributed.fsdp.fully_shard after fastlora.inject"
+            )
+
+
+def _refuse_tensor_parallel(model: nn.Module) -> None:
+    """As ``refuse_partitioned``, and tensor parallelism."""
+    refuse_partitioned(model)
     planned = next((m for m in model.modules() if (getattr(m, "_tp_size", None) or 1) > 1), None)
     if planned is not None:
         raise ValueError(
@@ -251,6 +262,7 @@ def ranks_of(model: nn.Module, process_group: Any = "auto") -> ProcessGroupInfo 
     group says it. Raises ``ValueError`` for parallel training that is not implemented.
     """
     _check_group(process_group)
+    refuse_partitioned(unwrapped(model))
     if process_group is None or not _available():
         return None
     if not isinstance(process_group, str):

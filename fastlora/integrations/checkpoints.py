@@ -17,10 +17,11 @@ from torch import nn
 from .._utils.distributed import shards, unwrapped
 from .._utils.errors import listed, suggestion
 from .._utils.files import write_atomically
+from ..model.state_differences import refuse_other
 from ..nn.active import NO_ADAPTERS
 from ..nn.linear import DEFAULT, adapted_layers, matrix_key
 from ..tracking.tracker import Tracker
-from .adapters_only import AdaptersOnly, adapters_only, refuse_other, trained_state
+from .adapters_only import AdaptersOnly, adapters_only, trained_state
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -130,10 +130,22 @@ class FastLoraCallback(TrainerCallback):
         if trainer is None or trainer is self._trainer:
             return
         self._trainer = trainer
-        _surround(trainer, "_inner_training_loop", lambda: contextlib.closing(self))
+        # One that was added to a Trainer is told of it by its first training, whose loop is running: the parts of it.
+        for owner, method in ((trainer, "_inner_training_loop"), (trainer, "_run_epoch"),
+                              (trainer, "training_step"), (trainer.callback_handler, "call_event")):  # fmt: skip
+            if hasattr(owner, method):
+                _surround(owner, method, self._closed_on_error)
         if self.checkpoints == "adapters":
             for method in _HANDLES_CHECKPOINTS:
                 _surround(trainer, method, lambda: adapters_only(trainer.model))
+
+    @contextlib.contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def _saved(self, args: Any, state: Any, model: nn.Module) -> dict[str, Any]:
         """Our state in the folder that the Trainer has just resumed from, which it does not tell."""

@@ -24,6 +24,7 @@ _OF_MODEL = (
     "fastlora_biases",
     "fastlora_configs",
     "fastlora_learning",
+    "fastlora_loaded",
     "fastlora_loading",
     "fastlora_places",
     "fastlora_policy",
@@ -37,7 +38,7 @@ def eject(model: nn.Module) -> nn.Module:
 
     What was trained besides (heads, biases) keeps its values, and owners that were made to call their qkv still do.
     """
-    for hook in ("fastlora_saving", "fastlora_loading"):
+    for hook in ("fastlora_saving", "fastlora_loading", "fastlora_loaded"):
         if hasattr(model, hook):
             getattr(model, hook).remove()
     for layer in adapted_layers(model).values():

@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
 from ..config import FROM_WEIGHT, ROLES, LoraConfig
-from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, new_factors
+from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, checked_ranks, new_factors
 from ..nn.experts import ExpertStack
 from ..nn.frozen import FrozenLinear
 from ..nn.initialise import new_bias, start_from_weight
@@ -28,12 +28,12 @@ from ..nn.linear import (
     adapted_layers,
     adapter_dtype_of,
     attach_state,
-    checked_ranks,
     matrix_key,
 )
 from ..nn.projection_group import group_projections
 from ..nn.quantized import check_weight, foreign_base
 from ..nn.routing import Router
+from .embedding_outputs import keep_changeable
 from .experts import expert_parameters
 from .fields import of_layers, pattern_lookup, refuse_beyond_factors, refuse_tying
 from .learning_check import MODES, watch_learning
@@ -86,8 +86,9 @@ def inject(
 
     ``adapter`` names the adapter, which is the active one from then on; others come by ``add_adapter``.
     ``accelerate_frozen`` moves every other frozen ``nn.Linear`` to the CPU's fastest matmul engine too (``explain``).
-    ``check``: what happens, after the first backward, if an owner reads the weight of an adapted layer instead of
+    ``check``: what happens, after the first backward, if an owner has read the weight of an adapted layer instead of
     calling it, so that the adapter never learns: ``"raise"`` (``RuntimeError`` with the names), ``"warn"``, ``"off"``.
+    Such reads are warned of where they happen, also in eval mode.
 
     Raises ``TypeError`` or ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have,
     a model that is already adapted, wrapped by PEFT or DDP, or sharded; the model is then as it was.
@@ -117,6 +118,7 @@ def inject(
     watch_learning(model, check)
     watch_savers(model)
     watch_places(model)
+    keep_changeable(model)
     if config.init_lora_weights == "eva":
         logger.warning("init_lora_weights='eva': A is random until fastlora.initialize_eva(model, covariances)")
     return model

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import logging
-import re
 import weakref
 from typing import Any
 
@@ -16,7 +13,7 @@ from .._utils.distributed import is_sharded, shards
 from .._utils.errors import listed
 from .._utils.torch_compat import in_backward, version_of
 from ..nn.linear import Linear, adapted_layers
-from .modules import biases_apart, uses_of_weight
+from ..nn.weight_reads import WeightReads
 from .optimizer_check import watch_optimizers
 
 logger = logging.getLogger(__name__)
@@ -28,7 +25,7 @@ _SHOWN = 8
 class LearningCheck:
     """Watches a model until the first backward has run, reports adapters that took no part, and removes its hooks.
 
-    - The owner ran, never called the adapted layer, and its source reads a weight: ``RuntimeError``, or a warning.
+    - The owner ran, never called the adapted layer, and its weight was read: ``RuntimeError``, or a warning.
     - The owner ran without the layer (a branch that the batch did not need): a warning.
     - The owner did not run either (an expert without tokens, a dropped layer), or the layer ran and got no gradient (a
       frozen phase): the adapter may learn later. A warning.
@@ -82,7 +79,7 @@ class LearningCheck:
         if not self.ran and not any(map(self._called, self.layers)):
             return  # nothing of an eager forward was seen: to take the hooks of a compiled model would recompile it
         passed_by = [p for name in self._hooks for p in self.owners[name] if name in self.ran and not self._called(p)]
-        readers = [p for p in passed_by if self._reads_weight(p)]
+        readers = [p for p in passed_by if self._read_at(p)]
         if readers and self.mode == "raise":
             raise RuntimeError(self._text(readers))
         self.close()
@@ -112,29 +109,32 @@ class LearningCheck:
 
     def _learned(self, parameter: nn.Parameter) -> bool:
         version = version_of(parameter)
-        return parameter.grad is not None or self.versions.get(id(parameter), version) != version
+        has_gradient = parameter.is_leaf and parameter.grad is not None
+        return has_gradient or self.versions.get(id(parameter), version) != version
 
     def _got_gradient(self, layer: Linear) -> bool:
         live = [p for f in (layer.lora_A, layer.lora_B) for p in f.parameters() if p.requires_grad]
-        # The gradients of a sharded model are with the shards, which a running forward has put aside.
+        # The gradients of a sharded model are with the shards, which a running forward has put aside; a process under
+        # FSDP1 has views of some whole matrices in the forward, and of none or a part of them afterwards.
         aside = bool(shards(self.model())) and not any(is_sharded(p) for p in live)
+        aside = aside or not all(p.is_leaf and p.numel() for p in live)
         return not live or aside or any(self._learned(p) for p in live)
 
-    def _reads_weight(self, path: str) -> bool:
-        """Whether the source of the owner's class, or of a base of it, reads a weight other than to initialise it."""
-        owner, lines = self.model().get_submodule(path.rpartition(".")[0]), []
-        for kind in type(owner).__mro__[: -len(nn.Module.__mro__)]:
-            with contextlib.suppress(OSError, TypeError):  # a class without a source, as a sharded module's is
-                lines += inspect.getsource(kind).splitlines()
-        return any(re.search(r"\.weight\b", line) and "init" not in line for line in lines)
+    def _read_at(self, path: str) -> list[str]:
+        """Where the layer's weight was read in the forward of another module."""
+        reads = self.layers[path].reads
+        return [] if reads is None else reads.places
 
     def _text(self, paths: list[str]) -> str:
         named = [f"{path} (in {self.kinds[path.rpartition('.')[0]]})" for path in paths]
-        return (
-            f"adapters never ran although the modules around them did, so they do not learn: {listed(named, _SHOWN)}; "
-            "such a module may read the weight instead of calling the layer: leave these out of target_modules, or "
-            "pass check='warn' or 'off' to fastlora.inject"
-        )
+        text = f"adapters never ran although the modules around them did, so they do not learn: {listed(named, _SHOWN)}"
+        places = dict.fromkeys(place for path in paths for place in self._read_at(path))
+        if places:
+            text += (
+                f"; the weight was read instead, at {listed(list(places), _SHOWN)}: leave these out of target_modules, "
+                "or pass check='warn' or 'off' to fastlora.inject"
+            )
+        return text
 
 
 def _nothing() -> None:
@@ -161,20 +161,6 @@ def watch_learning(model: nn.Module, mode: str | None = None) -> None:
         before.close()
         mode = mode or before.mode
     if mode in ("raise", "warn"):
-        _warn_of_reads(model)
         model.fastlora_learning = LearningCheck(model, mode)
-
-
-def _warn_of_reads(model: nn.Module) -> None:
-    """Name the layers that are called in one place and whose weight is read in another, where no adapter acts."""
-    found = []
-    for path, layer in adapted_layers(model).items():
-        owner, _, leaf = path.rpartition(".")
-        around = model.get_submodule(owner)
-        kind = type(around)
-        if kind.__module__ == "fastlora.nn.attention" or biases_apart(around):
-            continue  # these call it once they are taken over
-        if isinstance(layer, Linear) and leaf and uses_of_weight(kind, leaf) == (True, True):
-            found.append(f"{path} (in {kind.__module__}.{kind.__qualname__})")
-    if found:
-        logger.warning("the weight is read besides the call, and adapters do not act there: %s", listed(found, _SHOWN))
+        for path, layer in adapted_layers(model).items():
+            layer.reads = layer.reads or WeightReads(path)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._utils.distributed import refuse_parallel, shards
+from .._utils.distributed import refuse_parallel, refuse_partitioned, shards
 from .._utils.errors import check_flag
 from .._utils.reporting import Report, check_progress, reporting
 from ..nn.active import NO_ADAPTERS, chosen_adapter, refuse_merged
@@ -59,6 +59,7 @@ def merge(
     if check_flag("unload", unload):
         refuse_parallel(model, "merge with unload")
     check_progress(progress)
+    refuse_partitioned(model)
     if shards(model):
         raise ValueError("model: is sharded by fully_shard; save the adapter, and load and merge it in one process")
     if any(layer.router.open_contexts() for layer in layers.values()):

@@ -29,6 +29,7 @@ from ..nn.layer_view import Conv1D
 from ..nn.linear import Adapted, Linear, QKVLinear
 from ..nn.plain import CLASSES
 from ..nn.quantized import foreign_base, foreign_class
+from ..nn.weight_reads import ASKS
 from .experts import expert_linears, expert_stacks, stack_refusal
 from .layouts import known_layout
 
@@ -318,9 +319,7 @@ def uses_of_weight(owner: type, leaf: str) -> tuple[bool, bool]:
                 with contextlib.suppress(OSError, TypeError):
                     sources.append(inspect.getsource(method))
     source, name = "\n".join(sources), rf"\bself\.{re.escape(leaf)}"
-    # What only asks for a property of the weight, or sets it.
-    asks = r"(?!\.(?:dtype|device|shape|size|numel|ndim|dim|is_\w+)\b|\.data\b|\s*=[^=])"
-    reads = re.search(rf"(?<!isinstance\(){name}\.weight\b{asks}", source)
+    reads = re.search(rf"(?<!isinstance\(){name}\.weight\b{ASKS}", source)
     return reads is not None, re.search(rf"{name}\(", source) is not None
 
 
@@ -416,6 +415,13 @@ def users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
         for _, parameter in module.named_parameters(recurse=False):
             users.setdefault(id(parameter), []).append(name)
     return users
+
+
+def saved_modules(model: nn.Module, adapter: str | None) -> list[str]:
+    """Full names of the modules that are trained and saved whole with an adapter (``modules_to_save``)."""
+    config = getattr(model, "fastlora_configs", {}).get(adapter)
+    wanted = list(config.modules_to_save or ()) if config is not None else []
+    return [n for n, _ in model.named_modules() if any(n == w or n.endswith("." + w) for w in wanted)]
 
 
 def biases_apart(owner: nn.Module) -> bool:

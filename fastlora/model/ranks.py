@@ -14,8 +14,8 @@ from .._utils.errors import check_flag, check_integer, check_mapping, suggestion
 from ..config import FROM_WEIGHT, LoraConfig
 from ..importance.allocation import allocate
 from ..nn.active import chosen_adapter
-from ..nn.adapter import new_factors
-from ..nn.linear import Adapted, Linear, adapted_layers, checked_ranks, matrix_key
+from ..nn.adapter import checked_ranks, new_factors
+from ..nn.linear import Adapted, Linear, adapted_layers, matrix_key
 from ..ops.multi_tensor import copy_overlap_
 from .learning_check import watch_learning
 from .summary import summary

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.linear import adapted_layers
+from .state_differences import refuse_other
 
 logger = logging.getLogger(__name__)
 
@@ -19,23 +20,27 @@ def watch_savers(model: nn.Module) -> None:
     """See to it that transformers' ``save_pretrained`` is refused while the model has adapters that are not merged.
 
     Its files hold factors under names that ``from_pretrained`` drops. timm's saver and ``Trainer.save_model``, whose
-    files an adapted model can take up, warn.
+    files an adapted model can take up, warn. Lightning's ``load_from_checkpoint`` takes up adapters alone.
     """
     model.fastlora_saving = model.register_state_dict_post_hook(_after_state_dict)
     model.fastlora_loading = model.register_load_state_dict_pre_hook(_before_load)
+    model.fastlora_loaded = model.register_load_state_dict_post_hook(_after_load)
 
 
-def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *_: Any) -> None:
-    """Lightning's ``load_from_checkpoint`` of what its callback made small fails for want of the base: say the way."""
-    if not any(function == "load_from_checkpoint" for _, function in running()):
-        return
-    paths = [f"{prefix}{path}" for path in adapted_layers(module)]
-    there = [path for path in paths if any(key.startswith(f"{path}.lora_") for key in state)]
-    if there and not any(f"{path}.weight" in state for path in paths):
+def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Lightning's ``load_from_checkpoint`` takes up what its callback made small: the base may be missing."""
+    module.fastlora_optional = set()
+    if any(function == "load_from_checkpoint" for _, function in running()):
+        module.fastlora_optional = refuse_other(module, state, prefix)
+    if module.fastlora_optional:
         logger.warning(
-            "the checkpoint has adapters without the frozen base; load_from_checkpoint(path, strict=False) keeps "
-            "the base that the module's __init__ makes"
+            "the checkpoint has adapters without the frozen base, which stays as the module's __init__ made it"
         )
+
+
+def _after_load(module: nn.Module, incompatible: Any) -> None:
+    optional = module.__dict__.pop("fastlora_optional", ())
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in optional]
 
 
 def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -16,7 +16,7 @@ from ..nn.active import chosen_adapter, names_of
 from ..nn.adapter import WHOLE
 from ..nn.linear import adapted_layers
 from .inject import find_modules_to_save, find_targets, inject, refuse_adapted
-from .modules import HEADS, is_head
+from .modules import HEADS, is_head, saved_modules
 from .slices import slices_of
 
 
@@ -340,13 +340,6 @@ def parameter_roles(model: nn.Module, adapter: str | None) -> dict[int, str]:
     for layer in adapted_layers(model).values():
         roles.update((id(p), "lora") for f in (layer.lora_A, layer.lora_B) for p in f.parameters())
     return roles
-
-
-def saved_modules(model: nn.Module, adapter: str | None) -> list[str]:
-    """Full names of the modules that are trained and saved whole with an adapter (``modules_to_save``)."""
-    config = getattr(model, "fastlora_configs", {}).get(adapter)
-    wanted = list(config.modules_to_save or ()) if config is not None else []
-    return [n for n, _ in model.named_modules() if any(n == w or n.endswith("." + w) for w in wanted)]
 
 
 def task_heads(model: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.errors import wrong_value
+from .._utils.errors import check_integer, wrong_value
 from .._utils.torch_compat import forward_hooks, wants_plain_operators
 from ..ops.bound import BoundCall, Traced
 from ..ops.node import NODE
@@ -155,6 +155,24 @@ def _orthogonal(rank: int, K: int, N: int, dtype: torch.dtype, device: torch.dev
     Q, _ = torch.linalg.qr(torch.randn(rank, rank))
     a, b = torch.randn(K, rank // 2).mm(Q[0::2]).T / 10, torch.randn(rank // 2, N).T.mm(Q[1::2]) / 10
     return a.contiguous().to(device, dtype), b.contiguous().to(device, dtype)
+
+
+def checked_ranks(
+    ranks: Mapping[str, int],
+    in_features: int,
+    slices: Mapping[str, int],
+    key: str,
+    above: bool = False,
+    groups: int = 1,
+) -> None:
+    """Refuse ranks that a matrix cannot have, naming it; ``above``: those above min(N, K) are none of them."""
+    for name, rank in ranks.items():
+        limit = min(in_features, slices[name])
+        label = key if name == WHOLE else f"{key}[{name}]"
+        if check_integer(f"rank of {label}", rank, 0) > limit and not above:
+            raise wrong_value(f"rank of {label}", f"at most min(in_features, out_features) = {limit}", rank)
+        if rank % groups:
+            raise wrong_value(f"rank of {label}", f"a multiple of the convolution's groups = {groups}", rank)
 
 
 class Bundle:

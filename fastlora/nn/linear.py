@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.distributed import refuse_partitioned
 from .._utils.errors import check_flag, check_instance, check_integer, check_model, wrong_value
 from ..config import FROM_WEIGHT, LoraConfig
 from ..ops.bound import Traced
@@ -21,6 +23,7 @@ from ..ops.node import Pending
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
 from .probe import group_operands
 from .routing import Route, Router
+from .weight_reads import WeightReads
 
 DEFAULT = "default"
 _MERGED_AT_ONCE = 2**17  # entries of a weight: 512 KiB in fp32, the fastest of 2^15 to 2^20 for both dtypes
@@ -37,6 +40,12 @@ class Adapted(nn.Module):
     parts = 1  # matrices of which each sees other rows of x
     measured = False  # whether statistics of the weight are tracked
     lookup = False  # an embedding, whose factors start the other way round: A zero, B random
+    reads: WeightReads | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.reads is not None and not torch.compiler.is_compiling():
+            self.reads.note(self, sys._getframe(1))
+        return super().__getattr__(name)
 
     def install(self, name: str, spec: AdapterSpec, A: Factors, B: Factors) -> None:
         """Put an adapter's factors in place, replacing those of the same name."""
@@ -94,7 +103,8 @@ class Adapted(nn.Module):
             a, b = A.get(name), B.get(name)
             if a is None and b is None:
                 a, b = self.empty(0, self.in_features), self.empty(rows, 0)
-            elif a is None or b is None or a.device != device or b.device != device or a.shape[0] != b.shape[1]:
+            elif None in (a, b) or {a.device, b.device} != {device} or a.dim() != 2 or a.shape[:1] != b.shape[1:]:
+                refuse_partitioned(self)
                 raise ValueError(
                     f"adapter {adapter!r}: expected factors A [r, {self.in_features}] and B [{rows}, r] of slice "
                     f"{name!r} on {device}, where the weight is; got {_described(a)} and {_described(b)}. Move the "
@@ -306,9 +316,11 @@ class Linear(Adapted, nn.Linear):
         route = self.router.route(self.training)
         if self.bypassed(route):
             return F.linear(input, self.weight, self.bias)
-        if group is not None:
-            return group(self, input, route)
-        return forward_together((self,), input, route)[0]
+        try:
+            return forward_together((self,), input, route)[0] if group is None else group(self, input, route)
+        except (RuntimeError, ValueError, IndexError):
+            refuse_partitioned(self)
+            raise
 
 
 class QKVLinear(Linear):
@@ -317,7 +329,7 @@ class QKVLinear(Linear):
 
 _STATE = (
     "slices", "adapter_specs", "ranked", "bundle", "router", "dropout_salt", "stream", "backend", "engine",
-    "merged", "group", "called", "probes",
+    "merged", "group", "called", "probes", "reads",
 )  # fmt: skip
 
 
@@ -338,6 +350,7 @@ def attach_state(
     layer.group = None
     layer.called = False
     layer.probes = {}
+    layer.reads = None
 
 
 def detach_state(layer: nn.Linear) -> None:
@@ -445,24 +458,6 @@ def _bundle_of(layers: Sequence[Any]) -> Bundle:
 
 def _described(factor: Tensor | None) -> str:
     return "none" if factor is None else f"{tuple(factor.shape)} on {factor.device}"
-
-
-def checked_ranks(
-    ranks: Mapping[str, int],
-    in_features: int,
-    slices: Mapping[str, int],
-    key: str,
-    above: bool = False,
-    groups: int = 1,
-) -> None:
-    """Refuse ranks that a matrix cannot have, naming it; ``above``: those above min(N, K) are none of them."""
-    for name, rank in ranks.items():
-        limit = min(in_features, slices[name])
-        label = key if name == WHOLE else f"{key}[{name}]"
-        if check_integer(f"rank of {label}", rank, 0) > limit and not above:
-            raise wrong_value(f"rank of {label}", f"at most min(in_features, out_features) = {limit}", rank)
-        if rank % groups:
-            raise wrong_value(f"rank of {label}", f"a multiple of the convolution's groups = {groups}", rank)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:

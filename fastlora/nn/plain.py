@@ -8,18 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._utils.distributed import refuse_partitioned
+from .._utils.torch_compat import unsafe_view
 from .linear import Adapted
 from .routing import Route
 
 
 class _Watched(torch.autograd.Function):
-    """The identity, as a node that Python can watch (``Router.awaits_backward``)."""
+    """The identity, as a node that Python can watch (``Router.awaits_backward``); no view, which nobody may change."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return x.view_as(x)
+        return unsafe_view(x, x.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -73,6 +75,8 @@ class Plain(Adapted):
         """(A, B, s) of an adapter that has a rank here."""
         (a,), (b,) = self.lora_A[adapter]().values(), self.lora_B[adapter]().values()
         (s,) = self.adapter_specs[adapter].scale.values()
+        if a.dim() != 2 or b.dim() != 2:
+            refuse_partitioned(self)
         return a, b, s
 
     def merged_weight(self, adapter: str | None = None) -> Tensor | None:

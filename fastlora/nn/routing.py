@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 import weakref
@@ -19,6 +20,9 @@ from ..ops.node import Pending
 
 logger = logging.getLogger(__name__)
 
+# The innermost open context of each router, by its number: contexts keep variables alive, so that there is but one.
+_ways: ContextVar[dict[int, Route] | None] = ContextVar("fastlora_routes", default=None)
+_numbers = itertools.count()
 _MANY = 256  # sets of adapters whose graphs are counted before those without any are forgotten
 _EXPLAINED = 8  # sets of adapters; torch gives up compiling at about as many
 
@@ -62,7 +66,7 @@ class Router:
         self._clear()
 
     def _clear(self) -> None:
-        self._way: ContextVar[Route | None] = ContextVar("route", default=None)
+        self._number = next(_numbers)
         self._contexts: weakref.WeakSet[Route] = weakref.WeakSet()
         self._open = threading.local()  # whether a graph is built, and what compiled code reads
         self._awaited = 0  # contexts that are open beyond an await
@@ -96,10 +100,20 @@ class Router:
 
     def current(self) -> Route:
         """The way of the innermost open context of this thread or task, or the default."""
-        route = self._way.get()
+        ways = _ways.get()
+        route = None if ways is None else ways.get(self._number)
         if route is None:
             return self.default
         return self._innermost(route) or self.default if route.closed else route
+
+    def _here(self) -> Route | None:
+        """The innermost open context of this thread or task."""
+        return self._innermost((_ways.get() or {}).get(self._number))
+
+    def _go(self, route: Route | None) -> None:
+        """Make ``route`` the way of this thread or task; those of other models that are closed are forgotten."""
+        ways = {n: r for n, r in (_ways.get() or {}).items() if n != self._number and self._innermost(r) is not None}
+        _ways.set({**ways, self._number: route} if route is not None else ways or None)
 
     @staticmethod
     def _innermost(route: Route | None) -> Route | None:
@@ -121,11 +135,11 @@ class Router:
             self._contexts.add(route)
             if self.used is not None and route.enabled and torch.is_grad_enabled():
                 self.used.append(route.batch or route.adapter)
-        outer = route.outer = self._innermost(self._way.get())
+        outer = route.outer = self._here()
         if outer is not None and route.mask is None:
             route.mask = outer.mask
         route.repeated = in_backward()
-        self._way.set(route)
+        self._go(route)
         self._open.route = route
         with suppress(RuntimeError):  # where no loop runs
             asyncio.get_running_loop().call_soon(self._awaits, route)
@@ -136,8 +150,8 @@ class Router:
         route.closed = True
         if route.awaited:
             self._awaited -= 1
-        way = self._innermost(self._way.get())
-        self._way.set(way)
+        way = self._here()
+        self._go(way)
         if way is None:
             self._open.__dict__.pop("route", None)
         else:

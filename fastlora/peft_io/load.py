@@ -18,8 +18,7 @@ from ..config import FROM_WEIGHT, LoraConfig
 from ..model.adapters import add_adapter
 from ..model.fields import refuse_tying
 from ..model.inject import check_adapter_name, inject, refuse_adapted
-from ..model.modules import features, fused_layouts, is_linear, named_targets, refuse_shared
-from ..model.trainable import saved_modules
+from ..model.modules import features, fused_layouts, is_linear, named_targets, refuse_shared, saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE, Slices
 from ..nn.experts import ExpertStack

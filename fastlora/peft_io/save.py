@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
 from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
 from ..config import LoraConfig
-from ..model.modules import named_targets, refuse_shared
+from ..model.modules import named_targets, refuse_shared, saved_modules
 from ..model.replaced_check import refuse_replaced
-from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
 from ..nn.experts import ExpertProjection
@@ -211,8 +210,15 @@ def _saveable_adapter(model: nn.Module, adapter: str | None) -> str:
 
 def _saveable(model: nn.Module, adapter: str) -> dict[str, Linear]:
     """Layers in which the adapter has a rank, or ``ValueError``."""
-    layers = adapted_layers(model)
-    chosen = {n: x for n, x in layers.items() if adapter in x.adapter_names and any(x.ranks(adapter).values())}
+    layers = {n: x for n, x in adapted_layers(model).items() if adapter in x.adapter_names}
+    for name, layer in layers.items():
+        parts = [p for f in (layer.lora_A, layer.lora_B) for p in f[adapter].tensors().values() if p is not None]
+        if any(p.dim() != 2 for p in parts):
+            raise ValueError(
+                f"model: a factor of {name!r} is {[tuple(p.shape) for p in parts]}, no matrix: training by "
+                "FullyShardedDataParallel (FSDP1) holds the rest of it; use torch.distributed.fsdp.fully_shard"
+            )
+    chosen = {n: x for n, x in layers.items() if any(x.ranks(adapter).values())}
     if not chosen:
         raise ValueError(f"adapter: every matrix of {adapter!r} has rank 0; PEFT has no file without a matrix")
     if "" in chosen or any(

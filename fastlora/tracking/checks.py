@@ -39,7 +39,7 @@ def checked_layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
     return layers
 
 
-def checked_probe_kind(probe_kind: Any, estimator: str) -> str:
+def checked_probe_kind(probe_kind: Any, estimator: str, layers: Mapping[str, Any]) -> str:
     check_choice("probe_kind", probe_kind, PROBE_KINDS)
     if estimator != "probe" and probe_kind != "rademacher":
         raise wrong_value("probe_kind", f"'rademacher' with estimator={estimator!r}", probe_kind)

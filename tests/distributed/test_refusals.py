@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
 from fastlora._utils.distributed import ranks_of
+from fastlora.integrations import adapters_only
 
 CONFIG = fastlora.LoraConfig(r=2, target_modules=["0"])
 
@@ -125,6 +127,66 @@ def test_flattened_parameters_are_refused(monkeypatch):
 
     Flat.__name__ = FullyShardedDataParallel.__name__
     refused(Flat(), lambda m: fastlora.inject(m, CONFIG), r"FullyShardedDataParallel \(FSDP1\).*use .*fully_shard")
+
+
+def partition(m, chosen):
+    """As DeepSpeed's ZeRO-3 leaves parameters between their uses."""
+    for name, p in m.named_parameters():
+        if chosen in name:
+            p.ds_id, p.ds_shape, p.ds_numel, p.ds_status = 0, p.shape, p.numel(), "NOT_AVAILABLE"
+            p.data = p.new_empty(0)
+    return m
+
+
+def adapters_of(m):
+    with adapters_only(m):
+        m.state_dict()
+
+
+PARTITIONED = {
+    "forward": lambda m: m(torch.randn(3, 4)),
+    "save": lambda m: fastlora.save(m, tempfile.mkdtemp()),
+    "merge": fastlora.merge,
+    "unload": fastlora.unload,
+    "track": fastlora.track,
+    "adapters_only": adapters_of,
+    **{name: call for name, (call, _) in TOO_LATE.items() if name != "inject"},
+}
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["at first", "after a forward"])
+@pytest.mark.parametrize("chosen", ["0.weight", "0.lora_A", "0.lora_B"])
+@pytest.mark.parametrize("name", PARTITIONED)
+def test_partitioned_parameters_are_refused(name, chosen, warm):
+    m = fastlora.inject(plain(), CONFIG)
+    if warm:
+        m(torch.randn(3, 4))
+    match = rf"model: '[\w.]*{chosen[2:]}[\w.]*' is partitioned by DeepSpeed's ZeRO-3, which has no support; use ZeRO-1"
+    refused(partition(m, chosen), PARTITIONED[name], match)
+
+
+def test_partitioned_parameters_are_not_adapted():
+    refused(partition(plain(), ""), lambda m: fastlora.inject(m, CONFIG), "'0.weight' is partitioned by DeepSpeed's")
+    layers = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+    m = partition(fastlora.inject(layers, CONFIG), "lora_A")
+    refused(m, lambda m: m(torch.tensor([1])), "'lora_A.default.weight' is partitioned")
+
+
+def test_fsdp1_warns_of_nothing_and_is_not_saved(tmp_path, caplog):
+    """Between forwards a process holds parts of the matrices as views, and of other processes' matrices nothing."""
+    m = fastlora.inject(plain(), CONFIG)
+    for p in m[0].lora_A.parameters():
+        p.data = p.new_empty(0)
+    for p in m[0].lora_B.parameters():
+        p.data = p.data.flatten()[:2]
+    m.fastlora_learning.ran.add("")
+    m[0].called = True
+    head = nn.Parameter(torch.ones(1))
+    m.register_parameter("head", head)
+    head.grad = torch.ones(1)
+    m.fastlora_learning.examine()
+    assert not caplog.text
+    refused(m, lambda m: fastlora.save(m, tmp_path / "a"), r"a factor of '0' is \[.*FullyShardedDataParallel \(FSDP1\)")
 
 
 @pytest.mark.parametrize("given", ["auto", "none", "world"])

@@ -45,12 +45,15 @@ def test_an_optimizer_that_was_built_too_early_is_told(early, tmp_path, caplog):
 
 class _Stops(transformers.TrainerCallback):
     def __init__(self, error, event):
-        self.error = error
+        self.error, self.event = error, event
         setattr(self, event, self.stop)
 
     def stop(self, args, state, control, **kwargs):
-        if state.global_step >= 1:
+        if state.global_step >= (self.event != "on_epoch_begin"):
             raise self.error
+
+
+EVENTS = ["on_epoch_begin", "on_step_begin", "on_pre_optimizer_step", "on_save", "on_step_end"]
 
 
 def _whole(t, keys):
@@ -60,13 +63,18 @@ def _whole(t, keys):
     assert all(p.requires_grad for layer in layers for f in (layer.lora_A, layer.lora_B) for p in f.parameters())
 
 
-@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_save", "on_step_end"])
-@pytest.mark.parametrize("error", [RuntimeError("out"), KeyboardInterrupt()])
-def test_a_training_that_is_interrupted_leaves_the_model_whole(error, event, tmp_path):
-    model = bert()
+@pytest.mark.parametrize("added", [False, True], ids=["made with it", "added"])
+@pytest.mark.parametrize(
+    "event", ["on_epoch_begin", "on_step_begin", "on_pre_optimizer_step", "on_save", "on_step_end"]
+)
+def test_a_training_that_is_interrupted_leaves_the_model_whole(event, added, tmp_path):
+    """A callback that was added to a Trainer is not told that it is made; its first training tells it."""
+    model, error = bert(), KeyboardInterrupt() if added else RuntimeError("out")
     keys = list(model.state_dict())
     callback = FastLoraCallback(freeze=5, penalty=0.1)
-    t = trainer(model, tmp_path, callback, save_steps=1)
+    t = trainer(model, tmp_path, None if added else callback, save_steps=1)
+    if added:
+        t.add_callback(callback)
     t.add_callback(_Stops(error, event))
     with pytest.raises(type(error)):
         t.train()
@@ -78,17 +86,35 @@ def test_a_training_that_is_interrupted_leaves_the_model_whole(error, event, tmp
     _whole(t, keys)
 
 
-def test_a_run_takes_over_from_a_dead_one(tmp_path):
-    """A callback that was added to a Trainer is not told that it is made, and so not when its training fails."""
-    model = bert()
+@pytest.mark.parametrize("added", [False, True], ids=["made with it", "added"])
+@pytest.mark.parametrize("where", ["the data", "the forward"])
+def test_an_error_outside_of_callbacks(where, added, tmp_path, monkeypatch):
+    model, callback = bert(), FastLoraCallback(freeze=5)
     keys = list(model.state_dict())
-    t = trainer(model, tmp_path)
-    t.add_callback(FastLoraCallback(freeze=5))
-    t.add_callback(_Stops(KeyboardInterrupt(), "on_step_end"))
+    t = trainer(model, tmp_path, None if added else callback)
+    if added:
+        t.add_callback(callback)
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    if where == "the data":
+        monkeypatch.setattr(t, "get_batch_samples", fail)
+    else:
+        model.register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
         t.train()
-    assert list(model.state_dict()) == keys
-    trainer(model, tmp_path / "again", FastLoraCallback(track={"warmup": 2}, freeze=1)).train()
+    _whole(t, keys)
+
+
+def test_a_run_takes_over_from_a_dead_one(tmp_path):
+    """Where nothing says that a run has died."""
+    model = bert()
+    keys = list(model.state_dict())
+    dead = FastLoraCallback(freeze=5)
+    dead.session.begin(model)
+    dead.session.hold(0)
+    trainer(model, tmp_path, FastLoraCallback(track={"warmup": 2}, freeze=1)).train()
     assert list(model.state_dict()) == keys and not any(layer.probes for layer in adapted_layers(model).values())
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
 

@@ -214,12 +214,37 @@ def test_refusals(tmp_path):
         fit(Module(), tmp_path / "a", FastLoraCallback(track={"probes": 2}), str(tmp_path / "epoch=0.ckpt"))
 
 
-def test_load_from_checkpoint_says_how(tmp_path, caplog):
-    module = Module()
+class Alone(Module):
+    def __init__(self):
+        super().__init__()
+        del self.extra
+
+
+class Narrow(Alone):
+    """The same module with other ranks."""
+
+    def __init__(self):
+        super().__init__()
+        fastlora.set_ranks(self.net, {row.key: 1 for row in fastlora.summary(self.net).rows}, reinit=True)
+
+
+def test_load_from_checkpoint(tmp_path, caplog):
+    """Strict as to adapters, the head and whatever else the module has; the base stays as ``__init__`` made it."""
+    module = Alone()
     checkpoint = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "last")
     fit(module, tmp_path, FastLoraCallback(), epochs=1, checkpoint=checkpoint)
+    other = Alone.load_from_checkpoint(checkpoint.best_model_path)
+    assert_same(other.net.state_dict(), module.net.state_dict())
+    assert caplog.text.count("which stays as the module's __init__ made it") == 1
+    caplog.clear()
+    with pytest.raises(ValueError, match="checkpoint: does not fit the model: .* has rank 1 in the model and"):
+        Narrow.load_from_checkpoint(checkpoint.best_model_path)
+    saved = torch.load(checkpoint.best_model_path, weights_only=False)
     with pytest.raises(RuntimeError, match="Missing key"):
+        Alone().load_state_dict(saved["state_dict"])  # elsewhere a missing base is an error, as ever
+    with pytest.raises(RuntimeError, match=r"Missing key.*: \"extra.weight\", \"extra.bias\"\. $"):
         Module.load_from_checkpoint(checkpoint.best_model_path)
-    assert "load_from_checkpoint(path, strict=False) keeps" in caplog.text
-    other = Module.load_from_checkpoint(checkpoint.best_model_path, strict=False)
-    assert_same(factors(other.net), factors(module.net))
+    saved["state_dict"].pop(next(key for key in saved["state_dict"] if "lora_A" in key))
+    torch.save(saved, tmp_path / "less.ckpt")
+    with pytest.raises(ValueError, match="does not fit the model"):
+        Alone.load_from_checkpoint(tmp_path / "less.ckpt")

@@ -247,20 +247,53 @@ def test_new_ranks_are_watched_in_place_of_the_old(new_ranks, caplog):
 
 
 class CalledAndRead(nn.Module):
+    """``proj`` is called in one place and read in another; ``other`` is asked for its dtype and called."""
+
     def __init__(self):
         super().__init__()
         self.proj, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x):
         x = x.to(self.other.weight.dtype) if isinstance(self.other.weight, torch.Tensor) else x
-        return self.other(self.proj(x)) + F.linear(x, self.proj.weight)
+        return self.other(self.proj(x)) + F.linear(x, getattr(self.proj, "weight"))  # noqa: B009
 
 
-@pytest.mark.parametrize("check", ["raise", "off"])
-def test_a_weight_that_is_read_besides_the_call_is_named(check, caplog):
-    fastlora.inject(nn.Sequential(CalledAndRead()), config(target_modules=["proj", "other"]), check=check)
-    assert ("read besides the call" in caplog.text and "0.proj" in caplog.text) == (check == "raise")
-    assert "0.other" not in caplog.text
+class Elsewhere(nn.Module):
+    """The output of ``block.reader`` is used, and its weight by somebody else."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.ModuleDict({"reader": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        weight = self.block["reader"].weight
+        return self.block["reader"](x) @ weight
+
+
+@pytest.mark.parametrize("check", ["raise", "warn", "off"])
+@pytest.mark.parametrize("mode", ["train", "eval", "no gradients"])
+@pytest.mark.parametrize(
+    ("build", "targets"), [(CalledAndRead, ["proj", "other"]), (Reader, ["reader"]), (Elsewhere, ["reader"])]
+)
+def test_a_weight_that_is_read_is_named_in_every_mode(build, targets, mode, check, caplog):
+    model = fastlora.inject(nn.Sequential(build()), config(target_modules=targets), check=check)
+    model.train(mode == "train")
+    with torch.set_grad_enabled(mode != "no gradients"):
+        for _ in range(2):
+            model(torch.randn(3, 8))
+    assert caplog.text.count("read besides the call") == (check != "off")
+    assert (f"{targets[0]}' is read" in caplog.text) == (check != "off") and "other" not in caplog.text
+
+
+def test_reads_outside_of_forwards_and_of_merged_weights_are_none(caplog):
+    model = fastlora.inject(nn.Sequential(CalledAndRead()), config(target_modules=["proj"]))
+    assert model[0].proj.weight.sum() is not None
+    fastlora.merge(model)
+    model(torch.randn(3, 8))
+    assert not caplog.text
+    fastlora.unload(fastlora.unmerge(model))
+    model(torch.randn(3, 8))
+    assert not caplog.text and "reads" not in vars(model[0].proj)
 
 
 def test_an_owner_that_reads_in_another_method_is_refused():

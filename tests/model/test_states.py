@@ -101,6 +101,23 @@ def test_deleting_an_adapter_that_a_context_runs():
     fastlora.delete_adapter(m, "c")
 
 
+def test_a_context_that_outlives_models_keeps_nothing_of_them():
+    m, other, x = model(), model(), batch()
+    want = answers(m, x)
+    with fastlora.use_adapters(other, "c"), fastlora.use_adapters(m, "b"):
+        assert torch.equal(m(x), want["b"])
+        with fastlora.disable_adapters(other):
+            assert torch.equal(m(x), want["b"])
+        with fastlora.use_adapters(other, "b"):
+            y = other(x)
+        assert not torch.equal(other(x), y)
+    before = dict(contextvars.copy_context())
+    for _ in range(3):
+        with fastlora.use_adapters(model(), "b"):
+            pass
+    assert dict(contextvars.copy_context()) == before
+
+
 class TestTasks:
     def test_each_task_has_its_own_adapter(self):
         m, x = model(), batch()

@@ -1,0 +1,93 @@
+"""How a state dict with adapters differs from a model that is to take it up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from .._utils.errors import listed
+from ..nn.linear import adapted_layers, matrix_key
+from .modules import saved_modules
+
+
+def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> set[str]:
+    """``ValueError`` naming how a state dict with adapters differs from the model's; returns the keys it may lack."""
+    layers = adapted_layers(model)
+    given = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    if not any(_matrix(key) for key in given):
+        return set()
+    names = named(model)
+    trained = trained_names(model)
+    partial = not any(f"{path}.weight" in given for path in layers)
+    differences = _rank_differences({n: p for n, p in names.items() if _matrix(n)}, given)
+    if partial:
+        differences += _other_differences(model, names, trained, given)
+    if differences:
+        raise ValueError(f"checkpoint: does not fit the model: {listed(differences)}")
+    return {prefix + name for name in names if name not in given} if partial else set()
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Under every name, also of tied ones."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that a checkpoint holds; a schedule may hold some of them frozen for a while."""
+    found = {name for name, p in named(model).items() if p.requires_grad or _matrix(name)}
+    for path, module in model.named_modules():
+        for adapter in module.__dict__.get("fastlora_configs", ()):
+            for saved in saved_modules(module, adapter):
+                inside = f"{path}.{saved}." if path else f"{saved}."
+                found.update(name for name in named(model) if name.startswith(inside))
+    return found
+
+
+def _matrix(name: str) -> tuple[str, str, str] | None:
+    """(matrix key, adapter, "A" or "B") of a factor's name."""
+    for factor in "AB":
+        path, found, rest = name.rpartition(f".lora_{factor}.")
+        adapter, dot, part = rest.rpartition(".")
+        if found and dot:
+            return matrix_key(path, part), adapter, factor
+    return None
+
+
+def _rank_differences(names: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    differences = {}
+    for name in [*names, *(key for key in given if _matrix(key) and key not in names)]:
+        key, adapter, factor = _matrix(name)
+        mine, theirs = (d[name].shape if name in d else None for d in (names, given))
+        if mine == theirs:
+            continue
+        ranks = [0 if shape is None else shape[0 if factor == "A" else 1] for shape in (mine, theirs)]
+        text = f"{key} has rank {ranks[0]} in the model and {ranks[1]} in the checkpoint"
+        if ranks[0] == ranks[1]:
+            text = f"{key} has shape {tuple(mine)} in the model and {tuple(theirs)} in the checkpoint"
+        differences.setdefault((key, adapter), text + ("" if adapter == "default" else f" (adapter {adapter!r})"))
+    return list(differences.values())
+
+
+def _other_differences(
+    model: nn.Module, names: Mapping[str, nn.Parameter], trained: set[str], given: Mapping[str, Tensor]
+) -> list[str]:
+    """What is trained besides adapters, in the model or in the checkpoint alone."""
+    there = {id(names[key]) for key in given if key in names}
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    found = []
+    for name in sorted(trained):
+        if not _matrix(name) and id(names[name]) not in there:
+            found.append(f"{name} is trained in the model and not in the checkpoint")
+    for key, tensor in given.items():
+        if _matrix(key) or key in buffers:
+            continue
+        if key not in names:
+            if not key.endswith("_extra_state"):
+                found.append(f"{key} is in the checkpoint and not in the model")
+        elif key not in trained:
+            found.append(f"{key} is trained in the checkpoint and frozen in the model")
+        elif names[key].shape != tensor.shape:
+            shapes = tuple(names[key].shape), tuple(tensor.shape)
+            found.append(f"{key} has shape {shapes[0]} in the model and {shapes[1]} in the checkpoint")
+    return found
