@@ -88,7 +88,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
         if planned.layer.slices != planned.slices:
             raise ValueError(
                 f"split_qkv: {planned.path!r} is adapted as {list(planned.layer.slices)} already, not as "
-                f"{list(planned.slices)}; every adapter of a matrix is split as the first"
+                f"{list(planned.slices)}; every adapter of a matrix is split as the first: leave split_qkv out"
             )
     for planned in plan:
         if not isinstance(planned.layer, Adapted):

@@ -55,7 +55,7 @@ def load(model: nn.Module, path: str | os.PathLike, adapter: str | None = None) 
     model without adapters gets those of the file, as ``inject`` would, one with others gets one more, as from
     ``add_adapter``; one that has this adapter must have the same matrices, ranks, ``modules_to_save`` and ``bias``, and
     takes tensors and scales from the file. A fused q/k/v of a foreign file is one matrix; ours say in ``fastlora.json``
-    what was split.
+    what was split. A further adapter takes the slices that a layer has: each gets its rows of B, and A.
 
     A model on the meta device may have its base's tensors filled in later (``load_state_dict(..., assign=True)``): what
     is in the file is there at once, on the CPU.
@@ -84,7 +84,7 @@ def load_folder(model: nn.Module, folder: AdapterFolder, adapter: str | None = N
     here = any(adapter in layer.adapter_names for layer in layers.values())
     if not layers:
         refuse_adapted(model)
-    plan = _plan(model, folder)
+    plan = _plan(model, folder, {} if here else {p: layer.slices for p, layer in layers.items()})
     if here:
         _refuse_differences(model, folder, plan, adapter)
     elif layers:
@@ -140,7 +140,8 @@ class _Plan:
     unranked: set[str]  # modules of which the file has a bias alone, under "lora_only"
 
 
-def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
+def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -> _Plan:
+    """``held``: slices that layers have already and that a further adapter takes, whatever those of the file."""
     where, fields = folder.where(TENSORS), folder.fields
     names, known = base_names(model), StoredNames(model)
     pairs = factor_pairs(folder)
@@ -167,7 +168,7 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     _refuse_keys(where, "the model", set(others), rest, "")
     refuse_shared(model, saved, where)
     modules = named_targets(model)
-    matrices = {p: _matrix(folder, known, p, name, modules[p], pairs[name]) for p, name in stored.items()}
+    matrices = {p: _matrix(folder, known, p, name, modules[p], pairs[name], held.get(p)) for p, name in stored.items()}
     for key, target in others.items():
         if key in frozen and folder.tensors[key].shape != target.shape:
             rows = folder.tensors[key].shape[0]
@@ -254,7 +255,13 @@ def _refuse_sharded_on_meta(name: str, target: Tensor) -> None:
 
 
 def _matrix(
-    folder: AdapterFolder, known: StoredNames, path: str, stored: str, module: nn.Module, pair: tuple[Tensor, Tensor]
+    folder: AdapterFolder,
+    known: StoredNames,
+    path: str,
+    stored: str,
+    module: nn.Module,
+    pair: tuple[Tensor, Tensor],
+    held: Slices | None,
 ) -> _Matrix:
     where, (A, B), adapted = folder.where(TENSORS), pair, known.module(stored)
     rank, s = folder.fields.rank(adapted), folder.fields.scale(adapted)
@@ -276,7 +283,7 @@ def _matrix(
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
     if not slices:
-        return _Matrix(Slices({WHOLE: N}), {WHOLE: (A, B)}, {WHOLE: s}, beside)
+        return _in_slices(held or Slices({WHOLE: N}), A, B, s, beside)
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
     padded = len(known.keys_of(adapted)) > 1 and ranks <= rank
     if rows != N or not (ranks == rank or padded):
@@ -287,7 +294,15 @@ def _matrix(
     factors = _blocks(slices, layout, A, B)
     if factors is None:
         raise ValueError(f"{where}: {path!r} is split in {SIDE}, and its lora_B is not block-diagonal; remove {SIDE} to load it as one matrix")  # fmt: skip  # noqa: E501
+    if held is not None and held != layout:
+        return _in_slices(held, A[:ranks], B[:, :ranks], s, beside)
     return _Matrix(layout, factors, {x.name: s * x.scale_ratio for x in slices}, beside)
+
+
+def _in_slices(held: Slices, A: Tensor, B: Tensor, s: float, beside: dict[str, Tensor]) -> _Matrix:
+    """One update of the whole matrix, slice by slice: ``(B A)[rows] = B[rows] A``, each slice with all of A."""
+    factors = {name: (A, B[held.rows(name)]) if len(A) else None for name in held}
+    return _Matrix(held, factors, dict.fromkeys(held, s), beside)
 
 
 def _beside(folder: AdapterFolder, stored: str, N: int) -> dict[str, Tensor]:
@@ -337,7 +352,7 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
     if merged:
         raise ValueError(f"model: {merged[0]!r} is merged; call fastlora.unmerge first")
     here = {p: layer.ranks(adapter) for p, layer in layers.items() if adapter in layer.adapter_names}
-    differences = []
+    differences, more = [], ""
     for path in sorted(here.keys() | plan.matrices.keys()):
         matrix = plan.matrices.get(path)
         if path in here and matrix is not None and layers[path].slices != matrix.rows:
@@ -345,6 +360,7 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
                 ("split into " + " ".join(m) if set(m) != {WHOLE} else "one matrix") for m in (here[path], matrix.rows)
             ]
             differences.append(f"{path} is {forms[0]} in the model and {forms[1]} in the file")
+            more = "; adapter=<another name> loads it beside this one"
             continue
         mine, theirs = here.get(path, {}), {} if matrix is None else matrix.ranks
         differences += [
@@ -368,7 +384,7 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
         places = ("model", "file") if path in mine else ("file", "model")
         differences.append(f"{path}.bias is trained in the {places[0]} and not in the {places[1]}")
     if differences:
-        raise ValueError(f"{folder.path}: does not fit the model's adapter {adapter!r}: {listed(differences)}")
+        raise ValueError(f"{folder.path}: does not fit the model's adapter {adapter!r}: {listed(differences)}{more}")
 
 
 def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraConfig:
