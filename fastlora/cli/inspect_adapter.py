@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .._utils.reporting import aligned_lines
 from ..peft_io.folder import AdapterFolder, read_folder
-from ..peft_io.load import factor_pairs
+from ..peft_io.matrices import factor_pairs
 
 
 class Row(NamedTuple):

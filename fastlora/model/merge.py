@@ -23,8 +23,6 @@ from .modules import recomputed, users_of_parameters
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE = 1.0  # seconds of a merge before a bar shows up
-
 
 def _layers(model: nn.Module) -> dict[str, Adapted]:
     layers = adapted_layers(model)
@@ -73,7 +71,7 @@ def merge(
             raise ValueError(f"model: {path!r} has no bias, and that of adapter {adapter!r} (lora_bias) needs one")
     merged: dict[str, torch.Tensor] = {}
     losses: dict[str, float] = {}
-    with reporting(progress, len(layers), "merge", "layer", _PATIENCE) as report:
+    with reporting(progress, len(layers), "merge", "layer") as report:
         for done, (path, layer) in enumerate(layers.items(), 1):
             if foreign_base(layer) is None:
                 weight = layer.merged_weight(adapter)

@@ -257,8 +257,9 @@ def calibrate(
     - a callable gets the tracker, which holds exact grad_sq, fisher, grad_abs and act_var, after each batch.
 
     ``loss_fn(model, batch)`` returns a scalar loss. Exactly ``steps`` items are taken from ``batches``; None takes all.
-    ``progress``: True shows a bar (tqdm), None does so in a terminal and logs otherwise, False does neither; a callable
-    gets ``(done, steps, rank correlation with the estimate before)``, which ``convergence`` of the result keeps.
+    ``progress``: True shows a bar (tqdm), None does so in a terminal when it takes a second and logs otherwise, False
+    does neither; a callable gets ``(done, steps, rank correlation with the estimate before)``, the last of which
+    ``convergence`` of the result keeps.
 
     ``adapter``: whose layers, the active one's unless named.
     ``process_group``: whose ranks take part, each with its own batches and all of them in this call; their batches are
@@ -277,7 +278,7 @@ def calibrate(
     with (
         preserve_model_state(inner, adapter),
         chosen.collect(model, adapter, group) as collector,
-        reporting(progress, steps) as report,
+        reporting(progress, steps, "calibrate", "batch") as report,
     ):
         done, estimate, convergence = 0, None, []
         items = itertools.islice(batches, steps)
