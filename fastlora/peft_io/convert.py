@@ -330,6 +330,32 @@ def _slices(path: str, flags: Sequence[bool], out_features: int, r: int) -> tupl
     return tuple(Slice(n, out_features // 3, r if f else 0, 1.0) for n, f in zip("qkv", flags, strict=True))
 
 
+def layout_files(
+    state_dict: Mapping[str, Tensor], layout: str, lora_alpha: float
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and the tensors of PEFT's files for a ``state_dict`` of another library, without the model.
+
+    Raises as ``load_layout``, and for a fused matrix in parts, whose rows only the model knows.
+    """
+    check_number("lora_alpha", lora_alpha)
+    pairs = _pairs(state_dict, layout)
+    for path, (A, B) in pairs.items():
+        if len(A) != B.shape[1] or not len(A):
+            raise ValueError(
+                f"state_dict: {path!r} has A {tuple(A.shape)} and B {tuple(B.shape)}, which are not of one rank; "
+                "fastlora.load_layout takes parts of a fused matrix (enable_lora), and fastlora.save writes them"
+            )
+    ranks = {path: len(A) for path, (A, _) in pairs.items()}
+    fields = {**patterns(ranks, dict.fromkeys(ranks, lora_alpha)), "peft_type": "LORA", "target_modules": list(pairs)}
+    return fields, _keys(pairs)
+
+
+def _keys(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{PREFIX}{path}.lora_{f}.weight": t for path, pair in pairs.items() for f, t in zip("AB", pair, strict=True)
+    }
+
+
 def _folder(matrices: Mapping[str, _Converted], layout: str, targets: list[str] | str, alpha: float) -> AdapterFolder:
     """What PEFT's files would hold."""
     ranks = {path: m.A.shape[0] for path, m in matrices.items()}
@@ -338,7 +364,7 @@ def _folder(matrices: Mapping[str, _Converted], layout: str, targets: list[str] 
         "peft_type": "LORA",
         "target_modules": targets,
     }
-    tensors = {f"{PREFIX}{p}.lora_{f}.weight": t for p, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))}
+    tensors = _keys({path: (m.A, m.B) for path, m in matrices.items()})
     where = pathlib.Path(f"state_dict ({layout})")
     split = {path: m.slices for path, m in matrices.items() if m.slices}
     r = next(x.rank for slices in (*split.values(), [Slice("", 1, 1, 1.0)]) for x in slices if x.rank)
