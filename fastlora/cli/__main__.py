@@ -156,11 +156,12 @@ def _run_demo(settings, out: Path) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    from ..demo import rich_table, run
+    from ..demo import rich_tables, run
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a file or a pipe has no width of its own
+    width = console.width if console.is_terminal else None
+    if width is None:
+        console = Console(width=10_000, soft_wrap=True)  # a file or a pipe has no width of its own
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
         with Progress(*columns, console=console) as progress:
@@ -168,7 +169,8 @@ def _run_demo(settings, out: Path) -> int:
     except OSError as error:
         sys.stderr.write(f"fastlora: cannot write to {out}: {error}\n")
         return UNUSABLE
-    console.print(rich_table(results))
+    for table in rich_tables(results, width):
+        console.print(table)
     console.print(results["rule"], style="dim", highlight=False)
     for sentence in results["findings"]:
         console.print(f"  {sentence}", highlight=False)
