@@ -6,23 +6,24 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_mapping, listed, suggestion, wrong_value
 from .._utils.reporting import Report, check_progress, reporting
+from .._utils.types import ModelT
 from ..nn.active import chosen_adapter
 from ..nn.linear import Linear, adapted_layers
 
 
 @torch.no_grad()
 def initialize_eva(
-    model: nn.Module,
+    model: ModelT,
     covariances: Mapping[str, Tensor],
     *,
     adapter: str | None = None,
     progress: bool | Report | None = None,
-) -> nn.Module:
+) -> ModelT:
     r"""EVA: A of each linear becomes the r leading eigenvectors of the second moment of its inputs; returns the model.
 
     .. math:: C = x^\top x / M = V \Lambda V^\top,\qquad A = V_{:r}^\top
@@ -35,6 +36,11 @@ def initialize_eva(
     Raises ``TypeError`` or ``ValueError`` naming the argument, with the model as it was, for a layer without a matrix,
     one of another shape or with values that are not finite, and an adapter that has been trained (B is not zero).
     Source: Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance Adaptation" (NeurIPS 2025).
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> model = fastlora.initialize_eva(model, {"0": torch.diag(torch.arange(8.0))})
+    >>> model[0].lora_A["default"].weight.abs().argmax(dim=1)
+    tensor([7, 6])
     """
     refuse_parallel(model, "initialize_eva")
     check_progress(progress)

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .._utils.errors import (
     wrong_type,
     wrong_value,
 )
+from .._utils.types import ModelT
 from ..model.eject import eject
 from ..model.inject import check_adapter_name, sharing_copy
 from ..model.modules import features, is_linear
@@ -36,8 +37,11 @@ from .load import load_folder
 from .names import PREFIX, StoredNames, base_names, choose_targets, parse_fields, patterns
 from .save import save
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def to_peft(model: nn.Module, adapter: str | None = None) -> Any:
+
+def to_peft(model: nn.Module, adapter: str | None = None) -> PeftModel:
     r"""A ``peft.PeftModel`` with one adapter of ``model`` (the active one unless named), and the same outputs.
 
     .. math:: y = x W^\top + b + s\, x A^\top B^\top,\qquad s = \mathrm{lora\_alpha} / r
@@ -50,6 +54,10 @@ def to_peft(model: nn.Module, adapter: str | None = None) -> Any:
 
     Raises ``TypeError`` or ``ValueError`` naming the argument for what ``save`` refuses, a merged or sharded model, and
     an adapter that PEFT cannot run; ``ImportError`` without PEFT.
+
+    >>> model = fastlora.to_peft(nn.Sequential(fastlora.nn.Linear(8, 8, r=2)))
+    >>> model.peft_config["default"].r
+    2
     """
     import peft
 
@@ -86,6 +94,10 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
 
     Raises ``TypeError`` or ``ValueError`` naming the argument for a model of another kind, a merged one, several active
     adapters and what is not implemented (DoRA and other variants, by their field); ``ImportError`` without PEFT.
+
+    >>> model = fastlora.to_peft(nn.Sequential(fastlora.nn.Linear(8, 8, r=2)))
+    >>> fastlora.from_peft(model)[0].ranks()
+    {'weight': 2}
     """
     import peft
 
@@ -196,7 +208,7 @@ class _Converted:
 
 
 def load_layout(
-    model: nn.Module,
+    model: ModelT,
     state_dict: Mapping[str, Tensor],
     layout: str,
     *,
@@ -204,7 +216,7 @@ def load_layout(
     rename: Mapping[str, str] | Callable[[str], str] | None = None,
     enable_lora: Sequence[bool] | None = None,
     adapter: str | None = None,
-) -> nn.Module:
+) -> ModelT:
     r"""Load the adapters of a ``state_dict`` in the layout of another library; returns the same model, injected.
 
     .. math:: y = x W^\top + b + s\, x A^\top B^\top,\qquad s = \mathrm{lora\_alpha} / r
@@ -217,6 +229,11 @@ def load_layout(
     nothing: ``ValueError`` naming the argument, or the key and what is wrong with it, leaves the model as it was; keys
     that are no adapters (biases, a head) are refused, because they belong to ``model.load_state_dict``.
     Source: https://github.com/microsoft/LoRA, https://github.com/pytorch/torchtune
+
+    >>> state = {"0.lora_A": torch.ones(2, 8), "0.lora_B": torch.ones(8, 2)}
+    >>> model = fastlora.load_layout(nn.Sequential(nn.Linear(8, 8)), state, "loralib", lora_alpha=4)
+    >>> model[0].ranks()
+    {'weight': 2}
     """
     check_number("lora_alpha", lora_alpha)
     check_model(model)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._utils.distributed import like, refuse_parallel, reshard, unwrapped, whole
 from .._utils.errors import listed
 from .._utils.reporting import Report, check_progress, reporting
+from .._utils.types import ModelT
 from ..config import FROM_WEIGHT, LoraConfig
 from ..model.adapters import add_adapter
 from ..model.fields import refuse_tying
@@ -46,8 +47,8 @@ logger = logging.getLogger(__name__)
 
 @torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def load(
-    model: nn.Module, path: str | os.PathLike, adapter: str | None = None, *, progress: bool | Report | None = None
-) -> nn.Module:
+    model: ModelT, path: str | os.PathLike, adapter: str | None = None, *, progress: bool | Report | None = None
+) -> ModelT:
     """Load PEFT's files from the folder ``path``, ours or foreign; returns the same model.
 
     ``adapter`` names the adapter here: the active one unless said otherwise, ``"default"`` where there is none yet. A
@@ -65,6 +66,11 @@ def load(
 
     All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
     leaves the model as it was. Only safetensors files in local folders are read.
+
+    >>> fastlora.save(nn.Sequential(fastlora.nn.Linear(8, 8, r=2)), folder)
+    >>> model = fastlora.load(nn.Sequential(nn.Linear(8, 8)), folder)
+    >>> model[0].ranks()
+    {'weight': 2}
     """
     if adapter is not None:
         check_adapter_name(adapter, "adapter")

@@ -269,6 +269,11 @@ def calibrate(
     Gradients, requires_grad, buffers, modes and RNG states are put back, also after an error. Raises ``ValueError``
     naming the argument: batches that run out, a loss that is not a finite scalar or has no gradient, gradients that
     are never finite, a matrix that no gradient reaches, B that is not zero under ``"fim"``.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> found = fastlora.calibrate(model, [torch.ones(4, 8)], lambda m, x: m(x).square().mean(), steps=1, method="fw")
+    >>> list(found)
+    ['0']
     """
     chosen = _chosen(method, centered)
     _check_call(batches, loss_fn, steps)
