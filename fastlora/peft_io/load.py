@@ -139,14 +139,15 @@ class _Plan:
 def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -> _Plan:
     """``held``: slices that layers have already and that a further adapter takes, whatever those of the file."""
     where, fields = folder.where(TENSORS), folder.fields
-    names, known = base_names(model), StoredNames(model)
+    parameters = fields.parameters(model, folder.where(CONFIG))
+    names, known = base_names(model), StoredNames(model, parameters)
     pairs = factor_pairs(folder)
-    for name in {known.module(stored) for stored in pairs} - set(names):
+    for name in {known.module(stored) for stored in pairs} - {*names, *parameters}:
         raise ValueError(f"{where}: adapts {name!r}, and {type(model).__name__} has no module of that name")
     refuse_tying(model, fields, [known.path(stored) for stored in pairs], ())
     if fields.targets_known:
         selected = {n for n in names if fields.selects(n)}
-        expected = {s for n in selected for s in known.keys_of(n)}
+        expected = {s for n in (*selected, *parameters) for s in known.keys_of(n)}
         refuse_keys(where, f"target_modules of {CONFIG}", expected, set(pairs), "adapters of ")
     saved = saved_by(fields.modules_to_save, base_names(model, remove_duplicate=False))
     trained = saved if folder.side is None else list(folder.side.modules_to_save)
@@ -260,7 +261,9 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
 
 def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraConfig:
     """The LoraConfig that injects exactly what is in the file."""
-    fields, side, paths = folder.fields, folder.side, list(plan.matrices)
+    fields, side, stacks = folder.fields, folder.side, folder.fields.parameters(model, folder.where(CONFIG))
+    stacks, modules = ([p for p in plan.matrices if (p in stacks) == wanted] for wanted in (True, False))
+    names = [*base_names(model), *StoredNames(model).inputs]
     factors = [t for m in plan.matrices.values() for pair in m.factors.values() for t in pair or ()]
     stored = reduce(torch.promote_types, {t.dtype for t in factors})
     rule = {"r": fields.r, "lora_alpha": fields.lora_alpha, "use_rslora": fields.use_rslora, "scale": "per_rank"}
@@ -271,14 +274,15 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
         dtype = stored
     try:
         config = LoraConfig(
-            target_modules=choose_targets(paths, [*base_names(model), *StoredNames(model).inputs]),
+            target_modules=choose_targets(modules, names) if modules else None,
+            target_parameters=stacks or None,
             lora_dropout=fields.lora_dropout,
             bias=fields.bias,
             modules_to_save=plan.trained or None,
             init_lora_weights=fields.init_lora_weights,
             lora_bias=fields.lora_bias,
             use_dora=fields.use_dora,
-            split_qkv={path: m.rows for path, m in plan.matrices.items() if set(m.rows) != {WHOLE}} or False,
+            split_qkv={p: plan.matrices[p].rows for p in modules if set(plan.matrices[p].rows) != {WHOLE}} or False,
             adapter_dtype=dtype,
             **rule,
         )
@@ -294,7 +298,7 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
     known = fused_layouts(model)
     for path, m in plan.matrices.items():
         possible = known.get(path)
-        if set(m.rows) != {WHOLE} and possible is not None and possible != m.rows:
+        if path not in stacks and set(m.rows) != {WHOLE} and possible is not None and possible != m.rows:
             raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {m.rows}, and this model can {possible}")
     return config
 

@@ -12,7 +12,9 @@ from .._utils.distributed import is_sharded
 from .._utils.errors import listed
 from ..model.modules import features, is_linear
 from ..nn.adapter import WHOLE, Slices
+from ..nn.experts import ExpertStack
 from ..nn.plain import CLASSES, CONVOLUTIONS, kernel_shapes
+from .experts import experts_unstacked
 from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, Slice
 from .names import BESIDE, BESIDE_KEY, LORA_KEY, PREFIX, StoredNames, factor_key
 
@@ -90,12 +92,17 @@ def matrix_in_file(
 ) -> Matrix:
     where, (A, B), adapted = folder.where(TENSORS), pair, known.module(stored)
     rank, s = folder.fields.rank(adapted), folder.fields.scale(adapted)
-    if not is_linear(module) and not isinstance(module, tuple(CLASSES)):
+    if not is_linear(module) and not isinstance(module, (ExpertStack, *CLASSES)):
         raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}, which is not implemented")
     _refuse_sharded_on_meta(path, module.weight)
     K, N = features(module)
-    convolves = isinstance(module, CONVOLUTIONS)
-    shapes = kernel_shapes(module, rank) if convolves else ((rank, K), (N, rank))
+    shapes = ((rank, K), (N, rank))
+    if isinstance(module, ExpertStack):
+        experts, flip = module.matrices(), module.taken_for_untransposed
+        inner, outer = (K, N // len(experts))[:: -1 if flip else 1]
+        shapes = ((rank * len(experts), inner), (outer, rank * len(experts)))
+    elif isinstance(module, CONVOLUTIONS):
+        shapes = kernel_shapes(module, rank)
     for factor, tensor, shape in zip("AB", pair, shapes, strict=True):
         key = factor_key(stored, factor, module)
         if key not in folder.tensors:
@@ -107,6 +114,11 @@ def matrix_in_file(
     for scale in (s, *(s * x.scale_ratio for x in slices)):
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
+    if isinstance(module, ExpertStack):
+        where = f"{folder.where(SIDE)}: {path!r}"
+        factors, ratios = experts_unstacked(A, B, Slices(dict.fromkeys(experts, outer)), slices, where)
+        factors = {n: pair and (pair[1].t(), pair[0].t()) for n, pair in factors.items()} if flip else factors
+        return Matrix(experts, factors, {name: s * ratio for name, ratio in ratios.items()}, {})
     if not slices:
         return _in_slices(held or Slices({WHOLE: N}), A, B, s, beside)
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)

@@ -19,7 +19,8 @@ CHECKS = {"wrong_type", "wrong_value", "unknown_choice", "wrong"}
 INTERNAL = {"NotPlannable", "Traced", "argparse.ArgumentTypeError"}
 # Whose text is another's: an error of a tensor on the device, of the system, of an attribute's name.
 HANDED_ON = {("_utils/torch_compat.py", "RuntimeError"), ("_utils/files.py", "OSError"),
-             ("ops/backends/planned.py", "AttributeError"), ("_utils/distributed.py", "error")}  # fmt: skip
+             ("ops/backends/planned.py", "AttributeError"), ("nn/experts.py", "AttributeError"),
+             ("_utils/distributed.py", "error")}  # fmt: skip
 
 SHORT = {"--model: …", "… needs …: …"}  # patterns of one word
 
