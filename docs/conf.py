@@ -19,5 +19,6 @@ html_theme = "furo"
 html_title = f"fastlora {release}"
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the docstrings give shapes, which types do not
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

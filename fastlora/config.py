@@ -153,6 +153,9 @@ class LoraConfig:
       faster (``"auto"``), always in float32 and bfloat16, or never. Every use compares W with a further copy of it.
 
     Raises ``TypeError`` or ``ValueError`` that names the field.
+
+    >>> fastlora.LoraConfig(r=4, lora_alpha=8, target_modules="attention").scaling(4)
+    2.0
     """
 
     r: int = 8

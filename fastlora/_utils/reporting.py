@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 Report = Callable[[int, "int | None", float], None]
 """Called with (pieces done, pieces wanted or None, rank correlation with the estimate before or NaN)."""
+PATIENCE = 1.0  # seconds of work before a bar that nobody asked for shows up
 
 
 def check_progress(progress: object) -> None:
@@ -26,13 +27,12 @@ def check_progress(progress: object) -> None:
 
 
 @contextmanager
-def reporting(
-    progress: bool | Report | None, steps: int | None, what: str = "calibrate", unit: str = "batch", delay: float = 0.0
-) -> Iterator[Report]:
-    """What to call after each piece of work: a batch, a layer. A bar shows up after ``delay`` seconds.
+def reporting(progress: bool | Report | None, steps: int | None, what: str, unit: str) -> Iterator[Report]:
+    """What to call after each piece of work: a batch, a layer.
 
-    True: a bar, which needs tqdm; None: a bar in a terminal with tqdm installed, the log otherwise; False: nothing; or
-    a callable of one's own. Raises ``TypeError`` for anything else and ``ImportError`` for True without tqdm.
+    True: a bar, which needs tqdm; None: a bar after a second in a terminal with tqdm installed, the log otherwise;
+    False: nothing; or a callable of one's own. Raises ``TypeError`` for anything else and ``ImportError`` for True
+    without tqdm.
     """
     check_progress(progress)
     if progress is False:
@@ -40,7 +40,7 @@ def reporting(
     elif callable(progress):
         yield progress
     elif progress or (sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None):
-        with _tqdm()(total=steps, desc=what, unit=unit, delay=delay) as bar:
+        with _tqdm()(total=steps, desc=what, unit=unit, delay=0.0 if progress else PATIENCE) as bar:
 
             def advance(done: int, wanted: int | None, correlation: float) -> None:
                 if not math.isnan(correlation):

@@ -20,6 +20,7 @@ class Command:
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    refusals: tuple[type[Exception], ...] = ()  # errors of the library that are the user's, said in a line
 
 
 def _positive(text: str) -> int:
@@ -113,16 +114,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from .merge_folder import snapshot
 
     folder = snapshot(arguments.adapter)
-    try:
-        sys.stdout.write(describe(folder) + "\n")
-        if arguments.plot is not None:
-            draw(folder, arguments.plot)
-    except ModuleNotFoundError:
-        sys.stderr.write("fastlora: --plot needs matplotlib: pip install matplotlib\n")
-        return UNUSABLE
-    except (OSError, ValueError) as error:
-        sys.stderr.write(f"fastlora: {error}\n")
-        return UNUSABLE
+    sys.stdout.write(describe(folder) + "\n")
+    if arguments.plot is not None:
+        draw(folder, arguments.plot)
     return OK
 
 
@@ -135,12 +129,26 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 def _merge(arguments: argparse.Namespace) -> int:
     from .merge_folder import merge_folder
 
-    try:
-        count = merge_folder(arguments.base, arguments.adapter, arguments.out)
-    except (ImportError, OSError, ValueError) as error:
-        sys.stderr.write(f"fastlora: {error}\n")
-        return UNUSABLE
+    count = merge_folder(arguments.base, arguments.adapter, arguments.out)
     sys.stdout.write(f"merged {count} matrices into {arguments.out}\n")
+    return OK
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of PEFT's files, ours or foreign")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder for PEFT's two files")
+    parser.add_argument(
+        "--layout", choices=("loralib", "torchtune"), help="ADAPTER is a safetensors file of this library"
+    )
+    parser.add_argument("--alpha", type=float, help="lora_alpha of that training, which its file does not hold")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="that of the tensors (as they are)")
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from .convert_files import convert_files
+
+    count = convert_files(arguments.adapter, arguments.out, arguments.layout, arguments.alpha, arguments.dtype)
+    sys.stdout.write(f"wrote {count} tensors into {arguments.out}\n")
     return OK
 
 
@@ -148,11 +156,12 @@ def _run_demo(settings, out: Path) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-    from ..demo import rich_table, run
+    from ..demo import rich_tables, run
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)  # a file or a pipe has no width of its own
+    width = console.width if console.is_terminal else None
+    if width is None:
+        console = Console(width=10_000, soft_wrap=True)  # a file or a pipe has no width of its own
     columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
         with Progress(*columns, console=console) as progress:
@@ -160,7 +169,8 @@ def _run_demo(settings, out: Path) -> int:
     except OSError as error:
         sys.stderr.write(f"fastlora: cannot write to {out}: {error}\n")
         return UNUSABLE
-    console.print(rich_table(results))
+    for table in rich_tables(results, width):
+        console.print(table)
     console.print(results["rule"], style="dim", highlight=False)
     for sentence in results["findings"]:
         console.print(f"  {sentence}", highlight=False)
@@ -171,12 +181,15 @@ def _run_demo(settings, out: Path) -> int:
     return CLAIM_FAILED if results["failed"] else OK
 
 
+_FILES = (ImportError, OSError, ValueError)
+
 # A further sub-command is one entry here.
 COMMANDS: dict[str, Command] = {
     "bench": Command("measure this machine with the benchmarks of a checkout", _bench_arguments, _bench),
     "doctor": Command("versions, devices, and a self-test of every operator and backend", _doctor_arguments, _doctor),
-    "merge": Command("write a base of transformers with an adapter in its weights", _merge_arguments, _merge),
-    "inspect": Command("ranks and rank map of an adapter's files", _inspect_arguments, _inspect),
+    "merge": Command("write a base of transformers with an adapter in its weights", _merge_arguments, _merge, _FILES),
+    "convert": Command("write an adapter as plain files of PEFT", _convert_arguments, _convert, _FILES),
+    "inspect": Command("ranks and rank map of an adapter's files", _inspect_arguments, _inspect, _FILES),
     "demo": Command("adapt a small vision transformer to new digits in five ways and report", _demo_arguments, _demo),
 }
 
@@ -199,7 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)]
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    return COMMANDS[arguments.command].run(arguments)
+    command = COMMANDS[arguments.command]
+    try:
+        return command.run(arguments)
+    except command.refusals as error:
+        sys.stderr.write(f"fastlora: {error}\n")
+        return UNUSABLE
 
 
 if __name__ == "__main__":

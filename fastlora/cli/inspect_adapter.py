@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._utils.installed import blame_extra
 from .._utils.reporting import aligned_lines
 from ..peft_io.folder import AdapterFolder, read_folder
-from ..peft_io.load import factor_pairs
+from ..peft_io.matrices import factor_pairs
 
 
 class Row(NamedTuple):
@@ -77,9 +78,12 @@ def rank_map(found: list[Row]) -> list[tuple[str, ...]]:
 
 
 def draw(path: str | Path, picture: Path) -> None:
-    """The rank map as a picture; ``ModuleNotFoundError`` without matplotlib."""
-    import matplotlib
-
+    """The rank map as a picture; ``ImportError`` without matplotlib."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        blame_extra(error, "--plot", "demo", "matplotlib")
+        raise
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -13,9 +13,22 @@ _BESIDE = "tokenizer* vocab* merges* special_tokens* added_tokens* *processor_co
 
 
 def snapshot(path: Path) -> Path:
-    """The folder with the files: ``path``, or the snapshot that ``main`` names in a cache folder of the Hub."""
-    main = path / "refs" / "main"
-    return path / "snapshots" / main.read_text().strip() if main.is_file() else path
+    """The folder with the files: ``path``, or in a folder of the Hub's cache the snapshot of ``main``, else the one."""
+    main, snapshots = path / "refs" / "main", path / "snapshots"
+    if main.is_file():
+        return snapshots / main.read_text().strip()
+    found = sorted(snapshots.iterdir()) if snapshots.is_dir() else [path]
+    if len(found) != 1:
+        raise wrong_value(
+            str(path), "a folder of the Hub's cache with refs/main or one snapshot", [f.name for f in found]
+        )
+    return found[0]
+
+
+def new_folder(out: Path) -> None:
+    """``ValueError`` for a folder that holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise wrong_value("OUT", "a folder that is empty or not there yet", str(out))
 
 
 def merge_folder(base: Path, adapter: Path, out: Path) -> int:
@@ -33,8 +46,7 @@ def merge_folder(base: Path, adapter: Path, out: Path) -> int:
     from ..nn.linear import adapted_layers
     from ..peft_io.load import load
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise wrong_value("OUT", "a folder that is empty or not there yet", str(out))
+    new_folder(out)
     base = snapshot(base)
     if not (base / "config.json").is_file():
         raise wrong_value("BASE", "a folder with the config.json and weights of a model of transformers", str(base))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ..nn.linear import adapted_layers
+from ..peft_io.convert import to_peft
 from ..tracking.sampling import median_cost
 from ..tracking.tracker import track
 from .lanes import adapted, loss_of
@@ -22,7 +24,7 @@ Step = Callable[[Images], None]
 
 
 def _training_step(model: nn.Module, settings: Settings, after: Callable[[], None]) -> Step:
-    parameters = [p for n, p in model.named_parameters() if "lora_" in n or n.startswith("head.")]
+    parameters = [p for n, p in model.named_parameters() if p.requires_grad and ("lora_" in n or "head." in n)]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr_lora)
 
     def step(batch: Images) -> None:
@@ -74,13 +76,12 @@ COMPARED_COSTS = (
 
 
 def step_seconds(
-    model: Any, batch: Images, settings: Settings, rounds: int, advance: Callable[[], None]
+    steps: dict[str, Step], batch: Images, rounds: int, advance: Callable[[], None]
 ) -> dict[str, list[float]]:
     """CPU seconds of one thread per variant and round.
 
     Variants run one after the other within a round and in the opposite order in the next.
     """
-    steps = {name: build(copy.deepcopy(model), settings) for name, (_, build) in VARIANTS.items()}
     names, seconds = list(steps), {name: [] for name in steps}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -120,25 +121,64 @@ def _ratios(seconds: list[float], plain: list[float]) -> dict[str, float]:
     return {"ratio": middle, "lower": lower, "upper": upper, "seconds": statistics.median(seconds)}
 
 
-def measure(
-    base: Any, train: Images, settings: Settings, advance: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]]:
-    """Costs on the demo's transformer, and on one as wide as ViT-Small, where fixed overheads weigh as in practice."""
+def _cases(base: Any, train: Images, settings: Settings) -> list[tuple[Any, Images, int, str]]:
+    """The demo's transformer, and one as wide as ViT-Small, where fixed overheads weigh as in practice."""
     batch = Images(train.x[: settings.batch], train.y[: settings.batch])
     cases = [(base, batch, settings.cost_rounds, "the demo's transformer")]
     if settings.wide_rounds:
         wide = build_vit(replace(settings, width=384, depth=2, heads=6), 0, patch=1)
         cases.append((wide, Images(batch.x[:8], batch.y[:8]), settings.wide_rounds, "two blocks as wide as ViT-Small"))
+    return cases
+
+
+def _timed(
+    case: tuple[Any, Images, int, str], steps: dict[str, Step], over: str, advance: Callable[[], None]
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    model, batch, rounds, title = case
+    seconds = step_seconds(steps, batch, rounds, advance)
+    rows = batch.x.shape[0] * model.pos_embed.shape[1]
+    costs = {name: _ratios(mine, seconds[over]) for name, mine in seconds.items()}
+    return {"title": title, "width": model.embed_dim, "rows": rows, "rounds": rounds, "variants": costs}, seconds
+
+
+def measure(
+    base: Any, train: Images, settings: Settings, advance: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """What statistics cost in every case."""
     results = []
-    for model, chosen, rounds, title in cases:
-        seconds = step_seconds(adapted(model, settings, 0), chosen, settings, rounds, advance)
-        costs = {name: _ratios(mine, seconds["plain"]) for name, mine in seconds.items()}
-        rows = chosen.x.shape[0] * model.pos_embed.shape[1]
-        size = {"title": title, "width": model.embed_dim, "rows": rows, "rounds": rounds}
-        results.append({**size, "variants": costs, "differences": cost_differences(seconds)})
+    for case in _cases(base, train, settings):
+        model = adapted(case[0], settings, 0)
+        steps = {name: build(copy.deepcopy(model), settings) for name, (_, build) in VARIANTS.items()}
+        found, seconds = _timed(case, steps, "plain", advance)
+        results.append({**found, "differences": cost_differences(seconds)})
     return results
 
 
+SPEED = {"head": "head only", "fastlora": "fastlora", "peft": "PEFT"}
+
+
+def measure_speed(
+    base: Any, train: Images, settings: Settings, advance: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """The same adapter here and in PEFT, a dense one on every fused q, k, v; empty where PEFT is not installed."""
+    if not compares_with_peft():
+        return []
+    results = []
+    for case in _cases(base, train, settings):
+        own = adapted(case[0], settings, 0, split_qkv=False)
+        models = {"head": copy.deepcopy(case[0]).requires_grad_(False), "fastlora": own, "peft": to_peft(own)}
+        models["head"].head.requires_grad_(True)
+        steps = {name: _training_step(model, settings, lambda: None) for name, model in models.items()}
+        results.append(_timed(case, steps, "peft", advance)[0])
+    return results
+
+
+def compares_with_peft() -> bool:
+    """Whether PEFT is here."""
+    return importlib.util.find_spec("peft") is not None
+
+
 def rounds_in(settings: Settings) -> int:
-    """Calls of ``advance`` that ``measure`` makes."""
-    return sum(rounds + 2 for rounds in (settings.cost_rounds, settings.wide_rounds) if rounds)
+    """Calls of ``advance`` that ``measure`` and ``measure_speed`` make."""
+    once = sum(rounds + 2 for rounds in (settings.cost_rounds, settings.wide_rounds) if rounds)
+    return once * (2 if compares_with_peft() else 1)

@@ -13,21 +13,41 @@ PROJECTIONS = ("q", "k", "v")
 
 
 def draw(results: dict[str, Any], out: Path) -> dict[str, str]:
-    """Draw every picture as ``out/<name>.png``; returns name -> caption. Raises ``OSError`` if it cannot."""
+    """Draw every picture as ``out/<name>.svg``; returns name -> caption. Raises ``OSError`` if it cannot."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(_STYLE):
-        for name, (_, picture) in FIGURES.items():
-            figure = picture(plt, results)
-            figure.savefig(out / f"{name}.png", dpi=144)
+    found = {name: caption for name, (caption, _) in FIGURES.items() if name != "speed" or results.get("speed")}
+    for name in found:
+        with plt.rc_context({**_STYLE, "svg.hashsalt": name}):
+            figure = FIGURES[name][1](plt, results)
+            figure.savefig(out / f"{name}.svg", dpi=144, metadata={"Date": None}, transparent=True)
             plt.close(figure)
-    return {name: caption for name, (caption, _) in FIGURES.items()}
+        (out / f"{name}.svg").write_text(_themed((out / f"{name}.svg").read_text()))
+    return found
+
+
+# Drawn in these colours, which then become those of the reader's theme.
+_TEXT, _PAGE = "#1c1e21", "#fefdfc"
+_THEME = (
+    "<style>svg { --text: #1c1e21; --page: #ffffff } "
+    "@media (prefers-color-scheme: dark) { svg { --text: #e6e8ea; --page: #16181b } }</style>"
+)
+
+
+def _themed(svg: str) -> str:
+    """The drawing alone, without the header of a file, in the colours of a light or a dark page."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = svg.replace(_TEXT, "var(--text)").replace(_PAGE, "var(--page)")
+    return re.sub(r"(<svg[^>]*>)", lambda match: match[1] + _THEME, svg, count=1)
 
 
 _STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT),
     "figure.constrained_layout.use": True,
     "font.size": 10,
     "axes.spines.top": False,
@@ -86,23 +106,44 @@ def _importance(plt: Any, results: dict[str, Any]) -> Any:
     return figure
 
 
-def _accuracy(plt: Any, results: dict[str, Any]) -> Any:
-    figure, axis = plt.subplots(figsize=(7.6, 4.2))
+def _curves(results: dict[str, Any]) -> dict[str, tuple[list[float], list[float], list[float]]]:
+    """Seconds, accuracy in percent and its deviation over seeds (0 with one) of every method."""
+    found = {}
     for name, method in results["methods"].items():
         points = list(zip(*(run["curve"] for run in method["runs"]), strict=True))
-        seconds = [mean(seed[0] for seed in point) for point in points]
-        values = [100 * mean(seed[1] for seed in point) for point in points]
-        axis.plot(seconds, values, color=COLOURS[name], label=method["label"], linewidth=1.8)
-        if len(points[0]) > 1:
-            band = [100 * stdev([seed[1] for seed in point]) for point in points]
+        rights = [[100 * seed[1] for seed in point] for point in points]
+        spread = [stdev(right) if len(right) > 1 else 0.0 for right in rights]
+        found[name] = [mean(seed[0] for seed in point) for point in points], [mean(right) for right in rights], spread
+    return found
+
+
+def _accuracy(plt: Any, results: dict[str, Any]) -> Any:
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.2))
+    curves = _curves(results)
+    for axis in axes:
+        for name, (seconds, values, band) in curves.items():
+            axis.plot(seconds, values, color=COLOURS[name], label=results["methods"][name]["label"], linewidth=1.8)
             lower, upper = ([v + side * b for v, b in zip(values, band, strict=True)] for side in (-1, 1))
             axis.fill_between(seconds, lower, upper, color=COLOURS[name], alpha=0.13, linewidth=0)
-    axis.set_xlabel("seconds of training, calibration included")
-    axis.set_ylabel("test accuracy, %")
-    axis.set_ylim(top=100)
-    axis.grid(alpha=0.25)
-    axis.legend(loc="lower right")
+        axis.set_xlabel("seconds of training, calibration included")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("test accuracy, %")
+    axes[0].set_ylim(top=100)
+    axes[0].legend(loc="lower right")
+    axes[1].set_title("where they differ")
+    axes[1].set_ylim(*_zoom(curves))
     return figure
+
+
+def _zoom(curves: dict[str, tuple[list[float], list[float], list[float]]]) -> tuple[float, float]:
+    """The range of the second half of all curves that train more than a head, with their deviations."""
+    late = [
+        (value, band)
+        for name, (_, values, bands) in curves.items()
+        if name != "head"
+        for value, band in list(zip(values, bands, strict=True))[len(values) // 2 :]
+    ]
+    return min(v - b for v, b in late) - 0.5, min(100.0, max(v + b for v, b in late) + 0.5)
 
 
 def _pooled_ece(bins: dict[str, list[Any]]) -> float:
@@ -122,11 +163,11 @@ def _reliability(plt: Any, results: dict[str, Any]) -> Any:
         sure = [bins["confidence"][i] for i in filled]
         left = [edges[i] for i in filled]
         axis.bar(left, right, width, align="edge", color="#a9d5f2", edgecolor="white", label="accuracy in the bin")
-        axis.plot([0, 1], [0, 1], color="#444444", linestyle="--", linewidth=1, label="calibrated")
+        axis.plot([0, 1], [0, 1], color=_TEXT, linestyle="--", linewidth=1, label="calibrated")
         sizes = [12 + 160 * (bins["counts"][i] / max(bins["counts"])) ** 0.5 for i in filled]
         axis.scatter(sure, right, s=sizes, color="#D55E00", alpha=0.75, zorder=3, label="mean confidence")
         for i in filled:
-            axis.text(edges[i] + width / 2, 0.012, str(bins["counts"][i]), ha="center", fontsize=6.5, color="#333333")
+            axis.text(edges[i] + width / 2, 0.012, str(bins["counts"][i]), ha="center", fontsize=6.5, color="#1b1d20")
         axis.set_title(f"{method['label']}, {when} temperature: pooled ECE {_pooled_ece(bins):.3f}")
         axis.set_xlabel("confidence")
         axis.set_xlim(0, 1.02)
@@ -140,7 +181,7 @@ def _overhead(plt: Any, results: dict[str, Any]) -> Any:
     cases = results["cost"]
     figure, axes = plt.subplots(1, len(cases), figsize=(3.9 * len(cases) + 1.2, 3.0), sharey=True, squeeze=False)
     for axis, case in zip(axes[0], cases, strict=True):
-        box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+        box = {"boxstyle": "square,pad=0.1", "facecolor": _PAGE, "edgecolor": "none", "alpha": 0.8}
         names = [name for name in case["variants"] if name != "plain"][::-1]
         for y, name in enumerate(names):
             cost = case["variants"][name]
@@ -151,12 +192,35 @@ def _overhead(plt: Any, results: dict[str, Any]) -> Any:
             axis.annotate(
                 f"{middle:+.1f} %", (middle, y), (0, 8), textcoords="offset points", ha="center", fontsize=9, bbox=box
             )
-        axis.axvline(0, color="#444444", linewidth=1)
+        axis.axvline(0, color=_TEXT, linewidth=1)
         axis.set_yticks(range(len(names)), [results["cost_labels"][name] for name in names])
         axis.set_ylim(-0.5, len(names) - 0.2)
         axis.margins(x=0.18)
         axis.set_title(f"{case['title']}\nwidth {case['width']}, {case['rows']} rows")
         axis.set_xlabel("CPU time over a plain LoRA step, %")
+        axis.grid(axis="x", alpha=0.25)
+    return figure
+
+
+def _speed(plt: Any, results: dict[str, Any]) -> Any:
+    cases = results["speed"]
+    figure, axes = plt.subplots(1, len(cases), figsize=(3.9 * len(cases) + 1.2, 2.2), sharey=True, squeeze=False)
+    for axis, case in zip(axes[0], cases, strict=True):
+        names = [*case["variants"]][::-1]
+        for y, name in enumerate(names):
+            cost = case["variants"][name]
+            axis.barh(
+                y, cost["ratio"], color={"fastlora": "#009E73", "peft": "#D55E00"}.get(name, "#888888"), height=0.6
+            )
+            axis.plot([cost["lower"], cost["upper"]], [y, y], color=_TEXT, linewidth=1.5)
+            axis.annotate(
+                f"{cost['ratio']:.2f}", (max(cost["upper"], cost["ratio"]), y), (4, 0), textcoords="offset points",
+                va="center", fontsize=9,
+            )  # fmt: skip
+        axis.set_yticks(range(len(names)), [results["speed_labels"][name] for name in names])
+        axis.margins(x=0.18)
+        axis.set_title(f"{case['title']}\nwidth {case['width']}, {case['rows']} rows")
+        axis.set_xlabel("CPU time of a training step over PEFT's")
         axis.grid(axis="x", alpha=0.25)
     return figure
 
@@ -174,7 +238,7 @@ FIGURES = {
     ),
     "accuracy": (
         "Test accuracy over the training clock: mean and deviation over seeds. The methods take turns step by step, so "
-        "all see the same machine; evaluation is not on the clock.",
+        "all see the same machine; evaluation is not on the clock. On the right their second half, without head only.",
         _accuracy,
     ),
     "reliability": (
@@ -188,5 +252,10 @@ FIGURES = {
         "way is cheaper on layers as narrow as the demo's, where what probes cost beside arithmetic weighs most, is "
         "said with its interval among the statements above.",
         _overhead,
+    ),
+    "speed": (
+        "The same training step with the same adapter, one of rank r on the fused q, k, v of every block: this package "
+        "and PEFT, median and quartiles of paired ratios, interleaved in alternating order, CPU time of one thread.",
+        _speed,
     ),
 }

@@ -69,13 +69,13 @@ class Lane:
         return {"adapters": counted.adapter_params, "head": counted.head_params, "other": counted.other_trainable}
 
 
-def adapted(base: Any, settings: Settings, seed: int) -> Any:
+def adapted(base: Any, settings: Settings, seed: int, **fields: Any) -> Any:
     """A copy of the base with uniform-rank adapters on q, k and v, and the new head."""
     model = copy.deepcopy(base)
     new_head(model, seed)
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules="qkv", modules_to_save=["head"]
+        r=settings.rank, lora_alpha=settings.alpha, target_modules="qkv", modules_to_save=["head"], **fields
     )  # fmt: skip
     return inject(model, config)
 
@@ -114,7 +114,7 @@ def _fc(base: Any, settings: Settings, seed: int, train: Images) -> Lane:
     start = time.perf_counter()
     budget = summary(model).adapter_params
     calibration = batches(train, settings.batch, seed + 1000)
-    scores = calibrate(model, calibration, loss_of, steps=settings.calibration_steps, method="fc")
+    scores = calibrate(model, calibration, loss_of, steps=settings.calibration_steps, method="fc", progress=False)
     ranks = allocate(scores, budget, r_min=1, r_max=settings.max_rank, unit="params")
     set_ranks(model, ranks)
     seconds = time.perf_counter() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from pathlib import Path
 from statistics import mean
@@ -37,16 +36,37 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def rich_table(results: dict[str, Any]) -> Any:
-    """The same table for a terminal, as a ``rich.table.Table``."""
+def rich_tables(results: dict[str, Any], width: int | None) -> list[Any]:
+    """The same table for a terminal of ``width`` columns, or for a file (None): as many tables as no cell is cut in.
+
+    Each begins with the method; the first has the title, the last the note.
+    """
     from rich.table import Table
 
-    table = Table(title=_title(results), caption=table_note(results), caption_justify="left")
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in table_rows(results):
-        table.add_row(*row)
-    return table
+    rows = table_rows(results)
+    tables = []
+    for columns in _folded(rows, width):
+        first = not tables
+        tables.append(Table(title=_title(results) if first else None, caption_justify="left"))
+        for index in columns:
+            tables[-1].add_column(COLUMNS[index], justify="left" if index == 0 else "right", no_wrap=True)
+        for row in rows:
+            tables[-1].add_row(*(row[index] for index in columns))
+    tables[-1].caption = table_note(results)
+    return tables
+
+
+def _folded(rows: list[tuple[str, ...]], width: int | None) -> list[list[int]]:
+    """Columns of each table: as many as fit beside the first one."""
+    sizes = [max(len(line[index]) for line in (COLUMNS, *rows)) + 3 for index in range(len(COLUMNS))]
+    tables, used = [[0]], sizes[0] + 1
+    for index in range(1, len(COLUMNS)):
+        if width is not None and used + sizes[index] > width and len(tables[-1]) > 1:
+            tables.append([0])
+            used = sizes[0] + 1
+        tables[-1].append(index)
+        used += sizes[index]
+    return tables
 
 
 def table_note(results: dict[str, Any]) -> str:
@@ -90,7 +110,7 @@ def _title(results: dict[str, Any]) -> str:
 
 
 def write_page(results: dict[str, Any], captions: dict[str, str], out: Path) -> Path:
-    """Write ``out/index.html`` with table, text and the pictures ``out/<name>.png`` inside; returns its path."""
+    """Write ``out/index.html`` with table, text and the pictures ``out/<name>.svg`` inside; returns its path."""
     page = out / "index.html"
     page.write_text(_page(results, captions, out), encoding="utf-8")
     return page
@@ -99,12 +119,8 @@ def write_page(results: dict[str, Any], captions: dict[str, str], out: Path) -> 
 def _page(results: dict[str, Any], captions: dict[str, str], out: Path) -> str:
     pictures = []
     for name, caption in captions.items():
-        data = base64.b64encode((out / f"{name}.png").read_bytes()).decode("ascii")
-        text = html.escape(caption)
-        pictures.append(
-            f'<figure><img alt="{name.replace("_", " ")}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{text}</figcaption></figure>"
-        )
+        drawing = (out / f"{name}.svg").read_text().replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+        pictures.append(f"<figure>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>")
     checks = "".join(
         f'<li class="{"ok" if c["holds"] else "bad"}">{html.escape(c["claim"])}: {html.escape(c["value"])}</li>'
         for c in results["claims"]
@@ -150,7 +166,7 @@ def _facts(results: dict[str, Any]) -> dict[str, Any]:
 def _html_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 _TEMPLATE = """<!doctype html>
@@ -164,13 +180,13 @@ _TEMPLATE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
  max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
 h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem }}
-.wide {{ overflow-x: auto }}
+.wide {{ overflow-x: auto; max-width: 100% }}
 table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }}
 th {{ white-space: normal; vertical-align: bottom }}
-th:first-child, td:first-child {{ text-align: left }}
+th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: var(--page) }}
 .note, figcaption {{ color: var(--soft); font-size: .85rem }}
-figure {{ margin: 1.5rem 0 }} img {{ max-width: 100%; background: #fff; border-radius: 6px }}
+figure {{ margin: 1.5rem 0 }} svg {{ max-width: 100%; height: auto }} li, p {{ overflow-wrap: anywhere }}
 .ok::marker {{ content: "\\2713  "; color: var(--ok) }} .bad::marker {{ content: "\\2717  "; color: var(--bad) }}
 .bad {{ color: var(--bad) }}
 </style></head><body>

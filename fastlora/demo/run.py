@@ -20,7 +20,7 @@ from .. import __version__
 from ..ops import native
 from ..peft_io.load import load
 from ..peft_io.save import save
-from .cost import VARIANTS, measure, rounds_in
+from .cost import SPEED, VARIANTS, measure, measure_speed, rounds_in
 from .lanes import METHODS, Lane, result_of, train_side_by_side
 from .page import write_page
 from .recipe import Digits, Settings, load_digits, new_head, predict, require, train_base
@@ -97,6 +97,8 @@ def _results(settings: Settings, out: Path, bars: _Bars) -> dict[str, Any]:
         "adapter": _save_adapter(lanes_of_seed[0][SAVED_METHOD], base, settings, digits, out),
         "cost": measure(base, digits.train, settings, bars.cost),
         "cost_labels": {name: label for name, (label, _) in VARIANTS.items()},
+        "speed": measure_speed(base, digits.train, settings, bars.cost),
+        "speed_labels": SPEED,
     }
     return _judged(results, settings)
 
@@ -134,7 +136,7 @@ def _save_adapter(lane: Lane, base: Any, settings: Settings, digits: Digits, out
     save(lane.model, folder, importance=lane.scores)
     fresh = copy.deepcopy(base)
     new_head(fresh, seed=-1)
-    load(fresh, folder)
+    load(fresh, folder, progress=False)
     gap = (predict(fresh, digits.test) - predict(lane.model, digits.test)).abs().max()
     return {
         "method": lane.method,

@@ -51,6 +51,9 @@ def allocate(
     Returns {key: rank} in the order of ``scores``; rank 0 means no adapter. Raises TypeError for wrong types and
     ValueError for empty, non-finite or (under raw) negative scores, r_min > r_max, missing costs and a budget below
     the floors (the message says what would be possible). Source: bounded Webster (Sainte-Lague) divisor method.
+
+    >>> fastlora.allocate({"q": 3.0, "v": 1.0}, budget=8)
+    {'q': 6, 'v': 2}
     """
     check_choice("unit", unit, ("ranks", "params"))
     check_choice("per", per, ("rank", "param"))

@@ -43,6 +43,9 @@ class Scores(Mapping[str, float]):
 
     Raises TypeError for keys that are not strings and values that are not numbers; ValueError for NaN or infinite
     values, negative values of an unsigned kind, a key without cost, and costs that are not positive integers.
+
+    >>> fastlora.Scores({"q": 3.0, "v": 1.0}, "grad_sq").rank_correlation({"q": 2.0, "v": 5.0})
+    -1.0
     """
 
     __slots__ = ("_costs", "_kind", "_signed", "_values")

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .._utils.distributed import refuse_parallel, several_processes
 from .._utils.errors import check_choice, check_instance, wrong_value
 from .._utils.torch_compat import assert_async
+from .._utils.types import ModelT
 from ..config import FROM_WEIGHT, LoraConfig
 from ..nn.active import NO_ADAPTERS, refuse_merged
 from ..nn.linear import Adapted, adapted_layers
@@ -47,7 +49,12 @@ def _agreeing(layers: Mapping[str, Adapted]) -> list[Router]:
 
 
 def adapter_names(model: nn.Module) -> list[str | None]:
-    """Names of a model's adapters by id; None where one was removed. ``ValueError`` without adapters."""
+    """Names of a model's adapters by id; None where one was removed. ``ValueError`` without adapters.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> fastlora.adapter_names(model)
+    ['default']
+    """
     return list(routers_of(model)[0].slots)
 
 
@@ -56,12 +63,17 @@ def _known(router: Router, name: Any, argument: str) -> str:
 
 
 @torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
-def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
+def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     """Add an adapter to an adapted model; it gets the next id, and trains beside the others.
 
     ``y = x W^T + bias + s_g x A_g^T B_g^T`` for the rows of adapter g. Targets that have no adapter yet become adapted;
     ``modules_to_save`` are shared by all adapters. Raises ``TypeError`` or ``ValueError`` naming the argument; the
     model is then as it was.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> model = fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=4, target_modules=["0"]))
+    >>> fastlora.adapter_names(model)
+    ['default', 'b']
     """
     refuse_parallel(model, "add_adapter")
     routers = routers_of(model)
@@ -88,7 +100,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
         if planned.layer.slices != planned.slices:
             raise ValueError(
                 f"split_qkv: {planned.path!r} is adapted as {list(planned.layer.slices)} already, not as "
-                f"{list(planned.slices)}; every adapter of a matrix is split as the first"
+                f"{list(planned.slices)}; every adapter of a matrix is split as the first: leave split_qkv out"
             )
     for planned in plan:
         if not isinstance(planned.layer, Adapted):
@@ -107,11 +119,16 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     return model
 
 
-def delete_adapter(model: nn.Module, name: str) -> nn.Module:
+def delete_adapter(model: ModelT, name: str) -> ModelT:
     """Delete an adapter; its id is not used again.
 
     Refused for the active adapter, a merged or a tracked one, and one with a forward that awaits its backward. Raises
     ``ValueError`` with the model as it was.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> model = fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=2, target_modules=["0"]))
+    >>> fastlora.adapter_names(fastlora.delete_adapter(model, "b"))
+    ['default', None]
     """
     refuse_parallel(model, "delete_adapter")
     routers = routers_of(model)
@@ -136,10 +153,15 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def set_adapter(model: nn.Module, name: str) -> nn.Module:
+def set_adapter(model: ModelT, name: str) -> ModelT:
     """Make an adapter the active one: that of every forward outside of ``use_adapters``, and of functions that were
     given no other (``merge``, ``save``, ``summary``, ``track``, ...). ``ValueError`` for an unknown name, and
     while another adapter is merged.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> model = fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=4, target_modules=["0"]))
+    >>> fastlora.set_adapter(model, "b")[0].ranks()
+    {'weight': 4}
     """
     layers = adapted_layers(model)
     routers = _agreeing(layers)
@@ -151,11 +173,11 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
 
 @contextmanager
 def use_adapters(
-    model: nn.Module,
+    model: ModelT,
     ids: str | Sequence[str | None] | Tensor | Mapping[str | None, tuple[int, int]],
     *,
     row_seeds: Tensor | None = None,
-) -> Iterator[nn.Module]:
+) -> Iterator[ModelT]:
     """Within, forwards of this thread or task run each sample or token with its id's adapter; -1 (or None): the base.
 
     ``ids``: an int64 tensor [S] (one a sample, dimension 0), [S, T] or [M] (one a token) of indices into
@@ -167,6 +189,13 @@ def use_adapters(
 
     Backward may run after the context has closed, under activation checkpointing too. Raises ``ValueError`` naming ids
     or names that are unknown or removed; a layer whose input the ids do not fit raises with both shapes.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> model = fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=4, target_modules=["0"]))
+    >>> with fastlora.use_adapters(model, torch.tensor([0, 1, -1])):
+    ...     tuple(model(torch.ones(3, 8)).shape)
+    ...
+    (3, 8)
     """
     layers = adapted_layers(model)
     routers = _agreeing(layers)
@@ -269,6 +298,9 @@ def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
 
     losses [S] or [M], ids int64 of the same shape; -1 does not count. Raises ``TypeError`` for what is no tensor,
     ``ValueError`` for other dtypes and shapes that differ.
+
+    >>> fastlora.per_adapter_mean(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]))
+    tensor(7.)
     """
     if not check_instance("losses", losses, Tensor, "a floating tensor").is_floating_point():
         raise wrong_value("losses", "a floating tensor", losses)
@@ -283,12 +315,18 @@ def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
     return torch.where(own >= 0, losses.reshape(-1) / counts[place], 0.0).sum()
 
 
-def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
     """Leave adapters that were in no batch since the last step unchanged: weights and optimizer state.
 
     Where their gradient is zero rather than None (ids on a GPU, torch.compile, data-parallel training) an optimizer
     would still decay and move them. A hook before each step reads back once which adapters occurred, on all
     data-parallel ranks, and sets the gradients of the others to None. Returns the hook's handle.
+    Raises ``TypeError`` for what is no optimizer, ``ValueError`` without adapters.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> optimizer = torch.optim.AdamW(fastlora.param_groups(model))
+    >>> handle = fastlora.freeze_unused_adapters(model, optimizer)
+    >>> handle.remove()
     """
     routers = routers_of(model)
     check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")

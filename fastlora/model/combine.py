@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_instance, check_integer, check_number, wrong_value
+from .._utils.types import ModelT
 from ..config import LoraConfig
 from ..nn.adapter import AdapterSpec, Factors
 from ..nn.linear import Adapted, adapted_layers, matrix_key
@@ -24,7 +25,7 @@ COMBINATIONS = ("svd", "cat", *_OF_FACTORS, *(f"{kind}_svd" for kind in _OF_FACT
 
 @torch.no_grad()
 def add_weighted_adapter(
-    model: nn.Module,
+    model: ModelT,
     adapters: Sequence[str],
     weights: Sequence[float],
     *,
@@ -33,7 +34,7 @@ def add_weighted_adapter(
     svd_rank: int | None = None,
     density: float | None = None,
     majority_sign_method: str = "total",
-) -> nn.Module:
+) -> ModelT:
     r"""Add an adapter that is a combination of others; as in PEFT it has ``s = 1`` and is frozen. Returns the model.
 
     .. math:: B A \approx \textstyle\sum_g w_g s_g B_g A_g
@@ -48,6 +49,13 @@ def add_weighted_adapter(
     Raises ``TypeError`` or ``ValueError`` naming the argument, with the model as it was, for ranks that differ where
     they may not, and adapters with ``use_dora`` or ``lora_bias``, which do not add up.
     Source: Yadav et al., "TIES-Merging" (NeurIPS 2023); Yu et al., "Language Models are Super Mario" (DARE, ICML 2024).
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> model = fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=2, target_modules=["0"]))
+    >>> given = {"adapters": ["default", "b"], "weights": [0.5, 0.5], "combination_type": "cat"}
+    >>> model = fastlora.add_weighted_adapter(model, adapter_name="both", **given)
+    >>> model[0].ranks("both")
+    {'weight': 4}
     """
     refuse_parallel(model, "add_weighted_adapter")
     routers = routers_of(model)

@@ -10,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
 from .._utils.torch_compat import remove_forward_hooks
+from .._utils.types import ModelT
 from ..nn.active import NO_ADAPTERS
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
 from ..nn.experts import ExpertProjection, release
@@ -70,11 +71,15 @@ def eject(model: nn.Module) -> nn.Module:
     return model
 
 
-def unload(model: nn.Module) -> nn.Module:
+def unload(model: ModelT) -> ModelT:
     """Remove every adapter in place, as PEFT's ``unload``: modules are the base's, of exactly their classes.
 
     Weights stay as they are: the base's, or what ``merge`` has made of them. What was trained besides (heads, biases)
     keeps its values. Returns the same model; ``ValueError`` without adapters, and for one that is sharded or wrapped.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> type(fastlora.unload(model)[0])
+    <class 'torch.nn.modules.linear.Linear'>
     """
     refuse_parallel(model, "unload")
     if not adapted_layers(model):

@@ -15,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
+from .._utils.types import ModelT
 from ..config import FROM_WEIGHT, ROLES, LoraConfig
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, checked_ranks, new_factors
 from ..nn.experts import ExpertStack
@@ -72,13 +73,13 @@ class _Planned:
 
 @torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def inject(
-    model: nn.Module,
+    model: ModelT,
     config: Any,
     *,
     adapter: str = DEFAULT,
     accelerate_frozen: bool = False,
     check: str = "raise",
-) -> nn.Module:
+) -> ModelT:
     """Adapt the targets of ``config`` in place and freeze the rest; returns the same model.
 
     ``y = x W^T + bias + s x A^T B^T`` with ``B = 0`` at first, so outputs equal the base model's. ``nn.Linear`` targets
@@ -92,6 +93,10 @@ def inject(
 
     Raises ``TypeError`` or ``ValueError`` naming the field for unknown targets or patterns, ranks a matrix cannot have,
     a model that is already adapted, wrapped by PEFT or DDP, or sharded; the model is then as it was.
+
+    >>> model = fastlora.inject(nn.Sequential(nn.Linear(8, 8)), fastlora.LoraConfig(r=2, target_modules=["0"]))
+    >>> fastlora.summary(model).adapter_params
+    32
     """
     check_model(model)
     check_adapter_name(adapter, "adapter")

@@ -14,6 +14,7 @@ from torch import nn
 from .._utils.distributed import refuse_parallel, refuse_partitioned, shards
 from .._utils.errors import check_flag
 from .._utils.reporting import Report, check_progress, reporting
+from .._utils.types import ModelT
 from ..nn.active import NO_ADAPTERS, chosen_adapter, refuse_merged
 from ..nn.linear import Adapted, adapted_layers
 from ..nn.quantized import dequantized, foreign_base, put_back, replace_weight, requantized
@@ -22,8 +23,6 @@ from .eject import eject
 from .modules import recomputed, users_of_parameters
 
 logger = logging.getLogger(__name__)
-
-_PATIENCE = 1.0  # seconds of a merge before a bar shows up
 
 
 def _layers(model: nn.Module) -> dict[str, Adapted]:
@@ -35,13 +34,13 @@ def _layers(model: nn.Module) -> dict[str, Adapted]:
 
 @torch.no_grad()
 def merge(
-    model: nn.Module,
+    model: ModelT,
     adapter: str | None = None,
     *,
     requantize: bool = False,
     unload: bool = False,
     progress: bool | Report | None = None,
-) -> nn.Module:
+) -> ModelT:
     """``W ← W + s B A``, summed in fp32 (float64 for float64) by blocks of rows and rounded once to the weight's dtype.
 
     ``adapter``: the active one (``set_adapter``) unless named. Until ``unmerge`` every forward is this adapter's and
@@ -53,6 +52,11 @@ def merge(
     A quantized base is refused, because rounding to its grid may lose the update; with ``requantize`` the sum is
     quantized anew, as the weight was, and a warning says how much of the update the rounding moved. ``progress``: True
     for a bar (needs tqdm), None for one in a terminal when it takes a second, or the log; False; or a callable.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> y = model(torch.ones(1, 8))
+    >>> torch.allclose(fastlora.merge(model)(torch.ones(1, 8)), y)
+    True
     """
     layers, adapter = adapted_layers(model), chosen_adapter(model, adapter)
     check_flag("requantize", requantize)
@@ -74,7 +78,7 @@ def merge(
             raise ValueError(f"model: {path!r} has no bias, and that of adapter {adapter!r} (lora_bias) needs one")
     merged: dict[str, torch.Tensor] = {}
     losses: dict[str, float] = {}
-    with reporting(progress, len(layers), "merge", "layer", _PATIENCE) as report:
+    with reporting(progress, len(layers), "merge", "layer") as report:
         for done, (path, layer) in enumerate(layers.items(), 1):
             if foreign_base(layer) is None:
                 weight = layer.merged_weight(adapter)
@@ -97,8 +101,13 @@ def merge(
     return eject(model) if unload else model
 
 
-def merge_and_unload(model: nn.Module, adapter: str | None = None, **options: Any) -> nn.Module:
-    """``merge(model, adapter, unload=True)``, by PEFT's name; ``options`` and errors are those of :func:`merge`."""
+def merge_and_unload(model: ModelT, adapter: str | None = None, **options: Any) -> ModelT:
+    """``merge(model, adapter, unload=True)``, by PEFT's name; ``options`` and errors are those of :func:`merge`.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> type(fastlora.merge_and_unload(model)[0])
+    <class 'torch.nn.modules.linear.Linear'>
+    """
     return merge(model, adapter, unload=True, **options)
 
 
@@ -167,8 +176,13 @@ def _put_in(layer: Adapted, weight: torch.Tensor, adapter: str) -> None:
 
 
 @torch.no_grad()
-def unmerge(model: nn.Module) -> nn.Module:
-    """Put back the weights as they were before ``merge``, bit for bit; ``ValueError`` if nothing is merged."""
+def unmerge(model: ModelT) -> ModelT:
+    """Put back the weights as they were before ``merge``, bit for bit; ``ValueError`` if nothing is merged.
+
+    >>> model = fastlora.merge(nn.Sequential(fastlora.nn.Linear(8, 8, r=2)))
+    >>> fastlora.unmerge(model)[0].merged
+    ()
+    """
     layers = [layer for layer in _layers(model).values() if layer.merged]
     if not layers:
         raise ValueError("model: nothing is merged")
@@ -188,10 +202,17 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
+def disable_adapters(model: ModelT) -> Iterator[ModelT]:
     """Within, forwards of this thread or task are the base model's, and so is their recomputation under checkpointing.
 
     ``ValueError`` while an adapter is merged: the base is not there then.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> with fastlora.disable_adapters(model):
+    ...     y = model(torch.ones(1, 8))
+    ...
+    >>> torch.equal(y, torch.nn.functional.linear(torch.ones(1, 8), model[0].weight, model[0].bias))
+    True
     """
     layers = _layers(model)
     refuse_merged(layers)

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
 
 from .._utils.errors import unknown_choice
 from .._utils.torch_compat import forward_hooks
@@ -260,7 +261,7 @@ def refusal(model: nn.Module, name: str) -> str | None:
     owner = modules.get(path, model)
     if isinstance(module, ExpertStack):
         return stack_refusal(module)
-    if adapted_class(module, split=False) is None:
+    if adapted_class(module, split=False) is None and not is_parametrized(module, "weight"):
         known = ", ".join(kind.__name__ for kind in CLASSES)
         return f"it is a {'.'.join(class_name(module))}, not exactly torch.nn.Linear, {known}"
     if recomputed(module) is not None:
@@ -291,7 +292,9 @@ def recomputed(module: nn.Module) -> str | None:
     """What computes a linear's weight before each forward (``torch.nn.utils``: weight_norm, prune, ...), or None."""
     if "weight" in module._parameters or isinstance(module, (StackedProjection, InProjection)):
         return None
-    by = [type(hook).__name__ for hook in forward_hooks(module)[0].values() if hasattr(type(hook), "compute_weight")
+    parametrized = getattr(getattr(module, "parametrizations", None), "weight", ())
+    by = [type(each).__name__.lstrip("_") for each in parametrized]
+    by += [type(hook).__name__ for hook in forward_hooks(module)[0].values() if hasattr(type(hook), "compute_weight")
           or hasattr(type(hook), "compute_mask")]  # fmt: skip
     return f"its weight is computed at each forward by {' and '.join(by) or 'something else'}"
 

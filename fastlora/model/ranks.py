@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_flag, check_integer, check_mapping, suggestion, wrong_value
+from .._utils.types import ModelT
 from ..config import FROM_WEIGHT, LoraConfig
 from ..importance.allocation import allocate
 from ..nn.active import chosen_adapter
@@ -23,13 +24,13 @@ from .summary import summary
 
 @torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def set_ranks(
-    model: nn.Module,
+    model: ModelT,
     ranks: Mapping[str, int],
     *,
     adapter: str | None = None,
     reinit: bool = False,
     keep: bool = False,
-) -> nn.Module:
+) -> ModelT:
     """Give matrices new ranks, with fresh factors; the scale ``s`` stays (``scale="per_rank"``: follows the rank).
 
     ``adapter``: the active one unless named. Keys are matrix keys; others keep their rank and factors. Rank 0 removes
@@ -37,6 +38,11 @@ def set_ranks(
     ``keep``: then the first min(r, r') rows of A and columns of B stay, all matrices copied in one launch, and further
     columns of B are zero, so that a matrix which grows computes what it did. Raises ``ValueError`` with the model
     unchanged.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> model = fastlora.set_ranks(model, {"0": 4})
+    >>> model[0].ranks()
+    {'weight': 4}
     """
     refuse_parallel(model, "set_ranks")
     layers = adapted_layers(model)
@@ -166,6 +172,10 @@ def reallocate(
 
     Raises ``ValueError`` for scores of unknown matrices and whatever the two functions refuse; the model is then as it
     was. Source: FIM-LoRA (rank proportional to the score at the same total), here without overspending.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=4), fastlora.nn.Linear(8, 8, r=4))
+    >>> fastlora.reallocate(model, {"0": 3.0, "1": 1.0}, reinit=True)
+    {'0': 6, '1': 2}
     """
     adapter = chosen_adapter(model, adapter)
     rows = {row.key: row for row in summary(model, adapter).rows}

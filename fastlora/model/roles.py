@@ -64,6 +64,10 @@ def roles(model: nn.Module) -> RoleTable:
 
     One row a matrix: ``shape`` [N, K] ([E, N, K] for experts), ``roles``, ``slices`` (rows by name) and a ``remark``.
     The model is not changed. Raises ``TypeError`` for what is no module.
+
+    >>> model = fastlora.nn.MultiheadAttention(8, 2)
+    >>> len(fastlora.roles(model).rows)
+    2
     """
     check_model(model)
     modules, layouts = named_targets(model), fused_layouts(model)

@@ -11,19 +11,24 @@ from .._utils.errors import listed, suggestion, wrong_value
 from ..config import LoraConfig
 from ..nn.adapter import WHOLE, Slices
 from ..nn.experts import ExpertStack
+from ..nn.linear import Linear
 from .modules import class_name, features, fused_layouts, has_suffix, named_targets
 
 logger = logging.getLogger(__name__)
 
 
 def slices_of(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> dict[str, Slices]:
-    """How each of ``names`` is adapted: the slices of a fused matrix that is to be split, else one matrix."""
+    """How each of ``names`` is adapted: the slices of a fused matrix that is to be split, else one matrix.
+
+    Where a config does not say, a layer that has adapters keeps its slices.
+    """
     modules, split = named_targets(model), config.split_qkv
     rows = {name: features(modules[name])[1] for name in names}
     stacks = {name: modules[name].matrices() for name in names if isinstance(modules[name], ExpertStack)}
     found = {name: Slices({WHOLE: N}) for name, N in rows.items()} | stacks
+    held = {name: modules[name].slices for name in names if isinstance(modules[name], Linear)} if split is None else {}
     if split is False or (split is None and _parts(config) is None):
-        return found
+        return found | held
     fused, unknown = fused_layouts(model), []
     if isinstance(split, Mapping):
         return found | _as_told(split, rows, fused)
@@ -45,7 +50,7 @@ def slices_of(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> dic
             "target_modules: %s: nothing is known of how q, k and v lie in it, so that it is adapted as one matrix "
             "(fastlora.roles); split_qkv=True takes thirds of its rows", listed(unknown)
         )  # fmt: skip
-    return found
+    return found | held
 
 
 def _as_told(

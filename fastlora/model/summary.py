@@ -80,6 +80,11 @@ def summary(model: nn.Module, adapter: str | None = None) -> Summary:
     """Count what is trained: the adapter (the active one unless named), the head, and the rest.
 
     Raises ``ValueError`` for an adapter that is not there, and without adapters or a policy.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> found = fastlora.summary(model)
+    >>> found.adapter_params, found.rows[0].rank
+    (32, 2)
     """
     model = unwrapped(model)
     layers, adapter = adapted_layers(model), chosen_or_policy(model, adapter)
@@ -166,7 +171,14 @@ def _engine(weight: Tensor, engine: str) -> str:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Backend and matmul engine of each layer, for inputs of its weight's dtype, and why others are passed over."""
+    """Backend and matmul engine of each layer, for inputs of its weight's dtype, and why others are passed over.
+
+    Raises ``TypeError`` for what is no model.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> fastlora.explain(model).rows[0][0]
+    '0'
+    """
     model = unwrapped(model)
     rows, packed = [], 0
     for path, layer in model.named_modules():

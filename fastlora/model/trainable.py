@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .._utils.errors import check_choice, check_integer, check_model, check_number, suggestion, wrong_value
+from .._utils.types import ModelT
 from ..config import LoraConfig
 from ..nn.active import chosen_adapter, names_of
 from ..nn.adapter import WHOLE
@@ -40,7 +41,7 @@ POLICIES: Mapping[str, Policy] = {
 }
 
 
-def apply_policy(model: nn.Module, name: str, config: Any = None, *, deep: int | None = None) -> nn.Module:
+def apply_policy(model: ModelT, name: str, config: Any = None, *, deep: int | None = None) -> ModelT:
     """Choose what is trained, by layer; everything else is frozen. Changes the model in place and returns it.
 
     =================  ==============================================================================
@@ -58,6 +59,12 @@ def apply_policy(model: nn.Module, name: str, config: Any = None, *, deep: int |
 
     Raises ``TypeError`` or ``ValueError`` naming the argument, with the model as it was, for an unknown policy, a model
     without blocks, norms, biases or a head where the policy needs them, and whatever ``inject`` refuses.
+
+    >>> blocks = [nn.ModuleDict({"norm": nn.LayerNorm(8), "q": nn.Linear(8, 8)}) for _ in range(2)]
+    >>> model = nn.Sequential(nn.ModuleList(blocks), nn.LayerNorm(8))
+    >>> model = fastlora.apply_policy(model, "norm_only")
+    >>> [name for name, p in model.named_parameters() if p.requires_grad][0]
+    '0.0.norm.weight'
     """
     check_model(model)
     chosen = POLICIES[check_choice("name", name, POLICIES)]
@@ -191,6 +198,11 @@ def param_groups(
 
     Raises ``TypeError`` or ``ValueError`` naming the argument for rates and decays that are no finite numbers >= 0, and
     for a model with neither adapters nor a policy.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-3))
+    >>> sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    32
     """
     adapter = chosen_or_policy(model, adapter)
     by_adapter = _adapter_rates(model, lr_lora)

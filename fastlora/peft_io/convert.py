@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .._utils.errors import (
     wrong_type,
     wrong_value,
 )
+from .._utils.types import ModelT
 from ..model.eject import eject
 from ..model.inject import check_adapter_name, sharing_copy
 from ..model.modules import features, is_linear
@@ -36,8 +37,11 @@ from .load import load_folder
 from .names import PREFIX, StoredNames, base_names, choose_targets, parse_fields, patterns
 from .save import save
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def to_peft(model: nn.Module, adapter: str | None = None) -> Any:
+
+def to_peft(model: nn.Module, adapter: str | None = None) -> PeftModel:
     r"""A ``peft.PeftModel`` with one adapter of ``model`` (the active one unless named), and the same outputs.
 
     .. math:: y = x W^\top + b + s\, x A^\top B^\top,\qquad s = \mathrm{lora\_alpha} / r
@@ -50,6 +54,10 @@ def to_peft(model: nn.Module, adapter: str | None = None) -> Any:
 
     Raises ``TypeError`` or ``ValueError`` naming the argument for what ``save`` refuses, a merged or sharded model, and
     an adapter that PEFT cannot run; ``ImportError`` without PEFT.
+
+    >>> model = fastlora.to_peft(nn.Sequential(fastlora.nn.Linear(8, 8, r=2)))
+    >>> model.peft_config["default"].r
+    2
     """
     import peft
 
@@ -86,6 +94,10 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
 
     Raises ``TypeError`` or ``ValueError`` naming the argument for a model of another kind, a merged one, several active
     adapters and what is not implemented (DoRA and other variants, by their field); ``ImportError`` without PEFT.
+
+    >>> model = fastlora.to_peft(nn.Sequential(fastlora.nn.Linear(8, 8, r=2)))
+    >>> fastlora.from_peft(model)[0].ranks()
+    {'weight': 2}
     """
     import peft
 
@@ -196,7 +208,7 @@ class _Converted:
 
 
 def load_layout(
-    model: nn.Module,
+    model: ModelT,
     state_dict: Mapping[str, Tensor],
     layout: str,
     *,
@@ -204,7 +216,7 @@ def load_layout(
     rename: Mapping[str, str] | Callable[[str], str] | None = None,
     enable_lora: Sequence[bool] | None = None,
     adapter: str | None = None,
-) -> nn.Module:
+) -> ModelT:
     r"""Load the adapters of a ``state_dict`` in the layout of another library; returns the same model, injected.
 
     .. math:: y = x W^\top + b + s\, x A^\top B^\top,\qquad s = \mathrm{lora\_alpha} / r
@@ -217,6 +229,11 @@ def load_layout(
     nothing: ``ValueError`` naming the argument, or the key and what is wrong with it, leaves the model as it was; keys
     that are no adapters (biases, a head) are refused, because they belong to ``model.load_state_dict``.
     Source: https://github.com/microsoft/LoRA, https://github.com/pytorch/torchtune
+
+    >>> state = {"0.lora_A": torch.ones(2, 8), "0.lora_B": torch.ones(8, 2)}
+    >>> model = fastlora.load_layout(nn.Sequential(nn.Linear(8, 8)), state, "loralib", lora_alpha=4)
+    >>> model[0].ranks()
+    {'weight': 2}
     """
     check_number("lora_alpha", lora_alpha)
     check_model(model)
@@ -330,6 +347,32 @@ def _slices(path: str, flags: Sequence[bool], out_features: int, r: int) -> tupl
     return tuple(Slice(n, out_features // 3, r if f else 0, 1.0) for n, f in zip("qkv", flags, strict=True))
 
 
+def layout_files(
+    state_dict: Mapping[str, Tensor], layout: str, lora_alpha: float
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and the tensors of PEFT's files for a ``state_dict`` of another library, without the model.
+
+    Raises as ``load_layout``, and for a fused matrix in parts, whose rows only the model knows.
+    """
+    check_number("lora_alpha", lora_alpha)
+    pairs = _pairs(state_dict, layout)
+    for path, (A, B) in pairs.items():
+        if len(A) != B.shape[1] or not len(A):
+            raise ValueError(
+                f"state_dict: {path!r} has A {tuple(A.shape)} and B {tuple(B.shape)}, which are not of one rank; "
+                "fastlora.load_layout takes parts of a fused matrix (enable_lora), and fastlora.save writes them"
+            )
+    ranks = {path: len(A) for path, (A, _) in pairs.items()}
+    fields = {**patterns(ranks, dict.fromkeys(ranks, lora_alpha)), "peft_type": "LORA", "target_modules": list(pairs)}
+    return fields, _keys(pairs)
+
+
+def _keys(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{PREFIX}{path}.lora_{f}.weight": t for path, pair in pairs.items() for f, t in zip("AB", pair, strict=True)
+    }
+
+
 def _folder(matrices: Mapping[str, _Converted], layout: str, targets: list[str] | str, alpha: float) -> AdapterFolder:
     """What PEFT's files would hold."""
     ranks = {path: m.A.shape[0] for path, m in matrices.items()}
@@ -338,7 +381,7 @@ def _folder(matrices: Mapping[str, _Converted], layout: str, targets: list[str] 
         "peft_type": "LORA",
         "target_modules": targets,
     }
-    tensors = {f"{PREFIX}{p}.lora_{f}.weight": t for p, m in matrices.items() for f, t in (("A", m.A), ("B", m.B))}
+    tensors = _keys({path: (m.A, m.B) for path, m in matrices.items()})
     where = pathlib.Path(f"state_dict ({layout})")
     split = {path: m.slices for path, m in matrices.items() if m.slices}
     r = next(x.rank for slices in (*split.values(), [Slice("", 1, 1, 1.0)]) for x in slices if x.rank)

@@ -61,15 +61,16 @@ class AdapterFolder:
         return str(self.path / name)
 
 
-def write_folder(folder: pathlib.Path, config: dict, tensors: Mapping[str, Tensor], side: dict) -> None:
-    """Write the three files, all or none: a save that is killed leaves the adapter that was there, or the new one.
+def write_folder(folder: pathlib.Path, config: dict, tensors: Mapping[str, Tensor], side: dict | None) -> None:
+    """Write the three files, without ``side`` PEFT's two, all or none.
 
+    A save that is killed leaves the adapter that was there, or the new one.
     Raises ``ValueError`` for a path that is no folder, ``OSError`` for what the system refuses, as on a full disk.
     """
     data = safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
-    side = {**side, "sha256": hashlib.sha256(data).hexdigest()}
+    beside = {} if side is None else {SIDE: _json_bytes({**side, "sha256": hashlib.sha256(data).hexdigest()})}
     try:
-        replace_together(folder, {TENSORS: data, SIDE: _json_bytes(side), CONFIG: _json_bytes(config)})
+        replace_together(folder, {TENSORS: data, **beside, CONFIG: _json_bytes(config)})
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"path: expected a folder, got {folder}, which is a file or below one") from None
 
@@ -103,7 +104,7 @@ def read_folder(path: str | os.PathLike, limit: int | None = None) -> AdapterFol
         raise FileNotFoundError(f"{folder / TENSORS}: no such file")
     fields = parse_fields(_parsed(found[CONFIG], folder / CONFIG), str(folder / CONFIG))
     side = None if found[SIDE] is None else parse_side(_parsed(found[SIDE], folder / SIDE), str(folder / SIDE))
-    tensors, digest = _tensors(found[TENSORS], folder / TENSORS)
+    tensors, digest = parse_tensors(found[TENSORS], folder / TENSORS)
     return AdapterFolder(folder, fields, tensors, side, digest)
 
 
@@ -117,7 +118,8 @@ def _parsed(data: bytes, path: pathlib.Path) -> Any:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
-def _tensors(data: bytes, path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
+def parse_tensors(data: bytes, path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors by key and the file's sha256; ``ValueError`` for what is no safetensors file."""
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # the reader raises types of several libraries for a damaged header

@@ -5,29 +5,28 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from .._utils.distributed import is_sharded, like, refuse_parallel, reshard, unwrapped, whole
+from .._utils.distributed import like, refuse_parallel, reshard, unwrapped, whole
 from .._utils.errors import listed
+from .._utils.reporting import Report, check_progress, reporting
+from .._utils.types import ModelT
 from ..config import FROM_WEIGHT, LoraConfig
 from ..model.adapters import add_adapter
 from ..model.fields import refuse_tying
 from ..model.inject import check_adapter_name, inject, refuse_adapted
-from ..model.modules import features, fused_layouts, is_linear, named_targets, refuse_shared, saved_modules
+from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE, Slices
-from ..nn.experts import ExpertStack
 from ..nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
-from ..nn.plain import CLASSES, CONVOLUTIONS, kernel_shapes
-from .experts import experts_unstacked
-from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
+from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, read_folder
+from .matrices import Matrix, factor_pairs, matrix_in_file, refuse_keys, refuse_tensor
 from .names import (
-    BESIDE,
     BESIDE_KEY,
     LORA_KEY,
     PREFIX,
@@ -35,7 +34,6 @@ from .names import (
     base_names,
     bias_tensors,
     choose_targets,
-    factor_key,
     frozen_tensors,
     is_copy_of_saved,
     saved_by,
@@ -45,38 +43,48 @@ from .names import (
 
 logger = logging.getLogger(__name__)
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 @torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
-def load(model: nn.Module, path: str | os.PathLike, adapter: str | None = None) -> nn.Module:
+def load(
+    model: ModelT, path: str | os.PathLike, adapter: str | None = None, *, progress: bool | Report | None = None
+) -> ModelT:
     """Load PEFT's files from the folder ``path``, ours or foreign; returns the same model.
 
     ``adapter`` names the adapter here: the active one unless said otherwise, ``"default"`` where there is none yet. A
     model without adapters gets those of the file, as ``inject`` would, one with others gets one more, as from
     ``add_adapter``; one that has this adapter must have the same matrices, ranks, ``modules_to_save`` and ``bias``, and
     takes tensors and scales from the file. A fused q/k/v of a foreign file is one matrix; ours say in ``fastlora.json``
-    what was split.
+    what was split. A further adapter takes the slices that a layer has: each gets its rows of B, and A.
 
     A model on the meta device may have its base's tensors filled in later (``load_state_dict(..., assign=True)``): what
     is in the file is there at once, on the CPU.
+
+    ``progress`` counts tensors, and is as in :func:`merge`.
 
     Under ``fully_shard`` every rank reads the files and keeps its part; adapters must have been injected before.
 
     All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
     leaves the model as it was. Only safetensors files in local folders are read.
+
+    >>> fastlora.save(nn.Sequential(fastlora.nn.Linear(8, 8, r=2)), folder)
+    >>> model = fastlora.load(nn.Sequential(nn.Linear(8, 8)), folder)
+    >>> model[0].ranks()
+    {'weight': 2}
     """
     if adapter is not None:
         check_adapter_name(adapter, "adapter")
+    check_progress(progress)
     reshard(unwrapped(model))
     folder = read_folder(path, _most_bytes(unwrapped(model)))
-    plan = load_folder(model, folder, adapter)
+    plan = load_folder(model, folder, adapter, progress)
     if folder.side is None:
         _warn_of_out_proj(folder, StoredNames(unwrapped(model)), plan.matrices)
     return model
 
 
-def load_folder(model: nn.Module, folder: AdapterFolder, adapter: str | None = None) -> _Plan:
+def load_folder(
+    model: nn.Module, folder: AdapterFolder, adapter: str | None = None, progress: bool | Report | None = False
+) -> _Plan:
     """Put what was read from a folder into a model; says what it was."""
     given, model = model, unwrapped(model)
     layers = adapted_layers(model)
@@ -85,14 +93,14 @@ def load_folder(model: nn.Module, folder: AdapterFolder, adapter: str | None = N
     here = any(adapter in layer.adapter_names for layer in layers.values())
     if not layers:
         refuse_adapted(model)
-    plan = _plan(model, folder)
+    plan = _plan(model, folder, {} if here else {p: layer.slices for p, layer in layers.items()})
     if here:
         _refuse_differences(model, folder, plan, adapter)
     elif layers:
         _refuse_other_head(model, folder, plan)
     config = None if here else _config_for(model, folder, plan)
     dtypes = {n: p.dtype for n, p in _factors(model, plan, adapter).items()} if here else {}
-    staged = _staged(folder, plan, dtypes)
+    staged = _staged(folder, plan, dtypes, progress)
     if config is not None:
         refuse_parallel(given, "load")
         trained = [b for b in (model.get_submodule(path).bias for path in plan.unranked) if b.requires_grad]
@@ -118,30 +126,17 @@ def _most_bytes(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class _Matrix:
-    """One module's factors in the file: (A, B) and scale by slice, ``None`` where the rank is 0."""
-
-    rows: Slices
-    factors: dict[str, tuple[Tensor, Tensor] | None]
-    scale: dict[str, float]
-    beside: dict[str, Tensor]  # bias, magnitude
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        return {name: 0 if pair is None else pair[0].shape[0] for name, pair in self.factors.items()}
-
-
-@dataclass(frozen=True)
 class _Plan:
     """What the file says, in terms of this model."""
 
-    matrices: dict[str, _Matrix]
+    matrices: dict[str, Matrix]
     trained: list[str]  # modules to save
     others: dict[str, Tensor]  # key -> the model's parameter or buffer outside of the adapters
     unranked: set[str]  # modules of which the file has a bias alone, under "lora_only"
 
 
-def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
+def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -> _Plan:
+    """``held``: slices that layers have already and that a further adapter takes, whatever those of the file."""
     where, fields = folder.where(TENSORS), folder.fields
     parameters = fields.parameters(model, folder.where(CONFIG))
     names, known = base_names(model), StoredNames(model, parameters)
@@ -152,7 +147,7 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     if fields.targets_known:
         selected = {n for n in names if fields.selects(n)}
         expected = {s for n in (*selected, *parameters) for s in known.keys_of(n)}
-        _refuse_keys(where, f"target_modules of {CONFIG}", expected, set(pairs), "adapters of ")
+        refuse_keys(where, f"target_modules of {CONFIG}", expected, set(pairs), "adapters of ")
     saved = saved_by(fields.modules_to_save, base_names(model, remove_duplicate=False))
     trained = saved if folder.side is None else list(folder.side.modules_to_save)
     if not set(trained) <= set(saved):
@@ -166,10 +161,12 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
         rest = {k for k in rest if not is_copy_of_saved(k, saved)}
     unranked = _unranked(fields.bias, rest - set(others))
     others |= bias_tensors(model, fields.bias, {}, saved, unranked) if unranked else {}
-    _refuse_keys(where, "the model", set(others), rest, "")
+    refuse_keys(where, "the model", set(others), rest, "")
     refuse_shared(model, saved, where)
     modules = named_targets(model)
-    matrices = {p: _matrix(folder, known, p, name, modules[p], pairs[name]) for p, name in stored.items()}
+    matrices = {
+        p: matrix_in_file(folder, known, p, name, modules[p], pairs[name], held.get(p)) for p, name in stored.items()
+    }
     for key, target in others.items():
         if key in frozen and folder.tensors[key].shape != target.shape:
             rows = folder.tensors[key].shape[0]
@@ -177,10 +174,10 @@ def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
                 f"{where}: {key!r} has shape {tuple(folder.tensors[key].shape)}, and the model's is "
                 f"{tuple(target.shape)}; call model.resize_token_embeddings({rows}) first"
             )
-        _refuse_tensor(where, key, folder.tensors[key], target)
+        refuse_tensor(where, key, folder.tensors[key], target)
     if folder.side is not None:
         split = set(folder.side.split)
-        _refuse_keys(folder.where(SIDE), where, split & set(stored), split, "split of ")
+        refuse_keys(folder.where(SIDE), where, split & set(stored), split, "split of ")
         if folder.side.sha256 != folder.sha256:
             raise ValueError(f"{folder.where(SIDE)}: was written for other tensors than those in {where}; remove it to load them as a foreign file")  # fmt: skip  # noqa: E501
     # A projection of an attention that has no adapter of its own is padded in the file.
@@ -192,7 +189,7 @@ def _unranked(mode: str, keys: Collection[str]) -> set[str]:
     return {k[len(PREFIX) : -len(".bias")] for k in keys if mode == "lora_only" and k.endswith(".bias")}
 
 
-def _warn_of_out_proj(folder: AdapterFolder, known: StoredNames, matrices: Mapping[str, _Matrix]) -> None:
+def _warn_of_out_proj(folder: AdapterFolder, known: StoredNames, matrices: Mapping[str, Matrix]) -> None:
     trained = [
         path
         for path, matrix in matrices.items()
@@ -207,129 +204,6 @@ def _warn_of_out_proj(folder: AdapterFolder, known: StoredNames, matrices: Mappi
             folder.path,
             listed(trained),
         )
-
-
-def factor_pairs(folder: AdapterFolder) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, B) by module name, both there and both matrices."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in folder.tensors.items():
-        match = LORA_KEY.fullmatch(key)
-        if match:
-            found.setdefault(match["path"], {})[match["factor"]] = tensor
-        elif ".lora_" in key and not BESIDE_KEY.fullmatch(key):
-            raise ValueError(f"{folder.where(TENSORS)}: {key!r} is no LoRA factor of a linear layer; not implemented")
-    for path, pair in found.items():
-        for factor in "AB":
-            key = f"{PREFIX}{path}.lora_{factor}.weight"
-            if factor not in pair:
-                raise ValueError(f"{folder.where(TENSORS)}: missing key {key!r}")
-            if pair[factor].ndim < 2 or pair[factor].dtype not in _FLOATS:
-                raise ValueError(f"{folder.where(TENSORS)}: {key!r}: expected a floating matrix, got {pair[factor].dtype} {tuple(pair[factor].shape)}")  # fmt: skip  # noqa: E501
-    if not found:
-        raise ValueError(f"{folder.where(TENSORS)}: has no keys like {PREFIX}<module>.lora_A.weight")
-    return {path: (pair["A"], pair["B"]) for path, pair in found.items()}
-
-
-def _refuse_keys(where: str, what: str, expected: set[str], got: set[str], of: str) -> None:
-    if expected - got:
-        raise ValueError(f"{where}: missing: {of}{listed(sorted(expected - got))}, which {what} has")
-    if got - expected:
-        raise ValueError(f"{where}: unexpected: {of}{listed(sorted(got - expected))}, which {what} does not have")
-
-
-def _refuse_shape(where: str, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{where}: {key!r} has shape {tuple(tensor.shape)}, expected {shape}")
-
-
-def _refuse_tensor(where: str, key: str, tensor: Tensor, target: Tensor) -> None:
-    """``target`` is the model's own tensor, which is to take the values."""
-    _refuse_shape(where, key, tensor, tuple(target.shape))
-    if tensor.dtype != target.dtype and not (tensor.dtype in _FLOATS and target.dtype in _FLOATS):
-        raise ValueError(f"{where}: {key!r} is {tensor.dtype}, expected {target.dtype}")
-    _refuse_sharded_on_meta(key.removeprefix(PREFIX), target)
-
-
-def _refuse_sharded_on_meta(name: str, target: Tensor) -> None:
-    if target.is_meta and is_sharded(target):
-        raise ValueError(f"model: {name!r} is sharded on the meta device and cannot be loaded into")
-
-
-def _matrix(
-    folder: AdapterFolder, known: StoredNames, path: str, stored: str, module: nn.Module, pair: tuple[Tensor, Tensor]
-) -> _Matrix:
-    where, (A, B), adapted = folder.where(TENSORS), pair, known.module(stored)
-    rank, s = folder.fields.rank(adapted), folder.fields.scale(adapted)
-    if not is_linear(module) and not isinstance(module, (ExpertStack, *CLASSES)):
-        raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}, which is not implemented")
-    _refuse_sharded_on_meta(path, module.weight)
-    K, N = features(module)
-    shapes = ((rank, K), (N, rank))
-    if isinstance(module, ExpertStack):
-        experts, flip = module.matrices(), module.taken_for_untransposed
-        inner, outer = (K, N // len(experts))[:: -1 if flip else 1]
-        shapes = ((rank * len(experts), inner), (outer, rank * len(experts)))
-    elif isinstance(module, CONVOLUTIONS):
-        shapes = kernel_shapes(module, rank)
-    for factor, tensor, shape in zip("AB", pair, shapes, strict=True):
-        key = factor_key(stored, factor, module)
-        if key not in folder.tensors:
-            raise ValueError(f"{where}: missing key {key!r}")
-        _refuse_shape(where, key, tensor, shape)
-    A, B = (t.flatten(1) for t in pair)
-    beside = _beside(folder, stored, N)
-    slices = folder.side.split.get(path, ()) if folder.side is not None else ()
-    for scale in (s, *(s * x.scale_ratio for x in slices)):
-        if not abs(scale) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
-    if isinstance(module, ExpertStack):
-        where = f"{folder.where(SIDE)}: {path!r}"
-        factors, ratios = experts_unstacked(A, B, Slices(dict.fromkeys(experts, outer)), slices, where)
-        factors = {n: pair and (pair[1].t(), pair[0].t()) for n, pair in factors.items()} if flip else factors
-        return _Matrix(experts, factors, {name: s * ratio for name, ratio in ratios.items()}, {})
-    if not slices:
-        return _Matrix(Slices({WHOLE: N}), {WHOLE: (A, B)}, {WHOLE: s}, beside)
-    rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
-    padded = len(known.keys_of(adapted)) > 1 and ranks <= rank
-    if rows != N or not (ranks == rank or padded):
-        raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {rows} rows and ranks of sum {ranks}, expected {N} and {rank}")  # fmt: skip  # noqa: E501
-    if len({x.blocks for x in slices}) > 1:
-        raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into slices of different numbers of blocks")
-    layout = Slices({x.name: x.rows for x in slices}, slices[0].blocks)
-    factors = _blocks(slices, layout, A, B)
-    if factors is None:
-        raise ValueError(f"{where}: {path!r} is split in {SIDE}, and its lora_B is not block-diagonal; remove {SIDE} to load it as one matrix")  # fmt: skip  # noqa: E501
-    return _Matrix(layout, factors, {x.name: s * x.scale_ratio for x in slices}, beside)
-
-
-def _beside(folder: AdapterFolder, stored: str, N: int) -> dict[str, Tensor]:
-    """What the file has beside B of one module: as its fields say, vectors [N]."""
-    wanted = {"B.bias": folder.fields.lora_bias, "magnitude_vector": folder.fields.use_dora}
-    where, prefix = folder.where(TENSORS), f"{PREFIX}{stored}.lora_"
-    got = {name for name in wanted if prefix + name in folder.tensors}
-    _refuse_keys(where, CONFIG, {prefix + n for n, w in wanted.items() if w}, {prefix + n for n in got}, "")
-    for name in got:
-        _refuse_shape(where, prefix + name, folder.tensors[prefix + name], (N,))
-        if folder.tensors[prefix + name].dtype not in _FLOATS:
-            raise ValueError(f"{where}: {prefix + name!r}: expected a floating vector")
-    return {BESIDE[name]: folder.tensors[prefix + name] for name in got}
-
-
-def _blocks(
-    slices: Iterable[Slice], layout: Slices, A: Tensor, B: Tensor
-) -> dict[str, tuple[Tensor, Tensor] | None] | None:
-    """A and B of each slice, or None where B has anything off its diagonal blocks."""
-    factors: dict[str, tuple[Tensor, Tensor] | None] = {}
-    outside, column = B != 0, 0
-    for x in slices:
-        rows, columns = layout.rows(x.name), slice(column, column + x.rank)
-        outside[rows, columns] = False
-        b = B[rows, columns]
-        if x.scale_ratio not in (0.0, 1.0):
-            b = (b.double() / x.scale_ratio).to(b.dtype)
-        factors[x.name] = (A[columns], b) if x.rank else None
-        column = columns.stop
-    return None if bool(outside.any()) else factors
 
 
 def _refuse_other_head(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> None:
@@ -349,7 +223,7 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
     if merged:
         raise ValueError(f"model: {merged[0]!r} is merged; call fastlora.unmerge first")
     here = {p: layer.ranks(adapter) for p, layer in layers.items() if adapter in layer.adapter_names}
-    differences = []
+    differences, more = [], ""
     for path in sorted(here.keys() | plan.matrices.keys()):
         matrix = plan.matrices.get(path)
         if path in here and matrix is not None and layers[path].slices != matrix.rows:
@@ -357,6 +231,7 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
                 ("split into " + " ".join(m) if set(m) != {WHOLE} else "one matrix") for m in (here[path], matrix.rows)
             ]
             differences.append(f"{path} is {forms[0]} in the model and {forms[1]} in the file")
+            more = "; adapter=<another name> loads it beside this one"
             continue
         mine, theirs = here.get(path, {}), {} if matrix is None else matrix.ranks
         differences += [
@@ -380,7 +255,7 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
         places = ("model", "file") if path in mine else ("file", "model")
         differences.append(f"{path}.bias is trained in the {places[0]} and not in the {places[1]}")
     if differences:
-        raise ValueError(f"{folder.path}: does not fit the model's adapter {adapter!r}: {listed(differences)}")
+        raise ValueError(f"{folder.path}: does not fit the model's adapter {adapter!r}: {listed(differences)}{more}")
 
 
 def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraConfig:
@@ -445,19 +320,22 @@ def _factors(model: nn.Module, plan: _Plan, adapter: str) -> dict[tuple[str, str
     return out
 
 
-def _staged(folder: AdapterFolder, plan: _Plan, dtypes: Mapping) -> dict:
+def _staged(folder: AdapterFolder, plan: _Plan, dtypes: Mapping, progress: bool | Report | None) -> dict:
     """Every tensor in the dtype that it will have, so that copying cannot fail half-way."""
-    where, staged, lossy = folder.where(TENSORS), {}, []
+    where, given, lossy = folder.where(TENSORS), {}, []
     for path, matrix in plan.matrices.items():
         for name, pair in matrix.factors.items():
             for factor, value in zip("AB", pair or (), strict=False):
-                key = (path, name, factor)
-                staged[key] = _converted(value, dtypes.get(key, value.dtype), f"{where}: lora_{factor} of {matrix_key(path, name)!r}", lossy)  # fmt: skip  # noqa: E501
+                given[path, name, factor] = value, f"{where}: lora_{factor} of {matrix_key(path, name)!r}"
         for name, value in matrix.beside.items():
-            key = (path, name, "beside")
-            staged[key] = _converted(value, dtypes.get(key, value.dtype), f"{where}: {name} of {path!r}", lossy)
-    for key, target in plan.others.items():
-        staged[key] = _converted(folder.tensors[key], target.dtype, f"{where}: {key!r}", lossy)
+            given[path, name, "beside"] = value, f"{where}: {name} of {path!r}"
+    given |= {key: (folder.tensors[key], f"{where}: {key!r}") for key in plan.others}
+    dtypes = {**dtypes, **{key: target.dtype for key, target in plan.others.items()}}
+    staged = {}
+    with reporting(progress, len(given), "load", "tensor") as report:
+        for done, (key, (value, label)) in enumerate(given.items(), 1):
+            staged[key] = _converted(value, dtypes.get(key, value.dtype), label, lossy)
+            report(done, len(given), math.nan)
     if lossy:
         logger.warning("rounded on loading, because the model's dtype holds less: %s", listed(lossy))
     return staged

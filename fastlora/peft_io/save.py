@@ -66,6 +66,11 @@ def save(
     the matrices that PEFT would load and run otherwise, or not at all. Raises
     ``ValueError``, before anything is written, for a model without this adapter and for trained parameters that the
     files have no place for, by name; ``OSError`` where they cannot be written, with the old ones still there.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> fastlora.save(model, folder)
+    >>> sorted(file.name for file in folder.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors', 'fastlora.json']
     """
     if not isinstance(path, (str, os.PathLike)):
         raise wrong_type("path", "the path of a folder", path)

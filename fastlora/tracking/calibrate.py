@@ -257,8 +257,9 @@ def calibrate(
     - a callable gets the tracker, which holds exact grad_sq, fisher, grad_abs and act_var, after each batch.
 
     ``loss_fn(model, batch)`` returns a scalar loss. Exactly ``steps`` items are taken from ``batches``; None takes all.
-    ``progress``: True shows a bar (tqdm), None does so in a terminal and logs otherwise, False does neither; a callable
-    gets ``(done, steps, rank correlation with the estimate before)``, which ``convergence`` of the result keeps.
+    ``progress``: True shows a bar (tqdm), None does so in a terminal when it takes a second and logs otherwise, False
+    does neither; a callable gets ``(done, steps, rank correlation with the estimate before)``, the last of which
+    ``convergence`` of the result keeps.
 
     ``adapter``: whose layers, the active one's unless named.
     ``process_group``: whose ranks take part, each with its own batches and all of them in this call; their batches are
@@ -268,6 +269,11 @@ def calibrate(
     Gradients, requires_grad, buffers, modes and RNG states are put back, also after an error. Raises ``ValueError``
     naming the argument: batches that run out, a loss that is not a finite scalar or has no gradient, gradients that
     are never finite, a matrix that no gradient reaches, B that is not zero under ``"fim"``.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> found = fastlora.calibrate(model, [torch.ones(4, 8)], lambda m, x: m(x).square().mean(), steps=1, method="fw")
+    >>> list(found)
+    ['0']
     """
     chosen = _chosen(method, centered)
     _check_call(batches, loss_fn, steps)
@@ -277,7 +283,7 @@ def calibrate(
     with (
         preserve_model_state(inner, adapter),
         chosen.collect(model, adapter, group) as collector,
-        reporting(progress, steps) as report,
+        reporting(progress, steps, "calibrate", "batch") as report,
     ):
         done, estimate, convergence = 0, None, []
         items = itertools.islice(batches, steps)

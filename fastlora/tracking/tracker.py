@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,14 @@ def track(
 
     Padding tokens count in ``act_var`` and covariances outside of ``tracker.mask(attention_mask)``. Raises
     ``ValueError`` naming the argument.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> with fastlora.track(model, every=1) as tracker:
+    ...     model(torch.ones(4, 8)).sum().backward()
+    ...     tracker.step()
+    ...     list(tracker.scores())
+    ...
+    ['0']
     """
     return Tracker(
         model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group,
@@ -90,7 +98,29 @@ def track(
 
 
 class Tracker:
-    """See :func:`track`."""
+    """See :func:`track`.
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> tracker = fastlora.track(model, every=1)
+    >>> model(torch.ones(4, 8)).sum().backward()
+    >>> tracker.step()
+    >>> list(tracker.scores("grad_sq"))
+    ['0']
+    >>> tracker.close()
+    """
+
+    adapter: str  #: whose layers are tracked
+    layers: Mapping[str, Linear]  #: the tracked layers by path
+    keys: list[str]  #: their matrices: the keys of scores
+    estimator: str  #: ``"probe"`` or ``"exact"``
+    kinds: tuple[str, ...]  #: the statistics that are numbers
+    probes: int  #: k, as ``"auto"`` chose it
+    probe_kind: str  #: ``"rademacher"`` or ``"columns"``
+    ema: float | None  #: β, or None for the plain mean
+    warmup: int | None  #: steps until importance is frozen
+    seed: int  #: that of the probes
+    loss_reduction: str  #: how the loss sums samples, for ``fisher``
+    importance: Tensor | None  #: one number a key [keys] once the warmup is over, None before
 
     def __init__(
         self, model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group,

@@ -32,6 +32,14 @@ class Diagnostics:
     ``"name"`` (``param_groups``), else by position. Use with ``with``, or ``close``.
 
     Raises ``TypeError`` for what is no optimizer.
+
+    >>> optimizer = torch.optim.SGD([{"name": "lora", "params": [torch.ones(1, requires_grad=True)]}], lr=0.1)
+    >>> with fastlora.training.Diagnostics(optimizer) as diagnostics:
+    ...     optimizer.param_groups[0]["params"][0].grad = torch.ones(1)
+    ...     optimizer.step()
+    ...
+    >>> diagnostics.epoch()["lora"].gradient_norm
+    1.0
     """
 
     def __init__(self, optimizer: Optimizer):

@@ -43,6 +43,11 @@ class Cosine(LambdaLR):
 
     ``state_dict`` and ``load_state_dict`` resume, frozen groups included. Raises ``TypeError`` or ``ValueError`` naming
     the argument.
+
+    >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    >>> schedule = fastlora.training.Cosine(optimizer, steps=10)
+    >>> optimizer.param_groups[0]["lr"]
+    1.0
     """
 
     def __init__(

@@ -338,8 +338,10 @@ def test_splits_must_agree():
 
     m = fastlora.inject(nn.Sequential(Fused()), LoraConfig(r=2, target_modules="qkv", split_qkv=True))
     with pytest.raises(ValueError, match="split_qkv: '0.qkv' is adapted as .*'q', 'k', 'v'.* already"):
-        fastlora.add_adapter(m, "b", LoraConfig(r=2, target_modules=["qkv"]))
+        fastlora.add_adapter(m, "b", LoraConfig(r=2, target_modules=["qkv"], split_qkv=False))
     fastlora.add_adapter(m, "b", LoraConfig(r=2, target_modules=["qkv"], split_qkv=True))
+    fastlora.add_adapter(m, "c", LoraConfig(r=1, target_modules=["qkv"]))
+    assert m[0].qkv.ranks("c") == {"q": 1, "k": 1, "v": 1}
 
 
 def test_a_parameter_group_for_each_adapter():

@@ -182,7 +182,7 @@ class TestRefusedByName:
             (lambda: nn.MultiheadAttention(16, 2, kdim=8), "attention", "kdim or vdim"),
             (lambda: OwnLayer(16, 2, 32), ["linear1"], "OwnLayer, not exactly torch.nn.TransformerEncoderLayer"),
             (lambda: OwnLayer(16, 2, 32), "attention", "cannot be adapted"),
-            (lambda: nn.Sequential(weight_norm(nn.Linear(8, 8))), ["0"], "ParametrizedLinear"),
+            (lambda: nn.Sequential(weight_norm(nn.Linear(8, 8))), ["0"], "computed at each forward by WeightNorm"),
             (lambda: nn.Sequential(nn.LayerNorm(8)), ["0"], "LayerNorm, not exactly torch.nn.Linear"),
         ],
     )

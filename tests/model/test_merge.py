@@ -144,9 +144,8 @@ class TestProgress:
         assert [record.getMessage() for record in caplog.records] == ([] if progress is False else said)
         assert not any(capsys.readouterr())
 
-    def test_a_bar_on_request(self, adapted, capsys, monkeypatch):
+    def test_a_bar_on_request(self, adapted, capsys):
         pytest.importorskip("tqdm")
-        monkeypatch.setattr(fastlora.model.merge, "_PATIENCE", 0.0)
         fastlora.merge(adapted[0], progress=True)
         assert "merge: 100%" in capsys.readouterr().err
 

@@ -327,3 +327,74 @@ def test_rates_of_parameter_groups(kwargs, kind, message):
         fastlora.param_groups(model, **kwargs)
     groups = {g["name"]: g["weight_decay"] for g in fastlora.param_groups(model, weight_decay={"norm": 0.5})}
     assert groups == {"lora": 0.0, "norm": 0.5}
+
+
+@pytest.mark.parametrize("name", ["deep_lora", "lora_only", "hybrid_parallel"])
+def test_a_suffix_that_matches_outside_of_the_blocks_too(build, name, tmp_path):
+    """``patch_embed.proj`` is no target of a policy that adapts blocks; the files say so, and PEFT reads them."""
+    peft = pytest.importorskip("peft")
+    model = apply_policy(build("timm_vit"), name, fastlora.LoraConfig(r=2, target_modules=["proj"]))
+    adapted = list(adapted_layers(model))
+    assert adapted and all(path.startswith("blocks.") and path.endswith("attn.proj") for path in adapted)
+    fastlora.save(model, tmp_path)
+    again = peft.PeftModel.from_pretrained(build("timm_vit"), str(tmp_path))
+    assert {n.partition(".lora_A")[0].removeprefix("base_model.model.") for n, _ in again.named_parameters() if "lora_A" in n} == set(adapted)  # fmt: skip  # noqa: E501
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.fc, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.fc(self.embedding(ids))))
+
+
+@pytest.mark.parametrize("saved", [["head"], ["embedding"]])
+def test_one_end_of_tied_embeddings_cannot_be_saved(saved):
+    """PEFT would untie it: refused before anything is trained."""
+    model = Tied()
+    with pytest.raises(ValueError, match="modules_to_save: a parameter is shared with .*, which PEFT would untie"):
+        fastlora.inject(model, config(target_modules=["fc"], modules_to_save=saved))
+    assert not adapted_layers(model) and model.head.weight is model.embedding.weight
+
+
+def test_both_ends_of_tied_embeddings_are_trained_as_one_and_read_by_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = Tied()
+    model = fastlora.inject(copy.deepcopy(base), config(target_modules=["fc"], modules_to_save=["embedding", "head"]))
+    ids = torch.arange(9)[None]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        nn.functional.cross_entropy(model(ids)[0], ids[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.head.weight is model.embedding.weight and not torch.equal(model.head.weight, base.head.weight)
+    fastlora.save(model, tmp_path)
+    expected = model(ids)
+    again = fastlora.load(copy.deepcopy(base), tmp_path)
+    assert again.head.weight is again.embedding.weight
+    torch.testing.assert_close(again(ids), expected)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    torch.testing.assert_close(theirs(ids), expected)
+
+
+@pytest.mark.parametrize("utils", [nn.utils, nn.utils.parametrizations], ids=["hook", "parametrized"])
+@pytest.mark.parametrize("norm, said", [("weight_norm", "WeightNorm"), ("spectral_norm", "SpectralNorm")])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_normed_weights_are_refused_by_name(utils, norm, said):
+    """At ``inject``, and by ``merge`` where the norm came later."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    getattr(utils, norm)(model[0])
+    before = type(model[0])
+    with pytest.raises(ValueError, match=f"'0' cannot be adapted: its weight is computed at each forward by {said}"):
+        fastlora.inject(model, config(target_modules=["0"]))
+    assert type(model[0]) is before
+    model = fastlora.inject(nn.Sequential(nn.Linear(8, 8)), config(target_modules=["0"]))
+    getattr(utils, norm)(model[0])
+    expected = model.eval()(torch.ones(1, 8))
+    with pytest.raises(ValueError, match=f"'0' cannot be merged into: its weight is computed .* by {said}"):
+        fastlora.merge(model)
+    torch.testing.assert_close(model(torch.ones(1, 8)), expected)

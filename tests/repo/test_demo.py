@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import json
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree
 
 import pytest
 import torch
@@ -14,12 +17,16 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
+import rich.console  # noqa: E402
 
 from fastlora.cli import __main__ as cli
-from fastlora.demo import MissingExtra, Settings, cost, recipe, require, verdict
+from fastlora.demo import MissingExtra, Settings, cost, figures, recipe, require, rich_tables, verdict
 from fastlora.demo.lanes import ADAPTERS, METHODS
+from fastlora.demo.page import COLUMNS, table_rows
 
-PICTURES = ("rank_map", "importance", "accuracy", "reliability", "overhead")
+PICTURES = ["rank_map", "importance", "accuracy", "reliability", "overhead"]
+if importlib.util.find_spec("peft") is not None:
+    PICTURES.append("speed")
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +49,107 @@ def test_a_sound_build_passes(finished, results):
 def test_every_artefact_is_there(finished):
     out = finished[0]
     for name in PICTURES:
-        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert (out / "index.html").stat().st_size > 100_000
+        svg = xml.etree.ElementTree.parse(out / f"{name}.svg").getroot()
+        assert svg.tag == "{http://www.w3.org/2000/svg}svg" and svg.get("viewBox") and len(list(svg.iter())) > 50
+    assert len(list(out.glob("*.svg"))) == len(PICTURES) and (out / "index.html").stat().st_size > 50_000
     assert {path.name for path in (out / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_page_needs_nothing_else(finished):
     page = (finished[0] / "index.html").read_text()
     sources = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\'\s>)]{1,40})', page)
-    assert len(sources) == len(PICTURES)
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "<script" not in page and "<link" not in page
+    assert page.count("<figure><svg ") == len(PICTURES)
+    assert all(source.startswith(("#", "data:image/png;base64,")) for source in sources)
+    assert "<script" not in page and "<link" not in page and "<metadata" not in page
     for label, _ in METHODS.values():
         assert label in page
+
+
+def test_pictures_and_page_have_a_dark_side(finished):
+    """Text and axes are drawn in colours that the theme of the reader sets."""
+    page = (finished[0] / "index.html").read_text()
+    assert page.count("@media (prefers-color-scheme: dark)") == 1 + len(PICTURES)
+    for name in PICTURES:
+        svg = (finished[0] / f"{name}.svg").read_text()
+        assert "@media (prefers-color-scheme: dark)" in svg and svg.count("var(--text)") > 5
+        assert not re.search(r"fill: #(?:000000|1c1e21)", svg)
+        assert "fill: #ffffff" not in re.sub(r"<text.*?</text>", "", svg.replace("\n", " ")).partition("patch_2")[0]
+
+
+def test_the_table_fits_1200_pixels_and_scrolls_on_a_phone(finished, results):
+    """In a font that is wider than most: the widest cell of a column, whose head may break between words."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    def width(text):
+        return TextPath((0, 0), text, size=0.85 * 16, prop=FontProperties(family="DejaVu Sans")).get_extents().width
+
+    rows = table_rows(results)
+    words = [max(column.split(), key=len) for column in COLUMNS]
+    columns = [max(width(line[i]) for line in (words, *rows)) + 1.2 * 0.85 * 16 for i in range(len(COLUMNS))]
+    assert sum(columns) < 1200 - 2 * 16
+    page = (finished[0] / "index.html").read_text()
+    assert ".wide { overflow-x: auto; max-width: 100% }" in page and 'name="viewport"' in page
+    assert len(re.findall("<table", page)) == len(re.findall('<div class="wide" tabindex="0"><table', page)) == 2
+    assert "svg { max-width: 100%; height: auto }" in page
+
+
+@pytest.mark.parametrize("width, tables", [(80, 2), (100, 2), (120, 2), (200, 1), (None, 1)])
+def test_the_terminals_table_folds_its_columns(results, width, tables):
+    shown = io.StringIO()
+    console = rich.console.Console(file=shown, width=width or 10_000)
+    found = rich_tables(results, width)
+    for table in found:
+        console.print(table)
+    lines = shown.getvalue().splitlines()
+    assert all(len(line) <= (width or 10_000) for line in lines) and "…" not in shown.getvalue()
+    assert (len(found) > 1) == (tables > 1)
+    for row in (COLUMNS, *table_rows(results)):
+        own = [line for line in lines if row[0] in line]
+        assert len(own) == len(found) and all(any(cell in line for line in own) for cell in row)
+
+
+def test_without_a_terminal_nothing_is_cut(finished, results, monkeypatch, capsys, tmp_path):
+    from fastlora import demo
+
+    monkeypatch.setattr(demo, "run", lambda given, out, progress: results)
+    assert cli.main(["demo", "--fast", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for row in table_rows(results):
+        assert any(all(cell in line for cell in row) for line in lines)
+    assert any(results["rule"] in line for line in lines)
+
+
+def test_one_set_of_bars(finished, monkeypatch, capsys):
+    """What the library does inside a lane shows no bar of its own, in a terminal either."""
+    from fastlora.demo import lanes
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("fastlora._utils.reporting.PATIENCE", 0.0)
+    settings = Settings(seeds=(0,)).fast()
+    lanes.METHODS["fc"][1](recipe.build_vit(settings, 0), settings, 0, recipe.load_digits(0, settings).train)
+    assert "calibrate" not in capsys.readouterr().err
+
+
+def test_the_accuracy_zooms_to_where_curves_differ(results):
+    low, high = figures._zoom(figures._curves(results))
+    ends = [m["runs"][0]["curve"][-1][1] * 100 for n, m in results["methods"].items() if n != "head"]
+    assert low < min(ends) and max(ends) <= high <= 100
+    curves = {"head": ([0, 1], [20.0, 50.0], [0, 0]), "lora": ([0, 1, 2, 3], [10.0, 70, 90, 92], [0, 0, 1, 1])}
+    assert figures._zoom(curves) == (88.5, 93.5)
+
+
+@pytest.mark.skipif("speed" not in PICTURES, reason="PEFT is not installed")
+def test_speed_is_compared_with_peft(results):
+    (case,) = results["speed"]
+    assert list(case["variants"]) == ["head", "fastlora", "peft"] and case["variants"]["peft"]["ratio"] == 1.0
+    assert all(0 < v["ratio"] < 20 for v in case["variants"].values())
+
+
+def test_without_peft_the_speed_is_left_out(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "compares_with_peft", lambda: False)
+    assert cost.measure_speed(None, None, Settings()) == []
+    assert "speed" not in figures.draw({**results, "speed": []}, tmp_path) and not (tmp_path / "speed.svg").exists()
 
 
 def test_results_hold_what_the_table_shows(results):

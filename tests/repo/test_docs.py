@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import inspect
 import os
 import pathlib
@@ -76,9 +77,23 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert all(f'id="fastlora.{name}"' in page or f'id="module-fastlora.{name}"' in page for name in fastlora.__all__)
     fields = [f"LoraConfig.{f.name}" for f in dataclasses.fields(fastlora.LoraConfig)]
     fields += [f"model.summary.Summary.{f.name}" for f in dataclasses.fields(Summary)]
+    fields += [f"Tracker.{name}" for name in inspect.get_annotations(fastlora.Tracker)]
     assert all(f'id="fastlora.{name}"' in page for name in (*fields, *(f"integrations.{n}" for n in integrations)))
+    assert_types_and_defaults(page)
     index = (tmp_path / "index.html").read_text()
     assert all(f"{path.stem}.html" in index for path in DOCS.glob("*.md") if path.stem != "index")
+
+
+def assert_types_and_defaults(page):
+    """Of every field, beside its name."""
+    shown = html.unescape(re.sub(r"\s+", " ", re.sub("<[^>]*>", "", page)))
+    for kind in (fastlora.LoraConfig, Summary):
+        for field in dataclasses.fields(kind):
+            has = field.default is not dataclasses.MISSING
+            kind_of = field.type.replace("torch.", "")
+            assert f"{field.name}: {kind_of}{f' = {field.default!r}' if has else ''}" in shown, field.name
+    for name, kind in inspect.get_annotations(fastlora.Tracker).items():
+        assert f"{name}: {kind}" in shown, name
 
 
 def test_every_page_with_code_is_run_by_some_test():

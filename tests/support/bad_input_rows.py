@@ -326,6 +326,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         + rows(("no such", "no such folder"), error=FileNotFoundError),
         "adapter": rows(("a.b", "adapter: expected a non-empty string without dots"),
                         ({}, "adapter: expected a non-empty string without dots", TYPE)),
+        "progress": rows(("bar", "progress: expected True, False, None or a callable", TYPE)),
     },
     "from_peft": {
         "peft_model": rows(("bert", "peft_model: expected a peft.PeftModel, got 'bert'", TYPE),
@@ -385,6 +386,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
                             ({"qq": torch.eye(2)}, "covariances: expected paths of linears of the adapter, got 'qq'"),
                             ([torch.eye(2)], "covariances: expected a mapping", TYPE)),
         "adapter": rows(("c", r"adapter: expected one of \['default'\], got 'c'")),
+        "progress": rows(("bar", "progress: expected True, False, None or a callable", TYPE)),
     },
     "per_adapter_mean": {
         "losses": rows((torch.ones(2), "losses: expected the shape of ids"),

@@ -364,6 +364,7 @@ class TestProgress:
     def test_a_bar(self, wanted, terminal, monkeypatch, capsys):
         pytest.importorskip("tqdm")
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+        monkeypatch.setattr(progress, "PATIENCE", 0.0)
         fastlora.calibrate(model(), BATCHES, loss_of, steps=3, method="fw", progress=wanted)
         shown = capsys.readouterr().err
         assert "calibrate: 100%" in shown and "3/3" in shown and "rank correlation=" in shown
@@ -377,7 +378,7 @@ class TestProgress:
         monkeypatch.setitem(sys.modules, "tqdm", None)
         with pytest.raises(ImportError, match=r"progress: True needs tqdm \(pip install tqdm\); None logs instead"):
             fastlora.calibrate(model(), BATCHES, loss_of, steps=2, method="fw", progress=True)
-        with progress.reporting(None, 2) as report:
+        with progress.reporting(None, 2, "calibrate", "batch") as report:
             report(1, 2, math.nan)
 
 
