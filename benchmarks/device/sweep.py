@@ -74,7 +74,7 @@ def calls(o: Operands, verb: str, tile: TileConfig | None, strategy: str) -> Cal
         return lambda: linear_backward.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile)
     if verb == "wgrad":
         return lambda: wgrad.wgrad(o.x, o.dh, o.parts, o.h, o.offsets, o.ranks, o.scales, PROBES, tiles=tile)
-    return lambda: gradstat.gradstat(o.x, o.dy[0], o.runs, tile)
+    return lambda: gradstat.gradstat(o.x, o.dy[:1], o.runs, tile)
 
 
 def wanted(o: Operands, verb: str) -> list[torch.Tensor]:

@@ -277,7 +277,7 @@ def _grouped(backend: str, operands: list[Tensor]) -> list[Tensor]:
 def _gradstat(backend: str, operands: list[Tensor]) -> list[Tensor]:
     """Squares and absolute values of dyᵀx of two runs of rows: the exact statistics."""
     x, _, _, _, dy = _split(operands)
-    return [BACKENDS[backend].gradstat(x, torch.cat(dy, dim=1), [0, 3, _M])]
+    return [BACKENDS[backend].gradstat(x, dy, [0, 3, _M])]
 
 
 def _penalty(backend: str, operands: list[Tensor]) -> list[Tensor] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,33 +67,58 @@ class Tracked:
         """The leaves of the layers' moments, with ``act_var``."""
         return [probe.V for probe in self.probes.values() if probe.V is not None]
 
-    def exact_values(self, path: str, name: str) -> dict[str, Tensor]:
-        """This step's exact value of each statistic of one matrix; empty where no backward ran through its layer."""
-        layer, taken = self.layers[path], self.probes[path].taken
-        if not taken:
-            return {}
-        rows, found = layer.slices.rows(name), {}
+    def exact_values(self) -> list[dict[str, Tensor]]:
+        """This step's exact value of each statistic of every matrix; empty where no backward ran through its layer."""
+        found: dict[tuple[str, str], dict[str, Tensor]] = {matrix: {} for matrix in self.matrices}
         if {"grad_sq", "grad_abs"} & {*self.kinds}:
-            backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
-            x, dy, offsets = as_one_batch(taken)
-            both = backend.gradstat(x, dy[:, rows], offsets, absolute="grad_abs" in self.kinds)
-            found["grad_sq"], found["grad_abs"] = both[0]
+            for paths in self._on_one_input():
+                for matrix, sums in self._gradstat(paths, as_one_batch, "grad_abs" in self.kinds):
+                    found[matrix] = dict(zip(("grad_sq", "grad_abs"), sums[0], strict=True))
         if "fisher" in self.kinds:
-            total, samples = self.sample_squares(path, name)
-            found["fisher"] = total * fisher_factor(self.loss_reduction, samples)
+            for (path, name), (total, samples) in self.sample_squares().items():
+                if self.probes[path].taken:
+                    found[path, name]["fisher"] = total * fisher_factor(self.loss_reduction, samples)
+        return list(found.values())
+
+    def sample_squares(self) -> dict[tuple[str, str], tuple[Tensor, int]]:
+        """``Σ_i ||G_i||²`` of every matrix over the samples of this step, and their number."""
+        zeros = {path: torch.zeros((), dtype=torch.float64, device=x.weight.device) for path, x in self.layers.items()}
+        found = {(path, name): (zeros[path], 0) for path, name in self.matrices}
+        for paths in self._on_one_input():
+            for micro in sorted({call.micro for call in self.probes[paths[0]].taken}):
+                for matrix, sums in self._gradstat(paths, by_sample, False, micro):
+                    total, samples = found[matrix]
+                    found[matrix] = total + sums[:, 0].double().sum(), samples + len(sums)
         return found
 
-    def sample_squares(self, path: str, name: str) -> tuple[Tensor, int]:
-        """``Σ_i ||G_i||²`` of one matrix over the samples of this step, and their number."""
-        layer, taken = self.layers[path], self.probes[path].taken
-        rows, samples = layer.slices.rows(name), 0
-        total = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
-        for micro in sorted({call.micro for call in taken}):
-            x, dy, offsets = by_sample([call for call in taken if call.micro == micro])
-            backend, _ = choose(layer.backend, x.device, x.dtype)
-            total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
-            samples += len(offsets) - 1
-        return total, samples
+    def _on_one_input(self) -> list[list[str]]:
+        """The layers with contributions: those together whose calls saw one x, as q, k and v do."""
+        found: list[list[str]] = []
+        for path, probe in self.probes.items():
+            if probe.taken and found and self._alike(found[-1][0], path):
+                found[-1].append(path)
+            elif probe.taken:
+                found.append([path])
+        return found
+
+    def _alike(self, *paths: str) -> bool:
+        first, other = (self.probes[path].taken for path in paths)
+        if len(first) != len(other) or len({self.layers[path].backend for path in paths}) > 1:
+            return False
+        return all(a.micro == b.micro and _same(a.x, b.x) for a, b in zip(first, other, strict=True))
+
+    def _gradstat(
+        self, paths: Sequence[str], batch: Callable, absolute: bool, micro: int | None = None
+    ) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """``Backend.gradstat`` of every slice of layers on one input, in one call: (matrix, [runs, 2])."""
+        matrices, parts = [], []
+        for path in paths:
+            calls = [call for call in self.probes[path].taken if micro in (None, call.micro)]
+            x, dy, offsets = batch(calls)
+            matrices += [(path, name) for name in self.layers[path].slices]
+            parts += [dy[:, self.layers[path].slices.rows(name)] for name in self.layers[path].slices]
+        backend, _ = choose(self.layers[paths[0]].backend, x.device, x.dtype)
+        yield from zip(matrices, backend.gradstat(x, parts, offsets, absolute), strict=True)
 
 
 def fisher_factor(loss_reduction: str, samples: int | Tensor) -> float | Tensor:
@@ -357,6 +382,12 @@ def as_one_batch(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
     x = _joined([call.x.reshape(-1, call.x.shape[-1]) for call in taken])
     dy = _joined([call.dy.reshape(-1, call.dy.shape[-1]).to(x.dtype) for call in taken])
     return x, dy, [0, x.shape[0]]
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same elements of the same memory."""
+    views = [(t.dtype, t.shape, t.stride(), t.storage_offset()) for t in (x, y)]
+    return views[0] == views[1] and x.untyped_storage() is y.untyped_storage()
 
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
