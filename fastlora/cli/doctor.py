@@ -281,7 +281,7 @@ def _gradstat(backend: str, operands: list[Tensor]) -> list[Tensor]:
 
 
 def _penalty(backend: str, operands: list[Tensor]) -> list[Tensor] | None:
-    """FW-LoRA's penalty of two matrices and its gradients: one launch of the native library, or the formula."""
+    """FW-LoRA's penalty of two matrices and its gradients: one call of the native library, or the formula."""
     if backend not in ("native", "reference"):
         return None
     _, _, A, B, _ = _split(operands)
