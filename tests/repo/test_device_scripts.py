@@ -286,6 +286,24 @@ def test_the_script_refuses_unknown_steps_and_keeps_its_limit(tmp_path):
     assert done.returncode == 1 and not ran and done.stdout.count("out of time, left out: ") >= 4
 
 
+def test_the_scripts_dry_run_asks_for_no_gpu(tmp_path):
+    done, ran = call_script(tmp_path, DRY_RUN="1")
+    assert done.returncode == 0 and ran == ["bench", "sweep", "bench", "sweep"], done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.count("--dry-run null") for call in calls] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_memcheck_succeeds_by_exit_code_0_alone(tmp_path, code):
+    checker = tmp_path / "compute-sanitizer"
+    checker.write_text(f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" >> "$FAKE/checks"\nexit {code}\n')
+    checker.chmod(0o755)
+    done, _ = call_script(tmp_path, STEPS="sanitize", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == (code != 0) and f"memcheck: exit {code}" in done.stdout
+    checks = (tmp_path / "checks").read_text().splitlines()
+    assert [line.split()[:3] for line in checks] == [["1", "--tool", tool] for tool in ("memcheck", "racecheck")]
+
+
 def test_calls_of_the_documented_steps_fit_nine_minutes():
     text = (ROOT / "benchmarks" / "device.sh").read_text()
     bodies = dict(re.findall(r"^step_(\w+)\(\) \{\n(.*?)^\}", text, re.M | re.S))
