@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .primitives import (
     Options,
+    aligned,
     find_tile,
     hide_from_specialization,
     launch,
@@ -168,7 +170,7 @@ def gradstat(
     # Without a diagonal a program takes one run.
     at_once = runs if diagonal is None else 1
     tiles = tiles or choose_filling(
-        operation, lambda tile: at_once * _tiles(widths, K, tile), sum(widths), K, x.dtype, x.device
+        operation, lambda tile: at_once * _tiles(widths, K, tile), sum(widths), K, x.dtype, x.device, aligned([x, *dy])
     )
     count, options = _tiles(widths, K, tiles), Options(precision(x.dtype))
     parts = choose_split(runs * count, triton.cdiv(M, runs * tiles.depth)) if diagonal is None else 1
@@ -191,7 +193,8 @@ def gradstat(
 
 def _symmetric(x: Tensor, out: Tensor, weight: Tensor | None, scale: float, tiles: TileConfig | None) -> None:
     M, N = x.shape
-    tiles = tiles or choose_filling("covariance", lambda tile: _half(N, tile), N, N, x.dtype, x.device)
+    programs = functools.partial(_half, N)
+    tiles = tiles or choose_filling("covariance", programs, N, N, x.dtype, x.device, aligned([x]))
     grid, options = (_half(N, tiles),), Options(precision(x.dtype))
     launch(covariance_kernel, grid, matrix(x), out, weight, M, scale, TILE=tiles, OPTIONS=options)
 

@@ -74,7 +74,7 @@ def calls(o: Operands, verb: str, tile: TileConfig | None, strategy: str) -> Cal
         return lambda: linear_backward.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile)
     if verb == "wgrad":
         return lambda: wgrad.wgrad(o.x, o.dh, o.parts, o.h, o.offsets, o.ranks, o.scales, PROBES, tiles=tile)
-    return lambda: gradstat.gradstat(o.x, o.dy[:1], o.runs, tile)
+    return lambda: gradstat.gradstat(o.x, o.parts, o.runs, tile)
 
 
 def wanted(o: Operands, verb: str) -> list[torch.Tensor]:
@@ -94,8 +94,8 @@ def wanted(o: Operands, verb: str) -> list[torch.Tensor]:
     if verb == "wgrad":
         dB = [s * g.T @ h[:, i : i + rank] for i, s, _, g in each]
         return [dh.T @ x, torch.cat(dB), torch.cat([g.T @ h[:, o.rank :] for g in parts])]
-    G = o.dy[0].float().T @ x
-    return [torch.stack([G.square().sum(), G.abs().sum()])]
+    gradients = [part.T @ x for part in parts]
+    return [torch.stack([n for G in gradients for n in (G.square().sum(), G.abs().sum())])]
 
 
 def computed(verb: str, found: object) -> list[torch.Tensor]:
@@ -147,7 +147,7 @@ def sizes(verb: str, case: Case) -> tuple[int, int, int, int]:
         "wgrad": (M, N, 0, R),
         "shrink": (M, 0, K, R + PROBES),
         "shrink_backward": (M, 0, max(case.outputs), R),
-        "gradstat": (0, case.outputs[0], K, 0),
+        "gradstat": (0, N, K, 0),
     }[verb]
 
 

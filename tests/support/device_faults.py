@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -9,7 +10,7 @@ from unittest import mock
 import torch
 from device import cases, measure, models, run, sweep
 from device.cases import TINY
-from fastlora.kernels import primitives
+from fastlora.kernels import gradstat, linear, linear_backward, primitives, shrink, tiling, wgrad
 from triton.runtime import driver
 
 from fastlora.testing import enable_torchvision
@@ -35,13 +36,36 @@ def wrong_results_are_seen() -> None:
             assert "wrong by nan" in sweep.fault(verb, as_found(off), right)
 
 
+def measurements_are_filed_where_kernels_look() -> None:
+    """Under the sizes of a case that its kernels give to the choice of a tile."""
+    for case in cases.CASES.values():
+        for verb in sweep.VERBS:
+            asked: list[tuple[int, ...]] = []
+
+            def choose(operation, *sizes, asked=asked, verb=verb):
+                asked.extend([sizes[:4]] if operation == verb else [])
+                return tiling.TileConfig(16, 16, 16, 4, 2)
+
+            def choose_filling(operation, programs, N, K, dtype, device, asked=asked, verb=verb):
+                return choose(operation, 0, N, K, 0, asked=asked, verb=verb)
+
+            with contextlib.ExitStack() as stack:
+                for module in (linear, linear_backward, wgrad, shrink, gradstat):
+                    for name, answer in (("choose_tiles", choose), ("choose_filling", choose_filling)):
+                        if hasattr(module, name):
+                            stack.enter_context(mock.patch.object(module, name, answer))
+                stack.enter_context(mock.patch.object(primitives, "launcher", lambda *given, **options: None))
+                sweep.Job(verb, case, "fused", None).call(sweep.Operands(case, "meta"))()
+            assert asked == [sweep.sizes(verb, case)], (verb, case, asked)
+
+
 def a_candidate_that_fails_is_a_row() -> None:
     (jobs,) = [some[:1] for some in sweep.jobs({"tiny": TINY["deit_base_qkv"]}, True) if some[0].verb == "gradstat"]
     assert sweep.measure("cpu", [jobs], -1.0) == []
     with mock.patch.object(sweep, "calls", lambda *given: fails):
         (row,) = sweep.measure("cpu", [jobs], 60.0)
     assert row["error"] == "RuntimeError: on purpose"
-    with mock.patch.object(sweep, "calls", lambda *given: lambda: torch.zeros(1, 1, 2)):
+    with mock.patch.object(sweep, "calls", lambda *given: lambda: torch.zeros(3, 1, 2)):
         (row,) = sweep.measure("cpu", [jobs], 60.0)
     assert row["error"].startswith("ArithmeticError: wrong by 1"), row
     before = primitives.launcher, driver._active
@@ -81,6 +105,7 @@ if __name__ == "__main__":
     enable_torchvision()
     a_step_that_cannot_be_captured_keeps_its_eager_row()  # first: the null GPU comes before the first backward
     wrong_results_are_seen()
+    measurements_are_filed_where_kernels_look()
     a_candidate_that_fails_is_a_row()
     a_table_without_its_marks_is_refused()
     a_variant_that_fails_is_missing()
