@@ -46,7 +46,7 @@ def measurements_are_filed_where_kernels_look() -> None:
                 asked.extend([sizes[:4]] if operation == verb else [])
                 return tiling.TileConfig(16, 16, 16, 4, 2)
 
-            def choose_filling(operation, programs, N, K, dtype, device, asked=asked, verb=verb):
+            def choose_filling(operation, programs, N, K, *rest, asked=asked, verb=verb):
                 return choose(operation, 0, N, K, 0, asked=asked, verb=verb)
 
             with contextlib.ExitStack() as stack:
