@@ -114,7 +114,7 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
     model.fastlora_configs[DEFAULT].init_lora_weights = init
     for layer in adapted_layers(model).values():
         layer.adapter_specs[DEFAULT] = replace(layer.adapter_specs[DEFAULT], init=init)
-    _take_scales(model, tuned, adapter)
+    _take_scales(model, tuned, adapter, folder.fields.parameters(model, folder.where(CONFIG)))
     return model
 
 
@@ -126,9 +126,9 @@ def _without_init(path: pathlib.Path) -> Any:
     return init
 
 
-def _take_scales(model: nn.Module, tuned: list[tuple[str, Any]], adapter: str) -> None:
+def _take_scales(model: nn.Module, tuned: list[tuple[str, Any]], adapter: str, parameters: Sequence[str]) -> None:
     """The ``s`` that PEFT's layers run with, which need not be the one of their config."""
-    layers, names = adapted_layers(model), StoredNames(model)
+    layers, names = adapted_layers(model), StoredNames(model, parameters)
     for name, module in tuned:
         path = names.path(name.removeprefix(PREFIX))
         if path in layers and adapter in module.scaling:

@@ -22,10 +22,12 @@ from ..model.replaced_check import refuse_replaced
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
+from ..nn.experts import ExpertProjection
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, adapted_layers
 from ..nn.plain import CONVOLUTIONS, Plain, kernel_shapes
 from .effect import warn_of_peft
+from .experts import experts_stacked
 from .folder import FORMAT_VERSION, Slice, write_folder
 from .names import (
     BESIDE,
@@ -78,7 +80,7 @@ def save(
     config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
     if fold_scale and config.init_lora_weights == "olora":
         raise ValueError("fold_scale: expected False for init_lora_weights='olora', whose frozen weight depends on s")
-    names = StoredNames(model)
+    names = StoredNames(model, [path for path, layer in layers.items() if isinstance(layer, ExpertProjection)])
     matrices = _matrices(model, names, layers, adapter, fold_scale)
     stored = {path: names.stored(path) for path in matrices}
     adapted = {names.module(name): matrices[path] for path, name in stored.items()}
@@ -111,6 +113,11 @@ class _Stored:
     B: Tensor
     alpha: float
     slices: tuple[Slice, ...]
+    rank_of_each: int | None = None  # of experts, whose ranks lie beside each other in A
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0] if self.rank_of_each is None else self.rank_of_each
 
 
 def _tensors(
@@ -134,14 +141,22 @@ def _tensors(
 
 def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored], saved: list[str]) -> dict[str, Any]:
     """adapter_config.json: fields that every version of PEFT knows, and no others."""
-    ranks, alphas = {n: m.A.shape[0] for n, m in matrices.items()}, {n: m.alpha for n, m in matrices.items()}
+    ranks, alphas = {n: m.rank for n, m in matrices.items()}, {n: m.alpha for n, m in matrices.items()}
+    stacks = [name for name, layer in named_targets(model).items() if isinstance(layer, ExpertProjection)]
+    parameters = [name for name in matrices if name in stacks]
+    modules = [name for name in matrices if name not in stacks]
+    told = {}
+    if parameters:
+        suffixes = choose_targets(parameters, stacks)
+        told["target_parameters"] = parameters if isinstance(suffixes, str) else suffixes
     unused = ("exclude_modules", "layers_pattern", "layers_to_transform", "revision")
     return {
         **_auto_class(model, saved),
         **patterns(ranks, alphas),
         **dict.fromkeys(unused),
         "peft_type": "LORA",
-        "target_modules": choose_targets(list(matrices), base_names(model)),
+        "target_modules": choose_targets(modules, base_names(model)) if modules else [],
+        **told,
         "modules_to_save": saved or None,
         "bias": config.bias,
         "lora_dropout": config.lora_dropout,
@@ -149,7 +164,7 @@ def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored
         "use_rslora": False,
         **({"lora_bias": True} if config.lora_bias else {}),
         "use_dora": config.use_dora,
-        "fan_in_fan_out": all(isinstance(model.get_submodule(path), Conv1D) for path in matrices),
+        "fan_in_fan_out": bool(modules) and all(isinstance(model.get_submodule(path), Conv1D) for path in modules),
         "inference_mode": True,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
     }
@@ -228,7 +243,7 @@ def _matrices(
         if path in out:
             continue
         together = {p: layers[p] for p in names.beside(path) if p in layers}
-        rank = max(sum(layer.ranks(adapter).values()) for layer in together.values())
+        rank = max(_rank(layer, adapter) for layer in together.values())
         s = max((_scale(layer, adapter) for layer in together.values()), key=abs)
         for other in names.beside(path):
             if other in layers:
@@ -239,6 +254,12 @@ def _matrices(
                 B = like.B.new_zeros(base.out_features, rank)
                 out[other] = _Stored(A, B, like.alpha, (Slice(WHOLE, base.out_features, 0, 1.0),))
     return out
+
+
+def _rank(layer: Linear, adapter: str) -> int:
+    """The rank of a layer's file entry: experts have one, and lie beside each other."""
+    ranks = layer.ranks(adapter).values()
+    return max(ranks) if layer.parts > 1 else sum(ranks)
 
 
 def _scale(layer: Linear, adapter: str) -> float:
@@ -252,6 +273,12 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
     A, B = layer.lora_A[adapter]._parameters, layer.lora_B[adapter]._parameters
     ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
     live = [name for name in layer.slices if ranks[name]]
+    if isinstance(layer, ExpertProjection):
+        pairs = dict(zip(layer.slices, layer.pairs(adapter), strict=True))
+        if layer.taken_for_untransposed:
+            pairs = {name: (b.t(), a.t(), scale) for name, (a, b, scale) in pairs.items()}
+        As, Bs, slices = experts_stacked(pairs, s, rank, fold)
+        return _Stored(As, Bs, _alpha(1.0 if fold else s, rank), slices, rank)
     if isinstance(layer, Plain):
         return _kernels(layer, A[WHOLE].detach(), B[WHOLE].detach(), s, fold)
     ratios = {name: scales[name] / s if s and not fold else 1.0 for name in layer.slices}

@@ -62,6 +62,10 @@ class Tracked:
         """What backward left in each layer under the exact estimator."""
         return {path: probe.taken for path, probe in self.probes.items()}
 
+    def taken_of(self, path: str, name: str) -> list[Contribution]:
+        """What backward left for one matrix."""
+        return [call for call in self.probes[path].taken if call.part in (None, name)]
+
     @functools.cached_property
     def V(self) -> list[Tensor]:
         """The leaves of the layers' moments, with ``act_var``."""
@@ -71,54 +75,58 @@ class Tracked:
         """This step's exact value of each statistic of every matrix; empty where no backward ran through its layer."""
         found: dict[tuple[str, str], dict[str, Tensor]] = {matrix: {} for matrix in self.matrices}
         if {"grad_sq", "grad_abs"} & {*self.kinds}:
-            for paths in self._on_one_input():
-                for matrix, sums in self._gradstat(paths, as_one_batch, "grad_abs" in self.kinds):
+            for matrices in self._on_one_input():
+                for matrix, sums in self._gradstat(matrices, as_one_batch, "grad_abs" in self.kinds):
                     found[matrix] = dict(zip(("grad_sq", "grad_abs"), sums[0], strict=True))
         if "fisher" in self.kinds:
-            for (path, name), (total, samples) in self.sample_squares().items():
-                if self.probes[path].taken:
-                    found[path, name]["fisher"] = total * fisher_factor(self.loss_reduction, samples)
+            for matrix, (total, samples) in self.sample_squares().items():
+                if self.taken_of(*matrix):
+                    found[matrix]["fisher"] = total * fisher_factor(self.loss_reduction, samples)
         return list(found.values())
 
     def sample_squares(self) -> dict[tuple[str, str], tuple[Tensor, int]]:
         """``Σ_i ||G_i||²`` of every matrix over the samples of this step, and their number."""
         zeros = {path: torch.zeros((), dtype=torch.float64, device=x.weight.device) for path, x in self.layers.items()}
         found = {(path, name): (zeros[path], 0) for path, name in self.matrices}
-        for paths in self._on_one_input():
-            for micro in sorted({call.micro for call in self.probes[paths[0]].taken}):
-                for matrix, sums in self._gradstat(paths, by_sample, False, micro):
+        for matrices in self._on_one_input():
+            for micro in sorted({call.micro for call in self.taken_of(*matrices[0])}):
+                for matrix, sums in self._gradstat(matrices, by_sample, False, micro):
                     total, samples = found[matrix]
                     found[matrix] = total + sums[:, 0].double().sum(), samples + len(sums)
         return found
 
-    def _on_one_input(self) -> list[list[str]]:
-        """The layers with contributions: those together whose calls saw one x, as q, k and v do."""
-        found: list[list[str]] = []
-        for path, probe in self.probes.items():
-            if probe.taken and found and self._alike(found[-1][0], path):
-                found[-1].append(path)
-            elif probe.taken:
-                found.append([path])
+    def _on_one_input(self) -> list[list[tuple[str, str]]]:
+        """The matrices with contributions: those together whose calls saw one x, as slices and q, k and v do."""
+        found: list[list[tuple[str, str]]] = []
+        for matrix in self.matrices:
+            if self.taken_of(*matrix) and found and self._alike(found[-1][0], matrix):
+                found[-1].append(matrix)
+            elif self.taken_of(*matrix):
+                found.append([matrix])
         return found
 
-    def _alike(self, *paths: str) -> bool:
-        first, other = (self.probes[path].taken for path in paths)
-        if len(first) != len(other) or len({self.layers[path].backend for path in paths}) > 1:
+    def _alike(self, *matrices: tuple[str, str]) -> bool:
+        first, other = (self.taken_of(*matrix) for matrix in matrices)
+        if len(first) != len(other) or len({self.layers[path].backend for path, _ in matrices}) > 1:
             return False
         return all(a.micro == b.micro and _same(a.x, b.x) for a, b in zip(first, other, strict=True))
 
     def _gradstat(
-        self, paths: Sequence[str], batch: Callable, absolute: bool, micro: int | None = None
+        self, matrices: Sequence[tuple[str, str]], batch: Callable, absolute: bool, micro: int | None = None
     ) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        """``Backend.gradstat`` of every slice of layers on one input, in one call: (matrix, [runs, 2])."""
-        matrices, parts = [], []
-        for path in paths:
-            calls = [call for call in self.probes[path].taken if micro in (None, call.micro)]
+        """``Backend.gradstat`` of matrices on one input, in one call: (matrix, [runs, 2])."""
+        parts = []
+        for path, name in matrices:
+            calls = [call for call in self.taken_of(path, name) if micro in (None, call.micro)]
             x, dy, offsets = batch(calls)
-            matrices += [(path, name) for name in self.layers[path].slices]
-            parts += [dy[:, self.layers[path].slices.rows(name)] for name in self.layers[path].slices]
-        backend, _ = choose(self.layers[paths[0]].backend, x.device, x.dtype)
+            parts.append(dy[:, _columns(self.layers[path], name, calls)])
+        backend, _ = choose(self.layers[matrices[0][0]].backend, x.device, x.dtype)
         yield from zip(matrices, backend.gradstat(x, parts, offsets, absolute), strict=True)
+
+
+def _columns(layer: Linear, name: str, taken: Sequence[Contribution]) -> slice | Tensor:
+    """Columns of dy that are a slice's."""
+    return layer.slices.rows(name) if not taken or taken[0].part is None else slice(None)
 
 
 def fisher_factor(loss_reduction: str, samples: int | Tensor) -> float | Tensor:
@@ -130,14 +138,35 @@ def fisher_factor(loss_reduction: str, samples: int | Tensor) -> float | Tensor:
 
 
 def output_variances_of(
-    layers: Iterable[Linear], V: Sequence[Tensor | None], device: torch.device
+    layers: Iterable[Linear], V: Sequence[Tensor | None], device: torch.device, shared: bool = False
 ) -> tuple[Tensor | None, list[bool]]:
-    """``act_var`` of the matrices whose layer has moments, and for each matrix whether it has."""
-    layers = list(layers)
-    sizes = [list(layer.slices.values()) for layer in layers]
-    live = [(_by_slice(v, x), runs) for x, v, runs in zip(layers, V, sizes, strict=True) if v is not None]
+    """``act_var`` of the matrices whose layer has moments, and for each matrix whether it has.
+
+    ``shared``: of experts that saw no row there is one, too, since who has one is agreed on by all ranks.
+    """
+    live, there = [], []
+    for layer, total in zip(layers, V, strict=True):
+        sizes = [*layer.slices.values()]
+        if total is None:
+            there += [False] * len(sizes)
+        elif layer.parts == 1:
+            there += [True] * len(sizes)
+            live.append((_by_slice(total, layer), sizes))
+        else:
+            seen, total = moments_there(total, layer), total.clone()
+            total.view(2, layer.parts, -1)[:, :, -1].clamp_(min=1)
+            there += seen
+            parts = zip(total.view(2, layer.parts, -1).unbind(1), sizes, seen, strict=True)
+            live += [(part.contiguous(), [size]) for part, size, has in parts if has or shared]
     found = output_variances(*zip(*live, strict=True)).to(device) if live else None
-    return found, [total is not None for total, runs in zip(V, sizes, strict=True) for _ in runs]
+    return found, there
+
+
+def moments_there(total: Tensor | None, layer: Linear) -> list[bool]:
+    """Whether each matrix of a layer has moments: of experts, those with rows (read back from a device)."""
+    if total is None or layer.parts == 1:
+        return [total is not None] * len(layer.slices)
+    return (total.view(2, layer.parts, -1)[0, :, -1] > 0).tolist()
 
 
 def _by_slice(total: Tensor, layer: Linear) -> Tensor:
@@ -396,6 +425,8 @@ def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
 
 def by_sample(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
     """Calls of one micro-batch side by side, so that a sample's rows from all calls are one run."""
+    if taken[0].samples is not None:
+        return _by_sample_of_rows(taken)
     samples = taken[0].x.shape[0] if taken[0].x.dim() > 1 else 1
     for call in taken:
         if call.x.dim() > 1 and call.x.shape[0] != samples:
@@ -406,3 +437,11 @@ def by_sample(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
         for parts in ([call.x for call in taken], [call.dy for call in taken])
     )
     return x.flatten(0, 1), dy.flatten(0, 1).to(x.dtype), [sum(tokens) * i for i in range(samples + 1)]
+
+
+def _by_sample_of_rows(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
+    """As ``by_sample``, of calls whose rows say which sample they are of."""
+    owners, order = torch.sort(torch.cat([call.samples[0] for call in taken]))
+    x, dy = (_joined([call.x for call in taken])[order], _joined([call.dy for call in taken])[order])
+    numbers = torch.arange(taken[0].samples[1], device=owners.device)
+    return x, dy.to(x.dtype), [0, *torch.searchsorted(owners, numbers, right=True).tolist()]
