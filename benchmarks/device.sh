@@ -2,7 +2,7 @@
 # Build, test and time the GPU backend: each call at most nine minutes on an H100 or H200, its tables printed last.
 #   benchmarks/device.sh [OUTPUT FOLDER]                       the shipped tiles' tests and the headline rows
 #   STEPS=build,sweep,bench benchmarks/device.sh FOLDER        other steps, in this order, each call within LIMIT seconds
-#   DRY_RUN=1 benchmarks/device.sh                             the Python parts on the CPU, with tiny shapes
+#   DRY_RUN=1 benchmarks/device.sh                             the Python parts with tiny shapes, without a GPU
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-benchmarks/results}}
@@ -33,7 +33,9 @@ if [ -n "${DRY_RUN:-}" ]; then
     export PYTHONPATH="$PWD:$PWD/benchmarks"
     cp kernels/tiling.py "$out/tiling.py"
     run -m device.run --dry-run --repeats 3 --output "$out" &&
-        TRITON_INTERPRET=1 run -m device.sweep --dry-run --output "$out" --write "$out/tiling.py"
+        TRITON_INTERPRET=1 run -m device.sweep --dry-run --output "$out" --write "$out/tiling.py" &&
+        run -m device.run --dry-run null --repeats 3 --output "$out" &&
+        run -m device.sweep --dry-run null --output "$out" --write "$out/tiling.py"
     exit
 fi
 

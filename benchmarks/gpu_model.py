@@ -247,8 +247,8 @@ class Model:
         return self.stream("expand", elements, tile, programs)
 
     def gradstat(self) -> list[Kernel]:
-        """The exact statistic of one output, and the weight gradient that it is held against."""
-        N, K = self.weights[0], self.K
+        """The exact statistic of all outputs in its one launch, and the weight gradient that it is held against."""
+        N, K = self.N, self.K
 
         def programs(tile: TileConfig) -> int:
             return math.ceil(N / tile.rows) * math.ceil(K / tile.columns)

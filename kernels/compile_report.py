@@ -207,11 +207,14 @@ def _cases(operation: str, tile: TileConfig, o: _Operands) -> dict[str, Callable
         some = o.x, o.dh, o.dy, o.h, widths, *pairs, twice, torch.float32, tile, drop
         return cases | {"matmul, adapters": lambda: grouped.grouped_wgrad(*some)}
     if operation == "gradstat":
-        offsets = torch.empty(9, dtype=torch.int64, device="meta")
-        return {"matmul": lambda: gradstat.gradstat(o.x, o.dy[0], offsets, tile)}
+        offsets, few = torch.empty(9, dtype=torch.int64, device="meta"), [part[:, :64] for part in o.dy[:1]]
+        return {
+            "matmul": lambda: gradstat.gradstat(o.x, o.dy, offsets, tile),
+            "matmul, rows split": lambda: gradstat.gradstat(o.x, few, offsets[:2], tile),
+        }
     if operation == "gradstat_diagonal":
-        offsets, diagonal = torch.empty(9, dtype=torch.int64, device="meta"), _empty(1024, 1024, dtype=torch.float32)
-        return {"matmul": lambda: gradstat.gradstat(o.x, o.dy[0], offsets, tile, diagonal=diagonal)}
+        offsets, diagonal = torch.empty(9, dtype=torch.int64, device="meta"), _empty(2048, 1024, dtype=torch.float32)
+        return {"matmul": lambda: gradstat.gradstat(o.x, o.dy, offsets, tile, diagonal=diagonal)}
     if operation == "covariance":
         total, weight = _empty(1024, 1024, dtype=torch.float32), _empty(dtype=torch.float32)
         return {
@@ -281,7 +284,7 @@ def _row(
     threads = 32 * options["num_warps"]
     most = THREADS.get(device.capability, 2048) // threads
     resident = min(REGISTERS // (registers * threads), device.shared // max(shared, 1), most)
-    if name in ("reduce_kernel", "reduce_pairs_kernel", "moments_kernel"):
+    if name.startswith("reduce") or name == "moments_kernel":
         operation, case = "reduce", "-"
     wide_copies = re.search(r"cp\.async\.cg\.shared\.global[^;]*0x10", text) is not None
     used = "wgmma" in text, wide_copies, "cp.async.bulk.tensor" in text

@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import Options, launch, matrix, precision, swizzle, unit_last
-from .reduce import reduce_pairs
-from .tiling import GRID_LIMIT, TileConfig, choose_filling
+from .primitives import (
+    Options,
+    aligned,
+    find_tile,
+    hide_from_specialization,
+    launch,
+    matrices,
+    matrix,
+    precision,
+    reveal,
+    select_matrix,
+    swizzle,
+    unit_last,
+)
+from .reduce import reduce_pairs, reduce_tiles
+from .tiling import GRID_LIMIT, TileConfig, choose_filling, choose_split
+
+
+class Split(NamedTuple):
+    """Parts that the rows of every run are cut into, and where their products wait to be summed: fp32 tiles."""
+
+    partial: Tensor
+    parts: int
 
 
 @triton.jit
-def run_product(x, dy, offsets, i_run, o_n, o_k, TILE: tl.constexpr, OPTIONS: tl.constexpr):
-    """One tile of ``dy^T x`` over the rows of one run."""
+def run_product(x, dy, first, count, o_n, o_k, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """One tile of ``dy^T x`` over ``count`` rows from ``first`` on."""
     BLOCK_M: tl.constexpr = TILE.depth
     BLOCK_N: tl.constexpr = TILE.rows
     BLOCK_K: tl.constexpr = TILE.columns
-    first, last = tl.load(offsets + i_run), tl.load(offsets + i_run + 1)
     m_n, m_k = (o_n < dy.columns)[None, :], (o_k < x.columns)[None, :]
     p_x, p_dy = x.data + first * x.stride + o_k[None, :], dy.data + first * dy.stride + o_n[None, :]
-    count = (last - first).to(tl.int32)
     b_acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for m in tl.range(0, count, BLOCK_M):
         o_m = (m + tl.arange(0, BLOCK_M))[:, None]
@@ -32,32 +54,49 @@ def run_product(x, dy, offsets, i_run, o_n, o_k, TILE: tl.constexpr, OPTIONS: tl
 
 
 @triton.jit(do_not_specialize=["runs"])
-def gradstat_kernel(x, dy, offsets, partial, diagonal, runs, TILE: tl.constexpr, OPTIONS: tl.constexpr):
-    """Sum of squares and of absolute values of one tile of one run's ``dy^T x``.
+def gradstat_kernel(x, dy, offsets, sums, diagonal, split, runs, TILE: tl.constexpr, OPTIONS: tl.constexpr):
+    """Sum of squares and of absolute values of one tile of one run's ``dy_i^T x``; dy is a group, tiled as one matrix.
 
-    With ``diagonal`` [N, K] of all runs' one after the other, whose squares are added to this tile of it.
+    With ``diagonal`` [sum N_i, K] of all runs' one after the other, whose squares are added to this tile of it. With
+    ``split`` the product over one part of the run's rows goes there instead.
     """
+    BLOCK_M: tl.constexpr = TILE.depth
     BLOCK_N: tl.constexpr = TILE.rows
     BLOCK_K: tl.constexpr = TILE.columns
-    N, K = dy.columns, x.columns
-    i_n, i_k = swizzle(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), TILE.band)
-    o_n, o_k = i_n * BLOCK_N + tl.arange(0, BLOCK_N), i_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    p_out = partial + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2
+    K, tiles_n, tiles_k = x.columns, tl.num_programs(0) // tl.cdiv(x.columns, BLOCK_K), tl.cdiv(x.columns, BLOCK_K)
+    i_n, i_k = swizzle(tl.program_id(0), tiles_n, tiles_k, TILE.band)
+    i_tile = i_n * tiles_k + i_k
+    i_part, o_first, o_part = find_tile(i_n, dy.columns, BLOCK_N)
+    dy = select_matrix(dy, i_part)
+    o_n, o_k = o_first + tl.arange(0, BLOCK_N), i_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    i_run = tl.program_id(1)
+    p_out = sums + (i_run.to(tl.int64) * tl.num_programs(0) + i_tile) * 2
     if diagonal is not None:
         b_squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for i_run in tl.range(0, runs, num_stages=1):
-            b_acc = run_product(x, dy, offsets, i_run, o_n, o_k, TILE, OPTIONS)
+        for i_each in tl.range(0, runs, num_stages=1):
+            first, last = tl.load(offsets + i_each), tl.load(offsets + i_each + 1)
+            b_acc = run_product(x, dy, first, (last - first).to(tl.int32), o_n, o_k, TILE, OPTIONS)
             b_squares += b_acc * b_acc
             tl.store(p_out, tl.sum(b_acc * b_acc))
             tl.store(p_out + 1, tl.sum(tl.abs(b_acc)))
             p_out += tl.num_programs(0) * 2
-        p_tile = diagonal + o_n.to(tl.int64)[:, None] * K + o_k[None, :]
-        m_tile = (o_n < N)[:, None] & (o_k < K)[None, :]
+        p_tile = diagonal + (o_part + o_n).to(tl.int64)[:, None] * K + o_k[None, :]
+        m_tile = (o_n < dy.columns)[:, None] & (o_k < K)[None, :]
         tl.store(p_tile, b_squares + tl.load(p_tile, mask=m_tile, other=0.0), mask=m_tile)
     else:
-        b_acc = run_product(x, dy, offsets, tl.program_id(1), o_n, o_k, TILE, OPTIONS)
-        tl.store(p_out, tl.sum(b_acc * b_acc))
-        tl.store(p_out + 1, tl.sum(tl.abs(b_acc)))
+        first, last = tl.load(offsets + i_run), tl.load(offsets + i_run + 1)
+        count = (last - first).to(tl.int32)
+        if split is not None:
+            each = tl.cdiv(tl.cdiv(count, BLOCK_M), reveal(split.parts)) * BLOCK_M
+            o_start = tl.minimum(tl.program_id(2) * each, count)
+            b_acc = run_product(x, dy, first + o_start, tl.minimum(count - o_start, each), o_n, o_k, TILE, OPTIONS)
+            i_partial = (i_run * tl.num_programs(0) + i_tile) * reveal(split.parts) + tl.program_id(2)
+            o_tile = tl.arange(0, BLOCK_N)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+            tl.store(split.partial + i_partial.to(tl.int64) * (BLOCK_N * BLOCK_K) + o_tile, b_acc)
+        else:
+            b_acc = run_product(x, dy, first, count, o_n, o_k, TILE, OPTIONS)
+            tl.store(p_out, tl.sum(b_acc * b_acc))
+            tl.store(p_out + 1, tl.sum(tl.abs(b_acc)))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -99,8 +138,8 @@ def covariance_kernel(x, out, weight, M, scale, TILE: tl.constexpr, OPTIONS: tl.
             tl.store(p_above, b_acc, mask=m_tile)
 
 
-def _tiles(N: int, K: int, tile: TileConfig) -> int:
-    return triton.cdiv(N, tile.rows) * triton.cdiv(K, tile.columns)
+def _tiles(widths: Sequence[int], K: int, tile: TileConfig) -> int:
+    return sum(triton.cdiv(N, tile.rows) for N in widths) * triton.cdiv(K, tile.columns)
 
 
 def _half(N: int, tile: TileConfig) -> int:
@@ -110,41 +149,52 @@ def _half(N: int, tile: TileConfig) -> int:
 
 def gradstat(
     x: Tensor,
-    dy: Tensor,
+    dy: Sequence[Tensor],
     offsets: Tensor,
     tiles: TileConfig | None = None,
     diagonal: Tensor | None = None,
 ) -> Tensor:
-    """``sum G^2`` and ``sum |G|`` of ``G = dy^T x`` over the rows ``offsets[i] : offsets[i + 1]``; G is never stored.
+    """``sum G^2`` and ``sum |G|`` of each ``G = dy_i^T x`` over the rows ``offsets[j] : offsets[j + 1]``.
 
-    x [M, K], dy [M, N] of one dtype, offsets int64 [runs + 1] on their device -> fp32 [runs, 2]. ``diagonal``: fp32
-    [N, K], contiguous, to which the sum of G^2 over the runs is added; it changes only once everything that can run out
-    of memory has been allocated.
+    All come out of one launch. x [M, K], dy_i [M, N_i] of one dtype, offsets int64 [runs + 1] on their device -> fp32
+    [matrices, runs, 2]. No G is stored; but where all have fewer tiles than half the multiprocessors, rows are split
+    and as many tiles as there are multiprocessors wait to be summed. ``diagonal``: fp32 [sum N_i, K], contiguous, to
+    which the sum of G^2 over the runs is added; it changes only once everything that can run out of memory has been
+    allocated.
     """
-    x, dy = unit_last(x), unit_last(dy)
-    runs, N, K = offsets.shape[0] - 1, dy.shape[1], x.shape[1]
-    if runs == 0 or N == 0 or K == 0:
-        return torch.zeros(runs, 2, dtype=torch.float32, device=x.device)
+    x, dy = unit_last(x), [unit_last(part) for part in dy]
+    runs, (M, K), widths = offsets.shape[0] - 1, x.shape, [part.shape[1] for part in dy]
+    if runs == 0 or K == 0 or sum(widths) == 0:
+        return torch.zeros(len(dy), runs, 2, dtype=torch.float32, device=x.device)
     operation = "gradstat" if diagonal is None else "gradstat_diagonal"
     # Without a diagonal a program takes one run.
     at_once = runs if diagonal is None else 1
-    tiles = tiles or choose_filling(operation, lambda tile: at_once * _tiles(N, K, tile), N, K, x.dtype, x.device)
-    count = _tiles(N, K, tiles)
-    partial = torch.empty(runs, count, 2, dtype=torch.float32, device=x.device)
-    out, options = torch.empty(runs, 2, dtype=torch.float32, device=x.device), Options(precision(x.dtype))
+    tiles = tiles or choose_filling(
+        operation, lambda tile: at_once * _tiles(widths, K, tile), sum(widths), K, x.dtype, x.device, aligned([x, *dy])
+    )
+    count, options = _tiles(widths, K, tiles), Options(precision(x.dtype))
+    parts = choose_split(runs * count, triton.cdiv(M, runs * tiles.depth)) if diagonal is None else 1
+    sums = torch.empty(runs, count, 2, dtype=torch.float32, device=x.device)
+    out, split = torch.empty(len(dy), runs, 2, dtype=torch.float32, device=x.device), None
+    if parts > 1:
+        size = runs * count * parts * tiles.rows * tiles.columns
+        split = Split(torch.empty(size, dtype=torch.float32, device=x.device), *hide_from_specialization([parts]))
     each = GRID_LIMIT if diagonal is None else runs
     for start in range(0, runs, each):
         some = min(each, runs - start)
-        some_runs = offsets[start:], partial[start:], diagonal, some
-        grid = (count, some if diagonal is None else 1)
-        launch(gradstat_kernel, grid, matrix(x), matrix(dy), *some_runs, TILE=tiles, OPTIONS=options)
-    reduce_pairs(partial, out)
+        some_runs = offsets[start:], sums[start:], diagonal, split, some
+        grid = (count, some, parts) if diagonal is None else (count,)
+        launch(gradstat_kernel, grid, matrix(x), matrices(dy), *some_runs, TILE=tiles, OPTIONS=options)
+    if split is not None:
+        reduce_tiles(split.partial.view(runs * count, parts, -1), sums)
+    reduce_pairs(sums, out, [_tiles([width], K, tiles) for width in widths])
     return out
 
 
 def _symmetric(x: Tensor, out: Tensor, weight: Tensor | None, scale: float, tiles: TileConfig | None) -> None:
     M, N = x.shape
-    tiles = tiles or choose_filling("covariance", lambda tile: _half(N, tile), N, N, x.dtype, x.device)
+    programs = functools.partial(_half, N)
+    tiles = tiles or choose_filling("covariance", programs, N, N, x.dtype, x.device, aligned([x]))
     grid, options = (_half(N, tiles),), Options(precision(x.dtype))
     launch(covariance_kernel, grid, matrix(x), out, weight, M, scale, TILE=tiles, OPTIONS=options)
 

@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import Matrix, Runs, find_tile, launch, matrix, select, spread
+from .primitives import (
+    Matrix,
+    Runs,
+    find_tile,
+    hide_from_specialization,
+    launch,
+    matrix,
+    reveal,
+    select,
+    spread,
+)
 from .tiling import REDUCE_BLOCK
 
 
@@ -41,23 +51,54 @@ def reduce_partials(partial: Tensor, outputs: Sequence[Tensor], scales: Sequence
     launch(reduce_kernel, grid, partial, outs, sizes, scales, total, parts, BLOCK=REDUCE_BLOCK, num_warps=4)
 
 
-@triton.jit(do_not_specialize=["count"])
-def reduce_pairs_kernel(p_partial, p_out, count, BLOCK: tl.constexpr):
-    """``out[run] = sum_i partial[run, i]`` for pairs, in float64."""
-    i_run = tl.program_id(0)
+@triton.jit(do_not_specialize=["parts"])
+def reduce_tiles_kernel(p_partial, p_out, parts, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of squares and of absolute values of each tile of SIZE elements, which is the sum of its parts."""
+    i_tile = tl.program_id(0).to(tl.int64)
+    b_squares, b_absolutes = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, SIZE, BLOCK):
+        p_next = p_partial + i_tile * parts * SIZE + start + tl.arange(0, BLOCK)
+        b_sum = tl.zeros((BLOCK,), tl.float32)
+        for _ in tl.range(0, parts):
+            b_sum += tl.load(p_next)
+            p_next += SIZE
+        b_squares += b_sum * b_sum
+        b_absolutes += tl.abs(b_sum)
+    tl.store(p_out + 2 * i_tile, tl.sum(b_squares))
+    tl.store(p_out + 2 * i_tile + 1, tl.sum(b_absolutes))
+
+
+def reduce_tiles(partial: Tensor, out: Tensor) -> None:
+    """The two sums of each tile of ``partial`` [tiles, parts, size], first summed over its parts, into fp32 ``out``."""
+    tiles, parts, size = partial.shape
+    blocks = {"SIZE": size, "BLOCK": min(size, REDUCE_BLOCK)}
+    launch(reduce_tiles_kernel, (tiles,), partial, out, parts, **blocks, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["total"])
+def reduce_pairs_kernel(p_partial, p_out, counts, total, BLOCK: tl.constexpr):
+    """``out[i, run] = sum_j partial[run, j]`` for pairs, over the j of region i, in float64."""
+    i_run, i_region = tl.program_id(0), tl.program_id(1)
+    o_region = i_region * 0
+    for i in tl.static_range(len(counts)):
+        o_region += tl.where(i < i_region, reveal(counts[i]), 0)
+    count = reveal(select(counts, i_region))
     o_pair = tl.arange(0, 2)
     b_sum = tl.zeros((BLOCK, 2), tl.float64)
     for start in tl.range(0, count, BLOCK):
         o_item = start + tl.arange(0, BLOCK)
-        o_element = (i_run.to(tl.int64) * count + o_item)[:, None] * 2 + o_pair[None, :]
+        o_element = (i_run.to(tl.int64) * total + o_region + o_item)[:, None] * 2 + o_pair[None, :]
         b_sum += tl.load(p_partial + o_element, mask=(o_item < count)[:, None], other=0.0).to(tl.float64)
     b_total = tl.sum(b_sum, axis=0)
-    tl.store(p_out + i_run.to(tl.int64) * 2 + o_pair, b_total.to(p_out.dtype.element_ty))
+    o_out = i_region.to(tl.int64) * tl.num_programs(0) + i_run
+    tl.store(p_out + o_out * 2 + o_pair, b_total.to(p_out.dtype.element_ty))
 
 
-def reduce_pairs(partial: Tensor, out: Tensor) -> None:
-    """Sum ``partial`` [runs, count, 2] over count into fp32 ``out`` [runs, 2]."""
-    launch(reduce_pairs_kernel, (partial.shape[0],), partial, out, partial.shape[1], BLOCK=256, num_warps=4)
+def reduce_pairs(partial: Tensor, out: Tensor, counts: Sequence[int]) -> None:
+    """Sum ``partial`` [runs, sum count_i, 2] over each region of count_i into fp32 ``out`` [regions, runs, 2]."""
+    runs, total = partial.shape[:2]
+    counts = hide_from_specialization(counts)
+    launch(reduce_pairs_kernel, (runs, len(counts)), partial, out, counts, total, BLOCK=256, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -232,17 +232,25 @@ def choose_tiles(
 
 
 def choose_filling(
-    operation: str, programs: Callable[[TileConfig], int], N: int, K: int, dtype: torch.dtype, device: torch.device
+    operation: str,
+    programs: Callable[[TileConfig], int],
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool = True,
 ) -> TileConfig:
     """The largest tile that gives half of the multiprocessors a program, else the smallest; a near measurement decides.
 
-    ``programs`` says how many a tile makes. Half, since a smaller tile reads its operands more often from the L2.
+    ``programs`` says how many a tile makes. Half, since a smaller tile reads its operands more often from the L2. The
+    largest of all is for rows that are ``aligned`` to 16 bytes alone: the addresses of others spill beside its sums.
     """
     kind, own = "fp32" if dtype == torch.float32 else "half", limits(device)
-    measured = _measured(operation, kind, 0, N, K, 0)
+    measured = _measured(operation, kind, 0, N, K, 0) if aligned else None
     if measured is not None and measured.fits(dtype.itemsize, own):
         return measured
     tiles = [entry.tile for entry in _fitting(operation, dtype, own)]
+    tiles = tiles if aligned else tiles[1:] or tiles
     return next((tile for tile in tiles if 2 * programs(tile) >= own.multiprocessors), tiles[-1])
 
 

@@ -168,7 +168,7 @@ def _fastlora(case: Case, name: str, device: str, dtype: torch.dtype) -> Variant
     if name == "fastlora_exact50":
         backend, _ = backends.choose("auto", torch.device(device), dtype)
         runs = (0, case.rows)
-        found.every50 = lambda x, dy: [backend.gradstat(x, grad, runs) for grad in dy]
+        found.every50 = lambda x, dy: backend.gradstat(x, dy, runs)
     return found
 
 
@@ -177,7 +177,7 @@ def _weight_gradient(case: Case, name: str, device: str, dtype: torch.dtype) -> 
     backend, _ = backends.choose("auto", torch.device(device), dtype)
     dy = torch.randn(case.rows, case.total, device=device, dtype=dtype)
     if name == "gradstat":
-        return Variant(name, case, lambda x: [backend.gradstat(x.detach(), dy, (0, case.rows))], [])
+        return Variant(name, case, lambda x: [backend.gradstat(x.detach(), [dy], (0, case.rows))], [])
     return Variant(name, case, lambda x: [torch.mm(dy.t(), x)], [])
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
@@ -15,6 +16,19 @@ from .cases import Variant
 
 # Inputs are rotated until they exceed this, several times the L2, so that no step finds its input in the cache.
 CACHE_BYTES = 200 * 2**20
+DRY_RUN = "tiny shapes on the CPU, or on the null GPU, where launches are real and kernels do nothing"
+
+
+@contextmanager
+def device_of(dry_run: str | None) -> Iterator[str]:
+    """The device to measure on: "cuda", or for a dry run "cpu", or "null": real launches of kernels that do nothing."""
+    if dry_run != "null":
+        yield dry_run or "cuda"
+        return
+    from host.null_gpu import null_gpu
+
+    with null_gpu() as gpu:
+        yield gpu.device.type
 
 
 class Step:

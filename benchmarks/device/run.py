@@ -178,11 +178,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--cases", nargs="*", default=[*CASES, *model_cases(True)])
     parser.add_argument("--variants", nargs="*", default=list(BUILDERS))
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU: checks that the script works")
+    parser.add_argument("--dry-run", nargs="?", const="cpu", choices=("cpu", "null"), help=measure.DRY_RUN)
     given = parser.parse_args()
     enable_torchvision()
-    known = {**(TINY if given.dry_run else CASES), **model_cases(given.dry_run)}
-    device = "cpu" if given.dry_run else "cuda"
+    known = {**(TINY if given.dry_run else CASES), **model_cases(bool(given.dry_run))}
     last: dict[str, Any] = {}
 
     def keep(result: dict[str, Any], markdown: str) -> None:
@@ -193,7 +192,8 @@ def main() -> None:
         last.update(result=result, markdown=markdown, plot=target.with_suffix(".png"))
 
     given.output.mkdir(parents=True, exist_ok=True)
-    run([known[name] for name in given.cases], given.variants, device, given.seconds, given.repeats, keep)
+    with measure.device_of(given.dry_run) as device:
+        run([known[name] for name in given.cases], given.variants, device, given.seconds, given.repeats, keep)
     draw(last["result"], last["plot"])
     print(last["markdown"])
     if not last["result"]["rows"]:

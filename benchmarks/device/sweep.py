@@ -22,7 +22,7 @@ from fastlora.kernels.tiling import Measurement, TileConfig, committed
 from harness import result_files
 
 from .cases import CASES, PROBES, TINY, Case
-from .measure import CACHE_BYTES, captured, time_calls
+from .measure import CACHE_BYTES, DRY_RUN, captured, device_of, time_calls
 
 STRATEGIES = ("fused", "library", "augmented")
 # The most promising first, should the time run out.
@@ -74,7 +74,7 @@ def calls(o: Operands, verb: str, tile: TileConfig | None, strategy: str) -> Cal
         return lambda: linear_backward.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile)
     if verb == "wgrad":
         return lambda: wgrad.wgrad(o.x, o.dh, o.parts, o.h, o.offsets, o.ranks, o.scales, PROBES, tiles=tile)
-    return lambda: gradstat.gradstat(o.x, o.dy[0], o.runs, tile)
+    return lambda: gradstat.gradstat(o.x, o.parts, o.runs, tile)
 
 
 def wanted(o: Operands, verb: str) -> list[torch.Tensor]:
@@ -94,8 +94,8 @@ def wanted(o: Operands, verb: str) -> list[torch.Tensor]:
     if verb == "wgrad":
         dB = [s * g.T @ h[:, i : i + rank] for i, s, _, g in each]
         return [dh.T @ x, torch.cat(dB), torch.cat([g.T @ h[:, o.rank :] for g in parts])]
-    G = o.dy[0].float().T @ x
-    return [torch.stack([G.square().sum(), G.abs().sum()])]
+    gradients = [part.T @ x for part in parts]
+    return [torch.stack([n for G in gradients for n in (G.square().sum(), G.abs().sum())])]
 
 
 def computed(verb: str, found: object) -> list[torch.Tensor]:
@@ -147,7 +147,7 @@ def sizes(verb: str, case: Case) -> tuple[int, int, int, int]:
         "wgrad": (M, N, 0, R),
         "shrink": (M, 0, K, R + PROBES),
         "shrink_backward": (M, 0, max(case.outputs), R),
-        "gradstat": (0, case.outputs[0], K, 0),
+        "gradstat": (0, N, K, 0),
     }[verb]
 
 
@@ -222,12 +222,12 @@ def jobs(cases: dict[str, Case], dry: bool) -> list[list[Job]]:
     return found
 
 
-def compile_one(job: Job, capability: int) -> str | None:
+def compile_one(job: Job, capability: tuple[int, int]) -> str | None:
     """Put a job's kernels into Triton's cache, without a GPU; why that failed, or None."""
     from fastlora.kernels import compile_report, primitives
     from triton.runtime import driver
 
-    driver.set_active(compile_report.Offline(divmod(capability, 10)))
+    driver.set_active(compile_report.Offline(capability))
     primitives.launcher = lambda kernel, grid, *arguments, **options: kernel.warmup(*arguments, grid=grid, **options)
     try:
         job.call(Operands(job.case, "meta"))()
@@ -236,11 +236,13 @@ def compile_one(job: Job, capability: int) -> str | None:
     return None
 
 
-def compile_ahead(listed: list[list[Job]], capability: int, workers: int) -> list[str]:
-    """Compile every job on ``workers`` cores; what went wrong."""
+def compile_ahead(listed: list[list[Job]], capability: tuple[int, int]) -> list[str]:
+    """Compile every job on all cores; what went wrong, which is printed too."""
     some = [job for several in listed for job in several]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return [problem for problem in pool.map(compile_one, some, [capability] * len(some)) if problem]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+        problems = [problem for problem in pool.map(compile_one, some, [capability] * len(some)) if problem]
+    print(*problems, sep="\n")
+    return problems
 
 
 def measure(device: str, listed: list[list[Job]], seconds: float) -> list[dict[str, Any]]:
@@ -287,20 +289,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("."))
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--write", type=Path, nargs="?", const=TILING, help="the tiling.py that takes the measurements")
-    parser.add_argument("--dry-run", action="store_true", help="few candidates, tiny shapes, in Triton's interpreter")
+    parser.add_argument("--dry-run", nargs="?", const="cpu", choices=("cpu", "null"), help=f"few candidates, {DRY_RUN}")
     parser.add_argument("--compile-only", action="store_true", help="compile for sm_90, on a machine without a GPU")
     given = parser.parse_args()
-    listed = jobs(dict([next(iter(TINY.items()))]) if given.dry_run else CASES, given.dry_run)
-    device = "cpu" if given.dry_run else "cuda"
-    if given.dry_run:
+    listed = jobs(dict([next(iter(TINY.items()))]) if given.dry_run else CASES, bool(given.dry_run))
+    if given.compile_only:
+        raise SystemExit(bool(compile_ahead(listed, (9, 0))))
+    if given.dry_run == "cpu":
         mend_interpreter()
-    if given.compile_only or device == "cuda":
-        capability = (9, 0) if given.compile_only else torch.cuda.get_device_capability()
-        problems = compile_ahead(listed, 10 * capability[0] + capability[1], len(os.sched_getaffinity(0)))
-        print(*problems, sep="\n")
-        if given.compile_only:
-            raise SystemExit(bool(problems))
-    rows = measure(device, listed, given.seconds)
+    with device_of(given.dry_run) as device:
+        if device != "cpu":
+            compile_ahead(listed, torch.cuda.get_device_capability())
+        rows, gpu = measure(device, listed, given.seconds), "cpu" if device == "cpu" else torch.cuda.get_device_name()
     for verb, name in dict.fromkeys((r["verb"], r["case"]) for r in rows):
         timed = [r for r in rows if (r["verb"], r["case"]) == (verb, name) and "median_ms" in r]
         for r in sorted(timed, key=lambda r: r["median_ms"])[:3]:
@@ -308,7 +308,7 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     result_files.write(given.output / "sweep.json", rows)
     if given.write:
-        fill(given.write, fastest(rows, "cpu" if given.dry_run else torch.cuda.get_device_name()))
+        fill(given.write, fastest(rows, gpu))
 
 
 if __name__ == "__main__":

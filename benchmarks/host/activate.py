@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from . import limits
+from . import limits, streams
 
 if TYPE_CHECKING:
     from .null_gpu import NullGpu
@@ -64,10 +64,12 @@ def _torch_cuda(gpu: NullGpu, stack: contextlib.ExitStack) -> None:
     answer("current_device", gpu.current_device)
     answer("get_device_properties", lambda device=None: properties)
     answer("get_device_capability", lambda device=None: (major, minor))
-    answer("current_stream", lambda device=None: SimpleNamespace(cuda_stream=gpu.current_stream()))
     answer("is_current_stream_capturing", gpu.is_capturing)
     answer("_exchange_device", gpu.exchange_device)
     answer("_maybe_exchange_device", gpu.exchange_device)
+    for name, value in streams.answers(gpu).items():
+        answer(name, value)
+    stack.enter_context(mock.patch.object(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, create=True))
 
 
 def _triton(gpu: NullGpu, stack: contextlib.ExitStack) -> None:

@@ -1,4 +1,5 @@
-// One launch for the small matrices of all layers: the penalty and its gradient, squared norms, copies, probe signs.
+// A fixed number of launches for the small matrices of all layers: the penalty and its gradient, squared norms,
+// variances, copies, probe signs.
 #include "cuda/multi_tensor.cuh"
 
 #include "cuda/common.cuh"
@@ -85,7 +86,7 @@ Entries read_entries(const TensorList& A, const TensorList& B, const std::vector
     entry.scale = scales[i];
     entry.type_A = number_of(a, "A");
     entry.type_B = number_of(b, "B");
-    out.grams += 2 * rank * rank;
+    out.grams += gram_floats(entry);
     out.list.push_back(entry);
   }
   return out;
@@ -99,11 +100,13 @@ Tensor penalty(const TensorList& A, const TensorList& B, const std::vector<doubl
   const Tensor weights = torch::stable::contiguous(weights_);
   const int64_t count = static_cast<int64_t>(A.size());
   Tensor values = torch::stable::new_empty(weights, {count}, ScalarType::Double);
+  Tensor grams = torch::stable::new_empty(weights, {entries.grams}, ScalarType::Float);
   Tensor total = torch::stable::new_empty(weights, {}, ScalarType::Float);
-  check_launch(write_penalty(entries.list, weights.const_data_ptr(), weight_type,
-                             static_cast<double*>(values.mutable_data_ptr()),
-                             static_cast<float*>(total.mutable_data_ptr()), current_stream(device)),
-               "penalty");
+  check_launch(
+      write_penalty(entries.list, weights.const_data_ptr(), weight_type, static_cast<float*>(grams.mutable_data_ptr()),
+                    static_cast<double*>(values.mutable_data_ptr()), static_cast<float*>(total.mutable_data_ptr()),
+                    current_stream(device)),
+      "penalty");
   return total;
 }
 
@@ -142,14 +145,53 @@ Tensor squared_norms(const TensorList& tensors) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   std::vector<NormEntry> entries;
   TensorList kept;
+  int64_t blocks = 0;
   for (const Tensor& tensor : tensors) {
     check_device(tensor, device, "tensors");
     kept.push_back(torch::stable::contiguous(tensor));
-    entries.push_back({kept.back().const_data_ptr(), tensor.numel(), number_of(tensor, "tensors", true)});
+    entries.push_back({kept.back().const_data_ptr(), tensor.numel(), number_of(tensor, "tensors", true), 0});
+    blocks += norm_blocks(tensor.numel());
   }
   Tensor out = torch::stable::new_empty(tensors[0], {static_cast<int64_t>(tensors.size())}, ScalarType::Double);
-  check_launch(write_norms(entries, static_cast<double*>(out.mutable_data_ptr()), current_stream(device)),
+  Tensor partial = torch::stable::new_empty(tensors[0], {blocks}, ScalarType::Double);
+  check_launch(write_norms(entries, static_cast<double*>(partial.mutable_data_ptr()),
+                           static_cast<double*>(out.mutable_data_ptr()), current_stream(device)),
                "squared_norms");
+  return out;
+}
+
+Tensor output_variances(const TensorList& moments, const std::vector<int64_t>& runs,
+                        const std::vector<int64_t>& sizes) {
+  STD_TORCH_CHECK(runs.size() == moments.size(), "runs has ", runs.size(), " entries, but moments has ",
+                  moments.size());
+  const int32_t device = moments[0].get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  std::vector<VarianceEntry> entries;
+  TensorList kept;
+  for (size_t i = 0; i < moments.size(); ++i) {
+    const Tensor& m = moments[i];
+    check_matrix(m, device, "moments");
+    STD_TORCH_CHECK(m.scalar_type() == ScalarType::Double, "moments has dtype ", m.scalar_type(),
+                    "; the sums of every layer are Double");
+    STD_TORCH_CHECK(runs[i] >= 0 && entries.size() + static_cast<size_t>(runs[i]) <= sizes.size(),
+                    "runs: more than the ", sizes.size(), " sizes were asked for");
+    kept.push_back(torch::stable::contiguous(m));
+    const double* sums = static_cast<const double*>(kept.back().const_data_ptr());
+    int64_t first = 0;
+    for (int64_t run = 0; run < runs[i]; ++run) {
+      const int64_t count = sizes[entries.size()];
+      STD_TORCH_CHECK(count >= 0, "sizes has ", count, "; accepted: 0 or more");
+      entries.push_back({sums, m.size(1) - 1, first, count});
+      first += count;
+    }
+    STD_TORCH_CHECK(m.size(0) == 2 && m.size(1) == first + 1, "moments[", i, "] is ", m.size(0), " x ", m.size(1),
+                    "; its sizes make 2 x ", first + 1);
+  }
+  STD_TORCH_CHECK(entries.size() == sizes.size(), "sizes has ", sizes.size(), " entries, but runs ask for ",
+                  entries.size());
+  Tensor out = torch::stable::new_empty(moments[0], {static_cast<int64_t>(sizes.size())}, ScalarType::Double);
+  check_launch(write_variances(entries, static_cast<double*>(out.mutable_data_ptr()), current_stream(device)),
+               "output_variances");
   return out;
 }
 
@@ -212,6 +254,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, CUDA, m) {
   m.impl("penalty", TORCH_BOX(&fastlora::cuda::penalty));
   m.impl("penalty_grad_", TORCH_BOX(&fastlora::cuda::penalty_grad_));
   m.impl("squared_norms", TORCH_BOX(&fastlora::cuda::squared_norms));
+  m.impl("output_variances", TORCH_BOX(&fastlora::cuda::output_variances));
   m.impl("resize_ranks_", TORCH_BOX(&fastlora::cuda::resize_ranks_));
   m.impl("philox_signs_", TORCH_BOX(&fastlora::cuda::philox_signs_));
 }

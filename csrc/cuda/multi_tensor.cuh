@@ -1,4 +1,4 @@
-// Squared norms, copies to another rank and probe signs of all layers, each in one launch.
+// Squared norms, variances, copies to another rank and probe signs of all layers, each in a fixed number of launches.
 #pragma once
 #include "cuda/block.cuh"
 #include "cuda/numbers.cuh"
@@ -7,6 +7,7 @@
 namespace fastlora::cuda {
 
 constexpr int kNormThreads = 256;
+constexpr int64_t kNormChunk = 8192;  // elements of a block
 constexpr int kCopyThreads = 256;
 constexpr int kCopyBlocks = 8;  // for each matrix
 constexpr int kSignThreads = 256;
@@ -16,6 +17,13 @@ struct NormEntry {
   const void* data;
   int64_t count;
   Number type;
+  int64_t end;  // blocks up to and with this tensor's
+};
+
+// One run of columns of [sum y; sum y^2 | rows], float64.
+struct VarianceEntry {
+  const double* sums;
+  int64_t columns, first, count;  // of y; of the run
 };
 
 struct CopyEntry {
@@ -30,14 +38,42 @@ struct SignCounter {
   uint32_t step, first, tag;
 };
 
-// One block per tensor, summed in float64 in a fixed order.
+// partial[block] = the squares of one chunk of a tensor, summed in float64 in a fixed order
 __global__ void __launch_bounds__(kNormThreads)
-    norms_kernel(const __grid_constant__ Table<NormEntry> table, double* out) {
-  const NormEntry& e = table.entries[blockIdx.x];
+    norms_kernel(const __grid_constant__ Table<NormEntry> table, int64_t tensors, double* partial) {
+  const int64_t t = entry_of(blockIdx.x, tensors, [&](int64_t i) { return table.entries[i].end; });
+  const NormEntry& e = table.entries[t];
+  const int64_t begin = (blockIdx.x - (t > 0 ? table.entries[t - 1].end : 0)) * kNormChunk;
+  const int64_t end = e.count - begin < kNormChunk ? e.count : begin + kNormChunk;
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < e.count; i += kNormThreads) {
+  for (int64_t i = begin + threadIdx.x; i < end; i += kNormThreads) {
     const double value = load_double(e.data, e.type, i);
     sum += value * value;
+  }
+  sum = block_sum<kNormThreads>(sum);
+  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+// out[tensor] = the sum of its chunks in their order: a thread takes a tensor
+__global__ void __launch_bounds__(kNormThreads) sum_norms_kernel(const __grid_constant__ Table<NormEntry> table,
+                                                                 int64_t tensors, const double* partial, double* out) {
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kNormThreads + threadIdx.x;
+  if (t >= tensors) return;
+  double sum = 0.0;
+  for (int64_t i = t > 0 ? table.entries[t - 1].end : 0; i < table.entries[t].end; ++i) sum += partial[i];
+  out[t] = sum;
+}
+
+// One block per run: the sum over its columns of max(0, E y^2 - (E y)^2)
+__global__ void __launch_bounds__(kNormThreads)
+    variances_kernel(const __grid_constant__ Table<VarianceEntry> table, double* out) {
+  const VarianceEntry& e = table.entries[blockIdx.x];
+  const double* squares = e.sums + e.columns + 1;
+  const double rows = e.sums[e.columns];
+  double sum = 0.0;
+  for (int64_t n = e.first + threadIdx.x; n < e.first + e.count; n += kNormThreads) {
+    const double mean = e.sums[n] / rows, variance = squares[n] / rows - mean * mean;
+    sum += variance < 0.0 ? 0.0 : variance;  // NaN stays
   }
   sum = block_sum<kNormThreads>(sum);
   if (threadIdx.x == 0) out[blockIdx.x] = sum;
@@ -89,17 +125,9 @@ __global__ void __launch_bounds__(kSignThreads)
   const int lane = threadIdx.x % kWarp;
   const int64_t total = ends.entries[groups - 1];
   const int64_t mine = static_cast<int64_t>(blockIdx.x) * kSignThreads + threadIdx.x;
-  int64_t low = 0, high = groups - 1;  // the group whose counters end after mine
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (ends.entries[middle] <= mine) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  const int64_t number = mine - (low > 0 ? ends.entries[low - 1] : 0);
-  uint32_t words[4] = {static_cast<uint32_t>(number), c.step, c.first + static_cast<uint32_t>(first_group + low),
+  const int64_t group = entry_of(mine, groups, [&](int64_t i) { return ends.entries[i]; });
+  const int64_t number = mine - (group > 0 ? ends.entries[group - 1] : 0);
+  uint32_t words[4] = {static_cast<uint32_t>(number), c.step, c.first + static_cast<uint32_t>(first_group + group),
                        c.tag};
   philox(static_cast<uint64_t>(*c.seed), words);
   for (int i = 0; i < kWarp; ++i) {
@@ -113,9 +141,27 @@ __global__ void __launch_bounds__(kSignThreads)
   }
 }
 
-inline cudaError_t write_norms(const std::vector<NormEntry>& entries, double* out, cudaStream_t stream) {
-  for_each_table(entries, [&](const Table<NormEntry>& table, int64_t count, int64_t first) {
-    FASTLORA_LAUNCH(norms_kernel, count, kNormThreads, stream, table, out + first);
+inline int64_t norm_blocks(int64_t count) { return std::max<int64_t>((count + kNormChunk - 1) / kNormChunk, 1); }
+
+// partial: scratch, one for each of the tensors' blocks. Where all tensors of a table are one chunk, one launch does.
+inline cudaError_t write_norms(const std::vector<NormEntry>& entries, double* partial, double* out,
+                               cudaStream_t stream) {
+  for_each_table(entries, [&](Table<NormEntry>& table, int64_t count, int64_t first) {
+    int64_t blocks = 0;
+    for (int64_t i = 0; i < count; ++i) table.entries[i].end = blocks += norm_blocks(table.entries[i].count);
+    double* sums = blocks == count ? out + first : partial;
+    FASTLORA_LAUNCH(norms_kernel, blocks, kNormThreads, stream, table, count, sums);
+    if (blocks == count) return;
+    const int64_t threads = (count + kNormThreads - 1) / kNormThreads;
+    FASTLORA_LAUNCH(sum_norms_kernel, threads, kNormThreads, stream, table, count, partial, out + first);
+    partial += blocks;
+  });
+  return cudaGetLastError();
+}
+
+inline cudaError_t write_variances(const std::vector<VarianceEntry>& entries, double* out, cudaStream_t stream) {
+  for_each_table(entries, [&](const Table<VarianceEntry>& table, int64_t count, int64_t first) {
+    FASTLORA_LAUNCH(variances_kernel, count, kNormThreads, stream, table, out + first);
   });
   return cudaGetLastError();
 }

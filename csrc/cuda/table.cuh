@@ -34,4 +34,19 @@ void for_each_table(const std::vector<Entry>& entries, const Launch& launch) {
   }
 }
 
+// The first of `count` entries whose blocks end after this one; end(i): blocks of the entries up to and with i.
+template <class End>
+__device__ __forceinline__ int64_t entry_of(int64_t block, int64_t count, const End& end) {
+  int64_t low = 0, high = count - 1;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (end(middle) <= block) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 }  // namespace fastlora::cuda

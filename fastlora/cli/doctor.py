@@ -279,11 +279,11 @@ def _grouped(backend: str, operands: list[Tensor]) -> list[Tensor]:
 def _gradstat(backend: str, operands: list[Tensor]) -> list[Tensor]:
     """Squares and absolute values of dyᵀx of two runs of rows: the exact statistics."""
     x, _, _, _, dy = _split(operands)
-    return [BACKENDS[backend].gradstat(x, torch.cat(dy, dim=1), [0, 3, _M])]
+    return [BACKENDS[backend].gradstat(x, dy, [0, 3, _M])]
 
 
 def _penalty(backend: str, operands: list[Tensor]) -> list[Tensor] | None:
-    """FW-LoRA's penalty of two matrices and its gradients: one launch of the native library, or the formula."""
+    """FW-LoRA's penalty of two matrices and its gradients: one call of the native library, or the formula."""
     if backend not in ("native", "reference"):
         return None
     _, _, A, B, _ = _split(operands)

@@ -143,7 +143,7 @@ class Explanation:
 
     rows: tuple[ExplainedLayer, ...]
     packed_bytes: int
-    penalty: dict[str, tuple[str, str]]  # by adapter: "native" (one launch) or "formula", and why not native
+    penalty: dict[str, tuple[str, str]]  # by adapter: "native" (one call) or "formula", and why not native
     statistics: tuple[
         str, ...
     ] = ()  # of each adapter's last tracker: which steps are sampled, their cost, what is idle

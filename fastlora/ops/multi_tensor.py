@@ -1,4 +1,4 @@
-"""One launch over all layers: norms, variances, resizing, random signs."""
+"""A few launches over all layers: norms, variances, resizing, random signs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def unsupported_reason(
 
 
 def squared_norms(tensors: Sequence[Tensor], factor: float | Tensor = 1.0) -> Tensor:
-    """``factor ||t||^2`` of one tensor or more, float64 [tensors]: one launch where a native operator takes them."""
+    """``factor ||t||^2`` of one tensor or more, float64 [tensors]; two launches at most in a native operator."""
     if unsupported_reason("squared_norms", tensors, (*_FACTORS, torch.float64)) is None:
         return torch.ops.fastlora.squared_norms(tensors).mul_(factor)
     device = tensors[0].device

@@ -202,7 +202,7 @@ def _finite(name: str, value: object) -> float:
 
 
 def penalty(A: Sequence[Tensor], B: Sequence[Tensor], scale: Sequence[float], weights: Tensor, weight: float) -> Tensor:
-    """``lambda sum_m w_m ||s_m B_m A_m||_F^2`` with a graph, value and gradient in one launch each; w [matrices]."""
+    """``lambda sum_m w_m ||s_m B_m A_m||_F^2`` with a graph, value and gradient a native call each; w [matrices]."""
     return _Penalty.apply(weight, tuple(scale), weights, *A, *B)
 
 
@@ -210,7 +210,7 @@ def add_penalty_grad_(
     dA: Sequence[Tensor], dB: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor], scale: Sequence[float],
     weights: Tensor, weight: float,
 ) -> None:  # fmt: skip
-    """``dA += 2 lambda w s^2 (B^T B) A``, ``dB += 2 lambda w s^2 B (A A^T)`` in one launch, empty ones left out."""
+    """``dA += 2 lambda w s^2 (B^T B) A``, ``dB += 2 lambda w s^2 B (A A^T)`` in one call, empty ones left out."""
     torch.ops.fastlora.penalty_grad_(dA, dB, A, B, scale, weights, weight)
 
 

@@ -147,7 +147,7 @@ class _Step:
             "samples": torch.as_tensor(samples),
         }
         if "fisher" in self.exact:
-            found = [tracked.sample_squares(path, name) for path, name in tracked.matrices]
+            found = tracked.sample_squares().values()
             parts["squares"] = torch.stack([square.to(self.device) for square, _ in found])
             parts["numbers"] = torch.tensor([number for _, number in found])
         return parts

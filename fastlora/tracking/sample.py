@@ -57,9 +57,7 @@ class Sample:
 
     def _exact(self) -> Found:
         tracked = self.tracked
-        exact = None if self.shared is None else self.shared.exact
-        if exact is None:
-            exact = [tracked.exact_values(path, name) for path, name in tracked.matrices]
+        exact = tracked.exact_values() if self.shared is None else self.shared.exact
         found = {}
         for kind in tracked.weight_kinds:
             numbers = [values.get(kind) for values in exact]

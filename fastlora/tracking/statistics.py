@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,33 +71,57 @@ class Tracked:
         """The leaves of the layers' moments, with ``act_var``."""
         return [probe.V for probe in self.probes.values() if probe.V is not None]
 
-    def exact_values(self, path: str, name: str) -> dict[str, Tensor]:
-        """This step's exact value of each statistic of one matrix; empty where no backward ran through its layer."""
-        layer, taken = self.layers[path], self.taken_of(path, name)
-        if not taken:
-            return {}
-        found = {}
+    def exact_values(self) -> list[dict[str, Tensor]]:
+        """This step's exact value of each statistic of every matrix; empty where no backward ran through its layer."""
+        found: dict[tuple[str, str], dict[str, Tensor]] = {matrix: {} for matrix in self.matrices}
         if {"grad_sq", "grad_abs"} & {*self.kinds}:
-            backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
-            x, dy, offsets = as_one_batch(taken)
-            both = backend.gradstat(x, _columns(layer, name, dy, taken), offsets, absolute="grad_abs" in self.kinds)
-            found["grad_sq"], found["grad_abs"] = both[0]
+            for matrices in self._on_one_input():
+                for matrix, sums in self._gradstat(matrices, as_one_batch, "grad_abs" in self.kinds):
+                    found[matrix] = dict(zip(("grad_sq", "grad_abs"), sums[0], strict=True))
         if "fisher" in self.kinds:
-            total, samples = self.sample_squares(path, name)
-            found["fisher"] = total * fisher_factor(self.loss_reduction, samples)
+            for matrix, (total, samples) in self.sample_squares().items():
+                if self.taken_of(*matrix):
+                    found[matrix]["fisher"] = total * fisher_factor(self.loss_reduction, samples)
+        return list(found.values())
+
+    def sample_squares(self) -> dict[tuple[str, str], tuple[Tensor, int]]:
+        """``Σ_i ||G_i||²`` of every matrix over the samples of this step, and their number."""
+        zeros = {path: torch.zeros((), dtype=torch.float64, device=x.weight.device) for path, x in self.layers.items()}
+        found = {(path, name): (zeros[path], 0) for path, name in self.matrices}
+        for matrices in self._on_one_input():
+            for micro in sorted({call.micro for call in self.taken_of(*matrices[0])}):
+                for matrix, sums in self._gradstat(matrices, by_sample, False, micro):
+                    total, samples = found[matrix]
+                    found[matrix] = total + sums[:, 0].double().sum(), samples + len(sums)
         return found
 
-    def sample_squares(self, path: str, name: str) -> tuple[Tensor, int]:
-        """``Σ_i ||G_i||²`` of one matrix over the samples of this step, and their number."""
-        layer, taken = self.layers[path], self.taken_of(path, name)
-        samples = 0
-        total = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
-        for micro in sorted({call.micro for call in taken}):
-            x, dy, offsets = by_sample([call for call in taken if call.micro == micro])
-            backend, _ = choose(layer.backend, x.device, x.dtype)
-            total += backend.gradstat(x, _columns(layer, name, dy, taken), offsets, absolute=False)[:, 0].double().sum()
-            samples += len(offsets) - 1
-        return total, samples
+    def _on_one_input(self) -> list[list[tuple[str, str]]]:
+        """The matrices with contributions: those together whose calls saw one x, as slices and q, k and v do."""
+        found: list[list[tuple[str, str]]] = []
+        for matrix in self.matrices:
+            if self.taken_of(*matrix) and found and self._alike(found[-1][0], matrix):
+                found[-1].append(matrix)
+            elif self.taken_of(*matrix):
+                found.append([matrix])
+        return found
+
+    def _alike(self, *matrices: tuple[str, str]) -> bool:
+        first, other = (self.taken_of(*matrix) for matrix in matrices)
+        if len(first) != len(other) or len({self.layers[path].backend for path, _ in matrices}) > 1:
+            return False
+        return all(a.micro == b.micro and _same(a.x, b.x) for a, b in zip(first, other, strict=True))
+
+    def _gradstat(
+        self, matrices: Sequence[tuple[str, str]], batch: Callable, absolute: bool, micro: int | None = None
+    ) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """``Backend.gradstat`` of matrices on one input, in one call: (matrix, [runs, 2])."""
+        parts = []
+        for path, name in matrices:
+            calls = [call for call in self.taken_of(path, name) if micro in (None, call.micro)]
+            x, dy, offsets = batch(calls)
+            parts.append(_columns(self.layers[path], name, dy, calls))
+        backend, _ = choose(self.layers[matrices[0][0]].backend, x.device, x.dtype)
+        yield from zip(matrices, backend.gradstat(x, parts, offsets, absolute), strict=True)
 
 
 def _columns(layer: Linear, name: str, dy: Tensor, taken: Sequence[Contribution]) -> Tensor:
@@ -387,6 +411,12 @@ def as_one_batch(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
     x = _joined([call.x.reshape(-1, call.x.shape[-1]) for call in taken])
     dy = _joined([call.dy.reshape(-1, call.dy.shape[-1]).to(x.dtype) for call in taken])
     return x, dy, [0, x.shape[0]]
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same elements of the same memory."""
+    views = [(t.dtype, t.shape, t.stride(), t.storage_offset()) for t in (x, y)]
+    return views[0] == views[1] and x.untyped_storage() is y.untyped_storage()
 
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:

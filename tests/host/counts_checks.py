@@ -15,6 +15,8 @@ from benchmarks.harness import peers
 from benchmarks.harness.shapes import ANCHORS, Problem
 from benchmarks.host import cases
 from benchmarks.host.counts import counts, frames
+from benchmarks.host.null_gpu import NAME
+from fastlora.ops import native
 
 
 def one():
@@ -168,6 +170,18 @@ def steps_of_a_group_on_a_gpu_are_pinned(gpu):
     pinned(found, PINNED_GPU)
 
 
+def variances_of_a_step_are_one_kernel(gpu):
+    """Where the library has CUDA: beside it norms of the probes, one product and the next step's signs."""
+    found = {}
+    there = native._KERNELS | {(name, NAME) for name in ("output_variances", "squared_norms", "philox_signs_")}
+    with torch.device(gpu.device), mock.patch.object(native, "_KERNELS", there):
+        for name in ("probes", "act_var"):
+            variant = peers.ours(Problem(ANCHORS["A2"], torch.bfloat16), name, peers.TRACKED[name])
+            variant.call()
+            found[name] = gpu.count(variant.tracker.step).kernels
+    assert found == {"probes": 3, "act_var": 4}, found
+
+
 def steps_of_a_group_on_the_cpu_are_pinned(gpu):
     found = {}
     with mock.patch.dict(os.environ, FASTLORA_CPU_ENGINE="linear"):  # else the fastest multiplies, which time tells
@@ -180,7 +194,7 @@ def steps_of_a_group_on_the_cpu_are_pinned(gpu):
 CHECKS = (
     frames_are_the_functions_entered, frames_of_a_backward_count, dispatcher_calls_and_allocations_are_counted,
     steps_of_a_layer_count_the_same, steps_of_a_group_on_a_gpu_are_pinned, steps_of_a_group_on_the_cpu_are_pinned,
-    modules_are_as_torch_has_them, statistics_of_two_calls_do_not_add_up,
+    modules_are_as_torch_has_them, variances_of_a_step_are_one_kernel, statistics_of_two_calls_do_not_add_up,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -113,7 +113,9 @@ def test_the_gate_refuses_what_is_wrong(build, monkeypatch):
         variant.problem.dy = variant.problem.dy * 1.01
     elif build == "exact":
         whole = Tracked.exact_values
-        monkeypatch.setattr(Tracked, "exact_values", lambda *args: {"grad_sq": 1.01 * whole(*args)["grad_sq"]})
+        monkeypatch.setattr(
+            Tracked, "exact_values", lambda *args: [{"grad_sq": 1.01 * v["grad_sq"]} for v in whole(*args)]
+        )
     else:
         variant.projections[1].B.data.mul_(1.01)
         problem.expected = (lambda whole: lambda _: whole)(problem.expected(peers.frozen(problem).projections))

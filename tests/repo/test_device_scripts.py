@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from support.executed_lines import lines_of
 
 for name in ("triton", "peft", "timm", "transformers", "matplotlib"):
     pytest.importorskip(name)
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from benchmarks.device import table  # noqa: E402
+from benchmarks.host.build import unavailable  # noqa: E402
 
 VARIANTS = set(
     "frozen frozen_fused peft_bf16 peft_default peft_compiled torch fastlora fastlora_probe fastlora_exact50".split()
 )
+WHOLE = {"frozen", "fastlora", "fastlora_probe", "peft_bf16", "peft_default", "peft_compiled"}
+MODELS = ("deit_base_step", "llama_8_layers_step")
 CASE_NAMES = ("deit_base_qkv", "roberta_base_qkv", "llama3_8b_qkv")
 # Name, case, at most: the targets of the GPU backend.
 TARGETS = [
@@ -33,40 +42,129 @@ TARGETS = [
     *(("probes over the same without", case, "1.01") for case in CASE_NAMES),
     *(("exact gradstat over one weight-gradient matmul", case, "1.15") for case in CASE_NAMES),
     *(("gradstat's memory beyond x and dy, over one bf16 [N,K]", case, "1.00") for case in CASE_NAMES),
-    *(("peak memory over PEFT bf16", case, "0.75") for case in (*CASE_NAMES, "deit_base_step", "llama_8_layers_step")),
+    *(("peak memory over PEFT bf16", case, "0.75") for case in (*CASE_NAMES, *MODELS)),
 ]
 KEYS = "case variant pass mode median_ms p10_ms p90_ms host_us gbps tflops roofline peak_mib".split()
 
 
-def run(module: str, folder: Path, *options: str, **environment: str) -> str:
+# A run, its options and environment. What torch.compile makes of the null GPU's models nobody knows.
+RUNS = {
+    "cpu": ("device.run --dry-run --repeats 2 --cases deit_base_qkv llama3_8b_qkv deit_base_step llama_8_layers_step "
+            "--variants frozen fastlora fastlora_probe peft_bf16 fastlora_exact50 gradstat", {}),
+    "null": ("device.run --dry-run null --repeats 2", {}),
+    "nothing": ("device.run --dry-run --seconds -1", {}),
+    "plot": ("device.plot {folder}/device_cpu.json", {}),
+    "swept": ("device.sweep --dry-run --write {folder}/tiling.py", {"TRITON_INTERPRET": "1"}),
+    "swept_null": ("device.sweep --dry-run null --write {folder}/tiling.py", {}),
+    "compiled": ("device.sweep --dry-run --compile-only", {}),
+}  # fmt: skip
+
+
+class Done(NamedTuple):
+    """What came of a run: its folder, exit status, output, and the lines of ``benchmarks/device`` that ran."""
+
+    folder: Path
+    status: int
+    output: str
+    lines: dict[str, list[int]]
+
+
+def start(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """A Python command in a folder, which has the kernels' cache too unless the environment says otherwise."""
     found = [str(ROOT), str(ROOT / "benchmarks"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(found), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-W", "ignore", "-m", module, "--dry-run", "--output", str(folder), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {**inherited, "TRITON_CACHE_DIR": str(folder), **environment}
+    environment |= {"PYTHONPATH": os.pathsep.join(found), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", *command]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
 
 
-def test_rows_json_table_and_plot(tmp_path):
+@functools.cache
+def done(name: str) -> Done:
+    """A run of ``RUNS``, or the script of that name in ``tests/support``; once, whoever asks."""
+    folder = Path(tempfile.mkdtemp(prefix="device_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if name in ("null", "swept_null", "device_faults") and unavailable() is not None:
+        pytest.skip(unavailable())
+    arguments, environment = RUNS.get(name, (name, {}))
+    if "null" in name:
+        environment = {"TRITON_CACHE_DIR": str(done("compiled").folder)}
+    if name == "plot":
+        shutil.copy(done("cpu").folder / "device_cpu.json", folder)
+    shutil.copy(ROOT / "kernels" / "tiling.py", folder)
+    module, *options = arguments.format(folder=folder).split()
+    options += [] if name in ("plot", "device_faults") else ["--output", str(folder)]
+    tracer, lines = ROOT / "tests" / "support" / "executed_lines.py", folder / "lines.json"
+    found = start(folder, str(tracer), str(lines), str(ROOT / "benchmarks" / "device"), module, *options, **environment)
+    assert lines.exists(), found.stderr[-4000:]
+    return Done(folder, found.returncode, found.stdout + found.stderr, json.loads(lines.read_text()))
+
+
+def right(name: str) -> Done:
+    found = done(name)
+    assert found.status == 0, found.output[-6000:]
+    return found
+
+
+def test_rows_json_table_and_plot():
+    folder, _, shown, _ = right("cpu")
     cases = ["deit_base_qkv", "llama3_8b_qkv", "deit_base_step", "llama_8_layers_step"]
-    variants = ["frozen", "fastlora", "fastlora_probe", "peft_bf16", "fastlora_exact50", "gradstat"]
-    shown = run("device.run", tmp_path, "--repeats", "2", "--cases", *cases, "--variants", *variants)
-    result = json.loads((tmp_path / "device_cpu.json").read_text())
+    variants = ["frozen", "fastlora", "fastlora_probe", "peft_bf16"]
+    result = json.loads((folder / "device_cpu.json").read_text())
     assert list(result) == ["device", "driver", "versions", "commit", "rows"]
     assert all(list(row) == KEYS and row["mode"] == "eager" for row in result["rows"])
     timed = {(row["case"], row["variant"], row["pass"]) for row in result["rows"]}
     for case in cases[:2]:
-        for variant in variants[:4]:
-            assert {(case, variant, p) for p in ("forward", "backward", "both")} <= timed
+        assert {(case, variant, p) for variant in variants for p in ("forward", "backward", "both")} <= timed
         assert {(case, "fastlora_exact50", "both"), (case, "gradstat", "forward")} <= timed
-    assert {(case, variant, "both") for case in cases[2:] for variant in variants[:4]} <= timed
+    assert {(case, variant, "both") for case in cases[2:] for variant in variants} <= timed
     assert all(0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] for row in result["rows"])
-    table = (tmp_path / "device_cpu.md").read_text()
+    table = (folder / "device_cpu.md").read_text()
     assert table in shown and table.count("\n| ") > len(result["rows"])
     assert "Measured ceilings: " in table and "missing" not in table
     assert all(f"| {name} | {case} | {limit} | - | open: not measured |" in table for name, case, limit in TARGETS)
     assert all(re.search(rf"\| {case} \| {variant} \|", table) for case, variant, _ in timed)
-    assert (tmp_path / "device_cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "device_cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (right("plot").folder / "device_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_row_under_real_launches():
+    """On the null GPU everything runs but the kernels: eager and as a graph, which no capture forbids; no verdicts."""
+    folder, _, shown, _ = right("null")
+    rows = json.loads((folder / "device_null_gpu.json").read_text())["rows"]
+    timed = {(row["case"], row["variant"], row["pass"], row["mode"]) for row in rows}
+    once = {"fastlora_exact50": ("both",), "gradstat": ("forward",), "wgrad_library": ("forward",)}
+    expected = {
+        (case, variant, passes, mode)
+        for mode in ("eager", "graph")
+        for case, variants in [*((c, VARIANTS | {*once}) for c in CASE_NAMES), *((c, WHOLE) for c in MODELS)]
+        for variant in variants - {"peft_compiled"}
+        for passes in (("both",) if case in MODELS else once.get(variant, ("forward", "backward", "both")))
+    }
+    assert timed == expected
+    missing = re.findall(r"^- missing: (\w+) (\w+)", shown, re.M)
+    assert set(missing) == {(case, "peft_compiled") for case in (*CASE_NAMES, *MODELS)}, shown[-6000:]
+    assert all(f"| {name} | {case} | {limit} | - | open: not measured |" in shown for name, case, limit in TARGETS)
+
+
+def test_a_run_out_of_time_says_so():
+    found = done("nothing")
+    assert found.status == 1 and "nothing was measured" in found.output
+    assert found.output.count(": out of time") == 3 * len(VARIANTS | {"gradstat", "wgrad_library"}) + 2 * len(WHOLE)
+
+
+def test_every_line_runs_without_a_gpu():
+    """Of ``benchmarks/device``, in the runs above and where something fails on purpose."""
+    ran: dict[str, set[int]] = {}
+    for name in (*RUNS, "device_faults"):
+        for file, lines in (done(name) if name == "nothing" else right(name)).lines.items():
+            ran.setdefault(file, set()).update(lines)
+    left = {
+        f"{file.name}:{line}"
+        for file in (ROOT / "benchmarks" / "device").glob("*.py")
+        for line in lines_of(file) - ran.get(file.name, set())
+    }
+    assert left == set()
 
 
 def row(case: str, variant: str, median: float, peak: float, mode: str = "graph", passes: str = "both") -> dict:
@@ -116,13 +214,12 @@ def test_the_names_are_the_agreed_ones():
     assert models == {"deit_base_step", "llama_8_layers_step"}
 
 
-def test_the_sweep_fills_the_table(tmp_path):
-    target = tmp_path / "tiling.py"
-    target.write_text((ROOT / "kernels" / "tiling.py").read_text())
-    run("device.sweep", tmp_path, "--write", str(target), TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path))
-    rows = json.loads((tmp_path / "sweep.json").read_text())
+@pytest.mark.parametrize(("name", "device"), [("swept", "cpu"), ("swept_null", "null GPU")])
+def test_the_sweep_fills_the_table(name, device):
+    folder = right(name).folder
+    rows = json.loads((folder / "sweep.json").read_text())
     assert not [row for row in rows if "error" in row]
-    specification = importlib.util.spec_from_file_location("filled_tiling", target)
+    specification = importlib.util.spec_from_file_location("filled_tiling", folder / "tiling.py")
     filled = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = filled
     specification.loader.exec_module(filled)
@@ -132,45 +229,16 @@ def test_the_sweep_fills_the_table(tmp_path):
     (only,) = filled.MEASURED["linear", "half"]
     import torch
 
-    device, size = torch.device("cpu"), only[:4]
-    assert filled.choose_tiles("linear", *size, torch.bfloat16, device) == only.choice
-    assert filled.choose_tiles("linear", *size, torch.float32, device).rows == 64
+    cpu, size = torch.device("cpu"), only[:4]
+    assert filled.choose_tiles("linear", *size, torch.bfloat16, cpu) == only.choice
+    assert filled.choose_tiles("linear", *size, torch.float32, cpu).rows == 64
     (strategy,) = filled.MEASURED["forward", "half"]
-    assert filled.choose_strategy("forward", *strategy[:4], torch.float16, device) == strategy.choice
-    assert {verb for verb, _, entry in filled.committed() if "cpu" in entry.reason} == verbs - {"forward", "backward"}
+    assert filled.choose_strategy("forward", *strategy[:4], torch.float16, cpu) == strategy.choice
+    assert {verb for verb, _, entry in filled.committed() if device in entry.reason} == verbs - {"forward", "backward"}
 
 
-WRONG = """
-import torch
-from device import sweep
-from device.cases import TINY
-for name in ("deit_base_qkv", "roberta_base_qkv"):
-    operands = sweep.Operands(TINY[name], "cpu")
-    assert len(operands.W) == (1 if TINY[name].fused else 3)
-    for verb in sweep.VERBS:
-        right = sweep.wanted(operands, verb)
-        off = [part.clone() for part in right]
-        off[0].view(-1)[: off[0].numel() // 8 + 1] = 0
-        shapes = {"linear": lambda parts: ([parts[0]], []), "wgrad": lambda parts: tuple([part] for part in parts)}
-        as_found = shapes.get(verb, lambda parts: parts[0])
-        assert sweep.fault(verb, as_found(right), right) is None
-        assert "wrong by" in sweep.fault(verb, as_found(off), right)
-        off[0].fill_(float("nan"))
-        assert "wrong by nan" in sweep.fault(verb, as_found(off), right)
-"""
-
-
-def test_the_sweep_sees_a_wrong_result():
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
-    done = subprocess.run(
-        [sys.executable, "-c", WRONG], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_the_sweep_compiles_its_candidates_ahead(tmp_path):
-    run("device.sweep", tmp_path, "--compile-only", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
-    assert list(tmp_path.rglob("*.cubin"))
+def test_the_sweep_compiles_its_candidates_ahead():
+    assert list(right("compiled").folder.rglob("*.cubin"))
 
 
 FAKE_PYTHON = """#!/bin/sh
@@ -216,6 +284,24 @@ def test_the_script_refuses_unknown_steps_and_keeps_its_limit(tmp_path):
     )
     done, ran = call_script(tmp_path, LIMIT="0")
     assert done.returncode == 1 and not ran and done.stdout.count("out of time, left out: ") >= 4
+
+
+def test_the_scripts_dry_run_asks_for_no_gpu(tmp_path):
+    done, ran = call_script(tmp_path, DRY_RUN="1")
+    assert done.returncode == 0 and ran == ["bench", "sweep", "bench", "sweep"], done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.count("--dry-run null") for call in calls] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_memcheck_succeeds_by_exit_code_0_alone(tmp_path, code):
+    checker = tmp_path / "compute-sanitizer"
+    checker.write_text(f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" >> "$FAKE/checks"\nexit {code}\n')
+    checker.chmod(0o755)
+    done, _ = call_script(tmp_path, STEPS="sanitize", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == (code != 0) and f"memcheck: exit {code}" in done.stdout
+    checks = (tmp_path / "checks").read_text().splitlines()
+    assert [line.split()[:3] for line in checks] == [["1", "--tool", tool] for tool in ("memcheck", "racecheck")]
 
 
 def test_calls_of_the_documented_steps_fit_nine_minutes():

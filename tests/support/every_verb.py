@@ -154,8 +154,8 @@ def run_gradstat(verb, data, tiles):
     s = data.problem
     offsets, shape = [0, 3, s.M // 2, s.M], (data.dy[0].shape[1], s.K)
     diagonal = torch.zeros(shape, device=DEVICE) if verb == "gradstat_diagonal" else None
-    stat = gradstat.gradstat(data.x, data.dy[0], torch.tensor(offsets, device=DEVICE), tiles, diagonal=diagonal)
-    found = [(stat, reference.gradstat(wide(data.x), wide(data.dy[0]), offsets))]
+    stat = gradstat.gradstat(data.x, data.dy[:1], torch.tensor(offsets, device=DEVICE), tiles, diagonal=diagonal)
+    found = [(stat[0], reference.gradstat(wide(data.x), wide(data.dy[0]), offsets))]
     runs = zip(offsets[:-1], offsets[1:], strict=True)
     squares = sum((wide(data.dy[0])[a:b].T @ wide(data.x)[a:b]).square() for a, b in runs)
     return found if diagonal is None else [*found, (diagonal, squares)]

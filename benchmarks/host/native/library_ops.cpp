@@ -1,4 +1,5 @@
-// fastlora's own operators that have CUDA kernels: outputs and one kernel each. Others take the fallback.
+// fastlora's own operators that have CUDA kernels: their outputs and kernels, for as many matrices as one table holds.
+// Others take the fallback.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -22,17 +23,27 @@ Tensor segment_tiles(const Tensor& ranges, int64_t rows, int64_t block) {
 }
 
 Tensor penalty(TensorList, TensorList, at::ArrayRef<double>, const Tensor& weights) {
-  kernel("penalty");
+  for (const char* name : {"grams", "sum_grams", "penalty", "total"}) kernel(name);
   return at::empty({}, weights.options().dtype(at::kFloat));
 }
 
 void penalty_grad_(TensorList, TensorList, TensorList, TensorList, at::ArrayRef<double>, const Tensor&, double) {
-  kernel("penalty_grad_");
+  for (const char* name : {"grams", "sum_grams", "penalty_grad"}) kernel(name);
 }
 
 Tensor squared_norms(TensorList tensors) {
-  kernel("squared_norms");
+  kernel("norms");
+  for (const Tensor& tensor : tensors) {
+    if (tensor.numel() <= 8192) continue;  // of more than one chunk
+    kernel("sum_norms");
+    break;
+  }
   return at::empty({static_cast<int64_t>(tensors.size())}, tensors[0].options().dtype(at::kDouble));
+}
+
+Tensor output_variances(TensorList moments, at::IntArrayRef, at::IntArrayRef sizes) {
+  kernel("variances");
+  return at::empty({static_cast<int64_t>(sizes.size())}, moments[0].options());
 }
 
 void resize_ranks_(TensorList, TensorList) { kernel("resize_ranks_"); }
@@ -45,6 +56,7 @@ TORCH_LIBRARY_IMPL(fastlora, PrivateUse1, m) {
   m.impl("penalty", &penalty);
   m.impl("penalty_grad_", &penalty_grad_);
   m.impl("squared_norms", &squared_norms);
+  m.impl("output_variances", &output_variances);
   m.impl("resize_ranks_", &resize_ranks_);
   m.impl("philox_signs_", &philox_signs_);
 }

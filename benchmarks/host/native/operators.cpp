@@ -7,6 +7,7 @@
 #include <ATen/WrapDimUtils.h>
 #include <ATen/WrapDimUtilsMulti.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/native/ConvUtils.h>
 #include <ATen/native/Resize.h>
 #include <ATen/native/TypeProperties.h>
 #include <ATen/ops/as_strided_cpu_dispatch.h>
@@ -117,6 +118,13 @@ Scalar local_scalar_dense(const Tensor& self) {
 }
 
 // Products.
+Tensor convolution(const Tensor& x, const Tensor& weight, const optional<Tensor>&, IntArrayRef stride,
+                   IntArrayRef padding, IntArrayRef dilation, bool transposed, IntArrayRef, int64_t) {
+  TORCH_CHECK(!transposed, "the null GPU has no transposed convolution");
+  gemm("convolution");
+  return made(at::native::conv_output_size(x.sizes(), weight.sizes(), padding, stride, dilation), x.scalar_type());
+}
+
 Tensor mm(const Tensor& a, const Tensor& b) {
   TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "mm: ", a.sizes(), " by ", b.sizes());
   TORCH_CHECK(a.scalar_type() == b.scalar_type(), "mm: ", a.scalar_type(), " by ", b.scalar_type());
@@ -288,6 +296,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("_local_scalar_dense", &local_scalar_dense);
+  m.impl("convolution_overrideable", &convolution);
   m.impl("mm", &mm);
   m.impl("mm.out", &mm_out);
   m.impl("addmm", &addmm);

@@ -28,18 +28,21 @@ Tensor wrapped(const at::Scalar& number) {
   return tensor;
 }
 
-// Every tensor and Scalar among the arguments is an input; one that is written to is the output.
+// Every tensor among the arguments is an input, and the first Scalar (as much as an iterator takes on a device); a
+// tensor that is written to is the output.
 template <Result result>
 void pointwise(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const size_t first = stack->size() - arguments.size();
   Tensor out;
   c10::SmallVector<Tensor, 4> inputs;
+  bool scalar = false;
   for (size_t i = 0; i < arguments.size(); ++i) {
     const c10::IValue& value = (*stack)[first + i];
     if (value.isTensor()) inputs.push_back(value.toTensor());
-    if (value.isScalar() && arguments[i].type()->kind() != c10::TypeKind::BoolType) {
+    if (value.isScalar() && arguments[i].type()->kind() != c10::TypeKind::BoolType && !scalar) {
       inputs.push_back(wrapped(value.toScalar()));
+      scalar = true;
     }
     const auto* alias = arguments[i].alias_info();
     if (alias != nullptr && alias->isWrite()) out = value.toTensor();

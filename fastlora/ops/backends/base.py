@@ -36,8 +36,8 @@ class Backend(Protocol):
         """
         ...
 
-    def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = True) -> Tensor:
-        """Sum of squares and of absolute values of dy^T x per run of rows: [runs, 2].
+    def gradstat(self, x: Tensor, dy: Sequence[Tensor], offsets: Sequence[int], absolute: bool = True) -> Tensor:
+        """Sum of squares and of absolute values of each dy_i^T x per run of rows: [matrices, runs, 2].
 
         Without ``absolute`` the second column is zero, and short runs may cost less.
         """
@@ -187,9 +187,9 @@ class ComposedBackend:
             self.kernels.expand_(part, dh, [a.to(dh.dtype)], [layout.offsets[i]], [0], [1.0], False)
             dx += self._dropout(call, g, mine, part, i)
 
-    def gradstat(self, x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = True) -> Tensor:
+    def gradstat(self, x: Tensor, dy: Sequence[Tensor], offsets: Sequence[int], absolute: bool = True) -> Tensor:
         """As ``Backend.gradstat``."""
-        return self.kernels.gradstat(x, dy, offsets, absolute)
+        return torch.stack([self.kernels.gradstat(x, part, offsets, absolute) for part in dy])
 
     def moments(self, y: Tensor) -> Tensor:
         """As ``Backend.moments``."""

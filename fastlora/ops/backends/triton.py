@@ -213,14 +213,14 @@ class TritonBackend:
     def gradstat(
         self,
         x: Tensor,
-        dy: Tensor,
+        dy: Sequence[Tensor],
         offsets: Sequence[int] | Tensor,
         absolute: bool = True,
         diagonal: Tensor | None = None,
     ) -> Tensor:
-        """As ``Backend.gradstat``; both sums come out of one pass.
+        """As ``Backend.gradstat``; all sums come out of one launch.
 
-        ``diagonal``: contiguous fp32 [N, K] to which the runs' squared entries are added.
+        ``diagonal``: contiguous fp32 [sum N_i, K] to which the runs' squared entries are added.
         """
         _same_device(x=x, dy=dy, diagonal=diagonal)
         if isinstance(offsets, Tensor):

@@ -34,25 +34,37 @@ float penalty(const void* const* pointers, const int64_t* sizes, const int* type
     const int64_t* s = sizes + 7 * m;
     const int* t = types + 4 * m;
     entries.push_back({p[0], p[1], const_cast<void*>(p[2]), const_cast<void*>(p[3]), s[0], s[1], s[2], s[3], s[4], s[5],
-                       s[6], grams, scales[m], Number{t[0]}, Number{t[1]}, Number{t[2]}, Number{t[3]}});
-    grams += 2 * s[6] * s[6];
+                       s[6], grams, 0, scales[m], Number{t[0]}, Number{t[1]}, Number{t[2]}, Number{t[3]}});
+    grams += gram_floats(entries.back());
   }
   float total = -77.0f;
+  std::vector<float> scratch(static_cast<size_t>(grams), -77.0f);
   if (gradient) {
-    std::vector<float> scratch(static_cast<size_t>(grams), -77.0f);
     add_penalty_grad(entries, weights, Number{weight_type}, weight, scratch.data(), nullptr);
     total = static_cast<float>(std::count(scratch.begin(), scratch.end(), -77.0f));
   } else {
     std::vector<double> values(static_cast<size_t>(count), -77.0);
-    write_penalty(entries, weights, Number{weight_type}, values.data(), &total, nullptr);
+    write_penalty(entries, weights, Number{weight_type}, scratch.data(), values.data(), &total, nullptr);
   }
   return total;
 }
 
 void squared_norms(const void* const* pointers, const int64_t* counts, const int* types, int64_t count, double* out) {
   std::vector<NormEntry> entries;
-  for (int64_t i = 0; i < count; ++i) entries.push_back({pointers[i], counts[i], Number{types[i]}});
-  write_norms(entries, out, nullptr);
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    entries.push_back({pointers[i], counts[i], Number{types[i]}, 0});
+    blocks += norm_blocks(counts[i]);
+  }
+  std::vector<double> partial(static_cast<size_t>(blocks), -77.0);
+  write_norms(entries, partial.data(), out, nullptr);
+}
+
+// runs: columns of y, first column and columns of the run
+void output_variances(const double* const* sums, const int64_t* runs, int64_t count, double* out) {
+  std::vector<VarianceEntry> entries;
+  for (int64_t i = 0; i < count; ++i) entries.push_back({sums[i], runs[3 * i], runs[3 * i + 1], runs[3 * i + 2]});
+  write_variances(entries, out, nullptr);
 }
 
 // Per matrix: to, from; ldt, lds, rows, columns, kept rows, kept columns, bytes of an element.

@@ -113,7 +113,8 @@ def test_tiles(kernels, adapters, block):
 
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-SHAPES = [(8, 33, 50), (1, 1, 1), (17, 40, 90), (0, 6, 7), (3, 0, 70), (40, 5, 2)]
+# Rank, width, depth; the last is several chunks each way, with a rest.
+SHAPES = [(8, 33, 50), (1, 1, 1), (17, 40, 90), (0, 6, 7), (3, 0, 70), (40, 5, 2), (18, 1100, 513)]
 
 
 def array(kind, values):
@@ -177,7 +178,7 @@ def test_penalty_gradient_in_low_precision_and_left_out(kernels):
 
 
 def test_more_matrices_than_one_table_holds(kernels):
-    shapes = [(1 + i % 2, 3, 4) for i in range(500)]
+    shapes = [(1 + i % 2, 3, 4) for i in range(240)]
     A, B, scales, weights = factors(torch.float32, shapes)
     exact = weighted_penalty(A, B, scales, weights)
     assert penalty(kernels, A, B, None, None, scales, weights) == pytest.approx(float(exact), rel=1e-5)
@@ -190,7 +191,7 @@ def test_more_matrices_than_one_table_holds(kernels):
 
 def test_squared_norms(kernels):
     kernels.set_seed(5)
-    tensors = [torch.randn(n).to(dtype) for dtype in TYPES for n in (0, 1, 511, 1500)]
+    tensors = [torch.randn(n).to(dtype) for dtype in TYPES for n in (0, 1, 511, 8192, 8193, 20000)]
     tensors += torch.randn(1400).split(1)  # more than one table holds
     out = torch.full((len(tensors),), -5.0, dtype=torch.float64)
     kernels.squared_norms(
@@ -202,6 +203,36 @@ def test_squared_norms(kernels):
     )
     exact = torch.stack([t.double().square().sum() for t in tensors])
     torch.testing.assert_close(out, exact, rtol=1e-13, atol=0)
+
+
+def test_output_variances(kernels):
+    kernels.set_seed(6)
+    layers = [[5], [], [300, 0, 40], [1] * 1200]  # more runs than one table holds
+    y = [torch.randn(33, sum(runs), dtype=torch.float64) + 3.0 for runs in layers]
+    y[0][:, 2] = 0.1  # constant: a variance that rounds below 0
+    rows = torch.full((2, 1), 33.0, dtype=torch.float64)
+    sums = [torch.cat([torch.stack([t.sum(0), t.square().sum(0)]), rows], dim=1) for t in y]
+    firsts = [[sum(runs[:i]) for i in range(len(runs))] for runs in layers]
+    each = [
+        (s, [sum(r), f, n]) for s, r, fs in zip(sums, layers, firsts, strict=True) for f, n in zip(fs, r, strict=True)
+    ]
+    out = torch.full((len(each),), -5.0, dtype=torch.float64)
+
+    def run():
+        pointers = array(ctypes.c_void_p, [s.data_ptr() for s, _ in each])
+        runs = array(ctypes.c_int64, [number for _, numbers in each for number in numbers])
+        kernels.output_variances(pointers, runs, ctypes.c_int64(len(each)), pointer(out))
+
+    run()
+    parts = [part for t, runs in zip(y, layers, strict=True) for part in t.split(runs, dim=1)]
+    exact = torch.stack([(part - part.mean(0)).square().mean(0).sum() for part in parts])
+    torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
+    sums[0][:] = torch.tensor([[3.0], [3.0 - 1e-9]], dtype=torch.float64)
+    sums[0][:, -1] = 3.0
+    sums[2][1, 5] = float("nan")
+    sums[3][:, -1] = 0.0
+    run()
+    assert out[0] == 0.0 and out[1].isnan() and out[2] == 0.0 and not out[3].isnan() and not out[4:].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", TYPES)

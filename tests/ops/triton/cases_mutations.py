@@ -140,8 +140,22 @@ def off_shrink_linear_backward(module, data, p):
 
 def off_gradstat(module, data, p):
     offsets = [0, 11, data.problem.M]
-    found = module.gradstat(data.x, data.dy[0], torch.tensor(offsets, device=DEVICE), TILES)
-    return error(found, reference.gradstat(wide(data.x), wide(data.dy[0]), offsets))
+    found = module.gradstat(data.x, data.dy, torch.tensor(offsets, device=DEVICE), TILES)
+    wanted = [reference.gradstat(wide(data.x), wide(part), offsets) for part in data.dy]
+    return error(found, torch.stack(wanted))
+
+
+def off_split(module, data, p):
+    x, dy = data.x.repeat(9, 1), data.dy[0].repeat(9, 1)
+    found = module.gradstat(x, [dy], torch.tensor([0, len(x)], device=DEVICE), TILES)
+    return error(found[0], reference.gradstat(wide(x), wide(dy), [0, len(x)]))
+
+
+def off_tiles(module, data, p):
+    partial, out = torch.randn(5, 3, 256, device=DEVICE), torch.empty(5, 2, device=DEVICE)
+    module.reduce_tiles(partial, out)
+    tiles = wide(partial).sum(1)
+    return error(out, torch.stack([tiles.square().sum(1), tiles.abs().sum(1)], 1))
 
 
 def off_linear_tma(module, data, p):
@@ -155,7 +169,7 @@ def off_linear_tma_even(module, data, p):
 def off_diagonal(module, data, p):
     offsets, dy = [0, 11, data.problem.M], data.dy[0]
     diagonal = torch.ones(dy.shape[1], data.problem.K, device=DEVICE)
-    module.gradstat(data.x, dy, torch.tensor(offsets, device=DEVICE), TILES, diagonal=diagonal)
+    module.gradstat(data.x, [dy], torch.tensor(offsets, device=DEVICE), TILES, diagonal=diagonal)
     runs = zip(offsets[:-1], offsets[1:], strict=True)
     return error(diagonal, 1 + sum((wide(dy)[a:b].T @ wide(data.x)[a:b]).square() for a, b in runs))
 
@@ -223,6 +237,13 @@ MUTATIONS = {
     "wgrad: last row lost": ("wgrad", "tl.minimum(first + rows, M)", "tl.minimum(first + rows, M - 3)", off_wgrad, 0.0),
     "wgrad: a rank as probe": ("wgrad", f"{FIRST_PROBE} - ranks", FIRST_PROBE, off_wgrad, 0.0),
     "wgrad: partials overwritten": ("wgrad", "i_part.to(tl.int64) * reveal", "0 * reveal", off_wgrad, 0.0),
+    "gradstat: run boundary": ("gradstat", "count = (last - first).to", "count = (last - first - 1).to",
+                               off_gradstat, 0.0),
+    "gradstat: the first matrix alone": ("gradstat", "select_matrix(dy, i_part)", "select_matrix(dy, i_part * 0)",
+                                         off_gradstat, 0.0),
+    "gradstat: a part of the rows twice": ("gradstat", "tl.program_id(2) * each", "0 * each", off_split, 0.0),
+    "gradstat: squares before the sum": ("reduce", "b_squares += b_sum * b_sum", "b_squares += b_sum", off_tiles,
+                                         0.0),
     "one pass: rows twice": ("expand_backward", "tl.minimum(M, (i_part + 1) * rows)", "M", off_expand_backward, 0.0),
     "one pass: columns twice": ("expand_backward", "tl.minimum(N, first + span)", "N", off_expand_backward, 0.0),
     "one pass: columns of the first": ("expand_backward", "tl.program_id(2) * span", "0 * span", off_expand_backward,
@@ -243,7 +264,6 @@ MUTATIONS = {
                                         "static_range(len(dy.data) - 1)", off_shrink_linear_backward, 0.0),
     "dh beside dx: A of the first": ("shrink_linear_backward", "A.data[i] +", "A.data[0] +",
                                      off_shrink_linear_backward, 0.0),
-    "gradstat: run boundary": ("gradstat", "(last - first).to", "(last - first - 1).to", off_gradstat, 0.0),
     "diagonal: last run only": ("gradstat", "b_squares += b_acc", "b_squares = b_acc", off_diagonal, 0.0),
     "diagonal: overwritten": ("gradstat", "b_squares + tl.load(", "b_squares + 0 * tl.load(", off_diagonal, 0.0),
     "covariance: one weight": ("gradstat", "scale = tl.load(weight)", "scale = tl.load(weight) * 0.5",

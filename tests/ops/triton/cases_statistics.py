@@ -28,12 +28,30 @@ KINDS = {
 kinds = pytest.mark.parametrize(("dtype", "factors"), KINDS.values(), ids=KINDS)
 
 
+def all_parts(x, dy, offsets):
+    """[matrices, runs, 2] in float64."""
+    return torch.stack([reference.gradstat(wide(x), wide(part), offsets) for part in dy])
+
+
 @kinds
 def test_gradstat(dtype, factors):
-    x, dy = (torch.randn(53, n + 3, device=DEVICE).to(dtype)[:, :n] for n in (40, 35))
+    x, *dy = (torch.randn(53, n + 3, device=DEVICE).to(dtype)[:, :n] for n in (40, 35, 1, 0, 16))
     offsets = [0, 0, 7, 40, 53]
     found = gradstat.gradstat(x, dy, torch.tensor(offsets, device=DEVICE), SMALL)
-    assert_close(found, reference.gradstat(wide(x), wide(dy), offsets), torch.float32, "gradstat")
+    assert_close(found, all_parts(x, dy, offsets), torch.float32, "gradstat")
+
+
+@kinds
+@pytest.mark.parametrize(("offsets", "parts"), [([0, 300], 4), ([0, 17, 300], 2), ([0, 0, 300], 2), ([0, 3, 300], 2)])
+def test_rows_are_split_where_tiles_are_few(dtype, factors, offsets, parts, monkeypatch):
+    x, *dy = (torch.randn(300, n + 3, device=DEVICE).to(dtype)[:, :n] for n in (20, 35, 17))
+    grids, real = [], gradstat.launch
+    monkeypatch.setattr(gradstat, "launch", lambda *given, **options: grids.append(given[1]) or real(*given, **options))
+    ends = torch.tensor(offsets, device=DEVICE)
+    found = gradstat.gradstat(x, dy, ends, SMALL)
+    assert grids == [(10, len(offsets) - 1, parts)]
+    assert_close(found, all_parts(x, dy, offsets), torch.float32, "gradstat")
+    assert torch.equal(gradstat.gradstat(x, dy, ends, SMALL), found)
 
 
 def test_more_runs_than_a_grid_takes(monkeypatch):
@@ -46,9 +64,9 @@ def test_more_runs_than_a_grid_takes(monkeypatch):
     monkeypatch.setattr(gradstat, "launch", launch)
     monkeypatch.setattr(gradstat, "GRID_LIMIT", 3)
     offsets = [0, 5, 7, 7, 20, 31, 40, 53]
-    found = gradstat.gradstat(x, dy, torch.tensor(offsets, device=DEVICE), SMALL)
+    found = gradstat.gradstat(x, [dy], torch.tensor(offsets, device=DEVICE), SMALL)
     assert [grid[1] for grid in grids] == [3, 3, 1]
-    assert_close(found, reference.gradstat(wide(x), wide(dy), offsets), torch.float32, "gradstat")
+    assert_close(found, all_parts(x, [dy], offsets), torch.float32, "gradstat")
 
 
 def test_splits_fit_the_grid():
@@ -74,7 +92,7 @@ def test_no_matrix_of_the_weight_is_allocated(monkeypatch):
     sizes, real = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *s, **o: sizes.append(real(*s, **o)) or sizes[-1])
     x, dy = torch.randn(30, 64, device=DEVICE), torch.randn(30, 64, device=DEVICE)
-    gradstat.gradstat(x, dy, torch.tensor([0, 30], device=DEVICE), SMALL)
+    gradstat.gradstat(x, [dy], torch.tensor([0, 30], device=DEVICE), SMALL)
     assert sum(t.numel() for t in sizes) < 64
 
 
@@ -86,13 +104,13 @@ def squares(x, dy, offsets):
 
 @kinds
 def test_diagonal(dtype, factors):
-    x, dy = (torch.randn(53, n + 3, device=DEVICE).to(dtype)[:, :n] for n in (40, 35))
+    x, *dy = (torch.randn(53, n + 3, device=DEVICE).to(dtype)[:, :n] for n in (40, 35, 20))
     offsets = [0, 0, 7, 40, 53]
-    before = torch.rand(35, 40, device=DEVICE)
+    before = torch.rand(55, 40, device=DEVICE)
     diagonal = before.clone()
     found = gradstat.gradstat(x, dy, torch.tensor(offsets, device=DEVICE), SMALL, diagonal=diagonal)
-    assert_close(found, reference.gradstat(wide(x), wide(dy), offsets), torch.float32, "gradstat")
-    assert_close(diagonal, wide(before) + squares(x, dy, offsets), torch.float32, "diagonal")
+    assert_close(found, all_parts(x, dy, offsets), torch.float32, "gradstat")
+    assert_close(diagonal, wide(before) + squares(x, torch.cat(dy, 1), offsets), torch.float32, "diagonal")
 
 
 def test_padded_and_packed_samples_agree():
@@ -103,11 +121,11 @@ def test_padded_and_packed_samples_agree():
         for source, target in zip(packed, padded, strict=True):
             target[i, : len(rows)] = source[rows]
     ends = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
-    found = gradstat.gradstat(*packed, ends, SMALL)
+    found = gradstat.gradstat(packed[0], packed[1:], ends, SMALL)
     every = torch.arange(len(lengths) + 1, device=DEVICE) * max(lengths)
-    same = gradstat.gradstat(*(t.flatten(0, 1) for t in padded), every, SMALL)
+    same = gradstat.gradstat(padded[0].flatten(0, 1), [padded[1].flatten(0, 1)], every, SMALL)
     assert_close(same, wide(found), torch.float32, "padded")
-    assert (found[3] == 0).all()
+    assert (found[0, 3] == 0).all()
 
 
 @pytest.mark.parametrize(("M", "N"), [(21, 50), (3, 7), (0, 5)])
@@ -141,7 +159,7 @@ def test_out_of_memory_leaves_the_diagonal_as_it_was(monkeypatch):
         kept = torch.full((48, 32), 7.0, device=DEVICE)
         monkeypatch.setattr(torch, "empty", empty)
         try:
-            gradstat.gradstat(data.x, data.dy[0], offsets, SMALL, diagonal=kept)
+            gradstat.gradstat(data.x, data.dy[:1], offsets, SMALL, diagonal=kept)
         except torch.OutOfMemoryError:
             assert (kept == 7.0).all()
             assert fatal < 4

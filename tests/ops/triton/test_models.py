@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 pytest.importorskip("triton")
 from support import model_zoo  # noqa: E402
@@ -30,3 +32,35 @@ def test_a_step_of_a_whole_model(name, monkeypatch):
     assert {"linear_kernel", "expand_kernel"} & set(launched)
     adapters = {key: p.grad for key, p in model.named_parameters() if "lora_" in key}
     assert [key for key, grad in adapters.items() if grad is None or grad.device != META] == []
+
+
+class Attention(nn.Module):
+    """q, k and v of one input, of unequal sizes, in one matrix or three; a projection of another input."""
+
+    def __init__(self, fused: bool):
+        super().__init__()
+        if fused:
+            self.qkv = nn.Linear(32, 96)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = nn.Linear(32, 64), nn.Linear(32, 16), nn.Linear(32, 16)
+        self.out_proj = nn.Linear(96, 32)
+
+    def forward(self, x):
+        y = [layer(x) for name, layer in self.named_children() if name != "out_proj"]
+        return self.out_proj(torch.cat(y, -1))
+
+
+@pytest.mark.parametrize("statistic", ["grad_sq", "fisher"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_exact_statistics_take_one_launch_an_input(fused, statistic, monkeypatch):
+    """The slices of a fused matrix, or q, k and v on one input, are one product."""
+    model = nn.Sequential(Attention(fused), Attention(fused))
+    names = ["qkv" if fused else r"(q|k|v)_proj", "out_proj"]
+    model = fastlora.inject(model, config(target_modules=rf".*\.({'|'.join(names)})", r=2, split_qkv=True)).to(META)
+    launched = record_launches(monkeypatch)
+    with fastlora.track(model, estimator="exact", statistics=(statistic,)) as tracker:
+        assert len(tracker.matrices) == 8
+        model(torch.randn(3, 5, 32, device=META, requires_grad=True)).square().sum().backward()
+        assert "gradstat_kernel" not in launched
+        tracker.step()
+    assert launched.count("gradstat_kernel") == launched.count("reduce_pairs_kernel") == 4

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastlora.kernels import compile_report, linear, tiling  # noqa: E402
+from fastlora.kernels import compile_report, gradstat, linear, tiling  # noqa: E402
 from fastlora.kernels.tiling import Limits, Measurement, TileConfig  # noqa: E402
 
 from benchmarks.host.limits import GPUS  # noqa: E402
@@ -136,6 +136,24 @@ def test_sums_of_squares_fill_half_of_the_chip_where_their_matrix_can(N, K, runs
         e.tile for e in tiling._TABLE["gradstat", "half"] if e.tile.rows * e.tile.columns > tile.rows * tile.columns
     ]
     assert all(2 * programs(other) < 132 for other in larger)
+
+
+@pytest.mark.parametrize(("operation", "rows"), [("gradstat", 128), ("gradstat_diagonal", 64), ("covariance", 64)])
+def test_unaligned_rows_leave_out_the_largest_tile(operation, rows, monkeypatch):
+    """Compiled for them it keeps 96 to 368 bytes on the stack."""
+    found, N = [], 4096
+    monkeypatch.setattr(gradstat, "launch", lambda *given, TILE, OPTIONS: found.append(TILE))
+    monkeypatch.setattr(gradstat, "reduce_pairs", lambda *given: None)
+    offsets = torch.empty(2, dtype=torch.int64, device="meta")
+    for K in (1024, 1023):
+        x, dy = (torch.empty(8192, n, dtype=torch.bfloat16, device="meta") for n in (K, N))
+        if operation == "covariance":
+            gradstat.covariance(torch.empty(8192, 4 * K, dtype=torch.bfloat16, device="meta")[:, : 4 * 1023])
+        else:
+            diagonal = torch.empty(N, K, device="meta") if operation == "gradstat_diagonal" else None
+            gradstat.gradstat(x, [dy], offsets, diagonal=diagonal)
+    largest = next(entry.tile for entry in tiling._TABLE[operation, "half"])
+    assert found[0] == largest != found[1] and found[1].rows == rows
 
 
 def test_a_persistent_grid_has_a_program_for_every_place(monkeypatch):
