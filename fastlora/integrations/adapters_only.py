@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import whole
@@ -66,7 +67,13 @@ def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = ""
     names = _parameters(model)
     trained = _trained(model)
     partial = not any(f"{path}.weight" in given for path in layers)
-    differences = _rank_differences({n: p for n, p in names.items() if _matrix(n)}, given)
+    started = {n: b for n, b in model.named_buffers() if _matrix(n)}
+    differences = _rank_differences({n: p for n, p in names.items() if _matrix(n)} | started, given)
+    differences += [
+        f"{n} is another in the checkpoint: the model was initialized from other data"
+        for n, b in started.items()
+        if n in given and b.shape == given[n].shape and not torch.equal(b, given[n].to(b))
+    ]
     if partial:
         differences += _other_differences(model, names, trained, given)
     if differences:

@@ -78,6 +78,9 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
                 f"init_lora_weights: {each.init_lora_weights!r} changes the weight that adapters share, so that the "
                 "files of the others would not fit the base; it takes a model with one adapter"
             )
+    started = next((p for p, x in adapted_layers(model).items() if any(f.starts() for f in x.lora_A.values())), None)
+    if started is not None:
+        raise ValueError(f"model: the weight of {started!r} lies in part in its adapter, and another would not fit it")
     saved = find_modules_to_save(model, config)
     names = find_targets(model, config, saved)
     refuse_tying(model, given, names, saved)

@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
-from ..config import FROM_WEIGHT, ROLES, LoraConfig
+from ..config import FROM_DATA, FROM_WEIGHT, ROLES, LoraConfig
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, new_factors
 from ..nn.frozen import FrozenLinear
 from ..nn.initialise import new_bias, start_from_weight
@@ -115,8 +115,9 @@ def inject(
     watch_learning(model, check)
     watch_savers(model)
     watch_places(model)
-    if config.init_lora_weights == "eva":
-        logger.warning("init_lora_weights='eva': A is random until fastlora.initialize_eva(model, covariances)")
+    if config.init_lora_weights in FROM_DATA:
+        name = config.init_lora_weights
+        logger.warning("init_lora_weights=%r: A is random until fastlora.%s", name, FROM_DATA[name])
     return model
 
 
