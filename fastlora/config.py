@@ -49,6 +49,20 @@ _PEFT_NEUTRAL = {
 
 # Initialisations that move a part of the frozen weight into the factors: W + s B A is what W was.
 FROM_WEIGHT = ("pissa", "olora")
+_NITER = re.compile(r"pissa_niter_(\d+)")
+
+
+def power_iterations(init: Any) -> int | None:
+    """n of ``"pissa_niter_n"``, whose part of W is a random estimate that nobody could have again from a file."""
+    found = _NITER.fullmatch(init) if isinstance(init, str) else None
+    return None if found is None else int(found[1])
+
+
+def takes_weight(init: Any) -> bool:
+    """Whether an initialisation moves a part of the frozen weight into the factors."""
+    return init in FROM_WEIGHT or power_iterations(init) is not None
+
+
 # Initialisations that start as True does, and the function that makes more of them.
 FROM_DATA = {
     "eva": "initialize_eva(model, covariances)",
@@ -57,7 +71,6 @@ FROM_DATA = {
 }
 # Those of PEFT that are not here, and why.
 _NOT_HERE = {
-    "pissa_niter": "a random subspace, from which nobody could have the changed weight again; use 'pissa'",
     "mica": "B frozen and A trained; use 'olora', or freeze lora_B after inject",
     "loftq": "weights rounded to a grid; quantize the model first and use True",
 }
@@ -140,6 +153,8 @@ class LoraConfig:
     - ``init_lora_weights``: True, ``"gaussian"`` (A normal / r, B zero), False (both random), ``"orthogonal"`` (even
       r), or, with ``W ← W − s B A``, ``"pissa"`` (leading singular vectors of W) and ``"olora"`` (its QR factors): as
       in PEFT the frozen weight is then the rest, with the adapter disabled and for who loads the file, too.
+      ``"pissa_niter_n"`` estimates pissa's by a random subspace and n power iterations; its files are plain LoRA of
+      twice the rank, with what was taken out of W beside A and B.
       ``"eva"``, ``"corda"`` and ``"lora_ga"`` are True until ``fastlora.initialize_eva``, ``initialize_corda`` or
       ``initialize_lora_ga`` has seen the data.
     - ``lora_bias``: a trained bias beside B, ``y += s b_B``. ``use_dora``: rows of the sum have a trained length m,
@@ -200,7 +215,8 @@ class LoraConfig:
         if reason is not None:
             raise ValueError(f"init_lora_weights: {init!r} is not implemented: it takes {reason}")
         for name, accepted in _CHOICES.items():
-            check_choice(name, getattr(self, name), accepted)
+            if name != "init_lora_weights" or power_iterations(init) is None:
+                check_choice(name, getattr(self, name), accepted)
         _check_split(self.split_qkv)
         dtype = self.adapter_dtype
         if dtype is not None:

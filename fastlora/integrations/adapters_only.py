@@ -70,7 +70,7 @@ def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = ""
     started = {n: b for n, b in model.named_buffers() if _matrix(n)}
     differences = _rank_differences({n: p for n, p in names.items() if _matrix(n)} | started, given)
     differences += [
-        f"{n} is another in the checkpoint: the model was initialized from other data"
+        f"{n} is another in the checkpoint: the model was initialized from other data, or another seed"
         for n, b in started.items()
         if n in given and b.shape == given[n].shape and not torch.equal(b, given[n].to(b))
     ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._utils.distributed import refuse_parallel, several_processes
 from .._utils.errors import check_choice, check_instance, wrong_value
 from .._utils.torch_compat import assert_async
-from ..config import FROM_WEIGHT, LoraConfig
+from ..config import LoraConfig, takes_weight
 from ..nn.active import NO_ADAPTERS, refuse_merged
 from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
@@ -73,7 +73,7 @@ def add_adapter(model: nn.Module, name: str, config: Any) -> nn.Module:
     if config.bias != "none":
         raise wrong_value("bias", "'none' for an adapter that shares its base with others", config.bias)
     for each in (config, *getattr(model, "fastlora_configs", {}).values()):
-        if each.init_lora_weights in FROM_WEIGHT:
+        if takes_weight(each.init_lora_weights):
             raise ValueError(
                 f"init_lora_weights: {each.init_lora_weights!r} changes the weight that adapters share, so that the "
                 "files of the others would not fit the base; it takes a model with one adapter"

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_integer, check_number, listed, wrong_value
 from ..nn.active import chosen_adapter
-from ..nn.adapter import START
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, QKVLinear, adapted_layers, matrix_key
 from ..tracking.calibrate import backward_passes, preserve_model_state
@@ -267,7 +266,7 @@ def _begin(slices: list[_Slice], starts: list[tuple[Tensor, Tensor]], adapter: s
         for module, value in zip((layer.lora_A[adapter], layer.lora_B[adapter]), factors, strict=True):
             parameter = getattr(module, each.part)
             parameter.copy_(value)
-            module.register_buffer(START + each.part, parameter.detach().clone())
+            module.keep_start(each.part)
             kept.append(parameter.detach().to(each.weight().dtype))
         weight, rows = layer.weight.detach().clone(), layer.slices.rows(each.part)
         s = layer.adapter_specs[adapter].scale[each.part]

@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
-from ..config import FROM_DATA, FROM_WEIGHT, ROLES, LoraConfig
+from ..config import FROM_DATA, ROLES, LoraConfig, takes_weight
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, new_factors
 from ..nn.frozen import FrozenLinear
 from ..nn.initialise import new_bias, start_from_weight
@@ -307,7 +307,7 @@ def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, ro
         attach_state(layer, planned.slices, config, router, planned.path)
         take_over(model, planned.path, layer)
     layer.install(adapter, planned.spec, *planned.factors)
-    if planned.spec.init in FROM_WEIGHT:
+    if takes_weight(planned.spec.init):
         start_from_weight(layer, adapter)
     B = planned.factors[1]
     if config.lora_bias:

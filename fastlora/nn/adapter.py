@@ -106,6 +106,10 @@ class Factors(nn.Module):
         found = {name: getattr(self, name, None) for name in ("bias", "magnitude")}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    def keep_start(self, name: str) -> None:
+        """Remember a slice's factor as it is: a part of the weight that was taken out of it."""
+        self.register_buffer(START + name, getattr(self, name).detach().clone())
+
     def starts(self) -> dict[str, Tensor]:
         """The factors that were taken out of the weight at the start, by slice (``initialize_corda``)."""
         return {n.removeprefix(START): b for n, b in self._buffers.items() if n.startswith(START) and b is not None}

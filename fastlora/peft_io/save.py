@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
 from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
-from ..config import LoraConfig
+from ..config import LoraConfig, power_iterations
 from ..model.modules import named_targets, refuse_shared
 from ..model.replaced_check import refuse_replaced
 from ..model.trainable import saved_modules
@@ -91,7 +91,7 @@ def write_adapter(
     config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
     if fold_scale and config.init_lora_weights == "olora":
         raise ValueError("fold_scale: expected False for init_lora_weights='olora', whose frozen weight depends on s")
-    if config.init_lora_weights in ("corda", "lora_ga"):
+    if config.init_lora_weights in ("corda", "lora_ga") or power_iterations(config.init_lora_weights) is not None:
         config = replace(config, init_lora_weights=True)  # the file's factors say what was taken out of the weight
     names = StoredNames(model)
     matrices = _matrices(model, names, layers, adapter, fold_scale, over_rest)

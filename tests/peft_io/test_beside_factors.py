@@ -199,7 +199,7 @@ def test_orthogonal_as_peft():
 @pytest.mark.parametrize(
     "fields, says",
     [
-        (dict(init_lora_weights="pissa_niter_4"), "a random subspace.*; use 'pissa'"),
+        (dict(init_lora_weights="pissa_niter_x"), "init_lora_weights: expected one of"),
         (dict(init_lora_weights="mica"), "use 'olora'"),
         (dict(init_lora_weights="loftq"), "quantize the model first"),
         (dict(lora_bias=True, use_dora=True), "lora_bias: expected False, or use_dora=False"),

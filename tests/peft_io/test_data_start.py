@@ -122,6 +122,46 @@ class TestCorda:
             fastlora.set_ranks(model, {"model.layers.0.self_attn.q_proj": 4})
 
 
+class TestPissaByPowerIteration:
+    def test_as_peft(self, monkeypatch, tmp_path):
+        lowrank = torch.svd_lowrank
+
+        def seeded(W, q, niter):
+            torch.manual_seed(1)
+            return lowrank(W, q, niter=niter)
+
+        monkeypatch.setattr(torch, "svd_lowrank", seeded)
+        monkeypatch.setattr("peft.tuners.lora.layer.svd_lowrank", seeded)
+        theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(**FIELDS, init_lora_weights="pissa_niter_3"))
+        ours = fastlora.inject(make_llama(), peft.LoraConfig(**FIELDS, init_lora_weights="pissa_niter_3"))
+        assert plain_names(ours) == plain_names(theirs)
+        for path, layer in adapted_layers(ours).items():
+            mine = layer.lora_A.default.weight, layer.lora_B.default.weight, layer.weight
+            for a, b in zip(mine, factors(theirs, path), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        theirs.save_pretrained(str(tmp_path / "raw"))
+        with pytest.raises(ValueError, match="belong to a changed weight"):
+            fastlora.load(make_llama(), tmp_path / "raw")
+
+    @torch.no_grad()
+    def test_files(self, tmp_path):
+        model = injected("pissa_niter_2")
+        assert_close(forward(model), forward(make_llama().double()))
+        assert model.model.layers[0].mlp.up_proj.delta().abs().max() > 0.01
+        for layer in adapted_layers(model).values():
+            layer.lora_B.default.weight.add_(0.1)
+        wanted = forward(model)
+        fastlora.save(model, tmp_path)
+        assert_close(forward(fastlora.load(make_llama().double(), tmp_path)), wanted)
+        assert_close(forward(peft.PeftModel.from_pretrained(make_llama().double(), str(tmp_path)).double()), wanted)
+        with pytest.raises(ValueError, match="changes the weight that adapters share"):
+            fastlora.add_adapter(
+                fastlora.inject(make_llama(), fastlora.LoraConfig(**FIELDS)),
+                "b",
+                fastlora.LoraConfig(**FIELDS, init_lora_weights="pissa_niter_2"),
+            )
+
+
 class TestLoraGA:
     @pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
     @pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
