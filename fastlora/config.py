@@ -66,8 +66,8 @@ def takes_weight(init: Any) -> bool:
 # Initialisations that start as True does, and the function that makes more of them.
 FROM_DATA = {
     "eva": "initialize_eva(model, covariances)",
-    "corda": "initialize_corda(model, covariances)",
-    "lora_ga": "initialize_lora_ga(model, batches, loss_fn)",
+    "corda": "initialize_corda(model, covariances, method=...)",
+    "lora_ga": "initialize_lora_ga(model, batches, loss_fn, direction=..., scale=...)",
 }
 # Those of PEFT that are not here, and why.
 _NOT_HERE = {
