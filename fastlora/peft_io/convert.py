@@ -30,7 +30,7 @@ from ..model.eject import eject
 from ..model.inject import check_adapter_name, sharing_copy
 from ..model.modules import features, is_linear
 from ..nn.active import chosen_adapter
-from ..nn.linear import DEFAULT, adapted_layers
+from ..nn.linear import DEFAULT, Linear, adapted_layers
 from .folder import CONFIG, AdapterFolder, Side, Slice, read_folder
 from .load import load_folder
 from .names import PREFIX, StoredNames, base_names, choose_targets, parse_fields, patterns
@@ -88,9 +88,14 @@ def _refuse_lost(handed: Any, model: nn.Module, adapter: str) -> None:
         held = [getattr(there, side, {}) for side in ("lora_A", "lora_embedding_A")]
         if adapter in layer.ranked and not any(adapter in side for side in held):
             lost.append(path)
+        elif adapter in layer.ranked and isinstance(layer, Linear) and names.stored(path) == path:
+            mine = torch.cat([a.detach() for a in layer.lora_A[adapter].tensors().values() if a is not None])
+            theirs = held[0][adapter].weight.detach()
+            if not torch.allclose(mine.float(), theirs.float(), rtol=1e-2, atol=1e-6):
+                lost.append(path)
     if lost:
         raise ValueError(
-            f"model: PEFT puts no adapter on {listed(lost)}: it takes their names for the weights of experts"
+            f"model: PEFT puts the adapters of {listed(lost)} elsewhere: it takes their names for experts' weights"
         )
 
 
