@@ -28,9 +28,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OPERATORS = "fastlora._C"
-# Sources of the pybind11 modules; a module of which a source is not there is left out.
-MODULES = {"fastlora._plan": ("csrc/plan.cpp", "csrc/plan_bindings.cpp")}
-MODULES = {name: files for name, files in MODULES.items() if all((ROOT / path).is_file() for path in files)}
+# Sources of the pybind11 modules.
+MODULES = {"fastlora._plan": ("csrc/plan.cpp", "csrc/plan_bindings.cpp"), "fastlora._node": ("csrc/node.cpp",)}
+# Has tensors in it, and so is for the version of torch that it is built with.
+WITH_TORCH = "fastlora._node"
 MINIMUM_TORCH = (2, 11)
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-DNDEBUG"]
@@ -198,25 +199,29 @@ def add_operators(build: NinjaFile, torch_root: Path) -> Path:
     return target
 
 
-def add_module(build: NinjaFile, name: str, sources: Sequence[str], suffix: str) -> Path:
-    """Adds a pybind11 module, which has no tensors in it and needs no torch."""
-    include = ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11_include(), "-Icsrc"]
-    objects = [build.compile("cxx", path, CXX_FLAGS + include) for path in sources]
+def add_module(build: NinjaFile, name: str, sources: Sequence[str], suffix: str, torch_root: Path) -> Path:
+    """Adds a pybind11 module."""
+    folders, link = [Path(pybind11_include())], ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    if name == WITH_TORCH:
+        folders = [torch_root / "include", torch_root / "include/torch/csrc/api/include"]  # its own pybind11 in it
+        link += [f"-L{torch_root / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"]
+    folders.append(Path(sysconfig.get_paths()["include"]))
+    include = [word for folder in folders for word in ("-isystem", str(folder))]
+    objects = [build.compile("cxx", path, [*CXX_FLAGS, *include, "-Icsrc"]) for path in sources]
     target = build.folder / f"{name.rpartition('.')[2]}{suffix}"
-    dynamic = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    build.edge("module", target, objects, dynamic + SANITIZE_FLAGS)
+    build.edge("module", target, objects, link + SANITIZE_FLAGS)
     return target
 
 
-def compile_all(nvcc: str | None, suffix: str) -> dict[str, Path]:
-    """Compiles all artefacts with ninja and returns where they are."""
+def compile_all(nvcc: str | None, suffix: str, modules: Sequence[str]) -> dict[str, Path]:
+    """Compiles the operators and these modules with ninja and returns where they are."""
     ninja, compiler, torch_root = find_ninja(), find_compiler(), find_torch()
     # A folder of our own: setuptools' temporary one changes from call to call, which would defeat incremental builds.
     kind = "-".join(["native", *filter(None, SANITIZERS.split(","))])
     folder = Path("build") / f"{kind}-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     build = NinjaFile(folder, compiler, nvcc)
     built = {OPERATORS: add_operators(build, torch_root)}
-    built |= {name: add_module(build, name, files, suffix) for name, files in MODULES.items()}
+    built |= {name: add_module(build, name, MODULES[name], suffix, torch_root) for name in modules}
     build.run(ninja)
     return {name: ROOT / path for name, path in built.items()}
 
@@ -241,15 +246,21 @@ class BuildNative(build_ext):
             os.replace(temporary, target)
 
     def compile_with_fallback(self) -> dict[str, Path]:
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        nvcc = find_nvcc()
-        try:
-            return compile_all(nvcc, suffix)
-        except BuildUnavailable as problem:
-            if nvcc is None or build_mode() == "1" or "compiler failed" not in str(problem):
-                raise
-            say("building with CUDA failed: trying the CPU operators only")
-            return compile_all(None, suffix)
+        suffix, nvcc = sysconfig.get_config_var("EXT_SUFFIX"), find_nvcc()
+        plain = [name for name in MODULES if name != WITH_TORCH]
+        attempts = [("everything", nvcc, list(MODULES)), (f"without {WITH_TORCH}", nvcc, plain)]
+        attempts += [("the CPU operators only", None, plain)] if nvcc else []
+        problem = None
+        for what, compiler, modules in attempts:
+            if problem is not None:
+                say(f"building failed: trying {what}")
+            try:
+                return compile_all(compiler, suffix, modules)
+            except BuildUnavailable as failed:
+                problem = failed
+                if build_mode() == "1" or "compiler failed" not in str(failed):
+                    break
+        raise problem
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.rpartition(".")[2] == "_C":

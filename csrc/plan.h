@@ -1,6 +1,7 @@
 // A call plan: what one direction of an adapted linear does on a GPU, written down once and run by one native call.
 // No torch types: `fastlora._plan` builds plans from Python, the operators of `fastlora/_C.so` run them.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <list>
 #include <memory>
@@ -11,10 +12,13 @@
 #include <variant>
 #include <vector>
 
+// A tensor of torch's C API.
+struct AtenTensorOpaque;
+
 namespace fastlora::plan {
 
 // Of every type below. The two libraries share memory, so they compare it before they do.
-constexpr int64_t kFormat = 2;
+constexpr int64_t kFormat = 3;
 
 // A tensor of a run: the inputs come first, then the constants, then what the steps make. -1: none.
 using Slot = int32_t;
@@ -119,9 +123,15 @@ struct Cache {
   std::unordered_map<uint64_t, std::list<Entry>::iterator> by_hash;
 };
 
+// Runs the plan of a cache that is for tensors like these, and gives its results, null where a result is none; false:
+// there is no such plan. Inputs stay the caller's, results become so.
+using RunPlan = bool (*)(int64_t cache, int64_t variant, const std::vector<AtenTensorOpaque*>& inputs,
+                         std::vector<AtenTensorOpaque*>& results);
+
 // Plans and caches that are alive, by number: a number can be wrong, but it never leads into freed memory.
 struct Registry {
   int64_t format = kFormat;
+  std::atomic<RunPlan> run = nullptr;  // once the library that runs plans is there
   std::mutex mutex;
   int64_t next = 1;
   std::unordered_map<int64_t, std::weak_ptr<const Plan>> plans;

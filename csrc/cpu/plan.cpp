@@ -177,17 +177,14 @@ class CurrentDevice {
 
 class Run {
  public:
-  // Takes the inputs.
-  Run(const Plan& plan, Handles& inputs, const std::vector<AtenTensorHandle>& constants)
-      : plan_(plan), constants_(constants) {
-    tensors_.all.swap(inputs.all);
-    device_ = device_of(tensors_.all[0]);
+  Run(const Plan& plan, const std::vector<AtenTensorHandle>& inputs, const std::vector<AtenTensorHandle>& constants)
+      : plan_(plan), inputs_(inputs), constants_(constants), device_(device_of(inputs[0])) {
     tensors_.all.resize(static_cast<size_t>(plan.slots), nullptr);
     addresses_.resize(tensors_.all.size(), nullptr);
   }
 
-  // A `Tensor[]` of the results; an undefined tensor where there is none.
-  StableIValue operator()() {
+  // The results, which the caller deletes; null where there is none.
+  std::vector<AtenTensorHandle> operator()() {
     if (plan_.most_values == 0) {
       all_steps();
     } else {
@@ -213,9 +210,10 @@ class Run {
   }
 
   AtenTensorHandle at(Slot slot) const {
+    if (slot < plan_.inputs) return inputs_[static_cast<size_t>(slot)];
     const int32_t constant = slot - plan_.inputs;
-    const bool fixed = constant >= 0 && constant < plan_.constants;
-    return fixed ? constants_[static_cast<size_t>(constant)] : tensors_.all[static_cast<size_t>(slot)];
+    return constant < plan_.constants ? constants_[static_cast<size_t>(constant)]
+                                      : tensors_.all[static_cast<size_t>(slot)];
   }
 
   char* address_of(Slot slot) {
@@ -308,24 +306,24 @@ class Run {
     }
   }
 
-  StableIValue results() const {
-    StableListHandle list = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(plan_.results.size(), &list));
-    for (const Slot slot : plan_.results) {
-      AtenTensorHandle result = nullptr;
-      if (slot == -1) {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_uninitialized_tensor(&result));
+  std::vector<AtenTensorHandle> results() {
+    std::vector<AtenTensorHandle> found;
+    for (auto slot = plan_.results.begin(); slot != plan_.results.end(); ++slot) {
+      if (*slot == -1) {
+        found.push_back(nullptr);
+      } else if (*slot < plan_.inputs + plan_.constants ||
+                 std::find(slot + 1, plan_.results.end(), *slot) != plan_.results.end()) {
+        found.push_back(share(at(*slot)));
       } else {
-        result = share(at(slot));
+        found.push_back(std::exchange(tensors_.all[static_cast<size_t>(*slot)], nullptr));
       }
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, pack(result)));
     }
-    return pack(list);
+    return found;
   }
 
   const Plan& plan_;
-  const std::vector<AtenTensorHandle>& constants_;
-  Handles tensors_;  // by slot; the constants' are empty
+  const std::vector<AtenTensorHandle>&inputs_, &constants_;
+  Handles tensors_;  // by slot; those of inputs and constants are empty
   std::vector<char*> addresses_;
   std::vector<uint64_t> values_;
   std::vector<void*> params_;
@@ -338,20 +336,28 @@ Registry& plans() {
   return *registry;
 }
 
+bool run_kept(int64_t number, int64_t variant, const std::vector<AtenTensorHandle>& inputs,
+              std::vector<AtenTensorHandle>& results) {
+  const std::shared_ptr<Cache> cache = plans().cache(number);
+  STD_TORCH_CHECK(cache != nullptr, "cache: expected the number of one that is alive");
+  const Entry entry = find(*cache, key_of(variant, inputs));
+  if (entry.plan == nullptr) return false;
+  results = Run(*entry.plan, inputs, static_cast<const Handles*>(entry.constants.get())->all)();
+  return true;
+}
+
 // Written out instead of TORCH_BOX, which would make three more objects of every tensor.
 void run_plan(StableIValue* stack, uint64_t, uint64_t) {
-  Handles inputs;
+  Handles inputs, results;
   take(stack[2], inputs);
-  const std::shared_ptr<Cache> cache = plans().cache(unpack<int64_t>(stack[0]));
-  STD_TORCH_CHECK(cache != nullptr, "cache: expected the number of one that is alive");
-  const Entry entry = find(*cache, key_of(unpack<int64_t>(stack[1]), inputs.all));
-  if (entry.plan == nullptr) {
-    StableListHandle nothing = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(0, &nothing));
-    stack[0] = pack(nothing);
-    return;
+  run_kept(unpack<int64_t>(stack[0]), unpack<int64_t>(stack[1]), inputs.all, results.all);
+  StableListHandle list = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(results.all.size(), &list));
+  for (AtenTensorHandle& result : results.all) {
+    if (result == nullptr) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_uninitialized_tensor(&result));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, pack(std::exchange(result, nullptr))));
   }
-  stack[0] = Run(*entry.plan, inputs, static_cast<const Handles*>(entry.constants.get())->all)();
+  stack[0] = pack(list);
 }
 
 void keep_plan(StableIValue* stack, uint64_t, uint64_t) {
@@ -395,6 +401,7 @@ std::string open_plans(int64_t place, const std::string& library) {
   if (!opened->reason().empty()) return opened->reason();
   registry = found;
   driver = opened.release();  // never closed: functions of it may be running
+  registry->run = &run_kept;
   return "";
 }
 

@@ -18,7 +18,7 @@ from .._utils import distributed, torch_compat
 from .._utils.distributed import refuse_parallel
 from .._utils.installed import DISTRIBUTION, foreign
 from ..model.inject import refuse_peft
-from ..ops import native, penalty
+from ..ops import native, node, penalty
 from ..ops.backends import BACKENDS
 from ..ops.layout import AdapterBatch
 from ..ops.lora import lora_grouped, lora_linear
@@ -48,6 +48,7 @@ def report(model: nn.Module | None = None) -> dict[str, Any]:
             "path": str(native.LIBRARY),
             "instruction_set": native.isa() if native.available() else None,
             "onednn": torch_compat.onednn_reason() or "available",
+            "autograd_node": node.REASON or "in C++",
         },
         "private_names": [n._asdict() for n in (*torch_compat.private_names(), *distributed.private_names())],
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTLORA_")},
@@ -145,6 +146,7 @@ def lines(found: dict[str, Any], verbose: bool = False) -> Iterator[str]:
     library = found["native"]
     used = f"yes, {library['instruction_set']}" if library["available"] else f"no: {library['reason']}"
     yield f"native library: {used} ({library['path']}); oneDNN: {library['onednn']}"
+    yield f"autograd node: {library['autograd_node']}"
     names = found["private_names"]
     yield f"torch's private names: {sum(name['there'] for name in names)} of {len(names)} are there"
     for name in names:

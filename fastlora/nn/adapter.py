@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .._utils.errors import wrong_value
 from .._utils.torch_compat import forward_hooks, wants_plain_operators
 from ..ops.bound import BoundCall, Traced
+from ..ops.node import NODE
 
 START = "start_"  # before the name of a slice: the buffer that keeps the factor it started with
 WHOLE = "weight"  # name of the one slice of a matrix that is not split
@@ -235,6 +236,8 @@ class Operands:
         self._places, self._keys, self._values = ([entry[i] for entry in self.stored] for i in range(3))
         self._hooks = [hooks for f in self.factors for hooks in forward_hooks(f)]
         self._attributes = [f.__dict__ for f in self.factors]
+        found = (self._places, self._keys, self._values, self._hooks, self._attributes, W)
+        self._guard = None if NODE is None else NODE.Guard(*found)
         first = layers[0]
         self.alike = len(layers) == 1 or all(
             [
@@ -281,6 +284,8 @@ class Operands:
         """Whether every tensor is still where it was found, and no hook has to be asked for it."""
         if self.hooked:
             return False
+        if self._guard is not None and not self.read:
+            return self._guard.holds()
         if not all(map(operator.is_, map(dict.get, self._places, self._keys), self._values)):
             return False
         for owner, name, found in self.read:

@@ -17,6 +17,7 @@ from ..config import LoraConfig, takes_weight
 from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, PACKED, UNPACKED
+from ..ops.node import Pending
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
 from .probe import group_operands
 from .routing import Route, Router
@@ -355,10 +356,11 @@ def forward_together(
     route: Route,
     kept: Operands | None = None,
     seed: Callable[[torch.device], Tensor] = new_seed,
+    pending: Pending | None = None,
 ) -> Sequence[Tensor]:
     """Outputs of layers that share ``x``, from one operator call; statistics of tracked layers ride along.
 
-    ``seed`` is asked for the call's seed where dropout is active.
+    ``seed`` is asked for the call's seed where dropout is active; ``pending`` counts its graph.
     """
     first = layers[0]
     if kept is None:
@@ -370,6 +372,7 @@ def forward_together(
         check_input(x, first.weight)
     drops = kept.drops and first.training
     rows, key, p, tracked = None, None, kept.dropout if drops else (), {}
+    operands: dict[str, Any] = {}
     if route.batch is None:
         if drops:
             key = seed(x.device)
@@ -386,16 +389,13 @@ def forward_together(
             tracked = {name: [layer.probes[name] for layer in layers] for name in names}
             operands = group_operands(tracked, layers, route, x)
     try:
-        y = kept.call(x, rows, key, p, **operands) if tracked else kept.call(x, rows, key, p)
+        y = kept.call(x, rows, key, p, pending=first.router.pending(route), also=pending, **operands)
     except Traced:
         return [forward_traced(layer, x, route) for layer in layers]
     for name, probes in tracked.items():
         if not probes[0].step.taps and route.mask is None:
             continue
         y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
-    node = y[0].grad_fn
-    if node is not None:
-        first.router.built(node, route)
     if kept.finishes:
         y = [layer.finish(out, route) for layer, out in zip(layers, y, strict=True)]
     return y

@@ -56,7 +56,7 @@ class Plain(Adapted):
             out = self._mixed(y, input, route)
         if not compiling and out.grad_fn is not None:
             out = _Watched.apply(out)
-            self.router.built(out.grad_fn, route)
+            self.router.pending(route).add(out)
         return out
 
     def _mixed(self, y: Tensor, input: Tensor, route: Route) -> Tensor:

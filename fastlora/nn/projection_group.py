@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
@@ -22,13 +21,10 @@ from .._utils.torch_compat import (
     version_of,
 )
 from ..ops.lora import new_seed
+from ..ops.node import Pending
 from .adapter import Bundle
 from .linear import Linear, forward_together
 from .routing import Route
-
-
-class _Token:
-    """Alive while a recomputation of a pass may still come."""
 
 
 @dataclass(slots=True)
@@ -45,7 +41,6 @@ class _Visit:
     unused: dict[tuple[int, int], set[Linear]] = field(default_factory=dict)
     shared: tuple[Tensor, tuple] | None = None  # the input of the last launch and its state, while they are compared
     wanted: dict[tuple[int, int], set[int]] = field(default_factory=dict)  # siblings that came for a launch's input
-    token: _Token | None = None
     checkpoints: int = 0  # that it runs in without gradients
     drawn: dict[Linear, int] = field(default_factory=dict)  # calls of each sibling with dropout
     seeds: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)  # of the siblings' n-th calls
@@ -103,7 +98,7 @@ class ProjectionGroup:
         self._visits: dict[int, list[_Visit]] = {}
         self._plan: dict[tuple[int, int], frozenset[int]] = {}  # trigger -> siblings not worth computing ahead
         self._learned: dict[tuple[int, int], frozenset[int]] = {}
-        self._pending: weakref.WeakSet[_Token] = weakref.WeakSet()
+        self._pending = Pending()  # graphs whose recomputation must launch what their forward launched
         self._index = {member: i for i, member in enumerate(self._members)}
         self._bundles: dict[tuple[int, ...], Bundle] = {}
         self._unknown = frozenset() if self.expected else frozenset(self._index.values())
@@ -175,15 +170,14 @@ class ProjectionGroup:
         kept = bundle.kept(layers, route.names)
         if not kept.alike:
             return forward_together((layer,), x, route, None, seed)[0]
-        outputs = forward_together(layers, x, route, kept, seed)
+        checkpointed = visit.hooks is not None and not in_backward()
+        outputs = forward_together(layers, x, route, kept, seed, self._pending if checkpointed else None)
         visit.number = number if drawn.get(layer, 0) > number else None
         visit.launches += 1
         visit.trigger, visit.state = trigger, _state(x, route)
         visit.unused[trigger] = set(layers[1:])
         visit.waiting = dict(zip(layers[1:], outputs[1:], strict=True))
         visit.x = x if visit.waiting else None
-        if visit.hooks is not None and outputs[0].grad_fn is not None and not in_backward():
-            self._await_backward(outputs[0].grad_fn, visit)
         return outputs[0]
 
     def _compare(self, visit: _Visit, trigger: tuple[int, int], x: Tensor, route: Route) -> None:
@@ -194,13 +188,6 @@ class ProjectionGroup:
         else:
             visit.shared, visit.first = (x, state), trigger
             visit.wanted[trigger] = set()
-
-    def _await_backward(self, node: Any, visit: _Visit) -> None:
-        # A recomputation must launch what its forward launched: until then, or until the graph dies, the plan stands.
-        pending, token = self._pending, visit.token or _Token()
-        visit.token = token
-        pending.add(token)
-        node.register_prehook(lambda grads: pending.discard(token))
 
     def enter(self, owner: nn.Module, args: Any) -> None:
         """Forward pre-hook of the owner: open a visit, and take up what earlier passes taught."""

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from .._utils.torch_compat import checkpoint_frame, in_backward, in_reentrant_checkpoint, saving_hooks
 from ..ops.layout import AdapterBatch
+from ..ops.node import Pending
 
 logger = logging.getLogger(__name__)
 
-_FEW_GRAPHS = 256
+_MANY = 256  # sets of adapters whose graphs are counted before those without any are forgotten
 _EXPLAINED = 8  # sets of adapters; torch gives up compiling at about as many
 
 
@@ -72,8 +73,7 @@ class Router:
         self._repeated = False
         self._changes = 0
         self._changed: dict[str | None, int] = {}  # number of the last change to an adapter; None: of a merge
-        self._graphs: list[tuple[weakref.ref, tuple[str, ...]]] = []
-        self._most = _FEW_GRAPHS  # graphs kept before those that are gone are sorted out
+        self._pending: dict[tuple[str, ...], Pending] = {}
         self.compiled, self._compiled_for = False, []
         self.used: list[AdapterBatch | str] | None = (
             None  # what contexts asked for since the last step, if somebody wants it
@@ -167,20 +167,18 @@ class Router:
             )
             self._compiled_for.append(kind)
 
-    def built(self, node: Any, route: Route) -> None:
-        """Remember a node of a graph that runs through the adapters of ``route``."""
-        self._graphs.append((weakref.ref(node), route.names))
-        if len(self._graphs) > self._most:
-            self._graphs = [kept for kept in self._graphs if kept[0]() is not None]
-            self._most = max(_FEW_GRAPHS, 2 * len(self._graphs))
+    def pending(self, route: Route) -> Pending:
+        """What counts the graphs through the adapters of a way."""
+        found = self._pending.get(route.names)
+        if found is None:
+            if len(self._pending) >= _MANY:
+                self._pending = {names: kept for names, kept in self._pending.items() if kept}
+            found = self._pending[route.names] = Pending()
+        return found
 
     def awaits_backward(self, name: str) -> bool:
         """Whether a graph through the adapter is alive whose backward has not run."""
-        for kept, names in self._graphs:
-            node = kept()
-            if node is not None and name in names and not getattr(node, "spent", False):
-                return True
-        return False
+        return any([name in names and bool(found) for names, found in list(self._pending.items())])
 
     def traced(self) -> Route:
         """As ``route``, for a compiler, which knows threads but no tasks."""

@@ -27,8 +27,10 @@ from .backends.plan import Plans
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
 from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
 from .matmul import ENGINES, LINEAR
+from .node import NODE, Pending
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+MOST_OPTIONS = 64  # of which a group keeps the numbers of plans
 
 
 class Traced(Exception):
@@ -68,6 +70,8 @@ class BoundCall:
         first = self.layout.of(0)
         self.where = (first.outputs, first.columns, self.scale)
         self.counted = [w for w in W if counts_versions(w)]
+        self._group: Any = None
+        self._numbers: dict[Any, Any] = {}  # of plans, by what they depend on beside tensors
         self._settled: set[tuple] = set()
         self._needs: dict[tuple, Need] = {}
 
@@ -81,8 +85,19 @@ class BoundCall:
         V: Sequence[Tensor] = (),
         P: Sequence[Tensor] = (),
         sign: Sequence[Tensor] = (),
+        pending: Pending | None = None,
+        also: Pending | None = None,
     ) -> Sequence[Tensor]:
-        """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``."""
+        """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``, and two that count its graph."""
+        run = None
+        if P or V or rows is not None or key is not None:
+            run = _Run(self)
+            run.set(rows, key, p, P, sign, len(Z), len(V))
+        counters = None if pending is None else pending.native, None if also is None else also.native
+        if self._group is not None:
+            found = NODE.run(self._group, x, Z, V, *self._node(run, x), *counters)
+            if found is not None:
+                return found
         if (
             not self.plain
             or type(x) not in _PLAIN
@@ -91,39 +106,94 @@ class BoundCall:
             or autocasting(x)
             or True in [t.requires_grad for t in self.frozen]
         ):
-            return self._watched(x, rows, key, p, Z, V, P, sign)
+            return self._watched(x, rows, key, p, Z, V, P, sign, pending, also)
         if self.chosen is None:
             self._choose()
-        run = _Run(self)
-        if P or V or rows is not None or key is not None:
-            run.set(rows, key, p, P, sign, len(Z), len(V))
-        if torch.is_grad_enabled():
-            return _apply(run, x, *self.A, *self.B, *Z, *V)
+        if not torch.is_grad_enabled():
+            with untracked():
+                return (run or _Run(self)).forward(x)[: len(self.W)]
+        if NODE is None:
+            return _counted(_apply(run or _Run(self), x, *self.A, *self.B, *Z, *V), pending, also)
         with untracked():
-            return run.forward(x)[: len(self.W)]
+            out = (run or _Run(self)).forward(x)
+        if self._group is None:
+            self._group = NODE.Group(self.W, self.bias, self.A, self.B, self.counted, *self.where)
+        return NODE.attach(self._group, x, Z, V, *self._node(run, x), *counters, list(out))
 
-    def _watched(self, x, rows, key, p, Z, V, P, sign) -> Sequence[Tensor]:
+    def _node(self, run: _Run | None, x: Tensor) -> tuple:
+        """What a node takes beside differentiable tensors: what ``differentiated`` does a backward with, numbers of
+        plans, directions that are one call of the library's, number of probes, and what the forward takes, its last in
+        the backward too."""
+        if run is None:
+            if self.plans is None:
+                return self, None, None, self.whole_directions(x), 0, (), 0
+            return self, None, self.numbers(False), 0, 0, (), 0
+        probes = run.probes[0] if run.probes else 0
+        if self.plans is not None:
+            return self, run, self.numbers(run.options), 0, probes, run.more(), run.later()
+        whole = self.whole_directions(x) if run.plain else 0
+        if run.sign or run.moments:
+            return self, run, None, whole & 2, probes, (), 0
+        return self, run, None, whole, probes, run.P, 0
+
+    def numbers(self, options: Any) -> Any:
+        """Where the node finds the numbers of plans."""
+        found = self._numbers.get(options)
+        if found is None:
+            if len(self._numbers) > MOST_OPTIONS:
+                self._numbers.clear()  # options that differ at every call, as a dropout that is annealed
+            found = self._numbers[options] = NODE.Plans()
+        return found
+
+    def differentiated(
+        self, run: _Run | None, needs: Sequence[bool], dy: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Gradients of x, A, B, Z and V; ``saved``: x, h, moments, A and B."""
+        run, count, needs = run or _Run(self), len(self.A), tuple(needs)
+        x, h, *saved = saved
+        moments, A, B = saved[: run.moments], saved[run.moments : run.moments + count], saved[run.moments + count :]
+        if differentiated_again(dy):
+            return [*_again(run, needs, dy, x, A, B), *moments]
+        need = self.need(needs, run.leaves)
+        there = tuple([g is not None for g in dy])  # ``None in dy`` would ask every tensor whether it equals None
+        with untracked():
+            found = run.backward(x, h, A, B, dy, there, need)
+        if need.dA and need.dB and need.dZ is (run.leaves > 0) and False not in there:
+            return [*found, *moments]
+        return [found[0], *_placed(found[1:], need, dy, self.layout, count, run.leaves, moments)]
+
+    def _watched(self, x, rows, key, p, Z, V, P, sign, *pending) -> Sequence[Tensor]:
         """The call through the operator; without autocast where the weights have its dtype already."""
         if autocasting(x) and torch.get_autocast_dtype(x.device.type) is self.dtype:
             with without_autocast(x.device.type):
-                return self(low_precision(x, self.dtype), rows, key, p, Z, V, P, sign)
+                return self(low_precision(x, self.dtype), rows, key, p, Z, V, P, sign, *pending)
         if wants_plain_operators():
             raise Traced
         given = (Z, V, *self.rest(rows, key, p, P, sign))
-        return LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
+        y = LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
+        return _counted(y, *pending)
 
     def whole(self, direction: int, x: Tensor) -> Callable | None:
-        """What does a direction (0: forward) in one call, once each product is known to be the library's."""
+        """What does a direction (0: forward) in one call, where that is how it goes."""
+        return self.chosen.whole[direction] if self.whole_directions(x) >> direction & 1 else None
+
+    def whole_directions(self, x: Tensor) -> int:
+        """Which directions go in one call, 1 for the forward and 2 for the backward: once each product is known to be
+        the library's."""
         if self.chosen.whole is None:
-            return None
-        rows = x.numel() // max(x.shape[-1], 1)
-        key = (direction, rows.bit_length(), torch.get_num_threads(), ENGINES.override)
-        if key not in self._settled:
-            name = ("forward", "backward")[direction]
-            if any([ENGINES.settled(name, rows, w, self.engine) != LINEAR for w in self.W]):
-                return None
+            return 0
+        elements = x.numel()
+        key = (elements.bit_length(), torch.get_num_threads(), ENGINES.override)
+        if key in self._settled:
+            return 3
+        rows = elements // max(x.shape[-1], 1)
+        by_library = [
+            all([ENGINES.settled(name, rows, w, self.engine) == LINEAR for w in self.W])
+            for name in ("forward", "backward")
+        ]
+        if all(by_library):
             self._settled.add(key)
-        return self.chosen.whole[direction]
+        return by_library[0] + 2 * by_library[1]
 
     def _choose(self) -> None:
         self.chosen, _ = choose(self.backend, self.device, self.dtype)
@@ -136,7 +206,7 @@ class BoundCall:
         if self.chosen is None:
             self._choose()
         other = copy.copy(self)
-        other.A, other.B = tuple(A), tuple(B)
+        other.A, other.B, other._group = tuple(A), tuple(B), None
         return other
 
     def rest(self, rows, key, p, P, sign) -> tuple:
@@ -166,7 +236,6 @@ class _Run:
 
     def __init__(self, bound: BoundCall):
         self.bound = bound
-        self.versions = [version_of(w) for w in bound.counted]
 
     def set(self, rows, key, p, P, sign, leaves: int, moments: int) -> None:
         """What most calls have not."""
@@ -178,6 +247,15 @@ class _Run:
         self.options = (
             moments > 0 if self.plain and not P else (moments > 0, rows is None, streams, *p, self.probes, len(sign))
         )
+
+    def more(self) -> Sequence[Tensor]:
+        """What a plan takes beside the tensors of every call, ``later`` of them in the backward too."""
+        if self.options.__class__ is not tuple:
+            return ()
+        return [*self.P, *self.sign, *(self.rows or ()), *([] if self.key is None else [self.key])]
+
+    def later(self) -> int:
+        return (0 if self.rows is None else len(self.rows)) + (self.key is not None)
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         """[*y, h, *moments]."""
@@ -191,10 +269,16 @@ class _Run:
                         flip_signs(out[len(bound.W)], self.sign, bound.layout, None)
                     return out
             return _forward(self, x, bound.W, bound.bias, bound.A, bound.B, self.P, self.sign, self.rows, self.key)
-        tensors = [x, *bound.frozen, *bound.A, *bound.B]
-        if self.options.__class__ is tuple:
-            tensors += [*self.P, *self.sign, *(self.rows or ()), *([] if self.key is None else [self.key])]
-        return bound.plans.run((0, self.options), tensors, self._forward_of)
+        return self._planned((0, self.options), [x, *bound.frozen, *bound.A, *bound.B, *self.more()], self._forward_of)
+
+    def _planned(self, key: tuple, tensors: list[Tensor], compute: Callable, need: int = -1) -> Sequence:
+        """What a plan does; the node is told the plan's number. ``need``: of a backward, by the node's bits."""
+        plans = self.bound.plans
+        out = plans.run(key, tensors, compute)
+        number = None if NODE is None or need is None else plans.number(key, tensors[0].dtype)
+        if number is not None:
+            self.bound.numbers(self.options).keep(number[0], need, number[1])
+        return out
 
     def _forward_of(self, tensors: list[Tensor]) -> Sequence[Tensor]:
         """The forward of tensors that stand for this call's own."""
@@ -222,14 +306,11 @@ class _Run:
                 if out:
                     return out if need.dx else [None, *out]
             return _backward(self, x, h, bound.W, A, B, dy, need, self.rows, self.key)
-        tensors = [x, h, *bound.W, *A, *B, *[g for g in dy if g is not None]]
-        if self.options.__class__ is tuple:
-            tensors += [*(self.rows or ()), *([] if self.key is None else [self.key])]
-        return bound.plans.run(
-            (1, self.options, need, there),
-            tensors,
-            lambda given: self._backward_of(given, dy, need),
-        )
+        later = self.later()
+        tensors = [x, h, *bound.W, *A, *B, *[g for g in dy if g is not None], *(self.more()[-later:] if later else ())]
+        bits = None if False in there else need.dx + 2 * need.dA + 4 * need.dB + 8 * need.dZ
+        key = (1, self.options, need, there)
+        return self._planned(key, tensors, lambda given: self._backward_of(given, dy, need), bits)
 
     def _backward_of(self, tensors: list[Tensor], dy, need: Need) -> Sequence[Tensor | None]:
         """The backward of tensors that stand for this call's own."""
@@ -239,13 +320,6 @@ class _Run:
         grads = [None if g is None else next(take) for g in dy]
         rows = None if self.rows is None else Rows(*[next(take) for _ in self.rows])
         return _backward(self, x, h, W, A, B, grads, need, rows, None if self.key is None else next(take))
-
-    def check_versions(self) -> None:
-        if [version_of(w) for w in self.bound.counted] != self.versions:
-            raise RuntimeError(
-                "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
-                "place after the forward"
-            )
 
 
 def _forward(run: _Run, x, W, bias, A, B, P, sign, rows, key) -> list[Tensor]:
@@ -288,38 +362,31 @@ def _backward(run: _Run, x, h, W, A, B, dy, need: Need, rows, key) -> list[Tenso
     return [dx, *dA, *dB, *dZ]
 
 
-class _Bound(torch.autograd.Function):
-    """y with gradients for x, A, B, Z and V."""
+class LoRA(torch.autograd.Function):
+    """Where the node in C++ is not there: y with gradients for x, A, B, Z and V."""
 
     @staticmethod
     def forward(ctx, run: _Run, x: Tensor, *leaves: Tensor):
         with untracked():
             out = run.forward(x)
         count = len(run.bound.W)
-        ctx.run = run
+        ctx.run, ctx.versions = run, [version_of(w) for w in run.bound.counted]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *out[count:], *leaves[: 2 * len(run.bound.A)])
         return tuple(out[:count])
 
     @staticmethod
     def backward(ctx, *dy):
-        run, needs = ctx.run, ctx.needs_input_grad
-        bound, count = run.bound, len(run.bound.A)
         ctx.spent = True
-        there = tuple([g is not None for g in dy])  # ``None in dy`` would ask every tensor whether it equals None
-        if True not in there:
-            return (None,) * len(needs)
-        x, h, *saved = ctx.saved_tensors
-        moments, A, B = saved[: run.moments], saved[run.moments : run.moments + count], saved[run.moments + count :]
-        run.check_versions()
-        if differentiated_again(dy):
-            return (None, *_again(run, needs[1:], dy, x, A, B), *moments)
-        need = bound.need(needs[1:], run.leaves)
-        with untracked():
-            found = run.backward(x, h, A, B, dy, there, need)
-        if need.dA and need.dB and need.dZ is (run.leaves > 0) and False not in there:
-            return (None, *found, *moments)
-        return (None, found[0], *_placed(found[1:], need, dy, bound.layout, count, run.leaves, moments))
+        if all([g is None for g in dy]):
+            return (None,) * len(ctx.needs_input_grad)
+        saved = ctx.saved_tensors
+        if [version_of(w) for w in ctx.run.bound.counted] != ctx.versions:
+            raise RuntimeError(
+                "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
+                "place after the forward"
+            )
+        return (None, *ctx.run.bound.differentiated(ctx.run, ctx.needs_input_grad[1:], dy, saved))
 
 
 def _placed(found, need: Need, dy, layout: GroupLayout, count: int, leaves: int, moments) -> list[Tensor | None]:
@@ -344,4 +411,11 @@ def _again(run: _Run, needs, dy, x, A, B) -> Sequence[Tensor | None]:
     return dx, *found[2 * weights :]
 
 
-_apply = apply_directly(_Bound)
+_apply = apply_directly(LoRA)
+
+
+def _counted(y: Sequence[Tensor], *pending: Pending | None) -> Sequence[Tensor]:
+    for counter in pending:
+        if counter is not None:
+            counter.add(y[0])
+    return y

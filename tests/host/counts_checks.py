@@ -103,18 +103,18 @@ def modules_are_as_torch_has_them(gpu):
 # Of a forward and backward of q, k, v: Python functions of fastlora entered, at most; then exactly the calls of the
 # dispatcher, allocations, launches of Triton kernels, products by the library and other kernels.
 PINNED_GPU = {
-    "fastlora": (72, 22, 13, 6, 0, 0),
-    "probes": (82, 28, 16, 6, 0, 0),
-    "act_var": (82, 38, 23, 7, 0, 3),
-    "dropout": (75, 25, 14, 7, 0, 1),
-    "four_adapters": (79, 74, 37, 6, 6, 8),
+    "fastlora": (54, 20, 13, 6, 0, 0),
+    "probes": (67, 26, 16, 6, 0, 0),
+    "act_var": (67, 36, 23, 7, 0, 3),
+    "dropout": (60, 23, 14, 7, 0, 1),
+    "four_adapters": (64, 72, 37, 6, 6, 8),
 }
 # The same without what a GPU does.
 PINNED_CPU = {
-    "fastlora": (74, 33, 11),
-    "probes": (84, 36, 14),
-    "act_var": (108, 71, 20),
-    "dropout": (162, 147, 28),
+    "fastlora": (55, 33, 11),
+    "probes": (66, 36, 14),
+    "act_var": (99, 71, 20),
+    "dropout": (156, 147, 28),
 }
 
 

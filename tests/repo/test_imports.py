@@ -20,7 +20,7 @@ KERNELS = PACKAGE / "kernels" if (PACKAGE / "kernels").is_dir() else PACKAGE.par
 # A file imports from folders to the right of its own, or from its own folder.
 ORDER = "cli demo integrations peft_io training model tracking nn config ops importance kernels _utils".split()
 PURE = ("importance", "training")
-COMPILED = "_plan"  # the extension module: no file of Python's
+COMPILED = ("_plan", "_node")  # extension modules: no files of Python's
 OUTSIDE = ("__init__", "api", "testing", "__main__")  # the public names, above everything, and what nothing imports
 PRIVATE_OF_TORCH = re.compile(r"\btorch(?:\.\w+)*\._(?!_)\w+|\bF\._[a-z]\w*|\bnn(?:\.\w+)*\._[A-Z]\w*")
 DOORS = ("_utils.torch_compat", "_utils.distributed")
@@ -48,7 +48,7 @@ def imports(name: str, text: str) -> list[tuple[str, str]]:
             continue
         base = [*here[: len(here) - node.level + 1], *filter(None, [node.module])] if node.level else [node.module]
         for alias in node.names:
-            if node.level and alias.name == COMPILED:
+            if node.level and alias.name in COMPILED:
                 continue
             whole, origin = ".".join([*base, alias.name]), ".".join(base)
             places = (whole, f"{whole}.__init__", origin, f"{origin}.__init__" if origin else "__init__")

@@ -150,6 +150,12 @@ class Plans:
                 return out
         return self._first(key, inputs, compute)
 
+    def number(self, key: Hashable, dtype: torch.dtype) -> tuple[int, int] | None:
+        """The cache and the variant of a plan, which do not change as long as it is there; None where there is none, or
+        where it depends on more than ``run`` is told."""
+        variant = None if dtype is torch.float32 else self._variants.get(key)
+        return None if variant is None or self._cache is None else (self._cache.number, variant)
+
     def _without(self, inputs: Sequence[Tensor], compute: Compute, error: RuntimeError) -> list[Tensor | None]:
         """After a plan failed: what Triton's launcher makes of it, or its error."""
         out = list(compute(list(inputs)))

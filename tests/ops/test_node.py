@@ -1,0 +1,250 @@
+"""The autograd node in C++ does what the one in Python does, bit for bit."""
+
+import gc
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora.nn import adapter
+from fastlora.ops import bound
+from fastlora.ops.node import NODE, REASON
+
+pytestmark = pytest.mark.skipif(NODE is None, reason=str(REASON))
+K = 24
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(K, n) for n in (16, 8, 8))
+
+    def forward(self, x):
+        return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+
+
+def model(dtype=torch.float32, **config):
+    torch.manual_seed(0)
+    built = Attention().to(dtype)
+    fastlora.inject(built, fastlora.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], **config))
+    with torch.no_grad():
+        for name, p in built.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    return built
+
+
+def inputs(dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(3, 5, K, dtype=dtype, requires_grad=True)
+
+
+def gradients(built, x, run=None, times=3):
+    """Of several steps: what the first ones learn is used by the others."""
+    found = []
+    for step in range(times):
+        torch.manual_seed(step)
+        x.grad = None
+        built.zero_grad()
+        (run or (lambda: sum(y.square().sum() for y in built(x)).backward()))()
+        found += [x.grad, *[p.grad for p in built.parameters()]]
+    return found
+
+
+def in_python(monkeypatch):
+    monkeypatch.setattr(bound, "NODE", None)
+    monkeypatch.setattr(adapter, "NODE", None)
+
+
+def same(monkeypatch, act):
+    """What ``act`` gives with the node in C++ and in Python."""
+    mine = act()
+    in_python(monkeypatch)
+    theirs = act()
+    assert len(mine) == len(theirs) > 0
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+CASES = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "float64": {"dtype": torch.float64},
+    "dropout": {"lora_dropout": 0.3},
+    "packed": {"prepack": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_the_node_in_python(monkeypatch, case):
+    options = CASES[case]
+    same(monkeypatch, lambda: gradients(model(**options).train(), inputs(options.get("dtype", torch.float32))))
+
+
+@pytest.mark.parametrize("statistics", [("fisher",), ("grad_sq",), ("fisher", "act_var")])
+def test_statistics_are_those_of_the_node_in_python(monkeypatch, statistics):
+    def act():
+        built, x, found = model(), inputs(), []
+        with fastlora.track(built, statistics=statistics, every=1) as tracker:
+            for _ in range(3):
+                found += gradients(built, x, times=1)
+                tracker.step()
+            found += [torch.tensor(list(tracker.scores(name).values())) for name in statistics]
+        return found
+
+    same(monkeypatch, act)
+
+
+@pytest.mark.parametrize("part", ["x", "A", "B", "some outputs", "one output", "no output"])
+def test_only_what_is_asked_for(monkeypatch, part):
+    def act():
+        built, x = model(), inputs()
+        x.requires_grad_(part not in ("A", "B"))
+        if part in ("x", "A", "B"):
+            for name, p in built.named_parameters():
+                if "lora_" in name:
+                    p.requires_grad_(f"lora_{part}" in name)
+        asked = {"some outputs": (0, 2), "one output": (1,), "no output": ()}.get(part, (0, 1, 2))
+
+        def run():
+            y = built(x)
+            total = sum((y[i].square().sum() for i in asked), start=(0 * x).sum() if part == "no output" else 0)
+            total.backward()
+
+        return gradients(built, x, run)
+
+    same(monkeypatch, act)
+
+
+def test_twice_through_one_graph_and_through_the_gradient(monkeypatch):
+    def act():
+        built, x = model(torch.float64), inputs(torch.float64)
+        leaves = [x, *[p for p in built.parameters() if p.requires_grad]]
+        y = sum(y.square().sum() for y in built(x))
+        found = [g for _ in range(2) for g in torch.autograd.grad(y, leaves, retain_graph=True)]
+        slopes = torch.autograd.grad(y, leaves, create_graph=True)
+        return [*found, *torch.autograd.grad(sum(s.square().sum() for s in slopes), leaves)]
+
+    same(monkeypatch, act)
+
+
+def test_batched_gradients(monkeypatch):
+    def act():
+        built, x = model(torch.float64), inputs(torch.float64)
+        y = built(x)[0]
+        directions = torch.randn(4, *y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(3))
+        return torch.autograd.grad(y, [x, built.q_proj.lora_A.default.weight], directions, is_grads_batched=True)
+
+    same(monkeypatch, act)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints(monkeypatch, reentrant):
+    def act():
+        built, x = model(lora_dropout=0.2).train(), inputs()
+
+        def run():
+            y = checkpoint(lambda t: torch.cat(built(t), -1), x, use_reentrant=reentrant)
+            y.square().sum().backward()
+
+        return gradients(built, x, run)
+
+    same(monkeypatch, act)
+
+
+def test_saved_tensors_go_through_hooks():
+    built, x = model(), inputs()
+    gradients(built, x)
+    packed, unpacked = [], []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: packed.append(t) or t.clone(), lambda t: unpacked.append(t) or t
+    ):
+        y = built(x)
+    sum(out.sum() for out in y).backward()
+    assert len(packed) == len(unpacked) >= 8  # x, h, A and B
+
+
+def test_a_weight_or_a_factor_that_changed_in_between_is_refused():
+    for name, words in (
+        ("q_proj.weight", "weight: expected as it was"),
+        ("q_proj.lora_A.default.weight", "modified by"),
+    ):
+        built, x = model(), inputs()
+        gradients(built, x)
+        y = sum(out.sum() for out in built(x))
+        with torch.no_grad():
+            built.get_parameter(name).mul_(2)
+        with pytest.raises(RuntimeError, match=words):
+            y.backward()
+
+
+def test_an_error_of_python_s_backward_is_python_s(monkeypatch):
+    built, x = model(torch.float64), inputs(torch.float64)
+    gradients(built, x)
+
+    def fail(*arguments):
+        raise KeyError("of its own")
+
+    monkeypatch.setattr(bound.BoundCall, "differentiated", fail)
+    with pytest.raises(KeyError, match="of its own"):
+        sum(y.sum() for y in built(x)).backward()
+
+
+def test_forward_mode_is_refused():
+    built, x = model(), inputs()
+    gradients(built, x)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward"),
+    ):
+        built(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+
+
+class TestPending:
+    def test_until_the_backward(self):
+        built, x = model(), inputs()
+        gradients(built, x)
+        router = built.q_proj.router
+        assert not router.awaits_backward("default")
+        y = built(x)
+        assert router.awaits_backward("default")
+        sum(out.sum() for out in y).backward()
+        assert not router.awaits_backward("default")
+
+    def test_until_the_graph_is_gone(self):
+        built, x = model(), inputs()
+        gradients(built, x)
+        gc.disable()
+        try:
+            y = built(x)
+            assert built.q_proj.router.awaits_backward("default")
+            del y
+            assert not built.q_proj.router.awaits_backward("default")
+        finally:
+            gc.enable()
+
+    def test_without_a_graph_nothing_waits(self):
+        built, x = model(), inputs()
+        gradients(built, x)
+        with torch.no_grad():
+            y = built(x)
+        assert not y[0].requires_grad and not built.q_proj.router.awaits_backward("default")
+
+    def test_of_python_s_nodes(self, monkeypatch):
+        in_python(monkeypatch)
+        self.test_until_the_backward()
+        self.test_until_the_graph_is_gone()
+
+
+def test_another_torch_s_node_is_not_used():
+    code = """
+import torch
+import fastlora._node as built
+built.torch_version = "1.0.0"
+from fastlora.ops import node
+assert node.NODE is None and "built for torch 1.0.0" in node.REASON, node.REASON
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
