@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fastlora.kernels.tiling import PROGRAMS, TileConfig, choose_filling, choose_split, choose_strategy, choose_tiles
+from fastlora.kernels.tiling import (
+    PROGRAMS,
+    TileConfig,
+    choose_filling,
+    choose_parts,
+    choose_split,
+    choose_strategy,
+    choose_tiles,
+)
 
 from .device.cases import CASES, PROBES, Case
 from .harness import result_files
@@ -35,6 +43,11 @@ LIBRARY_TILES = {(128, 256): 0.97, (256, 128): 0.97, (128, 192): 0.93, (128, 128
                  (128, 64): 0.8, (64, 128): 0.8}  # fmt: skip
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 ROWS = (512, 2048, 8192, 32768)
+# Where outputs are wider than the input, or narrower.
+MLP = [
+    Case("llama3_8b_gate_up", 8192, 4096, (14336, 14336)),
+    Case("llama3_8b_down", 8192, 14336, (4096,)),
+]  # fmt: skip
 
 
 class Kernel(NamedTuple):
@@ -73,7 +86,7 @@ class Model:
     def __init__(self, case: Case, resident: dict[tuple[str, str], int]):
         self.case, self.resident = case, resident
         self.M, self.K, self.N = case.rows, case.width, case.total
-        self.R = 3 * case.rank
+        self.R = len(case.outputs) * case.rank
         self.weights = [case.total] if case.fused else list(case.outputs)
 
     def stream(self, name: str, elements: int, tile: TileConfig | None = None, programs: int = 0) -> Kernel:
@@ -81,19 +94,22 @@ class Model:
         size = 2 * elements
         each = self.resident.get((name, written(tile)), 1) if tile else 0
         waves = programs / (PROGRAMS * each) if tile else 0.0
-        # Multiprocessors without a program leave a part of the bandwidth unused.
-        idle = max(1.0, PROGRAMS / programs) if programs else 1.0
+        # Multiprocessors without a program leave a part of the bandwidth unused: in the last wave, or the only one.
+        last = programs % (PROGRAMS * each) if each else 0
+        idle = 1 + max(0, PROGRAMS - last) / programs if last else 1.0
         estimate = size / (STREAM * COPY) * 1e6 * idle + RAMP + GAP
         shown = written(tile) if tile else "-"
         return Kernel(name, shown, programs, each, waves, size / 1e6, 0.0, size / COPY * 1e6, estimate)
 
-    def tiled(self, name: str, tile: TileConfig, rows: int, columns: list[int], depth: int, size: int) -> Kernel:
-        """One of our matmuls."""
+    def tiled(
+        self, name: str, tile: TileConfig, rows: int, columns: list[int], depth: int, size: int, ranks: int = 0
+    ) -> Kernel:
+        """One of our matmuls; beside each tile's columns it sums ``ranks``, whose factors are fp32."""
         programs = math.ceil(rows / tile.rows) * sum(math.ceil(n / tile.columns) for n in columns)
         each = self.resident[name, written(tile)]
-        operations = 2.0 * rows * sum(columns) * depth
-        one = 2.0 * tile.rows * tile.columns * depth / (MATMUL * TENSOR / PROGRAMS) * 1e6
-        cache = 2.0 * programs * (tile.rows + tile.columns) * depth / L2 * 1e6
+        operations, beside = 2.0 * rows * (sum(columns) + ranks) * depth, 16 * math.ceil(ranks / 16)
+        one = 2.0 * tile.rows * (tile.columns + beside) * depth / (MATMUL * TENSOR / PROGRAMS) * 1e6
+        cache = 2.0 * programs * (tile.rows + tile.columns + 2 * ranks) * depth / L2 * 1e6
         waves = programs / (PROGRAMS * each)
         full, rest = divmod(programs, PROGRAMS * each)
         # Programs that share a multiprocessor share its tensor cores and hide each other's prologue and epilogue.
@@ -130,31 +146,100 @@ class Model:
 
     def fastlora(self) -> Iterator[Kernel]:
         """The shipped sequence with its probes, in the order of its launches."""
-        M, K, N, R, widths = self.M, self.K, self.N, self.R, list(self.case.outputs)
+        for strategies in (self.forward(), self.backward()):
+            yield from next(kernels for kernels, chosen in strategies.values() if chosen)
+
+    def choose(self, direction: str, R: int) -> str:
+        """The shipped strategy."""
+        N, K = self.N, 0 if direction == "expand_backward" else self.K
+        return choose_strategy(direction, self.M, N, K, R, BF16, CPU)
+
+    def forward(self) -> dict[str, tuple[list[Kernel], bool]]:
+        """Strategy -> the kernels of h and y, and whether it is the shipped one."""
+        M, K, N, R, each = self.M, self.K, self.N, self.R, self.case.rank + PROBES
+        widths, size, h = list(self.case.outputs), 2 * (M * K + N * K + M * N), M * (R + PROBES)
         tile = choose_tiles("shrink", M, 0, K, R + PROBES, BF16, CPU)
         split = choose_split(math.ceil(M / tile.rows), math.ceil(K / tile.depth))
-        yield self.stream("shrink", M * K + M * (R + PROBES), tile, math.ceil(M / tile.rows) * split)
-        if choose_strategy("forward", M, N, K, R, BF16, CPU) == "fused":
-            tile = choose_tiles("linear", M, N, K, self.case.rank, BF16, CPU)
-            yield self.tiled("linear", tile, M, widths, K, 2 * (M * K + N * K + M * N))
-        else:
-            yield from (self.library("cuBLAS y", M, n, K) for n in self.weights)
-            yield self.expand(M, widths, 2 * M * N)
+        programs, made = math.ceil(M / tile.rows) * split, h if split == 1 else 2 * split * h
+        shrink = [self.stream("shrink", M * K + made, tile, programs)]
+        shrink += [self.stream("reduce", made + h)] if split > 1 else []
+        found = {
+            "library": [*(self.library("cuBLAS y", M, n, K) for n in self.weights), self.expand(M, widths, 2 * M * N)]
+        }
+        found["augmented"] = self.augmented(
+            "y", [(M, K)], [(n, K) for n in self.weights], [(M, n, K) for n in self.weights]
+        )
+        tile = choose_tiles("linear", M, N, K, self.case.rank, BF16, CPU)
+        found["fused"] = [self.tiled("linear", tile, M, widths, K, size)]
+        shipped, beside = self.choose("forward", R), self.choose("shrink_linear", each) == "fused"
+        strategies = {name: (shrink + kernels, name == shipped and not beside) for name, kernels in found.items()}
+        tile = choose_tiles("shrink_linear", M, N, K, R + PROBES, BF16, CPU)
+        together = [self.tiled("shrink_linear", tile, M, widths, K, size + 2 * h, each)]
+        return strategies | {"h beside y": (together, beside)}
+
+    def augmented(self, name: str, inputs: list, weights: list, products: list) -> list[Kernel]:
+        """Copies of the inputs and weights with the small factors appended, B scaled first, and the products."""
+        found = [self.stream("copied", 2 * rows * columns + rows * self.R) for rows, columns in [*inputs, *weights]]
+        if name == "y":
+            found += [self.stream("scaled", 0) for _ in range(len(weights) + 4 * len(self.case.outputs))]
+        return found + [self.library(f"cuBLAS {name}", m, n, k + self.R) for m, n, k in products]
+
+    def backward(self) -> dict[str, tuple[list[Kernel], bool]]:
+        """Strategy -> the kernels of dh, dA, dB, Q and dx, and whether it is the shipped one."""
+        M, K, N, R = self.M, self.K, self.N, self.R
+        size = 2 * (M * N + N * K + M * K)
+        tile = choose_tiles("linear_backward", M, N, K, R, BF16, CPU)
+        library = [*(self.library("cuBLAS dx", M, K, n) for n in self.weights)]
+        library += [*(self.stream("dx added", M * K) for _ in self.weights[1:]), self.expand(M, [K], 2 * M * K)]
+        dx = {
+            "library": library,
+            "augmented": self.augmented("dx", [(M, N)], [(N, K)], [(M, K, N)]),
+            "fused": [self.tiled("linear_backward", tile, M, [K], N, size)],
+        }
+        factors = {"dy twice": self.separate(), "dy once": self.one_pass()}
+        once = self.choose("expand_backward", R + PROBES) == "fused"
+        shipped, beside = self.choose("backward", R), self.choose("shrink_linear_backward", self.case.rank) == "fused"
+        strategies = {
+            f"{how}, {name}": ([*first, *last], not beside and name == shipped and (how == "dy once") == once)
+            for how, first in factors.items()
+            for name, last in dx.items()
+        }
+        tile = choose_tiles("shrink_linear_backward", M, N, K, R, BF16, CPU)
+        together = [self.tiled("shrink_linear_backward", tile, M, [K], N, size + 2 * M * R, self.case.rank)]
+        rest = [kernel for kernel in self.separate() if kernel.name == "wgrad"] + self.separate()[-1:]
+        return strategies | {"dh beside dx": (together + rest, beside)}
+
+    def one_pass(self) -> list[Kernel]:
+        """dh, dA, dB and Q, of which all but dA come out of one pass over dy."""
+        M, K, N, R, widths = self.M, self.K, self.N, self.R, self.case.outputs
+        kept = N * (self.case.rank + PROBES)
+        tile = choose_tiles("expand_backward", M, N, 0, R + PROBES, BF16, CPU)
+        rows, span = choose_parts(M, widths, tile)
+        parts, cuts = math.ceil(M / rows), math.ceil(max(widths) / span)
+        programs = parts * sum(math.ceil(n / span) for n in widths)
+        dh = M * R if cuts == 1 else 2 * cuts * M * R
+        found = [self.stream("expand_backward", M * N + M * (R + PROBES) + dh + 2 * parts * kept, tile, programs)]
+        found += [self.stream("reduce", dh + M * R)] if cuts > 1 else []
+        found.append(self.stream("reduce", 2 * (parts + 1) * kept))
+        return found + self.wgrad([K], M * (K + R), R * K)
+
+    def separate(self) -> list[Kernel]:
+        """dh from one pass over dy, dA, dB and Q from another."""
+        M, K, N, R, widths = self.M, self.K, self.N, self.R, self.case.outputs
         tile = choose_tiles("shrink_backward", M, 0, max(widths), R, BF16, CPU)
-        programs = math.ceil(M / tile.rows) * len(widths)
-        yield self.stream("shrink_backward", M * N + M * R, tile, programs)
-        tile = choose_tiles("wgrad", M, N, 0, R, BF16, CPU)
-        programs = math.ceil(K / tile.columns) + sum(math.ceil(n / tile.columns) for n in widths)
-        programs *= choose_split(programs, math.ceil(M / tile.depth), 2)
-        yield self.stream("wgrad", M * (N + K), tile, programs)
-        yield self.stream("reduce", 4 * (R * K + N * (self.case.rank + PROBES)))
-        if choose_strategy("backward", M, N, K, R, BF16, CPU) == "fused":
-            tile = choose_tiles("linear_backward", M, N, K, R, BF16, CPU)
-            yield self.tiled("linear_backward", tile, M, [K], N, 2 * (M * N + N * K + M * K))
-        else:
-            yield from (self.library("cuBLAS dx", M, K, n) for n in self.weights)
-            yield from (self.stream("dx added", M * K) for _ in self.weights[1:])
-            yield self.expand(M, [K], 2 * M * K)
+        split = choose_split(math.ceil(M / tile.rows) * len(widths), math.ceil(min(widths) / tile.depth))
+        programs, dh = math.ceil(M / tile.rows) * len(widths) * split, M * R if split == 1 else 2 * split * M * R
+        found = [self.stream("shrink_backward", M * N + dh, tile, programs)]
+        found += [self.stream("reduce", dh + M * R)] if split > 1 else []
+        kept = R * K + N * (self.case.rank + PROBES)
+        return found + self.wgrad([K, *widths], M * (N + K + 2 * R + PROBES), kept)
+
+    def wgrad(self, columns: list[int], elements: int, kept: int) -> list[Kernel]:
+        tile = choose_tiles("wgrad", self.M, 0, 0, self.R, BF16, CPU)
+        programs, steps = sum(math.ceil(n / tile.columns) for n in columns), math.ceil(self.M / tile.depth)
+        split = choose_split(programs, steps, 2)
+        summed = self.stream("wgrad", elements + 2 * split * kept, tile, programs * split)
+        return [summed, self.stream("reduce", 2 * (split + 1) * kept)]
 
     def expand(self, rows: int, columns: list[int], elements: int) -> Kernel:
         tile = choose_tiles("expand", rows, sum(columns), self.K, self.case.rank, BF16, CPU)
@@ -188,7 +273,20 @@ def row(case: Case, resident: dict[tuple[str, str], int]) -> dict:
         "over PEFT bf16": [a / b for a, b in zip(totals(kernels), totals(peft), strict=True)],
         "gradstat over matmul": [exact.ideal_us / matmul.ideal_us, exact.estimate_us / matmul.estimate_us],
     }
-    return {"case": case.name, "M": case.rows, "ratios": ratios, "kernels": [k._asdict() for k in [*kernels, exact]]}
+    strategies = [
+        {
+            "part": part,
+            "strategy": name,
+            "shipped": shipped,
+            "launches": len(some),
+            "megabytes": sum(k.megabytes for k in some),
+        }
+        | dict(zip(("ideal_us", "estimate_us"), totals(some), strict=True))
+        for part, found in (("forward", model.forward()), ("backward", model.backward()))
+        for name, (some, shipped) in found.items()
+    ]
+    kernels = [k._asdict() for k in [*kernels, exact]]
+    return {"case": case.name, "M": case.rows, "ratios": ratios, "kernels": kernels, "strategies": strategies}
 
 
 def cases() -> list[Case]:
@@ -198,7 +296,7 @@ def cases() -> list[Case]:
         Case(f"{case.name} M={M}", M, case.width, case.outputs, case.rank, case.fused)
         for case, M in zip(others, ROWS * len(CASES), strict=True)
     ]
-    return [*CASES.values(), *scaled]
+    return [*CASES.values(), *scaled, *MLP]
 
 
 def markdown(rows: list[dict]) -> str:
@@ -224,7 +322,31 @@ def markdown(rows: list[dict]) -> str:
             numbers = f"{k['waves']:.2f} | {k['megabytes']:.1f} | {k['gigaflops']:.1f} | {k['ideal_us']:.1f}"
             lines.append(f"| {k['name']} | {k['tile']} | {k['programs']} | {k['resident']} | {numbers} "
                          f"| {k['estimate_us']:.1f} |")  # fmt: skip
-    return "\n".join(lines) + "\n"
+    lines += [
+        "",
+        "## Strategies",
+        "",
+        "Estimates in us of h and y (forward) and of dh, dA, dB, Q and dx (backward).",
+        "The shipped choice is **bold**, the least estimate has a star.",
+        "",
+    ]
+    for part in ("forward", "backward"):
+        names = [s["strategy"] for s in rows[0]["strategies"] if s["part"] == part]
+        lines += [f"| {part} | M | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+        for r in rows:
+            some = [s for s in r["strategies"] if s["part"] == part]
+            least = min(s["estimate_us"] for s in some)
+            cells = []
+            for s in some:
+                cell = (
+                    f"{s['estimate_us']:.1f}"
+                    + ("*" if s["estimate_us"] == least else "")
+                    + f" ({s['megabytes']:.0f} MB)"
+                )
+                cells.append(f"**{cell}**" if s["shipped"] else cell)
+            lines.append(f"| {r['case']} | {r['M']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
 
 
 def main() -> None:

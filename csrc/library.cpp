@@ -16,9 +16,10 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   // moments_j = [sum_m y_j; sum_m y_j^2]   [2, N_j] float64, of y_j after the update; none without `moments`
   // P is [k, K], or int64 [projections, k] and contiguous: its rows are then unit vectors by number, which make
   // projections * k columns of h. Factors and P in another dtype than x and y are first rounded to that.
+  // With a seed, int64 scalar, projection i sees dropout(x, seed, streams[i], p) instead of x; the probes see x.
   m.def(
       "lora_forward_(Tensor(a!)[] y, Tensor x, Tensor[] A, Tensor? P, Tensor[] B, int[] outputs, int[] columns, "
-      "float[] scales, bool moments) -> (Tensor h, Tensor[] moments)");
+      "float[] scales, bool moments, Tensor? seed=None, float p=0, int[] streams=[]) -> (Tensor h, Tensor[] moments)");
   // dh_i = scale_i dy_i B_i   in fp32, not rounded
   // dx += dh A   [M, K], where it is given
   // dA_i = dh_i^T x   [r_i, K], dtype of A_i; none without `need_dA`
@@ -26,23 +27,25 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   // Q_i = dy_i^T h_P   [n_i, probes] float32; none without probes
   // dy_i are the columns of projection i in dy_j; h_P the `probes` columns of h after the ranks, or, where h has
   // R + projections * probes columns, those of projection i. outputs[i] = -1: projection i has no gradient, its dA, dB
-  // and Q are zero and dx gets nothing of it.
+  // and Q are zero and dx gets nothing of it. With the seed of the forward, dA_i is of the x that projection i saw, and
+  // dh_i A_i is dropped as that was.
   m.def(
       "lora_backward_(Tensor(a!)? dx, Tensor[] dy, Tensor x, Tensor h, Tensor[] A, Tensor[] B, int[] outputs, "
-      "int[] columns, float[] scales, int probes, bool need_dA, bool need_dB) -> (Tensor[] dA, Tensor[] dB, Tensor[] "
-      "Q)");
+      "int[] columns, float[] scales, int probes, bool need_dA, bool need_dB, Tensor? seed=None, float p=0, int[] "
+      "streams=[]) -> (Tensor[] dA, Tensor[] dB, Tensor[] Q)");
   // Both directions of a group whose frozen products are the library's matmul, in one call each:
-  // [*y, h, *moments]   y_j = x W_j^T + bias_j   [*, N_j], then lora_forward_
+  // [*y, h, *moments]   y_j = x W_j^T + bias_j   [*, N_j], then lora_forward_; moments_j has M in one more column
   // [dx, *dA, *dB, *Q]   dx = sum_j dy_j W_j   [*, K], left out without `need_dx`, then lora_backward_ of the dy_j
   // given x [*, K] and dy_j [*, N_j] have two dimensions or more; W has those of dy_j. Nothing where a product is not
   // one of matrices as they lie in memory, where an operand is none that the kernels read, or where torch has no such
   // matmul.
   m.def(
       "linear_lora_forward(Tensor x, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor? P, Tensor[] B, int[] outputs, "
-      "int[] columns, float[] scales, bool moments) -> Tensor[]");
+      "int[] columns, float[] scales, bool moments, Tensor? seed=None, float p=0, int[] streams=[]) -> Tensor[]");
   m.def(
       "linear_lora_backward(Tensor[] dy, Tensor x, Tensor h, Tensor[] W, Tensor[] A, Tensor[] B, int[] outputs, "
-      "int[] columns, float[] scales, int probes, bool need_dx, bool need_dA, bool need_dB) -> Tensor[]");
+      "int[] columns, float[] scales, int probes, bool need_dx, bool need_dA, bool need_dB, Tensor? seed=None, float "
+      "p=0, int[] streams=[]) -> Tensor[]");
   // lora_forward_ of each of G adapters on its own rows: rows order[p] for p from ranges[g, 0] to ranges[g, 1], or rows
   // p where `order` (int64 [M]) is empty. ranges is int64 [G, 2] and does not overlap; rows of no adapter keep y and
   // have zeros in h. A, B, scales: adapter by adapter, projection by projection. starts: of each adapter, the first

@@ -77,11 +77,12 @@ struct Plans {
 struct Group {
   Tensors W, frozen, A, B, counted;
   std::vector<std::optional<Tensor>> bias;
-  std::vector<int64_t> outputs, columns;
+  std::vector<int64_t> outputs, columns, streams;
   std::vector<double> scales;
 
   Group(Tensors weights, std::vector<std::optional<Tensor>> biases, Tensors a, Tensors b, Tensors versioned,
-        std::vector<int64_t> output_of, std::vector<int64_t> column_of, std::vector<double> scale_of)
+        std::vector<int64_t> output_of, std::vector<int64_t> column_of, std::vector<double> scale_of,
+        std::vector<int64_t> stream_of)
       : W(std::move(weights)),
         frozen(W),
         A(std::move(a)),
@@ -90,22 +91,24 @@ struct Group {
         bias(std::move(biases)),
         outputs(std::move(output_of)),
         columns(std::move(column_of)),
+        streams(std::move(stream_of)),
         scales(std::move(scale_of)) {
     for (const auto& given : bias) {
       if (given) frozen.push_back(*given);
     }
   }
 
-  // [*y, h]; nothing where the native library has no such call.
-  Tensors forward(const Tensor& x, const std::optional<Tensor>& P) const {
+  // [*y, h, *moments]; nothing where the native library has no such call. seed: of dropout with probability p.
+  Tensors forward(const Tensor& x, const std::optional<Tensor>& P, bool moments, const std::optional<Tensor>& seed,
+                  double p) const {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastlora::linear_lora_forward", "");
-    c10::Stack stack{x, W, bias, A, P, B, outputs, columns, scales, false};  // lists are used up
+    c10::Stack stack{x, W, bias, A, P, B, outputs, columns, scales, moments, seed, p, streams};  // lists are used up
     op.callBoxed(stack);
     return stack[0].toTensorVector();
   }
 
   Tensors backward(const variable_list& dy, const Tensor& x, const Tensor& h, const Tensors& a, const Tensors& b,
-                   int64_t probes, unsigned need) const {
+                   int64_t probes, unsigned need, const std::optional<Tensor>& seed, double p) const {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastlora::linear_lora_backward", "");
     c10::Stack stack{dy,
                      x,
@@ -119,7 +122,10 @@ struct Group {
                      need & kZ ? probes : int64_t{0},
                      (need & kX) != 0,
                      (need & kA) != 0,
-                     (need & kB) != 0};
+                     (need & kB) != 0,
+                     seed,
+                     p,
+                     streams};
     op.callBoxed(stack);
     Tensors found = stack[0].toTensorVector();
     if (!found.empty() && !(need & kX)) found.insert(found.begin(), Tensor());
@@ -174,10 +180,11 @@ struct Call : torch::CustomClassHolder {
   std::shared_ptr<Plans> plans;  // null: by the library's whole call or by Python
   py::object owner, rest;        // what Python's backward is for, where no native call does it
   Tensors out;                   // [*y, h, *moments], until they are saved
-  Tensors more;                  // what a plan takes beside the tensors of every call
+  Tensors more;                  // what a plan takes beside the tensors of every call, or the seed of dropout
   std::vector<int64_t> versions;
   size_t leaves = 0, moments = 0;
   int64_t probes = 0;
+  double p = 0.0;
   bool whole = false;
 
   Call() = default;
@@ -235,7 +242,10 @@ variable_list by_python(const Call& call, const std::vector<bool>& needs, const 
 Tensors natively(const Call& call, const variable_list& dy, const Tensor& x, const Tensor& h, Tensors A, Tensors B,
                  unsigned need) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  if (call.whole) return call.group->backward(dy, x, h, A, B, call.probes, need);
+  if (call.whole) {
+    const auto seed = call.more.empty() ? std::nullopt : std::optional<Tensor>(call.more[0]);
+    return call.group->backward(dy, x, h, A, B, call.probes, need, seed, call.p);
+  }
   const int64_t variant = call.plans ? call.plans->backward[need].load() : -1;
   if (variant < 0) return {};
   Tensors inputs{x, h};
@@ -324,7 +334,7 @@ bool watched(const Group& group, const py::handle& x) {
 // ``whole``: 2 where the backward is one call of the library's; ``more``: what a forward takes beside the tensors of
 // every call, ``later`` of them in the backward too.
 Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const Tensors& Z, const Tensors& V,
-               py::object owner, py::object rest, std::shared_ptr<Plans> plans, int64_t whole, int64_t probes,
+               py::object owner, py::object rest, std::shared_ptr<Plans> plans, int64_t whole, int64_t probes, double p,
                const Tensors& more, size_t later, std::shared_ptr<Pending> pending, std::shared_ptr<Pending> also,
                Tensors out) {
   if (!at::GradMode::is_enabled()) {
@@ -340,6 +350,7 @@ Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const
   call->leaves = Z.size();
   call->moments = V.size();
   call->probes = probes;
+  call->p = p;
   call->more.assign(more.end() - static_cast<std::ptrdiff_t>(later), more.end());
   call->out = std::move(out);
   call->count_in({std::move(pending), std::move(also)});
@@ -350,11 +361,11 @@ Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const
   return LoRA::apply(call, at::TensorList(inputs));
 }
 
-// A call for which there is a native one, by a plan or (``whole`` 1) by the library with at most P in ``more``; nothing
-// otherwise.
+// A call for which there is a native one, by a plan or (``whole`` 1) by the library, with P and the seed of dropout in
+// ``more`` where there are such; nothing otherwise.
 std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const py::object& given, const Tensors& Z,
                            const Tensors& V, py::object owner, py::object rest, std::shared_ptr<Plans> plans,
-                           int64_t whole, int64_t probes, const Tensors& more, size_t later,
+                           int64_t whole, int64_t probes, double p, const Tensors& more, size_t later,
                            std::shared_ptr<Pending> pending, std::shared_ptr<Pending> also) {
   if (watched(*group, given)) return std::nullopt;
   const Tensor& x = THPVariable_Unpack(given.ptr());
@@ -363,7 +374,9 @@ std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const py::
     const py::gil_scoped_release released;
     const at::AutoDispatchBelowADInplaceOrView below;
     if (whole & 1) {
-      out = group->forward(x, more.empty() ? std::nullopt : std::optional<Tensor>(more[0]));
+      const auto P = more.size() > later ? std::optional<Tensor>(more[0]) : std::nullopt;
+      const auto seed = later > 0 ? std::optional<Tensor>(more.back()) : std::nullopt;
+      out = group->forward(x, P, !V.empty(), seed, p);
     } else if (plans && plans->forward >= 0) {
       Tensors inputs{x};
       for (const Tensors* part : {&group->frozen, &group->A, &group->B, &more}) {
@@ -373,7 +386,7 @@ std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const py::
     }
   }
   if (out.empty()) return std::nullopt;
-  return attach(group, x, Z, V, std::move(owner), std::move(rest), std::move(plans), whole, probes, more, later,
+  return attach(group, x, Z, V, std::move(owner), std::move(rest), std::move(plans), whole, probes, p, more, later,
                 std::move(pending), std::move(also), std::move(out));
 }
 
@@ -396,9 +409,9 @@ PYBIND11_MODULE(_node, m) {
       .def("keep", &Plans::keep, py::arg("cache"), py::arg("need"), py::arg("variant"));
   py::class_<Group, std::shared_ptr<Group>>(m, "Group", "The tensors of a group that are there before its input is.")
       .def(py::init<Tensors, std::vector<std::optional<Tensor>>, Tensors, Tensors, Tensors, std::vector<int64_t>,
-                    std::vector<int64_t>, std::vector<double>>(),
+                    std::vector<int64_t>, std::vector<double>, std::vector<int64_t>>(),
            py::arg("W"), py::arg("bias"), py::arg("A"), py::arg("B"), py::arg("counted"), py::arg("outputs"),
-           py::arg("columns"), py::arg("scales"));
+           py::arg("columns"), py::arg("scales"), py::arg("streams"));
   py::class_<Guard>(m, "Guard", "Of what was looked up.")
       .def(py::init<py::list, py::list, py::list, py::list, py::list, Tensors>(), py::arg("places"), py::arg("keys"),
            py::arg("values"), py::arg("empty"), py::arg("without_forward"), py::arg("weights"))

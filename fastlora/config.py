@@ -26,7 +26,7 @@ from ._utils.errors import (
 from .ops.backends import BACKENDS
 
 _Made = TypeVar("_Made")
-ROLES = ("qkv", "attention", "mlp", "mixer", "all-linear")
+ROLES = ("qkv", "attention", "mlp", "mixer", "experts", "all-linear")
 
 # difficulty -> (r, lora_alpha, target_modules)
 PRESETS: Mapping[str, tuple[int, int, str]] = MappingProxyType(
@@ -78,8 +78,6 @@ _NOT_HERE = {
 _NEAREST = {
     "trainable_token_indices": "rows of an embedding are not trained alone here; name the embedding in modules_to_save "
     "(all of its rows) or in target_modules (adapters)",
-    "target_parameters": "experts that are one parameter [E, N, K] have no adapters here; name the linears around them "
-    "in target_modules",
     "layer_replication": "replicate the layers of the model first, then inject",
     "use_qalora": "plain LoRA runs over a quantized base; leave it out",
     "alora_invocation_tokens": "every token has the adapter; fastlora.use_adapters takes ids by token instead",
@@ -149,7 +147,9 @@ class LoraConfig:
     ``y = x W^T + bias + s x A^T B^T`` with ``s = lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``).
 
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
-      ``"qkv"``, ``"attention"``, ``"mlp"``, ``"mixer"``, ``"all-linear"``.
+      ``"qkv"``, ``"attention"``, ``"mlp"``, ``"mixer"``, ``"experts"``, ``"all-linear"``.
+    - ``target_parameters``: suffixes of parameters [E, N, K] of experts, as ``"experts.down_proj"``: each expert has
+      its own A, B and rank (``experts.down_proj[3]``), without dropout.
     - ``init_lora_weights``: True, ``"gaussian"`` (A normal / r, B zero), False (both random), ``"orthogonal"`` (even
       r), or, with ``W ← W − s B A``, ``"pissa"`` (leading singular vectors of W) and ``"olora"`` (its QR factors): as
       in PEFT the frozen weight is then the rest, with the adapter disabled and for who loads the file, too.
@@ -190,6 +190,7 @@ class LoraConfig:
     layers_pattern: Sequence[str] | str | None = None
     lora_bias: bool = False
     use_dora: bool = False
+    target_parameters: Sequence[str] | None = None
     scale: str = "constant"
     split_qkv: bool | None | Mapping[str, Mapping[str, int]] = None
     adapter_dtype: torch.dtype | None = None
@@ -225,8 +226,9 @@ class LoraConfig:
                 raise wrong_value("adapter_dtype", "a floating torch.dtype or None", dtype)
         for name in ("target_modules", "exclude_modules"):
             _check_targets(name, getattr(self, name))
-        if self.modules_to_save is not None and not _names(self.modules_to_save):
-            raise wrong_type("modules_to_save", "a list of names or None", self.modules_to_save)
+        for name in ("modules_to_save", "target_parameters"):
+            if getattr(self, name) is not None and not _names(getattr(self, name)):
+                raise wrong_type(name, "a list of names or None", getattr(self, name))
         self._check_layers()
         if self.lora_bias and (self.use_dora or init not in (True, False)):
             other = "use_dora=False" if self.use_dora else "init_lora_weights True or False"

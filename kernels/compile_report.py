@@ -22,13 +22,25 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import gradstat, grouped, linear, linear_backward, primitives, shrink, wgrad
+from . import (
+    expand_backward,
+    gradstat,
+    grouped,
+    linear,
+    linear_backward,
+    primitives,
+    shrink,
+    shrink_linear,
+    shrink_linear_backward,
+    wgrad,
+)
 from .tiling import Limits, TileConfig, committed
 
 REGISTERS = 65536
 # Kernels whose product is large enough to be meant for wgmma, in 16-bit types.
-WGMMA = ("linear", "linear_moments", "linear_backward", "linear_backward_dropout", "wgrad", "gradstat",
-         "gradstat_diagonal", "covariance")  # fmt: skip
+WGMMA = ("linear", "linear_moments", "linear_backward", "linear_backward_dropout", "shrink_linear",
+         "shrink_linear_backward", "wgrad", "expand_backward", "gradstat", "gradstat_diagonal",
+         "covariance")  # fmt: skip
 # Bytes of shared memory that a program may ask for, by capability, as CUDA's documentation has them.
 SHARED = {
     (8, 0): 163 << 10,
@@ -174,10 +186,20 @@ def _cases(operation: str, tile: TileConfig, o: _Operands) -> dict[str, Callable
         h = partial(grouped.grouped_shrink, o.x, [*o.A, o.P] * 2, *pairs, tile, drop)
         dh = partial(grouped.grouped_shrink_backward, o.dy, o.B * 2, *pairs, twice, tile)
         return {"x": h} if dropout else {"x": h, "dy": dh}
+    if operation == "shrink_linear":
+        rest = o.x, o.W, o.bias, o.A, o.P, o.B, o.places, o.offsets, o.scales
+        return {"matmul": partial(shrink_linear.shrink_linear, *rest, strategy="fused", tiles=tile)}
+    if operation == "shrink_linear_backward":
+        rest = o.dy, o.W, o.B, o.A, o.places, o.offsets, o.scales
+        return {"matmul": partial(shrink_linear_backward.shrink_linear_backward, *rest, strategy="fused", tiles=tile)}
     if operation.startswith("shrink"):
         h = partial(shrink.shrink, o.x, [*o.A, o.P], 1, tiles=tile, **dropout)
         dh = partial(shrink.shrink_backward, o.dy, o.B, o.offsets, o.scales, o.rank, tile)
         return {"dy": dh} if operation == "shrink_backward" else {"x": h}
+    if operation == "expand_backward":
+        rest = o.offsets, o.scales, o.rank, o.probes
+        dy = partial(expand_backward.expand_backward, None, o.dy, o.h, o.B, *rest, strategy="fused", tiles=tile)
+        return {"matmul": dy}
     if operation.startswith("wgrad"):
         x = o.x, o.dh, o.dy, o.h, o.offsets, o.ranks, o.scales, o.probes
         widths = [b.shape[0] for b in o.B]
@@ -223,7 +245,10 @@ def compile_all(
         if operations and operation not in operations or not entry.tile.fits(4 if kind == "fp32" else 2, device):
             continue
         # The rank block of linear's kernels is fixed, so that only whether ranks are multiples of 8 changes their code.
-        fixed = [rank for rank in ranks if rank <= 16] if operation.startswith(("linear", "expand")) else ranks
+        fixed_block = operation.startswith(("linear", "expand")) and operation != "expand_backward"
+        # Beside a tile of y there is room for 32 ranks and probes.
+        fixed = [rank for rank in ranks if rank <= 16] if fixed_block else ranks
+        fixed = [min(rank, 24) for rank in ranks] if operation.startswith("shrink_linear") else fixed
         some = ranks[:1] if operation in ("gradstat", "gradstat_diagonal", "covariance") else fixed
         exact_only = operation.endswith("dropout") or operation == "expand"
         settings = [("bf16", rank) for rank in some]

@@ -36,7 +36,7 @@ from .primitives import (
     tile_rows,
     unit_last,
 )
-from .reduce import reduce_moments
+from .reduce import reduce_moments, reduce_partials
 from .tiling import TileConfig, choose_strategy, choose_tiles, limits
 
 
@@ -113,10 +113,13 @@ def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, 
     m_m, m_n = place.rows.exist[:, None], (o_n < part.y.columns)[None, :]
     o_row = place.rows.numbers.to(tl.int64)[:, None]
     # The expand comes first: scaled in fp32 it becomes the start of the accumulator and needs no registers of its own.
+    # With descriptors a block of it comes last: its loads are under way while the first steps of the matmul are copied.
+    # Without wide loads there are no registers to keep it in.
+    LATE: tl.constexpr = descriptors is not None and OPTIONS.even_r
     p_h = h.data + o_row * reveal(h.stride, OPTIONS.even_r) + part.offset
     p_b = part.B + o_n.to(tl.int64)[None, :] * part.stride_B
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for r in tl.range(0, part.rank, BLOCK_R, num_stages=1):
+    for r in tl.range(BLOCK_R if LATE else 0, part.rank, BLOCK_R, num_stages=1):
         o_rank = r + tl.arange(0, BLOCK_R)
         b_h = tl.load(p_h + o_rank[None, :], mask=m_m & (o_rank < part.rank)[None, :], other=0.0)
         b_b = tl.load(p_b + o_rank[:, None], mask=m_n & (o_rank < part.rank)[:, None], other=0.0).to(b_h.dtype)
@@ -126,9 +129,17 @@ def linear_tile(part, bias, x, h, sums, place, descriptors, TILE: tl.constexpr, 
         p_w, p_x = part.W.data + o_n.to(tl.int64)[None, :] * part.W.stride, x.data + o_row * x.stride
         b_acc = matmul_loop(b_acc, p_x, p_w, 1, m_m, m_n, x.columns, TILE, OPTIONS)
     elif x is not None:
+        if LATE:
+            o_rank = tl.arange(0, BLOCK_R)
+            m_h, m_b = m_m & (o_rank < part.rank)[None, :], m_n & (o_rank < part.rank)[:, None]
+            b_h, b_b = tl.load(p_h + o_rank[None, :], mask=m_h), tl.load(p_b + o_rank[:, None], mask=m_b, other=0.0)
         for k in tl.range(0, x.columns, BLOCK_K):
             b_x, b_w = descriptors[0].load([place.row_tile * BLOCK_M, k]), descriptors[1].load([place.column, k])
             b_acc = tl.dot(b_x, tl.trans(b_w), b_acc, input_precision=OPTIONS.precision)
+        if LATE:
+            # Masked here, or the compiler waits for h before the first copies.
+            b_h, b_b = tl.where(m_h, b_h, 0.0), (b_b.to(tl.float32) * part.scale).to(b_h.dtype)
+            b_acc = tl.dot(b_h, b_b, b_acc, input_precision=OPTIONS.precision)
     if bias is not None:
         b_acc += tl.load(bias + o_n[None, :], mask=m_n, other=0.0).to(tl.float32)
     p_tile = part.y.data + o_row * part.y.stride + o_n[None, :]
@@ -180,6 +191,37 @@ def linear_kernel(group, x, h, sums, segments, M, tiles_m, tiles_n, TILE: tl.con
     linear_tile(part, bias, x, h, sums, place, None, TILE, OPTIONS)
 
 
+def cut(
+    W: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    B: Sequence[Tensor],
+    y: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    places: Sequence[tuple[int, int]],
+    offsets: Sequence[int],
+    scales: Sequence[float],
+) -> list[Projection]:
+    """The projections at ``places`` (output, first column); ``sums``: the moments of every output, or none."""
+    projections = []
+    for i, (j, column) in enumerate(places):
+        n = B[i].shape[0]
+        w, b = W[j].narrow(0, column, n), None if bias[j] is None else bias[j].narrow(0, column, n)
+        out, own = y[j].narrow(1, column, n), sums[j].narrow(1, column, n) if sums else None
+        projections.append(Projection(w, b, B[i], out, own, offsets[i], scales[i]))
+    return projections
+
+
+def as_group(projections: Sequence[Projection], matmul: bool = True) -> Group:
+    """The operand for projections; a bias is added where the kernel multiplies."""
+    bias = None
+    if matmul and any(p.bias is not None for p in projections):
+        bias = tuple(p.W.new_zeros(p.W.shape[0]) if p.bias is None else p.bias for p in projections)
+    columns = rank_columns([p.offset for p in projections], [p.B.shape[1] for p in projections])
+    strides = hide_from_specialization([p.B.stride(0) for p in projections])
+    B = Factors(tuple(p.B for p in projections), strides, columns, tuple(float(p.scale) for p in projections))
+    return Group(matrices([p.W for p in projections]), bias, B, matrices([p.y for p in projections]))
+
+
 def expand(
     x: Tensor,
     h: Tensor,
@@ -204,14 +246,9 @@ def expand(
     tiles_m = triton.cdiv(M, tiles.rows) if segments is None else segments.tiles.shape[0]
     tiles_n = sum(triton.cdiv(p.W.shape[0], tiles.columns) for p in projections)
     sums = torch.empty(2 * tiles_m, N, dtype=torch.float32, device=x.device) if moments else None
-    bias = None
-    if matmul and any(p.bias is not None for p in projections):
-        bias = tuple(p.W.new_zeros(p.W.shape[0]) if p.bias is None else p.bias for p in projections)
     if segments is None:
         even = multiples_of_8(ranks, strides, offsets)
-    scales, columns = tuple(float(p.scale) for p in projections), rank_columns(offsets, ranks)
-    B = Factors(tuple(p.B for p in projections), hide_from_specialization(strides), columns, scales)
-    group = Group(matrices([p.W for p in projections]), bias, B, matrices([p.y for p in projections]))
+    group = as_group(projections, matmul)
     operands = group, matrix(x) if matmul else None, rank_matrix(h), None if sums is None else matrix(sums), segments
     own, programs = limits(x.device), tiles_m * tiles_n
     if tiles.tma:
@@ -228,14 +265,17 @@ def expand(
         reduce_moments(sums, [p.moments for p in projections], M, tiles.rows, ranges)
 
 
-def _augmented(x: Tensor, W: Tensor, bias: Tensor | None, h: Tensor, mine: Sequence[Projection], y: Tensor) -> None:
-    """``y = [x | h] [W | s B]^T + bias`` by the library's matmul, B block-diagonal over one weight's projections."""
-    factor = W.new_zeros(W.shape[0], h.shape[1])
-    row = 0
+def _augmented(both: Tensor, W: Tensor, bias: Tensor | None, mine: Sequence[Projection], y: Tensor) -> None:
+    """``y = [x | h] [W | s B]^T + bias`` by the library's matmul, B block-diagonal over one weight's projections.
+
+    What stands behind h in ``both`` meets zeros.
+    """
+    blocks, width = [], both.shape[1] - W.shape[1]
     for p in mine:
-        factor[row : row + p.B.shape[0], p.offset : p.offset + p.B.shape[1]] = p.scale * p.B
-        row += p.B.shape[0]
-    both, weight = torch.cat([x, h], dim=1), torch.cat([W, factor], dim=1)
+        scaled, after = W.new_empty(p.B.shape), width - p.offset - p.B.shape[1]
+        reduce_partials(p.B.contiguous().view(1, -1), [scaled], [p.scale])
+        blocks.append([W.new_zeros(len(scaled), p.offset), scaled, W.new_zeros(len(scaled), after)])
+    weight = torch.cat([W, torch.cat([torch.cat(block, dim=1) for block in blocks])], dim=1)
     if bias is None:
         torch.mm(both, weight.t(), out=y)
     else:
@@ -268,7 +308,10 @@ def linear(
     if M == 0:
         return [x.new_empty(0, w.shape[0]) for w in W], sums
     N = sum(w.shape[0] for w in W)
-    strategy = strategy or choose_strategy("forward", M, N, K, rank, x.dtype, x.device)
+    if strategy is None:
+        strategy = choose_strategy("forward", M, N, K, rank, x.dtype, x.device)
+        # A pass over y that counts its moments adds h B^T for nothing.
+        strategy = "library" if moments and strategy == "augmented" else strategy
     if strategy == "fused":
         operation, most = "linear_moments" if moments else "linear", max(b.shape[1] for b in B)
         tiles = tiles or choose_tiles(operation, M, N, K, most, x.dtype, x.device)
@@ -279,16 +322,13 @@ def linear(
         y = [torch.nn.functional.linear(x, w, b) for w, b in zip(W, bias, strict=True)]
     else:
         y = [torch.empty(M, w.shape[0], dtype=x.dtype, device=x.device) for w in W]
-    projections = []
-    for i, (j, column) in enumerate(places):
-        n = B[i].shape[0]
-        w, b = W[j].narrow(0, column, n), None if bias[j] is None else bias[j].narrow(0, column, n)
-        out, own = y[j].narrow(1, column, n), sums[j].narrow(1, column, n) if moments else None
-        projections.append(Projection(w, b, B[i], out, own, offsets[i], scales[i]))
+    projections = cut(W, bias, B, y, sums, places, offsets, scales)
     if strategy == "augmented":
+        # Zeros behind the ranks, so that rows stay aligned.
+        both = torch.cat([x, h.narrow(1, 0, rank), x.new_zeros(M, -(K + rank) % 8)], dim=1)
         for j, (w, b) in enumerate(zip(W, bias, strict=True)):
             mine = [p for p, (output, _) in zip(projections, places, strict=True) if output == j]
-            _augmented(x, w, b, h.narrow(1, 0, rank), mine, y[j])
+            _augmented(both, w, b, mine, y[j])
         # The moments kernel finds nothing left to add.
         projections = [p._replace(B=p.B.narrow(1, 0, 0)) for p in projections]
     if strategy == "fused" or moments or (strategy == "library" and rank > 0):

@@ -129,7 +129,10 @@ def linear_backward(
     N = sum(w.shape[0] for w in W)
     strategy = strategy or choose_strategy("backward", M, N, K, dh.shape[1], dh.dtype, dh.device)
     if strategy == "augmented" and seed is None and dh.shape[1] > 0:
-        return torch.cat([*dy, dh], dim=1) @ torch.cat([*W, torch.cat(list(A)).to(dh.dtype)])
+        # Zeros behind the ranks, so that rows stay aligned.
+        padding = -(N + dh.shape[1]) % 8
+        both = torch.cat([*dy, dh, dh.new_zeros(M, padding)], dim=1)
+        return both @ torch.cat([*W, torch.cat(list(A)).to(dh.dtype), dh.new_zeros(padding, K)])
     if strategy == "fused":
         dx = torch.empty(M, K, dtype=dy[0].dtype, device=dy[0].device)
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,8 +62,8 @@ class TileConfig(NamedTuple):
         return self.stages * self.depth * (self.rows + self.columns) * itemsize
 
     def fits(self, itemsize: int, device: Limits) -> bool:
-        """Whether a device can run it. What is wider than 128 x 128 needs wgmma: elsewhere its sums spill."""
-        wide = self.tma or self.rows * self.columns > 128 * 128
+        """Whether a device can run it. What is wider than 128 needs wgmma: elsewhere its sums spill."""
+        wide = self.tma or max(self.rows, self.columns) > 128
         return self.shared(itemsize) <= device.shared and (device.capability == (9, 0) or not wide)
 
 
@@ -91,6 +91,11 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
         Entry(TileConfig(64, 0, 64, 4, 4), 0, "as shrink"),
     ),
     ("shrink_backward", "fp32"): (Entry(TileConfig(32, 0, 64, 4, 3), 0, _FFMA),),
+    ("expand_backward", "half"): (
+        Entry(TileConfig(256, 0, 64, 8, 2), 0, "few partial sums: a row of them for 256 rows of dy; 2 resident"),
+        Entry(TileConfig(64, 0, 64, 4, 3), 0, "without wgmma"),
+    ),
+    ("expand_backward", "fp32"): (Entry(TileConfig(32, 0, 16, 4, 3), 0, _FFMA),),
     ("shrink_dropout", "half"): (Entry(TileConfig(32, 0, 32, 4, 2), 0, _PHILOX),),
     ("shrink_dropout", "fp32"): (Entry(TileConfig(16, 0, 32, 4, 2), 0, _PHILOX),),
     # Columns are ranks here; one entry, since how a row is summed may not depend on the other rows of its batch.
@@ -107,6 +112,17 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
             "many tiles a program: pays for its descriptors, and copies need no addresses, so that a fourth stage fits",
         ),
     ),
+    ("shrink_linear", "half"): (
+        Entry(TileConfig(64, 128, 64, 4, 3), 1024, "as linear; a stage less, for that of A beside it"),
+        Entry(TileConfig(128, 128, 64, 8, 3), 8192, "as linear"),
+        Entry(TileConfig(128, 256, 64, 8, 3), 0, "few tiles repeat the sum of h"),
+    ),
+    ("shrink_linear_backward", "half"): (
+        Entry(TileConfig(64, 128, 64, 4, 3), 1024, "as shrink_linear"),
+        Entry(TileConfig(128, 128, 64, 8, 3), 0, "as shrink_linear"),
+    ),
+    ("shrink_linear_backward", "fp32"): (Entry(TileConfig(32, 64, 16, 4, 3), 0, _FFMA),),
+    ("shrink_linear", "fp32"): (Entry(TileConfig(64, 64, 16, 8, 3), 0, _FFMA),),
     ("linear_moments", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "as linear"),
         Entry(TileConfig(128, 128, 64, 8, 3), 8192, "as linear"),
@@ -250,19 +266,56 @@ def choose_split(programs: int, steps: int, waves: int = 1) -> int:
     return max(1, min(waves * PROGRAMS // max(programs, 1), steps // 4))
 
 
+def choose_parts(M: int, widths: Sequence[int], tile: TileConfig) -> tuple[int, int]:
+    """Rows and columns of dy that a program of ``expand_backward`` takes, at most a tile's rows and whole steps.
+
+    Columns are cut where widths differ or whole ones are too few programs. More than a wave of two programs a
+    multiprocessor is cut into whole ones: a last wave of few programs would leave most of the memory's speed unused.
+    """
+    parts = -(-M // tile.rows)
+    span = min(min(widths), -(-sum(widths) // -(-PROGRAMS // parts)))
+    span = -(-span // tile.depth) * tile.depth
+    units = sum(-(-width // span) for width in widths)
+    waves = -(-parts * units // (2 * PROGRAMS))
+    if waves > 1:
+        parts = max(parts, waves * 2 * PROGRAMS // units)
+    return -(-M // parts), span
+
+
 def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch.dtype, device: torch.device) -> str:
     """How ``linear`` ("forward" or "backward") runs: "fused", "library" (cuBLAS, then expand) or "augmented".
 
     Fusing saves a read and a write of the output. From the roofline, at width 768 the fused matmul pays from 0.69 of
     cuBLAS's speed in the forward and 0.88 in the backward, at 4096 from 0.92 and 0.95. Kernels of this kind are
     commonly seen at 0.7 to 0.85 of it by pointers, 0.85 to 0.95 persistent with TMA: so fused up to 1024 columns, the
-    library's matmul above. In exact fp32 the library's tuned kernels win. "augmented" copies W at every call: never the
-    default.
+    library's matmul above. In exact fp32 the library's tuned kernels win. "augmented" copies the input and W at every
+    call where the library's way reads and writes the output once more: by the estimates that pays for outputs that are
+    much wider than the input and have more rows than it has columns.
+
+    How ``expand_backward`` runs: "fused" or "separate". By ``benchmarks/results/gpu_model.md`` one pass over dy pays
+    for its larger partial sums and one or two launches more from 16 to 32 MB of dy.
+
+    How ``shrink_linear`` runs, R being the ranks and probes of a projection: "fused" or "separate". 16 columns more a
+    tile cost an eighth of the matmul, the second kernel 4 to 6 us: by the estimates that pays up to 6 * 2^30 products.
+    Above 8192 rows the tile with TMA, which has no room for them, is kept. ``shrink_linear_backward``, R being the
+    ranks of a projection, takes as much longer and saves a pass over dy: that pays wherever dx is "fused".
     """
+    own = limits(device)
     measured = _measured(direction, "fp32" if dtype == torch.float32 else "half", M, N, K, R)
     if measured is not None:
         return measured
+    modelled = dtype != torch.float32 and own.capability == (9, 0) and own.shared >= Limits().shared
+    if direction == "expand_backward":
+        return "fused" if modelled and M * N >= 1 << 24 else "separate"
+    if direction.startswith("shrink_linear"):
+        small = K <= 1024 and M <= 8192 and R <= 16
+        few = direction == "shrink_linear_backward" or M * N * K <= 6 << 30
+        return "fused" if modelled and small and few else "separate"
     operation = "linear" if direction == "forward" else "linear_backward"
-    if dtype == torch.float32 or not _fitting(operation, dtype, limits(device)):
+    if dtype == torch.float32 or not _fitting(operation, dtype, own):
         return "library"
-    return "fused" if K <= 1024 and (direction == "forward" or M <= 8192) else "library"
+    if K <= 1024 and (direction == "forward" or M <= 8192):
+        return "fused"
+    # What is saved, in elements that are read or written twice; a weight's B is laid out by a dozen launches.
+    saved, least = (M * (N - K), 1 << 26) if direction == "forward" else (M * (K - N), 1 << 24)
+    return "augmented" if modelled and saved - N * K >= least else "library"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -228,6 +229,45 @@ def run(
     launch(wgrad_kernel, grid, *operands, wide.data[0].shape[0], rows, parts, TILE=tiles, OPTIONS=options)
 
 
+class Outer(NamedTuple):
+    """dB [N_i, r_i] and fp32 Q [N_i, probes] for the projections with a dy, and how a row of partial sums holds them.
+
+    products: those of dy, of the projections ``live`` that have ranks or probes; weights: the factor of each dB and Q.
+    """
+
+    dB: list[Tensor]
+    Q: list[Tensor]
+    products: list[Product]
+    live: list[int]
+    weights: list[float]
+
+
+def outer_products(
+    dy: Sequence[Tensor | None],
+    h: Tensor,
+    offsets: Sequence[int],
+    ranks: Sequence[int],
+    scales: Sequence[float],
+    probes: int,
+    dtype: torch.dtype,
+    start: int = 0,
+) -> Outer:
+    """What the pass over dy fills, zero where there are no rows; its partial sums begin at ``start``."""
+    some = [i for i, g in enumerate(dy) if g is not None]
+    make, rank = torch.zeros if h.shape[0] == 0 else torch.empty, sum(ranks)
+    dB = [make(dy[i].shape[1], ranks[i], dtype=dtype, device=h.device) for i in some]
+    Q = [make(dy[i].shape[1], probes, dtype=torch.float32, device=h.device) for i in some]
+    starts = list(accumulate((out.numel() for out in (*dB, *Q)), initial=start))
+    stride = probes if h.shape[1] - rank == probes * len(ranks) else 0
+    regions = zip(some, starts, starts[len(dB) :], strict=False)
+    live = [(i, at_B, at_Q) for i, at_B, at_Q in regions if ranks[i] + probes > 0]
+    products = [
+        Product(unit_last(dy[i]), h, Layout(offsets[i], ranks[i], probes, at_B, ranks[i], 1, at_Q, rank + i * stride))
+        for i, at_B, at_Q in live
+    ]
+    return Outer(dB, Q, products, [i for i, *_ in live], [scales[i] for i in some] + [1.0] * len(Q))
+
+
 def wgrad(
     x: Tensor | None,
     dh: Tensor,
@@ -251,40 +291,29 @@ def wgrad(
     [N_i, r_i], both in ``dtype``, and Q_i fp32 [N_i, probes] for those with a dy. With a seed x_i is x under dropout
     mask i, of its stream (i without ``streams``), times ``keep_scale``.
     """
-    live = [i for i, g in enumerate(dy) if g is not None]
-    wide, h, dh = [unit_last(dy[i]) for i in live], unit_last(h), unit_last(dh)
-    rank, M, device = sum(ranks), h.shape[0], h.device
+    h, dh = unit_last(h), unit_last(dh)
+    rank, M = sum(ranks), h.shape[0]
     make = torch.zeros if M == 0 else torch.empty
-    dA = [] if x is None else [make(r, x.shape[1], dtype=dtype, device=device) for r in ranks]
-    dB = [make(g.shape[1], ranks[i], dtype=dtype, device=device) for i, g in zip(live, wide, strict=True)]
-    Q = [make(g.shape[1], probes, dtype=torch.float32, device=device) for g in wide]
-    outputs = [*dA, *dB, *Q]
-    weights = [keep_scale] * len(dA) + [scales[i] for i in live] + [1.0] * len(Q)
-    starts = [0]
-    for out in outputs:
-        starts.append(starts[-1] + out.numel())
-    if M == 0 or starts[-1] == 0:
-        return dA, dB, Q
-    at_B, at_Q = starts[len(dA) :], starts[len(dA) + len(dB) :]
+    dA = [] if x is None else [make(r, x.shape[1], dtype=dtype, device=h.device) for r in ranks]
     inputs = [] if x is None or rank == 0 else [Product(unit_last(x), dh, Layout(0, rank, 0, 0, 1, x.shape[1]))]
-    stride = probes if h.shape[1] - rank == probes * len(ranks) else 0
-    outer = [
-        Product(g, h, Layout(offsets[i], ranks[i], probes, at_B[n], ranks[i], 1, at_Q[n], rank + i * stride))
-        for n, (i, g) in enumerate(zip(live, wide, strict=True))
-        if ranks[i] + probes > 0
-    ]
-    unmasked = tiles or choose_tiles("wgrad", M, sum(g.shape[1] for g in wide), 0, rank, h.dtype, h.device)
+    outer = outer_products(dy, h, offsets, ranks, scales, probes, dtype, sum(grad.numel() for grad in dA))
+    outputs, products = [*dA, *outer.dB, *outer.Q], [*inputs, *outer.products]
+    total = sum(out.numel() for out in outputs)
+    if M == 0 or total == 0:
+        return dA, outer.dB, outer.Q
+    N = sum(grad.shape[0] for grad in outer.dB)
+    unmasked = tiles or choose_tiles("wgrad", M, N, 0, rank, h.dtype, h.device)
     masked = tiles or choose_tiles("wgrad_dropout", M, 0, dh.shape[1], rank, h.dtype, h.device)
-    programs = sum(triton.cdiv(p.wide.shape[1], unmasked.columns) for p in [*inputs, *outer])
+    programs = sum(triton.cdiv(p.wide.shape[1], unmasked.columns) for p in products)
     depth = max(unmasked.depth, masked.depth)
     steps = triton.cdiv(M, depth)
     rows = triton.cdiv(steps, choose_split(programs, steps, 2)) * depth
-    partial = torch.empty(triton.cdiv(M, rows), starts[-1], dtype=torch.float32, device=device)
+    partial = torch.empty(triton.cdiv(M, rows), total, dtype=torch.float32, device=h.device)
     if seed is None:
-        run([*inputs, *outer], partial, rows, unmasked)
+        run(products, partial, rows, unmasked)
     else:
         dropout = seed_dropout(seed, threshold, keep_scale)
         run(inputs, partial, rows, masked, dropout, rank_columns(offsets, ranks), streams or range(len(ranks)))
-        run(outer, partial, rows, unmasked)
-    reduce_partials(partial, outputs, weights)
-    return dA, dB, Q
+        run(outer.products, partial, rows, unmasked)
+    reduce_partials(partial, outputs, [*[keep_scale] * len(dA), *outer.weights])
+    return dA, outer.dB, outer.Q

@@ -213,6 +213,19 @@ def _merges(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[s
         yield from table(["variant", "ms [p10, p90]", "ratio to fp32 [p10, p90]", "rounds"], rows)
 
 
+def _experts(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
+    for result in results:
+        yield "## experts"
+        yield ""
+        experts = f"{result['experts']} experts, {result['active']} of them a token"
+        yield f"A step of {result['model']}: {result['layers']} layers, {experts}, {result['tokens']} tokens,"
+        yield f"r = {result['rank']} for each expert's two matrices, fp32."
+        yield ""
+        rows = [[r["label"], cell(r["ms"], 1), cell(r["ratio_to_frozen"]), str(r["ms"]["rounds"])]
+                for r in result["rows"]]  # fmt: skip
+        yield from table(["variant", "ms [p10, p90]", "ratio to frozen [p10, p90]", "rounds"], rows)
+
+
 def _red(results: list[dict[str, Any]]) -> Iterator[str]:
     yield "## The correctness gate is red: no time is given"
     yield ""
@@ -264,7 +277,8 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     if layers:
         yield ""
         yield from _statistics(layers, labels)
-    sections = (("threads", _threads), ("memory", _memory), ("model", _models), ("step", _steps), ("merge", _merges))
+    sections = (("threads", _threads), ("memory", _memory), ("model", _models), ("step", _steps), ("merge", _merges),
+                ("experts", _experts))  # fmt: skip
     for kind, section in (*sections, *report_adapters.SECTIONS, *report_statistics.SECTIONS):
         found = [result for result in document["results"] if result["kind"] == kind]
         if found:

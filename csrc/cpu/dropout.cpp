@@ -1,9 +1,6 @@
 // out = x * keep / (1 - p), with a mask that is a function of (seed, projection, row, column), where each row may have
 // a seed and a number of its own
-#include <cmath>
-
-#include "cpu/checks.h"
-#include "cpu/kernels.h"
+#include "cpu/masks.h"
 #include "cpu/parallel.h"
 
 namespace fastlora {
@@ -13,25 +10,21 @@ namespace {
 template <class T>
 void run(const Matrix& x, T* out, const DropoutRow& mask, const int64_t* keys) {
   const Parts parts(x.rows, x.columns * 8);
+  const int64_t words = (x.columns + 31) / 32, block = keys ? 1 : 16;
   parts.run([&](int64_t, int64_t begin, int64_t end) {
+    const Scratch<uint32_t> bits(block * words);
     DropoutRow row = mask;
-    for (int64_t m = begin; m < end; ++m) {
+    for (int64_t m = begin; m < end; m += block) {
+      const int64_t rows = std::min(block, end - m);
       row.row = keys ? keys[2 * m + 1] : m;
       if (keys) row.seed = static_cast<uint64_t>(keys[2 * m]);
-      kernels().of<T>().dropout(x.row<T>(m), out + m * x.columns, x.columns, row);
+      kernels().keep_bits(x.columns, row, rows, bits.get());
+      for (int64_t i = 0; i < rows; ++i) {
+        kernels().of<T>().dropout(x.row<T>(m + i), bits.get() + i * words, row.scale, out + (m + i) * x.columns,
+                                  x.columns);
+      }
     }
   });
-}
-
-DropoutRow read_mask(int64_t projection, double p) {
-  STD_TORCH_CHECK(projection >= 0 && projection <= 0xffffffffll, "projection is ", projection,
-                  "; accepted: 0 to 2^32 - 1");
-  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "p is ", p, "; accepted: 0 <= p < 1");
-  DropoutRow mask{};
-  mask.projection = static_cast<uint32_t>(projection);
-  mask.threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 4294967296.0), 4294967295.0));
-  mask.scale = static_cast<float>(1.0 / (1.0 - p));
-  return mask;
 }
 
 Tensor dropped(const Matrix& x, const DropoutRow& mask, const int64_t* keys) {

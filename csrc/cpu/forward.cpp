@@ -1,5 +1,6 @@
 // The forward of one adapter in one pass over row blocks, after the frozen matmul has written y: lora_forward_.
 #include "cpu/fused.h"
+#include "cpu/masks.h"
 #include "cpu/operands.h"
 #include "cpu/parallel.h"
 
@@ -9,6 +10,7 @@ namespace {
 struct ForwardCall : ForwardOperands {
   Group group;
   Packed A, B;
+  Masks masks;
   int64_t width = 0;            // columns of h
   std::vector<int64_t> picked;  // columns of x that are the last ones of h
 };
@@ -24,6 +26,33 @@ void pick_rows(const ForwardCall& call, int64_t m, int64_t rows, T* h) {
   }
 }
 
+// Rows of x that each projection's mask has passed, and the masks.
+template <class V>
+struct KeptRows {
+  Scratch<V> x;
+  Scratch<uint32_t> bits;
+
+  KeptRows(const ForwardCall& call, int64_t block)
+      : x(call.masks ? block * call.x.columns : 0), bits(call.masks ? block * call.masks.words : 0) {}
+};
+
+// h of rows from row m: each projection sees the x of its own mask, the probes all of it.
+template <class V>
+void dot_kept(const ForwardCall& call, int64_t m, int64_t rows, const RowsOf<V>& x, const KeptRows<V>& kept, float* s,
+              int64_t probes) {
+  const int64_t depth = call.x.columns, rank = call.group.rank;
+  const V* A = call.A.as<V>();
+  for (size_t i = 0; i < call.group.slots.size(); ++i) {
+    const Slot& slot = call.group.slots[i];
+    if (slot.rank == 0) continue;
+    call.masks.write(i, m, rows, kept.bits.get());
+    keep_rows(call.masks, x.data, x.stride, rows, kept.bits.get(), kept.x.get());
+    dot({kept.x.get(), depth}, rows, {A + slot.offset * depth, depth}, slot.rank, depth, s + slot.offset, call.width);
+  }
+  scale_kept(call.masks, s, call.width, rows, rank);
+  dot(x, rows, {A + rank * depth, depth}, probes, depth, s + rank, call.width);
+}
+
 template <class T, class V>
 void run_rows(const ForwardCall& call, int64_t begin, int64_t end, int64_t block, T* h, double* sums) {
   const int64_t depth = call.x.columns, width = call.width;
@@ -31,13 +60,18 @@ void run_rows(const ForwardCall& call, int64_t begin, int64_t end, int64_t block
   const TypedKernels<T>& typed = kernels().of<T>();
   const Scratch<V> x_rows(scratch_for<V, T>(block * depth));
   const Scratch<float> h_as_fp32(scratch_for<float, T>(block * width));
+  const KeptRows<V> kept(call, block);
   for (int64_t m = begin; m < end; m += block) {
     const int64_t rows = std::min(block, end - m);
     const RowsOf<V> x = rows_as(call.x.row<T>(m), call.x.stride, rows, depth, x_rows.get());
     float* s = h_as_fp32.get();
     if constexpr (std::is_same_v<T, float>) s = h + m * width;
     // Columns that are picked are left as they are.
-    dot(x, rows, {call.A.as<V>(), depth}, multiplied, depth, s, width);
+    if (call.masks) {
+      dot_kept(call, m, rows, x, kept, s, multiplied - call.group.rank);
+    } else {
+      dot(x, rows, {call.A.as<V>(), depth}, multiplied, depth, s, width);
+    }
     if constexpr (!std::is_same_v<T, float>) typed.narrow(s, h + m * width, rows * width);
     pick_rows<T>(call, m, rows, h);
     for (const Slot& slot : call.group.slots) {
@@ -98,10 +132,13 @@ std::tuple<Tensor, std::vector<Tensor>> lora_forward_(std::vector<Tensor> y, con
                                                       const std::vector<Tensor>& A, const std::optional<Tensor>& P,
                                                       const std::vector<Tensor>& B, const std::vector<int64_t>& outputs,
                                                       const std::vector<int64_t>& columns,
-                                                      const std::vector<double>& scales, bool moments) {
+                                                      const std::vector<double>& scales, bool moments,
+                                                      const std::optional<Tensor>& seed, double p,
+                                                      const std::vector<int64_t>& streams) {
   ForwardCall call{read_forward(x_, y, outputs, moments), {}};
   const Matrix& x = call.x;
   call.group = read_group(A, B, scales, {outputs, columns, call.widths, x.columns});
+  call.masks = read_masks(seed, p, streams, A.size(), x.columns);
   const bool picks = P && P->scalar_type() == ScalarType::Long;
   if (picks) {
     call.picked = read_columns(*P, x.columns);

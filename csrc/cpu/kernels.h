@@ -15,15 +15,25 @@ struct DropoutRow {
   float scale;
 };
 
+// Ranks offset.. of one projection, and the bits of its mask of a block of rows, `words` words a row.
+struct Kept {
+  const uint32_t* keep;
+  int64_t words, offset, rank;
+};
+
 // Kernels that read or write tensors in their own dtype T.
 template <class T>
 struct TypedKernels {
   // y[m, n] += sum_r s[m, r] b[r, n]
   void (*expand)(const float* s, int64_t lds, int64_t rows, const float* b, int64_t ldb, int64_t rank, int64_t columns,
                  T* y, int64_t ldy);
+  // y[m, n] += sum_i keep_i[m, n] sum_r s[m, r] b[r, n] over the ranks r of each part i
+  void (*expand_kept)(const float* s, int64_t lds, int64_t rows, const float* b, int64_t ldb, const Kept* parts,
+                      int64_t count, int64_t columns, T* y, int64_t ldy);
   // sum[n] += sum_m y[m, n];  squares[n] += sum_m y[m, n]^2, from sums shifted by a rough mean of the block
   void (*moments)(const T* y, int64_t ldy, int64_t rows, int64_t columns, double* sum, double* squares);
-  void (*dropout)(const T* x, T* out, int64_t columns, const DropoutRow& row);
+  // out[k] = scale x[k] where bit k is set, else 0
+  void (*dropout)(const T* x, const uint32_t* bits, float scale, T* out, int64_t count);
   void (*widen)(const T* from, float* to, int64_t count);
   void (*narrow)(const float* from, T* to, int64_t count);
 };
@@ -36,12 +46,18 @@ struct Kernels {
   // g[r, n] += sum_m d[m, r] x[m, n]
   void (*outer)(const float* d, int64_t ldd, int64_t rank, const float* x, int64_t ldx, int64_t rows, int64_t columns,
                 float* g, int64_t ldg);
-  // As dot and outer, on bf16 operands with fp32 sums; null where the processor has no product of bf16 pairs.
+  // As dot, outer and keep, on bf16 operands with fp32 sums; null where the processor has no product of bf16 pairs.
   // Subnormal operands and sums count as zero.
   void (*dot_bf16)(const bf16* x, int64_t ldx, int64_t rows, const bf16* a, int64_t lda, int64_t rank, int64_t depth,
                    float* s, int64_t lds);
   void (*outer_bf16)(const bf16* d, int64_t ldd, int64_t rank, const bf16* x, int64_t ldx, int64_t rows,
                      int64_t columns, float* g, int64_t ldg);
+  void (*keep_bf16)(const bf16* x, const uint32_t* bits, bf16* out, int64_t count);
+  // bit k % 32 of word k / 32 of a row: whether dropout keeps column k; (columns + 31) / 32 words for each of the rows
+  // that start at `row`
+  void (*keep_bits)(int64_t columns, const DropoutRow& row, int64_t rows, uint32_t* bits);
+  // out[k] = x[k] where bit k is set, else 0
+  void (*keep)(const float* x, const uint32_t* bits, float* out, int64_t count);
   // signs of the bits of `counters` Philox counters (first + i, row, row >> 32, projection): 128 each
   void (*signs)(uint64_t first, const DropoutRow& row, int64_t counters, float* out);
   // squares += sum of t^2, absolute += sum of |t|

@@ -74,11 +74,26 @@ bool fits(const Tensor& W, int64_t rows, int64_t columns, ScalarType dtype) {
   return W.dim() == 2 && W.size(0) == rows && W.size(1) == columns && W.scalar_type() == dtype && W.is_cpu();
 }
 
+// [2, N] sums of columns with the number of rows behind them in one more column.
+Tensor with_count(const Tensor& sums, int64_t rows) {
+  const int64_t columns = sums.size(1);
+  Tensor out = new_tensor({2, columns + 1}, ScalarType::Double);
+  const double* from = static_cast<const double*>(sums.const_data_ptr());
+  double* to = static_cast<double*>(out.mutable_data_ptr());
+  for (int64_t row = 0; row < 2; ++row) {
+    std::copy_n(from + row * columns, columns, to + row * (columns + 1));
+    to[row * (columns + 1) + columns] = static_cast<double>(rows);
+  }
+  return out;
+}
+
 std::vector<Tensor> linear_lora_forward(const Tensor& x, const std::vector<Tensor>& W,
                                         const std::vector<std::optional<Tensor>>& bias, const std::vector<Tensor>& A,
                                         const std::optional<Tensor>& P, const std::vector<Tensor>& B,
                                         const std::vector<int64_t>& outputs, const std::vector<int64_t>& columns,
-                                        const std::vector<double>& scales, bool moments) {
+                                        const std::vector<double>& scales, bool moments,
+                                        const std::optional<Tensor>& seed, double p,
+                                        const std::vector<int64_t>& streams) {
   const Library& torch = library();
   // The product of other inputs than these is not one of matrices, and has other bits.
   if (torch.addmm == nullptr || torch.mm == nullptr || x.dim() < 2 || (x.dim() > 2 && !x.is_contiguous())) return {};
@@ -99,11 +114,11 @@ std::vector<Tensor> linear_lora_forward(const Tensor& x, const std::vector<Tenso
     TORCH_ERROR_CODE_CHECK(bias[j] ? torch.addmm(y[j].get(), bias[j]->get(), rows.get(), right.get(), 1.0, 1.0)
                                    : torch.mm(y[j].get(), rows.get(), right.get()));
   }
-  auto [h, sums] = lora_forward_(y, rows, A, P, B, outputs, columns, scales, moments);
+  auto [h, sums] = lora_forward_(y, rows, A, P, B, outputs, columns, scales, moments, seed, p, streams);
   std::vector<Tensor> out;
   for (const Tensor& of_rows : y) out.push_back(shaped_like(of_rows, x));
   out.push_back(h);
-  out.insert(out.end(), sums.begin(), sums.end());
+  for (const Tensor& of_y : sums) out.push_back(with_count(of_y, rows.size(0)));
   return out;
 }
 
@@ -111,7 +126,9 @@ std::vector<Tensor> linear_lora_backward(const std::vector<Tensor>& dy, const Te
                                          const std::vector<Tensor>& W, const std::vector<Tensor>& A,
                                          const std::vector<Tensor>& B, const std::vector<int64_t>& outputs,
                                          const std::vector<int64_t>& columns, const std::vector<double>& scales,
-                                         int64_t probes, bool need_dx, bool need_dA, bool need_dB) {
+                                         int64_t probes, bool need_dx, bool need_dA, bool need_dB,
+                                         const std::optional<Tensor>& seed, double p,
+                                         const std::vector<int64_t>& streams) {
   const Library& torch = library();
   if (torch.addmm == nullptr || torch.mm == nullptr || x.dim() < 2 || dy.empty() || dy.size() != W.size()) return {};
   const ScalarType dtype = x.scalar_type();
@@ -131,7 +148,8 @@ std::vector<Tensor> linear_lora_backward(const std::vector<Tensor>& dy, const Te
       TORCH_ERROR_CODE_CHECK(torch.addmm(dx->get(), dx->get(), grads[j].get(), W[j].get(), 1.0, 1.0));
     }
   }
-  auto [dA, dB, Q] = lora_backward_(dx, grads, rows, h, A, B, outputs, columns, scales, probes, need_dA, need_dB);
+  auto [dA, dB, Q] =
+      lora_backward_(dx, grads, rows, h, A, B, outputs, columns, scales, probes, need_dA, need_dB, seed, p, streams);
   std::vector<Tensor> out;
   if (dx) out.push_back(shaped_like(*dx, x));
   for (const std::vector<Tensor>* part : {&dA, &dB, &Q}) out.insert(out.end(), part->begin(), part->end());

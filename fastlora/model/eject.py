@@ -12,6 +12,7 @@ from .._utils.distributed import refuse_parallel
 from .._utils.torch_compat import remove_forward_hooks
 from ..nn.active import NO_ADAPTERS
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
+from ..nn.experts import ExpertProjection, release
 from ..nn.frozen import FrozenLinear
 from ..nn.layer_view import Conv1D
 from ..nn.linear import adapted_layers, detach_state
@@ -48,6 +49,8 @@ def eject(model: nn.Module) -> nn.Module:
             del layer.in_features, layer.out_features
         elif isinstance(layer, QuantizedLinear):
             change_class(layer, original_class(layer))
+        elif isinstance(layer, ExpertProjection):
+            release(layer)
         elif not isinstance(layer, InProjection):
             change_class(layer, layer.__dict__.pop("base_class", nn.Linear))
     for module in model.modules():

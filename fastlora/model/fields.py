@@ -10,6 +10,7 @@ from torch import nn
 from .._utils.errors import suggestion, wrong_value
 from ..config import FROM_WEIGHT, LoraConfig, indices_of, layer_index, takes_weight
 from ..nn.adapter import WHOLE
+from ..nn.experts import ExpertStack
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, QKVLinear
 from ..nn.plain import CONVOLUTIONS
@@ -56,8 +57,14 @@ def refuse_beyond_factors(
     linear |= isinstance(layer, Conv1D)
     if isinstance(layer, CONVOLUTIONS) and wanted == ["lora_bias"]:
         return
+    if isinstance(layer, ExpertStack) and init == "eva":
+        raise wrong_value("init_lora_weights", f"one that needs no covariance, for experts as {name!r}", init)
+    if isinstance(layer, ExpertStack) and config.lora_dropout:
+        raise wrong_value(
+            "lora_dropout", f"0 with experts, as in PEFT, of which {name!r} are some", config.lora_dropout
+        )
     if wanted and (not linear or foreign_base(layer) is not None):
-        kind = foreign_base(layer) or type(layer).__name__
+        kind = "of experts" if isinstance(layer, ExpertStack) else foreign_base(layer) or type(layer).__name__
         raise ValueError(
             f"{wanted[0]}: {getattr(config, wanted[0])!r} is implemented for nn.Linear and Conv1D, and {name!r} is "
             f"{kind}; leave it out by exclude_modules, or use plain LoRA"
@@ -84,7 +91,11 @@ def pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions: 
     The name of an ``nn.MultiheadAttention`` means both of its projections.
     """
     found: dict[str, tuple[int, Any]] = {}
+    known = {*keys}
     for pattern, value in getattr(config, field).items():
+        if config.exact_names_first and pattern in known:
+            found[pattern] = (3, value)
+            continue
         strengths = {k: _match_strength(pattern, k, config.exact_names_first, attentions) for k in keys}
         best = max(strengths.values())
         if best == 0:

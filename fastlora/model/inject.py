@@ -17,6 +17,7 @@ from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
 from ..config import FROM_DATA, ROLES, LoraConfig, takes_weight
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, new_factors
+from ..nn.experts import ExpertStack
 from ..nn.frozen import FrozenLinear
 from ..nn.initialise import new_bias, start_from_weight
 from ..nn.linear import (
@@ -33,13 +34,14 @@ from ..nn.linear import (
 from ..nn.projection_group import group_projections
 from ..nn.quantized import check_weight, foreign_base
 from ..nn.routing import Router
+from .experts import expert_parameters
 from .fields import of_layers, pattern_lookup, refuse_beyond_factors, refuse_tying
 from .learning_check import MODES, watch_learning
 from .modules import (
     adapted_class,
     attention_blocks,
     change_class,
-    expert_parameters,
+    class_name,
     features,
     has_suffix,
     is_linear,
@@ -169,12 +171,15 @@ def refuse_peft(model: nn.Module) -> None:
             )
 
 
-def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str]:
+def _select(model: nn.Module, spec: str | Sequence[str], field: str, others: bool = False) -> list[str]:
     """Names chosen by a role, a regular expression or a list of suffixes; every entry must choose something.
 
-    As in PEFT, a target that is an ``nn.MultiheadAttention`` means its projections, each as one matrix.
+    As in PEFT, a target that is an ``nn.MultiheadAttention`` means its projections, each as one matrix. ``others``:
+    whether the config has other targets.
     """
     modules = named_targets(model) if field != "modules_to_save" else dict(model.named_modules())
+    if field == "target_modules" and (not isinstance(spec, str) or spec not in ROLES):
+        modules = {n: m for n, m in modules.items() if not isinstance(m, ExpertStack)}  # as in PEFT: target_parameters
     linears = [n for n, m in modules.items() if is_linear(m)]
     if isinstance(spec, str):
         if spec in ROLES:
@@ -182,7 +187,7 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
         else:
             names = [n for n in modules if n and re.fullmatch(spec, n)]
         if spec in ROLES:
-            _tell_experts(model, spec, any_taken=bool(names))
+            _tell_experts(model, spec, bool(names), others)
         if not names:
             near = suggestion(spec, [*ROLES, *{n.rpartition(".")[2] for n in linears}])
             raise wrong_value(field, f"a role or a pattern that matches modules of {type(model).__name__}", spec, near)
@@ -200,14 +205,38 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str) -> list[str
     return _projections(model, modules, chosen, field)
 
 
-def _tell_experts(model: nn.Module, role: str, any_taken: bool) -> None:
-    """Say that a role leaves experts out; ``ValueError`` where it takes nothing else."""
-    named = ((n, m) for n, m in model.named_modules() if role in ("mlp", "all-linear"))
+def _tell_experts(model: nn.Module, role: str, any_taken: bool, others: bool) -> None:
+    """Say that a role leaves experts out, unless the config has ``others``; ``ValueError`` where it takes nothing."""
+    named = ((n, m) for n, m in model.named_modules() if role in ("mlp", "experts", "all-linear"))
     experts = [f"{n}.{p}" for n, m in named for p in expert_parameters(m)]
-    if experts and not any_taken:
-        raise ValueError(f"target_modules: {role!r} takes nothing: {listed(experts)} are parameters of experts")
-    if experts:
-        logger.warning("target_modules: %r leaves out %s, parameters of experts", role, listed(experts))
+    what, instead = "parameters of experts", "; the role 'experts' or target_parameters takes them"
+    if role == "experts":
+        known = named_targets(model)
+        experts, instead = [name for name in experts if name not in known], ""
+        what += " that transformers' registry does not run"
+    if not experts or others:
+        return
+    if not any_taken:
+        raise ValueError(f"target_modules: {role!r} takes nothing: {listed(experts)} are {what}{instead}")
+    logger.warning("target_modules: %r leaves out %s, %s", role, listed(experts), what)
+
+
+def _select_parameters(model: nn.Module, suffixes: Sequence[str]) -> list[str]:
+    """The parameters of experts that ``target_parameters`` means, in the model's order."""
+    modules = named_targets(model)
+    stacks, chosen = [n for n, m in modules.items() if isinstance(m, ExpertStack)], set()
+    for suffix in suffixes:
+        hits = [n for n in stacks if has_suffix(n, suffix)]
+        if not hits:
+            owners = [m for n, m in modules.items() if has_suffix(f"{n}.{suffix.rpartition('.')[2]}", suffix)]
+            other = next((m for m in owners if suffix.rpartition(".")[2] in m._parameters), None)
+            why = suggestion(suffix, stacks)
+            if other is not None:
+                why = f" of {'.'.join(class_name(other))}, which transformers' registry of experts does not run"
+            accepted = "suffixes of parameters [E, N, K] of experts"
+            raise wrong_value("target_parameters", accepted, suffix, why)
+        chosen.update(hits)
+    return [n for n in stacks if n in chosen]
 
 
 def _projections(model: nn.Module, modules: Mapping[str, nn.Module], names: Collection[str], field: str) -> list[str]:
@@ -223,7 +252,7 @@ def _inside(name: str, modules: Sequence[str]) -> bool:
 
 def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> list[str]:
     """As in PEFT, what is trained and saved whole is not adapted as well; nothing asked for may be lost by that."""
-    target = config.target_modules
+    target = config.target_modules or ()
     for suffix in () if isinstance(target, str) else target:
         hits = [n for n in names if has_suffix(n, suffix)]
         if hits and all(_inside(n, saved) for n in hits):
@@ -237,16 +266,20 @@ def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> li
 def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks: list[str] | None = None) -> list[str]:
     """Full names of the linears that a config adapts, in the model's order, but for those inside ``saved`` modules.
 
-    ``blocks``: names outside of these modules are not looked at.
+    ``blocks``: names outside of these modules are not looked at. As in PEFT, ``target_parameters`` are taken whatever
+    is excluded.
 
     Raises ``ValueError`` for patterns that match nothing and for linears that cannot be adapted.
     """
-    if config.target_modules is None:
+    parameters = _select_parameters(model, config.target_parameters) if config.target_parameters else []
+    if config.target_modules is None and not parameters:
         raise wrong_value("target_modules", f"a role {ROLES}, a regular expression or a list of names", None)
-    names = _select(model, config.target_modules, "target_modules")
+    names: list[str] = []
+    if config.target_modules or not parameters:
+        names = _select(model, config.target_modules, "target_modules", bool(parameters))
     if blocks is not None:
-        names = [n for n in names if _inside(n, blocks)]
-        if not names:
+        names, parameters = ([n for n in found if _inside(n, blocks)] for found in (names, parameters))
+        if not names and not parameters:
             accepted = f"what matches modules inside the blocks {blocks}"
             raise wrong_value("target_modules", accepted, config.target_modules)
     if config.exclude_modules is not None:
@@ -256,10 +289,11 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks:
         if around is not None:
             raise ValueError(f"exclude_modules: {around!r} is no target but holds some; say '{around}..*' as a pattern")
         names = [n for n in names if n not in excluded]
-    if not names:
+    if not names and not parameters:
         raise ValueError("exclude_modules: nothing is left of target_modules")
-    names = of_layers(config, _without_saved(config, names, saved))
     modules = named_targets(model)
+    chosen = {*(of_layers(config, names) if names else ()), *parameters}
+    names = _without_saved(config, [n for n in modules if n in chosen], saved)
     for name in names:
         reason = None if isinstance(modules[name], Adapted) else refusal(model, name)
         if reason is not None:

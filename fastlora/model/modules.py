@@ -24,10 +24,12 @@ from .._utils.torch_compat import forward_hooks
 from ..config import ROLES
 from ..nn.adapter import Slices
 from ..nn.attention import InProjection, MultiheadAttention, StackedProjection, TransformerEncoderLayer
+from ..nn.experts import ExpertProjection, ExpertStack, adapt
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Adapted, Linear, QKVLinear
 from ..nn.plain import CLASSES
 from ..nn.quantized import foreign_base, foreign_class
+from .experts import expert_linears, expert_stacks, stack_refusal
 from .layouts import known_layout
 
 
@@ -220,13 +222,6 @@ def mixer_linears(model: nn.Module) -> list[str]:
     return [name for name in names if refusal(model, name) is None]
 
 
-def expert_parameters(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes [E, N, K] of the parameters that hold the matrices of several experts."""
-    named = module._parameters.items()
-    expert = "expert" in type(module).__name__.lower()
-    return {name: tuple(p.shape) for name, p in named if expert and p is not None and p.dim() == 3}
-
-
 def fused_layouts(model: nn.Module) -> dict[str, Slices | None]:
     """The matrices that hold several projections, and how, None where no table knows the owner."""
     found = {name: layout for name, layout in mlp_linears(model).items() if layout is not None}
@@ -258,6 +253,9 @@ def role_targets(model: nn.Module, role: str) -> list[str]:
         return [n for n, m in named_targets(model).items() if is_linear(m) and not is_head(model, n, m)]
     if role == "mlp":
         chosen = set(mlp_linears(model))
+    elif role == "experts":
+        stacks = {n for n, m in named_targets(model).items() if isinstance(m, ExpertStack)}
+        chosen = stacks | expert_linears(model)
     elif role == "mixer":
         chosen = set(mixer_linears(model))
     elif role in ROLES:
@@ -276,6 +274,8 @@ def refusal(model: nn.Module, name: str) -> str | None:
     modules = named_targets(model)
     module, (path, _, leaf) = modules[name], name.rpartition(".")
     owner = modules.get(path, model)
+    if isinstance(module, ExpertStack):
+        return stack_refusal(module)
     if adapted_class(module, split=False) is None:
         known = ", ".join(kind.__name__ for kind in CLASSES)
         return f"it is a {'.'.join(class_name(module))}, not exactly torch.nn.Linear, {known}"
@@ -400,16 +400,22 @@ def adapted_class(module: nn.Module, split: bool) -> type[Adapted] | None:
         return foreign_class(module)
     if type(module) is StackedProjection:
         return InProjection
+    if isinstance(module, ExpertStack):
+        return ExpertProjection
     if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) or class_name(module) in _EXACT:
         return QKVLinear if split else Linear
     return CLASSES.get(type(module))
 
 
 def named_targets(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by name, and ``<path>.in_proj`` for the stacked projection of an ``nn.MultiheadAttention``."""
+    """Every module by name, ``<path>.in_proj`` for the stacked projection of an ``nn.MultiheadAttention``, and
+    ``<path>.down_proj`` for such a parameter of experts."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        if isinstance(module, ExpertProjection):
+            continue  # its path is that of its parameter
         found.setdefault(name, module)
+        found |= {_join(name, leaf): stack for leaf, stack in expert_stacks(module).items()}
         if isinstance(module, nn.MultiheadAttention) and "in_proj" not in module._modules:
             found[f"{name}.in_proj" if name else "in_proj"] = StackedProjection(module)
     return found
@@ -470,7 +476,9 @@ def take_over(model: nn.Module, name: str, layer: nn.Module) -> None:
         elif type(owner) is nn.MultiheadAttention:
             change_class(owner, MultiheadAttention)
         if depth == len(parts) - 1:
-            if isinstance(layer, InProjection) and "in_proj" not in owner._modules:
+            if isinstance(layer, ExpertProjection):
+                adapt(owner, layer)
+            elif isinstance(layer, InProjection) and "in_proj" not in owner._modules:
                 owner.hold(layer)
             elif biases_apart(owner) and parts[-1] == "qkv":
                 owner.qkv_bias_separate = True

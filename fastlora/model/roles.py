@@ -11,10 +11,11 @@ from .._utils.errors import check_model
 from .._utils.reporting import rich_table, text_table
 from ..config import ROLES
 from ..nn.adapter import Slices
-from ..nn.linear import Linear
+from ..nn.experts import ExpertStack
+from ..nn.linear import Adapted, Linear
+from .experts import expert_parameters, expert_stacks
 from .modules import (
     class_name,
-    expert_parameters,
     features,
     fused_layouts,
     is_head,
@@ -78,6 +79,10 @@ def roles(model: nn.Module) -> RoleTable:
                     name, (N, K), found, slices, _remark(model, name, module, found, name in layouts and slices is None)
                 )
             )
+        elif isinstance(module, ExpertStack):
+            found = tuple(role for role in ROLES if name in taken[role])
+            remark = "adapted" if isinstance(module, Adapted) else refusal(model, name) or "a matrix of each expert"
+            rows.append(RoleRow(name, tuple(module.weight.shape), found, None, remark))
         else:
             rows += _experts(name, module)
     return RoleTable(tuple(rows))
@@ -98,5 +103,6 @@ def _remark(model: nn.Module, name: str, module: nn.Module, found: tuple[str, ..
 
 
 def _experts(name: str, module: nn.Module) -> list[RoleRow]:
-    remark = "a parameter of experts, which no role takes"
-    return [RoleRow(f"{name}.{n}", shape, (), None, remark) for n, shape in expert_parameters(module).items()]
+    remark = "a parameter of experts, which no role takes: transformers' registry of experts does not run them"
+    unknown = {n: shape for n, shape in expert_parameters(module).items() if n not in expert_stacks(module)}
+    return [RoleRow(f"{name}.{n}", shape, (), None, remark) for n, shape in unknown.items()]

@@ -10,6 +10,7 @@ from torch import nn
 from .._utils.errors import listed, suggestion, wrong_value
 from ..config import LoraConfig
 from ..nn.adapter import WHOLE, Slices
+from ..nn.experts import ExpertStack
 from .modules import class_name, features, fused_layouts, has_suffix, named_targets
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,8 @@ def slices_of(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> dic
     """How each of ``names`` is adapted: the slices of a fused matrix that is to be split, else one matrix."""
     modules, split = named_targets(model), config.split_qkv
     rows = {name: features(modules[name])[1] for name in names}
-    found = {name: Slices({WHOLE: N}) for name, N in rows.items()}
+    stacks = {name: modules[name].matrices() for name in names if isinstance(modules[name], ExpertStack)}
+    found = {name: Slices({WHOLE: N}) for name, N in rows.items()} | stacks
     if split is False or (split is None and _parts(config) is None):
         return found
     fused, unknown = fused_layouts(model), []
@@ -77,4 +79,4 @@ def _parts(config: LoraConfig) -> Sequence[str] | None:
 def default_rank(config: LoraConfig, name: str) -> int:
     """The rank of a slice that no pattern speaks of."""
     parts = _parts(config)
-    return config.r if parts is None or name == WHOLE or name in parts else 0
+    return config.r if parts is None or name == WHOLE or name in parts or name.isdecimal() else 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._utils.distributed import unwrapped
 from .._utils.reporting import rich_table, text_table
 from ..nn.adapter import WHOLE
+from ..nn.experts import ExpertProjection
 from ..nn.frozen import FrozenLinear
 from ..nn.linear import Linear, adapted_layers, matrix_key
 from ..nn.plain import Plain
@@ -169,6 +170,9 @@ def explain(model: nn.Module) -> Explanation:
     model = unwrapped(model)
     rows, packed = [], 0
     for path, layer in model.named_modules():
+        if isinstance(layer, ExpertProjection):
+            path, why = f"{path.rpartition('.')[0]}.{layer.leaf}", f"{layer.parts} experts; the model's own products"
+            rows.append(ExplainedLayer(path, update_backend(layer), "the device's own", why))
         if isinstance(layer, Plain):
             rows.append(ExplainedLayer(path, "torch", "the device's own", f"an adapted {layer.original.__name__}"))
         if not isinstance(layer, (Linear, FrozenLinear)):
@@ -194,7 +198,7 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _penalties(model: nn.Module) -> dict[str, tuple[str, str]]:
-    layers = {path: layer for path, layer in adapted_layers(model).items() if isinstance(layer, Linear)}
+    layers = {path: layer for path, layer in adapted_layers(model).items() if layer.measured}
     regulariser = FisherPenalty(layers, [(path, name) for path, layer in layers.items() for name in layer.slices])
     names = dict.fromkeys(name for layer in layers.values() for name in layer.adapter_names)
     return {name: regulariser.backend(name) for name in names}

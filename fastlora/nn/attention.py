@@ -18,11 +18,15 @@ from .linear import DEFAULT, Linear, QKVLinear, adapter_dtype_of, attach_state
 from .routing import Router
 
 
-class _OwnersParameters:
-    """Weight and bias are those of the attention module that holds the layer, under the module's names."""
+class OwnersParameters:
+    """A layer whose parameters are those of the module that holds it, under the module's names."""
+
+    def belong_to(self, owner: nn.Module) -> None:
+        """Weakly, and not as a submodule: it is the owner that holds this layer."""
+        self.__dict__["owner_ref"] = weakref.ref(owner)
 
     @property
-    def owner(self) -> nn.MultiheadAttention:
+    def owner(self) -> Any:
         return self.__dict__["owner_ref"]()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -31,6 +35,8 @@ class _OwnersParameters:
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "owner_ref": weakref.ref(state["owner_ref"])})
 
+
+class _InProjWeight(OwnersParameters):
     @property
     def weight(self) -> nn.Parameter:
         return self.owner.in_proj_weight
@@ -40,18 +46,17 @@ class _OwnersParameters:
         return self.owner.in_proj_bias
 
 
-class StackedProjection(_OwnersParameters, nn.Linear):
+class StackedProjection(_InProjWeight, nn.Linear):
     """The [q; k; v] projection of an ``nn.MultiheadAttention`` as a linear: weight [3E, E], bias [3E]."""
 
     def __init__(self, owner: nn.MultiheadAttention):
         nn.Module.__init__(self)
-        # Weakly, and not a submodule: it is the owner that holds this layer.
-        self.__dict__["owner_ref"] = weakref.ref(owner)
+        self.belong_to(owner)
         self.in_features, self.out_features = owner.embed_dim, 3 * owner.embed_dim
         self.training = owner.training
 
 
-class InProjection(_OwnersParameters, QKVLinear):
+class InProjection(_InProjWeight, QKVLinear):
     """An adapted ``StackedProjection``; its parameters stay the owner's."""
 
 

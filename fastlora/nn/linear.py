@@ -32,7 +32,10 @@ class Adapted(nn.Module):
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
+    leaf: str | None = None  # the last part of its path, where that is not its own name below its owner
     groups = 1  # of a convolution: B has r / groups columns
+    parts = 1  # matrices of which each sees other rows of x
+    measured = False  # whether statistics of the weight are tracked
     lookup = False  # an embedding, whose factors start the other way round: A zero, B random
 
     def install(self, name: str, spec: AdapterSpec, A: Factors, B: Factors) -> None:
@@ -244,6 +247,8 @@ class Linear(Adapted, nn.Linear):
     [N, r]. The base is frozen unless ``train_base``. Raises ``TypeError`` or ``ValueError`` naming the argument.
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022).
     """
+
+    measured = True
 
     def __init__(
         self,
@@ -477,6 +482,7 @@ def _collect(module: nn.Module, path: str, seen: set[nn.Module], found: dict[str
         return
     for name, child in module._modules.items():
         if child is not None:
+            name = child.leaf or name if isinstance(child, Adapted) else name
             _collect(child, f"{path}.{name}" if path else name, seen, found)
 
 

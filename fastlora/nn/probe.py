@@ -34,6 +34,8 @@ class Contribution(NamedTuple):
     x: Tensor
     dy: Tensor
     keep: Tensor | None = None  # tokens that count in covariances, a boolean for each row of x; None: all
+    part: str | None = None  # the slice whose rows these are, where slices do not share x
+    samples: tuple[Tensor, int] | None = None  # then: of each row, and how many there are
 
 
 class _Tap(torch.autograd.Function):
@@ -59,6 +61,15 @@ class _Tap(torch.autograd.Function):
         return dy, None, None, None, None, None
 
 
+def tap(
+    y: Tensor, x: Tensor, sink: Any, micro: int, select: tuple[Tensor, bool] | None = None, keep: Tensor | None = None
+) -> Tensor:
+    """``y``, whose backward appends a ``Contribution`` to ``sink``."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
+    return _Tap.apply(y, x, sink, micro, select, keep)
+
+
 def selected(tensor: Tensor, select: tuple[Tensor, bool] | None) -> Tensor:
     """The entries of a tensor that are an adapter's: all, those of dimension 0, or rows."""
     if select is None:
@@ -73,6 +84,7 @@ class AdaptedLayer(Protocol):
     slices: Slices
     in_features: int
     out_features: int
+    parts: int
     weight: Tensor
     backend: str
 
@@ -92,6 +104,7 @@ class TrackedStep:
         self.index, self.micro = 0, 0  # the optimizer step, and the forwards in it so far
         self.sampled, self.refreshes_norms = True, True
         self.compiled = False  # whether compiled code runs through the layers
+        self.samples = 0  # of the forward that runs, by dimension 0 of the model's first tensor
         self.signs: SampleSigns | None = None  # with probes for ``fisher``
 
     def begin(self, index: int, sampled: bool, refreshes_norms: bool) -> None:
@@ -133,7 +146,8 @@ class LayerProbe:
                     for name in layer.slices
                 }
         if step.variances:
-            self.V = torch.zeros(2, layer.out_features + 1, dtype=torch.float64, device=device, requires_grad=True)
+            moments = (2, layer.out_features + layer.parts)
+            self.V = torch.zeros(moments, dtype=torch.float64, device=device, requires_grad=True)
         # The zero leaves, one for each projection that the operator sees; None: slices are interleaved for each call.
         self.projections = [*self.Z.values()] if layer.slices.blocks == 1 else None
         self._leaves = [*self.Z.values(), *self.norms.values(), *([] if self.V is None else [self.V])]
@@ -142,6 +156,13 @@ class LayerProbe:
     def live(self) -> bool:
         """Whether the optimizer step that runs is sampled."""
         return self.step.sampled
+
+    def entered(self, x: Tensor) -> None:
+        """Take note of a forward on ``x`` that builds a graph."""
+        if torch.compiler.is_compiling():
+            self.step.compiled = True
+        else:
+            refuse_capture(x.device)
 
     def operands(
         self, probes: Sequence[LayerProbe], x: Tensor, route: Any, samples: int | None = None
@@ -153,10 +174,7 @@ class LayerProbe:
         step = self.step
         if not torch.is_grad_enabled():
             return {}
-        if torch.compiler.is_compiling():
-            step.compiled = True
-        else:
-            refuse_capture(x.device)
+        self.entered(x)
         if not step.sampled:
             return {}
         found: dict[str, Any] = {}
@@ -183,13 +201,11 @@ class LayerProbe:
             return LayerProbe._measure(self, x, y, place) if self.step.refreshes_norms or place else y
         if not self.exact:
             return y
-        if torch.compiler.is_compiling():
-            raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
         select = None if place is None else place[0].select(place[1], x)
         if select is not None and select[1] and self.step.per_sample:
             raise RuntimeError("track: 'fisher' needs samples: give use_adapters() one id a sample, not one a token")
         keep = token_mask(x, route) if self.step.covariances else None
-        return _Tap.apply(y, x, self.taken, self.step.micro, select, keep)
+        return tap(y, x, self.taken, self.step.micro, select, keep)
 
     def index(self) -> Tensor:
         """Columns of x [n, k] for its slices: a part of a layer has some of them."""

@@ -117,24 +117,25 @@ class BoundCall:
         with untracked():
             out = (run or _Run(self)).forward(x)
         if self._group is None:
-            self._group = NODE.Group(self.W, self.bias, self.A, self.B, self.counted, *self.where)
+            self._group = NODE.Group(self.W, self.bias, self.A, self.B, self.counted, *self.where, self.streams)
         return NODE.attach(self._group, x, Z, V, *self._node(run, x), *counters, list(out))
 
     def _node(self, run: _Run | None, x: Tensor) -> tuple:
         """What a node takes beside differentiable tensors: what ``differentiated`` does a backward with, numbers of
-        plans, directions that are one call of the library's, number of probes, and what the forward takes, its last in
-        the backward too."""
+        plans, directions that are one call of the library's, number of probes, p, and what the forward takes, its last
+        in the backward too."""
         if run is None:
             if self.plans is None:
-                return self, None, None, self.whole_directions(x), 0, (), 0
-            return self, None, self.numbers(False), 0, 0, (), 0
+                return self, None, None, self.whole_directions(x), 0, 0.0, (), 0
+            return self, None, self.numbers(False), 0, 0, 0.0, (), 0
         probes = run.probes[0] if run.probes else 0
         if self.plans is not None:
-            return self, run, self.numbers(run.options), 0, probes, run.more(), run.later()
-        whole = self.whole_directions(x) if run.plain else 0
-        if run.sign or run.moments:
-            return self, run, None, whole & 2, probes, (), 0
-        return self, run, None, whole, probes, run.P, 0
+            return self, run, self.numbers(run.options), 0, probes, 0.0, run.more(), run.later()
+        if run.rows is not None:
+            return self, run, None, 0, 0, 0.0, (), 0
+        whole, seed = self.whole_directions(x), run.drop[:1]
+        p = run.p[0] if seed else 0.0
+        return self, run, None, whole & 2 if run.sign else whole, probes, p, (*run.P, *seed), len(seed)
 
     def numbers(self, options: Any) -> Any:
         """Where the node finds the numbers of plans."""
@@ -229,7 +230,7 @@ class _Run:
     """One call of a ``BoundCall`` besides its differentiable tensors."""
 
     rows = key = None
-    p = P = sign = probes = ()
+    p = P = sign = probes = drop = ()
     leaves = moments = 0
     plain = True  # all rows are one adapter's, without dropout
     options: Any = False  # what a plan depends on beside its tensors
@@ -243,6 +244,7 @@ class _Run:
         self.leaves, self.moments = leaves, moments
         self.probes = tuple(probe_counts(P)) if P else ()
         self.plain = rows is None and key is None
+        self.drop = () if key is None else (key, p[0], self.bound.streams)  # for one adapter's rows
         streams = None if key is None else self.bound.streams
         self.options = (
             moments > 0 if self.plain and not P else (moments > 0, rows is None, streams, *p, self.probes, len(sign))
@@ -261,9 +263,9 @@ class _Run:
         """[*y, h, *moments]."""
         bound = self.bound
         if bound.plans is None:
-            if self.plain and not self.moments and (whole := bound.whole(0, x)) is not None:
+            if self.rows is None and (whole := bound.whole(0, x)) is not None:
                 P = self.P[0] if self.P else None
-                out = whole(x, bound.W, bound.bias, bound.A, P, bound.B, *bound.where, False)
+                out = whole(x, bound.W, bound.bias, bound.A, P, bound.B, *bound.where, self.moments > 0, *self.drop)
                 if out:
                     if self.sign:
                         flip_signs(out[len(bound.W)], self.sign, bound.layout, None)
@@ -295,14 +297,9 @@ class _Run:
         """[dx, *dA, *dB, *dZ], those of what is not needed left out but for dx; ``there``: which dy are not None."""
         bound = self.bound
         if bound.plans is None:
-            if (
-                self.key is None
-                and self.rows is None
-                and False not in there
-                and (whole := bound.whole(1, x)) is not None
-            ):
+            if self.rows is None and False not in there and (whole := bound.whole(1, x)) is not None:
                 probes = self.probes[0] if need.dZ else 0
-                out = whole(dy, x, h, bound.W, A, B, *bound.where, probes, need.dx, need.dA, need.dB)
+                out = whole(dy, x, h, bound.W, A, B, *bound.where, probes, need.dx, need.dA, need.dB, *self.drop)
                 if out:
                     return out if need.dx else [None, *out]
             return _backward(self, x, h, bound.W, A, B, dy, need, self.rows, self.key)

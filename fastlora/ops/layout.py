@@ -248,6 +248,13 @@ class AdapterBatch:
             f"sample ({x.shape[0]}, dimension 0) or one a token ({rows})"
         )
 
+    def ids_of_rows(self, rows: int) -> Tensor:
+        """The ids of rows that were flattened, those of a sample one after another."""
+        given = self.ids.numel()
+        if not given or rows % given:
+            raise ValueError(f"ids: expected one a sample or one a token, got {given} for {rows} tokens")
+        return self.ids.reshape(-1).repeat_interleave(rows // given)
+
     def rows(self, x: Tensor) -> Rows:
         """The rows of ``x`` [*, K] by adapter."""
         times = self._times(x)

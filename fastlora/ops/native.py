@@ -95,27 +95,27 @@ def _gram_norm(x: Tensor, dy: Tensor) -> Tensor:
     return torch.dot((x @ x.t()).view(-1), (dy @ dy.t()).view(-1)).clamp_(min=0)
 
 
-def _lora_forward(y, x, A, P, B, outputs, columns, scales, moments):
+def _lora_forward(y, x, A, P, B, outputs, columns, scales, moments, *drop):
     rank = sum(b.shape[1] for b in B) + (0 if P is None else P.shape[0] if P.is_floating_point() else P.numel())
     sums = [x.new_empty((2, target.shape[1]), dtype=torch.float64) for target in y] if moments else []
     return x.new_empty((x.shape[0], rank)), sums
 
 
-def _lora_backward(dx, dy, x, h, A, B, outputs, columns, scales, probes, need_dA, need_dB):
+def _lora_backward(dx, dy, x, h, A, B, outputs, columns, scales, probes, need_dA, need_dB, *drop):
     dA = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A] if need_dA else []
     dB = [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B] if need_dB else []
     Q = [x.new_empty((b.shape[0], probes), dtype=torch.float32) for b in B] if probes else []
     return dA, dB, Q
 
 
-def _linear_lora_forward(x, W, bias, A, P, B, outputs, columns, scales, moments):
+def _linear_lora_forward(x, W, bias, A, P, B, outputs, columns, scales, moments, *drop):
     y = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in W]
     rows = [t.view(-1, t.shape[-1]) for t in (x, *y)]
     h, sums = _lora_forward(rows[1:], rows[0], A, P, B, outputs, columns, scales, moments)
-    return [*y, h, *sums]
+    return [*y, h, *[s.new_empty((2, s.shape[1] + 1)) for s in sums]]
 
 
-def _linear_lora_backward(dy, x, h, W, A, B, outputs, columns, scales, probes, need_dx, need_dA, need_dB):
+def _linear_lora_backward(dy, x, h, W, A, B, outputs, columns, scales, probes, need_dx, need_dA, need_dB, *drop):
     found = _lora_backward(None, dy, x, h, A, B, outputs, columns, scales, probes, need_dA, need_dB)
     return [*([x.new_empty(x.shape)] if need_dx else []), *[g for part in found for g in part]]
 

@@ -127,6 +127,32 @@ class _Moments(torch.autograd.Function):
         return dy, ctx.saved_tensors[0], None, None
 
 
+class _MomentsOfRuns(torch.autograd.Function):
+    """As ``_Moments``, of runs of rows one by one."""
+
+    @staticmethod
+    def forward(
+        ctx, y: Tensor, V: Tensor, runs: Sequence[tuple[int, slice]], keep: Tensor | None, backend: str
+    ) -> Tensor:
+        sums = torch.zeros_like(V).view(2, -1, y.shape[1] + 1)
+        for part, rows in runs:
+            sums[:, part] = _moments_kernel(y[rows], None if keep is None else keep[rows], backend)
+        ctx.save_for_backward(sums.flatten(1))
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        return dy, ctx.saved_tensors[0], None, None, None
+
+
+def with_moments_of_runs(
+    y: Tensor, V: Tensor, runs: Sequence[tuple[int, slice]], keep: Tensor | None, backend: str
+) -> Tensor:
+    """y [M, N] as it is; backward adds the moments of each run's rows to its part of V [2, parts (N + 1)]."""
+    return _MomentsOfRuns.apply(y, V, runs, keep, backend)
+
+
 def with_moments(y: Tensor, V: Tensor, keep: Tensor | None, backend: str) -> Tensor:
     """y [*, N] as it is; backward adds the moments of its rows ``keep`` [M] (None: all) to V [2, N + 1]."""
     return _Moments.apply(y, V, keep, backend)

@@ -30,6 +30,7 @@ from ..model.eject import eject
 from ..model.inject import check_adapter_name, sharing_copy
 from ..model.modules import features, is_linear
 from ..nn.active import chosen_adapter
+from ..nn.experts import ExpertProjection
 from ..nn.linear import DEFAULT, Linear, adapted_layers
 from .folder import CONFIG, AdapterFolder, Side, Slice, read_folder
 from .load import load_folder
@@ -84,7 +85,9 @@ def _refuse_lost(handed: Any, model: nn.Module, adapter: str) -> None:
     names, modules = StoredNames(model), dict(handed.base_model.model.named_modules(remove_duplicate=False))
     lost = []
     for path, layer in adapted_layers(model).items():
-        there = modules[names.module(names.stored(path))]
+        there = modules.get(names.module(names.stored(path)))
+        if isinstance(layer, ExpertProjection):
+            continue
         held = [getattr(there, side, {}) for side in ("lora_A", "lora_embedding_A")]
         if adapter in layer.ranked and not any(adapter in side for side in held):
             lost.append(path)
@@ -135,7 +138,7 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
     model.fastlora_configs[DEFAULT].init_lora_weights = init
     for layer in adapted_layers(model).values():
         layer.adapter_specs[DEFAULT] = replace(layer.adapter_specs[DEFAULT], init=init)
-    _take_scales(model, tuned, adapter)
+    _take_scales(model, tuned, adapter, folder.fields.parameters(model, folder.where(CONFIG)))
     return model
 
 
@@ -147,9 +150,9 @@ def _without_init(path: pathlib.Path) -> Any:
     return init
 
 
-def _take_scales(model: nn.Module, tuned: list[tuple[str, Any]], adapter: str) -> None:
+def _take_scales(model: nn.Module, tuned: list[tuple[str, Any]], adapter: str, parameters: Sequence[str]) -> None:
     """The ``s`` that PEFT's layers run with, which need not be the one of their config."""
-    layers, names = adapted_layers(model), StoredNames(model)
+    layers, names = adapted_layers(model), StoredNames(model, parameters)
     for name, module in tuned:
         path = names.path(name.removeprefix(PREFIX))
         if path in layers and adapter in module.scaling:

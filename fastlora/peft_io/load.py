@@ -22,8 +22,10 @@ from ..model.modules import features, fused_layouts, is_linear, named_targets, r
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE, Slices
+from ..nn.experts import ExpertStack
 from ..nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from ..nn.plain import CLASSES, CONVOLUTIONS, kernel_shapes
+from .experts import experts_unstacked
 from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, Slice, read_folder
 from .names import (
     BESIDE,
@@ -142,14 +144,15 @@ class _Plan:
 
 def _plan(model: nn.Module, folder: AdapterFolder) -> _Plan:
     where, fields = folder.where(TENSORS), folder.fields
-    names, known = base_names(model), StoredNames(model)
+    parameters = fields.parameters(model, folder.where(CONFIG))
+    names, known = base_names(model), StoredNames(model, parameters)
     pairs = factor_pairs(folder)
-    for name in {known.module(stored) for stored in pairs} - set(names):
+    for name in {known.module(stored) for stored in pairs} - {*names, *parameters}:
         raise ValueError(f"{where}: adapts {name!r}, and {type(model).__name__} has no module of that name")
     refuse_tying(model, fields, [known.path(stored) for stored in pairs], ())
     if fields.targets_known:
         selected = {n for n in names if fields.selects(n)}
-        expected = {s for n in selected for s in known.keys_of(n)}
+        expected = {s for n in (*selected, *parameters) for s in known.keys_of(n)}
         _refuse_keys(where, f"target_modules of {CONFIG}", expected, set(pairs), "adapters of ")
     saved = saved_by(fields.modules_to_save, base_names(model, remove_duplicate=False))
     trained = saved if folder.side is None else list(folder.side.modules_to_save)
@@ -258,12 +261,17 @@ def _matrix(
 ) -> _Matrix:
     where, (A, B), adapted = folder.where(TENSORS), pair, known.module(stored)
     rank, s = folder.fields.rank(adapted), folder.fields.scale(adapted)
-    if not is_linear(module) and not isinstance(module, tuple(CLASSES)):
+    if not is_linear(module) and not isinstance(module, (ExpertStack, *CLASSES)):
         raise ValueError(f"{where}: adapts {path!r}, a {type(module).__name__}, which is not implemented")
     _refuse_sharded_on_meta(path, module.weight)
     K, N = features(module)
-    convolves = isinstance(module, CONVOLUTIONS)
-    shapes = kernel_shapes(module, rank) if convolves else ((rank, K), (N, rank))
+    shapes = ((rank, K), (N, rank))
+    if isinstance(module, ExpertStack):
+        experts, flip = module.matrices(), module.taken_for_untransposed
+        inner, outer = (K, N // len(experts))[:: -1 if flip else 1]
+        shapes = ((rank * len(experts), inner), (outer, rank * len(experts)))
+    elif isinstance(module, CONVOLUTIONS):
+        shapes = kernel_shapes(module, rank)
     for factor, tensor, shape in zip("AB", pair, shapes, strict=True):
         key = factor_key(stored, factor, module)
         if key not in folder.tensors:
@@ -275,6 +283,11 @@ def _matrix(
     for scale in (s, *(s * x.scale_ratio for x in slices)):
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{folder.path}: the scale of {path!r} is {scale}, which is no float32")
+    if isinstance(module, ExpertStack):
+        where = f"{folder.where(SIDE)}: {path!r}"
+        factors, ratios = experts_unstacked(A, B, Slices(dict.fromkeys(experts, outer)), slices, where)
+        factors = {n: pair and (pair[1].t(), pair[0].t()) for n, pair in factors.items()} if flip else factors
+        return _Matrix(experts, factors, {name: s * ratio for name, ratio in ratios.items()}, {})
     if not slices:
         return _Matrix(Slices({WHOLE: N}), {WHOLE: (A, B)}, {WHOLE: s}, beside)
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
@@ -373,7 +386,9 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
 
 def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraConfig:
     """The LoraConfig that injects exactly what is in the file."""
-    fields, side, paths = folder.fields, folder.side, list(plan.matrices)
+    fields, side, stacks = folder.fields, folder.side, folder.fields.parameters(model, folder.where(CONFIG))
+    stacks, modules = ([p for p in plan.matrices if (p in stacks) == wanted] for wanted in (True, False))
+    names = [*base_names(model), *StoredNames(model).inputs]
     factors = [t for m in plan.matrices.values() for pair in m.factors.values() for t in pair or ()]
     stored = reduce(torch.promote_types, {t.dtype for t in factors})
     rule = {"r": fields.r, "lora_alpha": fields.lora_alpha, "use_rslora": fields.use_rslora, "scale": "per_rank"}
@@ -384,14 +399,15 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
         dtype = stored
     try:
         config = LoraConfig(
-            target_modules=choose_targets(paths, [*base_names(model), *StoredNames(model).inputs]),
+            target_modules=choose_targets(modules, names) if modules else None,
+            target_parameters=stacks or None,
             lora_dropout=fields.lora_dropout,
             bias=fields.bias,
             modules_to_save=plan.trained or None,
             init_lora_weights=fields.init_lora_weights,
             lora_bias=fields.lora_bias,
             use_dora=fields.use_dora,
-            split_qkv={path: m.rows for path, m in plan.matrices.items() if set(m.rows) != {WHOLE}} or False,
+            split_qkv={p: plan.matrices[p].rows for p in modules if set(plan.matrices[p].rows) != {WHOLE}} or False,
             adapter_dtype=dtype,
             **rule,
         )
@@ -407,7 +423,7 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
     known = fused_layouts(model)
     for path, m in plan.matrices.items():
         possible = known.get(path)
-        if set(m.rows) != {WHOLE} and possible is not None and possible != m.rows:
+        if path not in stacks and set(m.rows) != {WHOLE} and possible is not None and possible != m.rows:
             raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {m.rows}, and this model can {possible}")
     return config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .._utils.errors import check_integer, wrong_value
 from ..config import FROM_WEIGHT, indices_of, layer_index, names_in
-from ..model.modules import torch_attentions
+from ..model.modules import has_suffix, named_targets, torch_attentions
 from ..nn.attention import InProjection
+from ..nn.experts import ExpertProjection, ExpertStack
 from ..nn.linear import adapted_layers
 
 PREFIX = "base_model.model."
@@ -63,6 +64,7 @@ class PeftFields:
     lora_bias: bool = False
     use_dora: bool = False
     ensure_weight_tying: bool = False
+    target_parameters: list[str] = field(default_factory=list)
 
     def rank(self, path: str) -> int:
         return _pattern_value(self._ranks, path, self.r)
@@ -85,6 +87,18 @@ class PeftFields:
         """Whether the targets can be told from the file alone; PEFT fills in the others from the model's type."""
         spec = self.target_modules
         return spec is not None and not (isinstance(spec, str) and spec.lower() == "all-linear")
+
+    def parameters(self, model: nn.Module, where: str) -> list[str]:
+        """The parameters of experts that PEFT would adapt, by path; ``ValueError`` naming ``where`` for others."""
+        if not self.target_parameters:
+            return []
+        stacks = [n for n, m in named_targets(model).items() if isinstance(m, ExpertStack)]
+        for suffix in self.target_parameters:
+            if not any(has_suffix(n, suffix) for n in stacks):
+                kind = type(model).__name__
+                accepted = f"suffixes of parameters [E, N, K] of experts of {kind} that transformers' registry runs"
+                raise wrong_value(f"{where}: target_parameters", accepted, suffix)
+        return [n for n in stacks if any(has_suffix(n, s) for s in self.target_parameters)]
 
     def selects(self, path: str) -> bool:
         """Whether PEFT would adapt the module of this name."""
@@ -142,6 +156,8 @@ def parse_fields(raw: Any, where: str) -> PeftFields:
         for name, value in taken.items():
             _check_field(name, value)
         fields = PeftFields(**taken)
+        if not fields.target_modules and not fields.target_parameters and fields.target_modules is not None:
+            raise wrong_value("target_modules", "a string or a list of names", fields.target_modules)
         # Every pattern once, so that none of them fails later.
         fields.scale("a")
         whole = [s for s in (fields.target_modules, fields.exclude_modules) if isinstance(s, str)]
@@ -173,7 +189,8 @@ def _is_indices(value: Any) -> bool:
 _INITS = ("gaussian", "orthogonal", "eva", *FROM_WEIGHT)
 _CHECKS = {
     "lora_alpha": (_is_number, "a finite number"),
-    "target_modules": (lambda v: isinstance(v, str) or _is_strings(v) and v, "a string or a list of names"),
+    "target_modules": (lambda v: isinstance(v, str) or _is_strings(v), "a string or a list of names"),
+    "target_parameters": (_is_strings, "a list of names"),
     "exclude_modules": (lambda v: isinstance(v, str) or _is_strings(v), "a string or a list of names"),
     "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a probability in [0, 1)"),
     "bias": (lambda v: v in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
@@ -214,7 +231,7 @@ def base_names(model: nn.Module, remove_duplicate: bool = True) -> list[str]:
     """Names of the modules that the model has without its adapters, as PEFT would see them."""
     layers = adapted_layers(model).values()
     inside = {id(m) for layer in layers for f in (layer.lora_A, layer.lora_B) for m in f.modules()}
-    inside.update(id(layer) for layer in layers if isinstance(layer, InProjection))
+    inside.update(id(layer) for layer in layers if isinstance(layer, (InProjection, ExpertProjection)))
     named = model.named_modules(remove_duplicate=remove_duplicate)
     return [name for name, module in named if name and id(module) not in inside]
 
@@ -336,32 +353,46 @@ _OUTPUT = ".base_layer.out_proj"
 class StoredNames:
     """Three names of a matrix: its path here, its path in the file's keys, and the module that PEFT adapts.
 
-    ``attn.in_proj`` is ``attn`` and ``attn`` there, ``attn.out_proj`` is ``attn.base_layer.out_proj`` and ``attn``; any
+    ``attn.in_proj`` is ``attn`` and ``attn`` there, ``attn.out_proj`` is ``attn.base_layer.out_proj`` and ``attn``. Of
+    the adapted ``parameters`` of experts the last is ``experts`` in keys, the one before it ``experts.base_layer``. Any
     other path is the same everywhere.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, parameters: Sequence[str] = ()):
         self.attentions = set(torch_attentions(model))
+        self._wrapped: dict[str, str] = {}
+        around: dict[str, str] = {}
+        for path in reversed(parameters):
+            owner = path.rpartition(".")[0]
+            around[owner] = f"{around[owner]}.base_layer" if owner in around else owner
+            self._wrapped[path] = around[owner]
+        self._parameters = {stored: path for path, stored in self._wrapped.items()}
 
     def stored(self, path: str) -> str:
+        if path in self._wrapped:
+            return self._wrapped[path]
         owner, _, leaf = path.rpartition(".")
         if owner not in self.attentions or leaf not in ("in_proj", "out_proj"):
             return path
         return owner if leaf == "in_proj" else owner + _OUTPUT
 
     def path(self, stored: str) -> str:
+        if stored in self._parameters:
+            return self._parameters[stored]
         if stored in self.attentions:
             return f"{stored}.in_proj"
         owner = self.module(stored)
         return stored if owner == stored else f"{owner}.out_proj"
 
     def module(self, stored: str) -> str:
+        if stored in self._parameters:
+            return self._parameters[stored]
         owner = stored.removesuffix(_OUTPUT)
         return owner if owner in self.attentions else stored
 
     def keys_of(self, module: str) -> tuple[str, ...]:
         """The paths in keys of what PEFT adapts under a module's name."""
-        return (module, module + _OUTPUT) if module in self.attentions else (module,)
+        return (module, module + _OUTPUT) if module in self.attentions else (self._wrapped.get(module, module),)
 
     @property
     def inputs(self) -> list[str]:

@@ -22,10 +22,12 @@ from ..model.replaced_check import refuse_replaced
 from ..model.trainable import saved_modules
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE
+from ..nn.experts import ExpertProjection
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, adapted_layers
 from ..nn.plain import CONVOLUTIONS, Plain, kernel_shapes
 from .effect import warn_of_peft
+from .experts import experts_stacked
 from .folder import FORMAT_VERSION, Slice, write_folder
 from .names import (
     BESIDE,
@@ -93,7 +95,7 @@ def write_adapter(
         raise ValueError("fold_scale: expected False for init_lora_weights='olora', whose frozen weight depends on s")
     if config.init_lora_weights in ("corda", "lora_ga") or power_iterations(config.init_lora_weights) is not None:
         config = replace(config, init_lora_weights=True)  # the file's factors say what was taken out of the weight
-    names = StoredNames(model)
+    names = StoredNames(model, [path for path, layer in layers.items() if isinstance(layer, ExpertProjection)])
     matrices = _matrices(model, names, layers, adapter, fold_scale, over_rest)
     stored = {path: names.stored(path) for path in matrices}
     adapted = {names.module(name): matrices[path] for path, name in stored.items()}
@@ -126,6 +128,11 @@ class _Stored:
     B: Tensor
     alpha: float
     slices: tuple[Slice, ...]
+    rank_of_each: int | None = None  # of experts, whose ranks lie beside each other in A
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0] if self.rank_of_each is None else self.rank_of_each
 
 
 def _tensors(
@@ -149,14 +156,22 @@ def _tensors(
 
 def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored], saved: list[str]) -> dict[str, Any]:
     """adapter_config.json: fields that every version of PEFT knows, and no others."""
-    ranks, alphas = {n: m.A.shape[0] for n, m in matrices.items()}, {n: m.alpha for n, m in matrices.items()}
+    ranks, alphas = {n: m.rank for n, m in matrices.items()}, {n: m.alpha for n, m in matrices.items()}
+    stacks = [name for name, layer in named_targets(model).items() if isinstance(layer, ExpertProjection)]
+    parameters = [name for name in matrices if name in stacks]
+    modules = [name for name in matrices if name not in stacks]
+    told = {}
+    if parameters:
+        suffixes = choose_targets(parameters, stacks)
+        told["target_parameters"] = parameters if isinstance(suffixes, str) else suffixes
     unused = ("exclude_modules", "layers_pattern", "layers_to_transform", "revision")
     return {
         **_auto_class(model, saved),
         **patterns(ranks, alphas),
         **dict.fromkeys(unused),
         "peft_type": "LORA",
-        "target_modules": choose_targets(list(matrices), base_names(model)),
+        "target_modules": choose_targets(modules, base_names(model)) if modules else [],
+        **told,
         "modules_to_save": saved or None,
         "bias": config.bias,
         "lora_dropout": config.lora_dropout,
@@ -164,7 +179,7 @@ def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored
         "use_rslora": False,
         **({"lora_bias": True} if config.lora_bias else {}),
         "use_dora": config.use_dora,
-        "fan_in_fan_out": all(isinstance(model.get_submodule(path), Conv1D) for path in matrices),
+        "fan_in_fan_out": bool(modules) and all(isinstance(model.get_submodule(path), Conv1D) for path in modules),
         "inference_mode": True,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
     }
@@ -243,8 +258,13 @@ def _matrices(
         if path in out:
             continue
         together = {p: layers[p] for p in names.beside(path) if p in layers}
-        factors = {p: _factors(layer, adapter, over_rest) for p, layer in together.items()}
-        rank = max(sum(len(a) for a, _ in of.values()) for of in factors.values())
+        factors = {
+            p: {} if isinstance(layer, ExpertProjection) else _factors(layer, adapter, over_rest)
+            for p, layer in together.items()
+        }
+        rank = max(
+            sum(len(a) for a, _ in of.values()) if of else _rank(together[p], adapter) for p, of in factors.items()
+        )
         s = max((_scale(layer, adapter) for layer in together.values()), key=abs)
         for other in names.beside(path):
             if other in layers:
@@ -255,6 +275,12 @@ def _matrices(
                 B = like.B.new_zeros(base.out_features, rank)
                 out[other] = _Stored(A, B, like.alpha, (Slice(WHOLE, base.out_features, 0, 1.0),))
     return out
+
+
+def _rank(layer: Linear, adapter: str) -> int:
+    """The rank of a layer's file entry: experts have one, and lie beside each other."""
+    ranks = layer.ranks(adapter).values()
+    return max(ranks) if layer.parts > 1 else sum(ranks)
 
 
 def _scale(layer: Linear, adapter: str) -> float:
@@ -280,6 +306,12 @@ def _stored(
     layer: Linear, factors: Mapping[str, tuple[Tensor, Tensor]], adapter: str, fold: bool, s: float, rank: int
 ) -> _Stored:
     """A layer's matrix for a file entry of this scale and rank."""
+    if isinstance(layer, ExpertProjection):
+        pairs = dict(zip(layer.slices, layer.pairs(adapter), strict=True))
+        if layer.taken_for_untransposed:
+            pairs = {name: (b.t(), a.t(), scale) for name, (a, b, scale) in pairs.items()}
+        As, Bs, slices = experts_stacked(pairs, s, rank, fold)
+        return _Stored(As, Bs, _alpha(1.0 if fold else s, rank), slices, rank)
     scales, live = layer.adapter_specs[adapter].scale, [*factors]
     ranks = {name: len(factors[name][0]) if name in factors else 0 for name in layer.slices}
     if isinstance(layer, Plain):

@@ -15,7 +15,7 @@ from .._utils.distributed import ProcessGroupInfo, ranks_of, several_processes
 from ..nn.linear import Linear
 from ..nn.probe import Contribution
 from ..ops.reference import accumulate_dtype
-from .statistics import Covariances, Tracked, all_finite, as_one_batch
+from .statistics import Covariances, Tracked, all_finite, as_one_batch, moments_there
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,8 @@ class _Step:
         for path, name in tracked.matrices:
             probe = self.probes[path]
             weights.append(bool(probe.taken) or (name in probe.Z and probe.Z[name].grad is not None))
-            moments.append(probe.V is not None and probe.V.grad is not None)
+        for path, probe in self.probes.items():
+            moments += moments_there(None if probe.V is None else probe.V.grad, tracked.layers[path])
         taken = tracked.taken() if tracked.covariances else {}
         parts = {
             "here": torch.tensor([*weights, *moments]),
@@ -169,9 +170,10 @@ class _Step:
         """``||G||^2`` and ``sum |G|`` of each slice of G_W, which is there as a whole for this one layer."""
         dtype = accumulate_dtype(layer.weight.dtype)
         gradient = torch.zeros(layer.out_features, layer.in_features, dtype=dtype, device=layer.weight.device)
-        if taken:
-            x, dy, _ = as_one_batch(taken)
-            gradient += dy.to(dtype).T @ x.to(dtype)
+        for part in dict.fromkeys(call.part for call in taken):
+            x, dy, _ = as_one_batch([call for call in taken if call.part == part])
+            rows = slice(None) if part is None else layer.slices.rows(part)
+            gradient[rows] += dy.to(dtype).T @ x.to(dtype)
         self.ranks.sum_(gradient).div_(self.ranks.divisor)
         parts = {name: gradient[layer.slices.rows(name)].double() for name in layer.slices}
         return {name: (part.square().sum(), part.abs().sum()) for name, part in parts.items()}

@@ -29,7 +29,7 @@ def checked_decay(ema: Any) -> float | None:
 
 def checked_layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
     every = {path: layer for path, layer in adapted_layers(model).items() if adapter in layer.adapter_specs}
-    layers = {path: layer for path, layer in every.items() if isinstance(layer, Linear)}
+    layers = {path: layer for path, layer in every.items() if layer.measured}
     if len(layers) < len(every):
         logger.warning("not tracked, since they are no linears: %s", listed([p for p in every if p not in layers]))
     if not layers:
@@ -44,13 +44,15 @@ def checked_probe_kind(probe_kind: Any, estimator: str, layers: dict[str, Linear
     if estimator != "probe" and probe_kind != "rademacher":
         raise wrong_value("probe_kind", f"'rademacher' with estimator={estimator!r}", probe_kind)
     for path, layer in layers.items() if probe_kind == "columns" else ():
-        if layer.slices.blocks > 1:
-            why = f"{path!r} holds {', '.join(layer.slices)} interleaved"
+        if layer.slices.blocks > 1 or not isinstance(layer, Linear):
+            why = f"{path!r} holds {listed([*layer.slices])} interleaved or by rows of x"
             raise ValueError(f"probe_kind: expected 'rademacher' or estimator='exact' where {why}, got 'columns'")
     return probe_kind
 
 
-def checked_kinds(statistics: Sequence[str], estimator: str, probe_kind: str) -> tuple[str, ...]:
+def checked_kinds(
+    statistics: Sequence[str], estimator: str, probe_kind: str, layers: dict[str, Linear]
+) -> tuple[str, ...]:
     check_instance("statistics", statistics, (str, Sequence, set, frozenset), f"some of {KINDS}")
     kinds = (statistics,) if isinstance(statistics, str) else tuple(statistics)
     kinds = tuple(kind for i, kind in enumerate(kinds) if kind not in kinds[:i])
@@ -60,6 +62,10 @@ def checked_kinds(statistics: Sequence[str], estimator: str, probe_kind: str) ->
         check_choice("statistics", kind, KINDS)
         if estimator == "probe" and kind in COVARIANCES:
             raise ValueError(f"statistics: {kind!r} is not estimated from probes; use estimator='exact'")
+    experts = next((path for path, layer in layers.items() if layer.parts > 1), None)
+    if experts is not None and {*kinds} & {*COVARIANCES}:
+        what = f"statistics of weights or outputs, since {experts!r} has another covariance for each expert"
+        raise wrong_value("statistics", what, kinds)
     if estimator == "probe" and "grad_abs" in kinds and probe_kind == "rademacher":
         raise ValueError(f"statistics: 'grad_abs' cannot be estimated from ±1 probes; {ABSOLUTE_NEEDS}")
     if estimator == "probe" and {"grad_abs", "fisher"} <= set(kinds):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._utils.torch_compat import counts_versions, version_of
 from ..nn.linear import Linear
@@ -32,7 +33,7 @@ class ForwardHook:
     def __reduce__(self) -> tuple:
         return _no_hook, ()
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         step = self._step
         if torch.compiler.is_compiling():
             # Python numbers that change would be compiled in: what counts here are tensors.
@@ -40,6 +41,8 @@ class ForwardHook:
                 step.signs.compiled.forward(*step.signs.place)
         elif torch.is_grad_enabled():
             step.micro += 1
+            first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()), None)
+            step.samples = 0 if first is None else first.shape[0]
             if self._reduction.search(module):
                 self._sampling.fix(RANKS_AGREE)
                 step.sampled = self._sampling.sampled(step.index)
@@ -52,7 +55,7 @@ def _no_hook() -> Any:
     return _do_nothing
 
 
-def _do_nothing(module: nn.Module, args: Any) -> None:
+def _do_nothing(module: nn.Module, args: Any, kwargs: Any) -> None:
     """The hook of a model's copy."""
 
 

@@ -32,7 +32,9 @@ class Sample:
         """
         tracked, found = self.tracked, {}
         if "act_var" in tracked.kinds:
-            found["act_var"] = output_variances_of(tracked.layers.values(), self.V, tracked.device)
+            found["act_var"] = output_variances_of(
+                tracked.layers.values(), self.V, tracked.device, self.shared is not None
+            )
         if tracked.weight_kinds:
             found |= self._of_probes() if tracked.estimator == "probe" else self._exact()
         if self.shared is not None:

@@ -62,6 +62,10 @@ class Tracked:
         """What backward left in each layer under the exact estimator."""
         return {path: probe.taken for path, probe in self.probes.items()}
 
+    def taken_of(self, path: str, name: str) -> list[Contribution]:
+        """What backward left for one matrix."""
+        return [call for call in self.probes[path].taken if call.part in (None, name)]
+
     @functools.cached_property
     def V(self) -> list[Tensor]:
         """The leaves of the layers' moments, with ``act_var``."""
@@ -69,10 +73,10 @@ class Tracked:
 
     def exact_values(self, path: str, name: str) -> dict[str, Tensor]:
         """This step's exact value of each statistic of one matrix; empty where no backward ran through its layer."""
-        layer, taken = self.layers[path], self.probes[path].taken
+        layer, taken = self.layers[path], self.taken_of(path, name)
         if not taken:
             return {}
-        rows, found = layer.slices.rows(name), {}
+        rows, found = _columns(layer, name, taken), {}
         if {"grad_sq", "grad_abs"} & {*self.kinds}:
             backend, _ = choose(layer.backend, layer.weight.device, taken[0].x.dtype)
             x, dy, offsets = as_one_batch(taken)
@@ -85,8 +89,8 @@ class Tracked:
 
     def sample_squares(self, path: str, name: str) -> tuple[Tensor, int]:
         """``Σ_i ||G_i||²`` of one matrix over the samples of this step, and their number."""
-        layer, taken = self.layers[path], self.probes[path].taken
-        rows, samples = layer.slices.rows(name), 0
+        layer, taken = self.layers[path], self.taken_of(path, name)
+        rows, samples = _columns(layer, name, taken), 0
         total = torch.zeros((), dtype=torch.float64, device=layer.weight.device)
         for micro in sorted({call.micro for call in taken}):
             x, dy, offsets = by_sample([call for call in taken if call.micro == micro])
@@ -94,6 +98,11 @@ class Tracked:
             total += backend.gradstat(x, dy[:, rows], offsets, absolute=False)[:, 0].double().sum()
             samples += len(offsets) - 1
         return total, samples
+
+
+def _columns(layer: Linear, name: str, taken: Sequence[Contribution]) -> slice | Tensor:
+    """Columns of dy that are a slice's."""
+    return layer.slices.rows(name) if not taken or taken[0].part is None else slice(None)
 
 
 def fisher_factor(loss_reduction: str, samples: int | Tensor) -> float | Tensor:
@@ -105,14 +114,35 @@ def fisher_factor(loss_reduction: str, samples: int | Tensor) -> float | Tensor:
 
 
 def output_variances_of(
-    layers: Iterable[Linear], V: Sequence[Tensor | None], device: torch.device
+    layers: Iterable[Linear], V: Sequence[Tensor | None], device: torch.device, shared: bool = False
 ) -> tuple[Tensor | None, list[bool]]:
-    """``act_var`` of the matrices whose layer has moments, and for each matrix whether it has."""
-    layers = list(layers)
-    sizes = [list(layer.slices.values()) for layer in layers]
-    live = [(_by_slice(v, x), runs) for x, v, runs in zip(layers, V, sizes, strict=True) if v is not None]
+    """``act_var`` of the matrices whose layer has moments, and for each matrix whether it has.
+
+    ``shared``: of experts that saw no row there is one, too, since who has one is agreed on by all ranks.
+    """
+    live, there = [], []
+    for layer, total in zip(layers, V, strict=True):
+        sizes = [*layer.slices.values()]
+        if total is None:
+            there += [False] * len(sizes)
+        elif layer.parts == 1:
+            there += [True] * len(sizes)
+            live.append((_by_slice(total, layer), sizes))
+        else:
+            seen, total = moments_there(total, layer), total.clone()
+            total.view(2, layer.parts, -1)[:, :, -1].clamp_(min=1)
+            there += seen
+            parts = zip(total.view(2, layer.parts, -1).unbind(1), sizes, seen, strict=True)
+            live += [(part.contiguous(), [size]) for part, size, has in parts if has or shared]
     found = output_variances(*zip(*live, strict=True)).to(device) if live else None
-    return found, [total is not None for total, runs in zip(V, sizes, strict=True) for _ in runs]
+    return found, there
+
+
+def moments_there(total: Tensor | None, layer: Linear) -> list[bool]:
+    """Whether each matrix of a layer has moments: of experts, those with rows (read back from a device)."""
+    if total is None or layer.parts == 1:
+        return [total is not None] * len(layer.slices)
+    return (total.view(2, layer.parts, -1)[0, :, -1] > 0).tolist()
 
 
 def _by_slice(total: Tensor, layer: Linear) -> Tensor:
@@ -365,6 +395,8 @@ def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
 
 def by_sample(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
     """Calls of one micro-batch side by side, so that a sample's rows from all calls are one run."""
+    if taken[0].samples is not None:
+        return _by_sample_of_rows(taken)
     samples = taken[0].x.shape[0] if taken[0].x.dim() > 1 else 1
     for call in taken:
         if call.x.dim() > 1 and call.x.shape[0] != samples:
@@ -375,3 +407,11 @@ def by_sample(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
         for parts in ([call.x for call in taken], [call.dy for call in taken])
     )
     return x.flatten(0, 1), dy.flatten(0, 1).to(x.dtype), [sum(tokens) * i for i in range(samples + 1)]
+
+
+def _by_sample_of_rows(taken: list[Contribution]) -> tuple[Tensor, Tensor, list[int]]:
+    """As ``by_sample``, of calls whose rows say which sample they are of."""
+    owners, order = torch.sort(torch.cat([call.samples[0] for call in taken]))
+    x, dy = (_joined([call.x for call in taken])[order], _joined([call.dy for call in taken])[order])
+    numbers = torch.arange(taken[0].samples[1], device=owners.device)
+    return x, dy.to(x.dtype), [0, *torch.searchsorted(owners, numbers, right=True).tolist()]

@@ -102,7 +102,7 @@ class Tracker:
         self.estimator = check_choice("estimator", estimator, ("probe", "exact"))
         self.loss_reduction = check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         self.probe_kind = checked_probe_kind(probe_kind, estimator, self.layers)
-        kinds = checked_kinds(statistics, estimator, probe_kind)
+        kinds = checked_kinds(statistics, estimator, probe_kind, self.layers)
         self.kinds = tuple(kind for kind in kinds if kind not in COVARIANCES)
         covariances = tuple(kind for kind in kinds if kind in COVARIANCES)
         self.per_sample, self.device = "fisher" in kinds, next(iter(self.layers.values())).weight.device
@@ -139,7 +139,7 @@ class Tracker:
         keep_record(self._record, self.layers.values())
         self._watch = StepWatch(self.layers)
         hook = ForwardHook(self._step, self._watch, self._reduction, self._sampling)
-        self._hook = model.register_forward_pre_hook(hook)
+        self._hook = model.register_forward_pre_hook(hook, with_kwargs=True)
 
     def _new_sampler(self) -> RademacherProbes | ColumnSampler | None:
         """What draws the probes, P or the columns, which the layers' probes see; None without any."""

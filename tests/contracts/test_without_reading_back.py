@@ -169,7 +169,9 @@ def test_several_adapters_take_the_launches_of_one(launched, dtype):
     several = build(0.0, ["b", "c", "d"], dtype)
     _, many = steps(several, None, launched, torch.zeros(8, dtype=torch.int64, device=META))
     # h for q, k, v; their outputs; dh; both weight gradients and their sums; x needs no gradient.
-    assert one == ["shrink_kernel", "linear_kernel", "shrink_kernel", "wgrad_kernel", "reduce_kernel"] == many
+    apart = ["shrink_kernel", "linear_kernel", "shrink_kernel", "wgrad_kernel", "reduce_kernel"]
+    # In half precision one adapter's h comes out of the matmul of so small a layer.
+    assert many == apart and one == (apart if dtype == torch.float32 else ["shrink_linear_kernel", *apart[2:]])
 
 
 @pytest.mark.parametrize("statistics", [("grad_sq", "grad_abs", "act_cov", "grad_cov"), ("fisher", "act_var")])

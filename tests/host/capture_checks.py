@@ -101,7 +101,7 @@ def probes_cast_no_factor(gpu):
                 step.call()
                 tracker.step()
             found = gpu.count(step.call)
-            assert (found.launches, found.kernels, found.to_device) == (6, 0, 0), (dtype, found)
+            assert (found.launches, found.kernels, found.to_device) == (5, 0, 0), (dtype, found)
 
 
 def probes_of_one_adapter_of_several_cast_no_factor(gpu):

@@ -294,7 +294,7 @@ def layers_launch_triton_kernels(gpu):
     step()
     trace = gpu.trace(step)
     names = [launch.function for launch in records.launches(trace)]
-    assert {"shrink_kernel", "linear_kernel", "wgrad_kernel", "linear_backward_kernel"} <= set(names), names
+    assert {"shrink_linear_kernel", "shrink_linear_backward_kernel", "wgrad_kernel"} <= set(names), names
     assert records.dangling(trace) == []
     first, last = 0x700000000000, 0x7E0000000000
     for launch in records.launches(trace):

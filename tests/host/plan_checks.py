@@ -5,6 +5,7 @@ Prints a JSON object of check and None or what failed. With names as arguments, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -15,6 +16,7 @@ import torch
 from plan_cases import AXES, Case, Example, directions, pairs
 from plan_program import (
     changes_are_seen,
+    every_strategy_is_repeated,
     forbidden,
     same,
     storages,
@@ -219,14 +221,12 @@ def a_launch_that_fails_goes_to_triton(gpu):
         failing.close()
         return forward.compute(given)
 
-    import contextlib
-
     with contextlib.ExitStack() as failing:
         failing.enter_context(gpu.failing("cuLaunchKernelEx", INVALID_VALUE))
         out = plans.run(forward.key, forward.inputs, compute)
     assert len(out) == 4 and tried == [1]
     name, reason = plan.launcher()
-    assert name == "triton" and "shrink_kernel failed" in reason and reason in plan._said, (name, reason)
+    assert name == "triton" and "shrink_linear_kernel failed" in reason and reason in plan._said, (name, reason)
     assert len(gpu.record(lambda: plans.run(forward.key, forward.inputs, forward.compute))) > 0 and len(plans) == 0
     plan._disabled.clear()
     plans = with_plans(forward)
@@ -383,14 +383,14 @@ def another_device_is_the_current_one_for_its_launches(gpu):
 def compiled_kernels_are_kept(gpu):
     import gc
 
-    from fastlora.kernels.shrink import shrink_kernel
+    from fastlora.kernels.shrink_linear import shrink_linear_kernel
 
     forward = directions(PLAIN, gpu.device)["forward"]
     plans = with_plans(forward)
-    shrink_kernel.device_caches.clear()
+    shrink_linear_kernel.device_caches.clear()
     gc.collect()
     launches = gpu.record(lambda: plans.run(forward.key, forward.inputs, forbidden))
-    assert "shrink_kernel" in {launch.function for launch in launches}
+    assert "shrink_linear_kernel" in {launch.function for launch in launches}
     assert {kernel.name for kernel in plan._kernels.values()} >= {launch.function for launch in launches}
 
 
@@ -465,7 +465,7 @@ CHECKS = (
     what_cannot_be_written_down_is_said, a_launch_that_fails_goes_to_triton, memory_that_is_missing_is_tritons_error,
     a_driver_without_a_symbol_is_said, other_cards_have_plans_of_their_own, numbers_of_library_calls_are_torchs,
     backends_with_plans_give_the_same, layers_use_plans, another_device_is_the_current_one_for_its_launches,
-    compiled_kernels_are_kept, tritons_launcher_is_a_choice, explain_says_who_launches,
+    compiled_kernels_are_kept, every_strategy_is_repeated, tritons_launcher_is_a_choice, explain_says_who_launches,
 )  # fmt: skip
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from unittest import mock
+
 import torch
 from plan_cases import AXES, Case, directions
 
@@ -155,3 +158,21 @@ def run_program(gpu, direction, found, theirs, outputs):
         return str(error)
     problem = records.difference(records.canonical(ours), records.canonical(theirs))
     return problem or (None if storages(results) == storages(outputs) else "results")
+
+
+def every_strategy_is_repeated(gpu):
+    """Those that no case of ``pairs`` is large enough, or too large, for."""
+    from fastlora.kernels import expand_backward, linear, linear_backward, shrink_linear, shrink_linear_backward
+
+    def run(strategies, case):
+        with contextlib.ExitStack() as patched:
+            for module, strategy in strategies.items():
+                patched.enter_context(mock.patch.object(module, "choose_strategy", return_value=strategy))
+            same(gpu, case)
+
+    for ranks in ("even", "odd"):
+        case = PLAIN._replace(ranks=ranks, probes="rows")
+        apart = {shrink_linear: "separate", shrink_linear_backward: "separate"}
+        run({linear: "augmented", linear_backward: "augmented", expand_backward: "fused", **apart}, case)
+        run({shrink_linear: "fused", shrink_linear_backward: "fused"}, case)
+        run({linear: "library", expand_backward: "separate", **apart}, case._replace(layout="fused"))

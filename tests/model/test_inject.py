@@ -253,7 +253,7 @@ def test_counts_by_role(name):
     model = build(name)
     counts = tuple(len(role_targets(model, role)) for role in ("qkv", "attention", "mlp", "all-linear"))
     assert counts == ZOO[name].counts
-    assert set(ROLES) == {"qkv", "attention", "mlp", "mixer", "all-linear"}
+    assert set(ROLES) == {"qkv", "attention", "mlp", "mixer", "experts", "all-linear"}
     fastlora.inject(model, config(target_modules="attention"))
     assert len(adapted_layers(model)) == counts[1]
     assert counts == tuple(len(role_targets(model, role)) for role in ("qkv", "attention", "mlp", "all-linear"))

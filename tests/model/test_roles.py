@@ -114,8 +114,67 @@ class TestExperts:
         with pytest.raises(ValueError, match=r"'mlp' takes nothing: .*experts.gate_up_proj"):
             fastlora.inject(model, config(r=2, target_modules="mlp"))
         rows = {row.name: row for row in fastlora.roles(model).rows}
-        assert rows["layers.0.mlp.experts.down_proj"].roles == ()
+        assert rows["layers.0.mlp.experts.down_proj"].roles == ("experts",)
         assert rows["layers.0.mlp.experts.down_proj"].shape == (4, 32, 48)
+
+    def test_the_role_takes_parameters_and_lists_of_linears(self):
+        model = of("Mixtral", **EXPERTS)
+        assert leaves(model, "experts") == ["down_proj", "gate_up_proj"]
+        lists = nn.ModuleDict({
+            "experts": nn.ModuleList([nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in range(2)]),
+            "shared_experts": nn.ModuleList([nn.Linear(4, 4)]),
+            "expertise": nn.ModuleList([nn.Linear(4, 4)]),
+        })  # fmt: skip
+        both = nn.ModuleDict({"a": model, "b": lists})
+        linears = [f"b.experts.{i}.{j}" for i in (0, 1) for j in (0, 1)]
+        parameters = [f"a.layers.0.mlp.experts.{leaf}" for leaf in ("gate_up_proj", "down_proj")]
+        assert role_targets(both, "experts") == parameters + linears
+        fastlora.inject(both, config(r=2, target_modules="experts"))
+        assert list(adapted_layers(both)) == parameters + linears
+        rows = {row.name: row for row in fastlora.roles(both).rows}
+        assert rows[parameters[0]].remark == "adapted" and rows[parameters[0]].roles == ("experts",)
+        assert f"{parameters[0]} " in str(fastlora.explain(both))
+
+    def test_experts_that_the_registry_does_not_run_are_named(self, monkeypatch):
+        model = of("Mixtral", **EXPERTS)
+        monkeypatch.delattr(type(model.layers[0].mlp.experts), "_apply_gate")
+        with pytest.raises(
+            ValueError, match="'experts' takes nothing: .*down_proj are parameters of experts that trans"
+        ):
+            fastlora.inject(model, config(r=2, target_modules="experts"))
+        assert "which no role takes: transformers' registry" in str(fastlora.roles(model))
+
+    def test_suffixes_of_parameters_are_target_parameters(self):
+        model = of("Mixtral", **EXPERTS)
+        with pytest.raises(ValueError, match="target_modules: expected suffixes of module names"):
+            fastlora.inject(model, config(r=2, target_modules=["experts.down_proj"]))
+        with pytest.raises(ValueError, match=r"target_parameters: .*'down_proy' \(did you mean .*down_proj"):
+            fastlora.inject(model, config(r=2, target_parameters=["down_proy"]))
+        with pytest.raises(ValueError, match="target_parameters: .* got 'q_proj.weight' of torch.nn.*Linear, which"):
+            fastlora.inject(model, config(r=2, target_parameters=["q_proj.weight"]))
+        fields = dict(target_modules="attention", target_parameters=["experts.down_proj"])
+        fastlora.inject(model, config(r=2, **fields, rank_pattern={"experts.down_proj[1]": 0}))
+        layer = adapted_layers(model)["layers.0.mlp.experts.down_proj"]
+        assert layer.ranks() == {"0": 2, "1": 0, "2": 2, "3": 2} and len(adapted_layers(model)) == 5
+
+    @pytest.mark.parametrize(
+        "spoil, reason",
+        [
+            (lambda e: setattr(e, "is_transposed", True), "are not the layout that it says: is_transposed=True"),
+            (lambda e: setattr(e, "num_experts", 5), "is_transposed=False, 5 experts"),
+            (lambda e: setattr(e, "_is_expert_parallel", True), "spread over processes"),
+            (lambda e: e.to(torch.float8_e4m3fn), "it is in float8_e4m3fn, quantized"),
+            (lambda e: setattr(e, "forward", lambda *args: args[0]), "is not the one that transformers' registry"),
+        ],
+    )
+    def test_what_cannot_be_adapted_is_named(self, spoil, reason):
+        model = of("Mixtral", **EXPERTS)
+        spoil(model.layers[0].mlp.experts)
+        classes = [type(m) for m in model.modules()]
+        with pytest.raises(ValueError, match=f"layers.0.mlp.experts.gate_up_proj' cannot be adapted: .*{reason}"):
+            fastlora.inject(model, config(r=2, target_modules="experts"))
+        assert [type(m) for m in model.modules()] == classes
+        assert reason in str(fastlora.roles(model))
 
 
 class Attention(nn.Module):

@@ -300,7 +300,6 @@ class TestEva:
     "fields, nearest",
     [
         (dict(trainable_token_indices=[3]), "name the embedding in modules_to_save"),
-        (dict(target_parameters=["mlp.experts.gate_up_proj"]), "name the linears around them in target_modules"),
         (dict(layer_replication=[[0, 1]]), "replicate the layers of the model first"),
     ],
 )

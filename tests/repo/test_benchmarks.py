@@ -13,7 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks import bench_growth, bench_merge, bench_statistics  # noqa: E402
+from benchmarks import bench_experts, bench_growth, bench_merge, bench_statistics, expert_ranks  # noqa: E402
 from benchmarks.harness import estimators, gate, peers, recorded, result_files, shapes  # noqa: E402
 from benchmarks.harness.interleave import Interleaved, median_interval, rows  # noqa: E402
 from benchmarks.harness.plot import plot  # noqa: E402
@@ -308,6 +308,38 @@ def test_merges_are_checked_and_reported(monkeypatch):
     assert "| fastlora, bf16 weights | 2000.0 [" in "\n".join(report._merges([result], peers.LABELS))
 
 
+def test_experts_are_checked_and_reported(monkeypatch):
+    for name, size in (("EXPERTS", 4), ("ACTIVE", 2), ("TOKENS", 8), ("WIDTH", 32), ("INNER", 16), ("RANK", 2)):
+        monkeypatch.setattr(bench_experts, name, size)
+    built = bench_experts.variants(bench_experts.frozen())
+    for step in built:
+        step.call()
+    bench_experts.check(built)
+    with torch.no_grad():
+        next(p for n, p in built[1].model.named_parameters() if "lora_B" in n).mul_(2)
+    built[1].call()
+    with pytest.raises(AssertionError, match="fastlora"):
+        bench_experts.check(built)
+    found = bench_experts.rows({"frozen": {0: 2.0}, "fastlora": {0: 3.0}, "control_step": {0: 9.0}})
+    assert [row["variant"] for row in found] == ["frozen", "fastlora"] and found[1]["ratio_to_frozen"]["median"] == 1.5
+    result = {"kind": "experts", "model": "m", "layers": 2, "experts": 4, "active": 2, "tokens": 8, "rank": 2}
+    assert "| fastlora | 3000.0 [" in "\n".join(report._experts([{**result, "rows": found}], peers.LABELS))
+
+
+def test_ranks_of_experts(monkeypatch, tmp_path):
+    sizes = dict(WIDTH=32, EXPERTS=4, LAYERS=1, LENGTH=16, BATCH=2, PRETRAIN=2, ADAPT=2, RANK=2, SEEDS=2)
+    for name, size in sizes.items():
+        monkeypatch.setattr(expert_ranks, name, size)
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text("sentence\tlabel\n" + "some words of no use at all\t1\nothers\t0\n" * 20)
+    document = expert_ranks.run(tmp_path)
+    load = document["load"]
+    assert len(load) == 8 and sum(load.values()) == pytest.approx(2)  # for each of a layer's two matrices
+    for row in document["results"]:
+        assert sum(row["ranks"].values()) == document["budget"] == 16 and len(row["loss"]) == 2
+    assert "| grad_sq | " in expert_ranks.markdown(document)
+
+
 def test_a_row_is_a_line():
     row = {"variant": "fastlora", "ms": {"median": 1.0, "p10": 0.1}, "sizes": [1, [2, 3]]}
     result = {"kind": "layer", "rank": 8, "errors": {"peft": 1e-7}, "rows": [row, row], "limit": None}
@@ -350,6 +382,11 @@ def test_the_gpu_model_is_of_the_shipped_tiles():
     assert (gpu_model.RESULTS / "gpu_model.md").read_text() == gpu_model.markdown(rows), stale
     for one in rows:
         assert all(kernel["ideal_us"] <= kernel["estimate_us"] for kernel in one["kernels"])
+        # Every part has one choice, and none is far from the least estimate.
+        for part in ("forward", "backward"):
+            some = [s for s in one["strategies"] if s["part"] == part]
+            (shipped,) = (s["estimate_us"] for s in some if s["shipped"])
+            assert shipped <= 1.07 * min(s["estimate_us"] for s in some), (one["case"], part)
     # By hand: DeiT's fused qkv has 25216 rows, 768 columns, 2304 outputs.
     linear = next(k for k in rows[0]["kernels"] if k["name"] == "linear")
     assert abs(linear["gigaflops"] - 2 * 25216 * 768 * 2304 / 1e9) < 1e-6

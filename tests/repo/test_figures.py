@@ -134,6 +134,25 @@ def test_penalty_merge_and_floor():
     assert f"run at {span(share, 0)} % of what this core's multiply-adds can do" in text("docs/speed.md")
 
 
+def test_experts():
+    ((_, rows),) = rows_of("experts.json", "experts")
+    ours, theirs = (f"{rows[name]['ratio_to_frozen']['median']:.2f}" for name in ("fastlora", "experts_peft"))
+    page = " ".join(text("docs/experts.md").split())
+    assert f"costs {ours} of the frozen model's, where PEFT" in page and f"to its weight, takes {theirs} (" in page
+
+
+def test_ranks_of_experts():
+    document, page = results("expert_ranks.json"), " ".join(text("docs/experts.md").split())
+    losses = {row["variant"]: row["loss"] for row in document["results"]}
+    means = {name: document["before"] - sum(own) / len(own) for name, own in losses.items()}
+    assert f"with a rank correlation of {document['spearman']['scores, loads']:.2f}" in page
+    assert (
+        f"The same {document['budget']} ranks spent by it lowered the loss by {means['grad_sq']:.4f}, a uniform" in page
+    )
+    assert f"a uniform rank by {means['uniform']:.4f}: more in each of three seeds" in page
+    assert all(b < a for a, b in zip(losses["uniform"], losses["grad_sq"], strict=True)) and len(losses["grad_sq"]) == 3
+
+
 def test_the_machine_of_the_times():
     machine = results("layer.json")["environment"]
     for page in ("README.md", "docs/speed.md"):

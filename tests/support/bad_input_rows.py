@@ -174,6 +174,8 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "exclude_modules": rows(("(q", "exclude_modules: expected a role .* got '\\(q'"),
                                 ([3], "exclude_modules: expected", TYPE)),
         "bias": rows(("some", "bias: expected one of")),
+        "target_parameters": rows(("down_proj", "target_parameters: expected a list of names or None", TYPE),
+                                  ([3], "target_parameters: expected", TYPE)),
         "modules_to_save": rows(("head", "modules_to_save: expected a list of names or None, got 'head'", TYPE),
                                 ([3], "modules_to_save: expected", TYPE)),
         "rank_pattern": rows(([("q", 2)], "rank_pattern: expected a mapping", TYPE),

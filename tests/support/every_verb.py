@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import torch
-from fastlora.kernels import gradstat, grouped, linear, linear_backward, shrink, wgrad
+from fastlora.kernels import (
+    expand_backward,
+    gradstat,
+    grouped,
+    linear,
+    linear_backward,
+    shrink,
+    shrink_linear,
+    shrink_linear_backward,
+    wgrad,
+)
 
 from fastlora.ops import reference
 from support.triton_grouped_help import Mixed, Operands, expected_dx, expected_wgrad, expected_y
@@ -99,6 +109,46 @@ def run_wgrad(data, tiles, h, dh, p, options):
     return found
 
 
+def run_expand_backward(data, tiles, h):
+    """(found, wanted) pairs of dh, dB and Q from one pass over dy."""
+    layout, s = data.layout, data.problem
+    rest = data.B, layout.offsets, data.scale, layout.rank, s.probes
+    dh, _, dB, Q = expand_backward.expand_backward(None, data.slices(), h, *rest, strategy="fused", tiles=tiles)
+    found = [(dh, expected_dh(data))]
+    for i, part in enumerate(data.slices()):
+        own = slice(layout.offsets[i], layout.offsets[i] + s.ranks[i])
+        found.append((dB[i], data.scale[i] * wide(part).T @ wide(h)[:, own]))
+        found.append((Q[i], wide(part).T @ wide(h)[:, layout.rank :]))
+    return found
+
+
+def run_shrink_linear(data, tiles):
+    """(found, wanted) pairs of h and y; of ranks that do not fit beside a tile from two kernels."""
+    layout = data.layout
+    y, h, _ = shrink_linear.shrink_linear(
+        data.x, data.W, data.bias, data.A, data.P, data.B, data.places, layout.offsets, data.scale,
+        strategy="fused", tiles=tiles,
+    )  # fmt: skip
+    ((_, wanted),) = run_linear("linear", data, None, h)
+    return [(h, expected_h(data)), (torch.cat(y, 1), wanted)]
+
+
+def run_shrink_linear_backward(data, tiles):
+    """(found, wanted) pairs of dh and dx; none of ranks that do not fit beside a tile."""
+    rest = data.W, data.B, data.A, data.places, data.layout.offsets, data.scale
+    both = shrink_linear_backward.shrink_linear_backward(data.slices(), *rest, strategy="fused", tiles=tiles)
+    return [] if both is None else [(both[1], expected_dh(data)), (both[0], expected_dx_of(data, both[1]))]
+
+
+def expected_dx_of(data, dh, p=0.0):
+    """dx in float64, from a dh that may be rounded."""
+    wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True) if g is not None)
+    for i, (a, o) in enumerate(zip(data.A, data.layout.offsets, strict=True)):
+        part = wide(dh)[:, o : o + a.shape[0]] @ wide(a.to(data.dtype))
+        wanted = wanted + (reference.dropout(part, data.seed.cpu(), i, p) if p else part)
+    return wanted
+
+
 def run_gradstat(verb, data, tiles):
     """(found, wanted) pairs of three runs, and of the diagonal where the verb has it."""
     s = data.problem
@@ -122,6 +172,10 @@ def run_verb(verb, data, tiles):
         return run_dropped(mixed_of(data), tiles)
     if verb == "grouped_shrink":
         return run_grouped(data, tiles)
+    if verb == "shrink_linear_backward":
+        return run_shrink_linear_backward(data, tiles)
+    if verb == "shrink_linear":
+        return run_shrink_linear(data, tiles)
     if verb.startswith("shrink"):
         found = [(shrink.shrink(data.x, [*data.A, data.P], 1, tiles=tiles, **options), expected_h(data, p))]
         if not p:
@@ -135,11 +189,9 @@ def run_verb(verb, data, tiles):
         dx = linear_backward.linear_backward(
             data.dy, data.W, dh, data.A, layout.offsets, strategy=strategy, tiles=tiles, **options
         )
-        wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True))
-        for i, (a, o) in enumerate(zip(data.A, layout.offsets, strict=True)):
-            part = wide(dh)[:, o : o + a.shape[0]] @ wide(a.to(data.dtype))
-            wanted = wanted + (reference.dropout(part, data.seed.cpu(), i, p) if p else part)
-        return [(dx, wanted)]
+        return [(dx, expected_dx_of(data, dh, p))]
+    if verb == "expand_backward":
+        return run_expand_backward(data, tiles, h)
     if verb.startswith("wgrad"):
         return run_wgrad(data, tiles, h, dh, p, options)
     if verb.startswith("gradstat"):

@@ -59,43 +59,48 @@ void panel(const bf16* x, int64_t ldx, int64_t rows, const bf16* a, int64_t lda,
 using Panel = void (*)(const bf16*, int64_t, int64_t, const bf16*, int64_t, int64_t, float*, int64_t, bool);
 constexpr Panel kPanels[kDotColumns] = {panel<1>, panel<2>, panel<3>, panel<4>, panel<5>, panel<6>};
 
-constexpr int kRanks = 8;
-constexpr int kVectors = kAccumulators / kRanks;
+// With as many ranks, two vectors of columns fill the accumulators.
+constexpr int kRanks = kAccumulators / 2;
 // Rows whose values of d are paired at a time.
 constexpr int kPairedRows = 64;
+constexpr int kBlock = 2 * kWidth;
 
-// sums[r] += (d[m, r], d[m + 1, r]) . (x[m, n], x[m + 1, n]) over the pairs of rows.
-template <int Ranks, int Vectors>
+// sums[r] += (d[m, r], d[m + 1, r]) . (x[m, n], x[m + 1, n]) over the pairs of rows and blocks of 2 * kWidth columns,
+// of the last of which `count` are there. Pairs come in the order of `interleave_rows` and leave in that of columns.
+template <int Ranks, int Blocks>
 FASTLORA_INLINE void outer_tile(const uint32_t* pairs, const bf16* x, int64_t ldx, int rows, int count, float* g,
                                 int64_t ldg) {
-  const bool whole = count == Vectors * kWidth;
-  Vec sums[Ranks][Vectors] = {};
+  const auto row_of = [&](int m, int q) {
+    const bf16* p = x + m * ldx + q * kBlock;
+    return count == kBlock ? load_pairs(p) : load_pairs(p, count);
+  };
+  Vec sums[Ranks][2 * Blocks] = {};
   for (int m = 0; m < rows; m += 2) {
-    VecU32 row[Vectors];
-#pragma GCC unroll 4
-    for (int q = 0; q < Vectors; ++q) {
-      const bf16* p = x + m * ldx + q * kWidth;
-      const VecU16 lower = whole ? load_bits(p) : load_bits(p, count);
-      VecU16 upper = {};
-      if (m + 1 < rows) upper = whole ? load_bits(p + ldx) : load_bits(p + ldx, count);
-      row[q] = pair_rows(lower, upper);
+    VecU32 row[2 * Blocks];
+#pragma GCC unroll 2
+    for (int q = 0; q < Blocks; ++q) {
+      const VecU32 lower = row_of(m, q), upper = m + 1 < rows ? row_of(m + 1, q) : VecU32{};
+      row[2 * q] = interleave_rows<0>(lower, upper);
+      row[2 * q + 1] = interleave_rows<1>(lower, upper);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < Ranks; ++r) {
       const VecU32 factor = pairs[(m / 2) * Ranks + r] + VecU32{};
 #pragma GCC unroll 4
-      for (int q = 0; q < Vectors; ++q) sums[r][q] = dot_pairs(sums[r][q], factor, row[q]);
+      for (int q = 0; q < 2 * Blocks; ++q) sums[r][q] = dot_pairs(sums[r][q], factor, row[q]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < Ranks; ++r) {
 #pragma GCC unroll 4
-    for (int q = 0; q < Vectors; ++q) {
+    for (int q = 0; q < 2 * Blocks; ++q) {
       float* to = g + r * ldg + q * kWidth;
-      if (whole) {
-        store(to, load(to) + sums[r][q]);
-      } else {
-        store(to, load(to, count) + sums[r][q], count);
+      const Vec own = q % 2 ? in_order<1>(sums[r][q - 1], sums[r][q]) : in_order<0>(sums[r][q], sums[r][q + 1]);
+      const int there = count - q % 2 * kWidth;
+      if (there >= kWidth) {
+        store(to, load(to) + own);
+      } else if (there > 0) {
+        store(to, load(to, there) + own, there);
       }
     }
   }
@@ -111,20 +116,20 @@ void outer_rows(const bf16* d, int64_t ldd, const bf16* x, int64_t ldx, int rows
       pairs[(m / 2) * Ranks + r] = d[m * ldd + r].bits | (upper << 16);
     }
   }
-  constexpr int kStep = kVectors * kWidth;
   int64_t n = 0;
-  for (; n + kStep <= columns; n += kStep) {
-    outer_tile<Ranks, kVectors>(pairs, x + n, ldx, rows, kStep, g + n, ldg);
+  if constexpr (Ranks <= kRanks / 2) {
+    for (; n + 2 * kBlock <= columns; n += 2 * kBlock) {
+      outer_tile<Ranks, 2>(pairs, x + n, ldx, rows, kBlock, g + n, ldg);
+    }
   }
-  for (; n < columns; n += kWidth) {
-    const int count = columns - n < kWidth ? static_cast<int>(columns - n) : kWidth;
-    outer_tile<Ranks, 1>(pairs, x + n, ldx, rows, count, g + n, ldg);
-  }
+  for (; n + kBlock <= columns; n += kBlock) outer_tile<Ranks, 1>(pairs, x + n, ldx, rows, kBlock, g + n, ldg);
+  if (n < columns) outer_tile<Ranks, 1>(pairs, x + n, ldx, rows, static_cast<int>(columns - n), g + n, ldg);
 }
 
 using OuterRows = void (*)(const bf16*, int64_t, const bf16*, int64_t, int, int64_t, float*, int64_t);
-constexpr OuterRows kOuterRows[kRanks] = {outer_rows<1>, outer_rows<2>, outer_rows<3>, outer_rows<4>,
-                                          outer_rows<5>, outer_rows<6>, outer_rows<7>, outer_rows<8>};
+constexpr OuterRows kOuterRows[kRanks] = {outer_rows<1>, outer_rows<2>,  outer_rows<3>,  outer_rows<4>,
+                                          outer_rows<5>, outer_rows<6>,  outer_rows<7>,  outer_rows<8>,
+                                          outer_rows<9>, outer_rows<10>, outer_rows<11>, outer_rows<12>};
 
 }  // namespace
 

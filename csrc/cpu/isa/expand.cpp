@@ -96,8 +96,79 @@ void last_strip(const float* s, int64_t lds, int64_t rows, const float* b, int64
   }
 }
 
+// Half the tile: beside the sums, one part's own, which its mask has still to pass.
+constexpr int kKeptRows = kRows / 2;
+
+template <int Rows, int Columns, class T>
+FASTLORA_INLINE void kept_tile(const float* s, int64_t lds, const float* b, int64_t ldb, const Kept* parts,
+                               int64_t count, int64_t m, int64_t n, T* y, int64_t ldy) {
+  Vec sums[Rows][Columns];
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int q = 0; q < Columns; ++q) sums[i][q] = load(y + i * ldy + q * kWidth);
+  }
+  for (const Kept* part = parts; part < parts + count; ++part) {
+    Vec own[Rows][Columns] = {};
+    for (int64_t r = part->offset; r < part->offset + part->rank; ++r) {
+      Vec row[Columns];
+#pragma GCC unroll 4
+      for (int q = 0; q < Columns; ++q) row[q] = load(b + r * ldb + q * kWidth);
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows; ++i) {
+        const Vec factor = set1(s[i * lds + r]);
+#pragma GCC unroll 4
+        for (int q = 0; q < Columns; ++q) own[i][q] = fma(factor, row[q], own[i][q]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+      const uint32_t* keep = part->keep + (m + i) * part->words;
+#pragma GCC unroll 4
+      for (int q = 0; q < Columns; ++q) {
+        const int64_t at = n + q * kWidth;
+        sums[i][q] += kept(keep[at / 32] >> (at % 32), own[i][q]);
+      }
+    }
+  }
+  store_tile(sums, y, ldy);
+}
+
+template <class T>
+void kept_tail(const float* s, const float* b, int64_t ldb, const Kept* parts, int64_t count, int64_t m, int64_t n,
+               int rest, T* y) {
+  Vec sum = load(y, rest);
+  for (const Kept* part = parts; part < parts + count; ++part) {
+    Vec own = {};
+    for (int64_t r = part->offset; r < part->offset + part->rank; ++r)
+      own = fma(set1(s[r]), load(b + r * ldb, rest), own);
+    sum += kept(part->keep[m * part->words + n / 32] >> (n % 32), own);
+  }
+  store(y, sum, rest);
+}
+
+template <int Rows, class T>
+void kept_strip(const float* s, int64_t lds, const float* b, int64_t ldb, const Kept* parts, int64_t count, int64_t m,
+                int64_t columns, T* y, int64_t ldy) {
+  int64_t n = 0;
+  for (; n + kColumns * kWidth <= columns; n += kColumns * kWidth) {
+    kept_tile<Rows, kColumns>(s, lds, b + n, ldb, parts, count, m, n, y + n, ldy);
+  }
+  for (; n + kWidth <= columns; n += kWidth) kept_tile<Rows, 1>(s, lds, b + n, ldb, parts, count, m, n, y + n, ldy);
+  for (int i = 0; n < columns && i < Rows; ++i) {
+    const int rest = static_cast<int>(columns - n);
+    kept_tail(s + i * lds, b + n, ldb, parts, count, m + i, n, rest, y + i * ldy + n);
+  }
+}
+
+template <class T>
+constexpr bool kInPairs = false;
+template <>
+constexpr bool kInPairs<bf16> = true;
+
 // The sums are shifted by a rough mean: where the mean is far larger than the spread, plain fp32 sums would lose it.
-template <int Columns, class Load>
+// Vectors come in pairs of even and odd columns where they are Halves.
+template <int Columns, bool Halves, class Load>
 FASTLORA_INLINE void column_moments(int64_t rows, int count, const Load& element, double* sum, double* squares) {
   const int64_t few = rows < 8 ? rows : 8;
   Vec shift[Columns] = {}, first[Columns] = {}, second[Columns] = {};
@@ -113,6 +184,19 @@ FASTLORA_INLINE void column_moments(int64_t rows, int count, const Load& element
       const Vec delta = element(m, q) - shift[q];
       first[q] += delta;
       second[q] = fma(delta, delta, second[q]);
+    }
+  }
+  if constexpr (Halves) {
+    const auto put_in_order = [](Vec* v) {
+      const Vec even = v[0], odd = v[1];
+      v[0] = zip<0>(even, odd);
+      v[1] = zip<1>(even, odd);
+    };
+#pragma GCC unroll 2
+    for (int q = 0; q < Columns; q += 2) {
+      put_in_order(shift + q);
+      put_in_order(first + q);
+      put_in_order(second + q);
     }
   }
   alignas(64) float centres[Columns * kWidth], totals[Columns * kWidth], scatters[Columns * kWidth];
@@ -142,18 +226,41 @@ void expand(const float* s, int64_t lds, int64_t rows, const float* b, int64_t l
 }
 
 template <class T>
+void expand_kept(const float* s, int64_t lds, int64_t rows, const float* b, int64_t ldb, const Kept* parts,
+                 int64_t count, int64_t columns, T* y, int64_t ldy) {
+  int64_t m = 0;
+  for (; m + kKeptRows <= rows; m += kKeptRows) {
+    kept_strip<kKeptRows>(s + m * lds, lds, b, ldb, parts, count, m, columns, y + m * ldy, ldy);
+  }
+  for (; m < rows; ++m) kept_strip<1>(s + m * lds, lds, b, ldb, parts, count, m, columns, y + m * ldy, ldy);
+}
+
+template <class T>
 void moments(const T* y, int64_t ldy, int64_t rows, int64_t columns, double* sum, double* squares) {
   if (rows == 0) return;
   constexpr int kStep = kColumns * kWidth;
   int64_t n = 0;
   for (; n + kStep <= columns; n += kStep) {
-    const auto element = [&](int64_t m, int q) { return load(y + m * ldy + n + q * kWidth); };
-    column_moments<kColumns>(rows, kStep, element, sum + n, squares + n);
+    if constexpr (kInPairs<T>) {
+      const auto element = [&](int64_t m, int q) {
+        const T* p = y + m * ldy + n + q / 2 * 2 * kWidth;
+        // Walking down a column strip defeats the hardware's prefetcher: ask for the next strip.
+        __builtin_prefetch(p + kStep, 0, 3);
+        return q % 2 ? load_half<1>(p) : load_half<0>(p);
+      };
+      column_moments<kColumns, true>(rows, kStep, element, sum + n, squares + n);
+    } else {
+      const auto element = [&](int64_t m, int q) {
+        __builtin_prefetch(y + m * ldy + n + kStep + q * kWidth, 0, 3);
+        return load(y + m * ldy + n + q * kWidth);
+      };
+      column_moments<kColumns, false>(rows, kStep, element, sum + n, squares + n);
+    }
   }
   for (; n < columns; n += kWidth) {
     const int count = columns - n < kWidth ? static_cast<int>(columns - n) : kWidth;
     const auto element = [&](int64_t m, int) { return load(y + m * ldy + n, count); };
-    column_moments<1>(rows, count, element, sum + n, squares + n);
+    column_moments<1, false>(rows, count, element, sum + n, squares + n);
   }
 }
 
@@ -171,10 +278,12 @@ void narrow(const float* from, T* to, int64_t count) {
   if (i < count) store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
 }
 
-#define FASTLORA_INSTANTIATE(T)                                                                                  \
-  template void expand<T>(const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, T*, int64_t); \
-  template void moments<T>(const T*, int64_t, int64_t, int64_t, double*, double*);                               \
-  template void widen<T>(const T*, float*, int64_t);                                                             \
+#define FASTLORA_INSTANTIATE(T)                                                                                      \
+  template void expand<T>(const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, T*, int64_t);     \
+  template void expand_kept<T>(const float*, int64_t, int64_t, const float*, int64_t, const Kept*, int64_t, int64_t, \
+                               T*, int64_t);                                                                         \
+  template void moments<T>(const T*, int64_t, int64_t, int64_t, double*, double*);                                   \
+  template void widen<T>(const T*, float*, int64_t);                                                                 \
   template void narrow<T>(const float*, T*, int64_t);
 FASTLORA_INSTANTIATE(float)
 FASTLORA_INSTANTIATE(bf16)

@@ -15,15 +15,19 @@ const Kernels table = {
 #if defined(FASTLORA_BF16_PAIRS)
     dot_bf16,
     outer_bf16,
+    keep_bf16,
 #else
     nullptr,
     nullptr,
+    nullptr,
 #endif
+    keep_bits,
+    keep,
     signs,
     norms,
-    {expand<float>, moments<float>, dropout<float>, widen<float>, narrow<float>},
-    {expand<bf16>, moments<bf16>, dropout<bf16>, widen<bf16>, narrow<bf16>},
-    {expand<fp16>, moments<fp16>, dropout<fp16>, widen<fp16>, narrow<fp16>},
+    {expand<float>, expand_kept<float>, moments<float>, dropout<float>, widen<float>, narrow<float>},
+    {expand<bf16>, expand_kept<bf16>, moments<bf16>, dropout<bf16>, widen<bf16>, narrow<bf16>},
+    {expand<fp16>, expand_kept<fp16>, moments<fp16>, dropout<fp16>, widen<fp16>, narrow<fp16>},
 };
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -54,6 +54,14 @@ FASTLORA_INLINE Vec load(const bf16* p) {
   return float_of(__builtin_convertvector(v, VecU32) << 16);
 }
 
+// Of 2 * kWidth elements the even, or the odd, ones: less work than two loads. `zip` puts the columns in order again.
+template <int Odd>
+FASTLORA_INLINE Vec load_half(const bf16* p) {
+  VecU32 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return float_of(Odd ? v & 0xffff0000u : v << 16);
+}
+
 // Rounds to nearest even; NaN becomes the quiet NaN that torch writes.
 FASTLORA_INLINE VecU16 round_to_bf16(Vec v) {
   const VecU32 u = bits_of(v);
@@ -234,17 +242,21 @@ FASTLORA_INLINE VecU32 load_pairs(const bf16* p, int count) {
   return (VecU32)_mm512_maskz_loadu_epi16((__mmask32)((uint64_t{1} << count) - 1), p);
 }
 
-// Lane n holds the pair (upper[n], lower[n]) of two rows.
-FASTLORA_INLINE VecU32 pair_rows(VecU16 lower, VecU16 upper) {
-  return __builtin_convertvector(lower, VecU32) | (__builtin_convertvector(upper, VecU32) << 16);
+// Pairs (upper[n], lower[n]) of two rows: of the first, or the last, four of each eight columns n.
+template <int Last>
+FASTLORA_INLINE VecU32 interleave_rows(VecU32 lower, VecU32 upper) {
+  if constexpr (Last) {
+    return (VecU32)_mm512_unpackhi_epi16((__m512i)lower, (__m512i)upper);
+  } else {
+    return (VecU32)_mm512_unpacklo_epi16((__m512i)lower, (__m512i)upper);
+  }
 }
-FASTLORA_INLINE VecU16 load_bits(const bf16* p) {
-  VecU16 v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-FASTLORA_INLINE VecU16 load_bits(const bf16* p, int count) {
-  return (VecU16)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p);
+// The first, or the last, half of the columns whose sums lie as `interleave_rows` left them.
+template <int Last>
+FASTLORA_INLINE Vec in_order(Vec first, Vec last) {
+  const __m512i index = Last ? _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31)
+                             : _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  return (Vec)_mm512_permutex2var_ps((__m512)first, index, (__m512)last);
 }
 #endif
 
@@ -258,6 +270,48 @@ FASTLORA_INLINE VecU64 multiply_low(VecU64 a, VecU64 b) {
   return (VecU64)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
   return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// Lanes 2l and 2l + 1 of the result are lanes 2l + Odd of a and of b.
+template <int Odd>
+FASTLORA_INLINE VecU64 interleave_pairs(VecU64 a, VecU64 b) {
+  VecU64 index;
+#pragma GCC unroll 8
+  for (int lane = 0; lane < kWidth / 2; ++lane) index[lane] = (lane & 1 ? kWidth / 2 : 0) + lane / 2 * 2 + Odd;
+#if defined(__clang__)
+  VecU64 out;
+  for (int lane = 0; lane < kWidth / 2; ++lane) out[lane] = (lane & 1 ? b : a)[lane / 2 * 2 + Odd];
+  return out;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// Bit l: whether lane l is at least the threshold; no bits above those of the lanes.
+FASTLORA_INLINE uint32_t lanes_of_at_least(VecU32 v, uint32_t threshold) {
+#if defined(__AVX512F__)
+  return _mm512_cmpge_epu32_mask((__m512i)v, _mm512_set1_epi32(static_cast<int>(threshold)));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)(v >= threshold)));
+#elif defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)(v >= threshold)));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kWidth; ++lane) bits |= static_cast<uint32_t>(v[lane] >= threshold) << lane;
+  return bits;
+#endif
+}
+
+// The lanes whose bits are set, the others zero.
+FASTLORA_INLINE Vec kept(uint32_t bits, Vec v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v);
+#else
+  VecU32 own;
+#pragma GCC unroll 8
+  for (int lane = 0; lane < kWidth; ++lane) own[lane] = 1u << lane;
+  return float_of(reinterpret_cast<VecU32>((own & bits) != 0) & bits_of(v));
 #endif
 }
 
@@ -276,6 +330,22 @@ FASTLORA_INLINE Vec interleave(Vec a, Vec b) {
   return out;
 #else
   return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// even[0], odd[0], even[1], odd[1], ...: the first, or the last, kWidth of them.
+template <int Last>
+FASTLORA_INLINE Vec zip(Vec even, Vec odd) {
+#if defined(__clang__)
+  Vec out;
+  for (int lane = 0; lane < kWidth; ++lane) out[lane] = (lane & 1 ? odd : even)[Last * kWidth / 2 + lane / 2];
+  return out;
+#else
+  typedef int32_t Index __attribute__((vector_size(4 * kWidth)));
+  Index index;
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kWidth; ++lane) index[lane] = (lane & 1) * kWidth + Last * kWidth / 2 + lane / 2;
+  return __builtin_shuffle(even, odd, index);
 #endif
 }
 

@@ -15,7 +15,10 @@ from .base import ComposedBackend
 
 
 class NativeBackend(ComposedBackend):
-    """The compiled kernels: without dropout, one pass over the rows in each direction around the library's matmul."""
+    """The compiled kernels: one pass over the rows in each direction around the library's matmul.
+
+    Adapters that share a batch are composed where one of them has dropout.
+    """
 
     @property
     def whole(self) -> tuple[Callable, Callable]:
@@ -24,7 +27,7 @@ class NativeBackend(ComposedBackend):
 
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """As ``Backend.forward``."""
-        if call.drop is not None:
+        if call.drop is not None and call.rows is not None:
             return super().forward(call)
         layout, ops = call.layout.of(0), torch.ops.fastlora
         outputs = [ENGINES.forward(call.x, w, b, call.engine) for w, b in zip(call.W, call.bias, strict=True)]
@@ -32,7 +35,8 @@ class NativeBackend(ComposedBackend):
         where = (layout.outputs, layout.columns, call.scale)
         if call.rows is None:
             P = call.P[0] if call.P else None
-            h, sums = ops.lora_forward_.default(y, x, A, P, B, *where, call.moments)
+            drop = () if call.drop is None else (call.drop.key, call.drop.p[0], call.drop.streams)
+            h, sums = ops.lora_forward_.default(y, x, A, P, B, *where, call.moments, *drop)
         else:
             _, order, ranges, _ = call.rows
             starts = call.layout.starts
@@ -41,7 +45,7 @@ class NativeBackend(ComposedBackend):
 
     def backward(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
         """As ``Backend.backward``; gradients of a projection whose dy is None are zero."""
-        if call.drop is not None:
+        if call.drop is not None and call.rows is not None:
             return super().backward(call, h, dy, need)
         layout, ops = call.layout.of(0), torch.ops.fastlora
         dx = matmul_backward(dy, call.W, call.engine) if need.dx else None
@@ -50,7 +54,8 @@ class NativeBackend(ComposedBackend):
         where = ([position[j] for j in layout.outputs], layout.columns, call.scale)
         if call.rows is None:
             probes = call.probes[0] if call.probes and need.dZ else 0
-            dA, dB, Q = ops.lora_backward_.default(dx, live, x, h, A, B, *where, probes, need.dA, need.dB)
+            drop = () if call.drop is None else (call.drop.key, call.drop.p[0], call.drop.streams)
+            dA, dB, Q = ops.lora_backward_.default(dx, live, x, h, A, B, *where, probes, need.dA, need.dB, *drop)
         else:
             _, order, ranges, _ = call.rows
             probes = call.probes or [0] * ranges.shape[0]

@@ -135,14 +135,15 @@ class TritonBackend:
     def _forward_one(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         x, layout, P = as_rows(call.x), call.layout.of(0), call.P[0] if call.P else None
         columns = picks_columns(P)
-        probes = [] if P is None or columns else [P]
-        h = _kernel("shrink").shrink(x, _one_dtype([*call.A, *probes]), len(probes), **_dropout(call.drop))
+        factors = _one_dtype([*call.A, *([] if P is None or columns else [P])])
+        A, rows = factors[: len(call.A)], next(iter(factors[len(call.A) :]), None)
+        places = list(zip(layout.outputs, layout.columns, strict=True))
+        y, h, sums = _kernel("shrink_linear").shrink_linear(
+            x, call.W, call.bias, A, rows, _one_dtype(call.B), places, layout.offsets, call.scale, call.moments,
+            **_dropout(call.drop),
+        )  # fmt: skip
         if columns:
             h = torch.cat([h, x.index_select(1, P.reshape(-1))], dim=1)
-        places = list(zip(layout.outputs, layout.columns, strict=True))
-        y, sums = _kernel("linear").linear(
-            x, call.W, call.bias, h, _one_dtype(call.B), places, layout.offsets, call.scale, call.moments
-        )
         return [_reshaped(out, (*call.x.shape[:-1], out.shape[1])) for out in y], h, sums
 
     def _forward_many(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
@@ -169,23 +170,24 @@ class TritonBackend:
     def _backward_one(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
         layout, drop = call.layout.of(0), _dropout(call.drop)
         parts, B = _parts(dy, layout), _one_dtype(call.B)
-        dh = _kernel("shrink").shrink_backward(parts, B, layout.offsets, call.scale, layout.rank)
         probes = call.probes[0] if call.probes and need.dZ else 0
         some = [part is not None for part in parts]
         h = h if probes else h[:, : layout.rank]
         x = as_rows(call.x) if need.dA else None
-        dA, dB, Q = _kernel("wgrad").wgrad(
-            x, dh, parts, h, layout.offsets, layout.ranks, call.scale, probes, dtype=B[0].dtype, **drop
-        )
+        A, dx, dh = _one_dtype(call.A), None, None
+        if need.dx and not drop:
+            places = list(zip(layout.outputs, layout.columns, strict=True))
+            together = _kernel("shrink_linear_backward").shrink_linear_backward
+            dx, dh = together(parts, call.W, B, A, places, layout.offsets, call.scale) or (None, None)
+        rest = (layout.offsets, call.scale, layout.rank, probes, dh)
+        dh, dA, dB, Q = _kernel("expand_backward").expand_backward(x, parts, h, B, *rest, **drop)
         placed = [iter(grads) for grads in (dB, Q)]
         dB, Q = [[next(grads) if there else None for there in some] for grads in placed]
         dA = [grad if there else None for grad, there in zip(dA, some, strict=True)] if need.dA else []
-        dx = None
-        if need.dx:
+        if need.dx and dx is None:
             live = [j for j, grad in enumerate(dy) if grad is not None]
-            A, W = _one_dtype(call.A), [call.W[j] for j in live]
             backward = _kernel("linear_backward").linear_backward
-            dx = backward([dy[j] for j in live], W, dh, A, layout.offsets, **drop)
+            dx = backward([dy[j] for j in live], [call.W[j] for j in live], dh, A, layout.offsets, **drop)
         return Gradients(dx, dA, dB, Q)
 
     def _backward_many(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:

@@ -27,19 +27,19 @@ class Problem:
     outputs: list[int]
     columns: list[int]
     scales: list[float]
+    drop: tuple = ()  # seed, p, streams
 
     @property
     def rank(self) -> int:
         return sum(a.shape[0] for a in self.A)
 
     def forward(self, moments: bool = True):
-        return ops.lora_forward_(
-            self.y, self.x, self.A, self.P, self.B, self.outputs, self.columns, self.scales, moments
-        )
+        where = (self.outputs, self.columns, self.scales)
+        return ops.lora_forward_(self.y, self.x, self.A, self.P, self.B, *where, moments, *self.drop)
 
     def backward(self, dx, dy, h, outputs=None, probes=0, need=(True, True)):
-        outputs = self.outputs if outputs is None else outputs
-        return ops.lora_backward_(dx, dy, self.x, h, self.A, self.B, outputs, self.columns, self.scales, probes, *need)
+        where = (self.outputs if outputs is None else outputs, self.columns, self.scales)
+        return ops.lora_backward_(dx, dy, self.x, h, self.A, self.B, *where, probes, *need, *self.drop)
 
     def slices(self, matrices):
         return [matrices[j][:, c : c + b.shape[0]] for j, c, b in zip(self.outputs, self.columns, self.B, strict=True)]
@@ -151,6 +151,67 @@ def test_backward_pass(shape, adapter, dtype):
         assert len(Q) == (len(dA) if index else 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 450, [33, 20, 8], [3, 0, 5])], ids=str)
+def test_passes_with_dropout(shape, dtype):
+    """Each projection sees the x that its own mask leaves, in both directions; the probes see all of it."""
+    seed = torch.tensor(-(2**61) + 7)
+    for index, p in enumerate((0.1, 0.5, 0.9)):
+        problem = make(*shape, dtype, torch.float32, index > 0, probes=index, layout=LAYOUTS[index])
+        projections, rows, x = len(problem.A), shape[0], problem.x.double()
+        problem.drop = seed, p, [2**32 - 1, 0, 9][:projections]
+        seen = [reference.dropout(x, seed, stream, p) for stream in problem.drop[2]]
+        before = [y.double() for y in problem.y]
+        h, _ = problem.forward()
+        parts = [one @ wide(a, problem).t() for one, a in zip(seen, problem.A, strict=True)]
+        probes = [] if problem.P is None else [x @ problem.P.double().t()]
+        close(h, torch.cat([*parts, *probes], 1), shape[1], "h")
+        for own, part, b, s in zip(problem.slices(before), parts, problem.B, problem.scales, strict=True):
+            own += s * part @ wide(b, problem).t()
+        for found, exact in zip(problem.y, before, strict=True):
+            close(found, exact, shape[1], "y")
+        dx, dy = strided(rows, shape[1], dtype, "slice"), [strided(*t.shape, dtype, LAYOUTS[index]) for t in problem.y]
+        exact_dx = dx.double()
+        dA, dB, Q = problem.backward(dx, dy, h, probes=index)
+        ranks = h.double().split([*map(len, problem.A), index], 1)
+        for i, grad in enumerate(problem.slices([g.double() for g in dy])):
+            dh = problem.scales[i] * grad @ wide(problem.B[i], problem)
+            exact_dx += reference.dropout(dh @ wide(problem.A[i], problem), seed, problem.drop[2][i], p)
+            close(dA[i], dh.t() @ seen[i], rows * max(grad.shape[1], 1), "dA")
+            close(dB[i], problem.scales[i] * grad.t() @ ranks[i], rows, "dB")
+            if index:
+                close(Q[i], grad.t() @ h[:, problem.rank :].double(), rows, "Q")
+        close(dx, exact_dx, shape[1], "dx")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_leaves_out_what_is_not_needed(dtype):
+    problem = make(200, 40, [8, 6], [2, 3], dtype)
+    problem.drop = torch.tensor(3), 0.4, [5, 1]
+    dy, h = [torch.randn(200, n).to(dtype) for n in (8, 6)], torch.randn(200, 5).to(dtype)
+    dx = torch.zeros(200, 40, dtype=dtype)
+    dA, _, _ = problem.backward(dx, dy, h)
+    assert all(map(torch.equal, problem.backward(None, dy, h, need=(True, False))[0], dA))
+    alone = torch.zeros_like(dx)
+    assert problem.backward(alone, dy, h, need=(False, True))[0] == [] and torch.equal(alone, dx)
+    # A projection without a gradient gives nothing, and the other keeps the mask of its place.
+    second = torch.zeros_like(dx)
+    only, _, _ = problem.backward(second, dy[1:], h, outputs=[-1, 0])
+    assert not only[0].any() and torch.equal(only[1], dA[1]) and not torch.equal(second, dx)
+    exact = problem.scales[1] * dy[1].double() @ problem.B[1].double() @ problem.A[1].double()
+    close(second, reference.dropout(exact, *problem.drop[:1], 1, 0.4), 40, "dx")
+
+
+def test_what_is_dropped_is_zero_whatever_it_was():
+    problem = make(9, 70, [8], [2], torch.float32)
+    problem.drop = torch.tensor(11), 0.5, [0]
+    gone = reference.dropout(torch.ones_like(problem.x), *problem.drop[:1], 0, 0.5) == 0
+    problem.x[gone] = torch.nan
+    h, _ = problem.forward()
+    dA, _, _ = problem.backward(None, [torch.randn(9, 8)], h)
+    assert h.isfinite().all() and dA[0].isfinite().all()
+
+
 def test_backward_pass_leaves_out_what_is_not_needed():
     problem = make(40, 12, [8, 6], [2, 3], torch.float32, probes=2)
     dy, h = [torch.randn(40, 8), torch.randn(40, 6)], torch.randn(40, 7)
@@ -172,8 +233,10 @@ def test_projection_without_a_gradient_gets_zeros():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_and_repeatability(dtype):
+@pytest.mark.parametrize("drop", [(), (torch.tensor(5), 0.1, [0, 1, 2])], ids=["", "dropout"])
+def test_threads_and_repeatability(drop, dtype):
     problem, results = make(900, 130, [130] * 3, [11] * 3, dtype, torch.float32, True, probes=4), {}
+    problem.drop = drop
     start, dy = problem.y[0].clone(), [torch.randn(900, 390).to(dtype)]
 
     def call():
@@ -207,6 +270,10 @@ def test_threads_and_repeatability(dtype):
         ({"columns": [1]}, "columns: 1 to 5 were asked for, but there are 4"),
         ({"scales": []}, "scales has 0 entries"),
         ({"P": torch.ones(2, 5)}, "P has 5 columns"),
+        ({"drop": (torch.tensor(1), 1.0, [0])}, "p is 1"),
+        ({"drop": (torch.tensor(1), 0.5, [])}, "streams has 0 entries, but A has 1"),
+        ({"drop": (torch.tensor(1), 0.5, [-1])}, "projection is -1"),
+        ({"drop": (torch.ones(1), 0.5, [0])}, "seed has 1 dimensions"),
     ],
 )
 def test_forward_errors(change, message):

@@ -49,16 +49,22 @@ class Group:
         columns = [sum(widths[:i]) for i in range(3)]
         self.where = ([0, 0, 0], columns, [2.0, 0.5, 1.0]) if fused else ([0, 1, 2], [0, 0, 0], [2.0, 0.5, 1.0])
 
+    drop = ()  # seed, p, streams
+
     def forward(self, P=None, moments=False):
-        return ops.linear_lora_forward(self.x, self.W, self.bias, self.A, P, self.B, *self.where, moments)
+        operands = (self.x, self.W, self.bias, self.A, P, self.B, *self.where, moments)
+        return ops.linear_lora_forward(*operands, *self.drop)
 
     def forward_in_parts(self, P=None, moments=False):
         y = [F.linear(self.x, w, b).clone() for w, b in zip(self.W, self.bias, strict=True)]
-        h, sums = ops.lora_forward_([rows(t) for t in y], rows(self.x), self.A, P, self.B, *self.where, moments)
-        return [*y, h, *sums]
+        operands = ([rows(t) for t in y], rows(self.x), self.A, P, self.B, *self.where, moments)
+        h, sums = ops.lora_forward_(*operands, *self.drop)
+        count = torch.full((2, 1), len(rows(self.x)), dtype=torch.float64)
+        return [*y, h, *[torch.cat([s, count], 1) for s in sums]]
 
     def backward(self, h, probes=0, need=(True, True, True)):
-        return ops.linear_lora_backward(self.dy, self.x, h, self.W, self.A, self.B, *self.where, probes, *need)
+        operands = (self.dy, self.x, h, self.W, self.A, self.B, *self.where, probes, *need)
+        return ops.linear_lora_backward(*operands, *self.drop)
 
     def backward_in_parts(self, h, probes=0, need=(True, True, True)):
         dy, dx = [rows(g) for g in self.dy], None
@@ -66,7 +72,7 @@ class Group:
             dx = torch.mm(dy[0], self.W[0])
             for g, w in zip(dy[1:], self.W[1:], strict=True):
                 dx.addmm_(g, w)
-        operands = (dx, dy, rows(self.x), h, self.A, self.B, *self.where, probes, *need[1:])
+        operands = (dx, dy, rows(self.x), h, self.A, self.B, *self.where, probes, *need[1:], *self.drop)
         found = [g for part in ops.lora_backward_(*operands) for g in part]
         return [*([] if dx is None else [dx.view(self.x.shape)]), *found]
 
@@ -92,8 +98,10 @@ def test_bits_are_those_of_the_parts(layout, fused, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_probes_sums_and_what_is_not_needed(dtype):
+@pytest.mark.parametrize("drop", [(), (torch.tensor(7), 0.25, [4, 0, 1])], ids=["", "dropout"])
+def test_probes_sums_and_what_is_not_needed(drop, dtype):
     group = Group((2, 5, 16), (8, 8, 4), dtype)
+    group.drop = drop
     for P, k in ((torch.randn(6, 16), 6), (torch.tensor([[0, 15], [3, 3], [7, 1]]), 2)):
         whole = group.forward(P, True)
         assert same(whole, group.forward_in_parts(P, True)) and len(whole) == 7
@@ -155,6 +163,8 @@ def test_a_layer_takes_one_call_a_direction_once_every_product_is_the_library_s(
     x, both = torch.randn(4, 16, requires_grad=True), {"linear_lora_forward": 1, "linear_lora_backward": 1}
     assert called(model, x) == {"linear": 3}  # nothing is known of the engines yet
     assert called(model, x) == both
+    dropping = fastlora.inject(Attention(), fastlora.LoraConfig(r=2, lora_dropout=0.1, target_modules="qkv"))
+    assert called(dropping, x) == both
     assert called(model, torch.randn(16, 16, requires_grad=True)) == {"linear": 3}  # other rows, other engines
     # Part of the outputs in the loss: a gradient is missing.
     with torch.profiler.profile() as profile:

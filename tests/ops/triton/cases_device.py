@@ -32,8 +32,9 @@ def test_committed_tile(verb, kind, tile, problem):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "verb", ["shrink", "linear", "linear_moments", "linear_backward", "wgrad", "gradstat",
-             "gradstat_diagonal", "covariance", "grouped_shrink", "grouped_shrink_dropout"]
+    "verb", ["shrink", "shrink_linear", "shrink_linear_backward", "linear", "linear_moments", "linear_backward",
+             "wgrad", "expand_backward", "gradstat", "gradstat_diagonal", "covariance", "grouped_shrink",
+             "grouped_shrink_dropout"]
 )  # fmt: skip
 def test_two_runs_agree_bit_for_bit(verb, dtype):
     data, runs = Data(REAL, dtype, torch.float32), []

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastlora.kernels import gradstat, grouped, linear, linear_backward, shrink, wgrad
+from fastlora.kernels import (
+    expand_backward,
+    gradstat,
+    grouped,
+    linear,
+    linear_backward,
+    shrink,
+    shrink_linear,
+    shrink_linear_backward,
+    wgrad,
+)
 from fastlora.kernels.grouped import LoraRanks, RowBatch
 from fastlora.kernels.tiling import TileConfig
 from support.triton_help import DEVICE, assert_close, wide
@@ -37,6 +47,28 @@ def test_shrink_and_dh(operands):
     half = torch.float16
     assert_close(shrink.shrink(x, [A], tiles=SMALL), wide(x) @ wide(A.half()).T, half, "h")
     assert_close(shrink.shrink_backward([dy], [B], [0], [1.0], R, SMALL), wide(dy) @ wide(B.half()), half, "dh")
+
+
+def test_one_pass_over_dy(operands):
+    _, dy, _, B, h = operands
+    dh, _, dB, _ = expand_backward.expand_backward(None, [dy], h, [B], [0], [1.0], R, 0, strategy="fused", tiles=SMALL)
+    assert_close(dh, wide(dy) @ wide(B.half()), torch.float16, "dh")
+    assert_close(dB[0], wide(dy).T @ wide(h), torch.float32, "dB")
+
+
+def test_h_beside_y_and_dh_beside_dx(operands):
+    x, dy, A, B, _ = operands
+    W, half = torch.randn(N, K, device=DEVICE).half(), torch.float16
+    y, h, _ = shrink_linear.shrink_linear(
+        x, [W], [None], [A], None, [B], [(0, 0)], [0], [1.0], strategy="fused", tiles=SMALL
+    )
+    assert_close(h, wide(x) @ wide(A.half()).T, half, "h")
+    assert_close(y[0], wide(x) @ wide(W).T + wide(h) @ wide(B.half()).T, half, "y")
+    both = shrink_linear_backward.shrink_linear_backward(
+        [dy], [W], [B], [A], [(0, 0)], [0], [1.0], strategy="fused", tiles=SMALL
+    )
+    assert_close(both[1], wide(dy) @ wide(B.half()), half, "dh")
+    assert_close(both[0], wide(dy) @ wide(W) + wide(both[1]) @ wide(A.half()), half, "dx")
 
 
 @pytest.mark.parametrize("tma", [False, True])

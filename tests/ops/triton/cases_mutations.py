@@ -13,12 +13,13 @@ import pytest
 import torch
 from fastlora.kernels import grouped, linear, tiling
 from fastlora.kernels.tiling import TileConfig
-from support.every_verb import run_dropped
+from support.every_verb import expected_dx_of, run_dropped
 from support.triton_grouped_help import CASES, Operands, expected_dx, expected_wgrad, expected_y
 from support.triton_grouped_help import expected_dh as expected_dh_of
 from support.triton_grouped_help import expected_h as expected_h_of
 from support.triton_help import (
     DEVICE,
+    EVEN,
     FUSED,
     INTERPRETED,
     SEPARATE,
@@ -101,6 +102,42 @@ def off_wgrad(module, data, p):
     return worst
 
 
+def off_expand_backward(module, data, p):
+    layout, s, h = data.layout, data.problem, expected_h(data).to(DEVICE, data.dtype)
+    dh, dA, dB, Q = module.expand_backward(
+        data.x, data.slices(), h, data.B, layout.offsets, data.scale, layout.rank, s.probes,
+        strategy="fused", tiles=TILES,
+    )  # fmt: skip
+    worst = max(error(dh, expected_dh(data)), error(torch.cat(dA), wide(dh).T @ wide(data.x)))
+    for i, part in enumerate(data.slices()):
+        own = wide(h)[:, layout.offsets[i] : layout.offsets[i] + s.ranks[i]]
+        worst = max(worst, error(dB[i], data.scale[i] * wide(part).T @ own))
+        worst = max(worst, error(Q[i], wide(part).T @ wide(h)[:, layout.rank :]))
+    return worst
+
+
+def off_shrink_linear(module, data, p):
+    data = Data(EVEN, torch.float32)
+    layout = data.layout
+    y, h, _ = module.shrink_linear(
+        data.x, data.W, data.bias, data.A, data.P, data.B, data.places, layout.offsets, data.scale,
+        strategy="fused", tiles=TILES,
+    )  # fmt: skip
+    worst = error(h, expected_h(data))
+    for i, (w, b, bias) in enumerate(zip(data.W, data.B, data.bias, strict=True)):
+        own = wide(h)[:, layout.offsets[i] : layout.offsets[i] + b.shape[1]]
+        wanted = wide(data.x) @ wide(w).T + data.scale[i] * own @ wide(b).T + (0 if bias is None else wide(bias))
+        worst = max(worst, error(y[i], wanted))
+    return worst
+
+
+def off_shrink_linear_backward(module, data, p):
+    data = Data(EVEN, torch.float32)
+    rest = data.W, data.B, data.A, data.places, data.layout.offsets, data.scale
+    dx, dh = module.shrink_linear_backward(data.slices(), *rest, strategy="fused", tiles=TILES)
+    return max(error(dh, expected_dh(data)), error(dx, expected_dx_of(data, expected_dh(data))))
+
+
 def off_gradstat(module, data, p):
     offsets = [0, 11, data.problem.M]
     found = module.gradstat(data.x, data.dy[0], torch.tensor(offsets, device=DEVICE), TILES)
@@ -109,6 +146,10 @@ def off_gradstat(module, data, p):
 
 def off_linear_tma(module, data, p):
     return off_linear(module, Data(FUSED, torch.float32), p, TILES._replace(tma=True))
+
+
+def off_linear_tma_even(module, data, p):
+    return off_linear(module, Data(EVEN, torch.float32), p, TILES._replace(tma=True))
 
 
 def off_diagonal(module, data, p):
@@ -175,11 +216,33 @@ MUTATIONS = {
                                     off_linear_tma, 0.0),
     "tma: a step lost": ("linear", "tl.range(0, x.columns, BLOCK_K)", "tl.range(BLOCK_K, x.columns, BLOCK_K)",
                          off_linear_tma, 0.0),
+    "tma: the first ranks twice": ("linear", "BLOCK_R if LATE else 0", "0", off_linear_tma_even, 0.0),
+    "tma: other ranks' columns": ("linear", "tl.where(m_h, b_h, 0.0)", "b_h + 1.0", off_linear_tma_even, 0.0),
     "dx: a source less": ("linear_backward", "static_range(len(dy.data))", "static_range(len(dy.data) - 1)",
                           off_linear_backward, 0.0),
     "wgrad: last row lost": ("wgrad", "tl.minimum(first + rows, M)", "tl.minimum(first + rows, M - 3)", off_wgrad, 0.0),
     "wgrad: a rank as probe": ("wgrad", f"{FIRST_PROBE} - ranks", FIRST_PROBE, off_wgrad, 0.0),
     "wgrad: partials overwritten": ("wgrad", "i_part.to(tl.int64) * reveal", "0 * reveal", off_wgrad, 0.0),
+    "one pass: rows twice": ("expand_backward", "tl.minimum(M, (i_part + 1) * rows)", "M", off_expand_backward, 0.0),
+    "one pass: columns twice": ("expand_backward", "tl.minimum(N, first + span)", "N", off_expand_backward, 0.0),
+    "one pass: columns of the first": ("expand_backward", "tl.program_id(2) * span", "0 * span", off_expand_backward,
+                                       0.0),
+    "one pass: a rank as probe": ("expand_backward", f"{FIRST_PROBE} - ranks", FIRST_PROBE, off_expand_backward, 0.0),
+    "one pass: partials overwritten": ("expand_backward", "i_part.to(tl.int64) * reveal", "0 * reveal",
+                                       off_expand_backward, 0.0),
+    "one pass: no scale": ("expand_backward", "b_dh * select(B.scales, i)", "b_dh", off_expand_backward, 0.0),
+    "beside: no probes": ("shrink_linear", "m_rank | (m_f & (i == 0))", "m_rank", off_shrink_linear, 0.0),
+    "beside: ranks of the first": ("shrink_linear", "select(factors.data, i)", "factors.data[0]", off_shrink_linear,
+                                   0.0),
+    "beside: no scale": ("shrink_linear", "* part.scale", "* 1.0", off_shrink_linear, 0.0),
+    "beside: bias of the first": ("shrink_linear", "select(group.bias, i)", "group.bias[0]", off_shrink_linear, 0.0),
+    "dh beside dx: no scale": ("shrink_linear_backward", "b_dh * B.scales[i]", "b_dh", off_shrink_linear_backward, 0.0),
+    "dh beside dx: stored elsewhere": ("shrink_linear_backward", "(offset + o_rank)", "o_rank",
+                                       off_shrink_linear_backward, 0.0),
+    "dh beside dx: a projection less": ("shrink_linear_backward", "static_range(len(dy.data))",
+                                        "static_range(len(dy.data) - 1)", off_shrink_linear_backward, 0.0),
+    "dh beside dx: A of the first": ("shrink_linear_backward", "A.data[i] +", "A.data[0] +",
+                                     off_shrink_linear_backward, 0.0),
     "gradstat: run boundary": ("gradstat", "(last - first).to", "(last - first - 1).to", off_gradstat, 0.0),
     "diagonal: last run only": ("gradstat", "b_squares += b_acc", "b_squares = b_acc", off_diagonal, 0.0),
     "diagonal: overwritten": ("gradstat", "b_squares + tl.load(", "b_squares + 0 * tl.load(", off_diagonal, 0.0),

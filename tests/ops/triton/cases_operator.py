@@ -8,7 +8,7 @@ import importlib.util
 
 import pytest
 import torch
-from fastlora.kernels import primitives
+from fastlora.kernels import expand_backward, primitives, shrink_linear, shrink_linear_backward
 from support.triton_grouped_help import CASES, Operands, expected_dh, expected_dx
 from support.triton_help import DEVICE, EMPTY, FUSED, SEPARATE, TINY, Data, assert_close, wide
 
@@ -77,6 +77,21 @@ def test_outputs_and_gradients(problem, dtype, p):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert_close(found[name], value, dtype, name)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("fused", [(shrink_linear, expand_backward), (shrink_linear_backward,)], ids=["dB", "dx"])
+def test_outputs_and_gradients_of_the_fused_strategies(problem, p, fused, monkeypatch):
+    """h beside y with dh beside dB, and dh beside dx."""
+    for module in fused:
+        monkeypatch.setattr(module, "choose_strategy", lambda *size: "fused")
+        monkeypatch.setattr(module, "aligned", lambda tensors: True, raising=False)
+    data = Data(problem, torch.float32)
+    found, wanted = run(data, p, False), run(data, p, True)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert_close(found[name], value, torch.float32, name)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)

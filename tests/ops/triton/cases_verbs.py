@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastlora.kernels import linear, linear_backward, shrink, signs, tiling, wgrad
+from fastlora.kernels import (
+    expand_backward,
+    linear,
+    linear_backward,
+    shrink,
+    shrink_linear,
+    shrink_linear_backward,
+    signs,
+    tiling,
+    wgrad,
+)
 from fastlora.kernels.tiling import TileConfig
+from support.every_verb import expected_dx_of
 from support.triton_help import (
     DEVICE,
     EMPTY,
+    EVEN,
     FUSED,
     INTERPRETED,
     PROBLEMS,
@@ -99,6 +111,52 @@ def test_linear(problem, dtype, factors, strategy, monkeypatch):
         assert_close(sums, reference.column_moments(wide(out)), torch.float32, "moments")
 
 
+@problems
+def test_shrink_beside_linear(problem, dtype, factors, monkeypatch):
+    """h and y from one kernel."""
+    data = Data(problem, dtype, factors)
+    launched = []
+    real = shrink_linear.launch
+    monkeypatch.setattr(
+        shrink_linear, "launch", lambda *given, **options: launched.append(1) or real(*given, **options)
+    )
+    monkeypatch.setattr(shrink_linear, "aligned", lambda tensors: True)
+    layout = data.layout
+    y, h, sums = shrink_linear.shrink_linear(
+        data.x, data.W, data.bias, data.A, data.P, data.B, data.places, layout.offsets, data.scale,
+        strategy="fused", tiles=SMALL,
+    )  # fmt: skip
+    assert bool(launched) == (problem not in (EMPTY, PROBLEMS["wide_rank"])) and not sums
+    assert h.dtype == dtype
+    assert_close(h, expected_h(data), dtype, "h")
+    for i, (b, o, (j, column)) in enumerate(zip(data.B, layout.offsets, data.places, strict=True)):
+        own, part = slice(o, o + b.shape[1]), slice(column, column + b.shape[0])
+        wanted = wide(data.x) @ wide(data.W[j])[part].T + data.scale[i] * wide(h)[:, own] @ wide(b.to(dtype)).T
+        wanted += 0 if data.bias[j] is None else wide(data.bias[j])[part]
+        assert_close(y[j][:, part], wanted, dtype, f"y[{j}], {column}")
+
+
+@problems
+@pytest.mark.parametrize("missing", [False, True])
+def test_dh_beside_dx(problem, dtype, factors, missing, monkeypatch):
+    """dx and dh from one kernel."""
+    data = Data(problem, dtype, factors, strided=problem is SEPARATE)
+    if missing and len(data.dy) == 1:
+        pytest.skip("one output")
+    if missing:
+        data.dy[0] = None
+    monkeypatch.setattr(shrink_linear_backward, "aligned", lambda tensors: True)
+    rest = data.W, data.B, data.A, data.places, data.layout.offsets, data.scale
+    both = shrink_linear_backward.shrink_linear_backward(data.slices(), *rest, strategy="fused", tiles=SMALL)
+    if problem in (EMPTY, PROBLEMS["wide_rank"]):
+        assert both is None
+        return
+    dx, dh = both
+    assert dx.dtype == dh.dtype == dtype
+    assert_close(dh, expected_dh(data), dtype, "dh")
+    assert_close(dx, expected_dx_of(data, dh), dtype, "dx")
+
+
 def test_descriptors_are_used_where_rows_are_aligned(monkeypatch):
     seen = []
     monkeypatch.setattr(
@@ -131,12 +189,8 @@ def test_linear_backward(problem, dtype, factors, strategy, p):
     dx = linear_backward.linear_backward(
         data.dy, data.W, dh, data.A, data.layout.offsets, strategy=strategy, tiles=SMALL, **options
     )
-    wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True))
-    for i, (a, o) in enumerate(zip(data.A, data.layout.offsets, strict=True)):
-        part = wide(dh)[:, o : o + a.shape[0]] @ wide(a.to(dtype))
-        wanted = wanted + (reference.dropout(part, data.seed.cpu(), i, p) if p else part)
     assert dx.dtype == dtype
-    assert_close(dx, wanted, dtype, "dx")
+    assert_close(dx, expected_dx_of(data, dh, p), dtype, "dx")
 
 
 @problems
@@ -167,6 +221,38 @@ def test_wgrad(problem, dtype, factors, p, missing, monkeypatch):
         assert_close(dB[n], data.scale[i] * wide(slices[i]).T @ wide(h)[:, part], rounding, f"dB[{i}]")
         assert_close(Q[n], wide(slices[i]).T @ wide(h)[:, layout.rank :], torch.float32, f"Q[{i}]")
     assert len(dB) == len(Q) == len(live)
+
+
+@problems
+@pytest.mark.parametrize(("p", "missing"), [(0.0, False), (0.3, False), (0.0, True)])
+def test_one_pass_over_dy(problem, dtype, factors, p, missing, monkeypatch):
+    """dh, dA, dB and Q with dy read once, its rows and columns cut so that both sums are finished later."""
+    data = Data(problem, dtype, factors, strided=problem is SEPARATE)
+    if missing and len(data.dy) == 1:
+        pytest.skip("one output")
+    monkeypatch.setattr(tiling, "PROGRAMS", 24 if problem in (SEPARATE, EVEN) else 1)
+    if missing:
+        data.dy[0] = None
+    layout, s = data.layout, data.problem
+    h, slices = expected_h(data, p).to(DEVICE, dtype), data.slices()
+    options = {"seed": data.seed, **dropped(p)} if p else {}
+    dh, dA, dB, Q = expand_backward.expand_backward(
+        data.x, slices, h, data.B, layout.offsets, data.scale, layout.rank, s.probes,
+        strategy="fused", tiles=SMALL, **options,
+    )  # fmt: skip
+    assert dh.dtype == dtype and all(grad.dtype == factors for grad in [*dA, *dB])
+    assert_close(dh, expected_dh(data), dtype, "dh")
+    rounding = dtype if dtype != torch.float32 else factors
+    live = [i for i, g in enumerate(slices) if g is not None]
+    assert (len(dA), len(dB), len(Q)) == (len(s.ranks), len(live), len(live))
+    for i in range(len(s.ranks)):
+        part = slice(layout.offsets[i], layout.offsets[i] + s.ranks[i])
+        x = reference.dropout(wide(data.x), data.seed.cpu(), i, p) if p else wide(data.x)
+        assert_close(dA[i], wide(dh)[:, part].T @ x, rounding, f"dA[{i}]")
+    for n, i in enumerate(live):
+        part = slice(layout.offsets[i], layout.offsets[i] + s.ranks[i])
+        assert_close(dB[n], data.scale[i] * wide(slices[i]).T @ wide(h)[:, part], rounding, f"dB[{i}]")
+        assert_close(Q[n], wide(slices[i]).T @ wide(h)[:, layout.rank :], torch.float32, f"Q[{i}]")
 
 
 def test_split_sums_are_repeatable(monkeypatch):

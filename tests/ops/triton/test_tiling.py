@@ -83,6 +83,48 @@ def test_of_two_near_measurements_the_nearer_decides(monkeypatch):
     assert tiling.choose_tiles("linear", 7000, 768, 768, 8, torch.bfloat16, CPU) == second
 
 
+@pytest.mark.parametrize("device", SUPPORTED, indirect=True)
+def test_one_pass_over_dy_is_for_much_of_it_in_half_precision_on_sm_90(device):
+    def strategy(M: int, dtype: torch.dtype) -> str:
+        return tiling.choose_strategy("expand_backward", M, 2304, 0, 32, dtype, CPU)
+
+    assert strategy(25216, torch.bfloat16) == ("fused" if device.capability == (9, 0) else "separate")
+    assert strategy(4096, torch.bfloat16) == strategy(25216, torch.float32) == "separate"
+
+
+@pytest.mark.parametrize("device", SUPPORTED, indirect=True)
+def test_h_is_summed_beside_y_where_the_matmul_is_small_on_sm_90(device):
+    def strategy(M: int, N: int, K: int, R: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        return tiling.choose_strategy("shrink_linear", M, N, K, R, dtype, CPU)
+
+    assert strategy(2048, 2304, 768, 16) == ("fused" if device.capability == (9, 0) else "separate")
+    others = [(4096, 2304, 768, 16), (25216, 2304, 768, 16), (512, 768, 4096, 16), (2048, 2304, 768, 17)]
+    assert {strategy(*size) for size in others} | {strategy(2048, 2304, 768, 16, torch.float32)} == {"separate"}
+
+
+@pytest.mark.parametrize("device", SUPPORTED, indirect=True)
+def test_factors_are_appended_where_outputs_are_much_wider_on_sm_90(device):
+    def strategy(direction: str, M: int, N: int, K: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        return tiling.choose_strategy(direction, M, N, K, 16, dtype, CPU)
+
+    wanted = "augmented" if device.capability == (9, 0) else "library"
+    assert strategy("forward", 8192, 28672, 4096) == strategy("backward", 8192, 4096, 14336) == wanted
+    others = [("forward", 512, 28672, 4096), ("forward", 8192, 6144, 4096), ("backward", 8192, 28672, 4096)]
+    found = {strategy(*size) for size in others} | {strategy("forward", 8192, 28672, 4096, torch.float32)}
+    assert found == {"library"}
+
+
+@pytest.mark.parametrize("M", [1, 255, 257, 4096, 8192, 25216, 100000])
+@pytest.mark.parametrize("widths", [(768,) * 3, (4096, 1024, 1024), (5, 9), (14336, 14336)])
+def test_parts_of_dy_are_whole_steps_within_a_tile(M, widths):
+    tile = TileConfig(256, 0, 64, 8, 2)
+    rows, span = tiling.choose_parts(M, widths, tile)
+    assert 0 < rows <= min(tile.rows, M) and span % tile.depth == 0 and span < min(widths) + tile.depth
+    programs, slots = -(-M // rows) * sum(-(-width // span) for width in widths), 2 * tiling.PROGRAMS
+    # The last of several waves leaves at most the programs of one part, and of rounding, idle.
+    assert programs <= slots or -programs % slots < slots // 8
+
+
 @pytest.mark.parametrize("N, K, runs", [(2304, 768, 1), (768, 768, 1), (4096, 4096, 1), (768, 768, 128)])
 def test_sums_of_squares_fill_half_of_the_chip_where_their_matrix_can(N, K, runs):
     def programs(tile: TileConfig) -> int:
