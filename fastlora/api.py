@@ -17,6 +17,7 @@ from .model.adapters import (
     use_adapters,
 )
 from .model.combine import add_weighted_adapter
+from .model.data_start import initialize_corda, initialize_lora_ga
 from .model.eject import unload
 from .model.eva import initialize_eva
 from .model.inject import inject
@@ -45,7 +46,9 @@ __all__ = [
     "explain",
     "from_peft",
     "freeze_unused_adapters",
+    "initialize_corda",
     "initialize_eva",
+    "initialize_lora_ga",
     "inject",
     "load",
     "load_layout",

@@ -49,13 +49,30 @@ _PEFT_NEUTRAL = {
 
 # Initialisations that move a part of the frozen weight into the factors: W + s B A is what W was.
 FROM_WEIGHT = ("pissa", "olora")
+_NITER = re.compile(r"pissa_niter_(\d+)")
+
+
+def power_iterations(init: Any) -> int | None:
+    """n of ``"pissa_niter_n"``, whose part of W is a random estimate that nobody could have again from a file."""
+    found = _NITER.fullmatch(init) if isinstance(init, str) else None
+    return None if found is None else int(found[1])
+
+
+def takes_weight(init: Any) -> bool:
+    """Whether an initialisation moves a part of the frozen weight into the factors."""
+    return init in FROM_WEIGHT or power_iterations(init) is not None
+
+
+# Initialisations that start as True does, and the function that makes more of them.
+FROM_DATA = {
+    "eva": "initialize_eva(model, covariances)",
+    "corda": "initialize_corda(model, covariances, method=...)",
+    "lora_ga": "initialize_lora_ga(model, batches, loss_fn, direction=..., scale=...)",
+}
 # Those of PEFT that are not here, and why.
 _NOT_HERE = {
-    "pissa_niter": "a random subspace, from which nobody could have the changed weight again; use 'pissa'",
     "mica": "B frozen and A trained; use 'olora', or freeze lora_B after inject",
-    "corda": "the covariance of the layers' inputs before inject; use 'pissa', or 'orthogonal'",
     "loftq": "weights rounded to a grid; quantize the model first and use True",
-    "lora_ga": "gradients of batches before inject; use True, or 'pissa'",
 }
 # The nearest thing to a field of PEFT's that is not here.
 _NEAREST = {
@@ -71,7 +88,7 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", "all", "lora_only"),
     "scale": ("constant", "per_rank"),
     "prepack": ("auto", True, False),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", *FROM_WEIGHT),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", *FROM_DATA, *FROM_WEIGHT),
     "lora_bias": (True, False),
     "use_dora": (True, False),
     "use_rslora": (True, False),
@@ -136,7 +153,10 @@ class LoraConfig:
     - ``init_lora_weights``: True, ``"gaussian"`` (A normal / r, B zero), False (both random), ``"orthogonal"`` (even
       r), or, with ``W ← W − s B A``, ``"pissa"`` (leading singular vectors of W) and ``"olora"`` (its QR factors): as
       in PEFT the frozen weight is then the rest, with the adapter disabled and for who loads the file, too.
-      ``"eva"`` is True until ``fastlora.initialize_eva`` has seen what the layers see.
+      ``"pissa_niter_n"`` estimates pissa's by a random subspace and n power iterations; its files are plain LoRA of
+      twice the rank, with what was taken out of W beside A and B.
+      ``"eva"``, ``"corda"`` and ``"lora_ga"`` are True until ``fastlora.initialize_eva``, ``initialize_corda`` or
+      ``initialize_lora_ga`` has seen the data.
     - ``lora_bias``: a trained bias beside B, ``y += s b_B``. ``use_dora``: rows of the sum have a trained length m,
       ``y = m / ‖W + s B A‖ (x W^T + s x A^T B^T) + bias``; no gradient goes through the norm.
     - ``layers_to_transform``: indices of the only layers that a list of names or a role means; ``layers_pattern``: the
@@ -199,7 +219,8 @@ class LoraConfig:
         if reason is not None:
             raise ValueError(f"init_lora_weights: {init!r} is not implemented: it takes {reason}")
         for name, accepted in _CHOICES.items():
-            check_choice(name, getattr(self, name), accepted)
+            if name != "init_lora_weights" or power_iterations(init) is None:
+                check_choice(name, getattr(self, name), accepted)
         _check_split(self.split_qkv)
         dtype = self.adapter_dtype
         if dtype is not None:

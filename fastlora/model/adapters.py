@@ -15,7 +15,7 @@ from .._utils.distributed import refuse_parallel, several_processes
 from .._utils.errors import check_choice, check_instance, wrong_value
 from .._utils.torch_compat import assert_async
 from .._utils.types import ModelT
-from ..config import FROM_WEIGHT, LoraConfig
+from ..config import LoraConfig, takes_weight
 from ..nn.active import NO_ADAPTERS, refuse_merged
 from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
@@ -85,11 +85,14 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     if config.bias != "none":
         raise wrong_value("bias", "'none' for an adapter that shares its base with others", config.bias)
     for each in (config, *getattr(model, "fastlora_configs", {}).values()):
-        if each.init_lora_weights in FROM_WEIGHT:
+        if takes_weight(each.init_lora_weights):
             raise ValueError(
                 f"init_lora_weights: {each.init_lora_weights!r} changes the weight that adapters share, so that the "
                 "files of the others would not fit the base; it takes a model with one adapter"
             )
+    started = next((p for p, x in adapted_layers(model).items() if any(f.starts() for f in x.lora_A.values())), None)
+    if started is not None:
+        raise ValueError(f"model: the weight of {started!r} lies in part in its adapter, and another would not fit it")
     saved = find_modules_to_save(model, config)
     names = find_targets(model, config, saved)
     refuse_tying(model, given, names, saved)

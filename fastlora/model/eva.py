@@ -45,22 +45,10 @@ def initialize_eva(
     refuse_parallel(model, "initialize_eva")
     check_progress(progress)
     adapter = chosen_adapter(model, adapter)
-    check_mapping("covariances", covariances, "module paths to matrices [K, K]")
     found = {p: x for p, x in adapted_layers(model).items() if isinstance(x, Linear) and adapter in x.ranked}
-    for path in covariances:
-        if path not in found:
-            raise wrong_value(
-                "covariances", "paths of linears of the adapter", path, suggestion(str(path), list(found))
-            )
-    missing = [path for path in found if path not in covariances]
-    if missing:
-        raise ValueError(
-            f"covariances: expected a matrix for every linear of the adapter, got none for {listed(missing)}"
-        )
+    given = covariances_of(covariances, found)
     for path, layer in found.items():
-        C, K = covariances[path], layer.in_features
-        if not isinstance(C, Tensor) or C.shape != (K, K) or not bool(C.isfinite().all()):
-            raise wrong_value(f"covariances[{path!r}]", f"a finite matrix [{K}, {K}]", C)
+        K = layer.in_features
         if any(b is not None and bool(b.any()) for b in layer.lora_B[adapter].tensors().values()):
             raise ValueError(
                 f"model: {path!r} has been trained (B is not zero), and another A would change its outputs"
@@ -71,7 +59,7 @@ def initialize_eva(
     directions = {}
     with reporting(progress, len(found), "initialize_eva", "layer") as report:
         for done, (path, layer) in enumerate(found.items(), 1):
-            _, V = torch.linalg.eigh(covariances[path].to(torch.promote_types(covariances[path].dtype, torch.float32)))
+            _, V = torch.linalg.eigh(given[path].to(torch.promote_types(given[path].dtype, torch.float32)))
             directions[path] = V.flip(1)[:, : max(layer.ranks(adapter).values())].t()
             report(done, len(found), math.nan)
     for path, rows in directions.items():
@@ -79,3 +67,22 @@ def initialize_eva(
             if a is not None:
                 a.copy_(rows[: len(a)])
     return model
+
+
+def covariances_of(covariances: Mapping[str, Tensor], layers: Mapping[str, Linear]) -> dict[str, Tensor]:
+    """The matrix [K, K] of each of ``layers``; ``TypeError`` or ``ValueError`` for any other mapping."""
+    check_mapping("covariances", covariances, "module paths to matrices [K, K]")
+    for path in covariances:
+        if path not in layers:
+            near = suggestion(str(path), list(layers))
+            raise wrong_value("covariances", "paths of linears of the adapter", path, near)
+    missing = [path for path in layers if path not in covariances]
+    if missing:
+        raise ValueError(
+            f"covariances: expected a matrix for every linear of the adapter, got none for {listed(missing)}"
+        )
+    for path, layer in layers.items():
+        C, K = covariances[path], layer.in_features
+        if not isinstance(C, Tensor) or C.shape != (K, K) or not bool(C.isfinite().all()):
+            raise wrong_value(f"covariances[{path!r}]", f"a finite matrix [{K}, {K}]", C)
+    return {path: covariances[path] for path in layers}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .._utils.errors import suggestion, wrong_value
-from ..config import FROM_WEIGHT, LoraConfig, indices_of, layer_index
+from ..config import FROM_WEIGHT, LoraConfig, indices_of, layer_index, takes_weight
 from ..nn.adapter import WHOLE
 from ..nn.experts import ExpertStack
 from ..nn.layer_view import Conv1D
@@ -52,7 +52,7 @@ def refuse_beyond_factors(
     """``ValueError`` for a layer that cannot have what a config asks for beside factors that start anyhow."""
     init = config.init_lora_weights
     wanted = [field for field in ("use_dora", "lora_bias") if getattr(config, field)]
-    wanted += ["init_lora_weights"] if init in (*FROM_WEIGHT, "orthogonal") else []
+    wanted += ["init_lora_weights"] if init == "orthogonal" or takes_weight(init) else []
     linear = type(layer) in (nn.Linear, Linear, QKVLinear) or adapted_class(layer, False) is Conv1D
     linear |= isinstance(layer, Conv1D)
     if isinstance(layer, CONVOLUTIONS) and wanted == ["lora_bias"]:
@@ -69,16 +69,16 @@ def refuse_beyond_factors(
             f"{wanted[0]}: {getattr(config, wanted[0])!r} is implemented for nn.Linear and Conv1D, and {name!r} is "
             f"{kind}; leave it out by exclude_modules, or use plain LoRA"
         )
-    if layer.weight.is_meta and (config.use_dora or init in FROM_WEIGHT):
+    if layer.weight.is_meta and (config.use_dora or takes_weight(init)):
         raise ValueError(f"{wanted[0]}: takes the values of a weight, and that of {name!r} is on the meta device")
     if init in FROM_WEIGHT and set(ranks) != {WHOLE}:
         raise ValueError(
             f"init_lora_weights: {init!r} takes a matrix as a whole, as who reads the file does, and {name!r} is split "
             f"into {list(ranks)}; pass split_qkv=False"
         )
-    if init in FROM_WEIGHT and len(users[id(layer.weight)]) > 1:
+    if takes_weight(init) and len(users[id(layer.weight)]) > 1:
         raise ValueError(f"init_lora_weights: {init!r} changes the weight of {name!r}, which other modules share")
-    if init in FROM_WEIGHT and max(ranks.values()) > min(features(layer)):
+    if takes_weight(init) and max(ranks.values()) > min(features(layer)):
         raise ValueError(
             f"init_lora_weights: {init!r} takes ranks up to {min(features(layer))} in {name!r}, got {ranks}"
         )

@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
 from .._utils.types import ModelT
-from ..config import FROM_WEIGHT, ROLES, LoraConfig
+from ..config import FROM_DATA, ROLES, LoraConfig, takes_weight
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, checked_ranks, new_factors
 from ..nn.experts import ExpertStack
 from ..nn.frozen import FrozenLinear
@@ -124,8 +124,9 @@ def inject(
     watch_savers(model)
     watch_places(model)
     keep_changeable(model)
-    if config.init_lora_weights == "eva":
-        logger.warning("init_lora_weights='eva': A is random until fastlora.initialize_eva(model, covariances)")
+    if config.init_lora_weights in FROM_DATA:
+        name = config.init_lora_weights
+        logger.warning("init_lora_weights=%r: A is random until fastlora.%s", name, FROM_DATA[name])
     return model
 
 
@@ -347,7 +348,7 @@ def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, ro
         attach_state(layer, planned.slices, config, router, planned.path)
         take_over(model, planned.path, layer)
     layer.install(adapter, planned.spec, *planned.factors)
-    if planned.spec.init in FROM_WEIGHT:
+    if takes_weight(planned.spec.init):
         start_from_weight(layer, adapter)
     B = planned.factors[1]
     if config.lora_bias:

@@ -69,8 +69,16 @@ ATTENTION = (
     # Latent attention: down-projections of the input, and what they give projected up.
     Attention(("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"), ("o_proj",), shared=False),
     Attention(("q_proj", "kv_a_proj_with_mqa", "kv_b_proj"), ("o_proj",), shared=False),
-    Attention(("query", "key", "value"), ("^output.dense", "dense", "proj", "projection_layer", "out_proj")),
-    Attention(("query_proj", "key_proj", "value_proj"), ("^output.dense",)),
+    Attention(("q_a_proj", "q_gate_proj", "kv_a_proj_with_mqa", "kv_b_proj"), ("o_proj",), shared=False),
+    Attention(("q_a_proj", "q_b_proj", "kv_proj"), ("o_b_proj",), shared=False),
+    Attention(("query", "key", "value"), ("^output.dense", "dense", "proj", "projection_layer", "out_proj", "^output")),
+    Attention(("query_global", "key_global", "value_global"), ()),
+    Attention(("query_proj", "key_proj", "value_proj"), ("^output.dense", "out_proj")),
+    Attention(("projection_query", "projection_key", "projection_value"), ("^output.dense",)),
+    Attention(("project_q", "project_k", "project_v"), ("attention_out",)),
+    Attention(("linear_q", "linear_k", "linear_v"), ("linear_out",)),
+    Attention(("Wq", "Wk", "Wv"), ("dense",)),
+    Attention(("q_proj", "k_proj", "v_proj_current", "v_proj_delayed"), ("o_proj", "out_proj"), shared=False),
     Attention(("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj", "dense", "projection_layer")),
     Attention(("q_proj.linear", "k_proj.linear", "v_proj.linear"), ("o_proj.linear",)),
     Attention(("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)),
@@ -78,6 +86,8 @@ ATTENTION = (
     Attention(("to_q", "to_k", "to_v"), ("to_out.0", "to_out")),
     Attention(("wq", "wk", "wv"), ("wo", "proj")),
     Attention(("q", "k", "v"), ("o", "proj")),
+    Attention(("to_query", "to_key"), ("final",)),  # additive attention, which has no v
+    Attention(("k_proj", "v_proj"), ("output_proj",)),  # of a pool whose queries are parameters
 )
 
 MLP = (
@@ -99,7 +109,10 @@ MLP = (
     ("wi_0", "wi_1", "wo"),
     ("wi", "wo"),
     ("Wi", "Wo"),
+    ("w0", "w1", "w2"),
     ("w1", "w2", "w3"),
+    ("w_in.w_0", "w_in.w_1", "w_out"),
+    ("dense1", "dense2"),
     ("layer_1", "layer_2"),
     ("pwconv1", "pwconv2"),
     ("net.0.proj", "net.2"),
@@ -111,7 +124,7 @@ _POSITIONS = re.compile(
 )
 
 # Owners that mix tokens without attention: their projections have no q, k and v.
-_MIXERS = re.compile(r"(Mixer|MambaLayer|ShortConv|GatedDeltaNet|RecurrentBlock|mLSTMLayer)$")
+_MIXERS = re.compile(r"(Mixer|MambaLayer|ShortConv|GatedDeltaNet|RecurrentBlock|mLSTMLayer|RwkvSelfAttention)$")
 
 # First component of the path of a task head.
 HEADS = (
@@ -203,7 +216,11 @@ def mixer_linears(model: nn.Module) -> list[str]:
     names = []
     for path, owner in model.named_modules():
         if _MIXERS.search(type(owner).__name__) and type(owner).__module__.partition(".")[0] == "transformers":
-            names += [_join(path, n) for n, m in owner.named_children() if is_linear(m)]
+            # Mamba's step sizes are read past the layer on some ways through it.
+            read = uses_of_weight(type(owner), "dt_proj")[0]
+            names += [
+                _join(path, n) for n, m in owner.named_children() if is_linear(m) and not (n == "dt_proj" and read)
+            ]
     return [name for name in names if refusal(model, name) is None]
 
 

@@ -79,7 +79,7 @@ def _refuse_change(
     path: str, layer: Adapted, changed: Mapping[str, int], adapter: str, reinit: bool, keep: bool
 ) -> None:
     """``ValueError`` for a layer whose ranks cannot be changed, or not in this way."""
-    if layer.adapter_specs[adapter].init in FROM_WEIGHT:
+    if layer.adapter_specs[adapter].init in FROM_WEIGHT or layer.lora_A[adapter].starts():
         raise ValueError(
             f"ranks: {path!r} has a part of its weight in the factors (init_lora_weights="
             f"{layer.adapter_specs[adapter].init!r}); give ranks to inject, by rank_pattern"

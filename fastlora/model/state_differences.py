@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from .._utils.errors import listed
@@ -20,7 +21,13 @@ def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = ""
     names = named(model)
     trained = trained_names(model)
     partial = not any(f"{path}.weight" in given for path in layers)
-    differences = _rank_differences({n: p for n, p in names.items() if _matrix(n)}, given)
+    started = {n: b for n, b in model.named_buffers() if _matrix(n)}
+    differences = _rank_differences({n: p for n, p in names.items() if _matrix(n)} | started, given)
+    differences += [
+        f"{n} is another in the checkpoint: the model was initialized from other data, or another seed"
+        for n, b in started.items()
+        if n in given and b.shape == given[n].shape and not torch.equal(b, given[n].to(b))
+    ]
     if partial:
         differences += _other_differences(model, names, trained, given)
     if differences:

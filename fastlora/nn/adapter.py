@@ -18,6 +18,7 @@ from .._utils.torch_compat import forward_hooks, wants_plain_operators
 from ..ops.bound import BoundCall, Traced
 from ..ops.node import NODE
 
+START = "start_"  # before the name of a slice: the buffer that keeps the factor it started with
 WHOLE = "weight"  # name of the one slice of a matrix that is not split
 
 
@@ -92,6 +93,14 @@ class Factors(nn.Module):
         """What stands beside the slices, by name: ``bias``, ``magnitude``."""
         found = {name: getattr(self, name, None) for name in ("bias", "magnitude")}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def keep_start(self, name: str) -> None:
+        """Remember a slice's factor as it is: a part of the weight that was taken out of it."""
+        self.register_buffer(START + name, getattr(self, name).detach().clone())
+
+    def starts(self) -> dict[str, Tensor]:
+        """The factors that were taken out of the weight at the start, by slice (``initialize_corda``)."""
+        return {n.removeprefix(START): b for n, b in self._buffers.items() if n.startswith(START) and b is not None}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {'rank 0' if p is None else tuple(p.shape)}" for n, p in self.tensors().items())

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..config import power_iterations
 from .adapter import AdapterSpec
 from .linear import Adapted
 
@@ -15,7 +16,8 @@ from .linear import Adapted
 def start_from_weight(layer: Adapted, adapter: str) -> None:
     r"""Give A and B the leading part of W by slice, and take it out of W: :math:`W \leftarrow W - s B A`.
 
-    ``"pissa"``: :math:`B A = U_r S_r V_r^\top / s`, its root on either side; ``"olora"``: :math:`Q_r R_r`, of W = Q R.
+    ``"pissa"``: :math:`B A = U_r S_r V_r^\top / s`, its root on either side, ``"pissa_niter_n"`` an estimate of it;
+    ``"olora"``: :math:`Q_r R_r`, of W = Q R.
     """
     weight, spec = layer.weight.detach().clone(), layer.adapter_specs[adapter]
     acc = torch.promote_types(weight.dtype, torch.float32)
@@ -25,15 +27,23 @@ def start_from_weight(layer: Adapted, adapter: str) -> None:
             continue
         rows, s = layer.slices.rows(name), spec.scale[name]
         w = W[rows].to(acc)
-        left, right = _pissa(w, rank, s) if spec.init == "pissa" else _olora(w, rank)
+        niter = power_iterations(spec.init)
+        left, right = _olora(w, rank) if spec.init == "olora" else _pissa(w, rank, s, niter)
         A[name].copy_(right)
         B[name].copy_(left)
+        if niter is not None:
+            layer.lora_A[adapter].keep_start(name)
+            layer.lora_B[adapter].keep_start(name)
         W[rows] = (w - s * (left @ right)).to(W.dtype)
     layer.weight.copy_(weight)
 
 
-def _pissa(w: Tensor, rank: int, s: float) -> tuple[Tensor, Tensor]:
-    U, S, V = torch.linalg.svd(w, full_matrices=False)
+def _pissa(w: Tensor, rank: int, s: float, niter: int | None) -> tuple[Tensor, Tensor]:
+    if niter is None:
+        U, S, V = torch.linalg.svd(w, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(w, rank, niter=niter)
+        V = V.t()
     root = (S[:rank] / s).sqrt()
     return U[:, :rank] * root, root[:, None] * V[:rank]
 

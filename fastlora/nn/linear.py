@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import refuse_partitioned
 from .._utils.errors import check_flag, check_instance, check_integer, check_model, wrong_value
-from ..config import FROM_WEIGHT, LoraConfig
+from ..config import LoraConfig, takes_weight
 from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, PACKED, UNPACKED
@@ -283,7 +283,7 @@ class Linear(Adapted, nn.Linear):
             prepack=prepack,
         )  # fmt: skip
         check_flag("train_base", train_base)
-        if init_lora_weights in FROM_WEIGHT:
+        if takes_weight(init_lora_weights):
             raise wrong_value(
                 "init_lora_weights", "one that needs no weight; fastlora.inject has it", init_lora_weights
             )

@@ -31,11 +31,12 @@ from ..model.eject import eject
 from ..model.inject import check_adapter_name, sharing_copy
 from ..model.modules import features, is_linear
 from ..nn.active import chosen_adapter
-from ..nn.linear import DEFAULT, adapted_layers
+from ..nn.experts import ExpertProjection
+from ..nn.linear import DEFAULT, Linear, adapted_layers
 from .folder import CONFIG, AdapterFolder, Side, Slice, read_folder
 from .load import load_folder
 from .names import PREFIX, StoredNames, base_names, choose_targets, parse_fields, patterns
-from .save import save
+from .save import write_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,7 +70,7 @@ def to_peft(model: nn.Module, adapter: str | None = None) -> PeftModel:
     if merged:
         raise ValueError(f"model: {merged[0]!r} is merged; call fastlora.unmerge first")
     with tempfile.TemporaryDirectory() as folder:
-        save(inner, folder, adapter)
+        write_adapter(inner, folder, adapter, over_rest=True)
         init = _without_init(pathlib.Path(folder) / CONFIG)
         base = eject(sharing_copy(inner))
         modes = [(module, module.training) for module in base.modules()]
@@ -77,6 +78,7 @@ def to_peft(model: nn.Module, adapter: str | None = None) -> PeftModel:
             handed = peft.PeftModel.from_pretrained(base, folder, adapter_name=adapter, is_trainable=True)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ValueError(f"model: PEFT cannot take adapter {adapter!r}: {error}") from error
+    _refuse_lost(handed, inner, adapter)
     handed.peft_config[adapter].init_lora_weights = init
     handed.train(inner.training)
     for module, training in modes:
@@ -84,6 +86,28 @@ def to_peft(model: nn.Module, adapter: str | None = None) -> PeftModel:
     for attention in _peft_attentions(handed):
         attention.base_layer.out_proj.scaling[adapter] /= _out_proj_counts()
     return handed
+
+
+def _refuse_lost(handed: Any, model: nn.Module, adapter: str) -> None:
+    """``ValueError`` for matrices whose adapters PEFT put on other modules, as on stacked weights of experts."""
+    names, modules = StoredNames(model), dict(handed.base_model.model.named_modules(remove_duplicate=False))
+    lost = []
+    for path, layer in adapted_layers(model).items():
+        there = modules.get(names.module(names.stored(path)))
+        if isinstance(layer, ExpertProjection):
+            continue
+        held = [getattr(there, side, {}) for side in ("lora_A", "lora_embedding_A")]
+        if adapter in layer.ranked and not any(adapter in side for side in held):
+            lost.append(path)
+        elif adapter in layer.ranked and isinstance(layer, Linear) and names.stored(path) == path:
+            mine = torch.cat([a.detach() for a in layer.lora_A[adapter].tensors().values() if a is not None])
+            theirs = held[0][adapter].weight.detach()
+            if not torch.allclose(mine.float(), theirs.float(), rtol=1e-2, atol=1e-6):
+                lost.append(path)
+    if lost:
+        raise ValueError(
+            f"model: PEFT puts the adapters of {listed(lost)} elsewhere: it takes their names for experts' weights"
+        )
 
 
 def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:

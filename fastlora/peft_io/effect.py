@@ -17,13 +17,20 @@ _EXPERTS = ("gate_up_proj", "down_proj")  # stacked over the experts, [E, ...], 
 _RENAMED = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # what PEFT takes for them, wherever it stands
 
 
+# Types whose shared experts have another name in checkpoints, by which PEFT looks for their factors in vain.
+_RENAMED_SHARED = ("laguna", "mistral_large4", "mistral_large4_text")
+
+
 def warn_of_peft(model: nn.Module, paths: Collection[str]) -> None:
     """Name the adapted matrices that PEFT would load and not run as they run here, with the reason."""
     reasons: dict[str, list[str]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     stacked = _renames_experts(model) and any(map(_is_stack_of_experts, modules.values()))
+    kind = getattr(getattr(model, "config", None), "model_type", None)
     for path in paths:
         reason = _reason(modules, path, stacked)
+        if kind in _RENAMED_SHARED and ".shared_experts." in path:
+            reason = f"with transformers 5 PEFT does not find the factors of shared experts in files of {kind}"
         if reason:
             reasons.setdefault(reason, []).append(path)
     for reason, named in reasons.items():

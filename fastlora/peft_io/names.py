@@ -39,7 +39,7 @@ def factor_key(stored: str, factor: str, module: nn.Module) -> str:
 _NEUTRAL = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "megatron_core", "qalora_group_size",
-    "eva_config",  # how A was found
+    "eva_config", "corda_config", "lora_ga_config", "loftq_config",  # how the factors were found
     "fan_in_fan_out",  # says that the weight is transposed, as a Conv1D's is: A and B are the same
 }  # fmt: skip
 
@@ -200,7 +200,8 @@ _CHECKS = {
     "modules_to_save": (_is_strings, "a list of names"),
     "init_lora_weights": (
         lambda v: isinstance(v, bool) or v in _INITS,
-        f"true, false or one of {_INITS}, the implemented ones",
+        f"true, false or one of {_INITS} (factors of others belong to a changed weight; PEFT's save_pretrained makes "
+        "them plain with path_initial_model_for_weight_conversion)",
     ),  # fmt: skip  # noqa: E501
     "rank_pattern": (lambda v: isinstance(v, dict), "an object of ranks"),
     "alpha_pattern": (lambda v: isinstance(v, dict) and all(map(_is_number, v.values())), "an object of numbers"),

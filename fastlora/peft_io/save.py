@@ -7,7 +7,7 @@ import os
 import pathlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
 from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
-from ..config import LoraConfig
+from ..config import LoraConfig, power_iterations
 from ..model.modules import named_targets, refuse_shared, saved_modules
 from ..model.replaced_check import refuse_replaced
 from ..nn.active import chosen_adapter
@@ -72,6 +72,19 @@ def save(
     >>> sorted(file.name for file in folder.iterdir())
     ['adapter_config.json', 'adapter_model.safetensors', 'fastlora.json']
     """
+    write_adapter(model, path, adapter, fold_scale=fold_scale, importance=importance)
+
+
+def write_adapter(
+    model: nn.Module,
+    path: str | os.PathLike,
+    adapter: str | None,
+    *,
+    fold_scale: bool = False,
+    importance: Mapping[str, float] | None = None,
+    over_rest: bool = False,
+) -> None:
+    """``save``; with ``over_rest`` for the frozen weight as it is, although a part of it was taken into the factors."""
     if not isinstance(path, (str, os.PathLike)):
         raise wrong_type("path", "the path of a folder", path)
     check_flag("fold_scale", fold_scale)
@@ -84,8 +97,10 @@ def save(
     config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
     if fold_scale and config.init_lora_weights == "olora":
         raise ValueError("fold_scale: expected False for init_lora_weights='olora', whose frozen weight depends on s")
+    if config.init_lora_weights in ("corda", "lora_ga") or power_iterations(config.init_lora_weights) is not None:
+        config = replace(config, init_lora_weights=True)  # the file's factors say what was taken out of the weight
     names = StoredNames(model, [path for path, layer in layers.items() if isinstance(layer, ExpertProjection)])
-    matrices = _matrices(model, names, layers, adapter, fold_scale)
+    matrices = _matrices(model, names, layers, adapter, fold_scale, over_rest)
     stored = {path: names.stored(path) for path in matrices}
     adapted = {names.module(name): matrices[path] for path, name in stored.items()}
     saved = saved_modules(model, adapter)
@@ -246,7 +261,7 @@ def _config_of(layers: Mapping[str, Linear], adapter: str) -> LoraConfig:
 
 
 def _matrices(
-    model: nn.Module, names: StoredNames, layers: Mapping[str, Linear], adapter: str, fold: bool
+    model: nn.Module, names: StoredNames, layers: Mapping[str, Linear], adapter: str, fold: bool, over_rest: bool
 ) -> dict[str, _Stored]:
     """Every matrix of the file by path; those that share a rank and a scale in it, padded and scaled to the same."""
     out = {}
@@ -254,13 +269,19 @@ def _matrices(
         if path in out:
             continue
         together = {p: layers[p] for p in names.beside(path) if p in layers}
-        rank = max(_rank(layer, adapter) for layer in together.values())
+        factors = {
+            p: {} if isinstance(layer, ExpertProjection) else _factors(layer, adapter, over_rest)
+            for p, layer in together.items()
+        }
+        rank = max(
+            sum(len(a) for a, _ in of.values()) if of else _rank(together[p], adapter) for p, of in factors.items()
+        )
         s = max((_scale(layer, adapter) for layer in together.values()), key=abs)
         for other in names.beside(path):
             if other in layers:
-                out[other] = _stored(layers[other], adapter, fold, s, rank)
+                out[other] = _stored(layers[other], factors[other], adapter, fold, s, rank)
             else:
-                base, like = named_targets(model)[other], _stored(layers[path], adapter, fold, s, rank)
+                base, like = named_targets(model)[other], _stored(layers[path], factors[path], adapter, fold, s, rank)
                 A = like.A.new_zeros(rank, base.in_features)
                 B = like.B.new_zeros(base.out_features, rank)
                 out[other] = _Stored(A, B, like.alpha, (Slice(WHOLE, base.out_features, 0, 1.0),))
@@ -279,28 +300,42 @@ def _scale(layer: Linear, adapter: str) -> float:
     return max((scales[name] for name in layer.slices if ranks[name]), key=abs)
 
 
-def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _Stored:
+def _factors(layer: Linear, adapter: str, over_rest: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each slice that has a rank; what was taken out of the weight goes beside them, with B negated."""
+    A, B, out = layer.lora_A[adapter], layer.lora_B[adapter], {}
+    starts = ({}, {}) if over_rest else (A.starts(), B.starts())
+    for name, rank in layer.ranks(adapter).items():
+        if rank:
+            a, b = (whole(side._parameters[name].detach()) for side in (A, B))
+            if name in starts[0]:
+                a, b = torch.cat([a, starts[0][name]]), torch.cat([b, -starts[1][name]], dim=1)
+            out[name] = a, b
+    return out
+
+
+def _stored(
+    layer: Linear, factors: Mapping[str, tuple[Tensor, Tensor]], adapter: str, fold: bool, s: float, rank: int
+) -> _Stored:
     """A layer's matrix for a file entry of this scale and rank."""
-    A, B = layer.lora_A[adapter]._parameters, layer.lora_B[adapter]._parameters
-    ranks, scales = layer.ranks(adapter), layer.adapter_specs[adapter].scale
-    live = [name for name in layer.slices if ranks[name]]
     if isinstance(layer, ExpertProjection):
         pairs = dict(zip(layer.slices, layer.pairs(adapter), strict=True))
         if layer.taken_for_untransposed:
             pairs = {name: (b.t(), a.t(), scale) for name, (a, b, scale) in pairs.items()}
         As, Bs, slices = experts_stacked(pairs, s, rank, fold)
         return _Stored(As, Bs, _alpha(1.0 if fold else s, rank), slices, rank)
+    scales, live = layer.adapter_specs[adapter].scale, [*factors]
+    ranks = {name: len(factors[name][0]) if name in factors else 0 for name in layer.slices}
     if isinstance(layer, Plain):
-        return _kernels(layer, A[WHOLE].detach(), B[WHOLE].detach(), s, fold)
+        return _kernels(layer, *factors[WHOLE], s, fold)
     ratios = {name: scales[name] / s if s and not fold else 1.0 for name in layer.slices}
     own = sum(ranks.values())
-    stacked = torch.cat([whole(A[name].detach()) for name in live])
+    stacked = torch.cat([a for a, _ in factors.values()])
     stacked = F.pad(stacked, (0, 0, 0, rank - own))
-    block = stacked.new_zeros(sum(layer.slices.values()), rank, dtype=B[live[0]].dtype)
+    block = stacked.new_zeros(sum(layer.slices.values()), rank, dtype=factors[live[0]][1].dtype)
     column = 0
     for name in live:
         factor = scales[name] if fold else ratios[name]
-        b = whole(B[name].detach())
+        b = factors[name][1]
         # Products of low-precision factors are rounded once.
         b = b if factor == 1 else (b.double() * factor).to(b.dtype)
         block[layer.slices.rows(name), column : column + ranks[name]] = b
@@ -313,7 +348,7 @@ def _stored(layer: Linear, adapter: str, fold: bool, s: float, rank: int) -> _St
 
 def _kernels(layer: Plain, A: Tensor, B: Tensor, s: float, fold: bool) -> _Stored:
     """The factors of a convolution or an embedding in PEFT's shapes."""
-    rank, A, B = len(A), whole(A), whole(B)
+    rank = len(A)
     B = (B.double() * s).to(B.dtype) if fold else B
     if isinstance(layer, CONVOLUTIONS):
         A, B = (t.view(shape) for t, shape in zip((A, B), kernel_shapes(layer, rank), strict=True))

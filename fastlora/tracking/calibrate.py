@@ -304,6 +304,21 @@ def calibrate(
         return found if ranks is None else ranks.from_first(found)
 
 
+def backward_passes(
+    model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor], steps: int | None
+) -> list[Any]:
+    """Differentiate the loss of each of ``steps`` items of ``batches``, which are returned; errors as ``calibrate``."""
+    _check_call(batches, loss_fn, steps)
+    kept: list[Any] = []
+    for batch in itertools.islice(batches, steps):
+        loss = loss_fn(model, batch)
+        _check_loss(loss, len(kept))
+        loss.backward()
+        kept.append(batch)
+    _check_enough(len(kept), steps, 0 if kept else -1)
+    return kept
+
+
 def _check_call(batches: Any, loss_fn: Any, steps: Any) -> None:
     if steps is not None:
         check_integer("steps", steps, 1, "None for all batches, or an integer")

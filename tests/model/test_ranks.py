@@ -138,7 +138,7 @@ class TestPeftConfig:
     @pytest.mark.parametrize(
         "fields",
         [
-            {"init_lora_weights": "pissa_niter_4"},
+            {"init_lora_weights": "mica"},
             {"trainable_token_indices": [1]},
             {"target_parameters": ["weight"]},
         ],

@@ -465,3 +465,27 @@ class TestErrorsChangeNothing:
         with pytest.raises(ValueError, match="model: '0' is merged already"):
             fastlora.merge(model, requantize=True)
         assert model[0].weight is weight
+
+
+@EVERY
+@pytest.mark.parametrize("fields", [dict(use_dora=True), dict(init_lora_weights="pissa"), dict(lora_bias=True)])
+def test_what_takes_the_values_of_the_weight_is_refused(kind, fields):
+    model = make(kind)
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    state = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}: .*'0' is .*; leave it out by exclude_modules"):
+        fastlora.inject(model, config(target_modules=["0", "2"], r=4, **fields))
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert all(p is state[n][0] and p.requires_grad is state[n][1] for n, p in model.named_parameters())
+
+
+@EVERY
+def test_starting_from_data_is_refused(kind):
+    model, _ = adapted(kind)
+    for layer in adapted_layers(model).values():
+        nn.init.zeros_(layer.lora_B.default.weight)
+    eye = {path: torch.eye(layer.in_features) for path, layer in adapted_layers(model).items()}
+    with pytest.raises(ValueError, match="'0' is .*, and initialize_corda takes parts of plain linears"):
+        fastlora.initialize_corda(model, eye)
+    with pytest.raises(ValueError, match="'0' is .*, and initialize_lora_ga takes parts of plain linears"):
+        fastlora.initialize_lora_ga(model, [inputs(3, 5, K)], lambda m, x: m(x).sum(), steps=1)

@@ -100,3 +100,15 @@ def _tensor(output):
     if isinstance(output, torch.Tensor):
         return output
     return output.logits if "logits" in output else output.pooler_output
+
+
+@pytest.mark.parametrize("name", ["ernie4_5_moe", "laguna"])
+def test_to_peft_refuses_what_peft_puts_elsewhere(name):
+    from benchmarks.families.models import families
+
+    family = next(f for f in families() if f.name == name)
+    model = fastlora.inject(family.make(), fastlora.LoraConfig(r=2, target_modules="mlp"))
+    with pytest.raises(ValueError, match="PEFT puts the adapters of .* elsewhere"):
+        fastlora.to_peft(model)
+    taken = fastlora.inject(family.make(), fastlora.LoraConfig(r=2, target_modules="qkv"))
+    fastlora.to_peft(taken)

@@ -149,3 +149,33 @@ class TestFrozenWeightsInTheFile:
         assert_close(forward(fastlora.load(resized().double(), tmp_path), tokens() + 4), wanted)
         with pytest.raises(ValueError, match=r"call model.resize_token_embeddings\(44\) first"):
             fastlora.load(make_llama().double(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (dict(modules_to_save=["q_proj"]), "modules_to_save: .* is also a target"),
+        (dict(exclude_modules=["q_proj"]), "exclude_modules: nothing is left"),
+        (
+            dict(exclude_modules=["self_attn"]),
+            "exclude_modules: 'model.layers.\\d.self_attn' is no target but holds some",
+        ),
+        (
+            dict(rank_pattern={"k_proj": 4}),
+            "rank_pattern: expected patterns that match an adapted matrix, got 'k_proj'",
+        ),
+        (dict(alpha_pattern={"k_proj": 4}), "alpha_pattern: expected patterns that match"),
+        (dict(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "quantize the model first"),
+        (dict(init_lora_weights="orthogonal", rank_pattern={"q_proj": 3}), "expected an even rank"),
+        (dict(init_lora_weights="olora", target_modules=["q_proj", "embed_tokens"]), "init_lora_weights: .*Embedding"),
+        (dict(use_dora=True, target_modules=["q_proj", "embed_tokens"]), "use_dora: .*Embedding"),
+        (dict(layers_to_transform=[0], target_modules=["lm_head"]), "layers_to_transform: expected indices of layers"),
+    ],
+)
+def test_fields_that_contradict_each_other(fields, says):
+    model = make_llama()
+    before = {name: (type(module), module.training) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=says):
+        fastlora.inject(model, peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **fields}))
+    assert {name: (type(module), module.training) for name, module in model.named_modules()} == before
+    assert all(p.requires_grad for p in model.parameters())

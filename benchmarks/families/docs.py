@@ -1,0 +1,77 @@
+"""Rows of families as lines, and as a page of the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..harness.tables import table
+from .checks import NONE, OK
+
+COLUMNS = ("slices", "gradients", "statistics", "peft", "checkpointing", "compile")
+Rows = Mapping[str, Mapping[str, Any]]
+
+_HEAD = """\
+# Families of models
+
+What the roles find in small random models of every family, and whether the numbers are right. One command writes this
+page, and goes on where the file of rows ends:
+
+```
+OMP_NUM_THREADS=1 python -m benchmarks.families --json benchmarks/results/families.json --docs docs/families.md
+```
+
+- **roles**: how many matrices `"qkv"`, `"attention"`, `"mlp"`, `"mixer"` take. `fastlora.roles(model)` shows the rest.
+- **slices**: the rows of each slice of a fused matrix were changed, and only what that slice feeds moved.
+- **gradients**, **statistics**: outputs, every gradient and exact `grad_sq` in float64, against a model whose weights
+  are W + s B A.
+- **peft**: PEFT runs our file, and `fastlora.load` PEFT's, with the same outputs.
+- **checkpointing**, **compile**: the same gradients with blocks recomputed, and of `torch.compile(backend="aot_eager")`
+  (asked for by `--compile`).
+
+`ok` holds for every role of the row; `-` means that there is nothing to check: no fused matrix, no recomputation in the
+library, a tower that the pass does not run, or a column not asked for. Everything else is the reason.
+"""
+
+
+def one_line(row: Mapping[str, Any]) -> str:
+    """A row as it is printed while it is made."""
+    bad = [f"{column}={row[column]}" for column in COLUMNS if row[column] not in (OK, NONE)]
+    reasons = [*bad, *([row["reason"]] if row["reason"] else [])]
+    return "; ".join([_roles(row) or "no roles", *reasons, f"left {','.join(row['left'][:6])}"])
+
+
+def page(rows: Rows) -> str:
+    """The whole page."""
+    return _HEAD + "\n" + "\n".join(_sections(rows)) + "\n"
+
+
+def _sections(rows: Rows) -> Iterator[str]:
+    for library in ("transformers", "timm", "open_clip", "torch"):
+        own = {key.partition("/")[2]: row for key, row in rows.items() if key.startswith(library + "/")}
+        found = {name: row for name, row in own.items() if row["roles"]}
+        right = sum(all(row[c] in (OK, NONE) for c in COLUMNS) for row in found.values())
+        yield f"## {library}: {len(found)} families with roles, {right} of them without a remark in any column\n"
+        yield from table(
+            ["family", "roles", *COLUMNS, "remark"],
+            [[name, _roles(row), *[_cell(row[c]) for c in (*COLUMNS, "reason")]] for name, row in found.items()],
+            words=tuple(range(9)),
+        )
+        yield ""
+        without = {name: row for name, row in own.items() if not row["roles"]}
+        if without:
+            yield "Without roles, or not built small by the generic sizes of the command:\n"
+            yield from table(
+                ["family", "reason"],
+                [[name, _cell(row["reason"] or "no linear of a known block")] for name, row in without.items()],
+                words=(0, 1),
+            )
+            yield ""
+
+
+def _roles(row: Mapping[str, Any]) -> str:
+    return " ".join(f"{role}:{count}" for role, count in row["roles"].items())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("<", "").replace(">", "")
