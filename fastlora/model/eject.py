@@ -19,7 +19,8 @@ from ..nn.layer_view import Conv1D
 from ..nn.linear import adapted_layers, detach_state
 from ..nn.plain import Plain
 from ..nn.quantized import QuantizedLinear, original_class
-from .modules import change_class, conv1d_class
+from .modules import conv1d_class
+from .owners import change_class
 
 _OF_MODEL = (
     "fastlora_biases",

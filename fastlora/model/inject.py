@@ -41,20 +41,18 @@ from .learning_check import MODES, watch_learning
 from .modules import (
     adapted_class,
     attention_blocks,
-    change_class,
     class_name,
     features,
     has_suffix,
     is_linear,
     named_targets,
-    passed_by,
     refusal,
     refuse_shared,
     role_targets,
-    take_over,
     torch_attentions,
     users_of_parameters,
 )
+from .owners import change_class, passed_by, take_over
 from .replaced_check import watch_places
 from .saving_check import watch_savers
 from .slices import default_rank, slices_of

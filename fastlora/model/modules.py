@@ -1,4 +1,4 @@
-"""Which modules can be adapted, the class that each becomes, and what its owner needs so that the layer is called.
+"""Which modules can be adapted, and the class that each becomes.
 
 Tables of attention and MLP blocks and of task heads, by structure and name: a model family is one entry.
 """
@@ -24,8 +24,8 @@ from .._utils.errors import unknown_choice
 from .._utils.torch_compat import forward_hooks
 from ..config import ROLES
 from ..nn.adapter import Slices
-from ..nn.attention import InProjection, MultiheadAttention, StackedProjection, TransformerEncoderLayer
-from ..nn.experts import ExpertProjection, ExpertStack, adapt
+from ..nn.attention import InProjection, StackedProjection
+from ..nn.experts import ExpertProjection, ExpertStack
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Adapted, Linear, QKVLinear
 from ..nn.plain import CLASSES
@@ -287,7 +287,7 @@ def refusal(model: nn.Module, name: str) -> str | None:
         return "it is an embedding with max_norm or sparse gradients, which its factors could not have"
     readers = _torch_readers(modules, path, leaf)
     for called in (module, *[reader for reader, _ in readers]):
-        if "forward" in vars(called) and not _kept_forwards(called):
+        if "forward" in vars(called) and not kept_forwards(called):
             kind = type(called).__name__
             return f"the forward of this {kind} was replaced by {vars(called)['forward']!r}; call inject before that"
     for reader, known in readers:
@@ -444,53 +444,15 @@ def saved_modules(model: nn.Module, adapter: str | None) -> list[str]:
     return [n for n, _ in model.named_modules() if any(n == w or n.endswith("." + w) for w in wanted)]
 
 
-def biases_apart(owner: nn.Module) -> bool:
-    """Whether an owner adds the biases of its qkv itself, and has a switch that makes it call qkv."""
-    return class_name(owner) in _BIAS_APART and hasattr(owner, "qkv_bias_separate")
-
-
-def change_class(module: nn.Module, new: type[nn.Module]) -> None:
-    """Give a module another class. Its old forward where the instance keeps it, as accelerate's hooks do, follows."""
-    kept = _kept_forwards(module)
-    module.__class__ = new
-    for name in kept:
-        setattr(module, name, MethodType(new.forward, module))
-
-
-def _kept_forwards(module: nn.Module) -> list[str]:
+def kept_forwards(module: nn.Module) -> list[str]:
     """Attributes of an instance that are its class's forward bound to it."""
     bound = ((name, held) for name, held in vars(module).items() if isinstance(held, MethodType))
     return [name for name, held in bound if held.__self__ is module and held.__func__ is type(module).forward]
 
 
-def passed_by(model: nn.Module, name: str) -> bool:
-    """Whether a linear's owner may read its weight without calling it, until ``take_over`` has changed the owner."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    if biases_apart(owner):
-        return leaf == "qkv" and owner.q_bias is not None and not owner.qkv_bias_separate
-    return type(owner) in (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-
-
-def take_over(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Make the owner of an adapted layer call it: known owners get another class, or their switch is set.
-
-    Owners further up, too: ``nn.TransformerEncoderLayer`` reads the weights of its attention's projections.
-    """
-    parts = name.split(".")
-    for depth in range(len(parts)):
-        owner = model.get_submodule(".".join(parts[:depth]))
-        if type(owner) is nn.TransformerEncoderLayer:
-            change_class(owner, TransformerEncoderLayer)
-        elif type(owner) is nn.MultiheadAttention:
-            change_class(owner, MultiheadAttention)
-        if depth == len(parts) - 1:
-            if isinstance(layer, ExpertProjection):
-                adapt(owner, layer)
-            elif isinstance(layer, InProjection) and "in_proj" not in owner._modules:
-                owner.hold(layer)
-            elif biases_apart(owner) and parts[-1] == "qkv":
-                owner.qkv_bias_separate = True
+def biases_apart(owner: nn.Module) -> bool:
+    """Whether an owner adds the biases of its qkv itself, and has a switch that makes it call qkv."""
+    return class_name(owner) in _BIAS_APART and hasattr(owner, "qkv_bias_separate")
 
 
 def refuse_shared(model: nn.Module, saved: Sequence[str], where: str) -> None:
