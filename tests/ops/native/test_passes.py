@@ -212,6 +212,7 @@ def test_what_is_dropped_is_zero_whatever_it_was():
     assert h.isfinite().all() and dA[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths, blocks", [([24, 12, 6], 6), ([64, 128], 2), ([3, 6], 3)])
 def test_projections_that_interleave_are_those_of_sorted_columns(widths, blocks, dtype):
     problem = make(75, 40, widths, [3, 17, 5][: len(widths)], dtype, torch.float32, True, probes=2, layout="slice")
