@@ -83,6 +83,10 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
+# Roles that are not of this table: one takes everything, the other has a page of its own.
+_ELSEWHERE = {"all-linear", "experts"}
+
+
 def adapted(base: nn.Module, role: str) -> nn.Module:
     """A copy of ``base`` in which a role has adapters that do something."""
     refused, patterns = refusals(base, role), {}
@@ -404,14 +408,14 @@ def _moved(part: str, before: _Watch, after: _Watch) -> set[str] | None:
 
 def role_counts(model: nn.Module) -> dict[str, int]:
     """How many matrices each role takes, of those that are about a part of the model."""
-    found = {role: len(role_targets(model, role)) for role in ROLES if role != "all-linear"}
+    found = {role: len(role_targets(model, role)) for role in ROLES if role not in _ELSEWHERE}
     return {role: count for role, count in found.items() if count}
 
 
 def left_over(model: nn.Module) -> list[str]:
-    """Last names of the linears that no role but all-linear takes."""
+    """Last names of the matrices that none of these roles takes."""
     rows = fastlora.roles(model).rows
-    left = {row.name.rpartition(".")[2] or row.name for row in rows if not set(row.roles) - {"all-linear"}}
+    left = {row.name.rpartition(".")[2] or row.name for row in rows if not set(row.roles) - _ELSEWHERE}
     return sorted(left)
 
 

@@ -21,7 +21,8 @@ page, and goes on where the file of rows ends:
 OMP_NUM_THREADS=1 python -m benchmarks.families --json benchmarks/results/families.json --docs docs/families.md
 ```
 
-- **roles**: how many matrices `"qkv"`, `"attention"`, `"mlp"`, `"mixer"` take. `fastlora.roles(model)` shows the rest.
+- **roles**: how many matrices `"qkv"`, `"attention"`, `"mlp"`, `"mixer"` take. `fastlora.roles(model)` shows the rest;
+  `"experts"` has [a page of its own](experts.md).
 - **slices**: the rows of each slice of a fused matrix were changed, and only what that slice feeds moved.
 - **gradients**, **statistics**: outputs, every gradient and exact `grad_sq` in float64, against a model whose weights
   are W + s B A.
