@@ -235,9 +235,10 @@ def _slices(model: nn.Module, adapter: str | None, verb: str, halves: int = 1) -
             continue
         if type(layer) not in (Linear, QKVLinear, Conv1D):
             raise ValueError(f"model: {path!r} is {type(layer).__name__}, and {verb} takes parts of plain linears")
-        if layer.merged or len(layer.adapter_specs) > 1:
-            why = "is merged; call fastlora.unmerge first" if layer.merged else "has another adapter on the same weight"
-            raise ValueError(f"model: {path!r} {why}")
+        if layer.merged:
+            raise ValueError(f"model: {path!r} is merged; call fastlora.unmerge first")
+        if len(layer.adapter_specs) > 1:
+            raise ValueError(f"model: {path!r} has another adapter on the same weight")
         if len(users[id(layer.weight)]) > 1:
             raise ValueError(f"model: {path!r} shares its weight with another module, which {verb} would change")
         if layer.weight.is_meta:
