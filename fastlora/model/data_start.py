@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_integer, check_number, listed, wrong_value
+from .._utils.types import ModelT
 from ..nn.active import chosen_adapter
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, QKVLinear, adapted_layers, matrix_key
@@ -43,8 +44,8 @@ class _Slice(NamedTuple):
 
 @torch.no_grad()
 def initialize_corda(
-    model: nn.Module, covariances: Mapping[str, Tensor], *, method: str = "ipm", adapter: str | None = None
-) -> nn.Module:
+    model: ModelT, covariances: Mapping[str, Tensor], *, method: str = "ipm", adapter: str | None = None
+) -> ModelT:
     r"""CorDA: A and B become the part of W that the inputs see most, or least, and W the rest; returns the model.
 
     .. math:: W C = U S V^\top,\quad s B A = U_r S_r V_r^\top C^{-1},\quad W \leftarrow W - s B A
@@ -62,6 +63,12 @@ def initialize_corda(
     or with one that will not do, layers that are no linear or share their weight, trained ones, and ranks above
     min(N, K).
     Source: Yang et al., "CorDA: Context-Oriented Decomposition Adaptation" (NeurIPS 2024).
+
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> before = model[0].weight.clone()
+    >>> model = fastlora.initialize_corda(model, {"0": torch.eye(8)})
+    >>> torch.allclose(model[0].weight + model[0].delta(), before, atol=1e-6)
+    True
     """
     check_choice("method", method, ("ipm", "kpm"))
     adapter, slices = _slices(model, adapter, "initialize_corda")
@@ -91,7 +98,7 @@ def _corda(each: _Slice, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def initialize_lora_ga(
-    model: nn.Module,
+    model: ModelT,
     batches: Iterable[Any],
     loss_fn: Callable[[nn.Module, Any], Tensor],
     *,
@@ -101,7 +108,7 @@ def initialize_lora_ga(
     scale: str = "stable",
     stable_gamma: float = 16,
     adapter: str | None = None,
-) -> nn.Module:
+) -> ModelT:
     r"""LoRA-GA: A and B become singular vectors of the weight's gradient, and W the rest; returns the model.
 
     .. math:: G = \frac{1}{n} \sum_i \nabla_W \ell_i = U S V^\top,\quad A = V_{:r}^\top,\quad
@@ -120,6 +127,12 @@ def initialize_lora_ga(
     argument, with the model as it was, for what ``calibrate`` refuses of batches and losses, matrices that no gradient
     reaches, ranks above half of min(N, K), and layers that ``initialize_corda`` refuses.
     Source: Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation" (NeurIPS 2024).
+
+    >>> model, x = nn.Sequential(fastlora.nn.Linear(8, 8, r=2)), torch.randn(4, 8)
+    >>> before = model(x)
+    >>> model = fastlora.initialize_lora_ga(model, [x], lambda model, x: model(x).square().mean(), steps=1)
+    >>> torch.allclose(model(x), before, atol=1e-5)
+    True
     """
     check_integer("passes", passes, 1)
     check_choice("direction", direction, DIRECTIONS)

@@ -197,6 +197,7 @@ def test_opcheck(p):
         case["scale"],
         [p],
         list(range(len(B))),
+        [],
         "eager",
         "linear",
     )
