@@ -166,14 +166,6 @@ def _dropout(drop: Dropout | None, ranks: LoraRanks) -> tuple[KeyDropout | None,
     return dropout, drop.streams or range(n)
 
 
-def _apart(views: Sequence[Tensor]) -> list[Tensor]:
-    """Copies that share no memory, in one launch."""
-    copies = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in views]
-    if copies:
-        torch._foreach_copy_(copies, list(views))
-    return copies
-
-
 def grouped_shrink(
     x: Tensor,
     factors: Sequence[Tensor],
@@ -215,7 +207,7 @@ def grouped_expand_(
     """In place ``y[m] += s_gi h_gi[m] B_gi^T`` at projection i's place, for the rows of every adapter g.
 
     y_j [M, N_j], W_j [N_j, K]. Returns with ``moments`` the column sums of y_j and y_j^2 over each adapter's rows,
-    float64 [2, N_j], entry ``g * len(y) + j``. ``runs``: of projections that interleave.
+    float64 [2, N_j], entry ``g * len(y) + j``, views of one tensor for each output. ``runs``: of projections that interleave.
     """
     G, M, n = ranks.adapters, h.shape[0], len(places)
     make = torch.zeros if M == 0 else torch.empty
@@ -232,7 +224,7 @@ def grouped_expand_(
             own = sums[j].narrow(2, column, width) if moments else None
             projections.append(linear.Projection(w, None, packed, out, own, 0, 1.0))
         linear.expand(h, h, projections, False, tiles, segments, ranks.even, runs)
-    return _apart([of_output[g] for g in range(G) for of_output in sums])
+    return [of_output[g] for g in range(G) for of_output in sums]
 
 
 def grouped_shrink_backward(
@@ -302,7 +294,7 @@ def grouped_wgrad(
     """``dA = dh^T x``, ``dB = s dy_i^T h_i``, ``Q = dy_i^T h_P`` of every adapter over its own rows.
 
     x [M, K] (None: dA is not wanted), dy_i [M, widths_i] (None: zeros) -> dA [r, K], dB [N_i, r] in ``dtype`` and Q
-    fp32 [N_i, k_g], each with one entry for every adapter and projection. ``runs`` as in ``grouped_shrink_backward``.
+    fp32 [N_i, k_g], each with one entry for every adapter and projection: views of one tensor each. ``runs`` as in ``grouped_shrink_backward``.
     """
     n, live = len(dy), [i for i, part in enumerate(dy) if part is not None]
     wide, K = [unit_last(dy[i]) for i in live], 0 if x is None else x.shape[1]
@@ -333,8 +325,8 @@ def grouped_wgrad(
     found = []
     for packed, some, shape in zip(flat, sizes, shapes, strict=True):
         views = packed.split(some)
-        there = iter(_apart([v.view(s) for v, s, size in zip(views, shape, some, strict=True) if size]))
-        found.append([next(there) if size else packed.new_zeros(s) for size, s in zip(some, shape, strict=True)])
+        parts = zip(views, shape, some, strict=True)
+        found.append([v.view(s) if size else packed.new_zeros(s) for v, s, size in parts])
     return found[0] if x is not None else [], found[1], found[2]
 
 

@@ -248,7 +248,17 @@ multiply_each = _foreach("mul", torch.mul)
 divide_each = _foreach("div", torch.div)
 subtract_each = _foreach("sub", torch.sub)
 add_to_each_ = _foreach("add_", Tensor.add_)
+copy_each_ = _foreach("copy_", Tensor.copy_)
 norm_of_each = _foreach("norm", torch.linalg.vector_norm)
+
+
+def apart(views: Sequence[Tensor]) -> list[Tensor]:
+    """Copies that share no memory, in one launch."""
+    copies = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in views]
+    if copies:
+        copy_each_(copies, list(views))
+    return copies
+
 
 # oneDNN's linear.
 

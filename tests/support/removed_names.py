@@ -238,6 +238,7 @@ def lists() -> None:
 
     a, b = [torch.tensor([3.0, 4.0]), torch.tensor([2.0])], [torch.tensor([1.0, 2.0]), torch.tensor([4.0])]
     assert [t.tolist() for t in torch_compat.multiply_each(a, b)] == [[3.0, 8.0], [8.0]]
+    assert [t.tolist() for t in torch_compat.apart([a[0][:1], a[1]])] == [[1.0 * a[0][0].item()], a[1].tolist()]
     assert [t.tolist() for t in torch_compat.divide_each(a, torch.tensor(2.0))] == [[1.5, 2.0], [1.0]]
     assert [t.tolist() for t in torch_compat.subtract_each(a, b)] == [[2.0, 2.0], [-2.0]]
     assert [float(t) for t in torch_compat.norm_of_each(a, 2)] == [5.0, 2.0]
