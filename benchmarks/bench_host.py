@@ -1,4 +1,4 @@
-"""Host time of a layer: ``benchmarks.host`` in a process of its own, as the null GPU comes before the first backward."""
+"""Host time of a layer: ``benchmarks.host`` in a process of its own, whose null GPU comes before any backward."""
 
 from __future__ import annotations
 

@@ -207,7 +207,8 @@ def grouped_expand_(
     """In place ``y[m] += s_gi h_gi[m] B_gi^T`` at projection i's place, for the rows of every adapter g.
 
     y_j [M, N_j], W_j [N_j, K]. Returns with ``moments`` the column sums of y_j and y_j^2 over each adapter's rows,
-    float64 [2, N_j], entry ``g * len(y) + j``, views of one tensor for each output. ``runs``: of projections that interleave.
+    float64 [2, N_j], entry ``g * len(y) + j``, views of one tensor for each output. ``runs``: of projections that
+    interleave.
     """
     G, M, n = ranks.adapters, h.shape[0], len(places)
     make = torch.zeros if M == 0 else torch.empty
@@ -294,7 +295,8 @@ def grouped_wgrad(
     """``dA = dh^T x``, ``dB = s dy_i^T h_i``, ``Q = dy_i^T h_P`` of every adapter over its own rows.
 
     x [M, K] (None: dA is not wanted), dy_i [M, widths_i] (None: zeros) -> dA [r, K], dB [N_i, r] in ``dtype`` and Q
-    fp32 [N_i, k_g], each with one entry for every adapter and projection: views of one tensor each. ``runs`` as in ``grouped_shrink_backward``.
+    fp32 [N_i, k_g], each with one entry for every adapter and projection, views of one tensor each. ``runs`` as in
+    ``grouped_shrink_backward``.
     """
     n, live = len(dy), [i for i, part in enumerate(dy) if part is not None]
     wide, K = [unit_last(dy[i]) for i in live], 0 if x is None else x.shape[1]
