@@ -294,19 +294,6 @@ class Averages:
 
 
 COVARIANCES = ("act_cov", "grad_cov")
-_BLOCK = 256
-
-
-def add_gram_(total: Tensor, rows: Tensor, weight: Tensor) -> None:
-    """``total += weight · rows^T rows`` on and above the diagonal, block by block: half of the full product.
-
-    total [D, D], rows [M, D], weight a scalar tensor; a weight of 0 adds nothing, whatever the rows hold.
-    """
-    rows = rows.to(total.dtype)
-    for start in range(0, rows.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, rows.shape[1])
-        block = rows[:, start:stop].T @ rows[:, start:]
-        total[start:stop, start:] += torch.where(weight == 0, 0.0, weight * block)
 
 
 class Covariances:
@@ -341,10 +328,10 @@ class Covariances:
             for call in calls:
                 x, dy = _counting_rows(call)
                 backend, _ = choose((backends or {}).get(path, "auto"), x.device, x.dtype)
-                acc, update = accumulate_dtype(x.dtype), getattr(backend, "add_gram_", add_gram_)
+                acc = accumulate_dtype(x.dtype)
                 for kind, rows, weight in (("act_cov", x, keep), ("grad_cov", dy, keep * inverse_scale.square())):
                     if kind in self._sums:
-                        update(self._sums[kind][path], rows, weight.to(x.device, acc))
+                        backend.add_gram_(self._sums[kind][path], rows, weight.to(x.device, acc))
                 count = x.shape[0] if call.keep is None else call.keep.sum()
                 self._rows[path] += keep.to(x.device, torch.float64) * count
 
