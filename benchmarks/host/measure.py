@@ -57,6 +57,8 @@ def _measured(name: str, case: Case, rounds: int, gpu: NullGpu | None) -> list[d
         for _ in range(2):  # what is learned, compiled or planned at the first call
             variant.forget()
             variant.call()
+        if variant.tracker is not None:
+            variant.tracker.step()  # the first one ends the search for data-parallel ranks
     counted = {} if gpu is None else {variant.name: _counted(gpu, variant) for variant in variants}
     times = _times(case, variants, rounds * case.longer)
     for variant in variants:
