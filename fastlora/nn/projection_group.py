@@ -156,14 +156,14 @@ class ProjectionGroup:
             self._compare(visit, trigger, x, route)
         skip, drawn = self._plan.get(trigger, self._unknown), visit.drawn
         number = drawn.get(layer, 0)
-        members = [member() for member in self._members]
-        ahead = [
-            i
-            for i, other in enumerate(members)
-            if i not in skip and _joins(other, layer, route) and (not drawn or drawn.get(other, 0) == number)
-        ]
-        which = (mine, *ahead)
-        layers = tuple([members[i] for i in which])
+        which, layers = [mine], [layer]
+        for i, member in enumerate(self._members):
+            if i == mine or i in skip or (other := member()) is None:
+                continue
+            if (not drawn or drawn.get(other, 0) == number) and _joins(other, layer, route):
+                which.append(i)
+                layers.append(other)
+        which = tuple(which)
         bundle = self._bundles.get(which)
         if bundle is None:
             bundle = self._bundles[which] = Bundle()
@@ -228,12 +228,10 @@ class ProjectionGroup:
                 self._learned[trigger] = self._plan.get(trigger, self._unknown) - wanted
 
 
-def _joins(other: Linear | None, mine: Linear, route: Route) -> bool:
+def _joins(other: Linear, mine: Linear, route: Route) -> bool:
     """Whether a sibling may be computed with a layer, as far as that changes without its operands changing."""
     return not (
-        other is mine
-        or other is None
-        or has_hooks(other)
+        has_hooks(other)
         or other.training is not mine.training
         or "forward" in other.__dict__
         or other.bypassed(route)
