@@ -217,8 +217,8 @@ def test_the_committed_table_is_what_the_command_makes(power, tmp_path):
         assert one == pytest.approx(other, abs=2e-3)
     first = kept["rows"][0]
     assert (first["spread"], first["sentences"], first["seeds"]) == ("measured", 872, 5)
-    assert f"a single test finds {first['one']:.1f} points" in (ROOT / "docs" / "methods.md").read_text(
-        encoding="utf-8"
+    assert f"an effect of {first['one']:.1f} points with power 80 %" in (ROOT / "docs" / "methods.md").read_text(
+        "utf-8"
     )
     assert (RESULTS / "power.md").read_text(encoding="utf-8") == power.markdown(kept)
 
