@@ -1,4 +1,4 @@
-"""SST-2 from tab-separated files, as batches of token ids."""
+"""SST-2 and CoLA from tab-separated files, as batches of token ids."""
 
 from __future__ import annotations
 
@@ -19,29 +19,37 @@ class Sentences(NamedTuple):
     labels: list[int]
 
 
+# header -> columns of the sentence and of its label
+HEADERS = {("sentence", "label"): (0, 1), ("source", "label", "mark", "sentence"): (3, 1)}
+FILES = {"sst2": ("train.tsv", "dev.tsv"), "cola": ("in_domain_train.tsv", "in_domain_dev.tsv")}
+
+
 def read(path: Path) -> Sentences:
-    """A file with the header ``sentence<TAB>label``; ``ValueError`` names the file and line that is something else."""
+    """A file with a header of ``HEADERS``; ``ValueError`` names the file and line that is something else."""
     texts, labels = [], []
     with path.open(encoding="utf-8") as lines:
-        header = next(lines, "").rstrip("\n").split("\t")
-        if header != ["sentence", "label"]:
-            raise ValueError(f"{path}: expected the header sentence<TAB>label, got {header}")
+        header = tuple(next(lines, "").rstrip("\n").split("\t"))
+        if header not in HEADERS:
+            known = " or ".join("<TAB>".join(names) for names in HEADERS)
+            raise ValueError(f"{path}: expected the header {known}, got {list(header)}")
+        text, label = HEADERS[header]
         for number, line in enumerate(lines, start=2):
             fields = line.rstrip("\n").split("\t")
-            if len(fields) != 2 or fields[1] not in ("0", "1"):
-                raise ValueError(f"{path}:{number}: expected a sentence, a tab and 0 or 1, got {line!r}")
-            texts.append(fields[0])
-            labels.append(int(fields[1]))
+            if len(fields) != len(header) or fields[label] not in ("0", "1"):
+                raise ValueError(f"{path}:{number}: expected {', '.join(header)} with a label 0 or 1, got {line!r}")
+            texts.append(fields[text])
+            labels.append(int(fields[label]))
     return Sentences(texts, labels)
 
 
-def find(folder: Path) -> tuple[Sentences, Sentences]:
-    """(train, dev) of a folder, or of its subfolder ``sst2``."""
-    base = folder / "sst2" if (folder / "sst2").is_dir() else folder
-    for name in ("train.tsv", "dev.tsv"):
-        if not (base / name).is_file():
-            raise ValueError(f"--data-dir: expected {name} in {base}")
-    return read(base / "train.tsv"), read(base / "dev.tsv")
+def find(folder: Path, name: str = "sst2") -> tuple[Sentences, Sentences]:
+    """(train, dev) of a data set of ``FILES`` in a folder, or in its subfolder of that name."""
+    base = folder / name if (folder / name).is_dir() else folder
+    for file in FILES[name]:
+        if not (base / file).is_file():
+            raise ValueError(f"--data-dir: expected {file} in {base}")
+    train, dev = (read(base / file) for file in FILES[name])
+    return train, dev
 
 
 def draw(sentences: Sentences, count: int, seed: int) -> Sentences:

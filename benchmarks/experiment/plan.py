@@ -1,0 +1,254 @@
+"""What the next experiment asks, fixed before it runs: ``python -m benchmarks.experiment.plan`` writes its page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..harness.tables import table
+from .splits import Splits, fingerprint
+
+PAGE = Path(__file__).with_name("hypotheses.md")
+
+ALPHA = 0.05
+EQUIVALENT = {"sst2": 0.005, "cola": 0.02}  # a difference within it is none: accuracy, Matthews correlation
+RATES = (1e-3, 3e-3, 1e-2)  # of adapters; a head takes the same in every setting, HEAD_RATE
+FULL_RATES = (3e-5, 1e-4, 3e-4)
+HEAD_RATE = 1e-3
+PENALTIES = (1e-3, 1e-2, 1e-1)
+TUNING_SEEDS = (100, 101)
+SEEDS = (200, 201, 202, 203, 204, 205, 206, 207)
+TRAINED = {"sst2": 8_000, "cola": 5_600}  # sentences of a run, one epoch in batches of 32
+BATCH = 32
+HELD_OUT = {"sst2": 21_160, "cola": 2_092}  # with FINGERPRINTS, what benchmarks.experiment.splits makes of the files
+DEV = {"sst2": 872, "cola": 527}
+TUNING = {"sst2": 3_889, "cola": 835}
+FINGERPRINTS = {
+    "sst2": {"tuning": "ac8559982ee0bdb4", "evaluation": "90ad4450f8bbbb7b", "dev": "6a9c9280974cf327"},
+    "cola": {"tuning": "7b15e6b0f73dcf31", "evaluation": "4735d39fac7fbff6", "dev": "557346e804617801"},
+}  # fmt: skip
+# CPU seconds of a fp32 step of uniform LoRA over all linears and of a sentence's evaluation, from one short trial on a
+# loaded machine: good for a budget only.
+STEP_SECONDS, SENTENCE_SECONDS = 0.37, 0.0033
+
+BASELINE = "all-2"
+
+
+class Setting(NamedTuple):
+    """What is trained. Unless it says otherwise: all linears of the encoder, 82,944 parameters (rank 2 on each)."""
+
+    name: str
+    what: str
+    rates: tuple[float, ...] = RATES
+    penalties: tuple[float, ...] = (0.0,)
+
+    @property
+    def tuning_runs(self) -> int:
+        return len(self.rates) * len(self.penalties) * len(TUNING_SEEDS)
+
+
+class Comparison(NamedTuple):
+    """A paired test of one setting against another, and what the claim expects of it: higher, lower or equal."""
+
+    setting: str
+    expected: str = "higher"
+    against: str = BASELINE
+
+
+class Hypothesis(NamedTuple):
+    """The first comparison is the primary one."""
+
+    name: str
+    claim: str
+    comparisons: tuple[Comparison, ...]
+
+
+def _all(expected: str, *settings: str, against: str = BASELINE) -> tuple[Comparison, ...]:
+    return tuple(Comparison(setting, expected, against) for setting in settings)
+
+
+SETTINGS = (
+    Setting(BASELINE, "uniform rank 2 over all linears: the baseline"),
+    Setting("qkv", "uniform rank 6 over query, key and value: as many parameters"),
+    Setting("mlp", "the two MLP matrices of each block, ranks 3 and 4, 43 in all: 82,560 parameters"),
+    Setting("lower", "uniform rank 4 over all linears of the first three blocks"),
+    Setting("upper", "uniform rank 4 over all linears of the last three blocks"),
+    Setting("all-1", "uniform rank 1 over all linears"),
+    Setting("all-8", "uniform rank 8 over all linears"),
+    Setting("norm", "ranks by gradient norm per parameter at the start"),
+    Setting("norm-1", "ranks by the same scores, with the parameters of rank 1"),
+    Setting("norm-8", "ranks by the same scores, with the parameters of rank 8"),
+    Setting("norm-warmup", "ranks by the same scores after a tenth of the steps, factors kept"),
+    Setting("norm-tracked", "ranks by the same scores tracked, reallocated every tenth of the steps with keep=True"),
+    Setting("norm-total", "ranks by gradient norm, not per parameter"),
+    Setting("fisher", "ranks by the Fisher information of single samples"),
+    Setting("fc", "ranks by FC-LoRA's composite"),
+    Setting("fim", "ranks by FIM-LoRA's score"),
+    Setting("variance", "ranks by the variance of activations"),
+    Setting("random", "ranks by random scores, drawn anew for each seed: uneven for no reason"),
+    Setting("penalty-sum", "FW-LoRA's penalty, weights by importance over its sum", penalties=PENALTIES),
+    Setting("penalty-relative", "FW-LoRA's penalty, weights by importance over its largest", penalties=PENALTIES),
+    Setting("penalty-uniform", "the same penalty with one weight on every matrix", penalties=PENALTIES),
+    Setting("orthogonal", "orthogonal initialisation"),
+    Setting("pissa", "PiSSA"),
+    Setting("eva", "EVA's directions, uniform ranks"),
+    Setting("lora-ga", "LoRA-GA"),
+    Setting("adalora", "AdaLoRA of PEFT from rank 3 to 2, its schedule over a tenth to half of the steps"),
+    Setting("dora", "DoRA at rank 2, its lengths beside it"),
+    Setting("full", "full fine-tuning", rates=FULL_RATES),
+    Setting("head", "the head alone"),
+)
+
+HYPOTHESES = (
+    Hypothesis(
+        "where", "Parameters over all linears do better than the same number on query, key and value, or on one part.",
+        _all("lower", "qkv", "mlp", "lower", "upper"),
+    ),
+    Hypothesis(
+        "how many", "Ranks by score do better than uniform ones where rank is scarce (1), not where it is ample (8).",
+        (Comparison("norm-1", "higher", "all-1"), Comparison("norm-8", "equal", "all-8"),
+         Comparison("all-1", "lower"), Comparison("all-8", "higher")),
+    ),
+    Hypothesis(
+        "when", "Scores that follow training make better ranks than scores at the start.",
+        _all("higher", "norm-tracked", "norm-warmup", against="norm"),
+    ),
+    Hypothesis(
+        "which score", "Ranks by a score do better than uniform ones; random ranks do not.",
+        (*_all("higher", "norm", "norm-total", "fisher", "fc", "fim", "variance"), Comparison("random", "equal")),
+    ),
+    Hypothesis(
+        "penalty", "A penalty weighed by importance does better than a uniform one, and than none.",
+        (*_all("higher", "penalty-relative", "penalty-sum", against="penalty-uniform"),
+         *_all("higher", "penalty-relative", "penalty-sum", "penalty-uniform")),
+    ),
+    Hypothesis(
+        "initialisation", "Factors that start from data or from W do better than the default.",
+        _all("higher", "lora-ga", "orthogonal", "pissa", "eva"),
+    ),
+    Hypothesis(
+        "peers", "Full fine-tuning does better than adapters; AdaLoRA and DoRA, tuned, do better than plain LoRA.",
+        (*_all("higher", "full", "adalora", "dora"), Comparison("head", "lower")),
+    ),
+)  # fmt: skip
+
+PRIMARY = tuple(hypothesis.comparisons[0] for hypothesis in HYPOTHESES)
+COMPARISONS = tuple(comparison for hypothesis in HYPOTHESES for comparison in hypothesis.comparisons)
+
+
+def settings_of(data: str) -> tuple[Setting, ...]:
+    """Every setting on SST-2; on CoLA those of the primary comparisons."""
+    chosen = {
+        name
+        for comparison in (COMPARISONS if data == "sst2" else PRIMARY)
+        for name in (comparison.setting, comparison.against)
+    }
+    return tuple(setting for setting in SETTINGS if setting.name in chosen)
+
+
+def core_hours(data: str) -> float:
+    """All runs of a data set at ``STEP_SECONDS`` and ``SENTENCE_SECONDS``."""
+    training = TRAINED[data] // BATCH * STEP_SECONDS
+    tuned = training + TUNING[data] * SENTENCE_SECONDS
+    final = training + (HELD_OUT[data] + DEV[data]) * SENTENCE_SECONDS
+    return sum(setting.tuning_runs * tuned + len(SEEDS) * final for setting in settings_of(data)) / 3600
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def check(data: str, found: Splits) -> None:
+    """``ValueError`` if splits are others than those that were planned."""
+    for part, planned in FINGERPRINTS[data].items():
+        made = fingerprint(getattr(found, part))
+        if made != planned:
+            raise ValueError(f"--data-dir: expected {data} with the {part} split {planned}, got {made}")
+
+
+RULES = """\
+# Hypotheses, written down before the runs
+
+Made from `benchmarks/experiment/plan.py` by `python -m benchmarks.experiment.plan`; nothing of it has run. What can
+be found with it: `benchmarks/results/experiment/power.md`.
+
+## Rules
+
+- **Data.** all-MiniLM-L6-v2. A run trains one epoch on {sst2} of SST-2's training phrases or {cola} of CoLA's
+  training sentences, in batches of {batch}, drawn anew for each seed from the training split. The splits are cut from
+  the train file by hash of the sentence (`benchmarks/experiment/splits.py`); others than those below are refused by
+  their fingerprints.
+- **Adapters.** lora_alpha is twice the uniform rank: scale 2 on every matrix, whatever its rank. Ranks by score share
+  out the parameters of the uniform rank, from 0 to four times that rank. No dropout but the model's.
+- **Measured.** SST-2: accuracy on the held-out phrases (which is tested), and on dev. CoLA: Matthews correlation on
+  the held-out sentences and dev together (which is tested), and on dev. With each: CPU seconds a step and in all,
+  peak memory, trainable parameters.
+- **Tuning.** Every setting alike: the rates {rates} (full fine-tuning {full}) and, where there is a penalty, each
+  with lambda {penalties}, on the seeds {tuning_seeds}; the highest mean on the tuning split is taken, the lower rate
+  on a tie. The head's rate is {head:g}; where the head alone is trained, the three rates are the head's. A choice at
+  the edge of its three is reported as such. Each data set is tuned by itself.
+- **Runs.** The chosen setting on the fresh seeds {seeds}. A run that diverges counts with what it ends with.
+- **Test.** A two-sided paired t-test over seeds for every comparison below. The first of a hypothesis is its primary
+  one: the claim holds if that one is below {alpha:g} after Holm over the {primary} primary comparisons, and as
+  expected. The others are findings only if below {alpha:g} after Holm over all {all} comparisons of SST-2. CoLA has
+  the primary comparisons only, with a Holm of their own. Every difference is reported with its 95 % interval,
+  whatever its test says.
+- **Equivalence.** Where nothing is found: two one-sided tests at {alpha:g}, within half a point of accuracy (SST-2)
+  or {matthews:g} of Matthews correlation (CoLA). "Equivalent" is said only then, "could not be told" otherwise.
+- **Order.** SST-2 before CoLA, hypotheses in the order where, peers, which score, penalty, how many, when,
+  initialisation. A comparison that the budget does not reach is reported as not run, and stays in the count of Holm.
+- **Limits.** Held-out phrases come from sentences of which other phrases are trained on: no phrase is shared, but
+  words are; the dev set of whole sentences is the check. A t-test over seeds takes the evaluation sentences as given;
+  `power.md` says how often it errs where they are counted as drawn.
+"""
+
+
+def page() -> str:
+    """The text of ``hypotheses.md``."""
+    return "\n".join(_lines()) + "\n"
+
+
+def _lines() -> Iterator[str]:
+    yield RULES.format(
+        sst2=f"{TRAINED['sst2']:,}", cola=f"{TRAINED['cola']:,}", batch=BATCH, rates=_numbers(RATES),
+        full=_numbers(FULL_RATES), penalties=_numbers(PENALTIES), tuning_seeds=_numbers(TUNING_SEEDS), head=HEAD_RATE,
+        seeds=_numbers(SEEDS), alpha=ALPHA, primary=len(PRIMARY), all=len(COMPARISONS), matthews=EQUIVALENT["cola"],
+    )  # fmt: skip
+    yield "## Splits\n"
+    counts = {"tuning": TUNING, "evaluation": HELD_OUT, "dev": DEV}
+    yield from table(
+        ["data", "split", "sentences", "fingerprint"],
+        [
+            [data, split, f"{counts[split][data]:,}", f"`{print_}`"]
+            for data, prints in FINGERPRINTS.items() for split, print_ in prints.items()
+        ], words=(0, 1, 3),
+    )  # fmt: skip
+    what = {setting.name: setting.what for setting in SETTINGS}
+    for number, (name, claim, comparisons) in enumerate(HYPOTHESES, start=1):
+        yield f"\n## {number}. {name}\n\n{claim}\n"
+        rows = [
+            [f"`{setting}`", what[setting], f"`{against}`", expected, "primary" if i == 0 else ""]
+            for i, (setting, expected, against) in enumerate(comparisons)
+        ]
+        yield from table(["setting", "what", "against", "expected", ""], rows, words=(0, 1, 2, 3, 4))
+    yield (
+        f"\n`{BASELINE}`: {what[BASELINE]}. Unless it says otherwise, a setting has the linears of all six\n"
+        "blocks (not the pooler) and 82,944 parameters beside the head."
+    )
+    yield "\n## Budget\n"
+    rows = []
+    for data in TRAINED:
+        chosen = settings_of(data)
+        runs = [sum(s.tuning_runs for s in chosen), len(chosen) * len(SEEDS)]
+        rows.append([data, str(len(chosen)), *map(str, runs), f"{core_hours(data):.1f}"])
+    yield from table(["data", "settings", "runs to tune", "runs", "core-hours"], rows)
+    yield (
+        f"\nFrom {STEP_SECONDS:g} CPU s a step and {1000 * SENTENCE_SECONDS:g} ms a sentence in fp32, a short "
+        "trial on a loaded machine.\nScores, initialisations from data and full fine-tuning cost more. Two processes "
+        "of one thread each."
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
