@@ -44,6 +44,7 @@ _PEFT_NEUTRAL = {
     "eva_config", "lora_ga_config", "corda_config", "loftq_config",  # of initialisations, which are refused themselves
     "fan_in_fan_out",  # PEFT corrects it by the class of each layer, which says how its weight lies
     "ensure_weight_tying",  # ``inject`` refuses it where a target is tied
+    "qalora_group_size",  # of use_qalora, which is refused itself
 }  # fmt: skip
 
 

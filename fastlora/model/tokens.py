@@ -68,17 +68,22 @@ def plan_rows(model: nn.Module, config: LoraConfig, targets: Collection[str], sa
     plan = []
     for path, indices in found.items():
         module = model.get_submodule(path)
-        reason = _refusal(model, path, module) or ("it has several names" if names[id(module)] > 1 else None)
-        if reason is None and any(n != path and n.endswith(path) for n, _ in model.named_modules()):
+        reason, head = _refusal(model, path, module), None
+        if reason is None:
+            head, reason = _head(model, path, module, [n for n in users[id(module.weight)] if n != path])
+        also = next(
+            (n for n in (path, head) if n in targets or isinstance(model.get_submodule(n or path), Adapted)), None
+        )
+        if reason is None and names[id(module)] > 1:
+            reason = "it has several names"
+        elif reason is None and any(n != path and n.endswith(path) for n, _ in model.named_modules()):
             reason = "the name of another module ends like its own, and PEFT could not tell them apart"
+        elif reason is None and also is not None:
+            reason = f"{also!r} is also a target; exclude_modules leaves it out"
+        elif reason is None and any(path == name or path.startswith(name + ".") for name in saved):
+            reason = "it is in modules_to_save, too; all of its rows are trained, or some"
         if reason is not None:
             raise ValueError(f"{_FIELD}: rows of {path!r} cannot be trained alone: {reason}")
-        head = _head(model, path, module, [n for n in users[id(module.weight)] if n != path])
-        for name in (path, head):
-            if name in targets or isinstance(model.get_submodule(name or path), Adapted):
-                raise ValueError(f"{_FIELD}: {name!r} is also a target; exclude_modules leaves it out")
-        if any(path == name or path.startswith(name + ".") for name in saved):
-            raise ValueError(f"{_FIELD}: {path!r} is in modules_to_save, too; all of its rows are trained, or some")
         outside = [i for i in indices if i >= module.num_embeddings]
         if outside:
             raise wrong_value(_FIELD, f"rows of {path!r} below {module.num_embeddings}", outside)
@@ -110,32 +115,29 @@ def _refusal(model: nn.Module, path: str, module: nn.Module) -> str | None:
     return None
 
 
-def _head(model: nn.Module, path: str, module: nn.Module, sharing: Sequence[str]) -> str | None:
-    """The output layer that has the same weight, and follows as in PEFT where ``tie_word_embeddings`` is set."""
+def _head(model: nn.Module, path: str, module: nn.Module, sharing: Sequence[str]) -> tuple[str | None, str | None]:
+    """The output layer that has the same weight and follows as in PEFT, or why the weight cannot be shared so."""
     tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
     tied = tied and _asked(model, "get_input_embeddings") is module
     output = _asked(model, "get_output_embeddings") if tied else None
     if not sharing and (output is None or output is module):
-        return None
+        return None, None
     if not sharing:
-        raise ValueError(
-            f"{_FIELD}: {path!r} and the output embeddings have weights of their own although tie_word_embeddings is "
-            "set, and PEFT would give them one; call model.tie_weights(), or set it to False"
+        return None, (
+            "it and the output embeddings have weights of their own although tie_word_embeddings is set, and PEFT "
+            "would give them one; call model.tie_weights(), or set it to False"
         )
-    head = model.get_submodule(sharing[0])
+    head, (owner, _, leaf) = model.get_submodule(sharing[0]), sharing[0].rpartition(".")
     if output is not head or len(sharing) > 1 or not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"{_FIELD}: {path!r} shares its weight with {sharing[0]!r}, which would keep the old rows; only the output "
-            "embeddings of a model with tie_word_embeddings follow"
+        return None, (
+            f"it shares its weight with {sharing[0]!r}, which would keep the old rows; only the output embeddings of a "
+            "model with tie_word_embeddings follow"
         )
     if head.bias is not None:
-        raise ValueError(
-            f"{_FIELD}: {sharing[0]!r} shares the weight of {path!r} and has a bias, which PEFT leaves out then"
-        )
-    owner, _, leaf = sharing[0].rpartition(".")
+        return None, f"{sharing[0]!r} shares its weight and has a bias, which PEFT leaves out then"
     if uses_of_weight(type(model.get_submodule(owner)), leaf)[0]:
-        raise ValueError(f"{_FIELD}: the owner of {sharing[0]!r} reads its weight, where the rows would be missing")
-    return sharing[0]
+        return None, f"the owner of {sharing[0]!r} reads its weight, where the rows would be missing"
+    return sharing[0], None
 
 
 def commit_rows(model: nn.Module, plan: Sequence[_Rows], router: Router, adapter: str) -> None:
@@ -154,11 +156,7 @@ def commit_rows(model: nn.Module, plan: Sequence[_Rows], router: Router, adapter
 
 def refuse_rows_of(model: nn.Module, targets: Collection[str]) -> None:
     """``ValueError`` for targets that have trained rows, of whichever adapter, or share the weight of such."""
-    for name in targets:
-        hooks = getattr(model.get_submodule(name), "_forward_hooks", {}) if _exists(model, name) else {}
-        if any(isinstance(getattr(hook, "__self__", None), TokenRows) for hook in hooks.values()):
-            raise ValueError(f"{_FIELD}: {name!r} has trained rows of another adapter and cannot be adapted as well")
-
-
-def _exists(model: nn.Module, name: str) -> bool:
-    return any(name == known for known, _ in model.named_modules())
+    for name, module in model.named_modules():
+        owners = [getattr(hook, "__self__", None) for hook in module._forward_hooks.values()]
+        if name in targets and any(isinstance(owner, TokenRows) for owner in owners):
+            raise ValueError(f"target_modules: {name!r} cannot be adapted: it has trained rows of another adapter")

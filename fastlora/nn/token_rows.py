@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._utils.distributed import is_sharded
 from .routing import Router
 
 LEAF = "token_adapter"  # PEFT's name of the child that holds them
@@ -62,7 +61,7 @@ class TokenRows(nn.Module):
             at = torch.searchsorted(index, x.long()).clamp(max=len(index) - 1)
             hit = index[at] == x
             # One row more for all other tokens, so that scale_grad_by_freq counts none of them as a trained one.
-            table = F.pad(self._whole(adapter).to(module.weight.dtype), (0, 0, 0, 1))
+            table = F.pad(self.rows(adapter).to(module.weight.dtype), (0, 0, 0, 1))
             indices, padding = self.indices[adapter], module.padding_idx
             padding = indices.index(padding) if padding in indices else None
             row = torch.where(hit, order[at], len(index))
@@ -80,7 +79,7 @@ class TokenRows(nn.Module):
 
         def replaced(adapter: str) -> Tensor:
             index, order = self._sorted(adapter, y.device)
-            new = F.linear(x, self._whole(adapter).to(module.weight.dtype)[order])
+            new = F.linear(x, self.rows(adapter).to(module.weight.dtype)[order])
             return y.index_copy(-1, index, new.to(y.dtype))
 
         return self._routed(module, y, replaced)
@@ -97,15 +96,6 @@ class TokenRows(nn.Module):
                 ids = route.batch.rows(y).ids.view(*y.shape[:-1], 1)
                 out = torch.where(ids == place, replaced(name), out)
         return out
-
-    def _whole(self, adapter: str) -> Tensor:
-        rows = self.rows(adapter)
-        if is_sharded(rows):
-            raise RuntimeError(
-                "the trained rows of an embedding are sharded where its output layer runs; shard the two as one unit "
-                "of fully_shard"
-            )
-        return rows
 
     def _sorted(self, adapter: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Indices in ascending order, and the row of each."""

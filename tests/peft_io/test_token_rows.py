@@ -335,7 +335,19 @@ def make_renormed():
     return model
 
 
+class Reader(torch.nn.Module):
+    """Multiplies by the weight of its embedding without calling a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.q_proj = torch.nn.Embedding(40, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.q_proj(self.table(x)) @ self.table.weight.t()
+
+
 REFUSED = {
+    "read by its owner": (Reader, dict(trainable_token_indices={"table": [1]}), "Reader reads table.weight, where they"),
     "too large": (make_llama, dict(trainable_token_indices=[1, 40]), r"below 40, got \[40"),
     "negative": (make_llama, dict(trainable_token_indices=[1, -1]), "expected an integer >= 0"),
     "twice": (make_llama, dict(trainable_token_indices=[1, 1]), r"one or several different indices .*, got \[1, 1\]"),
@@ -373,8 +385,8 @@ class TestRefused:
     def test_as_another_adapter(self):
         model = injected()
         for fields, says in (
-            (dict(target_modules=["embed_tokens"]), "'model.embed_tokens' has trained rows of another adapter"),
-            (dict(target_modules=["lm_head"]), "'lm_head' has trained rows of another adapter"),
+            (dict(target_modules=["embed_tokens"]), "'model.embed_tokens' cannot be adapted: it has trained rows"),
+            (dict(target_modules=["lm_head"]), "'lm_head' cannot be adapted: it has trained rows"),
         ):
             before = snapshot(model)
             with pytest.raises(ValueError, match=says):
