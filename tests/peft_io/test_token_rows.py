@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from support.peft_fields import (
     assert_same_first_step,
@@ -18,6 +19,7 @@ from support.peft_fields import (
     trained_by_peft,
 )
 from support.peft_help import TENSORS, assert_close, assert_same, peft, snapshot, transformers
+from torch.distributed.fsdp import fully_shard
 
 import fastlora
 from fastlora.model.inject import refuse_adapted
@@ -285,6 +287,26 @@ class TestCopies:
         other.load_state_dict(model.state_dict())
         assert_close(forward(other), forward(model))
 
+    @pytest.mark.parametrize("make", [make_llama, make_tied])
+    def test_sharded(self, make, tmp_path):
+        model = injected(make)
+        wanted, whole = forward(model), token_rows(model)["model.embed_tokens"].rows("default")
+        (grad,) = torch.autograd.grad(wanted.square().mean(), whole)
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            sharded = copy.deepcopy(model)
+            for layer in sharded.model.layers:
+                fully_shard(layer)
+            fully_shard(sharded)
+            output = forward(sharded)
+            assert_close(output, wanted)
+            output.square().mean().backward()
+            assert_close(token_rows(sharded)["model.embed_tokens"].rows("default").grad.full_tensor(), grad)
+            fastlora.save(sharded, tmp_path / "adapter")
+        finally:
+            dist.destroy_process_group()
+        assert_close(forward(fastlora.load(make().double(), tmp_path / "adapter")), wanted)
+
     def test_onto_the_meta_device(self, tmp_path):
         model = injected()
         fastlora.save(model, tmp_path)
@@ -347,7 +369,7 @@ class Reader(torch.nn.Module):
 
 
 REFUSED = {
-    "read by its owner": (Reader, dict(trainable_token_indices={"table": [1]}), "Reader reads table.weight, where they"),
+    "read by its owner": (Reader, dict(trainable_token_indices={"table": [1]}), "reads table.weight, where they"),
     "too large": (make_llama, dict(trainable_token_indices=[1, 40]), r"below 40, got \[40"),
     "negative": (make_llama, dict(trainable_token_indices=[1, -1]), "expected an integer >= 0"),
     "twice": (make_llama, dict(trainable_token_indices=[1, 1]), r"one or several different indices .*, got \[1, 1\]"),
