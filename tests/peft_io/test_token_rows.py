@@ -239,6 +239,11 @@ class TestMergedAndUnloaded:
         model = injected(make)
         before, wanted = snapshot(model), forward(model)
         assert_close(forward(fastlora.merge(model)), wanted)
+        rows = token_rows(model)["model.embed_tokens"].rows("default")
+        kept = rows.detach().clone()
+        rows.data.zero_()
+        assert_close(forward(model), wanted)  # the weight's own are what runs
+        rows.data.copy_(kept)
         assert not torch.equal(model.model.embed_tokens.weight, before[0]["model.embed_tokens.weight"][1])
         assert_same(before, snapshot(fastlora.unmerge(model)))
         assert_close(forward(model), wanted)
