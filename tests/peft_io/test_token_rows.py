@@ -323,11 +323,11 @@ class TestCopies:
         rows = token_rows(loaded)["model.embed_tokens"]
         assert_close(rows.rows("default"), token_rows(model)["model.embed_tokens"].rows("default"))
 
-    def test_a_replaced_embedding_is_told(self):
+    def test_a_replaced_embedding_is_told(self, tmp_path):
         model = injected()
         model.model.embed_tokens = torch.nn.Embedding(40, 16)
         with pytest.raises(ValueError, match=r"another module has replaced 'model\.embed_tokens'"):
-            fastlora.save(model, "nowhere")
+            fastlora.save(model, tmp_path / "adapter")
 
     def test_a_resized_embedding_keeps_them(self):
         model = injected()
