@@ -44,6 +44,7 @@ _PEFT_NEUTRAL = {
     "eva_config", "lora_ga_config", "corda_config", "loftq_config",  # of initialisations, which are refused themselves
     "fan_in_fan_out",  # PEFT corrects it by the class of each layer, which says how its weight lies
     "ensure_weight_tying",  # ``inject`` refuses it where a target is tied
+    "qalora_group_size",  # of use_qalora, which is refused itself
 }  # fmt: skip
 
 
@@ -76,8 +77,6 @@ _NOT_HERE = {
 }
 # The nearest thing to a field of PEFT's that is not here.
 _NEAREST = {
-    "trainable_token_indices": "rows of an embedding are not trained alone here; name the embedding in modules_to_save "
-    "(all of its rows) or in target_modules (adapters)",
     "layer_replication": "replicate the layers of the model first, then inject",
     "use_qalora": "plain LoRA runs over a quantized base; leave it out",
     "alora_invocation_tokens": "every token has the adapter; fastlora.use_adapters takes ids by token instead",
@@ -117,6 +116,22 @@ def _check_targets(name: str, value: Any) -> None:
             re.compile(value)
         except re.error as error:
             raise wrong_value(name, _TARGETS, value, f", which is no regular expression: {error}") from None
+
+
+def check_token_indices(value: Any, name: str = "trainable_token_indices") -> None:
+    """Refuse what is no list of different rows, and no mapping of names to such."""
+    if isinstance(value, Mapping) and value:
+        for key, indices in value.items():
+            check_instance(f"{name}: a key", key, str, "the name of an embedding")
+            check_token_indices([] if isinstance(indices, Mapping) else indices, f"{name}[{key!r}]")
+        return
+    accepted = "one or several different indices of rows, or names of embeddings to such"
+    if not isinstance(value, (list, tuple, Mapping)):
+        raise wrong_type(name, accepted, value)
+    for index in value:
+        check_integer(name, index, 0)
+    if not value or len(set(value)) < len(value):
+        raise wrong_value(name, accepted, value)
 
 
 def _names(value: Any) -> bool:
@@ -162,6 +177,8 @@ class LoraConfig:
     - ``layers_to_transform``: indices of the only layers that a list of names or a role means; ``layers_pattern``: the
       names of the ``nn.ModuleList`` that they count, any one where it is None.
     - ``rank_pattern``, ``alpha_pattern``: keys (``blocks.0.attn.qkv[q]``), module paths or PEFT's suffix patterns.
+    - ``trainable_token_indices``: rows of the input embedding that are trained themselves, or names of embeddings to
+      their rows; an output layer that shares the weight (``tie_word_embeddings``) follows.
     - ``scale``: ``"constant"`` keeps the one ``s`` of (lora_alpha, r) whatever a layer's rank; ``"per_rank"`` divides
       by each layer's own rank, as PEFT does.
     - ``split_qkv``: whether a fused matrix gets one adapter for each of its slices, as q, k and v, or gate and up;
@@ -194,6 +211,7 @@ class LoraConfig:
     lora_bias: bool = False
     use_dora: bool = False
     target_parameters: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     scale: str = "constant"
     split_qkv: bool | None | Mapping[str, Mapping[str, int]] = None
     adapter_dtype: torch.dtype | None = None
@@ -233,6 +251,8 @@ class LoraConfig:
             if getattr(self, name) is not None and not _names(getattr(self, name)):
                 raise wrong_type(name, "a list of names or None", getattr(self, name))
         self._check_layers()
+        if self.trainable_token_indices is not None:
+            check_token_indices(self.trainable_token_indices)
         if self.lora_bias and (self.use_dora or init not in (True, False)):
             other = "use_dora=False" if self.use_dora else "init_lora_weights True or False"
             raise wrong_value("lora_bias", f"False, or {other}", True)

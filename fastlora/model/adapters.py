@@ -19,6 +19,7 @@ from ..config import LoraConfig, takes_weight
 from ..nn.active import NO_ADAPTERS, refuse_merged
 from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
+from ..nn.token_rows import token_rows
 from ..ops.layout import AdapterBatch
 from .fields import refuse_tying
 from .inject import (
@@ -32,6 +33,7 @@ from .inject import (
 from .learning_check import watch_learning
 from .replaced_check import watch_places
 from .resting_check import watch_resting
+from .tokens import commit_rows, plan_rows, refuse_rows_of
 
 
 def routers_of(model: nn.Module) -> list[Router]:
@@ -96,7 +98,8 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     saved = find_modules_to_save(model, config)
     names = find_targets(model, config, saved)
     refuse_tying(model, given, names, saved)
-    plan = plan_injection(model, config, names)
+    refuse_rows_of(model, names)
+    plan, rows = plan_injection(model, config, names), plan_rows(model, config, names, saved)
     for planned in plan:
         if not isinstance(planned.layer, Adapted):
             continue
@@ -109,6 +112,7 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
         if not isinstance(planned.layer, Adapted):
             planned.layer.requires_grad_(False)
         commit_injection(model, planned, config, routers[0], name)
+    commit_rows(model, rows, routers[0], name)
     modules = dict(model.named_modules())
     for path in saved:
         modules[path].requires_grad_(True)
@@ -148,8 +152,8 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
         raise ValueError(f"name: {name!r} runs in a context of use_adapters that is open; leave it first")
     if any(router.awaits_backward(name) for router in routers):
         raise ValueError(f"name: a forward of {name!r} awaits its backward; run it, or let go of the forward's outputs")
-    for layer in layers.values():
-        layer.uninstall(name)
+    for holder in (*layers.values(), *token_rows(model, name).values()):
+        holder.uninstall(name)
     for router in routers:
         router.remove(name)
     model.fastlora_configs = {k: v for k, v in getattr(model, "fastlora_configs", {}).items() if k != name}
@@ -348,6 +352,9 @@ def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -
                         for factors in (path_layer.lora_A[name], path_layer.lora_B[name]):
                             for parameter in factors.parameters():
                                 parameter.grad = None
+            for rows in token_rows(model).values():
+                for name in rows.indices.keys() - present:
+                    rows.rows(name).grad = None
 
     return optimizer.register_step_pre_hook(hook)
 

@@ -16,6 +16,7 @@ from .._utils.types import ModelT
 from ..config import LoraConfig
 from ..nn.adapter import AdapterSpec, Factors
 from ..nn.linear import Adapted, adapted_layers, matrix_key
+from ..nn.token_rows import token_rows
 from .adapters import routers_of
 from .inject import check_adapter_name
 
@@ -63,6 +64,9 @@ def add_weighted_adapter(
     check_choice("majority_sign_method", majority_sign_method, ("total", "frequency"))
     if svd_rank is not None:
         check_integer("svd_rank", svd_rank, 1)
+    with_rows = [name for name in shares if token_rows(model, name)]
+    if with_rows:
+        raise ValueError(f"adapters: {with_rows[0]!r} has trainable_token_indices, whose rows do not add up")
     kind = "linear" if len(shares) == 1 else combination_type
     made: dict[str, tuple[Adapted, dict[str, tuple[Tensor, Tensor] | None]]] = {}
     for path, layer in adapted_layers(model).items():

@@ -19,6 +19,7 @@ from ..nn.layer_view import Conv1D
 from ..nn.linear import adapted_layers, detach_state
 from ..nn.plain import Plain
 from ..nn.quantized import QuantizedLinear, original_class
+from ..nn.token_rows import LEAF, TokenRows
 from .modules import conv1d_class
 from .owners import change_class
 
@@ -67,6 +68,8 @@ def eject(model: nn.Module) -> nn.Module:
             change_class(module, nn.Linear)
             module.__dict__.pop("engine", None)
         remove_forward_hooks(module, _is_ours)
+        if isinstance(module._modules.get(LEAF), TokenRows):
+            del module._modules[LEAF]
     for name in _OF_MODEL:
         model.__dict__.pop(name, None)
     return model

@@ -34,6 +34,7 @@ from ..nn.linear import (
 from ..nn.projection_group import group_projections
 from ..nn.quantized import check_weight, foreign_base
 from ..nn.routing import Router
+from ..nn.token_rows import token_rows
 from .embedding_outputs import keep_changeable
 from .experts import expert_parameters
 from .fields import of_layers, pattern_lookup, refuse_beyond_factors, refuse_tying
@@ -56,6 +57,7 @@ from .owners import change_class, passed_by, take_over
 from .replaced_check import watch_places
 from .saving_check import watch_savers
 from .slices import default_rank, slices_of
+from .tokens import commit_rows, plan_rows
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +109,11 @@ def inject(
     names = find_targets(model, config, saved)
     refuse_tying(model, given, names, saved)
     refuse_shared(model, saved, "config")
-    plan = plan_injection(model, config, names)
+    plan, rows = plan_injection(model, config, names), plan_rows(model, config, names, saved)
     router = Router(adapter)
     for planned in plan:
         commit_injection(model, planned, config, router, adapter)
+    commit_rows(model, rows, router, adapter)
     model.register_forward_pre_hook(router.enter)
     model.register_forward_hook(router.leave, always_call=True)
     group_layers(model)
@@ -387,7 +390,7 @@ def group_layers(model: nn.Module) -> None:
 def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
     """Freeze all but adapters, modules to save and what ``bias`` asks for; what was frozen stays frozen."""
     layers = adapted_layers(model)
-    keep: set[int] = set()
+    keep = {id(p) for rows in token_rows(model).values() for p in rows.parameters()}
     for layer in layers.values():
         keep.update(id(p) for p in (*layer.lora_A.parameters(), *layer.lora_B.parameters()))
         if config.bias == "lora_only" and layer._parameters.get("bias") is not None:

@@ -19,6 +19,7 @@ from ..nn.active import NO_ADAPTERS, chosen_adapter, refuse_merged
 from ..nn.linear import Adapted, adapted_layers
 from ..nn.quantized import dequantized, foreign_base, put_back, replace_weight, requantized
 from ..nn.routing import Route
+from ..nn.token_rows import token_rows
 from .eject import eject
 from .modules import recomputed, users_of_parameters
 
@@ -88,8 +89,17 @@ def merge(
                 raise ValueError(f"model: merging {path!r} gives weights that are not finite")
             merged[path] = weight
             report(done, len(layers), math.nan)
+    rows = token_rows(model, adapter)
+    new = {path: each.merged_rows(adapter, model.get_submodule(path).weight) for path, each in rows.items()}
+    for path, values in new.items():
+        if values is None:
+            raise ValueError(f"model: merging {path!r} gives weights that are not finite")
     for path, layer in layers.items():
         _put_in(layer, merged[path], adapter)
+    for path, values in new.items():
+        rows[path].put_in(adapter, model.get_submodule(path).weight, values)
+    for each in token_rows(model).values():
+        each.merged = (adapter,)
     _mark(every, (adapter,))
     if losses:
         worst = max(losses, key=losses.__getitem__)
@@ -197,6 +207,8 @@ def unmerge(model: ModelT) -> ModelT:
         if hasattr(layer, "unmerged_bias"):
             layer.bias.copy_(layer.unmerged_bias)
             del layer.unmerged_bias
+    for path, rows in token_rows(model).items():
+        rows.take_out(model.get_submodule(path).weight)
     _mark(layers, ())
     return model
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn.linear import Adapted, adapted_layers
+from ..nn.token_rows import TokenRows, embeddings_with_rows
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class AdaptedPlaces:
 
     def __init__(self, model: nn.Module, paths: list[str]):
         self.model, self.paths = weakref.ref(model), paths
-        self._watch(adapted_layers(model))
+        self._watch(_places(model))
 
     def _watch(self, layers: dict[str, nn.Module]) -> None:
         # The callback holds this object weakly: the references are its own.
@@ -32,7 +33,7 @@ class AdaptedPlaces:
 
     def __getstate__(self) -> dict[str, Any]:
         model = self.model()
-        return {"model": model, "paths": self.paths, "layers": {} if model is None else adapted_layers(model)}
+        return {"model": model, "paths": self.paths, "layers": {} if model is None else _places(model)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.model, self.paths = weakref.ref(self if state["model"] is None else state["model"]), state["paths"]
@@ -43,8 +44,12 @@ class AdaptedPlaces:
         here = self.model()
         for name in path.split("."):
             here = getattr(here, "_modules", {}).get(name)
-        plain = here is not None and not any(isinstance(m, Adapted) for m in here.modules())
+        plain = here is not None and not any(isinstance(m, (Adapted, TokenRows)) for m in here.modules())
         return plain and isinstance(getattr(here, "weight", None), Tensor)
+
+
+def _places(model: nn.Module) -> dict[str, nn.Module]:
+    return {**adapted_layers(model), **embeddings_with_rows(model)}
 
 
 def _say(places: AdaptedPlaces | None, path: str) -> None:
@@ -55,7 +60,7 @@ def _say(places: AdaptedPlaces | None, path: str) -> None:
 def watch_places(model: nn.Module) -> None:
     """Warn when adapted layers are replaced from now on; those that were stay known."""
     before = getattr(model, "fastlora_places", None)
-    paths = dict.fromkeys([*([] if before is None else before.paths), *adapted_layers(model)])
+    paths = dict.fromkeys([*([] if before is None else before.paths), *_places(model)])
     model.fastlora_places = AdaptedPlaces(model, list(paths))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.linear import adapted_layers
+from ..nn.token_rows import LEAF, token_rows
 from .state_differences import refuse_other
 
 logger = logging.getLogger(__name__)
@@ -57,10 +58,10 @@ def _after_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, met
         reader = "from_pretrained" if hugging_face else "a plain model"
         logger.warning("the file that is saved has adapters, which %s does not load; %s", reader, _HOW)
         return
-    for path in layers:
-        inside = tuple(f"{prefix}{path}.lora_{side}." if path else f"{prefix}lora_{side}." for side in "AB")
-        for key in [key for key in state if key.startswith(inside)]:
-            del state[key]
+    inside = [f"{prefix}{path}.lora_{side}." if path else f"{prefix}lora_{side}." for path in layers for side in "AB"]
+    inside += [f"{prefix}{path}.{LEAF}." for path in token_rows(module)]
+    for key in [key for key in state if key.startswith(tuple(inside))]:
+        del state[key]
 
 
 def running() -> set[tuple[str, str]]:

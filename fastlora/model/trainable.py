@@ -70,6 +70,10 @@ def apply_policy(model: ModelT, name: str, config: Any = None, *, deep: int | No
     chosen = POLICIES[check_choice("name", name, POLICIES)]
     config = LoraConfig() if config is None else copy.copy(LoraConfig.coerce(config))
     refuse_adapted(model)
+    if chosen.lora == "none" and config.trainable_token_indices is not None:
+        raise wrong_value(
+            "trainable_token_indices", f"None with {name!r}, which has no adapter", [*config.trainable_token_indices]
+        )
     heads = _heads(model, config, needed=name == "head_only")
     deep_blocks, shallow = _split(model, name, chosen, deep)
     norms = _norms(model, name, chosen, deep_blocks + shallow, shallow, heads)

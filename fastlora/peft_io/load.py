@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import like, refuse_parallel, reshard, unwrapped, whole
-from .._utils.errors import listed
+from .._utils.errors import listed, wrong_value
 from .._utils.reporting import Report, check_progress, reporting
 from .._utils.types import ModelT
 from ..config import FROM_WEIGHT, LoraConfig
@@ -21,9 +21,11 @@ from ..model.adapters import add_adapter
 from ..model.fields import refuse_tying
 from ..model.inject import check_adapter_name, inject, refuse_adapted
 from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules
+from ..model.tokens import find_rows
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE, Slices
 from ..nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
+from ..nn.token_rows import token_rows
 from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, read_folder
 from .matrices import Matrix, factor_pairs, matrix_in_file, refuse_keys, refuse_tensor
 from .names import (
@@ -36,6 +38,7 @@ from .names import (
     choose_targets,
     frozen_tensors,
     is_copy_of_saved,
+    rows_key,
     saved_by,
     saved_tensors,
     unranked_biases,
@@ -133,6 +136,7 @@ class _Plan:
     trained: list[str]  # modules to save
     others: dict[str, Tensor]  # key -> the model's parameter or buffer outside of the adapters
     unranked: set[str]  # modules of which the file has a bias alone, under "lora_only"
+    rows: dict[str, tuple[int, ...]]  # trained rows by embedding
 
 
 def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -> _Plan:
@@ -161,7 +165,11 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
         rest = {k for k in rest if not is_copy_of_saved(k, saved)}
     unranked = _unranked(fields.bias, rest - set(others))
     others |= bias_tensors(model, fields.bias, {}, saved, unranked) if unranked else {}
-    refuse_keys(where, "the model", set(others), rest, "")
+    rows = _rows(model, folder)
+    refuse_keys(where, "the model", {*others, *map(rows_key, rows)}, rest, "")
+    for path, indices in rows.items():
+        like = model.get_submodule(path).weight.new_empty(len(indices), model.get_submodule(path).embedding_dim)
+        refuse_tensor(where, rows_key(path), folder.tensors[rows_key(path)], like)
     refuse_shared(model, saved, where)
     modules = named_targets(model)
     matrices = {
@@ -181,7 +189,19 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
         if folder.side.sha256 != folder.sha256:
             raise ValueError(f"{folder.where(SIDE)}: was written for other tensors than those in {where}; remove it to load them as a foreign file")  # fmt: skip  # noqa: E501
     # A projection of an attention that has no adapter of its own is padded in the file.
-    return _Plan({p: m for p, m in matrices.items() if any(m.ranks.values())}, trained, others, unranked)
+    return _Plan({p: m for p, m in matrices.items() if any(m.ranks.values())}, trained, others, unranked, rows)
+
+
+def _rows(model: nn.Module, folder: AdapterFolder) -> dict[str, tuple[int, ...]]:
+    """The embeddings of which rows were trained."""
+    try:
+        found = find_rows(model, folder.fields.trainable_token_indices)
+    except ValueError as error:
+        raise ValueError(f"{folder.where(CONFIG)}: {error}") from None
+    for path in found:
+        if not isinstance(model.get_submodule(path), nn.Embedding):
+            raise wrong_value(f"{folder.where(CONFIG)}: trainable_token_indices", "names of embeddings", path)
+    return found
 
 
 def _unranked(mode: str, keys: Collection[str]) -> set[str]:
@@ -248,6 +268,9 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
     saved = saved_modules(model, adapter)
     if set(saved) != set(plan.trained):
         differences.append(f"modules_to_save are {sorted(saved)} in the model and {sorted(plan.trained)} in the file")
+    rows = {path: each.indices[adapter] for path, each in token_rows(model, adapter).items()}
+    if rows != plan.rows:
+        differences.append("trainable_token_indices are others in the model than in the file")
     if bias != folder.fields.bias:
         differences.append(f"bias is {bias!r} in the model and {folder.fields.bias!r} in the file")
     mine = unranked_biases(model, adapter, bias, plan.matrices)
@@ -278,6 +301,7 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
             lora_dropout=fields.lora_dropout,
             bias=fields.bias,
             modules_to_save=plan.trained or None,
+            trainable_token_indices=plan.rows or None,
             init_lora_weights=fields.init_lora_weights,
             lora_bias=fields.lora_bias,
             use_dora=fields.use_dora,
@@ -317,7 +341,8 @@ def _factors(model: nn.Module, plan: _Plan, adapter: str) -> dict[tuple[str, str
             out[path, name, "B"] = layers[path].lora_B[adapter]._parameters[name]
         for name in matrix.beside:
             out[path, name, "beside"] = layers[path].lora_B[adapter]._parameters[name]
-    return out
+    rows = token_rows(model)
+    return out | {(path, WHOLE, "rows"): rows[path].rows(adapter) for path in plan.rows}
 
 
 def _staged(folder: AdapterFolder, plan: _Plan, dtypes: Mapping, progress: bool | Report | None) -> dict:
@@ -329,6 +354,8 @@ def _staged(folder: AdapterFolder, plan: _Plan, dtypes: Mapping, progress: bool 
                 given[path, name, factor] = value, f"{where}: lora_{factor} of {matrix_key(path, name)!r}"
         for name, value in matrix.beside.items():
             given[path, name, "beside"] = value, f"{where}: {name} of {path!r}"
+    for path in plan.rows:
+        given[path, WHOLE, "rows"] = folder.tensors[rows_key(path)], f"{where}: {rows_key(path)!r}"
     given |= {key: (folder.tensors[key], f"{where}: {key!r}") for key in plan.others}
     dtypes = {**dtypes, **{key: target.dtype for key, target in plan.others.items()}}
     staged = {}

@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._utils.errors import check_integer, wrong_value
-from ..config import FROM_WEIGHT, indices_of, layer_index, names_in
+from ..config import FROM_WEIGHT, check_token_indices, indices_of, layer_index, names_in
 from ..model.modules import has_suffix, named_targets, torch_attentions
 from ..nn.attention import InProjection
 from ..nn.experts import ExpertProjection, ExpertStack
 from ..nn.linear import adapted_layers
+from ..nn.token_rows import LEAF, token_rows
 
 PREFIX = "base_model.model."
 # An embedding's factors are parameters themselves.
@@ -27,6 +28,11 @@ LORA_KEY = re.compile(re.escape(PREFIX) + _FACTOR)
 # What stands beside B: ``lora_bias``, ``use_dora``.
 BESIDE_KEY = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(?P<name>B\.bias|magnitude_vector)")
 BESIDE = {"B.bias": "bias", "magnitude_vector": "magnitude"}
+
+
+def rows_key(path: str) -> str:
+    """PEFT's key of the trained rows of the embedding at a path."""
+    return f"{PREFIX}{path}.{LEAF}.trainable_tokens_delta"
 
 
 def factor_key(stored: str, factor: str, module: nn.Module) -> str:
@@ -65,6 +71,7 @@ class PeftFields:
     use_dora: bool = False
     ensure_weight_tying: bool = False
     target_parameters: list[str] = field(default_factory=list)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def rank(self, path: str) -> int:
         return _pattern_value(self._ranks, path, self.r)
@@ -214,6 +221,9 @@ def _check_field(name: str, value: Any) -> None:
     if name == "r":
         _check_rank(value, name)
         return
+    if name == "trainable_token_indices":
+        check_token_indices(value)
+        return
     accepts, expected = _CHECKS[name]
     if not accepts(value):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
@@ -232,6 +242,7 @@ def base_names(model: nn.Module, remove_duplicate: bool = True) -> list[str]:
     layers = adapted_layers(model).values()
     inside = {id(m) for layer in layers for f in (layer.lora_A, layer.lora_B) for m in f.modules()}
     inside.update(id(layer) for layer in layers if isinstance(layer, (InProjection, ExpertProjection)))
+    inside.update(id(m) for rows in token_rows(model).values() for m in rows.modules())
     named = model.named_modules(remove_duplicate=remove_duplicate)
     return [name for name, module in named if name and id(module) not in inside]
 

@@ -25,6 +25,7 @@ from ..nn.experts import ExpertProjection
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, adapted_layers
 from ..nn.plain import CONVOLUTIONS, Plain, kernel_shapes
+from ..nn.token_rows import token_rows
 from .effect import warn_of_peft
 from .experts import experts_stacked
 from .folder import FORMAT_VERSION, Slice, write_folder
@@ -38,6 +39,7 @@ from .names import (
     choose_targets,
     factor_key,
     patterns,
+    rows_key,
     saved_tensors,
     unranked_biases,
 )
@@ -111,6 +113,10 @@ def write_adapter(
     _refuse_untold(model, taken, biases)
     fields = _fields(model, config, adapted, spec)
     tensors = _tensors(model, layers, matrices, stored, adapter, fold_scale) | biases | saved_tensors(model, taken)
+    rows = token_rows(model, adapter)
+    tensors |= {rows_key(path): each.rows(adapter) for path, each in rows.items()}
+    if rows:
+        fields["trainable_token_indices"] = {path: list(each.indices[adapter]) for path, each in rows.items()}
     interleaved = any(s.blocks > 1 for m in matrices.values() for s in m.slices)
     side = {
         "format_version": FORMAT_VERSION if interleaved else 1,
@@ -397,6 +403,7 @@ def _refuse_untold(model: nn.Module, saved: list[str], biases: Mapping[str, Tens
         told.update(id(t) for t in saved_tensors(model, saved_modules(model, name)).values())
     for layer in adapted_layers(model).values():
         told.update(id(p) for factors in (layer.lora_A, layer.lora_B) for p in factors.parameters())
+    told.update(id(p) for rows in token_rows(model).values() for p in rows.parameters())
     lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in told]
     if lost:
         raise ValueError(

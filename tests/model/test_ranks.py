@@ -139,7 +139,7 @@ class TestPeftConfig:
         "fields",
         [
             {"init_lora_weights": "mica"},
-            {"trainable_token_indices": [1]},
+            {"layer_replication": [[0, 1]]},
             {"target_parameters": ["weight"]},
         ],
     )

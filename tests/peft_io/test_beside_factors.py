@@ -299,7 +299,6 @@ class TestEva:
 @pytest.mark.parametrize(
     "fields, nearest",
     [
-        (dict(trainable_token_indices=[3]), "name the embedding in modules_to_save"),
         (dict(layer_replication=[[0, 1]]), "replicate the layers of the model first"),
     ],
 )

@@ -42,7 +42,7 @@ def both(make, **fields):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
-            if ".lora_" in name:
+            if ".lora_" in name or "trainable_tokens_delta" in name:
                 values = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.1
                 parameter.copy_(values)
                 name = name.replace("lora_B.default.magnitude", "lora_magnitude_vector.default.weight")
