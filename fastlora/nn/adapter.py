@@ -212,6 +212,7 @@ class Bundle:
 
 
 _FORWARD = itertools.repeat("forward")
+_PARAMETERS = operator.attrgetter("_parameters")
 _MOST_BOUND = 16  # sets of adapters for which a bundle keeps its operands
 
 
@@ -280,11 +281,8 @@ class Operands:
 
     def holds(self, layers: Sequence[Any]) -> bool:
         """Whether every tensor is still where it was found, and no hook has to be asked for it."""
-        if self.hooked:
+        if self.hooked or not all(map(operator.is_, map(_PARAMETERS, layers), self._own)):
             return False
-        for layer, own in zip(layers, self._own, strict=True):
-            if layer._parameters is not own:
-                return False
         if self._guard is not None and not self.read:
             return self._guard.holds()
         if not all(map(operator.is_, map(dict.get, self._places, self._keys), self._values)):
