@@ -1,5 +1,4 @@
 // The autograd node of an adapted group: a direction that has a native call takes no Python on its way.
-#include <ATen/LegacyBatchedTensorImpl.h>
 #include <ATen/TracerMode.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -7,6 +6,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/csrc/utils/pybind.h>
@@ -57,6 +57,14 @@ Tensors run_plan(int64_t cache, int64_t variant, Tensors& inputs) {
   return found;
 }
 
+// Whether only the dispatcher knows what is in a tensor.
+bool wrapped(const Tensor& t) {
+  static const c10::DispatchKeySet kept(
+      {c10::DispatchKey::Negative, c10::DispatchKey::Conjugate, c10::DispatchKey::ZeroTensor, c10::DispatchKey::Python,
+       c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched, c10::DispatchKey::Functionalize});
+  return !(t.key_set() & kept).empty();
+}
+
 // The plans of calls that differ in nothing but their tensors, by number; -1: there is none.
 struct Plans {
   std::atomic<int64_t> cache{-1}, forward{-1};
@@ -73,36 +81,71 @@ struct Plans {
   }
 };
 
-// The tensors of a group that are there before its input is.
+// Tensors that somebody in Python keeps. A reference from here would hide cycles from Python's collector, and stand in
+// the way of ``torch.utils.swap_tensors``.
+struct Borrowed {
+  std::vector<PyObject*> objects;
+
+  explicit Borrowed(const py::sequence& owner) {
+    for (const py::handle item : owner) {
+      if (!item.is_none() && !THPVariable_Check(item.ptr())) throw py::type_error("expected tensors");
+      objects.push_back(item.ptr());
+    }
+  }
+  size_t size() const { return objects.size(); }
+  const Tensor& operator[](size_t i) const { return THPVariable_Unpack(objects[i]); }
+  bool has(size_t i) const { return objects[i] != Py_None; }
+  void append_to(Tensors& out) const {
+    for (size_t i = 0; i < size(); ++i) {
+      if (has(i)) out.push_back((*this)[i]);
+    }
+  }
+  Tensors tensors() const {
+    Tensors out;
+    out.reserve(size());
+    append_to(out);
+    return out;
+  }
+};
+
+// The tensors of a group that are there before its input is: those of a ``BoundCall``, which each ``Call`` keeps.
 struct Group {
-  Tensors W, frozen, A, B, counted;
-  std::vector<std::optional<Tensor>> bias;
+  Borrowed W, bias, A, B, counted;
   std::vector<int64_t> outputs, columns, streams;
   std::vector<double> scales;
 
-  Group(Tensors weights, std::vector<std::optional<Tensor>> biases, Tensors a, Tensors b, Tensors versioned,
-        std::vector<int64_t> output_of, std::vector<int64_t> column_of, std::vector<double> scale_of,
-        std::vector<int64_t> stream_of)
-      : W(std::move(weights)),
-        frozen(W),
-        A(std::move(a)),
-        B(std::move(b)),
-        counted(std::move(versioned)),
-        bias(std::move(biases)),
+  Group(const py::sequence& weights, const py::sequence& biases, const py::sequence& a, const py::sequence& b,
+        const py::sequence& versioned, std::vector<int64_t> output_of, std::vector<int64_t> column_of,
+        std::vector<double> scale_of, std::vector<int64_t> stream_of)
+      : W(weights),
+        bias(biases),
+        A(a),
+        B(b),
+        counted(versioned),
         outputs(std::move(output_of)),
         columns(std::move(column_of)),
         streams(std::move(stream_of)),
-        scales(std::move(scale_of)) {
-    for (const auto& given : bias) {
-      if (given) frozen.push_back(*given);
+        scales(std::move(scale_of)) {}
+
+  bool trains_base() const {
+    for (const Borrowed* part : {&W, &bias}) {
+      for (size_t i = 0; i < part->size(); ++i) {
+        if (part->has(i) && (*part)[i].requires_grad()) return true;
+      }
     }
+    return false;
   }
 
   // [*y, h, *moments]; nothing where the native library has no such call. seed: of dropout with probability p.
   Tensors forward(const Tensor& x, const std::optional<Tensor>& P, bool moments, const std::optional<Tensor>& seed,
                   double p) const {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastlora::linear_lora_forward", "");
-    c10::Stack stack{x, W, bias, A, P, B, outputs, columns, scales, moments, seed, p, streams};  // lists are used up
+    std::vector<std::optional<Tensor>> biases(bias.size());
+    for (size_t i = 0; i < bias.size(); ++i) {
+      if (bias.has(i)) biases[i] = bias[i];
+    }
+    c10::Stack stack{x,       W.tensors(), std::move(biases), A.tensors(), P, B.tensors(), outputs,
+                     columns, scales,      moments,           seed,        p, streams};
     op.callBoxed(stack);
     return stack[0].toTensorVector();
   }
@@ -113,7 +156,7 @@ struct Group {
     c10::Stack stack{dy,
                      x,
                      h,
-                     W,
+                     W.tensors(),
                      a,
                      b,
                      outputs,
@@ -140,32 +183,31 @@ struct Pending {
 using Counters = std::array<std::shared_ptr<Pending>, 2>;  // each may be null
 
 // Whether what was looked up is still what would be found: values of dicts, dicts that are empty or have no
-// ``forward``, and weights, which stay the same objects when they are moved or cast.
+// ``forward``, and weights, which stay the same objects when they are moved or cast. Its owner keeps the lists.
 struct Guard {
-  py::list places, keys, values, empty, without;
-  Tensors weights;
+  py::handle places, keys, values, empty, without;
+  Borrowed weights;
   std::vector<at::TensorOptions> options;
 
-  Guard(py::list in, py::list by, py::list what, py::list nothing, py::list attributes, Tensors frozen)
-      : places(std::move(in)),
-        keys(std::move(by)),
-        values(std::move(what)),
-        empty(std::move(nothing)),
-        without(std::move(attributes)),
-        weights(std::move(frozen)) {
-    for (const Tensor& w : weights) options.push_back(w.options());
+  Guard(const py::list& in, const py::list& by, const py::list& what, const py::list& nothing,
+        const py::list& attributes, const py::list& frozen)
+      : places(in), keys(by), values(what), empty(nothing), without(attributes), weights(frozen) {
+    for (size_t i = 0; i < weights.size(); ++i) options.push_back(weights[i].options());
   }
 
   bool holds() const {
     static PyObject* const forward = PyUnicode_InternFromString("forward");
-    for (size_t i = 0; i < places.size(); ++i) {
-      if (PyDict_GetItem(places[i].ptr(), keys[i].ptr()) != values[i].ptr()) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(places.ptr()); ++i) {
+      if (PyDict_GetItem(PyList_GET_ITEM(places.ptr(), i), PyList_GET_ITEM(keys.ptr(), i)) !=
+          PyList_GET_ITEM(values.ptr(), i)) {
+        return false;
+      }
     }
-    for (const py::handle& hooks : empty) {
-      if (PyObject_Length(hooks.ptr()) != 0) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(empty.ptr()); ++i) {
+      if (PyObject_Length(PyList_GET_ITEM(empty.ptr(), i)) != 0) return false;
     }
-    for (const py::handle& attributes : without) {
-      if (PyDict_Contains(attributes.ptr(), forward) != 0) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(without.ptr()); ++i) {
+      if (PyDict_Contains(PyList_GET_ITEM(without.ptr(), i), forward) != 0) return false;
     }
     for (size_t i = 0; i < weights.size(); ++i) {
       if (weights[i].dtype() != options[i].dtype() || weights[i].device() != options[i].device()) return false;
@@ -190,6 +232,11 @@ struct Call : torch::CustomClassHolder {
   Call() = default;
   ~Call() override {
     finish();
+    if (Py_IsInitialized() == 0) {  // the process ends, and what is left of Python with it
+      owner.release();
+      rest.release();
+      return;
+    }
     const py::gil_scoped_acquire gil;
     owner = rest = py::object();
   }
@@ -249,7 +296,8 @@ Tensors natively(const Call& call, const variable_list& dy, const Tensor& x, con
   const int64_t variant = call.plans ? call.plans->backward[need].load() : -1;
   if (variant < 0) return {};
   Tensors inputs{x, h};
-  for (const Tensors* part : {&call.group->W, &std::as_const(A), &std::as_const(B), &dy, &call.more}) {
+  call.group->W.append_to(inputs);
+  for (const Tensors* part : {&std::as_const(A), &std::as_const(B), &dy, &call.more}) {
     inputs.insert(inputs.end(), part->begin(), part->end());
   }
   return run_plan(call.plans->cache, variant, inputs);
@@ -291,9 +339,9 @@ struct LoRA : torch::autograd::Function<LoRA> {
     };
     const unsigned need =
         any(0, 1, kX) | any(1, factors, kA) | any(1 + factors, factors, kB) | any(1 + 2 * factors, call.leaves, kZ);
-    const bool plain = !at::GradMode::is_enabled() && std::all_of(dy.begin(), dy.end(), [](const Tensor& g) {
-      return g.defined() && !at::isBatchedTensor(g);
-    });
+    const auto known = [](const Tensor& t) { return t.defined() && !wrapped(t); };
+    const bool plain = !at::GradMode::is_enabled() && std::all_of(dy.begin(), dy.end(), known) &&
+                       std::all_of(saved.begin(), saved.end(), known);
     const auto part = [&](size_t start, size_t size) {
       const auto first = saved.begin() + static_cast<std::ptrdiff_t>(start);
       return Tensors(first, first + static_cast<std::ptrdiff_t>(size));
@@ -324,11 +372,10 @@ struct LoRA : torch::autograd::Function<LoRA> {
 bool watched(const Group& group, const py::handle& x) {
   if (!THPVariable_CheckExact(x.ptr())) return true;
   const Tensor& given = THPVariable_Unpack(x.ptr());
-  return given.dtype() != group.W[0].dtype() || c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
+  return wrapped(given) || given.dtype() != group.W[0].dtype() || c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
          c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         at::tracer::impl::is_dispatch_enabled() ||
-         (!given.is_meta() && at::autocast::is_autocast_enabled(given.device().type())) ||
-         std::any_of(group.frozen.begin(), group.frozen.end(), [](const Tensor& t) { return t.requires_grad(); });
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr || at::tracer::impl::is_dispatch_enabled() ||
+         (!given.is_meta() && at::autocast::is_autocast_enabled(given.device().type())) || group.trains_base();
 }
 
 // ``whole``: 2 where the backward is one call of the library's; ``more``: what a forward takes beside the tensors of
@@ -354,9 +401,13 @@ Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const
   call->more.assign(more.end() - static_cast<std::ptrdiff_t>(later), more.end());
   call->out = std::move(out);
   call->count_in({std::move(pending), std::move(also)});
-  for (const Tensor& w : group->counted) call->versions.push_back(static_cast<int64_t>(w._version()));
+  for (size_t i = 0; i < group->counted.size(); ++i) {
+    call->versions.push_back(static_cast<int64_t>(group->counted[i]._version()));
+  }
   Tensors inputs{x};
-  for (const Tensors* part : {&group->A, &group->B, &Z, &V}) inputs.insert(inputs.end(), part->begin(), part->end());
+  group->A.append_to(inputs);
+  group->B.append_to(inputs);
+  for (const Tensors* part : {&Z, &V}) inputs.insert(inputs.end(), part->begin(), part->end());
   const py::gil_scoped_release released;
   return LoRA::apply(call, at::TensorList(inputs));
 }
@@ -379,9 +430,8 @@ std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const py::
       out = group->forward(x, P, !V.empty(), seed, p);
     } else if (plans && plans->forward >= 0) {
       Tensors inputs{x};
-      for (const Tensors* part : {&group->frozen, &group->A, &group->B, &more}) {
-        inputs.insert(inputs.end(), part->begin(), part->end());
-      }
+      for (const Borrowed* part : {&group->W, &group->bias, &group->A, &group->B}) part->append_to(inputs);
+      inputs.insert(inputs.end(), more.begin(), more.end());
       out = run_plan(plans->cache, plans->forward, inputs);
     }
   }
@@ -408,13 +458,16 @@ PYBIND11_MODULE(_node, m) {
       .def(py::init<>())
       .def("keep", &Plans::keep, py::arg("cache"), py::arg("need"), py::arg("variant"));
   py::class_<Group, std::shared_ptr<Group>>(m, "Group", "The tensors of a group that are there before its input is.")
-      .def(py::init<Tensors, std::vector<std::optional<Tensor>>, Tensors, Tensors, Tensors, std::vector<int64_t>,
-                    std::vector<int64_t>, std::vector<double>, std::vector<int64_t>>(),
+      .def(py::init<const py::sequence&, const py::sequence&, const py::sequence&, const py::sequence&,
+                    const py::sequence&, std::vector<int64_t>, std::vector<int64_t>, std::vector<double>,
+                    std::vector<int64_t>>(),
            py::arg("W"), py::arg("bias"), py::arg("A"), py::arg("B"), py::arg("counted"), py::arg("outputs"),
            py::arg("columns"), py::arg("scales"), py::arg("streams"));
   py::class_<Guard>(m, "Guard", "Of what was looked up.")
-      .def(py::init<py::list, py::list, py::list, py::list, py::list, Tensors>(), py::arg("places"), py::arg("keys"),
-           py::arg("values"), py::arg("empty"), py::arg("without_forward"), py::arg("weights"))
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,
+                    const py::list&>(),
+           py::arg("places"), py::arg("keys"), py::arg("values"), py::arg("empty"), py::arg("without_forward"),
+           py::arg("weights"))
       .def("holds", &Guard::holds, "Whether all of it is as it was.");
   py::class_<Pending, std::shared_ptr<Pending>>(m, "Pending", "Graphs that are there and whose backward has not run.")
       .def(py::init<>())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import types
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -53,6 +54,9 @@ _dispatch_modes = private("torch._C._len_torch_dispatch_stack", _DISPATCHED)
 _functorch_stack = private("torch._C._functorch.peek_interpreter_stack", _DISPATCHED)
 _tracing_state = private("torch._C._get_tracing_state", _DISPATCHED)
 _CAN_TELL = None not in (_below_adinplace, _dispatch_modes, _functorch_stack, _tracing_state)
+_LEVEL = "torch.autograd.forward_ad._current_level"  # of forward mode, -1 outside
+_no_level = private(_LEVEL, "tangents are lost without gradients, and refused with them") is None
+_forward_mode: Any = types.SimpleNamespace(_current_level=-1) if _no_level else torch.autograd.forward_ad
 _KEYS_GONE = "autocast is switched off by torch.autocast(enabled=False) inside of an operator"
 _exclude = private("torch._C._ExcludeDispatchKeyGuard", _KEYS_GONE)
 _key_set = private("torch._C.DispatchKeySet", _KEYS_GONE)
@@ -141,12 +145,17 @@ def nothing_watches() -> bool:
         and _dispatch_modes() == 0
         and _functorch_stack() is None
         and _tracing_state() is None
+        and _forward_mode._current_level < 0
     )
 
 
 def differentiated_again(grads: Sequence[Tensor | None]) -> bool:
     """Whether a backward has to be torch's own operators: gradients that have gradients, or that autograd batches."""
-    return torch.is_grad_enabled() or (_batched is not None and True in [g is not None and _batched(g) for g in grads])
+    return (
+        torch.is_grad_enabled()
+        or (_functorch_stack is not None and _functorch_stack() is not None)
+        or (_batched is not None and True in [g is not None and _batched(g) for g in grads])
+    )
 
 
 def active_modes() -> Sequence[Any]:
@@ -160,9 +169,10 @@ def wants_plain_operators() -> bool:
 
 
 def being_traced() -> bool:
-    """Whether a compiler, ``torch.func`` or ``torch.jit.trace`` looks at what runs."""
+    """Whether a compiler, ``torch.func``, forward mode or ``torch.jit.trace`` looks at what runs."""
     return (
         torch.compiler.is_compiling()
+        or _forward_mode._current_level >= 0
         or (_functorch_stack is not None and _functorch_stack() is not None)
         or (_tracing_state is not None and _tracing_state() is not None)
     )

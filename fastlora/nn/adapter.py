@@ -201,7 +201,7 @@ class Bundle:
         Raises ``Traced`` where what is looked up belongs to a transform or a tracer, and must not be kept.
         """
         kept = self._kept.get(names)
-        if kept is None or not kept.holds():
+        if kept is None or not kept.holds(layers):
             if wants_plain_operators():
                 raise Traced
             self._kept.pop(names, None)
@@ -212,6 +212,7 @@ class Bundle:
 
 
 _FORWARD = itertools.repeat("forward")
+_PARAMETERS = operator.attrgetter("_parameters")
 _MOST_BOUND = 16  # sets of adapters for which a bundle keeps its operands
 
 
@@ -223,6 +224,7 @@ class Operands:
         self.read: list[tuple[weakref.ref, str, Any]] = []
         self.factors: list[Factors] = []
         self.hooked = False
+        self._own = [layer._parameters for layer in layers]
         W, bias = ([self._tensor(layer, name) for layer in layers] for name in ("weight", "bias"))
         self.finishes = any([layer.finishes(names) for layer in layers])
         bias = [None if layer.rescales(names) else b for layer, b in zip(layers, bias, strict=True)]
@@ -230,7 +232,7 @@ class Operands:
         for name in names:
             for layer in layers:
                 here = name in layer.adapter_specs
-                factors = [self._factors(side, name) if here else {} for side in (layer.lora_A, layer.lora_B)]
+                factors = [self._factors(layer, side, name) if here else {} for side in ("lora_A", "lora_B")]
                 found.append((layer, name, *factors))
         pairs = [pair for layer, name, A, B in found for pair in layer.factor_pairs(name, A, B)]
         blocks = [layer.slices.blocks for layer in layers]
@@ -266,18 +268,20 @@ class Operands:
             self.read.append((weakref.ref(owner), name, found))
         return found
 
-    def _factors(self, side: nn.ModuleDict, name: str) -> dict[str, Tensor | None]:
+    def _factors(self, layer: Any, which: str, name: str) -> dict[str, Tensor | None]:
+        side = getattr(layer, which)
         factors = side[name]
-        self.stored.append((side._modules, name, factors))
+        self.stored += [(layer._modules, which, side), (side._modules, name, factors)]
+        self.stored += [(m.__dict__, k, getattr(m, k)) for m, k in ((side, "_modules"), (factors, "_parameters"))]
         self.factors.append(factors)
         if hooked(factors):
             self.hooked = True
             return factors()
         return {key: self._tensor(factors, key) for key in factors.slices}
 
-    def holds(self) -> bool:
+    def holds(self, layers: Sequence[Any]) -> bool:
         """Whether every tensor is still where it was found, and no hook has to be asked for it."""
-        if self.hooked:
+        if self.hooked or not all(map(operator.is_, map(_PARAMETERS, layers), self._own)):
             return False
         if self._guard is not None and not self.read:
             return self._guard.holds()

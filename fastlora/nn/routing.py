@@ -186,7 +186,7 @@ class Router:
         found = self._pending.get(route.names)
         if found is None:
             if len(self._pending) >= _MANY:
-                self._pending = {names: kept for names, kept in self._pending.items() if kept}
+                self._pending = {names: kept for names, kept in list(self._pending.items()) if kept}
             found = self._pending[route.names] = Pending()
         return found
 

@@ -123,10 +123,6 @@ class _LoRALinear(torch.autograd.Function):
             out = kernel(dy, x, h, W, A, B, *operator.backward_rest(call.rest), need, *call.rest[-2:])
         return (None, *_arrange(call, need, parts, out, x, moments))
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError("fastlora::lora_linear has no forward-mode derivative; use reverse mode")
-
 
 _apply_eager = apply_directly(_LoRALinear)
 

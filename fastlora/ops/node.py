@@ -40,9 +40,12 @@ class Pending:
 
     def add(self, y: torch.Tensor) -> None:
         """Count a graph whose node is Python's, by the tensor that the node gave."""
-        if y.grad_fn is None:
+        node = y.grad_fn
+        while node is not None and not type(node).__weakrefoffset__:  # one of torch's own, as of a view of a subclass
+            node = node.next_functions[0][0] if node.next_functions else None
+        if node is None:
             return
-        self._nodes.append(weakref.ref(y.grad_fn))
+        self._nodes.append(weakref.ref(node))
         if len(self._nodes) > self._most:
             self._nodes = [node for node in self._nodes if _waits(node)]
             self._most = max(_FEW, 2 * len(self._nodes))

@@ -346,11 +346,19 @@ def test_two_backwards_of_one_graph_add_up():
     torch.testing.assert_close(Z[0].grad, 2 * once)
 
 
-def test_forward_mode_raises():
+def test_forward_mode():
     case = make()
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
-        x = torch.autograd.forward_ad.make_dual(case["x"], torch.ones_like(case["x"]))
-        lora_linear(x, case["W"], case["bias"], [a.requires_grad_() for a in case["A"]], case["B"], case["scale"])
+
+    def run(x):
+        return lora_linear(x, case["W"], case["bias"], case["A"], case["B"], case["scale"])
+
+    x, direction = case["x"].detach(), torch.randn_like(case["x"])
+    with torch.autograd.forward_ad.dual_level():
+        found = [
+            torch.autograd.forward_ad.unpack_dual(y) for y in run(torch.autograd.forward_ad.make_dual(x, direction))
+        ]
+        for dual, after, before in zip(found, run(x + direction), run(x), strict=True):
+            torch.testing.assert_close(dual.tangent, after - before, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -1,8 +1,10 @@
 """The autograd node in C++ does what the one in Python does, bit for bit."""
 
+import copy
 import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -193,14 +195,115 @@ def test_an_error_of_python_s_backward_is_python_s(monkeypatch):
         sum(y.sum() for y in built(x)).backward()
 
 
-def test_forward_mode_is_refused():
+@pytest.mark.parametrize("gradients_too", [True, False])
+def test_forward_mode(gradients_too):
+    built, x = model(torch.float64), inputs(torch.float64)
+    gradients(built, x)
+    direction = torch.randn_like(x)
+    with torch.set_grad_enabled(gradients_too), torch.autograd.forward_ad.dual_level():
+        found = built(torch.autograd.forward_ad.make_dual(x.detach(), direction))
+        tangents = [torch.autograd.forward_ad.unpack_dual(y).tangent for y in found]
+    for tangent, after, before in zip(tangents, built(x + direction), built(x), strict=True):
+        torch.testing.assert_close(tangent, after - before)
+
+
+def test_gradients_under_vmap():
+    built, x = model(torch.float64), inputs(torch.float64)
+    gradients(built, x)
+    y = built(x)[0]
+
+    def gradient(dy):
+        return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+
+    directions = torch.randn(4, *y.shape, dtype=y.dtype)
+    torch.testing.assert_close(torch.vmap(gradient)(directions), torch.stack([gradient(dy) for dy in directions]))
+
+
+@pytest.mark.parametrize("lazy", ["x", "dy"])
+def test_a_sign_that_only_the_dispatcher_knows_goes_python_s_way(monkeypatch, lazy):
     built, x = model(), inputs()
     gradients(built, x)
-    with (
-        torch.autograd.forward_ad.dual_level(),
-        pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward"),
-    ):
-        built(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+    calls, differentiated = [], bound.BoundCall.differentiated
+    monkeypatch.setattr(
+        bound.BoundCall, "differentiated", lambda self, *given: calls.append(0) or differentiated(self, *given)
+    )
+    parameter = built.q_proj.lora_A.default.weight
+
+    def gradient(x, turn):
+        y = built.q_proj(x)
+        return torch.autograd.grad(y, parameter, turn(torch.ones_like(y)))[0]
+
+    def turned(t):
+        return torch.complex(t, -t).conj().imag  # t, stored as -t
+
+    expected = gradient(x.detach(), lambda dy: dy)
+    assert not calls
+    found = gradient(turned(x.detach()), lambda dy: dy) if lazy == "x" else gradient(x.detach(), turned)
+    assert calls and turned(x).is_neg() and torch.equal(found, expected)
+
+
+def _attribute(built):
+    built.q_proj.lora_A.default.weight.owner = built
+
+
+def _hook(built):
+    built.q_proj.lora_A.default.register_forward_hook(lambda *_: built and None)
+
+
+@pytest.mark.parametrize("refer", [_attribute, _hook])
+def test_a_model_that_its_factors_refer_to_is_freed(refer):
+    built, x = model(), inputs()
+    refer(built)
+    gradients(built, x)
+    alive = weakref.ref(built)
+    del built
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_parameter_can_be_swapped():
+    built, x = model(), inputs()
+    gradients(built, x)
+    parameter = built.q_proj.lora_A.default.weight
+    torch.utils.swap_tensors(parameter, torch.nn.Parameter(torch.randn_like(parameter)))
+    assert torch.equal(built(x)[0], copy.deepcopy(built)(x)[0])
+
+
+def _tripled(module):
+    module._parameters = {
+        name: None if p is None else torch.nn.Parameter(3 * p.detach(), p.requires_grad)
+        for name, p in module._parameters.items()
+    }
+
+
+def _other(layer):
+    side = copy.deepcopy(layer.lora_A)
+    _tripled(side.default)
+    return side
+
+
+def _other_side(layer):
+    layer.lora_A = _other(layer)
+
+
+def _other_modules(layer):
+    layer.lora_A._modules = _other(layer)._modules
+
+
+@pytest.mark.parametrize(
+    "replace", [_tripled, lambda layer: _tripled(layer.lora_A.default), _other_side, _other_modules]
+)
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_dicts_that_are_replaced_are_noticed(monkeypatch, replace, native, grouped):
+    if not native:
+        in_python(monkeypatch)
+    built, x = model(), inputs()
+    run = (lambda m: m(x)[0]) if grouped else (lambda m: m.q_proj(x))
+    for _ in range(2):
+        before = run(built)
+    replace(built.q_proj)
+    assert torch.equal(run(built), run(copy.deepcopy(built))) and not torch.equal(run(built), before)
 
 
 class TestPending:
@@ -232,6 +335,18 @@ class TestPending:
         with torch.no_grad():
             y = built(x)
         assert not y[0].requires_grad and not built.q_proj.router.awaits_backward("default")
+
+    def test_behind_a_view_of_a_subclass(self):
+        class Named(torch.Tensor):
+            pass
+
+        built, x = model(), inputs()
+        weight = built.q_proj.weight.detach().as_subclass(Named)
+        built.q_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+        y = built.q_proj(x)
+        assert built.q_proj.router.awaits_backward("default")
+        y.sum().backward()
+        assert not built.q_proj.router.awaits_backward("default")
 
     def test_of_python_s_nodes(self, monkeypatch):
         in_python(monkeypatch)
