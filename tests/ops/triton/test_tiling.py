@@ -168,13 +168,17 @@ def test_a_persistent_grid_has_a_program_for_every_place(monkeypatch):
         assert grids.pop() == (programs,)
 
 
-def test_rows_that_are_not_aligned_go_to_the_library(monkeypatch):
+@pytest.mark.parametrize("rows", [512, 4096, 16384])
+@pytest.mark.parametrize("moments", [False, True])
+def test_rows_that_are_not_aligned_go_to_the_library(rows, moments, monkeypatch):
+    """At every size: the tiles by pointers spill for them, too."""
     seen = []
     monkeypatch.setattr(linear, "launch", lambda kernel, grid, *rest, **options: seen.append(rest[1]))
-    h, B = torch.empty(16384, 8, dtype=torch.bfloat16, device="meta"), torch.empty(768, 8, device="meta")
+    monkeypatch.setattr(linear, "reduce_moments", lambda *given: None)
+    h, B = torch.empty(rows, 8, dtype=torch.bfloat16, device="meta"), torch.empty(768, 8, device="meta")
     for K, fused in ((768, True), (769, False), (772, False)):
-        x, W = (torch.empty(n, K, dtype=torch.bfloat16, device="meta") for n in (16384, 768))
-        linear.linear(x, [W], [None], h, [B], [(0, 0)], [0], [1.0])
+        x, W = (torch.empty(n, K, dtype=torch.bfloat16, device="meta") for n in (rows, 768))
+        linear.linear(x, [W], [None], h, [B], [(0, 0)], [0], [1.0], moments)
         # The kernel that multiplies takes x.
         assert (seen.pop() is not None) == fused
 
