@@ -34,7 +34,7 @@ from . import (
     shrink_linear_backward,
     wgrad,
 )
-from .tiling import Limits, TileConfig, committed
+from .tiling import Limits, TileConfig, committed, takes_unaligned
 
 REGISTERS = 65536
 # Kernels whose product is large enough to be meant for wgmma, in 16-bit types.
@@ -51,6 +51,12 @@ SHARED = {
     (12, 0): 99 << 10,
 }
 THREADS = {(8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
+# Sizes whose rows are not aligned to 16 bytes.
+UNALIGNED: dict[str, dict[str, Any]] = {
+    ", unaligned x": {"K": 1021},
+    ", unaligned dy": {"widths": (1021, 509, 509)},
+    ", unaligned": {"K": 1021, "widths": (1021, 509, 509)},
+}
 COLUMNS = ("operation", "case", "dtype", "tile", "registers", "stack", "shared KiB", "resident", "wgmma",
            "16-byte copies", "TMA")  # fmt: skip
 
@@ -86,7 +92,8 @@ class Row(NamedTuple):
             found.append("no wgmma instruction")
         if self.tile.tma and self.operation != "reduce" and not self.tma:
             found.append("no TMA instruction")
-        if "matmul" in self.case and self.dtype == "bf16" and not (self.wide_copies or self.tma):
+        wide = "matmul" in self.case and "unaligned" not in self.case
+        if wide and self.dtype == "bf16" and not (self.wide_copies or self.tma):
             found.append("no 16-byte asynchronous copy")
         return found
 
@@ -143,8 +150,16 @@ def _empty(*size: int, dtype: torch.dtype) -> Tensor:
 class _Operands:
     """A q, k, v group with grouped-query widths, on the meta device; factors fp32, as adapters are by default."""
 
-    def __init__(self, dtype: torch.dtype, rank: int = 8, probes: int = 8, M: int = 4096, K: int = 1024):
-        widths, n = (1024, 512, 512), 3
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        rank: int = 8,
+        probes: int = 8,
+        M: int = 4096,
+        K: int = 1024,
+        widths: tuple[int, int, int] = (1024, 512, 512),
+    ):
+        n = 3
         self.x = _empty(M, K, dtype=dtype)
         self.W = [_empty(w, K, dtype=dtype) for w in widths]
         self.bias: list[Tensor | None] = [_empty(w, dtype=dtype) for w in widths]
@@ -153,6 +168,7 @@ class _Operands:
         probes = probes if rank % 8 == 0 else 4
         self.P = _empty(probes, K, dtype=torch.float32)
         self.dy = [_empty(M, w, dtype=dtype) for w in widths]
+        self.diagonal = _empty(sum(widths), K, dtype=torch.float32)
         self.h = _empty(M, n * rank + probes, dtype=dtype)
         self.dh = _empty(M, n * rank, dtype=dtype)
         self.seed = torch.empty((), dtype=torch.int64, device="meta")
@@ -213,10 +229,10 @@ def _cases(operation: str, tile: TileConfig, o: _Operands) -> dict[str, Callable
             "matmul, rows split": lambda: gradstat.gradstat(o.x, few, offsets[:2], tile),
         }
     if operation == "gradstat_diagonal":
-        offsets, diagonal = torch.empty(9, dtype=torch.int64, device="meta"), _empty(2048, 1024, dtype=torch.float32)
+        offsets, diagonal = torch.empty(9, dtype=torch.int64, device="meta"), o.diagonal
         return {"matmul": lambda: gradstat.gradstat(o.x, o.dy, offsets, tile, diagonal=diagonal)}
     if operation == "covariance":
-        total, weight = _empty(1024, 1024, dtype=torch.float32), _empty(dtype=torch.float32)
+        total, weight = _empty(*[o.x.shape[1]] * 2, dtype=torch.float32), _empty(dtype=torch.float32)
         return {
             "matmul": lambda: gradstat.covariance(o.x, tile),
             "matmul, added": lambda: gradstat.add_gram_(total, o.x, weight, tile),
@@ -241,7 +257,10 @@ def device_of(capability: tuple[int, int]) -> Limits:
 def compile_all(
     ranks: tuple[int, ...] = (8, 5, 64), operations: tuple[str, ...] = (), capability: tuple[int, int] = (9, 0)
 ) -> list[Row]:
-    """Compile every committed tile that fits: bf16 at each rank a projection (one no multiple of 8), fp32, tf32."""
+    """Compile every committed tile that fits: bf16 at each rank a projection (one no multiple of 8), fp32, tf32.
+
+    In bf16 also for rows of x, of dy and of both that are not aligned, where an operation takes such.
+    """
     rows: dict[str, Row] = {}
     device = device_of(capability)
     for operation, kind, entry in committed():
@@ -254,14 +273,17 @@ def compile_all(
         fixed = [min(rank, 24) for rank in ranks] if operation.startswith("shrink_linear") else fixed
         some = ranks[:1] if operation in ("gradstat", "gradstat_diagonal", "covariance") else fixed
         exact_only = operation.endswith("dropout") or operation == "expand"
-        settings = [("bf16", rank) for rank in some]
+        settings = [("bf16", rank, "") for rank in some]
         if kind == "fp32":
-            settings = [(precision, ranks[0]) for precision in (("fp32",) if exact_only else ("fp32", "tf32"))]
-        for precision, rank in settings:
-            operands = _Operands(torch.bfloat16 if precision == "bf16" else torch.float32, rank)
+            settings = [(precision, ranks[0], "") for precision in (("fp32",) if exact_only else ("fp32", "tf32"))]
+        elif takes_unaligned(operation, entry.tile):
+            settings += [("bf16", ranks[0], of) for of in UNALIGNED]
+        for precision, rank, unaligned in settings:
+            sizes = UNALIGNED.get(unaligned, {})
+            operands = _Operands(torch.bfloat16 if precision == "bf16" else torch.float32, rank, **sizes)
             for case, call in _cases(operation, entry.tile, operands).items():
                 first = rank == ranks[0] and precision != "tf32"
-                label = case if rank == ranks[0] else f"{case}, r = {rank}"
+                label = (case if rank == ranks[0] else f"{case}, r = {rank}") + unaligned
                 if ("moments" in case or operation == "linear_moments") and not first:
                     continue
 

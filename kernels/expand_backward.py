@@ -14,6 +14,7 @@ from .primitives import (
     Matrix,
     Options,
     Runs,
+    aligned,
     block_rank,
     hide_from_specialization,
     launch,
@@ -143,7 +144,9 @@ def expand_backward(
     """
     ranks, live = [b.shape[1] for b in B], [g for g in dy if g is not None]
     M, N = live[0].shape[0], sum(g.shape[1] for g in live)
-    strategy = strategy or choose_strategy("expand_backward", M, N, 0, rank + probes, h.dtype, h.device)
+    if strategy is None:
+        strategy = choose_strategy("expand_backward", M, N, 0, rank + probes, h.dtype, h.device)
+        strategy = strategy if aligned(live) else "separate"  # whose addresses spill
     rest = (h, offsets, ranks, scales, probes, seed, threshold, keep_scale, streams, B[0].dtype)
     if strategy == "separate" or dh is not None:
         dh = shrink_backward(dy, B, offsets, scales, rank, runs=runs) if dh is None else dh

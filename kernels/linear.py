@@ -219,7 +219,8 @@ def as_group(projections: Sequence[Projection], matmul: bool = True, runs: Runs 
     """The operand for projections; a bias is added where the kernel multiplies. ``runs``: of those that interleave."""
     bias = None
     if matmul and any(p.bias is not None for p in projections):
-        bias = tuple(p.W.new_zeros(p.W.shape[0]) if p.bias is None else p.bias for p in projections)
+        # As many zeros as a row of y, since columns that interleave reach beyond their number.
+        bias = tuple(p.W.new_zeros(p.y.stride(0)) if p.bias is None else p.bias for p in projections)
     columns = rank_columns([p.offset for p in projections], [p.B.shape[1] for p in projections])
     strides = hide_from_specialization([p.B.stride(0) for p in projections])
     B = Factors(tuple(p.B for p in projections), strides, columns, tuple(float(p.scale) for p in projections), runs)
@@ -321,6 +322,8 @@ def linear(
         strategy = choose_strategy("forward", M, N, K, rank, x.dtype, x.device)
         # A pass over y that counts its moments adds h B^T for nothing.
         strategy = "library" if moments and strategy == "augmented" else strategy
+        # The addresses of rows that are not aligned spill, and nothing copies 16 bytes of them.
+        strategy = "library" if strategy == "fused" and not aligned([x, *W]) else strategy
     if strategy == "fused":
         operation, most = "linear_moments" if moments else "linear", max(b.shape[1] for b in B)
         tiles = tiles or choose_tiles(operation, M, N, K, most, x.dtype, x.device)

@@ -127,7 +127,10 @@ def linear_backward(
     if M == 0:
         return dy[0].new_empty(M, K)
     N = sum(w.shape[0] for w in W)
-    strategy = strategy or choose_strategy("backward", M, N, K, dh.shape[1], dh.dtype, dh.device)
+    if strategy is None:
+        strategy = choose_strategy("backward", M, N, K, dh.shape[1], dh.dtype, dh.device)
+        # As in ``linear``.
+        strategy = "library" if strategy == "fused" and not aligned([*dy, *W]) else strategy
     if strategy == "augmented" and seed is None and dh.shape[1] > 0:
         # Zeros behind the ranks, so that rows stay aligned.
         padding = -(N + dh.shape[1]) % 8

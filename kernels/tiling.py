@@ -175,6 +175,19 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
 }
 
 
+# Operations whose rows are all aligned to 16 bytes: others have another strategy.
+_ALIGNED = frozenset({"linear", "linear_moments", "linear_backward", "linear_backward_dropout", "shrink_linear",
+                      "shrink_linear_backward", "expand_backward"})  # fmt: skip
+# Rows and columns of tiles beside whose sums the addresses of other rows spill.
+_ALIGNED_TILES = frozenset({("gradstat", 128, 256), ("gradstat", 64, 128), ("gradstat_diagonal", 128, 128),
+                            ("covariance", 128, 128)})  # fmt: skip
+
+
+def takes_unaligned(operation: str, tile: TileConfig) -> bool:
+    """Whether rows that are not aligned to 16 bytes reach a tile."""
+    return operation not in _ALIGNED and (operation, tile.rows, tile.columns) not in _ALIGNED_TILES
+
+
 class Measurement(NamedTuple):
     """The fastest tile, or strategy, of a sweep at one size, and its milliseconds on a GPU."""
 
@@ -243,14 +256,14 @@ def choose_filling(
     """The largest tile that gives half of the multiprocessors a program, else the smallest; a near measurement decides.
 
     ``programs`` says how many a tile makes. Half, since a smaller tile reads its operands more often from the L2. The
-    largest of all is for rows that are ``aligned`` to 16 bytes alone: the addresses of others spill beside its sums.
+    tiles of ``takes_unaligned`` alone are for rows that are not ``aligned`` to 16 bytes.
     """
     kind, own = "fp32" if dtype == torch.float32 else "half", limits(device)
     measured = _measured(operation, kind, 0, N, K, 0) if aligned else None
     if measured is not None and measured.fits(dtype.itemsize, own):
         return measured
     tiles = [entry.tile for entry in _fitting(operation, dtype, own)]
-    tiles = tiles if aligned else tiles[1:] or tiles
+    tiles = [tile for tile in tiles if aligned or takes_unaligned(operation, tile)] or tiles
     return next((tile for tile in tiles if 2 * programs(tile) >= own.multiprocessors), tiles[-1])
 
 

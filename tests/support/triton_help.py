@@ -38,9 +38,11 @@ TINY = Problem(1, 5, (3,), (3,), (1,))
 WIDE_RANK = Problem(17, 20, (18,), (18,), (70,), 3)
 EVEN = Problem(17, 32, (16, 16), (16, 16), (8, 24), 8)
 INTERLEAVED = Problem(24, 32, (48, 20), (24, 12, 12, 20), (4, 0, 2, 3), 4, (4, 1))
+# The weight whose columns interleave has no bias, and the one beside it has.
+BARE = Problem(24, 32, (20, 48), (20, 24, 12, 12), (3, 4, 0, 2), 4, (1, 4))
 EMPTY = Problem(0, 16, (16, 8), (16, 8), (2, 3), 2)
 PROBLEMS = {"separate": SEPARATE, "fused": FUSED, "tiny": TINY, "wide_rank": WIDE_RANK, "even": EVEN, "empty": EMPTY,
-            "interleaved": INTERLEAVED}  # fmt: skip
+            "interleaved": INTERLEAVED, "bare": BARE}  # fmt: skip
 
 
 class Data:

@@ -11,7 +11,7 @@ import torch
 from fastlora.kernels import expand_backward, primitives, shrink_linear, shrink_linear_backward
 from support.triton_grouped_help import CASES, Operands, expected_dh, expected_dx
 from support.triton_grouped_help import INTERLEAVED as MIXED
-from support.triton_help import DEVICE, EMPTY, FUSED, INTERLEAVED, SEPARATE, TINY, Data, assert_close, wide
+from support.triton_help import BARE, DEVICE, EMPTY, FUSED, INTERLEAVED, SEPARATE, TINY, Data, assert_close, wide
 
 from fastlora.ops import backends, reference
 from fastlora.ops.backends import triton as triton_backend
@@ -20,7 +20,8 @@ from fastlora.ops.lora import checked_linear, lora_grouped, lora_linear
 from fastlora.ops.probe_ops import measured
 
 pytestmark = pytest.mark.usefixtures("poisoned", "allowed")
-PROBLEMS = {"separate": SEPARATE, "fused": FUSED, "tiny": TINY, "empty": EMPTY, "interleaved": INTERLEAVED}
+PROBLEMS = {"separate": SEPARATE, "fused": FUSED, "tiny": TINY, "empty": EMPTY, "interleaved": INTERLEAVED,
+            "bare": BARE}  # fmt: skip
 
 
 @pytest.fixture

@@ -157,6 +157,18 @@ def test_dh_beside_dx(problem, dtype, factors, missing, monkeypatch):
     assert_close(dx, expected_dx_of(data, dh), dtype, "dx")
 
 
+def test_a_bias_that_is_absent_reaches_as_far_as_the_columns():
+    """Columns that interleave lie beyond their number, and what lies behind so few zeros is anything."""
+    data, reached = Data(PROBLEMS["bare"], torch.float32), []
+    y = [torch.zeros(data.problem.M, n) for n in data.problem.outputs]
+    rest = y, [], data.places, data.layout.offsets, data.scale
+    group = linear.as_group(linear.cut(data.W, data.bias, data.B, *rest), runs=data.runs)
+    for i, bias in enumerate(group.bias):
+        last = data.layout.runs_of(i)[-1]
+        reached.append(bias.shape[0] - (last[1] + last[2] - data.layout.columns[i]))
+    assert min(reached) >= 0
+
+
 def test_descriptors_are_used_where_rows_are_aligned(monkeypatch):
     seen = []
     monkeypatch.setattr(

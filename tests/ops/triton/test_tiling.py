@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fastlora.kernels import compile_report, gradstat, linear, tiling  # noqa: E402
+from fastlora.kernels import compile_report, expand_backward, gradstat, linear, linear_backward, tiling  # noqa: E402
 from fastlora.kernels.tiling import Limits, Measurement, TileConfig  # noqa: E402
 
 from benchmarks.host.limits import GPUS  # noqa: E402
@@ -168,15 +168,37 @@ def test_a_persistent_grid_has_a_program_for_every_place(monkeypatch):
         assert grids.pop() == (programs,)
 
 
-def test_rows_that_are_not_aligned_go_to_the_library(monkeypatch):
+@pytest.mark.parametrize("rows", [512, 4096, 16384])
+@pytest.mark.parametrize("moments", [False, True])
+def test_rows_that_are_not_aligned_go_to_the_library(rows, moments, monkeypatch):
+    """At every size: the tiles by pointers spill for them, too."""
     seen = []
     monkeypatch.setattr(linear, "launch", lambda kernel, grid, *rest, **options: seen.append(rest[1]))
-    h, B = torch.empty(16384, 8, dtype=torch.bfloat16, device="meta"), torch.empty(768, 8, device="meta")
+    monkeypatch.setattr(linear, "reduce_moments", lambda *given: None)
+    h, B = torch.empty(rows, 8, dtype=torch.bfloat16, device="meta"), torch.empty(768, 8, device="meta")
     for K, fused in ((768, True), (769, False), (772, False)):
-        x, W = (torch.empty(n, K, dtype=torch.bfloat16, device="meta") for n in (16384, 768))
-        linear.linear(x, [W], [None], h, [B], [(0, 0)], [0], [1.0])
+        x, W = (torch.empty(n, K, dtype=torch.bfloat16, device="meta") for n in (rows, 768))
+        linear.linear(x, [W], [None], h, [B], [(0, 0)], [0], [1.0], moments)
         # The kernel that multiplies takes x.
         assert (seen.pop() is not None) == fused
+
+
+def test_dy_that_is_not_aligned_goes_to_the_library_and_to_two_kernels(monkeypatch):
+    """In the backward its addresses spill, too."""
+    seen = []
+    for module in (linear_backward, expand_backward):
+        monkeypatch.setattr(module, "launch", lambda kernel, *rest, **options: seen.append((kernel.fn.__name__, rest)))
+        monkeypatch.setattr(module, "choose_strategy", lambda *size: "fused")
+    monkeypatch.setattr(expand_backward, "reduce_partials", lambda *given: None)
+    monkeypatch.setattr(expand_backward, "shrink_backward", lambda *given, **named: seen.append(("separate", ())))
+    monkeypatch.setattr(expand_backward, "wgrad", lambda *given, **named: ())
+    for N, fused in ((768, True), (769, False)):
+        dy, dh = (torch.empty(4096, n, dtype=torch.bfloat16, device="meta") for n in (N, 8))
+        W, A = torch.empty(N, 512, dtype=torch.bfloat16, device="meta"), torch.empty(8, 512, device="meta")
+        linear_backward.linear_backward([dy], [W], dh, [A], [0])
+        assert (seen.pop()[1][4] is not None) == fused  # the kernel that multiplies takes dy and W
+        expand_backward.expand_backward(None, [dy], dh, [torch.empty(N, 8, device="meta")], [0], [1.0], 8, 0)
+        assert seen.pop()[0] == ("expand_backward_kernel" if fused else "separate")
 
 
 CHILD = """
