@@ -114,7 +114,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-def _small(config: Any, given: Mapping[str, Any] = {}) -> dict[str, Any]:  # noqa: B006 - never changed
+def _small(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
     fields: dict[str, Any] = {}

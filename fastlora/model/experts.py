@@ -46,7 +46,8 @@ def stack_refusal(stack: ExpertStack) -> str | None:
     count, inner = owner.num_experts, down.in_features * (2 if gated else 1)
     if {n for n, _, _ in sizes} != {count} or sizes[0][1] != inner or sizes[0][2] != sizes[1][1]:
         shapes = f"{tuple(up.weight.shape)} and {tuple(down.weight.shape)}"
-        return f"{shapes} of {kind} are not the layout that it says: is_transposed={up.transposed}, {count} experts"  # fmt: skip  # noqa: E501
+        said = f"is_transposed={up.transposed}, {count} experts"
+        return f"{shapes} of {kind} are not the layout that it says: {said}"
     return None
 
 

@@ -36,7 +36,8 @@ def factor_pairs(folder: AdapterFolder) -> dict[str, tuple[Tensor, Tensor]]:
             if factor not in pair:
                 raise ValueError(f"{folder.where(TENSORS)}: missing key {key!r}")
             if pair[factor].ndim < 2 or pair[factor].dtype not in FLOATS:
-                raise ValueError(f"{folder.where(TENSORS)}: {key!r}: expected a floating matrix, got {pair[factor].dtype} {tuple(pair[factor].shape)}")  # fmt: skip  # noqa: E501
+                got = f"{pair[factor].dtype} {tuple(pair[factor].shape)}"
+                raise ValueError(f"{folder.where(TENSORS)}: {key!r}: expected a floating matrix, got {got}")
     if not found:
         raise ValueError(f"{folder.where(TENSORS)}: has no keys like {PREFIX}<module>.lora_A.weight")
     return {path: (pair["A"], pair["B"]) for path, pair in found.items()}
@@ -124,13 +125,18 @@ def matrix_in_file(
     rows, ranks = sum(x.rows for x in slices), sum(x.rank for x in slices)
     padded = len(known.keys_of(adapted)) > 1 and ranks <= rank
     if rows != N or not (ranks == rank or padded):
-        raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into {rows} rows and ranks of sum {ranks}, expected {N} and {rank}")  # fmt: skip  # noqa: E501
+        raise ValueError(
+            f"{folder.where(SIDE)}: splits {path!r} into {rows} rows and ranks of sum {ranks}, expected {N} and {rank}"
+        )
     if len({x.blocks for x in slices}) > 1:
         raise ValueError(f"{folder.where(SIDE)}: splits {path!r} into slices of different numbers of blocks")
     layout = Slices({x.name: x.rows for x in slices}, slices[0].blocks)
     factors = _blocks(slices, layout, A, B)
     if factors is None:
-        raise ValueError(f"{where}: {path!r} is split in {SIDE}, and its lora_B is not block-diagonal; remove {SIDE} to load it as one matrix")  # fmt: skip  # noqa: E501
+        raise ValueError(
+            f"{where}: {path!r} is split in {SIDE}, and its lora_B is not block-diagonal; "
+            f"remove {SIDE} to load it as one matrix"
+        )
     if held is not None and held != layout:
         return _in_slices(held, A[:ranks], B[:, :ranks], s, beside)
     return Matrix(layout, factors, {x.name: s * x.scale_ratio for x in slices}, beside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from unittest import mock
 
@@ -87,6 +88,12 @@ def a_table_without_its_marks_is_refused() -> None:
             raise AssertionError("nothing was refused")
 
 
+def a_package_or_a_program_that_is_not_there_is_said() -> None:
+    with mock.patch.object(run, "version", side_effect=PackageNotFoundError):
+        assert set(run._versions().values()) == {"checkout"}
+    assert run._output("no-such-program") == ""
+
+
 def a_variant_that_fails_is_missing() -> None:
     kept = []
     with mock.patch.dict(cases.BUILDERS, frozen=fails):
@@ -109,3 +116,4 @@ if __name__ == "__main__":
     a_candidate_that_fails_is_a_row()
     a_table_without_its_marks_is_refused()
     a_variant_that_fails_is_missing()
+    a_package_or_a_program_that_is_not_there_is_said()
