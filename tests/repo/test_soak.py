@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -23,7 +25,14 @@ from small_model import adapted, batch, loss_fn  # noqa: E402
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_200_steps_leave_nothing_behind(tmp_path):
-    rows = soak.run(200 // soak.CYCLE, tmp_path / "adapter")
+    """In a process of its own: the tensors that other tests have left are not counted, nor when they go."""
+    code = f"import json, soak; print(json.dumps(soak.run({200 // soak.CYCLE}, {str(tmp_path / 'adapter')!r})))"
+    path = os.pathsep.join([str(Path(soak.__file__).parent), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    rows = json.loads(done.stdout.splitlines()[-1])
     assert rows[-1]["steps"] == 200
     settled = rows[1:]
     assert len({row["tensors"] for row in settled}) == 1 and len({row["hooks"] for row in settled}) == 1
