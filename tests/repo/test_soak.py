@@ -22,32 +22,39 @@ sys.path.append(str(Path(__file__).parents[2] / "tools"))
 import soak  # noqa: E402
 from small_model import adapted, batch, loss_fn  # noqa: E402
 
+LEAKY = """
+kept, step = [], soak.Soak.step
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_200_steps_leave_nothing_behind(tmp_path):
-    """In a process of its own: the tensors that other tests have left are not counted, nor when they go."""
-    code = f"import json, soak; print(json.dumps(soak.run({200 // soak.CYCLE}, {str(tmp_path / 'adapter')!r})))"
+def leaky(self, *args):
+    step(self, *args)
+    kept.append(torch.zeros(1))
+
+soak.Soak.step = leaky
+"""
+
+
+def cycles(number: int, folder: Path, first: str = "") -> list[dict[str, int]]:
+    """Rows of the soak, in a process of its own: what other tests have left is not counted, nor when it goes."""
+    code = f"import json, soak, torch\n{first}\nprint(json.dumps(soak.run({number}, {str(folder)!r})))"
     path = os.pathsep.join([str(Path(soak.__file__).parent), str(Path(__file__).parents[2])])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env={**os.environ, "PYTHONPATH": path}, check=True, capture_output=True, text=True,
     )  # fmt: skip
-    rows = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_200_steps_leave_nothing_behind(tmp_path):
+    rows = cycles(200 // soak.CYCLE, tmp_path / "adapter")
     assert rows[-1]["steps"] == 200
     settled = rows[1:]
     assert len({row["tensors"] for row in settled}) == 1 and len({row["hooks"] for row in settled}) == 1
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_what_is_left_behind_is_seen(tmp_path, monkeypatch):
-    kept, step = [], soak.Soak.step
-
-    def leaky(self, *args):
-        step(self, *args)
-        kept.append(torch.zeros(1))
-
-    monkeypatch.setattr(soak.Soak, "step", leaky)
-    rows = soak.run(3, tmp_path / "adapter")
+def test_what_is_left_behind_is_seen(tmp_path):
+    rows = cycles(3, tmp_path / "adapter", LEAKY)
     assert rows[-1]["tensors"] - rows[-2]["tensors"] == soak.CYCLE
 
 
