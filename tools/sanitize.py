@@ -96,6 +96,8 @@ def test(sanitizers: str, folder: Path, isa: str | None = None) -> tuple[int, st
 
 def run(folder: Path, arguments: list[str]) -> int:
     """Pytest in this process, which takes the instrumented modules for the package's own."""
+    import torch  # noqa: F401  # the modules are linked against its libraries and do not say where they lie
+
     for path in folder.glob("_[a-z]*.so"):
         name = f"fastlora.{path.name.partition('.')[0]}"
         spec = importlib.util.spec_from_file_location(name, path)
