@@ -279,7 +279,7 @@ Standard deviations, in hundredths: of the seed, and of the others on one senten
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 with the reason when runs are missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiment.power", description=__doc__)
-    parser.add_argument("--runs", type=Path, default=OUT / run_files.NAME, help="measured runs (%(default)s)")
+    parser.add_argument("--runs", type=Path, default=OUT / run_files.PILOT, help="measured runs (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for power.json and power.md (%(default)s)")
     parser.add_argument("--baseline", default=BASELINE, help="what settings are compared with (%(default)s)")
     parser.add_argument("--settings", nargs="+", default=MEASURED, metavar="SETTING", help=" ".join(MEASURED))
