@@ -14,7 +14,7 @@ import torch
 from fastlora.training.schedule import Cosine
 
 from . import runs
-from .data import Sentences, batches, by_length, draw
+from .data import Sentences, batches, by_length, draw, lengths_of
 from .methods import PREPARE, Prepared, Task, loss_fn
 from .settings import HEAD, Settings
 from .splits import Splits
@@ -44,10 +44,10 @@ def load(model_path: str, seed: int) -> tuple[Any, Any]:
     return model.float(), AutoTokenizer.from_pretrained(model_path)
 
 
-def sorted_by_length(sentences: Sentences) -> Sentences:
-    """Shortest first, so that a batch has little padding: the order in which predictions are kept."""
-    rows = sorted(zip(*sentences, strict=True), key=lambda row: (len(row[0].split()), row))
-    return Sentences([text for text, _ in rows], [label for _, label in rows])
+def shortest_first(sentences: Sentences, tokenizer: Any, settings: Settings) -> Sentences:
+    """So that a batch has little padding: the order in which predictions are kept."""
+    rows = sorted(zip(lengths_of(sentences, tokenizer, settings.max_tokens), *sentences, strict=True))
+    return Sentences([text for _, text, _ in rows], [label for _, _, label in rows])
 
 
 @torch.inference_mode()
@@ -117,10 +117,10 @@ def _parameters(model: Any) -> dict[str, int]:
 def _measure(job: Job, model: Any, tokenizer: Any, splits: Splits, settings: Settings) -> Iterator[tuple[str, Any]]:
     """Scores of the job's phase, in bf16; with the final ones what fp32 would have said on dev."""
     if job.phase == "tuning":
-        sentences = sorted_by_length(splits.tuning)
+        sentences = shortest_first(splits.tuning, tokenizer, settings)
         yield "tuning", score(job.data, predict(model.bfloat16(), tokenizer, sentences, settings), sentences.labels)
         return
-    dev, evaluation = sorted_by_length(splits.dev), sorted_by_length(splits.evaluation)
+    dev, evaluation = (shortest_first(part, tokenizer, settings) for part in (splits.dev, splits.evaluation))
     fp32 = predict(model, tokenizer, dev, settings)
     model = model.bfloat16()
     on_dev, predicted = (predict(model, tokenizer, part, settings) for part in (dev, evaluation))
@@ -138,7 +138,8 @@ def run(job: Job, settings: Settings, model_path: str, splits: Splits) -> dict[s
     """Train and measure; the result can be written as JSON."""
     torch.set_num_threads(1)
     model, tokenizer = load(model_path, job.seed)
-    drawn = by_length(draw(splits.train, settings.sentences, job.seed), settings.batch, job.seed)
+    drawn = draw(splits.train, settings.sentences, job.seed)
+    drawn = by_length(drawn, lengths_of(drawn, tokenizer, settings.max_tokens), settings.batch, job.seed)
     data = list(batches(drawn, tokenizer, settings.batch, settings.max_tokens, drop_last=True))
     few = max(1, min(settings.calibration_steps, len(data)))
     setup = time.thread_time()

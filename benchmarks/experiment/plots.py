@@ -1,0 +1,93 @@
+"""Pictures of the experiment's results; each reads only the results and may have nothing to show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .plan import BASELINE, EQUIVALENT
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+UNITS = {"sst2": "SST-2, points of accuracy", "cola": "CoLA, hundredths of Matthews correlation"}
+
+
+def _accuracy(plt: Any, found: Mapping[str, Any], data: str) -> Any:
+    settings = {name: s for name, s in found["settings"].items() if s["score"]["half_width"] is not None}
+    if not settings:
+        return None
+    figure, axis = plt.subplots(figsize=(8, 4.6))
+    # Settings with as many parameters would lie on each other: each is moved a little to the right of the last.
+    seen: dict[int, int] = {}
+    for name, setting in sorted(settings.items(), key=lambda item: sum(item[1]["parameters"].values())):
+        count = sum(setting["parameters"].values())
+        place = seen[count // 5000] = seen.get(count // 5000, -1) + 1
+        x = count * 1.09**place
+        colour = ORANGE if name == BASELINE else BLUE
+        score = setting["score"]
+        axis.errorbar(x, 100 * score["mean"], yerr=100 * score["half_width"], fmt="o", color=colour, capsize=3)
+        axis.annotate(name, (x, 100 * score["mean"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xlabel("trained parameters (settings with as many are drawn side by side)")
+    axis.set_ylabel(f"{UNITS[data]}: mean, 95 %")
+    axis.grid(alpha=0.25)
+    return figure
+
+
+def _effects(plt: Any, found: Mapping[str, Any], data: str) -> Any:
+    rows = [row for row in found["comparisons"] if row["found"] is not None][::-1]
+    if not rows:
+        return None
+    figure, axis = plt.subplots(figsize=(8, 0.36 * len(rows) + 1.3))
+    margin = 100 * EQUIVALENT[data]
+    axis.axvspan(-margin, margin, color=GREY, alpha=0.12, linewidth=0)
+    axis.axvline(0, color=GREY, linewidth=0.8)
+    for y, row in enumerate(rows):
+        colour = {"equivalent": GREY, "could not be told": BLUE}.get(row["verdict"], ORANGE)
+        test = row["found"]
+        half = 100 * (test["half_width"] or 0.0)
+        axis.errorbar(100 * test["mean"], y, xerr=half, fmt="s" if row["primary"] else "o", color=colour, capsize=3)
+    axis.set_yticks(range(len(rows)), [f"{row['setting']} - {row['against']}" for row in rows], fontsize=8)
+    axis.set_xlabel(f"{UNITS[data]}: difference, 95 %; squares: primary; grey band: equivalent")
+    axis.grid(axis="x", alpha=0.25)
+    return figure
+
+
+_ROLES = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+
+
+def _cells(ranks: Mapping[str, float]) -> dict[tuple[int, int], float]:
+    found = {}
+    for key, rank in ranks.items():
+        match = re.search(r"layer\.(\d+)\.(.*)$", key)
+        role = next((i for i, name in enumerate(_ROLES) if match and match[2].endswith(name)), None)
+        if match and role is not None:
+            found[int(match[1]), role] = rank
+    return found
+
+
+def _rank_map(plt: Any, found: Mapping[str, Any], data: str) -> Any:
+    shown = {
+        name: _cells(setting["ranks"]) for name, setting in found["settings"].items()
+        if len(set(setting["ranks"].values())) > 2 and len(setting["ranks"]) > 12
+    }  # fmt: skip
+    if not shown:
+        return None
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.3 * len(shown) + 0.8, 3.4), sharey=True, squeeze=False)
+    for axis, (name, cells) in zip(axes[0], shown.items(), strict=True):
+        depth = 1 + max(layer for layer, _ in cells)
+        grid = [[cells.get((layer, role), float("nan")) for role in range(len(_ROLES))] for layer in range(depth)]
+        image = axis.imshow(grid, cmap="viridis", aspect="auto")
+        axis.set_xticks(range(len(_ROLES)), ("q", "k", "v", "out", "up", "down"), fontsize=8)
+        axis.set_title(name, fontsize=9)
+        figure.colorbar(image, ax=axis, fraction=0.05)
+    axes[0][0].set_ylabel("layer")
+    return figure
+
+
+# file name -> (caption, drawing)
+FIGURES = {
+    "accuracy": ("Score against trained parameters.", _accuracy),
+    "effects": ("Every difference with its 95 % interval.", _effects),
+    "ranks": ("Ranks by layer and type, mean over seeds.", _rank_map),
+}
