@@ -19,6 +19,7 @@ from .settings import settings_for
 from .train import Job, load, run
 
 DEFAULT_OUT = Path(__file__).parents[1] / "results" / "experiment"
+PAGE = Path(__file__).parents[2] / "docs" / "experiment.md"
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -96,11 +97,12 @@ def main(argv: list[str] | None = None) -> int:
         found = runs.read(path)
         if not found:
             raise ValueError(f"--out: no runs in {path}")
-        write_report(found, arguments.out)
+        page = PAGE if arguments.out == DEFAULT_OUT else arguments.out / PAGE.name
+        write_report(found, arguments.out, page)
     except ValueError as error:
         print(f"experiment: {error}", file=sys.stderr)
         return 2
-    print(f"report: {arguments.out / 'README.md'}")
+    print(f"report: {page}")
     return 0
 
 

@@ -1,10 +1,182 @@
-"""The results as JSON, pictures and a page in Markdown."""
+"""The results as JSON, pictures and the page of the docs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..harness import result_files
+from ..harness.tables import table
+from . import plan
+from .analysis import Results, analyse
+from .plots import FIGURES
 
-def write_report(found: list[dict[str, Any]], out: Path) -> dict[str, Any]:
-    raise NotImplementedError
+COMMAND = "python -m benchmarks.experiment --data-dir DATA"
+NAMES = {"sst2": "SST-2, points of accuracy", "cola": "CoLA, hundredths of Matthews correlation"}
+
+
+def write_report(found: Results, out: Path, page: Path | None = None) -> dict[str, Any]:
+    """``results.json`` and the pictures in ``out``, and the page where there is to be one; returns the results."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = analyse(found)
+    for data, part in results["data"].items():
+        for name, (_, draw) in FIGURES.items():
+            figure = draw(pyplot, part, data)
+            if figure is not None:
+                figure.savefig(out / f"{data}_{name}.png", dpi=110, bbox_inches="tight")
+                pyplot.close(figure)
+    result_files.write(out / "results.json", results)
+    if page is not None:
+        page.write_text(markdown(result_files.read(out / "results.json")), encoding="utf-8")
+    return results
+
+
+def points(value: Mapping[str, Any], signed: bool = False) -> str:
+    """A mean with the half width of its interval, in hundredths."""
+    mean = f"{100 * value['mean']:{'+' if signed else ''}.2f}"
+    return mean if value["half_width"] is None else f"{mean} ± {100 * value['half_width']:.2f}"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _tuning(found: Mapping[str, Any]) -> Iterator[str]:
+    rows = []
+    for name, tuned in found["tuning"].items():
+        tried = ", ".join(
+            f"{rate:g}{f' with {penalty:g}' if penalty else ''}: {100 * mean:.2f}"
+            for rate, penalty, mean in tuned["tried"]
+        )
+        chosen = f"{tuned['rate']:g}{' with ' + format(tuned['penalty'], 'g') if tuned['penalty'] else ''}"
+        rows.append([f"`{name}`", chosen, ", ".join(tuned["edges"]), tried])
+    yield from table(["setting", "chosen", "at the edge", "rate: mean on the tuning split"], rows, words=(0, 1, 2, 3))
+
+
+def _settings(found: Mapping[str, Any]) -> Iterator[str]:
+    rows = []
+    for name, setting in sorted(found["settings"].items(), key=lambda item: -item[1]["score"]["mean"]):
+        counts = setting["parameters"]
+        rows.append([
+            f"`{name}`", str(setting["score"]["n"]), points(setting["score"]), points(setting["dev"]),
+            f"{counts['adapters'] + counts['other']:,}", f"{setting['step_cpu_seconds']['mean']:.2f}",
+            f"{setting['setup_cpu_seconds']['mean']:.1f}", f"{setting['cpu_seconds']['mean']:.0f}",
+            f"{setting['peak_mib']['mean']:,.0f}",
+        ])  # fmt: skip
+    header = ["setting", "seeds", "score", "dev", "parameters", "CPU s a step", "to prepare", "in all", "peak MiB"]
+    yield from table(header, rows)
+
+
+def _comparisons(found: Mapping[str, Any]) -> Iterator[str]:
+    rows = []
+    for row in found["comparisons"]:
+        test = row["found"]
+        if test is None:
+            continue
+        rows.append([
+            row["hypothesis"], f"`{row['setting']}`", f"`{row['against']}`", "yes" if row["primary"] else "",
+            row["verdict"], str(test["n"]), points(test, signed=True), _p(test["p"]), _p(test["p_holm"]),
+            _p(test["equivalent_p"]), points(test["dev"], signed=True),
+        ])  # fmt: skip
+    header = ["hypothesis", "setting", "minus", "primary", "what can be said", "seeds", "difference", "p", "p (Holm)",
+              "p (equivalence)", "on dev"]  # fmt: skip
+    yield from table(header, rows, words=(0, 1, 2, 3, 4))
+
+
+def _not_run(results: Mapping[str, Any]) -> Iterator[str]:
+    """Every comparison without an answer, by name."""
+    for data in plan.TRAINED:
+        part = results["data"].get(data)
+        if part is None:
+            yield f"- {NAMES[data].partition(',')[0]}: nothing of it."
+            continue
+        names: dict[str, list[str]] = {}
+        for row in part["comparisons"]:
+            if row["found"] is None:
+                names.setdefault(row["hypothesis"], []).append(f"`{row['setting']}` against `{row['against']}`")
+        for hypothesis, pairs in names.items():
+            yield f"- {NAMES[data].partition(',')[0]}, {hypothesis}: {', '.join(pairs)}."
+    yield "- Leaving out one matrix's adapter at a time, the truth that scores should predict: nothing of it."
+
+
+def _sayings(found: Mapping[str, Any]) -> Iterator[str]:
+    what = {setting.name: setting.what for setting in plan.SETTINGS}
+    headings = (
+        ("Found, as expected", lambda v: v.endswith(", as expected")),
+        ("Found, against what was expected", lambda v: v.endswith("against what was expected")),
+        ("Equivalent: within half a point of each other", lambda v: v == "equivalent"),
+        ("Could not be told", lambda v: v == "could not be told"),
+    )
+    for heading, belongs in headings:
+        rows = [row for row in found["comparisons"] if belongs(row["verdict"])]
+        yield f"\n**{heading}.**" + ("" if rows else " Nothing.")
+        if rows:
+            yield ""
+        for row in rows:
+            yield (
+                f"- `{row['setting']}` ({what[row['setting']]}) minus `{row['against']}`: "
+                f"{points(row['found'], signed=True)} over {row['found']['n']} seeds."
+            )
+
+
+INTRODUCTION = """\
+# Where to put the parameters
+
+An experiment on one pretrained model, all-MiniLM-L6-v2, and real sentences: does it matter which matrices have adapters,
+and does importance help to choose their ranks? What it asks, how everything is tuned and which test decides was written
+down before it ran, in `benchmarks/experiment/hypotheses.md`; which effects it can find, in
+`benchmarks/results/experiment/power.md`. This page is made from its runs by `{command}`: one row a run in
+`benchmarks/results/experiment/runs.jsonl`, pictures beside it.
+
+± is the 95 % interval, t over seeds. "Score" is on sentences that no run trains on or is tuned on. Differences are
+paired by seed; p is of a two-sided paired t-test, then after Holm over {primary} primary comparisons, or over all {all} for
+the others, those that were not run counted too. Equivalent: two one-sided tests. Intervals are of seeds, with the
+sentences as given: `power.md` says how often such a test errs where sentences are counted as drawn.
+"""
+
+READ_WITH_CARE = """\
+## Read with care
+
+One model; short runs, {steps} steps of {batch}; few seeds. A run sees {sentences:,} phrases once: what holds after longer
+training is not told. CPU seconds are of one thread on a machine that other work shared, and compare settings
+roughly. Peak memory is of the whole process, libraries and evaluation included.
+"""
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The page."""
+    lines = [INTRODUCTION.format(command=COMMAND, primary=len(plan.PRIMARY), all=len(plan.COMPARISONS))]
+    for data, part in results["data"].items():
+        lines += [f"## {NAMES[data]}", *_sayings(part), ""]
+        if any(row["found"] for row in part["comparisons"]):
+            lines += [*_comparisons(part), ""]
+        if part["settings"]:
+            lines += [*_settings(part), ""]
+        if part["tuning"]:
+            lines += ["Tuned on the seeds of tuning, each rate on two; an edge is the lowest or highest tried:", ""]
+            lines += [*_tuning(part), ""]
+        if part["diverged"]:
+            lines += ["Diverged, and counted with what they ended with: " + ", ".join(
+                f"`{setting}` at {rate:g}, seed {seed} ({phase})" for setting, phase, rate, seed in part["diverged"]
+            ) + ".", ""]  # fmt: skip
+        if part["precision"]:
+            found = part["precision"]
+            lines += [
+                f"Evaluated in bf16: over {found['runs']} runs it changes {found['changed']:.1f} of the {plan.DEV[data]} "
+                f"predictions on dev and {NAMES[data].partition(', ')[2]} by {100 * found['largest']:.2f} at most, "
+                f"{100 * found['mean']:+.3f} on average.", "",
+            ]  # fmt: skip
+        lines += [f"{part['runs']} runs, {part['cpu_hours']:.1f} core-hours.", ""]
+    lines += ["## Not run", "", *_not_run(results), ""]
+    first = plan.TRAINED["sst2"]
+    lines.append(READ_WITH_CARE.format(steps=first // plan.BATCH, batch=plan.BATCH, sentences=first))
+    lines += [
+        f"Ran with: {', '.join(f'{name} {value}' for name, value in found.items())}."
+        for found in results["environments"]
+    ]
+    return "\n".join(lines) + "\n"
