@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 from . import plan, runs
 from .train import Job
 
+
 class Choice(NamedTuple):
-    """The rate and penalty that a setting is run at, its mean score in tuning, and whether it is an edge of its three."""
+    """The rate and penalty that a setting is run at, its mean score in tuning, and which are an edge of their three."""
 
     rate: float
     penalty: float
@@ -53,20 +54,32 @@ def chosen(data: str, setting: plan.Setting, results: Sequence[Mapping[str, Any]
 
 
 def jobs(data: str, results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
-    """Every run that can be made now, by hypothesis: its tuning, then seed by seed."""
+    """Every run that can be made now, by hypothesis: tuning and the first seeds of the primary comparison, then of the
+    others, then the further seeds of all."""
     settings = {setting.name: setting for setting in plan.settings_of(data)}
     seen: set[str] = set()
     for comparisons in plan.in_order(data):
-        names = dict.fromkeys(name for c in comparisons for name in (c.against, c.setting))
-        new = [settings[name] for name in names if name not in seen]
-        seen |= set(names)
-        for setting in new:
-            yield from tuning_jobs(data, setting)
-        choices = {setting.name: chosen(data, setting, results) for setting in new}
-        for seed in plan.SEEDS:
-            for name, choice in choices.items():
-                if choice is not None:
-                    yield Job(data, "final", name, choice.rate, choice.penalty, seed)
+        new: list[plan.Setting] = []
+        for part in (comparisons[:1], comparisons[1:]):
+            names = dict.fromkeys(name for c in part for name in (c.against, c.setting) if name not in seen)
+            seen |= set(names)
+            there = [settings[name] for name in names]
+            for setting in there:
+                yield from tuning_jobs(data, setting)
+            yield from _finals(data, there, plan.SEEDS[: plan.FIRST_SEEDS], results)
+            new += there
+        yield from _finals(data, new, plan.SEEDS[plan.FIRST_SEEDS :], results)
+
+
+def _finals(
+    data: str, settings: Sequence[plan.Setting], seeds: Sequence[int], results: Sequence[Mapping[str, Any]]
+) -> Iterator[Job]:
+    """Seed by seed, of the settings that are tuned."""
+    choices = {setting.name: chosen(data, setting, results) for setting in settings}
+    for seed in seeds:
+        for name, choice in choices.items():
+            if choice is not None:
+                yield Job(data, "final", name, choice.rate, choice.penalty, seed)
 
 
 class Claims:

@@ -83,8 +83,10 @@ def _comparisons(found: Mapping[str, Any]) -> Iterator[str]:
             row["verdict"], str(test["n"]), points(test, signed=True), _p(test["p"]), _p(test["p_holm"]),
             _p(test["equivalent_p"]), points(test["dev"], signed=True),
         ])  # fmt: skip
-    header = ["hypothesis", "setting", "minus", "primary", "what can be said", "seeds", "difference", "p", "p (Holm)",
-              "p (equivalence)", "on dev"]  # fmt: skip
+    header = [
+        "hypothesis", "setting", "minus", "primary", "what can be said", "seeds", "difference", "p", "p (Holm)",
+        "p (equivalence)", "on dev",
+    ]  # fmt: skip
     yield from table(header, rows, words=(0, 1, 2, 3, 4))
 
 

@@ -128,8 +128,8 @@ def _measure(job: Job, model: Any, tokenizer: Any, splits: Splits, settings: Set
     yield "dev_fp32", score(job.data, fp32, dev.labels)
     yield "dev_changed", sum(a != b for a, b in zip(fp32, on_dev, strict=True))
     # CoLA has few sentences: it is tested on both.
-    both = (predicted + on_dev, evaluation.labels + dev.labels) if job.data == "cola" else (predicted, evaluation.labels)
-    yield "score", score(job.data, *both)
+    with_dev = job.data == "cola"
+    yield "score", score(job.data, predicted + on_dev * with_dev, evaluation.labels + dev.labels * with_dev)
     yield "dev_predictions", runs.packed(on_dev)
     yield "predictions", runs.packed(predicted)
 
