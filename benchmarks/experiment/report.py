@@ -129,23 +129,23 @@ def _sayings(found: Mapping[str, Any]) -> Iterator[str]:
 INTRODUCTION = """\
 # Where to put the parameters
 
-An experiment on one pretrained model, all-MiniLM-L6-v2, and real sentences: does it matter which matrices have adapters,
-and does importance help to choose their ranks? What it asks, how everything is tuned and which test decides was written
-down before it ran, in `benchmarks/experiment/hypotheses.md`; which effects it can find, in
-`benchmarks/results/experiment/power.md`. This page is made from its runs by `{command}`: one row a run in
-`benchmarks/results/experiment/runs.jsonl`, pictures beside it.
+An experiment on one pretrained model, all-MiniLM-L6-v2, and real sentences: does it matter which matrices have
+adapters, and does importance help to choose their ranks? What it asks, how everything is tuned and which test decides
+was written down before it ran, in `benchmarks/experiment/hypotheses.md`; which effects it can find, in
+`benchmarks/results/experiment/power.md`. This page is made from its runs by `{command}`: one row
+a run in `benchmarks/results/experiment/runs.jsonl`, pictures beside it.
 
 ± is the 95 % interval, t over seeds. "Score" is on sentences that no run trains on or is tuned on. Differences are
-paired by seed; p is of a two-sided paired t-test, then after Holm over {primary} primary comparisons, or over all {all} for
-the others, those that were not run counted too. Equivalent: two one-sided tests. Intervals are of seeds, with the
-sentences as given: `power.md` says how often such a test errs where sentences are counted as drawn.
+paired by seed; p is of a two-sided paired t-test, then after Holm over {primary} primary comparisons, or over all {all}
+for the others, those that were not run counted too. Equivalent: two one-sided tests. Intervals are of seeds, with
+the sentences as given: `power.md` says how often such a test errs where sentences are counted as drawn.
 """
 
 READ_WITH_CARE = """\
 ## Read with care
 
-One model; short runs, {steps} steps of {batch}; few seeds. A run sees {sentences:,} phrases once: what holds after longer
-training is not told. CPU seconds are of one thread on a machine that other work shared, and compare settings
+One model; short runs, {steps} steps of {batch}; few seeds. A run sees {sentences:,} phrases once: what holds after
+longer training is not told. CPU seconds are of one thread on a machine that other work shared, and compare settings
 roughly. Peak memory is of the whole process, libraries and evaluation included.
 """
 
@@ -169,8 +169,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         if part["precision"]:
             found = part["precision"]
             lines += [
-                f"Evaluated in bf16: over {found['runs']} runs it changes {found['changed']:.1f} of the {plan.DEV[data]} "
-                f"predictions on dev and {NAMES[data].partition(', ')[2]} by {100 * found['largest']:.2f} at most, "
+                f"Evaluated in bf16: over {found['runs']} runs it changes {found['changed']:.1f} of the "
+                f"{plan.DEV[data]} predictions on dev and {NAMES[data].partition(', ')[2]} by {100 * found['largest']:.2f} at most, "
                 f"{100 * found['mean']:+.3f} on average.", "",
             ]  # fmt: skip
         lines += [f"{part['runs']} runs, {part['cpu_hours']:.1f} core-hours.", ""]
