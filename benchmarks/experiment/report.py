@@ -106,12 +106,12 @@ def _not_run(results: Mapping[str, Any]) -> Iterator[str]:
     yield "- Leaving out one matrix's adapter at a time, the truth that scores should predict: nothing of it."
 
 
-def _sayings(found: Mapping[str, Any]) -> Iterator[str]:
+def _sayings(found: Mapping[str, Any], data: str) -> Iterator[str]:
     what = {setting.name: setting.what for setting in plan.SETTINGS}
     headings = (
         ("Found, as expected", lambda v: v.endswith(", as expected")),
         ("Found, against what was expected", lambda v: v.endswith("against what was expected")),
-        ("Equivalent: within half a point of each other", lambda v: v == "equivalent"),
+        (f"Equivalent: within {100 * plan.EQUIVALENT[data]:g} of each other", lambda v: v == "equivalent"),
         ("Could not be told", lambda v: v == "could not be told"),
     )
     for heading, belongs in headings:
@@ -154,7 +154,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The page."""
     lines = [INTRODUCTION.format(command=COMMAND, primary=len(plan.PRIMARY), all=len(plan.COMPARISONS))]
     for data, part in results["data"].items():
-        lines += [f"## {NAMES[data]}", *_sayings(part), ""]
+        lines += [f"## {NAMES[data]}", *_sayings(part, data), ""]
         if any(row["found"] for row in part["comparisons"]):
             lines += [*_comparisons(part), ""]
         if part["settings"]:
@@ -170,10 +170,11 @@ def markdown(results: Mapping[str, Any]) -> str:
             found = part["precision"]
             lines += [
                 f"Evaluated in bf16: over {found['runs']} runs it changes {found['changed']:.1f} of the "
-                f"{plan.DEV[data]} predictions on dev and {NAMES[data].partition(', ')[2]} by {100 * found['largest']:.2f} at most, "
+                f"{plan.DEV[data]} predictions on dev, and the score there by {100 * found['largest']:.2f} at most, "
                 f"{100 * found['mean']:+.3f} on average.", "",
             ]  # fmt: skip
-        lines += [f"{part['runs']} runs, {part['cpu_hours']:.1f} core-hours.", ""]
+        planned = sum(s.tuning_runs + len(plan.SEEDS) for s in plan.settings_of(data))
+        lines += [f"{part['runs']} of {planned} planned runs, {part['cpu_hours']:.1f} core-hours.", ""]
     lines += ["## Not run", "", *_not_run(results), ""]
     first = plan.TRAINED["sst2"]
     lines.append(READ_WITH_CARE.format(steps=first // plan.BATCH, batch=plan.BATCH, sentences=first))
