@@ -16,21 +16,26 @@ def _accuracy(plt: Any, found: Mapping[str, Any], data: str) -> Any:
     settings = {name: s for name, s in found["settings"].items() if s["score"]["half_width"] is not None}
     if not settings:
         return None
-    figure, axis = plt.subplots(figsize=(8, 4.6))
-    # Settings with as many parameters would lie on each other: each is moved a little to the right of the last.
-    seen: dict[int, int] = {}
-    for name, setting in sorted(settings.items(), key=lambda item: sum(item[1]["parameters"].values())):
-        count = sum(setting["parameters"].values())
-        place = seen[count // 5000] = seen.get(count // 5000, -1) + 1
-        x = count * 1.09**place
-        colour = ORANGE if name == BASELINE else BLUE
-        score = setting["score"]
-        axis.errorbar(x, 100 * score["mean"], yerr=100 * score["half_width"], fmt="o", color=colour, capsize=3)
-        axis.annotate(name, (x, 100 * score["mean"]), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axis.set_xscale("log")
-    axis.set_xlabel("trained parameters (settings with as many are drawn side by side)")
+    by_count: dict[int, list[str]] = {}  # counts within a percent are one place on the axis
+    for name in sorted(settings, key=lambda name: sum(settings[name]["parameters"].values())):
+        count = sum(settings[name]["parameters"].values())
+        by_count.setdefault(next((c for c in by_count if abs(c - count) < 0.01 * c), count), []).append(name)
+    names = [name for part in by_count.values() for name in part]
+    figure, axis = plt.subplots(figsize=(0.6 * len(names) + 2.5, 4.4))
+    ticks = []
+    for gap, part in enumerate(by_count.values()):
+        places = [names.index(name) + gap for name in part]
+        ticks.append(sum(places) / len(places))
+        for x, name in zip(places, part, strict=True):
+            score, colour = settings[name]["score"], ORANGE if name == BASELINE else BLUE
+            axis.errorbar(x, 100 * score["mean"], yerr=100 * score["half_width"], fmt="o", color=colour, capsize=3)
+            high = 100 * (score["mean"] + score["half_width"])
+            axis.annotate(name, (x, high), (0, 4), textcoords="offset points", fontsize=8, rotation=90, ha="center")
+    axis.set_xticks(ticks, [f"{count:,}" for count in by_count])
+    axis.margins(x=0.08, y=0.25)
+    axis.set_xlabel("trained parameters, head included")
     axis.set_ylabel(f"{UNITS[data]}: mean, 95 %")
-    axis.grid(alpha=0.25)
+    axis.grid(axis="y", alpha=0.25)
     return figure
 
 
