@@ -351,12 +351,9 @@ def test_the_committed_page_is_what_the_runs_say():
     from benchmarks.experiment.__main__ import DEFAULT_OUT, PAGE
     from benchmarks.harness import result_files
 
-    kept = result_files.read(DEFAULT_OUT / "results.json")
-    assert PAGE.read_text(encoding="utf-8") == markdown(kept)
-    again = json.loads(json.dumps(analyse(runs.read(DEFAULT_OUT / runs.NAME))))
-    for data_name, part in again["data"].items():
-        assert part["comparisons"] == kept["data"][data_name]["comparisons"]
-        assert part["tuning"] == kept["data"][data_name]["tuning"]
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == markdown(result_files.read(DEFAULT_OUT / "results.json"))
+    assert page == markdown(json.loads(json.dumps(analyse(runs.read(DEFAULT_OUT / runs.NAME)))))
 
 
 def lines_of(path):
