@@ -150,6 +150,31 @@ roughly. Peak memory is of the whole process, libraries and evaluation included.
 """
 
 
+# What the primary comparisons mean for who uses the package, by what can be said of them.
+PLACES = {
+    "lower, as expected": 'adapt all linears (`target_modules="all-linear"`) rather than query, key and value',
+    "higher, against what was expected": 'adapt query, key and value (`target_modules="qkv"`) rather than all linears',
+    "equivalent": "all linears and query, key and value do as well as each other",
+}
+
+
+def _follows(found: Mapping[str, Any]) -> Iterator[str]:
+    """Advice that the comparisons bear out, and that which they do not."""
+    said = {(row["setting"], row["against"]): row["verdict"] for row in found["comparisons"]}
+    place = said["qkv", plan.BASELINE]
+    if place in PLACES:
+        yield f"- At as many parameters, in runs as short as these, {PLACES[place]}."
+    else:
+        yield "- Nothing on all linears against query, key and value: it could not be told."
+    scores = ("norm", "norm-total", "fisher", "fc", "fim", "variance")
+    helps = [f"`{name}`" for name in scores if said[name, plan.BASELINE] == "higher, as expected"]
+    if helps:
+        yield f"- Ranks by {', '.join(helps)} did better than uniform ones."
+    else:
+        yield "- Uniform ranks stay what the package starts with: no score of importance has been shown to do better."
+    yield "- No default is changed where nothing was found."
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     """The page."""
     lines = [INTRODUCTION.format(command=COMMAND, primary=len(plan.PRIMARY), all=len(plan.COMPARISONS))]
@@ -174,6 +199,8 @@ def markdown(results: Mapping[str, Any]) -> str:
                 f"{100 * found['mean']:+.3f} on average.", "",
             ]  # fmt: skip
         planned = sum(s.tuning_runs + len(plan.SEEDS) for s in plan.settings_of(data))
+        if data == "sst2":
+            lines += ["**What follows.**", "", *_follows(part), ""]
         lines += [f"{part['runs']} of {planned} planned runs, {part['cpu_hours']:.1f} core-hours.", ""]
     lines += ["## Not run", "", *_not_run(results), ""]
     first = plan.TRAINED["sst2"]

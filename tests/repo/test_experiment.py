@@ -331,10 +331,15 @@ def test_the_page_claims_what_the_tests_show(tmp_path):
     assert "lower, as expected" in text and "higher, against what was expected" in text and "equivalent" in text
     assert "SST-2, how many: `norm-1` against `all-1`" in text and "- CoLA: nothing of it." in text
     assert "`all-1` at 0.001, seed 100 (tuning)" in text
+    assert 'adapt all linears (`target_modules="all-linear"`) rather than query' in text
+    assert "no score of importance has been shown to do better" in text
     assert (tmp_path / "sst2_effects.png").stat().st_size > 5000 and (tmp_path / "sst2_accuracy.png").exists()
     found = {row["setting"]: row for row in analyse(rows)["data"]["sst2"]["comparisons"] if row["against"] == "all-2"}
     assert found["qkv"]["found"]["p_holm"] == pytest.approx(7 * found["qkv"]["found"]["p"])  # not run ones count
     assert found["mlp"]["found"]["p_holm"] == pytest.approx(30 * found["mlp"]["found"]["p"], rel=0.1)
+    told = markdown(analyse(all_rows({"norm": 0.02}, wanted=("all-2", "norm"))))
+    assert "- Nothing on all linears against query, key and value" in told
+    assert "- Ranks by `norm` did better than uniform ones." in told
     few = analyse(all_rows(gain, seeds=3, wanted=wanted))["data"]["sst2"]["comparisons"]
     assert {row["verdict"] for row in few} == {"not run"}
 
