@@ -109,10 +109,14 @@ def _comparison(
     if len(seeds) < plan.FEWEST_SEEDS:
         return None
     both = {name: [[runs[s][name] for s in seeds] for runs in (mine, base)] for name in ("score", "dev")}
+    differences = [a - b for a, b in zip(*both["score"], strict=True)]
     return {
-        **paired(*both["score"]), "seeds": seeds, "equivalent_p": equivalence(*both["score"], margin),
+        **paired(*both["score"]),
+        "seeds": seeds,
+        "spread": statistics.stdev(differences),
+        "equivalent_p": equivalence(*both["score"], margin),
         "dev": paired(*both["dev"]),
-    }  # fmt: skip
+    }
 
 
 def verdict(found: Mapping[str, Any] | None, expected: str, margin: float) -> str:
