@@ -94,12 +94,12 @@ def _spread(found: Mapping[str, Any]) -> Iterator[str]:
     """How far the seeds are apart, beside what the plan took them to be: whether its power is what was had."""
     tests = [row["found"] for row in found["comparisons"] if row["found"] is not None]
     largest, seeds = 100 * max(test["spread"] for test in tests), min(test["n"] for test in tests)
-    yield f"Differences vary from seed to seed with a standard deviation of {largest:.2f} points at most, and {seeds} of"
-    yield f"the {len(plan.SEEDS)} seeds that were planned were run of every setting in the table, or more."
+    yield f"Differences vary from seed to seed with a standard deviation of {largest:.2f} points at most, over"
+    yield f"{seeds} seeds or more of the {len(plan.SEEDS)} that were planned."
     if largest > plan.SPREAD:
-        yield f"The plan took them to vary by {plan.SPREAD:.2f} at most, from longer runs: the experiment could find only"
-        yield f"effects that are {largest / plan.SPREAD:.1f} times those of `power.md`, and what could not be told may"
-        yield "well be there."
+        yield f"The plan took them to vary by {plan.SPREAD:.2f} at most, from longer runs: the experiment could find"
+        yield f"only effects that are {largest / plan.SPREAD:.1f} times those of `power.md`, and what could not be told"
+        yield "may well be there."
 
 
 def _not_run(results: Mapping[str, Any]) -> Iterator[str]:

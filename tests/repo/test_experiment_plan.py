@@ -223,7 +223,7 @@ def test_the_committed_table_is_what_the_command_makes(power, tmp_path):
     pilot = at["sst2", "measured", plan.DEV["sst2"], 5]["one"]
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert f"finds an effect of {pilot:.1f} points with power 80 %" in page
-    (upper,) = (s for s in kept["spreads"] if (s["data"], s["bound"]) == ("sst2", "upper"))
+    (upper,) = (s for s in kept["spreads"] if (s["data"], s["spread"]) == ("sst2", "upper"))
     assert plan.SPREAD == pytest.approx(
         (upper["seed"] ** 2 + upper["rest"] ** 2 / plan.HELD_OUT["sst2"]) ** 0.5, abs=0.005
     )
