@@ -187,7 +187,8 @@ RULES = """\
 Made from `benchmarks/experiment/plan.py` by `python -m benchmarks.experiment.plan`. What can be found with it:
 `benchmarks/results/experiment/power.md`. A first plan had 8,000 phrases of SST-2 for a run; before anything was run
 they were made 3,200, the order another, and the rules on precision, on scores and on where runs stop were added,
-because the machine would not have come to the end of it.
+because the machine would not have come to the end of it. That the primary comparison goes first was added for the same
+reason when four runs of tuning had been made, before any score was looked at.
 
 ## Rules
 
