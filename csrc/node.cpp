@@ -1,36 +1,26 @@
 // The autograd node of an adapted group: a direction that has a native call takes no Python on its way.
 #include <ATen/TracerMode.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
-#include <array>
-#include <atomic>
-
+#include "group.h"
 #include "plan.h"
-
-namespace py = pybind11;
 
 namespace fastlora::node {
 namespace {
 
-using at::Tensor;
-using Tensors = std::vector<Tensor>;
 using torch::autograd::Node;
 using torch::autograd::variable_list;
-
-// What a backward is asked for, a bit each.
-enum Need : unsigned { kX = 1, kA = 2, kB = 4, kZ = 8, kNeeds = 16 };
 
 const plan::Registry* registry = nullptr;
 
@@ -67,157 +57,6 @@ bool wrapped(const Tensor& t) {
   return !(t.key_set() & kept).empty();
 }
 
-// The plans of calls that differ in nothing but their tensors, by number; -1: there is none.
-struct Plans {
-  std::atomic<int64_t> cache{-1}, forward{-1};
-  std::array<std::atomic<int64_t>, kNeeds> backward;
-
-  Plans() { forget(); }
-  void forget() {
-    forward = -1;
-    for (auto& variant : backward) variant = -1;
-  }
-  void keep(int64_t number, int64_t need, int64_t variant) {
-    if (cache.exchange(number) != number) forget();
-    (need < 0 ? forward : backward.at(static_cast<size_t>(need))) = variant;
-  }
-};
-
-// Tensors that somebody in Python keeps. A reference from here would hide cycles from Python's collector, and stand in
-// the way of ``torch.utils.swap_tensors``.
-struct Borrowed {
-  std::vector<PyObject*> objects;
-
-  explicit Borrowed(const py::sequence& owner) {
-    for (const py::handle item : owner) {
-      if (!item.is_none() && !THPVariable_Check(item.ptr())) throw py::type_error("expected tensors");
-      objects.push_back(item.ptr());
-    }
-  }
-  size_t size() const { return objects.size(); }
-  const Tensor& operator[](size_t i) const { return THPVariable_Unpack(objects[i]); }
-  bool has(size_t i) const { return objects[i] != Py_None; }
-  void append_to(Tensors& out) const {
-    for (size_t i = 0; i < size(); ++i) {
-      if (has(i)) out.push_back((*this)[i]);
-    }
-  }
-  Tensors tensors() const {
-    Tensors out;
-    out.reserve(size());
-    append_to(out);
-    return out;
-  }
-};
-
-// The tensors of a group that are there before its input is: those of a ``BoundCall``, which each ``Call`` keeps.
-struct Group {
-  Borrowed W, bias, A, B, counted;
-  std::vector<int64_t> outputs, columns, streams;
-  std::vector<double> scales;
-
-  Group(const py::sequence& weights, const py::sequence& biases, const py::sequence& a, const py::sequence& b,
-        const py::sequence& versioned, std::vector<int64_t> output_of, std::vector<int64_t> column_of,
-        std::vector<double> scale_of, std::vector<int64_t> stream_of)
-      : W(weights),
-        bias(biases),
-        A(a),
-        B(b),
-        counted(versioned),
-        outputs(std::move(output_of)),
-        columns(std::move(column_of)),
-        streams(std::move(stream_of)),
-        scales(std::move(scale_of)) {}
-
-  bool trains_base() const {
-    for (const Borrowed* part : {&W, &bias}) {
-      for (size_t i = 0; i < part->size(); ++i) {
-        if (part->has(i) && (*part)[i].requires_grad()) return true;
-      }
-    }
-    return false;
-  }
-
-  // [*y, h, *moments]; nothing where the native library has no such call. seed: of dropout with probability p.
-  Tensors forward(const Tensor& x, const std::optional<Tensor>& P, bool moments, const std::optional<Tensor>& seed,
-                  double p) const {
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastlora::linear_lora_forward", "");
-    std::vector<std::optional<Tensor>> biases(bias.size());
-    for (size_t i = 0; i < bias.size(); ++i) {
-      if (bias.has(i)) biases[i] = bias[i];
-    }
-    c10::Stack stack{x,       W.tensors(), std::move(biases), A.tensors(), P, B.tensors(), outputs,
-                     columns, scales,      moments,           seed,        p, streams};
-    op.callBoxed(stack);
-    return stack[0].toTensorVector();
-  }
-
-  Tensors backward(const variable_list& dy, const Tensor& x, const Tensor& h, const Tensors& a, const Tensors& b,
-                   int64_t probes, unsigned need, const std::optional<Tensor>& seed, double p) const {
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastlora::linear_lora_backward", "");
-    c10::Stack stack{dy,
-                     x,
-                     h,
-                     W.tensors(),
-                     a,
-                     b,
-                     outputs,
-                     columns,
-                     scales,
-                     need & kZ ? probes : int64_t{0},
-                     (need & kX) != 0,
-                     (need & kA) != 0,
-                     (need & kB) != 0,
-                     seed,
-                     p,
-                     streams};
-    op.callBoxed(stack);
-    Tensors found = stack[0].toTensorVector();
-    if (!found.empty() && !(need & kX)) found.insert(found.begin(), Tensor());
-    return found;
-  }
-};
-
-// How many graphs there are whose backward has not run.
-struct Pending {
-  std::atomic<int64_t> count{0};
-};
-using Counters = std::array<std::shared_ptr<Pending>, 2>;  // each may be null
-
-// Whether what was looked up is still what would be found: values of dicts, dicts that are empty or have no
-// ``forward``, and weights, which stay the same objects when they are moved or cast. Its owner keeps the lists.
-struct Guard {
-  py::handle places, keys, values, empty, without;
-  Borrowed weights;
-  std::vector<at::TensorOptions> options;
-
-  Guard(const py::list& in, const py::list& by, const py::list& what, const py::list& nothing,
-        const py::list& attributes, const py::list& frozen)
-      : places(in), keys(by), values(what), empty(nothing), without(attributes), weights(frozen) {
-    for (size_t i = 0; i < weights.size(); ++i) options.push_back(weights[i].options());
-  }
-
-  bool holds() const {
-    static PyObject* const forward = PyUnicode_InternFromString("forward");
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(places.ptr()); ++i) {
-      if (PyDict_GetItem(PyList_GET_ITEM(places.ptr(), i), PyList_GET_ITEM(keys.ptr(), i)) !=
-          PyList_GET_ITEM(values.ptr(), i)) {
-        return false;
-      }
-    }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(empty.ptr()); ++i) {
-      if (PyObject_Length(PyList_GET_ITEM(empty.ptr(), i)) != 0) return false;
-    }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(without.ptr()); ++i) {
-      if (PyDict_Contains(PyList_GET_ITEM(without.ptr(), i), forward) != 0) return false;
-    }
-    for (size_t i = 0; i < weights.size(); ++i) {
-      if (weights[i].dtype() != options[i].dtype() || weights[i].device() != options[i].device()) return false;
-    }
-    return true;
-  }
-};
-
 // [dx, *dA, *dB, *dZ, *dV] by Python's backward.
 variable_list by_python(const py::object& owner, const py::object& rest, const std::vector<bool>& needs,
                         const variable_list& dy, const variable_list& saved) {
@@ -236,9 +75,11 @@ variable_list by_python(const py::object& owner, const py::object& rest, const s
   }
 }
 
-// One call of a group in the graph. Edges: to x, A, B, Z, V.
+// One call of a group in the graph. Edges: to x, A, B, and to Z and V where no factor has a gradient.
 struct LoRA : Node {
   std::shared_ptr<const Group> group;
+  Tensors counted;  // Z and V without an edge, whose ``.grad`` a backward adds to as AccumulateGrad does: an edge costs
+                    // more than what flows through it
   std::shared_ptr<Plans> plans;  // null: by the library's whole call or by Python
   py::object owner, rest;        // what Python's backward is for, where no native call does it
   Tensors more;                  // what a plan takes beside the tensors of every call, or the seed of dropout
@@ -276,6 +117,8 @@ struct LoRA : Node {
     }
   }
 
+  void will_release_variables() override { last_ = true; }
+
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     saved_.clear();
@@ -284,33 +127,17 @@ struct LoRA : Node {
 
   variable_list apply(variable_list&& dy) override {
     finish();
-    const size_t factors = group->A.size(), count = 1 + 2 * factors + leaves + moments;
-    if (std::none_of(dy.begin(), dy.end(), [](const Tensor& g) { return g.defined(); })) return variable_list(count);
-    const Tensors saved = unpacked();
-    check_versions();
-    std::vector<bool> needs(count);
-    for (size_t i = 0; i < count; ++i) needs[i] = task_should_compute_output(i);
-    const auto any = [&](size_t start, size_t size, unsigned bit) {
-      const auto first = needs.begin() + static_cast<std::ptrdiff_t>(start);
-      const auto last = first + static_cast<std::ptrdiff_t>(size);
-      return std::find(first, last, true) == last ? 0u : bit;
-    };
-    const unsigned need =
-        any(0, 1, kX) | any(1, factors, kA) | any(1 + factors, factors, kB) | any(1 + 2 * factors, leaves, kZ);
-    const auto known = [](const Tensor& t) { return t.defined() && !wrapped(t); };
-    const bool plain = !at::GradMode::is_enabled() && std::all_of(dy.begin(), dy.end(), known) &&
-                       std::all_of(saved.begin(), saved.end(), known);
-    Tensors found;
-    if (plain) found = natively(dy, saved, need);
-    if (found.empty()) return by_python(owner, rest, needs, dy, saved);
-    variable_list result;
-    result.reserve(count);
-    auto next = std::make_move_iterator(found.begin());
-    result.push_back(*next++);
-    for (const auto& [bit, size] : {std::pair<unsigned, size_t>{kA, factors}, {kB, factors}, {kZ, leaves}}) {
-      for (size_t i = 0; i < size; ++i) result.push_back(need & bit ? *next++ : Tensor());
+    if (std::none_of(dy.begin(), dy.end(), [](const Tensor& g) { return g.defined(); })) {
+      return variable_list(num_outputs());
     }
-    result.insert(result.end(), saved.begin() + 2, saved.begin() + 2 + static_cast<std::ptrdiff_t>(moments));
+    Tensors saved = unpacked();
+    check_versions();
+    const std::vector<bool> needs = needed();
+    variable_list result = differentiated(needs, dy, saved);
+    if (counted.empty()) return result;
+    for (size_t i = 0; i < moments; ++i) saved[2 + i].reset();
+    count(needs, {std::make_move_iterator(result.begin() + num_outputs()), std::make_move_iterator(result.end())});
+    result.resize(num_outputs());
     return result;
   }
 
@@ -319,7 +146,7 @@ struct LoRA : Node {
   std::vector<int64_t> versions_;
   Counters pending_;
   std::atomic<bool> finished_{false};
-  bool freed_ = false;
+  bool freed_ = false, last_ = false;
 
   void finish() {
     if (finished_.exchange(true)) return;
@@ -334,7 +161,62 @@ struct LoRA : Node {
     Tensors out;
     out.reserve(saved_.size());
     for (const auto& kept : saved_) out.push_back(kept.unpack(getptr()));
+    // What nobody else refers to becomes a gradient without a copy.
+    for (size_t i = 0; last_ && i < moments; ++i) saved_[2 + i].reset_data();
     return out;
+  }
+
+  // Which gradients are asked for, of x, A, B, Z and V. What is counted without an edge counts as a leaf that was not
+  // named does: in every backward to which no inputs were given.
+  std::vector<bool> needed() const {
+    const auto* const named = torch::autograd::get_current_graph_task_exec_info();
+    std::vector<bool> needs(num_outputs() + counted.size());
+    for (size_t i = 0; i < num_outputs(); ++i) needs[i] = task_should_compute_output(i);
+    for (size_t i = 0; i < counted.size(); ++i) {
+      needs[num_outputs() + i] = named != nullptr && named->empty() && counted[i].requires_grad();
+    }
+    return needs;
+  }
+
+  // [dx, *dA, *dB, *dZ, *dV]
+  variable_list differentiated(const std::vector<bool>& needs, const variable_list& dy, const Tensors& saved) const {
+    const size_t factors = group->A.size();
+    const auto any = [&](size_t start, size_t size, unsigned bit) {
+      const auto first = needs.begin() + static_cast<std::ptrdiff_t>(start);
+      const auto last = first + static_cast<std::ptrdiff_t>(size);
+      return std::find(first, last, true) == last ? 0u : bit;
+    };
+    const unsigned need =
+        any(0, 1, kX) | any(1, factors, kA) | any(1 + factors, factors, kB) | any(1 + 2 * factors, leaves, kZ);
+    const auto known = [](const Tensor& t) { return t.defined() && !wrapped(t); };
+    const bool plain = !at::GradMode::is_enabled() && std::all_of(dy.begin(), dy.end(), known) &&
+                       std::all_of(saved.begin(), saved.end(), known);
+    Tensors found;
+    if (plain) found = natively(dy, saved, need);
+    if (found.empty()) return by_python(owner, rest, needs, dy, saved);
+    variable_list result;
+    result.reserve(needs.size());
+    auto next = std::make_move_iterator(found.begin());
+    result.push_back(*next++);
+    for (const auto& [bit, size] : {std::pair<unsigned, size_t>{kA, factors}, {kB, factors}, {kZ, leaves}}) {
+      for (size_t i = 0; i < size; ++i) result.push_back(need & bit ? *next++ : Tensor());
+    }
+    result.insert(result.end(), saved.begin() + 2, saved.begin() + 2 + static_cast<std::ptrdiff_t>(moments));
+    return result;
+  }
+
+  // Add gradients of ``counted`` to what is there; several threads may have a leaf in common.
+  void count(const std::vector<bool>& needs, Tensors grads) const {
+    static std::mutex adding;
+    const std::lock_guard<std::mutex> lock(adding);
+    for (size_t i = 0; i < counted.size(); ++i) {
+      if (!grads[i].defined() || !needs[num_outputs() + i]) continue;
+      const Tensor& leaf = counted[i];
+      TORCH_CHECK(grads[i].sizes() == leaf.sizes() && grads[i].dtype() == leaf.dtype(), "expected a gradient of ",
+                  leaf.sizes(), ", got ", grads[i].sizes());
+      torch::autograd::AccumulateGrad::accumulateGrad(leaf, leaf.mutable_grad(), grads[i], 1,
+                                                      [&](Tensor&& grad) { leaf.mutable_grad() = std::move(grad); });
+    }
   }
 
   void check_versions() const {
@@ -398,16 +280,25 @@ Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const
     out.resize(group->W.size());
     return out;
   }
-  Tensors inputs{x};
+  Tensors inputs{x}, counted(Z);
   inputs.reserve(1 + 2 * group->A.size() + Z.size() + V.size());
   group->A.append_to(inputs);
   group->B.append_to(inputs);
+  counted.insert(counted.end(), V.begin(), V.end());
   const auto factors = inputs.end() - inputs.begin();
-  for (const Tensors* part : {&Z, &V}) inputs.insert(inputs.end(), part->begin(), part->end());
+  const auto learns = [](const Tensor& t) { return t.requires_grad(); };
+  // Else a graph may have no other leaf, or none whose stream the end of a backward waits for. A part of a leaf has an
+  // edge to it.
+  if (std::none_of(inputs.begin() + 1, inputs.end(), learns) ||
+      !std::all_of(counted.begin(), counted.end(), [](const Tensor& t) { return t.is_leaf(); })) {
+    inputs.insert(inputs.end(), counted.begin(), counted.end());
+    counted.clear();
+  }
   Tensors y(out.begin(), out.begin() + static_cast<std::ptrdiff_t>(group->W.size()));
-  if (std::none_of(inputs.begin(), inputs.end(), [](const Tensor& t) { return t.requires_grad(); })) return y;
+  if (std::none_of(inputs.begin(), inputs.end(), learns)) return y;
   auto node = new_node<NodePointer, LoRA>();
   node->group = group;
+  node->counted = std::move(counted);
   node->plans = std::move(plans);
   node->whole = (whole & 2) != 0;
   node->owner = std::move(owner);
