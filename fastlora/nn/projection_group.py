@@ -197,11 +197,11 @@ class ProjectionGroup:
             self._plan.update(self._learned)
             self._learned.clear()
         visits = self._visits.setdefault(get_ident(), [])
-        training = any([layer.training for layer in self.layers])
         for interrupted in visits:
             # KeyboardInterrupt passes by the exit hook.
             interrupted.x, interrupted.waiting = None, {}
-        visits.append(_Visit(saving_hooks(), checkpoints=unseen_checkpoints() if training else 0))
+        unseen = not torch.is_grad_enabled() and any([layer.training for layer in self.layers])
+        visits.append(_Visit(saving_hooks(), checkpoints=unseen_checkpoints() if unseen else 0))
 
     def release(self, owner: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the owner: free what nobody took, and learn from a pass that went through."""
