@@ -28,7 +28,7 @@ class AdaptedPlaces:
         self._watch(_places(model))
 
     def _watch(self, layers: dict[str, nn.Module]) -> None:
-        # The callback holds this object weakly: the references are its own. At the interpreter's end its names are gone.
+        # The callback holds this object weakly: the references are its own. At the interpreter's end names are gone.
         me, ending = weakref.ref(self), sys.is_finalizing
         self._layers = [
             weakref.ref(layer, lambda _, path=path: ending() or _say(me(), path)) for path, layer in layers.items()
