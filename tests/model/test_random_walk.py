@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import pickle
 import random
@@ -247,7 +248,7 @@ class Walk:
         def follow():
             d.adapters[name] = {path: (*pair, 6 / rank) for path, pair in pairs.items()}
 
-        call = lambda: fastlora.load_layout(self.model, state, "loralib", lora_alpha=6, adapter=name)  # noqa: E731
+        call = functools.partial(fastlora.load_layout, self.model, state, "loralib", lora_alpha=6, adapter=name)
         return allowed, call, follow
 
     def weighted(self):
@@ -265,11 +266,8 @@ class Walk:
                 want = sum(weight * d.delta(part, path) for part, weight in parts.items())
                 torch.testing.assert_close(d.delta(name, path), want)
 
-        return (
-            allowed,
-            lambda: fastlora.add_weighted_adapter(self.model, [*parts], [*parts.values()], **options),
-            follow,
-        )
+        call = functools.partial(fastlora.add_weighted_adapter, self.model, [*parts], [*parts.values()], **options)
+        return allowed, call, follow
 
     def counted(self):
         d = self.dense
@@ -327,7 +325,7 @@ class Walk:
 
     def calibrated(self):
         d, x = self.dense, batch()
-        call = lambda: fastlora.calibrate(self.model, [x], lambda m, x: m(x).square().mean(), steps=1)  # noqa: E731
+        call = functools.partial(fastlora.calibrate, self.model, [x], lambda m, x: m(x).square().mean(), steps=1)
         return (d.merged is None, call, lambda: None) if not d.open and d.active not in d.frozen else None
 
     def reallocated(self):
@@ -335,8 +333,8 @@ class Walk:
         name = self.rng.choice(list(d.adapters))
         scores = {path: self.rng.random() + 0.1 for path in d.adapters[name]}
         options = {"adapter": name, "reinit": True, "r_min": 1, "r_max": 3}
-        follow = lambda: d.read(self.model, name)  # noqa: E731
-        return d.merged is None, lambda: fastlora.reallocate(self.model, scores, **options), follow
+        call = functools.partial(fastlora.reallocate, self.model, scores, **options)
+        return d.merged is None, call, lambda: d.read(self.model, name)
 
     def restored(self):
         """A state dict, of now or of before."""
