@@ -405,6 +405,7 @@ class Walk:
         calls = (
             lambda: fastlora.inject(self.model, self.config()),
             lambda: fastlora.apply_policy(self.model, "lora_only"),
+            lambda: fastlora.recommend(self.model, [batch()], lambda m, x: m(x).sum(), 500, steps=1),
             lambda: fastlora.initialize_eva(self.model, eyes),
             lambda: fastlora.initialize_corda(self.model, eyes),
             lambda: fastlora.initialize_lora_ga(self.model, [batch()], lambda m, x: m(x).sum(), steps=1),
