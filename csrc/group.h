@@ -136,16 +136,19 @@ struct Pending {
 using Counters = std::array<std::shared_ptr<Pending>, 2>;  // each may be null
 
 // Whether what was looked up is still what would be found: values of dicts, dicts that are empty or have no
-// ``forward``, and weights, which stay the same objects when they are moved or cast. Its owner keeps the lists.
+// ``forward``, and operands, which stay the same objects when they are moved, cast or given other data. Its owner keeps
+// the lists.
 struct Guard {
   py::handle places, keys, values, empty, without;
-  Borrowed weights;
-  std::vector<at::TensorOptions> options;
+  Borrowed operands;
+  std::vector<std::tuple<caffe2::TypeMeta, at::Device, std::vector<int64_t>>> kinds;
 
   Guard(const py::list& in, const py::list& by, const py::list& what, const py::list& nothing,
-        const py::list& attributes, const py::list& frozen)
-      : places(in), keys(by), values(what), empty(nothing), without(attributes), weights(frozen) {
-    for (size_t i = 0; i < weights.size(); ++i) options.push_back(weights[i].options());
+        const py::list& attributes, const py::list& tensors)
+      : places(in), keys(by), values(what), empty(nothing), without(attributes), operands(tensors) {
+    for (size_t i = 0; i < operands.size(); ++i) {
+      kinds.emplace_back(operands[i].dtype(), operands[i].device(), operands[i].sizes().vec());
+    }
   }
 
   bool holds() const {
@@ -162,8 +165,10 @@ struct Guard {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(without.ptr()); ++i) {
       if (PyDict_Contains(PyList_GET_ITEM(without.ptr(), i), forward) != 0) return false;
     }
-    for (size_t i = 0; i < weights.size(); ++i) {
-      if (weights[i].dtype() != options[i].dtype() || weights[i].device() != options[i].device()) return false;
+    for (size_t i = 0; i < operands.size(); ++i) {
+      const auto& [dtype, device, sizes] = kinds[i];
+      const Tensor& now = operands[i];
+      if (now.dtype() != dtype || now.device() != device || now.sizes() != at::IntArrayRef(sizes)) return false;
     }
     return true;
   }

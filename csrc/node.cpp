@@ -49,6 +49,9 @@ Tensors run_plan(int64_t cache, int64_t variant, Tensors& inputs) {
   return found;
 }
 
+// Whether tensors may have tangents.
+bool forward_mode() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
+
 // Whether only the dispatcher knows what is in a tensor.
 bool wrapped(const Tensor& t) {
   static const c10::DispatchKeySet kept(
@@ -113,7 +116,7 @@ struct LoRA : Node {
     for (const Tensor& t : kept) saved_.emplace_back(t, /*is_output=*/false);
     versions_.reserve(group->counted.size());
     for (size_t i = 0; i < group->counted.size(); ++i) {
-      versions_.push_back(static_cast<int64_t>(group->counted[i]._version()));
+      versions_.push_back(version_of(group->counted[i]));
     }
   }
 
@@ -143,7 +146,7 @@ struct LoRA : Node {
 
  private:
   std::vector<torch::autograd::SavedVariable> saved_;
-  std::vector<int64_t> versions_;
+  std::vector<std::pair<const void*, int64_t>> versions_;  // of ``Group::counted``, and which tensors they were
   Counters pending_;
   std::atomic<bool> finished_{false};
   bool freed_ = false, last_ = false;
@@ -189,7 +192,7 @@ struct LoRA : Node {
     const unsigned need =
         any(0, 1, kX) | any(1, factors, kA) | any(1 + factors, factors, kB) | any(1 + 2 * factors, leaves, kZ);
     const auto known = [](const Tensor& t) { return t.defined() && !wrapped(t); };
-    const bool plain = !at::GradMode::is_enabled() && std::all_of(dy.begin(), dy.end(), known) &&
+    const bool plain = !at::GradMode::is_enabled() && !forward_mode() && std::all_of(dy.begin(), dy.end(), known) &&
                        std::all_of(saved.begin(), saved.end(), known);
     Tensors found;
     if (plain) found = natively(dy, saved, need);
@@ -219,10 +222,11 @@ struct LoRA : Node {
     }
   }
 
+  static std::pair<const void*, int64_t> version_of(const Tensor& t) { return {t.unsafeGetTensorImpl(), t._version()}; }
+
   void check_versions() const {
     for (size_t i = 0; i < versions_.size(); ++i) {
-      if (static_cast<int64_t>(group->counted[i]._version()) == versions_[i]) continue;
-      TORCH_CHECK(false,
+      TORCH_CHECK(version_of(group->counted[i]) == versions_[i],
                   "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
                   "place after the forward");
     }
@@ -265,8 +269,8 @@ bool watched(const Group& group, const py::handle& x) {
   if (!THPVariable_CheckExact(x.ptr())) return true;
   const Tensor& given = THPVariable_Unpack(x.ptr());
   return wrapped(given) || given.dtype() != group.W[0].dtype() || c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
-         c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr || at::tracer::impl::is_dispatch_enabled() ||
+         c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode) || forward_mode() ||
+         at::tracer::impl::is_dispatch_enabled() ||
          (!given.is_meta() && at::autocast::is_autocast_enabled(given.device().type())) || group.trains_base();
 }
 
@@ -375,7 +379,7 @@ PYBIND11_MODULE(_node, m) {
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,
                     const py::list&>(),
            py::arg("places"), py::arg("keys"), py::arg("values"), py::arg("empty"), py::arg("without_forward"),
-           py::arg("weights"))
+           py::arg("operands"))
       .def("holds", &Guard::holds, "Whether all of it is as it was.");
   py::class_<Pending, std::shared_ptr<Pending>>(m, "Pending", "Graphs that are there and whose backward has not run.")
       .def(py::init<>())

@@ -196,6 +196,7 @@ def unmerge(model: ModelT) -> ModelT:
     layers = [layer for layer in _layers(model).values() if layer.merged]
     if not layers:
         raise ValueError("model: nothing is merged")
+    refuse_partitioned(model)
     for layer in layers:
         if not hasattr(layer, "unmerged_weight"):
             continue  # the merged adapter is not on this layer

@@ -18,15 +18,15 @@ class FrozenLinear(nn.Linear):
 
     engine: str = AUTO
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if trained or x.device.type != "cpu":
-            return super().forward(x)
+        if trained or input.device.type != "cpu":
+            return super().forward(input)
         if not torch.compiler.is_compiling() and ENGINES.settled_on_linear(
-            x.shape[:-1].numel(), self.weight, self.engine
+            input.shape[:-1].numel(), self.weight, self.engine
         ):
-            return super().forward(x)
+            return super().forward(input)
         if wants_plain_operators():
-            return super().forward(x)
+            return super().forward(input)
         tell_counters()
-        return torch.ops.fastlora.frozen_linear(x, self.weight, self.bias, self.engine)
+        return torch.ops.fastlora.frozen_linear(input, self.weight, self.bias, self.engine)

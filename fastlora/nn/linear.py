@@ -103,7 +103,12 @@ class Adapted(nn.Module):
             a, b = A.get(name), B.get(name)
             if a is None and b is None:
                 a, b = self.empty(0, self.in_features), self.empty(rows, 0)
-            elif None in (a, b) or {a.device, b.device} != {device} or a.dim() != 2 or a.shape[:1] != b.shape[1:]:
+            elif (
+                None in (a, b)
+                or {a.device, b.device} != {device}
+                or a.shape[1:] != (self.in_features,)
+                or b.shape != (rows, a.shape[0] // self.groups)
+            ):
                 refuse_partitioned(self)
                 raise ValueError(
                     f"adapter {adapter!r}: expected factors A [r, {self.in_features}] and B [{rows}, r] of slice "
