@@ -57,6 +57,9 @@ Tensors run_plan(int64_t cache, int64_t variant, Tensors& inputs) {
   return found;
 }
 
+// Whether tensors may have tangents.
+bool forward_mode() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
+
 // Whether only the dispatcher knows what is in a tensor.
 bool wrapped(const Tensor& t) {
   static const c10::DispatchKeySet kept(
@@ -223,7 +226,7 @@ struct Call : torch::CustomClassHolder {
   py::object owner, rest;        // what Python's backward is for, where no native call does it
   Tensors out;                   // [*y, h, *moments], until they are saved
   Tensors more;                  // what a plan takes beside the tensors of every call, or the seed of dropout
-  std::vector<int64_t> versions;
+  std::vector<std::pair<const void*, int64_t>> versions;  // of ``Group::counted``, and which tensors they were
   size_t leaves = 0, moments = 0;
   int64_t probes = 0;
   double p = 0.0;
@@ -254,10 +257,11 @@ struct Call : torch::CustomClassHolder {
     }
   }
 
+  static std::pair<const void*, int64_t> version_of(const Tensor& t) { return {t.unsafeGetTensorImpl(), t._version()}; }
+
   void check_versions() const {
     for (size_t i = 0; i < versions.size(); ++i) {
-      if (static_cast<int64_t>(group->counted[i]._version()) == versions[i]) continue;
-      TORCH_CHECK(false,
+      TORCH_CHECK(version_of(group->counted[i]) == versions[i],
                   "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
                   "place after the forward");
     }
@@ -340,7 +344,7 @@ struct LoRA : torch::autograd::Function<LoRA> {
     const unsigned need =
         any(0, 1, kX) | any(1, factors, kA) | any(1 + factors, factors, kB) | any(1 + 2 * factors, call.leaves, kZ);
     const auto known = [](const Tensor& t) { return t.defined() && !wrapped(t); };
-    const bool plain = !at::GradMode::is_enabled() && std::all_of(dy.begin(), dy.end(), known) &&
+    const bool plain = !at::GradMode::is_enabled() && !forward_mode() && std::all_of(dy.begin(), dy.end(), known) &&
                        std::all_of(saved.begin(), saved.end(), known);
     const auto part = [&](size_t start, size_t size) {
       const auto first = saved.begin() + static_cast<std::ptrdiff_t>(start);
@@ -373,8 +377,8 @@ bool watched(const Group& group, const py::handle& x) {
   if (!THPVariable_CheckExact(x.ptr())) return true;
   const Tensor& given = THPVariable_Unpack(x.ptr());
   return wrapped(given) || given.dtype() != group.W[0].dtype() || c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
-         c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr || at::tracer::impl::is_dispatch_enabled() ||
+         c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode) || forward_mode() ||
+         at::tracer::impl::is_dispatch_enabled() ||
          (!given.is_meta() && at::autocast::is_autocast_enabled(given.device().type())) || group.trains_base();
 }
 
@@ -402,7 +406,7 @@ Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const
   call->out = std::move(out);
   call->count_in({std::move(pending), std::move(also)});
   for (size_t i = 0; i < group->counted.size(); ++i) {
-    call->versions.push_back(static_cast<int64_t>(group->counted[i]._version()));
+    call->versions.push_back(Call::version_of(group->counted[i]));
   }
   Tensors inputs{x};
   group->A.append_to(inputs);
