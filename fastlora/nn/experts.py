@@ -268,8 +268,8 @@ class Segments:
                 numbers = torch.arange(1, len(chosen) + 1, device=places.device).unsqueeze(1)
                 ids = (inside * numbers).sum(0) - 1
             else:
-                ranges = torch.tensor([self.runs[i] for i in chosen])  # on the host: nothing need be read back
-                ids = torch.full((self.order.shape[0],), -1)
+                ranges = torch.tensor([self.runs[i] for i in chosen], device="cpu")  # nothing need be read back
+                ids = torch.full((self.order.shape[0],), -1, device="cpu")
                 for number, i in enumerate(chosen):
                     ids[slice(*self.runs[i])] = number
                 ids = ids.to(self.order.device, non_blocking=True)
