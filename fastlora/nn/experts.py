@@ -128,7 +128,9 @@ class ExpertProjection(ExpertStack, Adapted):
             (update,) = lora_grouped(seen, [zero], [None], A, B, scale, batch, backend=backend, engine=NONE, **operands)
             if not torch.compiler.is_compiling() and update.grad_fn is not None:
                 self.router.pending(route).add(update)
-            y = y + update if torch.compiler.is_compiling() else update.add_(y)
+            # Autocast may leave y in float32.
+            alike = update.dtype is y.dtype and not torch.compiler.is_compiling()
+            y = update.add_(y) if alike else y + update
         for g, probe in enumerate(measured):
             y = y if probe is None else _observed(y, x, probe, segments, g, route)
         return y
