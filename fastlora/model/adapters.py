@@ -237,7 +237,9 @@ def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
     if not isinstance(ids, Tensor):
         check_instance("ids", ids, Sequence, "an int64 tensor, names, one name or ranges")
         ids = torch.tensor(
-            [-1 if n is None else router.slots.index(_known(router, n, "ids")) for n in ids], dtype=torch.int64
+            [-1 if n is None else router.slots.index(_known(router, n, "ids")) for n in ids],
+            dtype=torch.int64,
+            device="cpu",
         )
     if ids.dtype != torch.int64 or ids.dim() not in (1, 2):
         raise wrong_value("ids", "an int64 tensor [S], [S, T] or [M]", ids)
@@ -263,9 +265,10 @@ def _of_ranges(router: Router, ranges: Mapping[str | None, tuple[int, int]]) -> 
             raise ValueError(
                 f"ids: expected {name!r} to begin at {before[1]}, got {begin}; None names the base for rows between"
             )
-        ids.append(torch.full((end - begin,), -1 if name is None else router.slots.index(name), dtype=torch.int64))
+        number = -1 if name is None else router.slots.index(name)
+        ids.append(torch.full((end - begin,), number, dtype=torch.int64, device="cpu"))
         before = (repr(name), end)
-    return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64)
+    return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
@@ -287,8 +290,8 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
         live = [value for value in used if value >= 0]
     if ids.device.type != "cpu" or several_processes():
         live = [i for i, name in enumerate(slots) if name is not None]
-    table = torch.full((len(slots) + 1,), -1, dtype=torch.int64)
-    table[live] = torch.arange(len(live))
+    table = torch.full((len(slots) + 1,), -1, dtype=torch.int64, device="cpu")
+    table[live] = torch.arange(len(live), device="cpu")
     if ids.device.type != "cpu":
         table = table.to(ids.device, non_blocking=True)
         known = (ids >= -1) & (ids < len(slots)) & ((ids < 0) | (table[ids] >= 0))
@@ -361,7 +364,7 @@ def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 def _present(router: Router, used: Sequence[AdapterBatch | str]) -> set[str]:
     names = router.names
-    flags = torch.zeros(len(names), dtype=torch.int64)
+    flags = torch.zeros(len(names), dtype=torch.int64, device="cpu")
     for item in used or [router.default.adapter]:
         for name in (item,) if isinstance(item, str) else item.present():
             flags[names.index(name)] = 1

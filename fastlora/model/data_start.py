@@ -84,7 +84,7 @@ def initialize_corda(
 
 def _corda(each: _Slice, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     W = each.weight()
-    C, eye, damp = C.to(W), torch.eye(len(C)).to(W), 0.01
+    C, eye, damp = C.to(W), torch.eye(len(C), device=W.device).to(W), 0.01
     while True:
         fixed = C + eye * (C.diagonal().mean() * damp)
         inverse, info = torch.linalg.inv_ex(fixed)
@@ -223,7 +223,11 @@ def _gradients(
 def _lora_ga(
     each: _Slice, U: Tensor, S: Tensor, V: Tensor, adapter: str, direction: str, scale: str, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    r, s, every = each.rank, each.layer.adapter_specs[adapter].scale[each.part], torch.arange(2 * each.rank)
+    r, s, every = (
+        each.rank,
+        each.layer.adapter_specs[adapter].scale[each.part],
+        torch.arange(2 * each.rank, device="cpu"),
+    )
     of_a, of_b = {
         "ArBr": (every[1::2], every[0::2]),
         "A2rBr": (every[r:], every[:r]),

@@ -57,7 +57,9 @@ class Slices(dict[str, int]):
     def rows(self, name: str) -> slice | Tensor:
         """Rows of the matrix that a slice covers: a range, or int64 indices where slices interleave."""
         runs = self.runs(name)
-        return runs[0] if len(runs) == 1 else torch.cat([torch.arange(run.start, run.stop) for run in runs])
+        return (
+            runs[0] if len(runs) == 1 else torch.cat([torch.arange(run.start, run.stop, device="cpu") for run in runs])
+        )
 
     def columns(self, y: Tensor, name: str) -> Tensor:
         """The columns of y [M, N] that are a slice's: a view where they are together."""

@@ -167,6 +167,9 @@ class Adapted(nn.Module):
 
     def empty(self, *shape: int) -> Tensor:
         """A factor of rank 0."""
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # it may be kept, and then be saved by a graph
+                return self.weight.new_empty(shape)
         return self.weight.new_empty(shape)
 
     def delta(self, adapter: str | None = None) -> Tensor:

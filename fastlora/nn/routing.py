@@ -241,7 +241,8 @@ class Router:
                 return
         elif not getattr(self._open, "grad", True) or not (training or in_reentrant_checkpoint()):
             return  # no graph is being built, so nothing will be repeated
-        self._taken = [taken for taken in self._taken if not taken[0].same(route)] + [(route, self._changes)]
+        others = [taken for taken in self._taken if not taken[0].same(route)]
+        self._taken = [*others[-1:], (route, self._changes)]  # two that differ are refused, as more would be
 
     def _repeat(self) -> Route:
         current = self.current()

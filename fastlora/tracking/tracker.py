@@ -289,8 +289,8 @@ class Tracker:
         if shared is not None:
             keep = keep & shared.present[self._tracked.weight_kinds[0]]
         if any(norm is not None for norm in norms):
-            measured = torch.tensor([norm is not None for norm in norms]).to(self.device, non_blocking=True)
-            sampler.learn(norms, keep & measured)
+            measured = torch.tensor([norm is not None for norm in norms], device="cpu")
+            sampler.learn(norms, keep & measured.to(self.device, non_blocking=True))
 
     def discard(self) -> None:
         """Forget the gradients since the last ``step``: those of a step that failed or was given up."""

@@ -102,7 +102,7 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15, temperature: flo
         hits.append((predicted == row_labels).cpu())
     confidence = torch.cat(confidences).clamp(max=1.0)
     hit = torch.cat(hits).double()
-    edges = torch.linspace(0.0, 1.0, bins + 1, dtype=torch.float64)
+    edges = torch.linspace(0.0, 1.0, bins + 1, dtype=torch.float64, device="cpu")
     index = torch.bucketize(confidence, edges[1:-1])
     counts = torch.bincount(index, minlength=bins)
     mean_confidence = torch.bincount(index, weights=confidence, minlength=bins) / counts

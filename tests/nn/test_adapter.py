@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -240,3 +241,19 @@ def test_rank_zero_and_adapters_of_some_layers():
     call = operands(m).call
     assert [a.shape[0] for a in call.A] == [2, 2, 2, 3, 0, 3, 1, 0, 0]
     assert call.layout.starts == [0, 2, 4, 6, 0, 3, 3, 6, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([0, -1, 0])])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_what_is_kept_in_inference_mode_trains_afterwards(ids, with_bias):
+    torch.manual_seed(0)
+    split = {"split_qkv": {"0": {"q": 3, "k": 3, "v": 3}}, "rank_pattern": {"0[k]": 0}}
+    m = torch.nn.Sequential(torch.nn.Linear(6, 9))
+    fastlora.inject(m, LoraConfig(r=2, target_modules=["0"], **({"lora_bias": True} if with_bias else split)))
+    x = torch.randn(3, 2, 6)
+    with contextlib.nullcontext() if ids is None else fastlora.use_adapters(m, ids):
+        with torch.inference_mode():
+            y = m(x)
+        again = m(x)
+    again.square().sum().backward()
+    assert torch.equal(again, y) and m[0].lora_B.default.get_parameter("bias" if with_bias else "q").grad.abs().sum()

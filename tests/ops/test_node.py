@@ -184,6 +184,16 @@ def test_a_weight_or_a_factor_that_changed_in_between_is_refused():
             y.backward()
 
 
+def test_a_weight_that_was_swapped_is_noticed():
+    built, x = model(), inputs()
+    gradients(built, x)
+    y = sum(out.sum() for out in built(x))
+    weight = built.q_proj.weight
+    torch.utils.swap_tensors(weight, torch.nn.Parameter(torch.randn_like(weight), requires_grad=False))
+    with pytest.raises(RuntimeError, match="weight: expected as it was"):
+        y.backward()
+
+
 def test_an_error_of_python_s_backward_is_python_s(monkeypatch):
     built, x = model(torch.float64), inputs(torch.float64)
     gradients(built, x)
@@ -206,6 +216,23 @@ def test_forward_mode(gradients_too):
         tangents = [torch.autograd.forward_ad.unpack_dual(y).tangent for y in found]
     for tangent, after, before in zip(tangents, built(x + direction), built(x), strict=True):
         torch.testing.assert_close(tangent, after - before)
+
+
+@pytest.mark.usefixtures("library_matmul")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("native", [True, False])
+def test_tangents_of_gradients(monkeypatch, dtype, native):
+    if not native:
+        in_python(monkeypatch)
+    built, x = model(dtype), inputs(dtype)
+    gradients(built, x)
+    y, leaves = torch.cat(built(x), dim=-1), [x, built.q_proj.lora_A.default.weight, built.q_proj.lora_B.default.weight]
+    dy, direction = torch.randn_like(y), torch.randn_like(y)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(dy, direction)
+        found = torch.autograd.grad(y, leaves, dual, retain_graph=True)
+        tangents = [torch.autograd.forward_ad.unpack_dual(gradient).tangent for gradient in found]
+    torch.testing.assert_close(tangents, list(torch.autograd.grad(y, leaves, direction)))
 
 
 def test_gradients_under_vmap():
