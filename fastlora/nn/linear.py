@@ -104,7 +104,7 @@ class Adapted(nn.Module):
             if a is None and b is None:
                 a, b = self.empty(0, self.in_features), self.empty(rows, 0)
             elif None in (a, b) or {a.device, b.device} != {device} or a.dim() != 2 or a.shape[:1] != b.shape[1:]:
-                refuse_partitioned(self)
+                refuse_partitioned(self, (a, b))
                 raise ValueError(
                     f"adapter {adapter!r}: expected factors A [r, {self.in_features}] and B [{rows}, r] of slice "
                     f"{name!r} on {device}, where the weight is; got {_described(a)} and {_described(b)}. Move the "
