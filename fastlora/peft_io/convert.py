@@ -249,9 +249,9 @@ def load_layout(
     ``MergedLinear`` stacks the parts of a fused q, k, v that ``enable_lora`` names: A [r e, K], B [N e / 3, r]; they
     become one adapter each. ``"torchtune"``: ``<path>.lora_a.weight`` and ``<path>.lora_b.weight``.
 
-    ``rename`` maps a path there to the path here. ``adapter`` names the adapter here, as for ``load``. All or
-    nothing: ``ValueError`` naming the argument, or the key and what is wrong with it, leaves the model as it was; keys
-    that are no adapters (biases, a head) are refused, because they belong to ``model.load_state_dict``.
+    ``rename`` maps a path there to the path here. ``adapter`` names the adapter here, as for ``load``. All or nothing:
+    ``TypeError`` or ``ValueError`` naming the argument, or the key and what is wrong with it, leaves the model as it
+    was; keys that are no adapters (biases, a head) are refused, because they belong to ``model.load_state_dict``.
     Source: https://github.com/microsoft/LoRA, https://github.com/pytorch/torchtune
 
     >>> state = {"0.lora_A": torch.ones(2, 8), "0.lora_B": torch.ones(8, 2)}

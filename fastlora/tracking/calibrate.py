@@ -266,9 +266,9 @@ def calibrate(
     one, and every rank gets the same scores. ``"auto"``: the ranks that train the model, or all processes that
     ``torch.distributed`` runs; None: this one alone.
 
-    Gradients, requires_grad, buffers, modes and RNG states are put back, also after an error. Raises ``ValueError``
-    naming the argument: batches that run out, a loss that is not a finite scalar or has no gradient, gradients that
-    are never finite, a matrix that no gradient reaches, B that is not zero under ``"fim"``.
+    Gradients, requires_grad, buffers, modes and RNG states are put back, also after an error. Raises ``TypeError`` or
+    ``ValueError`` naming the argument: batches that run out, a loss that is not a finite scalar or has no gradient,
+    gradients that are never finite, a matrix that no gradient reaches, B that is not zero under ``"fim"``.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> found = fastlora.calibrate(model, [torch.ones(4, 8)], lambda m, x: m(x).square().mean(), steps=1, method="fw")

@@ -1,7 +1,7 @@
 """Triton kernels that take the place of norms and MLPs as Liger's do, in the interpreter, before and after ``inject``.
 
-A stand-in: ``liger_kernel`` patches instances (``module.__dict__["forward"]``) or classes, its backward passes write into
-what they were given, and its fused loss multiplies by ``lm_head.weight`` itself. These do the same.
+A stand-in: ``liger_kernel`` patches instances (``module.__dict__["forward"]``) or classes, its backward passes write
+into what they were given, and its fused loss multiplies by ``lm_head.weight`` itself. These do the same.
 """
 
 from __future__ import annotations
