@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,11 +156,8 @@ def refuse_parallel(model: nn.Module, function: str) -> None:
         raise ValueError(f"model: is sharded by fully_shard, which knows its parameters; {_FIRST.format(function)}")
 
 
-def refuse_partitioned(model: nn.Module, factors: Sequence[Tensor | None] = ()) -> None:
-    """FSDP1 and ZeRO-3 hold parameters in parts and have no support; ``ValueError`` names one and what to do.
-
-    ``factors``: of a layer, and no matrices.
-    """
+def refuse_partitioned(model: nn.Module) -> None:
+    """FSDP1 and ZeRO-3 hold parameters in parts and have no support; ``ValueError`` names one and what to do."""
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(
@@ -173,11 +170,11 @@ def refuse_partitioned(model: nn.Module, factors: Sequence[Tensor | None] = ()) 
                 f"model: {name!r} is partitioned by DeepSpeed's ZeRO-3, which has no support; use ZeRO-1 or ZeRO-2, or "
                 "torch.distributed.fsdp.fully_shard after fastlora.inject"
             )
-    if any(getattr(factor, "_fsdp_flattened", False) for factor in factors):
-        raise ValueError(
-            "model: FullyShardedDataParallel (FSDP1) wraps layers one by one whose adapters run in one call; wrap the "
-            "blocks that hold them, or use torch.distributed.fsdp.fully_shard"
-        )
+        if getattr(parameter, "_fsdp_flattened", False) and "lora_A." in name and parameter.dim() != 2:
+            raise ValueError(
+                f"model: {name!r} is held in parts by FullyShardedDataParallel (FSDP1); wrap the blocks that hold "
+                "adapted layers, not each of them, or use torch.distributed.fsdp.fully_shard"
+            )
 
 
 def _refuse_tensor_parallel(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.distributed import refuse_partitioned
-from .._utils.errors import check_flag, check_instance, check_integer, check_model, wrong_value
+from .._utils.errors import check_flag, check_integer, check_model, wrong_value
 from ..config import LoraConfig, takes_weight
 from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
@@ -104,7 +104,7 @@ class Adapted(nn.Module):
             if a is None and b is None:
                 a, b = self.empty(0, self.in_features), self.empty(rows, 0)
             elif None in (a, b) or {a.device, b.device} != {device} or a.dim() != 2 or a.shape[:1] != b.shape[1:]:
-                refuse_partitioned(self, (a, b))
+                refuse_partitioned(self)
                 raise ValueError(
                     f"adapter {adapter!r}: expected factors A [r, {self.in_features}] and B [{rows}, r] of slice "
                     f"{name!r} on {device}, where the weight is; got {_described(a)} and {_described(b)}. Move the "
@@ -283,8 +283,7 @@ class Linear(Adapted, nn.Linear):
     ):
         config = LoraConfig(
             r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend,
-            prepack=prepack,
+            init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend, prepack=prepack,
         )  # fmt: skip
         check_flag("train_base", train_base)
         if takes_weight(init_lora_weights):
@@ -488,11 +487,6 @@ def _collect(module: nn.Module, path: str, seen: set[nn.Module], found: dict[str
         if child is not None:
             name = child.leaf or name if isinstance(child, Adapted) else name
             _collect(child, f"{path}.{name}" if path else name, seen, found)
-
-
-def check_adapter(adapter: object, name: str = "adapter") -> None:
-    """Refuse what cannot be the name of an adapter."""
-    check_instance(name, adapter, str, "the name of an adapter")
 
 
 def matrix_key(path: str, name: str) -> str:

@@ -18,7 +18,7 @@ from .._utils.errors import check_choice, check_flag, check_instance, check_inte
 from .._utils.reporting import Report, reporting
 from ..importance.scores import Scores
 from ..nn.active import NO_ADAPTERS, chosen_adapter
-from ..nn.linear import adapted_layers, check_adapter, matrix_key
+from ..nn.linear import adapted_layers, matrix_key
 from .all_reduce import averaged
 from .checks import checked_layers
 from .tracker import Tracker, track
@@ -126,7 +126,7 @@ def preserve_model_state(model: nn.Module, adapter: str) -> Iterator[None]:
     layers = adapted_layers(model) if isinstance(model, nn.Module) else {}
     if not layers:
         raise ValueError(NO_ADAPTERS)
-    check_adapter(adapter)
+    check_instance("adapter", adapter, str, "the name of an adapter")
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     # By name too: a forward may assign a new tensor instead of writing into the old one.
     buffers = [

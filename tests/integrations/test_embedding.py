@@ -150,7 +150,7 @@ def test_fsdp1_around_each_layer_or_factor_is_refused_by_name(tmp_path):
     torch.multiprocessing.spawn(script.fsdp1_of_single, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         layer, factor = torch.load(tmp_path / f"rank{rank}.pt")
-        assert layer.startswith("model: FullyShardedDataParallel (FSDP1) wraps layers one by one")
+        assert "lora_A.default.weight' is held in parts by FullyShardedDataParallel (FSDP1); wrap the blocks" in layer
         assert factor.startswith("model: 'lora_A.default' is wrapped by FullyShardedDataParallel (FSDP1)")
 
 
