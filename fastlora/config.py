@@ -163,6 +163,10 @@ class LoraConfig:
 
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
       ``"qkv"``, ``"attention"``, ``"mlp"``, ``"mixer"``, ``"experts"``, ``"all-linear"``.
+    - ``exclude_modules``: suffixes, or an expression, of what ``target_modules`` means otherwise and is left alone.
+    - ``lora_dropout``: probability that an entry of x is zero in the update while training, others over 1 - p.
+    - ``bias``: which biases are trained besides: ``"none"``, ``"all"``, or ``"lora_only"``, those of targets.
+    - ``modules_to_save``: suffixes of modules that are trained whole and saved, such as a head.
     - ``target_parameters``: suffixes of parameters [E, N, K] of experts, as ``"experts.down_proj"``: each expert has
       its own A, B and rank (``experts.down_proj[3]``), without dropout.
     - ``init_lora_weights``: True, ``"gaussian"`` (A normal / r, B zero), False (both random), ``"orthogonal"`` (even
@@ -276,7 +280,11 @@ class LoraConfig:
             raise wrong_value("layers_to_transform", "None with a regular expression, which can say it itself", wanted)
 
     def scaling(self, rank: int, alpha: float | None = None) -> float:
-        """``s`` of a matrix of this rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        """``s`` of a matrix of this ``rank``: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
+
+        ``alpha``: of this matrix (``alpha_pattern``), ``lora_alpha`` unless given. r is the config's, and the matrix's
+        own rank under ``scale="per_rank"``. Raises ``TypeError`` or ``ValueError`` naming the argument.
+        """
         check_integer("rank", rank, 0)
         alpha = self.lora_alpha if alpha is None else check_number("alpha", alpha)
         divisor = rank if self.scale == "per_rank" and rank > 0 else self.r
@@ -284,7 +292,13 @@ class LoraConfig:
 
     @classmethod
     def coerce(cls, config: Any) -> LoraConfig:
-        """A LoraConfig from one of ours or from a ``peft.LoraConfig`` whose set fields are all implemented."""
+        """A LoraConfig from a ``config`` of ours or from a ``peft.LoraConfig`` whose set fields are all implemented.
+
+        Raises ``TypeError`` for anything else, ``ValueError`` naming a field that is not implemented.
+
+        >>> fastlora.LoraConfig.coerce(fastlora.LoraConfig(r=4)).r
+        4
+        """
         if isinstance(config, cls):
             return config
         if not (dataclasses.is_dataclass(config) and type(config).__module__.split(".")[0] == "peft"):
@@ -300,8 +314,11 @@ class LoraConfig:
         """A ``LoraConfig`` for a task: r / alpha 8 / 16 on the attention, 16 / 32, 32 / 64 or 64 / 128 on all linears.
 
         ``difficulty``: ``"simple"``, ``"medium"``, ``"complex"``, ``"very_complex"``. ``fields`` override any field. A
-        fused qkv gets one dense adapter unless ``split_qkv=True``. Raises ``ValueError`` for an unknown difficulty and
-        for fields that ``LoraConfig`` refuses.
+        fused qkv gets one dense adapter unless ``split_qkv=True``. Raises ``ValueError`` for an unknown difficulty, and
+        what ``LoraConfig`` raises for its fields.
+
+        >>> fastlora.LoraConfig.preset("medium").r
+        16
         """
         r, alpha, targets = PRESETS[check_choice("difficulty", difficulty, PRESETS)]
         return cls(**{"r": r, "lora_alpha": alpha, "target_modules": targets, "split_qkv": False, **fields})

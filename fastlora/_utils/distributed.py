@@ -170,6 +170,11 @@ def refuse_partitioned(model: nn.Module) -> None:
                 f"model: {name!r} is partitioned by DeepSpeed's ZeRO-3, which has no support; use ZeRO-1 or ZeRO-2, or "
                 "torch.distributed.fsdp.fully_shard after fastlora.inject"
             )
+        if getattr(parameter, "_fsdp_flattened", False) and "lora_A." in name and parameter.dim() != 2:
+            raise ValueError(
+                f"model: {name!r} is held in parts by FullyShardedDataParallel (FSDP1); wrap the blocks that hold "
+                "adapted layers, not each of them, or use torch.distributed.fsdp.fully_shard"
+            )
 
 
 def _refuse_tensor_parallel(model: nn.Module) -> None:

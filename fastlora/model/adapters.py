@@ -51,7 +51,9 @@ def _agreeing(layers: Mapping[str, Adapted]) -> list[Router]:
 
 
 def adapter_names(model: nn.Module) -> list[str | None]:
-    """Names of a model's adapters by id; None where one was removed. ``ValueError`` without adapters.
+    """Names of a model's adapters by id; None where one was removed.
+
+    Raises ``TypeError`` for what is no model, ``ValueError`` without adapters.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> fastlora.adapter_names(model)
@@ -66,7 +68,7 @@ def _known(router: Router, name: Any, argument: str) -> str:
 
 @torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
-    """Add an adapter to an adapted model; it gets the next id, and trains beside the others.
+    """Add the adapter ``name`` to an adapted model, as ``config`` says it, with the next id; it trains beside others.
 
     ``y = x W^T + bias + s_g x A_g^T B_g^T`` for the rows of adapter g. Targets that have no adapter yet become adapted;
     ``modules_to_save`` are shared by all adapters. Raises ``TypeError`` or ``ValueError`` naming the argument; the
@@ -127,10 +129,10 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
 
 
 def delete_adapter(model: ModelT, name: str) -> ModelT:
-    """Delete an adapter; its id is not used again.
+    """Delete the adapter ``name``; its id is not used again.
 
     Refused for the active adapter, a merged or a tracked one, and one with a forward that awaits its backward. Raises
-    ``ValueError`` with the model as it was.
+    ``TypeError`` or ``ValueError`` with the model as it was.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> model = fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=2, target_modules=["0"]))
@@ -162,8 +164,8 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
 
 def set_adapter(model: ModelT, name: str) -> ModelT:
     """Make an adapter the active one: that of every forward outside of ``use_adapters``, and of functions that were
-    given no other (``merge``, ``save``, ``summary``, ``track``, ...). ``ValueError`` for an unknown name, and
-    while another adapter is merged.
+    given no other (``merge``, ``save``, ``summary``, ``track``, ...). Raises ``TypeError`` for what is no model,
+    ``ValueError`` for an unknown ``name``, and while another adapter is merged.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> model = fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=4, target_modules=["0"]))
@@ -194,8 +196,9 @@ def use_adapters(
     int64 [S] makes the dropout of a sample depend on its seed, the layer and the place in the sample alone, not on the
     batch.
 
-    Backward may run after the context has closed, under activation checkpointing too. Raises ``ValueError`` naming ids
-    or names that are unknown or removed; a layer whose input the ids do not fit raises with both shapes.
+    Backward may run after the context has closed, under activation checkpointing too. Raises ``TypeError`` or
+    ``ValueError`` naming ids or names that are unknown or removed; a layer whose input the ids do not fit raises
+    ``ValueError`` with both shapes.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> model = fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=4, target_modules=["0"]))

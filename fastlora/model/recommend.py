@@ -106,6 +106,7 @@ def recommend(
     the largest ‖dL/dW‖² / (N + K), of ``steps`` backward passes (``calibrate``). Uniform over all linears is what the
     experiments leave standing, see ``docs/ranks.md``.
 
+    ``steps`` items of ``batches`` (None: all) are taken; ``progress`` is as in :func:`calibrate`.
     ``model`` is the base, without adapters. It is not touched: the passes run through a copy of its modules that
     shares its weights. ``loss_fn(model, batch)`` gets that copy. A fused matrix counts as one.
 

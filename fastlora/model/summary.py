@@ -79,7 +79,8 @@ class Summary:
 def summary(model: nn.Module, adapter: str | None = None) -> Summary:
     """Count what is trained: the adapter (the active one unless named), the head, and the rest.
 
-    Raises ``ValueError`` for an adapter that is not there, without adapters or a policy, and under ZeRO-3.
+    Raises ``TypeError`` for what is no model, ``ValueError`` for an adapter that is not there, without adapters or a
+    policy, and under ZeRO-3.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> found = fastlora.summary(model)

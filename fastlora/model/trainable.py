@@ -192,6 +192,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters as groups named lora, norm, bias, head and other, for any torch optimizer.
 
+    ``lr_lora``, ``lr_norm``, ``lr_bias`` and ``lr_head`` are their learning rates.
     A ``weight_decay`` applies to head and other; adapters, norms and biases get 0. A mapping of group names to numbers
     sets it group by group (0 where a name is missing). ``other`` takes ``lr_head``. Empty groups are left out. Several
     adapters have a group lora each, with the adapter's name under ``"adapter"``; ``lr_lora`` may be a mapping of those.

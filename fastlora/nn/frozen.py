@@ -13,7 +13,12 @@ from ..ops.matmul import AUTO, ENGINES
 class FrozenLinear(nn.Linear):
     r"""``y = x W^\top + b`` without gradients for W and b; the plain path once either asks for one, or off the CPU.
 
-    Made by ``inject(..., accelerate_frozen=True)`` out of ``nn.Linear`` by a change of class.
+    ``x`` [..., K], ``weight`` [N, K], y [..., N]. Made by ``inject(..., accelerate_frozen=True)`` out of ``nn.Linear``
+    by a change of class; arguments and errors (``RuntimeError`` for shapes that do not fit) are ``nn.Linear``'s.
+
+    >>> layer = fastlora.nn.FrozenLinear(8, 6).requires_grad_(False)
+    >>> layer(torch.ones(4, 8)).shape
+    torch.Size([4, 6])
     """
 
     engine: str = AUTO

@@ -66,8 +66,9 @@ def load(
 
     Under ``fully_shard`` every rank reads the files and keeps its part; adapters must have been injected before.
 
-    All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
-    leaves the model as it was. Only safetensors files in local folders are read.
+    All or nothing: ``TypeError`` or ``ValueError`` naming the argument, or the file and what is wrong with it
+    (``FileNotFoundError`` for a missing one), leaves the model as it was. Only safetensors files in local folders are
+    read.
 
     >>> fastlora.save(nn.Sequential(fastlora.nn.Linear(8, 8, r=2)), folder)
     >>> model = fastlora.load(nn.Sequential(nn.Linear(8, 8)), folder)

@@ -65,9 +65,9 @@ def save(
 
     The first rank alone writes under data-parallel training; of a sharded model (``fully_shard``) every rank must call
     this, and waits for the files. They appear complete or not at all, also when the process is killed. A warning names
-    the matrices that PEFT would load and run otherwise, or not at all. Raises
-    ``ValueError``, before anything is written, for a model without this adapter and for trained parameters that the
-    files have no place for, by name; ``OSError`` where they cannot be written, with the old ones still there.
+    the matrices that PEFT would load and run otherwise, or not at all. Raises ``TypeError`` for an argument of another
+    type and ``ValueError``, before anything is written, for a model without this adapter and for trained parameters
+    that the files have no place for, by name; ``OSError`` where they cannot be written, with the old ones still there.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> fastlora.save(model, folder)
