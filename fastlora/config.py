@@ -177,8 +177,8 @@ class LoraConfig:
     - ``layers_to_transform``: indices of the only layers that a list of names or a role means; ``layers_pattern``: the
       names of the ``nn.ModuleList`` that they count, any one where it is None.
     - ``rank_pattern``, ``alpha_pattern``: keys (``blocks.0.attn.qkv[q]``), module paths or PEFT's suffix patterns.
-    - ``trainable_token_indices``: rows of the input embedding that are trained themselves, or names of embeddings to
-      their rows; an output layer that shares the weight (``tie_word_embeddings``) follows.
+    - ``trainable_token_indices``: rows of the input embedding that are trained themselves, or names of embeddings and
+      linears to their rows; an output layer that shares the weight (``tie_word_embeddings``) follows.
     - ``scale``: ``"constant"`` keeps the one ``s`` of (lora_alpha, r) whatever a layer's rank; ``"per_rank"`` divides
       by each layer's own rank, as PEFT does.
     - ``split_qkv``: whether a fused matrix gets one adapter for each of its slices, as q, k and v, or gate and up;

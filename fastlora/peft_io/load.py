@@ -168,7 +168,8 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
     rows = _rows(model, folder)
     refuse_keys(where, "the model", {*others, *map(rows_key, rows)}, rest, "")
     for path, indices in rows.items():
-        like = model.get_submodule(path).weight.new_empty(len(indices), model.get_submodule(path).embedding_dim)
+        weight = model.get_submodule(path).weight
+        like = weight.new_empty(len(indices), weight.shape[1])
         refuse_tensor(where, rows_key(path), folder.tensors[rows_key(path)], like)
     refuse_shared(model, saved, where)
     modules = named_targets(model)
@@ -193,14 +194,16 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
 
 
 def _rows(model: nn.Module, folder: AdapterFolder) -> dict[str, tuple[int, ...]]:
-    """The embeddings of which rows were trained."""
+    """The layers of which rows were trained."""
     try:
         found = find_rows(model, folder.fields.trainable_token_indices)
     except ValueError as error:
         raise ValueError(f"{folder.where(CONFIG)}: {error}") from None
     for path in found:
-        if not isinstance(model.get_submodule(path), nn.Embedding):
-            raise wrong_value(f"{folder.where(CONFIG)}: trainable_token_indices", "names of embeddings", path)
+        if not isinstance(model.get_submodule(path), (nn.Embedding, nn.Linear)):
+            raise wrong_value(
+                f"{folder.where(CONFIG)}: trainable_token_indices", "names of embeddings or linears", path
+            )
     return found
 
 
