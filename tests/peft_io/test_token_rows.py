@@ -383,7 +383,7 @@ REFUSED = {
     "of a name": (make_llama, dict(trainable_token_indices={"embed_tokens": [2, 2]}), r"\['embed_tokens'\]: expected"),
     "text": (make_llama, dict(trainable_token_indices="1"), "expected one or several different indices"),
     "a boolean": (make_llama, dict(trainable_token_indices=[True]), "expected an integer >= 0, got True"),
-    "no such name": (make_llama, dict(trainable_token_indices={"wte": [1]}), "names of embeddings and linears of LlamaForC"),
+    "no such name": (make_llama, dict(trainable_token_indices={"wte": [1]}), "names of embeddings and linears of Lla"),
     "no embedding": (make_llama, dict(trainable_token_indices={"model.norm": [1]}), "LlamaRMSNorm, no torch.nn.Embed"),
     "the head": (make_tied, dict(trainable_token_indices={"lm_head": [1]}), "has the weight of 'model.embed_tokens'"),
     "two names": (make_llama, dict(trainable_token_indices={"embed_tokens": [1], "tokens": [1]}), "one list for"),
