@@ -16,8 +16,9 @@ from .harness.interleave import Times, paired, spread
 
 WIDTH, DEPTH, TOKENS, RANK, ROUNDS = 768, 4, 512, 8, 15
 GOAL = 1.15
+PAIRS = {"lora": "fastlora", "dora": "dora"}  # what PEFT does as well
 LABELS = {
-    "lora": "fastlora",
+    "fastlora": "fastlora",
     "control": "fastlora again (control: same code)",
     "dora": "fastlora, use_dora",
     "peft_lora": "PEFT",
@@ -59,22 +60,22 @@ def adapted(use_dora: bool) -> nn.Module:
 
 
 def variants() -> list[Step]:
-    models = {"lora": adapted(False), "control": adapted(False), "dora": adapted(True)}
-    models |= {f"peft_{name}": fastlora.to_peft(copy.deepcopy(models[name])) for name in ("lora", "dora")}
+    models = {"fastlora": adapted(False), "control": adapted(False), "dora": adapted(True)}
+    models |= {f"peft_{n}": fastlora.to_peft(copy.deepcopy(models[own])) for n, own in PAIRS.items()}
     return [Step(name, models[name]) for name in LABELS]
 
 
 def check(built: list[Step]) -> None:
     """Outputs and input gradients of ours are PEFT's, up to rounding."""
     steps = {step.name: step for step in built}
-    for name in ("lora", "dora"):
-        ours, theirs = steps[name], steps[f"peft_{name}"]
+    for name, own in PAIRS.items():
+        ours, theirs = steps[own], steps[f"peft_{name}"]
         torch.testing.assert_close(ours.y, theirs.y, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
         torch.testing.assert_close(ours.x.grad, theirs.x.grad, rtol=1e-3, atol=1e-8)
 
 
 def rows(times: Times) -> list[dict[str, Any]]:
-    ratios = {base: paired(times, base) for base in ("lora", "peft_lora")}
+    ratios = {base: paired(times, base) for base in ("fastlora", "peft_lora")}
     return [
         {"variant": n, "label": LABELS[n], "ms": spread([1e3 * t for t in own.values()]),
          **{f"ratio_to_{base}": found[n] for base, found in ratios.items()}}
