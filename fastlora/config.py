@@ -43,7 +43,6 @@ _PEFT_NEUTRAL = {
     "runtime_config", "ephemeral_gpu_offload", "megatron_core",
     "eva_config", "lora_ga_config", "corda_config", "loftq_config",  # of initialisations, which are refused themselves
     "fan_in_fan_out",  # PEFT corrects it by the class of each layer, which says how its weight lies
-    "ensure_weight_tying",  # ``inject`` refuses it where a target is tied
     "qalora_group_size",  # of use_qalora, which is refused itself
 }  # fmt: skip
 
@@ -90,6 +89,7 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", *FROM_DATA, *FROM_WEIGHT),
     "lora_bias": (True, False),
     "use_dora": (True, False),
+    "ensure_weight_tying": (True, False),
     "use_rslora": (True, False),
     "backend": ("auto", *BACKENDS),
 }
@@ -181,8 +181,10 @@ class LoraConfig:
     - ``layers_to_transform``: indices of the only layers that a list of names or a role means; ``layers_pattern``: the
       names of the ``nn.ModuleList`` that they count, any one where it is None.
     - ``rank_pattern``, ``alpha_pattern``: keys (``blocks.0.attn.qkv[q]``), module paths or PEFT's suffix patterns.
-    - ``trainable_token_indices``: rows of the input embedding that are trained themselves, or names of embeddings to
-      their rows; an output layer that shares the weight (``tie_word_embeddings``) follows.
+    - ``trainable_token_indices``: rows of the input embedding that are trained themselves, or names of embeddings and
+      linears to their rows; an output layer that shares the weight (``tie_word_embeddings``) follows.
+    - ``ensure_weight_tying``: ``modules_to_save`` that name the input embedding or what shares its weight train the one
+      weight of all of them; targets that share it are refused.
     - ``scale``: ``"constant"`` keeps the one ``s`` of (lora_alpha, r) whatever a layer's rank; ``"per_rank"`` divides
       by each layer's own rank, as PEFT does.
     - ``split_qkv``: whether a fused matrix gets one adapter for each of its slices, as q, k and v, or gate and up;
@@ -216,6 +218,7 @@ class LoraConfig:
     use_dora: bool = False
     target_parameters: Sequence[str] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool = False
     scale: str = "constant"
     split_qkv: bool | None | Mapping[str, Mapping[str, int]] = None
     adapter_dtype: torch.dtype | None = None

@@ -21,7 +21,7 @@ from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
 from ..nn.token_rows import token_rows
 from ..ops.layout import AdapterBatch
-from .fields import refuse_tying
+from .fields import refuse_tying, with_tied
 from .inject import (
     check_adapter_name,
     commit_injection,
@@ -85,7 +85,7 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     refuse_merged(adapted_layers(model))
     if name in routers[0].names:
         raise wrong_value("name", f"one that is none of {routers[0].names}", name)
-    given, config = config, LoraConfig.coerce(config)
+    config = with_tied(model, LoraConfig.coerce(config))
     if config.bias != "none":
         raise wrong_value("bias", "'none' for an adapter that shares its base with others", config.bias)
     for each in (config, *getattr(model, "fastlora_configs", {}).values()):
@@ -99,7 +99,7 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
         raise ValueError(f"model: the weight of {started!r} lies in part in its adapter, and another would not fit it")
     saved = find_modules_to_save(model, config)
     names = find_targets(model, config, saved)
-    refuse_tying(model, given, names, saved)
+    refuse_tying(model, config, names)
     refuse_rows_of(model, names)
     plan, rows = plan_injection(model, config, names), plan_rows(model, config, names, saved)
     for planned in plan:

@@ -437,6 +437,18 @@ def users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
+def tied_embeddings(model: nn.Module) -> list[str]:
+    """The input embedding and the linears without a bias that share its weight, by name; none where nothing does."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        weight = getattr(get() if callable(get) else None, "weight", None)
+    except (NotImplementedError, AttributeError):  # transformers' answer of a model that has none
+        return [""]
+    users = [] if weight is None else users_of_parameters(model).get(id(weight), [])
+    followers = [n for n in users if is_linear(model.get_submodule(n)) and model.get_submodule(n).bias is None]
+    return [n for n in users if isinstance(model.get_submodule(n), nn.Embedding)][:1] + followers if followers else [""]
+
+
 def saved_modules(model: nn.Module, adapter: str | None) -> list[str]:
     """Full names of the modules that are trained and saved whole with an adapter (``modules_to_save``)."""
     config = getattr(model, "fastlora_configs", {}).get(adapter)
@@ -455,10 +467,15 @@ def biases_apart(owner: nn.Module) -> bool:
     return class_name(owner) in _BIAS_APART and hasattr(owner, "qkv_bias_separate")
 
 
-def refuse_shared(model: nn.Module, saved: Sequence[str], where: str) -> None:
-    """PEFT copies a module to save: a parameter that others share would be one thing here and two there."""
+def refuse_shared(model: nn.Module, saved: Sequence[str], where: str, tying: bool = False) -> None:
+    """PEFT copies a module to save: a parameter that others share would be one thing here and two there.
+
+    ``tying``: but not what follows the input embedding by ``ensure_weight_tying``.
+    """
+    source, *followers = tied_embeddings(model) if tying else [""]
+    follow = {f"{n}.weight" for n in followers} if source in saved else ()
     inside = {id(p) for name in saved for p in model.get_submodule(name).parameters()}
     prefixes = tuple(s + "." for s in saved)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in inside and not name.startswith(prefixes):
+        if id(parameter) in inside and not name.startswith(prefixes) and name not in follow:
             raise ValueError(f"{where}: modules_to_save: a parameter is shared with {name!r}, which PEFT would untie")

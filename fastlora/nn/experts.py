@@ -131,6 +131,12 @@ class ExpertProjection(ExpertStack, Adapted):
             # Autocast may leave y in float32.
             alike = update.dtype is y.dtype and not torch.compiler.is_compiling()
             y = update.add_(y) if alike else y + update
+        if self.router.sharded and torch.is_grad_enabled():
+            # fully_shard reduces what has a gradient here, and other ranks may have sent rows to other experts.
+            reached = {(g, e) for _, g, e in live}
+            absent = [t for g, of in enumerate(pairs) for e, pair in enumerate(of) if (g, e) not in reached
+                      for t in pair[:2] if t.requires_grad and t.numel()]  # fmt: skip
+            y = _Absent.apply(y, *absent) if absent else y
         for g, probe in enumerate(measured):
             y = y if probe is None else _observed(y, x, probe, segments, g, route)
         return y
@@ -314,6 +320,7 @@ def register() -> None:
 def adapt(owner: nn.Module, projection: ExpertProjection) -> None:
     """Let an experts module hold an adapted parameter, and run with it."""
     register()
+    projection.router.experts = True
     owner._modules[f"{projection.leaf}_adapter"] = projection
     if class_path(owner) in UNREGISTERED:
         owner.__class__ = getattr(sys.modules[__name__], UNREGISTERED[class_path(owner)])

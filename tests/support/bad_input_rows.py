@@ -201,6 +201,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
                                ("h", "layers_pattern: expected None without layers_to_transform")),
         "lora_bias": rows((1, "lora_bias: expected one of")),
         "use_dora": rows(("yes", "use_dora: expected one of")),
+        "ensure_weight_tying": rows((1, "ensure_weight_tying: expected one of")),
         "scale": rows(("rank", "scale: expected one of")),
         "split_qkv": rows(("yes", "split_qkv: expected one of")),
     },
