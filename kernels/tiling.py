@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -215,9 +215,10 @@ MEASURED: dict[tuple[str, str], tuple[Measurement, ...]] = {}
 _NEAR = 2
 
 
-def _measured(operation: str, kind: str, *size: int) -> TileConfig | str | None:
-    """The choice of the nearest measurement, if one is near."""
-    found = [m for m in MEASURED.get((operation, kind), ()) if m.distance(*size) <= math.log2(_NEAR)]
+def _measured(of: type, operation: str, kind: str, *size: int) -> Any:
+    """The tile or strategy of the nearest measurement of one, if one is near."""
+    of_it = [m for m in MEASURED.get((operation, kind), ()) if isinstance(m.choice, of)]
+    found = [m for m in of_it if m.distance(*size) <= math.log2(_NEAR)]
     return min(found, key=lambda m: m.distance(*size)).choice if found else None
 
 
@@ -235,7 +236,7 @@ def choose_tiles(
     ``ValueError`` if there is no tile so small.
     """
     kind, own = "fp32" if dtype == torch.float32 else "half", limits(device)
-    measured = _measured(operation, kind, M, N, K, R)
+    measured = _measured(TileConfig, operation, kind, M, N, K, R)
     if measured is not None and measured.fits(dtype.itemsize, own):
         return measured
     fitting = _fitting(operation, dtype, own)
@@ -259,7 +260,7 @@ def choose_filling(
     tiles of ``takes_unaligned`` alone are for rows that are not ``aligned`` to 16 bytes.
     """
     kind, own = "fp32" if dtype == torch.float32 else "half", limits(device)
-    measured = _measured(operation, kind, 0, N, K, 0) if aligned else None
+    measured = _measured(TileConfig, operation, kind, 0, N, K, 0) if aligned else None
     if measured is not None and measured.fits(dtype.itemsize, own):
         return measured
     tiles = [entry.tile for entry in _fitting(operation, dtype, own)]
@@ -322,10 +323,11 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     ranks of a projection, takes as much longer and saves a pass over dy: that pays wherever dx is "fused".
     """
     own = limits(device)
-    measured = _measured(direction, "fp32" if dtype == torch.float32 else "half", M, N, K, R)
-    if measured is not None:
-        return measured
+    measured = _measured(str, direction, "fp32" if dtype == torch.float32 else "half", M, N, K, R)
     modelled = dtype != torch.float32 and own.capability == (9, 0) and own.shared >= Limits().shared
+    # What one kernel keeps beside a tile may not fit another device.
+    if measured is not None and (modelled or direction in ("forward", "backward") or measured == "separate"):
+        return measured
     if direction == "expand_backward":
         return "fused" if modelled and M * N >= 1 << 24 else "separate"
     if direction.startswith("shrink_linear"):

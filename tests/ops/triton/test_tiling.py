@@ -75,6 +75,18 @@ def test_a_measurement_counts_within_a_factor_of_two(monkeypatch):
         assert tiling.choose_strategy("forward", *size, torch.bfloat16, CPU) != "augmented"
 
 
+@pytest.mark.parametrize("device", SUPPORTED, indirect=True)
+def test_a_tile_and_a_strategy_of_one_name_are_told_apart(device, monkeypatch):
+    """And one kernel for two, which was measured on another device, is left to devices like it."""
+    odd, size = TileConfig(64, 64, 32, 4, 2), (8192, 2304, 768, 16)
+    for choices in ((odd, "fused"), ("fused", odd)):
+        rows = tuple(Measurement(*size, choice, 0.1, "H200") for choice in choices)
+        monkeypatch.setitem(tiling.MEASURED, ("shrink_linear", "half"), rows)
+        assert tiling.choose_tiles("shrink_linear", *size, torch.bfloat16, CPU) == odd
+        found = tiling.choose_strategy("shrink_linear", *size, torch.bfloat16, CPU)
+        assert found == ("fused" if device.capability == (9, 0) else "separate")
+
+
 def test_of_two_near_measurements_the_nearer_decides(monkeypatch):
     first, second = TileConfig(64, 64, 32, 4, 2), TileConfig(128, 64, 32, 4, 2)
     rows = [Measurement(M, 768, 768, 8, tile, 0.1, "H200") for M, tile in ((4096, first), (8192, second))]
