@@ -134,7 +134,8 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("linear", "fp32"): (Entry(TileConfig(64, 64, 16, 8, 3), 0, _FFMA),),
     ("linear_backward", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "as linear"),
-        Entry(TileConfig(128, 128, 64, 8, 3), 0, "as linear; the loop restarts for each of three sources"),
+        Entry(TileConfig(128, 128, 64, 8, 3), 8192, "as linear; the loop restarts for each of three sources"),
+        Entry(TileConfig(128, 256, 64, 8, 4, tma=True), 0, "as linear, but for its fixed number of programs"),
     ),
     ("linear_backward", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
     ("linear_backward_dropout", "half"): (Entry(TileConfig(64, 128, 64, 8, 3), 0, _PHILOX),),
@@ -304,7 +305,9 @@ def choose_parts(M: int, widths: Sequence[int], tile: TileConfig) -> tuple[int, 
     return -(-M // parts), span
 
 
-def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch.dtype, device: torch.device) -> str:
+def choose_strategy(
+    direction: str, M: int, N: int, K: int, R: int, dtype: torch.dtype, device: torch.device, weights: int = 1
+) -> str:
     """How ``linear`` ("forward" or "backward") runs: "fused", "library" (cuBLAS, then expand) or "augmented".
 
     Fusing saves a read and a write of the output. From the roofline, at width 768 the fused matmul pays from 0.69 of
@@ -312,7 +315,8 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     commonly seen at 0.7 to 0.85 of it by pointers, 0.85 to 0.95 persistent with TMA: so fused up to 1024 columns, the
     library's matmul above. In exact fp32 the library's tuned kernels win. "augmented" copies the input and W at every
     call where the library's way reads and writes the output once more: by the estimates that pays for outputs that are
-    much wider than the input and have more rows than it has columns.
+    much wider than the input and have more rows than it has columns. The library rewrites dx for each of several
+    ``weights``: above 8192 rows, where the tile with TMA is taken, one kernel pays by the estimates up to N = 3 K.
 
     How ``expand_backward`` runs: "fused" or "separate". By ``benchmarks/results/gpu_model.md`` one pass over dy pays
     for its larger partial sums and one or two launches more from 16 to 32 MB of dy.
@@ -337,7 +341,7 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     operation = "linear" if direction == "forward" else "linear_backward"
     if dtype == torch.float32 or not _fitting(operation, dtype, own):
         return "library"
-    if K <= 1024 and (direction == "forward" or M <= 8192):
+    if K <= 1024 and (direction == "forward" or M <= 8192 or (modelled and weights > 1 and N <= 3 * K)):
         return "fused"
     # What is saved, in elements that are read or written twice; a weight's B is laid out by a dozen launches.
     saved, least = (M * (N - K), 1 << 26) if direction == "forward" else (M * (K - N), 1 << 24)

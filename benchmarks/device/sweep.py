@@ -186,7 +186,7 @@ def neighbours(tile: TileConfig) -> Iterator[TileConfig]:
 def candidates(verb: str) -> list[tuple[str, TileConfig | None]]:
     """(strategy, tile) pairs worth timing for a verb."""
     tiles = [t for v, kind, entry in committed() if v == verb and kind == "half" for t in neighbours(entry.tile)]
-    if verb == "linear":
+    if verb in ("linear", "linear_backward"):
         tiles += [t._replace(tma=not t.tma) for t in tiles]
     found: list[tuple[str, TileConfig | None]] = [("fused", t) for t in dict.fromkeys(tiles)]
     if verb in ("linear", "linear_backward"):
@@ -372,12 +372,14 @@ def main() -> None:
         raise SystemExit(bool(compile_ahead(listed, (9, 0))))
     if given.dry_run == "cpu":
         mend_interpreter()
-    began = time.monotonic()
+    # A dry run is done whole, however slow the machine.
+    seconds = 1e6 if given.dry_run else given.seconds
     with device_of(given.dry_run) as device:
+        began = time.monotonic()
         if device != "cpu":
             # What is timed first is compiled first; the rest of the time is for timing.
-            compile_ahead(listed, torch.cuda.get_device_capability(), given.seconds / 2)
-        rows = measure(device, listed, began + given.seconds - time.monotonic())
+            compile_ahead(listed, torch.cuda.get_device_capability(), seconds / 2)
+        rows = measure(device, listed, began + seconds - time.monotonic())
         gpu = "cpu" if device == "cpu" else torch.cuda.get_device_name()
     for verb, name in dict.fromkeys((r["verb"], r["case"]) for r in rows):
         timed = [r for r in rows if (r["verb"], r["case"]) == (verb, name) and "median_ms" in r]

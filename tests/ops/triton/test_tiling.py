@@ -126,6 +126,19 @@ def test_factors_are_appended_where_outputs_are_much_wider_on_sm_90(device):
     assert found == {"library"}
 
 
+@pytest.mark.parametrize("device", SUPPORTED, indirect=True)
+def test_dx_of_several_weights_is_one_kernel_on_sm_90(device):
+    """Which the library would write once for each of them."""
+
+    def strategy(M: int, N: int, weights: int) -> str:
+        return tiling.choose_strategy("backward", M, N, 768, 24, torch.bfloat16, CPU, weights)
+
+    assert strategy(32768, 2304, 3) == ("fused" if device.capability == (9, 0) else "library")
+    assert strategy(32768, 2304, 1) == strategy(32768, 6144, 2) == "library"
+    tile = tiling.choose_tiles("linear_backward", 32768, 2304, 768, 24, torch.bfloat16, CPU)
+    assert tile.tma == (device.capability == (9, 0))
+
+
 @pytest.mark.parametrize("M", [1, 255, 257, 4096, 8192, 25216, 100000])
 @pytest.mark.parametrize("widths", [(768,) * 3, (4096, 1024, 1024), (5, 9), (14336, 14336)])
 def test_parts_of_dy_are_whole_steps_within_a_tile(M, widths):
@@ -204,8 +217,8 @@ def test_dy_that_is_not_aligned_goes_to_the_library_and_to_two_kernels(monkeypat
     monkeypatch.setattr(expand_backward, "reduce_partials", lambda *given: None)
     monkeypatch.setattr(expand_backward, "shrink_backward", lambda *given, **named: seen.append(("separate", ())))
     monkeypatch.setattr(expand_backward, "wgrad", lambda *given, **named: ())
-    for N, fused in ((768, True), (769, False)):
-        dy, dh = (torch.empty(4096, n, dtype=torch.bfloat16, device="meta") for n in (N, 8))
+    for N, rows, fused in ((768, 4096, True), (769, 4096, False), (768, 16384, True), (769, 16384, False)):
+        dy, dh = (torch.empty(rows, n, dtype=torch.bfloat16, device="meta") for n in (N, 8))
         W, A = torch.empty(N, 512, dtype=torch.bfloat16, device="meta"), torch.empty(8, 512, device="meta")
         linear_backward.linear_backward([dy], [W], dh, [A], [0])
         assert (seen.pop()[1][4] is not None) == fused  # the kernel that multiplies takes dy and W
