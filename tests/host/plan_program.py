@@ -176,6 +176,8 @@ def every_strategy_is_repeated(gpu):
         run({linear: "augmented", linear_backward: "augmented", expand_backward: "fused", **apart}, case)
         run({shrink_linear: "fused", shrink_linear_backward: "fused"}, case)
         run({linear: "library", expand_backward: "separate", **apart}, case._replace(layout="fused"))
+        # y and dx of three weights, both by TMA.
+        run({linear: "fused", linear_backward: "fused"}, case._replace(rows=9000))
 
 
 @torch.no_grad()
