@@ -28,7 +28,7 @@ OMP_NUM_THREADS=1 python -m benchmarks.families --json benchmarks/results/famili
   are W + s B A.
 - **peft**: PEFT runs our file, and `fastlora.load` PEFT's, with the same outputs.
 - **checkpointing**, **compile**: the same gradients with blocks recomputed, and of `torch.compile(backend="aot_eager")`
-  (asked for by `--compile`; `as NAME`: the attention's code is that of a row that was); of roles that no other contains.
+  (asked for by `--compile`; `as NAME`: the attention's code is that of a row that was). Of roles in no other one.
 
 `ok` holds for every role of the row; `-` means that there is nothing to check: no fused matrix, no recomputation in the
 library, a tower that the pass does not run, or a column not asked for. Everything else is the reason.
@@ -47,7 +47,7 @@ def one_line(row: Mapping[str, Any]) -> str:
 def page(rows: Rows) -> str:
     """The whole page."""
     old = sum("attention" not in row for row in rows.values())
-    earlier = f"\n{old} rows are of an earlier run, by the same checks; of these none has experts.\n" if old else ""
+    earlier = f"\n{old} rows are of an earlier run, which did not ask for experts.\n" if old else ""
     return _HEAD + earlier + "\n" + "\n".join(_sections(rows)) + "\n"
 
 
