@@ -13,7 +13,7 @@ from torch import nn
 from ..nn.adapter import Slices
 
 Layout = Callable[[Any, int], Slices]
-_LIBRARIES = ("transformers", "timm")
+_LIBRARIES = ("transformers", "timm", "torchvision")
 
 
 def _equal(*names: str) -> Layout:
@@ -129,6 +129,7 @@ LAYOUTS: dict[str, Layout] = {
     "mlp.GluMlp.fc1": _glu,
     "bark.BarkSelfAttention.att_proj": _THIRDS,
     "bark.BarkSelfFlashAttention2.att_proj": _THIRDS,
+    "maxvit.RelativePositionalMultiHeadAttention.to_qkv": _THIRDS,
     "layoutlmv2.LayoutLMv2SelfAttention.qkv_linear": _THIRDS,
     "modernbert.ModernBertAttention.Wqkv": _THIRDS,
     "mpt.MptAttention.Wqkv": _THIRDS,

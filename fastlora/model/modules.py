@@ -60,6 +60,7 @@ ATTENTION = (
     Attention(("query_key_value",), ("dense",)),
     Attention(("qkv_proj",), ("o_proj", "out_proj")),
     Attention(("Wqkv",), ("Wo", "out_proj")),
+    Attention(("to_qkv",), ("merge", "to_out.0", "to_out")),
     Attention(("qkv_linear",), ("^output.dense",)),
     Attention(("q", "kv"), ("proj",)),
     Attention(("q.ln.linear", "kv.linear"), ("proj.ln.linear",)),
@@ -79,6 +80,7 @@ ATTENTION = (
     Attention(("linear_q", "linear_k", "linear_v"), ("linear_out",)),
     Attention(("Wq", "Wk", "Wv"), ("dense",)),
     Attention(("q_proj", "k_proj", "v_proj_current", "v_proj_delayed"), ("o_proj", "out_proj"), shared=False),
+    Attention(("q_content_proj", "k_content_proj", "v_proj"), ("o_proj",), shared=False),  # positions have their own
     Attention(("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj", "dense", "projection_layer")),
     Attention(("q_proj.linear", "k_proj.linear", "v_proj.linear"), ("o_proj.linear",)),
     Attention(("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)),
@@ -116,6 +118,8 @@ MLP = (
     ("layer_1", "layer_2"),
     ("pwconv1", "pwconv2"),
     ("net.0.proj", "net.2"),
+    ("mlp.0", "mlp.3"),
+    ("mlp_layer.1", "mlp_layer.3"),
 )
 
 # Parts of the paths of networks that make positions, which are no MLPs of the model's stream.
