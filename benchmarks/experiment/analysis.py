@@ -1,18 +1,20 @@
-"""Means with confidence intervals, paired tests against the baseline, and agreement of estimates."""
+"""Means with confidence intervals, paired tests, Holm and equivalence over the comparisons of the plan."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .methods import BASELINE, METHODS
+from . import plan
+from .jobs import chosen, tuning_jobs
 
-Runs = Mapping[str, Mapping[int, Mapping[str, Any]]]
+Results = Sequence[Mapping[str, Any]]
+COSTS = ("step_cpu_seconds", "cpu_seconds", "setup_cpu_seconds", "peak_mib")
 
 
-def interval(values: Sequence[float]) -> dict[str, float | None]:
+def interval(values: Sequence[float]) -> dict[str, Any]:
     """Mean and the half width of its 95 % interval, t over the values; None where one value has no spread."""
     mean = statistics.fmean(values)
     if len(values) < 2:
@@ -23,7 +25,7 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "half_width": float(t.ppf(0.975, len(values) - 1)) * error, "n": len(values)}
 
 
-def paired(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float | None]:
+def paired(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
     """Mean difference of pairs, its 95 % interval and the two-sided p of a paired t-test (None without spread)."""
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
     found = interval(differences)
@@ -36,102 +38,147 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> dict[str, floa
     return {**found, "p": float(2 * t.sf(abs(statistic), len(differences) - 1))}
 
 
-def holm(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Holm's adjusted p-values; missing ones stay missing."""
-    known = sorted((p, name) for name, p in values.items() if p is not None)
-    adjusted: dict[str, float | None] = dict.fromkeys(values)
-    largest = 0.0
+def equivalence(values: Sequence[float], baseline: Sequence[float], margin: float) -> float | None:
+    """The larger p of two one-sided paired t-tests that the difference is beyond ``margin``; None without spread."""
+    differences = [a - b for a, b in zip(values, baseline, strict=True)]
+    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
+    if spread == 0.0:
+        return None
+    from scipy.stats import t
+
+    error = spread / math.sqrt(len(differences))
+    return float(t.sf((margin - abs(statistics.fmean(differences))) / error, len(differences) - 1))
+
+
+def holm(values: Mapping[Any, float | None], count: int | None = None) -> dict[Any, float | None]:
+    """Holm's adjusted p-values of ``count`` tests (all that have one); missing ones stay missing."""
+    known = sorted(((p, name) for name, p in values.items() if p is not None), key=lambda item: item[0])
+    adjusted: dict[Any, float | None] = dict.fromkeys(values)
+    largest, count = 0.0, len(known) if count is None else count
     for rank, (p, name) in enumerate(known):
-        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        largest = max(largest, min(1.0, p * (count - rank)))
         adjusted[name] = largest
     return adjusted
 
 
-def _both(runs: Runs, method: str, field: str) -> tuple[list[float], list[float]]:
-    """A field of a method and of the baseline on the seeds that both have."""
-    seeds = sorted(set(runs[method]) & set(runs.get(BASELINE, {})))
-    return [runs[method][s][field] for s in seeds], [runs[BASELINE][s][field] for s in seeds]
-
-
-def _method(runs: Runs, method: str) -> dict[str, Any]:
-    results = [runs[method][seed] for seed in sorted(runs[method])]
-    mine, base = _both(runs, method, "accuracy")
-    steps = [a / b for a, b in zip(*_both(runs, method, "step_cpu_seconds"), strict=True)]
-    ranks = [r["ranks"] for r in results if r["ranks"]]
-    keys = ranks[0] if ranks else ()
-    return {
-        "label": METHODS[method][0],
-        "seeds": sorted(runs[method]),
-        "accuracy": interval([r["accuracy"] for r in results]),
-        "ece": interval([r["ece"] for r in results]),
-        "against_baseline": None if method == BASELINE or not mine else paired(mine, base),
-        "step_cpu_seconds": interval([r["step_cpu_seconds"] for r in results]),
-        "step_ratio": interval(steps) if steps else None,
-        "setup_cpu_seconds": interval([r["setup_cpu_seconds"] for r in results]),
-        "parameters": results[0]["parameters"],
-        "total_rank": statistics.fmean(sum(r.values()) for r in ranks) if ranks else None,
-        "ranks": {key: statistics.fmean(r[key] for r in ranks) for key in keys},
-        "settled": [r["settled"][-1] for r in results if r.get("settled")],
-    }
-
-
-def _agreement(runs: Runs, when: str) -> dict[str, Any] | None:
-    found = [r[when] for r in runs.get(BASELINE, {}).values() if when in r]
-    if not found:
-        return None
-    values = {name: interval([f[name] for f in found]) for name in ("spearman", "rms_error")}
-    pairs = [[f["exact"][key], f["probe"][key]] for f in found for key in f["exact"]]
-    return {**values, "probes": found[0]["probes"], "batches": found[0]["batches"], "pairs": pairs}
-
-
-def _drift(runs: Runs) -> dict[str, Any] | None:
-    """Correlation of exact importance before training with the average over the steps until it is frozen."""
-    import fastlora
-
-    found = []
-    for seed, base in runs.get(BASELINE, {}).items():
-        tracked = runs.get("fw-sum", {}).get(seed)
-        if tracked and "agreement_before" in base:
-            before = fastlora.Scores(base["agreement_before"]["exact"], "grad_sq")
-            found.append(before.rank_correlation(fastlora.Scores(tracked["scores"], "grad_sq")))
-    return interval(found) if found else None
-
-
-def _factors(runs: Runs, normalize: str) -> list[float] | None:
-    """Smallest, median and largest factor 1 - I of FW-LoRA over matrices and seeds."""
-    factors = []
-    for run in runs.get(f"fw-{normalize}", {}).values():
-        values = list(run["scores"].values())
-        scale = sum(values) if normalize == "sum" else max(values)
-        factors += [1 - v / scale for v in values]
-    return [min(factors), statistics.median(factors), max(factors)] if factors else None
-
-
-def _same_predictions(runs: Runs) -> dict[str, float]:
-    """Share of dev sentences on which a penalty's run predicts what plain LoRA's of that seed does."""
-    found = {}
-    for method in ("fw-sum", "fw-relative", "fw-uniform"):
-        mine, base = _both(runs, method, "predictions") if method in runs else ([], [])
-        if mine:
-            found[method] = statistics.fmean(
-                a == b for one, other in zip(mine, base, strict=True) for a, b in zip(one, other, strict=True)
-            )
+def _finals(results: Results, data: str) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Runs by setting and seed that are those of the setting's choice."""
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for setting in plan.settings_of(data):
+        choice = chosen(data, setting, results)
+        for r in results:
+            if choice is None or (r["data"], r["phase"], r["setting"]) != (data, "final", setting.name):
+                continue
+            if (r["rate"], r["penalty"]) == (choice.rate, choice.penalty) and r["seed"] in plan.SEEDS:
+                found.setdefault(setting.name, {})[r["seed"]] = r
     return found
 
 
-def analyse(runs: Runs) -> dict[str, Any]:
-    """Everything that the report says, from the files of runs."""
-    methods = {name: _method(runs, name) for name in METHODS if name in runs}
-    tests = {n: m["against_baseline"]["p"] for n, m in methods.items() if m["against_baseline"]}
-    for name, p in holm(tests).items():
-        methods[name]["against_baseline"]["p_holm"] = p
-    everywhere = [run["environment"] for by_seed in runs.values() for run in by_seed.values()]
+def _tuning(results: Results, data: str, setting: plan.Setting) -> dict[str, Any] | None:
+    choice = chosen(data, setting, results)
+    if choice is None:
+        return None
+    jobs = set(tuning_jobs(data, setting))
+    tried: dict[tuple[float, float], list[float]] = {}
+    for r in results:
+        if (r["data"], r["phase"], r["setting"], r["rate"], r["penalty"], r["seed"]) in jobs:
+            tried.setdefault((r["rate"], r["penalty"]), []).append(r["tuning"])
+    table = [[rate, penalty, statistics.fmean(scores)] for (rate, penalty), scores in sorted(tried.items())]
+    return {"rate": choice.rate, "penalty": choice.penalty, "edges": list(choice.edges), "tried": table}
+
+
+def _setting(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    rows = [runs[seed] for seed in sorted(runs)]
+    keys = next((r["ranks"] for r in rows if r["ranks"]), {})
     return {
-        "environments": [found for i, found in enumerate(everywhere) if found not in everywhere[:i]],
-        "settings": next(iter(next(iter(runs.values())).values()))["settings"],
-        "methods": methods,
-        "agreement": {when: _agreement(runs, f"agreement_{when}") for when in ("before", "after")},
-        "drift": _drift(runs),
-        "same_predictions": _same_predictions(runs),
-        "factors": {normalize: _factors(runs, normalize) for normalize in ("sum", "relative")},
+        "seeds": sorted(runs),
+        "score": interval([r["score"] for r in rows]),
+        "dev": interval([r["dev"] for r in rows]),
+        **{name: interval([r[name] for r in rows if r[name] is not None]) for name in COSTS},
+        "parameters": rows[0]["parameters"],
+        "diverged": sum(r["diverged"] for r in rows),
+        "ranks": {key: statistics.fmean(r["ranks"][key] for r in rows) for key in keys},
     }
+
+
+def _comparison(
+    found: Mapping[str, Mapping[int, Mapping[str, Any]]], comparison: plan.Comparison, margin: float
+) -> dict[str, Any] | None:
+    mine, base = found.get(comparison.setting, {}), found.get(comparison.against, {})
+    seeds = sorted(set(mine) & set(base))
+    if len(seeds) < plan.FEWEST_SEEDS:
+        return None
+    both = {name: [[runs[s][name] for s in seeds] for runs in (mine, base)] for name in ("score", "dev")}
+    differences = [a - b for a, b in zip(*both["score"], strict=True)]
+    return {
+        **paired(*both["score"]),
+        "seeds": seeds,
+        "spread": statistics.stdev(differences),
+        "equivalent_p": equivalence(*both["score"], margin),
+        "dev": paired(*both["dev"]),
+    }
+
+
+def verdict(found: Mapping[str, Any] | None, expected: str, margin: float) -> str:
+    """What may be said of a comparison: one of six answers."""
+    if found is None:
+        return "not run"
+    if found["p_holm"] is not None and found["p_holm"] < plan.ALPHA:
+        side = "higher" if found["mean"] > 0 else "lower"
+        return f"{side}, as expected" if side == expected else f"{side}, against what was expected"
+    same = found["equivalent_p"] is not None and found["equivalent_p"] < plan.ALPHA
+    same = same or (found["p"] is None and abs(found["mean"]) < margin)  # the same difference on every seed
+    return "equivalent" if same else "could not be told"
+
+
+def _compared(found: Mapping[str, Any], data: str) -> list[dict[str, Any]]:
+    """Every comparison of a data set; Holm counts those that were not run."""
+    margin = plan.EQUIVALENT[data]
+    rows, families = [], {"primary": {}, "all": {}}
+    for hypothesis in plan.HYPOTHESES:
+        for place, comparison in enumerate(hypothesis.comparisons[: None if data == "sst2" else 1]):
+            result = _comparison(found, comparison, margin)
+            rows.append({**comparison._asdict(), "hypothesis": hypothesis.name, "primary": place == 0, "found": result})
+            p = None if result is None else result["p"]
+            families["all"][len(rows) - 1] = p
+            if place == 0:
+                families["primary"][len(rows) - 1] = p
+    adjusted = {name: holm(family, len(family)) for name, family in families.items()}
+    for i, row in enumerate(rows):
+        if row["found"] is not None:
+            row["found"]["p_holm"] = adjusted["primary" if row["primary"] else "all"][i]
+        row["verdict"] = verdict(row["found"], row["expected"], margin)
+    return rows
+
+
+def _precision(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """bf16 against fp32 on dev, over all final runs."""
+    rows = [run for runs in found.values() for run in runs.values()]
+    gaps = [r["dev"] - r["dev_fp32"] for r in rows]
+    return {
+        "runs": len(rows), "changed": statistics.fmean(r["dev_changed"] for r in rows),
+        "largest": max(map(abs, gaps)), "mean": statistics.fmean(gaps),
+    }  # fmt: skip
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    return [value for value in values if value not in found and not found.append(value)]
+
+
+def analyse(results: Results) -> dict[str, Any]:
+    """Everything that the report says, from the rows of runs."""
+    document: dict[str, Any] = {"environments": _unique(r["environment"] for r in results), "data": {}}
+    for data in _unique(r["data"] for r in results):
+        found = _finals(results, data)
+        mine = [r for r in results if r["data"] == data]
+        document["data"][data] = {
+            "runs": len(mine),
+            "cpu_hours": sum(r["cpu_seconds"] for r in mine) / 3600,
+            "diverged": [[r["setting"], r["phase"], r["rate"], r["seed"]] for r in mine if r["diverged"]],
+            "tuning": {s.name: t for s in plan.settings_of(data) if (t := _tuning(results, data, s)) is not None},
+            "settings": {name: _setting(runs) for name, runs in found.items()},
+            "comparisons": _compared(found, data),
+            "precision": _precision(found) if found else None,
+        }
+    return document

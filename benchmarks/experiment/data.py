@@ -60,12 +60,16 @@ def draw(sentences: Sentences, count: int, seed: int) -> Sentences:
     return Sentences([sentences.texts[i] for i in chosen], [sentences.labels[i] for i in chosen])
 
 
-def by_length(sentences: Sentences, size: int, seed: int) -> Sentences:
-    """The same sentences in batches of similar length, batches in random order: two thirds of the padding go.
+def lengths_of(sentences: Sentences, tokenizer: Any, max_tokens: int) -> list[int]:
+    """Tokens of each sentence."""
+    return list(map(len, tokenizer(sentences.texts, truncation=True, max_length=max_tokens)["input_ids"]))
+
+
+def by_length(sentences: Sentences, lengths: list[int], size: int, seed: int) -> Sentences:
+    """The same sentences in batches of similar length, batches in random order: most of the padding goes.
 
     Sorted within pools of 50 batches, so that what a batch holds still depends on chance.
     """
-    lengths = [len(text.split()) for text in sentences.texts]
     order: list[list[int]] = []
     for start in range(0, len(lengths), 50 * size):
         pool = sorted(range(start, min(start + 50 * size, len(lengths))), key=lengths.__getitem__)

@@ -19,7 +19,7 @@ HEAD_RATE = 1e-3
 PENALTIES = (1e-3, 1e-2, 1e-1)
 TUNING_SEEDS = (100, 101)
 SEEDS = (200, 201, 202, 203, 204, 205, 206, 207)
-TRAINED = {"sst2": 8_000, "cola": 5_600}  # sentences of a run, one epoch in batches of 32
+TRAINED = {"sst2": 3_200, "cola": 5_600}  # sentences of a run, one epoch in batches of 32
 BATCH = 32
 HELD_OUT = {"sst2": 21_160, "cola": 2_092}  # with FINGERPRINTS, what benchmarks.experiment.splits makes of the files
 DEV = {"sst2": 872, "cola": 527}
@@ -28,9 +28,11 @@ FINGERPRINTS = {
     "sst2": {"tuning": "ac8559982ee0bdb4", "evaluation": "90ad4450f8bbbb7b", "dev": "6a9c9280974cf327"},
     "cola": {"tuning": "7b15e6b0f73dcf31", "evaluation": "4735d39fac7fbff6", "dev": "557346e804617801"},
 }  # fmt: skip
-# CPU seconds of a fp32 step of uniform LoRA over all linears and of a sentence's evaluation, from one short trial on a
-# loaded machine: good for a budget only.
-STEP_SECONDS, SENTENCE_SECONDS = 0.37, 0.0033
+FIRST_SEEDS = 5  # those that every comparison of a hypothesis gets before any gets more
+FEWEST_SEEDS = 4  # of both settings, for a comparison to be tested
+# CPU seconds of a fp32 step of uniform LoRA over all linears and of a sentence's evaluation in bf16, from one short
+# trial on a loaded machine: good for a budget only.
+STEP_SECONDS, SENTENCE_SECONDS = 0.25, 0.0015
 
 BASELINE = "all-2"
 
@@ -133,6 +135,11 @@ HYPOTHESES = (
     ),
 )  # fmt: skip
 
+# From power.json, before anything was run: what the seeds that the budget may leave can find.
+FOUND = "0.83 points with 8 seeds, 1.14 with 6, 1.43 with 5, 2.07 with 4"
+SPREAD = 0.50  # points by which a difference on SST-2 was then taken to vary with the seed, at most
+ORDER = ("where", "how many", "which score", "peers", "penalty", "when", "initialisation")  # in which they run
+
 PRIMARY = tuple(hypothesis.comparisons[0] for hypothesis in HYPOTHESES)
 COMPARISONS = tuple(comparison for hypothesis in HYPOTHESES for comparison in hypothesis.comparisons)
 
@@ -145,6 +152,13 @@ def settings_of(data: str) -> tuple[Setting, ...]:
         for name in (comparison.setting, comparison.against)
     }
     return tuple(setting for setting in SETTINGS if setting.name in chosen)
+
+
+def in_order(data: str) -> Iterator[tuple[Comparison, ...]]:
+    """The comparisons of a data set, by hypothesis as they run: all on SST-2, the primary ones on CoLA."""
+    by_name = {hypothesis.name: hypothesis.comparisons for hypothesis in HYPOTHESES}
+    for name in ORDER:
+        yield by_name[name] if data == "sst2" else by_name[name][:1]
 
 
 def core_hours(data: str) -> float:
@@ -170,8 +184,11 @@ def check(data: str, found: Splits) -> None:
 RULES = """\
 # Hypotheses, written down before the runs
 
-Made from `benchmarks/experiment/plan.py` by `python -m benchmarks.experiment.plan`; nothing of it has run. What can
-be found with it: `benchmarks/results/experiment/power.md`.
+Made from `benchmarks/experiment/plan.py` by `python -m benchmarks.experiment.plan`. What can be found with it:
+`benchmarks/results/experiment/power.md`. A first plan had 8,000 phrases of SST-2 for a run; before anything was run
+they were made 3,200, the order another, and the rules on precision, on scores and on where runs stop were added,
+because the machine would not have come to the end of it. That the primary comparison goes first was added for the same
+reason when four runs of tuning had been made, before any score was looked at.
 
 ## Rules
 
@@ -180,7 +197,12 @@ be found with it: `benchmarks/results/experiment/power.md`.
   the train file by hash of the sentence (`benchmarks/experiment/splits.py`); others than those below are refused by
   their fingerprints.
 - **Adapters.** lora_alpha is twice the uniform rank: scale 2 on every matrix, whatever its rank. Ranks by score share
-  out the parameters of the uniform rank, from 0 to four times that rank. No dropout but the model's.
+  out the parameters of the uniform rank, from 0 to four times that rank; scores are from 8 of the run's own batches.
+  Gradient norm and Fisher, which are sums over a matrix, are taken per parameter of a rank, but for `norm-total`; the
+  others as they are. No dropout but the model's. The penalty's importance is frozen after a tenth of the steps.
+- **Optimiser.** AdamW without weight decay, gradients clipped to norm 1, a cosine after a linear rise over a sixteenth
+  of the steps, in fp32. Evaluated with the adapters merged and the model in bf16, three times as fast; each run is
+  evaluated on dev in fp32 too, to say how many predictions that changes.
 - **Measured.** SST-2: accuracy on the held-out phrases (which is tested), and on dev. CoLA: Matthews correlation on
   the held-out sentences and dev together (which is tested), and on dev. With each: CPU seconds a step and in all,
   peak memory, trainable parameters.
@@ -188,7 +210,8 @@ be found with it: `benchmarks/results/experiment/power.md`.
   with lambda {penalties}, on the seeds {tuning_seeds}; the highest mean on the tuning split is taken, the lower rate
   on a tie. The head's rate is {head:g}; where the head alone is trained, the three rates are the head's. A choice at
   the edge of its three is reported as such. Each data set is tuned by itself.
-- **Runs.** The chosen setting on the fresh seeds {seeds}. A run that diverges counts with what it ends with.
+- **Runs.** The chosen setting on the fresh seeds {seeds}. A run that diverges counts with what it ends with: it
+  ends at the first loss that is not a number.
 - **Test.** A two-sided paired t-test over seeds for every comparison below. The first of a hypothesis is its primary
   one: the claim holds if that one is below {alpha:g} after Holm over the {primary} primary comparisons, and as
   expected. The others are findings only if below {alpha:g} after Holm over all {all} comparisons of SST-2. CoLA has
@@ -196,8 +219,12 @@ be found with it: `benchmarks/results/experiment/power.md`.
   whatever its test says.
 - **Equivalence.** Where nothing is found: two one-sided tests at {alpha:g}, within half a point of accuracy (SST-2)
   or {matthews:g} of Matthews correlation (CoLA). "Equivalent" is said only then, "could not be told" otherwise.
-- **Order.** SST-2 before CoLA, hypotheses in the order where, peers, which score, penalty, how many, when,
-  initialisation. A comparison that the budget does not reach is reported as not run, and stays in the count of Holm.
+- **Order.** SST-2 before CoLA, hypotheses in the order {order};
+  in each, the primary comparison is tuned and run on the first {first} seeds, then the others are, then all on the
+  other seeds. Runs stop at an hour fixed before them, whatever they show. A comparison is over the seeds that both
+  settings have; one with fewer than {fewest} is reported as not run, and stays in the count of Holm.
+- **Power.** If the spread over seeds is at its upper bound, a primary comparison on SST-2 finds with power 80 % an
+  effect of {found}.
 - **Limits.** Held-out phrases come from sentences of which other phrases are trained on: no phrase is shared, but
   words are; the dev set of whole sentences is the check. A t-test over seeds takes the evaluation sentences as given;
   `power.md` says how often it errs where they are counted as drawn.
@@ -213,7 +240,8 @@ def _lines() -> Iterator[str]:
     yield RULES.format(
         sst2=f"{TRAINED['sst2']:,}", cola=f"{TRAINED['cola']:,}", batch=BATCH, rates=_numbers(RATES),
         full=_numbers(FULL_RATES), penalties=_numbers(PENALTIES), tuning_seeds=_numbers(TUNING_SEEDS), head=HEAD_RATE,
-        seeds=_numbers(SEEDS), alpha=ALPHA, primary=len(PRIMARY), all=len(COMPARISONS), matthews=EQUIVALENT["cola"],
+        seeds=_numbers(SEEDS), order=", ".join(ORDER), first=FIRST_SEEDS, found=FOUND, fewest=FEWEST_SEEDS,
+        alpha=ALPHA, primary=len(PRIMARY), all=len(COMPARISONS), matthews=EQUIVALENT["cola"],
     )  # fmt: skip
     yield "## Splits\n"
     counts = {"tuning": TUNING, "evaluation": HELD_OUT, "dev": DEV}
@@ -244,8 +272,8 @@ def _lines() -> Iterator[str]:
         rows.append([data, str(len(chosen)), *map(str, runs), f"{core_hours(data):.1f}"])
     yield from table(["data", "settings", "runs to tune", "runs", "core-hours"], rows)
     yield (
-        f"\nFrom {STEP_SECONDS:g} CPU s a step and {1000 * SENTENCE_SECONDS:g} ms a sentence in fp32, a short "
-        "trial on a loaded machine.\nScores, initialisations from data and full fine-tuning cost more. Two processes "
+        f"\nFrom {STEP_SECONDS:g} CPU s a step and {1000 * SENTENCE_SECONDS:g} ms a sentence, a short trial "
+        "on a loaded machine.\nScores, initialisations from data and full fine-tuning cost more. Two processes "
         "of one thread each."
     )
 

@@ -1,4 +1,4 @@
-"""Pictures of the experiment's results; each reads only the results dict and may have nothing to show."""
+"""Pictures of the experiment's results; each reads only the results and may have nothing to show."""
 
 from __future__ import annotations
 
@@ -6,78 +6,93 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .methods import BASELINE
+from .plan import BASELINE, EQUIVALENT
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+UNITS = {"sst2": "SST-2, points of accuracy", "cola": "CoLA, hundredths of Matthews correlation"}
 
 
-def _accuracy(plt: Any, results: Mapping[str, Any]) -> Any:
-    methods = list(results["methods"].items())[::-1]
-    figure, axis = plt.subplots(figsize=(7.5, 0.42 * len(methods) + 1.2))
-    for y, (name, method) in enumerate(methods):
-        accuracy = method["accuracy"]
-        colour = "#D55E00" if name == BASELINE else "#0072B2"
-        half = accuracy["half_width"] or 0.0
-        axis.errorbar(100 * accuracy["mean"], y, xerr=100 * half, fmt="o", color=colour, capsize=3)
-        if name == BASELINE:
-            axis.axvline(100 * accuracy["mean"], color=colour, linewidth=0.8, alpha=0.6)
-    axis.set_yticks(range(len(methods)), [method["label"] for _, method in methods])
-    axis.set_xlabel("SST-2 dev accuracy, %: mean and 95 % interval over seeds")
+def _accuracy(plt: Any, found: Mapping[str, Any], data: str) -> Any:
+    settings = {name: s for name, s in found["settings"].items() if s["score"]["half_width"] is not None}
+    if not settings:
+        return None
+    by_count: dict[int, list[str]] = {}  # counts within a percent are one place on the axis
+    for name in sorted(settings, key=lambda name: sum(settings[name]["parameters"].values())):
+        count = sum(settings[name]["parameters"].values())
+        by_count.setdefault(next((c for c in by_count if abs(c - count) < 0.01 * c), count), []).append(name)
+    names = [name for part in by_count.values() for name in part]
+    figure, axis = plt.subplots(figsize=(0.6 * len(names) + 2.5, 4.4))
+    ticks = []
+    for gap, part in enumerate(by_count.values()):
+        places = [names.index(name) + gap for name in part]
+        ticks.append(sum(places) / len(places))
+        for x, name in zip(places, part, strict=True):
+            score, colour = settings[name]["score"], ORANGE if name == BASELINE else BLUE
+            axis.errorbar(x, 100 * score["mean"], yerr=100 * score["half_width"], fmt="o", color=colour, capsize=3)
+            high = 100 * (score["mean"] + score["half_width"])
+            axis.annotate(name, (x, high), (0, 4), textcoords="offset points", fontsize=8, rotation=90, ha="center")
+    axis.set_xticks(ticks, [f"{count:,}" for count in by_count])
+    axis.margins(x=0.08, y=0.25)
+    axis.set_xlabel("trained parameters, head included")
+    axis.set_ylabel(f"{UNITS[data]}: mean, 95 %")
+    axis.grid(axis="y", alpha=0.25)
+    return figure
+
+
+def _effects(plt: Any, found: Mapping[str, Any], data: str) -> Any:
+    rows = [row for row in found["comparisons"] if row["found"] is not None][::-1]
+    if not rows:
+        return None
+    figure, axis = plt.subplots(figsize=(8, 0.36 * len(rows) + 1.3))
+    margin = 100 * EQUIVALENT[data]
+    axis.axvspan(-margin, margin, color=GREY, alpha=0.12, linewidth=0)
+    axis.axvline(0, color=GREY, linewidth=0.8)
+    for y, row in enumerate(rows):
+        colour = {"equivalent": GREY, "could not be told": BLUE}.get(row["verdict"], ORANGE)
+        test = row["found"]
+        half = 100 * (test["half_width"] or 0.0)
+        axis.errorbar(100 * test["mean"], y, xerr=half, fmt="s" if row["primary"] else "o", color=colour, capsize=3)
+    axis.set_yticks(range(len(rows)), [f"{row['setting']} - {row['against']}" for row in rows], fontsize=8)
+    axis.set_xlabel(f"{UNITS[data]}: difference, 95 %; squares: primary; grey band: equivalent")
     axis.grid(axis="x", alpha=0.25)
     return figure
 
 
-def _cells(ranks: Mapping[str, float]) -> dict[tuple[int, str], float]:
+_ROLES = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+
+
+def _cells(ranks: Mapping[str, float]) -> dict[tuple[int, int], float]:
     found = {}
     for key, rank in ranks.items():
-        match = re.search(r"layer\.(\d+)\..*\.(query|key|value)$", key)
-        if match:
-            found[int(match[1]), match[2]] = rank
+        match = re.search(r"layer\.(\d+)\.(.*)$", key)
+        role = next((i for i, name in enumerate(_ROLES) if match and match[2].endswith(name)), None)
+        if match and role is not None:
+            found[int(match[1]), role] = rank
     return found
 
 
-def _rank_map(plt: Any, results: Mapping[str, Any]) -> Any:
-    chosen = [results["methods"][name] for name in ("fc", "fim", "adalora", "eva") if name in results["methods"]]
-    shown = {method["label"]: _cells(method["ranks"]) for method in chosen}
-    shown = {label: cells for label, cells in shown.items() if cells}
+def _rank_map(plt: Any, found: Mapping[str, Any], data: str) -> Any:
+    shown = {
+        name: _cells(setting["ranks"]) for name, setting in found["settings"].items()
+        if len(set(setting["ranks"].values())) > 2 and len(setting["ranks"]) > 12
+    }  # fmt: skip
     if not shown:
         return None
-    top = max(max(cells.values()) for cells in shown.values())
-    figure, axes = plt.subplots(1, len(shown), figsize=(2.4 * len(shown) + 0.8, 3.4), sharey=True, squeeze=False)
-    for axis, (label, cells) in zip(axes[0], shown.items(), strict=True):
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.3 * len(shown) + 0.8, 3.4), sharey=True, squeeze=False)
+    for axis, (name, cells) in zip(axes[0], shown.items(), strict=True):
         depth = 1 + max(layer for layer, _ in cells)
-        roles = ("query", "key", "value")
-        grid = [[cells.get((layer, role), float("nan")) for role in roles] for layer in range(depth)]
-        image = axis.imshow(grid, cmap="viridis", vmin=0, vmax=top, aspect="auto")
-        for layer, row in enumerate(grid):
-            for column, rank in enumerate(row):
-                shade = "white" if rank < 0.6 * top else "black"
-                axis.text(column, layer, f"{rank:.1f}", ha="center", va="center", fontsize=8, color=shade)
-        axis.set_xticks(range(3), roles)
-        axis.set_title(label, fontsize=10)
+        grid = [[cells.get((layer, role), float("nan")) for role in range(len(_ROLES))] for layer in range(depth)]
+        image = axis.imshow(grid, cmap="viridis", aspect="auto")
+        axis.set_xticks(range(len(_ROLES)), ("q", "k", "v", "out", "up", "down"), fontsize=8)
+        axis.set_title(name, fontsize=9)
+        figure.colorbar(image, ax=axis, fraction=0.05)
     axes[0][0].set_ylabel("layer")
-    figure.colorbar(image, ax=list(axes[0]), label="rank, mean over seeds", fraction=0.03)
-    return figure
-
-
-def _agreement(plt: Any, results: Mapping[str, Any]) -> Any:
-    shown = {when: found for when, found in results["agreement"].items() if found}
-    if not shown:
-        return None
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.8), squeeze=False)
-    for axis, (when, found) in zip(axes[0], shown.items(), strict=True):
-        exact, probe = zip(*found["pairs"], strict=True)
-        axis.loglog(exact, probe, "o", markersize=4, alpha=0.6, color="#0072B2")
-        ends = [min(exact), max(exact)]
-        axis.loglog(ends, ends, color="#444444", linewidth=1)
-        axis.set_title(f"{when} training: Spearman {found['spearman']['mean']:.3f}", fontsize=10)
-        axis.set_xlabel("exact grad_sq")
-        axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel(f"probes, k = {next(iter(shown.values()))['probes']}")
     return figure
 
 
 # file name -> (caption, drawing)
 FIGURES = {
-    "accuracy": ("Accuracy of every method, mean and 95 % interval over seeds; the line is uniform LoRA.", _accuracy),
-    "ranks": ("Ranks by layer and projection, mean over seeds.", _rank_map),
-    "agreement": ("grad_sq by probes against exact, one point a matrix and seed.", _agreement),
+    "accuracy": ("Score against trained parameters.", _accuracy),
+    "effects": ("Every difference with its 95 % interval.", _effects),
+    "ranks": ("Ranks by layer and type, mean over seeds.", _rank_map),
 }

@@ -23,7 +23,7 @@ from .plan import ALPHA, COMPARISONS, DEV, EQUIVALENT, HELD_OUT, PRIMARY
 OUT = Path(__file__).parents[1] / "results" / "experiment"
 BASELINE, MEASURED = "lora", ("full", "fc", "fim", "eva")  # those that change predictions and learn
 POWER, CONFIDENCE, DRAWS = 0.8, 0.9, 4000
-SEEDS = (5, 8, 12, 16, 24)
+SEEDS = (4, 5, 6, 8, 12, 16, 24)
 SENTENCES = {"sst2": (DEV["sst2"], 5_000, HELD_OUT["sst2"]), "cola": (DEV["cola"], HELD_OUT["cola"] + DEV["cola"])}
 # No run on CoLA has been measured: shares of acceptable sentences, of them found, of the others found, and of sentences
 # on which one of two settings alone is right, are assumed.
@@ -279,7 +279,7 @@ Standard deviations, in hundredths: of the seed, and of the others on one senten
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 with the reason when runs are missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiment.power", description=__doc__)
-    parser.add_argument("--runs", type=Path, default=OUT / run_files.NAME, help="measured runs (%(default)s)")
+    parser.add_argument("--runs", type=Path, default=OUT / run_files.PILOT, help="measured runs (%(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for power.json and power.md (%(default)s)")
     parser.add_argument("--baseline", default=BASELINE, help="what settings are compared with (%(default)s)")
     parser.add_argument("--settings", nargs="+", default=MEASURED, metavar="SETTING", help=" ".join(MEASURED))

@@ -1,160 +1,225 @@
-"""The results as JSON, pictures and a reading in Markdown."""
+"""The results as JSON, pictures and the page of the docs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..harness import result_files
-from .analysis import Runs, analyse
-from .methods import BASELINE
+from ..harness.tables import table
+from . import plan
+from .analysis import Results, analyse
 from .plots import FIGURES
 
-COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.experiment --data-dir DATA"
+COMMAND = "python -m benchmarks.experiment --data-dir DATA"
+NAMES = {"sst2": "SST-2, points of accuracy", "cola": "CoLA, hundredths of Matthews correlation"}
 
 
-def write_report(runs: Runs, out: Path, pictures: bool = True) -> dict[str, Any]:
-    """``results.json``, ``README.md`` and the pictures, in ``out``; returns the results."""
-    results = analyse(runs)
-    drawn = []
-    if pictures:
-        import matplotlib
+def write_report(found: Results, out: Path, page: Path | None = None) -> dict[str, Any]:
+    """``results.json`` and the pictures in ``out``, and the page where there is to be one; returns the results."""
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-        for name, (caption, draw) in FIGURES.items():
-            figure = draw(pyplot, results)
+    results = analyse(found)
+    for data, part in results["data"].items():
+        for name, (_, draw) in FIGURES.items():
+            figure = draw(pyplot, part, data)
             if figure is not None:
-                figure.savefig(out / f"{name}.png", dpi=110, bbox_inches="tight")
+                figure.savefig(out / f"{data}_{name}.png", dpi=110, bbox_inches="tight")
                 pyplot.close(figure)
-                drawn.append((name, caption))
     result_files.write(out / "results.json", results)
-    (out / "README.md").write_text(markdown(results, drawn), encoding="utf-8")
+    if page is not None:
+        page.write_text(markdown(result_files.read(out / "results.json")), encoding="utf-8")
     return results
 
 
-def _percent(value: Mapping[str, float | None], signed: bool = False) -> str:
+def points(value: Mapping[str, Any], signed: bool = False) -> str:
+    """A mean with the half width of its interval, in hundredths."""
     mean = f"{100 * value['mean']:{'+' if signed else ''}.2f}"
     return mean if value["half_width"] is None else f"{mean} ± {100 * value['half_width']:.2f}"
 
 
-def _number(value: Mapping[str, float | None] | None, digits: int = 3) -> str:
-    if value is None:
-        return "-"
-    mean = f"{value['mean']:.{digits}f}"
-    return mean if value["half_width"] is None else f"{mean} ± {value['half_width']:.{digits}f}"
-
-
 def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def table(results: Mapping[str, Any]) -> list[list[str]]:
-    """Header and one row a method."""
-    rows = [["method", "accuracy %", "minus uniform LoRA", "p (Holm)", "adapters", "total rank", "head", "other",
-             "CPU s / step", "step ratio", "setup s", "ECE"]]  # fmt: skip
-    for method in results["methods"].values():
-        versus, parameters = method["against_baseline"], method["parameters"]
+def _tuning(found: Mapping[str, Any]) -> Iterator[str]:
+    rows = []
+    for name, tuned in found["tuning"].items():
+        tried = ", ".join(
+            f"{rate:g}{f' with {penalty:g}' if penalty else ''}: {100 * mean:.2f}"
+            for rate, penalty, mean in tuned["tried"]
+        )
+        chosen = f"{tuned['rate']:g}{' with ' + format(tuned['penalty'], 'g') if tuned['penalty'] else ''}"
+        rows.append([f"`{name}`", chosen, ", ".join(tuned["edges"]), tried])
+    yield from table(["setting", "chosen", "at the edge", "rate: mean on the tuning split"], rows, words=(0, 1, 2, 3))
+
+
+def _settings(found: Mapping[str, Any]) -> Iterator[str]:
+    rows = []
+    for name, setting in sorted(found["settings"].items(), key=lambda item: -item[1]["score"]["mean"]):
+        counts = setting["parameters"]
         rows.append([
-            method["label"], _percent(method["accuracy"]), _percent(versus, signed=True) if versus else "-",
-            _p(versus["p_holm"]) if versus else "-", f"{parameters['adapters']:,}",
-            "-" if method["total_rank"] is None else f"{method['total_rank']:.0f}", f"{parameters['head']:,}",
-            f"{parameters['other']:,}", _number(method["step_cpu_seconds"]), _number(method["step_ratio"], 2),
-            _number(method["setup_cpu_seconds"], 1), _number(method["ece"]),
+            f"`{name}`", str(setting["score"]["n"]), points(setting["score"]), points(setting["dev"]),
+            f"{counts['adapters'] + counts['other']:,}", f"{setting['step_cpu_seconds']['mean']:.2f}",
+            f"{setting['setup_cpu_seconds']['mean']:.1f}", f"{setting['cpu_seconds']['mean']:.0f}",
+            f"{setting['peak_mib']['mean']:,.0f}",
         ])  # fmt: skip
-    return rows
+    header = ["setting", "seeds", "score", "dev", "parameters", "CPU s a step", "to prepare", "in all", "peak MiB"]
+    yield from table(header, rows)
 
 
-def _verdict(name: str, method: Mapping[str, Any]) -> str:
-    versus = method["against_baseline"]
-    gain = _percent(versus, signed=True)
-    if versus["p_holm"] is None:
-        why = "too few seeds for a test" if versus["n"] < 2 else "the same difference on every seed"
-        return f"- {method['label']}: {gain} points; {why}."
-    told = f"p = {versus['p_holm']:.3f} after Holm, {versus['p']:.3f} alone"
-    if versus["p_holm"] >= 0.05:
-        return f"- {method['label']}: {gain} points, **no difference from uniform LoRA shown** ({told})."
-    return f"- {method['label']}: {gain} points, **{'better' if versus['mean'] > 0 else 'worse'}** ({told})."
+def _comparisons(found: Mapping[str, Any]) -> Iterator[str]:
+    rows = []
+    for row in found["comparisons"]:
+        test = row["found"]
+        if test is None:
+            continue
+        rows.append([
+            row["hypothesis"], f"`{row['setting']}`", f"`{row['against']}`", "yes" if row["primary"] else "",
+            row["verdict"], str(test["n"]), points(test, signed=True), _p(test["p"]), _p(test["p_holm"]),
+            _p(test["equivalent_p"]), points(test["dev"], signed=True),
+        ])  # fmt: skip
+    header = [
+        "hypothesis", "setting", "minus", "primary", "what can be said", "seeds", "difference", "p", "p (Holm)",
+        "p (equivalence)", "on dev",
+    ]  # fmt: skip
+    yield from table(header, rows, words=(0, 1, 2, 3, 4))
 
 
-def _estimates(results: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for when, found in results["agreement"].items():
-        if found:
-            lines.append(
-                f"- Probes (k = {found['probes']}) against exact grad_sq on the same {found['batches']} batches, "
-                f"{when} training: Spearman {_number(found['spearman'])}, rms error {_percent(found['rms_error'])} %."
+def _spread(found: Mapping[str, Any]) -> Iterator[str]:
+    """How far the seeds are apart, beside what the plan took them to be: whether its power is what was had."""
+    tests = [row["found"] for row in found["comparisons"] if row["found"] is not None]
+    largest, seeds = 100 * max(test["spread"] for test in tests), min(test["n"] for test in tests)
+    yield f"Differences vary from seed to seed with a standard deviation of {largest:.2f} points at most, over"
+    yield f"{seeds} seeds or more of the {len(plan.SEEDS)} that were planned."
+    if largest > plan.SPREAD:
+        yield f"The plan took them to vary by {plan.SPREAD:.2f} at most, from longer runs: the experiment could find"
+        yield f"only effects that are {largest / plan.SPREAD:.1f} times those of `power.md`, and what could not be told"
+        yield "may well be there."
+
+
+def _not_run(results: Mapping[str, Any]) -> Iterator[str]:
+    """Every comparison without an answer, by name."""
+    for data in plan.TRAINED:
+        part = results["data"].get(data)
+        if part is None:
+            yield f"- {NAMES[data].partition(',')[0]}: nothing of it."
+            continue
+        names: dict[str, list[str]] = {}
+        for row in part["comparisons"]:
+            if row["found"] is None:
+                names.setdefault(row["hypothesis"], []).append(f"`{row['setting']}` against `{row['against']}`")
+        for hypothesis, pairs in names.items():
+            yield f"- {NAMES[data].partition(',')[0]}, {hypothesis}: {', '.join(pairs)}."
+    yield "- Leaving out one matrix's adapter at a time, the truth that scores should predict: nothing of it."
+
+
+def _sayings(found: Mapping[str, Any], data: str) -> Iterator[str]:
+    what = {setting.name: setting.what for setting in plan.SETTINGS}
+    headings = (
+        ("Found, as expected", lambda v: v.endswith(", as expected")),
+        ("Found, against what was expected", lambda v: v.endswith("against what was expected")),
+        (f"Equivalent: within {100 * plan.EQUIVALENT[data]:g} of each other", lambda v: v == "equivalent"),
+        ("Could not be told", lambda v: v == "could not be told"),
+    )
+    for heading, belongs in headings:
+        rows = [row for row in found["comparisons"] if belongs(row["verdict"])]
+        yield f"\n**{heading}.**" + ("" if rows else " Nothing.")
+        if rows:
+            yield ""
+        for row in rows:
+            yield (
+                f"- `{row['setting']}` ({what[row['setting']]}) minus `{row['against']}`: "
+                f"{points(row['found'], signed=True)} over {row['found']['n']} seeds."
             )
-    if results["drift"]:
-        lines.append(
-            f"- Exact importance before training against its average over the steps until it is frozen: Spearman "
-            f"{_number(results['drift'])}. Below 1 it says how far importance drifts."
-        )
-    for normalize, factors in results["factors"].items():
-        if factors:
-            low, middle, high = factors
-            lines.append(
-                f"- Factors 1 - I under `{normalize}`: {low:.3f} to {high:.3f}, median {middle:.3f}; the nearer "
-                "to each other, the more the penalty is a uniform one."
-            )
-    if results["same_predictions"]:
-        shares = ", ".join(f"{results['methods'][n]['label']} {s:.2%}" for n, s in results["same_predictions"].items())
-        lines.append(
-            f"- Dev sentences predicted as by plain LoRA of the same seed: {shares}. Near 100 %, the penalty is too "
-            f"small (lambda {results['settings']['penalty']:g}) to tell its forms apart."
-        )
-    for method in results["methods"].values():
-        if method["settled"]:
-            low = min(method["settled"])
-            lines.append(f"- {method['label']}: ranking before and after the last batch, Spearman {low:.3f} at worst.")
-    return lines
 
 
-def markdown(results: Mapping[str, Any], drawn: list[tuple[str, str]]) -> str:
-    settings = results["settings"]
-    rows = table(results)
-    base = results["methods"].get(BASELINE)
-    seeds = sorted({seed for method in results["methods"].values() for seed in method["seeds"]})
-    lines = [
-        "# Does importance help? MiniLM on SST-2",
-        "",
-        f"all-MiniLM-L6-v2 (6 layers, width 384), adapters on query, key and value, one epoch over "
-        f"{settings['sentences']:,} SST-2 training phrases in batches of {settings['batch']}, drawn anew for each of "
-        f"{len(seeds)} seeds ({', '.join(map(str, seeds))}); accuracy on the 872 sentences of the dev set, on which "
-        "nothing was chosen. All methods of a seed see the same batches, classifier and dropout seed. Rank "
-        f"{settings['rank']} on each of 18 matrices, or as many parameters shared out otherwise.",
-        "",
-        "± is the 95 % interval of the mean (t over seeds). Tests are paired by seed. Seconds are CPU time of one "
-        "thread.",
-        "",
-        "| " + " | ".join(rows[0]) + " |",
-        "|" + "---|" * len(rows[0]),
-        *("| " + " | ".join(row) + " |" for row in rows[1:]),
-        "",
-        f"`{COMMAND}`",
-        "",
-        *(
-            f"Ran with: {', '.join(f'{name} {value}' for name, value in found.items())}."
-            for found in results["environments"]
-        ),
-        "",
-        "## Reading",
-        "",
-    ]
-    if base and base["accuracy"]["half_width"] is not None:
-        width = 100 * base["accuracy"]["half_width"]
-        lines += [f"Uniform LoRA's own interval over the seeds is ± {width:.2f} points.", ""]
-    lines += [_verdict(n, m) for n, m in results["methods"].items() if m["against_baseline"]]
-    lines += ["", *_estimates(results)]
+INTRODUCTION = """\
+# Where to put the parameters
+
+An experiment on one pretrained model, all-MiniLM-L6-v2, and real sentences: does it matter which matrices have
+adapters, and does importance help to choose their ranks? What it asks, how everything is tuned and which test decides
+was written down before it ran, in `benchmarks/experiment/hypotheses.md`; which effects it can find, in
+`benchmarks/results/experiment/power.md`. This page is made from its runs by `{command}`: one row
+a run in `benchmarks/results/experiment/runs.jsonl`, pictures beside it.
+
+± is the 95 % interval, t over seeds. "Score" is on sentences that no run trains on or is tuned on. Differences are
+paired by seed; p is of a two-sided paired t-test, then after Holm over {primary} primary comparisons, or over all {all}
+for the others, those that were not run counted too. Equivalent: two one-sided tests. Intervals are of seeds, with
+the sentences as given: `power.md` says how often such a test errs where sentences are counted as drawn.
+"""
+
+READ_WITH_CARE = """\
+## Read with care
+
+One model; short runs, {steps} steps of {batch}; few seeds. A run sees {sentences:,} phrases once: what holds after
+longer training is not told. CPU seconds are of one thread on a machine that other work shared, and compare settings
+roughly. Peak memory is of the whole process, libraries and evaluation included.
+"""
+
+
+# What the primary comparisons mean for who uses the package, by what can be said of them.
+PLACES = {
+    "lower, as expected": 'adapt all linears (`target_modules="all-linear"`) rather than query, key and value',
+    "higher, against what was expected": 'adapt query, key and value (`target_modules="qkv"`) rather than all linears',
+    "equivalent": "all linears and query, key and value do as well as each other",
+}
+
+
+def _follows(found: Mapping[str, Any]) -> Iterator[str]:
+    """Advice that the comparisons bear out, and that which they do not."""
+    said = {(row["setting"], row["against"]): row["verdict"] for row in found["comparisons"]}
+    place = said["qkv", plan.BASELINE]
+    if place in PLACES:
+        yield f"- At as many parameters, in runs as short as these, {PLACES[place]}."
+    else:
+        yield "- Nothing on all linears against query, key and value: it could not be told."
+    scores = ("norm", "norm-total", "fisher", "fc", "fim", "variance")
+    helps = [f"`{name}`" for name in scores if said[name, plan.BASELINE] == "higher, as expected"]
+    if helps:
+        yield f"- Ranks by {', '.join(helps)} did better than uniform ones."
+    else:
+        yield "- Uniform ranks stay what the package starts with: no score of importance has been shown to do better."
+    yield "- No default is changed where nothing was found."
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The page."""
+    lines = [INTRODUCTION.format(command=COMMAND, primary=len(plan.PRIMARY), all=len(plan.COMPARISONS))]
+    for data, part in results["data"].items():
+        lines += [f"## {NAMES[data]}", *_sayings(part, data), ""]
+        if any(row["found"] for row in part["comparisons"]):
+            lines += [*_comparisons(part), ""]
+            lines += [*_spread(part), ""] if data == "sst2" else []
+        if part["settings"]:
+            lines += [*_settings(part), ""]
+        if part["tuning"]:
+            lines += ["Tuned on the seeds of tuning, each rate on two; an edge is the lowest or highest tried:", ""]
+            lines += [*_tuning(part), ""]
+        if part["diverged"]:
+            lines += ["Diverged, and counted with what they ended with: " + ", ".join(
+                f"`{setting}` at {rate:g}, seed {seed} ({phase})" for setting, phase, rate, seed in part["diverged"]
+            ) + ".", ""]  # fmt: skip
+        if part["precision"]:
+            found = part["precision"]
+            lines += [
+                f"Evaluated in bf16: over {found['runs']} runs it changes {found['changed']:.1f} of the "
+                f"{plan.DEV[data]} predictions on dev, and the score there by {100 * found['largest']:.2f} at most, "
+                f"{100 * found['mean']:+.3f} on average.", "",
+            ]  # fmt: skip
+        planned = sum(s.tuning_runs + len(plan.SEEDS) for s in plan.settings_of(data))
+        if data == "sst2":
+            lines += ["**What follows.**", "", *_follows(part), ""]
+        lines += [f"{part['runs']} of {planned} planned runs, {part['cpu_hours']:.1f} core-hours.", ""]
+    lines += ["## Not run", "", *_not_run(results), ""]
+    first = plan.TRAINED["sst2"]
+    lines.append(READ_WITH_CARE.format(steps=first // plan.BATCH, batch=plan.BATCH, sentences=first))
     lines += [
-        "",
-        "Read with care: one model, one task, one epoch; one learning rate for all adapters and heads, tuned for none "
-        "(the head alone is still learning when the epoch ends); AdaLoRA trains 1.5 times the rank before it prunes, "
-        "which the column of adapters shows; EVA and AdaLoRA run PEFT's layers, so that their step times compare "
-        "implementations as well as methods.",
+        f"Ran with: {', '.join(f'{name} {value}' for name, value in found.items())}."
+        for found in results["environments"]
     ]
-    for name, caption in drawn:
-        lines += ["", f"![{caption}]({name}.png)"]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The file of runs: one line a method and seed, written whole or not at all, never mixed with other settings."""
+"""The file of runs: one line a run, written whole or not at all, never mixed with others' settings or splits."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .settings import Settings
-
 NAME = "runs.jsonl"
+PILOT = "pilot.jsonl"  # of ten settings, none tuned, on dev: the spread that the plan was made from
+_KEY = ("data", "phase", "setting", "rate", "penalty", "seed", "method")
+
+
+def key(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a run is one of."""
+    return tuple(result.get(name) for name in _KEY)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -23,15 +27,29 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    first: dict[Any, dict[str, Any]] = {}
     for result in found:
-        if result["settings"] != found[0]["settings"]:
-            one, other = (f"{r['method']} seed {r['seed']}" for r in (result, found[0]))
-            raise ValueError(f"{path}: {one} and {other} were made with different settings; keep them apart")
+        other = first.setdefault(result.get("data"), result)
+        for name in ("settings", "splits"):
+            if result.get(name) != other.get(name):
+                one, two = (f"{r.get('setting') or r['method']} seed {r['seed']}" for r in (result, other))
+                raise ValueError(f"{path}: {one} and {two} were made with different {name}; keep them apart")
     return found
 
 
+def check(results: list[dict[str, Any]], data: str, settings: Mapping[str, Any], splits: Any, path: Path) -> None:
+    """``ValueError`` if results on this data were made with other settings or splits."""
+    for result in results:
+        if result["data"] != data:
+            continue
+        for name, ours in (("settings", settings), ("splits", splits)):
+            differ = {k: (v, ours.get(k)) for k, v in result[name].items() if v != ours.get(k)}
+            if differ:
+                raise ValueError(f"{path} was made with other {name} (there, here): {differ}; give another --out")
+
+
 def by_method(results: list[dict[str, Any]], methods: Iterable[str]) -> dict[str, dict[int, dict[str, Any]]]:
-    """Results by method and seed in order, of methods that have any."""
+    """Results of the pilot by method and seed in order, of methods that have any."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for method in methods:
         seeds = {result["seed"]: result for result in results if result["method"] == method}
@@ -40,21 +58,21 @@ def by_method(results: list[dict[str, Any]], methods: Iterable[str]) -> dict[str
     return found
 
 
-def check(results: list[dict[str, Any]], settings: Settings, path: Path) -> None:
-    """``ValueError`` if results were made with other settings."""
-    ours = asdict(settings)
-    for result in results:
-        if result["settings"] != ours:
-            differ = {k: (v, ours.get(k)) for k, v in result["settings"].items() if v != ours.get(k)}
-            raise ValueError(f"{path} was made with other settings (there, here): {differ}; give another --out")
+def packed(predictions: Sequence[int]) -> str:
+    """Zeros and ones in hexadecimal, after a leading one that keeps their number."""
+    return f"{int('1' + ''.join(map(str, predictions)), 2):x}"
+
+
+def unpacked(text: str) -> list[int]:
+    return [int(digit) for digit in f"{int(text, 16):b}"[1:]]
 
 
 def add(path: Path, result: Mapping[str, Any]) -> None:
-    """Add a run, in place of one of the same method and seed. A process that ends leaves the old or the new file."""
-    key, line = (result["method"], result["seed"]), json.dumps(result)
+    """Add a run, in place of one of the same key. A process that ends leaves the old or the new file."""
+    line = json.dumps(result, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
-        others = [json.dumps(other) for other in read(path) if (other["method"], other["seed"]) != key]
+        others = [json.dumps(other) for other in read(path) if key(other) != key(result)]
         partial = path.with_suffix(f".{os.getpid()}.partial")
         partial.write_text("".join(f"{each}\n" for each in (*others, line)), encoding="utf-8")
         partial.replace(path)

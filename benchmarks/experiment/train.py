@@ -1,25 +1,38 @@
-"""One run: one method on one seed, from the pretrained model to numbers."""
+"""One run: one setting at one rate on one seed, from the pretrained model to numbers."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 
-import fastlora
 from fastlora.training.schedule import Cosine
 
-from .data import Sentences, batches, by_length, draw
-from .methods import BASELINE, METHODS, Prepared, Task, loss_fn
-from .runs import environment
+from . import runs
+from .data import Sentences, batches, by_length, draw, lengths_of
+from .methods import PREPARE, Prepared, Task, loss_fn
 from .settings import HEAD, Settings
+from .splits import Splits
+
+
+class Job(NamedTuple):
+    """What to train and what to measure it on: ``phase`` is ``"tuning"`` or ``"final"``."""
+
+    data: str
+    phase: str
+    setting: str
+    rate: float
+    penalty: float
+    seed: int
 
 
 def load(model_path: str, seed: int) -> tuple[Any, Any]:
-    """(model, tokenizer): the pretrained encoder under a new classifier, the same for every method of a seed."""
+    """(model, tokenizer): the pretrained encoder under a new classifier, the same for every setting of a seed."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
@@ -31,122 +44,126 @@ def load(model_path: str, seed: int) -> tuple[Any, Any]:
     return model.float(), AutoTokenizer.from_pretrained(model_path)
 
 
-@torch.no_grad()
-def evaluate(model: Any, tokenizer: Any, sentences: Sentences, settings: Settings) -> dict[str, Any]:
-    """Accuracy, loss and calibration error on the dev set, and every prediction as a digit."""
-    model.eval()
-    logits, labels = [], []
-    for batch in batches(sentences, tokenizer, 64, settings.max_tokens, drop_last=False):
-        labels.append(batch.pop("labels"))
-        logits.append(model(**batch).logits)
-    scores, truth = torch.cat(logits).double(), torch.cat(labels)
-    predicted = scores.argmax(1)
-    return {
-        "accuracy": float((predicted == truth).double().mean()),
-        "loss": float(torch.nn.functional.cross_entropy(scores, truth)),
-        "ece": fastlora.training.ece(scores, truth),
-        "predictions": "".join(map(str, predicted.tolist())),
-    }
+def shortest_first(sentences: Sentences, tokenizer: Any, settings: Settings) -> Sentences:
+    """So that a batch has little padding: the order in which predictions are kept."""
+    rows = sorted(zip(lengths_of(sentences, tokenizer, settings.max_tokens), *sentences, strict=True))
+    return Sentences([text for _, text, _ in rows], [label for _, _, label in rows])
 
 
-def agreement(model: Any, data: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Probe and exact grad_sq of the same gradients: no dropout, no training in between, plain means over batches."""
-    training = model.training
+@torch.inference_mode()
+def predict(model: Any, tokenizer: Any, sentences: Sentences, settings: Settings) -> list[int]:
+    """The class of each sentence, 0 where logits are not numbers."""
     model.eval()
-    found = {}
-    for estimator in ("probe", "exact"):
-        with fastlora.track(model, estimator=estimator, ema=None, every=1, seed=seed) as tracker:
-            for batch in data:
-                loss_fn(model, batch).backward()
-                tracker.step()
-                model.zero_grad()
-            found[estimator] = tracker.scores("grad_sq")
-            probes = tracker.probes
-    model.train(training)
-    errors = [found["probe"][key] / value - 1 for key, value in found["exact"].items() if value > 0]
-    return {
-        "spearman": found["probe"].rank_correlation(found["exact"]),
-        "rms_error": (sum(e * e for e in errors) / len(errors)) ** 0.5,
-        "batches": len(data),
-        "probes": probes,
-        **{name: dict(scores) for name, scores in found.items()},
-    }
+    found: list[int] = []
+    for batch in batches(sentences, tokenizer, 32, settings.max_tokens, drop_last=False):
+        del batch["labels"]
+        found += model(**batch).logits.argmax(1).tolist()
+    return found
+
+
+def score(data: str, predicted: list[int], labels: list[int]) -> float:
+    """Accuracy on SST-2, Matthews correlation on CoLA (0 where one class alone is predicted)."""
+    pairs = list(zip(predicted, labels, strict=True))
+    if data == "sst2":
+        return sum(p == y for p, y in pairs) / len(pairs)
+    count = {cell: pairs.count(cell) for cell in ((1, 1), (1, 0), (0, 1), (0, 0))}
+    scale = math.prod(count[a] + count[b] for a, b in (
+        ((1, 1), (1, 0)), ((1, 1), (0, 1)), ((0, 0), (1, 0)), ((0, 0), (0, 1))
+    ))  # fmt: skip
+    product = count[1, 1] * count[0, 0] - count[1, 0] * count[0, 1]
+    return product / math.sqrt(scale) if scale else 0.0
 
 
 def _train(prepared: Prepared, data: list[Any], settings: Settings) -> dict[str, list[float]]:
-    model = prepared.model
-    optimizer = torch.optim.AdamW(prepared.groups, weight_decay=0.0)
-    scheduler = Cosine(optimizer, settings.steps, floor=settings.lr_floor, warmup=settings.steps // 16)
-    trained = [p for group in prepared.groups for p in group["params"]]
-    model.train()
-    record: dict[str, list[float]] = {"losses": [], "cpu": [], "wall": []}
+    """Losses and CPU seconds of each step; it ends where a loss is not a number, which is then the last."""
+
+    def begin(step: int) -> tuple[Any, Any, list[Any]]:
+        groups = prepared.groups()
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        scheduler = Cosine(optimizer, settings.steps, floor=settings.lr_floor, warmup=settings.steps // 16)
+        for _ in range(step):
+            scheduler.step()
+        return optimizer, scheduler, [p for group in groups for p in group["params"]]
+
+    optimizer, scheduler, trained = begin(0)
+    prepared.model.train()
+    record: dict[str, list[float]] = {"losses": [], "cpu": []}
     for step, batch in enumerate(data):
-        cpu, wall = time.thread_time(), time.perf_counter()
-        loss = loss_fn(model, batch)
+        cpu = time.thread_time()
+        loss = loss_fn(prepared.model, batch)
+        record["losses"].append(float(loss.detach()))
+        if not math.isfinite(record["losses"][-1]):
+            break
         loss.backward()
         prepared.after_backward(step)
         torch.nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()
         scheduler.step()
-        prepared.after_step(step)
-        optimizer.zero_grad()
+        if prepared.after_step(step):
+            optimizer, scheduler, trained = begin(step + 1)
+        prepared.model.zero_grad()
         record["cpu"].append(time.thread_time() - cpu)
-        record["wall"].append(time.perf_counter() - wall)
-        record["losses"].append(float(loss.detach()))
     return record
 
 
-def _parameters(model: Any, prepared: Prepared) -> dict[str, int]:
+def _parameters(model: Any) -> dict[str, int]:
     """Trained parameters: adapters, head, anything else."""
-    trained = {n: p.numel() for group in [model.named_parameters()] for n, p in group if p.requires_grad}
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     adapters = sum(count for name, count in trained.items() if ".lora_" in name)
     head = sum(count for name, count in trained.items() if HEAD in name)
     return {"adapters": adapters, "head": head, "other": sum(trained.values()) - adapters - head}
 
 
-def run(
-    method: str, seed: int, settings: Settings, model_path: str, train: Sentences, dev: Sentences
-) -> dict[str, Any]:  # fmt: skip
-    """Train one method on one seed and measure it; the result can be written as JSON."""
+def _measure(job: Job, model: Any, tokenizer: Any, splits: Splits, settings: Settings) -> Iterator[tuple[str, Any]]:
+    """Scores of the job's phase, in bf16; with the final ones what fp32 would have said on dev."""
+    if job.phase == "tuning":
+        sentences = shortest_first(splits.tuning, tokenizer, settings)
+        yield "tuning", score(job.data, predict(model.bfloat16(), tokenizer, sentences, settings), sentences.labels)
+        return
+    dev, evaluation = (shortest_first(part, tokenizer, settings) for part in (splits.dev, splits.evaluation))
+    fp32 = predict(model, tokenizer, dev, settings)
+    model = model.bfloat16()
+    on_dev, predicted = (predict(model, tokenizer, part, settings) for part in (dev, evaluation))
+    yield "dev", score(job.data, on_dev, dev.labels)
+    yield "dev_fp32", score(job.data, fp32, dev.labels)
+    yield "dev_changed", sum(a != b for a, b in zip(fp32, on_dev, strict=True))
+    # CoLA has few sentences: it is tested on both.
+    with_dev = job.data == "cola"
+    yield "score", score(job.data, predicted + on_dev * with_dev, evaluation.labels + dev.labels * with_dev)
+    yield "dev_predictions", runs.packed(on_dev)
+    yield "predictions", runs.packed(predicted)
+
+
+def run(job: Job, settings: Settings, model_path: str, splits: Splits) -> dict[str, Any]:
+    """Train and measure; the result can be written as JSON."""
     torch.set_num_threads(1)
-    started = time.perf_counter()
-    model, tokenizer = load(model_path, seed)
-    drawn = by_length(draw(train, settings.sentences, seed), settings.batch, seed)
+    model, tokenizer = load(model_path, job.seed)
+    drawn = draw(splits.train, settings.sentences, job.seed)
+    drawn = by_length(drawn, lengths_of(drawn, tokenizer, settings.max_tokens), settings.batch, job.seed)
     data = list(batches(drawn, tokenizer, settings.batch, settings.max_tokens, drop_last=True))
     few = max(1, min(settings.calibration_steps, len(data)))
     setup = time.thread_time()
-    prepared = METHODS[method][1](model, Task(settings, seed, data[:few]))
+    task = Task(settings, job.seed, job.rate, job.penalty, data[:few])
+    prepared = PREPARE[job.setting](model, task)
     setup = time.thread_time() - setup
-    found: dict[str, Any] = {}
-    held = data[: settings.agreement_batches]
-    if method == BASELINE:
-        found["agreement_before"] = agreement(prepared.model, held, seed)
-    # The same dropout for every method, however much randomness its preparation took.
-    torch.manual_seed(seed)
+    parameters = _parameters(prepared.model)
+    # The same dropout for every setting, however much randomness its preparation took.
+    torch.manual_seed(job.seed)
     record = _train(prepared, data, settings)
-    if method == BASELINE:
-        found["agreement_after"] = agreement(prepared.model, held, seed)
+    diverged = not math.isfinite(record["losses"][-1])
+    ranks = prepared.ranks()
+    trained = prepared.merged() if prepared.merged is not None and not diverged else prepared.model
     return {
-        "method": method,
-        "seed": seed,
+        **job._asdict(),
         "settings": asdict(settings),
-        "environment": environment(),
-        **evaluate(prepared.model, tokenizer, dev, settings),
-        "parameters": _parameters(prepared.model, prepared),
-        "ranks": prepared.ranks(),
+        "environment": runs.environment(),
+        **dict(_measure(job, trained, tokenizer, splits, settings)),
+        "diverged": diverged,
+        "parameters": parameters,
+        "ranks": ranks,
         **prepared.facts,
-        **found,
-        "setup_cpu_seconds": setup,
-        "step_cpu_seconds": statistics.median(record["cpu"]),
-        "step_wall_seconds": statistics.median(record["wall"]),
-        "losses": record["losses"],
-        "wall_seconds": time.perf_counter() - started,
+        "setup_cpu_seconds": round(setup, 3),
+        "step_cpu_seconds": round(statistics.fmean(record["cpu"]), 4) if record["cpu"] else None,
+        "training_cpu_seconds": round(sum(record["cpu"]), 2),
+        "losses": [round(loss, 4) if math.isfinite(loss) else None for loss in record["losses"]],
     }
-
-
-def sized(settings: Settings, sentences: int) -> Settings:
-    """The same settings for another number of sentences; ``ValueError`` if they make no two batches."""
-    changed = replace(settings, sentences=sentences)
-    if changed.steps < 2:
-        raise ValueError(f"--sentences: expected at least {2 * settings.batch}, got {sentences}")
-    return changed

@@ -1,21 +1,37 @@
-"""The experiment's runner on a tiny model: every method, resuming, and what the report says of given numbers."""
+"""The experiment's runner on a tiny model: every setting, resuming, and what the report says of given numbers."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.recipe_help import WORDS, text_model
 
-from benchmarks.experiment import data, runs
+from benchmarks.experiment import data, jobs, plan, runs, splits
 from benchmarks.experiment.__main__ import main
-from benchmarks.experiment.analysis import analyse, holm, interval, paired
-from benchmarks.experiment.methods import METHODS
-from benchmarks.experiment.report import markdown
+from benchmarks.experiment.analysis import analyse, equivalence, holm, interval, paired, verdict
+from benchmarks.experiment.methods import PREPARE, Task
+from benchmarks.experiment.report import markdown, write_report
 from benchmarks.experiment.settings import Settings
-from benchmarks.experiment.train import run, sized
+from benchmarks.experiment.train import Job, run, score
+
+SMALL = Settings(sentences=48, batch=8, calibration_steps=2)
+RANDOM_LABELS = [1, 0, 0, 1, 1, 0, 1, 0, 0, 0]
+
+
+def phrases(count, offset):
+    return data.Sentences(
+        [f"the {WORDS[i % 4]} {WORDS[4 + i % 2]} {'a ' * (i % 5 + offset)}".strip() for i in range(count)],
+        [1 - i % 2 for i in range(count)],
+    )
+
+
+PARTS = splits.Splits(phrases(200, 0), phrases(20, 6), phrases(30, 12), phrases(10, 20), 0)
 
 
 @pytest.fixture(scope="module")
@@ -24,75 +40,111 @@ def model_path(tmp_path_factory):
     return str(text_model(tmp_path_factory.mktemp("bert"), "Bert"))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    base = tmp_path_factory.mktemp("sst2")
-    for split, count in (("train", 200), ("dev", 20)):
-        rows = [f"the {WORDS[i % 4]} {WORDS[4 + i % 2]}\t{1 - i % 2}" for i in range(count)]
-        (base / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
-    return base
+def test_every_setting_of_the_plan_can_be_prepared():
+    assert list(PREPARE) == [setting.name for setting in plan.SETTINGS]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method(method, model_path, folder):
-    settings = sized(Settings(batch=8, rank=2, max_rank=4, calibration_steps=2, agreement_batches=2), 48)
-    found = run(method, 3, settings, model_path, *data.find(folder))
-    assert 0 <= found["accuracy"] <= 1 and len(found["predictions"]) == 20
-    assert len(found["losses"]) == 6 and all(map(math.isfinite, found["losses"]))
-    json.dumps(found)
-    uniform, head = 2 * 3 * 2 * 64, 2 * 33
-    assert found["parameters"]["head"] == head
-    if method in ("full", "head"):
-        assert found["parameters"]["adapters"] == 0 and not found["ranks"]
-        assert (found["parameters"]["other"] > 0) == (method == "full")
+@pytest.mark.parametrize("setting", plan.SETTINGS, ids=lambda setting: setting.name)
+def test_every_setting(setting, model_path):
+    found = run(Job("sst2", "final", setting.name, 1e-3, setting.penalties[-1], 3), SMALL, model_path, PARTS)
+    json.dumps(found, allow_nan=False)
+    assert len(found["losses"]) == 6 and not found["diverged"]
+    predicted = {name: runs.unpacked(found[name]) for name in ("predictions", "dev_predictions")}
+    assert [len(digits) for digits in predicted.values()] == [30, 10]
+    assert 0 <= found["score"] <= 1 and 0 <= found["dev"] <= 1 and 0 <= found["dev_changed"] <= 10
+    name, counts = setting.name, found["parameters"]
+    assert counts["head"] == 2 * 33
+    if name in ("full", "head"):
+        assert counts["adapters"] == 0 and not found["ranks"] and (counts["other"] > 0) == (name == "full")
         return
-    assert found["parameters"]["other"] == 0 and len(found["ranks"]) == 6
-    assert all(name.endswith(("query", "key", "value")) for name in found["ranks"])
-    if method == "adalora":
-        assert found["parameters"]["adapters"] == 6 * 3 * (64 + 1) and sum(found["ranks"].values()) == 12
-    else:
-        assert found["parameters"]["adapters"] == uniform and sum(found["ranks"].values()) == 12
-    assert ("scores" in found) == (method in ("fc", "fim", "fw-sum", "fw-relative", "fw-uniform"))
-    assert ("agreement_after" in found) == (method == "lora")
+    each = 4 * 64 + 2 * 96  # parameters of rank 1 over all linears of a block of width 32
+    uniform = 2 * each * {"all-1": 1, "norm-1": 1, "all-8": 8, "norm-8": 8, "adalora": 3}.get(name, 2)
+    lengths = {"dora": 2 * (5 * 32 + 64), "adalora": 12 * 3}.get(name, 0)
+    least = uniform - (2 * 96 if name in BY_SCORE else 0)  # what is left may pay for no further rank
+    if name == "qkv":
+        uniform = least = 6 * 6 * 64  # three of six matrices as wide as here are not half of the parameters
+    if name == "mlp":
+        least -= 96
+    assert least <= counts["adapters"] - lengths <= uniform and counts["other"] == 0
+    assert ("scores" in found) == (name in BY_SCORE)
 
 
-def lines_of(path):
-    return path.read_text().splitlines(keepends=True)
+BY_SCORE = ("norm", "norm-1", "norm-8", "norm-total", "fisher", "fc", "fim", "variance", "random")
 
 
-def test_a_run_is_made_once_and_settings_are_not_mixed(model_path, folder, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("scipy")
-    common = ["--data-dir", str(folder), "--model-path", model_path, "--out", str(tmp_path), "--methods", "lora", "fc"]
-    assert main([*common, "--seeds", "0", "1", "--sentences", "64"]) == 0
-    file = tmp_path / runs.NAME
-    made = {(r["method"], r["seed"]): line for r, line in zip(runs.read(file), lines_of(file), strict=True)}
-    assert set(made) == {(method, seed) for method in ("lora", "fc") for seed in (0, 1)}
-    gone = made.pop(("fc", 1))
-    file.write_text("".join(line for line in lines_of(file) if line != gone))
-    assert main([*common, "--seeds", "0", "1", "--sentences", "64"]) == 0
-    again = lines_of(file)
-    # Those that were there stand as they were, the missing one was trained anew: its times are others.
-    assert again[:-1] == list(made.values()) and again[-1] != gone
-    assert (runs.read(file)[-1]["method"], runs.read(file)[-1]["seed"]) == ("fc", 1)
-    for name in ("results.json", "README.md", "accuracy.png", "agreement.png"):
-        assert (tmp_path / name).stat().st_size > 0
-    assert "FC-LoRA" in capsys.readouterr().out
-    assert main([*common, "--seeds", "0", "--sentences", "96"]) == 2
-    assert "was made with other settings" in capsys.readouterr().err
-    assert main(["--report-only", "--out", str(tmp_path / "none")]) == 2
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Layers as wide and as many as those of the experiment's model."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=8)
+    return lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
 
 
-def test_the_same_seed_gives_the_same_run(model_path, folder):
-    settings = sized(Settings(batch=8, rank=2, calibration_steps=2), 32)
-    first, second = (run("fim", 0, settings, model_path, *data.find(folder)) for _ in range(2))
-    assert first["losses"] == second["losses"] and first["predictions"] == second["predictions"]
+@pytest.mark.parametrize(
+    "name, parameters, matrices",
+    [("all-2", 82_944, 36), ("qkv", 82_944, 18), ("mlp", 82_560, 12), ("lower", 82_944, 18), ("upper", 82_944, 18),
+     ("random", 82_944, 36)],
+)  # fmt: skip
+def test_as_many_parameters_wherever_they_are(shapes, name, parameters, matrices):
+    import fastlora
+
+    prepared = PREPARE[name](shapes(), Task(SMALL, 0, 1e-3, 0.0, []))
+    rows = fastlora.summary(prepared.model).rows
+    assert len(rows) == matrices and all(row.scale == 2 for row in rows if row.rank)
+    total = sum(row.params for row in rows)
+    assert parameters - 1920 < total <= parameters if name == "random" else total == parameters
+    blocks = {row.key.split("layer.")[1][0] for row in rows}
+    assert blocks == {"lower": set("012"), "upper": set("345")}.get(name, set("012345"))
 
 
-def test_a_penalty_of_nothing_is_plain_lora(model_path, folder):
-    settings = sized(Settings(batch=8, rank=2, penalty=0.0, agreement_batches=2), 48)
-    plain, weighted = (run(m, 0, settings, model_path, *data.find(folder)) for m in ("lora", "fw-sum"))
-    assert plain["losses"] == weighted["losses"]
+def test_random_ranks_are_others_for_another_seed(shapes):
+    first, again, other = (
+        PREPARE["random"](shapes(), Task(SMALL, seed, 1e-3, 0.0, [])).facts["scores"] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def timeless(result):
+    return {k: v for k, v in result.items() if "seconds" not in k and k != "peak_mib"}
+
+
+def test_the_same_seed_gives_the_same_run(model_path):
+    job = Job("sst2", "final", "norm-tracked", 1e-3, 0.0, 0)
+    first, second = (run(job, SMALL, model_path, PARTS) for _ in range(2))
+    assert timeless(first) == timeless(second)
+    assert timeless(run(job._replace(seed=1), SMALL, model_path, PARTS))["losses"] != first["losses"]
+
+
+def test_a_penalty_of_nothing_is_the_baseline(model_path):
+    plain, weighted, heavy = (
+        run(Job("sst2", "tuning", name, 1e-2, penalty, 0), SMALL, model_path, PARTS)
+        for name, penalty in (("all-2", 0.0), ("penalty-sum", 0.0), ("penalty-sum", 10.0))
+    )
+    assert plain["losses"] == weighted["losses"] != heavy["losses"]
+    assert plain["tuning"] == weighted["tuning"] and "score" not in plain
+
+
+def test_a_run_that_diverges_is_a_row_with_its_losses(model_path):
+    found = run(Job("sst2", "final", "full", 1e30, 0.0, 0), SMALL, model_path, PARTS)
+    assert found["diverged"] and found["losses"][-1] is None and 1 < len(found["losses"]) < 6
+    assert all(map(math.isfinite, found["losses"][:-1])) and 0 <= found["score"] <= 1
+    json.dumps(found, allow_nan=False)
+
+
+def test_matthews_on_cola(model_path):
+    import numpy as np
+
+    truth = [0, 1] * 5
+    assert score("cola", RANDOM_LABELS, truth) == pytest.approx(np.corrcoef(RANDOM_LABELS, truth)[0, 1])
+    assert score("cola", [1] * 10, truth) == 0.0 and score("cola", truth, truth) == 1.0
+    assert score("sst2", RANDOM_LABELS, truth) == 0.3
+    found = run(Job("cola", "final", "all-2", 1e-3, 0.0, 0), SMALL, model_path, PARTS)
+    assert -1 <= found["score"] <= 1 and len(runs.unpacked(found["predictions"])) == 30
+
+
+def test_predictions_are_kept_whole():
+    for digits in ([], [0], [0, 0, 1], RANDOM_LABELS):
+        assert runs.unpacked(runs.packed(digits)) == digits
 
 
 @pytest.mark.parametrize(
@@ -105,21 +157,134 @@ def test_files_that_are_something_else(text, reason, tmp_path):
         data.read(tmp_path / "train.tsv")
 
 
-def test_more_sentences_than_there_are(folder):
-    train, _ = data.find(folder)
+def test_more_sentences_than_there_are():
     with pytest.raises(ValueError, match="expected 1 to 200, got 201"):
-        data.draw(train, 201, 0)
-    with pytest.raises(ValueError, match="--sentences: expected at least 64, got 63"):
-        sized(Settings(), 63)
+        data.draw(PARTS.train, 201, 0)
+
+
+def test_other_splits_and_no_runs_are_refused(tmp_path, model_path, capsys):
+    (tmp_path / "sst2").mkdir()
+    rows = [f"{text} {i}\t{label}" for i, (text, label) in enumerate(zip(*phrases(70_000, 0), strict=True))]
+    for split, part in (("train", rows), ("dev", ["the end\t1"])):
+        (tmp_path / "sst2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *part]) + "\n")
+    out = ["--out", str(tmp_path / "out"), "--model-path", model_path, "--processes", "1"]
+    assert main(["--data-dir", str(tmp_path), "--data", "sst2", *out]) == 2
+    assert "--data-dir: expected sst2 with the tuning split" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["--report-only", *out]) == 2
+    assert "--out: no runs in" in capsys.readouterr().err
 
 
 def test_batches_of_similar_length_lose_no_sentence():
     given = data.Sentences([f"{i} " + "word " * (i * 7 % 13) for i in range(70)], [i % 2 for i in range(70)])
-    grouped = data.by_length(given, 8, seed=3)
+    lengths = [len(text.split()) for text in given.texts]
+    grouped = data.by_length(given, lengths, 8, seed=3)
     assert sorted(zip(*grouped, strict=True)) == sorted(zip(*given, strict=True))
     spread = [{len(text.split()) for text in grouped.texts[i : i + 8]} for i in range(0, 64, 8)]
     assert all(max(lengths) - min(lengths) <= 2 for lengths in spread)
-    assert grouped == data.by_length(given, 8, seed=3) != data.by_length(given, 8, seed=4)
+    assert grouped == data.by_length(given, lengths, 8, seed=3) != data.by_length(given, lengths, 8, seed=4)
+
+
+def made(job, gain=None):
+    """A row as ``run`` makes it, of numbers that follow from the job alone."""
+    noise = 0.002 * math.sin(1 + job.seed * 7 + len(job.setting))
+    value = 0.8 + (gain or {}).get(job.setting, 0.0) + noise
+    final = dict(score=value, dev=value, dev_fp32=value, dev_changed=0) if job.phase == "final" else {}
+    return {
+        **job._asdict(), **final, "tuning": value - abs(job.rate - 3e-3), "diverged": False,
+        "settings": {"sentences": 8}, "splits": plan.FINGERPRINTS[job.data], "environment": {"cpu": "x"},
+        "ranks": {}, "parameters": {"adapters": 82_944, "head": 770, "other": 0}, "step_cpu_seconds": 0.2,
+        "setup_cpu_seconds": 0.0, "cpu_seconds": 60.0, "peak_mib": 900.0,
+    }  # fmt: skip
+
+
+def all_rows(gain=None, seeds=8, wanted=None):
+    found = []
+    for _ in range(2):  # what is tuned first opens the rest
+        keys = set(map(runs.key, found))
+        todo = [job for job in jobs.jobs("sst2", found) if runs.key(job._asdict()) not in keys]
+        found += [
+            made(job, gain) for job in todo
+            if (wanted is None or job.setting in wanted) and job.seed not in plan.SEEDS[seeds:]
+        ]  # fmt: skip
+    return found
+
+
+def test_a_setting_runs_once_it_is_tuned_and_as_it_was_chosen():
+    todo = list(jobs.jobs("sst2", []))
+    assert {job.phase for job in todo} == {"tuning"} and len(todo) == len(set(todo)) == 210
+    assert [job.setting for job in todo[::6]][:5] == ["all-2", "qkv", "mlp", "lower", "upper"]
+    tuned = [made(job) for job in todo]
+    final = [job for job in jobs.jobs("sst2", tuned) if job.phase == "final"]
+    assert len(final) == 29 * 8 == len(set(final))
+    order = [(job.setting, job.seed) for job in final]
+    pairs, others = [("all-2", "qkv"), ("mlp", "lower", "upper")], ("all-2", "qkv", "mlp", "lower", "upper")
+    first = [(name, seed) for names in pairs for seed in plan.SEEDS[:5] for name in names]
+    assert order[:40] == first + [(name, seed) for seed in plan.SEEDS[5:] for name in others]
+    assert {job.rate for job in final if job.setting not in ("full",)} == {3e-3}
+    assert jobs.chosen("sst2", plan.SETTINGS[0], tuned[1:]) is None
+    full = next(setting for setting in plan.SETTINGS if setting.name == "full")
+    assert jobs.chosen("sst2", full, tuned).edges == ("rate",)
+    level = [{**row, "tuning": 0.5} for row in tuned]
+    assert jobs.chosen("sst2", plan.SETTINGS[0], level).rate == 1e-3  # the lower one on a tie
+
+
+def test_a_run_that_is_killed_is_made_again_to_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "SEEDS", (1, 2))
+    wanted, path, whole = ("all-2", "qkv"), tmp_path / "killed" / runs.NAME, tmp_path / "whole" / runs.NAME
+    path.parent.mkdir()
+    whole.parent.mkdir()
+    jobs.work("sst2", whole, made, math.inf, wanted)
+
+    def slow(job):
+        time.sleep(0.02)
+        return made(job)
+
+    for count in (1, 8, 13):  # in tuning, in tuning, in the runs after it
+        child = os.fork()
+        if child == 0:
+            jobs.work("sst2", path, slow, math.inf, wanted)
+            os._exit(0)
+        while len(runs.read(path)) < count:
+            time.sleep(0.005)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert count <= len(runs.read(path)) < 16
+    jobs.work("sst2", path, made, math.inf, wanted)
+    assert runs.read(path) == runs.read(whole) and len(runs.read(whole)) == 2 * 6 + 2 * 2
+
+
+def test_two_processes_make_each_run_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "SEEDS", (1, 2))
+    path, log = tmp_path / runs.NAME, tmp_path / "log"
+
+    def noted(job):
+        with log.open("a") as file:
+            file.write(f"{job}\n")
+        time.sleep(0.01)
+        return made(job)
+
+    children = [os.fork() for _ in range(1)]
+    jobs.work("sst2", path, noted, math.inf, ("all-2", "qkv"))
+    if children == [0]:
+        os._exit(0)
+    assert os.waitpid(children[0], 0)[1] == 0
+    lines = log.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == len(runs.read(path)) == 16
+
+
+def test_no_run_is_begun_after_the_end(tmp_path):
+    jobs.work("sst2", tmp_path / runs.NAME, made, time.time() - 1, ("all-2",))
+    assert runs.read(tmp_path / runs.NAME) == []
+
+
+def test_a_run_has_a_process_of_its_own():
+    before = bytearray(64 << 20)
+    found = jobs.apart(lambda: {"pid": os.getpid(), "sum": sum(bytearray(b"\1") * (32 << 20))})
+    assert found["pid"] != os.getpid() and found["sum"] == 32 << 20 and len(before)
+    assert found["cpu_seconds"] > 0 and found["peak_mib"] > 32
+    with pytest.raises(RuntimeError, match="a run ended with status 1"):
+        jobs.apart(lambda: {}["none"])
 
 
 def test_intervals_and_tests_against_known_values():
@@ -132,57 +297,113 @@ def test_intervals_and_tests_against_known_values():
     test = paired([2.0, 4.0], [1.0, 1.0])
     assert test["mean"] == 2.0 and test["p"] == pytest.approx(1 - 2 * math.atan(2.0) / math.pi)
     assert paired([1.0, 2.0], [1.0, 2.0])["p"] is None
+    # Two one-sided tests of a mean 2 with error 1 within 3: t = 1, one-sided 1/2 - atan(1) / pi = 1/4.
+    assert equivalence([2.0, 4.0], [1.0, 1.0], 3.0) == pytest.approx(0.25)
+    assert equivalence([1.0, 1.0], [2.0, 4.0], 3.0) == pytest.approx(0.25)
+    assert equivalence([2.0, 4.0], [1.0, 1.0], 1.0) == pytest.approx(0.75)
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": None}) == {"a": 0.03, "b": 0.06, "c": 0.06, "d": None}
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": None}, 4) == {"a": 0.04, "b": 0.09, "c": 0.09, "d": None}
 
 
-def result(method, seed, accuracy):
-    ranks = {"bert.encoder.layer.0.attention.self.query": 8} if method != "head" else {}
-    counts = {"adapters": 8 * 768 * bool(ranks), "head": 770, "other": 0}
-    fixed = dict(ece=0.1, step_cpu_seconds=1.0, setup_cpu_seconds=0.0, parameters=counts, ranks=ranks)
-    settings = {"sentences": 8000, "batch": 32, "rank": 8}
-    return dict(method=method, seed=seed, accuracy=accuracy, settings=settings, environment={"cpu": "x"}, **fixed)
+def test_what_is_said_of_a_comparison():
+    found = {"mean": 0.01, "p": 0.001, "p_holm": 0.01, "equivalent_p": 0.9}
+    assert verdict(found, "higher", 0.005) == "higher, as expected"
+    assert verdict(found, "lower", 0.005) == verdict(found, "equal", 0.005) == "higher, against what was expected"
+    assert verdict({**found, "mean": -0.01}, "lower", 0.005) == "lower, as expected"
+    assert verdict({**found, "p_holm": 0.06}, "higher", 0.005) == "could not be told"
+    assert verdict({**found, "p_holm": 0.06, "equivalent_p": 0.04}, "higher", 0.005) == "equivalent"
+    same = {"mean": 0.0, "p": None, "p_holm": None, "equivalent_p": None}
+    assert verdict(same, "equal", 0.005) == "equivalent"
+    assert verdict({**same, "mean": 0.1}, "equal", 0.005) == "could not be told"
+    assert verdict(None, "equal", 0.005) == "not run"
 
 
-def test_the_reading_claims_what_the_tests_show():
+def test_the_page_claims_what_the_tests_show(tmp_path):
     pytest.importorskip("scipy")
-    noise = [0.0, 0.004, -0.003, 0.002, -0.001]
-    found = {"lora": {s: result("lora", s, 0.8 + noise[s]) for s in range(5)}}
-    found["head"] = {s: result("head", s, 0.7 + noise[-s]) for s in range(5)}
-    found["fc"] = {s: result("fc", s, 0.8 + noise[-1 - s]) for s in range(5)}
-    text = markdown(analyse(found), [])
-    assert "head only: -10.00" in text and "**worse**" in text
-    assert "FC-LoRA: +0.00" in text and "no difference from uniform LoRA shown" in text and "**better**" not in text
+    pytest.importorskip("matplotlib")
+    gain = {"qkv": -0.05, "mlp": 0.03}
+    wanted = ("all-2", "qkv", "mlp", "lower", "upper")
+    rows = all_rows(gain, seeds=6, wanted=wanted)
+    rows.append({**made(Job("sst2", "tuning", "all-1", 1e-3, 0.0, 100)), "diverged": True})
+    write_report(rows, tmp_path, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "- `qkv` (uniform rank 6 over query, key and value: as many parameters) minus `all-2`: -5" in text
+    assert "lower, as expected" in text and "higher, against what was expected" in text and "equivalent" in text
+    assert "SST-2, how many: `norm-1` against `all-1`" in text and "- CoLA: nothing of it." in text
+    assert "`all-1` at 0.001, seed 100 (tuning)" in text
+    assert 'adapt all linears (`target_modules="all-linear"`) rather than query' in text
+    assert "Differences vary from seed to seed" in text and "only effects that are" not in text
+    wild = [{**row, "score": row["score"] + 0.02 * math.sin(row["seed"]) * (row["setting"] == "qkv")}
+            for row in rows if row["phase"] == "final"]  # fmt: skip
+    wild += [row for row in rows if row["phase"] == "tuning"]
+    assert "only effects that are" in markdown(analyse(wild))
+    assert "no score of importance has been shown to do better" in text
+    assert (tmp_path / "sst2_effects.png").stat().st_size > 5000 and (tmp_path / "sst2_accuracy.png").exists()
+    found = {row["setting"]: row for row in analyse(rows)["data"]["sst2"]["comparisons"] if row["against"] == "all-2"}
+    assert found["qkv"]["found"]["p_holm"] == pytest.approx(7 * found["qkv"]["found"]["p"])  # not run ones count
+    assert found["mlp"]["found"]["p_holm"] == pytest.approx(30 * found["mlp"]["found"]["p"], rel=0.1)
+    told = markdown(analyse(all_rows({"norm": 0.02}, wanted=("all-2", "norm"))))
+    assert "- Nothing on all linears against query, key and value" in told
+    assert "- Ranks by `norm` did better than uniform ones." in told
+    few = analyse(all_rows(gain, seeds=3, wanted=wanted))["data"]["sst2"]["comparisons"]
+    assert {row["verdict"] for row in few} == {"not run"}
+
+
+def test_a_run_of_another_rate_is_no_run_of_the_choice():
+    pytest.importorskip("scipy")
+    rows = all_rows(wanted=("all-2", "qkv"))
+    other = [{**row, "rate": 1e-2, "score": 0.0} for row in rows if row["phase"] == "final"]
+    assert analyse(rows + other)["data"]["sst2"]["settings"] == analyse(rows)["data"]["sst2"]["settings"]
+
+
+def test_the_committed_page_is_what_the_runs_say():
+    pytest.importorskip("scipy")
+    from benchmarks.experiment.__main__ import DEFAULT_OUT, PAGE
+    from benchmarks.harness import result_files
+
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == markdown(result_files.read(DEFAULT_OUT / "results.json"))
+    assert page == markdown(json.loads(json.dumps(analyse(runs.read(DEFAULT_OUT / runs.NAME)))))
+
+
+def lines_of(path):
+    return path.read_text().splitlines(keepends=True)
 
 
 def test_a_run_is_a_whole_line_or_not_there(tmp_path):
     path = tmp_path / "new" / runs.NAME
-    one = result("lora", 0, 0.8)
-    with pytest.raises(TypeError):
-        runs.add(path, {**one, "bad": object()})
+    one, two, three = (made(Job("sst2", "tuning", "qkv", 1e-3, 0.0, seed)) for seed in (100, 101, 102))
+    for bad in (object(), math.nan):
+        with pytest.raises((TypeError, ValueError)):
+            runs.add(path, {**one, "bad": bad})
     assert not path.exists() and runs.read(path) == []
-    runs.add(path, one)
-    runs.add(path, result("fc", 1, 0.7))
-    runs.add(path, result("fc", 0, 0.6))
+    for row in (one, two, three):
+        runs.add(path, row)
     with pytest.raises(TypeError):
         runs.add(path, {**one, "bad": object()})
     assert [p.name for p in path.parent.iterdir()] == [runs.NAME]
-    assert [(r["method"], r["seed"]) for r in map(json.loads, lines_of(path))] == [("lora", 0), ("fc", 1), ("fc", 0)]
-    found = runs.by_method(runs.read(path), ["fc", "lora", "head"])
-    assert {name: list(seeds) for name, seeds in found.items()} == {"fc": [0, 1], "lora": [0]}
-    runs.add(path, result("fc", 1, 0.9))  # made again: in place of the old one
-    assert len(lines_of(path)) == 3 and runs.by_method(runs.read(path), ["fc"])["fc"][1]["accuracy"] == 0.9
+    assert list(map(json.loads, lines_of(path))) == [one, two, three]
+    runs.add(path, {**two, "tuning": 0.1})  # made again: in place of the old one
+    assert len(lines_of(path)) == 3 and runs.read(path)[-1]["tuning"] == 0.1
 
 
 def test_runs_of_processes_side_by_side_are_all_kept(tmp_path):
     path = tmp_path / runs.NAME
     with ThreadPoolExecutor(8) as pool:  # a lock on an open file holds between threads as between processes
-        list(pool.map(lambda seed: runs.add(path, result("lora", seed, 0.5)), range(40)))
+        list(pool.map(lambda seed: runs.add(path, made(Job("sst2", "final", "qkv", 1e-3, 0.0, seed))), range(40)))
     assert sorted(r["seed"] for r in runs.read(path)) == list(range(40))
 
 
-def test_runs_of_different_settings_are_not_read_together(tmp_path):
+@pytest.mark.parametrize("field", ["settings", "splits"])
+def test_runs_of_different_settings_or_splits_are_not_read_together(tmp_path, field):
     path = tmp_path / runs.NAME
-    other = {**result("fc", 1, 0.7), "settings": {"sentences": 1}}
-    path.write_text("".join(json.dumps(each) + "\n" for each in (result("lora", 0, 0.8), other)))
-    with pytest.raises(ValueError, match="fc seed 1 and lora seed 0 were made with different settings"):
+    one, other = made(Job("sst2", "final", "qkv", 1e-3, 0.0, 1)), made(Job("sst2", "final", "mlp", 1e-3, 0.0, 2))
+    cola = {**made(Job("cola", "final", "qkv", 1e-3, 0.0, 1)), "settings": {"sentences": 5}}
+    path.write_text("".join(json.dumps(each) + "\n" for each in (one, cola)))
+    assert len(runs.read(path)) == 2
+    runs.check([one], "sst2", {"sentences": 8}, plan.FINGERPRINTS["sst2"], path)
+    with pytest.raises(ValueError, match=f"was made with other {field}"):
+        runs.check([{**one, field: {"sentences": 1}}], "sst2", {"sentences": 8}, plan.FINGERPRINTS["sst2"], path)
+    path.write_text("".join(json.dumps(each) + "\n" for each in (one, {**other, field: {"sentences": 1}})))
+    with pytest.raises(ValueError, match=f"mlp seed 2 and qkv seed 1 were made with different {field}"):
         runs.read(path)

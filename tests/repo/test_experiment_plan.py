@@ -105,6 +105,9 @@ def test_the_plan_holds_together():
     assert all(len(s.rates) == 3 and len(s.penalties) in (1, 3) for s in plan.SETTINGS)
     assert all(plan.HELD_OUT[name] >= shares.fewest for name, shares in splits.SHARES.items())
     assert plan.HELD_OUT["sst2"] >= 20_000
+    assert sorted(plan.ORDER) == sorted(hypothesis.name for hypothesis in plan.HYPOTHESES)
+    assert [len(comparisons) for comparisons in plan.in_order("cola")] == [1] * 7
+    assert sorted(c for part in plan.in_order("sst2") for c in part) == sorted(plan.COMPARISONS)
     assert all(count % plan.BATCH == 0 for count in plan.TRAINED.values())
 
 
@@ -215,11 +218,16 @@ def test_the_committed_table_is_what_the_command_makes(power, tmp_path):
     assert made.keys() == kept.keys() and len(made["rows"]) == len(kept["rows"]) > 0
     for one, other in zip(made["rows"], kept["rows"], strict=True):
         assert one == pytest.approx(other, abs=2e-3)
-    first = kept["rows"][0]
-    assert (first["spread"], first["sentences"], first["seeds"]) == ("measured", 872, 5)
-    assert f"an effect of {first['one']:.1f} points with power 80 %" in (ROOT / "docs" / "methods.md").read_text(
-        "utf-8"
+    at = {(r["data"], r["spread"], r["sentences"], r["seeds"]): r for r in kept["rows"]}
+    planned = [at["sst2", "upper", plan.HELD_OUT["sst2"], seeds]["primary"] for seeds in (8, 6, 5, 4)]
+    pilot = at["sst2", "measured", plan.DEV["sst2"], 5]["one"]
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert f"finds an effect of {pilot:.1f} points with power 80 %" in page
+    (upper,) = (s for s in kept["spreads"] if (s["data"], s["spread"]) == ("sst2", "upper"))
+    assert plan.SPREAD == pytest.approx(
+        (upper["seed"] ** 2 + upper["rest"] ** 2 / plan.HELD_OUT["sst2"]) ** 0.5, abs=0.005
     )
+    assert plan.FOUND == "{:.2f} points with 8 seeds, {:.2f} with 6, {:.2f} with 5, {:.2f} with 4".format(*planned)
     assert (RESULTS / "power.md").read_text(encoding="utf-8") == power.markdown(kept)
 
 
