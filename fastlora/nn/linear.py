@@ -167,10 +167,8 @@ class Adapted(nn.Module):
 
     def empty(self, *shape: int) -> Tensor:
         """A factor of rank 0."""
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # it may be kept, and then be saved by a graph
-                return self.weight.new_empty(shape)
-        return self.weight.new_empty(shape)
+        with torch.inference_mode(False):  # it may be kept, and then be saved by a graph
+            return self.weight.new_empty(shape)
 
     def delta(self, adapter: str | None = None) -> Tensor:
         """``s B A`` of the whole weight [N, K], of the active adapter unless named, in fp32 (float64 for float64)."""
