@@ -101,9 +101,7 @@ GROUP = rows(("gloo", "process_group: expected 'auto', None or a process group, 
              (3, "process_group: expected", TYPE))  # fmt: skip
 LORA = {
     "r": rows(
-        (0, "r: expected an integer >= 1, got 0"),
-        (2.0, "r: expected an integer", TYPE),
-        (9, "r: expected at most .* = 8"),
+        (0, "r: expected an integer >= 1"), (2.0, "r: expected an integer", TYPE), (9, "r: expected at most .* = 8")
     ),
     "lora_alpha": rows((NAN, "lora_alpha: expected a finite number"), (True, "lora_alpha: expected a finite", TYPE)),
     "lora_dropout": rows((1.0, "lora_dropout: expected a probability >= 0 and < 1"), (-0.1, "lora_dropout: expected")),
