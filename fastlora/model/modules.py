@@ -95,6 +95,7 @@ ATTENTION = (
 MLP = (
     ("fc1", "fc2"),
     ("fc1_g", "fc1_x", "fc2"),
+    ("fc_1", "fc_2", "proj"),
     ("linear1", "linear2"),
     ("linear_fc1", "linear_fc2"),
     ("gate_proj", "up_proj", "down_proj"),
