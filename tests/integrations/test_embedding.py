@@ -157,12 +157,12 @@ def test_fsdp1_around_each_layer_or_factor_is_refused_by_name(tmp_path):
 def test_the_page_says_what_ran_and_what_did_not():
     """With the versions that are here, if they are."""
     rows = dict(re.findall(r"^\| ([\w-]+) (\d[\w.]*) \|", PAGE, re.MULTILINE))
-    named = "accelerate lightning sentence-transformers open-clip-torch bitsandbytes torchao"
+    named = "accelerate lightning sentence-transformers open-clip-torch bitsandbytes torchao deepspeed trl litgpt"
     assert set(named.split()) <= set(rows)
     for name, version in rows.items():
         try:
             assert importlib.metadata.version(name).partition("+")[0] == version
         except importlib.metadata.PackageNotFoundError:
             continue
-    for name in ("TRL", "DeepSpeed", "Ray Train", "LitGPT", "Liger", "Opacus", "ONNX"):
+    for name in ("Ray Train", "Liger", "Opacus", "ONNX"):
         assert name in PAGE.partition("## What was run with it")[2]
