@@ -116,16 +116,48 @@ def test_trls_sft_trainer(tmp_path):
     torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
 
 
-def test_opacus_says_that_it_has_no_gradients_by_sample():
-    """Its hooks see the inputs of modules that hold parameters, and modules of factors have none."""
-    opacus = pytest.importorskip("opacus")
-    model = fastlora.inject(nn.Sequential(nn.Linear(8, 4)), fastlora.LoraConfig(r=2, target_modules=["0"]))
-    optimizer = torch.optim.SGD(fastlora.param_groups(model), lr=0.1)
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 8)), batch_size=4)
-    model, optimizer, data = opacus.PrivacyEngine().make_private(
-        module=model, optimizer=optimizer, data_loader=data, noise_multiplier=1.0, max_grad_norm=1.0
-    )
-    (x,) = next(iter(data))
-    model(x).square().mean().backward()
-    with pytest.raises(ValueError, match="Per sample gradient is not initialized"):
+class TestOpacus:
+    def make(self, **mode):
+        opacus = pytest.importorskip("opacus")
+        torch.manual_seed(0)
+        config = fastlora.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        model = fastlora.inject(nn.Sequential(nn.Linear(8, 4)), config)
+        optimizer = torch.optim.SGD(fastlora.param_groups(model, lr_lora=0.1))
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(4, 8)), batch_size=4)
+        private, optimizer, _ = opacus.PrivacyEngine().make_private(
+            module=model, optimizer=optimizer, data_loader=data, noise_multiplier=0.0, max_grad_norm=0.1,
+            poisson_sampling=False, **mode,
+        )  # fmt: skip
+        return model, private, optimizer
+
+    def test_gradients_by_sample_come_from_torch_func(self):
+        """p <- p - lr / 4 sum_i g_i min(1, C / ||g_i||), with the noise left out."""
+        model, _, optimizer = self.make(grad_sample_mode="no_op")
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        before = {name: p.detach().clone() for name, p in trained.items()}
+
+        def loss(parameters, x):
+            return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+        samples = torch.randn(4, 8)
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(before, samples)
+        for name, p in trained.items():
+            p.grad_sample = found[name]
         optimizer.step()
+        expected = {name: torch.zeros_like(p) for name, p in before.items()}
+        for x in samples:
+            leaves = {name: p.clone().requires_grad_() for name, p in before.items()}
+            grads = dict(zip(leaves, torch.autograd.grad(loss(leaves, x), list(leaves.values())), strict=True))
+            norm = torch.stack([g.norm() for g in grads.values()]).norm()
+            for name, g in grads.items():
+                expected[name] += g * min(1.0, 0.1 / (float(norm) + 1e-6))
+        for name, p in trained.items():
+            assert not torch.equal(expected[name], torch.zeros_like(p))
+            torch.testing.assert_close(p.detach(), before[name] - 0.1 / 4 * expected[name])
+
+    def test_its_hooks_say_that_they_have_none(self):
+        """They see the inputs of modules that hold parameters, and modules of factors have none."""
+        _, private, optimizer = self.make()
+        private(torch.randn(4, 8)).square().mean().backward()
+        with pytest.raises(ValueError, match="Per sample gradient is not initialized"):
+            optimizer.step()
