@@ -1,4 +1,4 @@
-"""Peak memory of a step: statistics of a frozen weight without its gradient."""
+"""Peak memory: of a step with statistics of a frozen weight, and of a start from its gradient."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from .harness import memory
+from .harness import lora_ga, memory
 
 # What has to run for the check; the other rows are for the report.
 CHECKED = ("naive", "fastlora", "exact")
@@ -27,3 +27,17 @@ def test_peak_memory(benchmark, record):
         rows = [{"variant": name, **found[name]} for name in memory.VARIANTS]
         record({"kind": "memory", "model": s.model, "rows_of_x": s.rows, "width": s.width, "outputs": s.outputs,
                 "rank": s.rank, "gradient": memory.GRADIENT_BYTES, "rows": rows})  # fmt: skip
+
+
+@pytest.mark.skipif(memory.supported() is not None, reason=str(memory.supported()))
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed: nothing to compare with")
+@pytest.mark.benchmark(group="memory")
+def test_peak_memory_of_lora_ga(benchmark, record):
+    """LoRA-GA adds less than the gradients of the weights, which PEFT's keeps all at once."""
+    found = {"peft": lora_ga.measured("peft")}
+    found["fastlora"] = benchmark.pedantic(lora_ga.measured, ("fastlora",), rounds=1)
+    assert found["fastlora"] < lora_ga.GRADIENTS_BYTES <= found["peft"], found
+    if not benchmark.disabled:
+        record({"kind": "lora_ga", "model": f"{lora_ga.DEPTH} matrices {lora_ga.WIDTH} x {lora_ga.WIDTH}",
+                "rank": lora_ga.RANK, "gradients": lora_ga.GRADIENTS_BYTES,
+                "rows": [{"variant": name, "peak": found[name]} for name in lora_ga.VARIANTS]})  # fmt: skip

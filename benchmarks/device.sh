@@ -47,7 +47,7 @@ step_build() {
 step_sweep() {
     # Copy $out/tiling.py over kernels/tiling.py to keep what was measured.
     cp kernels/tiling.py "$out/tiling.py"
-    within 150 "$python" -P -W ignore -m device.sweep --seconds 60 --output "$out" --write "$out/tiling.py" || return 1
+    within 150 "$python" -P -W ignore -m device.sweep --seconds 130 --output "$out" --write "$out/tiling.py" || return 1
     cp "$out/tiling.py" "$(run -c 'import fastlora.kernels.tiling as t; print(t.__file__)')"
 }
 

@@ -1,34 +1,26 @@
 // The autograd node of an adapted group: a direction that has a native call takes no Python on its way.
 #include <ATen/TracerMode.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
-#include <array>
-#include <atomic>
-
+#include "group.h"
 #include "plan.h"
-
-namespace py = pybind11;
 
 namespace fastlora::node {
 namespace {
 
-using at::Tensor;
-using Tensors = std::vector<Tensor>;
-using torch::autograd::AutogradContext;
+using torch::autograd::Node;
 using torch::autograd::variable_list;
-
-// What a backward is asked for, a bit each.
-enum Need : unsigned { kX = 1, kA = 2, kB = 4, kZ = 8, kNeeds = 16 };
 
 const plan::Registry* registry = nullptr;
 
@@ -57,6 +49,9 @@ Tensors run_plan(int64_t cache, int64_t variant, Tensors& inputs) {
   return found;
 }
 
+// Whether tensors may have tangents.
+bool forward_mode() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
+
 // Whether only the dispatcher knows what is in a tensor.
 bool wrapped(const Tensor& t) {
   static const c10::DispatchKeySet kept(
@@ -65,172 +60,39 @@ bool wrapped(const Tensor& t) {
   return !(t.key_set() & kept).empty();
 }
 
-// The plans of calls that differ in nothing but their tensors, by number; -1: there is none.
-struct Plans {
-  std::atomic<int64_t> cache{-1}, forward{-1};
-  std::array<std::atomic<int64_t>, kNeeds> backward;
-
-  Plans() { forget(); }
-  void forget() {
-    forward = -1;
-    for (auto& variant : backward) variant = -1;
+// [dx, *dA, *dB, *dZ, *dV] by Python's backward.
+variable_list by_python(const py::object& owner, const py::object& rest, const std::vector<bool>& needs,
+                        const variable_list& dy, const variable_list& saved) {
+  const py::gil_scoped_acquire gil;
+  try {
+    const py::list found = owner.attr("differentiated")(rest, needs, dy, saved);
+    variable_list grads;
+    for (const py::handle& grad : found) grads.push_back(grad.is_none() ? Tensor() : grad.cast<Tensor>());
+    return grads;
+  } catch (py::error_already_set& error) {
+    // The engine may pass it to another thread.
+    error.restore();
+    python_error kept;
+    kept.persist();
+    throw kept;
   }
-  void keep(int64_t number, int64_t need, int64_t variant) {
-    if (cache.exchange(number) != number) forget();
-    (need < 0 ? forward : backward.at(static_cast<size_t>(need))) = variant;
-  }
-};
+}
 
-// Tensors that somebody in Python keeps. A reference from here would hide cycles from Python's collector, and stand in
-// the way of ``torch.utils.swap_tensors``.
-struct Borrowed {
-  std::vector<PyObject*> objects;
-
-  explicit Borrowed(const py::sequence& owner) {
-    for (const py::handle item : owner) {
-      if (!item.is_none() && !THPVariable_Check(item.ptr())) throw py::type_error("expected tensors");
-      objects.push_back(item.ptr());
-    }
-  }
-  size_t size() const { return objects.size(); }
-  const Tensor& operator[](size_t i) const { return THPVariable_Unpack(objects[i]); }
-  bool has(size_t i) const { return objects[i] != Py_None; }
-  void append_to(Tensors& out) const {
-    for (size_t i = 0; i < size(); ++i) {
-      if (has(i)) out.push_back((*this)[i]);
-    }
-  }
-  Tensors tensors() const {
-    Tensors out;
-    out.reserve(size());
-    append_to(out);
-    return out;
-  }
-};
-
-// The tensors of a group that are there before its input is: those of a ``BoundCall``, which each ``Call`` keeps.
-struct Group {
-  Borrowed W, bias, A, B, counted;
-  std::vector<int64_t> outputs, columns, streams;
-  std::vector<double> scales;
-
-  Group(const py::sequence& weights, const py::sequence& biases, const py::sequence& a, const py::sequence& b,
-        const py::sequence& versioned, std::vector<int64_t> output_of, std::vector<int64_t> column_of,
-        std::vector<double> scale_of, std::vector<int64_t> stream_of)
-      : W(weights),
-        bias(biases),
-        A(a),
-        B(b),
-        counted(versioned),
-        outputs(std::move(output_of)),
-        columns(std::move(column_of)),
-        streams(std::move(stream_of)),
-        scales(std::move(scale_of)) {}
-
-  bool trains_base() const {
-    for (const Borrowed* part : {&W, &bias}) {
-      for (size_t i = 0; i < part->size(); ++i) {
-        if (part->has(i) && (*part)[i].requires_grad()) return true;
-      }
-    }
-    return false;
-  }
-
-  // [*y, h, *moments]; nothing where the native library has no such call. seed: of dropout with probability p.
-  Tensors forward(const Tensor& x, const std::optional<Tensor>& P, bool moments, const std::optional<Tensor>& seed,
-                  double p) const {
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastlora::linear_lora_forward", "");
-    std::vector<std::optional<Tensor>> biases(bias.size());
-    for (size_t i = 0; i < bias.size(); ++i) {
-      if (bias.has(i)) biases[i] = bias[i];
-    }
-    c10::Stack stack{x,       W.tensors(), std::move(biases), A.tensors(), P, B.tensors(), outputs,
-                     columns, scales,      moments,           seed,        p, streams};
-    op.callBoxed(stack);
-    return stack[0].toTensorVector();
-  }
-
-  Tensors backward(const variable_list& dy, const Tensor& x, const Tensor& h, const Tensors& a, const Tensors& b,
-                   int64_t probes, unsigned need, const std::optional<Tensor>& seed, double p) const {
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fastlora::linear_lora_backward", "");
-    c10::Stack stack{dy,
-                     x,
-                     h,
-                     W.tensors(),
-                     a,
-                     b,
-                     outputs,
-                     columns,
-                     scales,
-                     need & kZ ? probes : int64_t{0},
-                     (need & kX) != 0,
-                     (need & kA) != 0,
-                     (need & kB) != 0,
-                     seed,
-                     p,
-                     streams};
-    op.callBoxed(stack);
-    Tensors found = stack[0].toTensorVector();
-    if (!found.empty() && !(need & kX)) found.insert(found.begin(), Tensor());
-    return found;
-  }
-};
-
-// How many graphs there are whose backward has not run.
-struct Pending {
-  std::atomic<int64_t> count{0};
-};
-using Counters = std::array<std::shared_ptr<Pending>, 2>;  // each may be null
-
-// Whether what was looked up is still what would be found: values of dicts, dicts that are empty or have no
-// ``forward``, and weights, which stay the same objects when they are moved or cast. Its owner keeps the lists.
-struct Guard {
-  py::handle places, keys, values, empty, without;
-  Borrowed weights;
-  std::vector<at::TensorOptions> options;
-
-  Guard(const py::list& in, const py::list& by, const py::list& what, const py::list& nothing,
-        const py::list& attributes, const py::list& frozen)
-      : places(in), keys(by), values(what), empty(nothing), without(attributes), weights(frozen) {
-    for (size_t i = 0; i < weights.size(); ++i) options.push_back(weights[i].options());
-  }
-
-  bool holds() const {
-    static PyObject* const forward = PyUnicode_InternFromString("forward");
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(places.ptr()); ++i) {
-      if (PyDict_GetItem(PyList_GET_ITEM(places.ptr(), i), PyList_GET_ITEM(keys.ptr(), i)) !=
-          PyList_GET_ITEM(values.ptr(), i)) {
-        return false;
-      }
-    }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(empty.ptr()); ++i) {
-      if (PyObject_Length(PyList_GET_ITEM(empty.ptr(), i)) != 0) return false;
-    }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(without.ptr()); ++i) {
-      if (PyDict_Contains(PyList_GET_ITEM(without.ptr(), i), forward) != 0) return false;
-    }
-    for (size_t i = 0; i < weights.size(); ++i) {
-      if (weights[i].dtype() != options[i].dtype() || weights[i].device() != options[i].device()) return false;
-    }
-    return true;
-  }
-};
-
-// One call of a group: what its backward takes beside saved tensors.
-struct Call : torch::CustomClassHolder {
+// One call of a group in the graph. Edges: to x, A, B, and to Z and V where no factor has a gradient.
+struct LoRA : Node {
   std::shared_ptr<const Group> group;
+  Tensors counted;  // Z and V without an edge, whose ``.grad`` a backward adds to as AccumulateGrad does: an edge costs
+                    // more than what flows through it
   std::shared_ptr<Plans> plans;  // null: by the library's whole call or by Python
   py::object owner, rest;        // what Python's backward is for, where no native call does it
-  Tensors out;                   // [*y, h, *moments], until they are saved
   Tensors more;                  // what a plan takes beside the tensors of every call, or the seed of dropout
-  std::vector<int64_t> versions;
   size_t leaves = 0, moments = 0;
   int64_t probes = 0;
   double p = 0.0;
   bool whole = false;
 
-  Call() = default;
-  ~Call() override {
+  LoRA() = default;
+  ~LoRA() override {
     finish();
     if (Py_IsInitialized() == 0) {  // the process ends, and what is left of Python with it
       owner.release();
@@ -247,6 +109,48 @@ struct Call : torch::CustomClassHolder {
       if (counter) ++counter->count;
     }
   }
+
+  // ``kept``: x, h, moments, A, B.
+  void save(const Tensors& kept) {
+    saved_.reserve(kept.size());
+    for (const Tensor& t : kept) saved_.emplace_back(t, /*is_output=*/false);
+    versions_.reserve(group->counted.size());
+    for (size_t i = 0; i < group->counted.size(); ++i) {
+      versions_.push_back(version_of(group->counted[i]));
+    }
+  }
+
+  void will_release_variables() override { last_ = true; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    saved_.clear();
+    freed_ = true;
+  }
+
+  variable_list apply(variable_list&& dy) override {
+    finish();
+    if (std::none_of(dy.begin(), dy.end(), [](const Tensor& g) { return g.defined(); })) {
+      return variable_list(num_outputs());
+    }
+    Tensors saved = unpacked();
+    check_versions();
+    const std::vector<bool> needs = needed();
+    variable_list result = differentiated(needs, dy, saved);
+    if (counted.empty()) return result;
+    for (size_t i = 0; i < moments; ++i) saved[2 + i].reset();
+    count(needs, {std::make_move_iterator(result.begin() + num_outputs()), std::make_move_iterator(result.end())});
+    result.resize(num_outputs());
+    return result;
+  }
+
+ private:
+  std::vector<torch::autograd::SavedVariable> saved_;
+  std::vector<std::pair<const void*, int64_t>> versions_;  // of ``Group::counted``, and which tensors they were
+  Counters pending_;
+  std::atomic<bool> finished_{false};
+  bool freed_ = false, last_ = false;
+
   void finish() {
     if (finished_.exchange(true)) return;
     for (const auto& counter : pending_) {
@@ -254,118 +158,110 @@ struct Call : torch::CustomClassHolder {
     }
   }
 
+  Tensors unpacked() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!freed_, torch::autograd::ERR_BACKWARD_TWICE);
+    Tensors out;
+    out.reserve(saved_.size());
+    for (const auto& kept : saved_) out.push_back(kept.unpack(getptr()));
+    // What nobody else refers to becomes a gradient without a copy.
+    for (size_t i = 0; last_ && i < moments; ++i) saved_[2 + i].reset_data();
+    return out;
+  }
+
+  // Which gradients are asked for, of x, A, B, Z and V. What is counted without an edge counts as a leaf that was not
+  // named does: in every backward to which no inputs were given.
+  std::vector<bool> needed() const {
+    const auto* const named = torch::autograd::get_current_graph_task_exec_info();
+    std::vector<bool> needs(num_outputs() + counted.size());
+    for (size_t i = 0; i < num_outputs(); ++i) needs[i] = task_should_compute_output(i);
+    for (size_t i = 0; i < counted.size(); ++i) {
+      needs[num_outputs() + i] = named != nullptr && named->empty() && counted[i].requires_grad();
+    }
+    return needs;
+  }
+
+  // [dx, *dA, *dB, *dZ, *dV]
+  variable_list differentiated(const std::vector<bool>& needs, const variable_list& dy, const Tensors& saved) const {
+    const size_t factors = group->A.size();
+    const auto any = [&](size_t start, size_t size, unsigned bit) {
+      const auto first = needs.begin() + static_cast<std::ptrdiff_t>(start);
+      const auto last = first + static_cast<std::ptrdiff_t>(size);
+      return std::find(first, last, true) == last ? 0u : bit;
+    };
+    const unsigned need =
+        any(0, 1, kX) | any(1, factors, kA) | any(1 + factors, factors, kB) | any(1 + 2 * factors, leaves, kZ);
+    const auto known = [](const Tensor& t) { return t.defined() && !wrapped(t); };
+    const bool plain = !at::GradMode::is_enabled() && !forward_mode() && std::all_of(dy.begin(), dy.end(), known) &&
+                       std::all_of(saved.begin(), saved.end(), known);
+    Tensors found;
+    if (plain) found = natively(dy, saved, need);
+    if (found.empty()) return by_python(owner, rest, needs, dy, saved);
+    variable_list result;
+    result.reserve(needs.size());
+    auto next = std::make_move_iterator(found.begin());
+    result.push_back(*next++);
+    for (const auto& [bit, size] : {std::pair<unsigned, size_t>{kA, factors}, {kB, factors}, {kZ, leaves}}) {
+      for (size_t i = 0; i < size; ++i) result.push_back(need & bit ? *next++ : Tensor());
+    }
+    result.insert(result.end(), saved.begin() + 2, saved.begin() + 2 + static_cast<std::ptrdiff_t>(moments));
+    return result;
+  }
+
+  // Add gradients of ``counted`` to what is there; several threads may have a leaf in common.
+  void count(const std::vector<bool>& needs, Tensors grads) const {
+    static std::mutex adding;
+    const std::lock_guard<std::mutex> lock(adding);
+    for (size_t i = 0; i < counted.size(); ++i) {
+      if (!grads[i].defined() || !needs[num_outputs() + i]) continue;
+      const Tensor& leaf = counted[i];
+      TORCH_CHECK(grads[i].sizes() == leaf.sizes() && grads[i].dtype() == leaf.dtype(), "expected a gradient of ",
+                  leaf.sizes(), ", got ", grads[i].sizes());
+      torch::autograd::AccumulateGrad::accumulateGrad(leaf, leaf.mutable_grad(), grads[i], 1,
+                                                      [&](Tensor&& grad) { leaf.mutable_grad() = std::move(grad); });
+    }
+  }
+
+  static std::pair<const void*, int64_t> version_of(const Tensor& t) { return {t.unsafeGetTensorImpl(), t._version()}; }
+
   void check_versions() const {
-    for (size_t i = 0; i < versions.size(); ++i) {
-      if (static_cast<int64_t>(group->counted[i]._version()) == versions[i]) continue;
-      TORCH_CHECK(false,
+    for (size_t i = 0; i < versions_.size(); ++i) {
+      TORCH_CHECK(version_of(group->counted[i]) == versions_[i],
                   "weight: expected as it was in the forward, since the backward multiplies by it; it was changed in "
                   "place after the forward");
     }
   }
 
- private:
-  Counters pending_;
-  std::atomic<bool> finished_{false};
+  // [dx, *dA, *dB, *dZ], those that are not needed left out but for dx; nothing where no native call does it.
+  Tensors natively(const variable_list& dy, const Tensors& saved, unsigned need) const {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto A = saved.begin() + 2 + static_cast<std::ptrdiff_t>(moments);
+    const auto B = A + static_cast<std::ptrdiff_t>(group->A.size());
+    if (whole) {
+      const auto seed = more.empty() ? std::nullopt : std::optional<Tensor>(more[0]);
+      return group->backward(dy, saved[0], saved[1], {A, B}, {B, saved.end()}, probes, need, seed, p);
+    }
+    const int64_t variant = plans ? plans->backward[need].load() : -1;
+    if (variant < 0) return {};
+    Tensors inputs{saved[0], saved[1]};
+    inputs.reserve(2 + 2 * group->W.size() + group->A.size() + group->B.size() + more.size());
+    group->W.append_to(inputs);
+    inputs.insert(inputs.end(), A, saved.end());
+    for (const Tensors* part : {&dy, &more}) inputs.insert(inputs.end(), part->begin(), part->end());
+    return run_plan(plans->cache, variant, inputs);
+  }
 };
 
-variable_list by_python(const Call& call, const std::vector<bool>& needs, const variable_list& dy,
-                        const variable_list& saved) {
-  const py::gil_scoped_acquire gil;
-  try {
-    const py::list found = call.owner.attr("differentiated")(call.rest, needs, dy, saved);
-    variable_list grads;
-    for (const py::handle& grad : found) grads.push_back(grad.is_none() ? Tensor() : grad.cast<Tensor>());
-    return grads;
-  } catch (py::error_already_set& error) {
-    // The engine may pass it to another thread.
-    error.restore();
-    python_error kept;
-    kept.persist();
-    throw kept;
+// Torch's releases differ in who counts the references to a node.
+using NodePointer = decltype(torch::autograd::Edge::function);
+template <class Pointer, class T>
+auto new_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
+    return std::make_shared<T>();
+  } else {
+    return c10::make_intrusive<T>();
   }
 }
-
-// [dx, *dA, *dB, *dZ], those that are not needed left out but for dx; nothing where no native call does it.
-Tensors natively(const Call& call, const variable_list& dy, const Tensor& x, const Tensor& h, Tensors A, Tensors B,
-                 unsigned need) {
-  const at::AutoDispatchBelowADInplaceOrView below;
-  if (call.whole) {
-    const auto seed = call.more.empty() ? std::nullopt : std::optional<Tensor>(call.more[0]);
-    return call.group->backward(dy, x, h, A, B, call.probes, need, seed, call.p);
-  }
-  const int64_t variant = call.plans ? call.plans->backward[need].load() : -1;
-  if (variant < 0) return {};
-  Tensors inputs{x, h};
-  call.group->W.append_to(inputs);
-  for (const Tensors* part : {&std::as_const(A), &std::as_const(B), &dy, &call.more}) {
-    inputs.insert(inputs.end(), part->begin(), part->end());
-  }
-  return run_plan(call.plans->cache, variant, inputs);
-}
-
-struct LoRA : torch::autograd::Function<LoRA> {
-  // ``inputs``: x, A, B, Z, V.
-  static variable_list forward(AutogradContext* context, const c10::intrusive_ptr<Call>& call, at::TensorList inputs) {
-    const auto outputs = static_cast<std::ptrdiff_t>(call->group->W.size());
-    Tensors& out = call->out;
-    variable_list y(out.begin(), out.begin() + outputs), saved{inputs[0]};
-    saved.insert(saved.end(), out.begin() + outputs, out.end());
-    saved.insert(saved.end(), inputs.begin() + 1,
-                 inputs.begin() + 1 + static_cast<std::ptrdiff_t>(2 * call->group->A.size()));
-    out.clear();
-    context->save_for_backward(std::move(saved));
-    context->set_materialize_grads(false);
-    context->saved_data["call"] = c10::IValue::make_capsule(call);
-    return y;
-  }
-
-  static variable_list backward(AutogradContext* context, variable_list dy) {
-    const auto kept = context->saved_data["call"].toCapsule();
-    Call& call = *static_cast<Call*>(kept.get());
-    call.finish();
-    const size_t factors = call.group->A.size(), count = 1 + 2 * factors + call.leaves + call.moments;
-    variable_list result(1 + count);
-    if (std::none_of(dy.begin(), dy.end(), [](const Tensor& g) { return g.defined(); })) return result;
-    const variable_list saved = context->get_saved_variables();
-    call.check_versions();
-    std::vector<bool> needs(count);
-    for (size_t i = 0; i < count; ++i) needs[i] = context->needs_input_grad(i);
-    const auto any = [&](size_t start, size_t size, unsigned bit) {
-      const auto first = needs.begin() + static_cast<std::ptrdiff_t>(start);
-      return std::find(first, first + static_cast<std::ptrdiff_t>(size), true) ==
-                     first + static_cast<std::ptrdiff_t>(size)
-                 ? 0u
-                 : bit;
-    };
-    const unsigned need =
-        any(0, 1, kX) | any(1, factors, kA) | any(1 + factors, factors, kB) | any(1 + 2 * factors, call.leaves, kZ);
-    const auto known = [](const Tensor& t) { return t.defined() && !wrapped(t); };
-    const bool plain = !at::GradMode::is_enabled() && std::all_of(dy.begin(), dy.end(), known) &&
-                       std::all_of(saved.begin(), saved.end(), known);
-    const auto part = [&](size_t start, size_t size) {
-      const auto first = saved.begin() + static_cast<std::ptrdiff_t>(start);
-      return Tensors(first, first + static_cast<std::ptrdiff_t>(size));
-    };
-    const size_t first = 2 + call.moments;
-    Tensors found;
-    if (plain)
-      found = natively(call, dy, saved[0], saved[1], part(first, factors), part(first + factors, factors), need);
-    if (found.empty()) {
-      const variable_list grads = by_python(call, needs, dy, saved);
-      std::copy(grads.begin(), grads.end(), result.begin() + 1);
-      return result;
-    }
-    size_t next = 0, at = 1;
-    result[at++] = found[next++];
-    for (const auto& [bit, size] : {std::pair<unsigned, size_t>{kA, factors}, {kB, factors}, {kZ, call.leaves}}) {
-      for (size_t i = 0; i < size; ++i, ++at) {
-        if (need & bit) result[at] = found[next++];
-      }
-    }
-    std::copy_n(saved.begin() + 2, call.moments, result.begin() + static_cast<std::ptrdiff_t>(at));
-    return result;
-  }
-};
 
 // Whether a mode, a transform, a tracer, autocast or a subclass sees what the dispatcher is called for, or a frozen
 // tensor is none any more: Python's way knows what to do.
@@ -373,8 +269,8 @@ bool watched(const Group& group, const py::handle& x) {
   if (!THPVariable_CheckExact(x.ptr())) return true;
   const Tensor& given = THPVariable_Unpack(x.ptr());
   return wrapped(given) || given.dtype() != group.W[0].dtype() || c10::impl::TorchDispatchModeTLS::stack_len() > 0 ||
-         c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr || at::tracer::impl::is_dispatch_enabled() ||
+         c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode) || forward_mode() ||
+         at::tracer::impl::is_dispatch_enabled() ||
          (!given.is_meta() && at::autocast::is_autocast_enabled(given.device().type())) || group.trains_base();
 }
 
@@ -388,28 +284,44 @@ Tensors attach(const std::shared_ptr<const Group>& group, const Tensor& x, const
     out.resize(group->W.size());
     return out;
   }
-  auto call = c10::make_intrusive<Call>();
-  call->group = group;
-  call->plans = std::move(plans);
-  call->whole = (whole & 2) != 0;
-  call->owner = std::move(owner);
-  call->rest = std::move(rest);
-  call->leaves = Z.size();
-  call->moments = V.size();
-  call->probes = probes;
-  call->p = p;
-  call->more.assign(more.end() - static_cast<std::ptrdiff_t>(later), more.end());
-  call->out = std::move(out);
-  call->count_in({std::move(pending), std::move(also)});
-  for (size_t i = 0; i < group->counted.size(); ++i) {
-    call->versions.push_back(static_cast<int64_t>(group->counted[i]._version()));
-  }
-  Tensors inputs{x};
+  Tensors inputs{x}, counted(Z);
+  inputs.reserve(1 + 2 * group->A.size() + Z.size() + V.size());
   group->A.append_to(inputs);
   group->B.append_to(inputs);
-  for (const Tensors* part : {&Z, &V}) inputs.insert(inputs.end(), part->begin(), part->end());
+  counted.insert(counted.end(), V.begin(), V.end());
+  const auto factors = inputs.end() - inputs.begin();
+  const auto learns = [](const Tensor& t) { return t.requires_grad(); };
+  // Else a graph may have no other leaf, or none whose stream the end of a backward waits for. A part of a leaf has an
+  // edge to it.
+  if (std::none_of(inputs.begin() + 1, inputs.end(), learns) ||
+      !std::all_of(counted.begin(), counted.end(), [](const Tensor& t) { return t.is_leaf(); })) {
+    inputs.insert(inputs.end(), counted.begin(), counted.end());
+    counted.clear();
+  }
+  Tensors y(out.begin(), out.begin() + static_cast<std::ptrdiff_t>(group->W.size()));
+  if (std::none_of(inputs.begin(), inputs.end(), learns)) return y;
+  auto node = new_node<NodePointer, LoRA>();
+  node->group = group;
+  node->counted = std::move(counted);
+  node->plans = std::move(plans);
+  node->whole = (whole & 2) != 0;
+  node->owner = std::move(owner);
+  node->rest = std::move(rest);
+  node->leaves = Z.size();
+  node->moments = V.size();
+  node->probes = probes;
+  node->p = p;
+  node->more.assign(more.end() - static_cast<std::ptrdiff_t>(later), more.end());
+  node->count_in({std::move(pending), std::move(also)});
   const py::gil_scoped_release released;
-  return LoRA::apply(call, at::TensorList(inputs));
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs));
+  torch::autograd::set_history(y, node);
+  Tensors kept{x};
+  kept.reserve(out.size() - y.size() + static_cast<size_t>(factors));
+  kept.insert(kept.end(), out.begin() + static_cast<std::ptrdiff_t>(y.size()), out.end());
+  kept.insert(kept.end(), inputs.begin() + 1, inputs.begin() + factors);
+  node->save(kept);
+  return y;
 }
 
 // A call for which there is a native one, by a plan or (``whole`` 1) by the library, with P and the seed of dropout in
@@ -467,7 +379,7 @@ PYBIND11_MODULE(_node, m) {
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,
                     const py::list&>(),
            py::arg("places"), py::arg("keys"), py::arg("values"), py::arg("empty"), py::arg("without_forward"),
-           py::arg("weights"))
+           py::arg("operands"))
       .def("holds", &Guard::holds, "Whether all of it is as it was.");
   py::class_<Pending, std::shared_ptr<Pending>>(m, "Pending", "Graphs that are there and whose backward has not run.")
       .def(py::init<>())

@@ -23,6 +23,7 @@ from .model.eva import initialize_eva
 from .model.inject import inject
 from .model.merge import disable_adapters, merge, merge_and_unload, unmerge
 from .model.ranks import reallocate, set_ranks
+from .model.recommend import recommend
 from .model.roles import roles
 from .model.summary import explain, summary
 from .model.trainable import apply_policy, param_groups
@@ -59,6 +60,7 @@ __all__ = [
     "per_adapter_mean",
     "apply_policy",
     "reallocate",
+    "recommend",
     "roles",
     "delete_adapter",
     "save",

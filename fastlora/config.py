@@ -43,7 +43,6 @@ _PEFT_NEUTRAL = {
     "runtime_config", "ephemeral_gpu_offload", "megatron_core",
     "eva_config", "lora_ga_config", "corda_config", "loftq_config",  # of initialisations, which are refused themselves
     "fan_in_fan_out",  # PEFT corrects it by the class of each layer, which says how its weight lies
-    "ensure_weight_tying",  # ``inject`` refuses it where a target is tied
     "qalora_group_size",  # of use_qalora, which is refused itself
 }  # fmt: skip
 
@@ -90,6 +89,7 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "orthogonal", *FROM_DATA, *FROM_WEIGHT),
     "lora_bias": (True, False),
     "use_dora": (True, False),
+    "ensure_weight_tying": (True, False),
     "use_rslora": (True, False),
     "backend": ("auto", *BACKENDS),
 }
@@ -163,6 +163,10 @@ class LoraConfig:
 
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
       ``"qkv"``, ``"attention"``, ``"mlp"``, ``"mixer"``, ``"experts"``, ``"all-linear"``.
+    - ``exclude_modules``: suffixes, or an expression, of what ``target_modules`` means otherwise and is left alone.
+    - ``lora_dropout``: probability that an entry of x is zero in the update while training, others over 1 - p.
+    - ``bias``: which biases are trained besides: ``"none"``, ``"all"``, or ``"lora_only"``, those of targets.
+    - ``modules_to_save``: suffixes of modules that are trained whole and saved, such as a head.
     - ``target_parameters``: suffixes of parameters [E, N, K] of experts, as ``"experts.down_proj"``: each expert has
       its own A, B and rank (``experts.down_proj[3]``), without dropout.
     - ``init_lora_weights``: True, ``"gaussian"`` (A normal / r, B zero), False (both random), ``"orthogonal"`` (even
@@ -177,8 +181,10 @@ class LoraConfig:
     - ``layers_to_transform``: indices of the only layers that a list of names or a role means; ``layers_pattern``: the
       names of the ``nn.ModuleList`` that they count, any one where it is None.
     - ``rank_pattern``, ``alpha_pattern``: keys (``blocks.0.attn.qkv[q]``), module paths or PEFT's suffix patterns.
-    - ``trainable_token_indices``: rows of the input embedding that are trained themselves, or names of embeddings to
-      their rows; an output layer that shares the weight (``tie_word_embeddings``) follows.
+    - ``trainable_token_indices``: rows of the input embedding that are trained themselves, or names of embeddings and
+      linears to their rows; an output layer that shares the weight (``tie_word_embeddings``) follows.
+    - ``ensure_weight_tying``: ``modules_to_save`` that name the input embedding or what shares its weight train the one
+      weight of all of them; targets that share it are refused.
     - ``scale``: ``"constant"`` keeps the one ``s`` of (lora_alpha, r) whatever a layer's rank; ``"per_rank"`` divides
       by each layer's own rank, as PEFT does.
     - ``split_qkv``: whether a fused matrix gets one adapter for each of its slices, as q, k and v, or gate and up;
@@ -212,6 +218,7 @@ class LoraConfig:
     use_dora: bool = False
     target_parameters: Sequence[str] | None = None
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool = False
     scale: str = "constant"
     split_qkv: bool | None | Mapping[str, Mapping[str, int]] = None
     adapter_dtype: torch.dtype | None = None
@@ -276,7 +283,11 @@ class LoraConfig:
             raise wrong_value("layers_to_transform", "None with a regular expression, which can say it itself", wanted)
 
     def scaling(self, rank: int, alpha: float | None = None) -> float:
-        """``s`` of a matrix of this rank: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        """``s`` of a matrix of this ``rank``: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
+
+        ``alpha``: of this matrix (``alpha_pattern``), ``lora_alpha`` unless given. r is the config's, and the matrix's
+        own rank under ``scale="per_rank"``. Raises ``TypeError`` or ``ValueError`` naming the argument.
+        """
         check_integer("rank", rank, 0)
         alpha = self.lora_alpha if alpha is None else check_number("alpha", alpha)
         divisor = rank if self.scale == "per_rank" and rank > 0 else self.r
@@ -284,7 +295,13 @@ class LoraConfig:
 
     @classmethod
     def coerce(cls, config: Any) -> LoraConfig:
-        """A LoraConfig from one of ours or from a ``peft.LoraConfig`` whose set fields are all implemented."""
+        """A LoraConfig from a ``config`` of ours or from a ``peft.LoraConfig`` whose set fields are all implemented.
+
+        Raises ``TypeError`` for anything else, ``ValueError`` naming a field that is not implemented.
+
+        >>> fastlora.LoraConfig.coerce(fastlora.LoraConfig(r=4)).r
+        4
+        """
         if isinstance(config, cls):
             return config
         if not (dataclasses.is_dataclass(config) and type(config).__module__.split(".")[0] == "peft"):
@@ -300,8 +317,11 @@ class LoraConfig:
         """A ``LoraConfig`` for a task: r / alpha 8 / 16 on the attention, 16 / 32, 32 / 64 or 64 / 128 on all linears.
 
         ``difficulty``: ``"simple"``, ``"medium"``, ``"complex"``, ``"very_complex"``. ``fields`` override any field. A
-        fused qkv gets one dense adapter unless ``split_qkv=True``. Raises ``ValueError`` for an unknown difficulty and
-        for fields that ``LoraConfig`` refuses.
+        fused qkv gets one dense adapter unless ``split_qkv=True``. Raises ``ValueError`` for an unknown difficulty, and
+        what ``LoraConfig`` raises for its fields.
+
+        >>> fastlora.LoraConfig.preset("medium").r
+        16
         """
         r, alpha, targets = PRESETS[check_choice("difficulty", difficulty, PRESETS)]
         return cls(**{"r": r, "lora_alpha": alpha, "target_modules": targets, "split_qkv": False, **fields})

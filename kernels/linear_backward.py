@@ -51,10 +51,12 @@ def linear_backward_kernel(
 ):
     """One tile of dx [M, K]: dh A (masked per projection), then the sum over ``sources``; without, dx is updated.
 
-    With ``segments`` a tile is rows of one adapter, and its rows of the packed A stand in a table.
+    With ``segments`` a tile is rows of one adapter, and its rows of the packed A stand in a table. With TILE.tma the
+    sources come through descriptors, made by every program.
     """
     BLOCK_M: tl.constexpr = TILE.rows
     BLOCK_N: tl.constexpr = TILE.columns
+    BLOCK_K: tl.constexpr = TILE.depth
     BLOCK_R: tl.constexpr = 16  # a tensor core's
     LAST: tl.constexpr = len(A.columns.ranks) - 1
     PARTS: tl.constexpr = 1 if dropout is None else OPTIONS.masked
@@ -99,8 +101,16 @@ def linear_backward_kernel(
     else:
         dy, W = sources.dy, sources.W
         for j in tl.static_range(len(dy.data)):
-            p_dy, p_w = dy.data[j] + o_row * dy.stride[j], W.data[j] + o_n[None, :]
-            b_acc = matmul_loop(b_acc, p_dy, p_w, W.stride[j], m_m, m_n, dy.columns[j], TILE, OPTIONS)
+            if TILE.tma:
+                N, K = dy.columns[j], dx.columns
+                desc_dy = tl.make_tensor_descriptor(dy.data[j], [M, N], [dy.stride[j], 1], [BLOCK_M, BLOCK_K])
+                desc_w = tl.make_tensor_descriptor(W.data[j], [N, K], [W.stride[j], 1], [BLOCK_K, BLOCK_N])
+                for n in tl.range(0, N, BLOCK_K):
+                    b_dy, b_w = desc_dy.load([i_m * BLOCK_M, n]), desc_w.load([n, i_n * BLOCK_N])
+                    b_acc = tl.dot(b_dy, b_w, b_acc, input_precision=OPTIONS.precision)
+            else:
+                p_dy, p_w = dy.data[j] + o_row * dy.stride[j], W.data[j] + o_n[None, :]
+                b_acc = matmul_loop(b_acc, p_dy, p_w, W.stride[j], m_m, m_n, dy.columns[j], TILE, OPTIONS)
     tl.store(p_tile, b_acc.to(dx.data.dtype.element_ty), mask=m_m & m_n)
 
 
@@ -128,9 +138,14 @@ def linear_backward(
         return dy[0].new_empty(M, K)
     N = sum(w.shape[0] for w in W)
     if strategy is None:
-        strategy = choose_strategy("backward", M, N, K, dh.shape[1], dh.dtype, dh.device)
+        strategy = choose_strategy("backward", M, N, K, dh.shape[1], dh.dtype, dh.device, len(W))
         # As in ``linear``.
         strategy = "library" if strategy == "fused" and not aligned([*dy, *W]) else strategy
+    if strategy == "fused" and seed is None:
+        tiles = tiles or choose_tiles("linear_backward", M, N, K, dh.shape[1], dh.dtype, dh.device)
+        # As in ``linear``.
+        if tiles.tma and not aligned([*dy, *W]):
+            strategy, tiles = "library", None
     if strategy == "augmented" and seed is None and dh.shape[1] > 0:
         # Zeros behind the ranks, so that rows stay aligned.
         padding = -(N + dh.shape[1]) % 8
@@ -161,6 +176,7 @@ def add_adapters_(
     widths = sources.dy.columns if sources else ()
     operation = ("linear_backward" if sources else "expand") + ("_dropout" if dropout else "")
     tiles = tiles or choose_tiles(operation, M, sum(widths), K, dh.shape[1], dx.dtype, dx.device)
+    tiles = tiles._replace(tma=sources is not None and tiles.tma)
     tiles_m = triton.cdiv(M, tiles.rows) if segments is None else segments.tiles.shape[0]
     ranks = [a.shape[0] for a in A]
     if segments is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -134,7 +134,8 @@ _TABLE: dict[tuple[str, str], tuple[Entry, ...]] = {
     ("linear", "fp32"): (Entry(TileConfig(64, 64, 16, 8, 3), 0, _FFMA),),
     ("linear_backward", "half"): (
         Entry(TileConfig(64, 128, 64, 4, 4), 1024, "as linear"),
-        Entry(TileConfig(128, 128, 64, 8, 3), 0, "as linear; the loop restarts for each of three sources"),
+        Entry(TileConfig(128, 128, 64, 8, 3), 8192, "as linear; the loop restarts for each of three sources"),
+        Entry(TileConfig(128, 256, 64, 8, 4, tma=True), 0, "as linear, but for its fixed number of programs"),
     ),
     ("linear_backward", "fp32"): (Entry(TileConfig(64, 64, 16, 4, 3), 0, _FFMA),),
     ("linear_backward_dropout", "half"): (Entry(TileConfig(64, 128, 64, 8, 3), 0, _PHILOX),),
@@ -215,9 +216,10 @@ MEASURED: dict[tuple[str, str], tuple[Measurement, ...]] = {}
 _NEAR = 2
 
 
-def _measured(operation: str, kind: str, *size: int) -> TileConfig | str | None:
-    """The choice of the nearest measurement, if one is near."""
-    found = [m for m in MEASURED.get((operation, kind), ()) if m.distance(*size) <= math.log2(_NEAR)]
+def _measured(of: type, operation: str, kind: str, *size: int) -> Any:
+    """The tile or strategy of the nearest measurement of one, if one is near."""
+    of_it = [m for m in MEASURED.get((operation, kind), ()) if isinstance(m.choice, of)]
+    found = [m for m in of_it if m.distance(*size) <= math.log2(_NEAR)]
     return min(found, key=lambda m: m.distance(*size)).choice if found else None
 
 
@@ -235,7 +237,7 @@ def choose_tiles(
     ``ValueError`` if there is no tile so small.
     """
     kind, own = "fp32" if dtype == torch.float32 else "half", limits(device)
-    measured = _measured(operation, kind, M, N, K, R)
+    measured = _measured(TileConfig, operation, kind, M, N, K, R)
     if measured is not None and measured.fits(dtype.itemsize, own):
         return measured
     fitting = _fitting(operation, dtype, own)
@@ -259,7 +261,7 @@ def choose_filling(
     tiles of ``takes_unaligned`` alone are for rows that are not ``aligned`` to 16 bytes.
     """
     kind, own = "fp32" if dtype == torch.float32 else "half", limits(device)
-    measured = _measured(operation, kind, 0, N, K, 0) if aligned else None
+    measured = _measured(TileConfig, operation, kind, 0, N, K, 0) if aligned else None
     if measured is not None and measured.fits(dtype.itemsize, own):
         return measured
     tiles = [entry.tile for entry in _fitting(operation, dtype, own)]
@@ -303,7 +305,9 @@ def choose_parts(M: int, widths: Sequence[int], tile: TileConfig) -> tuple[int, 
     return -(-M // parts), span
 
 
-def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch.dtype, device: torch.device) -> str:
+def choose_strategy(
+    direction: str, M: int, N: int, K: int, R: int, dtype: torch.dtype, device: torch.device, weights: int = 1
+) -> str:
     """How ``linear`` ("forward" or "backward") runs: "fused", "library" (cuBLAS, then expand) or "augmented".
 
     Fusing saves a read and a write of the output. From the roofline, at width 768 the fused matmul pays from 0.69 of
@@ -311,7 +315,8 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     commonly seen at 0.7 to 0.85 of it by pointers, 0.85 to 0.95 persistent with TMA: so fused up to 1024 columns, the
     library's matmul above. In exact fp32 the library's tuned kernels win. "augmented" copies the input and W at every
     call where the library's way reads and writes the output once more: by the estimates that pays for outputs that are
-    much wider than the input and have more rows than it has columns.
+    much wider than the input and have more rows than it has columns. The library rewrites dx for each of several
+    ``weights``: above 8192 rows, where the tile with TMA is taken, one kernel pays by the estimates up to N = 3 K.
 
     How ``expand_backward`` runs: "fused" or "separate". By ``benchmarks/results/gpu_model.md`` one pass over dy pays
     for its larger partial sums and one or two launches more from 16 to 32 MB of dy.
@@ -322,10 +327,11 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     ranks of a projection, takes as much longer and saves a pass over dy: that pays wherever dx is "fused".
     """
     own = limits(device)
-    measured = _measured(direction, "fp32" if dtype == torch.float32 else "half", M, N, K, R)
-    if measured is not None:
-        return measured
+    measured = _measured(str, direction, "fp32" if dtype == torch.float32 else "half", M, N, K, R)
     modelled = dtype != torch.float32 and own.capability == (9, 0) and own.shared >= Limits().shared
+    # What one kernel keeps beside a tile may not fit another device.
+    if measured is not None and (modelled or direction in ("forward", "backward") or measured == "separate"):
+        return measured
     if direction == "expand_backward":
         return "fused" if modelled and M * N >= 1 << 24 else "separate"
     if direction.startswith("shrink_linear"):
@@ -335,7 +341,7 @@ def choose_strategy(direction: str, M: int, N: int, K: int, R: int, dtype: torch
     operation = "linear" if direction == "forward" else "linear_backward"
     if dtype == torch.float32 or not _fitting(operation, dtype, own):
         return "library"
-    if K <= 1024 and (direction == "forward" or M <= 8192):
+    if K <= 1024 and (direction == "forward" or M <= 8192 or (modelled and weights > 1 and N <= 3 * K)):
         return "fused"
     # What is saved, in elements that are read or written twice; a weight's B is laid out by a dozen launches.
     saved, least = (M * (N - K), 1 << 26) if direction == "forward" else (M * (K - N), 1 << 24)

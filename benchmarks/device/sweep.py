@@ -12,21 +12,35 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fastlora.kernels import gradstat, linear, linear_backward, shrink, wgrad
+from fastlora.kernels import (
+    expand_backward,
+    gradstat,
+    linear,
+    linear_backward,
+    shrink,
+    shrink_linear,
+    shrink_linear_backward,
+    wgrad,
+)
 from fastlora.kernels.tiling import Measurement, TileConfig, committed
 from harness import result_files
 
 from .cases import CASES, PROBES, TINY, Case
 from .measure import CACHE_BYTES, DRY_RUN, captured, device_of, time_calls
 
-STRATEGIES = ("fused", "library", "augmented")
+STRATEGIES = ("fused", "library", "augmented", "separate")
+# Verb -> the name under which ``choose_strategy`` knows its strategies.
+DIRECTIONS = {"linear": "forward", "linear_backward": "backward"} | {
+    verb: verb for verb in ("shrink_linear", "shrink_linear_backward", "expand_backward")
+}
 # The most promising first, should the time run out.
-VERBS = ("linear", "linear_backward", "wgrad", "shrink", "shrink_backward", "gradstat")
+VERBS = ("linear", "linear_backward", "shrink_linear", "shrink_linear_backward", "expand_backward", "wgrad", "shrink",
+         "shrink_backward", "gradstat", "gradstat_diagonal")  # fmt: skip
 TILING = Path(__file__).parents[2] / "kernels" / "tiling.py"
 
 
@@ -74,7 +88,41 @@ def calls(o: Operands, verb: str, tile: TileConfig | None, strategy: str) -> Cal
         return lambda: linear_backward.linear_backward(o.dy, o.W, o.dh, o.A, o.offsets, strategy=strategy, tiles=tile)
     if verb == "wgrad":
         return lambda: wgrad.wgrad(o.x, o.dh, o.parts, o.h, o.offsets, o.ranks, o.scales, PROBES, tiles=tile)
+    if verb == "shrink_linear":
+        return lambda: shrink_linear.shrink_linear(
+            o.x, o.W, o.bias, o.A, o.P, o.B, o.places, o.offsets, o.scales, strategy=strategy, tiles=tile
+        )  # fmt: skip
+    if verb == "expand_backward":
+        return lambda: one_pass(o, None, strategy, tile)
+    if verb == "shrink_linear_backward":
+        return lambda: whole_backward(o, strategy, tile)
+    if verb == "gradstat_diagonal":
+        return lambda: with_diagonal(o, tile)
     return lambda: gradstat.gradstat(o.x, o.parts, o.runs, tile)
+
+
+def one_pass(
+    o: Operands, dh: torch.Tensor | None, strategy: str | None = None, tile: TileConfig | None = None
+) -> tuple:
+    """dh, dA, dB and Q."""
+    rest = (o.offsets, o.scales, o.rank, PROBES, dh)
+    return expand_backward.expand_backward(o.x, o.parts, o.h, o.B, *rest, strategy=strategy, tiles=tile)
+
+
+def whole_backward(o: Operands, strategy: str, tile: TileConfig | None) -> tuple:
+    """dx, dh, dA, dB and Q as the backend has them: what dh beside dx saves is in the kernels after it."""
+    both = shrink_linear_backward.shrink_linear_backward(
+        o.parts, o.W, o.B, o.A, o.places, o.offsets, o.scales, strategy, tile
+    )  # fmt: skip
+    dx, dh = both or (None, None)
+    dh, *rest = one_pass(o, dh)
+    return linear_backward.linear_backward(o.dy, o.W, dh, o.A, o.offsets) if dx is None else dx, dh, *rest
+
+
+def with_diagonal(o: Operands, tile: TileConfig | None) -> tuple:
+    """The exact statistic's sums, and its squares by entry."""
+    diagonal = torch.zeros(sum(part.shape[1] for part in o.parts), o.x.shape[1], device=o.x.device)
+    return gradstat.gradstat(o.x, o.parts, o.runs, tile, diagonal), diagonal
 
 
 def wanted(o: Operands, verb: str) -> list[torch.Tensor]:
@@ -82,28 +130,37 @@ def wanted(o: Operands, verb: str) -> list[torch.Tensor]:
     x, h, dh, parts = o.x.float(), o.h.float(), o.dh.float(), [g.float() for g in o.parts]
     each = list(zip(o.offsets, o.scales, o.B, parts, strict=True))
     rank = o.ranks[0]
+    if verb == "shrink_linear":
+        h = x @ torch.cat([*o.A, o.P]).T
+    if verb in ("expand_backward", "shrink_linear_backward"):
+        dh = torch.cat([s * g @ b for _, s, b, g in each], 1)
     if verb == "shrink":
         return [x @ torch.cat([*o.A, o.P]).T]
     if verb == "shrink_backward":
         return [torch.cat([s * g @ b for _, s, b, g in each], 1)]
-    if verb == "linear":
+    if verb in ("linear", "shrink_linear"):
         update = torch.cat([s * h[:, i : i + rank] @ b.T for i, s, b, _ in each], 1)
-        return [x @ torch.cat(o.W).float().T + torch.cat(o.bias).float() + update]
-    if verb == "linear_backward":
-        return [torch.cat(parts, 1) @ torch.cat(o.W).float() + dh @ torch.cat(o.A)]
-    if verb == "wgrad":
-        dB = [s * g.T @ h[:, i : i + rank] for i, s, _, g in each]
-        return [dh.T @ x, torch.cat(dB), torch.cat([g.T @ h[:, o.rank :] for g in parts])]
+        y = x @ torch.cat(o.W).float().T + torch.cat(o.bias).float() + update
+        return [y] if verb == "linear" else [y, h]
+    if not verb.startswith("gradstat"):
+        dx = torch.cat(parts, 1) @ torch.cat(o.W).float() + dh @ torch.cat(o.A)
+        dB = torch.cat([s * g.T @ h[:, i : i + rank] for i, s, _, g in each])
+        factors = [dh.T @ x, dB, torch.cat([g.T @ h[:, o.rank :] for g in parts])]
+        before = {"linear_backward": [dx], "wgrad": [], "expand_backward": [dh], "shrink_linear_backward": [dx, dh]}
+        return before[verb] + (factors if verb != "linear_backward" else [])
     gradients = [part.T @ x for part in parts]
-    return [torch.stack([n for G in gradients for n in (G.square().sum(), G.abs().sum())])]
+    sums = torch.stack([n for G in gradients for n in (G.square().sum(), G.abs().sum())])
+    return [sums] if verb == "gradstat" else [sums, torch.cat(gradients).square()]
 
 
 def computed(verb: str, found: object) -> list[torch.Tensor]:
     """A verb's results as ``wanted`` has them."""
-    if verb == "linear":
-        return [torch.cat(found[0], 1)]
-    if verb == "wgrad":
-        return [torch.cat(list(part)) for part in found]
+    if verb in ("linear", "shrink_linear"):
+        return [torch.cat(found[0], 1), *([found[1]] if verb == "shrink_linear" else [])]
+    if verb in ("wgrad", "expand_backward", "shrink_linear_backward"):
+        return [part if isinstance(part, torch.Tensor) else torch.cat(list(part)) for part in found]
+    if verb == "gradstat_diagonal":
+        return [found[0].flatten(), found[1]]
     return [found.flatten() if verb == "gradstat" else found]
 
 
@@ -129,25 +186,38 @@ def neighbours(tile: TileConfig) -> Iterator[TileConfig]:
 def candidates(verb: str) -> list[tuple[str, TileConfig | None]]:
     """(strategy, tile) pairs worth timing for a verb."""
     tiles = [t for v, kind, entry in committed() if v == verb and kind == "half" for t in neighbours(entry.tile)]
-    if verb == "linear":
+    if verb in ("linear", "linear_backward"):
         tiles += [t._replace(tma=not t.tma) for t in tiles]
     found: list[tuple[str, TileConfig | None]] = [("fused", t) for t in dict.fromkeys(tiles)]
-    if verb.startswith("linear"):
+    if verb in ("linear", "linear_backward"):
         expands = [entry.tile for v, kind, entry in committed() if v == "expand" and kind == "half"]
         found += [("library", t) for e in expands for t in neighbours(e)] + [("augmented", None)]
+    elif verb in DIRECTIONS:
+        found.append(("separate", None))
     return found
 
 
-def sizes(verb: str, case: Case) -> tuple[int, int, int, int]:
-    """M, N, K, R as the kernels give them to ``choose_tiles``."""
+def sizes(verb: str, case: Case, strategy: bool = False) -> tuple[int, int, int, int]:
+    """M, N, K, R as the kernels give them to ``choose_tiles``, or to ``choose_strategy``."""
     M, N, K, R = case.rows, case.total, case.width, 3 * case.rank
+    of_strategy = {
+        "linear": (M, N, K, R),
+        "shrink_linear": (M, N, K, case.rank + PROBES),
+        "shrink_linear_backward": (M, N, K, case.rank),
+    }
+    if strategy and verb in of_strategy:
+        return of_strategy[verb]
     return {
         "linear": (M, N, K, case.rank),
         "linear_backward": (M, N, K, R),
+        "shrink_linear": (M, N, K, R + PROBES),
+        "shrink_linear_backward": (M, N, K, R),
+        "expand_backward": (M, N, 0, R + PROBES),
         "wgrad": (M, N, 0, R),
         "shrink": (M, 0, K, R + PROBES),
         "shrink_backward": (M, 0, max(case.outputs), R),
         "gradstat": (0, N, K, 0),
+        "gradstat_diagonal": (0, N, K, 0),
     }[verb]
 
 
@@ -156,7 +226,7 @@ def fastest(rows: list[dict[str, Any]], device: str) -> dict[tuple[str, str], li
     found: dict[tuple[str, str], list[Measurement]] = {}
 
     def keep(verb: str, row: dict[str, Any], choice: TileConfig | str) -> None:
-        size = sizes(row["verb"], CASES[row["case"]])
+        size = sizes(row["verb"], CASES[row["case"]], isinstance(choice, str))
         found.setdefault((verb, "half"), []).append(Measurement(*size, choice, round(row["median_ms"], 4), device))
 
     for verb, name in dict.fromkeys((r["verb"], r["case"]) for r in rows):
@@ -166,9 +236,9 @@ def fastest(rows: list[dict[str, Any]], device: str) -> dict[tuple[str, str], li
             keep(verb, best["fused"], best["fused"]["tile"])
         if "library" in best:
             keep("expand", best["library"], best["library"]["tile"])
-        if verb.startswith("linear") and best:
+        if verb in DIRECTIONS and best:
             winner = min(best.values(), key=lambda r: r["median_ms"])
-            keep("forward" if verb == "linear" else "backward", winner, winner["strategy"])
+            keep(DIRECTIONS[verb], winner, winner["strategy"])
     return found
 
 
@@ -236,11 +306,15 @@ def compile_one(job: Job, capability: tuple[int, int]) -> str | None:
     return None
 
 
-def compile_ahead(listed: list[list[Job]], capability: tuple[int, int]) -> list[str]:
-    """Compile every job on all cores; what went wrong, which is printed too."""
+def compile_ahead(listed: list[list[Job]], capability: tuple[int, int], seconds: float | None = None) -> list[str]:
+    """Compile the jobs on all cores, for so many seconds at most; what went wrong, which is printed too."""
     some = [job for several in listed for job in several]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
-        problems = [problem for problem in pool.map(compile_one, some, [capability] * len(some)) if problem]
+        tasks = [pool.submit(compile_one, job, capability) for job in some]
+        done, late = wait(tasks, seconds)
+        pool.shutdown(wait=True, cancel_futures=True)
+    problems = [problem for task in tasks if task in done and (problem := task.result())]
+    problems += [f"{len(late)} of {len(some)} candidates: compiled as they are timed"] if late else []
     print(*problems, sep="\n")
     return problems
 
@@ -268,7 +342,8 @@ def measure(device: str, listed: list[list[Job]], seconds: float) -> list[dict[s
                 wrong = fault(verb, calls_of[0](), right)
                 if wrong is not None:
                     raise ArithmeticError(wrong)
-                times = time_calls(call if device == "cpu" else captured(call), many, device, 20)
+                repeats = 2 if device == "cpu" else 20
+                times = time_calls(call if device == "cpu" else captured(call), many, device, repeats)
             except Exception as problem:  # a tile that does not fit is a result too
                 times = {"error": f"{type(problem).__name__}: {problem}"[:200]}
             rows.append({"verb": job.verb, "case": job.case.name, "strategy": job.strategy, "tile": job.tile, **times})
@@ -297,10 +372,15 @@ def main() -> None:
         raise SystemExit(bool(compile_ahead(listed, (9, 0))))
     if given.dry_run == "cpu":
         mend_interpreter()
+    # A dry run is done whole, however slow the machine.
+    seconds = 1e6 if given.dry_run else given.seconds
     with device_of(given.dry_run) as device:
+        began = time.monotonic()
         if device != "cpu":
-            compile_ahead(listed, torch.cuda.get_device_capability())
-        rows, gpu = measure(device, listed, given.seconds), "cpu" if device == "cpu" else torch.cuda.get_device_name()
+            # What is timed first is compiled first; the rest of the time is for timing.
+            compile_ahead(listed, torch.cuda.get_device_capability(), seconds / 2)
+        rows = measure(device, listed, began + seconds - time.monotonic())
+        gpu = "cpu" if device == "cpu" else torch.cuda.get_device_name()
     for verb, name in dict.fromkeys((r["verb"], r["case"]) for r in rows):
         timed = [r for r in rows if (r["verb"], r["case"]) == (verb, name) and "median_ms" in r]
         for r in sorted(timed, key=lambda r: r["median_ms"])[:3]:

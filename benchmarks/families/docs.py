@@ -21,17 +21,19 @@ page, and goes on where the file of rows ends:
 OMP_NUM_THREADS=1 python -m benchmarks.families --json benchmarks/results/families.json --docs docs/families.md
 ```
 
-- **roles**: how many matrices `"qkv"`, `"attention"`, `"mlp"`, `"mixer"` take. `fastlora.roles(model)` shows the rest;
-  `"experts"` has [a page of its own](experts.md).
+- **roles**: how many matrices `"qkv"`, `"attention"`, `"mlp"`, `"mixer"` and `"experts"` take; a parameter of
+  [experts](experts.md) counts as one. `fastlora.roles(model)` shows the rest.
 - **slices**: the rows of each slice of a fused matrix were changed, and only what that slice feeds moved.
 - **gradients**, **statistics**: outputs, every gradient and exact `grad_sq` in float64, against a model whose weights
   are W + s B A.
 - **peft**: PEFT runs our file, and `fastlora.load` PEFT's, with the same outputs.
 - **checkpointing**, **compile**: the same gradients with blocks recomputed, and of `torch.compile(backend="aot_eager")`
-  (asked for by `--compile`).
+  (asked for by `--compile`; `as NAME`: the attention's code is that of a row that was). Of roles in no other one.
 
 `ok` holds for every role of the row; `-` means that there is nothing to check: no fused matrix, no recomputation in the
 library, a tower that the pass does not run, or a column not asked for. Everything else is the reason.
+
+diffusers is not among the libraries: its blocks are not installed with the tests.
 """
 
 
@@ -44,21 +46,43 @@ def one_line(row: Mapping[str, Any]) -> str:
 
 def page(rows: Rows) -> str:
     """The whole page."""
-    return _HEAD + "\n" + "\n".join(_sections(rows)) + "\n"
+    old = sum("attention" not in row for row in rows.values())
+    earlier = f"\n{old} rows are of an earlier run, which did not ask for experts.\n" if old else ""
+    return _HEAD + earlier + "\n" + "\n".join(_sections(rows)) + "\n"
 
 
 def _sections(rows: Rows) -> Iterator[str]:
-    for library in ("transformers", "timm", "open_clip", "torch"):
+    compiled = {
+        code: key.partition("/")[2] for key, row in rows.items() if row["compile"] == OK
+        for code in row.get("attention", "").split()
+    }  # fmt: skip
+
+    def cells(name: str, row: Mapping[str, Any]) -> list[str]:
+        codes = row.get("attention", "").split()
+        alike = row["compile"] == NONE and bool(codes) and set(codes) <= compiled.keys()
+        shown = {**row, "compile": f"as {compiled[codes[0]]}"} if alike else row
+        return [name, _roles(row), *[_cell(shown[c]) for c in (*COLUMNS, "reason")]]
+
+    for library in ("transformers", "timm", "open_clip", "torchvision", "torch"):
         own = {key.partition("/")[2]: row for key, row in rows.items() if key.startswith(library + "/")}
-        found = {name: row for name, row in own.items() if row["roles"]}
+        found = {name: row for name, row in own.items() if row["roles"] and not row.get("structure")}
+        counted = {name: row for name, row in own.items() if row["roles"] and row.get("structure")}
         right = sum(all(row[c] in (OK, NONE) for c in COLUMNS) for row in found.values())
         yield f"## {library}: {len(found)} families with roles, {right} of them without a remark in any column\n"
         yield from table(
             ["family", "roles", *COLUMNS, "remark"],
-            [[name, _roles(row), *[_cell(row[c]) for c in (*COLUMNS, "reason")]] for name, row in found.items()],
+            [cells(name, row) for name, row in found.items()],
             words=tuple(range(9)),
         )
         yield ""
+        if counted:
+            yield "Counted in the structure of the default size; no number was checked, because no small model ran:\n"
+            yield from table(
+                ["family", "roles", "why it was not run"],
+                [[name, _roles(row), _cell(row["reason"])] for name, row in counted.items()],
+                words=(0, 1, 2),
+            )
+            yield ""
         without = {name: row for name, row in own.items() if not row["roles"]}
         if without:
             yield "Without roles, or not built small by the generic sizes of the command:\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastlora import testing
+
+from .inputs import ids as _ids
+from .inputs import real as _real
+from .inputs import run_transformers
 
 MOST_PARAMETERS = 45_000_000  # of a model that is built at all
 
@@ -23,14 +28,7 @@ class Family:
     name: str
     make: Callable[[], nn.Module]
     run: Callable[[nn.Module], Any]
-
-
-def _real(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
-def _ids(vocabulary: int = 32, *shape: int) -> Tensor:
-    return torch.randint(3, max(vocabulary, 4), shape or (2, 8), generator=torch.Generator().manual_seed(3))
+    whole: Callable[[], nn.Module] | None = None  # the library's own default size, without values
 
 
 # Sizes of a small config by the names that configs give them; the first pattern that matches the whole name.
@@ -80,6 +78,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(num|n|num_local|n_routed|moe_num|num_routed)_?(local_|routed_)?experts|ffn_num_experts|n_experts", 4),
     (r"num_mel_bins|feature_dim|input_feat_per_channel|num_mel_filters", 16),
     (r"num_labels", 3),
+    (r"num_kv_shared_layers", 0),
     (r"num_codebooks", 2),
     (r"chunk_length|local_attn_chunk_length|lsh_attn_chunk_length", 4),
     (r"num_latents|num_queries|num_query_tokens", 4),
@@ -92,17 +91,46 @@ _LISTS: tuple[tuple[str, Any], ...] = (
     (r"hidden_sizes|embed_dims?|dims|encoder_hidden_sizes", 32),
     (r"num_heads|num_attention_heads|encoder_num_heads", 2),
     (r"conv_dim", 16),
+    (r"encoder_in_channels|decoder_in_channels|feat_channels", 32),
 )
+_KINDS = re.compile(r"(.*_)?layer_types|layers_block_type")  # a list of strings, one of each layer
 _SKIPPED = re.compile(r"_|vision_feature|.*_loss|chunk_size_feed_forward|num_return|.*num_hidden_layers_to")
 
-# What a few families want besides; "" of a sub-config by its name.
+# What a few families want besides; fields of a sub-config by its name.
 _WINDOWS = ("swin", "swinv2", "swin2sr", "donut-swin", "maskformer-swin", "clap", "clap_audio_model")
+_RESNET = {
+    "use_timm_backbone": False,
+    "backbone": None,
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8, 16, 32],
+        "depths": [1, 1, 1, 1],
+        "layer_type": "basic",
+        "out_features": ["stage2", "stage3", "stage4"],
+    },
+}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1], "num_time_features": 1}
 _FIELDS: dict[str, dict[str, Any]] = {
     **{kind: {"window_size": 2} for kind in _WINDOWS},
+    **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"), _RESNET),
+    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _SERIES),
+    **dict.fromkeys(("granite_speech5_ctc", "granite_speech5_encoder"), {"context_size": 16}),
+    **dict.fromkeys(("mimi", "mimi_decoder", "mimi_encoder"), {"upsample_groups": 32}),
+    **dict.fromkeys(
+        ("csm", "pocket_tts_audio_tokenizer"), {"codec_config": {"upsample_groups": 32}, "upsample_groups": 32}
+    ),
+    **dict.fromkeys(("mask2former", "oneformer", "grounding-dino"), {"backbone_config": {"window_size": 2}}),
+    **dict.fromkeys(("kimi_k25", "mistral_large4"), {"text_config": {"num_key_value_heads": 4}}),
+    **dict.fromkeys(("blip-2", "instructblip"), {"image_token_index": 50}),
     "qwen2_5_vl_vision": {"window_size": 64},
     "exaone4_5_vision": {"window_size": 64},
     "esm": {"vocab_size": 64, "pad_token_id": 0},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "bridgetower": {"hidden_size": 64, "text_config": {"hidden_size": 64}, "vision_config": {"hidden_size": 64}},
+    "bros": {"hidden_size": 256},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
     "dbrx": {
         "d_model": 32,
         "n_heads": 4,
@@ -111,6 +139,29 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
     },
+    "deepseek_v2": {"num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}}},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+    "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1]},
+    "gemma4": {"text_config": {"vocab_size_per_layer_input": 64}},
+    "gemma4_text": {"vocab_size_per_layer_input": 64},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4, "input_size": 64},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
+    "lilt": {"hidden_size": 48},
+    "lxmert": {"visual_feat_dim": 32},
+    "mamba2": {"hidden_size": 32, "expand": 2, "num_heads": 8, "head_dim": 8},
+    "mobilebert": {"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32},
+    "nemotron": {"num_key_value_heads": 2},
+    "paddleocr_vl": {"text_config": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}},
+    "paligemma": {"projection_dim": 32, "vision_config": {"projection_dim": 32}},
+    "pvt": {"num_encoder_blocks": 4},
+    "sam": {"vision_config": {"output_channels": 32, "image_size": 64, "num_pos_feats": 16}},
+    "wav2vec2-bert": {"feature_projection_input_dim": 32},
+    "xclip": {"projection_dim": 32},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "xmod": {"default_language": "en_XX"},
 }
 
 
@@ -118,7 +169,8 @@ def _small(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
     fields: dict[str, Any] = {}
-    aliases = getattr(type(config), "attribute_map", {})
+    aliases, kinds = getattr(type(config), "attribute_map", {}), {}
+    ropes = getattr(type(config), "ignore_keys_at_rope_validation", ())
     for name, value in vars(config).items():
         if _SKIPPED.match(name) or name in aliases:
             continue
@@ -126,12 +178,14 @@ def _small(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             fields[name] = 0.0
         if isinstance(value, PretrainedConfig):
             fields[name] = _sub(value, given.get(name, {}))
-        elif isinstance(value, dict) and "mrope_section" in value:
+        elif isinstance(value, dict) and "mrope_section" in {*value, *(ropes if "rope_theta" in value else ())}:
             half = int(4 * value.get("partial_rotary_factor", 1.0))
             fields[name] = {
                 **value,
                 "mrope_section": [half - 2 * (half // 4) - (half == 2), half // 4 + (half == 2), half // 4],
             }
+        elif _KINDS.fullmatch(name) and isinstance(value, (list, tuple)) and value and isinstance(value[0], str):
+            kinds[name] = list(dict.fromkeys(value))
         elif isinstance(value, int) and not isinstance(value, bool):
             size = next((n for pattern, n in _SIZES if re.fullmatch(pattern, name)), None)
             if size is not None and (value > size or "head" in name or name.endswith(("_id", "_index"))):
@@ -140,15 +194,28 @@ def _small(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             size = next((n for pattern, n in _LISTS if re.fullmatch(pattern, name)), None)
             if size is not None:
                 fields[name] = type(value)([size] * len(value))
-    if "qk_rope_head_dim" in fields and "head_dim" in vars(config):
+    if "depths" in fields and getattr(config, "out_features", None):
+        fields["out_features"] = config.out_features
+    if kinds:  # a layer of each kind
+        fields["num_hidden_layers"] = count = max(2, *map(len, kinds.values()))
+        fields.update({name: (2 * count * kind)[:count] for name, kind in kinds.items()})
+    if "qk_rope_head_dim" in fields:
         fields["head_dim"] = fields["qk_rope_head_dim"]
+    elif vars(config).get("head_dim", 0) is None and fields.get("hidden_size") == 32:
+        fields["head_dim"] = 8
     if "image_size" in vars(config) and isinstance(getattr(config, "image_size", None), int):
         patch = getattr(config, "patch_size", 8)
         patch = patch if isinstance(patch, int) else 8
         fields["image_size"] = min(config.image_size, 4 * patch if patch >= 8 else 64)
-    if fields.get("num_key_value_heads") and not isinstance(getattr(config, "num_attention_heads", 4), int):
+    if fields.get("num_key_value_heads") and not isinstance(vars(config).get("num_attention_heads", 4), int):
         del fields["num_key_value_heads"]
-    fields.update({key: value for key, value in given.items() if key not in fields or not isinstance(value, Mapping)})
+    fields.update(
+        {
+            key: value
+            for key, value in given.items()
+            if key not in fields or not isinstance(value, Mapping) or "model_type" in value
+        }
+    )
     return fields
 
 
@@ -179,6 +246,7 @@ _MAPPINGS = {"AutoModel": "MODEL_MAPPING_NAMES", "AutoModelForCausalLM": "MODEL_
 def _transformers(kind: str) -> Family:
     def make() -> nn.Module:
         import transformers
+        from transformers import PretrainedConfig
         from transformers.models.auto import modeling_auto
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -187,8 +255,9 @@ def _transformers(kind: str) -> Family:
 
         def of(auto: str, fields: Mapping[str, Any], ways: Mapping[str, Any]) -> nn.Module:
             config = CONFIG_MAPPING[kind](**fields)
-            if getattr(config, "use_cache", False):
-                config.use_cache = False
+            for part in (config, *[v for v in vars(config).values() if isinstance(v, PretrainedConfig)]):
+                if getattr(part, "use_cache", False):
+                    part.use_cache = False
             _refuse_large(lambda: getattr(transformers, auto).from_config(config, **ways))
             model = getattr(transformers, auto).from_config(config, **ways).double().eval()
             with torch.no_grad():
@@ -204,7 +273,17 @@ def _transformers(kind: str) -> Family:
         ]
         return _first_that_works(autos)
 
-    return Family("transformers", kind, make, run_transformers)
+    return Family("transformers", kind, make, run_transformers, functools.partial(_without_values, kind))
+
+
+def _without_values(kind: str) -> nn.Module:
+    import transformers
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    auto = next(auto for auto, names in _MAPPINGS.items() if kind in getattr(modeling_auto, names))
+    with torch.device("meta"):
+        return getattr(transformers, auto).from_config(CONFIG_MAPPING[kind]())
 
 
 def _refuse_large(make: Callable[[], nn.Module]) -> None:
@@ -215,62 +294,6 @@ def _refuse_large(make: Callable[[], nn.Module]) -> None:
         return
     if size > MOST_PARAMETERS:
         raise ValueError(f"its small config still has {size / 1e6:.0f} million parameters")
-
-
-def run_transformers(model: nn.Module) -> Any:
-    """A pass with what the model's forward asks for: tokens, pixels, or features of sounds."""
-    inner = getattr(model, "_orig_mod", model)
-    config, names = inner.config, list(inspect.signature(inner.forward).parameters)
-    text = getattr(config, "text_config", None) or config
-    vocabulary = getattr(text, "vocab_size", None) or 32
-    inputs: dict[str, Any] = {}
-    both = {"input_ids", "pixel_values"} <= set(names) and getattr(config, "projection_dim", None) is not None
-    main = getattr(inner, "main_input_name", None)
-    if "input_ids" in names and (main == "input_ids" or both or not {"pixel_values", "input_values"} & set(names)):
-        inputs["input_ids"] = _ids(min(vocabulary, 40))
-    if "pixel_values" in names and (both or "input_ids" not in inputs):
-        inputs["pixel_values"] = _pixels(inner)
-    if not inputs:
-        for name in ("input_features", "input_values", "inputs_embeds", "hidden_states", "past_values"):
-            if name in names:
-                inputs[name] = _features(inner, name)
-                break
-    if "grid_thw" in names:
-        patch, frames = getattr(config, "patch_size", 8), getattr(config, "temporal_patch_size", 1)
-        channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", None) or 3
-        inputs = {names[0]: _real(16, channels * frames * patch**2), "grid_thw": torch.tensor([[1, 4, 4]])}
-    if "decoder_input_ids" in names:
-        inputs["decoder_input_ids"] = _ids(min(vocabulary, 40), 2, 5)
-    if not inputs:
-        raise ValueError(f"what its forward takes is not known here: {', '.join(names[:4])}")
-    return model(**inputs)
-
-
-def _vision(config: Any) -> Any:
-    for name in ("vision_config", "backbone_config", "encoder_config"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return config
-
-
-def _pixels(model: nn.Module) -> Tensor:
-    vision = _vision(model.config)
-    size, channels = getattr(vision, "image_size", 64), getattr(vision, "num_channels", 3)
-    sides = tuple(size) if isinstance(size, (list, tuple)) else (size or 64,) * 2
-    return _real(2, channels if isinstance(channels, int) else 3, *sides[-2:])
-
-
-def _features(model: nn.Module, name: str) -> Tensor:
-    config = model.config
-    if name == "input_values" and not hasattr(config, "num_mel_bins"):
-        return _real(2, 4000)
-    bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None)
-    width = bins or getattr(config, "hidden_size", 32)
-    if name == "input_values" and isinstance(getattr(config, "max_length", None), int):
-        return _real(2, config.max_length, width)
-    if name == "input_features" and hasattr(config, "max_source_positions"):
-        return _real(2, width, 2 * config.max_source_positions)
-    return _real(2, 24, width)
 
 
 @functools.cache
@@ -385,6 +408,26 @@ class _Attention(nn.Module):
         return self.attn(x, x.flip(1), x, need_weights=False)[0]
 
 
+def _torchvision(kind: str) -> Family:
+    def make() -> nn.Module:
+        testing.enable_torchvision()
+        from torchvision import models
+
+        if kind == "vit":
+            return models.VisionTransformer(32, 8, 2, 4, 32, 48, num_classes=5)
+        if kind == "maxvit":
+            return models.MaxVit((32, 32), 8, 4, [8, 16], [1, 1], 8, 0.0, num_classes=5)
+        swin = models.swin_transformer
+        block = dict(swin={}, swin_v2=dict(block=swin.SwinTransformerBlockV2, downsample_layer=swin.PatchMergingV2))[
+            kind
+        ]
+        return models.SwinTransformer(
+            [4, 4], 16, [2, 2], [2, 2], [4, 4], stochastic_depth_prob=0.0, num_classes=5, **block
+        )
+
+    return Family("torchvision", kind, make, lambda model: model(_real(2, 3, 32, 32)))
+
+
 _TORCH: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
     "MultiheadAttention": (_Attention, lambda m: m(_real(2, 7, 32))),
     "TransformerEncoder": (lambda: _Classified(batch_first=True), lambda m: m(_real(2, 7, 32))),
@@ -401,5 +444,6 @@ def families() -> Iterator[Family]:
     """Every family that there is, by library."""
     yield from (Family("torch", name, *parts) for name, parts in _TORCH.items())
     yield from map(_open_clip, ("clip", "custom_text", "coca", "resnet"))
+    yield from map(_torchvision, ("vit", "swin", "swin_v2", "maxvit"))
     yield from map(_timm, _TIMM.split())
     yield from map(_transformers, _transformers_kinds())

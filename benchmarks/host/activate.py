@@ -125,8 +125,8 @@ def _fastlora(gpu: NullGpu, stack: contextlib.ExitStack) -> None:
         mock.patch.object(parts.native, "_KERNELS", kernels),
         mock.patch.object(parts.primitives, "_workspace", workspace),
         *[mock.patch.object(part, "CAPTURED", (gpu.device.type,)) for part in (parts.constants, parts.compat)],
-        # A launch on a GPU makes its device the current one; these tensors do not look like a GPU's.
-        mock.patch.object(parts.primitives, "nullcontext", lambda: torch.cuda.device(cuda)),
+        # As costly as what a launch on a GPU does to make its device the current one; here the caller has done so.
+        mock.patch.object(parts.primitives, "nullcontext", lambda: torch.cuda.device(gpu.current_device())),
     ):
         stack.enter_context(patch)
     _autocast(gpu.device.type)

@@ -157,7 +157,7 @@ def refuse_parallel(model: nn.Module, function: str) -> None:
 
 
 def refuse_partitioned(model: nn.Module) -> None:
-    """FSDP1 and ZeRO-3 hold parameters in parts and have no support; ``ValueError`` names one and what to do."""
+    """``ValueError`` that names a parameter of which FSDP1 or ZeRO-3 has left a part here, and what to do."""
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(
@@ -167,8 +167,13 @@ def refuse_partitioned(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id") and not parameter.numel():
             raise ValueError(
-                f"model: {name!r} is partitioned by DeepSpeed's ZeRO-3, which has no support; use ZeRO-1 or ZeRO-2, or "
-                "torch.distributed.fsdp.fully_shard after fastlora.inject"
+                f"model: {name!r} is partitioned by DeepSpeed's ZeRO-3, which gathers it in its engine's forward; "
+                "elsewhere use deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
+        if getattr(parameter, "_fsdp_flattened", False) and "lora_A." in name and parameter.dim() != 2:
+            raise ValueError(
+                f"model: {name!r} is held in parts by FullyShardedDataParallel (FSDP1); wrap the blocks that hold "
+                "adapted layers, not each of them, or use torch.distributed.fsdp.fully_shard"
             )
 
 

@@ -150,9 +150,10 @@ def nothing_watches() -> bool:
 
 
 def differentiated_again(grads: Sequence[Tensor | None]) -> bool:
-    """Whether a backward has to be torch's own operators: gradients that have gradients, or that autograd batches."""
+    """Whether a backward has to be torch's own operators: gradients that have gradients or tangents, or are batched."""
     return (
         torch.is_grad_enabled()
+        or _forward_mode._current_level >= 0
         or (_functorch_stack is not None and _functorch_stack() is not None)
         or (_batched is not None and True in [g is not None and _batched(g) for g in grads])
     )

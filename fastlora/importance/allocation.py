@@ -46,7 +46,7 @@ def allocate(
       c_i = N_i + K_i (``costs``, else ``scores.costs``); steps that cannot be paid are skipped.
     - ``r_min``, ``r_max``: bounds, one integer for all or a mapping with one integer per key.
     - ``per``: ``"param"`` divides the priority by c_i (importance per parameter).
-    - ``rule``: ``"webster"``, or ``"fc_original"``: FC-LoRA as published, which overspends (see ``_fc_original``).
+    - ``rule``: ``"webster"``, or ``"fc_original"``: FC-LoRA as published, which overspends.
 
     Returns {key: rank} in the order of ``scores``; rank 0 means no adapter. Raises TypeError for wrong types and
     ValueError for empty, non-finite or (under raw) negative scores, r_min > r_max, missing costs and a budget below

@@ -36,16 +36,19 @@ FLAT_SPREAD = 1e-12
 
 
 class Scores(Mapping[str, float]):
-    """Immutable mapping key -> importance of one matrix, with the kind of number it holds.
+    """Immutable mapping key -> importance of one matrix (``values``), with the ``kind`` of number it holds.
 
     ``costs`` (key -> N + K, the parameters one rank costs) makes parameter budgets possible in ``allocate``.
     ``signed`` says whether values may be negative: by default it follows from a known kind and is None for others.
 
-    Raises TypeError for keys that are not strings and values that are not numbers; ValueError for NaN or infinite
-    values, negative values of an unsigned kind, a key without cost, and costs that are not positive integers.
+    Raises ``TypeError`` for keys that are not strings and values that are not numbers; ``ValueError`` for NaN or
+    infinite values, negative values of an unsigned kind, a key without cost, and costs that are not positive integers.
 
-    >>> fastlora.Scores({"q": 3.0, "v": 1.0}, "grad_sq").rank_correlation({"q": 2.0, "v": 5.0})
-    -1.0
+    >>> scores = fastlora.Scores({"0.q": 3.0, "0.v": 1.0}, "grad_sq", costs={"0.q": 16, "0.v": 16})
+    >>> scores.kind, scores.signed, scores.costs["0.q"]
+    ('grad_sq', False, 16)
+    >>> scores.breakdown().by_depth
+    {'0': 2.0}
     """
 
     __slots__ = ("_costs", "_kind", "_signed", "_values")
@@ -113,9 +116,14 @@ class Scores(Mapping[str, float]):
         return f"Scores({self._kind}, {{{', '.join(shown)}}}{', with costs' if self._costs is not None else ''})"
 
     def rank_correlation(self, other: Mapping[str, float]) -> float:
-        """Spearman's rho = cov(rank u, rank v) / (std rank u * std rank v) over the common keys.
+        """Spearman's ``rho = cov(rank u, rank v) / (std rank u * std rank v)`` over the keys that ``other`` has too.
 
-        Ties share a mean rank; NaN when one side is constant. Raises ValueError with fewer than two common keys.
+        Ties share a mean rank; NaN when one side is constant. Raises ``TypeError`` for what is no mapping of numbers,
+        ``ValueError`` for numbers that are not finite and with fewer than two common keys.
+        Source: Spearman, "The Proof and Measurement of Association between Two Things" (1904).
+
+        >>> fastlora.Scores({"q": 3.0, "v": 1.0}, "grad_sq").rank_correlation({"q": 2.0, "v": 5.0})
+        -1.0
         """
         theirs = finite_floats(other, "other")
         common = [key for key in self if key in theirs]
@@ -152,12 +160,19 @@ class Scores(Mapping[str, float]):
         weights: Sequence[float] = (0.6, 0.2, 0.2),
         normalize: str = "zscore",
     ) -> Scores:
-        """FC-LoRA's importance c = 0.6 z(grad_sq) + 0.2 z(grad_abs) + 0.2 z(act_var), z over all matrices.
+        """FC-LoRA's importance ``c = 0.6 z(grad_sq) + 0.2 z(grad_abs) + 0.2 z(act_var)``, z over all matrices.
+
+        ``weights``: the three factors. ``z(v) = (v - mean v) / std v``, so that scores have no unit.
 
         ``normalize="minmax"`` is the published variant (kind ``"composite_minmax"``, values in [0, 1] for weights that
         sum to 1). Keys keep the order of ``grad_sq``; costs are taken from the first argument that carries them.
 
-        Raises ValueError when the keys of the three differ (the difference is named) or values are not finite.
+        Raises ``TypeError`` for other things than mappings of numbers, ``ValueError`` when the keys of the three differ
+        (the difference is named) or values are not finite. Source: FC-LoRA, see ``docs/methods.md``.
+
+        >>> given = {"q": 3.0, "v": 1.0}
+        >>> fastlora.Scores.composite(given, given, given)["q"]
+        1.0
         """
         check_choice("normalize", normalize, ("zscore", "minmax"))
         parts = {"grad_sq": grad_sq, "grad_abs": grad_abs, "act_var": act_var}

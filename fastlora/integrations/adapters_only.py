@@ -24,13 +24,28 @@ def adapters_only(model: nn.Module) -> AdaptersOnly:
     names. ``load_state_dict`` of such a dict, strict or not, also after closing, keeps the base as it is and is
     compared with the model first: ``ValueError`` names differing ranks, targets and trained modules, with the model as
     it was. So the checkpoints of any trainer shrink to what is trained, and load. ``model`` may contain the adapted
-    model, and may get its adapters later; full state dicts load as ever.
+    model, and may get its adapters later; full state dicts load as ever. Raises ``TypeError`` for what is no model.
+
+    >>> from fastlora.integrations import adapters_only
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> with adapters_only(model):
+    ...     sorted(model.state_dict())
+    ...
+    ['0.lora_A.default.weight', '0.lora_B.default.weight']
     """
     return AdaptersOnly(model)
 
 
 class AdaptersOnly:
-    """See :func:`adapters_only`."""
+    """See :func:`adapters_only`.
+
+    >>> from fastlora.integrations import adapters_only
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> handle = adapters_only(model)
+    >>> handle.close()
+    >>> len(model.state_dict())
+    4
+    """
 
     def __init__(self, model: nn.Module):
         check_model(model)

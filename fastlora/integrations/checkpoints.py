@@ -29,10 +29,15 @@ VERSION = 1
 
 
 class TrainingState:
-    """What a checkpoint needs beside weights: which ranks they have, and the tracker's averages.
+    """What a checkpoint needs beside weights: which ranks they have, and the averages of a ``tracker``.
 
     An object with ``state_dict`` and ``load_state_dict``, as trainers take them. Loading raises ``ValueError`` for a
     state from a newer version, and names the ranks, targets or tracker settings that differ, with nothing changed.
+    Raises ``TypeError`` for what is no model, ``ValueError`` for a ``model`` without adapters.
+
+    >>> from fastlora.integrations import TrainingState
+    >>> state = TrainingState(nn.Sequential(fastlora.nn.Linear(8, 8, r=2)))
+    >>> state.load_state_dict(state.state_dict())
     """
 
     def __init__(self, model: nn.Module, tracker: Tracker | None = None):
@@ -41,10 +46,12 @@ class TrainingState:
             raise ValueError(NO_ADAPTERS)
 
     def state_dict(self) -> dict[str, Any]:
+        """Ranks by module path, and the tracker's ``state_dict``: tensors and plain values."""
         tracker = None if self.tracker is None else self.tracker.state_dict()
         return {"version": VERSION, "ranks": _ranks(self.model), "tracker": tracker}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved ``state``; ``ValueError`` names what differs, with nothing changed."""
         refuse_newer(state, "state")
         refuse_ranks(self.model, state)
         if self.tracker is not None and state["tracker"] is not None:
@@ -96,6 +103,14 @@ def register_for_checkpointing(accelerator: Any, model: nn.Module, tracker: Trac
     """``accelerator.save_state`` and ``load_state`` of Accelerate handle adapters, head and tracker, not the base.
 
     Call it once, before ``load_state``, with the model that was adapted. Returns what :func:`adapters_only` does.
+    ``accelerator`` needs its own ``register_for_checkpointing``; ``tracker``: whose averages go along. Raises
+    ``TypeError`` for what is no model, ``ValueError`` without adapters.
+
+    >>> from fastlora.integrations import register_for_checkpointing
+    >>> from accelerate import Accelerator
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> handle = register_for_checkpointing(Accelerator(cpu=True), model)
+    >>> handle.close()
     """
     state = TrainingState(model, tracker)
     accelerator.register_for_checkpointing(state)
@@ -103,12 +118,19 @@ def register_for_checkpointing(accelerator: Any, model: nn.Module, tracker: Trac
 
 
 def save_checkpoint(path: str | os.PathLike, model: nn.Module, tracker: Tracker | None = None, **others: Any) -> None:
-    """Write one file with all that a loop needs to go on with the same numbers; the frozen base is not in it.
+    """Write a file at ``path`` with all that a loop needs to go on with the same numbers, but for the frozen base.
 
     Adapters, ``modules_to_save``, other trained parameters, buffers, the tracker and the states of the random number
     generators (torch, Python, NumPy). ``others``: objects with ``state_dict``, such as ``optimizer=optimizer``, and
     plain values, such as ``step=step``. In a distributed run one process calls it. The file appears complete or not at
-    all. ``ValueError`` for a sharded model, of which no process has the whole.
+    all. Raises ``TypeError`` for what is no model, ``ValueError`` for one without adapters and for a sharded one, of
+    which no process has the whole, ``OSError`` where the file cannot be written.
+
+    >>> from fastlora.integrations import load_checkpoint, save_checkpoint
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> save_checkpoint(folder / "last.pt", model, step=3)
+    >>> load_checkpoint(folder / "last.pt", model)
+    {'step': 3}
     """
     _refuse_shards(model)
     state = TrainingState(unwrapped(model), tracker).state_dict()
@@ -121,11 +143,18 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, tracker: Tracker 
 def load_checkpoint(
     path: str | os.PathLike, model: nn.Module, tracker: Tracker | None = None, **objects: Any
 ) -> dict[str, Any]:
-    """Take up what ``save_checkpoint`` wrote; returns its plain values.
+    """Take up what ``save_checkpoint`` wrote at ``path``; returns its plain values.
 
     ``objects``: those whose state is wanted, by the names they were saved under. Random number generators are set too.
-    Raises ``ValueError`` for a file that is torn, newer, or does not fit, naming the differences, with the model,
-    the tracker and the generators as they were.
+    Raises ``ValueError`` for a file that is torn, newer, or does not fit, naming the differences, with the model, the
+    tracker and the generators as they were; ``FileNotFoundError`` for a missing one, ``TypeError`` for what is no
+    model.
+
+    >>> from fastlora.integrations import load_checkpoint, save_checkpoint
+    >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
+    >>> save_checkpoint(folder / "last.pt", model, step=3)
+    >>> load_checkpoint(folder / "last.pt", model)["step"]
+    3
     """
     _refuse_shards(model)
     model = unwrapped(model)

@@ -57,7 +57,13 @@ class FastLoraCallback(TrainerCallback):
     - ``resume_from``: the folder to resume from, where it is neither ``args.resume_from_checkpoint`` nor in
       ``args.output_dir``.
 
-    Raises ``ValueError`` for a model without adapters, and for a checkpoint that does not fit, naming the differences.
+    Raises ``TypeError`` or ``ValueError`` naming the argument; while training ``ValueError`` for a model without
+    adapters, and for a checkpoint that does not fit, naming the differences.
+
+    >>> from fastlora.integrations.hf import FastLoraCallback
+    >>> callback = FastLoraCallback(track={"warmup": 4}, penalty=1e-4, freeze=1)
+    >>> callback.tracker  # none before trainer.train() of Trainer(model, args, callbacks=[callback])
+    >>> callback.close()
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class FastLoraCallback(TrainerCallback):
 
     @property
     def tracker(self) -> Tracker | None:
+        """The tracker of the last training; None before the first, and where ``track`` is False."""
         return self.session.tracker
 
     def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs) -> None:

@@ -30,8 +30,13 @@ class FastLoraCallback(Callback):
     - ``checkpoints="adapters"``: inside the Trainer's entry points, state dicts leave out the frozen base, and the
       checkpoints with them; ``"full"`` leaves them alone. The tracker's state is the callback's in either.
 
-    The LightningModule holds one model that ``inject`` was called on. Raises ``ValueError`` where it holds none, and
-    for a checkpoint that does not fit, naming the differences.
+    The LightningModule holds one model that ``inject`` was called on. Raises ``TypeError`` or ``ValueError`` naming the
+    argument; while training ``ValueError`` where it holds none, and for a checkpoint that does not fit, naming the
+    differences.
+
+    >>> from fastlora.integrations.lightning import FastLoraCallback
+    >>> callback = FastLoraCallback(track={"warmup": 4}, penalty=1e-4)
+    >>> callback.tracker  # none before fit() of lightning.Trainer(callbacks=[callback])
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class FastLoraCallback(Callback):
 
     @property
     def tracker(self) -> Tracker | None:
+        """The tracker of the last ``fit``; None before the first, and where ``track`` is False."""
         return self.session.tracker
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -21,7 +21,7 @@ from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
 from ..nn.token_rows import token_rows
 from ..ops.layout import AdapterBatch
-from .fields import refuse_tying
+from .fields import refuse_tying, with_tied
 from .inject import (
     check_adapter_name,
     commit_injection,
@@ -51,7 +51,9 @@ def _agreeing(layers: Mapping[str, Adapted]) -> list[Router]:
 
 
 def adapter_names(model: nn.Module) -> list[str | None]:
-    """Names of a model's adapters by id; None where one was removed. ``ValueError`` without adapters.
+    """Names of a model's adapters by id; None where one was removed.
+
+    Raises ``TypeError`` for what is no model, ``ValueError`` without adapters.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> fastlora.adapter_names(model)
@@ -66,7 +68,7 @@ def _known(router: Router, name: Any, argument: str) -> str:
 
 @torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
-    """Add an adapter to an adapted model; it gets the next id, and trains beside the others.
+    """Add the adapter ``name`` to an adapted model, as ``config`` says it, with the next id; it trains beside others.
 
     ``y = x W^T + bias + s_g x A_g^T B_g^T`` for the rows of adapter g. Targets that have no adapter yet become adapted;
     ``modules_to_save`` are shared by all adapters. Raises ``TypeError`` or ``ValueError`` naming the argument; the
@@ -83,7 +85,7 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     refuse_merged(adapted_layers(model))
     if name in routers[0].names:
         raise wrong_value("name", f"one that is none of {routers[0].names}", name)
-    given, config = config, LoraConfig.coerce(config)
+    config = with_tied(model, LoraConfig.coerce(config))
     if config.bias != "none":
         raise wrong_value("bias", "'none' for an adapter that shares its base with others", config.bias)
     for each in (config, *getattr(model, "fastlora_configs", {}).values()):
@@ -97,7 +99,7 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
         raise ValueError(f"model: the weight of {started!r} lies in part in its adapter, and another would not fit it")
     saved = find_modules_to_save(model, config)
     names = find_targets(model, config, saved)
-    refuse_tying(model, given, names, saved)
+    refuse_tying(model, config, names)
     refuse_rows_of(model, names)
     plan, rows = plan_injection(model, config, names), plan_rows(model, config, names, saved)
     for planned in plan:
@@ -127,10 +129,10 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
 
 
 def delete_adapter(model: ModelT, name: str) -> ModelT:
-    """Delete an adapter; its id is not used again.
+    """Delete the adapter ``name``; its id is not used again.
 
     Refused for the active adapter, a merged or a tracked one, and one with a forward that awaits its backward. Raises
-    ``ValueError`` with the model as it was.
+    ``TypeError`` or ``ValueError`` with the model as it was.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> model = fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=2, target_modules=["0"]))
@@ -162,8 +164,8 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
 
 def set_adapter(model: ModelT, name: str) -> ModelT:
     """Make an adapter the active one: that of every forward outside of ``use_adapters``, and of functions that were
-    given no other (``merge``, ``save``, ``summary``, ``track``, ...). ``ValueError`` for an unknown name, and
-    while another adapter is merged.
+    given no other (``merge``, ``save``, ``summary``, ``track``, ...). Raises ``TypeError`` for what is no model,
+    ``ValueError`` for an unknown ``name``, and while another adapter is merged.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> model = fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=4, target_modules=["0"]))
@@ -194,8 +196,9 @@ def use_adapters(
     int64 [S] makes the dropout of a sample depend on its seed, the layer and the place in the sample alone, not on the
     batch.
 
-    Backward may run after the context has closed, under activation checkpointing too. Raises ``ValueError`` naming ids
-    or names that are unknown or removed; a layer whose input the ids do not fit raises with both shapes.
+    Backward may run after the context has closed, under activation checkpointing too. Raises ``TypeError`` or
+    ``ValueError`` naming ids or names that are unknown or removed; a layer whose input the ids do not fit raises
+    ``ValueError`` with both shapes.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> model = fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=4, target_modules=["0"]))
@@ -237,7 +240,9 @@ def _route(router: Router, ids: Any, row_seeds: Tensor | None) -> Route:
     if not isinstance(ids, Tensor):
         check_instance("ids", ids, Sequence, "an int64 tensor, names, one name or ranges")
         ids = torch.tensor(
-            [-1 if n is None else router.slots.index(_known(router, n, "ids")) for n in ids], dtype=torch.int64
+            [-1 if n is None else router.slots.index(_known(router, n, "ids")) for n in ids],
+            dtype=torch.int64,
+            device="cpu",
         )
     if ids.dtype != torch.int64 or ids.dim() not in (1, 2):
         raise wrong_value("ids", "an int64 tensor [S], [S, T] or [M]", ids)
@@ -263,9 +268,10 @@ def _of_ranges(router: Router, ranges: Mapping[str | None, tuple[int, int]]) -> 
             raise ValueError(
                 f"ids: expected {name!r} to begin at {before[1]}, got {begin}; None names the base for rows between"
             )
-        ids.append(torch.full((end - begin,), -1 if name is None else router.slots.index(name), dtype=torch.int64))
+        number = -1 if name is None else router.slots.index(name)
+        ids.append(torch.full((end - begin,), number, dtype=torch.int64, device="cpu"))
         before = (repr(name), end)
-    return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64)
+    return torch.cat(ids) if ids else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
@@ -287,8 +293,8 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
         live = [value for value in used if value >= 0]
     if ids.device.type != "cpu" or several_processes():
         live = [i for i, name in enumerate(slots) if name is not None]
-    table = torch.full((len(slots) + 1,), -1, dtype=torch.int64)
-    table[live] = torch.arange(len(live))
+    table = torch.full((len(slots) + 1,), -1, dtype=torch.int64, device="cpu")
+    table[live] = torch.arange(len(live), device="cpu")
     if ids.device.type != "cpu":
         table = table.to(ids.device, non_blocking=True)
         known = (ids >= -1) & (ids < len(slots)) & ((ids < 0) | (table[ids] >= 0))
@@ -361,7 +367,7 @@ def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 def _present(router: Router, used: Sequence[AdapterBatch | str]) -> set[str]:
     names = router.names
-    flags = torch.zeros(len(names), dtype=torch.int64)
+    flags = torch.zeros(len(names), dtype=torch.int64, device="cpu")
     for item in used or [router.default.adapter]:
         for name in (item,) if isinstance(item, str) else item.present():
             flags[names.index(name)] = 1

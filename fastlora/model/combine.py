@@ -14,6 +14,7 @@ from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_instance, check_integer, check_number, wrong_value
 from .._utils.types import ModelT
 from ..config import LoraConfig
+from ..nn.active import refuse_merged
 from ..nn.adapter import AdapterSpec, Factors
 from ..nn.linear import Adapted, adapted_layers, matrix_key
 from ..nn.token_rows import token_rows
@@ -60,6 +61,7 @@ def add_weighted_adapter(
     """
     refuse_parallel(model, "add_weighted_adapter")
     routers = routers_of(model)
+    refuse_merged(adapted_layers(model))
     shares = _checked(routers[0].names, adapters, weights, adapter_name, combination_type, density)
     check_choice("majority_sign_method", majority_sign_method, ("total", "frequency"))
     if svd_rank is not None:

@@ -59,9 +59,9 @@ def initialize_corda(
     beside them, of twice the rank: the file is plain LoRA over the weight as it was. A model that is trained on from
     a checkpoint is initialized again first, from the same data.
 
-    Raises ``TypeError`` or ``ValueError`` naming the argument, with the model as it was, for a layer without a matrix
-    or with one that will not do, layers that are no linear or share their weight, trained ones, and ranks above
-    min(N, K).
+    ``adapter``: the active one unless named. Raises ``TypeError`` or ``ValueError`` naming the argument, with the model
+    as it was, for a layer without a matrix or with one that will not do, layers that are no linear or share their
+    weight, trained ones, and ranks above min(N, K).
     Source: Yang et al., "CorDA: Context-Oriented Decomposition Adaptation" (NeurIPS 2024).
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
@@ -84,7 +84,7 @@ def initialize_corda(
 
 def _corda(each: _Slice, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     W = each.weight()
-    C, eye, damp = C.to(W), torch.eye(len(C)).to(W), 0.01
+    C, eye, damp = C.to(W), torch.eye(len(C), device=W.device).to(W), 0.01
     while True:
         fixed = C + eye * (C.diagonal().mean() * damp)
         inverse, info = torch.linalg.inv_ex(fixed)
@@ -122,6 +122,8 @@ def initialize_lora_ga(
     - ``direction``: components of A and B, ``"ArB2r"`` as above, ``"A2rBr"`` the other way, ``"ArBr"`` in turns,
       ``"random"`` the same for both. ``scale``: ``"stable"`` is N^(1/4) / sqrt(stable_gamma), ``"weight_svd"`` the
       first singular value of W over that of B, ``"gd_scale"`` 1/s for A and B, ``"unit"`` 1.
+
+    ``adapter``: the active one unless named.
 
     Outputs stay; for files and checkpoints see ``initialize_corda``. Raises ``TypeError`` or ``ValueError`` naming the
     argument, with the model as it was, for what ``calibrate`` refuses of batches and losses, matrices that no gradient
@@ -223,7 +225,11 @@ def _gradients(
 def _lora_ga(
     each: _Slice, U: Tensor, S: Tensor, V: Tensor, adapter: str, direction: str, scale: str, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    r, s, every = each.rank, each.layer.adapter_specs[adapter].scale[each.part], torch.arange(2 * each.rank)
+    r, s, every = (
+        each.rank,
+        each.layer.adapter_specs[adapter].scale[each.part],
+        torch.arange(2 * each.rank, device="cpu"),
+    )
     of_a, of_b = {
         "ArBr": (every[1::2], every[0::2]),
         "A2rBr": (every[r:], every[:r]),

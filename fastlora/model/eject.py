@@ -79,7 +79,8 @@ def unload(model: ModelT) -> ModelT:
     """Remove every adapter in place, as PEFT's ``unload``: modules are the base's, of exactly their classes.
 
     Weights stay as they are: the base's, or what ``merge`` has made of them. What was trained besides (heads, biases)
-    keeps its values. Returns the same model; ``ValueError`` without adapters, and for one that is sharded or wrapped.
+    keeps its values. Returns the same model. Raises ``TypeError`` for what is no model, ``ValueError`` without
+    adapters, and for one that is sharded or wrapped.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> type(fastlora.unload(model)[0])

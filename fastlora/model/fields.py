@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, QKVLinear
 from ..nn.plain import CONVOLUTIONS
 from ..nn.quantized import foreign_base
-from .modules import adapted_class, features, has_suffix, pattern_matches, users_of_parameters
+from .modules import adapted_class, features, has_suffix, pattern_matches, tied_embeddings, users_of_parameters
 
 
 def of_layers(config: LoraConfig, names: list[str]) -> list[str]:
@@ -32,17 +33,32 @@ def of_layers(config: LoraConfig, names: list[str]) -> list[str]:
     return [n for n in names if n in own or index_of[n] in wanted]
 
 
-def refuse_tying(model: nn.Module, config: Any, names: Collection[str], saved: Collection[str]) -> None:
-    """``ensure_weight_tying`` of a ``peft.LoraConfig``: nothing to do, unless something that is trained is tied."""
-    if not getattr(config, "ensure_weight_tying", False):
+def with_tied(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """``ensure_weight_tying``: the input embedding in the place of all in ``modules_to_save`` that share its weight."""
+    source, *followers = tied_embeddings(model) if config.ensure_weight_tying and config.modules_to_save else [""]
+    names, saved, taken = [n for n, _ in model.named_modules()], [], False
+    for entry in config.modules_to_save or () if followers else ():
+        hits = [n for n in names if has_suffix(n, entry)]
+        taken |= not {source, *followers}.isdisjoint(hits)
+        saved += [n for n in hits if n not in followers] if not set(followers).isdisjoint(hits) else [entry]
+    if not taken:
+        return config
+    covered = any(has_suffix(source, entry) for entry in saved)
+    config = copy.copy(config)
+    config.modules_to_save = saved if covered else [*saved, source]
+    return config
+
+
+def refuse_tying(model: nn.Module, config: Any, names: Collection[str]) -> None:
+    """``ensure_weight_tying``: ``ValueError`` where a target is tied."""
+    if not config.ensure_weight_tying:
         return
-    chosen = {*names, *saved}
     for paths in users_of_parameters(model).values():
-        tied = [path for path in paths if path in chosen]
+        tied = [path for path in paths if path in names]
         if tied and len(paths) > 1:
             raise ValueError(
                 f"ensure_weight_tying: {paths[0]!r} and {paths[1]!r} share one weight, and adapters of the two would "
-                f"not be one; adapt one of them without ensure_weight_tying, or leave out {tied[0]!r}"
+                f"not be one; adapt one of them without ensure_weight_tying, or name {tied[0]!r} in modules_to_save"
             )
 
 

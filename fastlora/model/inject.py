@@ -37,7 +37,7 @@ from ..nn.routing import Router
 from ..nn.token_rows import token_rows
 from .embedding_outputs import keep_changeable
 from .experts import expert_parameters
-from .fields import of_layers, pattern_lookup, refuse_beyond_factors, refuse_tying
+from .fields import of_layers, pattern_lookup, refuse_beyond_factors, refuse_tying, with_tied
 from .learning_check import MODES, watch_learning
 from .modules import (
     adapted_class,
@@ -103,12 +103,13 @@ def inject(
     check_choice("check", check, MODES)
     refuse_parallel(model, "inject")
     check_flag("accelerate_frozen", accelerate_frozen)
-    given, config = config, _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
+    config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
+    config = with_tied(model, config)
     saved = find_modules_to_save(model, config)
     names = find_targets(model, config, saved)
-    refuse_tying(model, given, names, saved)
-    refuse_shared(model, saved, "config")
+    refuse_tying(model, config, names)
+    refuse_shared(model, saved, "config", config.ensure_weight_tying)
     plan, rows = plan_injection(model, config, names), plan_rows(model, config, names, saved)
     router = Router(adapter)
     for planned in plan:

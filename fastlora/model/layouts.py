@@ -13,7 +13,7 @@ from torch import nn
 from ..nn.adapter import Slices
 
 Layout = Callable[[Any, int], Slices]
-_LIBRARIES = ("transformers", "timm")
+_LIBRARIES = ("transformers", "timm", "torchvision", "litgpt")
 
 
 def _equal(*names: str) -> Layout:
@@ -51,6 +51,10 @@ def _after_q(q: int, N: int) -> Slices:
 
 def _phi(owner: Any, N: int) -> Slices:
     return _after_q(owner.config.num_attention_heads * owner.head_dim, N)
+
+
+def _litgpt(owner: Any, N: int) -> Slices:
+    return _after_q(owner.config.n_head * owner.config.head_size, N)
 
 
 def _falcon(owner: Any, N: int) -> Slices:
@@ -129,6 +133,7 @@ LAYOUTS: dict[str, Layout] = {
     "mlp.GluMlp.fc1": _glu,
     "bark.BarkSelfAttention.att_proj": _THIRDS,
     "bark.BarkSelfFlashAttention2.att_proj": _THIRDS,
+    "maxvit.RelativePositionalMultiHeadAttention.to_qkv": _THIRDS,
     "layoutlmv2.LayoutLMv2SelfAttention.qkv_linear": _THIRDS,
     "modernbert.ModernBertAttention.Wqkv": _THIRDS,
     "mpt.MptAttention.Wqkv": _THIRDS,
@@ -137,6 +142,7 @@ LAYOUTS: dict[str, Layout] = {
     "decision_transformer.DecisionTransformerGPT2Attention.c_attn": _gpt2,
     "imagegpt.ImageGPTAttention.c_attn": _gpt2,
     "gpt_bigcode.GPTBigCodeAttention.c_attn": _bigcode,
+    "model.CausalSelfAttention.qkv": _litgpt,
     "phi3.Phi3Attention.qkv_proj": _phi,
     "phi4_multimodal.Phi4MultimodalAttention.qkv_proj": _phi,
     "dbrx.DbrxAttention.Wqkv": lambda owner, N: _after_q(owner.hidden_size, N),

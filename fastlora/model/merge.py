@@ -47,8 +47,9 @@ def merge(
     ``adapter``: the active one (``set_adapter``) unless named. Until ``unmerge`` every forward is this adapter's and
     the base's alone, also in layers that have others. All layers or none: a delta or a merged weight that is not finite
     raises ``ValueError`` naming the layer before any weight changes, as do a layer that is merged already and an open
-    context of ``use_adapters`` or ``disable_adapters`` in any thread or task. ``unload`` then removes every
-    adapter, as :func:`unload` does: the modules are plain ones again, and ``unmerge`` has nothing to put back.
+    context of ``use_adapters`` or ``disable_adapters`` in any thread or task; ``TypeError`` names an argument of
+    another type. ``unload`` then removes every adapter, as :func:`unload` does: the modules are plain ones again, and
+    ``unmerge`` has nothing to put back.
 
     A quantized base is refused, because rounding to its grid may lose the update; with ``requantize`` the sum is
     quantized anew, as the weight was, and a warning says how much of the update the rounding moved. ``progress``: True
@@ -187,7 +188,9 @@ def _put_in(layer: Adapted, weight: torch.Tensor, adapter: str) -> None:
 
 @torch.no_grad()
 def unmerge(model: ModelT) -> ModelT:
-    """Put back the weights as they were before ``merge``, bit for bit; ``ValueError`` if nothing is merged.
+    """Put back the weights as they were before ``merge``, bit for bit.
+
+    Raises ``TypeError`` for what is no model, ``ValueError`` if nothing is merged.
 
     >>> model = fastlora.merge(nn.Sequential(fastlora.nn.Linear(8, 8, r=2)))
     >>> fastlora.unmerge(model)[0].merged
@@ -196,6 +199,7 @@ def unmerge(model: ModelT) -> ModelT:
     layers = [layer for layer in _layers(model).values() if layer.merged]
     if not layers:
         raise ValueError("model: nothing is merged")
+    refuse_partitioned(model)
     for layer in layers:
         if not hasattr(layer, "unmerged_weight"):
             continue  # the merged adapter is not on this layer
@@ -217,7 +221,7 @@ def unmerge(model: ModelT) -> ModelT:
 def disable_adapters(model: ModelT) -> Iterator[ModelT]:
     """Within, forwards of this thread or task are the base model's, and so is their recomputation under checkpointing.
 
-    ``ValueError`` while an adapter is merged: the base is not there then.
+    Raises ``TypeError`` for what is no model, ``ValueError`` while an adapter is merged: the base is not there then.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> with fastlora.disable_adapters(model):

@@ -60,6 +60,7 @@ ATTENTION = (
     Attention(("query_key_value",), ("dense",)),
     Attention(("qkv_proj",), ("o_proj", "out_proj")),
     Attention(("Wqkv",), ("Wo", "out_proj")),
+    Attention(("to_qkv",), ("merge", "to_out.0", "to_out")),
     Attention(("qkv_linear",), ("^output.dense",)),
     Attention(("q", "kv"), ("proj",)),
     Attention(("q.ln.linear", "kv.linear"), ("proj.ln.linear",)),
@@ -79,6 +80,7 @@ ATTENTION = (
     Attention(("linear_q", "linear_k", "linear_v"), ("linear_out",)),
     Attention(("Wq", "Wk", "Wv"), ("dense",)),
     Attention(("q_proj", "k_proj", "v_proj_current", "v_proj_delayed"), ("o_proj", "out_proj"), shared=False),
+    Attention(("q_content_proj", "k_content_proj", "v_proj"), ("o_proj",), shared=False),  # positions have their own
     Attention(("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj", "dense", "projection_layer")),
     Attention(("q_proj.linear", "k_proj.linear", "v_proj.linear"), ("o_proj.linear",)),
     Attention(("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)),
@@ -93,6 +95,7 @@ ATTENTION = (
 MLP = (
     ("fc1", "fc2"),
     ("fc1_g", "fc1_x", "fc2"),
+    ("fc_1", "fc_2", "proj"),
     ("linear1", "linear2"),
     ("linear_fc1", "linear_fc2"),
     ("gate_proj", "up_proj", "down_proj"),
@@ -116,6 +119,8 @@ MLP = (
     ("layer_1", "layer_2"),
     ("pwconv1", "pwconv2"),
     ("net.0.proj", "net.2"),
+    ("mlp.0", "mlp.3"),
+    ("mlp_layer.1", "mlp_layer.3"),
 )
 
 # Parts of the paths of networks that make positions, which are no MLPs of the model's stream.
@@ -437,6 +442,18 @@ def users_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
+def tied_embeddings(model: nn.Module) -> list[str]:
+    """The input embedding and the linears without a bias that share its weight, by name; none where nothing does."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        weight = getattr(get() if callable(get) else None, "weight", None)
+    except (NotImplementedError, AttributeError):  # transformers' answer of a model that has none
+        return [""]
+    users = [] if weight is None else users_of_parameters(model).get(id(weight), [])
+    followers = [n for n in users if is_linear(model.get_submodule(n)) and model.get_submodule(n).bias is None]
+    return [n for n in users if isinstance(model.get_submodule(n), nn.Embedding)][:1] + followers if followers else [""]
+
+
 def saved_modules(model: nn.Module, adapter: str | None) -> list[str]:
     """Full names of the modules that are trained and saved whole with an adapter (``modules_to_save``)."""
     config = getattr(model, "fastlora_configs", {}).get(adapter)
@@ -455,10 +472,15 @@ def biases_apart(owner: nn.Module) -> bool:
     return class_name(owner) in _BIAS_APART and hasattr(owner, "qkv_bias_separate")
 
 
-def refuse_shared(model: nn.Module, saved: Sequence[str], where: str) -> None:
-    """PEFT copies a module to save: a parameter that others share would be one thing here and two there."""
+def refuse_shared(model: nn.Module, saved: Sequence[str], where: str, tying: bool = False) -> None:
+    """PEFT copies a module to save: a parameter that others share would be one thing here and two there.
+
+    ``tying``: but not what follows the input embedding by ``ensure_weight_tying``.
+    """
+    source, *followers = tied_embeddings(model) if tying else [""]
+    follow = {f"{n}.weight" for n in followers} if source in saved else ()
     inside = {id(p) for name in saved for p in model.get_submodule(name).parameters()}
     prefixes = tuple(s + "." for s in saved)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in inside and not name.startswith(prefixes):
+        if id(parameter) in inside and not name.startswith(prefixes) and name not in follow:
             raise ValueError(f"{where}: modules_to_save: a parameter is shared with {name!r}, which PEFT would untie")

@@ -36,8 +36,8 @@ def set_ranks(
     ``adapter``: the active one unless named. Keys are matrix keys; others keep their rank and factors. Rank 0 removes
     the adapter of a matrix. Refused once B is not zero, because its training would be lost, unless ``reinit``, or
     ``keep``: then the first min(r, r') rows of A and columns of B stay, all matrices copied in one launch, and further
-    columns of B are zero, so that a matrix which grows computes what it did. Raises ``ValueError`` with the model
-    unchanged.
+    columns of B are zero, so that a matrix which grows computes what it did. Raises ``TypeError`` or ``ValueError``
+    with the model unchanged.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> model = fastlora.set_ranks(model, {"0": 4})
@@ -166,12 +166,13 @@ def reallocate(
     """``allocate`` and ``set_ranks`` in one: fresh factors at ranks that follow the scores. Returns the ranks.
 
     ``budget``: the ranks that the scored matrices have now, n r for a uniform r; with ``unit="params"`` their
-    parameters. ``r_max``: twice the largest rank there is now. No rank exceeds min(N, K). The default floor is 2, as
-    FIM-LoRA needs it: with a floor of 1 its ranks are bimodal. Further ``options`` go to ``allocate``; ``reinit`` to
-    ``set_ranks``, which refuses trained adapters without it.
+    parameters. ``r_max``: twice the largest rank there is now. No rank exceeds min(N, K). ``adapter``: the active one
+    unless named. The default floor ``r_min`` is 2, as FIM-LoRA needs it: with a floor of 1 its ranks are bimodal.
+    Further ``options`` go to ``allocate``; ``reinit`` to ``set_ranks``, which refuses trained adapters without it.
 
-    Raises ``ValueError`` for scores of unknown matrices and whatever the two functions refuse; the model is then as it
-    was. Source: FIM-LoRA (rank proportional to the score at the same total), here without overspending.
+    Raises ``ValueError`` for scores of unknown matrices, and ``TypeError`` or ``ValueError`` for whatever the two
+    functions refuse; the model is then as it was. Source: FIM-LoRA (rank proportional to the score at the same total),
+    here without overspending.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=4), fastlora.nn.Linear(8, 8, r=4))
     >>> fastlora.reallocate(model, {"0": 3.0, "1": 1.0}, reinit=True)

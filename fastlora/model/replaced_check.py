@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from typing import Any
 
@@ -27,9 +28,11 @@ class AdaptedPlaces:
         self._watch(_places(model))
 
     def _watch(self, layers: dict[str, nn.Module]) -> None:
-        # The callback holds this object weakly: the references are its own.
-        me = weakref.ref(self)
-        self._layers = [weakref.ref(layer, lambda _, path=path: _say(me(), path)) for path, layer in layers.items()]
+        # The callback holds this object weakly: the references are its own. At the interpreter's end names are gone.
+        me, ending = weakref.ref(self), sys.is_finalizing
+        self._layers = [
+            weakref.ref(layer, lambda _, path=path: ending() or _say(me(), path)) for path, layer in layers.items()
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         model = self.model()

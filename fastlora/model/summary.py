@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .._utils.distributed import unwrapped
+from .._utils.distributed import refuse_partitioned, unwrapped
 from .._utils.reporting import rich_table, text_table
 from ..nn.adapter import WHOLE
 from ..nn.experts import ExpertProjection
@@ -79,7 +79,8 @@ class Summary:
 def summary(model: nn.Module, adapter: str | None = None) -> Summary:
     """Count what is trained: the adapter (the active one unless named), the head, and the rest.
 
-    Raises ``ValueError`` for an adapter that is not there, and without adapters or a policy.
+    Raises ``TypeError`` for what is no model, ``ValueError`` for an adapter that is not there, without adapters or a
+    policy, and under ZeRO-3.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> found = fastlora.summary(model)
@@ -87,6 +88,7 @@ def summary(model: nn.Module, adapter: str | None = None) -> Summary:
     (32, 2)
     """
     model = unwrapped(model)
+    refuse_partitioned(model)
     layers, adapter = adapted_layers(model), chosen_or_policy(model, adapter)
     rows, adapted, beside = [], [], 0
     for path, layer in layers.items():
@@ -173,13 +175,14 @@ def _engine(weight: Tensor, engine: str) -> str:
 def explain(model: nn.Module) -> Explanation:
     """Backend and matmul engine of each layer, for inputs of its weight's dtype, and why others are passed over.
 
-    Raises ``TypeError`` for what is no model.
+    Raises ``TypeError`` for what is no model, ``ValueError`` under ZeRO-3.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> fastlora.explain(model).rows[0][0]
     '0'
     """
     model = unwrapped(model)
+    refuse_partitioned(model)
     rows, packed = [], 0
     for path, layer in model.named_modules():
         if isinstance(layer, ExpertProjection):

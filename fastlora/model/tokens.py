@@ -1,4 +1,4 @@
-"""``trainable_token_indices``: which rows of which embeddings, what shares their weight, and where they cannot be."""
+"""``trainable_token_indices``: which rows of which layers, what shares their weight, and where they cannot be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..config import LoraConfig
 from ..nn.linear import Adapted, adapter_dtype_of
 from ..nn.routing import Router
 from ..nn.token_rows import LEAF, TokenRows
-from .modules import class_name, kept_forwards, recomputed, users_of_parameters, uses_of_weight
+from .modules import class_name, is_linear, kept_forwards, recomputed, users_of_parameters, uses_of_weight
 
 _FIELD = "trainable_token_indices"
 
@@ -28,7 +28,10 @@ class _Rows:
 
 
 def find_rows(model: nn.Module, wanted: Any) -> dict[str, tuple[int, ...]]:
-    """Rows by the embedding's full name: a list is of the input embedding, keys of a mapping are ends of names."""
+    """Rows by the layer's full name: a list is of the input embedding, keys of a mapping are ends of names.
+
+    As in PEFT, an output layer that shares the embedding's weight follows it, also where it is named with its rows.
+    """
     if not isinstance(wanted, Mapping):
         wanted = {} if wanted is None else {_input_embedding(model): wanted}
     names = [name for name, _ in model.named_modules()]
@@ -36,13 +39,18 @@ def find_rows(model: nn.Module, wanted: Any) -> dict[str, tuple[int, ...]]:
     for key, indices in wanted.items():
         hits = [name for name in names if name.endswith(key)]  # PEFT does not stop at dots
         if not hits:
-            known = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
-            accepted = f"names of embeddings of {type(model).__name__}"
+            known = [n for n, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.Linear))]
+            accepted = f"names of embeddings and linears of {type(model).__name__}"
             raise wrong_value(_FIELD, accepted, key, suggestion(key, known))
         for name in hits:
             if name in found:
                 raise wrong_value(_FIELD, f"one list for {name!r}", list(wanted))
             found[name] = tuple(indices)
+    source = _input_embedding(model)
+    if source in found:
+        weight = model.get_submodule(source).weight
+        follow = [n for n in found if n != source and getattr(model.get_submodule(n), "weight", None) is weight]
+        found = {n: rows for n, rows in found.items() if n not in follow or rows != found[source]}
     return found
 
 
@@ -84,9 +92,9 @@ def plan_rows(model: nn.Module, config: LoraConfig, targets: Collection[str], sa
             reason = "it is in modules_to_save, too; all of its rows are trained, or some"
         if reason is not None:
             raise ValueError(f"{_FIELD}: rows of {path!r} cannot be trained alone: {reason}")
-        outside = [i for i in indices if i >= module.num_embeddings]
+        outside = [i for i in indices if i >= len(module.weight)]
         if outside:
-            raise wrong_value(_FIELD, f"rows of {path!r} below {module.num_embeddings}", outside)
+            raise wrong_value(_FIELD, f"rows of {path!r} below {len(module.weight)}", outside)
         values = module.weight.detach()[list(indices)].clone().to(adapter_dtype_of(config, module))
         plan.append(_Rows(path, head, indices, values))
     return plan
@@ -98,13 +106,13 @@ def _refusal(model: nn.Module, path: str, module: nn.Module) -> str | None:
     known = isinstance(module, nn.Embedding) and (
         kind.forward is nn.Embedding.forward or hasattr(module, "embed_scale") or isinstance(module, Adapted)
     )
-    if not known:
-        return f"it is a {'.'.join(class_name(module))}, no torch.nn.Embedding"
+    if not known and not (is_linear(module) and kind.forward is nn.Linear.forward):
+        return f"it is a {'.'.join(class_name(module))}, no torch.nn.Embedding or Linear"
     if recomputed(module) is not None:
         return f"{recomputed(module)}; remove that first"
     if not module.weight.is_floating_point() or module.weight.dtype.itemsize == 1:
         return f"its weight is in {module.weight.dtype}"
-    if module.max_norm is not None or module.sparse:
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "it is an embedding with max_norm or sparse gradients, which its rows could not have"
     if "forward" in vars(module) and not kept_forwards(module):
         return f"its forward was replaced by {vars(module)['forward']!r}"
@@ -117,6 +125,10 @@ def _refusal(model: nn.Module, path: str, module: nn.Module) -> str | None:
 
 def _head(model: nn.Module, path: str, module: nn.Module, sharing: Sequence[str]) -> tuple[str | None, str | None]:
     """The output layer that has the same weight and follows as in PEFT, or why the weight cannot be shared so."""
+    if isinstance(module, nn.Linear):
+        if sharing:
+            return None, f"it has the weight of {sharing[0]!r}, whose rows it follows; name that one alone"
+        return None, "it has a bias, which PEFT leaves out then" if module.bias is not None else None
     tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
     tied = tied and _asked(model, "get_input_embeddings") is module
     output = _asked(model, "get_output_embeddings") if tied else None
@@ -148,7 +160,8 @@ def commit_rows(model: nn.Module, plan: Sequence[_Rows], router: Router, adapter
         if LEAF not in module._modules:
             rows = TokenRows(router)
             module.add_module(LEAF, rows)
-            module.register_forward_hook(rows.look_up, with_kwargs=True)
+            hook = rows.look_up if isinstance(module, nn.Embedding) else rows.project
+            module.register_forward_hook(hook, with_kwargs=True)
             if planned.head is not None:
                 model.get_submodule(planned.head).register_forward_hook(rows.project, with_kwargs=True)
         module._modules[LEAF].install(adapter, planned.indices, planned.values)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .._utils.distributed import refuse_partitioned
 from .._utils.errors import check_choice, check_integer, check_model, check_number, suggestion, wrong_value
 from .._utils.types import ModelT
 from ..config import LoraConfig
@@ -191,6 +192,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters as groups named lora, norm, bias, head and other, for any torch optimizer.
 
+    ``lr_lora``, ``lr_norm``, ``lr_bias`` and ``lr_head`` are their learning rates.
     A ``weight_decay`` applies to head and other; adapters, norms and biases get 0. A mapping of group names to numbers
     sets it group by group (0 where a name is missing). ``other`` takes ``lr_head``. Empty groups are left out. Several
     adapters have a group lora each, with the adapter's name under ``"adapter"``; ``lr_lora`` may be a mapping of those.
@@ -201,7 +203,7 @@ def param_groups(
     Source of ``lr_ratio``: Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models" (ICML 2024).
 
     Raises ``TypeError`` or ``ValueError`` naming the argument for rates and decays that are no finite numbers >= 0, and
-    for a model with neither adapters nor a policy.
+    for a model with neither adapters nor a policy, or under ZeRO-3.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_lora=1e-3))
@@ -209,6 +211,7 @@ def param_groups(
     32
     """
     adapter = chosen_or_policy(model, adapter)
+    refuse_partitioned(model)
     by_adapter = _adapter_rates(model, lr_lora)
     rates = {"lora": ("lr_lora", next(iter(by_adapter.values()), 0.0)), "norm": ("lr_norm", lr_norm)}
     rates["bias"] = ("lr_bias", lr_bias)

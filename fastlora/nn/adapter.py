@@ -57,7 +57,9 @@ class Slices(dict[str, int]):
     def rows(self, name: str) -> slice | Tensor:
         """Rows of the matrix that a slice covers: a range, or int64 indices where slices interleave."""
         runs = self.runs(name)
-        return runs[0] if len(runs) == 1 else torch.cat([torch.arange(run.start, run.stop) for run in runs])
+        return (
+            runs[0] if len(runs) == 1 else torch.cat([torch.arange(run.start, run.stop, device="cpu") for run in runs])
+        )
 
     def columns(self, y: Tensor, name: str) -> Tensor:
         """The columns of y [M, N] that are a slice's: a view where they are together."""
@@ -239,11 +241,12 @@ class Operands:
         of_all = layers[0].backend, layers[0].engine, (), streams_of(layers), blocks if max(blocks) > 1 else ()
         self.call = BoundCall(W, bias, *[[pair[i] for pair in pairs] for i in range(3)], *of_all)
         self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
-        self._weights = W
+        self._operands = [*W, *self.call.A, *self.call.B]
+        self._kinds = list(map(_kind, self._operands))
         self._places, self._keys, self._values = ([entry[i] for entry in self.stored] for i in range(3))
         self._hooks = [hooks for f in self.factors for hooks in forward_hooks(f)]
         self._attributes = [f.__dict__ for f in self.factors]
-        found = (self._places, self._keys, self._values, self._hooks, self._attributes, W)
+        found = (self._places, self._keys, self._values, self._hooks, self._attributes, self._operands)
         self._guard = None if NODE is None else NODE.Guard(*found)
         first = layers[0]
         self.alike = len(layers) == 1 or all(
@@ -290,10 +293,14 @@ class Operands:
         for owner, name, found in self.read:
             if getattr(owner(), name, None) is not found:
                 return False
-        for w in self._weights:  # a parameter that is moved or cast stays the same object
-            if w.dtype is not self.dtype or w.device != self.device:
-                return False
+        if list(map(_kind, self._operands)) != self._kinds:
+            return False
         return not any(self._hooks) and not any(map(dict.__contains__, self._attributes, _FORWARD))
+
+
+def _kind(tensor: Tensor) -> tuple:
+    """What a parameter may change and stay the same object."""
+    return tensor.dtype, tensor.device, tensor.shape
 
 
 def _dropout(layer: Any, names: Sequence[str]) -> list[float]:

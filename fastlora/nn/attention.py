@@ -68,7 +68,13 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     ``in_proj`` and ``out_proj`` are ``fastlora.nn.Linear``; ``in_proj_weight`` [3E, E] keeps its name. ``split_qkv``
     gives q, k and v an adapter each, otherwise the stacked matrix has one. There is no fused path, which would read the
-    weights past the adapters; nested tensors are refused. Raises ``TypeError`` or ``ValueError`` naming the argument.
+    weights past the adapters; nested tensors are refused. ``fields``, ``r``, ``lora_alpha`` and ``lora_dropout`` are
+    those of ``LoraConfig``; the other arguments are torch's. Raises ``TypeError`` or ``ValueError`` naming the
+    argument.
+
+    >>> attention, x = fastlora.nn.MultiheadAttention(8, 2, r=2, batch_first=True), torch.ones(1, 3, 8)
+    >>> attention(x, x, x)[0].shape
+    torch.Size([1, 3, 8])
     """
 
     def __init__(
@@ -112,7 +118,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             layer.install(DEFAULT, spec, *new_factors(slices, ranks, embed_dim, spec, layer.weight.device))
 
     def hold(self, layer: InProjection) -> None:
-        """Take the adapted input projection as a child, before the output projection."""
+        """Take ``layer``, the adapted input projection, as a child, before the output projection: what ``inject`` does.
+
+        >>> attention = fastlora.nn.MultiheadAttention(8, 2)
+        >>> attention.hold(attention.in_proj)
+        >>> [name for name, _ in attention.named_children()]
+        ['in_proj', 'out_proj']
+        """
         output = self._modules.pop("out_proj")
         self.in_proj, self.out_proj = layer, output
 
@@ -251,7 +263,12 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """``nn.TransformerEncoderLayer`` that always calls its children: its fused inference path reads their weights.
 
     Made by ``inject`` by a change of class. A nested tensor (``nn.TransformerEncoder`` makes one of a padding mask) is
-    padded, run and nested again.
+    padded, run and nested again. Shapes ([S, T, E] with ``batch_first``), arguments and errors are torch's:
+    ``RuntimeError`` where shapes do not fit.
+
+    >>> layer = fastlora.nn.TransformerEncoderLayer(8, 2, batch_first=True)
+    >>> layer(torch.ones(1, 3, 8)).shape
+    torch.Size([1, 3, 8])
     """
 
     def forward(

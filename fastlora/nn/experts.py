@@ -128,7 +128,15 @@ class ExpertProjection(ExpertStack, Adapted):
             (update,) = lora_grouped(seen, [zero], [None], A, B, scale, batch, backend=backend, engine=NONE, **operands)
             if not torch.compiler.is_compiling() and update.grad_fn is not None:
                 self.router.pending(route).add(update)
-            y = y + update if torch.compiler.is_compiling() else update.add_(y)
+            # Autocast may leave y in float32.
+            alike = update.dtype is y.dtype and not torch.compiler.is_compiling()
+            y = update.add_(y) if alike else y + update
+        if self.router.sharded and torch.is_grad_enabled():
+            # fully_shard reduces what has a gradient here, and other ranks may have sent rows to other experts.
+            reached = {(g, e) for _, g, e in live}
+            absent = [t for g, of in enumerate(pairs) for e, pair in enumerate(of) if (g, e) not in reached
+                      for t in pair[:2] if t.requires_grad and t.numel()]  # fmt: skip
+            y = _Absent.apply(y, *absent) if absent else y
         for g, probe in enumerate(measured):
             y = y if probe is None else _observed(y, x, probe, segments, g, route)
         return y
@@ -268,8 +276,8 @@ class Segments:
                 numbers = torch.arange(1, len(chosen) + 1, device=places.device).unsqueeze(1)
                 ids = (inside * numbers).sum(0) - 1
             else:
-                ranges = torch.tensor([self.runs[i] for i in chosen])  # on the host: nothing need be read back
-                ids = torch.full((self.order.shape[0],), -1)
+                ranges = torch.tensor([self.runs[i] for i in chosen], device="cpu")  # nothing need be read back
+                ids = torch.full((self.order.shape[0],), -1, device="cpu")
                 for number, i in enumerate(chosen):
                     ids[slice(*self.runs[i])] = number
                 ids = ids.to(self.order.device, non_blocking=True)
@@ -312,6 +320,7 @@ def register() -> None:
 def adapt(owner: nn.Module, projection: ExpertProjection) -> None:
     """Let an experts module hold an adapted parameter, and run with it."""
     register()
+    projection.router.experts = True
     owner._modules[f"{projection.leaf}_adapter"] = projection
     if class_path(owner) in UNREGISTERED:
         owner.__class__ = getattr(sys.modules[__name__], UNREGISTERED[class_path(owner)])

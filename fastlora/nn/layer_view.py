@@ -117,14 +117,21 @@ class Conv1D(Linear):
     .. math:: y = x W + b + s\, x A^\top B^\top
 
     ``weight`` [K, N] and ``bias`` [N] stay as they are; A [r, K] and B [N, r] are those of a ``Linear``. Slices of a
-    fused [q, k, v] are columns of the weight.
+    fused [q, k, v] are columns of the weight. Made with arguments, which are those of :class:`Linear`, it has a weight
+    of that layout. Errors (``TypeError``, ``ValueError``) are as there.
+
+    >>> from transformers.pytorch_utils import Conv1D
+    >>> config = fastlora.LoraConfig(r=2, target_modules=["0"])
+    >>> layer = fastlora.inject(nn.Sequential(Conv1D(6, 8)), config)[0]
+    >>> layer.delta().shape, layer.as_matrix(layer.weight).shape
+    (torch.Size([8, 6]), torch.Size([6, 8]))
     """
 
     def forward(self, x: Tensor) -> Tensor:
         return LayerView(self, self.weight.t(), self.bias)(x)
 
     def delta(self, adapter: str | None = None) -> Tensor:
-        """``s (B A)^T`` of the whole weight [K, N]."""
+        """``s (B A)^T`` of the whole weight [K, N]; ``adapter``: the active one unless named."""
         return super().delta(adapter).t()
 
     def as_matrix(self, weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.distributed import refuse_partitioned
-from .._utils.errors import check_flag, check_instance, check_integer, check_model, wrong_value
+from .._utils.errors import check_flag, check_integer, check_model, wrong_value
 from ..config import LoraConfig, takes_weight
 from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
@@ -103,7 +103,12 @@ class Adapted(nn.Module):
             a, b = A.get(name), B.get(name)
             if a is None and b is None:
                 a, b = self.empty(0, self.in_features), self.empty(rows, 0)
-            elif None in (a, b) or {a.device, b.device} != {device} or a.dim() != 2 or a.shape[:1] != b.shape[1:]:
+            elif (
+                None in (a, b)
+                or {a.device, b.device} != {device}
+                or a.shape[1:] != (self.in_features,)
+                or b.shape != (rows, a.shape[0] // self.groups)
+            ):
                 refuse_partitioned(self)
                 raise ValueError(
                     f"adapter {adapter!r}: expected factors A [r, {self.in_features}] and B [{rows}, r] of slice "
@@ -162,7 +167,8 @@ class Adapted(nn.Module):
 
     def empty(self, *shape: int) -> Tensor:
         """A factor of rank 0."""
-        return self.weight.new_empty(shape)
+        with torch.inference_mode(False):  # it may be kept, and then be saved by a graph
+            return self.weight.new_empty(shape)
 
     def delta(self, adapter: str | None = None) -> Tensor:
         """``s B A`` of the whole weight [N, K], of the active adapter unless named, in fp32 (float64 for float64)."""
@@ -253,8 +259,12 @@ class Linear(Adapted, nn.Linear):
     .. math:: y = x W^\top + b + s\, \mathrm{dropout}(x) A^\top B^\top,\qquad s = \alpha / r
 
     ``weight`` [N, K] and ``bias`` [N] keep their names; ``lora_A.default.weight`` is [r, K], ``lora_B.default.weight``
-    [N, r]. The base is frozen unless ``train_base``. Raises ``TypeError`` or ``ValueError`` naming the argument.
+    [N, r]. The base is frozen unless ``train_base``; the other arguments are ``nn.Linear``'s and fields of
+    ``LoraConfig``. Raises ``TypeError`` or ``ValueError`` naming the argument.
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022).
+
+    >>> fastlora.nn.Linear(8, 6, r=2)(torch.ones(4, 8)).shape
+    torch.Size([4, 6])
     """
 
     measured = True
@@ -279,8 +289,7 @@ class Linear(Adapted, nn.Linear):
     ):
         config = LoraConfig(
             r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend,
-            prepack=prepack,
+            init_lora_weights=init_lora_weights, adapter_dtype=adapter_dtype, backend=backend, prepack=prepack,
         )  # fmt: skip
         check_flag("train_base", train_base)
         if takes_weight(init_lora_weights):
@@ -292,6 +301,7 @@ class Linear(Adapted, nn.Linear):
         if r > min(in_features, out_features):
             raise wrong_value("r", f"at most min(in_features, out_features) = {min(in_features, out_features)}", r)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.weight.data = self.as_matrix(self.weight.data).contiguous()  # [K, N] in a Conv1D
         if not train_base:
             self.requires_grad_(False)
         slices = {WHOLE: out_features}
@@ -324,7 +334,14 @@ class Linear(Adapted, nn.Linear):
 
 
 class QKVLinear(Linear):
-    """A fused matrix with one adapter, and one rank, for each of its slices, as q, k and v (block-diagonal B)."""
+    """A fused matrix with one adapter, and one rank, for each of its slices, as q, k and v. See :class:`Linear`.
+
+    ``y_i = x W_i^T + b_i + s_i x A_i^T B_i^T`` for rows W_i [N_i, K] of W; one slice unless ``inject`` made it.
+
+    >>> config = fastlora.LoraConfig(r=2, target_modules=["0"], split_qkv={"0": {"q": 8, "k": 4, "v": 4}})
+    >>> fastlora.inject(nn.Sequential(nn.Linear(8, 16)), config)[0].ranks()
+    {'q': 2, 'k': 2, 'v': 2}
+    """
 
 
 _STATE = (
@@ -339,18 +356,14 @@ def attach_state(
     """Give a linear layer the attributes that the adapted forward reads."""
     layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
     layer.slices = Slices(slices, getattr(slices, "blocks", 1))
-    layer.adapter_specs = {}
+    layer.adapter_specs, layer.probes, layer.reads = {}, {}, None
     layer.ranked = frozenset()  # adapters with a rank above 0
     layer.bundle = None  # of the layer alone, with the parameters it is for; a group has bundles of its own
     layer.router = router
     layer.dropout_salt = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
     layer.stream = 0  # tells its dropout from that of its siblings, with whom it shares seed and salt
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
-    layer.merged = ()
-    layer.group = None
-    layer.called = False
-    layer.probes = {}
-    layer.reads = None
+    layer.merged, layer.group, layer.called = (), None, False
 
 
 def detach_state(layer: nn.Linear) -> None:
@@ -480,11 +493,6 @@ def _collect(module: nn.Module, path: str, seen: set[nn.Module], found: dict[str
         if child is not None:
             name = child.leaf or name if isinstance(child, Adapted) else name
             _collect(child, f"{path}.{name}" if path else name, seen, found)
-
-
-def check_adapter(adapter: object, name: str = "adapter") -> None:
-    """Refuse what cannot be the name of an adapter."""
-    check_instance(name, adapter, str, "the name of an adapter")
 
 
 def matrix_key(path: str, name: str) -> str:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._utils.distributed import refuse_partitioned
 from .._utils.torch_compat import unsafe_view
 from .linear import Adapted
 from .routing import Route
@@ -73,11 +72,8 @@ class Plain(Adapted):
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
         """(A, B, s) of an adapter that has a rank here."""
-        (a,), (b,) = self.lora_A[adapter]().values(), self.lora_B[adapter]().values()
-        (s,) = self.adapter_specs[adapter].scale.values()
-        if a.dim() != 2 or b.dim() != 2:
-            refuse_partitioned(self)
-        return a, b, s
+        (found,) = self.pairs(adapter)
+        return found
 
     def merged_weight(self, adapter: str | None = None) -> Tensor | None:
         """``W + s B A`` in the weight's dtype and layout, None where it is not finite."""

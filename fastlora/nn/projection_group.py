@@ -29,7 +29,10 @@ from .routing import Route
 
 @dataclass(slots=True)
 class _Visit:
-    """One pass of a thread through the owner: what was computed ahead, and how it was used."""
+    """One pass of a thread through the owner: what was computed ahead, and how it was used.
+
+    It knows siblings by index: a pass that ``KeyboardInterrupt`` ends stays, and would keep the layers that keep it.
+    """
 
     hooks: Any
     launches: int = 0
@@ -37,19 +40,19 @@ class _Visit:
     first: tuple[int, int] | None = None  # the launch whose input later ones are compared with
     x: Tensor | None = None
     state: tuple | None = None
-    waiting: dict[Linear, Tensor] = field(default_factory=dict)
-    unused: dict[tuple[int, int], set[Linear]] = field(default_factory=dict)
+    waiting: dict[int, Tensor] = field(default_factory=dict)
+    unused: dict[tuple[int, int], set[int]] = field(default_factory=dict)
     shared: tuple[Tensor, tuple] | None = None  # the input of the last launch and its state, while they are compared
     wanted: dict[tuple[int, int], set[int]] = field(default_factory=dict)  # siblings that came for a launch's input
     checkpoints: int = 0  # that it runs in without gradients
-    drawn: dict[Linear, int] = field(default_factory=dict)  # calls of each sibling with dropout
+    drawn: dict[int, int] = field(default_factory=dict)  # calls of each sibling with dropout
     seeds: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)  # of the siblings' n-th calls
     number: int | None = None  # of the seed of the last launch, None without dropout
 
-    def seed(self, layer: Linear, device: torch.device) -> Tensor:
+    def seed(self, mine: int, device: torch.device) -> Tensor:
         """What all siblings draw the masks of their n-th call from, whichever of them run together."""
-        number = self.drawn.get(layer, 0)
-        self.drawn[layer] = number + 1
+        number = self.drawn.get(mine, 0)
+        self.drawn[mine] = number + 1
         if (number, device) not in self.seeds:
             self.seeds[(number, device)] = new_seed(device)
         return self.seeds[(number, device)]
@@ -120,19 +123,19 @@ class ProjectionGroup:
         visits = self._visits.get(get_ident())
         if not visits:
             return None
-        visit = visits[-1]
-        if visit.x is not x or layer not in visit.waiting:
+        visit, mine = visits[-1], self._index.get(ref(layer))
+        if visit.x is not x or mine not in visit.waiting:
             return None
         # A recomputation goes the way of its forward, whose context may be closed.
         route = layer.router.route(layer.training) if in_backward() else layer.router.current()
         if visit.state != _state(x, route):
             return None
         if visit.number is not None:
-            if visit.drawn.get(layer, 0) != visit.number:
+            if visit.drawn.get(mine, 0) != visit.number:
                 return None
-            visit.drawn[layer] = visit.number + 1
-        visit.unused[visit.trigger].discard(layer)
-        out = visit.waiting.pop(layer)
+            visit.drawn[mine] = visit.number + 1
+        visit.unused[visit.trigger].discard(mine)
+        out = visit.waiting.pop(mine)
         if not visit.waiting:
             visit.x = None
         return out
@@ -140,27 +143,27 @@ class ProjectionGroup:
     def __call__(self, layer: Linear, x: Tensor, route: Route) -> Tensor:
         """The layer's output, and those of the siblings that are expected to follow computed ahead."""
         visits = self._visits.get(get_ident())
-        if not visits or ref(layer) not in self._index or _repeated_alone(layer, visits[-1]):
+        mine = self._index.get(ref(layer))
+        if not visits or mine is None or _repeated_alone(layer, visits[-1]):
             return forward_together((layer,), x, route)[0]
         visit = visits[-1]
-        seed = functools.partial(visit.seed, layer)
+        seed = functools.partial(visit.seed, mine)
         # Another call of a projection whose siblings still wait: theirs stay theirs.
         if visit.x is x or x.is_inference():
             return forward_together((layer,), x, route, None, seed)[0]
-        return self._launch(visit, layer, x, route, seed)
+        return self._launch(visit, mine, layer, x, route, seed)
 
-    def _launch(self, visit: _Visit, layer: Linear, x: Tensor, route: Route, seed: Any) -> Tensor:
-        mine = self._index[ref(layer)]
+    def _launch(self, visit: _Visit, mine: int, layer: Linear, x: Tensor, route: Route, seed: Any) -> Tensor:
         trigger = (visit.launches, mine)
         if not self.expected:
             self._compare(visit, trigger, x, route)
         skip, drawn = self._plan.get(trigger, self._unknown), visit.drawn
-        number = drawn.get(layer, 0)
+        number = drawn.get(mine, 0)
         which, layers = [mine], [layer]
         for i, member in enumerate(self._members):
             if i == mine or i in skip or (other := member()) is None:
                 continue
-            if (not drawn or drawn.get(other, 0) == number) and _joins(other, layer, route):
+            if (not drawn or drawn.get(i, 0) == number) and _joins(other, layer, route):
                 which.append(i)
                 layers.append(other)
         which = tuple(which)
@@ -172,11 +175,11 @@ class ProjectionGroup:
             return forward_together((layer,), x, route, None, seed)[0]
         checkpointed = visit.hooks is not None and not in_backward()
         outputs = forward_together(layers, x, route, kept, seed, self._pending if checkpointed else None)
-        visit.number = number if drawn.get(layer, 0) > number else None
+        visit.number = number if drawn.get(mine, 0) > number else None
         visit.launches += 1
         visit.trigger, visit.state = trigger, _state(x, route)
-        visit.unused[trigger] = set(layers[1:])
-        visit.waiting = dict(zip(layers[1:], outputs[1:], strict=True))
+        visit.unused[trigger] = set(which[1:])
+        visit.waiting = dict(zip(which[1:], outputs[1:], strict=True))
         visit.x = x if visit.waiting else None
         return outputs[0]
 
@@ -197,11 +200,11 @@ class ProjectionGroup:
             self._plan.update(self._learned)
             self._learned.clear()
         visits = self._visits.setdefault(get_ident(), [])
-        training = any([layer.training for layer in self.layers])
         for interrupted in visits:
             # KeyboardInterrupt passes by the exit hook.
             interrupted.x, interrupted.waiting = None, {}
-        visits.append(_Visit(saving_hooks(), checkpoints=unseen_checkpoints() if training else 0))
+        unseen = not torch.is_grad_enabled() and any([layer.training for layer in self.layers])
+        visits.append(_Visit(saving_hooks(), checkpoints=unseen_checkpoints() if unseen else 0))
 
     def release(self, owner: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the owner: free what nobody took, and learn from a pass that went through."""
@@ -217,9 +220,8 @@ class ProjectionGroup:
         # A failed pass returns None here, and a recomputation may stop half-way: neither says what is used.
         if output is None or in_backward():
             return
-        for trigger, unused in visit.unused.items():
-            if unused:
-                skipped = {self._index[ref(layer)] for layer in unused if ref(layer) in self._index}
+        for trigger, skipped in visit.unused.items():
+            if skipped:
                 self._learned[trigger] = self._plan.get(trigger, self._unknown) | skipped
                 self._refused.update((trigger, index) for index in skipped)
         for trigger, wanted in visit.wanted.items():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._utils.distributed import shards
 from .._utils.torch_compat import checkpoint_frame, in_backward, in_reentrant_checkpoint, saving_hooks
 from ..ops.layout import AdapterBatch
 from ..ops.node import Pending
@@ -63,6 +64,7 @@ class Router:
     def __init__(self, adapter: str):
         self.slots: list[str | None] = [adapter]
         self.default = Route(True, adapter)
+        self.experts = False  # whether some matrices run only where rows are sent to them
         self._clear()
 
     def _clear(self) -> None:
@@ -78,16 +80,18 @@ class Router:
         self._changes = 0
         self._changed: dict[str | None, int] = {}  # number of the last change to an adapter; None: of a merge
         self._pending: dict[tuple[str, ...], Pending] = {}
+        self.sharded = False  # of the model's last forward, asked only with ``experts``
         self.compiled, self._compiled_for = False, []
         self.used: list[AdapterBatch | str] | None = (
             None  # what contexts asked for since the last step, if somebody wants it
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"slots": list(self.slots), "adapter": self.default.adapter}
+        return {"slots": list(self.slots), "adapter": self.default.adapter, "experts": self.experts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.slots, self.default = state["slots"], Route(True, state["adapter"])
+        self.experts = state.get("experts", False)
         self._clear()
 
     @property
@@ -222,6 +226,8 @@ class Router:
         """Forward pre-hook of the model: whether its forward builds a graph, now or when a checkpoint repeats it."""
         if not torch.compiler.is_compiling() and not in_backward():
             self._open.grad = torch.is_grad_enabled() or in_reentrant_checkpoint()
+            if self.experts:
+                self.sharded = bool(shards(module))
 
     def leave(self, module: Any, args: Any, output: Any) -> None:
         """Forward hook of the model: outside of it, nothing is known of a forward."""
@@ -241,7 +247,8 @@ class Router:
                 return
         elif not getattr(self._open, "grad", True) or not (training or in_reentrant_checkpoint()):
             return  # no graph is being built, so nothing will be repeated
-        self._taken = [taken for taken in self._taken if not taken[0].same(route)] + [(route, self._changes)]
+        others = [taken for taken in self._taken if not taken[0].same(route)]
+        self._taken = [*others[-1:], (route, self._changes)]  # two that differ are refused, as more would be
 
     def _repeat(self) -> Route:
         current = self.current()

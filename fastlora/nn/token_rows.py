@@ -1,4 +1,4 @@
-"""Rows of a frozen embedding that are trained alone, and of the output layer that shares its weight."""
+"""Rows of a frozen embedding or linear that are trained alone, and of the output layer that shares the weight."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LEAF = "token_adapter"  # PEFT's name of the child that holds them
 
 
 class TokenRows(nn.Module):
-    r"""Trained rows [n, D] of an embedding's W [V, D] for each adapter, in the place of W's own, as in PEFT.
+    r"""Trained rows [n, D] of W [V, D] for each adapter, in the place of W's own, as in PEFT: of an embedding
 
     .. math:: y_i = R_j \text{ where } x_i = \mathrm{index}_j,\quad W_{x_i} \text{ elsewhere}
 
-    A child of the embedding. Forward hooks put the rows into the embedding's output, and their products into that of an
-    output layer that shares W; W itself is not copied.
+    A child of the layer. Forward hooks put the rows into an embedding's output, and their products into that of a
+    linear, as of the output layer that shares W; W itself is not copied.
     """
 
     def __init__(self, router: Router):
@@ -74,7 +74,7 @@ class TokenRows(nn.Module):
         return self._routed(module, y, replaced)
 
     def project(self, module: nn.Linear, args: Any, kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
-        """Forward hook of an output layer with the embedding's weight: ``x R^T`` in the columns of the trained rows."""
+        """Forward hook of a linear without bias: ``x R^T`` in the columns of the trained rows."""
         x = _input(args, kwargs)
 
         def replaced(adapter: str) -> Tensor:
@@ -134,11 +134,11 @@ def _input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def embeddings_with_rows(model: nn.Module) -> dict[str, nn.Module]:
-    """Embeddings that have trained rows, by path."""
+    """Embeddings and linears that have trained rows, by path."""
     return {n: m for n, m in model.named_modules() if isinstance(m._modules.get(LEAF), TokenRows)}
 
 
 def token_rows(model: nn.Module, adapter: str | None = None) -> dict[str, TokenRows]:
-    """The trained rows of a model, or of one adapter, by the embedding's path."""
+    """The trained rows of a model, or of one adapter, by the layer's path."""
     every = {path: module._modules[LEAF] for path, module in embeddings_with_rows(model).items()}
     return {path: rows for path, rows in every.items() if adapter is None or adapter in rows.indices}

@@ -298,7 +298,8 @@ class AdapterBatch:
             return self._build(times, x.device)
         key = (times, x.device)
         if key not in self._rows:
-            self._rows[key] = self._build(times, x.device)
+            with torch.inference_mode(False):  # a graph may save them later
+                self._rows[key] = self._build(times, x.device)
         return self._rows[key]
 
     def _build(self, times: int, device: torch.device) -> Rows:

@@ -73,9 +73,9 @@ def gradstat(x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = Tru
     x [M, K], dy [M, N] -> fp32 [len(offsets) - 1, 2]. Without ``absolute`` the second column is zero, and short runs
     go by ``||G||^2 = <x x^T, dy dy^T>``. G is reduced tile by tile: no [N, K] buffer.
     """
-    sums = torch.zeros(len(offsets) - 1, 2, dtype=torch.float64)
+    sums = torch.zeros(len(offsets) - 1, 2, dtype=torch.float64, device=x.device)
     depth, width = x.shape[1], dy.shape[1]
-    buffer = torch.empty(min(_TILE_ROWS, width), depth, dtype=torch.float32)
+    buffer = torch.empty(min(_TILE_ROWS, width), depth, dtype=torch.float32, device=x.device)
     for i, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         count, rows = stop - start, x[start:stop].float()
         if not absolute and count * (depth + width) < depth * width:

@@ -26,6 +26,7 @@ from .._utils.errors import (
     wrong_type,
     wrong_value,
 )
+from .._utils.installed import blame_extra
 from .._utils.types import ModelT
 from ..model.eject import eject
 from ..model.inject import check_adapter_name, sharing_copy
@@ -40,6 +41,16 @@ from .save import write_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+def _import_peft(asker: str) -> Any:
+    """PEFT; ``ImportError`` that names the extra without it."""
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        blame_extra(error, asker, "peft", "peft")
+        raise
+    return peft
 
 
 def to_peft(model: nn.Module, adapter: str | None = None) -> PeftModel:
@@ -60,8 +71,7 @@ def to_peft(model: nn.Module, adapter: str | None = None) -> PeftModel:
     >>> model.peft_config["default"].r
     2
     """
-    import peft
-
+    peft = _import_peft("fastlora.to_peft")
     inner = unwrapped(model)
     adapter = chosen_adapter(inner, adapter)
     if shards(inner):
@@ -123,8 +133,7 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
     >>> fastlora.from_peft(model)[0].ranks()
     {'weight': 2}
     """
-    import peft
-
+    peft = _import_peft("fastlora.from_peft")
     if not isinstance(peft_model, peft.PeftModel):
         raise wrong_type("peft_model", "a peft.PeftModel", peft_model)
     adapter = _chosen(peft_model, adapter)
@@ -249,9 +258,9 @@ def load_layout(
     ``MergedLinear`` stacks the parts of a fused q, k, v that ``enable_lora`` names: A [r e, K], B [N e / 3, r]; they
     become one adapter each. ``"torchtune"``: ``<path>.lora_a.weight`` and ``<path>.lora_b.weight``.
 
-    ``rename`` maps a path there to the path here. ``adapter`` names the adapter here, as for ``load``. All or
-    nothing: ``ValueError`` naming the argument, or the key and what is wrong with it, leaves the model as it was; keys
-    that are no adapters (biases, a head) are refused, because they belong to ``model.load_state_dict``.
+    ``rename`` maps a path there to the path here. ``adapter`` names the adapter here, as for ``load``. All or nothing:
+    ``TypeError`` or ``ValueError`` naming the argument, or the key and what is wrong with it, leaves the model as it
+    was; keys that are no adapters (biases, a head) are refused, because they belong to ``model.load_state_dict``.
     Source: https://github.com/microsoft/LoRA, https://github.com/pytorch/torchtune
 
     >>> state = {"0.lora_A": torch.ones(2, 8), "0.lora_B": torch.ones(8, 2)}

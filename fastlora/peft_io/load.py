@@ -20,7 +20,7 @@ from ..config import FROM_WEIGHT, LoraConfig
 from ..model.adapters import add_adapter
 from ..model.fields import refuse_tying
 from ..model.inject import check_adapter_name, inject, refuse_adapted
-from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules
+from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules, tied_embeddings
 from ..model.tokens import find_rows
 from ..nn.active import chosen_adapter
 from ..nn.adapter import WHOLE, Slices
@@ -36,6 +36,7 @@ from .names import (
     base_names,
     bias_tensors,
     choose_targets,
+    followers_of,
     frozen_tensors,
     is_copy_of_saved,
     rows_key,
@@ -66,8 +67,9 @@ def load(
 
     Under ``fully_shard`` every rank reads the files and keeps its part; adapters must have been injected before.
 
-    All or nothing: ``ValueError`` naming the file and what is wrong with it (``FileNotFoundError`` for a missing one)
-    leaves the model as it was. Only safetensors files in local folders are read.
+    All or nothing: ``TypeError`` or ``ValueError`` naming the argument, or the file and what is wrong with it
+    (``FileNotFoundError`` for a missing one), leaves the model as it was. Only safetensors files in local folders are
+    read.
 
     >>> fastlora.save(nn.Sequential(fastlora.nn.Linear(8, 8, r=2)), folder)
     >>> model = fastlora.load(nn.Sequential(nn.Linear(8, 8)), folder)
@@ -147,7 +149,7 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
     pairs = factor_pairs(folder)
     for name in {known.module(stored) for stored in pairs} - {*names, *parameters}:
         raise ValueError(f"{where}: adapts {name!r}, and {type(model).__name__} has no module of that name")
-    refuse_tying(model, fields, [known.path(stored) for stored in pairs], ())
+    refuse_tying(model, fields, [known.path(stored) for stored in pairs])
     if fields.targets_known:
         selected = {n for n in names if fields.selects(n)}
         expected = {s for n in (*selected, *parameters) for s in known.keys_of(n)}
@@ -168,9 +170,16 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
     rows = _rows(model, folder)
     refuse_keys(where, "the model", {*others, *map(rows_key, rows)}, rest, "")
     for path, indices in rows.items():
-        like = model.get_submodule(path).weight.new_empty(len(indices), model.get_submodule(path).embedding_dim)
+        weight = model.get_submodule(path).weight
+        like = weight.new_empty(len(indices), weight.shape[1])
         refuse_tensor(where, rows_key(path), folder.tensors[rows_key(path)], like)
-    refuse_shared(model, saved, where)
+    refuse_shared(model, saved, where, fields.ensure_weight_tying)
+    for name in followers_of(model, saved, fields):
+        source, copied = (f"{PREFIX}{n}.weight" for n in (tied_embeddings(model)[0], name))
+        if copied in folder.tensors and not torch.equal(folder.tensors[source], folder.tensors[copied]):
+            raise ValueError(
+                f"{where}: {copied!r} differs from that of {source[len(PREFIX) : -7]!r}, whose weight it is"
+            )
     modules = named_targets(model)
     matrices = {
         p: matrix_in_file(folder, known, p, name, modules[p], pairs[name], held.get(p)) for p, name in stored.items()
@@ -193,14 +202,16 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
 
 
 def _rows(model: nn.Module, folder: AdapterFolder) -> dict[str, tuple[int, ...]]:
-    """The embeddings of which rows were trained."""
+    """The layers of which rows were trained."""
     try:
         found = find_rows(model, folder.fields.trainable_token_indices)
     except ValueError as error:
         raise ValueError(f"{folder.where(CONFIG)}: {error}") from None
     for path in found:
-        if not isinstance(model.get_submodule(path), nn.Embedding):
-            raise wrong_value(f"{folder.where(CONFIG)}: trainable_token_indices", "names of embeddings", path)
+        if not isinstance(model.get_submodule(path), (nn.Embedding, nn.Linear)):
+            raise wrong_value(
+                f"{folder.where(CONFIG)}: trainable_token_indices", "names of embeddings or linears", path
+            )
     return found
 
 
@@ -304,6 +315,7 @@ def _config_for(model: nn.Module, folder: AdapterFolder, plan: _Plan) -> LoraCon
             trainable_token_indices=plan.rows or None,
             init_lora_weights=fields.init_lora_weights,
             lora_bias=fields.lora_bias,
+            ensure_weight_tying=fields.ensure_weight_tying,
             use_dora=fields.use_dora,
             split_qkv={p: plan.matrices[p].rows for p in modules if set(plan.matrices[p].rows) != {WHOLE}} or False,
             adapter_dtype=dtype,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._utils.errors import check_integer, wrong_value
 from ..config import FROM_WEIGHT, check_token_indices, indices_of, layer_index, names_in
-from ..model.modules import has_suffix, named_targets, torch_attentions
+from ..model.modules import has_suffix, named_targets, tied_embeddings, torch_attentions
 from ..nn.attention import InProjection
 from ..nn.experts import ExpertProjection, ExpertStack
 from ..nn.linear import adapted_layers
@@ -289,6 +289,12 @@ def patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str,
         "rank_pattern": {f"^{re.escape(p)}": v for p, v in sorted(ranks.items()) if v != r},
         "alpha_pattern": {f"^{re.escape(p)}": v for p, v in sorted(alphas.items()) if v != alpha},
     }
+
+
+def followers_of(model: nn.Module, saved: Collection[str], config: Any) -> list[str]:
+    """What PEFT writes beside the input embedding when that is saved and ``ensure_weight_tying`` is set."""
+    source, *followers = tied_embeddings(model) if config.ensure_weight_tying else [""]
+    return followers if source in saved else []
 
 
 def saved_tensors(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:

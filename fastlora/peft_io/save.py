@@ -38,6 +38,7 @@ from .names import (
     choose_saved,
     choose_targets,
     factor_key,
+    followers_of,
     patterns,
     rows_key,
     saved_tensors,
@@ -65,9 +66,9 @@ def save(
 
     The first rank alone writes under data-parallel training; of a sharded model (``fully_shard``) every rank must call
     this, and waits for the files. They appear complete or not at all, also when the process is killed. A warning names
-    the matrices that PEFT would load and run otherwise, or not at all. Raises
-    ``ValueError``, before anything is written, for a model without this adapter and for trained parameters that the
-    files have no place for, by name; ``OSError`` where they cannot be written, with the old ones still there.
+    the matrices that PEFT would load and run otherwise, or not at all. Raises ``TypeError`` for an argument of another
+    type and ``ValueError``, before anything is written, for a model without this adapter and for trained parameters
+    that the files have no place for, by name; ``OSError`` where they cannot be written, with the old ones still there.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> fastlora.save(model, folder)
@@ -108,11 +109,12 @@ def write_adapter(
     saved = saved_modules(model, adapter)
     every_name = base_names(model, remove_duplicate=False)
     spec, taken = choose_saved(saved, config.modules_to_save or (), every_name, list(adapted))
-    refuse_shared(model, taken, "model")
+    refuse_shared(model, taken, "model", config.ensure_weight_tying)
     biases = bias_tensors(model, config.bias, stored, taken, unranked_biases(model, adapter, config.bias, stored))
     _refuse_untold(model, taken, biases)
     fields = _fields(model, config, adapted, spec)
-    tensors = _tensors(model, layers, matrices, stored, adapter, fold_scale) | biases | saved_tensors(model, taken)
+    tensors = _tensors(model, layers, matrices, stored, adapter, fold_scale) | biases
+    tensors |= saved_tensors(model, [*taken, *followers_of(model, taken, config)])
     rows = token_rows(model, adapter)
     tensors |= {rows_key(path): each.rows(adapter) for path, each in rows.items()}
     if rows:
@@ -188,6 +190,7 @@ def _fields(model: nn.Module, config: LoraConfig, matrices: Mapping[str, _Stored
         "init_lora_weights": config.init_lora_weights,
         "use_rslora": False,
         **({"lora_bias": True} if config.lora_bias else {}),
+        **({"ensure_weight_tying": True} if config.ensure_weight_tying else {}),
         "use_dora": config.use_dora,
         "fan_in_fan_out": bool(modules) and all(isinstance(model.get_submodule(path), Conv1D) for path in modules),
         "inference_mode": True,

@@ -142,14 +142,14 @@ class _Step:
             moments += moments_there(None if probe.V is None else probe.V.grad, tracked.layers[path])
         taken = tracked.taken() if tracked.covariances else {}
         parts = {
-            "here": torch.tensor([*weights, *moments]),
+            "here": torch.tensor([*weights, *moments], device="cpu"),
             "bad": ~all_finite(taken, self.device),
-            "samples": torch.as_tensor(samples),
+            "samples": torch.as_tensor(samples, device=getattr(samples, "device", "cpu")),
         }
         if "fisher" in self.exact:
             found = tracked.sample_squares().values()
             parts["squares"] = torch.stack([square.to(self.device) for square, _ in found])
-            parts["numbers"] = torch.tensor([number for _, number in found])
+            parts["numbers"] = torch.tensor([number for _, number in found], device="cpu")
         return parts
 
     def _exact_values(self, total: Mapping[Any, Tensor]) -> list[dict[str, Tensor]]:
@@ -200,7 +200,7 @@ def averaged(
 
     Reads back which are there. Gradients that are the same on all ranks, as DDP leaves them, stay what they are.
     """
-    there = torch.tensor([name in gradients for name in shapes])
+    there = torch.tensor([name in gradients for name in shapes], device="cpu")
     every = {
         name: gradients[name] if name in gradients else torch.zeros(shape, dtype=torch.float32, device=device)
         for name, shape in shapes.items()

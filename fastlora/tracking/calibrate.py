@@ -18,7 +18,7 @@ from .._utils.errors import check_choice, check_flag, check_instance, check_inte
 from .._utils.reporting import Report, reporting
 from ..importance.scores import Scores
 from ..nn.active import NO_ADAPTERS, chosen_adapter
-from ..nn.linear import adapted_layers, check_adapter, matrix_key
+from ..nn.linear import adapted_layers, matrix_key
 from .all_reduce import averaged
 from .checks import checked_layers
 from .tracker import Tracker, track
@@ -126,7 +126,7 @@ def preserve_model_state(model: nn.Module, adapter: str) -> Iterator[None]:
     layers = adapted_layers(model) if isinstance(model, nn.Module) else {}
     if not layers:
         raise ValueError(NO_ADAPTERS)
-    check_adapter(adapter)
+    check_instance("adapter", adapter, str, "the name of an adapter")
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     # By name too: a forward may assign a new tensor instead of writing into the old one.
     buffers = [
@@ -266,9 +266,9 @@ def calibrate(
     one, and every rank gets the same scores. ``"auto"``: the ranks that train the model, or all processes that
     ``torch.distributed`` runs; None: this one alone.
 
-    Gradients, requires_grad, buffers, modes and RNG states are put back, also after an error. Raises ``ValueError``
-    naming the argument: batches that run out, a loss that is not a finite scalar or has no gradient, gradients that
-    are never finite, a matrix that no gradient reaches, B that is not zero under ``"fim"``.
+    Gradients, requires_grad, buffers, modes and RNG states are put back, also after an error. Raises ``TypeError`` or
+    ``ValueError`` naming the argument: batches that run out, a loss that is not a finite scalar or has no gradient,
+    gradients that are never finite, a matrix that no gradient reaches, B that is not zero under ``"fim"``.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> found = fastlora.calibrate(model, [torch.ones(4, 8)], lambda m, x: m(x).square().mean(), steps=1, method="fw")

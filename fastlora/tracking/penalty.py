@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .._utils.distributed import is_sharded, like, whole
-from .._utils.errors import unknown_choice
+from .._utils.errors import check_instance, unknown_choice
 from .._utils.torch_compat import add_to_each_
 from ..nn.active import names_of
-from ..nn.linear import Linear, check_adapter
+from ..nn.linear import Linear
 from ..ops import multi_tensor, penalty
 from ..ops.penalty import (
     checked_options,
@@ -93,7 +93,7 @@ class FisherPenalty:
 
     @torch.enable_grad()
     def _terms(self, adapter: str) -> _Terms:
-        check_adapter(adapter)
+        check_instance("adapter", adapter, str, "the name of an adapter")
         terms, known = _Terms([], [], [], [], set()), False
         for position, (path, name) in enumerate(self._matrices):
             layer = self._layers[path]

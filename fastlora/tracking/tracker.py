@@ -81,15 +81,16 @@ def track(
       rank calls ``step``. Under ``exact`` that takes an all-reduce of G_W [N, K] for each layer, not one for all.
 
     Padding tokens count in ``act_var`` and covariances outside of ``tracker.mask(attention_mask)``. Raises
-    ``ValueError`` naming the argument.
+    ``TypeError`` or ``ValueError`` naming the argument. Source: FW-LoRA and FC-LoRA, see ``docs/methods.md``.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
-    >>> with fastlora.track(model, every=1) as tracker:
-    ...     model(torch.ones(4, 8)).sum().backward()
+    >>> with fastlora.track(model, estimator="exact", statistics=("grad_sq", "act_cov")) as tracker:
+    ...     with tracker.mask(torch.tensor([1, 1, 1, 0])):
+    ...         model(torch.ones(4, 8)).sum().backward()
     ...     tracker.step()
-    ...     list(tracker.scores())
+    ...     list(tracker.scores()), tracker.covariances("act_cov")["0"].shape
     ...
-    ['0']
+    (['0'], torch.Size([8, 8]))
     """
     return Tracker(
         model, estimator, probes, ema, warmup, statistics, seed, loss_reduction, every, adapter, process_group,
@@ -104,9 +105,11 @@ class Tracker:
     >>> tracker = fastlora.track(model, every=1)
     >>> model(torch.ones(4, 8)).sum().backward()
     >>> tracker.step()
-    >>> list(tracker.scores("grad_sq"))
-    ['0']
-    >>> tracker.close()
+    >>> tracker.steps, tracker.every, tracker.skipped, list(tracker.scores()), tracker.penalty().item()
+    (1, 1, 0, ['0'], 0.0)
+    >>> tracker.load_state_dict(tracker.state_dict())
+    >>> [tracker.apply_penalty(), tracker.discard(), tracker.close()]
+    [None, None, None]
     """
 
     adapter: str  #: whose layers are tracked
@@ -231,7 +234,7 @@ class Tracker:
         They are what they would be without padding. ``mask`` is [S, T] (a tokenizer's ``attention_mask``) or [M],
         booleans or 0 and 1; without one every token counts. Backward may run after the context has closed, under
         checkpointing too. The gradients of weights are not touched: padding has a gradient there or has none. Raises
-        ``ValueError`` for another kind of mask, and in a layer that sees other tokens.
+        ``TypeError`` or ``ValueError`` for another kind of mask, and ``ValueError`` in a layer that sees other tokens.
         """
         with masked(self.layers, checked_mask(mask)):
             yield self
@@ -242,7 +245,8 @@ class Tracker:
 
         With a ``GradScaler`` pass it, before ``scaler.update()``. A step with a gradient that is not finite is left out
         and counted in ``skipped``: it neither decays the averages nor adds to them, and a matrix whose layer did not
-        run keeps its own. Nothing is read back to the host. Raises ``RuntimeError`` in the capture of a CUDA graph.
+        run keeps its own. Nothing is read back to the host. Raises ``TypeError`` for another ``scaler``,
+        ``RuntimeError`` in the capture of a CUDA graph.
         """
         if not self._record.closed:
             refuse_capture(self.device)
@@ -289,8 +293,8 @@ class Tracker:
         if shared is not None:
             keep = keep & shared.present[self._tracked.weight_kinds[0]]
         if any(norm is not None for norm in norms):
-            measured = torch.tensor([norm is not None for norm in norms]).to(self.device, non_blocking=True)
-            sampler.learn(norms, keep & measured)
+            measured = torch.tensor([norm is not None for norm in norms], device="cpu")
+            sampler.learn(norms, keep & measured.to(self.device, non_blocking=True))
 
     def discard(self) -> None:
         """Forget the gradients since the last ``step``: those of a step that failed or was given up."""
@@ -350,7 +354,7 @@ class Tracker:
         return int(self._averages.skipped)
 
     def scores(self, kind: str = "grad_sq", reduce: str = "sum", missing: str = "raise") -> Scores:
-        """The averages by matrix key. ``reduce="mean"`` divides grad_sq and fisher by N·K; grad_abs is always a mean.
+        """Averages of ``kind`` by matrix key. ``reduce="mean"``: grad_sq and fisher over N·K, as grad_abs always is.
 
         ``missing``: what becomes of matrices that have none, whose layers never ran or got no gradient: ``"raise"``, or
         ``"skip"`` for the scores of the others. Raises ``ValueError`` for a statistic that is not tracked,
@@ -381,7 +385,7 @@ class Tracker:
         return Scores(there, kind, costs=costs)
 
     def covariances(self, kind: str) -> dict[str, Tensor]:
-        """``"act_cov"``: x^T x / M [K, K], ``"grad_cov"``: dy^T dy / M [N, N], by module path; M tokens over all steps.
+        """``kind`` by module path: ``"act_cov"``: x^T x / M [K, K], ``"grad_cov"``: dy^T dy / M [N, N]; M tokens.
 
         Raises ``ValueError`` for a kind that is not tracked.
         """
@@ -401,7 +405,8 @@ class Tracker:
         Zero before ``warmup`` steps, when importance is frozen; without a warmup the current averages weigh.
         ``form="decay"`` is the paper's shortcut, weight decay of A and B with the coefficient λ (1 - I_m).
         ``normalize="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
-        ``adapter``: whose factors, the tracked one's unless said otherwise.
+        ``weight``: λ. ``adapter``: whose factors, the tracked one's unless said otherwise. Returns a scalar in the unit
+        of ``weight``. Raises ``TypeError`` or ``ValueError`` naming the argument.
         """
         return self._penalty.value(*self._weighing(), weight, form, normalize, self._whose(adapter))
 
@@ -412,7 +417,8 @@ class Tracker:
 
         .. math:: dA = 2\lambda (1 - I) s^2 (B^\top B) A,\qquad dB = 2\lambda (1 - I) s^2 B (A A^\top)
 
-        Call it after backward (and after ``scaler.unscale_``), before clipping and the optimizer's step.
+        Call it after backward (and after ``scaler.unscale_``), before clipping and the optimizer's step. ``weight``,
+        ``form``, ``normalize``, ``adapter`` and errors (``TypeError``, ``ValueError``) are those of :meth:`penalty`.
         """
         self._penalty.add_gradient(*self._weighing(), weight, form, normalize, self._whose(adapter))
 
@@ -449,7 +455,7 @@ class Tracker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state; ``ValueError`` names what differs, with this tracker unchanged.
+        """Take up a saved ``state``; ``TypeError`` or ``ValueError`` names what differs, with this tracker unchanged.
 
         Later steps decay by this tracker's ``ema`` and ``every``; ``every="auto"`` keeps the choice that was saved.
         """

@@ -58,7 +58,11 @@ class Diagnostics:
         self.close()
 
     def close(self) -> None:
-        """Stop watching; ``epoch`` still gives what was seen."""
+        """Stop watching, as the end of ``with`` does; ``epoch`` still gives what was seen.
+
+        >>> diagnostics = fastlora.training.Diagnostics(torch.optim.SGD([torch.ones(1, requires_grad=True)]))
+        >>> diagnostics.close()
+        """
         for handle in self._handles:
             handle.remove()
         for group in self._groups:
@@ -76,7 +80,10 @@ class Diagnostics:
             watched.after()
 
     def epoch(self) -> dict[str, GroupDiagnostics]:
-        """Means since the last call by group name, in the optimizer's order."""
+        """Means since the last call by group name, in the optimizer's order.
+
+        Of ``‖g_t‖``, ``‖Δw_t‖`` and ``g_t·g_{t-1} / (‖g_t‖ ‖g_{t-1}‖)``, in the units of gradients and of weights.
+        """
         return {name: group.read() for name, group in zip(self._names, self._groups, strict=True)}
 
 

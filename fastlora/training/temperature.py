@@ -36,9 +36,10 @@ def fit_temperature(logits: Tensor, labels: Tensor, max_iter: int = 100) -> floa
     """T that minimises the mean negative log likelihood of softmax(logits / T), within [0.05, 20].
 
     logits [n, classes] floating, labels [n] integer. The loss is convex in 1/T: safeguarded Newton on its slope in
-    float64, the same result in every run. Where the loss has no minimum the bound is returned (all predictions right:
-    0.05), where it does not depend on T, 1. Raises ValueError naming the argument for empty, non-finite or one-class
-    logits, labels out of range, and wrong shapes or dtypes. Source: Guo et al. 2017, On calibration.
+    float64, the same result in every run, after at most ``max_iter`` steps. Where the loss has no minimum the bound is
+    returned (all predictions right: 0.05), where it does not depend on T, 1. Raises ``TypeError`` or ``ValueError``
+    naming the argument for empty, non-finite or one-class logits, labels out of range, and wrong shapes or dtypes.
+    Source: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017).
 
     >>> logits, labels = torch.tensor([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0]]), torch.tensor([0, 0, 1])
     >>> fastlora.training.fit_temperature(logits, labels) > 1  # too sure: 2 of 3 are right
@@ -75,7 +76,9 @@ def ece(logits: Tensor, labels: Tensor, bins: int = 15, temperature: float = 1.0
     """Expected calibration error ``sum_b (n_b / n) |accuracy_b - confidence_b|`` of the top label.
 
     logits [n, classes] floating, labels [n] integer; ``bins`` of equal width over [0, 1], closed on the right;
-    probabilities are softmax(logits / temperature) in float64. Raises ValueError as ``fit_temperature`` does.
+    probabilities are softmax(logits / temperature) in float64. Raises ``TypeError`` or ``ValueError`` as
+    ``fit_temperature`` does. Source: Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning"
+    (AAAI 2015).
 
     >>> fastlora.training.ece(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
     0.0
@@ -87,7 +90,9 @@ def ece(logits: Tensor, labels: Tensor, bins: int = 15, temperature: float = 1.0
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = 15, temperature: float = 1.0) -> Reliability:
-    """Counts, mean confidence and accuracy per confidence bin, as ``ece`` uses them; arguments and errors as there.
+    """Counts, mean confidence and accuracy per confidence bin: n_b, conf_b and acc_b of :func:`ece`.
+
+    Arguments and errors are those of :func:`ece`.
 
     >>> fastlora.training.reliability(torch.tensor([[9.0, 0.0]]), torch.tensor([0]), bins=2).counts
     tensor([0, 1])
@@ -102,7 +107,7 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15, temperature: flo
         hits.append((predicted == row_labels).cpu())
     confidence = torch.cat(confidences).clamp(max=1.0)
     hit = torch.cat(hits).double()
-    edges = torch.linspace(0.0, 1.0, bins + 1, dtype=torch.float64)
+    edges = torch.linspace(0.0, 1.0, bins + 1, dtype=torch.float64, device="cpu")
     index = torch.bucketize(confidence, edges[1:-1])
     counts = torch.bincount(index, minlength=bins)
     mean_confidence = torch.bincount(index, weights=confidence, minlength=bins) / counts

@@ -26,7 +26,7 @@ import fastlora
 # Handed to every argument in turn: accepted, or refused by the argument's name. Never an error from further down.
 GARBAGE = [None, "no such", 3.5, -1, float("nan"), [], {}, object(), True, torch.ones(2), {"zzz": 1}, ["x"], {1: 2}]
 # What the user's own function makes of its batches is the user's.
-NOT_OURS = {("calibrate", "batches"), ("initialize_lora_ga", "batches")}
+NOT_OURS = {(name, "batches") for name in ("calibrate", "initialize_lora_ga", "recommend")}
 
 
 def public() -> Iterator[tuple[str, Any]]:

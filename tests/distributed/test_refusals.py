@@ -145,6 +145,12 @@ def adapters_of(m):
 
 PARTITIONED = {
     "forward": lambda m: m(torch.randn(3, 4)),
+    "summary": fastlora.summary,
+    "explain": fastlora.explain,
+    "param_groups": fastlora.param_groups,
+    "to_peft": fastlora.to_peft,
+    "reallocate": lambda m: fastlora.reallocate(m, {"0": 1.0}),
+    "calibrate": lambda m: fastlora.calibrate(m, [torch.ones(1, 4)], lambda m, x: m(x).sum(), steps=1),
     "save": lambda m: fastlora.save(m, tempfile.mkdtemp()),
     "merge": fastlora.merge,
     "unload": fastlora.unload,
@@ -161,8 +167,16 @@ def test_partitioned_parameters_are_refused(name, chosen, warm):
     m = fastlora.inject(plain(), CONFIG)
     if warm:
         m(torch.randn(3, 4))
-    match = rf"model: '[\w.]*{chosen[2:]}[\w.]*' is partitioned by DeepSpeed's ZeRO-3, which has no support; use ZeRO-1"
+    match = rf"model: '[\w.]*{chosen[2:]}[\w.]*' is partitioned by DeepSpeed's ZeRO-3, which gathers it in"
     refused(partition(m, chosen), PARTITIONED[name], match)
+
+
+def test_partitioned_parameters_are_not_unmerged():
+    """The weight would get the shape of what was kept, or the copy fail after other layers were changed."""
+    m = fastlora.merge(fastlora.inject(plain(), fastlora.LoraConfig(r=2, target_modules=["0", "2"])))
+    first = m[0].weight.detach().clone()
+    refused(partition(m, "2.weight"), fastlora.unmerge, "'2.weight' is partitioned by DeepSpeed's")
+    assert torch.equal(m[0].weight, first) and m[0].merged
 
 
 def test_partitioned_parameters_are_not_adapted():

@@ -15,11 +15,14 @@ from unittest import mock
 import torch
 from plan_cases import AXES, Case, Example, directions, pairs
 from plan_program import (
+    a_function_of_another_context_is_refused,
+    another_device_is_the_current_one_for_its_launches,
     changes_are_seen,
     every_strategy_is_repeated,
     forbidden,
     same,
     storages,
+    strides_beyond_32_bits_are_repeated,
     with_plans,
 )
 
@@ -352,34 +355,6 @@ def backends_with_plans_give_the_same(gpu):
 
 
 @torch.no_grad()
-def another_device_is_the_current_one_for_its_launches(gpu):
-    """Tensors of the second GPU while the first is current: its stream, and the first again afterwards."""
-    from fastlora.kernels.reduce import reduce_partials
-
-    def compute(given):
-        out = torch.empty(8, device=given[0].device)
-        reduce_partials(given[0], [out], [1.0])
-        return [out]
-
-    with null_gpu(devices=2) as both:
-        plans, x = Plans(), torch.empty(4, 8, device="null:1")
-        for _ in range(2):
-            plans.run("second", [x], compute)
-        both.set_current_device(1)
-        with both.stream(9):
-            both.set_current_device(0)
-            (launch,) = both.record(lambda: plans.run("second", [x], forbidden))
-            assert (launch.stream, both.current_device()) == (9, 0), launch
-            both.set_current_device(1)
-        both.set_current_device(0)
-        (out,) = plans.run("second", [x], forbidden)
-        assert out.device == x.device and len(plans) == 1
-        with_first = torch.empty(4, 8, device="null:0")
-        plans.run("second", [with_first], compute)
-        assert len(plans) == 1, "a plan of one GPU ran for another"
-
-
-@torch.no_grad()
 def compiled_kernels_are_kept(gpu):
     import gc
 
@@ -465,6 +440,7 @@ CHECKS = (
     what_cannot_be_written_down_is_said, a_launch_that_fails_goes_to_triton, memory_that_is_missing_is_tritons_error,
     a_driver_without_a_symbol_is_said, other_cards_have_plans_of_their_own, numbers_of_library_calls_are_torchs,
     backends_with_plans_give_the_same, layers_use_plans, another_device_is_the_current_one_for_its_launches,
+    a_function_of_another_context_is_refused, strides_beyond_32_bits_are_repeated,
     compiled_kernels_are_kept, every_strategy_is_repeated, tritons_launcher_is_a_choice, explain_says_who_launches,
 )  # fmt: skip
 

@@ -9,9 +9,9 @@ import torch
 from plan_cases import AXES, Case, directions
 
 from benchmarks.host import records
-from benchmarks.host.null_gpu import NAME, NullGpu
+from benchmarks.host.null_gpu import NAME, NullGpu, null_gpu
 from benchmarks.host.records import Kind
-from fastlora.ops.backends import program, recorder
+from fastlora.ops.backends import plan, program, recorder
 from fastlora.ops.backends.plan import Plans
 
 INVALID_VALUE = 1  # CUresult
@@ -176,3 +176,67 @@ def every_strategy_is_repeated(gpu):
         run({linear: "augmented", linear_backward: "augmented", expand_backward: "fused", **apart}, case)
         run({shrink_linear: "fused", shrink_linear_backward: "fused"}, case)
         run({linear: "library", expand_backward: "separate", **apart}, case._replace(layout="fused"))
+        # y and dx of three weights, both by TMA.
+        run({linear: "fused", linear_backward: "fused"}, case._replace(rows=9000))
+
+
+@torch.no_grad()
+def another_device_is_the_current_one_for_its_launches(gpu):
+    """Tensors of the second GPU while the first is current: its stream, and the first again afterwards."""
+    from fastlora.kernels.reduce import reduce_partials
+
+    def compute(given):
+        out = torch.empty(8, device=given[0].device)
+        reduce_partials(given[0], [out], [1.0])
+        return [out]
+
+    with null_gpu(devices=2) as both:
+        plans, x = Plans(), torch.empty(4, 8, device="null:1")
+        both.set_current_device(1)  # as ``primitives.launch`` does on a GPU
+        for _ in range(2):
+            plans.run("second", [x], compute)
+        with both.stream(9):
+            both.set_current_device(0)
+            (launch,) = both.record(lambda: plans.run("second", [x], forbidden))
+            assert (launch.stream, both.current_device()) == (9, 0), launch
+            both.set_current_device(1)
+        both.set_current_device(0)
+        (out,) = plans.run("second", [x], forbidden)
+        assert out.device == x.device and len(plans) == 1
+        with_first = torch.empty(4, 8, device="null:0")
+        plans.run("second", [with_first], compute)
+        assert len(plans) == 1, "a plan of one GPU ran for another"
+
+
+@torch.no_grad()
+def a_function_of_another_context_is_refused(gpu):
+    """As a driver does: a plan that were run on another device than its kernels were loaded on would not start."""
+    from fastlora.kernels.reduce import reduce_partials
+
+    def compute(given):
+        out = torch.empty(8, device=given[0].device)
+        reduce_partials(given[0], [out], [1.0])
+        return [out]
+
+    with null_gpu(devices=2) as both:
+        plans, x = Plans(), torch.empty(4, 8, device="null:1")
+        for _ in range(2):
+            plans.run("elsewhere", [x], compute)  # loaded in the context of the first
+        plans.run("elsewhere", [x], compute)
+        assert "reduce_kernel failed" in plan.launcher()[1] and both.current_device() == 0
+
+
+@torch.no_grad()
+def strides_beyond_32_bits_are_repeated(gpu):
+    """They are arguments of 8 bytes; a plan of near rows is not theirs."""
+    case = PLAIN._replace(rows=2)
+    for name, direction in directions(case, gpu.device).items():
+        x, (rows, columns) = direction.inputs[0], direction.inputs[0].shape
+        far = torch.empty_strided((rows, columns), (2**32 + 16, 1), dtype=x.dtype, device=x.device)
+        plans, inputs = with_plans(direction), [far, *direction.inputs[1:]]
+        theirs = gpu.trace(lambda: direction.compute(list(inputs)))  # noqa: B023
+        for turn in range(3):
+            ours = gpu.trace(lambda: plans.run(direction.key, inputs, direction.compute))  # noqa: B023
+            assert records.difference(records.canonical(ours), records.canonical(theirs)) is None, (name, turn)
+        words = [a for launch in records.launches(ours) for a in launch.arguments]
+        assert (2**32 + 16).to_bytes(8, "little") in words and len(plans) == 2, name

@@ -146,15 +146,23 @@ def test_fsdp1_learns_and_says_nothing_false(tmp_path):
             torch.testing.assert_close(tensor, own[name].detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_fsdp1_around_each_layer_or_factor_is_refused_by_name(tmp_path):
+    torch.multiprocessing.spawn(script.fsdp1_of_single, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        layer, factor = torch.load(tmp_path / f"rank{rank}.pt")
+        assert "lora_A.default.weight' is held in parts by FullyShardedDataParallel (FSDP1); wrap the blocks" in layer
+        assert factor.startswith("model: 'lora_A.default' is wrapped by FullyShardedDataParallel (FSDP1)")
+
+
 def test_the_page_says_what_ran_and_what_did_not():
     """With the versions that are here, if they are."""
     rows = dict(re.findall(r"^\| ([\w-]+) (\d[\w.]*) \|", PAGE, re.MULTILINE))
-    named = "accelerate lightning sentence-transformers open-clip-torch bitsandbytes torchao"
+    named = "accelerate lightning sentence-transformers open-clip-torch bitsandbytes torchao deepspeed trl litgpt"
     assert set(named.split()) <= set(rows)
     for name, version in rows.items():
         try:
             assert importlib.metadata.version(name).partition("+")[0] == version
         except importlib.metadata.PackageNotFoundError:
             continue
-    for name in ("TRL", "DeepSpeed", "Ray Train", "LitGPT", "Liger", "Opacus", "ONNX"):
+    for name in ("Ray Train", "Liger", "Opacus", "ONNX"):
         assert name in PAGE.partition("## What was run with it")[2]

@@ -212,6 +212,7 @@ def test_options_go_by_keyword():
         "path",
         "adapter",
     ]
+    assert positional.pop("recommend") == ["model", "batches", "loss_fn", "budget"]
     assert all(len(names) <= 3 for names in positional.values()), positional
 
 

@@ -169,3 +169,37 @@ def test_layers_with_different_sets_are_refused():
     mixed = nn.ModuleList([m, fastlora.delete_adapter(other, "c")])
     with pytest.raises(ValueError, match="its layers have different sets of adapters"):
         fastlora.use_adapters(mixed, IDS).__enter__()
+
+
+def test_names_that_a_module_dict_uses_itself():
+    taken = [name for name in dir(nn.ModuleDict()) if "." not in name]
+    assert {"items", "forward", "keys", "update", "training", "_parameters"} < set(taken)
+    m = model()
+    before, base = state(m), nn.Sequential(nn.Linear(4, 4))
+    calls = (
+        lambda name: fastlora.add_adapter(m, name, LoraConfig(r=2, target_modules=["query"])),
+        lambda name: fastlora.add_weighted_adapter(m, ["default", "b"], [1, 1], adapter_name=name),
+        lambda name: fastlora.inject(base, LoraConfig(r=2, target_modules=["0"]), adapter=name),
+    )
+    for name in taken:
+        for call in calls:
+            with pytest.raises(ValueError, match="expected a name that nn.ModuleDict does not use itself"):
+                call(name)
+    assert same(before, state(m)) and type(base[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "lora_B", "0", "-1", "None", "import", "a b", "é", "q/k"])
+def test_names_that_mean_something_elsewhere(name, tmp_path):
+    torch.manual_seed(0)
+    config, x = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False), batch()
+    m = fastlora.add_adapter(model(), name, config)
+    fastlora.set_adapter(m, name)
+    want = m(x)
+    m.load_state_dict(m.state_dict())
+    fastlora.save(m, tmp_path)
+    with fastlora.use_adapters(m, [name] * len(x)):
+        torch.testing.assert_close(m(x), want)
+    with torch.no_grad():
+        [p.zero_() for n, p in m.named_parameters() if f"lora_B.{name}" in n]
+    torch.testing.assert_close(fastlora.load(m, tmp_path)(x), want)
+    assert fastlora.summary(m, name).adapter_params and fastlora.merge(m, name)(x).allclose(want)

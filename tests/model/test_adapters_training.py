@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,7 @@ from torch import nn
 
 import fastlora
 from fastlora import LoraConfig
+from fastlora.ops.layout import AdapterBatch
 
 RANKS = {"default": 2, "b": 4, "c": 1}
 STEPS = 50
@@ -205,3 +209,13 @@ def test_hold_absent_keeps_weights_and_state_where_gradients_are_zero():
     for n, p in own(m, "c").items():
         assert torch.equal(p, before[n]) and torch.equal(optimizer.state[p]["exp_avg"], state[n])
     assert all(optimizer.state[p]["step"] == 2 for p in own(m, "b").values())
+
+
+def test_forwards_with_hooks_on_saved_tensors_do_not_pile_up():
+    m = model(torch.float32)
+    batches_before = sum(type(item) is AdapterBatch for item in gc.get_objects())
+    with torch.autograd.graph.save_on_cpu():
+        for x, _, ids, _ in itertools.islice(batches(torch.float32), 6):
+            with fastlora.use_adapters(m, ids):
+                m(x).sum().backward()
+    assert sum(type(item) is AdapterBatch for item in gc.get_objects()) <= batches_before + 2

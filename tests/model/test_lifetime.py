@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import copy
 import gc
 import pickle
+import tempfile
+import threading
 import weakref
 
 import pytest
 import torch
 from support.helpers import FAMILIES, config, randomise
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastlora
 
@@ -96,6 +101,95 @@ def ejected(model):
     return run(eject(run(model)).requires_grad_())
 
 
+def trained(model):
+    optimizer = torch.optim.AdamW(fastlora.param_groups(model))
+    fastlora.freeze_unused_adapters(model, optimizer)
+    schedule = fastlora.training.Cosine(optimizer, 10)
+    for _ in range(2):
+        run(model)
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def checkpointed(model):
+    for reentrant in (False, True):
+        checkpoint(model, torch.randn(2, 5, 16, requires_grad=True), use_reentrant=reentrant).sum().backward()
+    return model
+
+
+def in_contexts(model):
+    with contextlib.suppress(KeyError), fastlora.use_adapters(model, "default"):
+        run(model)
+        raise KeyError
+    with fastlora.disable_adapters(model), torch.inference_mode():
+        model(torch.randn(2, 5, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model)
+    return model
+
+
+def in_a_file(model):
+    with tempfile.TemporaryDirectory() as folder:
+        fastlora.save(run(model), folder)
+        fastlora.load(model, folder)
+    model.load_state_dict(model.state_dict())
+    return run(model)
+
+
+def penalized(model):
+    tracker = fastlora.track(model, every=1)
+    run(model)
+    tracker.step()
+    tracker.penalty().backward()
+    tracker.apply_penalty()
+    tracker.load_state_dict(tracker.state_dict())
+    return model  # the tracker is dropped, not closed
+
+
+def calibrated(model):
+    fastlora.calibrate(model, [torch.randn(2, 5, 16)], lambda m, x: m(x).square().mean(), steps=1)
+    return model
+
+
+def by_sample(model):
+    def loss(factors, x):
+        return torch.func.functional_call(model, factors, (x[None],)).sum()
+
+    factors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")
+    gradients(factors, torch.randn(2, 5, 16))
+    return model
+
+
+def interrupted(model):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    hook = [m for m in model.modules() if hasattr(m, "lora_A")][-1].register_forward_hook(stop)
+    with contextlib.suppress(KeyboardInterrupt):
+        model(torch.randn(2, 5, 16))
+    hook.remove()
+    y = model(torch.randn(2, 5, 16))
+    y.register_hook(stop)
+    with contextlib.suppress(KeyboardInterrupt):
+        y.sum().backward()
+    return model
+
+
+async def as_task(model):
+    with fastlora.use_adapters(model, "default"):
+        run(model)
+
+
+def elsewhere(model):
+    for target in (lambda: run(model), lambda: asyncio.run(as_task(model))):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    return model
+
+
 def failed(model):
     run(model)
     try:
@@ -121,12 +215,24 @@ USES = {
     "compiled": compiled,
     "ejected": ejected,
     "failed": failed,
+    "interrupted": interrupted,
+    "trained": trained,
+    "checkpointed": checkpointed,
+    "in contexts": in_contexts,
+    "saved and loaded": in_a_file,
+    "penalized": penalized,
+    "calibrated": calibrated,
+    "gradients by sample": by_sample,
+    "in threads and tasks": elsewhere,
+    "merged and unloaded": lambda model: fastlora.merge_and_unload(run(model)),
+    "cast": lambda model: run(run(model).double().float()),
     "explained": lambda model: [fastlora.explain(run(model)), model][1],
 }
 
 
 @pytest.fixture(autouse=True)
 def no_collection():
+    torch.optim.SGD([torch.ones(1, requires_grad=True)])  # the first imports what keeps the frames that it came from
     gc.collect()
     gc.disable()
     yield

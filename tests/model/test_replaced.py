@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,3 +82,17 @@ def test_a_model_that_is_ejected_or_dropped_says_nothing(caplog):
         del model
     assert "has replaced" not in caplog.text
     assert not hasattr(fastlora.unload(adapted()), "fastlora_places")
+
+
+_LATE = """
+import torch, fastlora
+from torch import nn
+model = fastlora.inject(nn.Sequential(nn.Linear(4, 4)), fastlora.LoraConfig(r=2, target_modules=["0"]))
+nn.parallel.kept = lambda: model
+"""
+
+
+def test_an_interpreter_that_ends_says_nothing():
+    """Models that others hold die after the names of this library's files."""
+    ended = subprocess.run([sys.executable, "-c", _LATE], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -212,6 +212,15 @@ class TestAnUnknownOwner:
         changed = model[0].qkv.delta().abs().sum(1) > 0
         assert changed[:64].all() and not changed[64:80].any() and changed[80:].all()
 
+    @pytest.mark.parametrize("rows", [{"q": 64, "k": 16}, {"q": 64, "k": 16, "v": 17}, {"q": 97}])
+    def test_slices_that_do_not_tile_the_rows_are_refused(self, rows):
+        model = nn.Sequential(Attention())
+        before = {n: (type(m), [id(p) for p in m.parameters()]) for n, m in model.named_modules()}
+        with pytest.raises(ValueError, match=r"split_qkv\['qkv'\]: expected slices of the 96 rows of '0\.qkv', got"):
+            fastlora.inject(model, config(r=2, target_modules="qkv", split_qkv={"qkv": rows}))
+        assert before == {n: (type(m), [id(p) for p in m.parameters()]) for n, m in model.named_modules()}
+        assert all(p.requires_grad for p in model.parameters())
+
     def test_slices_that_are_known_to_be_others_are_refused(self):
         model = FUSED["gpt_neox"].make()
         split = {"query_key_value": {"q": 32, "k": 32, "v": 32}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize, prune
 
 import fastlora
 from fastlora import LoraConfig
+from fastlora.nn import adapter
 from fastlora.nn.adapter import Bundle
 
 
@@ -138,6 +140,56 @@ def test_factors_that_do_not_fit_are_named():
         run(m)
 
 
+ANOTHER_SHAPE = {
+    "fewer rows of B": ("lora_B", lambda b: b[:5].clone()),
+    "one row of B": ("lora_B", lambda b: b[:1].clone()),
+    "more rows of B": ("lora_B", lambda b: torch.cat([b, b])),
+    "a flat B": ("lora_B", lambda b: b.flatten()),
+    "fewer columns of A": ("lora_A", lambda a: a[:, :5].clone()),
+    "one column of A": ("lora_A", lambda a: a[:, :1].clone()),
+    "another rank of A": ("lora_A", lambda a: torch.cat([a, a])),
+}
+
+
+@pytest.mark.parametrize("in_cpp", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "eager", "reference"])
+@pytest.mark.parametrize("change", ANOTHER_SHAPE)
+def test_a_factor_that_gets_another_shape_by_its_data_is_named(change, backend, in_cpp, monkeypatch):
+    """The parameter is the same object, and what was worked out from its shape is not right any more."""
+    if not in_cpp:
+        monkeypatch.setattr(adapter, "NODE", None)
+    side, changed = ANOTHER_SHAPE[change]
+    torch.manual_seed(0)
+    m = torch.nn.ModuleDict({"linear": torch.nn.Linear(8, 6), "words": torch.nn.Embedding(8, 6)})
+    config = LoraConfig(r=2, target_modules=["linear", "words"], init_lora_weights=False, backend=backend)
+    fastlora.inject(m, config)
+    inputs = {"linear": torch.randn(3, 8), "words": torch.tensor([0, 4, 7])}
+    for name, x in inputs.items():
+        layer = m[name]
+        for _ in range(3):
+            layer(x).sum().backward()
+        factor = getattr(layer, side)["default"].weight
+        factor.data = changed(factor.data)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"expected factors A \[r, 8\] and B \[6, r\] of slice 'weight'"):
+                layer(x)
+
+
+def test_factors_of_another_rank_and_dtype_by_their_data():
+    m = model()
+    run(m)
+    for block in m[:2]:
+        A, B = block.query.lora_A["b"].weight, block.query.lora_B["b"].weight
+        A.data, B.data = torch.randn(5, 8), torch.randn(8, 5)
+    other = model()
+    for block, plain in zip(m[:2], other[:2], strict=True):
+        for side in ("lora_A", "lora_B"):
+            data = getattr(block.query, side)["b"].weight.detach().double()
+            getattr(plain.query, side)["b"].weight = torch.nn.Parameter(data)
+    for got, want in zip(run(m), run(other), strict=True):
+        torch.testing.assert_close(got, want, check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
 def test_factors_elsewhere_than_the_weight_are_named():
     m = model()
     m[0].query.lora_A["b"].to("meta")
@@ -189,3 +241,19 @@ def test_rank_zero_and_adapters_of_some_layers():
     call = operands(m).call
     assert [a.shape[0] for a in call.A] == [2, 2, 2, 3, 0, 3, 1, 0, 0]
     assert call.layout.starts == [0, 2, 4, 6, 0, 3, 3, 6, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([0, -1, 0])])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_what_is_kept_in_inference_mode_trains_afterwards(ids, with_bias):
+    torch.manual_seed(0)
+    split = {"split_qkv": {"0": {"q": 3, "k": 3, "v": 3}}, "rank_pattern": {"0[k]": 0}}
+    m = torch.nn.Sequential(torch.nn.Linear(6, 9))
+    fastlora.inject(m, LoraConfig(r=2, target_modules=["0"], **({"lora_bias": True} if with_bias else split)))
+    x = torch.randn(3, 2, 6)
+    with contextlib.nullcontext() if ids is None else fastlora.use_adapters(m, ids):
+        with torch.inference_mode():
+            y = m(x)
+        again = m(x)
+    again.square().sum().backward()
+    assert torch.equal(again, y) and m[0].lora_B.default.get_parameter("bias" if with_bias else "q").grad.abs().sum()

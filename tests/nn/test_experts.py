@@ -246,3 +246,16 @@ def test_ranks_wait_for_the_backward():
         fastlora.set_ranks(model, ranks)
     loss.backward()
     fastlora.set_ranks(model, ranks)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_the_base_keeps_its_precision_under_autocast(implementation):
+    model, found = moe("Mixtral", implementation, torch.float32), []
+    experts = next(module for name, module in model.named_modules() if name.endswith("experts"))
+    experts.register_forward_hook(lambda module, args, y: found.append(y.detach()))
+    for inject in (False, True):
+        if inject:  # B is zero
+            fastlora.inject(model, config(r=2, target_modules="experts"))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=IDS)
+    assert found[0].dtype is found[1].dtype and torch.equal(*found)

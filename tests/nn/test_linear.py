@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -334,3 +335,48 @@ def test_x_is_not_written_to():
 def test_delta_is_the_update():
     layer, x = make().double(), torch.randn(3, K, dtype=torch.float64)
     torch.testing.assert_close(layer(x) - F.linear(x, layer.weight, layer.bias), x @ layer.delta().T)
+
+
+CALLED = {
+    "a linear": (lambda: nn.Linear(4, 4), {}, "input"),
+    "a frozen linear": (lambda: nn.Linear(4, 4), {"target_modules": ["other"], "accelerate_frozen": True}, "input"),
+    "a fused linear": (lambda: nn.Linear(4, 6), {"split_qkv": {"a": {"q": 2, "k": 2, "v": 2}}}, "input"),
+    "transformers' Conv1D": (lambda: pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 4), {}, "x"),
+    "an embedding": (lambda: nn.Embedding(4, 4), {}, "input"),
+    "a convolution": (lambda: nn.Conv2d(4, 4, 1), {}, "input"),
+    "an attention": (lambda: nn.MultiheadAttention(4, 1), {}, ("query", "key", "value")),
+}
+
+
+@pytest.mark.parametrize("kind", CALLED)
+def test_called_by_the_names_of_the_base_s_arguments(kind):
+    make_base, fields, names = CALLED[kind]
+    base = nn.ModuleDict({"a": make_base(), "other": nn.Linear(4, 4)}).eval()
+    shape = (2, 4, 2, 2) if isinstance(base["a"], nn.Conv2d) else (2, 3, 4)
+    x = torch.tensor([1, 3]) if isinstance(base["a"], nn.Embedding) else torch.randn(shape)
+    named = dict.fromkeys([names] if isinstance(names, str) else names, x)
+    with torch.no_grad():
+        expected = base["a"](**named)
+    signature = inspect.signature(base["a"].forward).parameters
+    options = {"accelerate_frozen": fields.pop("accelerate_frozen", False)}
+    model = fastlora.inject(base, fastlora.LoraConfig(**{"r": 2, "target_modules": ["a"], **fields}), **options)
+    with torch.no_grad():
+        torch.testing.assert_close(model["a"](**named), expected)
+    found = inspect.signature(model["a"].forward).parameters
+    assert [(p.name, p.default) for p in found.values()] == [(p.name, p.default) for p in signature.values()]
+
+
+def test_siblings_called_by_the_name_of_the_argument_run_together():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            return self.q_proj(input=x) * self.k_proj(x) + self.v_proj(input=x)
+
+    model = fastlora.inject(Attention(), fastlora.LoraConfig(r=2, target_modules="qkv", init_lora_weights=False))
+    x = torch.randn(3, 4)
+    want = formula(model.q_proj, x) * formula(model.k_proj, x) + formula(model.v_proj, x)
+    for _ in range(3):
+        torch.testing.assert_close(model(x), want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import operator
 
 import pytest
 import torch
@@ -222,3 +223,20 @@ def test_gradients_that_autograd_batches_under_dropout_in_a_mixed_batch_and_with
                 for many, one in zip(batched, single, strict=True):
                     assert (many is None) == (one is None)
                     assert many is None or torch.allclose(many[i], one, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", MODELS)
+def test_decomposed_as_onnx_takes_it_only_core_operators_are_left(kind):
+    """What ``torch.onnx.export(dynamo=True)`` does first: export, then decompositions; the same numbers after them."""
+    model, x = adapted(kind), torch.randn(2, 5, 8)
+    program = torch.export.export(model, (x,)).run_decompositions()
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    calls = {target for target in called if target is not operator.getitem}
+    assert calls and all(isinstance(target, torch._ops.OpOverload) for target in calls)
+    assert {target.namespace for target in calls} == {"aten"}
+    written = {target for target in calls if target._schema.is_mutable}
+    assert not written, "ONNX has no operator that writes into its operands"
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+    names = {node.target for node in program.graph.nodes if node.op == "placeholder"}
+    assert sum("lora_" in name for name in names) == sum("lora_" in name for name, _ in model.named_parameters())

@@ -280,3 +280,10 @@ def test_slices_that_are_none(split, why):
     with pytest.raises((ValueError, TypeError), match=why):
         fastlora.inject(model, config(r=2, target_modules=["0"], split_qkv=split))
     assert [type(m) for m in model.modules()] == before
+
+
+def test_a_conv1d_that_is_made_by_its_arguments():
+    layer = fastlora.nn.Conv1D(8, 6, r=2, init_lora_weights=False, dtype=torch.float64)
+    x, (A, B, s) = torch.randn(3, 8, dtype=torch.float64), layer.pairs()[0]
+    assert layer.weight.shape == (8, 6) and layer.weight.is_contiguous() and not layer.weight.requires_grad
+    torch.testing.assert_close(layer(x), x @ layer.weight + layer.bias + s * x @ A.t() @ B.t())

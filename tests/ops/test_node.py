@@ -8,69 +8,14 @@ import weakref
 
 import pytest
 import torch
+from support.node_help import gradients, in_python, inputs, model, same
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora.nn import adapter
 from fastlora.ops import bound
 from fastlora.ops.node import NODE, REASON
 
 pytestmark = pytest.mark.skipif(NODE is None, reason=str(REASON))
-K = 24
-
-
-class Attention(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(K, n) for n in (16, 8, 8))
-
-    def forward(self, x):
-        return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-
-
-def model(dtype=torch.float32, **config):
-    torch.manual_seed(0)
-    built = Attention().to(dtype)
-    fastlora.inject(built, fastlora.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], **config))
-    with torch.no_grad():
-        for name, p in built.named_parameters():
-            if "lora_B" in name:
-                p.normal_()
-    return built
-
-
-def inputs(dtype=torch.float32):
-    torch.manual_seed(1)
-    return torch.randn(3, 5, K, dtype=dtype, requires_grad=True)
-
-
-def gradients(built, x, run=None, times=3):
-    """Of several steps: what the first ones learn is used by the others."""
-    found = []
-    for step in range(times):
-        torch.manual_seed(step)
-        x.grad = None
-        built.zero_grad()
-        (run or (lambda: sum(y.square().sum() for y in built(x)).backward()))()
-        found += [x.grad, *[p.grad for p in built.parameters()]]
-    return found
-
-
-def in_python(monkeypatch):
-    monkeypatch.setattr(bound, "NODE", None)
-    monkeypatch.setattr(adapter, "NODE", None)
-
-
-def same(monkeypatch, act):
-    """What ``act`` gives with the node in C++ and in Python."""
-    mine = act()
-    in_python(monkeypatch)
-    theirs = act()
-    assert len(mine) == len(theirs) > 0
-    for a, b in zip(mine, theirs, strict=True):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
-
-
 CASES = {
     "fp32": {},
     "bf16": {"dtype": torch.bfloat16},
@@ -183,6 +128,16 @@ def test_a_weight_or_a_factor_that_changed_in_between_is_refused():
             y.backward()
 
 
+def test_a_weight_that_was_swapped_is_noticed():
+    built, x = model(), inputs()
+    gradients(built, x)
+    y = sum(out.sum() for out in built(x))
+    weight = built.q_proj.weight
+    torch.utils.swap_tensors(weight, torch.nn.Parameter(torch.randn_like(weight), requires_grad=False))
+    with pytest.raises(RuntimeError, match="weight: expected as it was"):
+        y.backward()
+
+
 def test_an_error_of_python_s_backward_is_python_s(monkeypatch):
     built, x = model(torch.float64), inputs(torch.float64)
     gradients(built, x)
@@ -205,6 +160,23 @@ def test_forward_mode(gradients_too):
         tangents = [torch.autograd.forward_ad.unpack_dual(y).tangent for y in found]
     for tangent, after, before in zip(tangents, built(x + direction), built(x), strict=True):
         torch.testing.assert_close(tangent, after - before)
+
+
+@pytest.mark.usefixtures("library_matmul")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("native", [True, False])
+def test_tangents_of_gradients(monkeypatch, dtype, native):
+    if not native:
+        in_python(monkeypatch)
+    built, x = model(dtype), inputs(dtype)
+    gradients(built, x)
+    y, leaves = torch.cat(built(x), dim=-1), [x, built.q_proj.lora_A.default.weight, built.q_proj.lora_B.default.weight]
+    dy, direction = torch.randn_like(y), torch.randn_like(y)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(dy, direction)
+        found = torch.autograd.grad(y, leaves, dual, retain_graph=True)
+        tangents = [torch.autograd.forward_ad.unpack_dual(gradient).tangent for gradient in found]
+    torch.testing.assert_close(tangents, list(torch.autograd.grad(y, leaves, direction)))
 
 
 def test_gradients_under_vmap():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.peft_fields import (
     NO_DROPOUT,
     assert_same_first_step,
@@ -15,7 +15,7 @@ from support.peft_fields import (
     tokens,
     trained_by_peft,
 )
-from support.peft_help import TENSORS, assert_close, peft, transformers
+from support.peft_help import TENSORS, assert_close, assert_same, peft, snapshot, transformers
 
 import fastlora
 
@@ -76,9 +76,47 @@ class TestWeightTying:
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], ensure_weight_tying=True)
         fastlora.inject(make_llama(tie_word_embeddings=True), config)
 
-    @pytest.mark.parametrize("fields", [dict(modules_to_save=["lm_head"]), dict(target_modules=["q_proj", "lm_head"])])
+    @pytest.mark.parametrize(
+        "saved", [["embed_tokens"], ["lm_head"], ["lm_head", "model.norm", "embed_tokens"], ["model.norm"]]
+    )
+    def test_saved_whole(self, saved, tmp_path):
+        tied = lambda: make_llama(tie_word_embeddings=True)  # noqa: E731
+        fields = dict(r=2, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=True)
+        theirs, ours = both(tied, **fields)
+        names = {name.replace(".modules_to_save", ""): n for name, n in plain_names(theirs).items()}
+        assert plain_names(ours) == names
+        assert_same_first_step(theirs, ours)
+        assert ours.lm_head.weight is ours.model.embed_tokens.weight
+        _, wanted = trained_by_peft(tied, tmp_path / "theirs", **fields)
+        ours = fastlora.load(tied().double(), tmp_path / "theirs")
+        assert ours.lm_head.weight is ours.model.embed_tokens.weight
+        assert_close(forward(ours), wanted)
+        fastlora.save(ours, tmp_path / "ours")
+        mine, given = (load_file(tmp_path / name / TENSORS) for name in ("ours", "theirs"))
+        assert mine.keys() == given.keys() and all(torch.equal(mine[k], given[k]) for k in given)
+        there = peft.PeftModel.from_pretrained(tied().double(), str(tmp_path / "ours"))
+        assert_close(forward(there), wanted)
+        assert_close(forward(fastlora.to_peft(ours)), wanted)
+        assert_close(forward(fastlora.load(tied().double(), tmp_path / "ours")), wanted)
+
+    def test_two_copies_that_differ(self, tmp_path):
+        tied = lambda: make_llama(tie_word_embeddings=True)  # noqa: E731
+        fields = dict(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+        fastlora.save(fastlora.inject(tied(), fastlora.LoraConfig(**fields)), tmp_path)
+        tensors = load_file(tmp_path / TENSORS)
+        tensors["base_model.model.lm_head.weight"] += 1
+        save_file(tensors, tmp_path / TENSORS)
+        (tmp_path / "fastlora.json").unlink()
+        model = tied()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="'base_model.model.lm_head.weight' differs from that of 'model.embed_tok"):
+            fastlora.load(model, tmp_path)
+        assert_same(before, snapshot(model))
+
+    @pytest.mark.parametrize("fields", [dict(modules_to_save=["model.norm"]), dict()])
     def test_tied_and_trained(self, fields):
         model = make_llama(tie_word_embeddings=True)
+        fields = dict(fields, target_modules=["q_proj", "lm_head"])
         config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "ensure_weight_tying": True, **fields})
         with pytest.raises(ValueError, match="ensure_weight_tying: .*'lm_head' share one weight"):
             fastlora.inject(model, config)

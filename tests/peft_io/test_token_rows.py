@@ -383,9 +383,9 @@ REFUSED = {
     "of a name": (make_llama, dict(trainable_token_indices={"embed_tokens": [2, 2]}), r"\['embed_tokens'\]: expected"),
     "text": (make_llama, dict(trainable_token_indices="1"), "expected one or several different indices"),
     "a boolean": (make_llama, dict(trainable_token_indices=[True]), "expected an integer >= 0, got True"),
-    "no such name": (make_llama, dict(trainable_token_indices={"wte": [1]}), "names of embeddings of LlamaForCausalLM"),
-    "no embedding": (make_llama, dict(trainable_token_indices={"o_proj": [1]}), "Linear, no torch.nn.Embedding"),
-    "the head": (make_tied, dict(trainable_token_indices={"lm_head": [1]}), "Linear, no torch.nn.Embedding"),
+    "no such name": (make_llama, dict(trainable_token_indices={"wte": [1]}), "names of embeddings and linears of Lla"),
+    "no embedding": (make_llama, dict(trainable_token_indices={"model.norm": [1]}), "LlamaRMSNorm, no torch.nn.Embed"),
+    "the head": (make_tied, dict(trainable_token_indices={"lm_head": [1]}), "has the weight of 'model.embed_tokens'"),
     "two names": (make_llama, dict(trainable_token_indices={"embed_tokens": [1], "tokens": [1]}), "one list for"),
     "saved": (make_llama, dict(modules_to_save=["embed_tokens"]), "is in modules_to_save, too"),
     "adapted": (make_llama, dict(target_modules=["q_proj", "embed_tokens"]), "'model.embed_tokens' is also a target"),
@@ -430,10 +430,10 @@ class TestRefused:
         [
             (dict(trainable_token_indices=ROWS[:3]), r"trainable_tokens_delta' has shape \(4, 16\)"),
             (dict(trainable_token_indices=None), r"unexpected: .*trainable_tokens_delta"),
-            (dict(trainable_token_indices={"lm_head": ROWS}), "names of embeddings, got 'lm_head'"),
+            (dict(trainable_token_indices={"lm_head": ROWS}), r"missing: .*lm_head\.token_adapter"),
             (dict(trainable_token_indices=[-1]), "expected an integer >= 0"),
             (dict(trainable_token_indices=[*ROWS[:3], 99]), r"below 40, got \[99\]"),
-            (dict(trainable_token_indices={"model.norm": ROWS}), "names of embeddings, got 'model.norm'"),
+            (dict(trainable_token_indices={"model.norm": ROWS}), "names of embeddings or linears, got 'model.norm'"),
         ],
     )
     def test_files(self, change, says, tmp_path):

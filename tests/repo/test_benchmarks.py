@@ -386,7 +386,9 @@ def test_the_gpu_model_is_of_the_shipped_tiles():
         assert all(kernel["ideal_us"] <= kernel["estimate_us"] for kernel in one["kernels"])
         # Every part has one choice, and none is far from the least estimate.
         for part in ("forward", "backward"):
-            some = [s for s in one["strategies"] if s["part"] == part]
+            some = [
+                s for s in one["strategies"] if s["part"] == part and not s["strategy"].endswith(gpu_model.UNSHIPPED)
+            ]
             (shipped,) = (s["estimate_us"] for s in some if s["shipped"])
             assert shipped <= 1.07 * min(s["estimate_us"] for s in some), (one["case"], part)
     # By hand: DeiT's fused qkv has 25216 rows, 768 columns, 2304 outputs.

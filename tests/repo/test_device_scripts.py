@@ -224,7 +224,8 @@ def test_the_sweep_fills_the_table(name, device):
     sys.modules[specification.name] = filled
     specification.loader.exec_module(filled)
     verbs = {"linear", "expand", "forward", "linear_backward", "backward", "wgrad", "shrink", "shrink_backward"}
-    verbs |= {"gradstat"}
+    verbs |= {"gradstat", "gradstat_diagonal"}
+    verbs |= {"shrink_linear", "shrink_linear_backward", "expand_backward"}
     assert {verb for verb, _ in filled.MEASURED} == verbs
     (only,) = filled.MEASURED["linear", "half"]
     import torch
@@ -232,8 +233,11 @@ def test_the_sweep_fills_the_table(name, device):
     cpu, size = torch.device("cpu"), only[:4]
     assert filled.choose_tiles("linear", *size, torch.bfloat16, cpu) == only.choice
     assert filled.choose_tiles("linear", *size, torch.float32, cpu).rows == 64
-    (strategy,) = filled.MEASURED["forward", "half"]
-    assert filled.choose_strategy("forward", *strategy[:4], torch.float16, cpu) == strategy.choice
+    for direction in ("forward", "backward", "shrink_linear", "shrink_linear_backward", "expand_backward"):
+        *tile, strategy = filled.MEASURED[direction, "half"]
+        assert filled.choose_strategy(direction, *strategy[:4], torch.float16, cpu) == strategy.choice
+        for only in tile:
+            assert filled.choose_tiles(direction, *only[:4], torch.float16, cpu) == only.choice
     assert {verb for verb, _, entry in filled.committed() if device in entry.reason} == verbs - {"forward", "backward"}
 
 

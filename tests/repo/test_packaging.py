@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import tarfile
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
 
 import fastlora
 
@@ -132,3 +134,76 @@ def test_the_public_names_come_at_first_use():
     )
     done = run(ROOT, "-c", code, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
+
+
+def needed_by(requirements: list[str], found: dict[str, importlib.metadata.Distribution]) -> None:
+    """What pip would install for these, by name."""
+    for requirement in map(Requirement, requirements):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        if requirement.name not in found:
+            found[requirement.name] = importlib.metadata.distribution(requirement.name)
+            needed_by(found[requirement.name].requires or [], found)
+
+
+ALONE = """
+import copy, sys
+sys.path[:0] = sys.argv[1:3]
+import torch, fastlora
+from torch import nn
+from fastlora.cli.__main__ import main
+base = nn.Sequential(nn.Linear(8, 8))
+model = fastlora.inject(copy.deepcopy(base), fastlora.LoraConfig(r=2, target_modules=["0"]))
+optimizer = torch.optim.AdamW(fastlora.param_groups(model))
+with fastlora.track(model, every=1) as tracker:
+    model(torch.ones(3, 8)).sum().backward()
+    tracker.step()
+    optimizer.step()
+fastlora.save(model, "adapter")
+again = fastlora.load(base, "adapter")
+assert torch.equal(again(torch.ones(3, 8)), model(torch.ones(3, 8)))
+print(fastlora.summary(again), fastlora.explain(again), tracker.scores())
+for ask in (
+    lambda: fastlora.to_peft(again), lambda: fastlora.from_peft(again), lambda: fastlora.merge(again, progress=True),
+    lambda: __import__("fastlora.integrations.hf"), lambda: __import__("fastlora.integrations.lightning"),
+):
+    try: ask()
+    except ImportError as error: print("SAID", error)
+assert main(["inspect", "adapter"]) == 0 and main(["doctor"]) == 0
+for words in (["inspect", "adapter", "--plot", "map.svg"], ["merge", "base", "adapter", "out"], ["demo"]):
+    assert main(words) == 2
+"""
+
+
+def test_the_wheel_of_the_sdist_runs_with_torch_alone_and_says_what_is_missing(checkout, tmp_path):
+    """Beside it what its metadata asks for, and nothing else of this environment."""
+    assert run(checkout, "setup.py", "-q", "sdist", FASTLORA_BUILD="0").returncode == 0
+    (archive,) = (checkout / "dist").glob("*.tar.gz")
+    command = ("-m", "pip", "wheel", str(archive), "--no-deps", "--no-build-isolation", "-w", str(tmp_path))
+    done = run(checkout, *command, FASTLORA_BUILD="0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    (info,) = (tmp_path / "installed").glob("*.dist-info")
+    needed: dict[str, importlib.metadata.Distribution] = {}
+    needed_by(importlib.metadata.Distribution.at(info).requires or [], needed)
+    assert "torch" in needed and not {"transformers", "peft", "rich", "tqdm", "matplotlib"} & set(needed)
+    (tmp_path / "site").mkdir()
+    for distribution in needed.values():
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            link = tmp_path / "site" / top
+            if not link.is_symlink():  # distributions may share a folder, as those of CUDA do
+                link.symlink_to(distribution.locate_file(top))
+    done = run(tmp_path, "-I", "-S", "-c", ALONE, str(tmp_path / "installed"), str(tmp_path / "site"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line.removeprefix("SAID ") for line in done.stdout.splitlines() if line.startswith("SAID")]
+    assert said == [
+        "fastlora.to_peft needs peft: pip install 'fastlora-kernels[peft]'",
+        "fastlora.from_peft needs peft: pip install 'fastlora-kernels[peft]'",
+        "progress: True needs tqdm (pip install tqdm); None logs instead",
+        "fastlora.integrations.hf needs transformers: pip install 'fastlora-kernels[hf]'",
+        "fastlora.integrations.lightning needs lightning: pip install 'fastlora-kernels[lightning]'",
+    ]
+    for missing in ("matplotlib: pip install 'fastlora-kernels[demo]'", "transformers: pip install", "the demo needs"):
+        assert missing in done.stderr
+    assert "native library was not built" in done.stderr

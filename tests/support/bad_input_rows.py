@@ -101,9 +101,7 @@ GROUP = rows(("gloo", "process_group: expected 'auto', None or a process group, 
              (3, "process_group: expected", TYPE))  # fmt: skip
 LORA = {
     "r": rows(
-        (0, "r: expected an integer >= 1, got 0"),
-        (2.0, "r: expected an integer", TYPE),
-        (9, "r: expected at most .* = 8, got 9"),
+        (0, "r: expected an integer >= 1"), (2.0, "r: expected an integer", TYPE), (9, "r: expected at most .* = 8")
     ),
     "lora_alpha": rows((NAN, "lora_alpha: expected a finite number"), (True, "lora_alpha: expected a finite", TYPE)),
     "lora_dropout": rows((1.0, "lora_dropout: expected a probability >= 0 and < 1"), (-0.1, "lora_dropout: expected")),
@@ -164,6 +162,14 @@ PENALTY = {
 }
 RATE = ((-1.0, "expected a finite number >= 0, got -1.0"), (NAN, "expected a finite number >= 0"))
 
+# What every function that runs a few backward passes refuses.
+PASSES = {
+    "batches": rows((3, "batches: expected an iterable", TYPE), ([], "batches: yielded nothing"),
+                    (one_batch, "batches: ran out after 1 of steps=2"),
+                    (nan_batches, "the loss of batch 0 is nan")),
+    "loss_fn": rows((3, "loss_fn: expected a callable", TYPE), (lambda good: None, "loss_fn: expected", TYPE)),
+    "steps": rows((0, "steps: expected None for all batches, or an integer >= 1"), (True, "steps: expected", TYPE)),
+}  # fmt: skip
 ROWS: dict[str, dict[str, list[Row]]] = {
     "training.Diagnostics": {"optimizer": rows((None, "optimizer: expected a torch.optim.Optimizer, got None", TYPE))},
     "LoraConfig": {
@@ -193,6 +199,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
                                ("h", "layers_pattern: expected None without layers_to_transform")),
         "lora_bias": rows((1, "lora_bias: expected one of")),
         "use_dora": rows(("yes", "use_dora: expected one of")),
+        "ensure_weight_tying": rows((1, "ensure_weight_tying: expected one of")),
         "scale": rows(("rank", "scale: expected one of")),
         "split_qkv": rows(("yes", "split_qkv: expected one of")),
     },
@@ -284,15 +291,11 @@ ROWS: dict[str, dict[str, list[Row]]] = {
     "Scores.breakdown": {"self": rows((no_scores, "scores: expected at least one, got none"))},
     "calibrate": {
         "model": MODEL[1:] + rows((already_tracked, "model: is tracked already")),
-        "batches": rows((3, "batches: expected an iterable", TYPE), ([], "batches: yielded nothing"),
-                        (one_batch, "batches: ran out after 1 of steps=2"),
-                        (nan_batches, "the loss of batch 0 is nan")),
-        "loss_fn": rows((3, "loss_fn: expected a callable", TYPE), (lambda good: None, "loss_fn: expected", TYPE)),
-        "steps": rows((0, "steps: expected None for all batches, or an integer >= 1"), (True, "steps: expected", TYPE)),
+        **PASSES,
+        "progress": rows(("bar", "progress: expected", TYPE)),
         "method": rows(("best", "method: expected one of"), ("fim", "B")),
         "centered": rows((1, "centered: expected True or False", TYPE),
                          (True, "centered: works with method='fim' only")),
-        "progress": rows(("bar", "progress: expected", TYPE)),
         "process_group": GROUP,
         "adapter": rows(("c", "adapter: expected one of"), (["b"], "adapter: expected one of")),
     },
@@ -308,6 +311,14 @@ ROWS: dict[str, dict[str, list[Row]]] = {
     "explain": {"model": MODEL[:1]},
     "training.fit_temperature": {
         "logits": TENSORS, "labels": LABELS, "max_iter": rows((0, "max_iter: expected an integer >= 1, got 0")),
+    },
+    "recommend": {
+        "model": rows(NOT_A_MODEL, (lambda good: adapted(), "model: 'blocks.0.q' already has an adapter"),
+                      (wrapped_by_peft, "model: it is wrapped by PEFT")),
+        **PASSES,
+        "progress": rows(("bar", "progress: expected", TYPE)),
+        "budget": rows((0, "budget: expected an integer >= 1"), (1, "budget: expected at least"),
+                       (2.5, "budget: expected", TYPE)),
     },
     "freeze_unused_adapters": {
         "model": MODEL, "optimizer": rows((3, "optimizer: expected a torch.optim.Optimizer, got 3", TYPE)),
@@ -402,9 +413,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
     },
     "initialize_lora_ga": {
         "model": MODEL,
-        "batches": rows(([], "batches: yielded nothing"), (3, "batches: expected an iterable", TYPE)),
-        "loss_fn": rows((3, "loss_fn: expected a callable", TYPE)),
-        "steps": rows((0, "steps: expected")),
+        **PASSES,
         "passes": rows((0, "passes: expected an integer >= 1")),
         "direction": rows(("ArB", "direction: expected one of")),
         "scale": rows(("big", "scale: expected one of")),

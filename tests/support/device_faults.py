@@ -11,7 +11,18 @@ from unittest import mock
 import torch
 from device import cases, measure, models, run, sweep
 from device.cases import TINY
-from fastlora.kernels import gradstat, linear, linear_backward, primitives, shrink, tiling, wgrad
+from fastlora.kernels import (
+    expand_backward,
+    gradstat,
+    linear,
+    linear_backward,
+    primitives,
+    shrink,
+    shrink_linear,
+    shrink_linear_backward,
+    tiling,
+    wgrad,
+)
 from triton.runtime import driver
 
 from fastlora.testing import enable_torchvision
@@ -29,7 +40,14 @@ def wrong_results_are_seen() -> None:
             right = sweep.wanted(operands, verb)
             off = [part.clone() for part in right]
             off[0].view(-1)[: off[0].numel() // 8 + 1] = 0
-            shapes = {"linear": lambda parts: ([parts[0]], []), "wgrad": lambda parts: tuple([part] for part in parts)}
+            shapes = {
+                "linear": lambda parts: ([parts[0]], []),
+                "shrink_linear": lambda parts: ([parts[0]], parts[1], []),
+                "gradstat_diagonal": lambda parts: tuple(parts),
+            }
+            shapes |= dict.fromkeys(
+                ("wgrad", "expand_backward", "shrink_linear_backward"), lambda parts: tuple([part] for part in parts)
+            )
             as_found = shapes.get(verb, lambda parts: parts[0])
             assert sweep.fault(verb, as_found(right), right) is None
             assert "wrong by" in sweep.fault(verb, as_found(off), right)
@@ -38,26 +56,38 @@ def wrong_results_are_seen() -> None:
 
 
 def measurements_are_filed_where_kernels_look() -> None:
-    """Under the sizes of a case that its kernels give to the choice of a tile."""
+    """Under the sizes of a case that its kernels give to the choice of a tile, and of a strategy."""
+    modules = linear, linear_backward, wgrad, shrink, gradstat, shrink_linear, shrink_linear_backward, expand_backward
     for case in cases.CASES.values():
         for verb in sweep.VERBS:
             asked: list[tuple[int, ...]] = []
+            directions: list[tuple[int, ...]] = []
 
             def choose(operation, *sizes, asked=asked, verb=verb):
                 asked.extend([sizes[:4]] if operation == verb else [])
                 return tiling.TileConfig(16, 16, 16, 4, 2)
 
+            def choose_strategy(direction, *sizes, asked=directions, verb=verb):
+                asked.extend([sizes[:4]] if direction == sweep.DIRECTIONS.get(verb) else [])
+                return {"forward": "library", "backward": "library"}.get(direction, "separate")
+
             def choose_filling(operation, programs, N, K, *rest, asked=asked, verb=verb):
                 return choose(operation, 0, N, K, 0, asked=asked, verb=verb)
 
             with contextlib.ExitStack() as stack:
-                for module in (linear, linear_backward, wgrad, shrink, gradstat):
-                    for name, answer in (("choose_tiles", choose), ("choose_filling", choose_filling)):
+                answers = {"choose_tiles": choose, "choose_filling": choose_filling, "choose_strategy": choose_strategy}
+                for module in modules:
+                    for name, answer in answers.items():
                         if hasattr(module, name):
                             stack.enter_context(mock.patch.object(module, name, answer))
                 stack.enter_context(mock.patch.object(primitives, "launcher", lambda *given, **options: None))
-                sweep.Job(verb, case, "fused", None).call(sweep.Operands(case, "meta"))()
+                operands = sweep.Operands(case, "meta")
+                sweep.Job(verb, case, "fused", None).call(operands)()
+                if verb in sweep.DIRECTIONS:
+                    sweep.Job(verb, case, None, None).call(operands)()
             assert asked == [sweep.sizes(verb, case)], (verb, case, asked)
+            if verb in sweep.DIRECTIONS:
+                assert directions == [sweep.sizes(verb, case, strategy=True)], (verb, case, directions)
 
 
 def a_candidate_that_fails_is_a_row() -> None:

@@ -71,5 +71,29 @@ def fsdp1(rank, folder):
     dist.destroy_process_group()
 
 
+def fsdp1_of_single(rank, folder):
+    """As ``fsdp1``, around each adapted layer and around each factor; leaves what the first forward said."""
+    import functools
+
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    said = []
+    for kind in (fastlora.nn.Linear, type(model()[0].q.lora_A["default"])):
+        chosen = functools.partial(lambda_auto_wrap_policy, lambda_fn=lambda module, kind=kind: type(module) is kind)
+        net = FullyShardedDataParallel(
+            model(), use_orig_params=True, device_id=torch.device("cpu"), auto_wrap_policy=chosen
+        )
+        try:
+            net(batch(0, rank))
+        except ValueError as error:
+            said.append(str(error))
+        dist.barrier()
+    torch.save(said, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     launched(sys.argv[1])

@@ -142,6 +142,8 @@ GOOD: dict[str, Callable[[Path], dict[str, Any]]] = {
     "Scores.breakdown": lambda at: {"self": fastlora.Scores(scores(), "grad_sq")},
     "calibrate": lambda at: {"model": adapted(), "batches": batches(), "loss_fn": loss, "steps": 2, "method": "fw",
                              "progress": False},
+    "recommend": lambda at: {"model": plain(), "batches": batches(), "loss_fn": loss, "budget": 100, "steps": 2,
+                             "progress": False},
     "Scores.composite": lambda at: {name: {"a": 3.0, "b": 1.0} for name in ("grad_sq", "grad_abs", "act_var")},
     "disable_adapters": lambda at: {"model": adapted()},
     "training.ece": lambda at: classified(),

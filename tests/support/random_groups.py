@@ -124,8 +124,10 @@ def found(group: Group, y, x, A, B, Z, V, dtype: torch.dtype | None = None) -> d
     wanted = {name: t for name, t in wanted.items() if t.requires_grad}
     live = [(out, g.to(dtype or g.dtype)) for out, g in zip(y, group.tensors["dy"], strict=True) if g is not None]
     outputs, grads = zip(*live, strict=True)
-    grads = torch.autograd.grad(outputs, list(wanted.values()), grads, allow_unused=True)
-    return {f"y{j}": out.detach() for j, out in enumerate(y)} | dict(zip(wanted, grads, strict=True))
+    for t in wanted.values():
+        t.grad = None
+    torch.autograd.backward(outputs, grads)  # no leaf is named: statistics count then
+    return {f"y{j}": out.detach() for j, out in enumerate(y)} | {name: t.grad for name, t in wanted.items()}
 
 
 def computed(group: Group, backend: str, bound: bool, again: bool) -> dict[str, Tensor | None]:

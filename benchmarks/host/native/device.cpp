@@ -2,6 +2,7 @@
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <dlfcn.h>
 
 #include <atomic>
 
@@ -16,16 +17,22 @@ std::atomic<int64_t> next_stream{1};
 thread_local c10::DeviceIndex current_device = 0;
 thread_local int64_t current_stream[kMostDevices] = {};
 
+// As cudaSetDevice does, the device's context becomes the thread's current one, and gives the device before.
+c10::DeviceIndex make_current(c10::DeviceIndex device) {
+  using Enter = void (*)(int);
+  static const auto enter = reinterpret_cast<Enter>(dlsym(RTLD_DEFAULT, "null_gpu_enter"));
+  if (enter != nullptr && device != current_device) enter(device);
+  return std::exchange(current_device, device);
+}
+
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kType; }
   c10::Device exchangeDevice(c10::Device device) const override {
-    const c10::Device before(kType, current_device);
-    current_device = device.index();
-    return before;
+    return c10::Device(kType, make_current(device.index()));
   }
   c10::Device getDevice() const override { return c10::Device(kType, current_device); }
-  void setDevice(c10::Device device) const override { current_device = device.index(); }
-  void uncheckedSetDevice(c10::Device device) const noexcept override { current_device = device.index(); }
+  void setDevice(c10::Device device) const override { make_current(device.index()); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override { make_current(device.index()); }
   c10::Stream getStream(c10::Device device) const override {
     return c10::Stream(c10::Stream::UNSAFE, device, current_stream[device.index()]);
   }
@@ -70,13 +77,11 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isAvailable() const override { return true; }
   void init() const override {}
   c10::DeviceIndex deviceCount() const override { return static_cast<c10::DeviceIndex>(device_count.load()); }
-  void setCurrentDevice(c10::DeviceIndex device) const override { current_device = device; }
+  void setCurrentDevice(c10::DeviceIndex device) const override { make_current(device); }
   c10::DeviceIndex getCurrentDevice() const override { return current_device; }
-  c10::DeviceIndex exchangeDevice(c10::DeviceIndex device) const override {
-    return std::exchange(current_device, device);
-  }
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex device) const override { return make_current(device); }
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex device) const override {
-    return device < 0 ? current_device : std::exchange(current_device, device);
+    return device < 0 ? current_device : make_current(device);
   }
 };
 Hooks hooks;
@@ -89,6 +94,6 @@ void null_gpu_set_device_count(int count) { device_count = count; }
 int null_gpu_current_device() { return current_device; }
 int64_t null_gpu_current_stream(int device) { return current_stream[device]; }
 void null_gpu_set_stream(int device, int64_t stream) { current_stream[device] = stream; }
-void null_gpu_set_current_device(int device) { current_device = static_cast<c10::DeviceIndex>(device); }
+void null_gpu_set_current_device(int device) { make_current(static_cast<c10::DeviceIndex>(device)); }
 int null_gpu_exchange_device(int device) { return hooks.maybeExchangeDevice(static_cast<c10::DeviceIndex>(device)); }
 }

@@ -14,6 +14,7 @@
 struct CUfunc_st {
   std::string name;
   Kernel kernel;
+  CUcontext context;             // that the module was loaded in
   int dynamic_limit = 48 << 10;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 };
 
@@ -125,6 +126,7 @@ CUresult launch(const CUlaunchConfig* config, CUfunction f, void** parameters, v
     return CUDA_ERROR_INVALID_VALUE;
   }
   if (current == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+  if (current != f->context) return CUDA_ERROR_INVALID_HANDLE;
   const Cluster cluster = cluster_of(*config);
   if (!launchable(*config, *f, cluster)) return CUDA_ERROR_INVALID_VALUE;
   if (null_gpu_recording()) {
@@ -153,6 +155,12 @@ void null_gpu_set_attribute(int which, int value) { attributes[which] = value; }
 void null_gpu_set_system(int device_count, int driver_version) {
   devices = device_count;
   version = driver_version;
+}
+
+// The device's primary context becomes the current one of this thread.
+void null_gpu_enter(int device) {
+  contexts[device].device = device;
+  current = &contexts[device];
 }
 
 // From now on the function of this name returns `result` without working; CUDA_SUCCESS makes it work again.
@@ -257,11 +265,12 @@ CUresult cuStreamSynchronize(CUstream stream) {
 
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   OR_FAIL;
+  if (current == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
   Cubin cubin;
   if (!read_cubin(image, cubin)) return CUDA_ERROR_INVALID_IMAGE;
   if (!runs_here(cubin)) return CUDA_ERROR_NO_BINARY_FOR_GPU;
   auto* loaded = new CUmod_st;
-  for (const auto& [name, kernel] : cubin.kernels) loaded->functions[name] = {name, kernel};
+  for (const auto& [name, kernel] : cubin.kernels) loaded->functions[name] = {name, kernel, current};
   *module = loaded;
   return CUDA_SUCCESS;
 }

@@ -84,11 +84,12 @@ def test_linear(operands, tma):
     assert_close(y, wanted + wide(h) @ wide(B.half()).T, torch.float16, "y, updated")
 
 
-def test_linear_backward(operands):
+@pytest.mark.parametrize("tma", [False, True])
+def test_linear_backward(operands, tma):
     _, dy, A, _, dh = operands
     W = torch.randn(N, K, device=DEVICE).half()
     wanted = wide(dh) @ wide(A.half())
-    dx = linear_backward.linear_backward([dy], [W], dh, [A], [0], strategy="fused", tiles=SMALL)
+    dx = linear_backward.linear_backward([dy], [W], dh, [A], [0], strategy="fused", tiles=SMALL._replace(tma=tma))
     assert_close(dx, wide(dy) @ wide(W) + wanted, torch.float16, "dx")
     dx = far(K, torch.ones(3, K))
     linear_backward.add_adapters_(dx, dh, [A], [0], tiles=SMALL)

@@ -83,9 +83,9 @@ def off_linear(module, data, p, tiles=TILES):
     return max(error(torch.cat(y, 1), torch.cat(base, 1) + update), error(torch.cat(moments, 1), torch.cat(sums, 1)))
 
 
-def off_linear_backward(module, data, p):
+def off_linear_backward(module, data, p, tiles=TILES):
     dh = torch.randn(data.problem.M, data.layout.rank, device=DEVICE)
-    dx = module.linear_backward(data.dy, data.W, dh, data.A, data.layout.offsets, strategy="fused", tiles=TILES)
+    dx = module.linear_backward(data.dy, data.W, dh, data.A, data.layout.offsets, strategy="fused", tiles=tiles)
     wanted = sum(wide(g) @ wide(w) for g, w in zip(data.dy, data.W, strict=True))
     return error(dx, wanted + wide(dh) @ wide(torch.cat(data.A)))
 
@@ -166,6 +166,10 @@ def off_linear_tma_even(module, data, p):
     return off_linear(module, Data(EVEN, torch.float32), p, TILES._replace(tma=True))
 
 
+def off_linear_backward_tma(module, data, p):
+    return off_linear_backward(module, Data(FUSED, torch.float32), p, TILES._replace(tma=True))
+
+
 def off_diagonal(module, data, p):
     offsets, dy = [0, 11, data.problem.M], data.dy[0]
     diagonal = torch.ones(dy.shape[1], data.problem.K, device=DEVICE)
@@ -234,6 +238,12 @@ MUTATIONS = {
     "tma: other ranks' columns": ("linear", "tl.where(m_h, b_h, 0.0)", "b_h + 1.0", off_linear_tma_even, 0.0),
     "dx: a source less": ("linear_backward", "static_range(len(dy.data))", "static_range(len(dy.data) - 1)",
                           off_linear_backward, 0.0),
+    "dx, tma: rows of the first tile": ("linear_backward", "load([i_m * BLOCK_M, n])", "load([0, n])",
+                                        off_linear_backward_tma, 0.0),
+    "dx, tma: a step lost": ("linear_backward", "tl.range(0, N, BLOCK_K)", "tl.range(BLOCK_K, N, BLOCK_K)",
+                             off_linear_backward_tma, 0.0),
+    "dx, tma: columns of the first tile": ("linear_backward", "load([n, i_n * BLOCK_N])", "load([n, 0])",
+                                           off_linear_backward_tma, 0.0),
     "wgrad: last row lost": ("wgrad", "tl.minimum(first + rows, M)", "tl.minimum(first + rows, M - 3)", off_wgrad, 0.0),
     "wgrad: a rank as probe": ("wgrad", f"{FIRST_PROBE} - ranks", FIRST_PROBE, off_wgrad, 0.0),
     "wgrad: partials overwritten": ("wgrad", "i_part.to(tl.int64) * reveal", "0 * reveal", off_wgrad, 0.0),

@@ -179,6 +179,12 @@ def test_descriptors_are_used_where_rows_are_aligned(monkeypatch):
         rest = data.places, data.layout.offsets, data.scale, False, "fused", SMALL._replace(tma=True)
         linear.linear(data.x, data.W, data.bias, data.x, data.B, *rest)
         assert seen.pop()[1] is wanted
+    monkeypatch.setattr(linear_backward, "launch", linear.launch)
+    for problem, wanted in ((FUSED, True), (SEPARATE, False)):
+        data = Data(problem, torch.float16)
+        rest = data.x, data.A, data.layout.offsets
+        linear_backward.linear_backward(data.dy, data.W, *rest, strategy="fused", tiles=SMALL._replace(tma=True))
+        assert seen.pop()[1] is wanted
 
 
 def test_moments_do_not_cancel():
@@ -193,13 +199,17 @@ def test_moments_do_not_cancel():
 
 
 @problems
-@pytest.mark.parametrize(("strategy", "p"), [("fused", 0.0), ("fused", 0.3), ("library", 0.3), ("augmented", 0.0)])
+@pytest.mark.parametrize(
+    ("strategy", "p"), [("fused", 0.0), ("fused", 0.3), ("tma", 0.0), ("library", 0.3), ("augmented", 0.0)]
+)
 def test_linear_backward(problem, dtype, factors, strategy, p):
-    data = Data(problem, dtype, factors, strided=problem is FUSED)
+    tma = strategy == "tma"
+    data = Data(problem, dtype, factors, strided=problem is (SEPARATE if tma else FUSED))
     dh = torch.randn(problem.M, data.layout.rank, device=DEVICE).to(dtype)
     options = {"seed": data.seed, **dropped(p)} if p else {}
+    strategy, tiles = ("fused", SMALL._replace(tma=True)) if tma else (strategy, SMALL)
     dx = linear_backward.linear_backward(
-        data.dy, data.W, dh, data.A, data.layout.offsets, strategy=strategy, tiles=SMALL, **options
+        data.dy, data.W, dh, data.A, data.layout.offsets, strategy=strategy, tiles=tiles, **options
     )
     assert dx.dtype == dtype
     assert_close(dx, expected_dx_of(data, dh, p), dtype, "dx")

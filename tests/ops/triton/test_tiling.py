@@ -75,6 +75,18 @@ def test_a_measurement_counts_within_a_factor_of_two(monkeypatch):
         assert tiling.choose_strategy("forward", *size, torch.bfloat16, CPU) != "augmented"
 
 
+@pytest.mark.parametrize("device", SUPPORTED, indirect=True)
+def test_a_tile_and_a_strategy_of_one_name_are_told_apart(device, monkeypatch):
+    """And one kernel for two, which was measured on another device, is left to devices like it."""
+    odd, size = TileConfig(64, 64, 32, 4, 2), (8192, 2304, 768, 16)
+    for choices in ((odd, "fused"), ("fused", odd)):
+        rows = tuple(Measurement(*size, choice, 0.1, "H200") for choice in choices)
+        monkeypatch.setitem(tiling.MEASURED, ("shrink_linear", "half"), rows)
+        assert tiling.choose_tiles("shrink_linear", *size, torch.bfloat16, CPU) == odd
+        found = tiling.choose_strategy("shrink_linear", *size, torch.bfloat16, CPU)
+        assert found == ("fused" if device.capability == (9, 0) else "separate")
+
+
 def test_of_two_near_measurements_the_nearer_decides(monkeypatch):
     first, second = TileConfig(64, 64, 32, 4, 2), TileConfig(128, 64, 32, 4, 2)
     rows = [Measurement(M, 768, 768, 8, tile, 0.1, "H200") for M, tile in ((4096, first), (8192, second))]
@@ -112,6 +124,19 @@ def test_factors_are_appended_where_outputs_are_much_wider_on_sm_90(device):
     others = [("forward", 512, 28672, 4096), ("forward", 8192, 6144, 4096), ("backward", 8192, 28672, 4096)]
     found = {strategy(*size) for size in others} | {strategy("forward", 8192, 28672, 4096, torch.float32)}
     assert found == {"library"}
+
+
+@pytest.mark.parametrize("device", SUPPORTED, indirect=True)
+def test_dx_of_several_weights_is_one_kernel_on_sm_90(device):
+    """Which the library would write once for each of them."""
+
+    def strategy(M: int, N: int, weights: int) -> str:
+        return tiling.choose_strategy("backward", M, N, 768, 24, torch.bfloat16, CPU, weights)
+
+    assert strategy(32768, 2304, 3) == ("fused" if device.capability == (9, 0) else "library")
+    assert strategy(32768, 2304, 1) == strategy(32768, 6144, 2) == "library"
+    tile = tiling.choose_tiles("linear_backward", 32768, 2304, 768, 24, torch.bfloat16, CPU)
+    assert tile.tma == (device.capability == (9, 0))
 
 
 @pytest.mark.parametrize("M", [1, 255, 257, 4096, 8192, 25216, 100000])
@@ -192,8 +217,8 @@ def test_dy_that_is_not_aligned_goes_to_the_library_and_to_two_kernels(monkeypat
     monkeypatch.setattr(expand_backward, "reduce_partials", lambda *given: None)
     monkeypatch.setattr(expand_backward, "shrink_backward", lambda *given, **named: seen.append(("separate", ())))
     monkeypatch.setattr(expand_backward, "wgrad", lambda *given, **named: ())
-    for N, fused in ((768, True), (769, False)):
-        dy, dh = (torch.empty(4096, n, dtype=torch.bfloat16, device="meta") for n in (N, 8))
+    for N, rows, fused in ((768, 4096, True), (769, 4096, False), (768, 16384, True), (769, 16384, False)):
+        dy, dh = (torch.empty(rows, n, dtype=torch.bfloat16, device="meta") for n in (N, 8))
         W, A = torch.empty(N, 512, dtype=torch.bfloat16, device="meta"), torch.empty(8, 512, device="meta")
         linear_backward.linear_backward([dy], [W], dh, [A], [0])
         assert (seen.pop()[1][4] is not None) == fused  # the kernel that multiplies takes dy and W
