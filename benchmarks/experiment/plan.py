@@ -188,8 +188,8 @@ Made from `benchmarks/experiment/plan.py` by `python -m benchmarks.experiment.pl
 `benchmarks/results/experiment/power.md`. A first plan had 8,000 phrases of SST-2 for a run; before anything was run
 they were made 3,200, the order another, and the rules on precision, on scores and on where runs stop were added,
 because the machine would not have come to the end of it. That the primary comparison goes first was added for the same
-reason when four runs of tuning had been made, before any score was looked at. Runs were made in two stretches, each to an
-hour fixed before it: at the end of the first, the primary comparison of hypothesis 1 was known over five seeds, and
+reason when four runs of tuning had been made, before any score was looked at. Runs were made in two stretches, each to
+an hour fixed before it: at the end of the first, the primary comparison of hypothesis 1 was known over five seeds, and
 nothing was changed.
 
 ## Rules
