@@ -180,21 +180,23 @@ def every_strategy_is_repeated(gpu):
         run({linear: "fused", linear_backward: "fused"}, case._replace(rows=9000))
 
 
+def reduced(given):
+    """The sum of partial results, by one kernel."""
+    from fastlora.kernels.reduce import reduce_partials
+
+    out = torch.empty(8, device=given[0].device)
+    reduce_partials(given[0], [out], [1.0])
+    return [out]
+
+
 @torch.no_grad()
 def another_device_is_the_current_one_for_its_launches(gpu):
     """Tensors of the second GPU while the first is current: its stream, and the first again afterwards."""
-    from fastlora.kernels.reduce import reduce_partials
-
-    def compute(given):
-        out = torch.empty(8, device=given[0].device)
-        reduce_partials(given[0], [out], [1.0])
-        return [out]
-
     with null_gpu(devices=2) as both:
         plans, x = Plans(), torch.empty(4, 8, device="null:1")
         both.set_current_device(1)  # as ``primitives.launch`` does on a GPU
         for _ in range(2):
-            plans.run("second", [x], compute)
+            plans.run("second", [x], reduced)
         with both.stream(9):
             both.set_current_device(0)
             (launch,) = both.record(lambda: plans.run("second", [x], forbidden))
@@ -204,25 +206,18 @@ def another_device_is_the_current_one_for_its_launches(gpu):
         (out,) = plans.run("second", [x], forbidden)
         assert out.device == x.device and len(plans) == 1
         with_first = torch.empty(4, 8, device="null:0")
-        plans.run("second", [with_first], compute)
+        plans.run("second", [with_first], reduced)
         assert len(plans) == 1, "a plan of one GPU ran for another"
 
 
 @torch.no_grad()
 def a_function_of_another_context_is_refused(gpu):
     """As a driver does: a plan that were run on another device than its kernels were loaded on would not start."""
-    from fastlora.kernels.reduce import reduce_partials
-
-    def compute(given):
-        out = torch.empty(8, device=given[0].device)
-        reduce_partials(given[0], [out], [1.0])
-        return [out]
-
     with null_gpu(devices=2) as both:
         plans, x = Plans(), torch.empty(4, 8, device="null:1")
         for _ in range(2):
-            plans.run("elsewhere", [x], compute)  # loaded in the context of the first
-        plans.run("elsewhere", [x], compute)
+            plans.run("elsewhere", [x], reduced)  # loaded in the context of the first
+        plans.run("elsewhere", [x], reduced)
         assert "reduce_kernel failed" in plan.launcher()[1] and both.current_device() == 0
 
 
