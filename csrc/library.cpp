@@ -109,6 +109,9 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
       "float weight) -> ()");
   // [||t_0||^2, ||t_1||^2, ...]   float64; one tensor or more of any shape, float64 too
   m.def("squared_norms(Tensor[] tensors) -> Tensor");
+  // sqrt(max(0, ||w||^2 + 2 scale b (A w) + scale^2 b (A A^T) b)) = ||w + scale b A|| for each row w of W [N, K] and b
+  // of B [N, r]   float32 [N]; A is [r, K]
+  m.def("row_norms(Tensor W, Tensor A, Tensor B, float scale) -> Tensor");
   // For each run of columns, the sum over it of max(0, E y^2 - (E y)^2)   float64 [runs of all]
   // moments_i, one or more, is [sum y; sum y^2] with the number of rows in one more column, float64; the next runs[i]
   // of `sizes` split its other columns.

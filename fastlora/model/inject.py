@@ -356,7 +356,7 @@ def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, ro
     if config.lora_bias:
         B.register_parameter("bias", nn.Parameter(new_bias(planned.spec, layer)))
     if config.use_dora:
-        B.register_parameter("magnitude", nn.Parameter(layer.row_norms(adapter).to(planned.spec.dtype)))
+        B.register_parameter("magnitude", nn.Parameter(layer.row_lengths(adapter).norms().to(planned.spec.dtype)))
     layer.lora_A.train(layer.training)
     layer.lora_B.train(layer.training)
 

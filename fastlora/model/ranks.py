@@ -70,7 +70,7 @@ def set_ranks(
     for layer, spec, A, B in replaced:
         layer.install(adapter, spec, A, B)
         if reinit and "magnitude" in B.beside():
-            B.magnitude.data.copy_(layer.row_norms(adapter))
+            B.magnitude.data.copy_(layer.row_lengths(adapter).norms())
     watch_learning(model)  # the factors are new
     return model
 

@@ -17,6 +17,7 @@ from .._utils.errors import check_integer, wrong_value
 from .._utils.torch_compat import forward_hooks, wants_plain_operators
 from ..ops.bound import BoundCall, Traced
 from ..ops.node import NODE
+from ..ops.row_norms import RowLengths
 
 START = "start_"  # before the name of a slice: the buffer that keeps the factor it started with
 WHOLE = "weight"  # name of the one slice of a matrix that is not split
@@ -229,14 +230,18 @@ class Operands:
         self._own = [layer._parameters for layer in layers]
         W, bias = ([self._tensor(layer, name) for layer in layers] for name in ("weight", "bias"))
         self.finishes = any([layer.finishes(names) for layer in layers])
-        bias = [None if layer.rescales(names) else b for layer, b in zip(layers, bias, strict=True)]
-        found = []
+        rescaled = [layer.rescales(names) for layer in layers]
+        bias = [None if r else b for r, b in zip(rescaled, bias, strict=True)]
+        pairs: list[tuple[Tensor, Tensor, float]] = []
+        self.lengths: list[RowLengths | None] = []  # of each layer; none where more than one adapter runs
         for name in names:
-            for layer in layers:
+            for layer, rescales in zip(layers, rescaled, strict=True):
                 here = name in layer.adapter_specs
                 factors = [self._factors(layer, side, name) if here else {} for side in ("lora_A", "lora_B")]
-                found.append((layer, name, *factors))
-        pairs = [pair for layer, name, A, B in found for pair in layer.factor_pairs(name, A, B)]
+                own = layer.factor_pairs(name, *factors)
+                pairs += own
+                if any(rescaled) and len(names) == 1:
+                    self.lengths.append(self._lengths(layer, name, own) if rescales else None)
         blocks = [layer.slices.blocks for layer in layers]
         of_all = layers[0].backend, layers[0].engine, (), streams_of(layers), blocks if max(blocks) > 1 else ()
         self.call = BoundCall(W, bias, *[[pair[i] for pair in pairs] for i in range(3)], *of_all)
@@ -281,6 +286,10 @@ class Operands:
             self.hooked = True
             return factors()
         return {key: self._tensor(factors, key) for key in factors.slices}
+
+    def _lengths(self, layer: Any, name: str, pairs: list[tuple[Tensor, Tensor, float]]) -> RowLengths:
+        self._tensor(layer.lora_B[name], "magnitude")
+        return layer.row_lengths(name, pairs)
 
     def holds(self, layers: Sequence[Any]) -> bool:
         """Whether every tensor is still where it was found, and no hook has to be asked for it."""

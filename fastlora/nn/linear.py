@@ -20,6 +20,7 @@ from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, PACKED, UNPACKED
 from ..ops.node import Pending
+from ..ops.row_norms import RowLengths
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
 from .probe import group_operands
 from .routing import Route, Router
@@ -134,8 +135,7 @@ class Adapted(nn.Module):
                     "ids: an adapter with use_dora scales the frozen weight's rows and cannot share a batch with "
                     "others; name one adapter for all rows"
                 )
-            y = y * self.row_factors(route.adapter).to(y.dtype)
-            return y if self.bias is None else y + self.bias
+            return self.row_lengths(route.adapter)(y)
         added = [self.lora_B[n].beside().get("bias") if n in self.ranked else None for n in route.names]
         rows = [
             y.new_zeros(self.out_features) if b is None else (b * self.bias_scale(n)).to(y.dtype)
@@ -146,24 +146,12 @@ class Adapted(nn.Module):
         table = torch.stack([*rows, torch.zeros_like(rows[0])])  # the last for -1
         return y + table[route.batch.rows(y).ids].view_as(y)
 
-    def row_factors(self, adapter: str) -> Tensor:
-        """``m / ‖W + s B A‖`` of each row, differentiable in m alone."""
-        norms = self.row_norms(adapter)
-        return self.lora_B[adapter].magnitude / norms.clamp(min=torch.finfo(norms.dtype).tiny)  # a row of zeros stays
-
-    @torch.no_grad()
-    def row_norms(self, adapter: str) -> Tensor:
-        """``‖w + s b A‖`` of each row [N], in fp32 or more: ``‖w‖² + 2 s b·(A w) + s² b (A A^T) b``, with no [N, K]."""
-        acc, W = torch.promote_types(self.weight.dtype, torch.float32), self.as_matrix(self.weight)
-        squares = W.new_empty(W.shape[0], dtype=acc)
-        for name, (a, b, s) in zip(self.slices, self.pairs(adapter), strict=True):
-            a, runs = a.to(acc), self.slices.runs(name)
-            for rows, own in zip(runs, b.to(acc).chunk(len(runs)), strict=True):
-                w = W[rows]
-                cross = (w @ a.t().to(w.dtype)).to(acc) + (s / 2) * (own @ (a @ a.t()))
-                length = torch.linalg.vector_norm(w, dim=1, dtype=acc)
-                squares[rows] = length.square() + 2 * s * (own * cross).sum(1)
-        return squares.clamp_(min=0).sqrt()
+    def row_lengths(self, adapter: str, pairs: Sequence[tuple[Tensor, Tensor, float]] | None = None) -> RowLengths:
+        """What ``use_dora`` does to an adapter's rows, m None before it is there; with the pairs of ``self.pairs``."""
+        pairs = self.pairs(adapter) if pairs is None else pairs
+        parts = [(self.slices.runs(name), *pair) for name, pair in zip(self.slices, pairs, strict=True)]
+        m = getattr(self.lora_B[adapter], "magnitude", None)
+        return RowLengths(self.as_matrix(self.weight), parts, m, self.bias)
 
     def empty(self, *shape: int) -> Tensor:
         """A factor of rank 0."""
@@ -192,7 +180,7 @@ class Adapted(nn.Module):
         source, target = self.as_matrix(self.weight), self.as_matrix(merged)
         step = max(1, _MERGED_AT_ONCE // max(self.in_features, 1))
         name = self.router.default.adapter if adapter is None else adapter
-        lengths = self.row_factors(name).to(acc).unsqueeze(1) if self.rescales((name,)) else None
+        lengths = self.row_lengths(name).factors().to(acc).unsqueeze(1) if self.rescales((name,)) else None
         for part, (a, b, s) in zip(self.slices, self.pairs(adapter), strict=True):
             a, done = a.to(acc), 0
             for first, stop in [(i, r.stop) for r in self.slices.runs(part) for i in range(r.start, r.stop, step)]:
@@ -426,7 +414,9 @@ def forward_together(
         if not probes[0].step.taps and route.mask is None:
             continue
         y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
-    if kept.finishes:
+    if kept.lengths and route.batch is None:
+        y = [out if lengths is None else lengths(out) for lengths, out in zip(kept.lengths, y, strict=True)]
+    elif kept.finishes:
         y = [layer.finish(out, route) for layer, out in zip(layers, y, strict=True)]
     return y
 

@@ -191,6 +191,10 @@ def _squared_norms(tensors):
     return torch.empty(len(tensors), dtype=torch.float64, device=device)
 
 
+def _row_norms(W, A, B, scale):
+    return W.new_empty(W.shape[0], dtype=torch.float32)
+
+
 def _output_variances(moments, runs, sizes):
     device = moments[0].device if moments else None
     return torch.empty(len(sizes), dtype=torch.float64, device=device)
@@ -226,6 +230,7 @@ SHAPES = {
     "penalty": _penalty,
     "penalty_grad_": _penalty_grad,
     "squared_norms": _squared_norms,
+    "row_norms": _row_norms,
     "output_variances": _output_variances,
     "resize_ranks_": _resize_ranks,
     "dropout": _dropout,

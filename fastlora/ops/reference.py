@@ -204,6 +204,12 @@ def projections_of(W: Sequence[Tensor], B: Sequence[Tensor]) -> int:
     raise ValueError(f"lora_B: rows {[b.shape[0] for b in B]} do not tile weights with {rows} rows")
 
 
+def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``‖w + s b A‖`` of each row w of W [N, K] and b of B [N, r]: [N]."""
+    acc = accumulate_dtype(W.dtype)
+    return torch.linalg.vector_norm(W.to(acc) + scale * (B.to(acc) @ A.to(acc)), dim=1)
+
+
 def shrink(x: Tensor, A: Tensor) -> Tensor:
     """``h = x A^T``: x [M, K], A [R, K] -> h [M, R] in x's dtype."""
     acc = accumulate_dtype(x.dtype)

@@ -69,7 +69,7 @@ def test_dora_starts_as_the_base_and_keeps_its_length():
     assert_close(forward(model), before)
     layer = model.model.layers[0].mlp.up_proj
     assert layer.lora_B.default.magnitude.shape == (32,)
-    assert_close(layer.row_norms("default"), layer.weight.norm(dim=1))
+    assert_close(layer.row_lengths("default").norms(), layer.weight.norm(dim=1))
 
 
 def test_dora_of_a_row_of_zeros_learns():
@@ -93,6 +93,32 @@ def test_dora_of_slices_and_groups_is_dora_of_the_matrix():
     W = layer.weight.t() + layer.delta().t()
     W = W / W.norm(dim=1, keepdim=True) * layer.lora_B.default.magnitude[:, None]
     assert_close(layer(x), torch.nn.functional.linear(x, W, layer.bias))
+
+
+@pytest.mark.parametrize("make", [lambda: torch.nn.Linear(6, 8), lambda: transformers.pytorch_utils.Conv1D(8, 6)])
+def test_dora_keeps_nothing_of_what_changes(make):
+    """W, A, B, m and the bias, replaced or changed where no version counts it, between one call and the next."""
+    model = fastlora.inject(torch.nn.Sequential(make()), fastlora.LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    layer, x = model[0], torch.randn(5, 6)
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    places = [(layer, "weight"), (layer, "bias"), (A, "weight"), (B, "weight"), (B, "magnitude")]
+
+    def formula():
+        (a, b, s), W = layer.pairs()[0], layer.as_matrix(layer.weight)
+        W = W + s * b @ a
+        return torch.nn.functional.linear(x, W / W.norm(dim=1, keepdim=True) * B.magnitude[:, None], layer.bias)
+
+    torch.testing.assert_close(model(x), formula())
+    for owner, name in places:
+        old = getattr(owner, name)
+        old.data.add_(torch.randn_like(old))
+        torch.testing.assert_close(model(x), formula())
+        setattr(owner, name, torch.nn.Parameter(torch.randn_like(old), requires_grad=old.requires_grad))
+        torch.testing.assert_close(model(x), formula())
+    torch.nn.utils.parametrize.register_parametrization(B, "magnitude", torch.nn.Softplus())
+    torch.testing.assert_close(model(x), formula())
+    B.parametrizations.magnitude.original.data.neg_()
+    torch.testing.assert_close(model(x), formula())
 
 
 def test_rows_of_several_adapters_with_a_bias():
@@ -348,7 +374,7 @@ class TestRunsEveryWay:
         a, b, s = layer.pairs()[0]
         factors = layer.lora_B.default
         h = x @ (W + s * b @ a).t().detach() + x @ (W - W.detach()).t()
-        h = h * layer.row_factors("default") if field == "use_dora" else h + s * factors.bias
+        h = h * layer.row_lengths("default").factors() if field == "use_dora" else h + s * factors.bias
         model.down(torch.tanh(h + layer.bias)).square().sum().backward()
         assert tracker.scores("grad_sq")["up"] == pytest.approx(float(W.grad.square().sum()), rel=1e-6)
 
