@@ -40,4 +40,4 @@ def test_peak_memory_of_lora_ga(benchmark, record):
     if not benchmark.disabled:
         record({"kind": "lora_ga", "model": f"{lora_ga.DEPTH} matrices {lora_ga.WIDTH} x {lora_ga.WIDTH}",
                 "rank": lora_ga.RANK, "gradients": lora_ga.GRADIENTS_BYTES,
-                "rows": [{"variant": name, "peak": found[name]} for name in lora_ga.VARIANTS]})  # fmt: skip
+                "rows": [{"variant": n, "label": t, "peak": found[n]} for n, t in lora_ga.LABELS.items()]})  # fmt: skip

@@ -14,7 +14,7 @@ from . import memory
 
 WIDTH, DEPTH, RANK, ROWS, BATCHES = 1024, 12, 8, 64, 2
 GRADIENTS_BYTES = 4 * DEPTH * WIDTH * WIDTH  # of all weights in fp32
-VARIANTS = ("fastlora", "peft")
+LABELS = {"fastlora": "fastlora", "peft": "PEFT"}
 
 
 def _loss(model: nn.Module, x: Tensor) -> Tensor:
@@ -22,12 +22,12 @@ def _loss(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def start(name: str, width: int = WIDTH, depth: int = DEPTH) -> tuple[nn.Module, object]:
-    """A model, and a call that gives its adapters the start; without packed weights, which are of training."""
+    """A model, and a call that gives its adapters the start."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth))).requires_grad_(False)
     batches, targets = [torch.randn(ROWS, width) for _ in range(BATCHES)], [str(i) for i in range(depth)]
     if name == "fastlora":
-        config = fastlora.LoraConfig(r=RANK, target_modules=targets, init_lora_weights="lora_ga", prepack=False)
+        config = fastlora.LoraConfig(r=RANK, target_modules=targets, init_lora_weights="lora_ga")
         fastlora.inject(model, config)
         return model, lambda: fastlora.initialize_lora_ga(model, batches, _loss, steps=None)
     import peft

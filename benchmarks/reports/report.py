@@ -171,6 +171,17 @@ def _memory(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[s
         yield from table(["variant", "peak", "saved"], rows)
 
 
+def _lora_ga(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
+    for result in results:
+        yield "## Peak memory of a LoRA-GA start"
+        yield ""
+        yield f"{result['model']}, r = {result['rank']}, fp32. MiB of resident memory that the start adds at most, each"
+        gradients = _mebibytes(result["gradients"])
+        yield f"row in its own process; the gradients of the weights, which PEFT keeps, are {gradients}."
+        yield ""
+        yield from table(["variant", "peak"], [[r["label"], _mebibytes(r["peak"])] for r in result["rows"]])
+
+
 def _steps(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
     yield "## tracker.step() of a model"
     yield ""
@@ -226,6 +237,18 @@ def _experts(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[
         yield from table(["variant", "ms [p10, p90]", "ratio to frozen [p10, p90]", "rounds"], rows)
 
 
+def _dora(results: list[dict[str, Any]], labels: dict[str, str]) -> Iterator[str]:
+    for result in results:
+        yield f"## DoRA: {result['model']}, {result['tokens']} rows"
+        yield ""
+        yield f"Forward and backward with r = {result['rank']}, fp32: gradients of x, the factors and the lengths."
+        yield ""
+        rows = [[r["label"], cell(r["ms"], 1), cell(r["ratio_to_fastlora"]), cell(r["ratio_to_peft_lora"]),
+                 str(r["ms"]["rounds"])] for r in result["rows"]]  # fmt: skip
+        header = ["variant", "ms [p10, p90]", "ratio to fastlora [p10, p90]", "ratio to PEFT [p10, p90]", "rounds"]
+        yield from table(header, rows)
+
+
 def _red(results: list[dict[str, Any]]) -> Iterator[str]:
     yield "## The correctness gate is red: no time is given"
     yield ""
@@ -278,7 +301,7 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
         yield ""
         yield from _statistics(layers, labels)
     sections = (("threads", _threads), ("memory", _memory), ("model", _models), ("step", _steps), ("merge", _merges),
-                ("experts", _experts))  # fmt: skip
+                ("experts", _experts), ("dora", _dora), ("lora_ga", _lora_ga))  # fmt: skip
     for kind, section in (*sections, *report_adapters.SECTIONS, *report_statistics.SECTIONS):
         found = [result for result in document["results"] if result["kind"] == kind]
         if found:

@@ -16,6 +16,7 @@ from .._utils.types import ModelT
 from ..nn.active import chosen_adapter
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, QKVLinear, adapted_layers, matrix_key
+from ..ops.matmul import UNPACKED
 from ..tracking.calibrate import backward_passes, preserve_model_state
 from .eva import covariances_of
 from .modules import users_of_parameters
@@ -163,20 +164,20 @@ def initialize_lora_ga(
 
 @contextlib.contextmanager
 def _probing(slices: list[_Slice], adapter: str) -> Iterator[None]:
-    """Factors may be replaced inside; s = 1, no dropout. Everything is put back."""
+    """Factors may be replaced inside; s = 1, no dropout, no packed copies of weights to be changed. All is put back."""
     layers = {id(each.layer): each.layer for each in slices}.values()
-    specs = [(layer, layer.adapter_specs[adapter]) for layer in layers]
+    specs = [(layer, layer.adapter_specs[adapter], layer.engine) for layer in layers]
     factors = [(f, f._parameters.copy()) for layer in layers for f in (layer.lora_A[adapter], layer.lora_B[adapter])]
     try:
-        for layer, spec in specs:
-            layer.adapter_specs[adapter] = replace(spec, dropout=0.0)
+        for layer, spec, _ in specs:
+            layer.adapter_specs[adapter], layer.engine = replace(spec, dropout=0.0), UNPACKED
             layer.rescale(adapter, dict.fromkeys(spec.scale, 1.0))
         yield
     finally:
         for module, parameters in factors:
             module._parameters.update(parameters)
-        for layer, spec in specs:
-            layer.adapter_specs[adapter] = spec
+        for layer, spec, engine in specs:
+            layer.adapter_specs[adapter], layer.engine = spec, engine
             layer.rescale(adapter, spec.scale)
 
 

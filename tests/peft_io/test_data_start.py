@@ -9,11 +9,14 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from safetensors.torch import load_file
 from support.peft_fields import assert_same_first_step, forward, make_llama, plain_names, tokens
 from support.peft_help import TENSORS, assert_close, peft
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
+from fastlora._utils.torch_compat import onednn_reason
 from fastlora.integrations.adapters_only import trained_state
 from fastlora.nn.linear import adapted_layers
+from fastlora.ops.matmul import ENGINES
 
 TARGETS = ["q_proj", "up_proj"]
 FIELDS = dict(r=2, lora_alpha=3, target_modules=TARGETS)
@@ -234,6 +237,23 @@ class TestLoraGA:
         assert all(p.grad is None for p in model.parameters())
         layer = next(iter(adapted_layers(model).values()))
         assert layer.adapter_specs["default"].dropout == 0.1 and layer.adapter_specs["default"].scale["weight"] == 1.5
+
+    @pytest.mark.skipif(onednn_reason() is not None, reason="this torch has no packed weights")
+    def test_weights_that_change_are_not_packed(self):
+        """The copies would be of a weight that the start replaces; training packs the one that stays."""
+        model = fastlora.inject(
+            nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)),
+            fastlora.LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights="lora_ga", prepack=True),
+        )
+
+        def watched(model, x):
+            assert not any(ENGINES.packed_bytes(layer.weight) for layer in model)
+            return model(x).square().mean()
+
+        fastlora.initialize_lora_ga(model, [torch.randn(8, 64)], watched, steps=1)
+        assert not any(ENGINES.packed_bytes(layer.weight) for layer in model)
+        model(torch.randn(8, 64))
+        assert all(ENGINES.packed_bytes(layer.weight) for layer in model)
 
     def test_slices(self):
         model = fastlora.inject(
