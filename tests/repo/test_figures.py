@@ -134,6 +134,19 @@ def test_penalty_merge_and_floor():
     assert f"run at {span(share, 0)} % of what this core's multiply-adds can do" in text("docs/speed.md")
 
 
+def test_dora_and_a_start_from_the_gradient():
+    ((result, rows),) = rows_of("dora.json", "dora")
+    ours, theirs = rows["dora"]["ratio_to_fastlora"], rows["peft_dora"]
+    assert ours["median"] <= result["goal"]
+    page = text("docs/speed.md")
+    assert f"A step with `use_dora` takes {cell(ours)} of the step without, PEFT's" in page
+    of_each = " and ".join(f"{theirs[f'ratio_to_{base}']['median']:.2f}" for base in ("fastlora", "peft_lora"))
+    assert f"PEFT's {of_each} of ours and of its own without" in page
+    ((_, peaks),) = rows_of("memory.json", "lora_ga")
+    said = " where PEFT's adds ".join(f"{peaks[name]['peak'] / 2**20:.0f} MiB" for name in ("fastlora", "peft"))
+    assert f"A LoRA-GA start of 12 matrices adds {said} at its peak" in page
+
+
 def test_experts():
     ((_, rows),) = rows_of("experts.json", "experts")
     ours, theirs = (f"{rows[name]['ratio_to_frozen']['median']:.2f}" for name in ("fastlora", "experts_peft"))
