@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._utils.torch_compat import nothing_watches
 from .multi_tensor import unsupported_reason
 from .reference import accumulate_dtype
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """``‖w + s b A‖`` of each row [N], in fp32 or more: ``‖w‖² + 2 s b·(A w) + s² b (A A^T) b``, with no [N, K]."""
-    if W.stride(1) == 1 and unsupported_reason("row_norms", (W, A, B)) is None:
+    if W.stride(1) == 1 and nothing_watches() and unsupported_reason("row_norms", (W, A, B)) is None:
         return torch.ops.fastlora.row_norms.default(W, A, B, scale)
     acc = accumulate_dtype(W.dtype)
     a, b = A.to(acc), B.to(acc)

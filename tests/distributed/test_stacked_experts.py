@@ -7,6 +7,7 @@ import torch
 from support.distributed_help import assert_read, read, run_ranks, trained
 from support.experts_zoo import moe, ranks_of
 from support.helpers import config, randomise
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,17 +43,26 @@ def checkpointed(m):
     return m
 
 
+def compiled(m):
+    m.compile(backend=GRAPHS)
+    return m
+
+
+GRAPHS = CompileCounterWithBackend("aot_eager")
 WRAPS = {
     "ddp": lambda m: DistributedDataParallel(m, find_unused_parameters=True),
     "ddp, checkpointed": lambda m: DistributedDataParallel(checkpointed(m), find_unused_parameters=True),
     "fully_shard": sharded,
     "fully_shard, checkpointed": lambda m: sharded(checkpointed(m)),
+    "ddp, compiled": lambda m: compiled(DistributedDataParallel(m, find_unused_parameters=True)),
+    "fully_shard, compiled": lambda m: compiled(sharded(m)),
 }
 
 
 def work(rank, world, folder):
     found = {}
     for how, wrap in WRAPS.items():
+        GRAPHS.clear()
         m = model()
         parallel = wrap(m)
         optimizer = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1)
@@ -64,6 +74,7 @@ def work(rank, world, folder):
                 optimizer.zero_grad()
         parameters = {n: whole(p).detach().clone() for n, p in m.named_parameters() if p.requires_grad}
         found[how] = parameters, read(tracker)
+        assert ("compiled" in how) is bool(GRAPHS.frame_count), GRAPHS.frame_count
     return found
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.native_help import DTYPES, make, needs_library
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastlora.ops import reference
 from fastlora.ops.row_norms import RowLengths, row_norms
@@ -88,6 +89,15 @@ class TestNative:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_schema_and_fake_tensors(self, dtype):
         torch.library.opcheck(torch.ops.fastlora.row_norms.default, (*operands(6, 5, 2, dtype), 1.5))
+
+
+def test_transforms_and_modes_see_torch_operators():
+    (W, A, B), many = operands(6, 5, 2, torch.float32), torch.randn(3, 6, 5)
+    wanted = torch.stack([row_norms(w, A, B, 1.5) for w in many])
+    torch.testing.assert_close(torch.vmap(lambda w: row_norms(w, A, B, 1.5))(many), wanted)
+    with FlopCounterMode(display=False) as counter:
+        row_norms(W, A, B, 1.5)
+    assert counter.get_total_flops() == 2 * 2 * (6 * 5 + 6 * 2 + 2 * 5)  # A w, (A A^T) b and A A^T
 
 
 class Spy:
