@@ -13,6 +13,7 @@ from .backends import triton
 
 _FACTORS = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_SIGNS = torch.ops.fastlora.philox_signs_.default if native.available() else None
 
 
 def unsupported_reason(
@@ -84,7 +85,7 @@ class Signs:
     def fill_(self, out: Tensor, seed: Tensor, step: int) -> Tensor:
         """Write them into ``out`` float32 [128 Σ counts], group after group; nothing is read back from a device."""
         if native.has_kernel("philox_signs_", out.device):
-            torch.ops.fastlora.philox_signs_.default(out, seed, step, self.first, self.tag, self.counts)
+            _SIGNS(out, seed, step, self.first, self.tag, self.counts)
             return out
         block, group = self._counters(out.device)
         if triton.unsupported_reason(out.device, out.dtype) is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from .all_reduce import Shared
 from .statistics import Found, Tracked, fisher_factor, output_variances_of
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """What left the backward of one step under a tracker; it knows no tracker."""
 
     tracked: Tracked
@@ -66,8 +65,7 @@ class Sample:
         return found
 
 
-@dataclass(frozen=True)
-class ReadSample:
+class ReadSample(NamedTuple):
     """The numbers of a sample that was read at once."""
 
     found: Found

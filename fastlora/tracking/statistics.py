@@ -252,30 +252,39 @@ class Averages:
     @torch.no_grad()
     def fold(self) -> Tensor | None:
         """Fold in the samples that wait, one after another; returns whether the last was finite, None without any."""
-        folded, waiting = None, self._waiting
-        self._waiting = []
-        for sample in waiting:
-            folded = self._fold(sample)
-        return folded
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return None
+        value, folded, counts = self._numbers(waiting)
+        n = torch.tensor([sample.steps for sample in waiting], dtype=torch.float64, device="cpu")
+        n = n.view(-1, 1, 1).to(self._means.device, non_blocking=True)
+        steps = (counts * n).cumsum(0) + self._steps
+        weights = [1.0 - self.ema**sample.steps for sample in waiting] if self.ema is not None else n / steps.clamp(min=1)
+        # The bits do not depend on which samples wait together: a run that is resumed goes on as it would have.
+        for found, there, weight in zip(value, counts, weights, strict=True):
+            self._means += torch.where(there, found, self._means).sub_(self._means).mul_(weight)
+        self._steps.copy_(steps[-1])
+        self._skipped += (~folded).sum()
+        return folded[-1]
 
-    def _fold(self, sample: _Waiting) -> Tensor:
-        found = sample.read()
-        rows = [self._scatter(*found[kind]) for kind in self.kinds]
-        value, keep = torch.stack([numbers for numbers, _ in rows]), None
+    def _numbers(self, waiting: Sequence[_Waiting]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of samples: their numbers [samples, kinds, matrices], whether each is finite, which of its numbers count."""
+        found, shape = [sample.read() for sample in waiting], (len(waiting), *self._means.shape)
+        rows = [self._scatter(*numbers[kind]) for numbers in found for kind in self.kinds]
+        value = torch.stack([numbers for numbers, _ in rows]).view(shape)
+        there = None
         if any([seen is not self._everything for _, seen in rows]):
-            keep = torch.stack([seen for _, seen in rows])
-            value = torch.where(keep, value, 0.0)
-        folded = value.amax() < math.inf
-        folded = folded if sample.finite is None else folded & sample.finite
-        keep = folded if keep is None else keep & folded
-        if sample.drawn is not None:
-            keep = keep & torch.stack([sample.drawn | (kind == "act_var") for kind in self.kinds])
-        n = sample.steps
-        self._steps += keep if n == 1 else keep * n
-        weight = n / self._steps.clamp(min=1) if self.ema is None else 1.0 - self.ema**n
-        self._means += torch.where(keep, value, self._means).sub_(self._means).mul_(weight)
-        self._skipped += ~folded
-        return folded
+            there = torch.stack([seen for _, seen in rows]).view(shape)
+            value = torch.where(there, value, 0.0)
+        folded = value.amax((1, 2)) < math.inf
+        if any([sample.finite is not None for sample in waiting]):
+            yes = self._everything[0]
+            folded &= torch.stack([yes if sample.finite is None else sample.finite for sample in waiting])
+        counts = folded.view(-1, 1, 1) if there is None else there & folded.view(-1, 1, 1)
+        if any([sample.drawn is not None for sample in waiting]):
+            drawn = [self._everything if sample.drawn is None else sample.drawn for sample in waiting]
+            counts = counts & torch.stack([d | (kind == "act_var") for d in drawn for kind in self.kinds]).view(shape)
+        return value, folded, counts
 
     def _scatter(self, found: Tensor | None, there: Sequence[bool] | Tensor) -> tuple[Tensor, Tensor]:
         """Scatter ``found`` to all matrices; returns values and mask."""
