@@ -63,6 +63,14 @@ def output_variances(sums: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> 
     return torch.stack(norm_of_each(parts, 1))
 
 
+def fold_samples(averages: Sequence[Tensor], Q: Sequence[Tensor], V: Sequence[Tensor], *rest) -> bool:
+    """Fold samples into ``averages``, (means, steps, skipped), in one call as ``csrc/library.cpp`` says, if it can."""
+    if unsupported_reason("fold_samples_", [*averages[:1], *Q, *V], (torch.float32, torch.float64)) is not None:
+        return False
+    torch.ops.fastlora.fold_samples_(*averages, Q, V, *rest)
+    return True
+
+
 def copy_overlap_(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """``to_i = source_i`` where both have the row and the column, else 0; only one of the two sizes may differ."""
     every = [*to, *source]

@@ -270,7 +270,7 @@ class Tracker:
         Q, V = [leaf.grad for leaf in tracked.Z], [leaf.grad for leaf in tracked.V]
         sample = Sample(tracked, self._sampler, Q, V, samples, shared, inverse)
         if self._reads_later and not isinstance(samples, Tensor):
-            self._averages.add(sample.read, None, None, self._sampling.stands_for(self._step.index), tracked.leaf_bytes)
+            self._averages.add(sample, None, None, self._sampling.stands_for(self._step.index), tracked.leaf_bytes)
         else:
             self._fold_now(sample)
 
@@ -284,7 +284,7 @@ class Tracker:
             finite = all_finite(taken, self.device) if shared is None else finite
         if self.kinds:
             drawn = self._sampler.known if columns else None  # those drawn by norms that had been seen
-            self._averages.add(ReadSample(sample.read()).read, finite, drawn, self._sampling.stands_for(self.steps))
+            self._averages.add(ReadSample(sample.read()), finite, drawn, self._sampling.stands_for(self.steps))
         else:
             self._averages.skipped.add_(~finite)
         # What needs to know now whether the step counts.
