@@ -30,7 +30,8 @@ struct TypedKernels {
   // y[m, n] += sum_i keep_i[m, n] sum_r s[m, r] b[r, n] over the ranks r of each part i
   void (*expand_kept)(const float* s, int64_t lds, int64_t rows, const float* b, int64_t ldb, const Kept* parts,
                       int64_t count, int64_t columns, T* y, int64_t ldy);
-  // sum[n] += sum_m y[m, n];  squares[n] += sum_m y[m, n]^2, from sums shifted by a rough mean of the block
+  // sum[n] += sum_m y[m, n];  squares[n] += sum_m y[m, n]^2, from sums shifted by a rough mean of the block; on bf16,
+  // where the processor has a product of pairs, from sums over few rows, with subnormal operands and sums as zero
   void (*moments)(const T* y, int64_t ldy, int64_t rows, int64_t columns, double* sum, double* squares);
   // out[k] = scale x[k] where bit k is set, else 0
   void (*dropout)(const T* x, const uint32_t* bits, float scale, T* out, int64_t count);

@@ -214,6 +214,65 @@ FASTLORA_INLINE void column_moments(int64_t rows, int count, const Load& element
   }
 }
 
+#if defined(FASTLORA_BF16_PAIRS)
+constexpr int kBlock = 2 * kWidth;
+
+// Of bf16 values of which none is below half of the largest, the squares of so many add up in fp32 without an error:
+// where a mean is far larger than the spread, plain sums lose nothing.
+constexpr int64_t kExactRows = 64;
+
+// Of blocks of columns, of the last of which `count` are there.
+template <int Blocks>
+FASTLORA_INLINE void paired_moments(const bf16* y, int64_t ldy, int64_t rows, int count, double* sum, double* squares) {
+  const VecU32 ones = VecU32{} + 0x3f803f80u;
+  Vec first[2 * Blocks] = {}, second[2 * Blocks] = {};
+  const auto add = [&](int q, VecU32 pairs) {
+    first[q] = dot_pairs(first[q], pairs, ones);
+    second[q] = dot_pairs(second[q], pairs, pairs);
+  };
+  const auto row_of = [&](int64_t m, int q) {
+    const bf16* p = y + m * ldy + q * kBlock;
+    __builtin_prefetch(p + Blocks * kBlock, 0, 3);  // the next strip, as above
+    return count == kBlock ? load_pairs(p) : load_pairs(p, count);
+  };
+  for (int64_t m = 0; m < rows; m += 2) {
+#pragma GCC unroll 2
+    for (int q = 0; q < Blocks; ++q) {
+      const VecU32 lower = row_of(m, q), upper = m + 1 < rows ? row_of(m + 1, q) : VecU32{};
+      add(2 * q, interleave_rows<0>(lower, upper));
+      add(2 * q + 1, interleave_rows<1>(lower, upper));
+    }
+  }
+  alignas(64) float totals[Blocks * kBlock], scatters[Blocks * kBlock];
+#pragma GCC unroll 2
+  for (int q = 0; q < 2 * Blocks; q += 2) {
+    store(totals + q * kWidth, in_order<0>(first[q], first[q + 1]));
+    store(totals + (q + 1) * kWidth, in_order<1>(first[q], first[q + 1]));
+    store(scatters + q * kWidth, in_order<0>(second[q], second[q + 1]));
+    store(scatters + (q + 1) * kWidth, in_order<1>(second[q], second[q + 1]));
+  }
+  for (int i = 0; i < (Blocks - 1) * kBlock + count; ++i) {
+    sum[i] += totals[i];
+    squares[i] += scatters[i];
+  }
+}
+
+void moments_in_pairs(const bf16* y, int64_t ldy, int64_t rows, int64_t columns, double* sum, double* squares) {
+  for (int64_t m = 0; m < rows; m += kExactRows) {
+    const bf16* from = y + m * ldy;
+    const int64_t some = rows - m < kExactRows ? rows - m : kExactRows;
+    int64_t n = 0;
+    for (; n + 2 * kBlock <= columns; n += 2 * kBlock) {
+      paired_moments<2>(from + n, ldy, some, kBlock, sum + n, squares + n);
+    }
+    for (; n < columns; n += kBlock) {
+      const int count = columns - n < kBlock ? static_cast<int>(columns - n) : kBlock;
+      paired_moments<1>(from + n, ldy, some, count, sum + n, squares + n);
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 template <class T>
@@ -238,6 +297,9 @@ void expand_kept(const float* s, int64_t lds, int64_t rows, const float* b, int6
 template <class T>
 void moments(const T* y, int64_t ldy, int64_t rows, int64_t columns, double* sum, double* squares) {
   if (rows == 0) return;
+#if defined(FASTLORA_BF16_PAIRS)
+  if constexpr (kInPairs<T>) return moments_in_pairs(y, ldy, rows, columns, sum, squares);
+#endif
   constexpr int kStep = kColumns * kWidth;
   int64_t n = 0;
   for (; n + kStep <= columns; n += kStep) {

@@ -135,6 +135,16 @@ def test_moments_where_the_mean_is_far_larger_than_the_spread():
     assert error <= 3 * (y.var(0, correction=0).double() - exact).abs().max() + 64 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("mean", [1.0, 255.0, 1e4])
+def test_moments_of_narrow_values_where_the_mean_is_far_larger_than_the_spread(mean, dtype):
+    y = (mean * (1 + torch.randn(3001, 130) / 256)).to(dtype)
+    moments = ops.expand_(y, torch.zeros(3001, 1), [torch.zeros(1, 130)], [0], [0], [1.0], True) / 3001
+    exact = y.double().var(0, correction=0)
+    # fp32 sums over all rows lose up to nine tenths of it.
+    assert ((moments[1] - moments[0].square()) / exact - 1).abs().max() <= 32 * torch.finfo(torch.float32).eps
+
+
 def wgrad_problem(rows, depth, widths, ranks, probes, dtype, layout):
     offsets = [sum(ranks[:i]) for i in range(len(ranks))]
     rank = sum(ranks)
