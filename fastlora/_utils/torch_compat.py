@@ -132,9 +132,9 @@ def autocasting(x: Tensor) -> bool:
 CAPTURED = ("cuda",)  # kinds of devices whose work a graph can capture
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether this thread's work on a device is captured into a CUDA graph, and not run."""
-    return device.type in CAPTURED and torch.cuda.is_current_stream_capturing()
+def capturing(device_type: str) -> bool:
+    """Whether this thread's work on devices of a kind is captured into a CUDA graph, and not run."""
+    return device_type in CAPTURED and torch.cuda.is_current_stream_capturing()
 
 
 def nothing_watches() -> bool:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from .._utils.distributed import refuse_partitioned
 from .._utils.errors import check_flag, check_integer, check_model, wrong_value
+from .._utils.torch_compat import capturing
 from ..config import LoraConfig, takes_weight
 from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, PACKED, UNPACKED
 from ..ops.node import Pending
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
-from .probe import group_operands
+from .probe import LayerProbe, group_operands, refuse_capture
 from .routing import Route, Router
 from .weight_reads import WeightReads
 
@@ -70,6 +71,14 @@ class Adapted(nn.Module):
     def rescale(self, name: str, scale: Mapping[str, float]) -> None:
         """Other scales for an adapter's slices."""
         self.adapter_specs[name] = self.adapter_specs[name].with_scale(scale)
+        self._has_changed()
+
+    def follow(self, name: str, probe: LayerProbe | None) -> None:
+        """Let ``probe`` take an adapter's statistics from now on, or (None) nobody."""
+        if probe is None:
+            del self.probes[name]
+        else:
+            self.probes[name] = probe
         self._has_changed()
 
     def uninstall(self, name: str) -> None:
@@ -401,28 +410,29 @@ def forward_together(
     if x.dtype is not kept.dtype or x.device != kept.device or not x.dim() or x.shape[-1] != kept.depth:
         check_input(x, first.weight)
     drops = kept.drops and first.training
-    rows, key, p, tracked = None, None, kept.dropout if drops else (), {}
-    operands: dict[str, Any] = {}
+    p, run = kept.dropout if drops else (), None
     if route.batch is None:
-        if drops:
-            key = seed(x.device)
-        if route.adapter in first.probes:
-            tracked = {route.adapter: [layer.probes[route.adapter] for layer in layers]}
-            found = first.probes[route.adapter].operands(tracked[route.adapter], x, route)
+        probes = kept.probes.get(route.adapter)
+        steady = probes is not None and not drops and probes[0].steady(route)
+        if steady and kept.run is not None:
+            if capturing(kept.device_type):
+                refuse_capture(x.device)
+            run = kept.run
+        elif probes is not None or drops:
+            found = {} if probes is None else probes[0].operands(probes, x, route)
             operands = {k: [v] if k in ("P", "sign") else v for k, v in found.items()}
+            run = kept.call.run(None, seed(x.device) if drops else None, p, **operands)
+            kept.run = run if steady else kept.run
     else:
         rows = route.batch.rows(x)
-        if drops:
-            key = route.batch.keys(x, seed(x.device), first.dropout_salt)
-        names = [name for name in route.names if name in first.probes]
-        if names:
-            tracked = {name: [layer.probes[name] for layer in layers] for name in names}
-            operands = group_operands(tracked, layers, route, x)
+        key = route.batch.keys(x, seed(x.device), first.dropout_salt) if drops else None
+        operands = group_operands(kept.probes, layers, route, x) if kept.probes else {}
+        run = kept.call.run(rows, key, p, **operands)
     try:
-        y = kept.call(x, rows, key, p, pending=first.router.pending(route), also=pending, **operands)
+        y = kept.call(x, run, first.router.pending(route), pending)
     except Traced:
         return [forward_traced(layer, x, route) for layer in layers]
-    for name, probes in tracked.items():
+    for name, probes in kept.probes.items():
         if not probes[0].step.taps and route.mask is None:
             continue
         y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]

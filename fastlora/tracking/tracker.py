@@ -160,7 +160,7 @@ class Tracker:
 
     def _attach(self, model: nn.Module) -> None:
         for path, probe in self._tracked.probes.items():
-            self.layers[path].probes[self.adapter] = probe
+            self.layers[path].follow(self.adapter, probe)
         self._sampler = self._new_sampler()
         if self._sampler is not None:
             self._sampler.draw(0)
@@ -225,7 +225,7 @@ class Tracker:
         self._hook.remove()
         for path, probe in self._tracked.probes.items():
             if self._owns(path, probe):
-                del self.layers[path].probes[self.adapter]
+                self.layers[path].follow(self.adapter, None)
 
     @contextlib.contextmanager
     def mask(self, mask: Tensor) -> Iterator[Tracker]:

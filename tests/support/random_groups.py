@@ -143,7 +143,7 @@ def computed(group: Group, backend: str, bound: bool, again: bool) -> dict[str, 
             key = torch.randint(2**62, (), dtype=torch.int64)
             key = key if batch is None else batch.keys(x, key, 3)
         if bound:
-            return tuple(held(x, rows, key, group.p if drops else (), Z, V, own["P"], own["sign"]))
+            return tuple(held(x, held.run(rows, key, group.p if drops else (), Z, V, own["P"], own["sign"])))
         rest = own["scale"], group.p, group.streams, group.blocks, backend, "auto"
         y = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, own["P"], own["sign"], key, list(rows or ()), [], *rest)
         return tuple(y[: len(W)])
