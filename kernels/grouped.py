@@ -72,7 +72,9 @@ class Dropout(NamedTuple):
 
 def pack(factors: Sequence[Tensor]) -> Tensor:
     """Factors one after another, [elements]: one launch."""
-    return torch.cat([f.reshape(-1) for f in factors])
+    if len({f.shape[1] for f in factors}) > 1:
+        factors = [f.reshape(-1) for f in factors]
+    return torch.cat(factors).view(-1)
 
 
 @device_constant(maxsize=256)

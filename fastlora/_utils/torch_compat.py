@@ -233,6 +233,17 @@ def version_of(tensor: Tensor) -> Any:
         return object()
 
 
+def seen(x: Tensor) -> tuple[Any, bool, bool, torch.dtype | None]:
+    """A tensor's version and the modes under which a layer meets it: alike, one result stands for another."""
+    try:
+        version = object() if _version is None else x._version
+    except RuntimeError:
+        version = object()
+    cast = (_any_autocast is None or _any_autocast()) and autocasting(x)
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else None
+    return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype
+
+
 def _schema_of(operator: Any) -> Any:
     """The schema of an operator's overload."""
     return operator._schema

@@ -14,7 +14,10 @@ from ..matmul import ENGINES, matmul_backward
 
 
 class Backend(Protocol):
-    """What runs an adapted group of linears and reduces gradients; the meaning is that of ``reference``."""
+    """What runs an adapted group of linears and reduces gradients; the meaning is that of ``reference``.
+
+    Moments and gradients of several adapters may be parts of one tensor.
+    """
 
     name: str
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None]

@@ -299,8 +299,8 @@ MUTATIONS = {
     "adapters, moments: of the first": ("reduce", "(i_before + o_tile) * 2", "o_tile * 2", off_grouped, 0.0),
     "adapters, moments: rows of all": ("reduce", "p_count, own.to(tl.float64)", "p_count, M.to(tl.float64)",
                                        off_grouped, 0.0),
-    "adapters, moments: place of the first": ("reduce", "p_first = select(out.data, i_entry) + adapter * 2 * stride_out",
-                                             "p_first = select(out.data, i_entry)", off_grouped, 0.0),
+    "adapters, moments: no row of their own": ("reduce", "select(out.data, i_entry) + adapter * 2 * stride_out",
+                                               "select(out.data, i_entry)", off_grouped, 0.0),
 }  # fmt: skip
 
 
