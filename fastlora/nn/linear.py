@@ -22,7 +22,7 @@ from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, PACKED, UNPACKED
 from ..ops.node import Pending
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
-from .probe import LayerProbe, group_operands, refuse_capture
+from .probe import group_operands, refuse_capture
 from .routing import Route, Router
 from .weight_reads import WeightReads
 
@@ -57,13 +57,13 @@ class Adapted(nn.Module):
                     old.fastlora_replaced_by = weakref.ref(new)  # for an optimizer that still holds the old one
         self.lora_A[name], self.lora_B[name] = A, B
         self.adapter_specs[name] = spec
-        self._has_changed()
+        self.has_changed()
         self.router.changed(name)
         with_rank = any(p is not None for p in A.tensors().values())
         self.ranked = self.ranked | {name} if with_rank else self.ranked - {name}
 
-    def _has_changed(self) -> None:
-        """Nothing is kept of what the layer's adapters were."""
+    def has_changed(self) -> None:
+        """Nothing is kept of what the layer's adapters and their statistics were."""
         self.bundle = None
         if self.group is not None:
             self.group.forget_operands()
@@ -71,20 +71,12 @@ class Adapted(nn.Module):
     def rescale(self, name: str, scale: Mapping[str, float]) -> None:
         """Other scales for an adapter's slices."""
         self.adapter_specs[name] = self.adapter_specs[name].with_scale(scale)
-        self._has_changed()
-
-    def follow(self, name: str, probe: LayerProbe | None) -> None:
-        """Let ``probe`` take an adapter's statistics from now on, or (None) nobody."""
-        if probe is None:
-            del self.probes[name]
-        else:
-            self.probes[name] = probe
-        self._has_changed()
+        self.has_changed()
 
     def uninstall(self, name: str) -> None:
         """Forget an adapter; a layer that has none left runs as its base alone."""
         del self.lora_A[name], self.lora_B[name], self.adapter_specs[name]
-        self._has_changed()
+        self.has_changed()
         self.router.changed(name)
         self.ranked = self.ranked - {name}
 
@@ -424,18 +416,16 @@ def forward_together(
             run = kept.call.run(None, seed(x.device) if drops else None, p, **operands)
             kept.run = run if steady else kept.run
     else:
-        rows = route.batch.rows(x)
         key = route.batch.keys(x, seed(x.device), first.dropout_salt) if drops else None
         operands = group_operands(kept.probes, layers, route, x) if kept.probes else {}
-        run = kept.call.run(rows, key, p, **operands)
+        run = kept.call.run(route.batch.rows(x), key, p, **operands)
     try:
         y = kept.call(x, run, first.router.pending(route), pending)
     except Traced:
         return [forward_traced(layer, x, route) for layer in layers]
     for name, probes in kept.probes.items():
-        if not probes[0].step.taps and route.mask is None:
-            continue
-        y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
+        if probes[0].step.taps or route.mask is not None:
+            y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
     if kept.finishes:
         y = [layer.finish(out, route) for layer, out in zip(layers, y, strict=True)]
     return y

@@ -160,7 +160,8 @@ class Tracker:
 
     def _attach(self, model: nn.Module) -> None:
         for path, probe in self._tracked.probes.items():
-            self.layers[path].follow(self.adapter, probe)
+            self.layers[path].probes[self.adapter] = probe
+            self.layers[path].has_changed()
         self._sampler = self._new_sampler()
         if self._sampler is not None:
             self._sampler.draw(0)
@@ -225,7 +226,8 @@ class Tracker:
         self._hook.remove()
         for path, probe in self._tracked.probes.items():
             if self._owns(path, probe):
-                self.layers[path].follow(self.adapter, None)
+                del self.layers[path].probes[self.adapter]
+                self.layers[path].has_changed()
 
     @contextlib.contextmanager
     def mask(self, mask: Tensor) -> Iterator[Tracker]:
