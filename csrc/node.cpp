@@ -217,9 +217,19 @@ struct LoRA : Node {
       const Tensor& leaf = counted[i];
       TORCH_CHECK(grads[i].sizes() == leaf.sizes() && grads[i].dtype() == leaf.dtype(), "expected a gradient of ",
                   leaf.sizes(), ", got ", grads[i].sizes());
+      if (!leaf.grad().defined() && nobody_elses(grads[i]) && leaf.is_contiguous()) {
+        leaf.mutable_grad() = std::move(grads[i]);
+        continue;
+      }
       torch::autograd::AccumulateGrad::accumulateGrad(leaf, leaf.mutable_grad(), grads[i], 1,
                                                       [&](Tensor&& grad) { leaf.mutable_grad() = std::move(grad); });
     }
+  }
+
+  // Whether AccumulateGrad would keep a gradient as it is, but for a detached copy of what has nothing to detach from.
+  static bool nobody_elses(const Tensor& grad) {
+    return grad.use_count() == 1 && !grad.requires_grad() && !grad.is_view() && !at::GradMode::is_enabled() &&
+           grad.layout() == at::kStrided && grad.is_contiguous();
   }
 
   static std::pair<const void*, int64_t> version_of(const Tensor& t) { return {t.unsafeGetTensorImpl(), t._version()}; }

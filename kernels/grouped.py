@@ -72,7 +72,9 @@ class Dropout(NamedTuple):
 
 def pack(factors: Sequence[Tensor]) -> Tensor:
     """Factors one after another, [elements]: one launch."""
-    return torch.cat([f.reshape(-1) for f in factors])
+    if len({f.shape[1] for f in factors}) > 1:
+        factors = [f.reshape(-1) for f in factors]
+    return torch.cat(factors).view(-1)
 
 
 @device_constant(maxsize=256)
@@ -206,13 +208,13 @@ def grouped_expand_(
 ) -> list[Tensor]:
     """In place ``y[m] += s_gi h_gi[m] B_gi^T`` at projection i's place, for the rows of every adapter g.
 
-    y_j [M, N_j], W_j [N_j, K]. Returns with ``moments`` the column sums of y_j and y_j^2 over each adapter's rows,
-    float64 [2, N_j], entry ``g * len(y) + j``, views of one tensor for each output. ``runs``: of projections that
-    interleave.
+    y_j [M, N_j], W_j [N_j, K]. Returns with ``moments`` the column sums of y_j and y_j^2 over each adapter's rows and
+    their number, float64 [2, N_j + 1], entry ``g * len(y) + j``, views of one tensor for each output. ``runs``: of
+    projections that interleave.
     """
     G, M, n = ranks.adapters, h.shape[0], len(places)
     make = torch.zeros if M == 0 else torch.empty
-    sums = [make(G, 2, out.shape[1], dtype=torch.float64, device=h.device) for out in y] if moments else []
+    sums = [make(G, 2, out.shape[1] + 1, dtype=torch.float64, device=h.device) for out in y] if moments else []
     if M:
         tiles = tiles or choose_tiles("expand", 0, 0, 0, 0, h.dtype, h.device)
         widths = [B[i].shape[0] for i in range(n)]
@@ -222,7 +224,7 @@ def grouped_expand_(
         projections = []
         for (j, column), width in zip(places, widths, strict=True):
             w, out = W[j].narrow(0, column, width), y[j].narrow(1, column, width)
-            own = sums[j].narrow(2, column, width) if moments else None
+            own = sums[j][..., column:] if moments else None
             projections.append(linear.Projection(w, None, packed, out, own, 0, 1.0))
         linear.expand(h, h, projections, False, tiles, segments, ranks.even, runs)
     return [of_output[g] for g in range(G) for of_output in sums]

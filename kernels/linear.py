@@ -45,8 +45,9 @@ from .tiling import TileConfig, choose_strategy, choose_tiles, limits
 class Projection(NamedTuple):
     """A block of output columns with its own adapter: views of the frozen weight, its bias, B and the output.
 
-    W [N_i, K]; bias [N_i] or None; B [N_i, r_i]; y [M, N_i]; moments float64 [2, N_i] or None; offset: first column
-    in h. With ``Runs`` a view has the first row or column and the number of them right.
+    W [N_i, K]; bias [N_i] or None; B [N_i, r_i]; y [M, N_i]; moments float64 [2, N_i + 1 or more], the number of rows
+    in its last column, or None; offset: first column in h. With ``Runs`` a view has the first row or column and the
+    number of them right.
     """
 
     W: Tensor
@@ -210,7 +211,7 @@ def cut(
     for i, (j, column) in enumerate(places):
         n = B[i].shape[0]
         w, b = W[j].narrow(0, column, n), None if bias[j] is None else bias[j].narrow(0, column, n)
-        out, own = y[j].narrow(1, column, n), sums[j].narrow(1, column, n) if sums else None
+        out, own = y[j].narrow(1, column, n), sums[j][:, column:] if sums else None
         projections.append(Projection(w, b, B[i], out, own, offsets[i], scales[i]))
     return projections
 
@@ -240,7 +241,7 @@ def expand(
     """Fill (``matmul``) or update every projection's y, and its moments where it has them.
 
     With ``segments`` every row gets its own adapter's part: B is then the packed [elements, 1] of all, ``even`` says
-    whether all ranks are multiples of 8, and the moments are [adapters, 2, N_i]. With ``runs`` a tile has no TMA.
+    whether all ranks are multiples of 8, and the moments are [adapters, 2, *]. With ``runs`` a tile has no TMA.
     """
     M, K = x.shape
     ranks, strides = [p.B.shape[1] for p in projections], [p.B.stride(0) for p in projections]
@@ -268,7 +269,8 @@ def expand(
     launch(linear_kernel, (programs,), *operands, M, tiles_m, tiles_n, TILE=tiles, OPTIONS=options)
     if sums is not None:
         ranges = None if segments is None else segments.ranges
-        reduce_moments(sums, [p.moments for p in projections], M, tiles.rows, ranges, runs)
+        widths = [p.W.shape[0] for p in projections]
+        reduce_moments(sums, [p.moments for p in projections], widths, M, tiles.rows, ranges, runs)
 
 
 def _augmented(both: Tensor, W: Tensor, bias: Tensor | None, mine: Sequence[Projection], n: int, y: Tensor) -> None:
@@ -307,14 +309,14 @@ def linear(
     """``y_j = x W_j^T + bias_j`` with ``s_i h_i B_i^T`` added at projection i's place (output, first column).
 
     x [M, K], W_j [N_j, K], h [M, R or more], B_i [N_i, r_i] of one dtype -> y_j [M, N_j] and, with ``moments``, the
-    column sums of y and y^2, float64 [2, N_j]. ``strategy``: "fused", "library" or "augmented"; default by the table.
-    ``runs``: of projections that interleave.
+    column sums of y and y^2 with M beside them, float64 [2, N_j + 1]. ``strategy``: "fused", "library" or "augmented";
+    default by the table. ``runs``: of projections that interleave.
     """
     x, h, W, B = unit_last(x), unit_last(h), [unit_last(w) for w in W], [unit_last(b) for b in B]
     M, K = x.shape
     rank = sum(b.shape[1] for b in B)
     make = torch.zeros if M == 0 else torch.empty
-    sums = [make(2, w.shape[0], dtype=torch.float64, device=x.device) for w in W] if moments else []
+    sums = [make(2, w.shape[0] + 1, dtype=torch.float64, device=x.device) for w in W] if moments else []
     if M == 0:
         return [x.new_empty(0, w.shape[0]) for w in W], sums
     N = sum(w.shape[0] for w in W)

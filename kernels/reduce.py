@@ -103,12 +103,13 @@ def reduce_pairs(partial: Tensor, out: Tensor, counts: Sequence[int]) -> None:
 
 @triton.jit(do_not_specialize=["M"])
 def moments_kernel(
-    sums, out, runs, ranges, M,
+    sums, out, ends, runs, ranges, M,
     ADAPTERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Column sums and sums of squares in float64 from each row tile's sum and its squares about its own mean.
 
-    With ``ranges`` of each adapter's own tiles, which follow one another; ADAPTERS: the power of two that holds them.
+    The number of rows goes to the column ``ends`` of each output. With ``ranges`` of each adapter's own tiles, which
+    follow one another; ADAPTERS: the power of two that holds them.
     """
     i_entry, o_first, o_entry = find_tile(tl.program_id(0), out.columns, BLOCK_N)
     o_n = o_first + tl.arange(0, BLOCK_N)
@@ -132,26 +133,34 @@ def moments_kernel(
         b_total += b_sum
         b_square += tl.load(p_sum + sums.stride, mask=m_sum, other=0.0).to(tl.float64) + b_sum * b_sum / rows
     stride_out = select(out.stride, i_entry)
-    p_tile = select(out.data, i_entry) + adapter * 2 * stride_out + spread(o_n, runs, i_entry)
+    p_first = select(out.data, i_entry) + adapter * 2 * stride_out
+    p_tile = p_first + spread(o_n, runs, i_entry)
     tl.store(p_tile, tl.sum(b_total, axis=0), mask=m_n)
     tl.store(p_tile + stride_out, tl.sum(b_square, axis=0), mask=m_n)
+    if o_first == 0:
+        p_count = p_first + reveal(select(ends, i_entry))
+        tl.store(p_count, own.to(tl.float64))
+        tl.store(p_count + stride_out, own.to(tl.float64))
 
 
 def reduce_moments(
     sums: Tensor,
     outputs: Sequence[Tensor],
+    widths: Sequence[int],
     M: int,
     block: int,
     ranges: Tensor | None = None,
     runs: Runs | None = None,
 ) -> None:
-    """Fill float64 outputs [2, N_i] from ``sums`` [2 tiles, sum N_i] of row tiles of height ``block``.
+    """Fill the first N_i columns of float64 outputs [2, N_i + 1 or more] from ``sums`` [2 tiles, sum N_i] of row tiles
+    of height ``block``, and the last with the number of rows; ``widths``: N_i.
 
-    With ``ranges`` [adapters, 2] the outputs are [adapters, 2, N_i] and each sums its own tiles. ``runs``: of outputs
+    With ``ranges`` [adapters, 2] the outputs are [adapters, 2, *] and each sums its own tiles. ``runs``: of outputs
     whose columns interleave.
     """
     adapters = 0 if ranges is None else ranges.shape[0]
-    out = Matrix(tuple(outputs), tuple(m.stride(-2) for m in outputs), tuple(m.shape[-1] for m in outputs))
+    out = Matrix(tuple(outputs), tuple(m.stride(-2) for m in outputs), tuple(widths))
+    ends = hide_from_specialization([m.shape[-1] - 1 for m in outputs])
     blocks = {"ADAPTERS": triton.next_power_of_2(adapters), "BLOCK_M": block, "BLOCK_N": 32, "TILES": 32}
     grid = (sum(triton.cdiv(width, blocks["BLOCK_N"]) for width in out.columns), max(adapters, 1))
-    launch(moments_kernel, grid, matrix(sums), out, runs, ranges, M, **blocks, num_warps=4)
+    launch(moments_kernel, grid, matrix(sums), out, ends, runs, ranges, M, **blocks, num_warps=4)

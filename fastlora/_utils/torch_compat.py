@@ -132,9 +132,9 @@ def autocasting(x: Tensor) -> bool:
 CAPTURED = ("cuda",)  # kinds of devices whose work a graph can capture
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether this thread's work on a device is captured into a CUDA graph, and not run."""
-    return device.type in CAPTURED and torch.cuda.is_current_stream_capturing()
+def capturing(device_type: str) -> bool:
+    """Whether this thread's work on devices of a kind is captured into a CUDA graph, and not run."""
+    return device_type in CAPTURED and torch.cuda.is_current_stream_capturing()
 
 
 def nothing_watches() -> bool:
@@ -231,6 +231,17 @@ def version_of(tensor: Tensor) -> Any:
         return object() if _version is None else tensor._version
     except RuntimeError:  # of inference tensors, nobody counts changes
         return object()
+
+
+def seen(x: Tensor) -> tuple[Any, bool, bool, torch.dtype | None]:
+    """A tensor's version and the modes under which a layer meets it: alike, one result stands for another."""
+    try:
+        version = object() if _version is None else x._version
+    except RuntimeError:
+        version = object()
+    cast = (_any_autocast is None or _any_autocast()) and autocasting(x)
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else None
+    return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype
 
 
 def _schema_of(operator: Any) -> Any:

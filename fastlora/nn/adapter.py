@@ -246,6 +246,10 @@ class Operands:
         of_all = layers[0].backend, layers[0].engine, (), streams_of(layers), blocks if max(blocks) > 1 else ()
         self.call = BoundCall(W, bias, *[[pair[i] for pair in pairs] for i in range(3)], *of_all)
         self.dtype, self.device, self.depth = W[0].dtype, W[0].device, W[0].shape[1]
+        self.device_type = self.device.type
+        # Of the layers' statistics, by adapter; a layer whose statistics change lets go of what is kept here.
+        self.probes = {n: [layer.probes[n] for layer in layers] for n in names if n in layers[0].probes}
+        self.run: Any = None  # what a tracked call takes beside x, where the next one takes the same
         self._operands = [*W, *self.call.A, *self.call.B]
         self._kinds = list(map(_kind, self._operands))
         self._places, self._keys, self._values = ([entry[i] for entry in self.stored] for i in range(3))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import refuse_partitioned
 from .._utils.errors import check_flag, check_integer, check_model, wrong_value
+from .._utils.torch_compat import capturing
 from ..config import LoraConfig, takes_weight
 from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
@@ -22,7 +23,7 @@ from ..ops.matmul import AUTO, PACKED, UNPACKED
 from ..ops.node import Pending
 from ..ops.row_norms import RowLengths
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
-from .probe import group_operands
+from .probe import group_operands, refuse_capture
 from .routing import Route, Router
 from .weight_reads import WeightReads
 
@@ -57,13 +58,13 @@ class Adapted(nn.Module):
                     old.fastlora_replaced_by = weakref.ref(new)  # for an optimizer that still holds the old one
         self.lora_A[name], self.lora_B[name] = A, B
         self.adapter_specs[name] = spec
-        self._has_changed()
+        self.has_changed()
         self.router.changed(name)
         with_rank = any(p is not None for p in A.tensors().values())
         self.ranked = self.ranked | {name} if with_rank else self.ranked - {name}
 
-    def _has_changed(self) -> None:
-        """Nothing is kept of what the layer's adapters were."""
+    def has_changed(self) -> None:
+        """Nothing is kept of what the layer's adapters and their statistics were."""
         self.bundle = None
         if self.group is not None:
             self.group.forget_operands()
@@ -71,12 +72,12 @@ class Adapted(nn.Module):
     def rescale(self, name: str, scale: Mapping[str, float]) -> None:
         """Other scales for an adapter's slices."""
         self.adapter_specs[name] = self.adapter_specs[name].with_scale(scale)
-        self._has_changed()
+        self.has_changed()
 
     def uninstall(self, name: str) -> None:
         """Forget an adapter; a layer that has none left runs as its base alone."""
         del self.lora_A[name], self.lora_B[name], self.adapter_specs[name]
-        self._has_changed()
+        self.has_changed()
         self.router.changed(name)
         self.ranked = self.ranked - {name}
 
@@ -389,31 +390,30 @@ def forward_together(
     if x.dtype is not kept.dtype or x.device != kept.device or not x.dim() or x.shape[-1] != kept.depth:
         check_input(x, first.weight)
     drops = kept.drops and first.training
-    rows, key, p, tracked = None, None, kept.dropout if drops else (), {}
-    operands: dict[str, Any] = {}
+    p, run = kept.dropout if drops else (), None
     if route.batch is None:
-        if drops:
-            key = seed(x.device)
-        if route.adapter in first.probes:
-            tracked = {route.adapter: [layer.probes[route.adapter] for layer in layers]}
-            found = first.probes[route.adapter].operands(tracked[route.adapter], x, route)
+        probes = kept.probes.get(route.adapter)
+        steady = probes is not None and not drops and probes[0].steady(route)
+        if steady and kept.run is not None:
+            if capturing(kept.device_type):
+                refuse_capture(x.device)
+            run = kept.run
+        elif probes is not None or drops:
+            found = {} if probes is None else probes[0].operands(probes, x, route)
             operands = {k: [v] if k in ("P", "sign") else v for k, v in found.items()}
+            run = kept.call.run(None, seed(x.device) if drops else None, p, **operands)
+            kept.run = run if steady else kept.run
     else:
-        rows = route.batch.rows(x)
-        if drops:
-            key = route.batch.keys(x, seed(x.device), first.dropout_salt)
-        names = [name for name in route.names if name in first.probes]
-        if names:
-            tracked = {name: [layer.probes[name] for layer in layers] for name in names}
-            operands = group_operands(tracked, layers, route, x)
+        key = route.batch.keys(x, seed(x.device), first.dropout_salt) if drops else None
+        operands = group_operands(kept.probes, layers, route, x) if kept.probes else {}
+        run = kept.call.run(route.batch.rows(x), key, p, **operands)
     try:
-        y = kept.call(x, rows, key, p, pending=first.router.pending(route), also=pending, **operands)
+        y = kept.call(x, run, first.router.pending(route), pending)
     except Traced:
         return [forward_traced(layer, x, route) for layer in layers]
-    for name, probes in tracked.items():
-        if not probes[0].step.taps and route.mask is None:
-            continue
-        y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
+    for name, probes in kept.probes.items():
+        if probes[0].step.taps or route.mask is not None:
+            y = [probe.tap(x, out, route, name) for probe, out in zip(probes, y, strict=True)]
     if kept.lengths and route.batch is None:
         y = [out if lengths is None else lengths(out) for lengths, out in zip(kept.lengths, y, strict=True)]
     elif kept.finishes:

@@ -20,7 +20,7 @@ from .probe_rows import SampleSigns
 
 def refuse_capture(device: torch.device) -> None:
     """A replay knows neither of the optimizer step nor of ``.grad`` of leaves: its statistics would be of one step."""
-    if capturing(device):
+    if capturing(device.type):
         raise RuntimeError(
             "track: expected no capture of a CUDA graph, got one, whose replays would repeat one step's probes; run "
             "steps with a tracker eagerly or under torch.compile, and call tracker.close() before a capture"
@@ -101,6 +101,7 @@ class TrackedStep:
         self.variances, self.per_sample = "act_var" in kinds, "fisher" in kinds
         self.covariances = bool({"act_cov", "grad_cov"} & kinds)
         self.taps = probe_kind == "columns" or (estimator == "exact" and self.of_weights)  # without a mask
+        self.redraws = probe_kind == "columns" or self.per_sample  # for each forward, beside each step
         self.index, self.micro = 0, 0  # the optimizer step, and the forwards in it so far
         self.sampled, self.refreshes_norms = True, True
         self.compiled = False  # whether compiled code runs through the layers
@@ -154,6 +155,11 @@ class LayerProbe:
     def live(self) -> bool:
         """Whether the optimizer step that runs is sampled."""
         return self.step.sampled
+
+    def steady(self, route: Any) -> bool:
+        """Whether a call takes the same operands as any other that is steady: P is redrawn in place."""
+        step = self.step
+        return step.sampled and not step.redraws and route.mask is None and torch.is_grad_enabled()
 
     def entered(self, x: Tensor) -> None:
         """Take note of a forward on ``x`` that builds a graph."""

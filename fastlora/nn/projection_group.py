@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.torch_compat import (
-    autocasting,
     being_traced,
     has_hooks,
     in_backward,
     saving_hooks,
+    seen,
     unseen_checkpoints,
-    version_of,
 )
 from ..ops.lora import new_seed
 from ..ops.node import Pending
@@ -128,7 +127,7 @@ class ProjectionGroup:
             return None
         # A recomputation goes the way of its forward, whose context may be closed.
         route = layer.router.route(layer.training) if in_backward() else layer.router.current()
-        if visit.state != _state(x, route):
+        if visit.state != (route, seen(x)):
             return None
         if visit.number is not None:
             if visit.drawn.get(mine, 0) != visit.number:
@@ -177,7 +176,7 @@ class ProjectionGroup:
         outputs = forward_together(layers, x, route, kept, seed, self._pending if checkpointed else None)
         visit.number = number if drawn.get(mine, 0) > number else None
         visit.launches += 1
-        visit.trigger, visit.state = trigger, _state(x, route)
+        visit.trigger, visit.state = trigger, (route, seen(x))
         visit.unused[trigger] = set(which[1:])
         visit.waiting = dict(zip(which[1:], outputs[1:], strict=True))
         visit.x = x if visit.waiting else None
@@ -185,7 +184,7 @@ class ProjectionGroup:
 
     def _compare(self, visit: _Visit, trigger: tuple[int, int], x: Tensor, route: Route) -> None:
         """Take note of a sibling that runs on the input of the launch before it."""
-        state = _state(x, route)
+        state = route, seen(x)
         if visit.shared is not None and visit.shared[0] is x and visit.shared[1] == state:
             visit.wanted[visit.first].add(trigger[1])
         else:
@@ -244,16 +243,6 @@ def _joins(other: Linear, mine: Linear, route: Route) -> bool:
 def _repeated_alone(layer: Linear, visit: _Visit) -> bool:
     """Whether a checkpoint inside of the owner is around the call: it is recomputed outside, without a visit."""
     return saving_hooks() != visit.hooks or (layer.training and unseen_checkpoints() != visit.checkpoints)
-
-
-def _state(x: Tensor, route: Route) -> tuple:
-    return (
-        route,
-        version_of(x),
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.get_autocast_dtype(x.device.type) if autocasting(x) else None,
-    )
 
 
 def group_projections(owner: nn.Module, layers: list[Linear], expected: bool = True) -> ProjectionGroup:

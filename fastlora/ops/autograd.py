@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,6 @@ class Operator(NamedTuple):
     backward_rest: Callable[[tuple], tuple]
     formula: Callable  # (x, W, bias, A, B, Z, rest) -> y, differentiable any number of times
     probe_leaves: Callable[[Sequence[Tensor], tuple], list[Tensor]]  # (B, rest) -> zero leaves like Z
-    counts: Callable[[Tensor, tuple, int], list]  # (x, rest, moments) -> number of rows behind each moment output
 
     def apply(self, x: Tensor, *arguments) -> list[Tensor]:
         """The operator, without the dispatcher where that has the same effect."""
@@ -121,13 +120,13 @@ class _LoRALinear(torch.autograd.Function):
             kernel, below = getattr(torch.ops.fastlora, f"{operator.name}_backward"), without_graph
         with below():
             out = kernel(dy, x, h, W, A, B, *operator.backward_rest(call.rest), need, *call.rest[-2:])
-        return (None, *_arrange(call, need, parts, out, x, moments))
+        return (None, *_arrange(need, parts, out, moments))
 
 
 _apply_eager = apply_directly(_LoRALinear)
 
 
-def _arrange(call, need, parts, out, x, moments):
+def _arrange(need, parts, out, moments):
     """Place the returned gradients beside the inputs [x, W, bias, A, B, Z, V], None where none is needed."""
     found = iter(out)
     dx = next(found) if need[0] else None
@@ -135,22 +134,7 @@ def _arrange(call, need, parts, out, x, moments):
         [g if flag else None for flag, g in zip(flags, found, strict=False)] if wanted else [None] * len(flags)
         for wanted, flags in zip(need[1:], (parts[2], parts[3], parts[4], parts[0], parts[1]), strict=True)
     ]
-    return [dx, *W, *bias, *A, *B, *Z, *_moments_of(call, moments, x)]
-
-
-def _moments_of(call: LoraRest, moments: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-    return moment_gradients(moments, call.operator.counts(x, call.rest, len(moments))) if moments else []
-
-
-def moment_gradients(moments: Sequence[Tensor], counts: Sequence[Any]) -> list[Tensor]:
-    """Column sums with the number of rows beside them: what a moment leaf [2, N + 1] accumulates."""
-    return [torch.cat([m, _column(m, n)], dim=1) for m, n in zip(moments, counts, strict=True)]
-
-
-def _column(moments: Tensor, count: Any) -> Tensor:
-    if isinstance(count, Tensor):
-        return count.to(moments.dtype).expand(2, 1)
-    return moments.new_full((2, 1), count)
+    return [dx, *W, *bias, *A, *B, *Z, *moments]
 
 
 def differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
@@ -165,7 +149,7 @@ def differentiable_backward(call, needs, dy, x, W, bias, A, B, moments):
         torch.autograd.grad([o for o, _ in live], wanted, [g for _, g in live], create_graph=True, allow_unused=True)
     )
     placed = [next(grads) if flag else None for _, flag in zip(flat, needs, strict=False)]
-    return (*placed, *_moments_of(call, moments, x))
+    return (*placed, *moments)
 
 
 def _autograd(operator: Operator, x, W, bias, A, B, Z, V, *rest, plain: bool | None = None):

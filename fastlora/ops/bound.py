@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,11 +19,11 @@ from .._utils.torch_compat import (
     wants_plain_operators,
     without_autocast,
 )
-from .autograd import LoraRest, differentiable_backward, low_precision, moment_gradients
+from .autograd import LoraRest, differentiable_backward, low_precision
 from .backends import choose
 from .backends.plan import Plans
 from .layout import Dropout, GroupLayout, LoraCall, Need, Rows, as_rows
-from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts, rows_behind_moments
+from .lora import LORA_LINEAR, flip_signs, like_operands, probe_counts
 from .matmul import ENGINES, LINEAR
 from .node import NODE, Pending
 
@@ -71,31 +70,26 @@ class BoundCall:
         self.where = (first.outputs, first.places, self.scale)
         self.counted = [w for w in W if counts_versions(w)]
         self._group: Any = None
+        self._alone: tuple | None = None  # what a node takes of a call with nothing beside x, where that is known
         self._numbers: dict[Any, Any] = {}  # of plans, by what they depend on beside tensors
         self._settled: set[tuple] = set()
         self._needs: dict[tuple, Need] = {}
 
+    def run(self, rows=None, key=None, p=(), Z=(), V=(), P=(), sign=()) -> _Run | None:
+        """What a call takes beside x, None for nothing; the arguments are those of the operator ``lora_linear``.
+
+        It may be kept for more calls, as long as its tensors are what they take.
+        """
+        return _Run(self, rows, key, p, Z, V, P, sign) if P or V or rows is not None or key is not None else None
+
     def __call__(
-        self,
-        x: Tensor,
-        rows: Rows | None = None,
-        key: Tensor | None = None,
-        p: Sequence[float] = (),
-        Z: Sequence[Tensor] = (),
-        V: Sequence[Tensor] = (),
-        P: Sequence[Tensor] = (),
-        sign: Sequence[Tensor] = (),
-        pending: Pending | None = None,
-        also: Pending | None = None,
+        self, x: Tensor, run: _Run | None = None, pending: Pending | None = None, also: Pending | None = None
     ) -> Sequence[Tensor]:
-        """y_j [*, N_j]; the arguments are those of the operator ``lora_linear``, and two that count its graph."""
-        run = None
-        if P or V or rows is not None or key is not None:
-            run = _Run(self)
-            run.set(rows, key, p, P, sign, len(Z), len(V))
+        """y_j [*, N_j]; ``run`` as the method gives it, and two that count the graph."""
+        Z, V, node = ((), (), self._alone) if run is None else (run.Z, run.V, run.node)
         counters = None if pending is None else pending.native, None if also is None else also.native
         if self._group is not None:
-            found = NODE.run(self._group, x, Z, V, *self._node(run, x), *counters)
+            found = NODE.run(self._group, x, Z, V, self, run, *(node or self._node(run, x)), *counters)
             if found is not None:
                 return found
         if (
@@ -106,36 +100,37 @@ class BoundCall:
             or autocasting(x)
             or True in [t.requires_grad for t in self.frozen]
         ):
-            return self._watched(x, rows, key, p, Z, V, P, sign, pending, also)
+            return self._watched(x, run, pending, also)
         if self.chosen is None:
             self._choose()
+        whole = run or _Run(self)
         if not torch.is_grad_enabled():
             with untracked():
-                return (run or _Run(self)).forward(x)[: len(self.W)]
+                return whole.forward(x)[: len(self.W)]
         if NODE is None:
-            return _counted(_apply(run or _Run(self), x, *self.A, *self.B, *Z, *V), pending, also)
+            return _counted(_apply(whole, x, *self.A, *self.B, *Z, *V), pending, also)
         with untracked():
-            out = (run or _Run(self)).forward(x)
+            out = whole.forward(x)
         if self._group is None:
             self._group = NODE.Group(self.W, self.bias, self.A, self.B, self.counted, *self.where, self.streams)
-        return NODE.attach(self._group, x, Z, V, *self._node(run, x), *counters, list(out))
+        return NODE.attach(self._group, x, Z, V, self, run, *self._node(run, x), *counters, list(out))
 
     def _node(self, run: _Run | None, x: Tensor) -> tuple:
-        """What a node takes beside differentiable tensors: what ``differentiated`` does a backward with, numbers of
-        plans, directions that are one call of the library's, number of probes, p, and what the forward takes, its last
-        in the backward too."""
-        if run is None:
-            if self.plans is None:
-                return self, None, None, self.whole_directions(x), 0, 0.0, (), 0
-            return self, None, self.numbers(False), 0, 0, 0.0, (), 0
-        probes = run.probes[0] if run.probes else 0
+        """What a node takes of a call: numbers of plans, directions that are one call of the library's, number of
+        probes, p, and what the forward takes beside the tensors of every call, its last in the backward too."""
         if self.plans is not None:
-            return self, run, self.numbers(run.options), 0, probes, 0.0, run.more(), run.later()
+            if run is None:
+                self._alone = self.numbers(False), 0, 0, 0.0, (), 0
+                return self._alone
+            run.node = self.numbers(run.options), 0, sum(run.probes[:1]), 0.0, run.more, run.later
+            return run.node
+        if run is None:
+            return None, self.whole_directions(x), 0, 0.0, (), 0
         if run.rows is not None:
-            return self, run, None, 0, 0, 0.0, (), 0
+            return None, 0, 0, 0.0, (), 0
         whole, seed = self.whole_directions(x), run.drop[:1]
         p = run.p[0] if seed else 0.0
-        return self, run, None, whole & 2 if run.sign else whole, probes, p, (*run.P, *seed), len(seed)
+        return None, whole & 2 if run.sign else whole, sum(run.probes[:1]), p, (*run.P, *seed), len(seed)
 
     def numbers(self, options: Any) -> Any:
         """Where the node finds the numbers of plans."""
@@ -163,14 +158,15 @@ class BoundCall:
             return [*found, *moments]
         return [found[0], *_placed(found[1:], need, dy, self.layout, count, run.leaves, moments)]
 
-    def _watched(self, x, rows, key, p, Z, V, P, sign, *pending) -> Sequence[Tensor]:
+    def _watched(self, x: Tensor, run: _Run | None, *pending: Pending | None) -> Sequence[Tensor]:
         """The call through the operator; without autocast where the weights have its dtype already."""
         if autocasting(x) and torch.get_autocast_dtype(x.device.type) is self.dtype:
             with without_autocast(x.device.type):
-                return self(low_precision(x, self.dtype), rows, key, p, Z, V, P, sign, *pending)
+                return self(low_precision(x, self.dtype), run, *pending)
         if wants_plain_operators():
             raise Traced
-        given = (Z, V, *self.rest(rows, key, p, P, sign))
+        run = run or _Run(self)
+        given = (run.Z, run.V, *self.rest(run.rows, run.key, run.p, run.P, run.sign))
         y = LORA_LINEAR.apply(x, self.W, self.bias, self.A, self.B, *given)[: len(self.W)]
         return _counted(y, *pending)
 
@@ -221,37 +217,23 @@ class BoundCall:
 
 
 class _Run:
-    """One call of a ``BoundCall`` besides its differentiable tensors."""
+    """What one call of a ``BoundCall`` takes besides its input, and whatever follows from that."""
 
-    rows = key = None
-    p = P = sign = probes = drop = ()
-    leaves = moments = 0
-    plain = True  # all rows are one adapter's, without dropout
-    options: Any = False  # what a plan depends on beside its tensors
-
-    def __init__(self, bound: BoundCall):
-        self.bound = bound
-
-    def set(self, rows, key, p, P, sign, leaves: int, moments: int) -> None:
-        """What most calls have not."""
-        self.rows, self.key, self.p, self.P, self.sign = rows, key, p, P, sign
-        self.leaves, self.moments = leaves, moments
+    def __init__(self, bound: BoundCall, rows=None, key=None, p=(), Z=(), V=(), P=(), sign=()):
+        self.bound, self.rows, self.key, self.p = bound, rows, key, p
+        self.Z, self.V, self.P, self.sign = Z, V, P, sign
+        self.leaves, self.moments = len(Z), len(V)
         self.probes = tuple(probe_counts(P)) if P else ()
-        self.plain = rows is None and key is None
-        self.drop = () if key is None else (key, p[0], self.bound.streams)  # for one adapter's rows
-        streams = None if key is None else self.bound.streams
-        self.options = (
-            moments > 0 if self.plain and not P else (moments > 0, rows is None, streams, *p, self.probes, len(sign))
-        )
-
-    def more(self) -> Sequence[Tensor]:
-        """What a plan takes beside the tensors of every call, ``later`` of them in the backward too."""
-        if self.options.__class__ is not tuple:
-            return ()
-        return [*self.P, *self.sign, *(self.rows or ()), *([] if self.key is None else [self.key])]
-
-    def later(self) -> int:
-        return (0 if self.rows is None else len(self.rows)) + (self.key is not None)
+        self.drop = () if key is None else (key, p[0], bound.streams)  # for one adapter's rows
+        later = [*(rows or ()), *([] if key is None else [key])]
+        # What a plan takes beside the tensors of every call, the last ``later`` of them in the backward too.
+        self.more, self.later = [*P, *sign, *later], len(later)
+        self.options: Any = self.moments > 0  # what a plan depends on beside its tensors
+        if self.more:
+            streams = None if key is None else bound.streams
+            self.options = (self.moments > 0, rows is None, streams, *p, self.probes, len(sign))
+        # What a node takes of it, where that is known.
+        self.node: tuple | None = None if self.more or V else bound._alone
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         """[*y, h, *moments]."""
@@ -265,7 +247,7 @@ class _Run:
                         flip_signs(out[len(bound.W)], self.sign, bound.layout, None)
                     return out
             return _forward(self, x, bound.W, bound.bias, bound.A, bound.B, self.P, self.sign, self.rows, self.key)
-        return self._planned((0, self.options), [x, *bound.frozen, *bound.A, *bound.B, *self.more()], self._forward_of)
+        return self._planned((0, self.options), [x, *bound.frozen, *bound.A, *bound.B, *self.more], self._forward_of)
 
     def _planned(self, key: tuple, tensors: list[Tensor], compute: Callable, need: int = -1) -> Sequence:
         """What a plan does; the node is told the plan's number. ``need``: of a backward, by the node's bits."""
@@ -273,7 +255,8 @@ class _Run:
         out = plans.run(key, tensors, compute)
         number = None if NODE is None or need is None else plans.number(key, tensors[0].dtype)
         if number is not None:
-            self.bound.numbers(self.options).keep(number[0], need, number[1])
+            numbers = self.bound.numbers(self.options) if self.node is None else self.node[0]
+            numbers.keep(number[0], need, number[1])
         return out
 
     def _forward_of(self, tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -297,8 +280,8 @@ class _Run:
                 if out:
                     return out if need.dx else [None, *out]
             return _backward(self, x, h, bound.W, A, B, dy, need, self.rows, self.key)
-        later = self.later()
-        tensors = [x, h, *bound.W, *A, *B, *[g for g in dy if g is not None], *(self.more()[-later:] if later else ())]
+        later = self.more[len(self.more) - self.later :]
+        tensors = [x, h, *bound.W, *A, *B, *[g for g in dy if g is not None], *later]
         bits = None if False in there else need.dx + 2 * need.dA + 4 * need.dB + 8 * need.dZ
         key = (1, self.options, need, there)
         return self._planned(key, tensors, lambda given: self._backward_of(given, dy, need), bits)
@@ -321,26 +304,7 @@ def _forward(run: _Run, x, W, bias, A, B, P, sign, rows, key) -> list[Tensor]:
     y, h, moments = bound.chosen.forward(call)
     if sign:
         flip_signs(h, sign, bound.layout, rows)
-    if moments and rows is None:
-        count = x.shape[:-1].numel()
-        moments = [torch.cat([m, _count(count, m.dtype, m.device)], dim=1) for m in moments]
-    elif moments:
-        moments = moment_gradients(moments, rows_behind_moments(x, rows.ranges, len(moments)))
     return [*y, h, *moments]
-
-
-@functools.cache
-def _counts() -> Callable[[int, torch.dtype, torch.device], Tensor]:
-    from ..kernels.constants import device_constant  # importing the package loads no kernels
-
-    return device_constant(maxsize=256)(
-        lambda rows, dtype, device: torch.full((2, 1), rows, dtype=dtype, device=device)
-    )
-
-
-def _count(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The number of rows beside the column sums: what a moment leaf [2, N + 1] accumulates."""
-    return _counts()(rows, dtype, device)
 
 
 def _backward(run: _Run, x, h, W, A, B, dy, need: Need, rows, key) -> list[Tensor | None]:

@@ -67,7 +67,7 @@ def _forward_fake(x, W, bias, A, B, Z, V, P, sign, drop, rows, starts, scale, p,
     layout = GroupLayout(W, B, starts)
     outputs = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in W]
     adapters = len(A) // layout.projections if V else 0
-    moments = [x.new_empty((2, w.shape[0]), dtype=torch.float64) for _ in range(adapters) for w in W]
+    moments = [x.new_empty((2, w.shape[0] + 1), dtype=torch.float64) for _ in range(adapters) for w in W]
     width = layout.width([m.numel() if picks_columns(m) else m.shape[0] for m in P])
     return [*outputs, x.new_empty((_rows(x), width)), *moments]
 
@@ -156,20 +156,7 @@ def _probe_leaves(B: Sequence[Tensor], rest: tuple) -> list[Tensor]:
     return [b.new_zeros((b.shape[0], k)).requires_grad_() for b, k in zip(B, columns, strict=True)]
 
 
-def _counts(x: Tensor, rest: tuple, moments: int) -> list:
-    """The number of rows behind each moment output: of x, or of each adapter."""
-    return rows_behind_moments(x, rest[3][2] if rest[3] else None, moments)
-
-
-def rows_behind_moments(x: Tensor, ranges: Tensor | None, moments: int) -> list:
-    """For each moment output the rows of x, or of its adapter."""
-    if ranges is None:
-        return [_rows(x)] * moments
-    each = moments // max(ranges.shape[0], 1)
-    return [count for count in (ranges[:, 1] - ranges[:, 0]).unbind() for _ in range(each)]
-
-
-LORA_LINEAR = Operator("lora_linear", _forward, _backward, _backward_rest, _formula, _probe_leaves, _counts)
+LORA_LINEAR = Operator("lora_linear", _forward, _backward, _backward_rest, _formula, _probe_leaves)
 LORA_LINEAR.register(_forward_fake, _backward_fake)
 
 

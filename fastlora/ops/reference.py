@@ -243,6 +243,11 @@ def column_moments(y: Tensor) -> Tensor:
     return torch.stack([wide.sum(0), wide.square().sum(0)])
 
 
+def counted_moments(y: Tensor) -> Tensor:
+    """``column_moments`` of y [M, N] with M in one more column: what a moment leaf accumulates, float64 [2, N + 1]."""
+    return torch.cat([column_moments(y), torch.full((2, 1), y.shape[0], dtype=torch.float64, device=y.device)], dim=1)
+
+
 def outer(d: Tensor, x: Tensor) -> Tensor:
     """``d^T x``: d [M, r], x [M, K] -> [r, K] in the accumulation dtype."""
     acc = accumulate_dtype(x.dtype)

@@ -51,14 +51,12 @@ class Reduction:
     def __init__(self, model: nn.Module, process_group: Any):
         self.ranks = ranks_of(model, process_group)
         self._agreed = False
-        self._searching = self.ranks is None and process_group == "auto"
+        self.searching = self.ranks is None and process_group == "auto"
 
     def search(self, model: nn.Module) -> bool:
         """Before a forward of the first step: whether ranks appear, for the wrapper may have come after the tracker."""
-        if not self._searching:
-            return False
         self.ranks = ranks_of(model)
-        self._searching = self.ranks is None
+        self.searching = self.ranks is None
         return self.ranks is not None
 
     def place(self) -> tuple[int, int]:
@@ -75,8 +73,8 @@ class Reduction:
         ``samples``: this rank's of the step. ``agreement``: numbers that must be the same everywhere; ``ValueError`` on
         every rank names those that differ.
         """
-        if self._searching:
-            self._searching = False
+        if self.searching:
+            self.searching = False
             if several_processes():
                 logger.warning(
                     "track: this process's statistics alone: %d processes run, and the model is neither wrapped by DDP "

@@ -41,14 +41,19 @@ class ForwardHook:
                 step.signs.compiled.forward(*step.signs.place)
         elif torch.is_grad_enabled():
             step.micro += 1
-            first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()), None)
-            step.samples = 0 if first is None else first.shape[0]
-            if self._reduction.search(module):
+            step.samples = 0
+            for given in (*args, *kwargs.values()):
+                if isinstance(given, Tensor) and given.dim():
+                    step.samples = given.shape[0]
+                    break
+            if self._reduction.searching and self._reduction.search(module):
                 self._sampling.fix(RANKS_AGREE)
                 step.sampled = self._sampling.sampled(step.index)
                 if step.signs is not None:
                     step.signs.place = self._reduction.place()
-            self._watch.forward()
+            watched = self._watch.parameter
+            if watched is not None and version_of(watched) != self._watch.version:
+                self._watch.updated()
 
 
 def _no_hook() -> Any:
@@ -64,14 +69,13 @@ class StepWatch:
 
     def __init__(self, layers: dict[str, Linear]):
         counted = (p for m in layers.values() for p in m.lora_B.parameters() if counts_versions(p))
-        self._parameter = next(counted, None)
-        self._version = None if self._parameter is None else version_of(self._parameter)
+        self.parameter = next(counted, None)
+        self.version = None if self.parameter is None else version_of(self.parameter)
         self._missed, self._warned = 0, False
 
-    def forward(self) -> None:
-        if self._parameter is None or version_of(self._parameter) == self._version:
-            return
-        self._version = version_of(self._parameter)
+    def updated(self) -> None:
+        """Before a forward that finds the parameter at another version."""
+        self.version = version_of(self.parameter)
         self._missed += 1
         if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
             self._warned = True

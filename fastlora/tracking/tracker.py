@@ -163,6 +163,7 @@ class Tracker:
     def _attach(self, model: nn.Module) -> None:
         for path, probe in self._tracked.probes.items():
             self.layers[path].probes[self.adapter] = probe
+            self.layers[path].has_changed()
         self._sampler = self._new_sampler()
         if self._sampler is not None:
             self._sampler.draw(0)
@@ -228,6 +229,7 @@ class Tracker:
         for path, probe in self._tracked.probes.items():
             if self._owns(path, probe):
                 del self.layers[path].probes[self.adapter]
+                self.layers[path].has_changed()
 
     @contextlib.contextmanager
     def mask(self, mask: Tensor) -> Iterator[Tracker]:

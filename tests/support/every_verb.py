@@ -72,7 +72,7 @@ def run_grouped(data, tiles):
     found = grouped.grouped_wgrad(o.x, near, dy, h, s.widths, *rest, o.scales)
     for some, others in zip(found, expected_wgrad(o, o.x, near, dy, h), strict=True):
         pairs += zip(some, others, strict=True)
-    sums = [reference.column_moments(wide(y)[o.rows(g)]) for g in range(4) for y in o.y]
+    sums = [reference.counted_moments(wide(y)[o.rows(g)]) for g in range(4) for y in o.y]
     return [*pairs, *zip(o.y, wanted, strict=True), *zip(moments, sums, strict=True)]
 
 
@@ -90,7 +90,7 @@ def run_linear(verb, data, tiles, h):
     ]
     base = [wide(data.x) @ wide(w).T + (0 if b is None else wide(b)) for w, b in zip(data.W, data.bias, strict=True)]
     wanted = torch.cat(base, 1) + torch.cat(update, 1)
-    found = [(m, reference.column_moments(wide(o))) for m, o in zip(sums, y, strict=bool(sums))]
+    found = [(m, reference.counted_moments(wide(o))) for m, o in zip(sums, y, strict=bool(sums))]
     return [(torch.cat(y, 1), wanted), *found]
 
 

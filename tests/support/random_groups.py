@@ -143,7 +143,7 @@ def computed(group: Group, backend: str, bound: bool, again: bool) -> dict[str, 
             key = torch.randint(2**62, (), dtype=torch.int64)
             key = key if batch is None else batch.keys(x, key, 3)
         if bound:
-            return tuple(held(x, rows, key, group.p if drops else (), Z, V, own["P"], own["sign"]))
+            return tuple(held(x, held.run(rows, key, group.p if drops else (), Z, V, own["P"], own["sign"])))
         rest = own["scale"], group.p, group.streams, group.blocks, backend, "auto"
         y = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, own["P"], own["sign"], key, list(rows or ()), [], *rest)
         return tuple(y[: len(W)])
@@ -173,8 +173,7 @@ def formula(group: Group, dtype: torch.dtype) -> dict[str, Tensor | None]:
     for i in range(len(V)):
         g, j = divmod(i, len(y))
         mine = y[j].detach().reshape(group.rows, group.outputs[j])[ids == g].double()
-        sums = torch.cat([reference.column_moments(mine), torch.full((2, 1), len(mine), dtype=torch.float64)], dim=1)
-        result[f"V{i}"] = sums
+        result[f"V{i}"] = reference.counted_moments(mine)
     return result
 
 

@@ -14,7 +14,10 @@ from ..matmul import ENGINES, matmul_backward
 
 
 class Backend(Protocol):
-    """What runs an adapted group of linears and reduces gradients; the meaning is that of ``reference``."""
+    """What runs an adapted group of linears and reduces gradients; the meaning is that of ``reference``.
+
+    Moments and gradients of several adapters may be parts of one tensor.
+    """
 
     name: str
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None]
@@ -24,8 +27,8 @@ class Backend(Protocol):
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """``y_j = x W_j^T + bias_j + s h B^T``, ``h = [dropout(x) A^T | x P^T]``: y_j [*, N_j], h [M, width], moments.
 
-        A row's h holds its own adapter's columns first. Moments are float64 [2, N_j], by adapter, then output; none
-        unless the call asks for them.
+        A row's h holds its own adapter's columns first. Moments are float64 [2, N_j + 1], column sums of y_j and y_j^2
+        with the number of rows in the last column, by adapter, then output; none unless the call asks for them.
         """
         ...
 
@@ -106,7 +109,7 @@ class ComposedBackend:
             return outputs, h, []
         count = len(call.A) // call.layout.projections * len(y)
         zeros = [x.new_zeros((2, out.shape[1]), dtype=torch.float64) for out in y]
-        return outputs, h, [sums.get(i, zeros[i % len(y)]) for i in range(count)]
+        return outputs, h, with_counts([sums.get(i, zeros[i % len(y)]) for i in range(count)], call)
 
     def _shrink(self, call: LoraCall, g: int, mine: Tensor | None, x: Tensor) -> Tensor:
         first = g * call.layout.projections
@@ -206,6 +209,16 @@ class ComposedBackend:
             stop = min(start + _GRAM_BLOCK, rows.shape[1])
             block = rows[:, start:stop].T @ rows[:, start:]
             total[start:stop, start:] += torch.where(weight == 0, 0.0, weight * block)
+
+
+def with_counts(sums: Sequence[Tensor], call: LoraCall) -> list[Tensor]:
+    """Column sums [2, N_j] by adapter, then output, with the number of rows behind them in one more column."""
+    if call.rows is None:
+        counts = [m.new_full((2, 1), call.x.shape[:-1].numel()) for m in sums]
+    else:
+        rows = call.rows.ranges.diff().to(torch.float64)
+        counts = [count.expand(2, 1) for count in rows.unbind() for _ in call.W]
+    return [torch.cat(both, dim=1) for both in zip(sums, counts, strict=True)] if sums else []
 
 
 def _adapters(call: LoraCall) -> Iterator[tuple[int, Tensor | None]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import native
 from ..layout import Gradients, LoraCall, Need, as_rows
 from ..matmul import ENGINES, matmul_backward
-from .base import ComposedBackend
+from .base import ComposedBackend, with_counts
 
 
 class NativeBackend(ComposedBackend):
@@ -41,7 +41,7 @@ class NativeBackend(ComposedBackend):
             _, order, ranges, _ = call.rows
             starts = call.layout.starts
             h, sums = ops.lora_grouped_forward_.default(y, x, A, call.P, B, order, ranges, *where, starts, call.moments)
-        return outputs, h, sums
+        return outputs, h, with_counts(sums, call)
 
     def backward(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
         """As ``Backend.backward``; gradients of a projection whose dy is None are zero."""

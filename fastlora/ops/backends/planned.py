@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..._utils.torch_compat import apart
 from ..layout import Dropout, Gradients, LoraCall, Need, Rows
 from .base import Backend
 from .plan import Plans, launcher, said
@@ -76,7 +77,7 @@ class PlannedBackend:
         bias, P = cut.like(call.bias), cut.like(call.P)
         rows, drop = cut.rest(call)
         y, h, moments = self.backend.forward(call._replace(x=x, W=W, A=A, B=B, bias=bias, P=P, rows=rows, drop=drop))
-        return [*y, h, *moments]
+        return [*y, h, *_apart(call, moments)]
 
     def _backward(self, call: LoraCall, dy: Sequence[Tensor | None], need: Need, given: list[Tensor]) -> list:
         cut = _Cut(given)
@@ -86,8 +87,13 @@ class PlannedBackend:
         found = self.backend.backward(call._replace(x=x, W=W, A=A, B=B, rows=rows, drop=drop), h, dy, need)
         out = [found.dx] if need.dx else []
         for part, wanted in ((found.dA, need.dA), (found.dB, need.dB), (found.Q, need.dZ)):
-            out += (part or [None] * len(A)) if wanted else []
+            out += (_apart(call, part) or [None] * len(A)) if wanted else []
         return out
+
+
+def _apart(call: LoraCall, found: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Of several adapters, copies: what an operator gives must not share memory."""
+    return found if call.rows is None else apart(found)
 
 
 def _rest(call: LoraCall, inputs: list[Tensor]) -> tuple:

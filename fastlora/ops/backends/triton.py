@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from ..._utils.torch_compat import apart, unsafe_view
+from ..._utils.torch_compat import unsafe_view
 from ..layout import Dropout, Gradients, Layout, LoraCall, Need, Rows, as_rows, picks_columns
 from ..reference import keep_threshold
 
@@ -161,7 +161,7 @@ class TritonBackend:
         places = list(zip(layout.outputs, layout.columns, strict=True))
         B, options = _one_dtype(call.B), (places, call.scale, call.moments)
         sums = kernels.grouped_expand_(y, h, call.W, B, batch, ranks, *options, runs=runs_of(layout))
-        return [_reshaped(out, (*call.x.shape[:-1], out.shape[1])) for out in y], h, apart(sums)
+        return [_reshaped(out, (*call.x.shape[:-1], out.shape[1])) for out in y], h, sums
 
     def backward(self, call: LoraCall, h: Tensor, dy: Sequence[Tensor | None], need: Need) -> Gradients:
         """As ``Backend.backward``."""
@@ -208,7 +208,7 @@ class TritonBackend:
         dA, dB, Q = kernels.grouped_wgrad(
             x, dh, outer, h, layout.widths, batch, ranks, call.scale, B[0].dtype, drop=drop, runs=runs
         )
-        return Gradients(dx, apart(dA), apart(dB) if need.dB else [], apart(Q) if any(call.probes) else [])
+        return Gradients(dx, dA, dB if need.dB else [], Q if any(call.probes) else [])
 
     def gradstat(
         self,

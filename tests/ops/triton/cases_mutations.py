@@ -79,7 +79,7 @@ def off_linear(module, data, p, tiles=TILES):
         1,
     )
     base = [wide(data.x) @ wide(w).T + (0 if b is None else wide(b)) for w, b in zip(data.W, data.bias, strict=True)]
-    sums = [reference.column_moments(wide(out)) for out in y]
+    sums = [reference.counted_moments(wide(out)) for out in y]
     return max(error(torch.cat(y, 1), torch.cat(base, 1) + update), error(torch.cat(moments, 1), torch.cat(sums, 1)))
 
 
@@ -208,7 +208,7 @@ def _off_mixed(o):
     pairs += zip(o.y, wanted, strict=True)
     for some, others in zip(found, expected_wgrad(o, o.x, dh, dy, h), strict=True):
         pairs += zip(some, others, strict=True)
-    sums = [reference.column_moments(wide(y)[o.rows(g)]) for g in range(len(o.case.ranks)) for y in o.y]
+    sums = [reference.counted_moments(wide(y)[o.rows(g)]) for g in range(len(o.case.ranks)) for y in o.y]
     return max(error(one, other) for one, other in [*pairs, *zip(moments, sums, strict=True)])
 
 
@@ -297,6 +297,10 @@ MUTATIONS = {
     "adapters, dropout of dA: one mask": ("wgrad", *ONE_MASK,
                                           off_dropped, 0.0),
     "adapters, moments: of the first": ("reduce", "(i_before + o_tile) * 2", "o_tile * 2", off_grouped, 0.0),
+    "adapters, moments: rows of all": ("reduce", "p_count, own.to(tl.float64)", "p_count, M.to(tl.float64)",
+                                       off_grouped, 0.0),
+    "adapters, moments: no row of their own": ("reduce", "select(out.data, i_entry) + adapter * 2 * stride_out",
+                                               "select(out.data, i_entry)", off_grouped, 0.0),
 }  # fmt: skip
 
 
