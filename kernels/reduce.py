@@ -154,4 +154,4 @@ def reduce_moments(
     out = Matrix(tuple(outputs), tuple(m.stride(-2) for m in outputs), tuple(m.shape[-1] for m in outputs))
     blocks = {"ADAPTERS": triton.next_power_of_2(adapters), "BLOCK_M": block, "BLOCK_N": 32, "TILES": 32}
     grid = (sum(triton.cdiv(width, blocks["BLOCK_N"]) for width in out.columns), max(adapters, 1))
-    launch(moments_kernel, grid, matrix(sums), out, runs, ranges, M, **blocks, num_warps=4)
+    launch(moments_kernel, grid, matrix(sums), out, runs, ranges, M, **blocks, num_warps=8)
