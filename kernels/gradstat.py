@@ -78,7 +78,7 @@ def gradstat_kernel(x, dy, offsets, sums, diagonal, split, runs, TILE: tl.conste
             first, last = tl.load(offsets + i_each), tl.load(offsets + i_each + 1)
             b_acc = run_product(x, dy, first, (last - first).to(tl.int32), o_n, o_k, TILE, OPTIONS)
             b_squares += b_acc * b_acc
-            p_each = p_out + i_each.to(tl.int64) * tl.num_programs(0) * 2
+            p_each = p_out + i_each * tl.num_programs(0).to(tl.int64) * 2
             tl.store(p_each, tl.sum(b_acc * b_acc))
             tl.store(p_each + 1, tl.sum(tl.abs(b_acc)))
         p_tile = diagonal + (o_part + o_n).to(tl.int64)[:, None] * K + o_k[None, :]
