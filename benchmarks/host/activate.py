@@ -98,9 +98,8 @@ def _triton(gpu: NullGpu, stack: contextlib.ExitStack) -> None:
 
 def _forget_compiled() -> None:
     """What kernels and the choice of tiles keep of a device by its number: another one may stand behind it now."""
-    from triton.runtime.jit import JITFunction
-
     from fastlora.kernels import tiling
+    from triton.runtime.jit import JITFunction
 
     for found in gc.get_objects():
         if type(found) is JITFunction:

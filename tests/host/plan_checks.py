@@ -13,6 +13,7 @@ import traceback
 from unittest import mock
 
 import torch
+from fastlora.kernels import tiling
 from plan_cases import AXES, Case, Example, directions, pairs
 from plan_program import (
     a_function_of_another_context_is_refused,
@@ -30,7 +31,6 @@ import fastlora
 from benchmarks.host import records
 from benchmarks.host.limits import GPUS
 from benchmarks.host.null_gpu import NAME, null_gpu
-from fastlora.kernels import tiling
 from fastlora.ops import native
 from fastlora.ops.backends import BACKENDS, plan, planned
 from fastlora.ops.backends.plan import Plans
