@@ -41,7 +41,10 @@ fi
 
 step_build() {
     local install=("$python" -m pip install -q --no-index --no-build-isolation --no-deps --force-reinstall .)
-    within 200 "${install[@]}" || within 30 env FASTLORA_BUILD=0 "${install[@]}"
+    # First in full, where a failure shows the compiler's words; then without what does not compile.
+    within 110 env FASTLORA_BUILD=1 "${install[@]}" && return
+    echo "THE FULL BUILD FAILED: what is missing is named below"
+    within 90 "${install[@]}" || within 30 env FASTLORA_BUILD=0 "${install[@]}"
 }
 
 step_sweep() {
@@ -102,6 +105,8 @@ for name in ${steps//,/ }; do
     if [ -z "$prepared" ]; then
         run -c "import fastlora" 2> /dev/null || export PYTHONPATH="$PWD"
         run -c "import fastlora, torch, triton; print(fastlora.__file__, torch.__version__, triton.__version__, torch.cuda.get_device_name())" || exit 1
+        run -c "from fastlora.ops import native, node; from fastlora.ops.backends import plan
+print('native library:', native.reason() or 'built', '| node:', node.REASON or 'in C++', '| launches:', *filter(None, plan.launcher()))"
         export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$PWD/benchmarks"
         prepared=1
     fi

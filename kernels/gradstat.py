@@ -73,13 +73,14 @@ def gradstat_kernel(x, dy, offsets, sums, diagonal, split, runs, TILE: tl.conste
     p_out = sums + (i_run.to(tl.int64) * tl.num_programs(0) + i_tile) * 2
     if diagonal is not None:
         b_squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        for i_each in tl.range(0, runs, num_stages=1):
+        # Addresses and masks of the inner loop are not kept over this one: they would cost registers for nothing.
+        for i_each in tl.range(0, runs, num_stages=1, disable_licm=True):
             first, last = tl.load(offsets + i_each), tl.load(offsets + i_each + 1)
             b_acc = run_product(x, dy, first, (last - first).to(tl.int32), o_n, o_k, TILE, OPTIONS)
             b_squares += b_acc * b_acc
-            tl.store(p_out, tl.sum(b_acc * b_acc))
-            tl.store(p_out + 1, tl.sum(tl.abs(b_acc)))
-            p_out += tl.num_programs(0) * 2
+            p_each = p_out + i_each * tl.num_programs(0).to(tl.int64) * 2
+            tl.store(p_each, tl.sum(b_acc * b_acc))
+            tl.store(p_each + 1, tl.sum(tl.abs(b_acc)))
         p_tile = diagonal + (o_part + o_n).to(tl.int64)[:, None] * K + o_k[None, :]
         m_tile = (o_n < dy.columns)[:, None] & (o_k < K)[None, :]
         tl.store(p_tile, b_squares + tl.load(p_tile, mask=m_tile, other=0.0), mask=m_tile)

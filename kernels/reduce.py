@@ -163,4 +163,4 @@ def reduce_moments(
     ends = hide_from_specialization([m.shape[-1] - 1 for m in outputs])
     blocks = {"ADAPTERS": triton.next_power_of_2(adapters), "BLOCK_M": block, "BLOCK_N": 32, "TILES": 32}
     grid = (sum(triton.cdiv(width, blocks["BLOCK_N"]) for width in out.columns), max(adapters, 1))
-    launch(moments_kernel, grid, matrix(sums), out, ends, runs, ranges, M, **blocks, num_warps=4)
+    launch(moments_kernel, grid, matrix(sums), out, ends, runs, ranges, M, **blocks, num_warps=8)

@@ -332,7 +332,7 @@ def measure(device: str, listed: list[list[Job]], seconds: float) -> list[dict[s
             if time.monotonic() > limit:
                 return rows
             calls_of = [job.call(some) for some in operands]
-            many = 1 if device == "cpu" else CALLS
+            many = CALLS if device == "cuda" else 1
 
             def call(calls_of=calls_of, many=many) -> None:
                 for i in range(many):
@@ -342,7 +342,7 @@ def measure(device: str, listed: list[list[Job]], seconds: float) -> list[dict[s
                 wrong = fault(verb, calls_of[0](), right)
                 if wrong is not None:
                     raise ArithmeticError(wrong)
-                repeats = 2 if device == "cpu" else 20
+                repeats = 1 if device == "cpu" else 20
                 times = time_calls(call if device == "cpu" else captured(call), many, device, repeats)
             except Exception as problem:  # a tile that does not fit is a result too
                 times = {"error": f"{type(problem).__name__}: {problem}"[:200]}

@@ -97,12 +97,14 @@ def _triton(gpu: NullGpu, stack: contextlib.ExitStack) -> None:
 
 
 def _forget_compiled() -> None:
-    """What Triton's kernels keep of a device by its number: another one may stand behind it now."""
+    """What kernels and the choice of tiles keep of a device by its number: another one may stand behind it now."""
+    from fastlora.kernels import tiling
     from triton.runtime.jit import JITFunction
 
     for found in gc.get_objects():
         if type(found) is JITFunction:
             found.device_caches.clear()
+    tiling.limits.cache_clear()
 
 
 def _fastlora(gpu: NullGpu, stack: contextlib.ExitStack) -> None:

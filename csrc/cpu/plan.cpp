@@ -48,13 +48,13 @@ void release(AtenTensorHandle handle) { aoti_torch_delete_tensor_object(handle);
 
 AtenTensorHandle share(AtenTensorHandle handle) {
   AtenTensorHandle copy = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &copy));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle, &copy));
   return copy;
 }
 
 char* address(AtenTensorHandle handle) {
   void* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &data));
   return static_cast<char*>(data);
 }
 
@@ -66,8 +66,8 @@ struct Device {
 
 Device device_of(AtenTensorHandle handle) {
   Device device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device.type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device.index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device.index));
   return device;
 }
 
@@ -90,11 +90,11 @@ void take(StableIValue value, Handles& out) {
   const std::unique_ptr<std::remove_pointer_t<StableListHandle>, decltype(&torch_delete_list)> owner(list,
                                                                                                      torch_delete_list);
   size_t size = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
   out.all.reserve(size);
   for (size_t i = 0; i < size; ++i) {
     StableIValue element = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
     out.all.push_back(unpack<AtenTensorHandle>(element));
   }
 }
@@ -107,10 +107,10 @@ std::vector<int64_t> key_of(int64_t variant, const std::vector<AtenTensorHandle>
   for (const AtenTensorHandle input : inputs) {
     int32_t dtype = 0;
     int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input, &dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(input, &dim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(input, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(input, &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input, &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(input, &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(input, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(input, &strides));
     const Device device = device_of(input);
     const int64_t aligned = reinterpret_cast<uintptr_t>(address(input)) % 16 == 0;
     key.push_back(dim | aligned << 16 | int64_t{dtype} << 24 | int64_t{device.type} << 40 |
@@ -140,11 +140,11 @@ Entry find(Cache& cache, const std::vector<int64_t>& key) {
 void* current_stream(const Device& device) {
   if (device.type != aoti_torch_device_type_cuda()) {
     StreamHandle stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(device.index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(device.index, &stream));
     int64_t number = 0;
     const AOTITorchError failed = aoti_torch_stream_id(stream, &number);
     aoti_torch_delete_stream(stream);
-    STABLE_TORCH_ERROR_CODE_CHECK(failed);
+    TORCH_ERROR_CODE_CHECK(failed);
     return reinterpret_cast<void*>(number);
   }
   using Getter = AOTITorchError (*)(int32_t, void**);
@@ -154,7 +154,7 @@ void* current_stream(const Device& device) {
   }();
   STD_TORCH_CHECK(getter != nullptr, "native launch: this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(device.index, &stream));
+  TORCH_ERROR_CODE_CHECK(getter(device.index, &stream));
   return stream;
 }
 
@@ -163,8 +163,8 @@ class CurrentDevice {
  public:
   explicit CurrentDevice(int32_t index) {
     int32_t before = index;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&before));
-    if (before != index) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(index, &guard_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&before));
+    if (before != index) TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(index, &guard_));
   }
   CurrentDevice(const CurrentDevice&) = delete;
   ~CurrentDevice() {
@@ -227,35 +227,33 @@ class Run {
   void perform(const Allocate& step) {
     AtenTensorHandle made = nullptr;
     const int32_t dtype = dtype_codes()[static_cast<size_t>(step.dtype)];
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(step.sizes.size()), step.sizes.data(),
-                                                           step.strides.data(), dtype, device_.type, device_.index,
-                                                           &made));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(step.sizes.size()), step.sizes.data(),
+                                                    step.strides.data(), dtype, device_.type, device_.index, &made));
     put(step.out, made);
-    if (step.zero) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(made));
+    if (step.zero) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(made));
   }
 
-  void perform(const Fill& step) { STABLE_TORCH_ERROR_CODE_CHECK(fill_with(at(step.out), step.number)); }
+  void perform(const Fill& step) { TORCH_ERROR_CODE_CHECK(fill_with(at(step.out), step.number)); }
 
   void perform(const View& step) {
     AtenTensorHandle made = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(at(step.base), static_cast<int64_t>(step.sizes.size()),
-                                                                 step.sizes.data(), step.strides.data(), step.offset,
-                                                                 &made));
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(at(step.base), static_cast<int64_t>(step.sizes.size()),
+                                                          step.sizes.data(), step.strides.data(), step.offset, &made));
     put(step.out, made);
   }
 
   void perform(const Multiply& step) {
     if (step.added == -1) {
-      STABLE_TORCH_ERROR_CODE_CHECK(mm_out(at(step.out), at(step.a), at(step.b)));
+      TORCH_ERROR_CODE_CHECK(mm_out(at(step.out), at(step.a), at(step.b)));
     } else {
-      STABLE_TORCH_ERROR_CODE_CHECK(addmm_out(at(step.out), at(step.added), at(step.a), at(step.b), 1.0f, 1.0f));
+      TORCH_ERROR_CODE_CHECK(addmm_out(at(step.out), at(step.added), at(step.a), at(step.b), 1.0f, 1.0f));
     }
   }
 
   void perform(const Call& step) {
     std::vector<StableIValue> stack(std::max(step.arguments.size(), step.results.size()));
     for (size_t i = 0; i < step.arguments.size(); ++i) stack[i] = stable(step.arguments[i]);
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher(step.name.c_str(), step.overload.c_str(), stack.data(), TORCH_ABI_VERSION));
     for (size_t i = 0; i < step.results.size(); ++i) {
       const auto made = unpack<AtenTensorHandle>(stack[i]);
@@ -287,9 +285,9 @@ class Run {
         return pack(share(at(argument.slots[0])));
       case Argument::Kind::kTensors: {
         StableListHandle list = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(argument.slots.size(), &list));
+        TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(argument.slots.size(), &list));
         for (const Slot slot : argument.slots) {
-          STABLE_TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, pack(share(at(slot)))));
+          TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, pack(share(at(slot)))));
         }
         return pack(list);
       }
@@ -352,10 +350,10 @@ void run_plan(StableIValue* stack, uint64_t, uint64_t) {
   take(stack[2], inputs);
   run_kept(unpack<int64_t>(stack[0]), unpack<int64_t>(stack[1]), inputs.all, results.all);
   StableListHandle list = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(results.all.size(), &list));
+  TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(results.all.size(), &list));
   for (AtenTensorHandle& result : results.all) {
-    if (result == nullptr) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_uninitialized_tensor(&result));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, pack(std::exchange(result, nullptr))));
+    if (result == nullptr) TORCH_ERROR_CODE_CHECK(aoti_torch_new_uninitialized_tensor(&result));
+    TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, pack(std::exchange(result, nullptr))));
   }
   stack[0] = pack(list);
 }

@@ -13,6 +13,7 @@ import traceback
 from unittest import mock
 
 import torch
+from fastlora.kernels import tiling
 from plan_cases import AXES, Case, Example, directions, pairs
 from plan_program import (
     a_function_of_another_context_is_refused,
@@ -28,6 +29,7 @@ from plan_program import (
 
 import fastlora
 from benchmarks.host import records
+from benchmarks.host.limits import GPUS
 from benchmarks.host.null_gpu import NAME, null_gpu
 from fastlora.ops import native
 from fastlora.ops.backends import BACKENDS, plan, planned
@@ -273,11 +275,20 @@ def a_driver_without_a_symbol_is_said(gpu):
 
 
 def other_cards_have_plans_of_their_own(gpu):
-    """Another capability or less shared memory: Triton compiles for it, and plans start what it compiled."""
-    with null_gpu(capability=(8, 0)) as card:
-        plan._known.clear()
-        same(card, PLAIN)
-        same(card, PLAIN._replace(rows=9000))
+    """Triton compiles for each capability what its shared memory holds, and plans start what was compiled."""
+    alone = PLAIN._replace(layout="one")
+    for capability in [known for known in GPUS if known >= (8, 0)]:
+        with null_gpu(capability=capability) as card:
+            plan._known.clear()
+            assert tiling.limits(card.device) == (capability, *GPUS[capability]), capability
+            cases = [alone] if capability != (8, 6) else [alone, PLAIN._replace(rows=9000)]
+            for case in cases:
+                same(card, case)
+                for name, direction in directions(case, card.device).items():
+                    plans = with_plans(direction)
+                    started = card.record(lambda: plans.run(direction.key, direction.inputs, forbidden))  # noqa: B023
+                    most = max(launch.shared_bytes for launch in started)
+                    assert 0 < most <= GPUS[capability].shared_bytes, (capability, name, most)
     plan._known.clear()
 
 

@@ -247,6 +247,7 @@ def test_the_sweep_compiles_its_candidates_ahead():
 
 FAKE_PYTHON = """#!/bin/sh
 echo "$@" >> "$FAKE/calls"
+case "$FASTLORA_BUILD $*" in "1 "*"pip install"*) exit "${FULL_BUILD:-0}" ;; esac
 case "$*" in *tiling*) echo "$FAKE/installed_tiling.py" ;; esac
 """
 
@@ -279,6 +280,13 @@ def test_the_script_runs_the_steps_that_are_asked_for(tmp_path):
     (tmp_path / "calls").unlink()
     done, ran = call_script(tmp_path, STEPS="build,bench,sweep,models")
     assert done.returncode == 0 and ran == ["build", "bench", "sweep", "models"]
+
+
+def test_a_build_that_fails_is_said_and_what_compiles_is_kept(tmp_path):
+    done, ran = call_script(tmp_path, FULL_BUILD="1")
+    assert done.returncode == 0 and ran == ["build", "build", "test", "headline"]
+    assert "THE FULL BUILD FAILED" in done.stdout
+    assert "native.reason()" in (tmp_path / "calls").read_text()
 
 
 def test_the_script_refuses_unknown_steps_and_keeps_its_limit(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,16 +100,35 @@ def fill(group: Group, r: random.Random) -> None:
         own["batch"] = AdapterBatch([str(i) for i in range(group.adapters)], ids, seeds)
 
 
+def on(group: Group, device: torch.device | str) -> Group:
+    """The group with its tensors on a device; strides stay."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if isinstance(value, AdapterBatch):
+            return AdapterBatch(value.names, moved(value.ids), moved(value.row_seeds))
+        if not isinstance(value, Tensor):
+            return value
+        there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return there.copy_(value)
+
+    return dataclasses.replace(group, tensors={name: moved(value) for name, value in group.tensors.items()})
+
+
 def leaves(group: Group, dtype: torch.dtype | None) -> tuple:
     own, number = group.tensors, max(group.adapters, 1)
+    device = own["x"].device
     of_x, of_A, of_B, of_Z = group.grads
 
     def cast(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().to(dtype or t.dtype)
 
     acc = reference.accumulate_dtype(dtype or group.dtype)
-    Z = [torch.zeros(n, k, dtype=acc, requires_grad=of_Z) for k in group.k for n in group.widths if any(group.k)]
-    V = [torch.zeros(2, n + 1, dtype=torch.float64, requires_grad=True) for _ in range(number) for n in group.outputs]
+    Z = [torch.zeros(n, k, dtype=acc, device=device, requires_grad=of_Z)
+         for k in group.k for n in group.widths if any(group.k)]  # fmt: skip
+    V = [torch.zeros(2, n + 1, dtype=torch.float64, device=device, requires_grad=True)
+         for _ in range(number) for n in group.outputs]  # fmt: skip
     return (
         cast(own["x"]).requires_grad_(of_x), [cast(w) for w in own["W"]], [cast(b) for b in own["bias"]],
         [cast(a).requires_grad_(of_A) for a in own["A"]], [cast(b).requires_grad_(of_B) for b in own["B"]],
@@ -130,8 +150,8 @@ def found(group: Group, y, x, A, B, Z, V, dtype: torch.dtype | None = None) -> d
     return {f"y{j}": out.detach() for j, out in enumerate(y)} | {name: t.grad for name, t in wanted.items()}
 
 
-def computed(group: Group, backend: str, bound: bool, again: bool) -> dict[str, Tensor | None]:
-    """By the operator, or (``bound``) twice by one ``BoundCall``; ``again`` under a checkpoint."""
+def computed(group: Group, backend: str, bound: bool, again: bool, times: int = 2) -> dict[str, Tensor | None]:
+    """By the operator, or (``bound``) several times by one ``BoundCall``; ``again`` under a checkpoint."""
     own = group.tensors
     x, W, bias, A, B, Z, V = leaves(group, None)
     batch, drops = own["batch"], any(group.p)
@@ -140,7 +160,7 @@ def computed(group: Group, backend: str, bound: bool, again: bool) -> dict[str, 
     def call(x: Tensor) -> tuple[Tensor, ...]:
         rows, key = None if batch is None else batch.rows(x), None
         if drops:
-            key = torch.randint(2**62, (), dtype=torch.int64)
+            key = torch.randint(2**62, (), dtype=torch.int64).to(x.device)
             key = key if batch is None else batch.keys(x, key, 3)
         if bound:
             return tuple(held(x, held.run(rows, key, group.p if drops else (), Z, V, own["P"], own["sign"])))
@@ -148,7 +168,7 @@ def computed(group: Group, backend: str, bound: bool, again: bool) -> dict[str, 
         y = LORA_LINEAR.apply(x, W, bias, A, B, Z, V, own["P"], own["sign"], key, list(rows or ()), [], *rest)
         return tuple(y[: len(W)])
 
-    for _ in range(1 + bound):  # the second goes by the node that the first made
+    for _ in range(times if bound else 1):  # the second goes by the node that the first made
         torch.manual_seed(5)
         y = checkpoint(call, x, use_reentrant=False) if again else call(x)
         result = found(group, y, x, A, B, Z, V)
@@ -184,7 +204,7 @@ def differences(group: Group, result: dict[str, Tensor | None]) -> list[tuple]:
     for name, exact in want.items():
         if name[0] == "V" and group.tensors["dy"][int(name[1:]) % len(group.outputs)] is None:
             continue
-        value, exact = [torch.zeros(()) if t is None else t.double() for t in (result[name], exact)]
+        value, exact = [torch.zeros(()) if t is None else t.double().cpu() for t in (result[name], exact)]
         if not (value.numel() and exact.numel()):
             continue
         rough = torch.zeros(()) if low[name] is None else low[name].double()

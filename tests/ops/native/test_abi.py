@@ -57,6 +57,17 @@ def test_every_function_is_there_in_the_oldest_torch(of_torch):
     assert used - declared(TARGET) == set()
 
 
+def test_no_macro_of_a_later_torch_is_used():
+    """The headers hide functions that are newer than the target, and no macros: those of this file came after 2.11."""
+    header = ROOT / "include" / "torch" / "csrc" / "stable" / "macros.h"
+    if not header.is_file():
+        pytest.skip("this torch has none of them")
+    macros = set(re.findall(r"#define (\w+)\(", header.read_text()))
+    sources = [path for path in (Path(__file__).parents[3] / "csrc").rglob("*") if path.is_file()]
+    assert macros and sources
+    assert not {(path.name, name) for path in sources for name in macros if re.search(rf"\b{name}\b", path.read_text())}
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_the_headers_tell_versions_apart():
     """So that the test above can fail: what 2.11 brought is not offered to 2.10."""
