@@ -77,8 +77,8 @@ def why_no_attention(model: nn.Module) -> str:
     convolution = next((n for n, c in inside if isinstance(c, (nn.Conv1d, nn.Conv2d))), None)
     if convolution is not None:
         return (
-            f"its attention is of convolutions of other kinds than one matrix for every position ({convolution}), which "
-            "are adapted by name and are in no role"
+            f"its attention is of convolutions in groups or over several positions ({convolution}), which are adapted "
+            "by name and are in no role"
         )
     other = next((c for _, c in inside if getattr(getattr(c, "weight", None), "ndim", 0) == 2), None)
     if other is not None and not isinstance(other, nn.Embedding):
