@@ -186,6 +186,14 @@ _TIMM_FIELDS: tuple[dict[str, Any], ...] = (
     dict(img_size=64),
     {},
 )
+_THIN = """
+botnet26t_256 eca_botnext26ts_256 halo2botnet50ts_256 halonet_h1 lambda_resnet26t lamhalobotnet50ts_256
+sebotnet33ts_256 sehalonet33ts
+"""
+_FIELDS_OF: dict[str, dict[str, Any]] = {
+    **{name: {"width_factor": 0.25} for name in _THIN.split()},
+    "efficientvit_l1": {"widths": (8, 16, 32, 64, 64), "depths": (1, 1, 1, 2, 2)},
+}
 _SIDES = (64, 96, 128, 192, 224, 256)  # of images, where img_size is none of the fields
 
 
@@ -207,7 +215,8 @@ def _timm(name: str) -> Family:
             side[:] = [size]
             return model
 
-        sizes = [(f, n) for f in _TIMM_FIELDS for n in ([f["img_size"]] if "img_size" in f else _SIDES)]
+        every = (_FIELDS_OF[name],) if name in _FIELDS_OF else _TIMM_FIELDS
+        sizes = [(f, n) for f in every for n in ([f["img_size"]] if "img_size" in f else _SIDES)]
         return _first_that_works([functools.partial(of, fields, size) for fields, size in sizes], last=True)
 
     return Family("timm", name, make, lambda model: model(_real(2, 3, side[0], side[0])))

@@ -62,6 +62,7 @@ def experts_left(model: nn.Module) -> str:
     return ""
 
 
+NO_ATTENTION = "no attention"
 _OF_ATTENTION = re.compile(r"attn|attention|mhsa|mla$|token_mixer", re.IGNORECASE)
 
 
@@ -83,4 +84,4 @@ def why_no_attention(model: nn.Module) -> str:
     other = next((c for _, c in inside if getattr(getattr(c, "weight", None), "ndim", 0) == 2), None)
     if other is not None and not isinstance(other, nn.Embedding):
         return f"its attention is of {type(other).__name__}, which is no nn.Linear"
-    return "no attention"
+    return NO_ATTENTION
