@@ -162,7 +162,8 @@ class LoraConfig:
     ``y = x W^T + bias + s x A^T B^T`` with ``s = lora_alpha / r`` (``lora_alpha / sqrt(r)`` with ``use_rslora``).
 
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
-      ``"qkv"``, ``"attention"``, ``"mlp"``, ``"mixer"``, ``"experts"``, ``"all-linear"``.
+      ``"qkv"``, ``"attention"``, ``"mlp"``, ``"mixer"``, ``"experts"``, ``"all-linear"`` (no convolutions, as in PEFT).
+      A slice that a role takes has at most as many ranks as rows.
     - ``exclude_modules``: suffixes, or an expression, of what ``target_modules`` means otherwise and is left alone.
     - ``lora_dropout``: probability that an entry of x is zero in the update while training, others over 1 - p.
     - ``bias``: which biases are trained besides: ``"none"``, ``"all"``, or ``"lora_only"``, those of targets.

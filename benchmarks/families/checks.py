@@ -23,6 +23,7 @@ from fastlora.model.modules import (
     features,
     fused_layouts,
     is_linear,
+    is_projection,
     named_targets,
     refusal,
     role_targets,
@@ -30,6 +31,7 @@ from fastlora.model.modules import (
 from fastlora.nn.adapter import Slices
 from fastlora.nn.experts import ExpertProjection
 from fastlora.nn.linear import Linear, adapted_layers, matrix_key
+from fastlora.nn.pointwise import Pointwise
 
 Run = Callable[[nn.Module], Any]
 OK, NONE = "ok", "-"
@@ -120,7 +122,8 @@ def by_hand(base: nn.Module, model: nn.Module) -> tuple[nn.Module, dict[str, Ten
             owner, name = _at(merged, parent), leaf if isinstance(layer, ExpertProjection) else "in_proj_weight"
         stored = owner._parameters.pop(name).detach()
         transposed = layer.transposed if isinstance(layer, ExpertProjection) else type(owner).__name__ == "Conv1D"
-        W = (stored.mT if transposed else stored).flatten(0, -2).clone()
+        convolved = isinstance(layer, Pointwise)
+        W = (stored.flatten(1) if convolved else (stored.mT if transposed else stored).flatten(0, -2)).clone()
         for _, rows, A, B, s in factors(layer):
             W[rows] += s * (B @ A).detach()
         weights[path] = W.requires_grad_()
@@ -159,7 +162,7 @@ def check_numbers(base: nn.Module, run: Run, role: str) -> tuple[str, str]:
         tracker.step()
         scores = dict(tracker.scores("grad_sq", missing="skip"))
     largest = max((float(W.grad.abs().max()) for W in weights.values() if W.grad is not None), default=0.0)
-    statistics = OK
+    statistics, apart = OK, 0.0
     for path, layer in adapted_layers(model).items():
         G = weights[path].grad
         for part, rows, A, B, s in factors(layer):
@@ -167,15 +170,19 @@ def check_numbers(base: nn.Module, run: Run, role: str) -> tuple[str, str]:
                 assert A.grad is None or not A.grad.any(), f"{path}: a gradient although the layer did not run"
                 continue
             own = G[rows]
-            close = dict(rtol=1e-6, atol=1e-9 * largest + 1e-15)
             dA, dB = (torch.zeros_like(p) if p.grad is None else p.grad for p in (A, B))  # none: an absent expert
-            torch.testing.assert_close(dA, s * B.detach().T @ own, **close, msg=f"{path}[{part}]: dA")
-            torch.testing.assert_close(dB, s * own @ A.detach().T, **close, msg=f"{path}[{part}]: dB")
+            for name, found, exact in (("dA", dA, s * B.detach().T @ own), ("dB", dB, s * own @ A.detach().T)):
+                if not torch.allclose(found, exact, rtol=1e-6, atol=1e-9 * largest + 1e-15):
+                    error = float((found - exact).abs().max()) / (largest + 1e-300)
+                    assert error < 1e-5 and _computes_in_float32(base, run), f"{path}[{part}]: {name}"
+                    apart = max(apart, error)
             key, exact = matrix_key(path, part), float(own.square().sum())
             if key not in scores and exact > 0:
                 statistics = f"{key}: no value"
-            elif abs(scores.get(key, 0.0) - exact) > 1e-6 * exact + 1e-18:
+            elif abs(scores.get(key, 0.0) - exact) > (1e-4 if apart else 1e-6) * exact + 1e-18:
                 statistics = f"{key}: {scores[key]:.3g}, exact {exact:.3g}"
+    if apart:
+        return f"gradients agree to {apart:.0e}: the model itself computes in float32 inside", statistics
     return OK, statistics
 
 
@@ -187,8 +194,16 @@ def _computes_in_float32(base: nn.Module, run: Run) -> bool:
     def hook(module: nn.Module, args: tuple, out: Any) -> None:
         found.extend(y.dtype == torch.float32 or torch.equal(y, y.float().double()) for y in floats(out) if y.any())
 
+    class Casts(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            if isinstance(out, Tensor) and out.dtype == torch.float32 and isinstance(args[0] if args else 0, Tensor):
+                found.append(args[0].dtype == torch.float64)
+            return out
+
     handles = [module.register_forward_hook(hook) for module in base.modules()]
-    run(base)
+    with Casts():
+        run(base)
     for handle in handles:
         handle.remove()
     return any(found)
@@ -308,10 +323,10 @@ def check_compile(base: nn.Module, run: Run, role: str) -> str:
 class _Watch(TorchFunctionMode):
     """What attention and activations are given after ``armed``: arguments of the first call that tells slices apart."""
 
-    def __init__(self):
+    def __init__(self, count: int):
         super().__init__()
-        self.armed, self.closed = False, False
-        self.scores = self.heads = self.product = self.activated = None
+        self.armed, self.closed, self.count = False, False, count
+        self.scores = self.heads = self.product = self.activated = self.split = None
 
     def close(self) -> None:
         """Nothing counts that comes after the owner of the fused matrix."""
@@ -330,7 +345,10 @@ class _Watch(TorchFunctionMode):
                 self.product = [x.detach().clone() for x in args[:2]]
             elif name in _ACTIVATIONS and self.activated is None:
                 self.activated = args[0].detach().clone()
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if self.armed and self.split is None and name in ("split", "chunk", "unbind") and len(out) == self.count:
+            self.split = [part.detach().clone() for part in out]
+        return out
 
 
 def _change(rows: Any, watch: _Watch) -> Callable[..., Any]:
@@ -342,8 +360,8 @@ def _change(rows: Any, watch: _Watch) -> Callable[..., Any]:
         watch.armed = True
         if rows is None:
             return None
-        y = y.clone()
-        flat = y.view(-1, y.shape[-1])
+        y = y.clone(memory_format=torch.contiguous_format)
+        flat = y.view(-1, y.shape[-1]) if is_linear(module) else y[0].flatten(1).T
         count = flat[0, rows].shape[-1]
         flat[min(1, len(flat) - 1), rows] += 0.3 * torch.arange(1, count + 1, dtype=y.dtype).cos()
         return y
@@ -352,8 +370,8 @@ def _change(rows: Any, watch: _Watch) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def _seen(model: nn.Module, run: Run, owner: nn.Module, layer: nn.Module, rows: Any) -> _Watch:
-    watch = _Watch()
+def _seen(model: nn.Module, run: Run, owner: nn.Module, layer: nn.Module, count: int, rows: Any) -> _Watch:
+    watch = _Watch(count)
     handles = [
         layer.register_forward_hook(_change(rows, watch)),
         owner.register_forward_hook(lambda *_: watch.close()),
@@ -377,7 +395,7 @@ def check_slices(base: nn.Module, run: Run) -> str:
     for path, slices in fused_layouts(base).items():
         owner, layer = _at(base, above.get(path, path.rpartition(".")[0])), _at(base, path)
         kind = (type(owner), path.rpartition(".")[2], str(slices))
-        if slices is None or kind in kinds or not is_linear(layer):
+        if slices is None or kind in kinds or not is_projection(layer):
             continue
         kinds.add(kind)
         found = _slices_of(base, run, owner, layer, slices)
@@ -390,10 +408,12 @@ def check_slices(base: nn.Module, run: Run) -> str:
 
 
 def _slices_of(base: nn.Module, run: Run, owner: nn.Module, layer: nn.Module, slices: Slices) -> str:
-    before = _seen(base, run, owner, layer, None)
+    before = _seen(base, run, owner, layer, len(slices), None)
     if not before.closed:
         return NONE
-    after = {part: _seen(base, run, owner, layer, slices.rows(part)) for part in slices}
+    after = {part: _seen(base, run, owner, layer, len(slices), slices.rows(part)) for part in slices}
+    if not is_linear(layer):
+        return _split_of(before, after)
     found = {part: _moved(part, before, watch) for part, watch in after.items()}
     if type(owner).__name__ == "ChannelAttention":  # softmax(k^T v) q^T: its q is what others call v
         return OK if found["q"] == {"v"} and {"v"} not in (found["k"], found["v"]) else "q moves the scores"
@@ -403,6 +423,18 @@ def _slices_of(base: nn.Module, run: Run, owner: nn.Module, layer: nn.Module, sl
         if moved not in (None, {part}):
             return f"rows of {part} move {', '.join(sorted(moved)) or 'nothing'}"
     return OK if any(moved is not None for moved in found.values()) else NONE
+
+
+def _split_of(before: _Watch, after: Mapping[str, _Watch]) -> str:
+    """Of convolutions: whether rows of a slice move its part alone of the forward's split, which is in this order."""
+    order = [part for part in "qkv" if part in after]
+    if before.split is None:
+        return "no split into as many parts is seen"
+    for part, watch in after.items():
+        moved = [n for n, x, z in zip(order, before.split, watch.split, strict=True) if not torch.equal(x, z)]
+        if moved != [part]:
+            return f"rows of {part} move {', '.join(moved) or 'nothing'}"
+    return OK
 
 
 def _moved(part: str, before: _Watch, after: _Watch) -> set[str] | None:

@@ -327,8 +327,9 @@ def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> li
     for name in names:
         layer = modules[name]
         check_weight(name, layer, config.backend)
-        ranks = {s: rank_of.get(matrix_key(name, s), default_rank(config, s)) for s in slices[name]}
         K = features(layer)[0]
+        defaults = {s: default_rank(config, s, min(K, rows)) for s, rows in slices[name].items()}
+        ranks = {s: rank_of.get(matrix_key(name, s), rank) for s, rank in defaults.items()}
         groups, lookup = getattr(layer, "groups", 1), isinstance(layer, nn.Embedding)
         refuse_beyond_factors(name, layer, config, ranks, users)
         checked_ranks(ranks, K, slices[name], name, config.any_rank, groups)

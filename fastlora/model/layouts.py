@@ -78,6 +78,18 @@ def _head_first(owner: Any, N: int) -> Slices:
     return _by_head("num_heads", "q", "k", "v")(owner, N) if owner.head_first else _equal("q", "k", "v")(owner, N)
 
 
+def _mobilevit(owner: Any, N: int) -> Slices:
+    return Slices({"q": 1, "k": owner.embed_dim, "v": owner.embed_dim})
+
+
+def _out_dims(owner: Any, N: int) -> Slices:
+    return Slices({"q": owner.dim_out_qk, "k": owner.dim_out_qk, "v": owner.dim_out_v})
+
+
+def _lambda(owner: Any, N: int) -> Slices:
+    return Slices({"q": owner.num_heads * owner.dim_qk, "k": owner.dim_qk, "v": owner.dim_v})
+
+
 def _gcvit(owner: Any, N: int) -> Slices:
     return _equal("k", "v")(owner, N) if owner.use_global else _equal("q", "k", "v")(owner, N)
 
@@ -112,6 +124,7 @@ fastvit.Attention hiera.MaskUnitAttention hieradet_sam2.MultiScaleAttention meta
 mvitv2.MultiScaleAttention nest.Attention swin_transformer.WindowAttention swin_transformer_v2.WindowAttention
 swin_transformer_v2_cr.WindowMultiHeadAttention twins.LocallyGroupedAttn vision_transformer.Attention
 vision_transformer_relpos.RelPosAttention vision_transformer_sam.Attention volo.Attention xcit.XCA
+visformer.Attention
 """
 
 # Owners of a ``gate_up_proj``: act(gate) * up, in this order.
@@ -165,6 +178,20 @@ LAYOUTS: dict[str, Layout] = {
     "levit.LevitAttention.queries_keys_values.linear": _levit,
     "levit.LevitAttentionSubsample.keys_values.linear": _levit_kv,
     "maxxvit.AttentionCl.qkv": _head_first,
+    "maxxvit.Attention2d.qkv": _head_first,
+    "attention2d.Attention2d.qkv": _head_first,
+    "mobilevit.LinearSelfAttention.qkv_proj": _mobilevit,
+    "mobilevitv2.MobileViTV2LinearSelfAttention.qkv_proj.convolution": _mobilevit,
+    "efficientvit_msra.CascadedGroupAttention.qkvs.*.conv": lambda owner, N: Slices(
+        {"q": owner.key_dim, "k": owner.key_dim, "v": owner.val_dim}
+    ),
+    "efficientvit_mit.LiteMLA.qkv.conv": lambda owner, N: Slices(dict.fromkeys("qkv", N // 3), N // (3 * owner.dim)),
+    "shvit.SHSA.qkv.c": lambda owner, N: Slices({"q": owner.qk_dim, "k": owner.qk_dim, "v": owner.pdim}),
+    "bottleneck_attn.BottleneckAttn.qkv": _out_dims,
+    "lambda_layer.LambdaLayer.qkv": _lambda,
+    "halo_attn.HaloAttn.kv": lambda owner, N: Slices({"k": owner.dim_out_qk, "v": owner.dim_out_v}, owner.num_heads),
+    "cpubone.ConvAttention.pwise": _BY_HEAD,
+    "lowformer.ConvAttention.pwise": _BY_HEAD,
     "gcvit.WindowAttentionGlobal.qkv": _gcvit,
     "vision_transformer.ParallelScalingBlock.in_proj": lambda owner, N: Slices(
         dict(zip(("mlp", "q", "k", "v"), owner.in_split, strict=True))

@@ -1,7 +1,4 @@
-"""Which modules can be adapted, and the class that each becomes.
-
-Tables of attention and MLP blocks and of task heads, by structure and name: a model family is one entry.
-"""
+"""Which modules can be adapted, the class that each becomes, and what the roles take."""
 
 from __future__ import annotations
 
@@ -29,113 +26,12 @@ from ..nn.experts import ExpertProjection, ExpertStack
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Adapted, Linear, QKVLinear
 from ..nn.plain import CLASSES
+from ..nn.pointwise import pointwise_class
 from ..nn.quantized import foreign_base, foreign_class
 from ..nn.weight_reads import ASKS
 from .experts import expert_linears, expert_stacks, stack_refusal
+from .families import ATTENTION, HEADS, MIXERS, MLP, NAMED_MLP, POSITIONS, SAYS_MLP, Attention
 from .layouts import known_layout
-
-
-@dataclass(frozen=True)
-class Attention:
-    """An attention block: its input projections and its output projection, by name below the owner."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]  # alternatives, first found; a leading "^" looks below the owner's parent
-    shared: bool = True  # whether inputs of one width are expected to have one input
-
-    @property
-    def fused(self) -> bool:
-        """Whether the inputs are one matrix, which may be in slices."""
-        return len(self.inputs) == 1
-
-
-ATTENTION = (
-    Attention(("qkv",), ("proj", "out_proj", "projection", "to_out", "^output.dense")),
-    Attention(("qkv.linear",), ("proj.ln.linear",)),
-    Attention(("queries_keys_values.linear",), ("projection.linear",)),
-    Attention(("in_proj",), ("out_proj", "attn_out_proj", "^output.dense")),
-    Attention(("q_attn", "c_attn"), ("c_proj",)),  # GPT-2's cross-attention: k and v are one matrix
-    Attention(("c_attn",), ("c_proj",)),
-    Attention(("att_proj",), ("out_proj",)),
-    Attention(("query_key_value",), ("dense",)),
-    Attention(("qkv_proj",), ("o_proj", "out_proj")),
-    Attention(("Wqkv",), ("Wo", "out_proj")),
-    Attention(("to_qkv",), ("merge", "to_out.0", "to_out")),
-    Attention(("qkv_linear",), ("^output.dense",)),
-    Attention(("q", "kv"), ("proj",)),
-    Attention(("q.ln.linear", "kv.linear"), ("proj.ln.linear",)),
-    Attention(("queries.linear", "keys_values.linear"), ("projection.linear",)),
-    Attention(("to_q", "to_kv"), ("to_out",)),
-    Attention(("qk", "v"), ("proj",)),
-    # Latent attention: down-projections of the input, and what they give projected up.
-    Attention(("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"), ("o_proj",), shared=False),
-    Attention(("q_proj", "kv_a_proj_with_mqa", "kv_b_proj"), ("o_proj",), shared=False),
-    Attention(("q_a_proj", "q_gate_proj", "kv_a_proj_with_mqa", "kv_b_proj"), ("o_proj",), shared=False),
-    Attention(("q_a_proj", "q_b_proj", "kv_proj"), ("o_b_proj",), shared=False),
-    Attention(("query", "key", "value"), ("^output.dense", "dense", "proj", "projection_layer", "out_proj", "^output")),
-    Attention(("query_global", "key_global", "value_global"), ()),
-    Attention(("query_proj", "key_proj", "value_proj"), ("^output.dense", "out_proj")),
-    Attention(("projection_query", "projection_key", "projection_value"), ("^output.dense",)),
-    Attention(("project_q", "project_k", "project_v"), ("attention_out",)),
-    Attention(("linear_q", "linear_k", "linear_v"), ("linear_out",)),
-    Attention(("Wq", "Wk", "Wv"), ("dense",)),
-    Attention(("q_proj", "k_proj", "v_proj_current", "v_proj_delayed"), ("o_proj", "out_proj"), shared=False),
-    Attention(("q_content_proj", "k_content_proj", "v_proj"), ("o_proj",), shared=False),  # positions have their own
-    Attention(("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj", "dense", "projection_layer")),
-    Attention(("q_proj.linear", "k_proj.linear", "v_proj.linear"), ("o_proj.linear",)),
-    Attention(("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)),
-    Attention(("q_lin", "k_lin", "v_lin"), ("out_lin",)),
-    Attention(("to_q", "to_k", "to_v"), ("to_out.0", "to_out")),
-    Attention(("wq", "wk", "wv"), ("wo", "proj")),
-    Attention(("q", "k", "v"), ("o", "proj")),
-    Attention(("to_query", "to_key"), ("final",)),  # additive attention, which has no v
-    Attention(("k_proj", "v_proj"), ("output_proj",)),  # of a pool whose queries are parameters
-)
-
-MLP = (
-    ("fc1", "fc2"),
-    ("fc1_g", "fc1_x", "fc2"),
-    ("fc_1", "fc_2", "proj"),
-    ("linear1", "linear2"),
-    ("linear_fc1", "linear_fc2"),
-    ("gate_proj", "up_proj", "down_proj"),
-    ("gate_proj.linear", "up_proj.linear", "down_proj.linear"),
-    ("gate_up_proj", "down_proj"),
-    ("up_proj", "down_proj"),
-    ("intermediate.dense", "output.dense"),
-    ("intermediate_dense", "output_dense"),
-    ("dense_h_to_4h", "dense_4h_to_h"),
-    ("c_fc", "c_proj"),
-    ("fc_in", "fc_out"),
-    ("ffn", "ffn_output"),
-    ("lin1", "lin2"),
-    ("wi_0", "wi_1", "wo"),
-    ("wi", "wo"),
-    ("Wi", "Wo"),
-    ("w0", "w1", "w2"),
-    ("w1", "w2", "w3"),
-    ("w_in.w_0", "w_in.w_1", "w_out"),
-    ("dense1", "dense2"),
-    ("layer_1", "layer_2"),
-    ("pwconv1", "pwconv2"),
-    ("net.0.proj", "net.2"),
-    ("mlp.0", "mlp.3"),
-    ("mlp_layer.1", "mlp_layer.3"),
-)
-
-# Parts of the paths of networks that make positions, which are no MLPs of the model's stream.
-_POSITIONS = re.compile(
-    r"rel_pos|relative_position|pos_mlp|pos_embed|pos_proj|meta_mlp|cpb|dpb|(^|\.)(pos|position)(\.|$)"
-)
-
-# Owners that mix tokens without attention: their projections have no q, k and v.
-_MIXERS = re.compile(r"(Mixer|MambaLayer|ShortConv|GatedDeltaNet|RecurrentBlock|mLSTMLayer|RwkvSelfAttention)$")
-
-# First component of the path of a task head.
-HEADS = (
-    "head", "head_dist", "heads", "classifier", "pre_classifier", "classification_head", "lm_head", "score", "fc",
-    "qa_outputs",
-)  # fmt: skip
 
 
 def _below(owner: nn.Module, name: str) -> nn.Module | None:
@@ -164,45 +60,54 @@ def _join(path: str, name: str) -> str:
 
 
 def attention_blocks(model: nn.Module) -> Iterator[Projections]:
-    """Every attention block of the model, by structure: all inputs must be linears."""
+    """Every attention block of the model, by structure: all inputs must be projections."""
     modules = named_targets(model)
     name_of = {module: name for name, module in modules.items()}
     for path, owner in modules.items():
         taken: set[nn.Module] = set()
         for entry in ATTENTION:
-            found = [_below(owner, name) or modules.get(_join(path, name)) for name in entry.inputs]
-            if not all(is_linear(m) for m in found) or taken.intersection(found):
+            leaves = [(leaf, name) for leaf in entry.inputs for name in _each(owner, leaf)]
+            found = [_below(owner, name) or modules.get(_join(path, name)) for _, name in leaves]
+            if not leaves or not all(is_projection(m) for m in found) or taken.intersection(found):
                 continue
             # A module that several owners share goes by its first name.
             names, layouts = tuple(name_of[m] for m in found), {}
-            for name, leaf, module in zip(names, entry.inputs, found, strict=True):
+            for name, (leaf, _), module in zip(names, leaves, found, strict=True):
                 layout = known_layout(owner, leaf, features(module)[1])
                 if layout is not None or entry.fused:
                     layouts[name] = layout
-            if entry.inputs == ("in_proj",) and layouts[names[0]] is None:
+            if entry.inputs in (("in_proj",), ("pwise",)) and layouts[names[0]] is None:
                 continue  # of a mixer or an MLP, as far as its name goes
             taken.update(found)
             output = _output_of(model, path, entry)
             yield Projections(path, names, entry.fused, entry.shared, layouts, name_of.get(output))
 
 
+def _each(owner: nn.Module, leaf: str) -> list[str]:
+    """The name below an owner, or one for each module of a list where it has a ``*``."""
+    held, star, rest = leaf.partition(".*")
+    modules = _below(owner, held) if star else None
+    return [f"{held}.{i}{rest}" for i in range(len(modules))] if isinstance(modules, nn.ModuleList) else [leaf]
+
+
 def _output_of(model: nn.Module, path: str, entry: Attention) -> nn.Module | None:
     for name in entry.outputs:
         base = path.rpartition(".")[0] if name.startswith("^") else path
         module = _below(model, _join(base, name.lstrip("^")))
-        if is_linear(module):
+        if is_projection(module):
             return module
     return None
 
 
 def mlp_linears(model: nn.Module) -> dict[str, Slices | None]:
-    """Feed-forward linears by structure: full names, and the slices of those that hold a gate beside what it gates."""
+    """Feed-forward projections by structure: full names, and the slices of those that hold a gate beside its input."""
     name_of = {module: name for name, module in model.named_modules()}
     names: dict[str, Slices | None] = {}
     for owner, path in name_of.items():
-        for entry in MLP:
+        named = SAYS_MLP.search(type(owner).__name__)
+        for entry in (*MLP, *NAMED_MLP) if named else MLP:
             found = [_below(owner, n) for n in entry]
-            if all(is_linear(m) for m in found) and not _POSITIONS.search(path):
+            if all((is_projection if named else is_linear)(m) for m in found) and not POSITIONS.search(path):
                 names |= {
                     name_of[m]: known_layout(owner, n, features(m)[1])
                     for n, m in zip(entry, found, strict=True)
@@ -220,7 +125,7 @@ def mixer_linears(model: nn.Module) -> list[str]:
     """Full names of the linears of state-space models, short convolutions and linear recurrences."""
     names = []
     for path, owner in model.named_modules():
-        if _MIXERS.search(type(owner).__name__) and type(owner).__module__.partition(".")[0] == "transformers":
+        if MIXERS.search(type(owner).__name__) and type(owner).__module__.partition(".")[0] == "transformers":
             # Mamba's step sizes are read past the layer on some ways through it.
             read = uses_of_weight(type(owner), "dt_proj")[0]
             names += [
@@ -390,6 +295,11 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear) or class_name(module) == _CONV1D
 
 
+def is_projection(module: Any) -> bool:
+    """Whether a module multiplies every position by one matrix: a linear, or a convolution over channels alone."""
+    return is_linear(module) or pointwise_class(module) is not None
+
+
 def features(module: nn.Module) -> tuple[int, int]:
     """(K, N) of a linear, of a convolution over all channels, of an embedding (V, D)."""
     if isinstance(module, nn.Embedding):
@@ -411,7 +321,7 @@ def adapted_class(module: nn.Module, split: bool) -> type[Adapted] | None:
         return ExpertProjection
     if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) or class_name(module) in _EXACT:
         return QKVLinear if split else Linear
-    return CLASSES.get(type(module))
+    return pointwise_class(module) or CLASSES.get(type(module))
 
 
 def named_targets(model: nn.Module) -> dict[str, nn.Module]:

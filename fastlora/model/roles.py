@@ -12,7 +12,7 @@ from .._utils.reporting import rich_table, text_table
 from ..config import ROLES
 from ..nn.adapter import Slices
 from ..nn.experts import ExpertStack
-from ..nn.linear import Adapted, Linear
+from ..nn.linear import Adapted
 from .experts import expert_parameters, expert_stacks
 from .modules import (
     class_name,
@@ -20,6 +20,7 @@ from .modules import (
     fused_layouts,
     is_head,
     is_linear,
+    is_projection,
     named_targets,
     refusal,
     role_targets,
@@ -74,17 +75,16 @@ def roles(model: nn.Module) -> RoleTable:
     taken = {role: frozenset(role_targets(model, role)) for role in ROLES}
     rows = []
     for name, module in modules.items():
-        if is_linear(module):
+        found = tuple(role for role in ROLES if name in taken[role])
+        if is_linear(module) or (is_projection(module) and (found or isinstance(module, Adapted))):
             K, N = features(module)
-            found = tuple(role for role in ROLES if name in taken[role])
-            slices = module.slices if isinstance(module, Linear) and len(module.slices) > 1 else layouts.get(name)
+            slices = module.slices if isinstance(module, Adapted) and len(module.slices) > 1 else layouts.get(name)
             rows.append(
                 RoleRow(
                     name, (N, K), found, slices, _remark(model, name, module, found, name in layouts and slices is None)
                 )
             )
         elif isinstance(module, ExpertStack):
-            found = tuple(role for role in ROLES if name in taken[role])
             remark = "adapted" if isinstance(module, Adapted) else refusal(model, name) or "a matrix of each expert"
             rows.append(RoleRow(name, tuple(module.weight.shape), found, None, remark))
         else:
@@ -93,7 +93,7 @@ def roles(model: nn.Module) -> RoleTable:
 
 
 def _remark(model: nn.Module, name: str, module: nn.Module, found: tuple[str, ...], unknown: bool) -> str:
-    if isinstance(module, Linear):
+    if isinstance(module, Adapted):
         return "adapted"
     reason = refusal(model, name)
     if reason is not None:

@@ -12,7 +12,8 @@ from ..config import LoraConfig
 from ..nn.adapter import WHOLE, Slices
 from ..nn.experts import ExpertStack
 from ..nn.linear import Linear
-from .modules import class_name, features, fused_layouts, has_suffix, named_targets
+from ..nn.pointwise import Pointwise
+from .modules import class_name, features, fused_layouts, has_suffix, is_projection, named_targets
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +27,13 @@ def slices_of(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> dic
     rows = {name: features(modules[name])[1] for name in names}
     stacks = {name: modules[name].matrices() for name in names if isinstance(modules[name], ExpertStack)}
     found = {name: Slices({WHOLE: N}) for name, N in rows.items()} | stacks
-    held = {name: modules[name].slices for name in names if isinstance(modules[name], Linear)} if split is None else {}
+    adapted = {name: modules[name].slices for name in names if isinstance(modules[name], (Linear, Pointwise))}
+    held = adapted if split is None else {}
     if split is False or (split is None and _parts(config) is None):
         return found | held
     fused, unknown = fused_layouts(model), []
     if isinstance(split, Mapping):
-        return found | _as_told(split, rows, fused)
+        return found | _as_told(split, rows, fused, modules)
     for name in names:
         if name in fused and fused[name] is not None:
             found[name] = fused[name]
@@ -54,7 +56,10 @@ def slices_of(model: nn.Module, config: LoraConfig, names: Sequence[str]) -> dic
 
 
 def _as_told(
-    split: Mapping[str, Mapping[str, int]], rows: Mapping[str, int], known: Mapping[str, Slices | None]
+    split: Mapping[str, Mapping[str, int]],
+    rows: Mapping[str, int],
+    known: Mapping[str, Slices | None],
+    modules: Mapping[str, nn.Module],
 ) -> dict[str, Slices]:
     """Slices of the matrices that ``split`` names, ``ValueError`` where they are none or are known to be others."""
     found = {}
@@ -63,6 +68,12 @@ def _as_told(
         if not hits:
             raise wrong_value("split_qkv", "names of adapted modules", pattern, suggestion(pattern, list(rows)))
         for name in hits:
+            if not is_projection(modules[name]):
+                kind = type(modules[name]).__name__
+                raise ValueError(
+                    f"split_qkv: expected linears, or convolutions with kernels of size 1, one group and no padding, "
+                    f"got {name!r}, a {kind}"
+                )
             slices = Slices(told, getattr(told, "blocks", 1))
             if sum(slices.values()) != rows[name]:
                 raise wrong_value(f"split_qkv[{pattern!r}]", f"slices of the {rows[name]} rows of {name!r}", dict(told))
@@ -81,7 +92,9 @@ def _parts(config: LoraConfig) -> Sequence[str] | None:
     return _PARTS.get(target) if isinstance(target, str) else None
 
 
-def default_rank(config: LoraConfig, name: str) -> int:
-    """The rank of a slice that no pattern speaks of."""
+def default_rank(config: LoraConfig, name: str, most: int) -> int:
+    """The rank of a slice that no pattern speaks of: ``config.r``, or ``most`` where its few rows can have no more."""
     parts = _parts(config)
-    return config.r if parts is None or name == WHOLE or name in parts or name.isdecimal() else 0
+    if parts is None or name == WHOLE:
+        return config.r
+    return min(config.r, most) if name in parts or name.isdecimal() else 0

@@ -17,8 +17,9 @@ from ..config import LoraConfig
 from ..nn.active import chosen_adapter, names_of
 from ..nn.adapter import WHOLE
 from ..nn.linear import adapted_layers
+from .families import HEADS
 from .inject import find_modules_to_save, find_targets, inject, refuse_adapted
-from .modules import HEADS, is_head, saved_modules
+from .modules import is_head, saved_modules
 from .slices import slices_of
 
 

@@ -82,7 +82,7 @@ class Plain(Adapted):
         return merged if bool(merged.isfinite().all()) else None
 
 
-class _Convolution(Plain):
+class Convolution(Plain):
     r"""A convolution with a low-rank update, as in PEFT.
 
     .. math:: y = \mathrm{conv}(x, W) + b + s\, \mathrm{conv}_{1}(\mathrm{conv}(\mathrm{dropout}(x), A), B)
@@ -135,18 +135,18 @@ def kernel_shapes(module: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[
     return (rank, module.in_channels, *module.kernel_size), (module.out_channels, rank // module.groups, *ones)
 
 
-class Conv1d(_Convolution, nn.Conv1d):
-    __doc__ = _Convolution.__doc__
+class Conv1d(Convolution, nn.Conv1d):
+    __doc__ = Convolution.__doc__
     original = nn.Conv1d
 
 
-class Conv2d(_Convolution, nn.Conv2d):
-    __doc__ = _Convolution.__doc__
+class Conv2d(Convolution, nn.Conv2d):
+    __doc__ = Convolution.__doc__
     original = nn.Conv2d
 
 
-class Conv3d(_Convolution, nn.Conv3d):
-    __doc__ = _Convolution.__doc__
+class Conv3d(Convolution, nn.Conv3d):
+    __doc__ = Convolution.__doc__
     original = nn.Conv3d
 
 

@@ -35,41 +35,39 @@ class QuantizedLinear(Linear):
             self.called = True
         route = self.router.traced() if compiling else self.router.route(self.training)
         y = self.base_forward(x) if has_derivative(self) else ForwardOnlyBase.apply(x, self)
-        if self.bypassed(route):
-            return y
-        device = x.device.type
-        seen = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-        view = _Update(self, seen)
-        update = forward_traced(view, seen, route) if compiling else forward_together((view,), seen, route)[0]
-        # Compiled code of torch 2.11 takes the update for a view; it needs no help to save memory.
-        in_place = update.dtype == y.dtype and not compiling
-        y = update.add_(y) if in_place else y + update.to(y.dtype)
-        return self._with_moments(y, x, route)
+        return y if self.bypassed(route) else add_update(self, x, y, route)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The other library's own."""
         return super(Linear, self).forward(x)
 
-    def _with_moments(self, y: Tensor, x: Tensor, route: Route) -> Tensor:
-        """``y``, whose column sums reach the moment leaves of tracked adapters in the backward."""
-        names = (route.adapter,) if route.batch is None else route.batch.names
-        for name in names if torch.is_grad_enabled() else ():
-            probe = self.probes.get(name)
-            there = route.batch is None or name in tracked_adapters(route.batch)
-            if probe is not None and probe.V is not None and probe.live and there:
-                y = with_moments(y, probe.V, token_mask_rows(x, route, name), update_backend(self))
-        return y
-
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.weight.device)
 
 
+def add_update(layer: Adapted, x: Tensor, y: Tensor, route: Route) -> Tensor:
+    """``y + s dropout(x) A^T B^T`` of a base's own y [*, N]; column sums reach moment leaves in the backward."""
+    device, compiling = x.device.type, torch.compiler.is_compiling()
+    seen = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    view = _Update(layer, seen)
+    update = forward_traced(view, seen, route) if compiling else forward_together((view,), seen, route)[0]
+    # Compiled code of torch 2.11 takes the update for a view; it needs no help to save memory.
+    in_place = update.dtype == y.dtype and y.is_contiguous() and not compiling
+    y = update.add_(y) if in_place else y + update.to(y.dtype)
+    for name in route.names if torch.is_grad_enabled() else ():
+        probe = layer.probes.get(name)
+        there = route.batch is None or name in tracked_adapters(route.batch)
+        if probe is not None and probe.V is not None and probe.live and there:
+            y = with_moments(y, probe.V, token_mask_rows(x, route, name), update_backend(layer))
+    return y
+
+
 class _Update(LayerView):
-    """A foreign layer as the operator is to see it: a weight that nobody multiplies by, and no moments of y."""
+    """A layer as the operator is to see it: a weight that nobody multiplies by, and no moments of y."""
 
     engine = NONE
 
-    def __init__(self, layer: QuantizedLinear, x: Tensor):
+    def __init__(self, layer: Adapted, x: Tensor):
         shape = (layer.out_features, layer.in_features)
         super().__init__(layer, torch.zeros((), dtype=x.dtype, device=x.device).expand(shape), None)
         self.backend = update_backend(layer)
@@ -83,7 +81,7 @@ class _WithoutMoments(PartOfProbe):
         self.probe, self.width, self.taken, self.Z, self.V = probe, probe.width, probe.taken, probe.Z, None
 
 
-def update_backend(layer: QuantizedLinear) -> str:
+def update_backend(layer: Adapted) -> str:
     """Off the CPU only torch's operators leave the base's matmul to others."""
     return "reference" if layer.backend == "auto" and layer.weight.device.type != "cpu" else layer.backend
 

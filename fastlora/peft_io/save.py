@@ -25,6 +25,7 @@ from ..nn.experts import ExpertProjection
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, adapted_layers
 from ..nn.plain import CONVOLUTIONS, Plain, kernel_shapes
+from ..nn.pointwise import Pointwise
 from ..nn.token_rows import token_rows
 from .effect import warn_of_peft
 from .experts import experts_stacked
@@ -334,7 +335,7 @@ def _stored(
         return _Stored(As, Bs, _alpha(1.0 if fold else s, rank), slices, rank)
     scales, live = layer.adapter_specs[adapter].scale, [*factors]
     ranks = {name: len(factors[name][0]) if name in factors else 0 for name in layer.slices}
-    if isinstance(layer, Plain):
+    if isinstance(layer, Plain) and not isinstance(layer, Pointwise):
         return _kernels(layer, *factors[WHOLE], s, fold)
     ratios = {name: scales[name] / s if s and not fold else 1.0 for name in layer.slices}
     own = sum(ranks.values())
@@ -352,6 +353,8 @@ def _stored(
     told = set(layer.slices) != {WHOLE} or own < rank or any(ratio != 1.0 for ratio in ratios.values())
     blocks = layer.slices.blocks
     slices = tuple(Slice(n, rows, ranks[n], ratios[n], blocks) for n, rows in layer.slices.items()) if told else ()
+    if isinstance(layer, Pointwise):
+        stacked, block = (t.view(shape) for t, shape in zip((stacked, block), kernel_shapes(layer, rank), strict=True))
     return _Stored(stacked, block, _alpha(1.0 if fold else s, rank), slices)
 
 

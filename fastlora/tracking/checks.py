@@ -11,6 +11,7 @@ from torch import nn
 
 from .._utils.errors import check_choice, check_instance, check_integer, check_number, listed, wrong_type, wrong_value
 from .._utils.torch_compat import scale_of
+from ..nn.experts import ExpertProjection
 from ..nn.linear import Linear, adapted_layers
 from .statistics import COVARIANCES
 
@@ -44,7 +45,7 @@ def checked_probe_kind(probe_kind: Any, estimator: str, layers: Mapping[str, Any
     if estimator != "probe" and probe_kind != "rademacher":
         raise wrong_value("probe_kind", f"'rademacher' with estimator={estimator!r}", probe_kind)
     for path, layer in layers.items() if probe_kind == "columns" else ():
-        if not isinstance(layer, Linear):
+        if isinstance(layer, ExpertProjection):
             why = f"{path!r} holds {listed([*layer.slices])} by rows of x"
             raise ValueError(f"probe_kind: expected 'rademacher' or estimator='exact' where {why}, got 'columns'")
     return probe_kind
@@ -119,6 +120,8 @@ def _is_auto(argument: str, value: Any) -> bool:
 def refuse_windows(model: nn.Module, layers: dict[str, Linear]) -> None:
     modules = dict(model.named_modules())
     for path in layers:
-        kind = type(modules[path.rpartition(".")[0]]).__name__
-        if "Window" in kind:
-            raise ValueError(f"statistics: 'fisher' needs samples in dimension 0; {path!r} sees windows ({kind})")
+        parts = path.split(".")
+        for depth, leaf in enumerate(parts):
+            kind = type(modules[".".join(parts[:depth])]).__name__
+            if "Window" in kind or ("Partition" in kind and leaf == "attn"):
+                raise ValueError(f"statistics: 'fisher' needs samples in dimension 0; {path!r} sees windows ({kind})")

@@ -78,6 +78,11 @@ def test_litgpt(tmp_path):
     mlp(ids).square().mean().backward()
     assert all(p.grad is not None for p in mlp.parameters() if p.requires_grad)
     assert len(fastlora.summary(mlp).rows) == 3
+    config.mlp_class_name = "GptNeoxMLP"
+    plain = fastlora.inject(litgpt.GPT(config), fastlora.LoraConfig(r=2, target_modules="mlp"))
+    plain(ids).square().mean().backward()
+    assert [row.key for row in fastlora.summary(plain).rows] == [f"transformer.h.0.mlp.{n}" for n in ("fc", "proj")]
+    assert all(p.grad is not None for p in plain.parameters() if p.requires_grad)
 
 
 def test_trls_sft_trainer(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.fused_zoo import FUSED
+from support.fused_zoo import CONVOLVED, FUSED
 from support.helpers import config, randomise
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -18,7 +18,10 @@ EVERY = pytest.mark.parametrize("name", FUSED)
 
 def build(name):
     torch.manual_seed(0)
-    return FUSED[name].make().double().eval()
+    model = FUSED[name].make().double().eval()
+    for parameter in model.parameters() if name in CONVOLVED else ():  # norms whose weight starts at 0
+        parameter.data += 0.2 * torch.randn(parameter.shape, dtype=parameter.dtype)
+    return model
 
 
 class FirstScores(TorchFunctionMode):
@@ -32,16 +35,33 @@ class FirstScores(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
+class FirstSplit(TorchFunctionMode):
+    """The parts of the first split after ``armed`` into as many as there are slices."""
+
+    armed, seen = False, None
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if self.armed and self.seen is None and getattr(func, "__name__", "") in ("split", "chunk", "unbind"):
+            self.seen = [part.detach().clone() for part in out] if len(out) == self.count else None
+        return out
+
+
 @torch.no_grad()
-def scores(name, model, rows):
-    """Attention scores of the first fused matrix and the output, with some rows of the second token changed."""
+def seen(name, model, rows, mode):
+    """What a mode sees of the first fused matrix and the output, with some rows of the second token changed."""
     layer = next(iter(FUSED[name].fused(model).values()))
-    mode = FirstScores()
 
     def change(module, args, y):
         if not mode.armed:
             mode.armed, y = True, y.clone()
-            y.view(-1, y.shape[-1])[1, rows] += 0.3 * torch.arange(1, len(rows) + 1, dtype=y.dtype).cos()
+            convolved = isinstance(layer, (nn.Conv1d, nn.Conv2d))
+            tokens = y.flatten(2).transpose(1, 2)[0] if convolved else y.view(-1, y.shape[-1])
+            tokens[1, rows] += 0.3 * torch.arange(1, len(rows) + 1, dtype=y.dtype).cos()
         return y
 
     handle = layer.register_forward_hook(change)
@@ -51,7 +71,22 @@ def scores(name, model, rows):
     return mode.seen, y
 
 
-@EVERY
+def scores(name, model, rows):
+    return seen(name, model, rows, FirstScores())
+
+
+@pytest.mark.parametrize("name", CONVOLVED)
+def test_rows_of_a_slice_of_channels_are_the_part_that_the_forward_splits_off(name):
+    model, rows = build(name), FUSED[name].rows()
+    before, y = seen(name, model, [], FirstSplit(len(rows)))
+    for part in rows:
+        after, changed = seen(name, model, rows[part], FirstSplit(len(rows)))
+        order = [p for p in "qkv" if p in rows]  # of the split in every forward
+        moved = [p for p, a, b in zip(order, before, after, strict=True) if not torch.equal(a, b)]
+        assert moved == [part] and not torch.equal(y, changed)
+
+
+@pytest.mark.parametrize("name", [name for name, fused in FUSED.items() if fused.scores])
 def test_rows_of_a_slice_move_what_it_feeds(name):
     model, rows = build(name), FUSED[name].rows()
     before, y = scores(name, model, [])
@@ -92,13 +127,15 @@ def as_dense(name, model):
     for path, layer in adapted_layers(model).items():
         target, rows = plain.get_submodule(path), FUSED[name].rows()
         W = target.weight.detach().clone()
+        W = W.flatten(1) if W.dim() > 2 else W
         W = W.t().contiguous() if W.shape != (layer.out_features, layer.in_features) else W
         for part in layer.slices:
             A, B = (getattr(side["default"], part) for side in (layer.lora_A, layer.lora_B))
             if A is not None:
-                chosen = rows[part] if path.endswith(FUSED[name].leaf) else slice(None)
+                chosen = rows[part] if path.endswith(FUSED[name].leaf) else layer.slices.rows(part)
                 W[chosen] += layer.adapter_specs["default"].scale[part] * B.detach() @ A.detach()
-        target.weight = nn.Parameter(W if target.weight.shape == W.shape else W.t().contiguous())
+        conv1d = type(target).__name__ == "Conv1D"
+        target.weight = nn.Parameter(W.t().contiguous() if conv1d else W.view_as(target.weight))
         modules[path] = target
     return plain, modules
 
@@ -113,13 +150,14 @@ def test_output_and_every_gradient(name):
     expected.square().mean().backward()
     for path, layer in adapted_layers(model).items():
         G = modules[path].weight.grad
+        G = G.flatten(1) if G.dim() > 2 else G
         G = G if G.shape == (layer.out_features, layer.in_features) else G.t()
         for part in layer.slices:
             A, B = (getattr(side["default"], part) for side in (layer.lora_A, layer.lora_B))
             if A is None:
                 assert part == "mlp"
                 continue
-            own = G[FUSED[name].rows()[part]] if path.endswith(FUSED[name].leaf) else G
+            own = G[FUSED[name].rows()[part] if path.endswith(FUSED[name].leaf) else layer.slices.rows(part)]
             s = layer.adapter_specs["default"].scale[part]
             torch.testing.assert_close(A.grad, s * B.detach().T @ own, rtol=1e-7, atol=1e-12)
             torch.testing.assert_close(B.grad, s * own @ A.detach().T, rtol=1e-7, atol=1e-12)

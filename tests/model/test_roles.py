@@ -275,6 +275,46 @@ def test_networks_of_positions_and_heads_are_no_mlps():
     assert not any(name.startswith("head") for name in role_targets(former, "mlp"))
 
 
+def test_convolutions_over_channels():
+    import timm
+
+    model = timm.create_model("mobilevitv2_050", num_classes=5)
+    blocks = [f"stages.2.1.transformer.{i}" for i in range(2)]
+    mlps = role_targets(model, "mlp")
+    assert {f"{block}.mlp.fc{i}" for block in blocks for i in (1, 2)} <= set(mlps)
+    assert all(".mlp." in name for name in mlps)
+    assert role_targets(model, "all-linear") == []
+    row = next(row for row in fastlora.roles(model).rows if row.name == f"{blocks[0]}.attn.qkv_proj")
+    assert row.slices == {"q": 1, "k": 64, "v": 64} and row.roles == ("qkv", "attention") and row.shape == (129, 64)
+    fastlora.inject(model, fastlora.LoraConfig(target_modules="qkv"))
+    assert model.get_submodule(row.name).ranks() == {"q": 1, "k": 8, "v": 8}  # one row can have no more
+
+
+def test_gates_of_channels_are_no_mlps():
+    import timm
+
+    model = timm.create_model("mobilenetv3_small_050", num_classes=5)
+    assert any(name.endswith("se.conv_reduce") for name, _ in model.named_modules())
+    with_fc = nn.ModuleDict({"se": timm.layers.SEModule(16)})
+    assert isinstance(with_fc["se"].fc1, nn.Conv2d)
+    assert role_targets(model, "mlp") == [] == role_targets(with_fc, "mlp")
+
+
+def test_convolutions_whose_owner_is_unknown_stay_one_matrix():
+    owner = nn.ModuleDict({"qkv": nn.Conv2d(8, 24, 1), "proj": nn.Conv2d(8, 8, 1), "pwise": nn.Conv2d(8, 24, 1)})
+    rows = {row.name: row for row in fastlora.roles(nn.ModuleDict({"attn": owner})).rows}
+    assert [*rows] == ["attn.qkv", "attn.proj"] and "q, k and v lie" in rows["attn.qkv"].remark
+    grouped = nn.ModuleDict({"qkv": nn.Conv2d(8, 24, 1, groups=2), "proj": nn.Conv2d(8, 8, 3, padding=1)})
+    assert fastlora.roles(grouped).rows == ()
+
+
+def test_an_mlp_of_fc_and_proj():
+    """litgpt's GptNeoxMLP."""
+    mlp = nn.ModuleDict({"fc": nn.Linear(8, 16), "proj": nn.Linear(16, 8)})
+    assert role_targets(nn.ModuleDict({"mlp": mlp}), "mlp") == ["mlp.fc", "mlp.proj"]
+    assert role_targets(nn.ModuleDict({"fc": nn.Linear(8, 16), "proj": nn.Linear(16, 8)}), "mlp") == ["proj"]
+
+
 def test_a_table_of_an_adapted_model():
     model = FUSED["falcon_grouped"].make()
     before = {row.name: row.slices for row in fastlora.roles(model).rows}

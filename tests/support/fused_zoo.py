@@ -22,7 +22,8 @@ _IDS = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(3))
 class Fused:
     """A model, a pass of it, the suffix of its fused matrices, and the parts of each block of rows in order.
 
-    ``roles``: how many modules qkv, attention and mlp mean.
+    ``roles``: how many modules qkv, attention and mlp mean. ``scores``: whether a softmax over queries by keys shows
+    what q and k feed; else the split alone that the forward makes.
     """
 
     make: Callable[[], nn.Module]
@@ -31,6 +32,7 @@ class Fused:
     parts: tuple[tuple[str, int], ...]
     blocks: int
     roles: tuple[int, int, int]
+    scores: bool = True
 
     def rows(self) -> dict[str, list[int]]:
         found, row = {name: [] for name, _ in self.parts}, 0
@@ -85,6 +87,31 @@ def _timm(name: str, **fields) -> Callable[[], nn.Module]:
     return make
 
 
+class _Around(nn.Module):
+    """An attention of convolutions between others, which are in no role."""
+
+    def __init__(self, channels: int, attention: nn.Module, after: int):
+        super().__init__()
+        self.stem, self.attn, self.out = nn.Conv2d(3, channels, 1), attention, nn.Conv2d(after, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.attn(self.stem(x)))
+
+
+def _convolved(where: str, owner: str, channels: int = 16, after: int | None = None, **fields):
+    def make() -> nn.Module:
+        enable_torchvision()
+        import importlib
+
+        kind = getattr(importlib.import_module(f"timm.{where}"), owner)
+        attention = kind(**fields)
+        if hasattr(attention, "fused_attn"):
+            attention.fused_attn = False
+        return _Around(channels, attention, after or channels)
+
+    return make
+
+
 def _even(rows: int, names: str = "qkv") -> tuple[tuple[str, int], ...]:
     return tuple((name, rows) for name in names)
 
@@ -92,6 +119,63 @@ def _even(rows: int, names: str = "qkv") -> tuple[tuple[str, int], ...]:
 _FALCON = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 _GATE_UP = (("gate", 48), ("up", 48))
 _XP = dict(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=4)
+
+# Of convolutions over channels alone.
+CONVOLVED: dict[str, Fused] = {
+    "visformer": Fused(
+        _timm("visformer_tiny", img_size=64, init_channels=8, embed_dim=32, depth=(1, 1, 1), num_heads=2), _image(64),
+        "stage2.0.attn.qkv", _even(32), 1, (2, 4, 6),
+    ),
+    "coatnet": Fused(
+        _convolved("models.maxxvit", "Attention2d", dim=16, dim_head=8, head_first=True), _image(4), "qkv", _even(8), 2,
+        (1, 2, 0),
+    ),
+    "attention2d": Fused(
+        _convolved("layers.attention2d", "Attention2d", dim=16, num_heads=2), _image(4), "qkv", _even(16), 1, (1, 2, 0),
+    ),
+    "mobilevitv2": Fused(
+        _timm("mobilevitv2_050"), _image(64), "stages.2.1.transformer.0.attn.qkv_proj",
+        (("q", 1), ("k", 64), ("v", 64)), 1, (9, 18, 18), False,
+    ),
+    "mobilevitv2 of transformers": Fused(
+        _lm("MobileViTV2", width_multiplier=0.25, image_size=64, n_attn_blocks=[1, 1, 1], output_stride=8),
+        lambda model: _image(64)(lambda x: model(pixel_values=x).last_hidden_state),
+        "encoder.layer.2.transformer.layer.0.attention.qkv_proj.convolution",
+        (("q", 1), ("k", 32), ("v", 32)), 1, (3, 6, 6), False,
+    ),
+    "efficientvit_msra": Fused(
+        _timm("efficientvit_m0", img_size=64, embed_dim=(16, 32, 48), num_heads=(2, 2, 2), depth=(1, 1, 1)), _image(64),
+        "stages.0.blocks.0.mixer.m.attn.qkvs.0.conv", (("q", 16), ("k", 16), ("v", 8)), 1, (6, 9, 20), False,
+    ),
+    "efficientvit_mit": Fused(
+        _convolved("models.efficientvit_mit", "LiteMLA", in_channels=16, out_channels=16), _image(4), "qkv.conv",
+        _even(8), 2, (1, 2, 0), False,
+    ),
+    "shvit": Fused(
+        _convolved("models.shvit", "SHSA", dim=16, qk_dim=4, pdim=8), _image(4), "qkv.c",
+        (("q", 4), ("k", 4), ("v", 8)), 1, (1, 2, 0),
+    ),
+    "lowformer": Fused(
+        _convolved("models.lowformer", "ConvAttention", channels=120, input_dim=120, head_dim_mul=0.5), _image(8),
+        "pwise", _even(30), 2, (1, 2, 0),
+    ),
+    "cpubone": Fused(
+        _convolved("models.cpubone", "ConvAttention", channels=120, input_dim=120, head_dim_mul=0.5), _image(8),
+        "pwise", _even(30), 2, (1, 2, 0),
+    ),
+    "bottleneck": Fused(
+        _convolved("layers.bottleneck_attn", "BottleneckAttn", dim=16, feat_size=(4, 4), num_heads=2, qk_ratio=0.5),
+        _image(4), "qkv", (("q", 8), ("k", 8), ("v", 16)), 1, (1, 1, 0),
+    ),
+    "lambda": Fused(
+        _convolved("layers.lambda_layer", "LambdaLayer", dim=16, num_heads=2, dim_head=4, r=3), _image(4), "qkv",
+        (("q", 8), ("k", 4), ("v", 8)), 1, (1, 1, 0), False,
+    ),
+    "halo": Fused(
+        _convolved("layers.halo_attn", "HaloAttn", dim=16, num_heads=2, dim_head=4, block_size=2, halo_size=1),
+        _image(4), "kv", (("k", 4), ("v", 8)), 2, (2, 2, 0), False,
+    ),
+}  # fmt: skip
 
 FUSED: dict[str, Fused] = {
     "phi3": Fused(
@@ -165,4 +249,5 @@ FUSED: dict[str, Fused] = {
         ),
         _image(32), ".qk", _even(16, "qk"), 1, (4, 6, 4),
     ),
+    **CONVOLVED,
 }  # fmt: skip
