@@ -275,7 +275,7 @@ def check_checkpointing(base: nn.Module, run: Run, role: str) -> str:
 
 def _recomputes(model: nn.Module) -> bool:
     """Switch recomputation on without the randomness of training."""
-    for switch in ("gradient_checkpointing_enable", "set_grad_checkpointing"):
+    for switch in ("gradient_checkpointing_enable", "set_grad_checkpointing", "enable_gradient_checkpointing"):
         method = getattr(model, switch, None)
         if callable(method):
             try:

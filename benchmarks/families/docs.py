@@ -63,7 +63,7 @@ def _sections(rows: Rows) -> Iterator[str]:
         shown = {**row, "compile": f"as {compiled[codes[0]]}"} if alike else row
         return [name, _roles(row), *[_cell(shown[c]) for c in (*COLUMNS, "reason")]]
 
-    for library in ("transformers", "timm", "open_clip", "torchvision", "torch"):
+    for library in ("transformers", "timm", "open_clip", "torchvision", "torch", "diffusers"):
         own = {key.partition("/")[2]: row for key, row in rows.items() if key.startswith(library + "/")}
         found = {name: row for name, row in own.items() if row["roles"] and not row.get("structure")}
         counted = {name: row for name, row in own.items() if row["roles"] and row.get("structure")}

@@ -42,10 +42,14 @@ def contained(model: nn.Module, roles: Iterable[str]) -> set[str]:
 
 def attention_code(model: nn.Module) -> str:
     """A name for the forwards of the owners of q, k and v, alike for classes that differ in their names alone."""
-    owners = {type(model.get_submodule(block.owner)) for block in attention_blocks(model)}
+    owners = [model.get_submodule(block.owner) for block in attention_blocks(model)]
+    forwards = {
+        (type(owner).forward, getattr(type(getattr(owner, "processor", None)), "__call__", None)) for owner in owners
+    }
     found = set()
-    for owner in owners:
-        words = re.sub(r"[A-Z]\w*", "Name", inspect.getsource(inspect.unwrap(owner.forward)))
+    for forward, processor in forwards:
+        code = [inspect.getsource(inspect.unwrap(f)) for f in (forward, processor) if inspect.isfunction(f)]
+        words = re.sub(r"[A-Z]\w*", "Name", "".join(code))
         found.add(hashlib.sha1(words.encode()).hexdigest()[:8])
     return " ".join(sorted(found))
 
