@@ -188,7 +188,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
         dict(in_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=8, out_visual_dim=4, model_dim=32, ff_dim=24,
              num_text_blocks=1, num_visual_blocks=1, axes_dims=(4, 4, 8)),
         lambda: _time(hidden_states=real(2, 2, 8, 8, 4), encoder_hidden_states=real(2, 5, 16),
-                      pooled_projections=real(2, 8), visual_rope_pos=[torch.arange(2), torch.arange(4), torch.arange(4)],
+                      pooled_projections=real(2, 8), visual_rope_pos=[torch.arange(n) for n in (2, 4, 4)],
                       text_rope_pos=torch.arange(5)),
     ),
     "LTXVideoTransformer3DModel": (
@@ -215,7 +215,8 @@ _MODELS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
         "LuminaNextDiT2DModel",
         dict(sample_size=8, patch_size=2, in_channels=4, hidden_size=16, num_layers=1, num_attention_heads=2,
              num_kv_heads=1, multiple_of=8, cross_attention_dim=16),
-        lambda: _image(encoder_mask=_MASK, image_rotary_emb=torch.polar(torch.ones(4, 4, 4).double(), real(4, 4, 4)), cross_attention_kwargs={}),
+        lambda: _image(encoder_mask=_MASK, cross_attention_kwargs={},
+                       image_rotary_emb=torch.polar(torch.ones(4, 4, 4).double(), real(4, 4, 4))),
     ),
     "MochiTransformer3DModel": (
         "MochiTransformer3DModel",
@@ -284,9 +285,9 @@ _MODELS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
     ),
     "UVit2DModel": (
         "UVit2DModel",
-        dict(hidden_size=16, cond_embed_dim=16, micro_cond_encode_dim=4, micro_cond_embed_dim=20, encoder_hidden_size=16,
-             vocab_size=40, codebook_size=32, in_channels=16, block_out_channels=16, num_res_blocks=1,
-             block_num_heads=2, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, sample_size=4),
+        dict(hidden_size=16, cond_embed_dim=16, micro_cond_encode_dim=4, micro_cond_embed_dim=20,
+             encoder_hidden_size=16, vocab_size=40, codebook_size=32, in_channels=16, block_out_channels=16,
+             num_res_blocks=1, block_num_heads=2, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, sample_size=4),
         lambda: dict(input_ids=ids(32, 2, 4, 4), encoder_hidden_states=real(2, 5, 16), pooled_text_emb=real(2, 16),
                      micro_conds=real(2, 5)),
     ),

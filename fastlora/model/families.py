@@ -36,7 +36,7 @@ ATTENTION = (
     Attention(("qkv_proj",), ("o_proj", "out_proj")),
     Attention(("qkv_proj.convolution",), ("out_proj.convolution",)),
     Attention(("Wqkv",), ("Wo", "out_proj")),
-    Attention(("to_qkv",), ("merge", "to_out.0", "to_out")),
+    Attention(("to_qkv",), ("merge", "to_out.0", "to_out", "^proj_out")),
     Attention(("to_added_qkv",), ("to_add_out",)),
     Attention(("to_added_kv",), ()),
     Attention(("to_qkv_mlp_proj",), ("to_out",)),

@@ -273,7 +273,7 @@ def known_layout(owner: nn.Module, leaf: str, N: int) -> Slices | None:
 
 
 def called_instead(owner: nn.Module, leaf: str) -> str | None:
-    """What an attention of diffusers calls in place of ``owner.<leaf>``, with its projections fused or fused no more."""
+    """What an attention of diffusers calls in place of ``owner.<leaf>``: projections fused, or fused no more."""
     if not hasattr(owner, "fused_projections"):
         return None
     made = {s: parts for s, parts in _STACKS.items() if {s, *parts} <= owner._modules.keys()}
