@@ -145,8 +145,11 @@ def examined(family: Family, compiled: bool = True, seconds: int = SECONDS) -> d
             row["reason"] = str(error)
     if not row["roles"] and row["reason"] and family.whole is not None:
         with contextlib.suppress(Exception):
-            row["roles"] = structure.role_counts(family.whole())
+            whole = family.whole()
+            row["roles"] = structure.role_counts(whole)
             row["structure"] = True
+            if not row["roles"] and structure.why_no_attention(whole) == structure.NO_ATTENTION:
+                row["reason"] = structure.NO_ATTENTION
     row["seconds"] = round(time.process_time() - started, 1)
     return row
 

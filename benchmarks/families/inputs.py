@@ -75,6 +75,57 @@ _INPUTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
         lambda m: {"input_values": real(2, 1, 4000)},
     ),
     **dict.fromkeys(("glmasr_encoder", "voxtral_realtime_encoder"), lambda m: {"input_features": real(2, 16, 48)}),
+    **dict.fromkeys(("granite_speech5_ctc", "granite_speech5_encoder"), lambda m: {"input_features": real(2, 24, 64)}),
+    **dict.fromkeys(
+        ("pp_ocrv5_mobile_rec", "pp_ocrv5_server_rec"),
+        lambda m: {"pixel_values": real(2, 3, 96, 96)},
+    ),
+    **dict.fromkeys(
+        ("muse_glimmer_vision", "muse_spark_vision"),
+        lambda m: {
+            next(iter(inspect.signature(m.forward).parameters)): real(16, 1176),
+            "grid_thw": torch.tensor([[1, 4, 4]]),
+        },
+    ),
+    "audioflamingo3_encoder": lambda m: {
+        "input_features": real(2, 16, 2 * m.config.max_source_positions),
+        "input_features_mask": torch.ones(2, 2 * m.config.max_source_positions).long(),
+    },
+    "blip_2_qformer": lambda m: {
+        "query_embeds": real(2, 4, 32),
+        "encoder_hidden_states": real(2, 6, m.config.encoder_hidden_size),
+    },
+    **dict.fromkeys(("sam3", "sam3_lite_text"), _both),
+    "pe_audio_encoder": lambda m: {"input_values": real(2, 1, 4000)},
+    "pe_video_encoder": lambda m: {"pixel_values_videos": _video(m)},
+    "instructblipvideo": lambda m: {**_blip(m), "qformer_input_ids": ids(40)},
+    "video_llama_3_vision": lambda m: {
+        "pixel_values": real(16, 3 * m.config.patch_size**2),
+        "grid_thw": torch.tensor([[1, 4, 4]]),
+        "merge_sizes": torch.tensor([1]),
+    },
+    "evolla": lambda m: {"input_ids": ids(40)},
+    "fun_asr_nano_encoder": lambda m: {
+        "input_features": real(2, 24, 112),
+        "input_features_mask": torch.ones(2, 24).long(),
+    },
+    "idefics": lambda m: {
+        "input_ids": ids(40),
+        "pixel_values": _pixels(m).unsqueeze(1),
+        "image_attention_mask": torch.ones(2, 8, 1).long(),
+    },
+    "mm-grounding-dino": _both,
+    "qwen3_asr_encoder": lambda m: {
+        "input_features": real(2, 16, 100),
+        "input_features_mask": torch.ones(2, 100).long(),
+    },
+    "oneformer": lambda m: {"pixel_values": _pixels(m), "task_inputs": ids(40, 2, m.config.task_seq_len)},
+    "timesfm": lambda m: {
+        "past_values": real(2, m.config.context_length),
+        "freq": torch.zeros(2, 1).long(),
+        "past_values_padding": torch.zeros(2, m.config.context_length).double(),
+    },
+    "videoprism": lambda m: {"input_ids": ids(40), "pixel_values_videos": _video(m)},
     "xclip": lambda m: {"input_ids": ids(40), "pixel_values": _video(m)},
     "siglip2": lambda m: {"input_ids": ids(40), **_patches(m)},
     "siglip2_vision_model": _patches,

@@ -66,6 +66,7 @@ ATTENTION = (
     Attention(("q_proj.linear", "k_proj.linear", "v_proj.linear"), ("o_proj.linear",)),
     Attention(("add_q_proj", "add_k_proj", "add_v_proj"), ("to_add_out",)),
     Attention(("q_lin", "k_lin", "v_lin"), ("out_lin",)),
+    Attention(("q_head", "k_head", "v_head"), ("post_proj",)),
     Attention(("to_q", "to_k", "to_v"), ("to_out.0", "to_out", "^proj_out")),
     Attention(("to_q_t", "to_k_t", "to_v_t"), ("to_out_t",)),
     Attention(("add_k_proj", "add_v_proj"), ()),
@@ -94,7 +95,9 @@ MLP = (
     ("gate_proj.linear", "up_proj.linear", "down_proj.linear"),
     ("gate_up_proj", "down_proj"),
     ("up_proj", "down_proj"),
+    ("gate_proj", "down_proj"),
     ("intermediate.dense", "output.dense"),
+    ("intermediate_query.dense", "output_query.dense"),
     ("intermediate_dense", "output_dense"),
     ("dense_h_to_4h", "dense_4h_to_h"),
     ("c_fc", "c_proj"),
@@ -115,18 +118,22 @@ MLP = (
     ("feed_forward.in_layer", "feed_forward.out_layer"),
     ("channelwise.0", "channelwise.4"),
     ("ff.0", "ff.3"),
+    ("mlp.0", "mlp.3"),
+    ("mlp_layer.1", "mlp_layer.3"),
+)
+
+# Of owners whose class says that they are an MLP, which may also be of convolutions over channels: others of these
+# names are gates of channels (squeeze and excite), projectors, or residual blocks.
+NAMED_MLP = (
+    ("linear_1", "linear_2"),
     ("fc1.conv", "fc2.conv"),
     ("conv1", "conv3"),
     ("conv1", "conv2"),
     ("conv1.convolution", "conv2.convolution"),
     ("pw1.conv", "pw2.conv"),
     ("pw1.c", "pw2.c"),
-    ("mlp.0", "mlp.3"),
-    ("mlp_layer.1", "mlp_layer.3"),
 )
-
-# Owners whose convolutions over channels are an MLP; others are gates of channels (squeeze and excite).
-CONVOLVED_MLPS = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
+SAYS_MLP = re.compile(r"mlp|ffn|feed_?forward", re.IGNORECASE)
 
 # Parts of the paths of networks that make positions, which are no MLPs of the model's stream.
 POSITIONS = re.compile(

@@ -30,7 +30,7 @@ from ..nn.pointwise import pointwise_class
 from ..nn.quantized import foreign_base, foreign_class
 from ..nn.weight_reads import ASKS
 from .experts import expert_linears, expert_stacks, stack_refusal
-from .families import ATTENTION, CONVOLVED_MLPS, HEADS, MIXERS, MLP, POSITIONS, Attention
+from .families import ATTENTION, HEADS, MIXERS, MLP, NAMED_MLP, POSITIONS, SAYS_MLP, Attention
 from .layouts import called_instead, known_layout
 
 
@@ -102,14 +102,14 @@ def _output_of(model: nn.Module, path: str, entry: Attention) -> nn.Module | Non
 
 
 def mlp_linears(model: nn.Module) -> dict[str, Slices | None]:
-    """Feed-forward projections by structure: full names, and the slices of those that hold a gate beside what it gates."""
+    """Feed-forward projections by structure: full names, and the slices of those that hold a gate beside its input."""
     name_of = {module: name for name, module in model.named_modules()}
     names: dict[str, Slices | None] = {}
     for owner, path in name_of.items():
-        for entry in MLP:
+        named = SAYS_MLP.search(type(owner).__name__)
+        for entry in (*MLP, *NAMED_MLP) if named else MLP:
             found = [_below(owner, n) for n in entry]
-            known = is_projection if CONVOLVED_MLPS.search(type(owner).__name__) else is_linear
-            if all(known(m) for m in found) and not POSITIONS.search(path):
+            if all((is_projection if named else is_linear)(m) for m in found) and not POSITIONS.search(path):
                 names |= {
                     name_of[m]: known_layout(owner, n, features(m)[1])
                     for n, m in zip(entry, found, strict=True)

@@ -71,8 +71,8 @@ def _as_told(
             if not is_projection(modules[name]):
                 kind = type(modules[name]).__name__
                 raise ValueError(
-                    f"split_qkv: expected linears, or convolutions with kernels of size 1, one group and no padding, got "
-                    f"{name!r}, a {kind}"
+                    f"split_qkv: expected linears, or convolutions with kernels of size 1, one group and no padding, "
+                    f"got {name!r}, a {kind}"
                 )
             slices = Slices(told, getattr(told, "blocks", 1))
             if sum(slices.values()) != rows[name]:

@@ -189,7 +189,11 @@ def explain(model: nn.Module) -> Explanation:
             path, why = f"{path.rpartition('.')[0]}.{layer.leaf}", f"{layer.parts} experts; the model's own products"
             rows.append(ExplainedLayer(path, update_backend(layer), "the device's own", why))
         if isinstance(layer, Plain):
-            rows.append(ExplainedLayer(path, "torch", "the device's own", f"an adapted {layer.original.__name__}"))
+            found = (
+                choose(update_backend(layer), layer.weight.device, layer.weight.dtype)[0] if layer.measured else None
+            )
+            backend = "torch" if found is None else found.name
+            rows.append(ExplainedLayer(path, backend, "the device's own", f"an adapted {layer.original.__name__}"))
         if not isinstance(layer, (Linear, FrozenLinear)):
             continue
         packed += ENGINES.packed_bytes(layer.weight)

@@ -19,8 +19,8 @@ FAMILIES = {f"{family.library}/{family.name}": family for family in families()}
 DOZEN = [
     "transformers/bert", "transformers/dbrx", "transformers/deepseek_v3", "transformers/exaone4_5_vision",
     "transformers/gpt_neox", "transformers/levit", "transformers/mamba", "transformers/minimax", "transformers/mixtral",
-    "transformers/phi3", "timm/twins_svt_small", "timm/vit_tiny_patch16_224", "open_clip/clip",
-    "torch/TransformerEncoder", "torchvision/maxvit",
+    "transformers/phi3", "timm/twins_svt_small", "timm/visformer_tiny", "timm/vit_tiny_patch16_224",
+    "open_clip/clip", "torch/TransformerEncoder", "torchvision/maxvit",
 ]  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_the_page_is_of_the_rows():
 
 @pytest.mark.parametrize("key, leaf", [
     ("transformers/gpt_neox", "GPTNeoXAttention.query_key_value"), ("transformers/phi3", "Phi3MLP.gate_up_proj"),
-    ("torchvision/maxvit", "RelativePositionalMultiHeadAttention.to_qkv"),
+    ("torchvision/maxvit", "RelativePositionalMultiHeadAttention.to_qkv"), ("timm/visformer_tiny", "visformer.Attention.qkv"),
 ])  # fmt: skip
 def test_wrong_slices_are_noticed(key, leaf, monkeypatch):
     name = next(name for name in LAYOUTS if name.endswith(leaf))

@@ -216,6 +216,11 @@ def test_columns_of_x_are_sampled():
             close(Z.grad, G[model.qkv.slices.rows(part)][:, probe.columns[i]])
 
 
+def test_explained():
+    rows = {row.path: row for row in fastlora.explain(adapted("2d", "by head").float()).rows}
+    assert rows["qkv"].backend in ("native", "eager") and rows["qkv"].remarks == "an adapted Conv2d"
+
+
 def test_dropout_is_drawn_for_each_slice_and_in_training_alone():
     model, x = adapted("2d", "by head", lora_dropout=0.5), data("2d")
     torch.manual_seed(0)
