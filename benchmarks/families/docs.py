@@ -23,7 +23,8 @@ OMP_NUM_THREADS=1 python -m benchmarks.families --json benchmarks/results/famili
 
 - **roles**: how many matrices `"qkv"`, `"attention"`, `"mlp"`, `"mixer"` and `"experts"` take; a parameter of
   [experts](experts.md) counts as one. `fastlora.roles(model)` shows the rest.
-- **slices**: the rows of each slice of a fused matrix were changed, and only what that slice feeds moved.
+- **slices**: the rows of each slice of a fused matrix were changed, and only what that slice feeds moved; of a
+  convolution over channels, only its part of the split that the forward makes.
 - **gradients**, **statistics**: outputs, every gradient and exact `grad_sq` in float64, against a model whose weights
   are W + s B A.
 - **peft**: PEFT runs our file, and `fastlora.load` PEFT's, with the same outputs.

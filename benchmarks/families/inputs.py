@@ -98,7 +98,6 @@ _INPUTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
     **dict.fromkeys(("sam3", "sam3_lite_text"), _both),
     "pe_audio_encoder": lambda m: {"input_values": real(2, 1, 4000)},
     "pe_video_encoder": lambda m: {"pixel_values_videos": _video(m)},
-    "instructblipvideo": lambda m: {**_blip(m), "qformer_input_ids": ids(40)},
     "video_llama_3_vision": lambda m: {
         "pixel_values": real(16, 3 * m.config.patch_size**2),
         "grid_thw": torch.tensor([[1, 4, 4]]),

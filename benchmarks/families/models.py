@@ -189,10 +189,11 @@ _TIMM_FIELDS: tuple[dict[str, Any], ...] = (
 )
 _THIN = """
 botnet26t_256 eca_botnext26ts_256 halo2botnet50ts_256 halonet_h1 lambda_resnet26t lamhalobotnet50ts_256
-sebotnet33ts_256 sehalonet33ts
+resnet50_clip sebotnet33ts_256 sehalonet33ts
 """
 _FIELDS_OF: dict[str, dict[str, Any]] = {
     **{name: {"width_factor": 0.25} for name in _THIN.split()},
+    "hieradet_small": {"embed_dim": 16},
     "efficientvit_l1": {"widths": (8, 16, 32, 64, 64), "depths": (1, 1, 1, 2, 2)},
 }
 _SIDES = (64, 96, 128, 192, 224, 256)  # of images, where img_size is none of the fields

@@ -312,3 +312,33 @@ def test_fisher_of_windows_is_refused_wherever_they_are_made():
         model = fastlora.inject(nn.Sequential(owner()), fastlora.LoraConfig(r=2, target_modules=["qkv"]))
         with pytest.raises(ValueError, match=f"'fisher' needs samples in dimension 0.*windows .{owner.__name__}"):
             fastlora.track(model, estimator="exact", statistics="fisher")
+
+
+def test_gradients_of_each_sample():
+    model, x = adapted("2d", "by head"), data("2d")
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values, sample):
+        return torch.func.functional_call(model, values, (sample.unsqueeze(0),)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, x)
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            close(found[name].sum(0), p.grad)
+
+
+def test_checkpointed():
+    model, x = adapted("2d", "by head", lora_dropout=0.5), data("2d")
+    torch.manual_seed(3)
+    model(x).square().sum().backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for reentrant in (False, True):
+        model.zero_grad()
+        torch.manual_seed(3)
+        torch.utils.checkpoint.checkpoint(
+            model, x.clone().requires_grad_(), use_reentrant=reentrant
+        ).square().sum().backward()
+        for name, p in model.named_parameters():
+            if name in wanted:
+                close(p.grad, wanted[name])
