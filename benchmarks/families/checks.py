@@ -427,11 +427,12 @@ def _slices_of(base: nn.Module, run: Run, owner: nn.Module, layer: nn.Module, sl
 
 
 def _split_of(before: _Watch, after: Mapping[str, _Watch]) -> str:
-    """Of convolutions: whether the rows of each slice move its part alone of the split that the forward makes."""
+    """Of convolutions: whether rows of a slice move its part alone of the forward's split, which is in this order."""
+    order = [part for part in "qkv" if part in after]
     if before.split is None:
         return "no split into as many parts is seen"
     for part, watch in after.items():
-        moved = [n for n, x, z in zip(after, before.split, watch.split, strict=True) if not torch.equal(x, z)]
+        moved = [n for n, x, z in zip(order, before.split, watch.split, strict=True) if not torch.equal(x, z)]
         if moved != [part]:
             return f"rows of {part} move {', '.join(moved) or 'nothing'}"
     return OK

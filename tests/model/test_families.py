@@ -58,7 +58,8 @@ def test_the_page_is_of_the_rows():
 
 @pytest.mark.parametrize("key, leaf", [
     ("transformers/gpt_neox", "GPTNeoXAttention.query_key_value"), ("transformers/phi3", "Phi3MLP.gate_up_proj"),
-    ("torchvision/maxvit", "RelativePositionalMultiHeadAttention.to_qkv"), ("timm/visformer_tiny", "visformer.Attention.qkv"),
+    ("torchvision/maxvit", "RelativePositionalMultiHeadAttention.to_qkv"),
+    ("timm/visformer_tiny", "visformer.Attention.qkv"),
 ])  # fmt: skip
 def test_wrong_slices_are_noticed(key, leaf, monkeypatch):
     name = next(name for name in LAYOUTS if name.endswith(leaf))
