@@ -76,7 +76,7 @@ def _prepare() -> None:
     testing.enable_torchvision()
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
-    for name in ("peft", "timm", "open_clip", "transformers.models.auto.modeling_auto", "torch._dynamo"):
+    for name in ("peft", "timm", "open_clip", "transformers.models.auto.modeling_auto", "torch._dynamo", "diffusers"):
         with contextlib.suppress(ImportError):
             __import__(name)
     gc.freeze()

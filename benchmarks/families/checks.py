@@ -287,7 +287,7 @@ def check_checkpointing(base: nn.Module, run: Run, role: str) -> str:
 
 def _recomputes(model: nn.Module) -> bool:
     """Switch recomputation on without the randomness of training."""
-    for switch in ("gradient_checkpointing_enable", "set_grad_checkpointing"):
+    for switch in ("gradient_checkpointing_enable", "set_grad_checkpointing", "enable_gradient_checkpointing"):
         method = getattr(model, switch, None)
         if callable(method):
             try:
@@ -326,7 +326,8 @@ class _Watch(TorchFunctionMode):
     def __init__(self, count: int):
         super().__init__()
         self.armed, self.closed, self.count = False, False, count
-        self.scores = self.heads = self.product = self.activated = self.split = None
+        self.scores = self.product = self.activated = self.split = None
+        self.heads: list[list[Tensor]] = []  # of each attention in turn: an owner may have one over a text and an image
 
     def close(self) -> None:
         """Nothing counts that comes after the owner of the fused matrix."""
@@ -336,10 +337,10 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if self.armed:
-            if name == "scaled_dot_product_attention" and self.heads is None and self.scores is None:
+            if name == "scaled_dot_product_attention" and self.scores is None:
                 found = [*args, *[kwargs[k] for k in ("query", "key", "value") if k in kwargs]]
-                self.heads = [x.detach().clone() for x in found[:3]]
-            elif name == "softmax" and self.scores is None and self.heads is None:
+                self.heads.append([x.detach().clone() for x in found[:3]])
+            elif name == "softmax" and self.scores is None and not self.heads:
                 self.scores = args[0].detach().clone()
             elif name == "matmul" and self.product is None:
                 self.product = [x.detach().clone() for x in args[:2]]
@@ -445,9 +446,10 @@ def _moved(part: str, before: _Watch, after: _Watch) -> set[str] | None:
         return {"up"} if torch.equal(before.activated, after.activated) else {"gate"}
     if part not in ("q", "k", "v"):
         return None
-    if before.heads is not None:
-        pairs = zip("qkv", before.heads, after.heads, strict=True)
-        return {name for name, x, z in pairs if not torch.equal(x, z)}
+    if before.heads:
+        calls = [zip("qkv", *pair, strict=True) for pair in zip(before.heads, after.heads, strict=True)]
+        moved = [{name for name, x, z in call if not torch.equal(x, z)} for call in calls]
+        return next(filter(None, moved), set())
     if before.scores is None and before.product is not None:
         q, k = (not torch.equal(x, z) for x, z in zip(before.product, after.product, strict=True))
         return {"q"} if q and not k else {"k"} if k and not q else {"q", "k"} if q else {"v"}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastlora import testing
 
 from .configs import FIELDS, small
+from .diffusion import diffusion_families
 from .inputs import ids as _ids
 from .inputs import real as _real
 from .inputs import run_transformers
@@ -308,3 +309,4 @@ def families() -> Iterator[Family]:
     yield from map(_torchvision, ("vit", "swin", "swin_v2", "maxvit"))
     yield from map(_timm, _TIMM.split())
     yield from map(_transformers, _transformers_kinds())
+    yield from (Family("diffusers", name, *parts) for name, parts in diffusion_families().items())

@@ -42,10 +42,13 @@ def contained(model: nn.Module, roles: Iterable[str]) -> set[str]:
 
 def attention_code(model: nn.Module) -> str:
     """A name for the forwards of the owners of q, k and v, alike for classes that differ in their names alone."""
-    owners = {type(model.get_submodule(block.owner)) for block in attention_blocks(model)}
+    owners = [model.get_submodule(block.owner) for block in attention_blocks(model)]
+    kinds = {(type(owner), type(getattr(owner, "processor", None))) for owner in owners}
     found = set()
-    for owner in owners:
-        words = re.sub(r"[A-Z]\w*", "Name", inspect.getsource(inspect.unwrap(owner.forward)))
+    for owner, processor in kinds:
+        functions = [owner.forward] if processor is type(None) else [owner.forward, processor.__call__]
+        code = [inspect.getsource(inspect.unwrap(function)) for function in functions]
+        words = re.sub(r"[A-Z]\w*", "Name", "".join(code))
         found.add(hashlib.sha1(words.encode()).hexdigest()[:8])
     return " ".join(sorted(found))
 

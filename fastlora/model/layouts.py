@@ -13,7 +13,7 @@ from torch import nn
 from ..nn.adapter import Slices
 
 Layout = Callable[[Any, int], Slices]
-_LIBRARIES = ("transformers", "timm", "torchvision", "litgpt")
+_LIBRARIES = ("transformers", "timm", "torchvision", "litgpt", "diffusers")
 
 
 def _equal(*names: str) -> Layout:
@@ -100,6 +100,23 @@ def _glu(owner: Any, N: int) -> Slices | None:
     return _equal("up", "gate")(owner, N) if owner.gate_last else _equal("gate", "up")(owner, N)
 
 
+def _feed_forward(owner: Any, N: int) -> Slices | None:
+    """diffusers' block of any activation: those that gate have the gate last."""
+    return _equal("up", "gate")(owner, N) if type(owner.net[0]).__name__ in ("GEGLU", "SwiGLU") else None
+
+
+def _flux2(owner: Any, N: int) -> Slices:
+    sizes = dict.fromkeys("qkv", owner.inner_dim) | dict.fromkeys(("gate", "up"), owner.mlp_hidden_dim)
+    return Slices(sizes)
+
+
+def _differential(owner: Any, N: int) -> Slices:
+    """Two maps of attention: two of q, two of k, one of v."""
+    return Slices(
+        {"q": 2 * N // 5, "k": 2 * N // 5, "v": N // 5} if owner.use_differential else dict.fromkeys("qkv", N // 3)
+    )
+
+
 # Owners of a ``qkv`` whose rows are all of q, then all of k, then all of v: file and class.
 _QKV = """
 blip.BlipAttention blip_2.Blip2Attention cohere_compass.CohereCompassVisionAttention
@@ -133,6 +150,22 @@ dia.DiaMLP dots3_note.Dots3NoteAudioMLP glm.GlmMLP glm4.Glm4MLP glm4v.Glm4vTextM
 glm_ocr.GlmOcrTextMLP minimax_m3_vl.MiniMaxM3VLDenseMLP phi3.Phi3MLP phi4_multimodal.Phi4MultimodalMLP zamba2.Zamba2MLP
 """
 
+# Attention of diffusers, whose ``fuse_qkv_projections`` stacks the separate matrices, which stay where they are.
+_FUSED = """
+attention_processor.Attention transformer_bria.BriaAttention transformer_bria_fibo.BriaFiboAttention
+transformer_chronoedit.WanAttention transformer_flux.FluxAttention transformer_flux2.Flux2Attention
+transformer_flux3.Flux3Attention transformer_helios.HeliosAttention transformer_longcat_image.LongCatImageAttention
+transformer_minimax_h3.MiniMaxH3Attention transformer_ovis_image.OvisImageAttention
+transformer_skyreels_v2.SkyReelsV2Attention transformer_wan.WanAttention transformer_wan_animate.WanAttention
+transformer_wan_animate_2.WanAnimate2Attention
+"""
+_STACKS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
+}
+
 _BY_HEAD = _by_head("num_heads", "q", "k", "v")
 _BY_ATTENTION_HEAD = _by_head("num_attention_heads", "q", "k", "v")
 _THIRDS, _KV, _QK = _equal("q", "k", "v"), _equal("k", "v"), _equal("q", "k")
@@ -140,6 +173,15 @@ _THIRDS, _KV, _QK = _equal("q", "k", "v"), _equal("k", "v"), _equal("q", "k")
 LAYOUTS: dict[str, Layout] = {
     **{f"{owner}.qkv": _THIRDS for owner in _QKV.split()},
     **{f"{owner}.gate_up_proj": _equal("gate", "up") for owner in _GATE_UP.split()},
+    **{f"{owner}.{leaf}": _THIRDS if "q" in leaf else _KV for owner in _FUSED.split() for leaf in _STACKS},
+    "attention.FeedForward.net.0.proj": _feed_forward,
+    "transformer_flux2.Flux2FeedForward.linear_in": _equal("gate", "up"),
+    "transformer_flux2.Flux2ParallelSelfAttention.to_qkv_mlp_proj": _flux2,
+    "transformer_flux3.Flux3FeedForward.linear_in": _equal("gate", "up"),
+    "transformer_omnigen.OmniGenFeedForward.gate_up_proj": _equal("gate", "up"),
+    "transformer_prx.PRXAttention.img_qkv_proj": _THIRDS,
+    "transformer_prx.PRXAttention.txt_kv_proj": _KV,
+    "transformer_stable_audio3.StableAudio3SelfAttention.to_qkv": _differential,
     "phi4_multimodal.Phi4MultimodalAudioMLP.gate_up_proj": _equal("up", "gate"),
     "modernbert.ModernBertMLP.Wi": _equal("gate", "up"),
     "modernbert_decoder.ModernBertDecoderMLP.Wi": _equal("gate", "up"),
@@ -211,15 +253,34 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+def _key(owner: nn.Module) -> str | None:
+    """The class whose forward an owner runs, as the table names it; None for one of another library."""
+    kind = next((c for c in type(owner).__mro__ if "forward" in vars(c)), type(owner))
+    if kind.__module__.partition(".")[0] not in _LIBRARIES:
+        return None
+    return f"{kind.__module__.rpartition('.')[2].removeprefix('modeling_')}.{kind.__qualname__}"
+
+
 def known_layout(owner: nn.Module, leaf: str, N: int) -> Slices | None:
     """The slices of ``owner.<leaf>``, N rows; None where no forward was read that uses it, or they do not tile it."""
     if isinstance(owner, nn.MultiheadAttention) and leaf == "in_proj":
         return _THIRDS(owner, N)
-    kind = next((c for c in type(owner).__mro__ if "forward" in vars(c)), type(owner))
-    if kind.__module__.partition(".")[0] not in _LIBRARIES:
-        return None
-    layout = LAYOUTS.get(f"{kind.__module__.rpartition('.')[2].removeprefix('modeling_')}.{kind.__qualname__}.{leaf}")
+    layout = LAYOUTS.get(f"{_key(owner)}.{leaf}")
     slices = None if layout is None else layout(owner, N)
     if slices is None or sum(slices.values()) != N or any(rows % slices.blocks for rows in slices.values()):
         return None
     return slices if slices.blocks > 1 else Slices(slices)
+
+
+def called_instead(owner: nn.Module, leaf: str) -> str | None:
+    """What an attention of diffusers calls in place of ``owner.<leaf>``: projections fused, or fused no more."""
+    if not hasattr(owner, "fused_projections"):
+        return None
+    made = {s: parts for s, parts in _STACKS.items() if {s, *parts} <= owner._modules.keys()}
+    if hasattr(owner, "_supports_qkv_fusion"):  # a flag, that not all of them heed
+        fused = owner.fused_projections and f"{_key(owner)}.to_qkv" in LAYOUTS
+    else:
+        fused = type(owner.processor).__name__.startswith("Fused")
+    if fused:
+        return next((stack for stack, parts in made.items() if leaf in parts), None)
+    return ", ".join(made[leaf]) if leaf in made else None

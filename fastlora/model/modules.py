@@ -31,7 +31,7 @@ from ..nn.quantized import foreign_base, foreign_class
 from ..nn.weight_reads import ASKS
 from .experts import expert_linears, expert_stacks, stack_refusal
 from .families import ATTENTION, HEADS, MIXERS, MLP, NAMED_MLP, POSITIONS, SAYS_MLP, Attention
-from .layouts import known_layout
+from .layouts import called_instead, known_layout
 
 
 def _below(owner: nn.Module, name: str) -> nn.Module | None:
@@ -69,6 +69,8 @@ def attention_blocks(model: nn.Module) -> Iterator[Projections]:
             leaves = [(leaf, name) for leaf in entry.inputs for name in _each(owner, leaf)]
             found = [_below(owner, name) or modules.get(_join(path, name)) for _, name in leaves]
             if not leaves or not all(is_projection(m) for m in found) or taken.intersection(found):
+                continue
+            if any(called_instead(owner, leaf) for leaf, _ in leaves):
                 continue
             # A module that several owners share goes by its first name.
             names, layouts = tuple(name_of[m] for m in found), {}
@@ -115,9 +117,10 @@ def mlp_linears(model: nn.Module) -> dict[str, Slices | None]:
                 }
                 break
     for block in attention_blocks(model):
-        names |= {name: layout for name, layout in block.layouts.items() if layout is not None and "mlp" in layout}
+        joint = {name: layout for name, layout in block.layouts.items() if {"mlp", "gate"} & set(layout or ())}
         out = _join(block.owner, "mlp_out_proj")
-        names |= {out: None} if is_linear(_below(model, out)) else {}
+        out = out if is_linear(_below(model, out)) else block.output
+        names |= {**joint, out: None} if joint and out is not None else {}
     return names
 
 
@@ -162,7 +165,10 @@ def is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
 def role_targets(model: nn.Module, role: str) -> list[str]:
     """Full names of the linears that play a role (``ROLES``), in the model's order."""
     if role == "all-linear":
-        return [n for n, m in named_targets(model).items() if is_linear(m) and not is_head(model, n, m)]
+        return [
+            n for n, m in named_targets(model).items()
+            if is_linear(m) and not is_head(model, n, m) and _instead(model, n) is None
+        ]  # fmt: skip
     if role == "mlp":
         chosen = set(mlp_linears(model))
     elif role == "experts":
@@ -181,6 +187,12 @@ def role_targets(model: nn.Module, role: str) -> list[str]:
     return [name for name in named_targets(model) if name in chosen]
 
 
+def _instead(model: nn.Module, name: str) -> str | None:
+    path, _, leaf = name.rpartition(".")
+    owner = _below(model, path) if path else model
+    return None if owner is None else called_instead(owner, leaf)
+
+
 def refusal(model: nn.Module, name: str) -> str | None:
     """Why a linear cannot be adapted in place, or None: its class, or an owner that reads the weight past the layer."""
     modules = named_targets(model)
@@ -195,6 +207,10 @@ def refusal(model: nn.Module, name: str) -> str | None:
         return f"{recomputed(module)}; remove that first"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
         return "it is an embedding with max_norm or sparse gradients, which its factors could not have"
+    if _instead(model, name) is not None:
+        return (
+            f"its owner {'.'.join(class_name(owner))} calls {_instead(model, name)} in its place (fuse_qkv_projections)"
+        )
     readers = _torch_readers(modules, path, leaf)
     for called in (module, *[reader for reader, _ in readers]):
         if "forward" in vars(called) and not kept_forwards(called):

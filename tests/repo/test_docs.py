@@ -21,7 +21,7 @@ from fastlora.model.summary import Summary
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 REFERENCE = DOCS / "reference" / "index.md"
 # Pages with tests of their own: these need a process group, or a library that is optional.
-ELSEWHERE = {"your_trainer", "scale_out", "migration", "quantized"}
+ELSEWHERE = {"diffusers", "your_trainer", "scale_out", "migration", "quantized"}
 NEEDS = {"from_peft": "peft"}
 PAGES = sorted(p.stem for p in DOCS.glob("*.md") if p.stem not in ELSEWHERE and "```python" in p.read_text())
 
