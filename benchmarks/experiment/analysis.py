@@ -151,14 +151,33 @@ def _compared(found: Mapping[str, Any], data: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _precision(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
-    """bf16 against fp32 on dev, over all final runs."""
-    rows = [run for runs in found.values() for run in runs.values()]
+def _precision(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """bf16 against fp32 on dev, over the final runs that have both."""
+    rows = [run for runs in found.values() for run in runs.values() if "dev_fp32" in run]
+    if not rows:
+        return None
     gaps = [r["dev"] - r["dev_fp32"] for r in rows]
     return {
         "runs": len(rows), "changed": statistics.fmean(r["dev_changed"] for r in rows),
         "largest": max(map(abs, gaps)), "mean": statistics.fmean(gaps),
     }  # fmt: skip
+
+
+def _agreement(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Spearman's correlation of each setting's scores with what the loss rises by without a matrix's adapter."""
+    gains = {seed: run["without"] for seed, run in found.get(plan.BASELINE, {}).items() if "without" in run}
+    table: dict[str, dict[str, Any]] = {}
+    for name, runs in found.items():
+        rows = [(runs[seed]["scores"], gains[seed]) for seed in gains if "scores" in runs.get(seed, {})]
+        if rows:
+            table[name] = interval([_spearman([(scores[key], gain[key]) for key in scores]) for scores, gain in rows])
+    return table
+
+
+def _spearman(pairs: Sequence[tuple[float, float]]) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:
@@ -179,6 +198,7 @@ def analyse(results: Results) -> dict[str, Any]:
             "tuning": {s.name: t for s in plan.settings_of(data) if (t := _tuning(results, data, s)) is not None},
             "settings": {name: _setting(runs) for name, runs in found.items()},
             "comparisons": _compared(found, data),
-            "precision": _precision(found) if found else None,
+            "precision": _precision(found),
+            "agreement": _agreement(found),
         }
     return document

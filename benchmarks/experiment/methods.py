@@ -113,7 +113,8 @@ def _by_score(method: Any, rank: int = RANK, per: str = "rank") -> Callable[[Any
         prepared = _adapt(model, task, rank)
         scores = _scores(model, task, method)
         fastlora.reallocate(model, scores, unit="params", r_min=0, r_max=4 * rank, per=per)
-        prepared.facts["scores"] = dict(scores)
+        costs = scores.costs if per == "param" else {}
+        prepared.facts["scores"] = {key: value / costs.get(key, 1) for key, value in scores.items()}
         return prepared
 
     return prepare

@@ -58,6 +58,22 @@ def _effects(plt: Any, found: Mapping[str, Any], data: str) -> Any:
     return figure
 
 
+def _agreement(plt: Any, found: Mapping[str, Any], data: str) -> Any:
+    rows = sorted(found["agreement"].items(), key=lambda item: item[1]["mean"])
+    if not rows:
+        return None
+    figure, axis = plt.subplots(figsize=(7, 0.36 * len(rows) + 1.3))
+    axis.axvline(0, color=GREY, linewidth=0.8)
+    for y, (name, rho) in enumerate(rows):
+        colour = GREY if name == "random" else BLUE
+        axis.errorbar(rho["mean"], y, xerr=rho["half_width"] or 0.0, fmt="o", color=colour, capsize=3)
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axis.set_xlim(-1, 1)
+    axis.set_xlabel("Spearman's correlation of scores with what the loss rises by without an adapter, 95 %")
+    axis.grid(axis="x", alpha=0.25)
+    return figure
+
+
 _ROLES = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 
 
@@ -94,5 +110,6 @@ def _rank_map(plt: Any, found: Mapping[str, Any], data: str) -> Any:
 FIGURES = {
     "accuracy": ("Score against trained parameters.", _accuracy),
     "effects": ("Every difference with its 95 % interval.", _effects),
+    "agreement": ("Scores against what each adapter brings.", _agreement),
     "ranks": ("Ranks by layer and type, mean over seeds.", _rank_map),
 }

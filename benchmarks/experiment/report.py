@@ -90,6 +90,18 @@ def _comparisons(found: Mapping[str, Any]) -> Iterator[str]:
     yield from table(header, rows, words=(0, 1, 2, 3, 4))
 
 
+def _agreement(found: Mapping[str, Any]) -> Iterator[str]:
+    what = {setting.name: setting.what for setting in plan.SETTINGS}
+    yield "What an adapter brings: the loss rises by it when one matrix's adapter is left out of the trained baseline."
+    yield "Spearman's correlation of each score with it over the 36 matrices, mean over seeds:"
+    yield ""
+    rows = []
+    for name, rho in sorted(found["agreement"].items(), key=lambda item: -item[1]["mean"]):
+        half = "" if rho["half_width"] is None else f" ± {rho['half_width']:.2f}"
+        rows.append([f"`{name}`", what[name], str(rho["n"]), f"{rho['mean']:+.2f}{half}"])
+    yield from table(["setting", "what", "seeds", "correlation"], rows, words=(0, 1))
+
+
 def _spread(found: Mapping[str, Any]) -> Iterator[str]:
     """How far the seeds are apart, beside what the plan took them to be: whether its power is what was had."""
     tests = [row["found"] for row in found["comparisons"] if row["found"] is not None]
@@ -97,7 +109,7 @@ def _spread(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"Differences vary from seed to seed with a standard deviation of {largest:.2f} points at most, over"
     yield f"{seeds} seeds or more of the {len(plan.SEEDS)} that were planned."
     if largest > plan.SPREAD:
-        yield f"The plan took them to vary by {plan.SPREAD:.2f} at most, from longer runs: the experiment could find"
+        yield f"The plan took them to vary by {plan.SPREAD:.2f} at most: the experiment could find"
         yield f"only effects that are {largest / plan.SPREAD:.1f} times those of `power.md`, and what could not be told"
         yield "may well be there."
 
@@ -115,7 +127,8 @@ def _not_run(results: Mapping[str, Any]) -> Iterator[str]:
                 names.setdefault(row["hypothesis"], []).append(f"`{row['setting']}` against `{row['against']}`")
         for hypothesis, pairs in names.items():
             yield f"- {NAMES[data].partition(',')[0]}, {hypothesis}: {', '.join(pairs)}."
-    yield "- Leaving out one matrix's adapter at a time, the truth that scores should predict: nothing of it."
+    if not results["data"].get("sst2", {}).get("agreement"):
+        yield "- Leaving out one matrix's adapter at a time, the truth that scores should predict: nothing of it."
 
 
 def _sayings(found: Mapping[str, Any], data: str) -> Iterator[str]:
@@ -145,7 +158,8 @@ An experiment on one pretrained model, all-MiniLM-L6-v2, and real sentences: doe
 adapters, and does importance help to choose their ranks? What it asks, how everything is tuned and which test decides
 was written down before it ran, in `benchmarks/experiment/hypotheses.md`; which effects it can find, in
 `benchmarks/results/experiment/power.md`. This page is made from its runs by `{command}`: one row
-a run in `benchmarks/results/experiment/runs.jsonl`, pictures beside it.
+a run in `benchmarks/results/experiment/runs.jsonl`, pictures beside it. A first stretch of 61 shorter runs, from which
+nothing could be told, is in `first_runs.jsonl`; why it ended is said in `hypotheses.md`.
 
 ± is the 95 % interval, t over seeds. "Score" is on sentences that no run trains on or is tuned on. Differences are
 paired by seed; p is of a two-sided paired t-test, then after Holm over {primary} primary comparisons, or over all {all}
@@ -195,6 +209,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         if any(row["found"] for row in part["comparisons"]):
             lines += [*_comparisons(part), ""]
             lines += [*_spread(part), ""] if data == "sst2" else []
+        if part["agreement"]:
+            lines += [*_agreement(part), ""]
         if part["settings"]:
             lines += [*_settings(part), ""]
         if part["tuning"]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastlora.training.schedule import Cosine
 
-from . import runs
-from .data import Sentences, batches, by_length, draw, lengths_of
+from . import plan, runs
+from .data import Batch, Sentences, batches, by_length, draw, lengths_of
 from .methods import PREPARE, Prepared, Task, loss_fn
 from .settings import HEAD, Settings
 from .splits import Splits
@@ -51,13 +52,32 @@ def shortest_first(sentences: Sentences, tokenizer: Any, settings: Settings) -> 
 
 
 @torch.inference_mode()
+def _logits(model: Any, data: Iterable[Batch]) -> Tensor:
+    model.eval()
+    return torch.cat([model(**{k: v for k, v in batch.items() if k != "labels"}).logits for batch in data])
+
+
 def predict(model: Any, tokenizer: Any, sentences: Sentences, settings: Settings) -> list[int]:
     """The class of each sentence, 0 where logits are not numbers."""
-    model.eval()
-    found: list[int] = []
-    for batch in batches(sentences, tokenizer, 32, settings.max_tokens, drop_last=False):
-        del batch["labels"]
-        found += model(**batch).logits.argmax(1).tolist()
+    data = batches(sentences, tokenizer, 32, settings.max_tokens, drop_last=False)
+    return _logits(model, data).argmax(1).tolist()
+
+
+def without(model: Any, base: Any, names: Iterable[str], data: list[Batch]) -> dict[str, float]:
+    """Mean loss of a merged model with each named weight back as it is in ``base``, one at a time; "" with none."""
+    labels = torch.cat([batch["labels"] for batch in data])
+
+    def loss() -> float:
+        return float(torch.nn.functional.cross_entropy(_logits(model, data).float(), labels))
+
+    found = {"": loss()}
+    for name in names:
+        weight = model.get_submodule(name).weight
+        trained = weight.detach().clone()
+        with torch.no_grad():
+            weight.copy_(base.get_submodule(name).weight)
+            found[name] = loss()
+            weight.copy_(trained)
     return found
 
 
@@ -80,7 +100,7 @@ def _train(prepared: Prepared, data: list[Any], settings: Settings) -> dict[str,
     def begin(step: int) -> tuple[Any, Any, list[Any]]:
         groups = prepared.groups()
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        scheduler = Cosine(optimizer, settings.steps, floor=settings.lr_floor, warmup=settings.steps // 16)
+        scheduler = Cosine(optimizer, settings.steps, floor=settings.lr_floor, warmup=settings.tenth)
         for _ in range(step):
             scheduler.step()
         return optimizer, scheduler, [p for group in groups for p in group["params"]]
@@ -115,18 +135,19 @@ def _parameters(model: Any) -> dict[str, int]:
 
 
 def _measure(job: Job, model: Any, tokenizer: Any, splits: Splits, settings: Settings) -> Iterator[tuple[str, Any]]:
-    """Scores of the job's phase, in bf16; with the final ones what fp32 would have said on dev."""
+    """Scores of the job's phase, in bf16; with those of the first seed what fp32 would have said on dev."""
     if job.phase == "tuning":
         sentences = shortest_first(splits.tuning, tokenizer, settings)
         yield "tuning", score(job.data, predict(model.bfloat16(), tokenizer, sentences, settings), sentences.labels)
         return
     dev, evaluation = (shortest_first(part, tokenizer, settings) for part in (splits.dev, splits.evaluation))
-    fp32 = predict(model, tokenizer, dev, settings)
+    fp32 = predict(model, tokenizer, dev, settings) if job.seed == plan.SEEDS[0] else None
     model = model.bfloat16()
     on_dev, predicted = (predict(model, tokenizer, part, settings) for part in (dev, evaluation))
     yield "dev", score(job.data, on_dev, dev.labels)
-    yield "dev_fp32", score(job.data, fp32, dev.labels)
-    yield "dev_changed", sum(a != b for a, b in zip(fp32, on_dev, strict=True))
+    if fp32 is not None:
+        yield "dev_fp32", score(job.data, fp32, dev.labels)
+        yield "dev_changed", sum(a != b for a, b in zip(fp32, on_dev, strict=True))
     # CoLA has few sentences: it is tested on both.
     with_dev = job.data == "cola"
     yield "score", score(job.data, predicted + on_dev * with_dev, evaluation.labels + dev.labels * with_dev)
@@ -153,11 +174,18 @@ def run(job: Job, settings: Settings, model_path: str, splits: Splits) -> dict[s
     diverged = not math.isfinite(record["losses"][-1])
     ranks = prepared.ranks()
     trained = prepared.merged() if prepared.merged is not None and not diverged else prepared.model
+    measured = dict(_measure(job, trained, tokenizer, splits, settings))
+    if job[:3] == ("sst2", "final", plan.BASELINE) and job.seed in plan.WITHOUT_SEEDS and not diverged:
+        few = Sentences(
+            *(part[:: plan.WITHOUT_EVERY] for part in shortest_first(splits.evaluation, tokenizer, settings))
+        )
+        held_out = list(batches(few, tokenizer, settings.batch, settings.max_tokens, drop_last=False))
+        measured["without"] = without(trained, load(model_path, job.seed)[0], ranks, held_out)
     return {
         **job._asdict(),
         "settings": asdict(settings),
         "environment": runs.environment(),
-        **dict(_measure(job, trained, tokenizer, splits, settings)),
+        **measured,
         "diverged": diverged,
         "parameters": parameters,
         "ranks": ranks,
