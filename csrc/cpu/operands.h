@@ -2,6 +2,7 @@
 // and the matrices that are read and written in place.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -280,6 +281,14 @@ inline Packed pack_A(const Group& group, const std::vector<Tensor>& A, const std
   return out;
 }
 
+// Four at a time, since a few elements are fewer than a call to copy them is worth; the end of the copies.
+template <class V>
+V* copy_few(const V* from, int64_t count, V* to) {
+  for (; count >= 4; count -= 4, from += 4, to += 4) std::memcpy(to, from, 4 * sizeof(V));
+  for (; count > 0; --count) *to++ = *from++;
+  return to;
+}
+
 // The columns of h that dy of one projection is multiplied with, side by side: `rank` from `offset`, then the probes.
 template <class V>
 RowsOf<V> columns_of_h(const RowsOf<V>& h, int64_t rows, int64_t offset, int64_t rank, int64_t first_probe,
@@ -289,8 +298,7 @@ RowsOf<V> columns_of_h(const RowsOf<V>& h, int64_t rows, int64_t offset, int64_t
   const V* from = h.data;
   V* to = scratch;
   for (int64_t m = 0; m < rows; ++m, from += h.stride) {
-    for (int64_t r = 0; r < rank; ++r) *to++ = from[offset + r];
-    for (int64_t r = 0; r < probes; ++r) *to++ = from[first_probe + r];
+    to = copy_few(from + first_probe, probes, copy_few(from + offset, rank, to));
   }
   return {scratch, rank + probes};
 }
