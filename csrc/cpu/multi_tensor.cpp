@@ -1,6 +1,7 @@
-// One call for the small matrices of all layers: the penalty and its gradient, squared norms, copies to another rank.
+// One call for the small matrices of all layers: the penalty and its gradient, statistics, copies to another rank.
 // Threads take whole matrices, so that results do not depend on their number.
 #include <cstring>
+#include <limits>
 
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
@@ -205,8 +206,8 @@ double squared_norm(const double* data, int64_t count) {
   return squares;
 }
 
-// float64 sum of the squares of each tensor
-Tensor squared_norms(const TensorList& tensors) {
+// The sum of the squares of each tensor.
+void add_squares(const TensorList& tensors, double* out) {
   TensorList dense;
   int64_t work = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -214,8 +215,6 @@ Tensor squared_norms(const TensorList& tensors) {
     dense.push_back(torch::stable::contiguous(tensors[i]));
     work += tensors[i].numel();
   }
-  Tensor result = new_tensor({static_cast<int64_t>(tensors.size())}, ScalarType::Double);
-  double* out = static_cast<double*>(result.mutable_data_ptr());
   for_each_matrix(dense.size(), work, [&](size_t i) {
     const void* data = dense[i].const_data_ptr();
     const int64_t count = dense[i].numel();
@@ -226,12 +225,18 @@ Tensor squared_norms(const TensorList& tensors) {
     with_type(dense[i].scalar_type(),
               [&](auto type) { out[i] = squared_norm(static_cast<const decltype(type)*>(data), count); });
   });
+}
+
+// float64 sum of the squares of each tensor
+Tensor squared_norms(const TensorList& tensors) {
+  Tensor result = new_tensor({static_cast<int64_t>(tensors.size())}, ScalarType::Double);
+  add_squares(tensors, static_cast<double*>(result.mutable_data_ptr()));
   return result;
 }
 
 // Runs of columns of each [sum y; sum y^2 | rows]: sum over a run of max(0, E y^2 - (E y)^2)
-Tensor output_variances(const TensorList& moments, const std::vector<int64_t>& runs,
-                        const std::vector<int64_t>& sizes) {
+void add_variances(const TensorList& moments, const std::vector<int64_t>& runs, const std::vector<int64_t>& sizes,
+                   double* out) {
   check_entries(runs.size(), "runs", moments.size(), "moments");
   TensorList dense;
   size_t first = 0;
@@ -247,8 +252,6 @@ Tensor output_variances(const TensorList& moments, const std::vector<int64_t>& r
     dense.push_back(torch::stable::contiguous(moments[i]));
   }
   STD_TORCH_CHECK(first == sizes.size(), "sizes has ", sizes.size(), " entries, but runs ask for ", first);
-  Tensor result = new_tensor({static_cast<int64_t>(sizes.size())}, ScalarType::Double);
-  double* out = static_cast<double*>(result.mutable_data_ptr());
   size_t next = 0;
   for (size_t i = 0; i < dense.size(); ++i) {
     const int64_t columns = dense[i].size(1) - 1;
@@ -263,7 +266,64 @@ Tensor output_variances(const TensorList& moments, const std::vector<int64_t>& r
       out[next] = total;
     }
   }
+}
+
+Tensor output_variances(const TensorList& moments, const std::vector<int64_t>& runs,
+                        const std::vector<int64_t>& sizes) {
+  Tensor result = new_tensor({static_cast<int64_t>(sizes.size())}, ScalarType::Double);
+  add_variances(moments, runs, sizes, static_cast<double*>(result.mutable_data_ptr()));
   return result;
+}
+
+double* read_averages(Tensor& tensor, const char* name, int64_t kinds, int64_t matrices) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() &&
+                      tensor.size(0) == kinds && tensor.size(1) == matrices,
+                  name, " has ", tensor.dim(), " dimensions and dtype ", tensor.scalar_type(), "; a contiguous Double ",
+                  kinds, " x ", matrices, " matrix is needed");
+  return static_cast<double*>(tensor.mutable_data_ptr());
+}
+
+// Sample after sample, those left out of which a number is not finite: steps += n, means += w (f - means)
+void fold_samples_(Tensor means, Tensor steps, Tensor skipped, const TensorList& Q, const TensorList& V,
+                   const std::vector<int64_t>& runs, const std::vector<int64_t>& sizes,
+                   const std::vector<double>& factors, const std::vector<double>& weights,
+                   const std::vector<int64_t>& stand_for, bool squares_first) {
+  const int64_t samples = static_cast<int64_t>(stand_for.size());
+  STD_TORCH_CHECK(samples > 0 && means.dim() == 2, "stand_for has no entries, or means ", means.dim(), " dimensions");
+  const int64_t matrices = means.size(1), kinds = (Q.empty() ? 0 : 1) + (V.empty() ? 0 : 1);
+  check_entries(factors.size(), "factors", stand_for.size(), "stand_for");
+  if (!weights.empty()) check_entries(weights.size(), "weights", stand_for.size(), "stand_for");
+  const size_t numbers = static_cast<size_t>(samples * matrices);
+  if (!Q.empty()) check_entries(Q.size(), "Q", numbers, "samples of means");
+  if (!V.empty()) check_entries(sizes.size(), "sizes", numbers, "samples of means");
+  double *mean = read_averages(means, "means", kinds, matrices), *step = read_averages(steps, "steps", kinds, matrices);
+  STD_TORCH_CHECK(skipped.dim() == 0 && skipped.scalar_type() == ScalarType::Long, "skipped has ", skipped.dim(),
+                  " dimensions and dtype ", skipped.scalar_type(), "; a Long tensor with 0 dimensions is needed");
+  std::vector<double> squares(Q.size()), variances(V.empty() ? 0 : sizes.size());
+  add_squares(Q, squares.data());
+  if (!V.empty()) add_variances(V, runs, sizes, variances.data());
+  for (size_t i = 0; i < squares.size(); ++i) squares[i] *= factors[i / static_cast<size_t>(matrices)];
+  std::vector<const std::vector<double>*> rows;
+  if (!Q.empty()) rows.push_back(&squares);
+  if (!V.empty()) rows.insert(squares_first ? rows.end() : rows.begin(), &variances);
+  for (int64_t s = 0; s < samples; ++s) {
+    bool finite = true;
+    for (const auto* row : rows) {
+      const double* f = row->data() + s * matrices;
+      finite =
+          finite && std::all_of(f, f + matrices, [](double v) { return v < std::numeric_limits<double>::infinity(); });
+    }
+    if (!finite) {
+      ++*static_cast<int64_t*>(skipped.mutable_data_ptr());
+      continue;
+    }
+    const double n = static_cast<double>(stand_for[s]);
+    for (int64_t i = 0; i < kinds * matrices; ++i) {
+      const double f = (*rows[i / matrices])[s * matrices + i % matrices];
+      step[i] += n;
+      mean[i] += (f - mean[i]) * (weights.empty() ? n / std::max(step[i], 1.0) : weights[s]);
+    }
+  }
 }
 
 void check_resize(const Tensor& to, const Tensor& from, size_t i) {
@@ -315,5 +375,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("penalty_grad_", TORCH_BOX(&fastlora::penalty_grad_));
   m.impl("squared_norms", TORCH_BOX(&fastlora::squared_norms));
   m.impl("output_variances", TORCH_BOX(&fastlora::output_variances));
+  m.impl("fold_samples_", TORCH_BOX(&fastlora::fold_samples_));
   m.impl("resize_ranks_", TORCH_BOX(&fastlora::resize_ranks_));
 }

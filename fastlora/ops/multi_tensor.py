@@ -13,6 +13,7 @@ from .backends import triton
 
 _FACTORS = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
+_SIGNS = torch.ops.fastlora.philox_signs_.default if native.available() else None
 
 
 def unsupported_reason(
@@ -62,6 +63,14 @@ def output_variances(sums: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> 
     return torch.stack(norm_of_each(parts, 1))
 
 
+def fold_samples(averages: Sequence[Tensor], Q: Sequence[Tensor], V: Sequence[Tensor], *rest) -> bool:
+    """Fold samples into ``averages``, (means, steps, skipped), in one call as ``csrc/library.cpp`` says, if it can."""
+    if unsupported_reason("fold_samples_", [*averages[:1], *Q, *V], (torch.float32, torch.float64)) is not None:
+        return False
+    torch.ops.fastlora.fold_samples_(*averages, Q, V, *rest)
+    return True
+
+
 def copy_overlap_(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """``to_i = source_i`` where both have the row and the column, else 0; only one of the two sizes may differ."""
     every = [*to, *source]
@@ -84,7 +93,7 @@ class Signs:
     def fill_(self, out: Tensor, seed: Tensor, step: int) -> Tensor:
         """Write them into ``out`` float32 [128 Σ counts], group after group; nothing is read back from a device."""
         if native.has_kernel("philox_signs_", out.device):
-            torch.ops.fastlora.philox_signs_.default(out, seed, step, self.first, self.tag, self.counts)
+            _SIGNS(out, seed, step, self.first, self.tag, self.counts)
             return out
         block, group = self._counters(out.device)
         if triton.unsupported_reason(out.device, out.dtype) is None:

@@ -196,6 +196,10 @@ def _output_variances(moments, runs, sizes):
     return torch.empty(len(sizes), dtype=torch.float64, device=device)
 
 
+def _fold_samples(means, steps, skipped, Q, V, runs, sizes, factors, weights, stand_for, squares_first):
+    return None
+
+
 def _resize_ranks(to, source):
     return None
 
@@ -227,6 +231,7 @@ SHAPES = {
     "penalty_grad_": _penalty_grad,
     "squared_norms": _squared_norms,
     "output_variances": _output_variances,
+    "fold_samples_": _fold_samples,
     "resize_ranks_": _resize_ranks,
     "dropout": _dropout,
     "dropout_rows": _dropout_rows,

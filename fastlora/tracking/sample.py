@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..nn.probe_rows import ColumnSampler, RademacherProbes
 from .all_reduce import Shared
-from .statistics import Found, Tracked, fisher_factor, output_variances_of
+from .statistics import Found, Raw, Tracked, fisher_factor, output_variances_of
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """What left the backward of one step under a tracker; it knows no tracker."""
 
     tracked: Tracked
@@ -47,12 +46,22 @@ class Sample:
             found[kind] = numbers, there
         return found
 
-    def _of_probes(self) -> Found:
-        factor = 1.0
+    def raw(self) -> Raw | None:
+        """What the numbers are made of, where ±1 probes left something of every matrix and nothing else counts."""
+        if self.shared is not None or self.inverse is not None or self.tracked.runs is None:
+            return None
+        if any([tensor is None for tensor in (*self.Q, *self.V)]):
+            return None
+        return Raw(self.Q, self.V, self._factor() / self.sampler.probes if self.Q else 1.0, *self.tracked.runs)
+
+    def _factor(self) -> float | Tensor:
         if "fisher" in self.tracked.kinds and self.shared is None:
-            factor = fisher_factor(self.tracked.loss_reduction, self.samples)
+            return fisher_factor(self.tracked.loss_reduction, self.samples)
+        return 1.0
+
+    def _of_probes(self) -> Found:
         kinds, there = self.tracked.weight_kinds, [Q is not None for Q in self.Q]
-        numbers = self.sampler.values(self.Q, kinds, factor) if any(there) else {}
+        numbers = self.sampler.values(self.Q, kinds, self._factor()) if any(there) else {}
         return {kind: (numbers.get(kind), there) for kind in kinds}
 
     def _exact(self) -> Found:
@@ -66,11 +75,13 @@ class Sample:
         return found
 
 
-@dataclass(frozen=True)
-class ReadSample:
+class ReadSample(NamedTuple):
     """The numbers of a sample that was read at once."""
 
     found: Found
 
     def read(self) -> Found:
         return self.found
+
+    def raw(self) -> None:
+        return None

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..nn.linear import Linear, matrix_key
 from ..nn.probe import Contribution, LayerProbe
 from ..ops.backends import choose
 from ..ops.layout import on_host
-from ..ops.multi_tensor import output_variances
+from ..ops.multi_tensor import fold_samples, output_variances
 from ..ops.reference import accumulate_dtype
 
 
@@ -57,6 +57,14 @@ class Tracked:
     def leaf_bytes(self) -> int:
         """What the leaves' gradients of one step take."""
         return sum(leaf.numel() * leaf.element_size() for leaf in (*self.Z, *self.V))
+
+    @functools.cached_property
+    def runs(self) -> tuple[list[int], list[int]] | None:
+        """Of each layer with moments, how many runs of columns there are; and the sizes of all, None where they mix."""
+        if any(layer.parts > 1 or layer.slices.blocks > 1 for layer in self.layers.values()):
+            return None
+        sizes = [[*layer.slices.values()] for layer in self.layers.values()] if self.V else []
+        return [len(own) for own in sizes], [size for own in sizes for size in own]
 
     def taken(self) -> dict[str, list[Contribution]]:
         """What backward left in each layer under the exact estimator."""
@@ -182,10 +190,28 @@ def _by_slice(total: Tensor, layer: Linear) -> Tensor:
 Found = Mapping[str, tuple[Tensor | None, Sequence[bool] | Tensor]]
 
 
+class Raw(NamedTuple):
+    """What the numbers of a sample are made of: ``factor ||Q||^2``, variances of runs of columns of V."""
+
+    Q: Sequence[Tensor]
+    V: Sequence[Tensor]
+    factor: float
+    runs: Sequence[int]
+    sizes: Sequence[int]
+
+
+class Readable(Protocol):
+    """A sample, which gives its numbers, none of them negative, once and later."""
+
+    def read(self) -> Found: ...
+
+    def raw(self) -> Raw | None: ...
+
+
 class _Waiting(NamedTuple):
     """The arguments of ``Averages.add``."""
 
-    read: Callable[[], Found]
+    sample: Readable
     finite: Tensor | None
     drawn: Tensor | None
     steps: int
@@ -232,7 +258,7 @@ class Averages:
 
     def add(
         self,
-        read: Callable[[], Found],
+        sample: Readable,
         finite: Tensor | None = None,
         drawn: Tensor | None = None,
         steps: int = 1,
@@ -240,26 +266,48 @@ class Averages:
     ) -> None:
         """Take in one sample, to be folded in for the matrices that have one unless any number is not finite.
 
-        - ``read``: gives the numbers, none of them negative, once and later; until then it holds ``bytes_held``.
+        - ``sample``: holds ``bytes_held`` until its numbers are read.
         - ``finite``: a further condition on folding it in, a boolean tensor or None.
         - ``drawn``: the matrices whose statistics of the weight count, booleans [matrices]; None: all.
         - ``steps``: n, the optimizer steps that the sample stands for.
         """
         if self._waiting and len(self._waiting) >= min(TOGETHER, _TOGETHER_BYTES // max(bytes_held, 1)):
             self.fold()
-        self._waiting.append(_Waiting(read, finite, drawn, steps))
+        self._waiting.append(_Waiting(sample, finite, drawn, steps))
 
     @torch.no_grad()
     def fold(self) -> Tensor | None:
-        """Fold in the samples that wait, one after another; returns whether the last was finite, None without any."""
+        """Fold in the samples that wait, one after another.
+
+        Returns whether the last was finite, None without any, and where one native call took all of them.
+        """
         folded, waiting = None, self._waiting
         self._waiting = []
+        if not waiting or self._fold_raw(waiting):
+            return None
         for sample in waiting:
             folded = self._fold(sample)
         return folded
 
+    def _fold_raw(self, waiting: Sequence[_Waiting]) -> bool:
+        """Fold all samples in by one native call, with the bits of ``_fold``, where there is such a call."""
+        if any([waits.finite is not None or waits.drawn is not None for waits in waiting]):
+            return False
+        found, stand_for = [waits.sample.raw() for waits in waiting], [waits.steps for waits in waiting]
+        return None not in found and fold_samples(
+            (self._means, self._steps, self._skipped),
+            [q for raw in found for q in raw.Q],
+            [v for raw in found for v in raw.V],
+            found[0].runs * len(found),
+            found[0].sizes * len(found),
+            [raw.factor for raw in found],
+            [] if self.ema is None else [1.0 - self.ema**n for n in stand_for],
+            stand_for,
+            self.kinds[0] != "act_var",
+        )
+
     def _fold(self, sample: _Waiting) -> Tensor:
-        found = sample.read()
+        found = sample.sample.read()
         rows = [self._scatter(*found[kind]) for kind in self.kinds]
         value, keep = torch.stack([numbers for numbers, _ in rows]), None
         if any([seen is not self._everything for _, seen in rows]):

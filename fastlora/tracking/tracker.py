@@ -153,6 +153,8 @@ class Tracker:
         self._covariances = Covariances(covariances)
         self._penalty = FisherPenalty(self.layers, self.matrices)
         self._sampling = Sampling(every, nothing_to_measure(estimator, self.device))
+        # Whether what backward left can be read at any later time.
+        self._reads_later = estimator == "probe" and probe_kind != "columns" and self.device.type == "cpu"
         self._record = TrackingRecord(self.adapter, warmup, self._sampling, self._step)
         # Held weakly: the model holds its hook, and what the hook leads to would hold the model.
         self._model = weakref.ref(model)
@@ -239,7 +241,6 @@ class Tracker:
         with masked(self.layers, checked_mask(mask)):
             yield self
 
-    @torch.no_grad()
     def step(self, scaler: Any = None) -> None:
         """Fold the gradients since the last call into the averages: after backward, once per optimizer step.
 
@@ -250,7 +251,7 @@ class Tracker:
         """
         if not self._record.closed:
             refuse_capture(self.device)
-        inverse = inverse_scale(scaler, self.device)
+        inverse = None if scaler is None else inverse_scale(scaler, self.device)
         self._watch.stepped()
         check = getattr(self._model(), "fastlora_learning", None)
         if check is not None:
@@ -263,28 +264,34 @@ class Tracker:
 
     def _fold(self, inverse: Tensor | None) -> None:
         """Take this step's sample; ``inverse``: of the loss scale."""
-        tracked, columns = self._tracked, isinstance(self._sampler, ColumnSampler)
-        samples = self._sample_count()
+        tracked, signs = self._tracked, self._step.signs
+        samples = 0 if signs is None else signs.count()
         shared = self._reduction.run(tracked, samples, self._agreement)
+        Q, V = [leaf.grad for leaf in tracked.Z], [leaf.grad for leaf in tracked.V]
+        sample = Sample(tracked, self._sampler, Q, V, samples, shared, inverse)
+        if self._reads_later and not isinstance(samples, Tensor):
+            self._averages.add(sample, None, None, self._sampling.stands_for(self._step.index), tracked.leaf_bytes)
+        else:
+            self._fold_now(sample)
+
+    @torch.no_grad()
+    def _fold_now(self, sample: Sample) -> None:
+        """Take a sample of what changes with the next step, or lies in the memory of a CUDA graph."""
+        tracked, shared, columns = self._tracked, sample.shared, isinstance(self._sampler, ColumnSampler)
         finite, taken = None if shared is None else shared.finite, {}
         if tracked.covariances:
             taken = tracked.taken()
             finite = all_finite(taken, self.device) if shared is None else finite
         if self.kinds:
-            Q, V = ([leaf.grad for leaf in leaves] for leaves in (tracked.Z, tracked.V))
-            sample, held = Sample(tracked, self._sampler, Q, V, samples, shared, inverse), tracked.leaf_bytes
-            if columns or self.estimator == "exact" or self.device.type != "cpu" or isinstance(samples, Tensor):
-                # What it reads changes with the next step, or lies in the memory of a CUDA graph.
-                sample, held = ReadSample(sample.read()), 0
             drawn = self._sampler.known if columns else None  # those drawn by norms that had been seen
-            self._averages.add(sample.read, finite, drawn, self._sampling.stands_for(self.steps), held)
+            self._averages.add(ReadSample(sample.read()), finite, drawn, self._sampling.stands_for(self.steps))
         else:
             self._averages.skipped.add_(~finite)
         # What needs to know now whether the step counts.
         if columns and self._step.refreshes_norms:
             self._learn(self._sampler, shared)
         if taken:
-            self._add_covariances(taken, shared, self._averages.fold() if self.kinds else finite, inverse)
+            self._add_covariances(taken, shared, self._averages.fold() if self.kinds else finite, sample.inverse)
 
     def _learn(self, sampler: ColumnSampler, shared: Shared | None) -> None:
         """Let ``columns`` see this step's norms, where it counts."""
@@ -303,8 +310,8 @@ class Tracker:
     def _begin(self, step: int) -> None:
         for probe in self._tracked.probes.values():
             probe.clear()
-        sampling = self._sampling
-        self._step.begin(step, sampling.sampled(step), refreshes_norms(sampling.number(step)))
+        sampling, columns = self._sampling, self.probe_kind == "columns"
+        self._step.begin(step, sampling.sampled(step), columns and refreshes_norms(sampling.number(step)))
 
     def _owns(self, path: str, probe: LayerProbe) -> bool:
         return self.layers[path].probes.get(self.adapter) is probe
@@ -317,22 +324,21 @@ class Tracker:
             self._covariances.add(taken, finite, inverse, {path: layer.backend for path, layer in self.layers.items()})
 
     def _advance(self) -> None:
-        if self._step.compiled and self.every is None:
-            self._sampling.fix(_ONE_CODE)
-        # Before anything is drawn for the next step, whose cost that is.
-        self._sampling.ended(self.steps)
-        self._begin(self.steps + 1)
-        if self._sampler is not None and self._step.sampled:
-            self._sampler.draw(self.steps)
-        if self.warmup is not None and self.steps == self.warmup:
+        step, sampling = self._step, self._sampling
+        if sampling.every is None:
+            if step.compiled:
+                sampling.fix(_ONE_CODE)
+            # Before anything is drawn for the next step, whose cost that is.
+            sampling.ended(step.index)
+        self._begin(step.index + 1)
+        if self._sampler is not None and step.sampled:
+            self._sampler.draw(step.index)
+        if self.warmup is not None and step.index == self.warmup:
             self._freeze(self._averages.corrected("fisher" if self.per_sample else "grad_sq"))
 
     def _freeze(self, importance: Tensor) -> None:
         self.importance, self._record.frozen = importance, True
         self._detach()
-
-    def _sample_count(self) -> int | Tensor:
-        return 0 if self._step.signs is None else self._step.signs.count()
 
     def _agreement(self) -> dict[str, int]:
         """P and the steps that count are the same on all ranks if these numbers are."""

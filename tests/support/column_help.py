@@ -34,7 +34,7 @@ def every_draw(tracker, run, kinds=("grad_sq", "grad_abs")):
         rows.weight.copy_(1 / p[:, j : j + 1])
         run()
         grads = [tracker.layers[path].probes[tracker.adapter].Z[name].grad for path, name in tracker.matrices]
-        factor = fisher_factor(tracker.loss_reduction, tracker._sample_count()) if tracker.per_sample else 1.0
+        factor = fisher_factor(tracker.loss_reduction, tracker._step.signs.count()) if tracker.per_sample else 1.0
         for kind, values in rows.values(grads, kinds, factor).items():
             expected[kind] += p[:, j] * values.to(p.dtype)
         tracker.discard()

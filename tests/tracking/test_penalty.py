@@ -144,7 +144,7 @@ def launches(monkeypatch) -> Counter:
 
         return call
 
-    for name in ("penalty", "penalty_grad_", "squared_norms"):
+    for name in ("penalty", "penalty_grad_", "squared_norms", "fold_samples_"):
         monkeypatch.setattr(torch.ops.fastlora, name, counted(name, getattr(torch.ops.fastlora, name)))
     return found
 
@@ -214,7 +214,7 @@ def test_a_step_reduces_all_statistics_in_one_launch(launches):
         expected = [g.square().sum().item() / tracker.probes for g in grads]
         tracker.step()
         assert list(tracker.scores("grad_sq").values()) == pytest.approx(expected, rel=1e-6)
-        assert launches == {"squared_norms": 1}
+        assert launches == {"fold_samples_": 1}
 
 
 @needs_native

@@ -19,7 +19,8 @@ from support.tracker_help import (
 )
 
 import fastlora
-from fastlora.tracking import sampling
+from fastlora.tracking import sampling, statistics
+from fastlora.tracking.sample import ReadSample
 from fastlora.tracking.statistics import Averages
 
 
@@ -82,7 +83,7 @@ def test_averages_decay_by_optimizer_steps_whatever_a_sample_stands_for(beta):
             seen["grad_sq"][0] = True
         finite = torch.tensor(turn % 11 != 5)
         folded, skipped = not bad and bool(finite), int(averages.skipped) if turn % 3 else None
-        averages.add(lambda found={k: (values[k], seen[k]) for k in kinds}: found, finite, drawn, steps)
+        averages.add(ReadSample({k: (values[k], seen[k]) for k in kinds}), finite, drawn, steps)
         if skipped is not None:  # otherwise several samples wait and are folded in together
             assert bool(averages.fold()) == folded and int(averages.skipped) == skipped + (not folded)
         for kind in kinds if folded else ():
@@ -93,6 +94,30 @@ def test_averages_decay_by_optimizer_steps_whatever_a_sample_stands_for(beta):
         expected = [running_average(mine, beta) for mine in samples[kind]]
         torch.testing.assert_close(averages.corrected(kind).tolist(), expected, rtol=1e-12, atol=0)
         assert averages.counts[kind].tolist() == [sum(n for _, n in mine) for mine in samples[kind]]
+
+
+@pytest.mark.parametrize("ema", [0.9, None])
+@pytest.mark.parametrize("kinds", [("grad_sq",), ("act_var", "grad_sq"), ("fisher", "act_var"), ("act_var",)], ids=str)
+def test_one_native_call_folds_samples_in_as_the_formula_does(kinds, ema, monkeypatch):
+    """To the bit, with a step that is not finite, one without a layer, and however many samples wait together."""
+    m, states, calls = model(), [], []
+    fold = statistics.fold_samples
+    for alone, folding in ((False, fold), (True, fold), (False, lambda *_: False)):
+        monkeypatch.setattr(statistics, "fold_samples", lambda *given, f=folding: calls.append(f(*given)) or calls[-1])
+        with track(m, ema=ema, statistics=kinds, every=1) as tracker:
+            for step in range(40):
+                loss = (first_only if step == 30 else loss_of)(m, data(seed=step, samples=3, tokens=2))
+                (loss * (math.nan if step % 9 == 4 else 1.0)).backward()
+                tracker.step()
+                m.zero_grad()
+                if alone:
+                    tracker._averages.fold()
+        states.append(tracker.state_dict())
+    assert calls.count(True) > 2 + 40 - 2 and calls.count(False) > 1
+    for other in states[1:]:
+        assert other["skipped"] == states[0]["skipped"] == (0 if kinds == ("act_var",) else 4)
+        for name in ("values", "counts"):
+            assert all(torch.equal(states[0][name][kind], other[name][kind]) for kind in kinds)
 
 
 FOLLOWED = {
@@ -126,10 +151,9 @@ class Samples:
     def watch(self, averages):
         add = averages.add
 
-        def watched(read, *rest):
-            found = read()
-            self.given.update(found)
-            add(lambda: found, *rest)
+        def watched(sample, *rest):
+            self.given.update(sample.read())
+            add(sample, *rest)
 
         self.monkeypatch.setattr(averages, "add", watched)
 

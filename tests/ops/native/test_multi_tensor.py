@@ -248,11 +248,12 @@ def test_fake_tensors_have_the_shapes():
     torch.library.opcheck(ops.squared_norms.default, (A + B,))
     torch.library.opcheck(ops.output_variances.default, ([torch.rand(2, 4).double()], [2], [1, 2]))
     torch.library.opcheck(ops.resize_ranks_.default, (zeros[0], A))
+    torch.library.opcheck(ops.fold_samples_.default, samples_of(2, 3, [0.5, 0.5]))
 
 
 def test_operators_are_registered():
     assert native.available(), native.reason()
-    for name in ("penalty", "penalty_grad_", "squared_norms", "output_variances", "resize_ranks_"):
+    for name in ("penalty", "penalty_grad_", "squared_norms", "output_variances", "fold_samples_", "resize_ranks_"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{name}", "CPU"), name
 
 
@@ -289,3 +290,64 @@ def test_output_variances_name_bad_arguments():
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.output_variances(*arguments)
+
+
+def samples_of(count, matrices, weights, squares_first=True):
+    """Arguments of ``fold_samples_``: layers of one matrix, of one to ``matrices`` columns."""
+    means, steps = (torch.rand(2, matrices, dtype=torch.float64) for _ in range(2))
+    sizes = [*range(1, matrices + 1)] * count
+    Q, V = [torch.randn(n, 3) for n in sizes], [torch.rand(2, n + 1, dtype=torch.float64) + 1 for n in sizes]
+    factors, stand_for = [0.25 + i for i in range(count)], [1 + i % 3 for i in range(count)]
+    averages = means, steps.mul_(10).floor_(), torch.tensor(4)
+    return *averages, Q, V, [1] * len(sizes), sizes, factors, weights, stand_for, squares_first
+
+
+@pytest.mark.parametrize("squares_first", [True, False])
+@pytest.mark.parametrize("weights", [[], [0.1, 0.2, 0.3, 0.4]])
+@pytest.mark.parametrize("kinds", ["Q", "V", "both"])
+def test_fold_samples(kinds, weights, squares_first):
+    arguments = [*samples_of(4, 3, weights, squares_first)]
+    means, steps, skipped, Q, V, runs, sizes, factors, _, stand_for, _ = arguments
+    Q[4][0, 0], V[3 * 2][1, 0] = torch.nan, torch.inf  # of the second sample, and of the third
+    rows = {"Q": torch.stack([q.double().square().sum() for q in Q]).view(4, 3), "V": torch.zeros(4, 3).double()}
+    rows["Q"] *= torch.tensor(factors, dtype=torch.float64).unsqueeze(1)
+    for i, (v, size) in enumerate(zip(V, sizes, strict=True)):
+        square = v[1, :size] / v[0, size]
+        rows["V"][i // 3, i % 3] = (square - (v[0, :size] / v[0, size]).square()).clamp(min=0).sum()
+    order = [kind for kind in ("QV" if squares_first else "VQ") if kinds in (kind, "both")]
+    if len(order) == 1:
+        arguments[0], arguments[1] = means, steps = means[:1].clone(), steps[:1].clone()
+        arguments[4 if kinds == "Q" else 3] = []
+        if kinds == "Q":
+            arguments[5], arguments[6] = [], []
+    mean, step, left_out = means.clone(), steps.clone(), 0
+    for i, n in enumerate(stand_for):
+        f = torch.stack([rows[kind][i] for kind in order])
+        if not f.isfinite().all():
+            left_out += 1
+            continue
+        step += n
+        mean += (f - mean) * (weights[i] if weights else n / step.clamp(min=1))
+    assert left_out == len(order) and ops.fold_samples_(*arguments) is None
+    torch.testing.assert_close(means, mean, rtol=1e-6, atol=0)
+    assert torch.equal(steps, step) and skipped.item() == 4 + left_out
+
+
+def test_fold_samples_names_bad_arguments():
+    good = samples_of(2, 3, [0.5, 0.5])
+    for place, value, message in (
+        (0, torch.zeros(2, 3), "means has"),
+        (1, torch.zeros(2, 4, dtype=torch.float64), "steps has"),
+        (2, torch.zeros(1, dtype=torch.int64), "skipped has"),
+        (3, good[3][:5], "Q has 5 entries"),
+        (5, [1] * 5, "runs has 5 entries"),
+        (6, good[6][:5], "sizes has 5 entries"),
+        (7, [1.0], "factors has 1 entries"),
+        (8, [1.0], "weights has 1 entries"),
+        (9, [], "stand_for has no entries"),
+    ):
+        arguments = [*good[:place], value, *good[place + 1 :]]
+        before = [t.clone() for t in arguments[:3]]
+        with pytest.raises(RuntimeError, match=message):
+            ops.fold_samples_(*arguments)
+        assert all(map(torch.equal, arguments[:3], before))
