@@ -19,6 +19,7 @@ from support.tracker_help import (
 )
 
 import fastlora
+from fastlora.ops import native
 from fastlora.tracking import sampling, statistics
 from fastlora.tracking.sample import ReadSample
 from fastlora.tracking.statistics import Averages
@@ -96,6 +97,7 @@ def test_averages_decay_by_optimizer_steps_whatever_a_sample_stands_for(beta):
         assert averages.counts[kind].tolist() == [sum(n for _, n in mine) for mine in samples[kind]]
 
 
+@pytest.mark.skipif(not native.available(), reason="the native library is not there")
 @pytest.mark.parametrize("ema", [0.9, None])
 @pytest.mark.parametrize("kinds", [("grad_sq",), ("act_var", "grad_sq"), ("fisher", "act_var"), ("act_var",)], ids=str)
 def test_one_native_call_folds_samples_in_as_the_formula_does(kinds, ema, monkeypatch):
