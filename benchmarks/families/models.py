@@ -238,10 +238,12 @@ def _open_clip(kind: str) -> Family:
         text = dict(context_length=9, vocab_size=50, width=32, heads=4, layers=2)
         if kind == "coca":
             decoder = open_clip.coca_model.MultimodalCfg(context_length=9, vocab_size=50, width=32, heads=4, layers=2)
-            return open_clip.CoCa(
+            model = open_clip.CoCa(
                 32, decoder, open_clip.CLIPTextCfg(**text, embed_cls=True, output_tokens=True),
                 open_clip.CLIPVisionCfg(**vision, attentional_pool=True, attn_pooler_heads=4, output_tokens=True),
             )  # fmt: skip
+            nn.init.normal_(model.text_decoder.text_projection, std=0.2)  # CoCa leaves it as it was allocated
+            return model
         if kind == "resnet":
             vision = dict(layers=(1, 1, 1, 1), width=8, head_width=8, patch_size=8, image_size=32)
         if kind == "custom_text":
