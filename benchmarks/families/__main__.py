@@ -139,19 +139,29 @@ def examined(family: Family, compiled: bool = True, seconds: int = SECONDS) -> d
     started = time.process_time()
     with checks.reasons(row, "reason"):
         try:
-            with _limit(seconds):
+            with _limit(seconds), family.within():
                 _fill(row, _built(family), family, compiled)
         except TimeoutError as error:
             row["reason"] = str(error)
     if not row["roles"] and row["reason"] and family.whole is not None:
-        with contextlib.suppress(Exception):
-            whole = family.whole()
-            row["roles"] = structure.role_counts(whole)
-            row["structure"] = True
-            if not row["roles"] and structure.why_no_attention(whole) == structure.NO_ATTENTION:
-                row["reason"] = structure.NO_ATTENTION
+        _count_whole(row, family)
     row["seconds"] = round(time.process_time() - started, 1)
     return row
+
+
+def _count_whole(row: dict[str, Any], family: Family) -> None:
+    """The roles of the library's default size, in a row of no small model."""
+    try:
+        whole = family.whole()
+    except ImportError:
+        return
+    except Exception as error:  # noqa: BLE001 - whatever the library raises is the reason
+        row["reason"] = f"{family.library} does not build its default size: {checks.short(str(error))}"
+        return
+    row["roles"] = structure.role_counts(whole)
+    row["structure"] = True
+    if not row["roles"] and structure.why_no_attention(whole) == structure.NO_ATTENTION:
+        row["reason"] = structure.NO_ATTENTION
 
 
 def _built(family: Family) -> nn.Module:

@@ -473,7 +473,18 @@ def reasons(row: dict[str, Any], column: str) -> Iterator[None]:
         row[column] = short(f"{type(error).__name__}: {error}")
 
 
+_PLAIN = {
+    r"(StrictDataclassClassValidationError: )?Class validation error for validator '\w+': (\w+: )?": "",
+    r"ImportError: \w+ requires the (\w+) library.*": r"needs the \1 library",
+    r"RuntimeError: mat1 and mat2 must have the same dtype, but got Float and Double": (
+        "it casts to float32 inside, and does not run in float64"
+    ),
+}
+
+
 def short(text: str) -> str:
     """One line of at most 160 characters, without places of one machine and listings without an order."""
     text = " ".join(text.split()).partition(" Incompatible modules:")[0]
+    for pattern, plain in _PLAIN.items():
+        text = re.sub(pattern, plain, text)
     return re.sub(r"'?(/[\w.-]+){2,}'?|https?:\S*|[\w-]+\.com\S*", "...", text)[:160]

@@ -91,6 +91,9 @@ _INDEXER = {
     "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2
 }  # fmt: skip
 _SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1], "num_time_features": 1}
+_TIMM = {"architecture": "test_vit", "model_args": {"img_size": 64, "embed_dim": 64}}
+_STRIPS = ("vertical_long_to_small_conv", "horizontal_small_to_long_conv", "symmetric_conv_long")
+_INTRACLASS = [f"{strip}_{ratio}ratio" for strip in _STRIPS for ratio in ("long", "mid", "short")]
 FIELDS: dict[str, dict[str, Any]] = {
     **{kind: {"window_size": 2} for kind in _WINDOWS},
     **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"), _RESNET),
@@ -103,6 +106,19 @@ FIELDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("mask2former", "oneformer", "grounding-dino"), {"backbone_config": {"window_size": 2}}),
     **dict.fromkeys(("kimi_k25", "mistral_large4"), {"text_config": {"num_key_value_heads": 4}}),
     **dict.fromkeys(("blip-2", "instructblip"), {"image_token_index": 50}),
+    "gemma3n_vision": {"model_args": {"channel_multiplier": 0.25}},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0], [1, 1]],
+        "downsample_rate": "1/2",
+        "spatial_target_layers": [0, 0, 1, 1],
+        "vision_config": {"hidden_size": 64},
+    },
+    "perception_lm": {"vision_config": _TIMM},
+    "pp_ocrv6_medium_det": {
+        "intraclass_block_config": dict.fromkeys(("reduce_channel", "return_channel", *_INTRACLASS), (1, 1, 0))
+    },
+    "timm_backbone": {"backbone": "test_vit"},
+    "timm_wrapper": _TIMM,
     "cohere_compass": {"text_config": {"rope_parameters": _ROPE_OF_EACH}},
     "cohere_compass_text": {"rope_parameters": _ROPE_OF_EACH},
     "deepseek_ocr2": {

@@ -103,6 +103,9 @@ _INPUTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
         "grid_thw": torch.tensor([[1, 4, 4]]),
         "merge_sizes": torch.tensor([1]),
     },
+    "perception_lm": lambda m: {"input_ids": _images_in_text(m, 16), "pixel_values": real(2, 1, 3, 64, 64)},
+    "voxtral_realtime_text": lambda m: {"input_ids": ids(40), "t_cond": real(2, 1, 32)},
+    "timm_backbone": lambda m: {"pixel_values": real(2, 3, 160, 160)},
     "evolla": lambda m: {"input_ids": ids(40)},
     "fun_asr_nano_encoder": lambda m: {
         "input_features": real(2, 24, 112),
@@ -125,6 +128,8 @@ _INPUTS: dict[str, Callable[[nn.Module], dict[str, Any]]] = {
         "past_values_padding": torch.zeros(2, m.config.context_length).double(),
     },
     "videoprism": lambda m: {"input_ids": ids(40), "pixel_values_videos": _video(m)},
+    # Without the cache it makes a mask in float32, of the smallest number of float64.
+    "fsmt": lambda m: {"input_ids": ids(40), "decoder_input_ids": ids(40, 2, 5), "use_cache": True},
     "xclip": lambda m: {"input_ids": ids(40), "pixel_values": _video(m)},
     "siglip2": lambda m: {"input_ids": ids(40), **_patches(m)},
     "siglip2_vision_model": _patches,

@@ -32,6 +32,7 @@ class Family:
     make: Callable[[], nn.Module]
     run: Callable[[nn.Module], Any]
     whole: Callable[[], nn.Module] | None = None  # the library's own default size, without values
+    within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # of make and every pass
 
 
 def _first_that_works(makers: list[Callable[[], nn.Module]], last: bool = False) -> nn.Module:
@@ -58,9 +59,10 @@ _CLASSES = {
     "evolla": ("evolla", "EvollaModel", "evolla"),
     "funnel": ("funnel", "FunnelModel", "funnel"),
     "musicgen": ("musicgen", "MusicgenModel", "musicgen_decoder"),
+    "voxtral_realtime_text": ("voxtral_realtime", "VoxtralRealtimeTextModel", "voxtral_realtime_text"),
     "musicgen_melody": ("musicgen_melody", "MusicgenMelodyModel", "musicgen_melody_decoder"),
 }
-_OF_DEFAULT_DTYPE = {"dab-detr"}  # its own tensors are of it, whatever that of the weights is
+_OF_DEFAULT_DTYPE = {"dab-detr", "oneformer", "xglm"}  # its own tensors are of it, whatever that of the weights is
 
 
 @contextlib.contextmanager
@@ -122,9 +124,8 @@ def _transformers(kind: str) -> Family:
     if kind in _CLASSES:
         return Family("transformers", kind, functools.partial(_of_class, kind), run_transformers)
     whole = functools.partial(_without_values, kind)
-    if kind in _OF_DEFAULT_DTYPE:
-        return Family("transformers", kind, _double()(make), _double()(run_transformers), whole)
-    return Family("transformers", kind, make, run_transformers, whole)
+    within = _double if kind in _OF_DEFAULT_DTYPE else contextlib.nullcontext
+    return Family("transformers", kind, make, run_transformers, whole, within)
 
 
 def _without_values(kind: str) -> nn.Module:
@@ -133,8 +134,12 @@ def _without_values(kind: str) -> nn.Module:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     auto = next(auto for auto, names in _MAPPINGS.items() if kind in getattr(modeling_auto, names))
-    with torch.device("meta"):
-        return getattr(transformers, auto).from_config(CONFIG_MAPPING[kind]())
+
+    def of(fields: Mapping[str, Any]) -> nn.Module:
+        with torch.device("meta"):
+            return getattr(transformers, auto).from_config(CONFIG_MAPPING[kind](**fields))
+
+    return _first_that_works([functools.partial(of, fields) for fields in ({}, FIELDS.get(kind, {}))])
 
 
 def _refuse_large(make: Callable[[], nn.Module]) -> None:
@@ -194,6 +199,7 @@ resnet50_clip sebotnet33ts_256 sehalonet33ts
 _FIELDS_OF: dict[str, dict[str, Any]] = {
     **{name: {"width_factor": 0.25} for name in _THIN.split()},
     "hieradet_small": {"embed_dim": 16},
+    "mobilenetv5_base": {"channel_multiplier": 0.25},
     "efficientvit_l1": {"widths": (8, 16, 32, 64, 64), "depths": (1, 1, 1, 2, 2)},
 }
 _SIDES = (64, 96, 128, 192, 224, 256)  # of images, where img_size is none of the fields
@@ -232,10 +238,12 @@ def _open_clip(kind: str) -> Family:
         text = dict(context_length=9, vocab_size=50, width=32, heads=4, layers=2)
         if kind == "coca":
             decoder = open_clip.coca_model.MultimodalCfg(context_length=9, vocab_size=50, width=32, heads=4, layers=2)
-            return open_clip.CoCa(
+            model = open_clip.CoCa(
                 32, decoder, open_clip.CLIPTextCfg(**text, embed_cls=True, output_tokens=True),
                 open_clip.CLIPVisionCfg(**vision, attentional_pool=True, attn_pooler_heads=4, output_tokens=True),
             )  # fmt: skip
+            nn.init.normal_(model.text_decoder.text_projection, std=0.2)  # CoCa leaves it as it was allocated
+            return model
         if kind == "resnet":
             vision = dict(layers=(1, 1, 1, 1), width=8, head_width=8, patch_size=8, image_size=32)
         if kind == "custom_text":
