@@ -286,7 +286,7 @@ def other_cards_have_plans_of_their_own(gpu):
                 same(card, case)
                 for name, direction in directions(case, card.device).items():
                     plans = with_plans(direction)
-                    started = card.record(lambda: plans.run(direction.key, direction.inputs, forbidden))  # noqa: B023
+                    started = card.record(functools.partial(plans.run, direction.key, direction.inputs, forbidden))
                     most = max(launch.shared_bytes for launch in started)
                     assert 0 < most <= GPUS[capability].shared_bytes, (capability, name, most)
     plan._known.clear()

@@ -113,7 +113,10 @@ class TestRowLengths:
     def lengths(self, dtype=torch.float64):
         """q and v of two heads together, of other ranks."""
         generator = torch.Generator().manual_seed(3)
-        draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
         q, v = [slice(0, 3), slice(5, 8)], [slice(3, 5), slice(8, 10)]
         parts = [(q, draw(2, 4), draw(6, 2), 1.5), (v, draw(3, 4), draw(4, 3), 0.5)]
         return RowLengths(draw(10, 4), parts, draw(10), draw(10)), draw(5, 10)

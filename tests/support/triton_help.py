@@ -125,3 +125,22 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype, name: str = "") -> None:
     off = error(found, wanted)
     assert off <= TOLERANCE[dtype], f"{name}: relative error {off:.2e} > {TOLERANCE[dtype]:.0e}"
+
+
+def assert_replayed(step, leaves):
+    """A CUDA graph of ``step`` leaves the gradients of an eager one, bit for bit."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(4):
+            step()
+    torch.cuda.synchronize()
+    wanted = [leaf.grad.clone() for leaf in leaves]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        step()
+    for leaf in leaves:
+        leaf.grad.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, wanted, strict=True))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastlora.kernels import linear, shrink, tiling
 from support.every_verb import run_verb
-from support.triton_help import DEVICE, Data, Problem, assert_close, error, wide
+from support.triton_help import DEVICE, Data, Problem, assert_close, assert_replayed, error, wide
 
 from fastlora.ops.lora import lora_linear
 
@@ -71,21 +71,7 @@ def test_graph_replay_equals_eager():
         y = lora_linear(x, data.W, data.bias, A, B, data.scale, backend="triton")
         torch.autograd.backward(y, data.dy)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    wanted = [leaf.grad.clone() for leaf in leaves]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        step()
-    for leaf in leaves:
-        leaf.grad.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, wanted, strict=True))
+    assert_replayed(step, leaves)
 
 
 def test_offsets_beyond_32_bits():

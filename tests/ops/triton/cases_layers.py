@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from support.triton_help import DEVICE
+from support.triton_help import DEVICE, assert_replayed
 from torch import nn
 
 import fastlora
@@ -163,18 +163,4 @@ def test_a_captured_step_of_a_layer_is_an_eager_one():
         y = model(x)
         y.backward(torch.ones_like(y))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(4):
-            step()
-    torch.cuda.synchronize()
-    wanted = [leaf.grad.clone() for leaf in leaves]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        step()
-    for leaf in leaves:
-        leaf.grad.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, wanted, strict=True))
+    assert_replayed(step, leaves)
