@@ -16,7 +16,6 @@ from fastlora.ops.backends import plan
 # On a GPU a call is met, recorded, and then repeated by its plan.
 STEPS = 2 if DEVICE == "cpu" else 5
 WIDTH = 32 if DEVICE == "cpu" else 768
-TOLERANCE = 5e-5  # exact fp32; a step adds to the error of the one before
 STATISTICS = ("grad_sq", "act_var")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
@@ -115,9 +114,14 @@ def trained(name: str, backend: str, dtype: torch.dtype, device: str) -> dict[st
 def test_steps_of_a_layer_and_their_statistics(name):
     found, wanted = trained(name, "auto", torch.float32, DEVICE), trained(name, "reference", torch.float64, "cpu")
     assert found.keys() == wanted.keys() and any("grad_sq" in key for key in found)
-    for key, value in wanted.items():
-        off = (found[key].double().cpu() - value).norm() / value.norm().clamp_min(1e-30)
-        assert off <= TOLERANCE, f"{key}: relative error {float(off):.1e}"
+
+    def errors(given):
+        return {k: float((given[k].double().cpu() - v).norm() / v.norm().clamp_min(1e-30)) for k, v in wanted.items()}
+
+    # The same formula in fp32; sums may go in another order.
+    limit = 4 * max(errors(trained(name, "reference", torch.float32, "cpu")).values())
+    for key, off in errors(found).items():
+        assert off <= limit, f"{key}: relative error {off:.1e}, at most {limit:.1e}"
 
 
 @on_gpu
