@@ -116,19 +116,15 @@ STABLE_TORCH_LIBRARY(fastlora, m) {
   // moments_i, one or more, is [sum y; sum y^2] with the number of rows in one more column, float64; the next runs[i]
   // of `sizes` split its other columns.
   m.def("output_variances(Tensor[] moments, int[] runs, int[] sizes) -> Tensor");
-  // Sample by sample i, where all of its numbers f are finite: steps += n, means += w_i (f - means), n = stand_for[i]
-  // and w_i = weights[i], or n / steps where there are no weights; elsewhere skipped += 1   in place, float64 [kinds,
-  // M] f of a sample: factors[i] ||Q||^2 of its M entries of Q, and output_variances of its entries of V, where there
-  // are such; the first row of means is that of Q with `squares_first`.
-  m.def(
-      "fold_samples_(Tensor(a!) means, Tensor(b!) steps, Tensor(c!) skipped, Tensor[] Q, Tensor[] V, int[] runs, int[] "
-      "sizes, float[] factors, float[] weights, int[] stand_for, bool squares_first) -> ()");
   // to_i[r, c] = source_i[r, c] where source_i has that element, else 0   one pair or more of matrices of one dtype,
   // float64 too, that differ in one size
   m.def("resize_ranks_(Tensor(a!)[] to, Tensor[] source) -> ()");
 
   // The instruction set of this process: avx512_bf16, avx512, avx2 or portable.
   m.def("cpu_isa() -> str");
+
+  // The address of what fastlora._node calls at every step of a tracker (csrc/sample.h).
+  m.def("sample_calls() -> int");
 
   // Call plans (csrc/plan.h). open_plans: takes in the registry of fastlora._plan and the driver's library; "" or why
   // plans cannot run. keep_plan: files a plan under (cache, variant, shapes of the inputs). run_plan: the results of

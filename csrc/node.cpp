@@ -15,6 +15,7 @@
 
 #include "group.h"
 #include "plan.h"
+#include "sample.h"
 
 namespace fastlora::node {
 namespace {
@@ -23,6 +24,7 @@ using torch::autograd::Node;
 using torch::autograd::variable_list;
 
 const plan::Registry* registry = nullptr;
+const SampleCalls* calls = nullptr;
 
 // The results of a plan, undefined where there is none; nothing without a plan for these.
 Tensors run_plan(int64_t cache, int64_t variant, Tensors& inputs) {
@@ -362,6 +364,56 @@ std::optional<Tensors> run(const std::shared_ptr<const Group>& group, const py::
                 std::move(pending), std::move(also), std::move(out));
 }
 
+// The averages of a tracker, of what the backwards of a step add to leaves: Z first and V then.
+struct Averages {
+  Tensor means, steps, skipped;
+  Borrowed leaves;  // whose owner is that of the averages
+  size_t matrices;  // leaves that are Z
+  std::vector<int64_t> runs, sizes;
+  bool squares_first;
+
+  // Takes in the leaves' gradients, which are theirs no more. False, and nothing has changed, where one has none that
+  // is plain memory.
+  bool fold(double factor, std::optional<double> weight, int64_t n) const {
+    Sample sample{{}, {}, runs, sizes, factor, weight.value_or(-1.0), n};
+    sample.Q.reserve(matrices);
+    for (size_t i = 0; i < leaves.size(); ++i) {
+      const Tensor& grad = leaves[i].grad();
+      if (!grad.defined() || grad.layout() != at::kStrided || !grad.is_contiguous()) return false;
+      const bool wide = grad.scalar_type() == at::kDouble;
+      if (grad.scalar_type() != leaves[i].scalar_type() || grad.sizes() != leaves[i].sizes()) return false;
+      (i < matrices ? sample.Q : sample.V).push_back({grad.const_data_ptr(), grad.numel(), wide});
+    }
+    calls->fold(sample, {means.mutable_data_ptr<double>(), steps.mutable_data_ptr<double>(),
+                         skipped.mutable_data_ptr<int64_t>(), means.size(1), squares_first});
+    for (size_t i = 0; i < leaves.size(); ++i) leaves[i].mutable_grad().reset();
+    return true;
+  }
+};
+
+Averages averages(Tensor means, Tensor steps, Tensor skipped, const py::sequence& leaves, size_t matrices,
+                  std::vector<int64_t> runs, std::vector<int64_t> sizes, bool squares_first) {
+  Borrowed grown(leaves);
+  size_t first = 0;
+  const auto fits = [&](const Tensor& V, int64_t count) {
+    int64_t columns = 1;
+    for (int64_t run = 0; run < count && first < sizes.size(); ++run) columns += sizes[first++];
+    return V.scalar_type() == at::kDouble && V.numel() == 2 * columns;
+  };
+  bool right = calls != nullptr && matrices + runs.size() == grown.size() && means.sizes() == steps.sizes();
+  for (size_t i = 0; right && i < runs.size(); ++i) right = fits(grown[matrices + i], runs[i]);
+  if (!right || first != sizes.size()) throw py::value_error("expected leaves as runs and sizes say");
+  return {std::move(means), std::move(steps), std::move(skipped), std::move(grown), matrices, std::move(runs),
+          std::move(sizes), squares_first};
+}
+
+// The operator philox_signs_ on a CPU.
+void write_signs(int64_t first, int64_t tag, const std::vector<int64_t>& counts, const Tensor& out, const Tensor& seed,
+                 int64_t step) {
+  calls->signs(out.mutable_data_ptr<float>(), static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()), step, first, tag,
+               counts);
+}
+
 }  // namespace
 }  // namespace fastlora::node
 
@@ -394,6 +446,19 @@ PYBIND11_MODULE(_node, m) {
   py::class_<Pending, std::shared_ptr<Pending>>(m, "Pending", "Graphs that are there and whose backward has not run.")
       .def(py::init<>())
       .def_property_readonly("count", [](const Pending& pending) { return pending.count.load(); });
+  m.def(
+      "open_samples",
+      [](int64_t place) {
+        const auto* const found = reinterpret_cast<const fastlora::SampleCalls*>(place);
+        if (found->format == fastlora::SampleCalls::kFormat) calls = found;
+        return calls != nullptr;
+      },
+      py::arg("calls"), "Take in what the native library does at every step of a tracker.");
+  py::class_<Averages>(m, "Averages", "Averages of what the backwards of a step add to leaves.")
+      .def(py::init(&averages), py::arg("means"), py::arg("steps"), py::arg("skipped"), py::arg("leaves"),
+           py::arg("matrices"), py::arg("runs"), py::arg("sizes"), py::arg("squares_first"))
+      .def("fold", &Averages::fold, py::arg("factor"), py::arg("weight"), py::arg("n"));
+  m.def("write_signs", &write_signs);
   m.def("run", &run);
   m.def("attach", &attach);
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import gc
 import math
 import time
@@ -10,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-
-from fastlora.tracking.statistics import TOGETHER
 
 from .peers import Variant
 
@@ -29,7 +26,6 @@ class Interleaved:
         self.variants, self.calls, self.clock, self.round = list(variants), calls, clock, 0
         self.target = next(v for v in self.variants if v.name == target)
         self.times: dict[str, dict[int, float]] = {}  # by variant and round
-        self._steps: dict[str, collections.deque[float]] = {}  # of ``tracker.step()``, the last ones of each variant
 
     def _order(self) -> list[Variant]:
         due = [v for v in self.variants if self.round % v.every == 0]
@@ -64,10 +60,8 @@ class Interleaved:
         if variant.tracker is not None:
             start = self.clock()
             variant.tracker.step()
-            # One step in sixteen folds in the samples of all: a median of single steps would leave that out.
-            steps = self._steps.setdefault(variant.name, collections.deque(maxlen=TOGETHER))
-            steps.append(self.clock() - start)
-            self.times.setdefault(variant.name + "_step", {})[self.round] = total / self.calls + sum(steps) / len(steps)
+            step = self.clock() - start
+            self.times.setdefault(variant.name + "_step", {})[self.round] = total / self.calls + step
 
 
 def quantile(values: Sequence[float], q: float) -> float:

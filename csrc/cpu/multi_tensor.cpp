@@ -2,11 +2,13 @@
 // Threads take whole matrices, so that results do not depend on their number.
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
+#include "sample.h"
 
 namespace fastlora {
 namespace {
@@ -206,8 +208,10 @@ double squared_norm(const double* data, int64_t count) {
   return squares;
 }
 
-// The sum of the squares of each tensor.
-void add_squares(const TensorList& tensors, double* out) {
+// float64 sum of the squares of each tensor
+Tensor squared_norms(const TensorList& tensors) {
+  Tensor result = new_tensor({static_cast<int64_t>(tensors.size())}, ScalarType::Double);
+  double* const out = static_cast<double*>(result.mutable_data_ptr());
   TensorList dense;
   int64_t work = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -225,18 +229,33 @@ void add_squares(const TensorList& tensors, double* out) {
     with_type(dense[i].scalar_type(),
               [&](auto type) { out[i] = squared_norm(static_cast<const decltype(type)*>(data), count); });
   });
-}
-
-// float64 sum of the squares of each tensor
-Tensor squared_norms(const TensorList& tensors) {
-  Tensor result = new_tensor({static_cast<int64_t>(tensors.size())}, ScalarType::Double);
-  add_squares(tensors, static_cast<double*>(result.mutable_data_ptr()));
   return result;
 }
 
-// Runs of columns of each [sum y; sum y^2 | rows]: sum over a run of max(0, E y^2 - (E y)^2)
-void add_variances(const TensorList& moments, const std::vector<int64_t>& runs, const std::vector<int64_t>& sizes,
-                   double* out) {
+constexpr int64_t kLanes = 8;  // sums side by side
+
+// Of the next runs of columns of [sum y; sum y^2 | rows]: sum over a run of max(0, E y^2 - (E y)^2)
+void write_variances(const double* sum, int64_t columns, const int64_t* sizes, int64_t runs, double* out) {
+  const double *square = sum + columns + 1, rows = sum[columns];
+  for (int64_t run = 0; run < runs; ++run) {
+    // In units of 1 / rows^2, so that nothing is divided on the way; NaN stays.
+    double lanes[kLanes] = {};
+    const auto add = [&](int64_t lane, int64_t column) {
+      const double variance = square[column] * rows - sum[column] * sum[column];
+      lanes[lane] += variance < 0.0 ? 0.0 : variance;
+    };
+    int64_t n = 0;
+    for (; n + kLanes <= sizes[run]; n += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) add(lane, n + lane);
+    }
+    for (; n < sizes[run]; ++n) add(0, n);
+    out[run] = std::accumulate(lanes, lanes + kLanes, 0.0) / rows / rows;
+    sum += sizes[run], square += sizes[run];
+  }
+}
+
+Tensor output_variances(const TensorList& moments, const std::vector<int64_t>& runs,
+                        const std::vector<int64_t>& sizes) {
   check_entries(runs.size(), "runs", moments.size(), "moments");
   TensorList dense;
   size_t first = 0;
@@ -252,78 +271,15 @@ void add_variances(const TensorList& moments, const std::vector<int64_t>& runs, 
     dense.push_back(torch::stable::contiguous(moments[i]));
   }
   STD_TORCH_CHECK(first == sizes.size(), "sizes has ", sizes.size(), " entries, but runs ask for ", first);
-  size_t next = 0;
-  for (size_t i = 0; i < dense.size(); ++i) {
-    const int64_t columns = dense[i].size(1) - 1;
-    const double* sum = static_cast<const double*>(dense[i].const_data_ptr());
-    const double *square = sum + columns + 1, rows = sum[columns];
-    for (int64_t run = 0; run < runs[i]; ++run, ++next) {
-      double total = 0.0;
-      for (int64_t n = 0; n < sizes[next]; ++n, ++sum, ++square) {
-        const double mean = *sum / rows, variance = *square / rows - mean * mean;
-        total += variance < 0.0 ? 0.0 : variance;  // NaN stays
-      }
-      out[next] = total;
-    }
-  }
-}
-
-Tensor output_variances(const TensorList& moments, const std::vector<int64_t>& runs,
-                        const std::vector<int64_t>& sizes) {
   Tensor result = new_tensor({static_cast<int64_t>(sizes.size())}, ScalarType::Double);
-  add_variances(moments, runs, sizes, static_cast<double*>(result.mutable_data_ptr()));
-  return result;
-}
-
-double* read_averages(Tensor& tensor, const char* name, int64_t kinds, int64_t matrices) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() &&
-                      tensor.size(0) == kinds && tensor.size(1) == matrices,
-                  name, " has ", tensor.dim(), " dimensions and dtype ", tensor.scalar_type(), "; a contiguous Double ",
-                  kinds, " x ", matrices, " matrix is needed");
-  return static_cast<double*>(tensor.mutable_data_ptr());
-}
-
-// Sample after sample, those left out of which a number is not finite: steps += n, means += w (f - means)
-void fold_samples_(Tensor means, Tensor steps, Tensor skipped, const TensorList& Q, const TensorList& V,
-                   const std::vector<int64_t>& runs, const std::vector<int64_t>& sizes,
-                   const std::vector<double>& factors, const std::vector<double>& weights,
-                   const std::vector<int64_t>& stand_for, bool squares_first) {
-  const int64_t samples = static_cast<int64_t>(stand_for.size());
-  STD_TORCH_CHECK(samples > 0 && means.dim() == 2, "stand_for has no entries, or means ", means.dim(), " dimensions");
-  const int64_t matrices = means.size(1), kinds = (Q.empty() ? 0 : 1) + (V.empty() ? 0 : 1);
-  check_entries(factors.size(), "factors", stand_for.size(), "stand_for");
-  if (!weights.empty()) check_entries(weights.size(), "weights", stand_for.size(), "stand_for");
-  const size_t numbers = static_cast<size_t>(samples * matrices);
-  if (!Q.empty()) check_entries(Q.size(), "Q", numbers, "samples of means");
-  if (!V.empty()) check_entries(sizes.size(), "sizes", numbers, "samples of means");
-  double *mean = read_averages(means, "means", kinds, matrices), *step = read_averages(steps, "steps", kinds, matrices);
-  STD_TORCH_CHECK(skipped.dim() == 0 && skipped.scalar_type() == ScalarType::Long, "skipped has ", skipped.dim(),
-                  " dimensions and dtype ", skipped.scalar_type(), "; a Long tensor with 0 dimensions is needed");
-  std::vector<double> squares(Q.size()), variances(V.empty() ? 0 : sizes.size());
-  add_squares(Q, squares.data());
-  if (!V.empty()) add_variances(V, runs, sizes, variances.data());
-  for (size_t i = 0; i < squares.size(); ++i) squares[i] *= factors[i / static_cast<size_t>(matrices)];
-  std::vector<const std::vector<double>*> rows;
-  if (!Q.empty()) rows.push_back(&squares);
-  if (!V.empty()) rows.insert(squares_first ? rows.end() : rows.begin(), &variances);
-  for (int64_t s = 0; s < samples; ++s) {
-    bool finite = true;
-    for (const auto* row : rows) {
-      const double* f = row->data() + s * matrices;
-      finite =
-          finite && std::all_of(f, f + matrices, [](double v) { return v < std::numeric_limits<double>::infinity(); });
-    }
-    if (!finite) {
-      ++*static_cast<int64_t*>(skipped.mutable_data_ptr());
-      continue;
-    }
-    const double n = static_cast<double>(stand_for[s]);
-    for (int64_t i = 0; i < kinds * matrices; ++i) {
-      const double f = (*rows[i / matrices])[s * matrices + i % matrices];
-      step[i] += n;
-      mean[i] += (f - mean[i]) * (weights.empty() ? n / std::max(step[i], 1.0) : weights[s]);
-    }
+  double* out = static_cast<double*>(result.mutable_data_ptr());
+  const int64_t* size = sizes.data();
+  for (size_t i = 0; i < dense.size(); ++i) {
+    const double* sum = static_cast<const double*>(dense[i].const_data_ptr());
+    write_variances(sum, dense[i].size(1) - 1, size, runs[i], out);
+    size += runs[i], out += runs[i];
   }
+  return result;
 }
 
 void check_resize(const Tensor& to, const Tensor& from, size_t i) {
@@ -368,6 +324,38 @@ void resize_ranks_(TensorList to, const TensorList& source) {
 }
 
 }  // namespace
+
+void fold_sample(const Sample& sample, const SampleAverages& averages) {
+  const size_t matrices = static_cast<size_t>(averages.matrices);
+  const bool both = !sample.Q.empty() && !sample.V.empty();
+  std::vector<double> f((both ? 2 : 1) * matrices);
+  double* const squares = f.data() + (both && !averages.squares_first ? matrices : 0);
+  double* variances = f.data() + (both && averages.squares_first ? matrices : 0);
+  int64_t work = 0;
+  for (const LeafGradient& gradient : sample.Q) work += gradient.count;
+  for_each_matrix(sample.Q.size(), work, [&](size_t i) {
+    const auto& [data, count, wide] = sample.Q[i];
+    squares[i] = sample.factor * (wide ? squared_norm(static_cast<const double*>(data), count)
+                                       : squared_norm(static_cast<const float*>(data), count));
+  });
+  const int64_t* size = sample.sizes.data();
+  for (size_t i = 0; i < sample.V.size(); ++i) {
+    const int64_t runs = sample.runs[i];
+    write_variances(static_cast<const double*>(sample.V[i].data), sample.V[i].count / 2 - 1, size, runs, variances);
+    size += runs, variances += runs;
+  }
+  if (!std::all_of(f.begin(), f.end(), [](double v) { return v < std::numeric_limits<double>::infinity(); })) {
+    ++*averages.skipped;
+    return;
+  }
+  const double n = static_cast<double>(sample.n);
+  for (size_t i = 0; i < f.size(); ++i) {
+    averages.steps[i] += n;
+    const double w = sample.weight < 0.0 ? n / std::max(averages.steps[i], 1.0) : sample.weight;
+    averages.means[i] += (f[i] - averages.means[i]) * w;
+  }
+}
+
 }  // namespace fastlora
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
@@ -375,6 +363,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("penalty_grad_", TORCH_BOX(&fastlora::penalty_grad_));
   m.impl("squared_norms", TORCH_BOX(&fastlora::squared_norms));
   m.impl("output_variances", TORCH_BOX(&fastlora::output_variances));
-  m.impl("fold_samples_", TORCH_BOX(&fastlora::fold_samples_));
   m.impl("resize_ranks_", TORCH_BOX(&fastlora::resize_ranks_));
 }

@@ -27,14 +27,13 @@ constexpr int64_t worth_a_thread(int64_t operations) { return operations; }
 // alone: OpenMP's threads stayed behind in the parent.
 template <class F>
 void parallel_for(int64_t count, int64_t grain, const F& f) {
-  const int64_t threads = torch::stable::get_num_threads();
-  if (count <= grain || threads == 1 || in_forked_child()) {
+  if (count <= grain || torch::stable::get_num_threads() == 1 || in_forked_child()) {
     if (count > 0) f(int64_t{0}, count);
     return;
   }
 #ifdef __SANITIZE_THREAD__
   // ThreadSanitizer does not see the barriers of the OpenMP runtime that torch brings.
-  const int64_t ranges = std::min(threads, (count + grain - 1) / grain);
+  const int64_t ranges = std::min<int64_t>(torch::stable::get_num_threads(), (count + grain - 1) / grain);
   std::vector<std::thread> started;
   for (int64_t i = 1; i < ranges; ++i) {
     started.emplace_back([&, i] { f(count * i / ranges, count * (i + 1) / ranges); });

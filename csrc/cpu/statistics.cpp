@@ -2,13 +2,30 @@
 #include "cpu/checks.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "sample.h"
 
 namespace fastlora {
+
+void fold_sample(const Sample& sample, const SampleAverages& averages);  // multi_tensor.cpp
+
 namespace {
 
 constexpr int64_t kSignsPerCounter = 128;
 
 bool fits_word(int64_t value) { return value >= 0 && value <= 0xffffffffll; }
+
+void write_signs(float* out, uint64_t seed, int64_t step, int64_t first, int64_t tag,
+                 const std::vector<int64_t>& counts) {
+  DropoutRow row{};
+  row.seed = seed;
+  row.projection = static_cast<uint32_t>(tag);
+  for (size_t group = 0; group < counts.size(); ++group) {
+    const uint64_t word = static_cast<uint64_t>(first) + group;
+    row.row = static_cast<int64_t>((word << 32) | static_cast<uint64_t>(step));
+    kernels().signs(0, row, counts[group], out);
+    out += counts[group] * kSignsPerCounter;
+  }
+}
 
 // out: 128 signs for each counter (i, step, first + group, tag), i < counts[group]
 void philox_signs_(Tensor out, const Tensor& seed, int64_t step, int64_t first, int64_t tag,
@@ -25,16 +42,7 @@ void philox_signs_(Tensor out, const Tensor& seed, int64_t step, int64_t first, 
   }
   STD_TORCH_CHECK(out.numel() == total * kSignsPerCounter, "out has ", out.numel(), " elements; counts need ",
                   total * kSignsPerCounter);
-  float* to = static_cast<float*>(out.mutable_data_ptr());
-  DropoutRow row{};
-  row.seed = read_seed(seed);
-  row.projection = static_cast<uint32_t>(tag);
-  for (size_t group = 0; group < counts.size(); ++group) {
-    const uint64_t word = static_cast<uint64_t>(first) + group;
-    row.row = static_cast<int64_t>((word << 32) | static_cast<uint64_t>(step));
-    kernels().signs(0, row, counts[group], to);
-    to += counts[group] * kSignsPerCounter;
-  }
+  write_signs(static_cast<float*>(out.mutable_data_ptr()), read_seed(seed), step, first, tag, counts);
 }
 
 // sums += [sum of tile^2, sum of |tile|]
@@ -59,8 +67,16 @@ void add_norms_(Tensor sums, const Tensor& tile) {
   }
 }
 
+const SampleCalls calls{SampleCalls::kFormat, &fold_sample, &write_signs};
+
+int64_t sample_calls() { return reinterpret_cast<int64_t>(&calls); }
+
 }  // namespace
 }  // namespace fastlora
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CompositeExplicitAutograd, m) {
+  m.impl("sample_calls", TORCH_BOX(&fastlora::sample_calls));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("philox_signs_", TORCH_BOX(&fastlora::philox_signs_));

@@ -18,9 +18,9 @@ from .adapter import Slices
 from .probe_rows import SampleSigns
 
 
-def refuse_capture(device: torch.device) -> None:
+def refuse_capture(device_type: str) -> None:
     """A replay knows neither of the optimizer step nor of ``.grad`` of leaves: its statistics would be of one step."""
-    if capturing(device.type):
+    if capturing(device_type):
         raise RuntimeError(
             "track: expected no capture of a CUDA graph, got one, whose replays would repeat one step's probes; run "
             "steps with a tracker eagerly or under torch.compile, and call tracker.close() before a capture"
@@ -166,7 +166,7 @@ class LayerProbe:
         if torch.compiler.is_compiling():
             self.step.compiled = True
         else:
-            refuse_capture(x.device)
+            refuse_capture(x.device.type)
 
     def operands(
         self, probes: Sequence[LayerProbe], x: Tensor, route: Any, samples: int | None = None

@@ -139,7 +139,7 @@ class RademacherProbes:
     ):
         self.seed, self.probes = torch.tensor(seed, dtype=torch.int64, device=device), probes
         counts = [(width * probes + 127) // 128 for width in widths]
-        self._signs = Signs(counts, _ROWS_TAG)
+        self._signs = Signs(counts, _ROWS_TAG, device)
         self._flat = torch.zeros(sum(counts) * 128, dtype=torch.float32, device=device)
         narrow = {*dtypes} in ({torch.bfloat16}, {torch.float16}) and device.type != "cpu"
         self._read = self._flat.to(*dtypes) if narrow else self._flat
@@ -207,7 +207,7 @@ def sample_signs(seed: Tensor, step: int, micro: int, samples: int, probes: int)
     """Independent ±1 for each (sample, probe) of a micro-batch: [S, k]."""
     blocks = (samples * probes + 127) // 128
     out = torch.empty(128 * blocks, dtype=torch.float32, device=seed.device)
-    Signs([blocks], _SIGN_TAG, first=micro).fill_(out, seed, step)
+    Signs([blocks], _SIGN_TAG, out.device, micro).fill_(out, seed, step)
     return out[: samples * probes].view(samples, probes)
 
 

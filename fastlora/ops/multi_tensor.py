@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +12,12 @@ from torch import Tensor
 from .._utils.torch_compat import norm_of_each
 from . import native, reference
 from .backends import triton
+from .node import NODE
 
 _FACTORS = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)
-_SIGNS = torch.ops.fastlora.philox_signs_.default if native.available() else None
+# Whether the node can do on a CPU what a tracker does at every step, without the dispatcher.
+_AT_ONCE = NODE is not None and native.available() and NODE.open_samples(torch.ops.fastlora.sample_calls())
 
 
 def unsupported_reason(
@@ -63,12 +67,14 @@ def output_variances(sums: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> 
     return torch.stack(norm_of_each(parts, 1))
 
 
-def fold_samples(averages: Sequence[Tensor], Q: Sequence[Tensor], V: Sequence[Tensor], *rest) -> bool:
-    """Fold samples into ``averages``, (means, steps, skipped), in one call as ``csrc/library.cpp`` says, if it can."""
-    if unsupported_reason("fold_samples_", [*averages[:1], *Q, *V], (torch.float32, torch.float64)) is not None:
-        return False
-    torch.ops.fastlora.fold_samples_(*averages, Q, V, *rest)
-    return True
+def averages_of_leaves(averages: Sequence[Tensor], leaves: Sequence[Tensor], *rest) -> Any:
+    """Its ``fold(factor, weight, n)`` takes the gradients of leaves, folds them into ``averages`` (means, steps,
+    skipped) as ``csrc/sample.h`` says, and returns true; it returns false, and has done nothing, where one has none.
+
+    None where there is no such call. ``rest``: how many leaves are Z, runs, sizes, whether the first kind is that of Z.
+    """
+    plain = all([leaf.device.type == "cpu" and leaf.dtype in (torch.float32, torch.float64) for leaf in leaves])
+    return NODE.Averages(*averages, leaves, *rest) if _AT_ONCE and plain and leaves else None
 
 
 def copy_overlap_(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
@@ -84,27 +90,31 @@ def copy_overlap_(to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
 
 
 class Signs:
-    """The ±1 of groups of counters: 128 of ``philox(seed, (i, step, first + g, tag))``, i < counts[g]."""
+    """The ±1 of groups of counters: 128 of ``philox(seed, (i, step, first + g, tag))``, i < counts[g].
 
-    def __init__(self, counts: Sequence[int], tag: int, first: int = 0):
-        self.counts, self.tag, self.first = list(counts), tag, first
-        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    ``fill_(out, seed, step)`` writes them into ``out`` float32 [128 Σ counts], group after group; nothing is read back
+    from a device.
+    """
 
-    def fill_(self, out: Tensor, seed: Tensor, step: int) -> Tensor:
-        """Write them into ``out`` float32 [128 Σ counts], group after group; nothing is read back from a device."""
-        if native.has_kernel("philox_signs_", out.device):
-            _SIGNS(out, seed, step, self.first, self.tag, self.counts)
-            return out
-        block, group = self._counters(out.device)
-        if triton.unsupported_reason(out.device, out.dtype) is None:
-            return triton.signs_(out, seed, step, block, group, self.tag)
-        steps, tags = (torch.full_like(block, value) for value in (step, self.tag))
-        return out.copy_(reference.signs_of(seed, block, steps, group, tags))
+    def __init__(self, counts: Sequence[int], tag: int, device: torch.device, first: int = 0):
+        if _AT_ONCE and device.type == "cpu":
+            self.fill_ = functools.partial(NODE.write_signs, first, tag, list(counts))
+        elif native.has_kernel("philox_signs_", device):
+            self.fill_ = functools.partial(_native_signs_, first, tag, list(counts))
+        else:
+            blocks = [torch.arange(count, device=device) for count in counts]
+            groups = [torch.full_like(block, first + g) for g, block in enumerate(blocks)]
+            self.fill_ = functools.partial(_signs_, torch.cat(blocks), torch.cat(groups), tag)
 
-    def _counters(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The first and third counter word of every block of 128 signs: its number in the group, and the group."""
-        if device not in self._on:
-            blocks = [torch.arange(count, device=device) for count in self.counts]
-            groups = [torch.full_like(block, self.first + g) for g, block in enumerate(blocks)]
-            self._on[device] = torch.cat(blocks), torch.cat(groups)
-        return self._on[device]
+
+def _native_signs_(first: int, tag: int, counts: list[int], out: Tensor, seed: Tensor, step: int) -> None:
+    torch.ops.fastlora.philox_signs_(out, seed, step, first, tag, counts)
+
+
+def _signs_(block: Tensor, group: Tensor, tag: int, out: Tensor, seed: Tensor, step: int) -> None:
+    """Of blocks of 128 by the first and third counter word of each: its number in the group, and the group."""
+    if triton.unsupported_reason(out.device, out.dtype) is None:
+        triton.signs_(out, seed, step, block, group, tag)
+        return
+    steps, tags = (torch.full_like(block, value) for value in (step, tag))
+    out.copy_(reference.signs_of(seed, block, steps, group, tags))

@@ -200,10 +200,6 @@ def _output_variances(moments, runs, sizes):
     return torch.empty(len(sizes), dtype=torch.float64, device=device)
 
 
-def _fold_samples(means, steps, skipped, Q, V, runs, sizes, factors, weights, stand_for, squares_first):
-    return None
-
-
 def _resize_ranks(to, source):
     return None
 
@@ -236,7 +232,6 @@ SHAPES = {
     "squared_norms": _squared_norms,
     "row_norms": _row_norms,
     "output_variances": _output_variances,
-    "fold_samples_": _fold_samples,
     "resize_ranks_": _resize_ranks,
     "dropout": _dropout,
     "dropout_rows": _dropout_rows,

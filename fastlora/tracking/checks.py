@@ -15,6 +15,8 @@ from ..nn.experts import ExpertProjection
 from ..nn.linear import Linear, adapted_layers
 from .statistics import COVARIANCES
 
+_SHOWN = 8  # names in an error
+
 logger = logging.getLogger(__name__)
 
 SCALARS = ("grad_sq", "fisher", "grad_abs", "act_var")
@@ -125,3 +127,9 @@ def refuse_windows(model: nn.Module, layers: dict[str, Linear]) -> None:
             kind = type(modules[".".join(parts[:depth])]).__name__
             if "Window" in kind or ("Partition" in kind and leaf == "attn"):
                 raise ValueError(f"statistics: 'fisher' needs samples in dimension 0; {path!r} sees windows ({kind})")
+
+
+def none_yet(kind: str, absent: Sequence[str], others: int) -> str:
+    """Which matrices have no statistic, and what to do."""
+    text = f"no {kind} yet for {listed(absent, _SHOWN)}: run backward and tracker.step()"
+    return f"{text}, or take the scores of the other {others} with missing='skip'" if others else text

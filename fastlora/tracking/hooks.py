@@ -71,17 +71,14 @@ class StepWatch:
         counted = (p for m in layers.values() for p in m.lora_B.parameters() if counts_versions(p))
         self.parameter = next(counted, None)
         self.version = None if self.parameter is None else version_of(self.parameter)
-        self._missed, self._warned = 0, False
+        self.missed, self._warned = 0, False  # optimizer steps since the last ``tracker.step()``
 
     def updated(self) -> None:
         """Before a forward that finds the parameter at another version."""
         self.version = version_of(self.parameter)
-        self._missed += 1
-        if self._missed > _STEPS_BEFORE_WARNING and not self._warned:
+        self.missed += 1
+        if self.missed > _STEPS_BEFORE_WARNING and not self._warned:
             self._warned = True
             logger.warning(
-                "track: %d optimizer steps without tracker.step(); their statistics run together", self._missed
+                "track: %d optimizer steps without tracker.step(); their statistics run together", self.missed
             )
-
-    def stepped(self) -> None:
-        self._missed = 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..nn.probe_rows import ColumnSampler, RademacherProbes
 from .all_reduce import Shared
-from .statistics import Found, Raw, Tracked, fisher_factor, output_variances_of
+from .statistics import Found, Tracked, fisher_factor, output_variances_of
 
 
 class Sample(NamedTuple):
@@ -46,14 +46,6 @@ class Sample(NamedTuple):
             found[kind] = numbers, there
         return found
 
-    def raw(self) -> Raw | None:
-        """What the numbers are made of, where ±1 probes left something of every matrix and nothing else counts."""
-        if self.shared is not None or self.inverse is not None or self.tracked.runs is None:
-            return None
-        if any([tensor is None for tensor in (*self.Q, *self.V)]):
-            return None
-        return Raw(self.Q, self.V, self._factor() / self.sampler.probes if self.Q else 1.0, *self.tracked.runs)
-
     def _factor(self) -> float | Tensor:
         if "fisher" in self.tracked.kinds and self.shared is None:
             return fisher_factor(self.tracked.loss_reduction, self.samples)
@@ -73,15 +65,3 @@ class Sample(NamedTuple):
             live = [n.to(tracked.device, torch.float64) for n in numbers if n is not None]
             found[kind] = torch.stack(live) if live else None, [n is not None for n in numbers]
         return found
-
-
-class ReadSample(NamedTuple):
-    """The numbers of a sample that was read at once."""
-
-    found: Found
-
-    def read(self) -> Found:
-        return self.found
-
-    def raw(self) -> None:
-        return None

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..nn.linear import Linear, matrix_key
 from ..nn.probe import Contribution, LayerProbe
 from ..ops.backends import choose
 from ..ops.layout import on_host
-from ..ops.multi_tensor import fold_samples, output_variances
+from ..ops.multi_tensor import averages_of_leaves, output_variances
 from ..ops.reference import accumulate_dtype
 
 
@@ -54,9 +54,8 @@ class Tracked:
         return [leaf for probe in self.probes.values() for leaf in probe.Z.values()]
 
     @functools.cached_property
-    def leaf_bytes(self) -> int:
-        """What the leaves' gradients of one step take."""
-        return sum(leaf.numel() * leaf.element_size() for leaf in (*self.Z, *self.V))
+    def leaves(self) -> list[Tensor]:
+        return [*self.Z, *self.V]
 
     @functools.cached_property
     def runs(self) -> tuple[list[int], list[int]] | None:
@@ -190,38 +189,6 @@ def _by_slice(total: Tensor, layer: Linear) -> Tensor:
 Found = Mapping[str, tuple[Tensor | None, Sequence[bool] | Tensor]]
 
 
-class Raw(NamedTuple):
-    """What the numbers of a sample are made of: ``factor ||Q||^2``, variances of runs of columns of V."""
-
-    Q: Sequence[Tensor]
-    V: Sequence[Tensor]
-    factor: float
-    runs: Sequence[int]
-    sizes: Sequence[int]
-
-
-class Readable(Protocol):
-    """A sample, which gives its numbers, none of them negative, once and later."""
-
-    def read(self) -> Found: ...
-
-    def raw(self) -> Raw | None: ...
-
-
-class _Waiting(NamedTuple):
-    """The arguments of ``Averages.add``."""
-
-    sample: Readable
-    finite: Tensor | None
-    drawn: Tensor | None
-    steps: int
-
-
-# Samples that wait to be folded in together, and their bytes. Between two training steps the caches hold nothing of
-# this code: the same few operations for sixteen samples in a row take little longer than for one.
-TOGETHER, _TOGETHER_BYTES = 16, 2**23
-
-
 class Averages:
     r"""Running averages of every statistic and matrix, over the same stretch of training however often it is sampled.
 
@@ -236,93 +203,50 @@ class Averages:
         self.kinds, self.ema = tuple(kinds), ema
         self._means = torch.zeros(len(self.kinds), matrices, dtype=torch.float64, device=device)
         self._steps = torch.zeros_like(self._means)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # samples left out: something was not finite
         self._everything = torch.ones(matrices, dtype=torch.bool, device=device)
-        self._waiting: list[_Waiting] = []
 
     @property
     def values(self) -> dict[str, Tensor]:
-        self.fold()
         return dict(zip(self.kinds, self._means, strict=True))
 
     @property
     def counts(self) -> dict[str, Tensor]:
-        self.fold()
         return dict(zip(self.kinds, self._steps, strict=True))
 
-    @property
-    def skipped(self) -> Tensor:
-        """Samples that were left out because something was not finite."""
-        self.fold()
-        return self._skipped
+    def weight(self, n: int) -> float | None:
+        """That of a sample which stands for n steps, ``1 - β^n``; None where it is its share of all steps."""
+        return None if self.ema is None else 1.0 - self.ema**n
 
-    def add(
-        self,
-        sample: Readable,
-        finite: Tensor | None = None,
-        drawn: Tensor | None = None,
-        steps: int = 1,
-        bytes_held: int = 0,
-    ) -> None:
-        """Take in one sample, to be folded in for the matrices that have one unless any number is not finite.
+    def of_leaves(self, tracked: Tracked) -> Any:
+        """``averages_of_leaves``, with the bits of ``add``; None where there is none."""
+        if tracked.runs is None:
+            return None
+        squares_first, averages = self.kinds[0] != "act_var", (self._means, self._steps, self.skipped)
+        return averages_of_leaves(averages, tracked.leaves, len(tracked.Z), *tracked.runs, squares_first)
 
-        - ``sample``: holds ``bytes_held`` until its numbers are read.
+    @torch.no_grad()
+    def add(self, found: Found, finite: Tensor | None = None, drawn: Tensor | None = None, steps: int = 1) -> Tensor:
+        """Fold in one sample for the matrices that have one, unless any number is not finite; returns whether it was.
+
         - ``finite``: a further condition on folding it in, a boolean tensor or None.
         - ``drawn``: the matrices whose statistics of the weight count, booleans [matrices]; None: all.
         - ``steps``: n, the optimizer steps that the sample stands for.
         """
-        if self._waiting and len(self._waiting) >= min(TOGETHER, _TOGETHER_BYTES // max(bytes_held, 1)):
-            self.fold()
-        self._waiting.append(_Waiting(sample, finite, drawn, steps))
-
-    @torch.no_grad()
-    def fold(self) -> Tensor | None:
-        """Fold in the samples that wait, one after another.
-
-        Returns whether the last was finite, None without any, and where one native call took all of them.
-        """
-        folded, waiting = None, self._waiting
-        self._waiting = []
-        if not waiting or self._fold_raw(waiting):
-            return None
-        for sample in waiting:
-            folded = self._fold(sample)
-        return folded
-
-    def _fold_raw(self, waiting: Sequence[_Waiting]) -> bool:
-        """Fold all samples in by one native call, with the bits of ``_fold``, where there is such a call."""
-        if any([waits.finite is not None or waits.drawn is not None for waits in waiting]):
-            return False
-        found, stand_for = [waits.sample.raw() for waits in waiting], [waits.steps for waits in waiting]
-        return None not in found and fold_samples(
-            (self._means, self._steps, self._skipped),
-            [q for raw in found for q in raw.Q],
-            [v for raw in found for v in raw.V],
-            found[0].runs * len(found),
-            found[0].sizes * len(found),
-            [raw.factor for raw in found],
-            [] if self.ema is None else [1.0 - self.ema**n for n in stand_for],
-            stand_for,
-            self.kinds[0] != "act_var",
-        )
-
-    def _fold(self, sample: _Waiting) -> Tensor:
-        found = sample.sample.read()
         rows = [self._scatter(*found[kind]) for kind in self.kinds]
         value, keep = torch.stack([numbers for numbers, _ in rows]), None
         if any([seen is not self._everything for _, seen in rows]):
             keep = torch.stack([seen for _, seen in rows])
             value = torch.where(keep, value, 0.0)
         folded = value.amax() < math.inf
-        folded = folded if sample.finite is None else folded & sample.finite
+        folded = folded if finite is None else folded & finite
         keep = folded if keep is None else keep & folded
-        if sample.drawn is not None:
-            keep = keep & torch.stack([sample.drawn | (kind == "act_var") for kind in self.kinds])
-        n = sample.steps
-        self._steps += keep if n == 1 else keep * n
-        weight = n / self._steps.clamp(min=1) if self.ema is None else 1.0 - self.ema**n
+        if drawn is not None:
+            keep = keep & torch.stack([drawn | (kind == "act_var") for kind in self.kinds])
+        self._steps += keep if steps == 1 else keep * steps
+        weight = self.weight(steps) or steps / self._steps.clamp(min=1)
         self._means += torch.where(keep, value, self._means).sub_(self._means).mul_(weight)
-        self._skipped += ~folded
+        self.skipped += ~folded
         return folded
 
     def _scatter(self, found: Tensor | None, there: Sequence[bool] | Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.distributed import unwrapped
-from .._utils.errors import check_choice, listed, suggestion, wrong_value
+from .._utils.errors import check_choice, suggestion, wrong_value
 from ..importance.scores import Scores
 from ..nn.active import chosen_adapter
 from ..nn.linear import Linear
@@ -29,17 +29,17 @@ from .checks import (
     checked_state,
     checked_steps,
     inverse_scale,
+    none_yet,
     refuse_windows,
 )
 from .hooks import RANKS_AGREE, ForwardHook, StepWatch
 from .penalty import FisherPenalty
 from .record import TrackingRecord, keep_record
-from .sample import ReadSample, Sample
+from .sample import Sample
 from .sampling import Sampling, nothing_to_measure
-from .statistics import COVARIANCES, Averages, Covariances, Tracked, all_finite
+from .statistics import COVARIANCES, Averages, Covariances, Tracked, all_finite, fisher_factor
 
 _ONE_CODE = "so that compiled code is the same in all of them"
-_SHOWN = 8  # names in an error
 
 
 def track(
@@ -139,6 +139,7 @@ class Tracker:
         self.kinds = tuple(kind for kind in kinds if kind not in COVARIANCES)
         covariances = tuple(kind for kind in kinds if kind in COVARIANCES)
         self.per_sample, self.device = "fisher" in kinds, next(iter(self.layers.values())).weight.device
+        self._device_type = self.device.type
         self.probes = checked_probes(probes, self.device)
         checked_steps(warmup, every, seed)
         if self.per_sample:
@@ -153,8 +154,8 @@ class Tracker:
         self._covariances = Covariances(covariances)
         self._penalty = FisherPenalty(self.layers, self.matrices)
         self._sampling = Sampling(every, nothing_to_measure(estimator, self.device))
-        # Whether what backward left can be read at any later time.
-        self._reads_later = estimator == "probe" and probe_kind != "columns" and self.device.type == "cpu"
+        signs = estimator == "probe" and probe_kind != "columns"
+        self._native = self._averages.of_leaves(self._tracked) if signs else None
         self._record = TrackingRecord(self.adapter, warmup, self._sampling, self._step)
         # Held weakly: the model holds its hook, and what the hook leads to would hold the model.
         self._model = weakref.ref(model)
@@ -252,9 +253,9 @@ class Tracker:
         ``RuntimeError`` in the capture of a CUDA graph.
         """
         if not self._record.closed:
-            refuse_capture(self.device)
+            refuse_capture(self._device_type)
         inverse = None if scaler is None else inverse_scale(scaler, self.device)
-        self._watch.stepped()
+        self._watch.missed = 0
         check = getattr(self._model(), "fastlora_learning", None)
         if check is not None:
             check.examine()
@@ -262,43 +263,46 @@ class Tracker:
             return
         if self._step.sampled:
             self._fold(inverse)
+        else:
+            self._clear()
         self._advance()
 
     def _fold(self, inverse: Tensor | None) -> None:
         """Take this step's sample; ``inverse``: of the loss scale."""
-        tracked, signs = self._tracked, self._step.signs
+        tracked, signs, ranks = self._tracked, self._step.signs, self._reduction
         samples = 0 if signs is None else signs.count()
-        shared = self._reduction.run(tracked, samples, self._agreement)
+        alone = ranks.ranks is None and not ranks.searching
+        shared = None if alone else ranks.run(tracked, samples, self._agreement)
+        n = self._sampling.stands_for(self._step.index)
+        if self._native is not None and shared is None and inverse is None and not isinstance(samples, Tensor):
+            factor = fisher_factor(self.loss_reduction, samples) if self.per_sample else 1.0
+            if self._native.fold(factor / self.probes, self._averages.weight(n), n):
+                return
         Q, V = [leaf.grad for leaf in tracked.Z], [leaf.grad for leaf in tracked.V]
-        sample = Sample(tracked, self._sampler, Q, V, samples, shared, inverse)
-        if self._reads_later and not isinstance(samples, Tensor):
-            self._averages.add(sample, None, None, self._sampling.stands_for(self._step.index), tracked.leaf_bytes)
-        else:
-            self._fold_now(sample)
+        self._fold_sample(Sample(tracked, self._sampler, Q, V, samples, shared, inverse), n)
+        self._clear()
 
     @torch.no_grad()
-    def _fold_now(self, sample: Sample) -> None:
-        """Take a sample of what changes with the next step, or lies in the memory of a CUDA graph."""
+    def _fold_sample(self, sample: Sample, n: int) -> None:
         tracked, shared, columns = self._tracked, sample.shared, isinstance(self._sampler, ColumnSampler)
         finite, taken = None if shared is None else shared.finite, {}
         if tracked.covariances:
             taken = tracked.taken()
             finite = all_finite(taken, self.device) if shared is None else finite
+        folded = finite
         if self.kinds:
             drawn = self._sampler.known if columns else None  # those drawn by norms that had been seen
-            self._averages.add(ReadSample(sample.read()), finite, drawn, self._sampling.stands_for(self.steps))
+            folded = self._averages.add(sample.read(), finite, drawn, n)
         else:
             self._averages.skipped.add_(~finite)
-        # What needs to know now whether the step counts.
         if columns and self._step.refreshes_norms:
-            self._learn(self._sampler, shared)
+            self._learn(self._sampler, shared, folded)
         if taken:
-            self._add_covariances(taken, shared, self._averages.fold() if self.kinds else finite, sample.inverse)
+            self._add_covariances(taken, shared, folded, sample.inverse)
 
-    def _learn(self, sampler: ColumnSampler, shared: Shared | None) -> None:
+    def _learn(self, sampler: ColumnSampler, shared: Shared | None, keep: Tensor) -> None:
         """Let ``columns`` see this step's norms, where it counts."""
         norms = [self._tracked.probes[path].norms[name].grad for path, name in self.matrices]
-        keep = self._averages.fold()
         if shared is not None:
             keep = keep & shared.present[self._tracked.weight_kinds[0]]
         if any(norm is not None for norm in norms):
@@ -307,11 +311,14 @@ class Tracker:
 
     def discard(self) -> None:
         """Forget the gradients since the last ``step``: those of a step that failed or was given up."""
+        self._clear()
         self._begin(self.steps)
 
-    def _begin(self, step: int) -> None:
+    def _clear(self) -> None:
         for probe in self._tracked.probes.values():
             probe.clear()
+
+    def _begin(self, step: int) -> None:
         sampling, columns = self._sampling, self.probe_kind == "columns"
         self._step.begin(step, sampling.sampled(step), columns and refreshes_norms(sampling.number(step)))
 
@@ -388,7 +395,7 @@ class Tracker:
             else:
                 there[key] = value / (n * k) if per_entry else value
         if absent and (missing == "raise" or not there):
-            raise RuntimeError(_none_yet(kind, absent, len(there)))
+            raise RuntimeError(none_yet(kind, absent, len(there)))
         costs = {key: n + k for key, (n, k) in zip(self.keys, shapes, strict=True) if key in there}
         return Scores(there, kind, costs=costs)
 
@@ -477,6 +484,7 @@ class Tracker:
         self.seed = state["seed"]
         self._sampling.take_up(state.get("every"), fixed=self._fixed())
         self._reduction.restart()
+        self.discard()
         self._begin(state["steps"])
         if self._sampler is not None:
             if state["columns"] is not None:
@@ -490,9 +498,3 @@ class Tracker:
     def _fixed(self) -> bool:
         """Whether ``every="auto"`` has nothing to choose here."""
         return self._reduction.ranks is not None or bool(nothing_to_measure(self.estimator, self.device))
-
-
-def _none_yet(kind: str, absent: Sequence[str], others: int) -> str:
-    """Which matrices have no statistic, and what to do."""
-    text = f"no {kind} yet for {listed(absent, _SHOWN)}: run backward and tracker.step()"
-    return f"{text}, or take the scores of the other {others} with missing='skip'" if others else text

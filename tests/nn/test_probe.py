@@ -444,9 +444,9 @@ def test_every_group_has_the_signs_of_its_own_counters(first, how, monkeypatch):
         monkeypatch.setattr(native, "has_kernel", lambda operator, device: False)
     elif not native.available():
         pytest.skip(native.reason())
-    counts, seed, signs = [2, 0, 5, 1], torch.tensor(-3), Signs([2, 0, 5, 1], tag=4, first=first)
+    counts, seed, signs = [2, 0, 5, 1], torch.tensor(-3), Signs([2, 0, 5, 1], 4, torch.device("cpu"), first)
     for step in (0, 9):  # what is kept between steps serves both
-        found = signs.fill_(torch.full((128 * sum(counts),), torch.nan), seed, step)
+        signs.fill_(found := torch.full((128 * sum(counts),), torch.nan), seed, step)
         for g, (part, count) in enumerate(zip(found.split([128 * c for c in counts]), counts, strict=True)):
             words = map(torch.tensor, (step, first + g, 4))
             assert torch.equal(part, reference.signs(seed, *words, 128 * count))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from support.tracker_help import (
 )
 
 import fastlora
-from fastlora.ops import native
-from fastlora.tracking import sampling, statistics
-from fastlora.tracking.sample import ReadSample
+from fastlora.ops.node import NODE, REASON
+from fastlora.tracking import sampling
+from fastlora.tracking.sample import Sample
 from fastlora.tracking.statistics import Averages
 
 
@@ -83,10 +84,9 @@ def test_averages_decay_by_optimizer_steps_whatever_a_sample_stands_for(beta):
             values["grad_sq"][0] = torch.inf
             seen["grad_sq"][0] = True
         finite = torch.tensor(turn % 11 != 5)
-        folded, skipped = not bad and bool(finite), int(averages.skipped) if turn % 3 else None
-        averages.add(ReadSample({k: (values[k], seen[k]) for k in kinds}), finite, drawn, steps)
-        if skipped is not None:  # otherwise several samples wait and are folded in together
-            assert bool(averages.fold()) == folded and int(averages.skipped) == skipped + (not folded)
+        folded, skipped = not bad and bool(finite), int(averages.skipped)
+        assert bool(averages.add({k: (values[k], seen[k]) for k in kinds}, finite, drawn, steps)) == folded
+        assert int(averages.skipped) == skipped + (not folded)
         for kind in kinds if folded else ():
             for i in range(matrices):
                 if seen[kind][i] and (kind == "act_var" or drawn[i]):
@@ -97,29 +97,29 @@ def test_averages_decay_by_optimizer_steps_whatever_a_sample_stands_for(beta):
         assert averages.counts[kind].tolist() == [sum(n for _, n in mine) for mine in samples[kind]]
 
 
-@pytest.mark.skipif(not native.available(), reason="the native library is not there")
+@pytest.mark.skipif(NODE is None, reason=REASON or "")
 @pytest.mark.parametrize("ema", [0.9, None])
 @pytest.mark.parametrize("kinds", [("grad_sq",), ("act_var", "grad_sq"), ("fisher", "act_var"), ("act_var",)], ids=str)
-def test_one_native_call_folds_samples_in_as_the_formula_does(kinds, ema, monkeypatch):
-    """To the bit, with a step that is not finite, one without a layer, and however many samples wait together."""
+def test_one_native_call_folds_a_sample_in_as_the_formula_does(kinds, ema, monkeypatch):
+    """To the bit, with a step that is not finite, and one without a layer."""
     m, states, calls = model(), [], []
-    fold = statistics.fold_samples
-    for alone, folding in ((False, fold), (True, fold), (False, lambda *_: False)):
-        monkeypatch.setattr(statistics, "fold_samples", lambda *given, f=folding: calls.append(f(*given)) or calls[-1])
+    for by_node in (True, False):
         with track(m, ema=ema, statistics=kinds, every=1) as tracker:
+            fold, add = tracker._native.fold, tracker._averages.add
+            counted = SimpleNamespace(fold=lambda *given, f=fold: calls.append(f(*given)) or calls[-1])
+            monkeypatch.setattr(tracker, "_native", counted if by_node else None)
+            monkeypatch.setattr(tracker._averages, "add", lambda *given, f=add: calls.append("add") or f(*given))
             for step in range(40):
                 loss = (first_only if step == 30 else loss_of)(m, data(seed=step, samples=3, tokens=2))
                 (loss * (math.nan if step % 9 == 4 else 1.0)).backward()
                 tracker.step()
                 m.zero_grad()
-                if alone:
-                    tracker._averages.fold()
         states.append(tracker.state_dict())
-    assert calls.count(True) > 2 + 40 - 2 and calls.count(False) > 1
-    for other in states[1:]:
-        assert other["skipped"] == states[0]["skipped"] == (0 if kinds == ("act_var",) else 4)
-        for name in ("values", "counts"):
-            assert all(torch.equal(states[0][name][kind], other[name][kind]) for kind in kinds)
+    assert calls == [*[True] * 30, False, "add", *[True] * 9, *["add"] * 40]
+    one, other = states
+    assert one["skipped"] == other["skipped"] == (0 if kinds == ("act_var",) else 4)
+    for name in ("values", "counts"):
+        assert all(torch.equal(one[name][kind], other[name][kind]) for kind in kinds)
 
 
 FOLLOWED = {
@@ -150,14 +150,24 @@ class Samples:
         self.kinds, self.by_columns, self.monkeypatch = options["statistics"], "probe_kind" in options, monkeypatch
         self.mine, self.known, self.given = {kind: {} for kind in self.kinds}, set(), {}
 
-    def watch(self, averages):
-        add = averages.add
+    def watch(self, tracker):
+        add, native, tracked, signs = tracker._averages.add, tracker._native, tracker._tracked, tracker._step.signs
 
-        def watched(sample, *rest):
-            self.given.update(sample.read())
-            add(sample, *rest)
+        def added(found, *rest):
+            self.given.update(found)
+            return add(found, *rest)
 
-        self.monkeypatch.setattr(averages, "add", watched)
+        def folded(*given):
+            Q, V = ([leaf.grad for leaf in leaves] for leaves in (tracked.Z, tracked.V))
+            found = Sample(tracked, tracker._sampler, Q, V, signs and signs.count(), None, None).read()
+            done = native.fold(*given)
+            if done:
+                self.given.update(found)
+            return done
+
+        self.monkeypatch.setattr(tracker._averages, "add", added)
+        if native is not None:
+            self.monkeypatch.setattr(tracker, "_native", SimpleNamespace(fold=folded))
 
     def take(self, tracker, n, ran):
         """The step's values of the matrices whose layer ``ran``, each standing for n steps."""
@@ -197,7 +207,7 @@ def test_every_statistic_is_an_average_over_optimizer_steps(name, every, beta, m
         with track(m, ema=beta, every=interval, **options) as tracker:
             if state is not None:
                 tracker.load_state_dict(state)
-            samples.watch(tracker._averages)
+            samples.watch(tracker)
             for step in range(begin, stop):
                 bad, second = step % 9 == 4, step % 4 != 1
                 loss = (loss_of if second else first_only)(m, data(seed=step, samples=3, tokens=2))

@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from fastlora.ops import native
+from fastlora.ops import multi_tensor, native
+from fastlora.ops.node import NODE, REASON
 from fastlora.ops.penalty import weighted_penalty, weighted_penalty_grad
 
 pytestmark = pytest.mark.skipif(
@@ -248,12 +249,11 @@ def test_fake_tensors_have_the_shapes():
     torch.library.opcheck(ops.squared_norms.default, (A + B,))
     torch.library.opcheck(ops.output_variances.default, ([torch.rand(2, 4).double()], [2], [1, 2]))
     torch.library.opcheck(ops.resize_ranks_.default, (zeros[0], A))
-    torch.library.opcheck(ops.fold_samples_.default, samples_of(2, 3, [0.5, 0.5]))
 
 
 def test_operators_are_registered():
     assert native.available(), native.reason()
-    for name in ("penalty", "penalty_grad_", "squared_norms", "output_variances", "fold_samples_", "resize_ranks_"):
+    for name in ("penalty", "penalty_grad_", "squared_norms", "output_variances", "resize_ranks_"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{name}", "CPU"), name
 
 
@@ -292,62 +292,79 @@ def test_output_variances_name_bad_arguments():
             ops.output_variances(*arguments)
 
 
-def samples_of(count, matrices, weights, squares_first=True):
-    """Arguments of ``fold_samples_``: layers of one matrix, of one to ``matrices`` columns."""
+needs_node = pytest.mark.skipif(NODE is None, reason=REASON or "")
+
+
+def sample_of(matrices=3, squares_first=True):
+    """Leaves with gradients, of layers of one matrix with one to ``matrices`` columns, and averages for them."""
     means, steps = (torch.rand(2, matrices, dtype=torch.float64) for _ in range(2))
-    sizes = [*range(1, matrices + 1)] * count
-    Q, V = [torch.randn(n, 3) for n in sizes], [torch.rand(2, n + 1, dtype=torch.float64) + 1 for n in sizes]
-    factors, stand_for = [0.25 + i for i in range(count)], [1 + i % 3 for i in range(count)]
+    sizes = [*range(1, matrices + 1)]
+    Z = [torch.zeros(n, 3, dtype=torch.float64 if n == 2 else torch.float32, requires_grad=True) for n in sizes]
+    V = [torch.zeros(2, n + 1, dtype=torch.float64, requires_grad=True) for n in sizes]
+    for leaf in (*Z, *V):
+        leaf.grad = torch.rand_like(leaf) + 1
     averages = means, steps.mul_(10).floor_(), torch.tensor(4)
-    return *averages, Q, V, [1] * len(sizes), sizes, factors, weights, stand_for, squares_first
+    return averages, [*Z, *V], len(Z), [1] * matrices, sizes, squares_first
 
 
+@needs_node
+@pytest.mark.parametrize("odd", [None, "Q", "V"])
 @pytest.mark.parametrize("squares_first", [True, False])
-@pytest.mark.parametrize("weights", [[], [0.1, 0.2, 0.3, 0.4]])
-@pytest.mark.parametrize("kinds", ["Q", "V", "both"])
-def test_fold_samples(kinds, weights, squares_first):
-    arguments = [*samples_of(4, 3, weights, squares_first)]
-    means, steps, skipped, Q, V, runs, sizes, factors, _, stand_for, _ = arguments
-    Q[4][0, 0], V[3 * 2][1, 0] = torch.nan, torch.inf  # of the second sample, and of the third
-    rows = {"Q": torch.stack([q.double().square().sum() for q in Q]).view(4, 3), "V": torch.zeros(4, 3).double()}
-    rows["Q"] *= torch.tensor(factors, dtype=torch.float64).unsqueeze(1)
+@pytest.mark.parametrize("weight", [None, 0.3])
+@pytest.mark.parametrize("kinds", ["Q", "V", "QV"])
+def test_a_sample_is_folded_in(kinds, weight, squares_first, odd):
+    averages, leaves, matrices, runs, sizes, _ = sample_of(squares_first=squares_first)
+    Q, V = [leaf.grad for leaf in leaves[:matrices]], [leaf.grad for leaf in leaves[matrices:]]
+    if odd is not None:
+        {"Q": Q, "V": V}[odd][2][1, 0] = torch.nan if odd == "Q" else torch.inf
+    f = {"Q": torch.stack([0.25 * q.double().square().sum() for q in Q]), "V": torch.zeros(matrices).double()}
     for i, (v, size) in enumerate(zip(V, sizes, strict=True)):
         square = v[1, :size] / v[0, size]
-        rows["V"][i // 3, i % 3] = (square - (v[0, :size] / v[0, size]).square()).clamp(min=0).sum()
-    order = [kind for kind in ("QV" if squares_first else "VQ") if kinds in (kind, "both")]
-    if len(order) == 1:
-        arguments[0], arguments[1] = means, steps = means[:1].clone(), steps[:1].clone()
-        arguments[4 if kinds == "Q" else 3] = []
-        if kinds == "Q":
-            arguments[5], arguments[6] = [], []
-    mean, step, left_out = means.clone(), steps.clone(), 0
-    for i, n in enumerate(stand_for):
-        f = torch.stack([rows[kind][i] for kind in order])
-        if not f.isfinite().all():
-            left_out += 1
-            continue
-        step += n
-        mean += (f - mean) * (weights[i] if weights else n / step.clamp(min=1))
-    assert left_out == len(order) and ops.fold_samples_(*arguments) is None
-    torch.testing.assert_close(means, mean, rtol=1e-6, atol=0)
-    assert torch.equal(steps, step) and skipped.item() == 4 + left_out
+        f["V"][i] = (square - (v[0, :size] / v[0, size]).square()).clamp(min=0).sum()
+    order = [kind for kind in ("QV" if squares_first else "VQ") if kind in kinds]
+    means, steps = (average[: len(order)].clone() for average in averages[:2])
+    skipped, value = averages[2], torch.stack([f[kind] for kind in order])
+    mean, step = means.clone(), steps.clone()
+    if value.isfinite().all():
+        step += 2
+        mean += (value - mean) * (2 / step.clamp(min=1) if weight is None else weight)
+    mine = leaves[:matrices] if kinds == "Q" else leaves[matrices:] if kinds == "V" else leaves
+    of_V = (runs, sizes) if "V" in kinds else ([], [])
+    leaves_of_Q = matrices if "Q" in kinds else 0
+    native = multi_tensor.averages_of_leaves((means, steps, skipped), mine, leaves_of_Q, *of_V, squares_first)
+    assert native.fold(0.25, weight, 2) and all(leaf.grad is None for leaf in mine)
+    # The squares of a float32 Q are added up in float32, block by block.
+    torch.testing.assert_close(means, mean, rtol=1e-6 if "Q" in kinds else 1e-12, atol=0)
+    assert torch.equal(steps, step) and skipped.item() == 4 + (odd is not None and odd in kinds)
 
 
-def test_fold_samples_names_bad_arguments():
-    good = samples_of(2, 3, [0.5, 0.5])
-    for place, value, message in (
-        (0, torch.zeros(2, 3), "means has"),
-        (1, torch.zeros(2, 4, dtype=torch.float64), "steps has"),
-        (2, torch.zeros(1, dtype=torch.int64), "skipped has"),
-        (3, good[3][:5], "Q has 5 entries"),
-        (5, [1] * 5, "runs has 5 entries"),
-        (6, good[6][:5], "sizes has 5 entries"),
-        (7, [1.0], "factors has 1 entries"),
-        (8, [1.0], "weights has 1 entries"),
-        (9, [], "stand_for has no entries"),
+@needs_node
+@pytest.mark.parametrize("what", ["none", "strides", "sparse"])
+def test_a_leaf_without_plain_gradient_leaves_all_as_it_was(what):
+    averages, leaves, *rest = sample_of()
+    last = leaves[-1]
+    last.grad = {
+        "none": lambda: None,
+        "strides": lambda: torch.rand(last.shape[::-1]).double().t(),
+        "sparse": lambda: torch.rand_like(last).to_sparse(),
+    }[what]()
+    before, grads = [t.clone() for t in averages], [leaf.grad for leaf in leaves]
+    assert multi_tensor.averages_of_leaves(averages, leaves, *rest).fold(0.25, 0.1, 1) is False
+    assert all(map(torch.equal, averages, before))
+    assert all(leaf.grad is grad for leaf, grad in zip(leaves, grads, strict=True))
+
+
+@needs_node
+def test_averages_of_leaves_fit_their_runs():
+    averages, leaves, matrices, runs, sizes, first = sample_of()
+    assert multi_tensor.averages_of_leaves(averages, [], 0, [], [], first) is None
+    meta = [torch.zeros(2, 3, device="meta", requires_grad=True)]
+    assert multi_tensor.averages_of_leaves(averages, meta, 1, [], [], first) is None
+    for wrong in (
+        (2, runs, sizes),
+        (matrices, runs, sizes[:2]),
+        (matrices, runs, [1, 2, 4]),
+        (matrices, runs[:2], sizes),
     ):
-        arguments = [*good[:place], value, *good[place + 1 :]]
-        before = [t.clone() for t in arguments[:3]]
-        with pytest.raises(RuntimeError, match=message):
-            ops.fold_samples_(*arguments)
-        assert all(map(torch.equal, arguments[:3], before))
+        with pytest.raises(ValueError, match="expected leaves as runs and sizes say"):
+            multi_tensor.averages_of_leaves(averages, leaves, *wrong, first)
