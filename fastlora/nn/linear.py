@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import refuse_partitioned
 from .._utils.errors import check_flag, check_integer, check_model, wrong_value
+from .._utils.torch_compat import capturing
 from ..config import LoraConfig, takes_weight
 from ..ops.bound import Traced
 from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
@@ -394,7 +395,8 @@ def forward_together(
         probes = kept.probes.get(route.adapter)
         steady = probes is not None and not drops and probes[0].steady(route)
         if steady and kept.run is not None:
-            refuse_capture(kept.device_type)
+            if capturing(kept.device_type):
+                refuse_capture(kept.device_type)
             run = kept.run
         elif probes is not None or drops:
             found = {} if probes is None else probes[0].operands(probes, x, route)

@@ -219,7 +219,7 @@ class Averages:
         return None if self.ema is None else 1.0 - self.ema**n
 
     def of_leaves(self, tracked: Tracked) -> Any:
-        """``averages_of_leaves``, with the bits of ``add``; None where there is none."""
+        """``averages_of_leaves``, which does what ``add`` does; None where there is none."""
         if tracked.runs is None:
             return None
         squares_first, averages = self.kinds[0] != "act_var", (self._means, self._steps, self.skipped)
@@ -234,7 +234,7 @@ class Averages:
         - ``steps``: n, the optimizer steps that the sample stands for.
         """
         rows = [self._scatter(*found[kind]) for kind in self.kinds]
-        value, keep = torch.stack([numbers for numbers, _ in rows]), None
+        value, keep = rows[0][0].unsqueeze(0) if len(rows) == 1 else torch.stack([numbers for numbers, _ in rows]), None
         if any([seen is not self._everything for _, seen in rows]):
             keep = torch.stack([seen for _, seen in rows])
             value = torch.where(keep, value, 0.0)
@@ -244,8 +244,11 @@ class Averages:
         if drawn is not None:
             keep = keep & torch.stack([drawn | (kind == "act_var") for kind in self.kinds])
         self._steps += keep if steps == 1 else keep * steps
-        weight = self.weight(steps) or steps / self._steps.clamp(min=1)
-        self._means += torch.where(keep, value, self._means).sub_(self._means).mul_(weight)
+        change, weight = torch.where(keep, value - self._means, 0.0), self.weight(steps)
+        if weight is None:
+            self._means += change.mul_(steps / self._steps.clamp(min=1))
+        else:
+            self._means.add_(change, alpha=weight)
         self.skipped += ~folded
         return folded
 

@@ -101,7 +101,7 @@ def test_averages_decay_by_optimizer_steps_whatever_a_sample_stands_for(beta):
 @pytest.mark.parametrize("ema", [0.9, None])
 @pytest.mark.parametrize("kinds", [("grad_sq",), ("act_var", "grad_sq"), ("fisher", "act_var"), ("act_var",)], ids=str)
 def test_one_native_call_folds_a_sample_in_as_the_formula_does(kinds, ema, monkeypatch):
-    """To the bit, with a step that is not finite, and one without a layer."""
+    """With a step that is not finite, and one without a layer; torch rounds once where it multiplies and adds."""
     m, states, calls = model(), [], []
     for by_node in (True, False):
         with track(m, ema=ema, statistics=kinds, every=1) as tracker:
@@ -119,7 +119,8 @@ def test_one_native_call_folds_a_sample_in_as_the_formula_does(kinds, ema, monke
     one, other = states
     assert one["skipped"] == other["skipped"] == (0 if kinds == ("act_var",) else 4)
     for name in ("values", "counts"):
-        assert all(torch.equal(one[name][kind], other[name][kind]) for kind in kinds)
+        for kind in kinds:
+            torch.testing.assert_close(one[name][kind], other[name][kind], rtol=40 * 2.0**-53, atol=0)
 
 
 FOLLOWED = {
