@@ -31,7 +31,7 @@ from torch import nn
 from fastlora import testing
 
 from ..harness import result_files
-from . import checks, docs, structure
+from . import checks, docs, structure, ways
 from .models import Family, families
 
 SECONDS = 240
@@ -199,7 +199,7 @@ def _fill(row: dict[str, Any], base: nn.Module, family: Family, compiled: bool) 
     for role in row["roles"]:
         for column, check in (
             ("gradients", checks.check_numbers), ("peft", checks.check_files),
-            ("checkpointing", checks.check_checkpointing), ("compile", checks.check_compile if compiled else None),
+            ("checkpointing", ways.check_checkpointing), ("compile", ways.check_compile if compiled else None),
         ):  # fmt: skip
             again = role in inner and column in ("checkpointing", "compile")
             if check is None or again or row[column] not in (checks.OK, checks.NONE):

@@ -116,10 +116,10 @@ def by_hand(base: nn.Module, model: nn.Module) -> tuple[nn.Module, dict[str, Ten
     """A copy of ``base`` with W + s B A in place of each weight, and these weights [N, K] by path."""
     merged, weights = copy.deepcopy(base), {}
     for path, layer in adapted_layers(model).items():
-        owner, name = _at(merged, path), "weight"
+        owner, name = at(merged, path), "weight"
         if not isinstance(owner, nn.Module):  # a parameter of its owner: of nn.MultiheadAttention, or of experts
             parent, _, leaf = path.rpartition(".")
-            owner, name = _at(merged, parent), leaf if isinstance(layer, ExpertProjection) else "in_proj_weight"
+            owner, name = at(merged, parent), leaf if isinstance(layer, ExpertProjection) else "in_proj_weight"
         stored = owner._parameters.pop(name).detach()
         transposed = layer.transposed if isinstance(layer, ExpertProjection) else type(owner).__name__ == "Conv1D"
         convolved = isinstance(layer, Pointwise)
@@ -132,7 +132,7 @@ def by_hand(base: nn.Module, model: nn.Module) -> tuple[nn.Module, dict[str, Ten
     return merged, weights
 
 
-def _at(model: nn.Module, path: str) -> Any:
+def at(model: nn.Module, path: str) -> Any:
     for part in path.split(".") if path else ():
         model = getattr(model, part, None)
     return model
@@ -148,7 +148,7 @@ def check_numbers(base: nn.Module, run: Run, role: str) -> tuple[str, str]:
         loss.backward()
     with fastlora.track(model, estimator="exact") as tracker:
         out = run(model)
-        if not _as(out, expected) and _computes_in_float32(base, run):
+        if not _as(out, expected) and computes_in_float32(base, run):
             largest = max(float(y.abs().max()) for y in floats(expected))
             apart = max(float((y - z).abs().max()) for y, z in zip(floats(out), floats(expected), strict=True))
             assert apart < 1e-6 * largest, "outputs"
@@ -174,7 +174,7 @@ def check_numbers(base: nn.Module, run: Run, role: str) -> tuple[str, str]:
             for name, found, exact in (("dA", dA, s * B.detach().T @ own), ("dB", dB, s * own @ A.detach().T)):
                 if not torch.allclose(found, exact, rtol=1e-6, atol=1e-9 * largest + 1e-15):
                     error = float((found - exact).abs().max()) / (largest + 1e-300)
-                    assert error < 1e-5 and _computes_in_float32(base, run), f"{path}[{part}]: {name}"
+                    assert error < 1e-5 and computes_in_float32(base, run), f"{path}[{part}]: {name}"
                     apart = max(apart, error)
             key, exact = matrix_key(path, part), float(own.square().sum())
             if key not in scores and exact > 0:
@@ -187,7 +187,7 @@ def check_numbers(base: nn.Module, run: Run, role: str) -> tuple[str, str]:
 
 
 @torch.no_grad()
-def _computes_in_float32(base: nn.Module, run: Run) -> bool:
+def computes_in_float32(base: nn.Module, run: Run) -> bool:
     """Whether a part of the float64 model gives float32, or nothing that float32 would not hold."""
     found: list[bool] = []
 
@@ -246,77 +246,6 @@ def check_files(base: nn.Module, run: Run, role: str) -> str:
         theirs.save_pretrained(f"{folder}/theirs", save_embedding_layers=False)
         again = fastlora.load(copy.deepcopy(base), f"{folder}/theirs").eval()
         same(run(again), expected, "PEFT's file here")
-    return OK
-
-
-def check_checkpointing(base: nn.Module, run: Run, role: str) -> str:
-    """Gradients with every block recomputed in the backward; ``NONE`` where the library recomputes nothing."""
-    model = adapted(base, role)
-    loss = loss_of(run(model))
-    if not loss.requires_grad:
-        return NONE
-    loss.backward()
-    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    if not _recomputes(model):
-        return NONE
-    plain = copy.deepcopy(base).requires_grad_(False)
-    _recomputes(plain)
-    try:
-        run(plain)
-    except Exception as error:  # noqa: BLE001 - the library's own
-        return f"the model itself fails: {' '.join(str(error).split())[:90]}"
-    calls, handles = [0], []
-    for path in adapted_layers(model):
-        owner = _at(model, path.rpartition(".")[0])
-        handles.append(owner.register_forward_pre_hook(lambda module, args: calls.__setitem__(0, calls[0] + 1)))
-    loss = loss_of(run(model))
-    before = calls[0]
-    loss.backward()
-    if calls[0] == before:
-        return NONE
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == wanted.keys(), f"gradients of {sorted(found.keys() ^ wanted.keys())[:2]}"
-    largest = max(float(grad.abs().max()) for grad in wanted.values())
-    for name, grad in found.items():
-        # Some models round to float32 inside, and not alike in a recomputation. Beside the largest, 1e-15 is zero.
-        close = dict(rtol=1e-5, atol=1e-6 * float(wanted[name].abs().max()) + 1e-15 * largest)
-        torch.testing.assert_close(grad, wanted[name], **close, msg=f"{name}: gradient")
-    return OK
-
-
-def _recomputes(model: nn.Module) -> bool:
-    """Switch recomputation on without the randomness of training."""
-    for switch in ("gradient_checkpointing_enable", "set_grad_checkpointing", "enable_gradient_checkpointing"):
-        method = getattr(model, switch, None)
-        if callable(method):
-            try:
-                method()
-            except (ValueError, AssertionError, TypeError, AttributeError, NotImplementedError):
-                return False
-            for module in model.modules():
-                if getattr(module, "gradient_checkpointing", False):
-                    module.training = True
-            return True
-    return False
-
-
-def check_compile(base: nn.Module, run: Run, role: str) -> str:
-    """Outputs and gradients of the compiled model, operators not yet made into kernels (``aot_eager``)."""
-    model = adapted(base, role)
-    expected = run(model)
-    loss_of(expected).backward()
-    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    out = run(compiled)
-    same(out, expected, "outputs")
-    loss_of(out).backward()
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            expected = wanted.get(name, torch.zeros_like(p))  # compiled code gives zeros for an absent expert
-            torch.testing.assert_close(p.grad, expected, rtol=1e-6, atol=1e-10, msg=f"{name}: gradient")
     return OK
 
 
@@ -394,7 +323,7 @@ def check_slices(base: nn.Module, run: Run) -> str:
             module.qkv_bias_separate = True
     above = {name: block.owner for block in attention_blocks(base) for name in block.layouts}
     for path, slices in fused_layouts(base).items():
-        owner, layer = _at(base, above.get(path, path.rpartition(".")[0])), _at(base, path)
+        owner, layer = at(base, above.get(path, path.rpartition(".")[0])), at(base, path)
         kind = (type(owner), path.rpartition(".")[2], str(slices))
         if slices is None or kind in kinds or not is_projection(layer):
             continue
