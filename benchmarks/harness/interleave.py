@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
+from fastlora.tracking.hooks import STEPS_WATCHED
+
 from .peers import Variant
+
+
+def settle(variant: Variant) -> None:
+    """What a tracker does in its first steps alone is done: it looks for ranks, and watches the training loop."""
+    for _ in range(0 if variant.tracker is None else STEPS_WATCHED + 1):
+        variant.call()
+        variant.tracker.step()
 
 
 class Interleaved:
@@ -26,6 +35,8 @@ class Interleaved:
         self.variants, self.calls, self.clock, self.round = list(variants), calls, clock, 0
         self.target = next(v for v in self.variants if v.name == target)
         self.times: dict[str, dict[int, float]] = {}  # by variant and round
+        for variant in self.variants:
+            settle(variant)
 
     def _order(self) -> list[Variant]:
         due = [v for v in self.variants if self.round % v.every == 0]

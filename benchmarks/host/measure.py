@@ -20,7 +20,7 @@ import torch
 import fastlora
 from fastlora.ops.matmul import ENGINES
 
-from ..harness.interleave import Interleaved, paired, spread
+from ..harness.interleave import Interleaved, paired, settle, spread
 from ..harness.machine import cpu_name
 from ..harness.shapes import bf16_matmul
 from .cases import CASES, Case
@@ -57,8 +57,7 @@ def _measured(name: str, case: Case, rounds: int, gpu: NullGpu | None) -> list[d
         for _ in range(2):  # what is learned, compiled or planned at the first call
             variant.forget()
             variant.call()
-        if variant.tracker is not None:
-            variant.tracker.step()  # the first one ends the search for data-parallel ranks
+        settle(variant)
     counted = {} if gpu is None else {variant.name: _counted(gpu, variant) for variant in variants}
     times = _times(case, variants, rounds * case.longer)
     for variant in variants:

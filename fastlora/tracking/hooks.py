@@ -19,16 +19,21 @@ logger = logging.getLogger(__name__)
 
 RANKS_AGREE = "as all data-parallel ranks do"
 _STEPS_BEFORE_WARNING = 3
+STEPS_WATCHED = 8  # a loop without ``tracker.step()`` in its place shows in them
 
 
 class ForwardHook:
     """Before each forward of a tracked model. It holds no layer, or a model that is an adapted layer would hold itself.
 
-    Copies of a model are not tracked: the hook's copy does nothing.
+    Where no number needs to know of a forward it is over after ``STEPS_WATCHED`` steps: a call of a model with a hook
+    takes longer. Copies of a model are not tracked: the hook's copy does nothing.
     """
 
     def __init__(self, step: TrackedStep, watch: StepWatch, reduction: Reduction, sampling: Sampling):
         self._step, self._watch, self._reduction, self._sampling = step, watch, reduction, sampling
+        self._left, self._last = STEPS_WATCHED, step.index
+        self._stays = step.redraws or step.estimator == "exact"
+        self.handle: Any = None  # of the hook itself
 
     def __reduce__(self) -> tuple:
         return _no_hook, ()
@@ -54,6 +59,11 @@ class ForwardHook:
             watched = self._watch.parameter
             if watched is not None and version_of(watched) != self._watch.version:
                 self._watch.updated()
+            if step.index != self._last and not self._stays:
+                self._left, self._last = self._left - 1, step.index
+                # In the code of a compiled model a hook that goes would be a change.
+                if self._left <= 0 and not step.compiled:
+                    self.handle.remove()
 
 
 def _no_hook() -> Any:

@@ -176,7 +176,7 @@ class Tracker:
         keep_record(self._record, self.layers.values())
         self._watch = StepWatch(self.layers)
         hook = ForwardHook(self._step, self._watch, self._reduction, self._sampling)
-        self._hook = model.register_forward_pre_hook(hook, with_kwargs=True)
+        self._hook = hook.handle = model.register_forward_pre_hook(hook, with_kwargs=True)
 
     def _new_sampler(self) -> RademacherProbes | ColumnSampler | None:
         """What draws the probes, P or the columns, which the layers' probes see; None without any."""
