@@ -17,7 +17,7 @@ from benchmarks import bench_experts, bench_growth, bench_merge, bench_statistic
 from benchmarks.harness import estimators, gate, peers, recorded, result_files, shapes  # noqa: E402
 from benchmarks.harness.interleave import Interleaved, median_interval, rows  # noqa: E402
 from benchmarks.harness.plot import plot  # noqa: E402
-from benchmarks.reports import report  # noqa: E402
+from benchmarks.reports import builds, report  # noqa: E402
 from fastlora.tracking.statistics import Tracked  # noqa: E402
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
@@ -340,6 +340,16 @@ def test_ranks_of_experts(monkeypatch, tmp_path):
     for row in document["results"]:
         assert sum(row["ranks"].values()) == document["budget"] == 16 and len(row["loss"]) == 2
     assert "| grad_sq | " in expert_ranks.markdown(document)
+
+
+def test_statistics_over_builds_are_reported(monkeypatch, tmp_path):
+    monkeypatch.setattr(builds, "LAYERS", ("S4",))
+    assert builds.main(["--out", str(tmp_path), "--builds", "2"]) == 0
+    rows = result_files.read(tmp_path / "builds.json")["rows"]
+    variants = ["fastlora", "control", "probes", "probes_step", "act_var", "act_var_step"]
+    assert [(row["dtype"], row["variant"]) for row in rows] == [(d, v) for d in shapes.DTYPES for v in variants]
+    assert all(row["low"] <= row["percent"] <= row["high"] for row in rows)
+    assert "over 2 builds" in (tmp_path / "builds.md").read_text()
 
 
 def test_a_row_is_a_line():
