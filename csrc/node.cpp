@@ -403,8 +403,8 @@ Averages averages(Tensor means, Tensor steps, Tensor skipped, const py::sequence
   bool right = calls != nullptr && matrices + runs.size() == grown.size() && means.sizes() == steps.sizes();
   for (size_t i = 0; right && i < runs.size(); ++i) right = fits(grown[matrices + i], runs[i]);
   if (!right || first != sizes.size()) throw py::value_error("expected leaves as runs and sizes say");
-  return {std::move(means), std::move(steps), std::move(skipped), std::move(grown), matrices, std::move(runs),
-          std::move(sizes), squares_first};
+  return {std::move(means), std::move(steps), std::move(skipped), std::move(grown),
+          matrices,         std::move(runs),  std::move(sizes),   squares_first};
 }
 
 // The operator philox_signs_ on a CPU.

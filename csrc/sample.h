@@ -23,8 +23,9 @@ struct SampleAverages {
   bool squares_first;  // whether the first kind is that of Q
 };
 
-// f: factor ||Q||^2 of each matrix, and of each run of columns of the moments V, [sum y; sum y^2] with the number of rows
-// in one more column, the sum of max(0, E y^2 - (E y)^2); `runs` of each V, `sizes` of each run. Q or V may be empty.
+// f: factor ||Q||^2 of each matrix, and of each run of columns of the moments V, [sum y; sum y^2] with the number of
+// rows in one more column, the sum of max(0, E y^2 - (E y)^2); `runs` of each V, `sizes` of each run. Q or V may be
+// empty.
 struct Sample {
   std::vector<LeafGradient> Q, V;
   const std::vector<int64_t>&runs, &sizes;
@@ -38,7 +39,8 @@ struct SampleCalls {
   int64_t format;
   void (*fold)(const Sample& sample, const SampleAverages& averages);
   // As the operator philox_signs_.
-  void (*signs)(float* out, uint64_t seed, int64_t step, int64_t first, int64_t tag, const std::vector<int64_t>& counts);
+  void (*signs)(float* out, uint64_t seed, int64_t step, int64_t first, int64_t tag,
+                const std::vector<int64_t>& counts);
 };
 
 }  // namespace fastlora

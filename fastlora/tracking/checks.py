@@ -129,7 +129,7 @@ def refuse_windows(model: nn.Module, layers: dict[str, Linear]) -> None:
                 raise ValueError(f"statistics: 'fisher' needs samples in dimension 0; {path!r} sees windows ({kind})")
 
 
-def none_yet(kind: str, absent: Sequence[str], others: int) -> str:
-    """Which matrices have no statistic, and what to do."""
+def refuse_missing(kind: str, absent: Sequence[str], others: int) -> None:
+    """``RuntimeError`` says which matrices have no statistic, and what to do."""
     text = f"no {kind} yet for {listed(absent, _SHOWN)}: run backward and tracker.step()"
-    return f"{text}, or take the scores of the other {others} with missing='skip'" if others else text
+    raise RuntimeError(f"{text}, or take the scores of the other {others} with missing='skip'" if others else text)

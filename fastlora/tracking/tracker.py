@@ -29,7 +29,7 @@ from .checks import (
     checked_state,
     checked_steps,
     inverse_scale,
-    none_yet,
+    refuse_missing,
     refuse_windows,
 )
 from .hooks import RANKS_AGREE, ForwardHook, StepWatch
@@ -395,7 +395,7 @@ class Tracker:
             else:
                 there[key] = value / (n * k) if per_entry else value
         if absent and (missing == "raise" or not there):
-            raise RuntimeError(none_yet(kind, absent, len(there)))
+            refuse_missing(kind, absent, len(there))
         costs = {key: n + k for key, (n, k) in zip(self.keys, shapes, strict=True) if key in there}
         return Scores(there, kind, costs=costs)
 
