@@ -400,7 +400,10 @@ Averages averages(Tensor means, Tensor steps, Tensor skipped, const py::sequence
     for (int64_t run = 0; run < count && first < sizes.size(); ++run) columns += sizes[first++];
     return V.scalar_type() == at::kDouble && V.numel() == 2 * columns;
   };
-  bool right = calls != nullptr && matrices + runs.size() == grown.size() && means.sizes() == steps.sizes();
+  const auto all = [&](size_t count) { return static_cast<int64_t>(count) == means.size(1); };
+  bool right = calls != nullptr && matrices + runs.size() == grown.size() && means.sizes() == steps.sizes() &&
+               means.size(0) == (matrices > 0) + !runs.empty() && (matrices == 0 || all(matrices)) &&
+               (runs.empty() || all(sizes.size()));
   for (size_t i = 0; right && i < runs.size(); ++i) right = fits(grown[matrices + i], runs[i]);
   if (!right || first != sizes.size()) throw py::value_error("expected leaves as runs and sizes say");
   return {std::move(means), std::move(steps), std::move(skipped), std::move(grown),

@@ -368,3 +368,7 @@ def test_averages_of_leaves_fit_their_runs():
     ):
         with pytest.raises(ValueError, match="expected leaves as runs and sizes say"):
             multi_tensor.averages_of_leaves(averages, leaves, *wrong, first)
+    means, steps, skipped = averages
+    for other in (means[:, :2], means[:1], torch.rand(2, 4, dtype=torch.float64)):  # of which not all can be written
+        with pytest.raises(ValueError, match="expected leaves as runs and sizes say"):
+            multi_tensor.averages_of_leaves((other, other.clone(), skipped), leaves, matrices, runs, sizes, first)
