@@ -9,7 +9,7 @@ from torch import nn
 
 from .._utils.errors import listed, suggestion, wrong_value
 from ..config import LoraConfig
-from ..nn.adapter import WHOLE, Slices
+from ..nn.adapter import WHOLE, Slices, check_slice_name
 from ..nn.experts import ExpertStack
 from ..nn.linear import Linear
 from ..nn.pointwise import Pointwise
@@ -74,9 +74,10 @@ def _as_told(
                     f"split_qkv: expected linears, or convolutions with kernels of size 1, one group and no padding, "
                     f"got {name!r}, a {kind}"
                 )
-            slices = Slices(told, getattr(told, "blocks", 1))
+            argument = f"split_qkv[{pattern!r}]"
+            slices = Slices({check_slice_name(argument, n): N for n, N in told.items()}, getattr(told, "blocks", 1))
             if sum(slices.values()) != rows[name]:
-                raise wrong_value(f"split_qkv[{pattern!r}]", f"slices of the {rows[name]} rows of {name!r}", dict(told))
+                raise wrong_value(argument, f"slices of the {rows[name]} rows of {name!r}", dict(told))
             if known.get(name, slices) not in (slices, None):
                 raise wrong_value(f"split_qkv[{pattern!r}]", f"the slices of {name!r}, {known[name]}", dict(told))
             found[name] = slices

@@ -109,6 +109,17 @@ class Factors(nn.Module):
         return ", ".join(f"{n}: {'rank 0' if p is None else tuple(p.shape)}" for n, p in self.tensors().items())
 
 
+_TAKEN = frozenset((*dir(Factors({})), "bias", "magnitude"))  # names in ``Factors`` that are no slice's
+
+
+def check_slice_name(argument: str, name: Any) -> str:
+    """``name`` as that of a slice, whose factors are parameters of that name."""
+    if not isinstance(name, str) or not name or "." in name or name in _TAKEN or name.startswith(START):
+        accepted = "names of slices without dots, and not those that modules and adapters use themselves"
+        raise wrong_value(argument, accepted, name)
+    return name
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
     """What a layer knows of an adapter besides its tensors: scaling by slice, dropout, initialisation."""

@@ -13,8 +13,9 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from .._utils.errors import check_instance, check_integer, wrong_type
+from .._utils.errors import check_integer, wrong_type
 from .._utils.files import read_together, replace_together
+from ..nn.adapter import check_slice_name
 from .names import PeftFields, parse_fields
 
 CONFIG = "adapter_config.json"
@@ -154,7 +155,7 @@ def parse_side(raw: Any, where: str) -> Side:
 
 
 def _slice(raw: dict) -> Slice:
-    name, ratio = check_instance("name of a slice", raw["name"], str, "a string"), raw["scale_ratio"]
+    name, ratio = check_slice_name("name of a slice", raw["name"]), raw["scale_ratio"]
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
         raise wrong_type("scale_ratio", "a number", ratio)
     rows, rank = check_integer("rows", raw["rows"], 1), check_integer("rank", raw["rank"], 0)

@@ -272,6 +272,10 @@ def test_under_compile_and_checkpointing():
         ({"0": {}}, "split_qkv: expected one of"),
         ({"0": {"q": 0, "k": 27}}, r"split_qkv\['0'\]\['q'\]"),
         (3, "split_qkv"),
+        *[
+            ({"0": {name: 9, "k": 18}}, rf"split_qkv\['0'\]: expected names of slices without dots, .*, got {name!r}")
+            for name in ("q.x", "", "magnitude", "train", "_parameters", "start_k", 3)
+        ],
     ],
 )
 def test_slices_that_are_none(split, why):

@@ -250,6 +250,12 @@ BAD_SIDE = {
     "rank below zero": (lambda raw: dict(split=split_of(raw, rank=-1)), "rank: expected"),
     "rows": (lambda raw: dict(split=split_of(raw, rows=23)), "into 71 rows"),
     "name": (lambda raw: dict(split=split_of(raw, name="x")), "splits 'blocks.1.attn.qkv' into"),
+    **{
+        f"name {name!r}": (
+            lambda raw, name=name: dict(split=split_of(raw, name=name)), "name of a slice: expected names of slices"
+        )
+        for name in ("a.b", "", "bias", "forward", "start_q", 3)
+    },
     "slice": (lambda raw: dict(split={**raw["split"], QKV: [{}]}), "missing or malformed"),
     "unknown matrix": (lambda raw: dict(split={**raw["split"], "blocks.7": raw["split"][QKV]}), "unexpected: split of"),
     "blocks": (lambda raw: dict(split=split_of(raw, blocks=5)), "blocks: expected a divisor of 24 rows, got 5"),
