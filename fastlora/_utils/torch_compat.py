@@ -57,6 +57,8 @@ _CAN_TELL = None not in (_below_adinplace, _dispatch_modes, _functorch_stack, _t
 _LEVEL = "torch.autograd.forward_ad._current_level"  # of forward mode, -1 outside
 _no_level = private(_LEVEL, "tangents are lost without gradients, and refused with them") is None
 _forward_mode: Any = types.SimpleNamespace(_current_level=-1) if _no_level else torch.autograd.forward_ad
+_export_gone = "compiled code of torch 2.11 and 2.12 takes torch's own operators, and none with a tracker"
+_flag_of_export = private("torch.compiler._is_exporting_flag", _export_gone) is not None
 _KEYS_GONE = "autocast is switched off by torch.autocast(enabled=False) inside of an operator"
 _exclude = private("torch._C._ExcludeDispatchKeyGuard", _KEYS_GONE)
 _key_set = private("torch._C.DispatchKeySet", _KEYS_GONE)
@@ -166,7 +168,10 @@ def active_modes() -> Sequence[Any]:
 
 def wants_plain_operators() -> bool:
     """Whether what runs has to be torch's own operators: under ``torch.func``, ``torch.jit.trace`` and export."""
-    return torch.compiler.is_exporting() if torch.compiler.is_compiling() else being_traced()
+    if not torch.compiler.is_compiling():
+        return being_traced()
+    # Before torch 2.13 all code that is compiled is told by ``is_exporting`` that it is exported.
+    return torch.compiler._is_exporting_flag if _flag_of_export else torch.compiler.is_exporting()
 
 
 def being_traced() -> bool:

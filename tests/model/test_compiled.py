@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 
@@ -225,3 +226,17 @@ def test_inductor():
     for key, grad in want.items():
         torch.testing.assert_close(gradients(model)[key], grad, rtol=1e-3, atol=1e-5)
     assert all(value > 0 for value in tracker.scores().values())
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_the_graph_holds_our_operator(tracked):
+    """And not the formula that exporters get: torch 2.11 tells all code that is compiled that it is exported."""
+    model, found = adapted("timm_vit"), []
+
+    def keep(graph, example_inputs):
+        found.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    with fastlora.track(model, every=1) if tracked else contextlib.nullcontext():
+        call(torch.compile(model, backend=keep), "timm_vit", 2).sum().backward()
+    assert torch.ops.fastlora.lora_linear in [getattr(target, "overloadpacket", target) for target in found]
