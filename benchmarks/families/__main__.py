@@ -31,9 +31,11 @@ from torch import nn
 from fastlora import testing
 
 from ..harness import result_files
+from ..harness.machine import versions
 from . import checks, docs, structure, ways
 from .models import Family, families
 
+LIBRARIES = ("torch", "transformers", "timm", "open_clip_torch", "torchvision")  # diffusers is an extra
 SECONDS = 240
 COLUMNS = ("slices", "gradients", "statistics", "peft", "checkpointing", "compile")
 
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows[key] = row
         if given.json is not None:
             part = given.json.with_suffix(".part")
-            result_files.write(part, {"rows": dict(sorted(rows.items()))})
+            result_files.write(part, {"of": versions(LIBRARIES), "rows": dict(sorted(rows.items()))})
             part.replace(given.json)
     if given.docs is not None:
         given.docs.write_text(docs.page(rows), encoding="utf-8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -13,3 +15,14 @@ def cpu_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def versions(distributions: Sequence[str]) -> dict[str, str]:
+    """Those of the distributions that are installed, without what a build adds to its own."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = importlib.metadata.version(name).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

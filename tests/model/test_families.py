@@ -6,15 +6,18 @@ import pathlib
 import pytest
 
 from benchmarks.families import docs
-from benchmarks.families.__main__ import COLUMNS, examined
+from benchmarks.families.__main__ import COLUMNS, LIBRARIES, examined
 from benchmarks.families.checks import check_slices
 from benchmarks.families.models import families
 from benchmarks.harness import result_files
+from benchmarks.harness.machine import versions
 from fastlora.model.layouts import LAYOUTS
 from fastlora.model.modules import role_targets
 
 ROOT = pathlib.Path(__file__).parents[2]
-ROWS = result_files.read(ROOT / "benchmarks" / "results" / "families.json")["rows"]
+TABLE = result_files.read(ROOT / "benchmarks" / "results" / "families.json")
+ROWS = TABLE["rows"]
+of_the_table = pytest.mark.skipif(versions(LIBRARIES) != TABLE["of"], reason=f"the table is of {TABLE['of']}")
 FAMILIES = {f"{family.library}/{family.name}": family for family in families()}
 DOZEN = [
     "transformers/bert", "transformers/dbrx", "transformers/deepseek_v3", "transformers/exaone4_5_vision",
@@ -32,6 +35,7 @@ def quiet():
     logging.disable(off)
 
 
+@of_the_table
 @pytest.mark.parametrize("key", DOZEN)
 def test_a_row_made_again(key):
     row = examined(FAMILIES[key], seconds=300)
@@ -44,6 +48,7 @@ def test_the_dozen_asks_for_every_column_and_role():
     assert {role for row in rows for role in row["roles"]} == {"qkv", "attention", "mlp", "mixer", "experts"}
 
 
+@of_the_table
 def test_every_family_has_a_row_with_roles_or_a_reason():
     assert ROWS.keys() == FAMILIES.keys()
     assert all(row["roles"] or row["reason"] for row in ROWS.values())
