@@ -29,7 +29,7 @@ COMPAT = "fastlora._utils.torch_compat"
 # torch's own code reads these while it runs: they are gone while fastlora looks them up, and back afterwards.
 NEEDED_BY_TORCH = {
     "torch._C._get_tracing_state", "torch._C.DispatchKey", "torch._C._current_graph_task_id",
-    "torch.utils.checkpoint._CheckpointFrame",
+    "torch.utils.checkpoint._CheckpointFrame", "torch.compiler._is_exporting_flag",
 }  # fmt: skip
 
 
