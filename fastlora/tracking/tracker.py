@@ -154,8 +154,8 @@ class Tracker:
         self._covariances = Covariances(covariances)
         self._penalty = FisherPenalty(self.layers, self.matrices)
         self._sampling = Sampling(every, nothing_to_measure(estimator, self.device))
-        signs = estimator == "probe" and probe_kind != "columns"
-        self._native = self._averages.of_leaves(self._tracked) if signs else None
+        by_signs = estimator == "probe" and probe_kind != "columns"
+        self._native = self._averages.of_leaves(self._tracked) if by_signs else None
         self._record = TrackingRecord(self.adapter, warmup, self._sampling, self._step)
         # Held weakly: the model holds its hook, and what the hook leads to would hold the model.
         self._model = weakref.ref(model)

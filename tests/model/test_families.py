@@ -49,8 +49,11 @@ def test_the_dozen_asks_for_every_column_and_role():
 
 
 @of_the_table
-def test_every_family_has_a_row_with_roles_or_a_reason():
+def test_every_family_has_a_row():
     assert ROWS.keys() == FAMILIES.keys()
+
+
+def test_every_row_has_roles_or_a_reason():
     assert all(row["roles"] or row["reason"] for row in ROWS.values())
     wrong = {key: row["gradients"] for key, row in ROWS.items() if row["gradients"] not in ("ok", "-")}
     assert all(verdict.endswith("the model itself computes in float32 inside") for verdict in wrong.values()), wrong

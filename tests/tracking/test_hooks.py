@@ -50,3 +50,21 @@ def test_a_model_has_no_hook_once_nothing_needs_to_know_of_its_forwards(options,
         for kind in tracker.kinds:
             assert tracker.scores(kind) == other.scores(kind)
     assert tracker._hook.id not in m._forward_pre_hooks
+
+
+def test_a_graph_that_runs_late_counts_in_no_later_sample():
+    """It was built in a step that is sampled; its backward runs in one that is not."""
+    found = []
+    for late in (True, False):
+        m = model()
+        with track(m, every=2) as tracker:
+            loss = loss_of(m, data(seed=0))
+            loss_of(m, data(seed=1)).backward()
+            tracker.step()
+            if late:
+                loss.backward()
+            tracker.step()
+            loss_of(m, data(seed=2)).backward()
+            tracker.step()
+            found.append(tracker.scores("grad_sq"))
+    assert found[0] == found[1]
