@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.multiprocessing as mp
+from support.distributed_help import leave
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,7 +48,7 @@ def work(rank, folder):
         optimizer.step()
         optimizer.zero_grad()
     torch.save({n: p.detach() for n, p in m.named_parameters()}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_two_ranks_equal_one_process(tmp_path):

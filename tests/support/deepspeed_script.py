@@ -44,6 +44,8 @@ def engine(rank: int, stage: int, folder: str) -> None:
     torch.set_num_threads(1)
     import deepspeed
 
+    from support.distributed_help import leave
+
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     m = model()
     config = {
@@ -71,3 +73,4 @@ def engine(rank: int, stage: int, folder: str) -> None:
         if rank == 0:
             torch.save({name: p.detach().clone() for name, p in trained(m).items()}, os.path.join(folder, "learned.pt"))
             fastlora.save(m, os.path.join(folder, "adapter"))
+    leave()

@@ -19,7 +19,7 @@ import transformers  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: E402
 
-from support.distributed_help import batch, optimiser, read, train_rank  # noqa: E402
+from support.distributed_help import batch, leave, optimiser, read, train_rank  # noqa: E402
 from support.tracker_help import loss_of, model  # noqa: E402
 
 STEPS = range(3)
@@ -81,7 +81,7 @@ def main(folder):
     }
     torch.save(found, os.path.join(folder, f"rank{rank}.pt"))
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import fully_shard  # noqa: E402
 from fastlora._utils.distributed import whole  # noqa: E402
 from fastlora.integrations.hf import FastLoraCallback  # noqa: E402
 from fastlora.integrations.lightning import FastLoraCallback as LightningCallback  # noqa: E402
+from support.distributed_help import leave  # noqa: E402
 from support.trainer_help import bert, images, shifted, still, texts, trained_parameters, vit  # noqa: E402
 
 TRACK = {"every": 1, "warmup": 3}
@@ -114,7 +115,7 @@ def main(folder):
     found["hf, resumed"] = in_hf(shifted(bert(dropout=0.0)), f"{folder}/hf", f"{folder}/hf/checkpoint-2")
     torch.save(found, os.path.join(folder, f"rank{rank}.pt"))
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def fsdp1(rank, folder):
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+    from support.distributed_help import leave
+
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -68,7 +70,7 @@ def fsdp1(rank, folder):
     with FullyShardedDataParallel.summon_full_params(net):
         full = {n.replace("_fsdp_wrapped_module.", ""): p.clone() for n, p in net.named_parameters() if "lora_" in n}
     torch.save((said, full), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def fsdp1_of_single(rank, folder):
@@ -78,6 +80,8 @@ def fsdp1_of_single(rank, folder):
     import torch.distributed as dist
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+
+    from support.distributed_help import leave
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     said = []
@@ -92,7 +96,7 @@ def fsdp1_of_single(rank, folder):
             said.append(str(error))
         dist.barrier()
     torch.save(said, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
