@@ -27,7 +27,7 @@ from ..harness.peers import LABELS, TRACKED, Variant, ours
 from ..harness.shapes import DTYPES, SHAPES, Problem
 from ..harness.tables import table
 
-LAYERS, BUILDS, ROUNDS, WARM = ("S1", "S2", "S3"), 16, 20, 6
+LAYERS, BUILDS, ROUNDS, WARM = ("S1", "S2", "S3"), 48, 20, 6
 PLAIN = ("fastlora", "control")
 
 
