@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.helpers import config, randomise
+from support.helpers import config, randomise, said
 from support.model_zoo import ZOO, build
 from support.peft_zoo_help import FUSED, assert_equal, for_peft, output
 from torch import nn
@@ -168,7 +168,7 @@ class TestAttention:
         fastlora.save(tower(target_modules=["attn"]), tmp_path)
         caplog.clear()
         fastlora.load(Tower(), tmp_path)
-        assert not caplog.text
+        assert not said(caplog)
 
     def test_a_missing_half_is_named(self, tmp_path):
         from safetensors.torch import save_file

@@ -200,8 +200,9 @@ def test_what_was_done_on_purpose():
         suite = environment["suite"]
         assert f"Python {python} with torch {torch} ({suite['passed']:,}" in page and not suite["failed"]
         assert re.search(rf"{suite['passed']:,}( tests)?, {suite['skipped']} skipped", page)
-    counts = {(pair["passed"], pair["failed"]) for pair in versions["libraries"].values()}
-    assert counts == {(845, 0)} and len(versions["libraries"]) == 4 and "845 operator tests in each of four" in page
+    pairs = versions["libraries"].values()
+    assert len(pairs) == 2 and not any(pair["failed"] for pair in pairs)
+    assert " and ".join(f"{pair['passed']:,}" for pair in pairs) + " operator tests" in page
 
 
 def test_the_readme_is_short():

@@ -158,6 +158,11 @@ def one_by_one(model: nn.Module) -> nn.Module:
     return model
 
 
+def said(caplog) -> list[str]:
+    """What the package has logged: libraries log of their own when they are first imported."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("fastlora")]
+
+
 def lora_grads(model: nn.Module) -> dict[str, torch.Tensor | None]:
     return {n: p.grad for n, p in model.named_parameters() if ".lora_" in n}
 
