@@ -1,7 +1,8 @@
 """Which effect can be found: ``python -m benchmarks.experiment.power`` simulates the tests of the plan.
 
 The spread is measured on the runs that are there: differences of a setting from the baseline are taken apart into what
-varies with the seed, with the sentence, and with both. Writes ``power.json`` and ``power.md``, the same each time.
+varies with the seed, with the sentence, and with both. Writes ``power.json`` and ``power.md``, the same each time
+with one numpy.
 """
 
 from __future__ import annotations
@@ -203,6 +204,7 @@ def simulate(found: Mapping[str, Mapping[int, Mapping[str, Any]]], baseline: str
         spreads |= {("sst2", bound): spread, ("cola", bound): matthews_spread(spread)}
     return {
         "command": "python -m benchmarks.experiment.power",
+        "numpy": np.__version__,  # whose generators may draw otherwise in another version
         "power": POWER, "alpha": ALPHA, "draws": DRAWS, "confidence": CONFIDENCE,
         "baseline": baseline,
         "tests": {"one": 1, "primary": len(PRIMARY), "all": len(COMPARISONS)},
@@ -291,6 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"power: --runs: expected two seeds of {', '.join(few)}, got fewer in {arguments.runs}", file=sys.stderr)
         return 2
     document = simulate(found, arguments.baseline)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     result_files.write(arguments.out / "power.json", document)
     (arguments.out / "power.md").write_text(markdown(document), encoding="utf-8")
     return 0

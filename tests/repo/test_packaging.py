@@ -96,6 +96,8 @@ def test_another_projects_package_of_the_same_name_is_found(checkout, tmp_path, 
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fastlora\nVersion: 4.2.1\n")
     (info / "RECORD").write_text("fastlora/__init__.py,,\n")
+    (elsewhere / "fastlora").mkdir(exist_ok=True)
+    (elsewhere / "fastlora" / "__init__.py").touch()  # Python 3.12 lists no file that is not there
     code = (
         "import importlib, fastlora\n"
         "try: fastlora.inject\n"
