@@ -102,7 +102,9 @@ def _python(call: Callable[[], object], gpu: null_gpu.NullGpu | None) -> tuple[C
 
     def watch(frame: FrameType, event: str, argument: object) -> None:
         if event == "call" and frame.f_code.co_name not in _INLINED:
-            entered[f"{frame.f_code.co_filename}:{frame.f_code.co_qualname}"] += 1
+            code = frame.f_code
+            # Python 3.10 knows a function's bare name alone.
+            entered[f"{code.co_filename}:{getattr(code, 'co_qualname', code.co_name)}"] += 1
         elif event == "c_call":
             called[getattr(argument, "__qualname__", repr(argument))] += 1
 
