@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -170,11 +171,17 @@ def test_compiled_code_computes_the_same(implementation):
     model = moe("Mixtral", implementation, torch.float32)
     randomise(fastlora.inject(model, config(r=2, target_modules="experts")))
     found = []
-    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=implementation == "grouped_mm")):
+    compile_ = functools.partial(torch.compile, backend="aot_eager", fullgraph=implementation == "grouped_mm")
+    for run in (model, compile_(model)):
         with fastlora.track(model, every=1, ema=None) as tracker:
             model.zero_grad()
-            loss = loss_of(run)
-            loss.backward()
+            try:
+                loss = loss_of(run)
+                loss.backward()
+            except Exception:
+                with pytest.raises(Exception):  # noqa: B017 - whatever the library says of its own
+                    loss_of(compile_(moe("Mixtral", implementation, torch.float32))).backward()
+                pytest.skip(f"this transformers does not compile its own {implementation}")
             tracker.step()
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         # Of experts without rows compiled code has zeros, since it cannot know which they are.
