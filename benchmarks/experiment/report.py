@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +104,20 @@ def _agreement(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _spread(found: Mapping[str, Any]) -> Iterator[str]:
     """How far the seeds are apart, beside what the plan took them to be: whether its power is what was had."""
-    tests = [row["found"] for row in found["comparisons"] if row["found"] is not None]
-    largest, seeds = 100 * max(test["spread"] for test in tests), min(test["n"] for test in tests)
-    yield f"Differences vary from seed to seed with a standard deviation of {largest:.2f} points at most, over"
+    tests = {(row["setting"], row["against"]): row["found"] for row in found["comparisons"] if row["found"] is not None}
+    spreads = {pair: 100 * test["spread"] for pair, test in tests.items()}
+    seeds = min(test["n"] for test in tests.values())
+    yield f"Differences vary from seed to seed with a standard deviation of {_span(spreads.values())} points, over"
     yield f"{seeds} seeds or more of the {len(plan.SEEDS)} that were planned."
-    if largest > plan.SPREAD:
-        yield f"The plan took them to vary by {plan.SPREAD:.2f} at most: the experiment could find"
-        yield f"only effects that are {largest / plan.SPREAD:.1f} times those of `power.md`, and what could not be told"
-        yield "may well be there."
+    for (setting, against), spread in spreads.items():
+        if spread > plan.SPREAD:
+            yield f"`{setting}` minus `{against}` varies by {spread:.2f}, the plan took {plan.SPREAD:.2f} at most: only"
+            yield f"effects that are {spread / plan.SPREAD:.1f} times those of `power.md` could be found there."
+
+
+def _span(values: Iterable[float]) -> str:
+    ordered = sorted(values)
+    return " to ".join(dict.fromkeys(f"{value:.2f}" for value in (ordered[0], ordered[-1])))
 
 
 def _not_run(results: Mapping[str, Any]) -> Iterator[str]:
@@ -192,6 +198,10 @@ def _follows(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"- At as many parameters, in runs as short as these, {PLACES[place]}."
     else:
         yield "- Nothing on all linears against query, key and value: it could not be told."
+    parts = {"mlp": "the MLPs", "lower": "the first three blocks", "upper": "the last three blocks"}
+    worse = [f"{what} alone" for name, what in parts.items() if said[name, plan.BASELINE] == "lower, as expected"]
+    if worse:
+        yield f"- As many parameters on {' or on '.join(worse)} do worse than on all linears."
     scores = ("norm", "norm-total", "fisher", "fc", "fim", "variance")
     helps = [f"`{name}`" for name in scores if said[name, plan.BASELINE] == "higher, as expected"]
     if helps:
