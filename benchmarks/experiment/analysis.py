@@ -92,6 +92,7 @@ def _setting(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     keys = next((r["ranks"] for r in rows if r["ranks"]), {})
     return {
         "seeds": sorted(runs),
+        "scores": [r["score"] for r in rows],
         "score": interval([r["score"] for r in rows]),
         "dev": interval([r["dev"] for r in rows]),
         **{name: interval([r[name] for r in rows if r[name] is not None]) for name in COSTS},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from . import plan
 from .analysis import Results, analyse
 from .plots import FIGURES
 
+APART = 0.02  # below the median of its setting, a run is named
 COMMAND = "python -m benchmarks.experiment --data-dir DATA"
 NAMES = {"sst2": "SST-2, points of accuracy", "cola": "CoLA, hundredths of Matthews correlation"}
 
@@ -109,10 +111,25 @@ def _spread(found: Mapping[str, Any]) -> Iterator[str]:
     seeds = min(test["n"] for test in tests.values())
     yield f"Differences vary from seed to seed with a standard deviation of {_span(spreads.values())} points, over"
     yield f"{seeds} seeds or more of the {len(plan.SEEDS)} that were planned."
-    for (setting, against), spread in spreads.items():
-        if spread > plan.SPREAD:
-            yield f"`{setting}` minus `{against}` varies by {spread:.2f}, the plan took {plan.SPREAD:.2f} at most: only"
-            yield f"effects that are {spread / plan.SPREAD:.1f} times those of `power.md` could be found there."
+    wide = {pair: spread for pair, spread in spreads.items() if spread > plan.SPREAD}
+    if wide:
+        yield f"The plan took {plan.SPREAD:.2f} at most. Where it was more, only effects as many times those of"
+        yield "`power.md` could be found:\n"
+        for (setting, against), spread in wide.items():
+            yield f"- `{setting}` minus `{against}`: {spread:.2f}, {spread / plan.SPREAD:.1f} times"
+    apart = list(_apart(found))
+    if apart:
+        yield f"\nSingle runs end more than {100 * APART:g} points below the median of their setting. They were looked"
+        yield "for afterwards, and are in every test:\n"
+        yield from apart
+
+
+def _apart(found: Mapping[str, Any]) -> Iterator[str]:
+    for name, setting in found["settings"].items():
+        median = statistics.median(setting["scores"])
+        for seed, score in zip(setting["seeds"], setting["scores"], strict=True):
+            if score < median - APART:
+                yield f"- `{name}` on seed {seed}: {100 * score:.2f}, median {100 * median:.2f}"
 
 
 def _span(values: Iterable[float]) -> str:
@@ -178,36 +195,67 @@ READ_WITH_CARE = """\
 
 One model; short runs, {steps} steps of {batch}; few seeds. A run sees {sentences:,} phrases once: what holds after
 longer training is not told. CPU seconds are of one thread on a machine that other work shared, and compare settings
-roughly. Peak memory is of the whole process, libraries and evaluation included.
+roughly: an adapted linear multiplies by the fastest library on the CPU, any other by torch's own, so that settings with
+fewer adapted linears take longer a step. Peak memory is of the whole process, libraries and evaluation included.
 """
 
 
-# What the primary comparisons mean for who uses the package, by what can be said of them.
+# What a comparison means for who uses the package.
 PLACES = {
-    "lower, as expected": 'adapt all linears (`target_modules="all-linear"`) rather than query, key and value',
-    "higher, against what was expected": 'adapt query, key and value (`target_modules="qkv"`) rather than all linears',
-    "equivalent": "all linears and query, key and value do as well as each other",
+    "worse than": 'adapt all linears (`target_modules="all-linear"`) rather than query, key and value',
+    "better than": 'adapt query, key and value (`target_modules="qkv"`) rather than all linears',
+    "as well as": "all linears and query, key and value do as well as each other",
 }
+PARTS = {"mlp": "the MLPs", "lower": "the first three blocks", "upper": "the last three blocks"}
+SCORES = ("norm", "norm-total", "fisher", "fc", "fim", "variance")
+OTHERS = {
+    ("random", plan.BASELINE): ("Sharing ranks out at random", "sharing them out evenly"),
+    ("norm-1", "all-1"): ("Where ranks are few (1 on average), by gradient norm", "evenly"),
+    ("norm-8", "all-8"): ("Where they are many (8 on average), by gradient norm", "evenly"),
+    ("norm-tracked", "norm"): ("Reallocating during training", "scores at the start"),
+    ("all-1", plan.BASELINE): ("Rank 1 everywhere", "rank 2"),
+    ("all-8", plan.BASELINE): ("Rank 8 everywhere", "rank 2"),
+    ("penalty-relative", "penalty-uniform"): ("A penalty weighed by importance", "a uniform one"),
+    ("penalty-relative", plan.BASELINE): ("A penalty weighed by importance", "none"),
+    ("orthogonal", plan.BASELINE): ("Orthogonal initialisation", "the default"),
+    ("pissa", plan.BASELINE): ("PiSSA", "the default initialisation"),
+    ("eva", plan.BASELINE): ("EVA at uniform ranks", "the default initialisation"),
+    ("lora-ga", plan.BASELINE): ("LoRA-GA", "the default initialisation"),
+    ("dora", plan.BASELINE): ("DoRA", "LoRA at as high a rank"),
+    ("adalora", plan.BASELINE): ("AdaLoRA", "LoRA at uniform ranks"),
+    ("full", plan.BASELINE): ("Full fine-tuning", "LoRA of rank 2 on all linears"),
+    ("head", plan.BASELINE): ("Training the head alone", "LoRA of rank 2 on all linears"),
+}
+
+
+def _did(verdict: str) -> str | None:
+    """How a setting did beside the other, if that could be told."""
+    sides = {"higher": "better than", "lower": "worse than", "equivalent": "as well as"}
+    return sides.get(verdict.partition(",")[0])
 
 
 def _follows(found: Mapping[str, Any]) -> Iterator[str]:
     """Advice that the comparisons bear out, and that which they do not."""
-    said = {(row["setting"], row["against"]): row["verdict"] for row in found["comparisons"]}
-    place = said["qkv", plan.BASELINE]
-    if place in PLACES:
-        yield f"- At as many parameters, in runs as short as these, {PLACES[place]}."
-    else:
+    rows = {(row["setting"], row["against"]): row for row in found["comparisons"]}
+    did = {pair: _did(row["verdict"]) for pair, row in rows.items()}
+    place = did["qkv", plan.BASELINE]
+    if place is None:
         yield "- Nothing on all linears against query, key and value: it could not be told."
-    parts = {"mlp": "the MLPs", "lower": "the first three blocks", "upper": "the last three blocks"}
-    worse = [f"{what} alone" for name, what in parts.items() if said[name, plan.BASELINE] == "lower, as expected"]
+    else:
+        yield f"- At as many parameters, in runs as short as these, {PLACES[place]}."
+    worse = [f"{what} alone" for name, what in PARTS.items() if did[name, plan.BASELINE] == "worse than"]
     if worse:
         yield f"- As many parameters on {' or on '.join(worse)} do worse than on all linears."
-    scores = ("norm", "norm-total", "fisher", "fc", "fim", "variance")
-    helps = [f"`{name}`" for name in scores if said[name, plan.BASELINE] == "higher, as expected"]
-    if helps:
-        yield f"- Ranks by {', '.join(helps)} did better than uniform ones."
-    else:
+    for side in ("better than", "as well as", "worse than"):
+        names = [f"`{name}`" for name in SCORES if did[name, plan.BASELINE] == side]
+        if names:
+            yield f"- Ranks by {', '.join(names)} did {side} uniform ones."
+    if all(did[name, plan.BASELINE] != "better than" for name in SCORES):
         yield "- Uniform ranks stay what the package starts with: no score of importance has been shown to do better."
+    for pair, (what, other) in OTHERS.items():
+        if did[pair] is not None:
+            difference = points(rows[pair]["found"], signed=True)
+            yield f"- {what} did {did[pair]} {other}: {difference} points."
     yield "- No default is changed where nothing was found."
 
 

@@ -365,15 +365,20 @@ def test_the_page_claims_what_the_tests_show(tmp_path):
     wild = [{**row, "score": row["score"] + 0.02 * math.sin(row["seed"]) * (row["setting"] == "qkv")}
             for row in rows if row["phase"] == "final"]  # fmt: skip
     wild += [row for row in rows if row["phase"] == "tuning"]
-    assert "times those of" in markdown(analyse(wild))
+    assert "times those of" in (told := markdown(analyse(wild))) and "on seed" not in told
+    wild[0] = {**wild[0], "score": wild[0]["score"] - 0.05}
+    assert f"- `all-2` on seed {wild[0]['seed']}: {100 * wild[0]['score']:.2f}, median" in markdown(analyse(wild))
     assert "no score of importance has been shown to do better" in text
     assert (tmp_path / "sst2_effects.png").stat().st_size > 5000 and (tmp_path / "sst2_accuracy.png").exists()
     found = {row["setting"]: row for row in analyse(rows)["data"]["sst2"]["comparisons"] if row["against"] == "all-2"}
     assert found["qkv"]["found"]["p_holm"] == pytest.approx(7 * found["qkv"]["found"]["p"])  # not run ones count
     assert found["mlp"]["found"]["p_holm"] == pytest.approx(30 * found["mlp"]["found"]["p"], rel=0.1)
-    told = markdown(analyse(all_rows({"norm": 0.02}, wanted=("all-2", "norm"))))
+    told = markdown(analyse(all_rows({"norm": 0.02, "head": -0.1}, wanted=("all-2", "norm", "fim", "random", "head"))))
     assert "- Nothing on all linears against query, key and value" in told
-    assert "- Ranks by `norm` did better than uniform ones." in told
+    assert "- Ranks by `norm` did better than uniform ones." in told and "do better.\n" not in told
+    assert "- Ranks by `fim` did as well as uniform ones." in told
+    assert "- Sharing ranks out at random did as well as sharing them out evenly: " in told
+    assert "- Training the head alone did worse than LoRA of rank 2 on all linears: -" in told and "Rank 8" not in told
     few = analyse(all_rows(gain, seeds=3, wanted=wanted))["data"]["sst2"]["comparisons"]
     assert {row["verdict"] for row in few} == {"not run"}
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from pathlib import Path
 
 import pytest
 
 import fastlora
+from benchmarks.experiment.report import points
 from fastlora.demo.page import table_rows
 
 ROOT = Path(fastlora.__file__).parent.parent
@@ -241,3 +243,39 @@ def test_host_time_of_a_layer():
     assert said in text("README.md"), said
     one = rows["linear", "fastlora"]["over_peft"]["median"]
     assert f"of one adapted Linear {one:.2f} of PEFT's" in text("README.md"), one
+
+
+# Settings of the experiment, and what each is compared with, by the public name whose docstring says how they did.
+EXPERIMENT = {
+    "Scores.composite": (("fc", "all-2"),),
+    "calibrate": (("fc", "all-2"), ("fim", "all-2")),
+    "Tracker.penalty": (("penalty-relative", "penalty-uniform"), ("penalty-sum", "penalty-uniform")),
+    "initialize_eva": (("eva", "all-2"),),
+    "initialize_lora_ga": (("lora-ga", "all-2"),),
+    "LoraConfig": (("orthogonal", "all-2"), ("pissa", "all-2"), ("dora", "all-2")),
+}
+
+
+def comparisons():
+    found = results("experiment/results.json")["data"]["sst2"]["comparisons"]
+    return {(row["setting"], row["against"]): row for row in found}
+
+
+def test_what_the_guide_says_of_ranks_by_scores():
+    names = {"norm": "gradient norm", "fc": '`"fc"`', "variance": "the variance of activations", "random": "random"}
+    others = {"fim": '`"fim"`', "fisher": "the Fisher information"}
+    verdicts = {name: comparisons()[name, "all-2"]["verdict"] for name in names | others}
+    assert verdicts == dict.fromkeys(names, "equivalent") | dict.fromkeys(others, "could not be told")
+    norm, fc, variance, random = names.values()
+    same = f"ranks by {norm}, by {fc} and by {variance} did as well as uniform ones, and so did {random} ranks."
+    assert f"{same} Of {' and '.join(others.values())} it could not be told." in text("docs/ranks.md")
+
+
+@pytest.mark.parametrize("name", EXPERIMENT)
+def test_docstrings_say_what_the_experiment_found(name):
+    rows = comparisons()
+    told = [rows[pair] for pair in EXPERIMENT[name] if rows[pair]["verdict"] not in ("not run", "could not be told")]
+    said = " ".join(operator.attrgetter(name)(fastlora).__doc__.split())
+    figures = [f"{points(row['found'], signed=True)} points" for row in told]
+    assert re.findall(r"[+-]\d+\.\d+ ± \d+\.\d+ points", said) == figures
+    assert ("docs/experiment.md" in said) == bool(told)
