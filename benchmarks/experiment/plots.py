@@ -1,9 +1,9 @@
-"""Pictures of the experiment's results; each reads only the results and may have nothing to show."""
+"""Pictures of the experiment's results; each reads only the results."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .plan import BASELINE, EQUIVALENT
@@ -12,10 +12,11 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 UNITS = {"sst2": "SST-2, points of accuracy", "cola": "CoLA, hundredths of Matthews correlation"}
 
 
-def _accuracy(plt: Any, found: Mapping[str, Any], data: str) -> Any:
-    settings = {name: s for name, s in found["settings"].items() if s["score"]["half_width"] is not None}
-    if not settings:
-        return None
+def _measured(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: s for name, s in found["settings"].items() if s["score"]["half_width"] is not None}
+
+
+def _accuracy(plt: Any, settings: Mapping[str, Any], data: str) -> Any:
     by_count: dict[int, list[str]] = {}  # counts within a percent are one place on the axis
     for name in sorted(settings, key=lambda name: sum(settings[name]["parameters"].values())):
         count = sum(settings[name]["parameters"].values())
@@ -39,10 +40,11 @@ def _accuracy(plt: Any, found: Mapping[str, Any], data: str) -> Any:
     return figure
 
 
-def _effects(plt: Any, found: Mapping[str, Any], data: str) -> Any:
-    rows = [row for row in found["comparisons"] if row["found"] is not None][::-1]
-    if not rows:
-        return None
+def _tested(found: Mapping[str, Any]) -> list[Any]:
+    return [row for row in found["comparisons"] if row["found"] is not None][::-1]
+
+
+def _effects(plt: Any, rows: Sequence[Any], data: str) -> Any:
     figure, axis = plt.subplots(figsize=(8, 0.36 * len(rows) + 1.3))
     margin = 100 * EQUIVALENT[data]
     axis.axvspan(-margin, margin, color=GREY, alpha=0.12, linewidth=0)
@@ -58,10 +60,11 @@ def _effects(plt: Any, found: Mapping[str, Any], data: str) -> Any:
     return figure
 
 
-def _agreement(plt: Any, found: Mapping[str, Any], data: str) -> Any:
-    rows = sorted(found["agreement"].items(), key=lambda item: item[1]["mean"])
-    if not rows:
-        return None
+def _scored(found: Mapping[str, Any]) -> list[Any]:
+    return sorted(found["agreement"].items(), key=lambda item: item[1]["mean"])
+
+
+def _agreement(plt: Any, rows: Sequence[Any], data: str) -> Any:
     figure, axis = plt.subplots(figsize=(7, 0.36 * len(rows) + 1.3))
     axis.axvline(0, color=GREY, linewidth=0.8)
     for y, (name, rho) in enumerate(rows):
@@ -87,13 +90,14 @@ def _cells(ranks: Mapping[str, float]) -> dict[tuple[int, int], float]:
     return found
 
 
-def _rank_map(plt: Any, found: Mapping[str, Any], data: str) -> Any:
-    shown = {
+def _uneven(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         name: _cells(setting["ranks"]) for name, setting in found["settings"].items()
         if len(set(setting["ranks"].values())) > 2 and len(setting["ranks"]) > 12
     }  # fmt: skip
-    if not shown:
-        return None
+
+
+def _rank_map(plt: Any, shown: Mapping[str, Any], data: str) -> Any:
     figure, axes = plt.subplots(1, len(shown), figsize=(2.3 * len(shown) + 0.8, 3.4), sharey=True, squeeze=False)
     for axis, (name, cells) in zip(axes[0], shown.items(), strict=True):
         depth = 1 + max(layer for layer, _ in cells)
@@ -106,10 +110,10 @@ def _rank_map(plt: Any, found: Mapping[str, Any], data: str) -> Any:
     return figure
 
 
-# file name -> (caption, drawing)
-FIGURES = {
-    "accuracy": ("Score against trained parameters.", _accuracy),
-    "effects": ("Every difference with its 95 % interval.", _effects),
-    "agreement": ("Scores against what each adapter brings.", _agreement),
-    "ranks": ("Ranks by layer and type, mean over seeds.", _rank_map),
+# file name -> (caption, what it shows of the results of a data set, drawing)
+FIGURES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any], Callable[[Any, Any, str], Any]]] = {
+    "accuracy": ("Score against trained parameters.", _measured, _accuracy),
+    "effects": ("Every difference with its 95 % interval.", _tested, _effects),
+    "agreement": ("Scores against what each adapter brings.", _scored, _agreement),
+    "ranks": ("Ranks by layer and type, mean over seeds.", _uneven, _rank_map),
 }

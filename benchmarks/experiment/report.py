@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,14 +28,15 @@ def write_report(found: Results, out: Path, page: Path | None = None) -> dict[st
 
     results = analyse(found)
     for data, part in results["data"].items():
-        for name, (_, draw) in FIGURES.items():
-            figure = draw(pyplot, part, data)
-            if figure is not None:
+        for name, (_, shown, draw) in FIGURES.items():
+            if shown(part):
+                figure = draw(pyplot, shown(part), data)
                 figure.savefig(out / f"{data}_{name}.png", dpi=110, bbox_inches="tight")
                 pyplot.close(figure)
     result_files.write(out / "results.json", results)
     if page is not None:
-        page.write_text(markdown(result_files.read(out / "results.json")), encoding="utf-8")
+        text = markdown(result_files.read(out / "results.json"), os.path.relpath(out, page.parent))
+        page.write_text(text, encoding="utf-8")
     return results
 
 
@@ -181,7 +183,7 @@ An experiment on one pretrained model, all-MiniLM-L6-v2, and real sentences: doe
 adapters, and does importance help to choose their ranks? What it asks, how everything is tuned and which test decides
 was written down before it ran, in `benchmarks/experiment/hypotheses.md`; which effects it can find, in
 `benchmarks/results/experiment/power.md`. This page is made from its runs by `{command}`: one row
-a run in `benchmarks/results/experiment/runs.jsonl`, pictures beside it. A first stretch of 61 shorter runs, from which
+a run in `benchmarks/results/experiment/runs.jsonl`. A first stretch of 61 shorter runs, from which
 nothing could be told, is in `first_runs.jsonl`; why it ended is said in `hypotheses.md`.
 
 ± is the 95 % interval, t over seeds. "Score" is on sentences that no run trains on or is tuned on. Differences are
@@ -259,8 +261,8 @@ def _follows(found: Mapping[str, Any]) -> Iterator[str]:
     yield "- No default is changed where nothing was found."
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """The page."""
+def markdown(results: Mapping[str, Any], pictures: str = "../benchmarks/results/experiment") -> str:
+    """The page, with the folder of its pictures."""
     lines = [INTRODUCTION.format(command=COMMAND, primary=len(plan.PRIMARY), all=len(plan.COMPARISONS))]
     for data, part in results["data"].items():
         lines += [f"## {NAMES[data]}", *_sayings(part, data), ""]
@@ -271,6 +273,10 @@ def markdown(results: Mapping[str, Any]) -> str:
             lines += [*_agreement(part), ""]
         if part["settings"]:
             lines += [*_settings(part), ""]
+        lines += [
+            f"![{caption}]({pictures}/{data}_{name}.png)\n"
+            for name, (caption, shown, _) in FIGURES.items() if shown(part)
+        ]  # fmt: skip
         if part["tuning"]:
             lines += ["Tuned on the seeds of tuning, each rate on two; an edge is the lowest or highest tried:", ""]
             lines += [*_tuning(part), ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -369,7 +370,9 @@ def test_the_page_claims_what_the_tests_show(tmp_path):
     wild[0] = {**wild[0], "score": wild[0]["score"] - 0.05}
     assert f"- `all-2` on seed {wild[0]['seed']}: {100 * wild[0]['score']:.2f}, median" in markdown(analyse(wild))
     assert "no score of importance has been shown to do better" in text
-    assert (tmp_path / "sst2_effects.png").stat().st_size > 5000 and (tmp_path / "sst2_accuracy.png").exists()
+    assert (tmp_path / "sst2_effects.png").stat().st_size > 5000
+    shown = re.findall(r"!\[.+\]\(\./(.+)\)", text)
+    assert set(shown) == {path.name for path in tmp_path.glob("*.png")} >= {"sst2_accuracy.png", "sst2_effects.png"}
     found = {row["setting"]: row for row in analyse(rows)["data"]["sst2"]["comparisons"] if row["against"] == "all-2"}
     assert found["qkv"]["found"]["p_holm"] == pytest.approx(7 * found["qkv"]["found"]["p"])  # not run ones count
     assert found["mlp"]["found"]["p_holm"] == pytest.approx(30 * found["mlp"]["found"]["p"], rel=0.1)
