@@ -257,7 +257,9 @@ def _follows(found: Mapping[str, Any]) -> Iterator[str]:
     for pair, (what, other) in OTHERS.items():
         if did[pair] is not None:
             difference = points(rows[pair]["found"], signed=True)
-            yield f"- {what} did {did[pair]} {other}: {difference} points."
+            edges = [name for setting in pair for name in found["tuning"][setting]["edges"]]
+            beyond = f", where a {edges[0]} is at the edge of those tried" if edges else ""
+            yield f"- {what} did {did[pair]} {other}: {difference} points{beyond}."
     yield "- No default is changed where nothing was found."
 
 
