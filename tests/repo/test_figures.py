@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastlora
-from benchmarks.experiment.report import points
+from benchmarks.experiment.report import SCORES, points
 from fastlora.demo.page import table_rows
 
 ROOT = Path(fastlora.__file__).parent.parent
@@ -266,6 +266,9 @@ def test_what_the_guide_says_of_ranks_by_scores():
     others = {"fim": '`"fim"`', "fisher": "the Fisher information"}
     verdicts = {name: comparisons()[name, "all-2"]["verdict"] for name in names | others}
     assert verdicts == dict.fromkeys(names, "equivalent") | dict.fromkeys(others, "could not be told")
+    six = [comparisons()[name, "all-2"]["verdict"] for name in SCORES]
+    assert (len(six), six.count("equivalent"), sum(verdict.startswith("higher") for verdict in six)) == (6, 4, 0)
+    assert "Of six scores none made better ranks than uniform ones, four made as good ones" in text("docs/methods.md")
     norm, fc, variance, random = names.values()
     same = f"ranks by {norm}, by {fc} and by {variance} did as well as uniform ones, and so did {random} ranks."
     assert f"{same} Of {' and '.join(others.values())} it could not be told." in text("docs/ranks.md")
