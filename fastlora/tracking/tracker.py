@@ -420,8 +420,9 @@ class Tracker:
         Zero before ``warmup`` steps, when importance is frozen; without a warmup the current averages weigh.
         ``form="decay"`` is the paper's shortcut, weight decay of A and B with the coefficient λ (1 - I_m).
         ``normalize="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
-        ``weight``: λ. ``adapter``: whose factors, the tracked one's unless said otherwise. Returns a scalar in the unit
-        of ``weight``. Raises ``TypeError`` or ``ValueError`` naming the argument.
+        ``weight``: λ. ``adapter``: whose factors, the tracked one's unless named. Returns a scalar in the unit of
+        ``weight``. Raises ``TypeError`` or ``ValueError`` naming the argument. On one model ``"relative"`` did as well
+        as ``"uniform"``, -0.02 ± 0.09 points of accuracy, and as none, +0.10 ± 0.14 points (``docs/experiment.md``).
         """
         return self._penalty.value(*self._weighing(), weight, form, normalize, self._whose(adapter))
 
@@ -475,10 +476,9 @@ class Tracker:
         Later steps decay by this tracker's ``ema`` and ``every``; ``every="auto"`` keeps the choice that was saved.
         """
         checked_state(state, self.state_dict())
-        for kind, value in self._averages.values.items():
-            value.copy_(state["values"][kind])
-        for kind, count in self._averages.counts.items():
-            count.copy_(state["counts"][kind])
+        for part in ("values", "counts"):
+            for kind, kept in getattr(self._averages, part).items():
+                kept.copy_(state[part][kind])
         self._averages.skipped.copy_(state["skipped"])
         self._covariances.load_state_dict(state["covariances"])
         self.seed = state["seed"]
