@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ def write_report(found: Results, out: Path, page: Path | None = None) -> dict[st
     results = analyse(found)
     for data, part in results["data"].items():
         for name, (_, shown, draw) in FIGURES.items():
-            if shown(part):
-                figure = draw(pyplot, shown(part), data)
+            if subject := shown(part):
+                figure = draw(pyplot, subject, data)
                 figure.savefig(out / f"{data}_{name}.png", dpi=110, bbox_inches="tight")
                 pyplot.close(figure)
     result_files.write(out / "results.json", results)
@@ -134,9 +134,8 @@ def _apart(found: Mapping[str, Any]) -> Iterator[str]:
                 yield f"- `{name}` on seed {seed}: {100 * score:.2f}, median {100 * median:.2f}"
 
 
-def _span(values: Iterable[float]) -> str:
-    ordered = sorted(values)
-    return " to ".join(dict.fromkeys(f"{value:.2f}" for value in (ordered[0], ordered[-1])))
+def _span(values: Collection[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{value:.2f}" for value in (min(values), max(values))))
 
 
 def _not_run(results: Mapping[str, Any]) -> Iterator[str]:
@@ -197,8 +196,9 @@ READ_WITH_CARE = """\
 
 One model; short runs, {steps} steps of {batch}; few seeds. A run sees {sentences:,} phrases once: what holds after
 longer training is not told. CPU seconds are of one thread on a machine that other work shared, and compare settings
-roughly: an adapted linear multiplies by the fastest library on the CPU, any other by torch's own, so that settings with
-fewer adapted linears take longer a step. Peak memory is of the whole process, libraries and evaluation included.
+roughly: an adapted linear multiplies by the faster of two libraries (`benchmarks/results/floor.md`), any other by
+torch's own, so that a step with fewer adapted linears can take longer. `{baseline}` in all includes leaving out its
+adapters. Peak memory is of the whole process, libraries and evaluation included.
 """
 
 
@@ -212,8 +212,8 @@ PARTS = {"mlp": "the MLPs", "lower": "the first three blocks", "upper": "the las
 SCORES = ("norm", "norm-total", "fisher", "fc", "fim", "variance")
 OTHERS = {
     ("random", plan.BASELINE): ("Sharing ranks out at random", "sharing them out evenly"),
-    ("norm-1", "all-1"): ("Where ranks are few (1 on average), by gradient norm", "evenly"),
-    ("norm-8", "all-8"): ("Where they are many (8 on average), by gradient norm", "evenly"),
+    ("norm-1", "all-1"): ("Sharing out few ranks (1 on average) by gradient norm", "doing so evenly"),
+    ("norm-8", "all-8"): ("Sharing out many ranks (8 on average) by gradient norm", "doing so evenly"),
     ("norm-tracked", "norm"): ("Reallocating during training", "scores at the start"),
     ("all-1", plan.BASELINE): ("Rank 1 everywhere", "rank 2"),
     ("all-8", plan.BASELINE): ("Rank 8 everywhere", "rank 2"),
@@ -299,7 +299,9 @@ def markdown(results: Mapping[str, Any], pictures: str = "../benchmarks/results/
         lines += [f"{part['runs']} of {planned} planned runs, {part['cpu_hours']:.1f} core-hours.", ""]
     lines += ["## Not run", "", *_not_run(results), ""]
     first = plan.TRAINED["sst2"]
-    lines.append(READ_WITH_CARE.format(steps=first // plan.BATCH, batch=plan.BATCH, sentences=first))
+    lines.append(
+        READ_WITH_CARE.format(steps=first // plan.BATCH, batch=plan.BATCH, sentences=first, baseline=plan.BASELINE)
+    )
     lines += [
         f"Ran with: {', '.join(f'{name} {value}' for name, value in found.items())}."
         for found in results["environments"]
