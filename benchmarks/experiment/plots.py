@@ -9,7 +9,8 @@ from typing import Any
 from .plan import BASELINE, EQUIVALENT
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-UNITS = {"sst2": "SST-2, points of accuracy", "cola": "CoLA, hundredths of Matthews correlation"}
+NAMES = {"sst2": "SST-2", "cola": "CoLA"}
+UNITS = {"sst2": "points of accuracy", "cola": "hundredths of Matthews correlation"}
 
 
 def _measured(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def _accuracy(plt: Any, settings: Mapping[str, Any], data: str) -> Any:
     axis.set_xticks(ticks, [f"{count:,}" for count in by_count])
     axis.margins(x=0.08, y=0.25)
     axis.set_xlabel("trained parameters, head included")
-    axis.set_ylabel(f"{UNITS[data]}: mean, 95 %")
+    axis.set_ylabel(f"{NAMES[data]}, {UNITS[data]}: mean, 95 %")
     axis.grid(axis="y", alpha=0.25)
     return figure
 
@@ -55,7 +56,7 @@ def _effects(plt: Any, rows: Sequence[Any], data: str) -> Any:
         half = 100 * (test["half_width"] or 0.0)
         axis.errorbar(100 * test["mean"], y, xerr=half, fmt="s" if row["primary"] else "o", color=colour, capsize=3)
     axis.set_yticks(range(len(rows)), [f"{row['setting']} - {row['against']}" for row in rows], fontsize=8)
-    axis.set_xlabel(f"{UNITS[data]}: difference, 95 %; squares: primary; grey band: equivalent")
+    axis.set_xlabel(f"{NAMES[data]}, {UNITS[data]}: difference, 95 %; squares: primary; grey band: equivalent")
     axis.grid(axis="x", alpha=0.25)
     return figure
 

@@ -12,11 +12,10 @@ from ..harness import result_files
 from ..harness.tables import table
 from . import plan
 from .analysis import Results, analyse
-from .plots import FIGURES
+from .plots import FIGURES, NAMES, UNITS
 
 APART = 0.02  # below the median of its setting, a run is named
 COMMAND = "python -m benchmarks.experiment --data-dir DATA"
-NAMES = {"sst2": "SST-2, points of accuracy", "cola": "CoLA, hundredths of Matthews correlation"}
 
 
 def write_report(found: Results, out: Path, page: Path | None = None) -> dict[str, Any]:
@@ -106,13 +105,17 @@ def _agreement(found: Mapping[str, Any]) -> Iterator[str]:
     yield from table(["setting", "what", "seeds", "correlation"], rows, words=(0, 1))
 
 
-def _spread(found: Mapping[str, Any]) -> Iterator[str]:
+def _spread(found: Mapping[str, Any], data: str) -> Iterator[str]:
     """How far the seeds are apart, beside what the plan took them to be: whether its power is what was had."""
     tests = {(row["setting"], row["against"]): row["found"] for row in found["comparisons"] if row["found"] is not None}
     spreads = {pair: 100 * test["spread"] for pair, test in tests.items()}
-    seeds = min(test["n"] for test in tests.values())
-    yield f"Differences vary from seed to seed with a standard deviation of {_span(spreads.values())} points, over"
-    yield f"{seeds} seeds or more of the {len(plan.SEEDS)} that were planned."
+    fewest, planned = min(test["n"] for test in tests.values()), len(plan.SEEDS)
+    seeds = f"all {planned} seeds" if fewest == planned else f"{fewest} seeds or more of the {planned} planned"
+    yield f"Differences vary from seed to seed with a standard deviation of {_span(spreads.values())}, over"
+    yield f"{seeds}."
+    if data != "sst2":
+        yield f"What `power.md` takes for {NAMES[data]} is assumed, not measured."
+        return
     wide = {pair: spread for pair, spread in spreads.items() if spread > plan.SPREAD}
     if wide:
         yield f"The plan took {plan.SPREAD:.2f} at most. Where it was more, only effects as many times those of"
@@ -143,14 +146,14 @@ def _not_run(results: Mapping[str, Any]) -> Iterator[str]:
     for data in plan.TRAINED:
         part = results["data"].get(data)
         if part is None:
-            yield f"- {NAMES[data].partition(',')[0]}: nothing of it."
+            yield f"- {NAMES[data]}: nothing of it."
             continue
         names: dict[str, list[str]] = {}
         for row in part["comparisons"]:
             if row["found"] is None:
                 names.setdefault(row["hypothesis"], []).append(f"`{row['setting']}` against `{row['against']}`")
         for hypothesis, pairs in names.items():
-            yield f"- {NAMES[data].partition(',')[0]}, {hypothesis}: {', '.join(pairs)}."
+            yield f"- {NAMES[data]}, {hypothesis}: {', '.join(pairs)}."
     if not results["data"].get("sst2", {}).get("agreement"):
         yield "- Leaving out one matrix's adapter at a time, the truth that scores should predict: nothing of it."
 
@@ -203,6 +206,7 @@ adapters. Peak memory is of the whole process, libraries and evaluation included
 
 
 # What a comparison means for who uses the package.
+SIDES = {"higher": "better than", "equivalent": "as well as", "lower": "worse than"}
 PLACES = {
     "worse than": 'adapt all linears (`target_modules="all-linear"`) rather than query, key and value',
     "better than": 'adapt query, key and value (`target_modules="qkv"`) rather than all linears',
@@ -214,11 +218,15 @@ OTHERS = {
     ("random", plan.BASELINE): ("Sharing ranks out at random", "sharing them out evenly"),
     ("norm-1", "all-1"): ("Sharing out few ranks (1 on average) by gradient norm", "doing so evenly"),
     ("norm-8", "all-8"): ("Sharing out many ranks (8 on average) by gradient norm", "doing so evenly"),
-    ("norm-tracked", "norm"): ("Reallocating during training", "scores at the start"),
+    ("norm-tracked", "norm"): ("Reallocating during training", "ranks from scores at the start"),
+    ("norm-warmup", "norm"): ("Ranks from scores after a tenth of the steps", "ranks from scores at the start"),
     ("all-1", plan.BASELINE): ("Rank 1 everywhere", "rank 2"),
     ("all-8", plan.BASELINE): ("Rank 8 everywhere", "rank 2"),
     ("penalty-relative", "penalty-uniform"): ("A penalty weighed by importance", "a uniform one"),
+    ("penalty-sum", "penalty-uniform"): ("A penalty weighed by importance over its sum", "a uniform one"),
     ("penalty-relative", plan.BASELINE): ("A penalty weighed by importance", "none"),
+    ("penalty-sum", plan.BASELINE): ("A penalty weighed by importance over its sum", "none"),
+    ("penalty-uniform", plan.BASELINE): ("A uniform penalty", "none"),
     ("orthogonal", plan.BASELINE): ("Orthogonal initialisation", "the default"),
     ("pissa", plan.BASELINE): ("PiSSA", "the default initialisation"),
     ("eva", plan.BASELINE): ("EVA at uniform ranks", "the default initialisation"),
@@ -232,45 +240,57 @@ OTHERS = {
 
 def _did(verdict: str) -> str | None:
     """How a setting did beside the other, if that could be told."""
-    sides = {"higher": "better than", "lower": "worse than", "equivalent": "as well as"}
-    return sides.get(verdict.partition(",")[0])
+    return SIDES.get(verdict.partition(",")[0])
 
 
 def _follows(found: Mapping[str, Any]) -> Iterator[str]:
-    """Advice that the comparisons bear out, and that which they do not."""
+    """What the comparisons of a data set bear out, and what they do not."""
     rows = {(row["setting"], row["against"]): row for row in found["comparisons"]}
     did = {pair: _did(row["verdict"]) for pair, row in rows.items()}
-    place = did["qkv", plan.BASELINE]
-    if place is None:
-        yield "- Nothing on all linears against query, key and value: it could not be told."
-    else:
+    if (place := did["qkv", plan.BASELINE]) is not None:
         yield f"- At as many parameters, in runs as short as these, {PLACES[place]}."
-    worse = [f"{what} alone" for name, what in PARTS.items() if did[name, plan.BASELINE] == "worse than"]
-    if worse:
-        yield f"- As many parameters on {' or on '.join(worse)} do worse than on all linears."
-    for side in ("better than", "as well as", "worse than"):
-        names = [f"`{name}`" for name in SCORES if did[name, plan.BASELINE] == side]
+    for side in SIDES.values():
+        parts = [f"{what} alone" for name, what in PARTS.items() if did.get((name, plan.BASELINE)) == side]
+        if parts:
+            yield f"- As many parameters on {' or on '.join(parts)} do {side} on all linears."
+    for side in SIDES.values():
+        names = [f"`{name}`" for name in SCORES if did.get((name, plan.BASELINE)) == side]
         if names:
             yield f"- Ranks by {', '.join(names)} did {side} uniform ones."
-    if all(did[name, plan.BASELINE] != "better than" for name in SCORES):
-        yield "- Uniform ranks stay what the package starts with: no score of importance has been shown to do better."
     for pair, (what, other) in OTHERS.items():
-        if did[pair] is not None:
+        if did.get(pair) is not None:
             difference = points(rows[pair]["found"], signed=True)
             edges = [name for setting in pair for name in found["tuning"][setting]["edges"]]
             beyond = f", where a {edges[0]} is at the edge of those tried" if edges else ""
-            yield f"- {what} did {did[pair]} {other}: {difference} points{beyond}."
-    yield "- No default is changed where nothing was found."
+            yield f"- {what} did {did[pair]} {other}: {difference}{beyond}."
+    untold = [f"`{a}` against `{b}`" for (a, b), row in rows.items() if row["verdict"] == "could not be told"]
+    if untold:
+        yield f"- Could not be told: {', '.join(untold)}."
+
+
+def _defaults(results: Mapping[str, Any]) -> Iterator[str]:
+    """What the package starts with, as far as every data set bears it out."""
+    better = {
+        row["setting"] for part in results["data"].values() for row in part["comparisons"]
+        if _did(row["verdict"]) == "better than"
+    }  # fmt: skip
+    yield "No default is changed where nothing was found."
+    if not better & set(SCORES):
+        yield "Uniform ranks stay what the package starts with: no score of importance has been shown to do better."
 
 
 def markdown(results: Mapping[str, Any], pictures: str = "../benchmarks/results/experiment") -> str:
     """The page, with the folder of its pictures."""
     lines = [INTRODUCTION.format(command=COMMAND, primary=len(plan.PRIMARY), all=len(plan.COMPARISONS))]
+    lines += ["## What follows", ""]
     for data, part in results["data"].items():
-        lines += [f"## {NAMES[data]}", *_sayings(part, data), ""]
+        lines += [f"On {NAMES[data]}, in {UNITS[data]}:", "", *_follows(part), ""]
+    lines += [*_defaults(results), ""]
+    for data, part in results["data"].items():
+        lines += [f"## {NAMES[data]}, {UNITS[data]}", *_sayings(part, data), ""]
         if any(row["found"] for row in part["comparisons"]):
             lines += [*_comparisons(part), ""]
-            lines += [*_spread(part), ""] if data == "sst2" else []
+            lines += [*_spread(part, data), ""]
         if part["agreement"]:
             lines += [*_agreement(part), ""]
         if part["settings"]:
@@ -294,10 +314,8 @@ def markdown(results: Mapping[str, Any], pictures: str = "../benchmarks/results/
                 f"{100 * found['mean']:+.3f} on average.", "",
             ]  # fmt: skip
         planned = sum(s.tuning_runs + len(plan.SEEDS) for s in plan.settings_of(data))
-        if data == "sst2":
-            lines += ["**What follows.**", "", *_follows(part), ""]
         lines += [f"{part['runs']} of {planned} planned runs, {part['cpu_hours']:.1f} core-hours.", ""]
-    lines += ["## Not run", "", *_not_run(results), ""]
+    lines += ["## Not run", "", *(list(_not_run(results)) or ["Nothing: every run that was planned is made."]), ""]
     first = plan.TRAINED["sst2"]
     lines.append(
         READ_WITH_CARE.format(steps=first // plan.BATCH, batch=plan.BATCH, sentences=first, baseline=plan.BASELINE)

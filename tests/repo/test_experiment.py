@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from support.recipe_help import WORDS, text_model
 
-from benchmarks.experiment import data, jobs, plan, runs, splits
+from benchmarks.experiment import data, jobs, plan, report, runs, splits
 from benchmarks.experiment.__main__ import main
 from benchmarks.experiment.analysis import analyse, equivalence, holm, interval, paired, verdict
 from benchmarks.experiment.methods import PREPARE, Task
@@ -227,11 +227,11 @@ def made(job, gain=None):
     }  # fmt: skip
 
 
-def all_rows(gain=None, seeds=8, wanted=None):
+def all_rows(gain=None, seeds=8, wanted=None, data="sst2"):
     found = []
     for _ in range(2):  # what is tuned first opens the rest
         keys = set(map(runs.key, found))
-        todo = [job for job in jobs.jobs("sst2", found) if runs.key(job._asdict()) not in keys]
+        todo = [job for job in jobs.jobs(data, found) if runs.key(job._asdict()) not in keys]
         found += [
             made(job, gain) for job in todo
             if (wanted is None or job.setting in wanted) and job.seed not in plan.SEEDS[seeds:]
@@ -377,13 +377,41 @@ def test_the_page_claims_what_the_tests_show(tmp_path):
     assert found["qkv"]["found"]["p_holm"] == pytest.approx(7 * found["qkv"]["found"]["p"])  # not run ones count
     assert found["mlp"]["found"]["p_holm"] == pytest.approx(30 * found["mlp"]["found"]["p"], rel=0.1)
     told = markdown(analyse(all_rows({"norm": 0.02, "head": -0.1}, wanted=("all-2", "norm", "fim", "random", "head"))))
-    assert "- Nothing on all linears against query, key and value" in told
+    assert "query, key and value do" not in told and "rather than" not in told
     assert "- Ranks by `norm` did better than uniform ones." in told and "do better.\n" not in told
     assert "- Ranks by `fim` did as well as uniform ones." in told
     assert "- Sharing ranks out at random did as well as sharing them out evenly: " in told
     assert "- Training the head alone did worse than LoRA of rank 2 on all linears: -" in told and "Rank 8" not in told
     few = analyse(all_rows(gain, seeds=3, wanted=wanted))["data"]["sst2"]["comparisons"]
     assert {row["verdict"] for row in few} == {"not run"}
+
+
+def test_every_comparison_has_its_advice_and_every_data_set_its_part():
+    pytest.importorskip("scipy")
+    rows = all_rows({"norm": 0.02, "lower": -0.02, "full": 0.03})
+    told = markdown(analyse(rows))
+    assert "- CoLA: nothing of it." in told and "On CoLA" not in told
+    told = markdown(analyse(rows + all_rows({"full": 0.1, "lora-ga": -0.1}, data="cola")))
+    follows, sst2, cola = told.partition("## What follows")[2].partition("## Not run")[0].split("\n## ")
+    first, second = follows.split("On CoLA, in hundredths of Matthews correlation:")
+    assert "Could not be told" not in follows and "has been shown to do better" not in follows
+    said = {"qkv": report.PLACES["as well as"], **report.PARTS, **{name: f"`{name}`" for name in report.SCORES}}
+    for comparison in plan.COMPARISONS:
+        pair = comparison.setting, comparison.against
+        what, other = report.OTHERS.get(pair, (said.get(comparison.setting), ""))
+        on = [any(what in line and f" {other}" in line for line in part.splitlines()) for part in (first, second)]
+        assert on == [True, comparison in plan.PRIMARY], comparison
+    assert "the first three blocks alone do worse than on all linears" in first
+    assert "the MLPs alone or on the last three blocks alone do as well as on all linears" in first
+    assert "by `norm` did better than" in first and "by `norm` did as well as" in second
+    assert "- LoRA-GA did worse than the default initialisation: -" in second
+    assert "over\nall 8 seeds." in sst2 and "What `power.md` takes for CoLA is assumed" in cola
+    assert "442 of 442 planned runs" in sst2 and "164 of 164 planned runs" in cola
+    assert "Nothing: every run that was planned is made." not in told  # nothing is left out one at a time here
+    for row in rows:
+        row |= {"without": {"": 1.0, "a": 1.1, "b": 1.2}} if row["setting"] == "all-2" else {}
+        row |= {"scores": {"a": 1.0, "b": 2.0}} if row["setting"] == "norm" else {}
+    assert "Nothing: every run that was planned is made." in markdown(analyse(rows + all_rows(data="cola")))
 
 
 def test_scores_are_ranked_by_what_adapters_bring(tmp_path):
