@@ -198,7 +198,8 @@ READ_WITH_CARE = """\
 ## Read with care
 
 One model; short runs, {steps} steps of {batch}; few seeds. A run sees {sentences:,} phrases once: what holds after
-longer training is not told. CPU seconds are of one thread on a machine that other work shared, and compare settings
+longer training is not told. Where ranks are shared out anew during training, AdamW begins anew too, without the
+moments of the factors before. CPU seconds are of one thread on a machine that other work shared, and compare settings
 roughly: an adapted linear multiplies by the faster of two libraries (`benchmarks/results/floor.md`), any other by
 torch's own, so that a step with fewer adapted linears can take longer. `{baseline}` in all includes leaving out its
 adapters. Peak memory is of the whole process, libraries and evaluation included.
