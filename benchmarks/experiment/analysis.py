@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import plan
-from .jobs import chosen, tuning_jobs
+from .jobs import beyond, chosen, tuning_jobs
 
 Results = Sequence[Mapping[str, Any]]
 COSTS = ("step_cpu_seconds", "cpu_seconds", "setup_cpu_seconds", "peak_mib")
@@ -181,6 +181,25 @@ def _spearman(pairs: Sequence[tuple[float, float]]) -> float:
     return float(spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
+def _beyond(results: Results, found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """By setting at the rate beyond the edge: in tuning, beside its choice, and less the baseline where it was run."""
+    rows, base = {}, found.get(plan.BASELINE, {})
+    for name, rate in plan.BEYOND.items():
+        if (tuned := beyond(name, results)) is None:
+            continue
+        mine = {r["seed"]: r["score"] for r in results
+                if _is_beyond(r) and (r["phase"], r["setting"]) == ("final", name)}  # fmt: skip
+        seeds = sorted(mine.keys() & base.keys())
+        scores = [mine[seed] for seed in seeds], [base[seed]["score"] for seed in seeds]
+        rows[name] = {"rate": rate, "tuned": tuned[0], "chosen": tuned[1],
+                      "found": paired(*scores) if len(seeds) >= plan.FEWEST_SEEDS else None}  # fmt: skip
+    return rows
+
+
+def _is_beyond(result: Mapping[str, Any]) -> bool:
+    return result["data"] == "sst2" and plan.BEYOND.get(result["setting"]) == result["rate"]
+
+
 def _unique(values: Iterable[Any]) -> list[Any]:
     found: list[Any] = []
     return [value for value in values if value not in found and not found.append(value)]
@@ -192,14 +211,16 @@ def analyse(results: Results) -> dict[str, Any]:
     for data in _unique(r["data"] for r in results):
         found = _finals(results, data)
         mine = [r for r in results if r["data"] == data]
+        planned = [r for r in mine if not _is_beyond(r)]
         document["data"][data] = {
-            "runs": len(mine),
-            "cpu_hours": sum(r["cpu_seconds"] for r in mine) / 3600,
+            "runs": len(planned),
+            "cpu_hours": sum(r["cpu_seconds"] for r in planned) / 3600,
             "diverged": [[r["setting"], r["phase"], r["rate"], r["seed"]] for r in mine if r["diverged"]],
             "tuning": {s.name: t for s in plan.settings_of(data) if (t := _tuning(results, data, s)) is not None},
             "settings": {name: _setting(runs) for name, runs in found.items()},
             "comparisons": _compared(found, data),
             "precision": _precision(found),
             "agreement": _agreement(found),
+            "beyond": _beyond(results, found) if data == "sst2" else {},
         }
     return document

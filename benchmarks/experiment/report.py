@@ -261,12 +261,28 @@ def _follows(found: Mapping[str, Any]) -> Iterator[str]:
     for pair, (what, other) in OTHERS.items():
         if did.get(pair) is not None:
             difference = points(rows[pair]["found"], signed=True)
-            edges = [name for setting in pair for name in found["tuning"][setting]["edges"]]
-            beyond = f", where a {edges[0]} is at the edge of those tried" if edges else ""
-            yield f"- {what} did {did[pair]} {other}: {difference}{beyond}."
+            yield f"- {what} did {did[pair]} {other}: {difference}{_at_an_edge(found, pair)}."
     untold = [f"`{a}` against `{b}`" for (a, b), row in rows.items() if row["verdict"] == "could not be told"]
     if untold:
         yield f"- Could not be told: {', '.join(untold)}."
+
+
+def _at_an_edge(found: Mapping[str, Any], pair: tuple[str, str]) -> str:
+    edges = [name for setting in pair for name in found["tuning"][setting]["edges"]]
+    if not edges:
+        return ""
+    further = found["beyond"].get(pair[0])
+    if further is None:
+        return f", where a {edges[0]} is at the edge of those tried"
+    return f", at the edge of the rates that were planned; {_further(further)}"
+
+
+def _further(row: Mapping[str, Any]) -> str:
+    """What a rate beyond the edge did, which was looked at afterwards."""
+    tuned = f"beyond it, at {row['rate']:g}, {100 * row['tuned']:.2f} in tuning after {100 * row['chosen']:.2f}"
+    if row["found"] is None:
+        return tuned
+    return f"{tuned} and a difference of {points(row['found'], signed=True)} over {row['found']['n']} seeds"
 
 
 def _defaults(results: Mapping[str, Any]) -> Iterator[str]:

@@ -241,7 +241,8 @@ def all_rows(gain=None, seeds=8, wanted=None, data="sst2"):
 
 def test_a_setting_runs_once_it_is_tuned_and_as_it_was_chosen():
     todo = list(jobs.jobs("sst2", []))
-    assert {job.phase for job in todo} == {"tuning"} and len(todo) == len(set(todo)) == 210
+    assert {job.phase for job in todo} == {"tuning"} and len(todo) == len(set(todo)) == 216
+    assert {(job.setting, job.rate) for job in todo[210:]} == set(plan.BEYOND.items())
     assert [job.setting for job in todo[::6]][:5] == ["all-2", "qkv", "mlp", "lower", "upper"]
     tuned = [made(job) for job in todo]
     final = [job for job in jobs.jobs("sst2", tuned) if job.phase == "final"]
@@ -256,6 +257,23 @@ def test_a_setting_runs_once_it_is_tuned_and_as_it_was_chosen():
     assert jobs.chosen("sst2", full, tuned).edges == ("rate",)
     level = [{**row, "tuning": 0.5} for row in tuned]
     assert jobs.chosen("sst2", plan.SETTINGS[0], level).rate == 1e-3  # the lower one on a tie
+
+
+def test_a_rate_beyond_the_edge_is_run_where_it_is_better_in_tuning_and_changes_no_test():
+    pytest.importorskip("scipy")
+    rows = all_rows()
+    assert not any(plan.BEYOND.get(row["setting"]) == row["rate"] for row in rows if row["phase"] == "final")
+    found = analyse(rows)["data"]["sst2"]
+    assert (
+        found["beyond"]["eva"]["found"] is None and found["beyond"]["eva"]["tuned"] < found["beyond"]["eva"]["chosen"]
+    )
+    better = [{**row, "tuning": 0.9} if plan.BEYOND.get(row["setting"]) == row["rate"] else row for row in rows]
+    todo = [job for job in jobs.jobs("sst2", better) if runs.key(job._asdict()) not in set(map(runs.key, rows))]
+    assert todo == [Job("sst2", "final", *item, 0.0, seed) for item in plan.BEYOND.items() for seed in plan.SEEDS]
+    further = analyse(better + [made(job, {"eva": 0.01, "pissa": 0.02}) for job in todo])["data"]["sst2"]
+    gains = {name: round(100 * row["found"]["mean"]) for name, row in further["beyond"].items()}
+    assert gains == {"adalora": 0, "pissa": 2, "eva": 1}
+    assert {k: v for k, v in further.items() if k != "beyond"} == {k: v for k, v in found.items() if k != "beyond"}
 
 
 def test_a_run_that_is_killed_is_made_again_to_the_same_numbers(tmp_path, monkeypatch):
@@ -381,6 +399,14 @@ def test_the_page_claims_what_the_tests_show(tmp_path):
     assert "- Ranks by `norm` did better than uniform ones." in told and "do better.\n" not in told
     assert "- Ranks by `fim` did as well as uniform ones." in told
     assert "- Sharing ranks out at random did as well as sharing them out evenly: " in told
+    eva = [{**row, "rate": 1e-3} if row["setting"] == "eva" and row["phase"] == "final" else row
+           for row in all_rows({"eva": -0.01}, wanted=("all-2", "eva"))]  # fmt: skip
+    for row in eva:
+        row |= {"tuning": 0.9} if row["setting"] == "eva" and row["rate"] == 1e-3 else {}
+    edge = r"at the edge of the rates that were planned; beyond it, at 0.0005, \d+\.\d+ in tuning after 90.00"
+    assert re.search(rf"- EVA at uniform ranks did worse .+: -.+, {edge}\.\n", markdown(analyse(eva)))
+    eva += [made(Job("sst2", "final", "eva", 5e-4, 0.0, seed), {"eva": 0.01}) for seed in plan.SEEDS]
+    assert re.search(rf"{edge} and a difference of \+.+ over 8 seeds\.\n", markdown(analyse(eva)))
     assert "- Training the head alone did worse than LoRA of rank 2 on all linears: -" in told and "Rank 8" not in told
     few = analyse(all_rows(gain, seeds=3, wanted=wanted))["data"]["sst2"]["comparisons"]
     assert {row["verdict"] for row in few} == {"not run"}
