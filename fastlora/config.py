@@ -174,7 +174,8 @@ class LoraConfig:
       r), or, with ``W ← W − s B A``, ``"pissa"`` (leading singular vectors of W) and ``"olora"`` (its QR factors): as
       in PEFT the frozen weight is then the rest, with the adapter disabled and for who loads the file, too.
       ``"pissa_niter_n"`` estimates pissa's by a random subspace and n power iterations; its files are plain LoRA of
-      twice the rank, with what was taken out of W beside A and B.
+      twice the rank, with what was taken out of W beside A and B. On one model pissa did worse than True: -0.66 ± 0.29
+      points of accuracy (``docs/experiment.md``).
       ``"eva"``, ``"corda"`` and ``"lora_ga"`` are True until ``fastlora.initialize_eva``, ``initialize_corda`` or
       ``initialize_lora_ga`` has seen the data.
     - ``lora_bias``: a trained bias beside B, ``y += s b_B``. ``use_dora``: rows of the sum have a trained length m,

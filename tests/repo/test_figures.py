@@ -249,7 +249,8 @@ def test_host_time_of_a_layer():
 EXPERIMENT = {
     "Scores.composite": (("fc", "all-2"),),
     "calibrate": (("fc", "all-2"), ("fim", "all-2")),
-    "Tracker.penalty": (("penalty-relative", "penalty-uniform"), ("penalty-relative", "all-2")),
+    "Tracker.penalty": (("penalty-sum", "penalty-uniform"), ("penalty-sum", "all-2")),
+    "set_ranks": (("norm-tracked", "norm"),),
     "initialize_eva": (("eva", "all-2"),),
     "initialize_lora_ga": (("lora-ga", "all-2"),),
     "LoraConfig": (("orthogonal", "all-2"), ("pissa", "all-2"), ("dora", "all-2")),
