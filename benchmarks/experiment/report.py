@@ -244,8 +244,18 @@ def _did(verdict: str) -> str | None:
     return SIDES.get(verdict.partition(",")[0])
 
 
-def _follows(found: Mapping[str, Any]) -> Iterator[str]:
+def _learned_nothing(found: Mapping[str, Any], data: str) -> bool:
+    """Whether every run says the same of every sentence, which is a Matthews correlation of 0."""
+    scores = [score for setting in found["settings"].values() for score in setting["scores"]]
+    return data == "cola" and bool(scores) and not any(scores)
+
+
+def _follows(found: Mapping[str, Any], data: str) -> Iterator[str]:
     """What the comparisons of a data set bear out, and what they do not."""
+    if _learned_nothing(found, data):
+        yield "- Nothing: every run, of full fine-tuning too, predicts one class for all sentences. One epoch does not"
+        yield "  teach this model the task, so that no setting can be told from another by it."
+        return
     rows = {(row["setting"], row["against"]): row for row in found["comparisons"]}
     did = {pair: _did(row["verdict"]) for pair, row in rows.items()}
     if (place := did["qkv", plan.BASELINE]) is not None:
@@ -301,7 +311,7 @@ def markdown(results: Mapping[str, Any], pictures: str = "../benchmarks/results/
     lines = [INTRODUCTION.format(command=COMMAND, primary=len(plan.PRIMARY), all=len(plan.COMPARISONS))]
     lines += ["## What follows", ""]
     for data, part in results["data"].items():
-        lines += [f"On {NAMES[data]}, in {UNITS[data]}:", "", *_follows(part), ""]
+        lines += [f"On {NAMES[data]}, in {UNITS[data]}:", "", *_follows(part, data), ""]
     lines += [*_defaults(results), ""]
     for data, part in results["data"].items():
         lines += [f"## {NAMES[data]}, {UNITS[data]}", *_sayings(part, data), ""]

@@ -354,15 +354,14 @@ def test_intervals_and_tests_against_known_values():
 
 def test_what_is_said_of_a_comparison():
     found = {"mean": 0.01, "p": 0.001, "p_holm": 0.01, "equivalent_p": 0.9}
-    assert verdict(found, "higher", 0.005) == "higher, as expected"
-    assert verdict(found, "lower", 0.005) == verdict(found, "equal", 0.005) == "higher, against what was expected"
-    assert verdict({**found, "mean": -0.01}, "lower", 0.005) == "lower, as expected"
-    assert verdict({**found, "p_holm": 0.06}, "higher", 0.005) == "could not be told"
-    assert verdict({**found, "p_holm": 0.06, "equivalent_p": 0.04}, "higher", 0.005) == "equivalent"
+    assert verdict(found, "higher") == "higher, as expected"
+    assert verdict(found, "lower") == verdict(found, "equal") == "higher, against what was expected"
+    assert verdict({**found, "mean": -0.01}, "lower") == "lower, as expected"
+    assert verdict({**found, "p_holm": 0.06}, "higher") == "could not be told"
+    assert verdict({**found, "p_holm": 0.06, "equivalent_p": 0.04}, "higher") == "equivalent"
     same = {"mean": 0.0, "p": None, "p_holm": None, "equivalent_p": None}
-    assert verdict(same, "equal", 0.005) == "equivalent"
-    assert verdict({**same, "mean": 0.1}, "equal", 0.005) == "could not be told"
-    assert verdict(None, "equal", 0.005) == "not run"
+    assert verdict(same, "equal") == "could not be told"  # nothing varies, so that nothing can be tested
+    assert verdict(None, "equal") == "not run"
 
 
 def test_the_page_claims_what_the_tests_show(tmp_path):
@@ -434,6 +433,13 @@ def test_every_comparison_has_its_advice_and_every_data_set_its_part():
     assert "over\nall 8 seeds." in sst2 and "What `power.md` takes for CoLA is assumed" in cola
     assert "442 of 442 planned runs" in sst2 and "164 of 164 planned runs" in cola
     assert "Nothing: every run that was planned is made." not in told  # nothing is left out one at a time here
+    flat = [{**row, "score": 0.0, "dev": 0.0} for row in all_rows(data="cola")]
+    found = analyse(flat)["data"]["cola"]["comparisons"]
+    assert len(found) == 7 and {row["verdict"] for row in found} == {"could not be told"}
+    second = markdown(analyse(rows + flat)).split("On CoLA, in hundredths")[1].partition("\n## ")[0]
+    assert "predicts one class for all sentences" in second and "as well as" not in second
+    flat[-1] = {**flat[-1], "score": 0.1}
+    assert "predicts one class for all sentences" not in markdown(analyse(flat))
     for row in rows:
         row |= {"without": {"": 1.0, "a": 1.1, "b": 1.2}} if row["setting"] == "all-2" else {}
         row |= {"scores": {"a": 1.0, "b": 2.0}} if row["setting"] == "norm" else {}
