@@ -137,7 +137,7 @@ def _compared(found: Mapping[str, Any], data: str) -> list[dict[str, Any]]:
     margin = plan.EQUIVALENT[data]
     rows, families = [], {"primary": {}, "all": {}}
     for hypothesis in plan.HYPOTHESES:
-        for place, comparison in enumerate(hypothesis.comparisons[: None if data == "sst2" else 1]):
+        for place, comparison in enumerate(plan.comparisons_of(data, hypothesis)):
             result = _comparison(found, comparison, margin)
             rows.append({**comparison._asdict(), "hypothesis": hypothesis.name, "primary": place == 0, "found": result})
             p = None if result is None else result["p"]

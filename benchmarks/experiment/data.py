@@ -53,10 +53,12 @@ def find(folder: Path, name: str = "sst2") -> tuple[Sentences, Sentences]:
 
 
 def draw(sentences: Sentences, count: int, seed: int) -> Sentences:
-    """``count`` of them without replacement, in random order: the same for every method of a seed."""
-    if not 0 < count <= len(sentences.texts):
-        raise ValueError(f"--sentences: expected 1 to {len(sentences.texts)}, got {count}")
-    chosen = torch.randperm(len(sentences.texts), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    """``count`` of them in random order, each as often as any other or once more; by the seed alone."""
+    if count < 1:
+        raise ValueError(f"--sentences: expected a number >= 1, got {count}")
+    chance, size = torch.Generator().manual_seed(seed), len(sentences.texts)
+    epochs = [torch.randperm(size, generator=chance) for _ in range(-(-count // size))]
+    chosen = torch.cat(epochs)[:count].tolist()
     return Sentences([sentences.texts[i] for i in chosen], [sentences.labels[i] for i in chosen])
 
 

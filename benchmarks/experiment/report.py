@@ -186,7 +186,9 @@ adapters, and does importance help to choose their ranks? What it asks, how ever
 was written down before it ran, in `benchmarks/experiment/hypotheses.md`; which effects it can find, in
 `benchmarks/results/experiment/power.md`. This page is made from its runs by `{command}`: one row
 a run in `benchmarks/results/experiment/runs.jsonl`. A first stretch of 61 shorter runs, from which
-nothing could be told, is in `first_runs.jsonl`; why it ended is said in `hypotheses.md`.
+nothing could be told, is in `first_runs.jsonl`; why it ended is said in `hypotheses.md`. So are CoLA's first runs, of
+one epoch, in `first_cola_runs.jsonl`: one class is predicted for all sentences in every one of them, of full
+fine-tuning too.
 
 ± is the 95 % interval, t over seeds. "Score" is on sentences that no run trains on or is tuned on. Differences are
 paired by seed; p is of a two-sided paired t-test, then after Holm over {primary} primary comparisons, or over all {all}
@@ -244,18 +246,8 @@ def _did(verdict: str) -> str | None:
     return SIDES.get(verdict.partition(",")[0])
 
 
-def _learned_nothing(found: Mapping[str, Any], data: str) -> bool:
-    """Whether every run says the same of every sentence, which is a Matthews correlation of 0."""
-    scores = [score for setting in found["settings"].values() for score in setting["scores"]]
-    return data == "cola" and bool(scores) and not any(scores)
-
-
-def _follows(found: Mapping[str, Any], data: str) -> Iterator[str]:
+def _follows(found: Mapping[str, Any]) -> Iterator[str]:
     """What the comparisons of a data set bear out, and what they do not."""
-    if _learned_nothing(found, data):
-        yield "- Nothing: every run, of full fine-tuning too, predicts one class for all sentences. One epoch does not"
-        yield "  teach this model the task, so that no setting can be told from another by it."
-        return
     rows = {(row["setting"], row["against"]): row for row in found["comparisons"]}
     did = {pair: _did(row["verdict"]) for pair, row in rows.items()}
     if (place := did["qkv", plan.BASELINE]) is not None:
@@ -311,7 +303,7 @@ def markdown(results: Mapping[str, Any], pictures: str = "../benchmarks/results/
     lines = [INTRODUCTION.format(command=COMMAND, primary=len(plan.PRIMARY), all=len(plan.COMPARISONS))]
     lines += ["## What follows", ""]
     for data, part in results["data"].items():
-        lines += [f"On {NAMES[data]}, in {UNITS[data]}:", "", *_follows(part, data), ""]
+        lines += [f"On {NAMES[data]}, in {UNITS[data]}:", "", *_follows(part), ""]
     lines += [*_defaults(results), ""]
     for data, part in results["data"].items():
         lines += [f"## {NAMES[data]}, {UNITS[data]}", *_sayings(part, data), ""]

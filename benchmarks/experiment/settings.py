@@ -11,7 +11,7 @@ HEAD = "classifier"
 
 @dataclass(frozen=True)
 class Settings:
-    """One epoch over ``sentences`` of the training split, drawn anew for each seed."""
+    """``sentences`` of the training split are drawn anew for each seed."""
 
     sentences: int
     batch: int = BATCH
