@@ -270,6 +270,14 @@ def test_what_the_guide_says_of_ranks_by_scores():
     six = [comparisons()[name, "all-2"]["verdict"] for name in SCORES]
     assert (len(six), six.count("equivalent"), sum(verdict.startswith("higher") for verdict in six)) == (6, 4, 0)
     assert "Of six scores none made better ranks than uniform ones, four made as good ones" in text("docs/methods.md")
+    moved = [comparisons()[name, "norm"]["verdict"] for name in ("norm-warmup", "norm-tracked")]
+    penalties = [comparisons()[f"penalty-{name}", "all-2"]["verdict"] for name in ("sum", "relative", "uniform")]
+    assert {*moved, *penalties} == {"equivalent"}
+    assert "did as well as those of the start, FW-LoRA's penalty as well as none;" in text("docs/methods.md")
+    assert "or after every tenth, did as well as those of the start." in text("docs/ranks.md")
+    starts = [comparisons()[name, "all-2"]["verdict"].partition(",")[0] for name in ("pissa", "eva")]
+    assert starts == ["lower"] * 2
+    assert "PiSSA and EVA did worse than the default start." in text("docs/methods.md")
     norm, fc, variance, random = names.values()
     same = f"ranks by {norm}, by {fc} and by {variance} did as well as uniform ones, and so did {random} ranks."
     assert f"{same} Of {' and '.join(others.values())} it could not be told." in text("docs/ranks.md")
