@@ -23,18 +23,24 @@ def _accuracy(plt: Any, settings: Mapping[str, Any], data: str) -> Any:
         count = sum(settings[name]["parameters"].values())
         by_count.setdefault(next((c for c in by_count if abs(c - count) < 0.01 * c), count), []).append(name)
     names = [name for part in by_count.values() for name in part]
-    figure, axis = plt.subplots(figsize=(0.6 * len(names) + 2.5, 4.4))
+    figure, axis = plt.subplots(figsize=(0.4 * len(names) + 2.5, 5.2))
+    middle = 100 * settings.get(BASELINE, settings[names[0]])["score"]["mean"]
+    low, high = (middle + side * 1200 * EQUIVALENT[data] for side in (-1, 1))
     ticks = []
     for gap, part in enumerate(by_count.values()):
         places = [names.index(name) + gap for name in part]
         ticks.append(sum(places) / len(places))
         for x, name in zip(places, part, strict=True):
             score, colour = settings[name]["score"], ORANGE if name == BASELINE else BLUE
-            axis.errorbar(x, 100 * score["mean"], yerr=100 * score["half_width"], fmt="o", color=colour, capsize=3)
-            high = 100 * (score["mean"] + score["half_width"])
-            axis.annotate(name, (x, high), (0, 4), textcoords="offset points", fontsize=8, rotation=90, ha="center")
-    axis.set_xticks(ticks, [f"{count:,}" for count in by_count])
-    axis.margins(x=0.08, y=0.25)
+            mean, half = 100 * score["mean"], 100 * score["half_width"]
+            outside = not low < mean < high
+            axis.errorbar(x, mean, yerr=half, fmt="o", color=colour, capsize=3)
+            place = max(low, min(mean + half, high))
+            text = f"{name}: {mean:.2f}" if outside else name
+            axis.annotate(text, (x, place), (0, 4), textcoords="offset points", fontsize=8, rotation=90, ha="center")
+    axis.set_xticks(ticks, [f"{count:,}" for count in by_count], fontsize=8)
+    axis.set_ylim(low, high)
+    axis.margins(x=0.08)
     axis.set_xlabel("trained parameters, head included")
     axis.set_ylabel(f"{NAMES[data]}, {UNITS[data]}: mean, 95 %")
     axis.grid(axis="y", alpha=0.25)
@@ -48,13 +54,20 @@ def _tested(found: Mapping[str, Any]) -> list[Any]:
 def _effects(plt: Any, rows: Sequence[Any], data: str) -> Any:
     figure, axis = plt.subplots(figsize=(8, 0.36 * len(rows) + 1.3))
     margin = 100 * EQUIVALENT[data]
+    limit = 8 * margin
     axis.axvspan(-margin, margin, color=GREY, alpha=0.12, linewidth=0)
     axis.axvline(0, color=GREY, linewidth=0.8)
     for y, row in enumerate(rows):
         colour = {"equivalent": GREY, "could not be told": BLUE}.get(row["verdict"], ORANGE)
         test = row["found"]
         half = 100 * (test["half_width"] or 0.0)
-        axis.errorbar(100 * test["mean"], y, xerr=half, fmt="s" if row["primary"] else "o", color=colour, capsize=3)
+        mean = 100 * test["mean"]
+        axis.errorbar(mean, y, xerr=half, fmt="s" if row["primary"] else "o", color=colour, capsize=3)
+        if abs(mean) > limit:
+            side, edge, gap = ("right", limit, -4) if mean > 0 else ("left", -limit, 4)
+            text = f"{mean:+.2f} ± {half:.2f}"
+            axis.annotate(text, (edge, y), (gap, 0), textcoords="offset points", fontsize=8, ha=side, va="center")
+    axis.set_xlim(-limit, limit)
     axis.set_yticks(range(len(rows)), [f"{row['setting']} - {row['against']}" for row in rows], fontsize=8)
     axis.set_xlabel(f"{NAMES[data]}, {UNITS[data]}: difference, 95 %; squares: primary; grey band: equivalent")
     axis.grid(axis="x", alpha=0.25)
@@ -99,15 +112,21 @@ def _uneven(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rank_map(plt: Any, shown: Mapping[str, Any], data: str) -> Any:
-    figure, axes = plt.subplots(1, len(shown), figsize=(2.3 * len(shown) + 0.8, 3.4), sharey=True, squeeze=False)
-    for axis, (name, cells) in zip(axes[0], shown.items(), strict=True):
+    wide = min(6, len(shown))
+    rows = -(-len(shown) // wide)
+    size = (2.4 * wide + 0.8, 3.2 * rows)
+    figure, axes = plt.subplots(rows, wide, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis in list(axes.flat)[len(shown) :]:
+        axis.set_axis_off()
+    for axis, (name, cells) in zip(axes.flat, shown.items(), strict=False):
         depth = 1 + max(layer for layer, _ in cells)
         grid = [[cells.get((layer, role), float("nan")) for role in range(len(_ROLES))] for layer in range(depth)]
         image = axis.imshow(grid, cmap="viridis", aspect="auto")
         axis.set_xticks(range(len(_ROLES)), ("q", "k", "v", "out", "up", "down"), fontsize=8)
         axis.set_title(name, fontsize=9)
         figure.colorbar(image, ax=axis, fraction=0.05)
-    axes[0][0].set_ylabel("layer")
+    for first in axes[:, 0]:
+        first.set_ylabel("layer")
     return figure
 
 
