@@ -281,7 +281,7 @@ def _at_an_edge(found: Mapping[str, Any], pair: tuple[str, str]) -> str:
 
 def _further(row: Mapping[str, Any]) -> str:
     """What a rate beyond the edge did, which was looked at afterwards."""
-    tuned = f"beyond it, at {row['rate']:g}, {100 * row['tuned']:.2f} in tuning after {100 * row['chosen']:.2f}"
+    tuned = f"beyond it, at {row['rate']:g}, {100 * row['tuned']:.2f} in tuning ({100 * row['chosen']:.2f} at the edge)"
     if row["found"] is None:
         return tuned
     return f"{tuned} and a difference of {points(row['found'], signed=True)} over {row['found']['n']} seeds"

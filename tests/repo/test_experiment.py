@@ -408,7 +408,7 @@ def test_the_page_claims_what_the_tests_show(tmp_path):
            for row in all_rows({"eva": -0.01}, wanted=("all-2", "eva"))]  # fmt: skip
     for row in eva:
         row |= {"tuning": 0.9} if row["setting"] == "eva" and row["rate"] == 1e-3 else {}
-    edge = r"at the edge of the rates that were planned; beyond it, at 0.0005, \d+\.\d+ in tuning after 90.00"
+    edge = r"at the edge of the rates that were planned; beyond it, at 0.0005, \d+\.\d+ in tuning \(90.00 at the edge\)"
     assert re.search(rf"- EVA at uniform ranks did worse .+: -.+, {edge}\.\n", markdown(analyse(eva)))
     eva += [made(Job("sst2", "final", "eva", 5e-4, 0.0, seed), {"eva": 0.01}) for seed in plan.SEEDS]
     assert re.search(rf"{edge} and a difference of \+.+ over 8 seeds\.\n", markdown(analyse(eva)))
