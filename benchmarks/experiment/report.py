@@ -303,7 +303,8 @@ def markdown(results: Mapping[str, Any], pictures: str = "../benchmarks/results/
     lines = [INTRODUCTION.format(command=COMMAND, primary=len(plan.PRIMARY), all=len(plan.COMPARISONS))]
     lines += ["## What follows", ""]
     for data, part in results["data"].items():
-        lines += [f"On {NAMES[data]}, in {UNITS[data]}:", "", *_follows(part), ""]
+        follows = list(_follows(part)) or ["- Nothing yet: too few runs."]
+        lines += [f"On {NAMES[data]}, in {UNITS[data]}:", "", *follows, ""]
     lines += [*_defaults(results), ""]
     for data, part in results["data"].items():
         lines += [f"## {NAMES[data]}, {UNITS[data]}", *_sayings(part, data), ""]

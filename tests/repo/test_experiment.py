@@ -413,8 +413,9 @@ def test_the_page_claims_what_the_tests_show(tmp_path):
     eva += [made(Job("sst2", "final", "eva", 5e-4, 0.0, seed), {"eva": 0.01}) for seed in plan.SEEDS]
     assert re.search(rf"{edge} and a difference of \+.+ over 8 seeds\.\n", markdown(analyse(eva)))
     assert "- Training the head alone did worse than LoRA of rank 2 on all linears: -" in told and "Rank 8" not in told
-    few = analyse(all_rows(gain, seeds=3, wanted=wanted))["data"]["sst2"]["comparisons"]
-    assert {row["verdict"] for row in few} == {"not run"}
+    few = analyse(all_rows(gain, seeds=3, wanted=wanted))
+    assert {row["verdict"] for row in few["data"]["sst2"]["comparisons"]} == {"not run"}
+    assert "On SST-2, in points of accuracy:\n\n- Nothing yet: too few runs.\n" in markdown(few)
 
 
 def test_every_comparison_has_its_advice_and_every_data_set_its_part():
