@@ -188,16 +188,12 @@ def _beyond(results: Results, found: Mapping[str, Mapping[int, Mapping[str, Any]
         if (tuned := beyond(name, results)) is None:
             continue
         mine = {r["seed"]: r["score"] for r in results
-                if _is_beyond(r) and (r["phase"], r["setting"]) == ("final", name)}  # fmt: skip
+                if (r["data"], r["phase"], r["setting"], r["rate"]) == ("sst2", "final", name, rate)}  # fmt: skip
         seeds = sorted(mine.keys() & base.keys())
         scores = [mine[seed] for seed in seeds], [base[seed]["score"] for seed in seeds]
         rows[name] = {"rate": rate, "tuned": tuned[0], "chosen": tuned[1],
                       "found": paired(*scores) if len(seeds) >= plan.FEWEST_SEEDS else None}  # fmt: skip
     return rows
-
-
-def _is_beyond(result: Mapping[str, Any]) -> bool:
-    return result["data"] == "sst2" and plan.BEYOND.get(result["setting"]) == result["rate"]
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:
@@ -211,7 +207,8 @@ def analyse(results: Results) -> dict[str, Any]:
     for data in _unique(r["data"] for r in results):
         found = _finals(results, data)
         mine = [r for r in results if r["data"] == data]
-        planned = [r for r in mine if not _is_beyond(r)]
+        rates = {setting.name: setting.rates for setting in plan.settings_of(data)}
+        planned = [r for r in mine if r["rate"] in rates[r["setting"]]]
         document["data"][data] = {
             "runs": len(planned),
             "cpu_hours": sum(r["cpu_seconds"] for r in planned) / 3600,

@@ -1,27 +1,27 @@
-"""The experiment's runner on a tiny model: every setting, resuming, and what the report says of given numbers."""
+"""The experiment's runner on a tiny model: every setting, resuming, and the file of runs."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from support.experiment_help import made
 from support.recipe_help import WORDS, text_model
 
-from benchmarks.experiment import data, jobs, plan, report, runs, splits
+from benchmarks.experiment import data, jobs, plan, runs, splits
 from benchmarks.experiment.__main__ import main
-from benchmarks.experiment.analysis import analyse, equivalence, holm, interval, paired, verdict
 from benchmarks.experiment.methods import PREPARE, Task
-from benchmarks.experiment.report import markdown, write_report
 from benchmarks.experiment.settings import Settings
 from benchmarks.experiment.train import Job, load, run, score, without
 
 SMALL = Settings(sentences=48, batch=8, calibration_steps=2)
+
+
 RANDOM_LABELS = [1, 0, 0, 1, 1, 0, 1, 0, 0, 0]
 
 
@@ -218,33 +218,6 @@ def test_batches_of_similar_length_lose_no_sentence():
     assert grouped == data.by_length(given, lengths, 8, seed=3) != data.by_length(given, lengths, 8, seed=4)
 
 
-def made(job, gain=None):
-    """A row as ``run`` makes it, of numbers that follow from the job alone."""
-    noise = 0.002 * math.sin(1 + job.seed * 7 + sum(map(ord, job.setting)))
-    value = 0.8 + (gain or {}).get(job.setting, 0.0) + noise
-    final = dict(score=value, dev=value) if job.phase == "final" else {}
-    if final and job.seed == plan.SEEDS[0]:
-        final |= dict(dev_fp32=value, dev_changed=0)
-    return {
-        **job._asdict(), **final, "tuning": value - abs(job.rate - 2e-3), "diverged": False,
-        "settings": {"sentences": 8}, "splits": plan.FINGERPRINTS[job.data], "environment": {"cpu": "x"},
-        "ranks": {}, "parameters": {"adapters": 82_944, "head": 770, "other": 0}, "step_cpu_seconds": 0.2,
-        "setup_cpu_seconds": 0.0, "cpu_seconds": 60.0, "peak_mib": 900.0,
-    }  # fmt: skip
-
-
-def all_rows(gain=None, seeds=8, wanted=None, data="sst2"):
-    found = []
-    for _ in range(2):  # what is tuned first opens the rest
-        keys = set(map(runs.key, found))
-        todo = [job for job in jobs.jobs(data, found) if runs.key(job._asdict()) not in keys]
-        found += [
-            made(job, gain) for job in todo
-            if (wanted is None or job.setting in wanted) and job.seed not in plan.SEEDS[seeds:]
-        ]  # fmt: skip
-    return found
-
-
 def test_a_setting_runs_once_it_is_tuned_and_as_it_was_chosen():
     todo = list(jobs.jobs("sst2", []))
     assert {job.phase for job in todo} == {"tuning"} and len(todo) == len(set(todo)) == 216
@@ -263,23 +236,6 @@ def test_a_setting_runs_once_it_is_tuned_and_as_it_was_chosen():
     assert jobs.chosen("sst2", full, tuned).edges == ("rate",)
     level = [{**row, "tuning": 0.5} for row in tuned]
     assert jobs.chosen("sst2", plan.SETTINGS[0], level).rate == 1e-3  # the lower one on a tie
-
-
-def test_a_rate_beyond_the_edge_is_run_where_it_is_better_in_tuning_and_changes_no_test():
-    pytest.importorskip("scipy")
-    rows = all_rows()
-    assert not any(plan.BEYOND.get(row["setting"]) == row["rate"] for row in rows if row["phase"] == "final")
-    found = analyse(rows)["data"]["sst2"]
-    assert (
-        found["beyond"]["eva"]["found"] is None and found["beyond"]["eva"]["tuned"] < found["beyond"]["eva"]["chosen"]
-    )
-    better = [{**row, "tuning": 0.9} if plan.BEYOND.get(row["setting"]) == row["rate"] else row for row in rows]
-    todo = [job for job in jobs.jobs("sst2", better) if runs.key(job._asdict()) not in set(map(runs.key, rows))]
-    assert todo == [Job("sst2", "final", *item, 0.0, seed) for item in plan.BEYOND.items() for seed in plan.SEEDS]
-    further = analyse(better + [made(job, {"eva": 0.01, "pissa": 0.02}) for job in todo])["data"]["sst2"]
-    gains = {name: round(100 * row["found"]["mean"]) for name, row in further["beyond"].items()}
-    assert gains == {"adalora": 0, "pissa": 2, "eva": 1}
-    assert {k: v for k, v in further.items() if k != "beyond"} == {k: v for k, v in found.items() if k != "beyond"}
 
 
 def test_a_run_that_is_killed_is_made_again_to_the_same_numbers(tmp_path, monkeypatch):
@@ -338,159 +294,6 @@ def test_a_run_has_a_process_of_its_own():
     assert found["cpu_seconds"] > 0 and found["peak_mib"] > 32
     with pytest.raises(RuntimeError, match="a run ended with status 1"):
         jobs.apart(lambda: {}["none"])
-
-
-def test_intervals_and_tests_against_known_values():
-    pytest.importorskip("scipy")
-    # t(0.975, 4) = 2.776445; the standard deviation of 1..5 is sqrt(2.5).
-    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert found["mean"] == 3.0 and found["half_width"] == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
-    assert interval([1.0])["half_width"] is None
-    # One degree of freedom: p = 1 - 2 atan(t) / pi.
-    test = paired([2.0, 4.0], [1.0, 1.0])
-    assert test["mean"] == 2.0 and test["p"] == pytest.approx(1 - 2 * math.atan(2.0) / math.pi)
-    assert paired([1.0, 2.0], [1.0, 2.0])["p"] is None
-    # Two one-sided tests of a mean 2 with error 1 within 3: t = 1, one-sided 1/2 - atan(1) / pi = 1/4.
-    assert equivalence([2.0, 4.0], [1.0, 1.0], 3.0) == pytest.approx(0.25)
-    assert equivalence([1.0, 1.0], [2.0, 4.0], 3.0) == pytest.approx(0.25)
-    assert equivalence([2.0, 4.0], [1.0, 1.0], 1.0) == pytest.approx(0.75)
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": None}) == {"a": 0.03, "b": 0.06, "c": 0.06, "d": None}
-    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": None}, 4) == {"a": 0.04, "b": 0.09, "c": 0.09, "d": None}
-
-
-def test_what_is_said_of_a_comparison():
-    found = {"mean": 0.01, "p": 0.001, "p_holm": 0.01, "equivalent_p": 0.9}
-    assert verdict(found, "higher") == "higher, as expected"
-    assert verdict(found, "lower") == verdict(found, "equal") == "higher, against what was expected"
-    assert verdict({**found, "mean": -0.01}, "lower") == "lower, as expected"
-    assert verdict({**found, "p_holm": 0.06}, "higher") == "could not be told"
-    assert verdict({**found, "p_holm": 0.06, "equivalent_p": 0.04}, "higher") == "equivalent"
-    same = {"mean": 0.0, "p": None, "p_holm": None, "equivalent_p": None}
-    assert verdict(same, "equal") == "could not be told"  # nothing varies, so that nothing can be tested
-    assert verdict(None, "equal") == "not run"
-
-
-def test_the_page_claims_what_the_tests_show(tmp_path):
-    pytest.importorskip("scipy")
-    pytest.importorskip("matplotlib")
-    gain = {"qkv": -0.05, "mlp": 0.03, "lower": -0.04}
-    wanted = ("all-2", "qkv", "mlp", "lower", "upper")
-    rows = all_rows(gain, seeds=6, wanted=wanted)
-    rows.append({**made(Job("sst2", "tuning", "all-1", 1e-3, 0.0, 100)), "diverged": True})
-    write_report(rows, tmp_path, tmp_path / "page.md")
-    text = (tmp_path / "page.md").read_text()
-    assert "- `qkv` (uniform rank 6 over query, key and value: as many parameters) minus `all-2`: -4.9" in text
-    assert "lower, as expected" in text and "higher, against what was expected" in text and "equivalent" in text
-    assert "SST-2, how many: `norm-1` against `all-1`" in text and "- CoLA: nothing of it." in text
-    assert "`all-1` at 0.001, seed 100 (tuning)" in text
-    assert 'adapt all linears (`target_modules="all-linear"`) rather than query' in text
-    assert "- As many parameters on the first three blocks alone do worse than on all linears." in text
-    assert "Differences vary from seed to seed" in text and "times those of" not in text
-    wild = [{**row, "score": row["score"] + 0.02 * math.sin(row["seed"]) * (row["setting"] == "qkv")}
-            for row in rows if row["phase"] == "final"]  # fmt: skip
-    wild += [row for row in rows if row["phase"] == "tuning"]
-    assert "times those of" in (told := markdown(analyse(wild))) and "on seed" not in told
-    wild[0] = {**wild[0], "score": wild[0]["score"] - 0.05}
-    assert f"- `all-2` on seed {wild[0]['seed']}: {100 * wild[0]['score']:.2f}, median" in markdown(analyse(wild))
-    assert "no score of importance has been shown to do better" in text
-    assert (tmp_path / "sst2_effects.png").stat().st_size > 5000
-    shown = re.findall(r"!\[.+\]\(\./(.+)\)", text)
-    assert set(shown) == {path.name for path in tmp_path.glob("*.png")} >= {"sst2_accuracy.png", "sst2_effects.png"}
-    found = {row["setting"]: row for row in analyse(rows)["data"]["sst2"]["comparisons"] if row["against"] == "all-2"}
-    assert found["qkv"]["found"]["p_holm"] == pytest.approx(7 * found["qkv"]["found"]["p"])  # not run ones count
-    assert found["mlp"]["found"]["p_holm"] == pytest.approx(30 * found["mlp"]["found"]["p"], rel=0.1)
-    told = markdown(analyse(all_rows({"norm": 0.02, "head": -0.1}, wanted=("all-2", "norm", "fim", "random", "head"))))
-    assert "query, key and value do" not in told and "rather than" not in told
-    assert "- Ranks by `norm` did better than uniform ones." in told and "do better.\n" not in told
-    assert "- Ranks by `fim` did as well as uniform ones." in told
-    assert "- Sharing ranks out at random did as well as sharing them out evenly: " in told
-    eva = [{**row, "rate": 1e-3} if row["setting"] == "eva" and row["phase"] == "final" else row
-           for row in all_rows({"eva": -0.01}, wanted=("all-2", "eva"))]  # fmt: skip
-    for row in eva:
-        row |= {"tuning": 0.9} if row["setting"] == "eva" and row["rate"] == 1e-3 else {}
-    edge = r"at the edge of the rates that were planned; beyond it, at 0.0005, \d+\.\d+ in tuning \(90.00 at the edge\)"
-    assert re.search(rf"- EVA at uniform ranks did worse .+: -.+, {edge}\.\n", markdown(analyse(eva)))
-    eva += [made(Job("sst2", "final", "eva", 5e-4, 0.0, seed), {"eva": 0.01}) for seed in plan.SEEDS]
-    assert re.search(rf"{edge} and a difference of \+.+ over 8 seeds\.\n", markdown(analyse(eva)))
-    assert "- Training the head alone did worse than LoRA of rank 2 on all linears: -" in told and "Rank 8" not in told
-    few = analyse(all_rows(gain, seeds=3, wanted=wanted))
-    assert {row["verdict"] for row in few["data"]["sst2"]["comparisons"]} == {"not run"}
-    assert "On SST-2, in points of accuracy:\n\n- Nothing yet: too few runs.\n" in markdown(few)
-
-
-def test_every_comparison_has_its_advice_and_every_data_set_its_part():
-    pytest.importorskip("scipy")
-    rows = all_rows({"norm": 0.02, "lower": -0.02, "full": 0.03})
-    told = markdown(analyse(rows))
-    assert "- CoLA: nothing of it." in told and "On CoLA" not in told
-    told = markdown(analyse(rows + all_rows({"full": 0.1, "lora-ga": -0.1}, data="cola")))
-    follows, sst2, cola = told.partition("## What follows")[2].partition("## Not run")[0].split("\n## ")
-    first, second = follows.split("On CoLA, in hundredths of Matthews correlation:")
-    assert "Could not be told" not in follows and "has been shown to do better" not in follows
-    said = {"qkv": report.PLACES["as well as"], **report.PARTS, **{name: f"`{name}`" for name in report.SCORES}}
-    for comparison in plan.COMPARISONS:
-        pair = comparison.setting, comparison.against
-        what, other = report.OTHERS.get(pair, (said.get(comparison.setting), ""))
-        on = [any(what in line and f" {other}" in line for line in part.splitlines()) for part in (first, second)]
-        assert on == [True, comparison in plan.PRIMARY and comparison.against != "penalty-uniform"], comparison
-    assert "the first three blocks alone do worse than on all linears" in first
-    assert "the MLPs alone or on the last three blocks alone do as well as on all linears" in first
-    assert "by `norm` did better than" in first and "by `norm` did as well as" in second
-    assert "- LoRA-GA did worse than the default initialisation: -" in second
-    assert "over\nall 8 seeds." in sst2 and "What `power.md` takes for CoLA is assumed" in cola
-    assert "442 of 442 planned runs" in sst2 and "112 of 112 planned runs" in cola
-    assert "Nothing: every run that was planned is made." not in told  # nothing is left out one at a time here
-    for row in rows:
-        row |= {"without": {"": 1.0, "a": 1.1, "b": 1.2}} if row["setting"] == "all-2" else {}
-        row |= {"scores": {"a": 1.0, "b": 2.0}} if row["setting"] == "norm" else {}
-    assert "Nothing: every run that was planned is made." in markdown(analyse(rows + all_rows(data="cola")))
-
-
-def test_scores_are_ranked_by_what_adapters_bring(tmp_path):
-    pytest.importorskip("scipy")
-    pytest.importorskip("matplotlib")
-    gains = {"": 0.30, "a": 0.31, "b": 0.35, "c": 0.32, "d": 0.29}
-    scores = {"norm": {"a": 2.0, "b": 9.0, "c": 3.0, "d": 1.0}, "fim": {"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0}}
-    rows = all_rows(wanted=("all-2", *scores))
-    for row in rows:
-        if row["phase"] == "final" and row["setting"] in scores:
-            row["scores"] = scores[row["setting"]]
-        if row["phase"] == "final" and row["setting"] == "all-2" and row["seed"] in plan.WITHOUT_SEEDS:
-            row["without"] = gains
-    found = analyse(rows)["data"]["sst2"]["agreement"]
-    assert found == {name: {"mean": pytest.approx(rho), "half_width": pytest.approx(0.0), "n": 4}
-                     for name, rho in (("norm", 1.0), ("fim", -1.0))}  # fmt: skip
-    write_report(rows, tmp_path, tmp_path / "page.md")
-    text = (tmp_path / "page.md").read_text()
-    assert "| `norm` | ranks by gradient norm per parameter at the start | 4 | +1.00 ± 0.00 |" in text
-    assert "Leaving out one matrix's adapter at a time" not in text
-    assert (tmp_path / "sst2_agreement.png").stat().st_size > 5000
-
-
-def test_a_run_of_another_rate_is_no_run_of_the_choice():
-    pytest.importorskip("scipy")
-    rows = all_rows(wanted=("all-2", "qkv"))
-    other = [{**row, "rate": 1e-2, "score": 0.0} for row in rows if row["phase"] == "final"]
-    assert analyse(rows + other)["data"]["sst2"]["settings"] == analyse(rows)["data"]["sst2"]["settings"]
-
-
-def test_the_committed_page_is_what_the_runs_say():
-    pytest.importorskip("scipy")
-    from benchmarks.experiment.__main__ import DEFAULT_OUT, PAGE
-    from benchmarks.harness import result_files
-
-    page = PAGE.read_text(encoding="utf-8")
-    assert page == markdown(result_files.read(DEFAULT_OUT / "results.json"))
-    assert page == markdown(json.loads(json.dumps(analyse(runs.read(DEFAULT_OUT / runs.NAME)))))
-
-
-def test_the_first_runs_of_cola_learned_nothing():
-    from benchmarks.experiment.__main__ import DEFAULT_OUT
-
-    rows = runs.read(DEFAULT_OUT / "first_cola_runs.jsonl")
-    assert len(rows) == 164 and {row["settings"]["sentences"] for row in rows} == {5600}
-    assert {row["score" if row["phase"] == "final" else "tuning"] for row in rows} == {0.0}
-    assert {len(set(runs.unpacked(row["predictions"]))) for row in rows if row["phase"] == "final"} == {1}
 
 
 def lines_of(path):

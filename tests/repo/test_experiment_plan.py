@@ -107,6 +107,7 @@ def test_the_plan_holds_together():
     assert plan.HELD_OUT["sst2"] >= 20_000
     assert sorted(plan.ORDER) == sorted(hypothesis.name for hypothesis in plan.HYPOTHESES)
     assert [len(comparisons) for comparisons in plan.in_order("cola")] == [1] * 6
+    assert {setting.rates for setting in plan.settings_of("cola")} == {plan.COLA_RATES, plan.FULL_RATES}
     assert sorted(c for part in plan.in_order("sst2") for c in part) == sorted(plan.COMPARISONS)
     assert all(count % plan.BATCH == 0 for count in plan.TRAINED.values())
 
