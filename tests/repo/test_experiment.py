@@ -15,13 +15,12 @@ from support.recipe_help import WORDS, text_model
 
 from benchmarks.experiment import data, jobs, plan, runs, splits
 from benchmarks.experiment.__main__ import main
+from benchmarks.experiment.analysis import verdict
 from benchmarks.experiment.methods import PREPARE, Task
 from benchmarks.experiment.settings import Settings
 from benchmarks.experiment.train import Job, load, run, score, without
 
 SMALL = Settings(sentences=48, batch=8, calibration_steps=2)
-
-
 RANDOM_LABELS = [1, 0, 0, 1, 1, 0, 1, 0, 0, 0]
 
 
@@ -294,6 +293,27 @@ def test_a_run_has_a_process_of_its_own():
     assert found["cpu_seconds"] > 0 and found["peak_mib"] > 32
     with pytest.raises(RuntimeError, match="a run ended with status 1"):
         jobs.apart(lambda: {}["none"])
+
+
+def test_what_is_said_of_a_comparison():
+    found = {"mean": 0.01, "p": 0.001, "p_holm": 0.01, "equivalent_p": 0.9}
+    assert verdict(found, "higher") == "higher, as expected"
+    assert verdict(found, "lower") == verdict(found, "equal") == "higher, against what was expected"
+    assert verdict({**found, "mean": -0.01}, "lower") == "lower, as expected"
+    assert verdict({**found, "p_holm": 0.06}, "higher") == "could not be told"
+    assert verdict({**found, "p_holm": 0.06, "equivalent_p": 0.04}, "higher") == "equivalent"
+    same = {"mean": 0.0, "p": None, "p_holm": None, "equivalent_p": None}
+    assert verdict(same, "equal") == "could not be told"  # nothing varies, so that nothing can be tested
+    assert verdict(None, "equal") == "not run"
+
+
+def test_the_first_runs_of_cola_learned_nothing():
+    from benchmarks.experiment.__main__ import DEFAULT_OUT
+
+    rows = runs.read(DEFAULT_OUT / "first_cola_runs.jsonl")
+    assert len(rows) == 164 and {row["settings"]["sentences"] for row in rows} == {5600}
+    assert {row["score" if row["phase"] == "final" else "tuning"] for row in rows} == {0.0}
+    assert {len(set(runs.unpacked(row["predictions"]))) for row in rows if row["phase"] == "final"} == {1}
 
 
 def lines_of(path):

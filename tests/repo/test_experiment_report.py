@@ -10,13 +10,14 @@ import pytest
 from support.experiment_help import all_rows, made
 
 from benchmarks.experiment import jobs, plan, report, runs
-from benchmarks.experiment.analysis import analyse, equivalence, holm, interval, paired, verdict
+from benchmarks.experiment.analysis import analyse, equivalence, holm, interval, paired
 from benchmarks.experiment.report import markdown, write_report
 from benchmarks.experiment.train import Job
 
+pytest.importorskip("scipy")  # of the extra "experiment": every test here takes intervals
+
 
 def test_a_rate_beyond_the_edge_is_run_where_it_is_better_in_tuning_and_changes_no_test():
-    pytest.importorskip("scipy")
     rows = all_rows()
     assert not any(plan.BEYOND.get(row["setting"]) == row["rate"] for row in rows if row["phase"] == "final")
     found = analyse(rows)["data"]["sst2"]
@@ -33,7 +34,6 @@ def test_a_rate_beyond_the_edge_is_run_where_it_is_better_in_tuning_and_changes_
 
 
 def test_intervals_and_tests_against_known_values():
-    pytest.importorskip("scipy")
     # t(0.975, 4) = 2.776445; the standard deviation of 1..5 is sqrt(2.5).
     found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found["mean"] == 3.0 and found["half_width"] == pytest.approx(2.776445 * math.sqrt(2.5 / 5), rel=1e-6)
@@ -50,20 +50,7 @@ def test_intervals_and_tests_against_known_values():
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": None}, 4) == {"a": 0.04, "b": 0.09, "c": 0.09, "d": None}
 
 
-def test_what_is_said_of_a_comparison():
-    found = {"mean": 0.01, "p": 0.001, "p_holm": 0.01, "equivalent_p": 0.9}
-    assert verdict(found, "higher") == "higher, as expected"
-    assert verdict(found, "lower") == verdict(found, "equal") == "higher, against what was expected"
-    assert verdict({**found, "mean": -0.01}, "lower") == "lower, as expected"
-    assert verdict({**found, "p_holm": 0.06}, "higher") == "could not be told"
-    assert verdict({**found, "p_holm": 0.06, "equivalent_p": 0.04}, "higher") == "equivalent"
-    same = {"mean": 0.0, "p": None, "p_holm": None, "equivalent_p": None}
-    assert verdict(same, "equal") == "could not be told"  # nothing varies, so that nothing can be tested
-    assert verdict(None, "equal") == "not run"
-
-
 def test_the_page_claims_what_the_tests_show(tmp_path):
-    pytest.importorskip("scipy")
     pytest.importorskip("matplotlib")
     gain = {"qkv": -0.05, "mlp": 0.03, "lower": -0.04}
     wanted = ("all-2", "qkv", "mlp", "lower", "upper")
@@ -111,7 +98,6 @@ def test_the_page_claims_what_the_tests_show(tmp_path):
 
 
 def test_every_comparison_has_its_advice_and_every_data_set_its_part():
-    pytest.importorskip("scipy")
     rows = all_rows({"norm": 0.02, "lower": -0.02, "full": 0.03})
     told = markdown(analyse(rows))
     assert "- CoLA: nothing of it." in told and "On CoLA" not in told
@@ -141,7 +127,6 @@ def test_every_comparison_has_its_advice_and_every_data_set_its_part():
 
 
 def test_scores_are_ranked_by_what_adapters_bring(tmp_path):
-    pytest.importorskip("scipy")
     pytest.importorskip("matplotlib")
     gains = {"": 0.30, "a": 0.31, "b": 0.35, "c": 0.32, "d": 0.29}
     scores = {"norm": {"a": 2.0, "b": 9.0, "c": 3.0, "d": 1.0}, "fim": {"a": 3.0, "b": 1.0, "c": 2.0, "d": 4.0}}
@@ -162,26 +147,15 @@ def test_scores_are_ranked_by_what_adapters_bring(tmp_path):
 
 
 def test_a_run_of_another_rate_is_no_run_of_the_choice():
-    pytest.importorskip("scipy")
     rows = all_rows(wanted=("all-2", "qkv"))
     other = [{**row, "rate": 1e-2, "score": 0.0} for row in rows if row["phase"] == "final"]
     assert analyse(rows + other)["data"]["sst2"]["settings"] == analyse(rows)["data"]["sst2"]["settings"]
 
 
 def test_the_committed_page_is_what_the_runs_say():
-    pytest.importorskip("scipy")
     from benchmarks.experiment.__main__ import DEFAULT_OUT, PAGE
     from benchmarks.harness import result_files
 
     page = PAGE.read_text(encoding="utf-8")
     assert page == markdown(result_files.read(DEFAULT_OUT / "results.json"))
     assert page == markdown(json.loads(json.dumps(analyse(runs.read(DEFAULT_OUT / runs.NAME)))))
-
-
-def test_the_first_runs_of_cola_learned_nothing():
-    from benchmarks.experiment.__main__ import DEFAULT_OUT
-
-    rows = runs.read(DEFAULT_OUT / "first_cola_runs.jsonl")
-    assert len(rows) == 164 and {row["settings"]["sentences"] for row in rows} == {5600}
-    assert {row["score" if row["phase"] == "final" else "tuning"] for row in rows} == {0.0}
-    assert {len(set(runs.unpacked(row["predictions"]))) for row in rows if row["phase"] == "final"} == {1}
