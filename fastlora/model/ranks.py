@@ -37,9 +37,9 @@ def set_ranks(
     the adapter of a matrix. Refused once B is not zero, because its training would be lost, unless ``reinit``, or
     ``keep``: then the first min(r, r') rows of A and columns of B stay, all matrices copied in one launch, and further
     columns of B are zero, so that a matrix which grows computes what it did. Factors are new parameters: an optimizer
-    needs to be made anew. On one model ranks shared out anew after every tenth of training (``keep``) did as well as those of the
-    start: +0.06 ± 0.29 points of accuracy (``docs/experiment.md``). Raises ``TypeError`` or ``ValueError`` with the model
-    unchanged.
+    needs to be made anew. On one model ranks shared out anew after every tenth of training (``keep``) did as well as
+    those of the start: +0.06 ± 0.29 points of accuracy (``docs/experiment.md``). Raises ``TypeError`` or ``ValueError``
+    with the model unchanged.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> model = fastlora.set_ranks(model, {"0": 4})

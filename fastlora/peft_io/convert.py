@@ -127,7 +127,8 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
     stays as it is. Frozen parameters are shared, not copied: merging in one of the two models would change both.
 
     Raises ``TypeError`` or ``ValueError`` naming the argument for a model of another kind, a merged one, several active
-    adapters and variants that are not implemented (``use_qalora`` and others, by their field); ``ImportError`` without PEFT.
+    adapters and variants that are not implemented (``use_qalora`` and others, by their field); ``ImportError`` without
+    PEFT.
 
     >>> model = fastlora.to_peft(nn.Sequential(fastlora.nn.Linear(8, 8, r=2)))
     >>> fastlora.from_peft(model)[0].ranks()

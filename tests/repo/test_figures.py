@@ -239,7 +239,8 @@ def test_host_time_of_a_layer():
     rows = {(row["case"], row["variant"]): row for row in results("host.json")["rows"]}
     groups = [rows[case, "fastlora"] for case in ("roberta", "deit", "llama")]
     peft, frozen = (span([row[f"over_{base}"]["median"] for row in groups]) for base in ("peft", "frozen"))
-    said = f"host time without a GPU, on a stand-in whose kernels take no time: {peft} of PEFT's, {frozen} of the frozen layers'"
+    where = "host time without a GPU, on a stand-in whose kernels take no time"
+    said = f"{where}: {peft} of PEFT's, {frozen} of the frozen layers'"
     assert said in text("README.md"), said
     one = rows["linear", "fastlora"]["over_peft"]["median"]
     assert f"of one adapted Linear {one:.2f} of PEFT's" in text("README.md"), one
