@@ -9,6 +9,7 @@ from typing import Any
 
 from . import plan
 from .jobs import beyond, chosen, tuning_jobs
+from .runs import unpacked
 
 Results = Sequence[Mapping[str, Any]]
 COSTS = ("step_cpu_seconds", "cpu_seconds", "setup_cpu_seconds", "peak_mib")
@@ -117,7 +118,16 @@ def _comparison(
         "spread": statistics.stdev(differences),
         "equivalent_p": equivalence(*both["score"], margin),
         "dev": paired(*both["dev"]),
+        "changed": _changed([(mine[seed], base[seed]) for seed in seeds]),
     }
+
+
+def _changed(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> float | None:
+    """The part of the held-out predictions that differ, mean over pairs of runs; None where they were not kept."""
+    if not all("predictions" in run for pair in pairs for run in pair):
+        return None
+    both = [[unpacked(run["predictions"]) for run in pair] for pair in pairs]
+    return statistics.fmean(a != b for pair in both for a, b in zip(*pair, strict=True))
 
 
 def verdict(found: Mapping[str, Any] | None, expected: str) -> str:
@@ -165,12 +175,17 @@ def _precision(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str
 
 
 def _agreement(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Spearman's correlation of each setting's scores with what the loss rises by without a matrix's adapter."""
+    """Spearman's correlation of scores with what the loss rises by without a matrix's adapter.
+
+    By the first setting that has them: others differ in how many ranks are shared out.
+    """
     gains = {seed: run["without"] for seed, run in found.get(plan.BASELINE, {}).items() if "without" in run}
     table: dict[str, dict[str, Any]] = {}
-    for name, runs in found.items():
-        rows = [(runs[seed]["scores"], gains[seed]) for seed in gains if "scores" in runs.get(seed, {})]
-        if rows:
+    seen: list[Any] = []
+    for name, mine in found.items():
+        rows = [(mine[seed]["scores"], gains[seed]) for seed in gains if "scores" in mine.get(seed, {})]
+        if rows and rows not in seen:
+            seen.append(rows)
             table[name] = interval([_spearman([(scores[key], gain[key]) for key in scores]) for scores, gain in rows])
     return table
 

@@ -30,6 +30,8 @@ FINGERPRINTS = {
     "sst2": {"tuning": "ac8559982ee0bdb4", "evaluation": "90ad4450f8bbbb7b", "dev": "6a9c9280974cf327"},
     "cola": {"tuning": "7b15e6b0f73dcf31", "evaluation": "4735d39fac7fbff6", "dev": "557346e804617801"},
 }  # fmt: skip
+# The share of sentences that contain or lie inside one that a run trains on, from benchmarks.experiment.splits.
+NESTED = {"sst2": {"evaluation": 0.45, "dev": 0.02}, "cola": {"evaluation": 0.02, "dev": 0.02}}
 FIRST_SEEDS = 5  # those that every comparison of a hypothesis gets before any gets more
 FEWEST_SEEDS = 4  # of both settings, for a comparison to be tested
 WITHOUT_SEEDS = SEEDS[:4]  # of the baseline, in which one adapter at a time is left out

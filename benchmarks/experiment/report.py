@@ -85,10 +85,11 @@ def _comparisons(found: Mapping[str, Any]) -> Iterator[str]:
             row["hypothesis"], f"`{row['setting']}`", f"`{row['against']}`", "yes" if row["primary"] else "",
             row["verdict"], str(test["n"]), points(test, signed=True), _p(test["p"]), _p(test["p_holm"]),
             _p(test["equivalent_p"]), points(test["dev"], signed=True),
+            "" if test["changed"] is None else f"{100 * test['changed']:.1f} %",
         ])  # fmt: skip
     header = [
         "hypothesis", "setting", "minus", "primary", "what can be said", "seeds", "difference", "p", "p (Holm)",
-        "p (equivalence)", "on dev",
+        "p (equivalence)", "on dev", "predictions that differ",
     ]  # fmt: skip
     yield from table(header, rows, words=(0, 1, 2, 3, 4))
 
@@ -158,6 +159,17 @@ def _not_run(results: Mapping[str, Any]) -> Iterator[str]:
         yield "- Leaving out one matrix's adapter at a time, the truth that scores should predict: nothing of it."
 
 
+def _about(data: str, found: Mapping[str, Any]) -> Iterator[str]:
+    trained, nested = plan.TRAINED[data], plan.NESTED[data]
+    yield ABOUT[data].format(
+        steps=trained // plan.BATCH, batch=plan.BATCH, sentences=trained, held_out=plan.HELD_OUT[data],
+        dev=plan.DEV[data], nested=100 * nested["evaluation"], nested_dev=100 * nested["dev"],
+    )  # fmt: skip
+    primary = [row["primary"] for row in found["comparisons"]]
+    others = "" if all(primary) else f", or over all {len(primary)} for the others"
+    yield f"Holm: over {sum(primary)} primary comparisons{others}."
+
+
 def _sayings(found: Mapping[str, Any], data: str) -> Iterator[str]:
     what = {setting.name: setting.what for setting in plan.SETTINGS}
     headings = (
@@ -175,6 +187,7 @@ def _sayings(found: Mapping[str, Any], data: str) -> Iterator[str]:
             yield (
                 f"- `{row['setting']}` ({what[row['setting']]}) minus `{row['against']}`: "
                 f"{points(row['found'], signed=True)} over {row['found']['n']} seeds."
+                f"{_further(found, (row['setting'], row['against']))}"
             )
 
 
@@ -182,29 +195,54 @@ INTRODUCTION = """\
 # Where to put the parameters
 
 An experiment on one pretrained model, all-MiniLM-L6-v2, and real sentences: does it matter which matrices have
-adapters, and does importance help to choose their ranks? What it asks, how everything is tuned and which test decides
-was written down before it ran, in `benchmarks/experiment/hypotheses.md`; which effects it can find, in
+adapters, and does importance help to choose their ranks? What it asks, how settings are tuned and which test decides
+stands in `benchmarks/experiment/hypotheses.md`, written down before the runs; which effects it can find, in
 `benchmarks/results/experiment/power.md`. This page is made from its runs by `{command}`: one row
-a run in `benchmarks/results/experiment/runs.jsonl`. A first stretch of 61 shorter runs, from which
-nothing could be told, is in `first_runs.jsonl`; why it ended is said in `hypotheses.md`. So are CoLA's first runs, of
-one epoch, in `first_cola_runs.jsonl`: one class is predicted for all sentences in every one of them, of full
-fine-tuning too.
+a run in `benchmarks/results/experiment/runs.jsonl`.
 
-± is the 95 % interval, t over seeds. "Score" is on sentences that no run trains on or is tuned on. Differences are
-paired by seed; p is of a two-sided paired t-test, then after Holm over {primary} primary comparisons, or over all {all}
-for the others, those that were not run counted too. Equivalent: two one-sided tests. Intervals are of seeds, with
-the sentences as given: `power.md` says how often such a test errs where sentences are counted as drawn.
+Changed when runs had been seen:
+
+- A first stretch of 61 shorter runs on SST-2, from which nothing could be told, is in `first_runs.jsonl` and counts for
+  nothing. The plan after it has other rates and other seeds.
+- CoLA's first 164 runs, of one epoch, are in `first_cola_runs.jsonl` and count for nothing: one class is predicted for
+  all sentences in every one of them, of full fine-tuning too. Runs are five times as long since, and the penalty is
+  left out.
+- CoLA's rates were changed after 20 of those longer runs, when the difference of `qkv` and `all-2` over four seeds had
+  been seen. Runs of them at rates that are still tried count.
+- Settings of SST-2 that were found lower with a rate at the edge were tuned at one rate beyond it. What came of it
+  stands beside the planned result, outside of the tests.
+
+± is the 95 % interval, t over seeds, with the sentences as given: `power.md` says how often a test errs where
+sentences are counted as drawn. Differences are paired by seed; p is of a two-sided paired t-test, then after Holm over
+a data set's primary comparisons, or over all of them for the others, those that were not run counted too. "Better"
+and "worse" are said after Holm. "As well as" and "equivalent" mean: shown to be within {sst2:g} points of accuracy, or
+within {cola:g} hundredths of Matthews correlation, by two one-sided tests at {alpha:g} of each comparison by itself,
+not corrected for their number.
 """
+
+ABOUT = {
+    "sst2": """\
+A run takes {steps} steps of {batch}, each of its {sentences:,} phrases once. "Score" is the accuracy on {held_out:,}
+phrases that no run trains on or is tuned on. They are cut from the same sentences: {nested:.0f} % contain, or lie
+inside, a phrase of three words or more that a run trains on. "Dev" is {dev:,} sentences by themselves
+({nested_dev:.0f} %): the check, on which nothing is tested.
+""",
+    "cola": """\
+A run takes {steps} steps of {batch}, each of its sentences four or five times. "Score" is the Matthews correlation on
+{held_out:,} sentences that no run trains on or is tuned on, and the {dev:,} of dev with them ({nested:.0f} % contain,
+or lie inside, a sentence that is trained on). "Dev" is the {dev:,} alone.
+""",
+}
 
 READ_WITH_CARE = """\
 ## Read with care
 
-One model; short runs, {steps} steps of {batch}; few seeds. A run sees {sentences:,} phrases once: what holds after
-longer training is not told. Where ranks are shared out anew during training, AdamW begins anew too, without the
-moments of the factors before. CPU seconds are of one thread on a machine that other work shared, and compare settings
-roughly: an adapted linear multiplies by the faster of two libraries (`benchmarks/results/floor.md`), any other by
-torch's own, so that a step with fewer adapted linears can take longer. `{baseline}` in all includes leaving out its
-adapters. Peak memory is of the whole process, libraries and evaluation included.
+One model; short runs; few seeds: what holds after longer training is not told. Where ranks are shared out anew during
+training, AdamW begins anew too, without the moments of the factors before. CPU seconds are of one thread on a machine
+that other work shared, and compare settings roughly: an adapted linear multiplies by the faster of two libraries
+(`benchmarks/results/floor.md`), any other by torch's own, so that a step with fewer adapted linears can take longer.
+`{baseline}` in all includes leaving out its adapters. Peak memory is of the whole process, libraries and evaluation
+included.
 """
 
 
@@ -262,29 +300,36 @@ def _follows(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"- Ranks by {', '.join(names)} did {side} uniform ones."
     for pair, (what, other) in OTHERS.items():
         if did.get(pair) is not None:
-            difference = points(rows[pair]["found"], signed=True)
-            yield f"- {what} did {did[pair]} {other}: {difference}{_at_an_edge(found, pair)}."
+            test = rows[pair]["found"]
+            difference = points(test, signed=True)
+            if did[pair] == SIDES["equivalent"] and test["changed"] is not None:
+                difference += f", where {100 * test['changed']:.1f} % of predictions differ"
+            yield f"- {what} did {did[pair]} {other}: {difference}{_at_an_edge(found, pair)}.{_further(found, pair)}"
     untold = [f"`{a}` against `{b}`" for (a, b), row in rows.items() if row["verdict"] == "could not be told"]
     if untold:
         yield f"- Could not be told: {', '.join(untold)}."
 
 
 def _at_an_edge(found: Mapping[str, Any], pair: tuple[str, str]) -> str:
-    edges = [name for setting in pair for name in found["tuning"][setting]["edges"]]
-    if not edges:
-        return ""
-    further = found["beyond"].get(pair[0])
-    if further is None:
-        return f", where a {edges[0]} is at the edge of those tried"
-    return f", at the edge of the rates that were planned; {_further(further)}"
+    edges: dict[str, list[str]] = {}
+    for setting in pair:
+        tuned = found["tuning"][setting]
+        for name in tuned["edges"]:
+            key, place = ("rate", 0) if name == "rate" else ("penalty", 1)
+            side = "lowest" if tuned[key] == min(row[place] for row in tuned["tried"]) else "highest"
+            edges.setdefault(f"{side} {name}", []).append(f"`{setting}`")
+    return "".join(f", with {' and '.join(names)} at the {edge} tried" for edge, names in edges.items())
 
 
-def _further(row: Mapping[str, Any]) -> str:
+def _further(found: Mapping[str, Any], pair: tuple[str, str]) -> str:
     """What a rate beyond the edge did, which was looked at afterwards."""
-    tuned = f"beyond it, at {row['rate']:g}, {100 * row['tuned']:.2f} in tuning ({100 * row['chosen']:.2f} at the edge)"
-    if row["found"] is None:
-        return tuned
-    return f"{tuned} and a difference of {points(row['found'], signed=True)} over {row['found']['n']} seeds"
+    row = found["beyond"].get(pair[0])
+    if row is None or pair[1] != plan.BASELINE:
+        return ""
+    tuned = f"tuning gives {100 * row['tuned']:.2f} after {100 * row['chosen']:.2f}"
+    if (test := row["found"]) is not None:
+        tuned += f", and the difference is {points(test, signed=True)} over {test['n']} seeds"
+    return f" Beyond the planned rates, at {row['rate']:g}, {tuned}."
 
 
 def _defaults(results: Mapping[str, Any]) -> Iterator[str]:
@@ -300,14 +345,15 @@ def _defaults(results: Mapping[str, Any]) -> Iterator[str]:
 
 def markdown(results: Mapping[str, Any], pictures: str = "../benchmarks/results/experiment") -> str:
     """The page, with the folder of its pictures."""
-    lines = [INTRODUCTION.format(command=COMMAND, primary=len(plan.PRIMARY), all=len(plan.COMPARISONS))]
+    within = {data: 100 * margin for data, margin in plan.EQUIVALENT.items()}
+    lines = [INTRODUCTION.format(command=COMMAND, alpha=plan.ALPHA, **within)]
     lines += ["## What follows", ""]
     for data, part in results["data"].items():
         follows = list(_follows(part)) or ["- Nothing yet: too few runs."]
         lines += [f"On {NAMES[data]}, in {UNITS[data]}:", "", *follows, ""]
     lines += [*_defaults(results), ""]
     for data, part in results["data"].items():
-        lines += [f"## {NAMES[data]}, {UNITS[data]}", *_sayings(part, data), ""]
+        lines += [f"## {NAMES[data]}, {UNITS[data]}", "", *_about(data, part), *_sayings(part, data), ""]
         if any(row["found"] for row in part["comparisons"]):
             lines += [*_comparisons(part), ""]
             lines += [*_spread(part, data), ""]
@@ -336,10 +382,7 @@ def markdown(results: Mapping[str, Any], pictures: str = "../benchmarks/results/
         planned = sum(s.tuning_runs + len(plan.SEEDS) for s in plan.settings_of(data))
         lines += [f"{part['runs']} of {planned} planned runs, {part['cpu_hours']:.1f} core-hours.", ""]
     lines += ["## Not run", "", *(list(_not_run(results)) or ["Nothing: every run that was planned is made."]), ""]
-    first = plan.TRAINED["sst2"]
-    lines.append(
-        READ_WITH_CARE.format(steps=first // plan.BATCH, batch=plan.BATCH, sentences=first, baseline=plan.BASELINE)
-    )
+    lines.append(READ_WITH_CARE.format(baseline=plan.BASELINE))
     lines += [
         f"Ran with: {', '.join(f'{name} {value}' for name, value in found.items())}."
         for found in results["environments"]

@@ -2,7 +2,8 @@
 
     python -m benchmarks.experiment.splits --data-dir DATA
 
-prints how many there are of each, with fingerprints.
+prints how many there are of each, with fingerprints, and how many of those that are evaluated share a stretch of words
+with what a run trains on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,6 +85,22 @@ def make(train: Sentences, dev: Sentences, shares: Shares) -> Splits:
     return found
 
 
+def nested(part: Sentences, trained: Sentences, words: int = 3) -> float:
+    """Of a part's sentences, how many contain one that is trained on, or lie inside one; of ``words`` words or more."""
+    theirs = [tuple(text.casefold().split()) for text in trained.texts]
+    whole = set(theirs)
+    inside = {stretch for sentence in theirs for stretch in _stretches(sentence, words)}
+    ours = [tuple(text.casefold().split()) for text in part.texts]
+    found = [sentence in inside or not whole.isdisjoint(_stretches(sentence, words)) for sentence in ours]
+    return sum(found) / len(found)
+
+
+def _stretches(sentence: tuple[str, ...], words: int) -> Iterator[tuple[str, ...]]:
+    for start in range(len(sentence)):
+        for stop in range(start + words, len(sentence) + 1):
+            yield sentence[start:stop]
+
+
 def of(folder: Path, name: str) -> Splits:
     """The splits of a data set of ``SHARES`` from its files."""
     return make(*data.find(folder, name), SHARES[name])
@@ -91,6 +108,8 @@ def of(folder: Path, name: str) -> Splits:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 with the reason when a file is missing or does not fit."""
+    from . import plan  # which imports this module
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiment.splits", description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True, help="folder with the subfolders sst2 and cola")
     folder = parser.parse_args(argv).data_dir
@@ -100,6 +119,10 @@ def main(argv: list[str] | None = None) -> int:
             for part in ("train", "tuning", "evaluation", "dev"):
                 sentences = getattr(found, part)
                 print(f"{name} {part}: {len(sentences.texts):,} {fingerprint(sentences)}")
+            trained = data.draw(found.train, plan.TRAINED[name], plan.SEEDS[0])
+            for part in ("evaluation", "dev"):
+                share = nested(getattr(found, part), trained)
+                print(f"{name} {part}: {share:.2f} contain or lie inside one that the run of the first seed trains on")
             print(f"{name}: {found.left_out} rows of the train file are in the dev file and left out")
     except ValueError as error:
         print(f"splits: {error}", file=sys.stderr)

@@ -9,8 +9,9 @@ import re
 import pytest
 from support.experiment_help import all_rows, made
 
-from benchmarks.experiment import jobs, plan, report, runs
+from benchmarks.experiment import jobs, plan, report, runs, splits
 from benchmarks.experiment.analysis import analyse, equivalence, holm, interval, paired
+from benchmarks.experiment.data import Sentences
 from benchmarks.experiment.report import markdown, write_report
 from benchmarks.experiment.train import Job
 
@@ -87,10 +88,14 @@ def test_the_page_claims_what_the_tests_show(tmp_path):
            for row in all_rows({"eva": -0.01}, wanted=("all-2", "eva"))]  # fmt: skip
     for row in eva:
         row |= {"tuning": 0.9} if row["setting"] == "eva" and row["rate"] == 1e-3 else {}
-    edge = r"at the edge of the rates that were planned; beyond it, at 0.0005, \d+\.\d+ in tuning \(90.00 at the edge\)"
+    edge = (
+        r"with `eva` at the lowest rate tried\. Beyond the planned rates, at 0.0005, tuning gives \d+\.\d+ after 90.00"
+    )
     assert re.search(rf"- EVA at uniform ranks did worse .+: -.+, {edge}\.\n", markdown(analyse(eva)))
     eva += [made(Job("sst2", "final", "eva", 5e-4, 0.0, seed), {"eva": 0.01}) for seed in plan.SEEDS]
-    assert re.search(rf"{edge} and a difference of \+.+ over 8 seeds\.\n", markdown(analyse(eva)))
+    further = r"Beyond .+, and the difference is \+\d\.\d+ ± \d\.\d+ over 8 seeds\.\n"
+    assert re.search(rf"{edge}, and the difference is \+.+ over 8 seeds\.\n", text := markdown(analyse(eva)))
+    assert re.search(rf"- `eva` \(.+\) minus `all-2`: -.+ over 8 seeds\. {further}", text)
     assert "- Training the head alone did worse than LoRA of rank 2 on all linears: -" in told and "Rank 8" not in told
     few = analyse(all_rows(gain, seeds=3, wanted=wanted))
     assert {row["verdict"] for row in few["data"]["sst2"]["comparisons"]} == {"not run"}
@@ -136,7 +141,9 @@ def test_scores_are_ranked_by_what_adapters_bring(tmp_path):
             row["scores"] = scores[row["setting"]]
         if row["phase"] == "final" and row["setting"] == "all-2" and row["seed"] in plan.WITHOUT_SEEDS:
             row["without"] = gains
-    found = analyse(rows)["data"]["sst2"]["agreement"]
+    again = [{**row, "setting": "norm-1"} for row in rows if row["setting"] == "norm" and "scores" in row]
+    tuned = [{**row, "setting": "norm-1"} for row in rows if row["setting"] == "norm" and row["phase"] == "tuning"]
+    found = analyse(rows + again + tuned)["data"]["sst2"]["agreement"]  # the same scores are named once
     assert found == {name: {"mean": pytest.approx(rho), "half_width": pytest.approx(0.0), "n": 4}
                      for name, rho in (("norm", 1.0), ("fim", -1.0))}  # fmt: skip
     write_report(rows, tmp_path, tmp_path / "page.md")
@@ -144,6 +151,35 @@ def test_scores_are_ranked_by_what_adapters_bring(tmp_path):
     assert "| `norm` | ranks by gradient norm per parameter at the start | 4 | +1.00 ± 0.00 |" in text
     assert "Leaving out one matrix's adapter at a time" not in text
     assert (tmp_path / "sst2_agreement.png").stat().st_size > 5000
+
+
+def test_predictions_that_differ_and_the_edges_that_choices_are_at():
+    rows = all_rows(wanted=("all-2", "penalty-relative", "penalty-uniform", "dora"))
+    for row in rows:
+        alike = {"all-2": [0, 1, 1, 0], "dora": [0, 1, 1, 1]}.get(row["setting"])
+        row |= {"predictions": runs.packed(alike)} if alike and row["phase"] == "final" else {}
+    found = analyse(rows)
+    tests = {(row["setting"], row["against"]): row["found"] for row in found["data"]["sst2"]["comparisons"]}
+    assert tests["dora", "all-2"]["changed"] == 0.25
+    assert tests["penalty-relative", "penalty-uniform"]["changed"] is None
+    text = markdown(found)
+    assert re.search(r"- DoRA did as well as .+, where 25\.0 % of predictions differ\.\n", text)
+    both = "with `penalty-relative` and `penalty-uniform` at the lowest lambda tried"
+    assert re.search(rf"- A penalty weighed by importance did as well as a uniform one: [^,]+, {both}\.\n", text)
+    assert "Holm: over 7 primary comparisons, or over all 30 for the others." in text
+    assert "Holm: over 6 primary comparisons." in markdown(analyse(all_rows(data="cola")))
+
+
+def test_sentences_that_share_words_with_what_is_trained_on():
+    def of(*texts):
+        return Sentences(list(texts), [0] * len(texts))
+
+    trained = of("a very good film indeed", "Not Good", "so so")
+    part = of(
+        "A very good", "it is a very good film indeed , really", "very good", "not good at all", "film a good very"
+    )
+    assert splits.nested(part, trained) == 0.4
+    assert splits.nested(part, trained, words=2) == 0.8
 
 
 def test_a_run_of_another_rate_is_no_run_of_the_choice():
