@@ -145,6 +145,28 @@ def out_of_memory(most: int | None = None) -> int:
             return at - 1
 
 
+def out_of_memory_in_merge(made: Callable[[], nn.Module] = adapted) -> int:
+    """Every operation of a merge in turn finds no memory: no layer is merged. Of unmerge: it goes on where it was."""
+
+    def fault() -> None:
+        raise torch.OutOfMemoryError("simulated")
+
+    expected, count = snapshot(made()), 0
+    for verb in (fastlora.merge, fastlora.unmerge):
+        for at in itertools.count(1):
+            model = made() if verb is fastlora.merge else fastlora.merge(made())
+            try:
+                with Kill(at, fault):
+                    verb(model)
+                break
+            except torch.OutOfMemoryError:
+                if verb is fastlora.unmerge:
+                    fastlora.unmerge(model)
+                assert snapshot(model) == expected, f"operation {at} of {verb.__name__}: some layers are merged"
+                count += 1
+    return count
+
+
 def _poison(module: nn.Module, args: Any, y: torch.Tensor) -> None:
     y.register_hook(lambda dy: dy * math.nan)
 
@@ -232,6 +254,7 @@ def main() -> int:
             "kill -9 during save": dict(kills_during_save(root / "killed", 200)),
             "file size limit during save": dict(full_disk(root / "full", 31)),
             "no memory at an operation of backward": out_of_memory(),
+            "no memory at an operation of merge or unmerge": out_of_memory_in_merge(),
             "NaN in one layer and step": not_a_number(),
             "Ctrl-C in calibration": dict(ctrl_c(400)),
         }

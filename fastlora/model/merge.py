@@ -17,7 +17,7 @@ from .._utils.reporting import Report, check_progress, reporting
 from .._utils.types import ModelT
 from ..nn.active import NO_ADAPTERS, chosen_adapter, refuse_merged
 from ..nn.linear import Adapted, adapted_layers
-from ..nn.quantized import dequantized, foreign_base, put_back, replace_weight, requantized
+from ..nn.quantized import dequantized, foreign_base, kept_weight, put_back, replace_weight, requantized
 from ..nn.routing import Route
 from ..nn.token_rows import token_rows
 from .eject import eject
@@ -78,7 +78,7 @@ def merge(
         added = layer.lora_B[adapter].beside() if adapter in layer.ranked else {}
         if "bias" in added and layer.bias is None:
             raise ValueError(f"model: {path!r} has no bias, and that of adapter {adapter!r} (lora_bias) needs one")
-    merged: dict[str, torch.Tensor] = {}
+    merged: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
     losses: dict[str, float] = {}
     with reporting(progress, len(layers), "merge", "layer") as report:
         for done, (path, layer) in enumerate(layers.items(), 1):
@@ -86,22 +86,27 @@ def merge(
                 weight = layer.merged_weight(adapter)
             else:
                 weight, losses[path] = _quantized_sum(path, layer, adapter)
-            if weight is None:
+            bias = layer.merged_bias(adapter)
+            if weight is None or not (bias is None or bias.isfinite().all()):
                 raise ValueError(f"model: merging {path!r} gives weights that are not finite")
-            merged[path] = weight
+            merged[path] = weight, bias
             report(done, len(layers), math.nan)
     rows = token_rows(model, adapter)
     new = {path: each.merged_rows(adapter, model.get_submodule(path).weight) for path, each in rows.items()}
     for path, values in new.items():
         if values is None:
             raise ValueError(f"model: merging {path!r} gives weights that are not finite")
-    for path, layer in layers.items():
-        _put_in(layer, merged[path], adapter)
-    for path, values in new.items():
-        rows[path].put_in(adapter, model.get_submodule(path).weight, values)
-    for each in token_rows(model).values():
-        each.merged = (adapter,)
-    _mark(every, (adapter,))
+    try:
+        for path, layer in layers.items():
+            _put_in(layer, *merged[path])
+        for path, values in new.items():
+            rows[path].put_in(adapter, model.get_submodule(path).weight, values)
+        for each in token_rows(model).values():
+            each.merged = (adapter,)
+        _mark(every, (adapter,))
+    except BaseException:  # no memory to keep a weight, or Ctrl-C
+        _take_out(model, every)
+        raise
     if losses:
         worst = max(losses, key=losses.__getitem__)
         logger.warning(
@@ -173,14 +178,14 @@ def _mark(layers: Iterable[Adapted], merged: tuple[str, ...]) -> None:
         layer.router.changed(None)
 
 
-def _put_in(layer: Adapted, weight: torch.Tensor, adapter: str) -> None:
+def _put_in(layer: Adapted, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     # The rounding of a low-precision merge cannot be undone by subtraction: keep the original.
     if foreign_base(layer) is None:
         layer.unmerged_weight = layer.weight.detach().clone()
         layer.weight.copy_(weight)
     else:
-        layer.unmerged_weight = replace_weight(layer, weight)
-    bias = layer.merged_bias(adapter)
+        layer.unmerged_weight = kept_weight(layer)
+        replace_weight(layer, weight)
     if bias is not None:
         layer.unmerged_bias = layer.bias.detach().clone()
         layer.bias.copy_(bias)
@@ -188,7 +193,7 @@ def _put_in(layer: Adapted, weight: torch.Tensor, adapter: str) -> None:
 
 @torch.no_grad()
 def unmerge(model: ModelT) -> ModelT:
-    """Put back the weights as they were before ``merge``, bit for bit.
+    """Put back the weights as they were before ``merge``, bit for bit; a call that was interrupted can be repeated.
 
     Raises ``TypeError`` for what is no model, ``ValueError`` if nothing is merged.
 
@@ -200,21 +205,25 @@ def unmerge(model: ModelT) -> ModelT:
     if not layers:
         raise ValueError("model: nothing is merged")
     refuse_partitioned(model)
+    _take_out(model, layers)
+    return model
+
+
+def _take_out(model: nn.Module, layers: Iterable[Adapted]) -> None:
+    """Put back what ``_put_in`` kept, wherever it came to; what was interrupted begins anew."""
     for layer in layers:
-        if not hasattr(layer, "unmerged_weight"):
-            continue  # the merged adapter is not on this layer
-        if foreign_base(layer) is None:
-            layer.weight.copy_(layer.unmerged_weight)
-        else:
-            put_back(layer, layer.unmerged_weight)
-        del layer.unmerged_weight
+        if hasattr(layer, "unmerged_weight"):  # not where the adapter is not on this layer
+            if foreign_base(layer) is None:
+                layer.weight.copy_(layer.unmerged_weight)
+            else:
+                put_back(layer, layer.unmerged_weight)
+            del layer.unmerged_weight
         if hasattr(layer, "unmerged_bias"):
             layer.bias.copy_(layer.unmerged_bias)
             del layer.unmerged_bias
     for path, rows in token_rows(model).items():
         rows.take_out(model.get_submodule(path).weight)
-    _mark(layers, ())
-    return model
+    _mark([layer for layer in layers if layer.merged], ())
 
 
 @contextmanager

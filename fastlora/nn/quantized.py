@@ -205,15 +205,19 @@ def requantized(layer: nn.Linear, W: Tensor) -> nn.Parameter:
     return make(weight, W)
 
 
-def replace_weight(layer: nn.Linear, weight: nn.Parameter) -> tuple[Any, ...]:
-    """Put a weight in; returns what puts the old one back, as it was: ``put_back(layer, kept)``."""
+def kept_weight(layer: nn.Linear) -> tuple[Any, ...]:
+    """What puts a layer's weight back, as it is now: ``put_back(layer, kept)``."""
     state = getattr(layer, "state", None)
-    kept = (layer.weight, *((state.CB, state.SCB) if state is not None else ()))
+    return (layer.weight, *((state.CB, state.SCB) if state is not None else ()))
+
+
+def replace_weight(layer: nn.Linear, weight: nn.Parameter) -> None:
+    """Put a weight in."""
     layer.weight = weight
+    state = getattr(layer, "state", None)
     if state is not None:
         state.CB = state.SCB = None  # the next forward takes them from the weight
     _tell_module(layer)
-    return kept
 
 
 def put_back(layer: nn.Linear, kept: tuple[Any, ...]) -> None:

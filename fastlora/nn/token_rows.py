@@ -117,7 +117,7 @@ class TokenRows(nn.Module):
     def put_in(self, adapter: str, weight: Tensor, rows: Tensor) -> None:
         """Write an adapter's rows into the weight, and keep those that were there."""
         index = torch.tensor(self.indices[adapter], device=weight.device)
-        self.unmerged = weight[index].clone()
+        self.merged, self.unmerged = (adapter,), weight[index].clone()
         weight[index] = rows
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.helpers import FAMILIES, config, lora_grads, randomise
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
 from fastlora.nn.linear import adapted_layers
@@ -216,6 +217,36 @@ class TestErrorsChangeNothing:
         with pytest.raises(ValueError, match="not finite"):
             fastlora.merge(layer)
         assert_unchanged(layer, before)
+
+    def test_a_bias_that_is_not_finite(self):
+        made = config(target_modules=["0", "1"], lora_bias=True)
+        model = randomise(fastlora.inject(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), made))
+        with torch.no_grad():
+            model[1].lora_B["default"].bias[0] = float("nan")
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="merging '1' gives weights that are not finite"):
+            fastlora.merge(model)
+        assert_unchanged(model, before)
+
+    def test_no_memory_and_then_another_try(self, adapted):
+        """What a weight was is kept layer by layer; the last finds no memory for it."""
+        model, run = adapted
+        last = list(adapted_layers(model).values())[-1].weight
+        before = snapshot(model)
+
+        class NoMemory(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func is torch.ops.aten.clone.default and args[0].data_ptr() == last.data_ptr():
+                    raise torch.OutOfMemoryError
+                return func(*args, **(kwargs or {}))
+
+        with pytest.raises(torch.OutOfMemoryError), NoMemory():
+            fastlora.merge(model)
+        assert_unchanged(model, before)
+        with torch.no_grad():
+            expected = run(model)
+            torch.testing.assert_close(run(fastlora.merge(model)), expected, rtol=1e-4, atol=1e-5)
+        assert_unchanged(fastlora.unmerge(model), before)
 
     def test_unknown_adapter(self, adapted):
         with pytest.raises(ValueError, match=r"adapter: expected one of \['default'\], got 'b'"):

@@ -16,7 +16,7 @@ from fastlora.tracking import calibrate as restoring
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.append(str(TOOLS))
 import faults  # noqa: E402
-from small_model import adapted, batch, loss_fn  # noqa: E402
+from small_model import adapted, batch, loss_fn, plain  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and forks")
 
@@ -32,6 +32,28 @@ def test_the_disk_is_full_while_saving(tmp_path):
 
 def test_no_memory_at_any_operation_of_backward():
     assert faults.out_of_memory(20) == 20
+
+
+def _with_biases():
+    torch.manual_seed(0)
+    config = fastlora.LoraConfig(r=2, target_modules=["qkv"], lora_bias=True, init_lora_weights=False)
+    return fastlora.inject(plain(), config, check="off")
+
+
+def _with_rows():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(6, 8), "out": torch.nn.Linear(8, 8)})
+    rows = {"embed": [1, 4]}
+    config = fastlora.LoraConfig(r=2, target_modules=["out"], init_lora_weights=False, trainable_token_indices=rows)
+    model = fastlora.inject(model, config, check="off")
+    with torch.no_grad():
+        model["embed"].token_adapter.rows("default").add_(1.0)
+    return model
+
+
+@pytest.mark.parametrize("made", [adapted, _with_biases, _with_rows])
+def test_no_memory_at_any_operation_of_merge_and_unmerge(made):
+    assert faults.out_of_memory_in_merge(made) > 20
 
 
 def test_nan_in_one_layer_and_one_step():
