@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from .._utils.errors import check_choice, check_instance, check_integer, check_number, wrong_value
 from .._utils.torch_compat import set_requires_grad
 
+_PART_OF = {"lora_B": "lora"}  # LoRA+ makes two groups of one
+
 
 class _Factor:
     """Multiplier of one group's base rate after ``step`` optimizer steps; an object, so that a state dict holds it."""
@@ -37,9 +39,10 @@ class Cosine(LambdaLR):
     ``steps`` the rate stays at ``floor``, which is never 0. ``warmup`` steps rise linearly first; they count in T.
 
     ``freeze``: optimizer steps during which the groups named so do not learn, a number for ``"lora"`` or a mapping of
-    group names (see ``param_groups``). Their clock runs on, so that all groups end together. ``freeze_by``:
-    ``"requires_grad"`` switches the parameters' gradients off, which costs nothing and leaves the optimizer's moments
-    empty; ``"lr"`` sets the rate to 0 while moments fill, for DDP and compiled steps, which want a fixed graph.
+    group names (see ``param_groups``), where ``"lora"`` is LoRA+'s ``"lora_B"``, too, unless that is named. Their clock
+    runs on, so that all groups end together. ``freeze_by``: ``"requires_grad"`` switches the parameters' gradients off,
+    which costs nothing and leaves the optimizer's moments empty; ``"lr"`` sets the rate to 0 while moments fill, for
+    DDP and compiled steps, which want a fixed graph.
 
     ``state_dict`` and ``load_state_dict`` resume, frozen groups included. Raises ``TypeError`` or ``ValueError`` naming
     the argument.
@@ -72,7 +75,7 @@ class Cosine(LambdaLR):
 
     def _factor(self, group: dict[str, Any]) -> _Factor:
         base = float(group.get("initial_lr", group["lr"]))
-        frozen = self.freeze.get(group.get("name"), 0) if self.freeze_by == "lr" else 0
+        frozen = _held_for(self.freeze, group.get("name")) if self.freeze_by == "lr" else 0
         return _Factor(self.steps, self.floor / base, self.warmup, frozen)
 
     def step(self, epoch: int | None = None) -> None:
@@ -88,14 +91,19 @@ class Cosine(LambdaLR):
         if self.freeze_by != "requires_grad":
             return
         for group in self.optimizer.param_groups:
-            until = self.freeze.get(group.get("name"))
-            if until is None:
+            until = _held_for(self.freeze, group.get("name"))
+            if not until:
                 continue
             set_requires_grad(group["params"], self.last_epoch >= until)
             if self.last_epoch < until:
                 for parameter in group["params"]:
                     # A gradient that is left over would still be stepped.
                     parameter.grad = None
+
+
+def _held_for(freeze: Mapping[str, int], name: Any) -> int:
+    """Steps for which the group of a name does not learn."""
+    return freeze.get(name, freeze.get(_PART_OF.get(name, name), 0))
 
 
 def _checked_floor(optimizer: Optimizer, floor: Any) -> float:
@@ -111,12 +119,12 @@ def _checked_floor(optimizer: Optimizer, floor: Any) -> float:
 def _checked_freeze(optimizer: Optimizer, freeze: Any, steps: int) -> dict[str, int]:
     names = [group.get("name") for group in optimizer.param_groups]
     wanted = dict(freeze) if isinstance(freeze, Mapping) else {"lora": check_integer("freeze", freeze, 0)}
-    wanted = {name: count for name, count in wanted.items() if check_integer(f"freeze[{name!r}]", count, 0)}
+    known = {*names, *(_PART_OF.get(name, name) for name in names)}
     for name, count in wanted.items():
-        if name not in names:
+        if check_integer(f"freeze[{name!r}]", count, 0) and name not in known:
             raise wrong_value("freeze", f"names of parameter groups, {names}", name, "; see fastlora.param_groups")
         if count >= steps:
             raise wrong_value("freeze", f"less than the {steps} steps, so that {name!r} learns", count)
-    if wanted and all(name in wanted for name in names):
+    if any(wanted.values()) and all(_held_for(wanted, name) for name in names):
         raise ValueError(f"freeze: expected a group that learns meanwhile, got all of {names}")
     return wanted

@@ -13,6 +13,7 @@ from support.optimizer_help import backward, grouped
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, SequentialLR
 
+import fastlora
 from fastlora.training.schedule import Cosine
 
 
@@ -65,6 +66,44 @@ class TestCosine:
         train(model, optimizer, scheduler, 1, first=3)
         assert all(not torch.equal(v, start[n]) for n, v in values(model).items())
         assert all(p.requires_grad for p in model.parameters())
+
+    @pytest.mark.parametrize("how", ["requires_grad", "lr"])
+    @pytest.mark.parametrize(
+        "freeze, moved", [(2, "head"), ({"lora": 2}, "head"), ({"lora": 2, "lora_B": 0}, "B"), ({"lora_B": 2}, "A")]
+    )
+    def test_both_halves_of_an_adapter_s_groups(self, how, freeze, moved):
+        """LoRA+: ``param_groups(lr_ratio=...)`` has B in a group of its own."""
+        torch.manual_seed(0)
+        config = fastlora.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"], init_lora_weights=False)
+        model = fastlora.inject(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), config)
+        optimizer = torch.optim.AdamW(fastlora.param_groups(model, lr_ratio=16))
+        scheduler, start = Cosine(optimizer, 10, freeze=freeze, freeze_by=how), values(model)
+
+        def stepped():
+            optimizer.zero_grad()
+            model(torch.ones(3, 4)).square().sum().backward()
+            optimizer.step()
+            scheduler.step()
+            return {n for n, v in values(model).items() if not torch.equal(v, start[n])}
+
+        trained = {"A": {"0.lora_A.default.weight"}, "B": {"0.lora_B.default.weight"}, "head": set()}
+        head = {"1.weight", "1.bias"}
+        for _ in range(2):
+            assert stepped() == head | trained[moved]
+        assert stepped() == head | trained["A"] | trained["B"]
+
+    @pytest.mark.parametrize("names", [["lora_B", "head"], ["lora", "lora_B"]])
+    def test_half_an_adapter_alone(self, names):
+        """A that is never trained, or no group that learns meanwhile."""
+        _, optimizer = grouped()
+        for group, name in zip(optimizer.param_groups, names, strict=True):
+            group["name"] = name
+        if "head" in names:
+            Cosine(optimizer, 5, freeze=2)
+            assert [group["params"][0].requires_grad for group in optimizer.param_groups] == [False, True]
+        else:
+            with pytest.raises(ValueError, match="freeze: expected a group that learns meanwhile"):
+                Cosine(optimizer, 5, freeze=2)
 
     @pytest.mark.parametrize("how", ["requires_grad", "lr"])
     @pytest.mark.parametrize("stop", [1, 3, 6])
