@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._utils.distributed import refuse_partitioned, whole
 from .._utils.errors import check_model
 from .._utils.torch_compat import load_hooks
+from ..model.merge import before_merge
 from ..model.saving_check import running
 from ..model.state_differences import named, refuse_other, trained_names
 from ..nn.linear import adapted_layers
@@ -23,8 +24,9 @@ def adapters_only(model: nn.Module) -> AdaptersOnly:
     What stays: every adapter, ``modules_to_save``, whatever else requires gradients, and buffers, under their usual
     names. ``load_state_dict`` of such a dict, strict or not, also after closing, keeps the base as it is and is
     compared with the model first: ``ValueError`` names differing ranks, targets and trained modules, with the model as
-    it was. So the checkpoints of any trainer shrink to what is trained, and load. ``model`` may contain the adapted
-    model, and may get its adapters later; full state dicts load as ever. Raises ``TypeError`` for what is no model.
+    it was. So the checkpoints of any trainer shrink to what is trained, and load. A merged model gives what it was
+    before, and loads nothing until ``unmerge``. ``model`` may contain the adapted model, and may get its adapters
+    later; full state dicts load as ever. Raises ``TypeError`` for what is no model.
 
     >>> from fastlora.integrations import adapters_only
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
@@ -90,6 +92,11 @@ def _leave_out_base(module: nn.Module, state: dict[str, Any], prefix: str, metad
     parts = tuple(name + "." for name in frozen)
     for key in [key for key in state if key.startswith(parts)]:
         del state[key]
+    base = before_merge(module)
+    for name, parameter in named(module).items() if base else ():
+        # With keep_vars the parameter itself is asked for.
+        if id(parameter) in base and not isinstance(state.get(prefix + name, parameter), nn.Parameter):
+            state[prefix + name] = base[id(parameter)]
 
 
 class _BeforeLoad:

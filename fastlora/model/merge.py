@@ -226,6 +226,17 @@ def _take_out(model: nn.Module, layers: Iterable[Adapted]) -> None:
     _mark([layer for layer in layers if layer.merged], ())
 
 
+def before_merge(model: nn.Module) -> dict[int, torch.Tensor]:
+    """id of each parameter that an adapter is merged into -> its values before; of a quantized one there are none."""
+    found = {}
+    for layer in adapted_layers(model).values():
+        for name in ("weight", "bias"):
+            kept = layer.__dict__.get(f"unmerged_{name}")
+            if isinstance(kept, torch.Tensor):
+                found[id(getattr(layer, name))] = kept
+    return found
+
+
 @contextmanager
 def disable_adapters(model: ModelT) -> Iterator[ModelT]:
     """Within, forwards of this thread or task are the base model's, and so is their recomputation under checkpointing.

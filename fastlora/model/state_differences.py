@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.errors import listed
+from ..nn.active import refuse_merged
 from ..nn.linear import adapted_layers, matrix_key
 from .modules import saved_modules
 
@@ -29,6 +30,7 @@ def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = ""
         if n in given and b.shape == given[n].shape and not torch.equal(b, given[n].to(b))
     ]
     if partial:
+        refuse_merged(layers)
         differences += _other_differences(model, names, trained, given)
     if differences:
         raise ValueError(f"checkpoint: does not fit the model: {listed(differences)}")

@@ -317,9 +317,10 @@ def bias_tensors(
     if mode == "none":
         return {}
     out = {}
+    beside = {id(p) for layer in adapted_layers(model).values() for p in layer.lora_B.parameters()}
     for name, tensor in model.state_dict(keep_vars=True).items():
         path, _, last = name.rpartition(".")
-        if last != "bias" or any(path == s or path.startswith(s + ".") for s in saved):
+        if last != "bias" or id(tensor) in beside or any(path == s or path.startswith(s + ".") for s in saved):
             continue
         if path in stored:
             out[f"{PREFIX}{stored[path]}.base_layer.bias"] = tensor

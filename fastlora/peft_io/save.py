@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
 from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
 from ..config import LoraConfig, power_iterations
+from ..model.merge import before_merge
 from ..model.modules import named_targets, refuse_shared, saved_modules
 from ..model.replaced_check import refuse_replaced
 from ..nn.active import chosen_adapter
@@ -128,7 +129,8 @@ def write_adapter(
         "modules_to_save": saved,
         **({} if importance is None else {"importance": _plain(importance)}),
     }
-    whole_tensors = {k: _detached(k, t) for k, t in tensors.items()}
+    base = before_merge(model)
+    whole_tensors = {k: _detached(k, base.get(id(t), t)) for k, t in tensors.items()}
     once(ranks, sharded, lambda: write_folder(pathlib.Path(path), fields, whole_tensors, side))
     warn_of_peft(model, layers)
 

@@ -101,6 +101,49 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert (tmp_path / "last.pt").read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
 
 
+class TestMerged:
+    @staticmethod
+    def made(weights=False):
+        """The base's bias is trained, and an adapter's bias is merged into it."""
+        torch.manual_seed(0)
+        fields = {"r": 2, "target_modules": ["0", "1"], "lora_bias": True, "bias": "lora_only"}
+        config = fastlora.LoraConfig(**fields, init_lora_weights=False)
+        model = fastlora.inject(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), config)
+        for layer in model:
+            layer.weight.requires_grad_(weights)
+        return model
+
+    @pytest.mark.parametrize("weights", [False, True])
+    def test_a_checkpoint_is_of_the_model_before(self, weights, tmp_path):
+        x, model, other = torch.randn(5, 4), shifted(self.made(weights)), self.made(weights)
+        expected, before = model(x), copy.deepcopy(trained(model))
+        fastlora.merge(model)
+        save_checkpoint(tmp_path / "last.pt", model)
+        load_checkpoint(tmp_path / "last.pt", other)
+        assert torch.equal(other(x), expected)
+        assert_same(trained(fastlora.unmerge(model)), before)
+        fastlora.merge(model)
+        with adapters_only(model):
+            assert model.state_dict(keep_vars=True)["0.bias"] is model[0].bias
+            if not weights:
+                fastlora.save(model, tmp_path / "adapter")
+
+    def test_loading_is_refused_until_it_is_unmerged(self, tmp_path):
+        """What is loaded would not run, and ``unmerge`` would put back the old bias."""
+        x, model = torch.randn(5, 4), self.made()
+        save_checkpoint(tmp_path / "last.pt", model)
+        expected, state = model(x), copy.deepcopy(trained(model))
+        fastlora.merge(shifted(model))
+        merged = model(x)
+        with pytest.raises(ValueError, match="model: 'default' is merged into '0'; call fastlora.unmerge first"):
+            load_checkpoint(tmp_path / "last.pt", model)
+        with adapters_only(model), pytest.raises(ValueError, match="call fastlora.unmerge first"):
+            model.load_state_dict(state)
+        assert torch.equal(model(x), merged)
+        load_checkpoint(tmp_path / "last.pt", fastlora.unmerge(model))
+        assert torch.equal(model(x), expected)
+
+
 class TestRefusals:
     @pytest.fixture
     def file(self, tmp_path):

@@ -60,6 +60,23 @@ class TestBesideTheFactors:
         assert_close(run(ours), before)
 
 
+@pytest.mark.parametrize("mode", ["none", "lora_only", "all"])
+def test_a_merged_bias_is_saved_as_it_was(mode, tmp_path):
+    base = Biased().double()
+    fields = {"r": 2, "target_modules": ["up"], "lora_bias": True, "bias": mode, "init_lora_weights": False}
+    model = fastlora.inject(copy.deepcopy(base), fastlora.LoraConfig(**fields))
+    with torch.no_grad():
+        model.up.bias.add_(mode != "none")
+        model.up.lora_B.default.bias.add_(1.0)
+    before = run_biased(model)
+    fastlora.save(model, tmp_path / "before")
+    fastlora.save(fastlora.merge(model), tmp_path / "merged")
+    assert_close(run_biased(model), before)
+    assert_close(run_biased(fastlora.load(copy.deepcopy(base), tmp_path / "merged")), before)
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("before", "merged")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_dora_starts_as_the_base_and_keeps_its_length():
     model = make_llama().double()
     before = forward(model)
