@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import pathlib
 import random
@@ -20,6 +21,7 @@ from .._utils.files import write_atomically
 from ..model.state_differences import refuse_other
 from ..nn.active import NO_ADAPTERS
 from ..nn.linear import DEFAULT, adapted_layers, matrix_key
+from ..tracking.checks import checked_state
 from ..tracking.tracker import Tracker
 from .adapters_only import AdaptersOnly, adapters_only, trained_state
 
@@ -29,10 +31,10 @@ VERSION = 1
 
 
 class TrainingState:
-    """What a checkpoint needs beside weights: which ranks they have, and the averages of a ``tracker``.
+    """What a checkpoint needs beside weights: which ranks and scales they have, and the averages of a ``tracker``.
 
     An object with ``state_dict`` and ``load_state_dict``, as trainers take them. Loading raises ``ValueError`` for a
-    state from a newer version, and names the ranks, targets or tracker settings that differ, with nothing changed.
+    state from a newer version, and names ranks, scales, targets or tracker settings that differ, with nothing changed.
     Raises ``TypeError`` for what is no model, ``ValueError`` for a ``model`` without adapters.
 
     >>> from fastlora.integrations import TrainingState
@@ -46,9 +48,9 @@ class TrainingState:
             raise ValueError(NO_ADAPTERS)
 
     def state_dict(self) -> dict[str, Any]:
-        """Ranks by module path, and the tracker's ``state_dict``: tensors and plain values."""
+        """Ranks and scales ``s`` by matrix, and the tracker's ``state_dict``: tensors and plain values."""
         tracker = None if self.tracker is None else self.tracker.state_dict()
-        return {"version": VERSION, "ranks": _ranks(self.model), "tracker": tracker}
+        return {"version": VERSION, "ranks": _ranks(self.model), "scales": _scales(self.model), "tracker": tracker}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved ``state``; ``ValueError`` names what differs, with nothing changed."""
@@ -71,8 +73,10 @@ def refuse_newer(state: Mapping[str, Any], where: str) -> None:
 
 
 def refuse_ranks(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """``ValueError`` naming the matrices whose ranks a saved state has otherwise."""
-    differences = _differences(_ranks(model), state["ranks"])
+    """``ValueError`` naming the matrices whose ranks or scales a saved state has otherwise."""
+    differences = _differences("rank", _ranks(model), state["ranks"])
+    if not differences and "scales" in state:  # older states have none
+        differences = _differences("scale", _scales(model), state["scales"])
     if differences:
         raise ValueError(f"checkpoint: does not fit the model: {listed(differences)}")
 
@@ -86,15 +90,28 @@ def _ranks(model: nn.Module) -> dict[str, dict[str, int]]:
     return found
 
 
-def _differences(mine: Mapping[str, Mapping[str, int]], theirs: Mapping[str, Mapping[str, int]]) -> list[str]:
+def _scales(model: nn.Module) -> dict[str, dict[str, float]]:
+    """``s`` of every matrix that has a rank."""
+    found: dict[str, dict[str, float]] = {}
+    for path, layer in adapted_layers(model).items():
+        for adapter, spec in layer.adapter_specs.items():
+            for name, rank in layer.ranks(adapter).items():
+                if rank:
+                    found.setdefault(adapter, {})[matrix_key(path, name)] = float(spec.scale[name])
+    return found
+
+
+def _differences(
+    what: str, mine: Mapping[str, Mapping[str, float]], theirs: Mapping[str, Mapping[str, float]]
+) -> list[str]:
     found = []
     for adapter in sorted(mine.keys() | theirs.keys()):
         here, there = mine.get(adapter, {}), theirs.get(adapter, {})
         found += [
-            f"{key} has rank {here.get(key, 0)} in the model and {there.get(key, 0)} in the checkpoint"
+            f"{key} has {what} {here.get(key, 0)} in the model and {there.get(key, 0)} in the checkpoint"
             + ("" if adapter == DEFAULT else f" (adapter {adapter!r})")
             for key in dict.fromkeys([*here, *there])
-            if here.get(key, 0) != there.get(key, 0)
+            if not math.isclose(here.get(key, 0), there.get(key, 0), rel_tol=1e-12)  # s r / r is s but for a bit
         ]
     return found
 
@@ -164,9 +181,12 @@ def load_checkpoint(
         near = suggestion(missing[0], state["objects"])
         raise ValueError(f"{path}: has no state of {missing}, only of {sorted(state['objects'])}{near}")
     refuse_other(model, state["model"])
-    TrainingState(model, tracker).load_state_dict(state)
-    for name, other in objects.items():
+    refuse_ranks(model, state)
+    if tracker is not None and state["tracker"] is not None:
+        checked_state(state["tracker"], tracker.state_dict())
+    for name, other in objects.items():  # before anything of ours, since they may refuse
         other.load_state_dict(state["objects"][name])
+    TrainingState(model, tracker).load_state_dict(state)
     with adapters_only(model):
         model.load_state_dict(state["model"])
     _set_generators(state["generators"])

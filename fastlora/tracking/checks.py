@@ -37,9 +37,22 @@ def checked_layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
         logger.warning("not tracked, since they are no linears: %s", listed([p for p in every if p not in layers]))
     if not layers:
         raise ValueError(f"model: adapter {adapter!r} has no linear; statistics of other layers are not tracked")
+    refuse_tracked(layers, adapter)
+    return layers
+
+
+def refuse_tracked(layers: Mapping[str, Linear], adapter: str) -> None:
     if any(adapter in layer.probes for layer in layers.values()):
         raise ValueError("model: is tracked already; close the other tracker first")
-    return layers
+
+
+def checked_reopening(model: nn.Module | None, over: bool, layers: Mapping[str, Linear], adapter: str) -> nn.Module:
+    """The model of a tracker that is to track again, for a state from before importance was frozen."""
+    if over or model is None:
+        why = "in a tracker that is closed; track the model anew and load it there"
+        raise ValueError(f"state: expected frozen importance {why}, got none")
+    refuse_tracked(layers, adapter)
+    return model
 
 
 def checked_probe_kind(probe_kind: Any, estimator: str, layers: Mapping[str, Any]) -> str:

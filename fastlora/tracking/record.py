@@ -20,6 +20,7 @@ class TrackingRecord:
         self.adapter, self.warmup, self.sampling, self._step = adapter, warmup, sampling, step
         self.weighed, self.unweighed = 0, 0  # penalties that were asked for with an importance, and without
         self.frozen, self.closed, self._warned = False, False, False
+        self.over = False  # closed by its user
 
     def idle(self) -> str:
         """What has not acted so far, or ""."""

@@ -26,6 +26,7 @@ from .checks import (
     checked_layers,
     checked_probe_kind,
     checked_probes,
+    checked_reopening,
     checked_state,
     checked_steps,
     inverse_scale,
@@ -162,6 +163,7 @@ class Tracker:
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
+        self._record.closed = self._record.frozen = False
         for path, probe in self._tracked.probes.items():
             self.layers[path].probes[self.adapter] = probe
             self.layers[path].has_changed()
@@ -215,20 +217,20 @@ class Tracker:
         return self
 
     def __exit__(self, kind: object, *exc: object) -> None:
-        self._detach()
+        self._detach(over=True)
         if kind is None:
             self._record.warn()
 
     def close(self) -> None:
         """Stop tracking; scores and importance stay readable. Warns of a warmup or a penalty that never acted."""
-        self._detach()
+        self._detach(over=True)
         self._record.warn()
 
-    def _detach(self) -> None:
-        self._record.closed = True
+    def _detach(self, over: bool) -> None:
+        self._record.closed, self._record.over = True, over or self._record.over
         self._hook.remove()
         for path, probe in self._tracked.probes.items():
-            if self._owns(path, probe):
+            if self.layers[path].probes.get(self.adapter) is probe:
                 del self.layers[path].probes[self.adapter]
                 self.layers[path].has_changed()
 
@@ -322,9 +324,6 @@ class Tracker:
         sampling, columns = self._sampling, self.probe_kind == "columns"
         self._step.begin(step, sampling.sampled(step), columns and refreshes_norms(sampling.number(step)))
 
-    def _owns(self, path: str, probe: LayerProbe) -> bool:
-        return self.layers[path].probes.get(self.adapter) is probe
-
     def _add_covariances(self, taken: dict, shared: Shared | None, finite: Tensor, inverse: Tensor | None) -> None:
         inverse = torch.ones((), dtype=torch.float64, device=self.device) if inverse is None else inverse
         if shared is not None:
@@ -342,12 +341,12 @@ class Tracker:
         self._begin(step.index + 1)
         if self._sampler is not None and step.sampled:
             self._sampler.draw(step.index)
-        if self.warmup is not None and step.index == self.warmup:
+        if self.warmup is not None and step.index >= self.warmup:
             self._freeze(self._averages.corrected("fisher" if self.per_sample else "grad_sq"))
 
     def _freeze(self, importance: Tensor) -> None:
         self.importance, self._record.frozen = importance, True
-        self._detach()
+        self._detach(over=False)
 
     def _agreement(self) -> dict[str, int]:
         """P and the steps that count are the same on all ranks if these numbers are."""
@@ -473,16 +472,20 @@ class Tracker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved ``state``; ``TypeError`` or ``ValueError`` names what differs, with this tracker unchanged.
 
-        Later steps decay by this tracker's ``ema`` and ``every``; ``every="auto"`` keeps the choice that was saved.
+        Later steps decay by this tracker's ``ema`` and ``every``; ``every="auto"`` keeps the choice that was saved. A
+        tracker that froze its importance tracks again with a state from before; one that was closed refuses it.
         """
         checked_state(state, self.state_dict())
+        if state["importance"] is None and self._record.closed:
+            self._attach(checked_reopening(self._model(), self._record.over, self.layers, self.adapter))
         for part in ("values", "counts"):
             for kind, kept in getattr(self._averages, part).items():
                 kept.copy_(state[part][kind])
         self._averages.skipped.copy_(state["skipped"])
         self._covariances.load_state_dict(state["covariances"])
         self.seed = state["seed"]
-        self._sampling.take_up(state.get("every"), fixed=self._fixed())
+        nothing = self._reduction.ranks is not None or bool(nothing_to_measure(self.estimator, self.device))
+        self._sampling.take_up(state.get("every"), fixed=nothing)
         self._reduction.restart()
         self.discard()
         self._begin(state["steps"])
@@ -494,7 +497,3 @@ class Tracker:
         self.importance = None
         if state["importance"] is not None:
             self._freeze(state["importance"].to(self.device))
-
-    def _fixed(self) -> bool:
-        """Whether ``every="auto"`` has nothing to choose here."""
-        return self._reduction.ranks is not None or bool(nothing_to_measure(self.estimator, self.device))

@@ -163,6 +163,55 @@ class TestRefusals:
         assert_same(trained(model), before)
         assert torch.equal(torch.get_rng_state(), state)
 
+    @pytest.mark.parametrize("alpha", [8, 32])
+    def test_other_scales(self, alpha, tmp_path):
+        """Of an adapter that was loaded, whose ``lora_alpha`` is not that of the script."""
+
+        def made(alpha):
+            torch.manual_seed(0)
+            config = fastlora.LoraConfig(r=4, lora_alpha=alpha, target_modules=["0"], init_lora_weights=False)
+            return fastlora.inject(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config)
+
+        fastlora.save(made(alpha), tmp_path / "adapter")
+        model, again = fastlora.load(made(8), tmp_path / "adapter"), made(8)
+        save_checkpoint(tmp_path / "last.pt", model)
+        if alpha == 8:
+            load_checkpoint(tmp_path / "last.pt", again)
+            return
+        before = trained(shifted(again))
+        with pytest.raises(ValueError, match="not fit the model: 0 has scale 2.0 in the model and 8.0 in the checkpoi"):
+            load_checkpoint(tmp_path / "last.pt", again)
+        assert_same(trained(again), before)
+        load_checkpoint(tmp_path / "last.pt", fastlora.load(again, tmp_path / "adapter"))
+        assert torch.equal(again(torch.ones(1, 8)), model(torch.ones(1, 8)))
+        older = torch.load(tmp_path / "last.pt")
+        del older["scales"]
+        torch.save(older, tmp_path / "older.pt")
+        load_checkpoint(tmp_path / "older.pt", made(8))
+
+    def test_what_an_optimizer_refuses_changes_nothing(self, tmp_path):
+        model, optimizer = vit(), torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        with fastlora.track(model, every=1) as tracker:
+            step(model, BATCHES[0], optimizer, tracker)
+            save_checkpoint(tmp_path / "last.pt", model, tracker, optimizer=optimizer)
+            for batch in BATCHES[1:4]:
+                step(shifted(model), batch, optimizer, tracker)
+            before, scores, state = trained(model), dict(tracker.scores()), torch.get_rng_state()
+            other = torch.optim.SGD(trained_parameters(model), lr=0.1)
+            with pytest.raises(ValueError, match="parameter group"):
+                load_checkpoint(tmp_path / "last.pt", model, tracker, optimizer=other)
+            assert tracker.steps == 4 and dict(tracker.scores()) == scores
+            assert torch.equal(torch.get_rng_state(), state)
+            assert_same(trained(model), before)
+
+    def test_what_a_tracker_refuses_leaves_the_optimizer(self, file):
+        model, other = vit(), vit()
+        optimizers = [torch.optim.SGD(trained_parameters(m), lr=lr) for m, lr in ((model, 0.1), (other, 0.2))]
+        save_checkpoint(file, model, fastlora.track(model), optimizer=optimizers[0])
+        with fastlora.track(other, probes=2) as tracker, pytest.raises(ValueError, match="state: expected the probes"):
+            load_checkpoint(file, other, tracker, optimizer=optimizers[1])
+        assert optimizers[1].param_groups[0]["lr"] == 0.2
+
     def test_other_trackers(self, file):
         model = vit()
         with (

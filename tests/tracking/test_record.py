@@ -162,3 +162,67 @@ def test_adapters_that_stand_still_to_the_end_are_said(caplog):
     session.begin(with_head(), None, 3)
     session.close()
     assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"statistics": ("fisher", "act_var")}, {"probe_kind": "columns"}, {"estimator": "exact"}, {"every": "auto"}],
+)
+def test_a_state_from_before_the_freeze_is_taken_up_by_a_tracker_that_froze(options):
+    """As if it had stopped there: it tracks again, and freezes what a tracker freezes that never went on."""
+    m = model()
+    with track(m, warmup=4, **options) as whole:
+        trained(m, whole, 5)
+    tracker = track(m, warmup=4, **options)
+    trained(m, tracker, 2)
+    state = copy.deepcopy(tracker.state_dict())
+    trained(m, tracker, 6)
+    assert tracker.steps == 4 and tracker.importance is not None
+    tracker.load_state_dict(state)
+    assert tracker.steps == 2 and tracker.importance is None
+    assert "importance is not frozen after 2 of warmup=4 steps" in str(fastlora.explain(m))
+    for step in (2, 3):
+        assert tracker.penalty(0.1) == 0
+        loss_of(m, data(seed=step, samples=2, tokens=2)).backward()
+        tracker.step()
+    assert tracker.steps == 4 and torch.equal(tracker.importance, whole.importance) and tracker.penalty(0.1) > 0
+    assert all(not layer.probes for layer in tracker.layers.values())
+    assert "importance frozen after 4 steps" in str(fastlora.explain(m))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_closed_tracker_refuses_a_state_that_it_would_have_to_go_on_from(frozen):
+    m = model()
+    tracker = track(m, warmup=2)
+    trained(m, tracker, 1)
+    before = copy.deepcopy(tracker.state_dict())
+    trained(m, tracker, 3 if frozen else 0)
+    tracker.close()
+    steps = tracker.steps
+    with pytest.raises(ValueError, match="state: expected frozen importance in a tracker that is closed; track the"):
+        tracker.load_state_dict(before)
+    assert tracker.steps == steps and (tracker.importance is not None) == frozen
+
+
+def test_a_tracker_that_froze_does_not_push_another_aside():
+    m = model()
+    tracker = track(m, warmup=2)
+    state = copy.deepcopy(tracker.state_dict())
+    trained(m, tracker, 2)
+    with track(m) as other, pytest.raises(ValueError, match="model: is tracked already; close the other tracker"):
+        tracker.load_state_dict(state)
+    assert tracker.importance is not None and other.steps == 0
+    tracker.load_state_dict(state)
+    trained(m, tracker, 2)
+    assert tracker.importance is not None
+
+
+def test_a_shorter_warmup_than_a_state_has_behind_it_freezes_at_the_next_step():
+    m = model()
+    with track(m, warmup=9) as first:
+        trained(m, first, 4)
+        state = copy.deepcopy(first.state_dict())
+    with track(m, warmup=2) as second:
+        second.load_state_dict(state)
+        trained(m, second, 1)
+    assert second.steps == 5 and second.importance is not None
