@@ -36,10 +36,10 @@ def set_ranks(
     ``adapter``: the active one unless named. Keys are matrix keys; others keep their rank and factors. Rank 0 removes
     the adapter of a matrix. Refused once B is not zero, because its training would be lost, unless ``reinit``, or
     ``keep``: then the first min(r, r') rows of A and columns of B stay, all matrices copied in one launch, and further
-    columns of B are zero, so that a matrix which grows computes what it did. Factors are new parameters: an optimizer
-    needs to be made anew. On one model ranks shared out anew after every tenth of training (``keep``) did as well as
-    those of the start: +0.06 ± 0.29 points of accuracy (``docs/experiment.md``). Raises ``TypeError`` or ``ValueError``
-    with the model unchanged.
+    columns of B are zero, so that a matrix which grows computes what it did; B (an embedding's A) is multiplied by
+    s / s' where ``s`` changes. Factors are new parameters: an optimizer needs to be made anew. On one model ranks
+    shared out anew after every tenth of training (``keep``) did as well as those of the start: +0.06 ± 0.29 points of
+    accuracy (``docs/experiment.md``). Raises ``TypeError`` or ``ValueError`` with the model unchanged.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> model = fastlora.set_ranks(model, {"0": 4})
@@ -70,7 +70,10 @@ def set_ranks(
     if keep:
         _keep_trained(replaced, adapter)
     for layer, spec, A, B in replaced:
+        before = layer.bias_scale(adapter)
         layer.install(adapter, spec, A, B)
+        if keep and "bias" in B.beside():
+            B.bias.data.mul_(_ratio(before, layer.bias_scale(adapter)))
         if reinit and "magnitude" in B.beside():
             B.magnitude.data.copy_(layer.row_lengths(adapter).norms())
     watch_learning(model)  # the factors are new
@@ -107,22 +110,35 @@ def _refuse_change(
 
 @torch.no_grad()
 def _keep_trained(replaced: list[tuple], adapter: str) -> None:
-    """Copy what both ranks have from the old factors into the new ones, whose other columns of B become zero."""
+    """Copy what both ranks have from the old factors into the new ones, which begin at zero besides."""
     to: list[Tensor] = []
     source: list[Tensor] = []
-    for layer, _, A, B in replaced:
+    rescaled: list[tuple[Tensor, float]] = []
+    for layer, spec, A, B in replaced:
         for name, b in B.tensors().items():
-            old_A, old_B = (f[adapter]._parameters[name] for f in (layer.lora_A, layer.lora_B))
-            if b is None or old_B is None or b is old_B:
+            a, old_A, old_B = (f._parameters[name] for f in (A, layer.lora_A[adapter], layer.lora_B[adapter]))
+            if b is None or b is old_B:
                 continue
-            kept = min(len(old_A), b.shape[1])
-            if layer.lookup:  # further rows of A are zero; B's columns must not be, or neither would ever learn
-                A._parameters[name].detach()[:kept].copy_(old_A[:kept])
-                b.detach()[:, :kept].copy_(old_B[:, :kept])
+            a, b = a.detach(), b.detach()
+            begins = a if layer.lookup else b  # at zero; the other must not be, or neither would ever learn
+            if old_B is None:
+                begins.zero_()
                 continue
-            to += [A._parameters[name].detach()[:kept], b.detach()]
-            source += [old_A.detach(), old_B.detach()]
+            kept = min(len(old_A), len(a))
+            if layer.lookup:
+                b[:, :kept].copy_(old_B[:, :kept])
+            to += [a] if layer.lookup else [a[:kept], b]
+            source += [old_A.detach()] if layer.lookup else [old_A.detach(), old_B.detach()]
+            rescaled.append((begins, _ratio(layer.adapter_specs[adapter].scale[name], spec.scale[name])))
     copy_overlap_(to, source)
+    for factor, ratio in rescaled:
+        if ratio != 1:
+            factor.mul_(ratio)
+
+
+def _ratio(before: float, now: float) -> float:
+    """What a factor is multiplied by, so that its product with the scale stays."""
+    return 1.0 if before == now or not now else before / now
 
 
 def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: LoraConfig | None):

@@ -204,7 +204,7 @@ class Adapted(nn.Module):
     def bias_scale(self, adapter: str) -> float:
         """``s`` of the bias beside B: the largest of the slices that have a rank, as a file says it of the matrix."""
         ranks, scales = self.ranks(adapter), self.adapter_specs[adapter].scale
-        return max((scales[name] for name in self.slices if ranks[name]), key=abs)
+        return max((scales[name] for name in self.slices if ranks[name]), key=abs, default=1.0)
 
     @property
     def active_adapter(self) -> str:
