@@ -179,14 +179,16 @@ def reallocate(
     r_max: int | None = None,
     adapter: str | None = None,
     reinit: bool = False,
+    keep: bool = False,
     **options: Any,
 ) -> dict[str, int]:
-    """``allocate`` and ``set_ranks`` in one: fresh factors at ranks that follow the scores. Returns the ranks.
+    """``allocate`` and ``set_ranks`` in one: new factors at ranks that follow the scores. Returns the ranks.
 
     ``budget``: the ranks that the scored matrices have now, n r for a uniform r; with ``unit="params"`` their
     parameters. ``r_max``: twice the largest rank there is now. No rank exceeds min(N, K). ``adapter``: the active one
     unless named. The default floor ``r_min`` is 2, as FIM-LoRA needs it: with a floor of 1 its ranks are bimodal.
-    Further ``options`` go to ``allocate``; ``reinit`` to ``set_ranks``, which refuses trained adapters without it.
+    Further ``options`` go to ``allocate``; ``reinit`` and ``keep`` to ``set_ranks``, which refuses trained adapters
+    without either.
 
     Raises ``ValueError`` for scores of unknown matrices, and ``TypeError`` or ``ValueError`` for whatever the two
     functions refuse; the model is then as it was. Source: FIM-LoRA (rank proportional to the score at the same total),
@@ -212,5 +214,5 @@ def reallocate(
     caps = {row.key: min(ceiling, row.in_features, row.out_features) for row in scored}
     floors = {key: min(r_min, cap) for key, cap in caps.items()} if r_max is None else r_min
     ranks = allocate(scores, budget, r_min=floors, r_max=caps, **options)
-    set_ranks(model, ranks, adapter=adapter, reinit=reinit)
+    set_ranks(model, ranks, adapter=adapter, reinit=reinit, keep=keep)
     return ranks

@@ -1,6 +1,8 @@
-"""``set_ranks(keep=True)`` keeps what was learned whatever becomes of the scale: growing ranks, shrinking and new ones."""
+"""``set_ranks(keep=True)`` keeps what was learned, whatever becomes of the scale."""
 
 from __future__ import annotations
+
+import copy
 
 import peft
 import pytest
@@ -127,3 +129,14 @@ def test_in_few_bits(dtype):
     before = model.down.delta()
     fastlora.set_ranks(model, {"down": 8}, keep=True)
     assert model.down.lora_B["default"].weight.dtype == dtype and torch.equal(model.down.delta(), before)
+
+
+def test_reallocate_keeps():
+    model = moved(fastlora.inject(Mixed(), config(target_modules=["down", "embed"], scale="per_rank")))
+    by_hand = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="pass reinit=True to start it afresh, or keep=True"):
+        fastlora.reallocate(model, {"down": 3.0, "embed": 1.0})
+    ranks = fastlora.reallocate(model, {"down": 3.0, "embed": 1.0}, keep=True)
+    assert ranks == {"down": 6, "embed": 2}
+    fastlora.set_ranks(by_hand, ranks, keep=True)
+    assert torch.equal(model(X), by_hand(X))

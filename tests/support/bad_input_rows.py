@@ -446,6 +446,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "r_max": rows((0, "r_max: expected an integer >= 1"), (1, "r_min: expected at most r_max = 1 .*, got 2")),
         "adapter": rows(("c", "adapter: expected one of")),
         "reinit": rows(("yes", "reinit: expected True or False", TYPE), (False, "pass reinit=True")),
+        "keep": rows((1, "keep: expected True or False", TYPE), (True, "keep: expected keep or reinit, got both")),
     },
     "training.reliability": {"logits": TENSORS, "labels": LABELS, "bins": BINS, "temperature": TEMPERATURE},
     "delete_adapter": {
