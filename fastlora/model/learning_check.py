@@ -155,7 +155,7 @@ class _OwnerHook:
 def watch_learning(model: nn.Module, mode: str | None = None) -> None:
     """Watch all adapters of a model in place of an earlier check, whose mode stays unless another is given; and
     the optimizers that step from now on."""
-    watch_optimizers(model)
+    watch_optimizers(model, injected=mode is not None)
     before = getattr(model, "fastlora_learning", None)
     if before is not None:
         before.close()

@@ -1,4 +1,4 @@
-"""Finds optimizers that were built too early: before ``inject``, or before factors were replaced."""
+"""Finds optimizers that were built too early: before ``inject``, or before factors were replaced or added."""
 
 from __future__ import annotations
 
@@ -10,45 +10,50 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .._utils.distributed import is_sharded
 from .._utils.errors import listed
 from ..nn.linear import adapted_layers
 
 logger = logging.getLogger(__name__)
 
-_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_looked_at: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+# Of each model the factors that an optimizer has held, that came with inject, or that were told of.
+_models: weakref.WeakKeyDictionary[nn.Module, set[weakref.ref]] = weakref.WeakKeyDictionary()
+# Number of each optimizer's next step since something has changed; 0 where nothing is left to look for.
+_steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []
+_PATIENCE = 4  # steps that an optimizer takes before it is said that others hold nothing either
 
 
-def watch_optimizers(model: nn.Module) -> None:
-    """Look once at each optimizer that steps from now on, whether it holds what is trained of ``model``.
+def watch_optimizers(model: nn.Module, injected: bool = False) -> None:
+    """Look at the optimizers that step from now on, whether they hold what is trained of ``model``.
 
     ``RuntimeError`` for one with factors that others have replaced; a warning for one that holds frozen parameters of
-    the model and none of its factors, and where PEFT has frozen the factors.
+    the model and none of its factors, and where PEFT has frozen the factors. Of factors which came after ``inject``,
+    and have gradients, a warning where none of the optimizers holds them. ``injected``: those of now came with it.
     """
-    _models.add(model)
-    _looked_at.clear()
+    first = injected and model not in _models
+    known = _factors(model).values() if first else [p for ref in _models.get(model, ()) if (p := ref()) is not None]
+    _models[model] = set(map(weakref.ref, known))
+    for optimizer in list(_steps):
+        _steps[optimizer] = 1
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling() or optimizer in _looked_at:
+    if torch.compiler.is_compiling() or not (step := _steps.get(optimizer, 1)):
         return
-    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    for model in list(_models):
-        _look(model, held)
-    _looked_at.add(optimizer)
+    if step & (step - 1) == 0:  # 1, 2, 4, 8, ...: an adapter may rest for long before it is trained
+        held = {id(p): p for p in _parameters(optimizer)}
+        if not any([_look(model, held, step) for model in list(_models)]):
+            step = -1
+    _steps[optimizer] = step + 1
 
 
-def _look(model: nn.Module, held: dict[int, nn.Parameter]) -> None:
-    factors = {
-        f"{path}.lora_{side}.{name}": p
-        for path, layer in adapted_layers(model).items()
-        for side, adapters in (("A", layer.lora_A), ("B", layer.lora_B))
-        for name, p in adapters.named_parameters()
-    }
-    stale = {id(new()) for p in held.values() if (new := getattr(p, "fastlora_replaced_by", None)) is not None}
+def _look(model: nn.Module, held: dict[int, nn.Parameter], step: int) -> bool:
+    """Whether there are factors left that no optimizer has held so far."""
+    factors, known = _factors(model), _models[model]
+    stale = {id(_successor(p)) for p in held.values() if hasattr(p, "fastlora_place")}
     lost = [name for name, p in factors.items() if id(p) in stale and id(p) not in held]
     if lost:
         raise RuntimeError(
@@ -56,16 +61,53 @@ def _look(model: nn.Module, held: dict[int, nn.Parameter]) -> None:
             "build the optimizer after fastlora.set_ranks and reallocate"
         )
     own = [p for p in model.parameters() if id(p) in held]
-    by_peft = any(type(module).__module__.startswith("peft.") for module in model.modules())
+    by_peft = step == 1 and any(type(module).__module__.startswith("peft.") for module in model.modules())
     if own and by_peft and not any(p.requires_grad for p in factors.values()):
         logger.warning(
             "optimizer: peft.get_peft_model has frozen the adapters of fastlora.inject, so that these do not "
             "learn: %s; call fastlora.to_peft to go on in PEFT, or fastlora.add_adapter for another adapter",
             listed(list(factors)),
         )
-        return
-    if factors and own and not all(p.requires_grad for p in own) and not any(id(p) in held for p in factors.values()):
+        return False
+    frozen = step == 1 and not all(p.requires_grad for p in own)
+    if factors and frozen and not any(id(p) in held for p in factors.values()):
         logger.warning(
             "optimizer: holds frozen parameters of the model and none of its adapters, which this optimizer does not "
             "train; build it after fastlora.inject"
         )
+        known.update(map(weakref.ref, factors.values()))
+    concerned = bool(own) or any(weakref.ref(p) in known for p in held.values())
+    known.update(weakref.ref(p) for p in factors.values() if id(p) in held)
+    new = {n: p for n, p in factors.items() if p.requires_grad and not is_sharded(p) and weakref.ref(p) not in known}
+    if new and concerned and step >= _PATIENCE:
+        elsewhere = {id(p) for optimizer in list(_steps) for p in _parameters(optimizer)}
+        idle = [n for n, p in new.items() if id(p) not in elsewhere and p.grad is not None and p.grad.any()]
+        if idle:
+            logger.warning(
+                "optimizer: none that has stepped so far holds these, which have gradients and do not learn: %s; "
+                "build it after fastlora.add_adapter and set_ranks",
+                listed(idle),
+            )
+            known.update(map(weakref.ref, new.values()))
+            return False
+    return bool(new)
+
+
+def _factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{path}.lora_{side}.{name}": p
+        for path, layer in adapted_layers(model).items()
+        for side, adapters in (("A", layer.lora_A), ("B", layer.lora_B))
+        for name, p in adapters.named_parameters()
+    }
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _successor(replaced: nn.Parameter) -> nn.Parameter | None:
+    """What is now in the place of a factor, through any number of changes."""
+    layer, side, adapter, name = replaced.fastlora_place
+    adapters = getattr(layer(), side, {})
+    return adapters[adapter]._parameters.get(name) if adapter in adapters else None

@@ -51,11 +51,11 @@ class Adapted(nn.Module):
 
     def install(self, name: str, spec: AdapterSpec, A: Factors, B: Factors) -> None:
         """Put an adapter's factors in place, replacing those of the same name."""
-        for side, factors in ((self.lora_A, A), (self.lora_B, B)):
-            for key, old in side[name]._parameters.items() if name in side else ():
-                new = factors._parameters.get(key)
-                if old is not None and new is not None and new is not old:
-                    old.fastlora_replaced_by = weakref.ref(new)  # for an optimizer that still holds the old one
+        for side, factors in (("lora_A", A), ("lora_B", B)):
+            before = getattr(self, side)
+            for key, old in before[name]._parameters.items() if name in before else ():
+                if old is not None and factors._parameters.get(key) is not old:
+                    old.fastlora_place = weakref.ref(self), side, name, key  # for an optimizer that still holds it
         self.lora_A[name], self.lora_B[name] = A, B
         self.adapter_specs[name] = spec
         self.has_changed()

@@ -12,9 +12,11 @@ from support.helpers import config, said
 from torch import nn
 
 import fastlora
+from fastlora.model import optimizer_check
 
 REPLACED = r"optimizer: holds the factors that others have replaced.*0\.lora_A\.default\.weight.*set_ranks"
 TOO_EARLY = "build it after fastlora.inject"
+UNHELD = "optimizer: none that has stepped so far holds these"
 
 
 def base():
@@ -59,6 +61,146 @@ def test_ranks_that_change_between_steps():
     fastlora.set_ranks(model, {"0": 2}, keep=True)
     with pytest.raises(RuntimeError, match=REPLACED):
         steps(model, optimizer)
+
+
+@pytest.mark.parametrize("changes", [(8, 2), (8, 6, 2), (0, 2), (8, 0, 2), (0, 8, 2)])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("between", [False, True])
+def test_several_changes(changes, keep, between):
+    """A factor leads to what is in its place through changes whose own factors are gone, and through rank 0."""
+    model = adapted(modules_to_save=["3"])
+    optimizer = torch.optim.AdamW(fastlora.param_groups(model))
+    for rank in changes:
+        fastlora.set_ranks(model, {"0": rank}, keep=keep)
+        if between and rank == 0:
+            optimizer.step()
+    with pytest.raises(RuntimeError, match=REPLACED):
+        steps(model, optimizer)
+
+
+def test_rank_0_that_grows(caplog):
+    model = adapted(rank_pattern={"0": 0})
+    optimizer = torch.optim.AdamW(trained(model))
+    steps(model, optimizer)
+    fastlora.set_ranks(model, {"0": 4})
+    steps(model, optimizer, count=20)
+    assert caplog.text.count(UNHELD) == 1 and "0.lora_B.default.weight;" in caplog.text
+    steps(model, torch.optim.AdamW(trained(model)), count=20)
+    assert caplog.text.count(UNHELD) == 1 and model[0].lora_B["default"].weight.any()
+
+
+def added(model, name, **fields):
+    fastlora.add_adapter(model, name, config(target_modules=["0", "2"], r=4, **fields))
+    return [p for n, p in model.named_parameters() if f".{name}." in n]
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+@pytest.mark.parametrize("resting", [0, 100])
+def test_built_before_add_adapter(steps_before, resting, caplog):
+    """Also where the new adapter rests for long."""
+    model = adapted()
+    optimizer = torch.optim.AdamW(trained(model))
+    steps(model, optimizer, count=steps_before)
+    added(model, "b")
+    steps(model, optimizer, count=resting)
+    assert UNHELD not in caplog.text
+    fastlora.set_adapter(model, "b")
+    steps(model, optimizer, count=100)
+    assert caplog.text.count(UNHELD) == 1 and "0.lora_B.b.weight, 2.lora_B.b.weight;" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["deleted and added", "unloaded and injected"])
+def test_a_name_that_is_used_again(how, caplog):
+    model = adapted()
+    b = added(model, "b")
+    optimizer = torch.optim.AdamW(trained(model) if how.startswith("unloaded") else b)
+    fastlora.set_adapter(model, "b")
+    steps(model, optimizer)
+    if how.startswith("unloaded"):
+        fastlora.inject(fastlora.unload(model), config(target_modules=["0", "2"], r=4))
+    else:
+        fastlora.set_adapter(model, "default")
+        fastlora.delete_adapter(model, "b")
+        added(model, "b")
+        fastlora.set_adapter(model, "b")
+    steps(model, optimizer, count=10)
+    assert caplog.text.count(UNHELD) == 1
+
+
+def of_each_row(model):
+    with fastlora.use_adapters(model, ["default", "b", None, "b"]):
+        return model(torch.randn(4, 8)).square().sum()
+
+
+LOOPS = (
+    "one batch for both", "in turn", "one after the other", "added to the running one", "one optimizer a parameter",
+    "frozen", "another model's", "zero gradients",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_adapters_that_others_train_are_not_told_of(loop, caplog):
+    model = adapted()
+    mine, b = trained(model), added(model, "b")
+    first, second = (torch.optim.AdamW(p, lr=0.01) for p in (mine, b))
+    turns = {"in turn": ["default", "b"] * 20, "one after the other": ["default"] * 20 + ["b"] * 20}
+    if loop == "one batch for both":
+        for _ in range(20):
+            of_each_row(model).backward()
+            for optimizer in (first, second):
+                optimizer.step()
+                optimizer.zero_grad()
+    elif loop in turns:
+        for name in turns[loop]:
+            steps(fastlora.set_adapter(model, name), first if name == "default" else second, count=1)
+    elif loop == "added to the running one":
+        steps(model, first, count=3)
+        first.add_param_group({"params": b})
+        for _ in range(20):
+            of_each_row(model).backward()
+            first.step()
+    elif loop == "one optimizer a parameter":
+        for optimizer in (each := [torch.optim.SGD([p], lr=0.01) for p in (*mine, *b)]) * 20:
+            of_each_row(model).backward()
+            optimizer.step()
+            if optimizer is each[-1]:
+                model.zero_grad()
+    elif loop == "frozen":
+        for p in b:
+            p.requires_grad_(False)
+        for _ in range(20):
+            of_each_row(model).backward()
+            first.step()
+    elif loop == "another model's":
+        other = adapted()
+        own = torch.optim.AdamW(trained(other))
+        for _ in range(20):
+            (of_each_row(model) + other(torch.randn(4, 8)).sum()).backward()
+            own.step()
+        first.step()
+    else:  # of ids on a GPU, and in other processes
+        for p in b:
+            p.grad = torch.zeros_like(p)
+        steps(model, first, count=20)
+    assert UNHELD not in caplog.text
+
+
+def test_a_change_at_every_step_keeps_nothing():
+    model = adapted()
+    for rank in [2, 4] * 10:
+        fastlora.set_ranks(model, {"0": rank}, keep=True)
+        steps(model, torch.optim.SGD(trained(model), lr=0.1), count=1)
+    gc.collect()
+    fastlora.set_ranks(model, {"0": 3}, keep=True)
+    assert len(optimizer_check._models[model]) <= 4
+
+
+def test_an_optimizer_with_everything_is_not_looked_at_again(monkeypatch):
+    model = adapted()
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    steps(model, optimizer)
+    monkeypatch.setattr(optimizer_check, "_look", None)
+    steps(model, optimizer, count=20)
 
 
 @pytest.mark.parametrize("how", ["built after", "given the new ones", "the same rank", "rank 0", "another model"])
