@@ -21,6 +21,7 @@ from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
 from ..nn.token_rows import token_rows
 from ..ops.layout import AdapterBatch
+from ..ops.reference import accumulate_dtype
 from .fields import refuse_tying, with_tied
 from .inject import (
     check_adapter_name,
@@ -309,8 +310,9 @@ def _known_ids(slots: Sequence[str | None]) -> str:
 def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
     """``sum_g mean(losses of adapter g)``: the loss with which adapters train together as each would train alone.
 
-    losses [S] or [M], ids int64 of the same shape; -1 does not count. Raises ``TypeError`` for what is no tensor,
-    ``ValueError`` for other dtypes and shapes that differ.
+    losses [S] or [M], ids int64 of the same shape; -1 does not count. Summed in fp32 (float64 for float64), returned in
+    the dtype of the losses. Raises ``TypeError`` for what is no tensor, ``ValueError`` for other dtypes and shapes that
+    differ.
 
     >>> fastlora.per_adapter_mean(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]))
     tensor(7.)
@@ -321,11 +323,9 @@ def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
         raise wrong_value("ids", "an int64 tensor", ids)
     if losses.shape != ids.shape:
         raise wrong_value("losses", f"the shape of ids {tuple(ids.shape)}", losses)
-    own = ids.to(losses.device).reshape(-1)
-    counts = torch.zeros(int(own.numel()) + 1, dtype=losses.dtype, device=losses.device)
-    _, place = torch.unique(own, return_inverse=True)
-    counts = counts.index_add(0, place, torch.ones_like(losses.reshape(-1)))
-    return torch.where(own >= 0, losses.reshape(-1) / counts[place], 0.0).sum()
+    own, wide = ids.to(losses.device).reshape(-1), losses.reshape(-1).to(accumulate_dtype(losses.dtype))
+    _, place, counts = torch.unique(own, return_inverse=True, return_counts=True)
+    return torch.where(own >= 0, wide / counts[place], 0.0).sum().to(losses.dtype)
 
 
 def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:

@@ -27,9 +27,9 @@ class GroupDiagnostics(NamedTuple):
 class Diagnostics:
     """Watches an optimizer through its step hooks; ``epoch()`` gives the means so far by group and starts afresh.
 
-    Costs two copies of the trained parameters and a few reductions a step, and never waits for the device; only
-    ``epoch`` reads back. Steps with a gradient or update that is not finite are left out. Groups go by their
-    ``"name"`` (``param_groups``), else by position. Use with ``with``, or ``close``.
+    Costs two copies of the trained parameters, in fp32 or more, and a few reductions a step, and never waits for the
+    device; only ``epoch`` reads back. Steps with a gradient or update that is not finite are left out. Groups go by
+    their ``"name"`` (``param_groups``), else by position. Use with ``with``, or ``close``.
 
     Raises ``TypeError`` for what is no optimizer.
 
@@ -116,10 +116,10 @@ class _Watched:
             return
         if self.sums is None:
             self.sums = torch.zeros(6, dtype=torch.float64, device=parameters[0].device)
-        gradients = [p.grad.detach() for p in parameters]
+        gradients = [_wide(p.grad) for p in parameters]
         if scale is not None:
             gradients = divide_each(gradients, scale)
-        self._values = [p.detach().clone() for p in parameters]
+        self._values = [_wide(p).clone() for p in parameters]
         norm = _norm(gradients, self.sums)
         self._add(0, norm, norm.isfinite())
         if self._previous_norm is not None and self._previous.keys() == {id(p) for p in parameters}:
@@ -134,7 +134,7 @@ class _Watched:
     def after(self) -> None:
         if not self._values:
             return
-        change = subtract_each([p.detach() for p in self._parameters], self._values)
+        change = subtract_each([_wide(p) for p in self._parameters], self._values)
         norm = _norm(change, self.sums)
         self._add(2, norm, norm.isfinite())
         self._values = []
@@ -151,6 +151,11 @@ class _Watched:
             total / count if count else float("nan") for total, count in zip(totals[::2], totals[1::2], strict=True)
         ]
         return GroupDiagnostics(*means, int(totals[1]))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In fp32 or more: products of small gradients vanish in fp16, and norms are rounded to three digits in bf16."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _norm(tensors: list[Tensor], like: Tensor) -> Tensor:

@@ -361,3 +361,14 @@ def test_per_adapter_mean_is_the_sum_of_means():
     assert fastlora.per_adapter_mean(losses, ids) == 2.5 + 2.5
     with pytest.raises(ValueError, match=r"losses: expected the shape of ids \(5,\), got torch\.float32 \(2,\)"):
         fastlora.per_adapter_mean(losses[:2], ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_per_adapter_mean_counts_more_rows_than_the_dtype_of_the_losses_can(dtype):
+    losses, ids = torch.ones(5000, dtype=dtype, requires_grad=True), torch.zeros(5000, dtype=torch.int64)
+    ids[:200], ids[200:300] = 1, -1
+    mean = fastlora.per_adapter_mean(losses, ids)
+    mean.backward()
+    assert mean.item() == pytest.approx(2) and mean.dtype == losses.grad.dtype == dtype
+    for g, total in ((0, 1), (1, 1), (-1, 0)):
+        assert float(losses.grad[ids == g].double().sum()) == pytest.approx(total, rel=2e-3)

@@ -53,6 +53,24 @@ class TestDiagnostics:
         found = watched.epoch()
         assert found["head"].steps == 0 and math.isnan(found["head"].update_norm)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_low_precision_is_measured_in_float32(self, dtype):
+        generator = torch.Generator().manual_seed(0)
+        parameter = nn.Parameter(torch.randn(64, 64, generator=generator).to(dtype))
+        optimizer, values = torch.optim.SGD([parameter], lr=100.0), [parameter.detach().double()]
+        first, more = ((1e-4 * torch.randn(64, 64, generator=generator)).to(dtype) for _ in range(2))
+        gradients = [first, first + more]
+        with Diagnostics(optimizer) as watched:
+            for gradient in gradients:
+                parameter.grad = gradient
+                optimizer.step()
+                values.append(parameter.detach().double())
+        found, (g, h) = watched.epoch()["0"], (gradient.double() for gradient in gradients)
+        assert found.gradient_norm == pytest.approx(float(g.norm() + h.norm()) / 2, rel=1e-5)
+        updates = [float((after - before).norm()) for before, after in zip(values, values[1:], strict=False)]
+        assert found.update_norm == pytest.approx(sum(updates) / 2, rel=1e-5)
+        assert found.cosine == pytest.approx(float(torch.dot(g.flatten(), h.flatten()) / g.norm() / h.norm()), rel=1e-5)
+
     def test_names_of_groups(self):
         parameters = [nn.Parameter(torch.ones(1)) for _ in range(4)]
         names = [{"name": "lora", "adapter": "a"}, {"name": "lora", "adapter": "b"}, {}, {"name": "lora[a]"}]
