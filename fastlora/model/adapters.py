@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -177,7 +177,7 @@ def set_adapter(model: ModelT, name: str) -> ModelT:
     routers = _agreeing(layers)
     refuse_merged(layers, but=_known(routers[0], name, "name"))
     for router in routers:
-        router.default = Route(True, name)
+        router.set_default(name)
     return model
 
 
@@ -329,11 +329,11 @@ def per_adapter_mean(losses: Tensor, ids: Tensor) -> Tensor:
 
 
 def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-    """Leave adapters that were in no batch since the last step unchanged: weights and optimizer state.
+    """Leave adapters that were in no batch since the optimizer's last step unchanged: weights and optimizer state.
 
     Where their gradient is zero rather than None (ids on a GPU, torch.compile, data-parallel training) an optimizer
-    would still decay and move them. A hook before each step reads back once which adapters occurred, on all
-    data-parallel ranks, and sets the gradients of the others to None. Returns the hook's handle.
+    would still decay and move them. A hook before each step reads back once which adapters occurred, in contexts or by
+    default, on all data-parallel ranks, and sets the gradients of the others to None. Returns the hook's handle.
     Raises ``TypeError`` for what is no optimizer, ``ValueError`` without adapters.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
@@ -343,15 +343,15 @@ def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -
     """
     routers = routers_of(model)
     check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer")
-    for router in routers:
-        router.used = []
+    watched = [(router, router.watch()) for router in routers]
 
     def hook(*_: Any) -> None:
-        for router in routers:
-            used, router.used = router.used, []
-            if not used and not several_processes():
+        for router, ways in watched:
+            router.gather()
+            present = _present(router, ways)
+            ways.clear()
+            if present is None:
                 continue
-            present = _present(router, used)
             for path_layer in adapted_layers(model).values():
                 for name in path_layer.adapter_names:
                     if name not in present:
@@ -365,14 +365,15 @@ def freeze_unused_adapters(model: nn.Module, optimizer: torch.optim.Optimizer) -
     return optimizer.register_step_pre_hook(hook)
 
 
-def _present(router: Router, used: Sequence[AdapterBatch | str]) -> set[str]:
+def _present(router: Router, ways: Collection[Route]) -> set[str] | None:
+    """The adapters that a graph was built through, on any data-parallel rank; None where none was built at all."""
+    ran = [way for way in ways if way.enabled]
+    found = {name for way in ran for name in (way.names if way.batch is None else way.batch.present())}
     names = router.names
-    flags = torch.zeros(len(names), dtype=torch.int64, device="cpu")
-    for item in used or [router.default.adapter]:
-        for name in (item,) if isinstance(item, str) else item.present():
-            flags[names.index(name)] = 1
+    flags = torch.tensor([bool(ways), *(name in found for name in names)], dtype=torch.int64, device="cpu")
     if several_processes():
         device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
         flags = flags.to(device)
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    return {name for name, flag in zip(names, flags.tolist(), strict=True) if flag}
+    any_way, *present = flags.tolist()
+    return {name for name, flag in zip(names, present, strict=True) if flag} if any_way else None

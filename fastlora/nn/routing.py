@@ -31,20 +31,22 @@ _EXPLAINED = 8  # sets of adapters; torch gives up compiling at about as many
 class Route:
     """One way through a model: base only, one adapter for every row, or a batch with an adapter for each.
 
-    ``mask``: which tokens count in statistics of the output, None for all. The route of a context knows the one around
-    it, whether it was closed, whether it was opened in a backward, and whether the context lasted beyond an ``await``.
+    ``names``: the adapters that may run. ``mask``: which tokens count in statistics of the output, None for all.
+    ``ran``: whether a graph was built on this way since it was last asked. The route of a context knows the one around
+    it, whether it chose the way, whether it was closed, whether it was opened in a backward, and whether the context
+    lasted beyond an ``await``.
     """
 
-    __slots__ = ("__weakref__", "adapter", "awaited", "batch", "closed", "enabled", "mask", "outer", "repeated")
+    __slots__ = (
+        "__weakref__", "adapter", "awaited", "batch", "chosen", "closed", "enabled", "mask", "names", "outer", "ran",
+        "repeated",
+    )  # fmt: skip
 
     def __init__(self, enabled: bool, adapter: str, batch: AdapterBatch | None = None, mask: Tensor | None = None):
         self.enabled, self.adapter, self.batch, self.mask = enabled, adapter, batch, mask
+        self.names = (adapter,) if batch is None else batch.names
         self.outer: Route | None = None
-        self.closed = self.repeated = self.awaited = False
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (self.adapter,) if self.batch is None else self.batch.names
+        self.chosen = self.closed = self.repeated = self.awaited = self.ran = False
 
     def same(self, other: Route) -> bool:
         mine, its = (self.enabled, self.adapter, self.batch), (other.enabled, other.adapter, other.batch)
@@ -82,9 +84,7 @@ class Router:
         self._pending: dict[tuple[str, ...], Pending] = {}
         self.sharded = False  # of the model's last forward, asked only with ``experts``
         self.compiled, self._compiled_for = False, []
-        self.used: list[AdapterBatch | str] | None = (
-            None  # what contexts asked for since the last step, if somebody wants it
-        )
+        self._watchers: list[weakref.ref[set[Route]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {"slots": list(self.slots), "adapter": self.default.adapter, "experts": self.experts}
@@ -130,15 +130,37 @@ class Router:
         self._changes += 1
         self._changed[name] = self._changes
 
+    def set_default(self, name: str) -> None:
+        """Let forwards outside of every context run with an adapter from now on."""
+        self._tell(self.default)
+        self.default = Route(True, name)
+
+    def watch(self) -> set[Route]:
+        """A set to which ``gather`` adds the ways on which a graph was built from now on, while somebody holds it."""
+        self.gather()
+        ways: set[Route] = set()
+        self._watchers.append(weakref.ref(ways, self._watchers.remove))
+        return ways
+
+    def gather(self) -> None:
+        """Tell all that watch of the ways that are still open; those of closed contexts they know."""
+        for route in (*list(self._contexts), self.default):
+            self._tell(route)
+
+    def _tell(self, route: Route) -> None:
+        if route.ran:
+            route.ran = False
+            for watcher in list(self._watchers):
+                if (ways := watcher()) is not None:
+                    ways.add(route)
+
     def remove(self, name: str) -> None:
         self.slots[self.slots.index(name)] = None
 
     def open(self, route: Route, chosen: bool = True) -> Route:
         """Make ``route`` the way of this thread or task until ``close``; not ``chosen``: as it was, with a mask."""
-        if chosen:
-            self._contexts.add(route)
-            if self.used is not None and route.enabled and torch.is_grad_enabled():
-                self.used.append(route.batch or route.adapter)
+        route.chosen = chosen
+        self._contexts.add(route)
         outer = route.outer = self._here()
         if outer is not None and route.mask is None:
             route.mask = outer.mask
@@ -152,6 +174,7 @@ class Router:
     def close(self, route: Route) -> None:
         """End a context, in whichever order and task."""
         route.closed = True
+        self._tell(route)
         if route.awaited:
             self._awaited -= 1
         way = self._here()
@@ -169,7 +192,7 @@ class Router:
 
     def open_contexts(self) -> list[Route]:
         """The ways that open contexts of all threads and tasks chose."""
-        return [route for route in list(self._contexts) if not route.closed]
+        return [route for route in list(self._contexts) if route.chosen and not route.closed]
 
     def explain_recompilation(self, route: Route) -> None:
         """Say why a compiled model is compiled again: which adapters run is part of its code; their ids are not."""
@@ -206,7 +229,10 @@ class Router:
                 "a context of use_adapters or disable_adapters is open beyond an await, and compiled code cannot tell "
                 "tasks apart; run the compiled model in a context without awaits, or the model as it is"
             )
-        return getattr(self._open, "route", self.default)
+        route = getattr(self._open, "route", self.default)
+        if torch.is_grad_enabled():
+            route.ran = True
+        return route
 
     def route(self, training: bool) -> Route:
         """The way of the forward that is running.
@@ -214,11 +240,17 @@ class Router:
         Raises ``RuntimeError`` in a recomputation whose forward cannot be told from others that went other ways.
         """
         if in_backward():
-            return self._repeat()
-        route = self.current()
+            route = self._repeat()
+            if self._watchers and torch.is_grad_enabled():
+                route.ran = True
+                self._tell(route)  # its context may be closed
+            return route
+        route, builds = self.current(), torch.is_grad_enabled()
+        if builds:
+            route.ran = True
         if self._repeated:
             self._taken, self._repeated = [], False
-        if not torch.is_grad_enabled() or saving_hooks() is not None:
+        if not builds or saving_hooks() is not None:
             self._remember(route, training)
         return route
 
