@@ -263,7 +263,7 @@ class Segments:
         """±1 of each row's sample and probe."""
         step = probe.step
         of_rows = self.samples(step.samples)
-        return step.signs.take(step.samples, None, step.index, step.micro)[of_rows]
+        return step.signs.take(step.samples, None, step.index, step.micro, of_rows.device)[of_rows]
 
     def select(self, chosen: list[int]) -> Batch:
         """Those of the runs as what the grouped operator takes for adapters; other rows have none."""

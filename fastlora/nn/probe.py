@@ -120,7 +120,7 @@ class TrackedStep:
 
         ``own`` of them are the tracked adapter's, all without it.
         """
-        return self.signs.take(x.shape[0] if x.dim() > 1 else 1, own, self.index, self.micro)
+        return self.signs.take(x.shape[0] if x.dim() > 1 else 1, own, self.index, self.micro, x.device)
 
 
 class LayerProbe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,27 @@ def refreshes_norms(sample: int) -> bool:
     return sample < REFRESH_FIRST or sample % REFRESH_EVERY == 0
 
 
+class Copies:
+    """What is drawn, where layers read it: itself on its own device, on each other a copy that ``follow`` fills."""
+
+    def __init__(self, drawn: Tensor, cut: Callable[[Tensor], Any] = lambda whole: whole):
+        self._drawn, self._cut = drawn, cut
+        self._elsewhere: list[Tensor] = []
+        self._on = {drawn.device: cut(drawn)}
+
+    def on(self, device: torch.device) -> Any:
+        """``cut`` of what is drawn as layers on ``device`` read it, the same tensors after every draw."""
+        if device not in self._on:
+            self._elsewhere.append(self._drawn.to(device, copy=True))
+            self._on[device] = self._cut(self._elsewhere[-1])
+        return self._on[device]
+
+    def follow(self) -> None:
+        """Take over what was drawn now."""
+        for copy in self._elsewhere:
+            copy.copy_(self._drawn)
+
+
 class ColumnSampler:
     r"""k columns of x for every matrix, drawn with replacement from (seed, step, matrix) and the norms seen before.
 
@@ -33,13 +54,18 @@ class ColumnSampler:
 
     q follows an average of the squared norms ``sum_m ||dy_m||^2 x_mj^2``. The weights are applied to Q in ``values``,
     so that what a layer multiplies are columns of x as they are. Shares are integers: every rank draws the same.
-    A matrix counts from the step after the first that showed its norms: ``known``.
+    A matrix counts from the step after the first that showed its norms: ``known``. ``columns``: ``index`` by layer,
+    each of which has the next of ``sizes`` matrices (1 without).
     """
 
-    def __init__(self, widths: Sequence[int], probes: int, seed: int, device: torch.device, kinds: Sequence[str]):
+    def __init__(
+        self, widths: Sequence[int], probes: int, seed: int, device: torch.device, kinds: Sequence[str],
+        sizes: Sequence[int] = (),
+    ):  # fmt: skip
         self.seed = torch.tensor(seed, dtype=torch.int64, device=device)
         self.probes, self._kinds = probes, (bool({"grad_sq", "fisher"} & {*kinds}), "grad_abs" in kinds)
         self.index = torch.zeros(len(widths), probes, dtype=torch.int64, device=device)
+        self.columns = Copies(self.index, lambda index: index.split([*sizes] or 1))
         self.weight = torch.ones(len(widths), probes, dtype=torch.float64, device=device)
         self.counts = torch.zeros(len(widths), dtype=torch.int64, device=device)
         self.known = torch.zeros(len(widths), dtype=torch.bool, device=device)
@@ -66,6 +92,7 @@ class ColumnSampler:
             self.index.index_copy_(0, members, found)
             self.weight.index_copy_(0, members, total / (self.probes * shares.gather(1, found)).double())
         self.known.copy_(self.counts > 0)
+        self.columns.follow()
 
     def _chances(self, step: int) -> Tensor:
         """Uniform numbers of 52 bits in [0, 1): float64 [matrices, k]."""
@@ -143,16 +170,20 @@ class RademacherProbes:
         self._flat = torch.zeros(sum(counts) * 128, dtype=torch.float32, device=device)
         narrow = {*dtypes} in ({torch.bfloat16}, {torch.float16}) and device.type != "cpu"
         self._read = self._flat.to(*dtypes) if narrow else self._flat
-        self.rows = [
-            part[: width * probes].view(probes, width)
-            for part, width in zip(self._read.split([c * 128 for c in counts]), widths, strict=True)
-        ]
+        sizes = [128 * count for count in counts]
+
+        def cut(flat: Tensor) -> list[Tensor]:
+            each = zip(flat.split(sizes), widths, strict=True)
+            return [part[: width * probes].view(probes, width) for part, width in each]
+
+        self.rows = Copies(self._read, cut)
 
     def draw(self, step: int) -> None:
         """Fill P for an optimizer step, in place."""
         self._signs.fill_(self._flat, self.seed, step)
         if self._read is not self._flat:
             self._read.copy_(self._flat)
+        self.rows.follow()
 
     def restart(self, seed: int) -> None:
         """Draw from another seed."""
@@ -172,24 +203,24 @@ class SampleSigns:
         self.place = (0, 1)  # this process's rank and the number of ranks, whose micro-batches are numbered through
         self.samples: dict[int, int] = {}  # of each micro-batch of this step, those that are the tracked adapter's
         self.compiled = CompiledSigns(seed, probes)
-        self._drawn: tuple[int, int, Tensor] | None = None  # micro-batch, samples in it, and their signs
+        self._drawn: tuple[int, int, Copies] | None = None  # micro-batch, samples in it, and their signs
 
-    def take(self, samples: int, own: int | None, step: int, micro: int) -> Tensor:
-        """[S, k] of a forward, the same for every layer; ``own`` of the samples are the adapter's (None: all).
+    def take(self, samples: int, own: int | None, step: int, micro: int, device: torch.device) -> Tensor:
+        """[S, k] of a forward, the same for every layer, on ``device``; ``own`` samples are the adapter's (None: all).
 
         Raises ``RuntimeError`` where layers of one forward see different numbers of samples.
         """
         if torch.compiler.is_compiling():
-            return self.compiled.take(samples, own)
+            return self.compiled.take(samples, own).to(device)
         if self._drawn is None or self._drawn[:2] != (micro, samples):
             if micro in self.samples:
                 before = self._drawn[1]
                 raise RuntimeError(f"fisher: calls of one forward saw {before} and {samples} samples in dimension 0")
             rank, size = self.place
             drawn = sample_signs(self.seed, step, (micro - 1) * size + rank + 1, samples, self.probes)
-            self._drawn = micro, samples, drawn
+            self._drawn = micro, samples, Copies(drawn)
             self.samples[micro] = samples if own is None else own
-        return self._drawn[2]
+        return self._drawn[2].on(device)
 
     def count(self) -> int | Tensor:
         """Samples of this step that are the tracked adapter's."""

@@ -188,19 +188,19 @@ class Tracker:
         if self.probe_kind == "columns":
             # Each matrix has its own: how large the columns are differs between q, k and v.
             widths = [layer.in_features for layer, _ in pairs for _ in layer.slices]
-            sampler = ColumnSampler(widths, self.probes, self.seed, self.device, self.kinds)
-            parts = sampler.index.split([len(layer.slices) for layer, _ in pairs])
-            for (layer, probe), index in zip(pairs, parts, strict=True):
-                probe.columns = index.to(layer.weight.device)
+            sizes = [len(layer.slices) for layer, _ in pairs]
+            sampler = ColumnSampler(widths, self.probes, self.seed, self.device, self.kinds, sizes)
+            for i, (layer, probe) in enumerate(pairs):
+                probe.columns = sampler.columns.on(layer.weight.device)[i]
             return sampler
         groups: dict[tuple[int, int], list[tuple[Linear, LayerProbe]]] = {}
         for layer, probe in pairs:  # those that share an input share P
             groups.setdefault((id(layer.group or layer), layer.in_features), []).append((layer, probe))
         dtypes = {a.dtype for layer, _ in pairs for a, _, _ in layer.pairs(self.adapter)}
         sampler = RademacherProbes([width for _, width in groups], self.probes, self.seed, self.device, dtypes)
-        for P, members in zip(sampler.rows, groups.values(), strict=True):
+        for i, members in enumerate(groups.values()):
             for layer, probe in members:
-                probe.P = P.to(layer.weight.device)
+                probe.P = sampler.rows.on(layer.weight.device)[i]
         return sampler
 
     @property
