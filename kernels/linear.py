@@ -313,6 +313,7 @@ def linear(
     default by the table. ``runs``: of projections that interleave.
     """
     x, h, W, B = unit_last(x), unit_last(h), [unit_last(w) for w in W], [unit_last(b) for b in B]
+    bias = [None if b is None else unit_last(b) for b in bias]
     M, K = x.shape
     rank = sum(b.shape[1] for b in B)
     make = torch.zeros if M == 0 else torch.empty

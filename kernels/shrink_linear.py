@@ -179,6 +179,7 @@ def shrink_linear(
         return y, h, sums
     h = torch.empty(M, rank + probes, dtype=x.dtype, device=x.device)
     y = [torch.empty(M, w.shape[0], dtype=x.dtype, device=x.device) for w in W]
+    bias = [None if b is None else unit_last(b) for b in bias]
     projections = cut(W, bias, [unit_last(b) for b in B], y, [], places, offsets, scales)
     run(x, [unit_last(f) for f in factors], h, projections, tiles, runs)
     return y, h, []

@@ -170,6 +170,28 @@ def test_a_bias_that_is_absent_reaches_as_far_as_the_columns():
     assert min(reached) >= 0
 
 
+def spaced(tensor):
+    return torch.full((*tensor.shape, 2), 7.0, dtype=tensor.dtype, device=DEVICE)[..., 0].copy_(tensor)
+
+
+@pytest.mark.parametrize("problem", [SEPARATE, FUSED], ids=["separate", "fused"])
+@pytest.mark.parametrize("lying", [spaced, lambda tensor: tensor[:1].expand(tensor.shape)], ids=["spaced", "expanded"])
+def test_a_bias_may_lie_in_any_way(problem, lying, monkeypatch):
+    """A column of a larger matrix, or one number for all columns."""
+    monkeypatch.setattr(shrink_linear, "aligned", lambda tensors: True)
+    data, layout = Data(problem, torch.float32), Data(problem, torch.float32).layout
+    bias, options = [None if b is None else lying(b) for b in data.bias], {"strategy": "fused", "tiles": SMALL}
+    rest = data.places, layout.offsets, data.scale
+    y, h, _ = shrink_linear.shrink_linear(data.x, data.W, bias, data.A, None, data.B, *rest, **options)
+    alone, _ = linear.linear(data.x, data.W, bias, h, data.B, *rest, **options)
+    for i, (b, o, j) in enumerate(zip(data.B, layout.offsets, layout.outputs, strict=True)):
+        own, part = slice(o, o + b.shape[1]), slice(layout.columns[i], layout.columns[i] + b.shape[0])
+        wanted = wide(data.x) @ wide(data.W[j])[part].T + data.scale[i] * wide(h)[:, own] @ wide(b).T
+        wanted += 0 if bias[j] is None else wide(bias[j])[part]
+        assert_close(y[j][:, part], wanted, torch.float32, f"y[{j}], {i}, one kernel")
+        assert_close(alone[j][:, part], wanted, torch.float32, f"y[{j}], {i}, two kernels")
+
+
 def test_descriptors_are_used_where_rows_are_aligned(monkeypatch):
     seen = []
     monkeypatch.setattr(
