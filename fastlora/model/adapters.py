@@ -20,7 +20,7 @@ from ..nn.active import NO_ADAPTERS, refuse_merged
 from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
 from ..nn.token_rows import token_rows
-from ..ops.layout import AdapterBatch
+from ..ops.layout import AdapterBatch, moved
 from ..ops.reference import accumulate_dtype
 from .fields import refuse_tying, with_tied
 from .inject import (
@@ -297,7 +297,7 @@ def _compact(router: Router, ids: Tensor) -> tuple[list[str], Tensor]:
     table = torch.full((len(slots) + 1,), -1, dtype=torch.int64, device="cpu")
     table[live] = torch.arange(len(live), device="cpu")
     if ids.device.type != "cpu":
-        table = table.to(ids.device, non_blocking=True)
+        table = moved(table, ids.device)
         known = (ids >= -1) & (ids < len(slots)) & ((ids < 0) | (table[ids] >= 0))
         assert_async(known.all(), f"ids: expected -1 (base only), {_known_ids(slots)}, got others")
     return [slots[i] for i in live], table[ids]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.errors import unknown_choice
-from ..ops.layout import Rows
+from ..ops.layout import Rows, moved
 from ..ops.lora import lora_grouped
 from ..ops.matmul import NONE
 from ..ops.probe_ops import with_moments_of_runs
@@ -221,7 +221,7 @@ class Segments:
         self.count, self.mixed = count, route.batch is not None
         adapters = 1 if route.batch is None else len(route.batch.names) + 1
         if self.mixed:  # the first of an expert's runs is of the base alone
-            own = route.batch.ids_of_rows(count).to(experts.device, non_blocking=True)
+            own = moved(route.batch.ids_of_rows(count), experts.device)
             experts = experts * adapters + own[tokens] + 1
         keys, self.order = torch.sort(experts)
         self.tokens, self.experts = tokens[self.order], keys // adapters
@@ -280,7 +280,7 @@ class Segments:
                 ids = torch.full((self.order.shape[0],), -1, device="cpu")
                 for number, i in enumerate(chosen):
                     ids[slice(*self.runs[i])] = number
-                ids = ids.to(self.order.device, non_blocking=True)
+                ids = moved(ids, self.order.device)
             self._kept[key] = Batch(ids, ranges)
         return self._kept[key]
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.torch_compat import unsafe_view
+from ..ops.layout import moved
 from .linear import Adapted
 from .routing import Route
 
@@ -107,7 +108,7 @@ class Convolution(Plain):
 
     def ids_of(self, y: Tensor, route: Route) -> Tensor:
         """The id of each sample, in a shape that goes with y."""
-        ids = route.batch.ids.to(y.device, non_blocking=True)
+        ids = moved(route.batch.ids, y.device)
         if ids.dim() != 1 or y.dim() != self.weight.dim() or ids.shape[0] != y.shape[0]:
             raise ValueError(f"ids: {tuple(ids.shape)} given, but a convolution takes one a sample ({y.shape[0]})")
         return ids.view(-1, *(1,) * (y.dim() - 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._utils.errors import check_instance, wrong_value
 from .._utils.torch_compat import capturing
-from ..ops.layout import on_host
+from ..ops.layout import moved, on_host
 from ..ops.probe_ops import measured, with_moments
 from ..ops.reference import accumulate_dtype
 from .adapter import Slices
@@ -285,7 +285,7 @@ def token_mask(x: Tensor, route: Any) -> Tensor | None:
     if keep.shape not in (tokens, (tokens.numel(),)):
         seen = tuple(tokens)
         raise ValueError(f"mask: expected the tokens {seen} that a layer sees, got {tuple(keep.shape)}")
-    return keep.reshape(tokens).to(x.device, non_blocking=True)
+    return moved(keep.reshape(tokens), x.device)
 
 
 def token_mask_rows(x: Tensor, route: Any, name: str) -> Tensor | None:

@@ -233,6 +233,11 @@ def on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on a device: nothing waits for a copy to a GPU; the host, which reads it at once, waits for one to it."""
+    return tensor.to(device, dtype, non_blocking=not on_host(device))
+
+
 def column_starts(ranks: Sequence[int], projections: int) -> list[int]:
     """Of each adapter, one after another: the first column of h of each of its projections, then its total rank."""
     starts: list[int] = []
@@ -303,7 +308,7 @@ class AdapterBatch:
         return self._rows[key]
 
     def _build(self, times: int, device: torch.device) -> Rows:
-        ids = self.ids.reshape(-1).to(device, non_blocking=True)
+        ids = moved(self.ids.reshape(-1), device)
         ids = ids.repeat_interleave(times) if times > 1 else ids
         order, ranges = build_segments(ids, len(self.names))
         blocks = () if on_host(device) or torch.compiler.is_compiling() else SCHEDULED
@@ -316,7 +321,7 @@ class AdapterBatch:
         if self.row_seeds is None:
             return reference.row_keys(seed, rows)
         times = self._times(x)
-        seeds = self.row_seeds.reshape(-1).to(x.device, non_blocking=True).repeat_interleave(times)
+        seeds = moved(self.row_seeds.reshape(-1), x.device).repeat_interleave(times)
         place = torch.arange(times, device=x.device).repeat(seeds.shape[0] // max(times, 1))
         return torch.stack([seeds, place + (dropout_salt << 32)], dim=1)
 
@@ -346,4 +351,4 @@ class AdapterBatch:
         return self._entries[key], flat
 
     def _entries_of(self, index: int, device: torch.device) -> Tensor:
-        return (self.ids.reshape(-1) == index).nonzero()[:, 0].to(device, non_blocking=True)
+        return moved((self.ids.reshape(-1) == index).nonzero()[:, 0], device)

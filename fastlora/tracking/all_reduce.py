@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._utils.distributed import ProcessGroupInfo, ranks_of, several_processes
 from ..nn.linear import Linear
 from ..nn.probe import Contribution
+from ..ops.layout import moved
 from ..ops.reference import accumulate_dtype
 from .statistics import Covariances, Tracked, all_finite, as_one_batch, moments_there
 
@@ -218,7 +219,7 @@ def _summed(
     parts = {**sums, **gradients}
     dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts.values()), torch.float32)
     # Without waiting for a GPU: a plain copy from the host would.
-    flat = torch.cat([part.reshape(-1).to(device, dtype, non_blocking=True) for part in parts.values()])
+    flat = torch.cat([moved(part.reshape(-1), device, dtype) for part in parts.values()])
     ranks.sum_(flat)[sum(part.numel() for part in sums.values()) :] /= ranks.divisor
     split = flat.split([part.numel() for part in parts.values()])
     return {key: piece.view(part.shape) for (key, part), piece in zip(parts.items(), split, strict=True)}

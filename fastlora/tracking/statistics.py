@@ -14,7 +14,7 @@ from torch import Tensor
 from ..nn.linear import Linear, matrix_key
 from ..nn.probe import Contribution, LayerProbe
 from ..ops.backends import choose
-from ..ops.layout import on_host
+from ..ops.layout import moved, on_host
 from ..ops.multi_tensor import averages_of_leaves, output_variances
 from ..ops.reference import accumulate_dtype
 
@@ -258,7 +258,7 @@ class Averages:
             return found, there
         if all(there):
             return found, self._everything
-        seen = torch.tensor(there).to(self._means.device, non_blocking=True)
+        seen = moved(torch.tensor(there), self._means.device)
         values = torch.zeros_like(self._means[0])
         return (values if found is None else values.masked_scatter_(seen, found)), seen
 
