@@ -239,6 +239,14 @@ def test_other_backends_compute_the_same(backend):
         torch.testing.assert_close(q.grad, p.grad)
 
 
+def test_the_backend_that_multiplies_by_the_weight_is_refused():
+    model = moe(dtype=torch.float32)
+    before = [*model.state_dict()]
+    with pytest.raises(ValueError, match="backend: 'triton' multiplies by the weight itself, that of '.*' is left to its model"):
+        fastlora.inject(model, config(r=2, target_modules="experts", backend="triton"))
+    assert [*model.state_dict()] == before
+
+
 def test_ids_that_do_not_go_with_the_tokens_are_refused():
     model = adapted()
     with fastlora.use_adapters(model, torch.zeros(3, dtype=torch.int64)):
