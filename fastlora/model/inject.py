@@ -328,7 +328,7 @@ def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> li
         layer = modules[name]
         check_weight(name, layer, config.backend)
         if isinstance(layer, ExpertStack) and config.backend == "triton":
-            raise ValueError(f"backend: 'triton' multiplies by the weight itself, that of {name!r} is left to its model")
+            raise ValueError(f"backend: 'triton' multiplies by the weight itself; that of {name!r} is the model's")
         K = features(layer)[0]
         defaults = {s: default_rank(config, s, min(K, rows)) for s, rows in slices[name].items()}
         ranks = {s: rank_of.get(matrix_key(name, s), rank) for s, rank in defaults.items()}

@@ -234,7 +234,7 @@ def on_host(device: torch.device) -> bool:
 
 
 def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on a device: nothing waits for a copy to a GPU; the host, which reads it at once, waits for one to it."""
+    """A tensor on a device. Nothing waits for a copy to a GPU; the host, which reads at once, waits for one to it."""
     return tensor.to(device, dtype, non_blocking=not on_host(device))
 
 
