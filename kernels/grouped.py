@@ -77,7 +77,7 @@ def pack(factors: Sequence[Tensor]) -> Tensor:
     return torch.cat(factors).view(-1)
 
 
-@device_constant(maxsize=256)
+@device_constant
 def _table(kind: str, ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int, ...], device: torch.device) -> Tensor:
     # Ranks change seldom: kept, so that a step copies nothing to the device.
     if kind.startswith("wgrad"):
@@ -87,12 +87,12 @@ def _table(kind: str, ranks: LoraRanks, widths: tuple[int, ...], live: tuple[int
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-@device_constant(maxsize=256)
+@device_constant
 def _thresholds(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-@device_constant(maxsize=256)
+@device_constant
 def _scales(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 

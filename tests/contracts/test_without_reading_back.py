@@ -174,6 +174,21 @@ def test_several_adapters_take_the_launches_of_one(launched, dtype):
     assert many == apart and one == (apart if dtype == torch.float32 else ["shrink_linear_kernel", *apart[2:]])
 
 
+def test_tables_of_many_layers_are_made_once(launched):
+    """Layers of different ranks, with several adapters: what their kernels look up is copied in the first step alone."""
+    with META:
+        model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(160)))
+    ranks = {"default": {str(i): 1 + i % 40 for i in range(160)}, "b": {str(i): 1 + i // 40 for i in range(160)}}
+    configs = {n: fastlora.LoraConfig(target_modules=[*own], rank_pattern=own) for n, own in ranks.items()}
+    fastlora.add_adapter(fastlora.inject(model, configs["default"]), "b", configs["b"])
+    ids, found = torch.zeros(8, dtype=torch.int64, device=META), []
+    for _ in range(2):
+        with WaitingCopies() as copies, fastlora.use_adapters(model, ids):
+            model(torch.empty(8, 64, device=META)).square().mean().backward()
+        found.append(copies.found.count("tensor"))
+    assert found[0] > 256 and found[1] == 0
+
+
 @pytest.mark.parametrize("statistics", [("grad_sq", "grad_abs", "act_cov", "grad_cov"), ("fisher", "act_var")])
 def test_an_exact_step_of_one_adapter_reads_nothing_back(launched, statistics):
     model = build(0.0, [])
