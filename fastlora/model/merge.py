@@ -22,6 +22,7 @@ from ..nn.routing import Route
 from ..nn.token_rows import token_rows
 from .eject import eject
 from .modules import recomputed, users_of_parameters
+from .optimizer_check import watch_optimizers
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ def merge(
     except BaseException:  # no memory to keep a weight, or Ctrl-C
         _take_out(model, every)
         raise
+    watch_optimizers(model)  # one that steps now trains no adapter
     if losses:
         worst = max(losses, key=losses.__getitem__)
         logger.warning(

@@ -1,4 +1,4 @@
-"""Finds optimizers that were built too early: before ``inject``, or before factors were replaced or added."""
+"""Finds optimizers that train no adapter, or not all: built before they came, or while they are merged."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def watch_optimizers(model: nn.Module, injected: bool = False) -> None:
     """Look at the optimizers that step from now on, whether they hold what is trained of ``model``.
 
     ``RuntimeError`` for one with factors that others have replaced; a warning for one that holds frozen parameters of
-    the model and none of its factors, and where PEFT has frozen the factors. Of factors which came after ``inject``,
-    and have gradients, a warning where none of the optimizers holds them. ``injected``: those of now came with it.
+    the model and none of its factors, for one with factors of a merged model, and where PEFT has frozen the factors. Of
+    factors which came after ``inject``, and have gradients, a warning where none of the optimizers holds them.
+    ``injected``: those of now came with it.
     """
     first = injected and model not in _models
     known = _factors(model).values() if first else [p for ref in _models.get(model, ()) if (p := ref()) is not None]
@@ -69,6 +70,13 @@ def _look(model: nn.Module, held: dict[int, nn.Parameter], step: int) -> bool:
             listed(list(factors)),
         )
         return False
+    merged = {path: layer.merged[0] for path, layer in adapted_layers(model).items() if step == 1 and layer.merged}
+    if merged and any(id(p) in held and p.requires_grad for p in factors.values()):
+        logger.warning(
+            "optimizer: %r is merged into %s, so that the adapters which this optimizer holds get no gradient; call "
+            "fastlora.unmerge before training",
+            next(iter(merged.values())), listed(merged),
+        )  # fmt: skip
     frozen = step == 1 and not all(p.requires_grad for p in own)
     if factors and frozen and not any(id(p) in held for p in factors.values()):
         logger.warning(

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..nn.linear import adapted_layers
 from ..nn.token_rows import LEAF, token_rows
-from .state_differences import refuse_other
+from .state_differences import refuse_into_merged, refuse_other
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,8 @@ def watch_savers(model: nn.Module) -> None:
     """See to it that transformers' ``save_pretrained`` is refused while the model has adapters that are not merged.
 
     Its files hold factors under names that ``from_pretrained`` drops. timm's saver and ``Trainer.save_model``, whose
-    files an adapted model can take up, warn. Lightning's ``load_from_checkpoint`` takes up adapters alone.
+    files an adapted model can take up, warn. Lightning's ``load_from_checkpoint`` takes up adapters alone. A merged
+    model refuses factors that come without the weight.
     """
     model.fastlora_saving = model.register_state_dict_post_hook(_after_state_dict)
     model.fastlora_loading = model.register_load_state_dict_pre_hook(_before_load)
@@ -30,6 +31,7 @@ def watch_savers(model: nn.Module) -> None:
 
 def _before_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Lightning's ``load_from_checkpoint`` takes up what its callback made small: the base may be missing."""
+    refuse_into_merged(module, state, prefix)
     module.fastlora_optional = set()
     if any(function == "load_from_checkpoint" for _, function in running()):
         module.fastlora_optional = refuse_other(module, state, prefix)

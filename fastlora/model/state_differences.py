@@ -15,6 +15,7 @@ from .modules import saved_modules
 
 def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> set[str]:
     """``ValueError`` naming how a state dict with adapters differs from the model's; returns the keys it may lack."""
+    refuse_into_merged(model, state, prefix)
     layers = adapted_layers(model)
     given = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     if not any(_matrix(key) for key in given):
@@ -30,11 +31,20 @@ def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = ""
         if n in given and b.shape == given[n].shape and not torch.equal(b, given[n].to(b))
     ]
     if partial:
-        refuse_merged(layers)
         differences += _other_differences(model, names, trained, given)
     if differences:
         raise ValueError(f"checkpoint: does not fit the model: {listed(differences)}")
     return {prefix + name for name in names if name not in given} if partial else set()
+
+
+def refuse_into_merged(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> None:
+    """``ValueError`` for factors without the weights, in which those that are merged would stay."""
+    merged = {path: layer for path, layer in adapted_layers(model).items() if layer.merged}
+    if not merged or not any(key.startswith(prefix) and _matrix(key) for key in state):
+        return
+    weights = {id(layer.weight) for layer in merged.values()}
+    if not any(id(p) in weights and prefix + name in state for name, p in named(model).items()):
+        refuse_merged(merged)
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -175,7 +175,7 @@ def test_several_adapters_take_the_launches_of_one(launched, dtype):
 
 
 def test_tables_of_many_layers_are_made_once(launched):
-    """Layers of different ranks, with several adapters: what their kernels look up is copied in the first step alone."""
+    """Layers of different ranks, with several adapters: what kernels look up is copied in the first step alone."""
     with META:
         model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(160)))
     ranks = {"default": {str(i): 1 + i % 40 for i in range(160)}, "b": {str(i): 1 + i // 40 for i in range(160)}}

@@ -212,6 +212,21 @@ class TestRefusals:
             load_checkpoint(file, other, tracker, optimizer=optimizers[1])
         assert optimizers[1].param_groups[0]["lr"] == 0.2
 
+    def test_merged_models_change_nothing(self, file):
+        model = fastlora.merge(shifted(vit()))
+        before, own = copy.deepcopy(model.state_dict()), trained(vit())
+        outer = nn.ModuleDict({"first": nn.Linear(2, 2), "student": model})
+        within = {f"student.{name}": tensor for name, tensor in own.items()}
+        merged = "'default' is merged into 'model.blocks.0.attn.qkv'; call fastlora.unmerge first"
+        with pytest.raises(ValueError, match=merged):
+            load_checkpoint(file, model)
+        with adapters_only(outer), pytest.raises(ValueError, match=merged.replace("model.", "student.model.")):
+            outer.load_state_dict(within)
+        with pytest.raises(ValueError, match=merged):
+            model.load_state_dict(own, strict=False)
+        assert_same(model.state_dict(), before)
+        model.load_state_dict(before)  # the weights come along
+
     def test_other_trackers(self, file):
         model = vit()
         with (

@@ -1,4 +1,4 @@
-"""An optimizer that was built before the parameters it should train says so at its first step."""
+"""An optimizer that does not train the adapters says so at its first step: built too early, or of a merged model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import fastlora
 from fastlora.model import optimizer_check
 
 REPLACED = r"optimizer: holds the factors that others have replaced.*0\.lora_A\.default\.weight.*set_ranks"
+MERGED = "optimizer: 'default' is merged into 0, 2, so that the adapters which this optimizer holds get no gradient"
 TOO_EARLY = "build it after fastlora.inject"
 UNHELD = "optimizer: none that has stepped so far holds these"
 
@@ -242,6 +243,23 @@ def test_one_optimizer_for_the_head_and_one_for_adapters(caplog):
     with caplog.at_level(logging.WARNING):
         steps(model, head, others)
     assert caplog.text == ""
+
+
+def test_of_a_merged_model(caplog):
+    model = adapted(modules_to_save=["3"])
+    optimizer = torch.optim.AdamW(trained(model), lr=0.1)
+    head = torch.optim.AdamW(model[3].parameters(), lr=0.1)
+    steps(model, head, optimizer)
+    for times in (1, 2):
+        fastlora.merge(model)
+        steps(model, head)
+        assert caplog.text.count(MERGED) == times - 1
+        steps(model, head, optimizer)
+        assert caplog.text.count(MERGED) == times
+        fastlora.unmerge(model)
+    fastlora.unmerge(fastlora.merge(model))
+    steps(model, head, optimizer)
+    assert caplog.text.count(MERGED) == len(caplog.messages) == 2
 
 
 def test_a_compiled_step():
