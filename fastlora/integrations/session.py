@@ -13,7 +13,7 @@ from torch import nn
 from .._utils.distributed import several_processes
 from .._utils.errors import check_choice, check_integer, unknown_choice, wrong_type
 from .._utils.torch_compat import set_requires_grad
-from ..nn.active import NO_ADAPTERS, chosen_adapter
+from ..nn.active import NO_ADAPTERS, adapted_models, chosen_adapter
 from ..nn.linear import adapted_layers
 from ..tracking.tracker import Tracker, track
 from .checkpoints import TrainingState
@@ -159,10 +159,10 @@ def adapted_model(module: nn.Module) -> nn.Module:
     """The model inside ``module`` that ``inject`` was called on, or ``module`` where layers were built by hand."""
     if not adapted_layers(module):
         raise ValueError(NO_ADAPTERS)
-    found = {name: m for name, m in module.named_modules() if "fastlora_configs" in m.__dict__}
+    found = adapted_models(module)
     if len(found) > 1:
         raise ValueError(f"model: several adapted models inside one, {list(found)}; inject into the whole once")
-    return next(iter(found.values()), module)
+    return next(iter(found.values()))
 
 
 def checked_checkpoints(value: str) -> str:

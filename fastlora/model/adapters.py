@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._utils.distributed import refuse_parallel, several_processes
+from .._utils.distributed import refuse_parallel, several_processes, unwrapped
 from .._utils.errors import check_choice, check_instance, wrong_value
 from .._utils.torch_compat import assert_async
 from .._utils.types import ModelT
 from ..config import LoraConfig, takes_weight
-from ..nn.active import NO_ADAPTERS, refuse_merged
+from ..nn.active import NO_ADAPTERS, adapted_models, configs_in, refuse_merged
 from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
 from ..nn.token_rows import token_rows
@@ -32,6 +32,7 @@ from .inject import (
     plan_injection,
 )
 from .learning_check import watch_learning
+from .modules import named_by
 from .replaced_check import watch_places
 from .resting_check import watch_resting
 from .tokens import commit_rows, plan_rows, refuse_rows_of
@@ -72,8 +73,8 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     """Add the adapter ``name`` to an adapted model, as ``config`` says it, with the next id; it trains beside others.
 
     ``y = x W^T + bias + s_g x A_g^T B_g^T`` for the rows of adapter g. Targets that have no adapter yet become adapted;
-    ``modules_to_save`` are shared by all adapters. Raises ``TypeError`` or ``ValueError`` naming the argument; the
-    model is then as it was.
+    ``modules_to_save`` are shared by all adapters. Names are those of ``model``, which may contain the adapted one.
+    Raises ``TypeError`` or ``ValueError`` naming the argument; the model is then as it was.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> model = fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=4, target_modules=["0"]))
@@ -81,6 +82,7 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     ['default', 'b']
     """
     refuse_parallel(model, "add_adapter")
+    given, model = model, unwrapped(model)
     routers = routers_of(model)
     check_adapter_name(name, "name")
     refuse_merged(adapted_layers(model))
@@ -89,7 +91,7 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     config = with_tied(model, LoraConfig.coerce(config))
     if config.bias != "none":
         raise wrong_value("bias", "'none' for an adapter that shares its base with others", config.bias)
-    for each in (config, *getattr(model, "fastlora_configs", {}).values()):
+    for each in (config, *[known for configs in configs_in(model) for known in configs.values()]):
         if takes_weight(each.init_lora_weights):
             raise ValueError(
                 f"init_lora_weights: {each.init_lora_weights!r} changes the weight that adapters share, so that the "
@@ -102,6 +104,7 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     names = find_targets(model, config, saved)
     refuse_tying(model, config, names)
     refuse_rows_of(model, names)
+    kept, rest = _configs_to_keep(model, config, saved)
     plan, rows = plan_injection(model, config, names), plan_rows(model, config, names, saved)
     for planned in plan:
         if not isinstance(planned.layer, Adapted):
@@ -122,11 +125,37 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     group_layers(model)
     for router in routers:
         router.add(name)
-    model.fastlora_configs = {**getattr(model, "fastlora_configs", {}), name: copy.deepcopy(config)}
-    watch_learning(model)
-    watch_places(model)
-    watch_resting(model)
-    return model
+    for configs, own in kept:
+        configs[name] = own
+    if rest is not None:
+        model.fastlora_configs = {name: rest}
+    for adapted in adapted_models(model).values():
+        watch_learning(adapted)
+        watch_places(adapted)
+        watch_resting(adapted)
+    return given
+
+
+def _configs_to_keep(
+    model: nn.Module, config: LoraConfig, saved: Sequence[str]
+) -> tuple[list[tuple[dict[str, LoraConfig], LoraConfig]], LoraConfig | None]:
+    """Where an adapter's config goes, with ``modules_to_save`` in the names of the adapted model there; and the config
+    for ``model`` itself, where it has modules to save that lie outside of the adapted models."""
+    kept, outside = [], list(saved)
+    for path, adapted in adapted_models(model).items():
+        own, inside = copy.deepcopy(config), f"{path}." if path else ""
+        if inside:
+            own.modules_to_save = [n.removeprefix(inside) for n in saved if n.startswith(inside)] or None
+            more = {*named_by(adapted, own.modules_to_save or ())} - {*(own.modules_to_save or ())}
+            if more:
+                accepted = f"suffixes that mean {inside}{min(more)}, too, or others; or {path!r} as the model"
+                raise wrong_value("modules_to_save", accepted, config.modules_to_save)
+        outside = [n for n in outside if not n.startswith(inside)]
+        kept += [(configs, own) for configs in configs_in(adapted)]
+    rest = copy.deepcopy(config) if outside else None
+    if rest is not None:
+        rest.modules_to_save = outside
+    return kept, rest
 
 
 def delete_adapter(model: ModelT, name: str) -> ModelT:
@@ -159,7 +188,8 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
         holder.uninstall(name)
     for router in routers:
         router.remove(name)
-    model.fastlora_configs = {k: v for k, v in getattr(model, "fastlora_configs", {}).items() if k != name}
+    for configs in configs_in(model):
+        configs.pop(name, None)
     return model
 
 

@@ -14,7 +14,7 @@ from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_instance, check_integer, check_number, wrong_value
 from .._utils.types import ModelT
 from ..config import LoraConfig
-from ..nn.active import refuse_merged
+from ..nn.active import config_of, configs_in, refuse_merged
 from ..nn.adapter import AdapterSpec, Factors
 from ..nn.linear import Adapted, adapted_layers, matrix_key
 from ..nn.token_rows import token_rows
@@ -85,7 +85,8 @@ def add_weighted_adapter(
             factors.requires_grad_(False).train(layer.training)
     for router in routers:
         router.add(adapter_name)
-    model.fastlora_configs = {**getattr(model, "fastlora_configs", {}), adapter_name: config}
+    for configs in configs_in(model):
+        configs[adapter_name] = config
     return model
 
 
@@ -185,7 +186,7 @@ def _config(model: nn.Module, first: str, made: Mapping[str, tuple[Any, Mapping[
     r = max(ranks.values())
     if r == 0:
         raise ValueError("adapters: expected one with a matrix of a rank above 0")
-    known = getattr(model, "fastlora_configs", {}).get(first) or LoraConfig()
+    known = config_of(model, first) or LoraConfig()
     other = {key: rank for key, rank in ranks.items() if rank != r}
     return replace(
         known,

@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .._utils.distributed import refuse_parallel
 from .._utils.torch_compat import remove_forward_hooks
 from .._utils.types import ModelT
-from ..nn.active import NO_ADAPTERS
+from ..nn.active import NO_ADAPTERS, kept_inside
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
 from ..nn.experts import ExpertProjection, release
 from ..nn.frozen import FrozenLinear
@@ -41,9 +41,9 @@ def eject(model: nn.Module) -> nn.Module:
 
     What was trained besides (heads, biases) keeps its values, and owners that were made to call their qkv still do.
     """
-    for hook in ("fastlora_saving", "fastlora_loading", "fastlora_loaded"):
-        if hasattr(model, hook):
-            getattr(model, hook).remove()
+    for attribute in ("fastlora_saving", "fastlora_loading", "fastlora_loaded"):
+        for hook in kept_inside(model, attribute).values():
+            hook.remove()
     for layer in adapted_layers(model).values():
         for kept in ("unmerged_weight", "unmerged_bias"):
             layer.__dict__.pop(kept, None)
@@ -70,8 +70,8 @@ def eject(model: nn.Module) -> nn.Module:
         remove_forward_hooks(module, _is_ours)
         if isinstance(module._modules.get(LEAF), TokenRows):
             del module._modules[LEAF]
-    for name in _OF_MODEL:
-        model.__dict__.pop(name, None)
+        for name in _OF_MODEL:
+            vars(module).pop(name, None)
     return model
 
 

@@ -121,7 +121,8 @@ def inject(
     _freeze(model, config, saved)
     if accelerate_frozen:
         _accelerate(model, config)
-    model.fastlora_configs = {adapter: copy.deepcopy(config)}
+    router.configs[adapter] = copy.deepcopy(config)
+    model.fastlora_configs = router.configs
     watch_learning(model, check)
     watch_savers(model)
     watch_places(model)

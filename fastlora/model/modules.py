@@ -8,7 +8,7 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .._utils.errors import unknown_choice
 from .._utils.torch_compat import forward_hooks
 from ..config import ROLES
+from ..nn.active import adapted_models, config_of, join
 from ..nn.adapter import Slices
 from ..nn.attention import InProjection, StackedProjection
 from ..nn.experts import ExpertProjection, ExpertStack
@@ -55,10 +56,6 @@ class Projections:
     output: str | None
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def attention_blocks(model: nn.Module) -> Iterator[Projections]:
     """Every attention block of the model, by structure: all inputs must be projections."""
     modules = named_targets(model)
@@ -67,7 +64,7 @@ def attention_blocks(model: nn.Module) -> Iterator[Projections]:
         taken: set[nn.Module] = set()
         for entry in ATTENTION:
             leaves = [(leaf, name) for leaf in entry.inputs for name in _each(owner, leaf)]
-            found = [_below(owner, name) or modules.get(_join(path, name)) for _, name in leaves]
+            found = [_below(owner, name) or modules.get(join(path, name)) for _, name in leaves]
             if not leaves or not all(is_projection(m) for m in found) or taken.intersection(found):
                 continue
             if any(called_instead(owner, leaf) for leaf, _ in leaves):
@@ -95,7 +92,7 @@ def _each(owner: nn.Module, leaf: str) -> list[str]:
 def _output_of(model: nn.Module, path: str, entry: Attention) -> nn.Module | None:
     for name in entry.outputs:
         base = path.rpartition(".")[0] if name.startswith("^") else path
-        module = _below(model, _join(base, name.lstrip("^")))
+        module = _below(model, join(base, name.lstrip("^")))
         if is_projection(module):
             return module
     return None
@@ -118,7 +115,7 @@ def mlp_linears(model: nn.Module) -> dict[str, Slices | None]:
                 break
     for block in attention_blocks(model):
         joint = {name: layout for name, layout in block.layouts.items() if {"mlp", "gate"} & set(layout or ())}
-        out = _join(block.owner, "mlp_out_proj")
+        out = join(block.owner, "mlp_out_proj")
         out = out if is_linear(_below(model, out)) else block.output
         names |= {**joint, out: None} if joint and out is not None else {}
     return names
@@ -132,7 +129,7 @@ def mixer_linears(model: nn.Module) -> list[str]:
             # Mamba's step sizes are read past the layer on some ways through it.
             read = uses_of_weight(type(owner), "dt_proj")[0]
             names += [
-                _join(path, n) for n, m in owner.named_children() if is_linear(m) and not (n == "dt_proj" and read)
+                join(path, n) for n, m in owner.named_children() if is_linear(m) and not (n == "dt_proj" and read)
             ]
     return [name for name in names if refusal(model, name) is None]
 
@@ -163,7 +160,11 @@ def is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
 
 
 def role_targets(model: nn.Module, role: str) -> list[str]:
-    """Full names of the linears that play a role (``ROLES``), in the model's order."""
+    """Full names of the linears that play a role (``ROLES``), in the model's order, and of adapted models inside it."""
+    return [join(path, n) for path, each in adapted_models(model).items() for n in _role_targets(each, role)]
+
+
+def _role_targets(model: nn.Module, role: str) -> list[str]:
     if role == "all-linear":
         return [
             n for n, m in named_targets(model).items()
@@ -348,7 +349,7 @@ def named_targets(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, ExpertProjection):
             continue  # its path is that of its parameter
         found.setdefault(name, module)
-        found |= {_join(name, leaf): stack for leaf, stack in expert_stacks(module).items()}
+        found |= {join(name, leaf): stack for leaf, stack in expert_stacks(module).items()}
         if isinstance(module, nn.MultiheadAttention) and "in_proj" not in module._modules:
             found[f"{name}.in_proj" if name else "in_proj"] = StackedProjection(module)
     return found
@@ -382,9 +383,18 @@ def tied_embeddings(model: nn.Module) -> list[str]:
 
 def saved_modules(model: nn.Module, adapter: str | None) -> list[str]:
     """Full names of the modules that are trained and saved whole with an adapter (``modules_to_save``)."""
-    config = getattr(model, "fastlora_configs", {}).get(adapter)
-    wanted = list(config.modules_to_save or ()) if config is not None else []
-    return [n for n, _ in model.named_modules() if any(n == w or n.endswith("." + w) for w in wanted)]
+    found: dict[str, None] = {}
+    for path, adapted in adapted_models(model).items():
+        own = vars(adapted).get("fastlora_configs")
+        config = config_of(adapted, adapter) if own is None else own.get(adapter)
+        for name in [] if config is None else named_by(adapted, config.modules_to_save or ()):
+            found[join(path, name)] = None
+    return list(found)
+
+
+def named_by(model: nn.Module, suffixes: Collection[str]) -> list[str]:
+    """Full names of the modules that suffixes mean."""
+    return [n for n, _ in model.named_modules() if any(has_suffix(n, suffix) for suffix in suffixes)]
 
 
 def kept_forwards(module: nn.Module) -> list[str]:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._utils.distributed import refuse_parallel
+from .._utils.distributed import refuse_parallel, unwrapped
 from .._utils.errors import check_flag, check_integer, check_mapping, suggestion, wrong_value
 from .._utils.types import ModelT
 from ..config import FROM_WEIGHT, LoraConfig
 from ..importance.allocation import allocate
-from ..nn.active import chosen_adapter
+from ..nn.active import adapted_models, chosen_adapter, config_of
 from ..nn.adapter import checked_ranks, new_factors
 from ..nn.linear import Adapted, Linear, adapted_layers, matrix_key
 from ..ops.multi_tensor import copy_overlap_
@@ -47,6 +47,7 @@ def set_ranks(
     {'weight': 4}
     """
     refuse_parallel(model, "set_ranks")
+    given, model = model, unwrapped(model)
     layers = adapted_layers(model)
     adapter = chosen_adapter(model, adapter)
     check_flag("reinit", reinit)
@@ -54,7 +55,7 @@ def set_ranks(
         raise ValueError("keep: expected keep or reinit, got both")
     layers = {path: layer for path, layer in layers.items() if adapter in layer.adapter_specs}
     known = {matrix_key(path, s): (path, s) for path, layer in layers.items() for s in layer.slices}
-    config = getattr(model, "fastlora_configs", {}).get(adapter)
+    config = config_of(model, adapter)
     check_mapping("ranks", ranks, "matrix keys to ranks")
     wanted: dict[str, dict[str, int]] = {}
     for key, rank in ranks.items():
@@ -66,7 +67,8 @@ def set_ranks(
     for path, changed in wanted.items():
         layer = layers[path]
         _refuse_change(path, layer, changed, adapter, reinit, keep)
-        replaced.append((layer, *_resized(layer, changed, adapter, config)))
+        own = config or layer.router.configs.get(adapter)  # models inside one may have others each
+        replaced.append((layer, *_resized(layer, changed, adapter, own)))
     if keep:
         _keep_trained(replaced, adapter)
     for layer, spec, A, B in replaced:
@@ -76,8 +78,9 @@ def set_ranks(
             B.bias.data.mul_(_ratio(before, layer.bias_scale(adapter)))
         if reinit and "magnitude" in B.beside():
             B.magnitude.data.copy_(layer.row_lengths(adapter).norms())
-    watch_learning(model)  # the factors are new
-    return model
+    for adapted in adapted_models(model).values():
+        watch_learning(adapted)  # the factors are new
+    return given
 
 
 def _refuse_change(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn.active import join, kept_inside
 from ..nn.linear import Adapted, adapted_layers
 from ..nn.token_rows import TokenRows, embeddings_with_rows
 
@@ -69,7 +70,7 @@ def watch_places(model: nn.Module) -> None:
 
 def refuse_replaced(model: nn.Module) -> None:
     """``ValueError`` where a plain module is in the place of an adapted layer."""
-    places = getattr(model, "fastlora_places", None)
-    lost = [] if places is None else [path for path in places.paths if places.replaced(path)]
+    held = kept_inside(model, "fastlora_places").items()
+    lost = [join(at, path) for at, places in held for path in places.paths if places.replaced(path)]
     if lost:
         raise ValueError(f"model: another module has replaced {lost[0]!r}, and the adapters on it are gone; {_HOW}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._utils.errors import listed
-from ..nn.active import refuse_merged
+from ..nn.active import configs_in, refuse_merged
 from ..nn.linear import adapted_layers, matrix_key
 from .modules import saved_modules
 
@@ -55,11 +55,9 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
 def trained_names(model: nn.Module) -> set[str]:
     """Names of the parameters that a checkpoint holds; a schedule may hold some of them frozen for a while."""
     found = {name for name, p in named(model).items() if p.requires_grad or _matrix(name)}
-    for path, module in model.named_modules():
-        for adapter in module.__dict__.get("fastlora_configs", ()):
-            for saved in saved_modules(module, adapter):
-                inside = f"{path}.{saved}." if path else f"{saved}."
-                found.update(name for name in named(model) if name.startswith(inside))
+    for adapter in {name for configs in configs_in(model) for name in configs}:
+        for saved in saved_modules(model, adapter):
+            found.update(name for name in named(model) if name.startswith(f"{saved}."))
     return found
 
 

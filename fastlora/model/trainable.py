@@ -14,7 +14,7 @@ from .._utils.distributed import refuse_partitioned
 from .._utils.errors import check_choice, check_integer, check_model, check_number, suggestion, wrong_value
 from .._utils.types import ModelT
 from ..config import LoraConfig
-from ..nn.active import chosen_adapter, names_of
+from ..nn.active import chosen_adapter, join, kept_inside, names_of
 from ..nn.adapter import WHOLE
 from ..nn.linear import adapted_layers
 from .families import HEADS
@@ -338,7 +338,7 @@ class AppliedPolicy(NamedTuple):
 
 def chosen_or_policy(model: nn.Module, adapter: str | None) -> str | None:
     """``chosen_adapter``, or None for a model that a policy trains without adapters."""
-    alone = adapter is None and getattr(model, "fastlora_policy", None) is not None
+    alone = adapter is None and bool(kept_inside(model, "fastlora_policy"))
     return None if alone and not adapted_layers(model) else chosen_adapter(model, adapter)
 
 
@@ -379,7 +379,8 @@ def _embeds(model: nn.Module, head: nn.Module) -> bool:
 
 def head_modules(model: nn.Module, adapter: str | None) -> list[str]:
     """Full names of the modules that are trained whole and are no norms."""
-    applied = getattr(model, "fastlora_policy", None)
-    names = [*saved_modules(model, adapter), *(applied.heads if applied is not None else ())]
+    applied = kept_inside(model, "fastlora_policy").items()
+    heads = [join(at, name) for at, policy in applied for name in policy.heads]
+    names = [*saved_modules(model, adapter), *heads]
     modules = dict(model.named_modules())
     return [n for n in dict.fromkeys(names) if not is_norm(modules[n])]

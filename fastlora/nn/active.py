@@ -1,13 +1,15 @@
-"""Which adapter a function means that was given none: the active one."""
+"""Which adapter a function means that was given none: the active one; and what is kept of adapters in a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from .._utils.errors import check_choice
+from ..config import LoraConfig
 from .linear import Linear, adapted_layers
 
 NO_ADAPTERS = "model: has no adapters; call fastlora.inject first"
@@ -37,6 +39,37 @@ def chosen_adapter(model: nn.Module, adapter: Any = None) -> str:
     if len(active) > 1:
         raise ValueError(f"adapter: expected a name, since the layers have different active ones: {active}")
     return active[0]
+
+
+def join(path: str, name: str) -> str:
+    """The path of what is called ``name`` inside the module at ``path``."""
+    return f"{path}.{name}" if path else name
+
+
+def kept_inside(model: nn.Module, attribute: str) -> dict[str, Any]:
+    """What is kept as an attribute of modules inside ``model``, itself among them, by their paths."""
+    return {path: vars(m)[attribute] for path, m in model.named_modules() if attribute in vars(m)}
+
+
+def adapted_models(model: nn.Module) -> dict[str, nn.Module]:
+    """The models inside ``model`` that ``inject`` was called on by path, or ``model``: a part of one, or made by hand.
+
+    Whoever is given a model around them, or a part, finds here and in ``config_of`` what belongs to its layers.
+    """
+    return {path: model.get_submodule(path) for path in kept_inside(model, "fastlora_configs")} or {"": model}
+
+
+def configs_in(model: nn.Module) -> list[dict[str, LoraConfig]]:
+    """The configs by adapter of each adapted model inside ``model``; of a part of one, those of the whole."""
+    routers = [layer.router for layer in adapted_layers(model).values()]
+    return list(kept_inside(model, "fastlora_configs").values()) or [router.configs for router in routers]
+
+
+def config_of(model: nn.Module, adapter: str | None) -> LoraConfig | None:
+    """The config of an adapter; None for layers built by hand, and where those of models inside ``model`` differ."""
+    found = [configs[adapter] for configs in configs_in(model) if adapter in configs]
+    alike = [replace(config, modules_to_save=None) for config in found]  # which each model has by its own names
+    return found[0] if found and alike.count(alike[0]) == len(alike) else None
 
 
 def refuse_merged(layers: Mapping[str, Linear], but: str | None = None) -> None:

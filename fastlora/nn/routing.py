@@ -66,6 +66,7 @@ class Router:
     def __init__(self, adapter: str):
         self.slots: list[str | None] = [adapter]
         self.default = Route(True, adapter)
+        self.configs: dict[str, Any] = {}  # of adapters by name, as ``inject`` and its like were given them
         self.experts = False  # whether some matrices run only where rows are sent to them
         self._clear()
 
@@ -87,11 +88,12 @@ class Router:
         self._watchers: list[weakref.ref[set[Route]]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"slots": list(self.slots), "adapter": self.default.adapter, "experts": self.experts}
+        state = {"slots": list(self.slots), "adapter": self.default.adapter, "experts": self.experts}
+        return {**state, "configs": self.configs}  # the very dict that the model holds
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.slots, self.default = state["slots"], Route(True, state["adapter"])
-        self.experts = state.get("experts", False)
+        self.experts, self.configs = state.get("experts", False), state.get("configs", {})
         self._clear()
 
     @property

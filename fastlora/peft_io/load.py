@@ -22,7 +22,7 @@ from ..model.fields import refuse_tying
 from ..model.inject import check_adapter_name, inject, refuse_adapted
 from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules, tied_embeddings
 from ..model.tokens import find_rows
-from ..nn.active import chosen_adapter
+from ..nn.active import chosen_adapter, config_of
 from ..nn.adapter import WHOLE, Slices
 from ..nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from ..nn.token_rows import token_rows
@@ -270,7 +270,7 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
             for s in mine or theirs
             if mine.get(s, 0) != theirs.get(s, 0)
         ]
-    config = getattr(model, "fastlora_configs", {}).get(adapter)
+    config = config_of(model, adapter)
     bias = "none" if config is None else config.bias
     for field in ("lora_bias", "use_dora", "init_lora_weights"):
         mine, theirs = getattr(config, field, None), getattr(folder.fields, field)

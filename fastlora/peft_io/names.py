@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._utils.errors import check_integer, wrong_value
 from ..config import FROM_WEIGHT, check_token_indices, indices_of, layer_index, names_in
 from ..model.modules import has_suffix, named_targets, tied_embeddings, torch_attentions
+from ..nn.active import join, kept_inside
 from ..nn.attention import InProjection
 from ..nn.experts import ExpertProjection, ExpertStack
 from ..nn.linear import adapted_layers
@@ -335,7 +336,9 @@ def unranked_biases(model: nn.Module, adapter: str, mode: str, stored: Collectio
         return set()
     layers = adapted_layers(model).items()
     targets = {p for p, x in layers if adapter in x.adapter_names and x._parameters.get("bias") is not None}
-    return {*targets, *getattr(model, "fastlora_biases", {}).get(adapter, ())} - set(stored)
+    held = kept_inside(model, "fastlora_biases").items()
+    loaded = {join(at, path) for at, kept in held for path in kept.get(adapter, ())}
+    return (targets | loaded) - set(stored)
 
 
 def frozen_tensors(model: nn.Module, stored: Mapping[str, str]) -> dict[str, Tensor]:

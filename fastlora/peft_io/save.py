@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
 from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
-from ..config import LoraConfig, power_iterations
+from ..config import FROM_WEIGHT, LoraConfig, power_iterations
 from ..model.merge import before_merge
 from ..model.modules import named_targets, refuse_shared, saved_modules
 from ..model.replaced_check import refuse_replaced
-from ..nn.active import chosen_adapter
+from ..nn.active import chosen_adapter, config_of, kept_inside, names_of
 from ..nn.adapter import WHOLE
 from ..nn.experts import ExpertProjection
 from ..nn.layer_view import Conv1D
@@ -93,13 +93,13 @@ def write_adapter(
     if not isinstance(path, (str, os.PathLike)):
         raise wrong_type("path", "the path of a folder", path)
     check_flag("fold_scale", fold_scale)
-    ranks, model = ranks_of(model), unwrapped(model)
+    given, ranks, model = model, ranks_of(model), unwrapped(model)
     sharded = bool(shards(model))
     reshard(model)
     adapter = _saveable_adapter(model, adapter)
-    refuse_replaced(model)
+    refuse_replaced(given)
     layers = _saveable(model, adapter)
-    config = getattr(model, "fastlora_configs", {}).get(adapter) or _config_of(layers, adapter)
+    config = config_of(model, adapter) or _config_of(layers, adapter)
     if fold_scale and config.init_lora_weights == "olora":
         raise ValueError("fold_scale: expected False for init_lora_weights='olora', whose frozen weight depends on s")
     if config.init_lora_weights in ("corda", "lora_ga") or power_iterations(config.init_lora_weights) is not None:
@@ -231,10 +231,10 @@ def _auto_class(model: nn.Module, saved: list[str]) -> dict[str, Any]:
 
 
 def _saveable_adapter(model: nn.Module, adapter: str | None) -> str:
-    applied = getattr(model, "fastlora_policy", None)
-    if applied is not None and not adapted_layers(model):
+    applied = list(kept_inside(model, "fastlora_policy").values())
+    if applied and not adapted_layers(model):
         raise ValueError(
-            f"model: policy {applied.name!r} trains no adapter, and PEFT has no file without one; save the "
+            f"model: policy {applied[0].name!r} trains no adapter, and PEFT has no file without one; save the "
             "parameters that require gradients, for instance with safetensors.torch.save_file"
         )
     return chosen_adapter(model, adapter)
@@ -267,9 +267,18 @@ def _saveable(model: nn.Module, adapter: str) -> dict[str, Linear]:
 
 
 def _config_of(layers: Mapping[str, Linear], adapter: str) -> LoraConfig:
-    """The config of layers that were built by hand."""
-    spec = next(iter(layers.values())).adapter_specs[adapter]
-    return LoraConfig(lora_dropout=spec.dropout, init_lora_weights=spec.init)
+    """The config of layers that were built by hand, or injected by several configs, as far as a file says it once."""
+    specs = {path: layer.adapter_specs[adapter] for path, layer in layers.items()}
+    beside = {path: sorted(layer.lora_B[adapter].beside()) for path, layer in layers.items()}
+    first, spec = next(iter(specs.items()))
+    for path, other in specs.items():
+        if beside[path] != beside[first] or (other.init != spec.init and {other.init, spec.init} & {*FROM_WEIGHT}):
+            raise ValueError(
+                f"model: {first!r} and {path!r} differ in init_lora_weights, use_dora or lora_bias, which a file says "
+                "once; save the models that inject was called on each by itself"
+            )
+    own = {"use_dora": "magnitude" in beside[first], "lora_bias": "bias" in beside[first]}
+    return LoraConfig(lora_dropout=spec.dropout, init_lora_weights=spec.init, **own)
 
 
 def _matrices(
@@ -407,7 +416,7 @@ def _refuse_untold(model: nn.Module, saved: list[str], biases: Mapping[str, Tens
     """Everything that was trained is in the files, or ``ValueError`` with the names of what is not."""
     told = {id(t) for t in (*biases.values(), *saved_tensors(model, saved).values())}
     # A head that came with another adapter leaves with that one.
-    for name in getattr(model, "fastlora_configs", {}):
+    for name in names_of(adapted_layers(model).values()):
         told.update(id(t) for t in saved_tensors(model, saved_modules(model, name)).values())
     for layer in adapted_layers(model).values():
         told.update(id(p) for factors in (layer.lora_A, layer.lora_B) for p in factors.parameters())
