@@ -398,16 +398,21 @@ def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
     keep = {id(p) for rows in token_rows(model).values() for p in rows.parameters()}
     for layer in layers.values():
         keep.update(id(p) for p in (*layer.lora_A.parameters(), *layer.lora_B.parameters()))
-        if config.bias == "lora_only" and layer._parameters.get("bias") is not None:
-            keep.add(id(layer.bias))
     modules = dict(model.named_modules())
     for name in saved:
         parameters = list(modules[name].parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             logger.warning("modules_to_save: %r was frozen before injection and stays frozen", name)
         keep.update(id(p) for p in parameters)
+    biases: dict[str, nn.Parameter | None] = {}
     if config.bias == "all":
-        keep.update(id(p) for n, p in model.named_parameters() if n == "bias" or n.endswith(".bias"))
+        biases = {n: p for n, p in model.named_parameters() if n == "bias" or n.endswith(".bias")}
+    elif config.bias == "lora_only":
+        biases = {f"{path}.bias": layer._parameters.get("bias") for path, layer in layers.items()}
+    frozen = [n for n, p in biases.items() if p is not None and not p.requires_grad and id(p) not in keep]
+    if frozen:
+        logger.warning("bias: frozen before injection and stay frozen: %s", listed(frozen))
+    keep.update(map(id, biases.values()))
     for parameter in model.parameters():
         if id(parameter) not in keep:
             parameter.requires_grad_(False)

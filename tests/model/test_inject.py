@@ -236,6 +236,20 @@ class TestFreezing:
         assert "bert.pooler.dense.weight" in trainable(model)
         assert "'classifier' was frozen before injection" in caplog.text and "'bert.pooler'" not in caplog.text
 
+    @pytest.mark.parametrize("bias", ["all", "lora_only", "none"])
+    def test_biases_that_stay_frozen_are_named(self, bias, caplog):
+        def injected(frozen):
+            model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.LayerNorm(4), nn.Linear(4, 2))
+            model.requires_grad_(not frozen)[3].requires_grad_(True)
+            return fastlora.inject(model, config(target_modules=["0", "1"], bias=bias, modules_to_save=["3"]))
+
+        assert trainable(injected(True)) == {"3.weight", "3.bias"}
+        named = {"all": "0.bias, 2.bias", "lora_only": "0.bias", "none": None}[bias]
+        assert caplog.messages == ([f"bias: frozen before injection and stay frozen: {named}"] if named else [])
+        caplog.clear()
+        injected(False)
+        assert caplog.text == ""
+
 
 BIASES_APART = ("timm_beit", "timm_eva02", "timm_swinv2")
 SAMPLES_FIRST = ("open_clip", "torch_encoder", "torch_transformer")
