@@ -312,8 +312,7 @@ def linear(
     column sums of y and y^2 with M beside them, float64 [2, N_j + 1]. ``strategy``: "fused", "library" or "augmented";
     default by the table. ``runs``: of projections that interleave.
     """
-    x, h, W, B = unit_last(x), unit_last(h), [unit_last(w) for w in W], [unit_last(b) for b in B]
-    bias = [None if b is None else unit_last(b) for b in bias]
+    x, h, B = unit_last(x), unit_last(h), [unit_last(b) for b in B]
     M, K = x.shape
     rank = sum(b.shape[1] for b in B)
     make = torch.zeros if M == 0 else torch.empty
@@ -334,9 +333,12 @@ def linear(
         if tiles.tma and (runs or not aligned([x, *W])):
             strategy, tiles = "library", None
     if strategy == "library":
+        # A weight that lies transposed, as Conv1D's, is multiplied by as it lies.
         y = [torch.nn.functional.linear(x, w, b) for w, b in zip(W, bias, strict=True)]
     else:
         y = [torch.empty(M, w.shape[0], dtype=x.dtype, device=x.device) for w in W]
+    if strategy == "fused":
+        W, bias = [unit_last(w) for w in W], [None if b is None else unit_last(b) for b in bias]
     projections = cut(W, bias, B, y, sums, places, offsets, scales)
     if strategy == "augmented":
         # Zeros behind the ranks, so that rows stay aligned.

@@ -132,7 +132,7 @@ def linear_backward(
     The masks are dropout's, of ``streams`` (0, 1, ... without), with their ``keep_scale`` when a seed is given, 1
     otherwise. A_i of one dtype.
     """
-    dy, W, A = [unit_last(t) for t in dy], [unit_last(t) for t in W], [unit_last(t) for t in A]
+    dy, A = [unit_last(t) for t in dy], [unit_last(t) for t in A]
     M, K = dy[0].shape[0], W[0].shape[1]
     if M == 0:
         return dy[0].new_empty(M, K)
@@ -152,6 +152,7 @@ def linear_backward(
         both = torch.cat([*dy, dh, dh.new_zeros(M, padding)], dim=1)
         return both @ torch.cat([*W, torch.cat(list(A)).to(dh.dtype), dh.new_zeros(padding, K)])
     if strategy == "fused":
+        W = [unit_last(w) for w in W]
         dx = torch.empty(M, K, dtype=dy[0].dtype, device=dy[0].device)
     else:
         dx = torch.mm(dy[0], W[0])

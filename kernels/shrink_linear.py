@@ -171,7 +171,7 @@ def shrink_linear(
     """
     factors, probes = ([*A], 0) if P is None else ([*A, P], P.shape[0])
     (M, K), N, rank = x.shape, sum(w.shape[0] for w in W), sum(a.shape[0] for a in A)
-    x, W, widest = unit_last(x), [unit_last(w) for w in W], max(a.shape[0] for a in A) + probes
+    x, widest = unit_last(x), max(a.shape[0] for a in A) + probes
     strategy = strategy or choose_strategy("shrink_linear", M, N, K, widest, x.dtype, x.device)
     if strategy == "separate" or moments or seed is not None or M == 0 or widest > WIDEST or not aligned([x, *W]):
         h = shrink(x, factors, probes, seed, threshold, keep_scale, streams)
@@ -179,7 +179,7 @@ def shrink_linear(
         return y, h, sums
     h = torch.empty(M, rank + probes, dtype=x.dtype, device=x.device)
     y = [torch.empty(M, w.shape[0], dtype=x.dtype, device=x.device) for w in W]
-    bias = [None if b is None else unit_last(b) for b in bias]
+    W, bias = [unit_last(w) for w in W], [None if b is None else unit_last(b) for b in bias]
     projections = cut(W, bias, [unit_last(b) for b in B], y, [], places, offsets, scales)
     run(x, [unit_last(f) for f in factors], h, projections, tiles, runs)
     return y, h, []

@@ -109,11 +109,13 @@ def shrink_linear_backward(
     """
     live, ranks = [i for i, g in enumerate(dy) if g is not None], [b.shape[1] for b in B]
     wide = [unit_last(dy[i]) for i in live]
-    weights = [unit_last(W[places[i][0]]).narrow(0, places[i][1], dy[i].shape[1]) for i in live]
-    (M, K), N, device = (wide[0].shape[0], weights[0].shape[1]), sum(g.shape[1] for g in wide), wide[0].device
+    used = {places[i][0]: W[places[i][0]] for i in live}
+    (M, K), N, device = (wide[0].shape[0], W[0].shape[1]), sum(g.shape[1] for g in wide), wide[0].device
     strategy = strategy or choose_strategy("shrink_linear_backward", M, N, K, max(ranks), wide[0].dtype, device)
-    if strategy == "separate" or M == 0 or max(ranks) > WIDEST or not aligned([*wide, *weights]):
+    if strategy == "separate" or M == 0 or max(ranks) > WIDEST or not aligned([*wide, *used.values()]):
         return None
+    used = {j: unit_last(w) for j, w in used.items()}
+    weights = [used[places[i][0]].narrow(0, places[i][1], dy[i].shape[1]) for i in live]
     tiles = tiles or choose_tiles("shrink_linear_backward", M, N, K, sum(ranks), wide[0].dtype, device)
     dx = torch.empty(M, K, dtype=wide[0].dtype, device=device)
     make = torch.empty if len(live) == len(dy) else torch.zeros

@@ -96,6 +96,20 @@ def test_outputs_and_gradients_of_the_fused_strategies(problem, p, fused, monkey
         assert_close(found[name], value, torch.float32, name)
 
 
+@pytest.mark.parametrize("fused", [(), (shrink_linear, shrink_linear_backward)], ids=["library", "fused"])
+@pytest.mark.parametrize("problem", [SEPARATE, INTERLEAVED], ids=["separate", "interleaved"])
+def test_a_weight_that_lies_transposed(problem, fused, monkeypatch):
+    """Multiplied by as it lies, and in a kernel that reads its rows as a copy."""
+    for module in fused:
+        monkeypatch.setattr(module, "choose_strategy", lambda *size: "fused")
+        monkeypatch.setattr(module, "aligned", lambda tensors: True)
+    data = Data(problem, torch.float32)
+    data.W = [w.t().contiguous().t() for w in data.W]
+    found, wanted = run(data, 0.0, False), run(data, 0.0, True)
+    for name, value in wanted.items():
+        assert_close(found[name], value, torch.float32, name)
+
+
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 @pytest.mark.parametrize(("dtype", "p"), [(torch.float32, 0.0), (torch.float32, 0.4), (torch.float16, 0.0)])
 def test_columns_of_x_in_the_place_of_probe_rows(problem, dtype, p):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from support import model_zoo  # noqa: E402
@@ -13,6 +14,7 @@ from support.model_zoo import ZOO, build  # noqa: E402
 from support.without_values import META, record_launches  # noqa: E402
 
 import fastlora  # noqa: E402
+from fastlora.ops.lora import lora_linear  # noqa: E402
 
 # Their own code reads values: a mask, padding.
 READING = {"torch_encoder", "deberta_v2", "deberta_v3"}
@@ -64,3 +66,32 @@ def test_exact_statistics_take_one_launch_an_input(fused, statistic, monkeypatch
         assert "gradstat_kernel" not in launched
         tracker.step()
     assert launched.count("gradstat_kernel") == launched.count("reduce_pairs_kernel") == 4
+
+
+class CopiesOf(TorchDispatchMode):
+    """How many tensors as large as a weight are made."""
+
+    def __init__(self, numel: int):
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, made = func(*args, **(kwargs or {})), ("aten::clone", "aten::_to_copy", "aten::contiguous")
+        self.count += func.name() in made and out.numel() == self.numel and out is not args[0]
+        return out
+
+
+@pytest.mark.parametrize("rows", [64, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_weight_is_copied(transposed, dtype, rows, monkeypatch):
+    """GPT-2's q, k and v: one matrix that lies transposed."""
+    launched, options = record_launches(monkeypatch), {"dtype": dtype, "device": META}
+    W = torch.empty(768, 2304, **options).t() if transposed else torch.empty(2304, 768, **options)
+    A, B = ([torch.empty(shape, requires_grad=True, **options) for _ in range(3)] for shape in ((8, 768), (768, 8)))
+    x = torch.empty(rows, 768, requires_grad=True, **options)
+    for _ in range(2):
+        with CopiesOf(W.numel()) as copies:
+            (y,) = lora_linear(x, [W], [torch.empty(2304, **options)], A, B, [2.0] * 3, backend="triton")
+            y.backward(torch.empty(y.shape, **options))
+    assert copies.count == 0 and "wgrad_kernel" in launched
