@@ -20,6 +20,7 @@ from ..nn.linear import adapted_layers, detach_state
 from ..nn.plain import Plain
 from ..nn.quantized import QuantizedLinear, original_class
 from ..nn.token_rows import LEAF, TokenRows
+from ..tracking.record import records
 from .modules import conv1d_class
 from .owners import change_class
 
@@ -44,7 +45,10 @@ def eject(model: nn.Module) -> nn.Module:
     for attribute in ("fastlora_saving", "fastlora_loading", "fastlora_loaded"):
         for hook in kept_inside(model, attribute).values():
             hook.remove()
-    for layer in adapted_layers(model).values():
+    layers = adapted_layers(model).values()
+    for record in records(layers):
+        record.closed = record.over = True  # the trackers have nothing left to follow
+    for layer in layers:
         for kept in ("unmerged_weight", "unmerged_bias"):
             layer.__dict__.pop(kept, None)
         detach_state(layer)
@@ -79,8 +83,8 @@ def unload(model: ModelT) -> ModelT:
     """Remove every adapter in place, as PEFT's ``unload``: modules are the base's, of exactly their classes.
 
     Weights stay as they are: the base's, or what ``merge`` has made of them. What was trained besides (heads, biases)
-    keeps its values. Returns the same model. Raises ``TypeError`` for what is no model, ``ValueError`` without
-    adapters, and for one that is sharded or wrapped.
+    keeps its values. A tracker of the model is over; its scores stay readable. Returns the same model. Raises
+    ``TypeError`` for what is no model, ``ValueError`` without adapters, and for one that is sharded or wrapped.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> type(fastlora.unload(model)[0])

@@ -260,6 +260,9 @@ class Operands:
         self.device_type = self.device.type
         # Of the layers' statistics, by adapter; a layer whose statistics change lets go of what is kept here.
         self.probes = {n: [layer.probes[n] for layer in layers] for n in names if n in layers[0].probes}
+        for mine in self.probes.values():
+            for probe, weight in zip(mine, W, strict=True):
+                probe.follow(weight)
         self.run: Any = None  # what a tracked call takes beside x, where the next one takes the same
         self._operands = [*W, *self.call.A, *self.call.B]
         self._kinds = list(map(_kind, self._operands))

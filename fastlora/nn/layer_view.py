@@ -94,6 +94,9 @@ class PartOfProbe:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.probe, name)
 
+    def follow(self, weight: Tensor) -> None:
+        """The leaves are the layer's own, whose parts are no leaves: autograd brings gradients to their dtype."""
+
     def operands(self, probes: list[PartOfProbe], x: Tensor, route: Any, samples: int | None = None) -> dict[str, Any]:
         return type(self.probe).operands(self, probes, x, route, samples)
 

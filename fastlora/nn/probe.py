@@ -161,6 +161,22 @@ class LayerProbe:
         step = self.step
         return step.sampled and not step.redraws and route.mask is None and torch.is_grad_enabled()
 
+    def follow(self, weight: Tensor) -> None:
+        """Have the leaves be in the dtype that a product with the layer's weight is summed in, which may have changed.
+
+        Raises ``ValueError`` where the weight has moved to another device: what is drawn and summed stays where it is.
+        """
+        dtype = accumulate_dtype(weight.dtype)
+        for leaf in self._leaves:
+            if leaf.device != weight.device and torch.is_grad_enabled():
+                where = f"on {leaf.device}, where it was when tracking began"
+                raise ValueError(f"model: expected {where}, got it on {weight.device}; track it after moving it")
+            if leaf is not self.V and leaf.dtype != dtype:
+                grad, leaf.grad = leaf.grad, None
+                with torch.inference_mode(False):
+                    leaf.data = leaf.data.to(dtype)
+                    leaf.grad = None if grad is None else grad.to(dtype)
+
     def entered(self, x: Tensor) -> None:
         """Take note of a forward on ``x`` that builds a graph."""
         if torch.compiler.is_compiling():
@@ -301,7 +317,8 @@ def token_mask_rows(x: Tensor, route: Any, name: str) -> Tensor | None:
 @contextlib.contextmanager
 def masked(layers: Mapping[str, Any], mask: Tensor) -> Iterator[None]:
     """Inside, the ways of this thread through the layers have the mask."""
-    routers = list({id(layer.router): layer.router for layer in layers.values()}.values())
+    found = [layer.router for layer in layers.values() if hasattr(layer, "router")]  # none once unloaded
+    routers = list({id(router): router for router in found}.values())
     opened = [(router, router.open(router.current().masked(mask), chosen=False)) for router in routers]
     try:
         yield

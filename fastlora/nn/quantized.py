@@ -80,6 +80,9 @@ class _WithoutMoments(PartOfProbe):
     def __init__(self, probe: Any):
         self.probe, self.width, self.taken, self.Z, self.V = probe, probe.width, probe.taken, probe.Z, None
 
+    def follow(self, weight: Tensor) -> None:
+        self.probe.follow(weight)
+
 
 def update_backend(layer: Adapted) -> str:
     """Off the CPU only torch's operators leave the base's matmul to others."""

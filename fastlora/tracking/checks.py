@@ -91,9 +91,11 @@ def checked_kinds(
     return kinds
 
 
-def checked_steps(warmup: Any, every: Any, seed: Any) -> None:
+def checked_steps(warmup: Any, every: Any, seed: Any, kinds: Sequence[str]) -> None:
     if warmup is not None:
         check_integer("warmup", warmup, 1, "None, or a number of steps")
+        if not {"grad_sq", "fisher"} & {*kinds}:
+            raise wrong_value("warmup", "None without 'grad_sq' or 'fisher' among the statistics", warmup)
     if not _is_auto("every", every):
         check_integer("every", every, 1, "'auto', or a number of steps")
     check_integer("seed", seed)

@@ -11,8 +11,8 @@ from torch import Tensor
 from .._utils.distributed import is_sharded, like, whole
 from .._utils.errors import check_instance, unknown_choice
 from .._utils.torch_compat import add_to_each_
-from ..nn.active import names_of
-from ..nn.linear import Linear
+from ..nn.active import NO_ADAPTERS, names_of
+from ..nn.linear import Adapted, Linear
 from ..ops import multi_tensor, penalty
 from ..ops.penalty import (
     checked_options,
@@ -97,6 +97,8 @@ class FisherPenalty:
         terms, known = _Terms([], [], [], [], set()), False
         for position, (path, name) in enumerate(self._matrices):
             layer = self._layers[path]
+            if not isinstance(layer, Adapted):
+                raise ValueError(NO_ADAPTERS)
             if adapter not in layer.adapter_specs:
                 continue
             known = True

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._utils.errors import wrong_value
 from ..nn.linear import Linear, matrix_key
 from ..nn.probe import Contribution, LayerProbe
 from ..ops.backends import choose
@@ -264,6 +265,8 @@ class Averages:
 
     def corrected(self, kind: str) -> Tensor:
         """Bias-corrected average of a statistic, ``F / (1 - β^Σn)``; 0 for a matrix without a sample."""
+        if kind not in self.kinds:
+            raise wrong_value("statistics", f"{kind!r} among them, which importance is made of", self.kinds)
         value, count = self.values[kind], self.counts[kind]
         return value / (1.0 - self.ema**count).clamp(min=1e-300) if self.ema is not None else value.clone()
 

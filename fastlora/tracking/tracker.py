@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._utils.distributed import unwrapped
 from .._utils.errors import check_choice, suggestion, wrong_value
 from ..importance.scores import Scores
-from ..nn.active import chosen_adapter
+from ..nn.active import adapted_models, chosen_adapter
 from ..nn.linear import Linear
 from ..nn.probe import LayerProbe, TrackedStep, checked_mask, masked, refuse_capture
 from ..nn.probe_rows import ColumnSampler, RademacherProbes, SampleSigns, refreshes_norms
@@ -142,7 +142,7 @@ class Tracker:
         self.per_sample, self.device = "fisher" in kinds, next(iter(self.layers.values())).weight.device
         self._device_type = self.device.type
         self.probes = checked_probes(probes, self.device)
-        checked_steps(warmup, every, seed)
+        checked_steps(warmup, every, seed, self.kinds)
         if self.per_sample:
             refuse_windows(model, self.layers)
         self.ema, self.warmup, self.seed = checked_decay(ema), warmup, seed
@@ -150,6 +150,7 @@ class Tracker:
         layer_probes = {path: LayerProbe(layer, self._step) for path, layer in self.layers.items()}
         self._tracked = Tracked(self.layers, layer_probes, estimator, self.kinds, covariances, loss_reduction)
         self.matrices, self.keys = self._tracked.matrices, self._tracked.keys
+        self._shapes = [(self.layers[path].slices[name], self.layers[path].in_features) for path, name in self.matrices]
         self.importance: Tensor | None = None
         self._averages = Averages(self.kinds, len(self.keys), self.ema, self.device)
         self._covariances = Covariances(covariances)
@@ -159,7 +160,7 @@ class Tracker:
         self._native = self._averages.of_leaves(self._tracked) if by_signs else None
         self._record = TrackingRecord(self.adapter, warmup, self._sampling, self._step)
         # Held weakly: the model holds its hook, and what the hook leads to would hold the model.
-        self._model = weakref.ref(model)
+        self._model, self._adapted = weakref.ref(model), [weakref.ref(m) for m in adapted_models(model).values()]
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
@@ -230,7 +231,7 @@ class Tracker:
         self._record.closed, self._record.over = True, over or self._record.over
         self._hook.remove()
         for path, probe in self._tracked.probes.items():
-            if self.layers[path].probes.get(self.adapter) is probe:
+            if getattr(self.layers[path], "probes", {}).get(self.adapter) is probe:  # none once unloaded
                 del self.layers[path].probes[self.adapter]
                 self.layers[path].has_changed()
 
@@ -258,9 +259,9 @@ class Tracker:
             refuse_capture(self._device_type)
         inverse = None if scaler is None else inverse_scale(scaler, self.device)
         self._watch.missed = 0
-        check = getattr(self._model(), "fastlora_learning", None)
-        if check is not None:
-            check.examine()
+        for model in self._adapted:
+            if check := getattr(model(), "fastlora_learning", None):
+                check.examine()
         if self._record.closed:
             return
         if self._step.sampled:
@@ -379,12 +380,11 @@ class Tracker:
         if kind not in self.kinds:
             hint = f"; {ABSOLUTE_NEEDS}" if kind == "grad_abs" and self.probe_kind != "columns" else ""
             raise wrong_value("kind", f"what is tracked, {self.kinds}", kind, hint or suggestion(kind, self.kinds))
-        shapes = [(self.layers[path].slices[name], self.layers[path].in_features) for path, name in self.matrices]
         rows = zip(
             self.keys,
             self._averages.corrected(kind).tolist(),
             self._averages.counts[kind].tolist(),
-            shapes,
+            self._shapes,
             strict=True,
         )
         there, absent, per_entry = {}, [], kind == "grad_abs" or (reduce == "mean" and kind != "act_var")
@@ -395,7 +395,7 @@ class Tracker:
                 there[key] = value / (n * k) if per_entry else value
         if absent and (missing == "raise" or not there):
             refuse_missing(kind, absent, len(there))
-        costs = {key: n + k for key, (n, k) in zip(self.keys, shapes, strict=True) if key in there}
+        costs = {key: n + k for key, (n, k) in zip(self.keys, self._shapes, strict=True) if key in there}
         return Scores(there, kind, costs=costs)
 
     def covariances(self, kind: str) -> dict[str, Tensor]:
@@ -420,8 +420,9 @@ class Tracker:
         ``form="decay"`` is the paper's shortcut, weight decay of A and B with the coefficient λ (1 - I_m).
         ``normalize="relative"`` takes ``I_m / max I``, ``"uniform"`` the mean of the weights everywhere (a control).
         ``weight``: λ. ``adapter``: whose factors, the tracked one's unless named. Returns a scalar in the unit of
-        ``weight``. Raises ``TypeError`` or ``ValueError`` naming the argument. ``docs/experiment.md``: on one model
-        ``"sum"`` did as well as ``"uniform"``, -0.01 ± 0.03 points of accuracy, and as none, +0.08 ± 0.11 points.
+        ``weight``. Raises ``TypeError`` or ``ValueError`` naming the argument. ``docs/experiment.md``: on one model, at
+        the smallest of three λ, which tuned best, ``"sum"`` did as well as ``"uniform"``, -0.01 ± 0.03 points of
+        accuracy, and as none, +0.08 ± 0.11 points.
         """
         return self._penalty.value(*self._weighing(), weight, form, normalize, self._whose(adapter))
 

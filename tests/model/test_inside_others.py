@@ -222,6 +222,21 @@ def test_adapters_that_never_learn_are_found_anew_after_a_change_from_outside():
     assert before is not model.fastlora_learning and model.fastlora_places.paths == ["a", "b"]
 
 
+class PassedBy(Net):
+    """Reads a weight in a way that no source tells."""
+
+    def forward(self, x):
+        layer = getattr(self, "a")  # noqa: B009
+        return self.b(nn.functional.linear(x, layer.weight))
+
+
+def test_adapters_that_never_learn_are_found_at_a_trackers_step():
+    model = fastlora.inject(PassedBy(), config())
+    with fastlora.track(Around(model), every=1) as tracker, pytest.raises(RuntimeError, match="never ran although"):
+        model(X).sum().backward()
+        tracker.step()
+
+
 @around
 def test_unloaded_from_outside(given):
     model = adapted()
