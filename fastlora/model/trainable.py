@@ -338,7 +338,7 @@ class AppliedPolicy(NamedTuple):
 
 def chosen_or_policy(model: nn.Module, adapter: str | None) -> str | None:
     """``chosen_adapter``, or None for a model that a policy trains without adapters."""
-    alone = adapter is None and bool(kept_inside(check_model(model), "fastlora_policy"))
+    alone = adapter is None and bool(kept_inside(model, "fastlora_policy"))
     return None if alone and not adapted_layers(model) else chosen_adapter(model, adapter)
 
 

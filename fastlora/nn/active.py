@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .._utils.errors import check_choice
+from .._utils.errors import check_choice, check_model
 from ..config import LoraConfig
 from .linear import Linear, adapted_layers
 
@@ -48,7 +48,7 @@ def join(path: str, name: str) -> str:
 
 def kept_inside(model: nn.Module, attribute: str) -> dict[str, Any]:
     """What is kept as an attribute of modules inside ``model``, itself among them, by their paths."""
-    return {path: vars(m)[attribute] for path, m in model.named_modules() if attribute in vars(m)}
+    return {path: vars(m)[attribute] for path, m in check_model(model).named_modules() if attribute in vars(m)}
 
 
 def adapted_models(model: nn.Module) -> dict[str, nn.Module]:

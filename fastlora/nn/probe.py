@@ -169,8 +169,10 @@ class LayerProbe:
         dtype = accumulate_dtype(weight.dtype)
         for leaf in self._leaves:
             if leaf.device != weight.device and torch.is_grad_enabled():
-                where = f"on {leaf.device}, where it was when tracking began"
-                raise ValueError(f"model: expected {where}, got it on {weight.device}; track it after moving it")
+                raise ValueError(
+                    f"model: expected on {leaf.device}, where it was when tracking began, got it on {weight.device}; "
+                    "track it after moving it"
+                )
             if leaf is not self.V and leaf.dtype != dtype:
                 grad, leaf.grad = leaf.grad, None
                 with torch.inference_mode(False):
