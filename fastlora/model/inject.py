@@ -329,7 +329,9 @@ def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> li
         layer = modules[name]
         check_weight(name, layer, config.backend)
         if isinstance(layer, ExpertStack) and config.backend == "triton":
-            raise ValueError(f"backend: 'triton' multiplies by the weight itself; that of {name!r} is the model's")
+            raise ValueError(
+                f"backend: 'triton' multiplies by the weight itself, and experts leave {name!r} to the model"
+            )
         K = features(layer)[0]
         defaults = {s: default_rank(config, s, min(K, rows)) for s, rows in slices[name].items()}
         ranks = {s: rank_of.get(matrix_key(name, s), rank) for s, rank in defaults.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,8 +18,10 @@ from ..nn.linear import adapted_layers
 
 logger = logging.getLogger(__name__)
 
-# Of each model the factors that an optimizer has held, that came with inject, or that were told of.
-_models: weakref.WeakKeyDictionary[nn.Module, set[weakref.ref]] = weakref.WeakKeyDictionary()
+# By its number each model marks the factors that an optimizer has held, that came with inject, or that were told of:
+# on the parameters themselves, since torch swaps none that anything refers to weakly.
+_models: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_numbers = itertools.count(1)
 # Number of each optimizer's next step since something has changed; 0 where nothing is left to look for.
 _steps: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []
@@ -32,9 +36,10 @@ def watch_optimizers(model: nn.Module, injected: bool = False) -> None:
     factors which came after ``inject``, and have gradients, a warning where none of the optimizers holds them.
     ``injected``: those of now came with it.
     """
-    first = injected and model not in _models
-    known = _factors(model).values() if first else [p for ref in _models.get(model, ()) if (p := ref()) is not None]
-    _models[model] = set(map(weakref.ref, known))
+    if model not in _models:
+        _models[model] = next(_numbers)
+        if injected:
+            _mark(model, _factors(model).values())
     for optimizer in list(_steps):
         _steps[optimizer] = 1
     if not _hooks:
@@ -53,7 +58,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 def _look(model: nn.Module, held: dict[int, nn.Parameter], step: int) -> bool:
     """Whether there are factors left that no optimizer has held so far."""
-    factors, known = _factors(model), _models[model]
+    factors = _factors(model)
     stale = {id(_successor(p)) for p in held.values() if hasattr(p, "fastlora_place")}
     lost = [name for name, p in factors.items() if id(p) in stale and id(p) not in held]
     if lost:
@@ -83,10 +88,10 @@ def _look(model: nn.Module, held: dict[int, nn.Parameter], step: int) -> bool:
             "optimizer: holds frozen parameters of the model and none of its adapters, which this optimizer does not "
             "train; build it after fastlora.inject"
         )
-        known.update(map(weakref.ref, factors.values()))
-    concerned = bool(own) or any(weakref.ref(p) in known for p in held.values())
-    known.update(weakref.ref(p) for p in factors.values() if id(p) in held)
-    new = {n: p for n, p in factors.items() if p.requires_grad and not is_sharded(p) and weakref.ref(p) not in known}
+        _mark(model, factors.values())
+    concerned = bool(own) or any(_marked(model, p) for p in held.values())
+    _mark(model, (p for p in factors.values() if id(p) in held))
+    new = {n: p for n, p in factors.items() if p.requires_grad and not is_sharded(p) and not _marked(model, p)}
     if new and concerned and step >= _PATIENCE:
         elsewhere = {id(p) for optimizer in list(_steps) for p in _parameters(optimizer)}
         idle = [n for n, p in new.items() if id(p) not in elsewhere and p.grad is not None and p.grad.any()]
@@ -96,9 +101,18 @@ def _look(model: nn.Module, held: dict[int, nn.Parameter], step: int) -> bool:
                 "build it after fastlora.add_adapter and set_ranks",
                 listed(idle),
             )
-            known.update(map(weakref.ref, new.values()))
+            _mark(model, new.values())
             return False
     return bool(new)
+
+
+def _mark(model: nn.Module, factors: Iterable[nn.Parameter]) -> None:
+    for factor in factors:
+        factor.fastlora_known = _models[model]
+
+
+def _marked(model: nn.Module, factor: nn.Parameter) -> bool:
+    return getattr(factor, "fastlora_known", None) == _models[model]
 
 
 def _factors(model: nn.Module) -> dict[str, nn.Parameter]:

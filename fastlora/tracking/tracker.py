@@ -474,10 +474,10 @@ class Tracker:
         """Take up a saved ``state``; ``TypeError`` or ``ValueError`` names what differs, with this tracker unchanged.
 
         Later steps decay by this tracker's ``ema`` and ``every``; ``every="auto"`` keeps the choice that was saved. A
-        tracker that froze its importance tracks again with a state from before; one that was closed refuses it.
+        tracker with a warmup that froze tracks again with a state from before; one that was closed refuses it.
         """
         checked_state(state, self.state_dict())
-        if state["importance"] is None and self._record.closed:
+        if state["importance"] is None and self._record.closed and self.warmup is not None:
             self._attach(checked_reopening(self._model(), self._record.over, self.layers, self.adapter))
         for part in ("values", "counts"):
             for kind, kept in getattr(self._averages, part).items():

@@ -242,7 +242,7 @@ def test_other_backends_compute_the_same(backend):
 def test_the_backend_that_multiplies_by_the_weight_is_refused():
     model = moe(dtype=torch.float32)
     before = [*model.state_dict()]
-    why = "backend: 'triton' multiplies by the weight itself; that of '.*' is the model's"
+    why = "backend: 'triton' multiplies by the weight itself, and experts leave '.*' to the model"
     with pytest.raises(ValueError, match=why):
         fastlora.inject(model, config(r=2, target_modules="experts", backend="triton"))
     assert [*model.state_dict()] == before
