@@ -57,7 +57,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 
 def _look(model: nn.Module, held: dict[int, nn.Parameter], step: int) -> bool:
-    """Whether there are factors left that no optimizer has held so far."""
+    """Whether the model has factors left that no optimizer has held so far, and this one has something of it."""
     factors = _factors(model)
     stale = {id(_successor(p)) for p in held.values() if hasattr(p, "fastlora_place")}
     lost = [name for name, p in factors.items() if id(p) in stale and id(p) not in held]
@@ -103,7 +103,7 @@ def _look(model: nn.Module, held: dict[int, nn.Parameter], step: int) -> bool:
             )
             _mark(model, new.values())
             return False
-    return bool(new)
+    return concerned and bool(new)
 
 
 def _mark(model: nn.Module, factors: Iterable[nn.Parameter]) -> None:

@@ -204,7 +204,8 @@ def test_factors_can_be_swapped_for_others():
 
 
 def test_an_optimizer_with_everything_is_not_looked_at_again(monkeypatch):
-    model = adapted()
+    model, other = adapted(), adapted()
+    fastlora.add_adapter(other, "b", config(r=2, target_modules=["0"]))  # which none holds
     optimizer = torch.optim.SGD(trained(model), lr=0.1)
     steps(model, optimizer)
     monkeypatch.setattr(optimizer_check, "_look", None)
