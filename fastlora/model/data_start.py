@@ -14,6 +14,7 @@ from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_integer, check_number, listed, wrong_value
 from .._utils.types import ModelT
 from ..nn.active import chosen_adapter
+from ..nn.initialise import take_out
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, QKVLinear, adapted_layers, matrix_key
 from ..ops.matmul import UNPACKED
@@ -282,14 +283,13 @@ def _begin(slices: list[_Slice], starts: list[tuple[Tensor, Tensor]], adapter: s
     for each, factors in zip(slices, starts, strict=True):
         if not all(bool(f.isfinite().all()) for f in factors):
             raise ValueError(f"model: {each.path!r} gives factors that are not finite")
-    for each, factors in zip(slices, starts, strict=True):
-        layer, kept = each.layer, []
-        for module, value in zip((layer.lora_A[adapter], layer.lora_B[adapter]), factors, strict=True):
-            parameter = getattr(module, each.part)
-            parameter.copy_(value)
-            module.keep_start(each.part)
-            kept.append(parameter.detach().to(each.weight().dtype))
-        weight, rows = layer.weight.detach().clone(), layer.slices.rows(each.part)
-        s = layer.adapter_specs[adapter].scale[each.part]
-        layer.as_matrix(weight)[rows] = (each.weight() - s * (kept[1] @ kept[0])).to(weight.dtype)
-        layer.weight.copy_(weight)
+    staged = [
+        (side[adapter], each.part, value.to(side[adapter].tensors()[each.part].dtype).contiguous())
+        for each, factors in zip(slices, starts, strict=True)
+        for side, value in zip((each.layer.lora_A, each.layer.lora_B), factors, strict=True)
+    ]
+    for factors, part, value in staged:
+        factors.start(part, value)
+    for layer in {id(each.layer): each.layer for each in slices}.values():
+        W, spec = layer.as_matrix(layer.weight), layer.adapter_specs[adapter]
+        take_out(W, layer.slices, spec, layer.lora_A[adapter], layer.lora_B[adapter])

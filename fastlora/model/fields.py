@@ -94,6 +94,11 @@ def refuse_beyond_factors(
         )
     if takes_weight(init) and len(users[id(layer.weight)]) > 1:
         raise ValueError(f"init_lora_weights: {init!r} changes the weight of {name!r}, which other modules share")
+    if takes_weight(init) and not bool(layer.weight.isfinite().all()):
+        raise ValueError(
+            f"init_lora_weights: {init!r} takes a part of the weight, and that of {name!r} has values that are not "
+            "finite"
+        )
     if takes_weight(init) and max(ranks.values()) > min(features(layer)):
         raise ValueError(
             f"init_lora_weights: {init!r} takes ranks up to {min(features(layer))} in {name!r}, got {ranks}"

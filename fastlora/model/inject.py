@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
@@ -20,7 +20,7 @@ from ..config import FROM_DATA, ROLES, LoraConfig, takes_weight
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, checked_ranks, new_factors
 from ..nn.experts import ExpertStack
 from ..nn.frozen import FrozenLinear
-from ..nn.initialise import new_bias, start_from_weight
+from ..nn.initialise import new_bias, new_magnitude, start_from_weight, take_out
 from ..nn.linear import (
     DEFAULT,
     ENGINE_OF_PREPACK,
@@ -69,6 +69,11 @@ class _Planned:
     slices: Slices
     spec: AdapterSpec
     factors: tuple[Factors, Factors]
+
+    def matrix(self) -> Tensor:
+        """The weight of a linear or a Conv1D as [N, K]."""
+        kind = type(self.layer) if isinstance(self.layer, Adapted) else adapted_class(self.layer, False)
+        return kind.as_matrix(self.layer, self.layer.weight)
 
 
 @torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
@@ -342,7 +347,21 @@ def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> li
         spec = AdapterSpec(scale, config.lora_dropout, config.init_lora_weights, adapter_dtype_of(config, layer))
         factors = new_factors(slices[name], ranks, K, spec, layer.weight.device, groups, lookup)
         plan.append(_Planned(name, layer, slices[name], spec, factors))
+        _begin(plan[-1], config)
     return plan
+
+
+def _begin(planned: _Planned, config: LoraConfig) -> None:
+    """What factors take from a weight, which stays as it is, and what goes with B."""
+    layer, (A, B) = planned.layer, planned.factors
+    if takes_weight(planned.spec.init):
+        start_from_weight(planned.matrix(), planned.slices, planned.spec, A, B)
+    if config.lora_bias:
+        bias = new_bias(features(layer)[1], planned.spec, A, layer.weight.device)
+        B.register_parameter("bias", nn.Parameter(bias))
+    if config.use_dora:
+        magnitude = new_magnitude(planned.matrix(), planned.slices, planned.spec, A, B)
+        B.register_parameter("magnitude", nn.Parameter(magnitude))
 
 
 def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, router: Router, adapter: str) -> None:
@@ -357,12 +376,7 @@ def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, ro
         take_over(model, planned.path, layer)
     layer.install(adapter, planned.spec, *planned.factors)
     if takes_weight(planned.spec.init):
-        start_from_weight(layer, adapter)
-    B = planned.factors[1]
-    if config.lora_bias:
-        B.register_parameter("bias", nn.Parameter(new_bias(planned.spec, layer)))
-    if config.use_dora:
-        B.register_parameter("magnitude", nn.Parameter(layer.row_lengths(adapter).norms().to(planned.spec.dtype)))
+        take_out(planned.matrix(), planned.slices, planned.spec, *planned.factors)
     layer.lora_A.train(layer.training)
     layer.lora_B.train(layer.training)
 

@@ -15,7 +15,8 @@ from .._utils.types import ModelT
 from ..config import FROM_WEIGHT, LoraConfig
 from ..importance.allocation import allocate
 from ..nn.active import adapted_models, chosen_adapter, config_of
-from ..nn.adapter import checked_ranks, new_factors
+from ..nn.adapter import AdapterSpec, Factors, checked_ranks, new_factors
+from ..nn.initialise import new_bias, new_magnitude
 from ..nn.linear import Adapted, Linear, adapted_layers, matrix_key
 from ..ops.multi_tensor import copy_overlap_
 from .learning_check import watch_learning
@@ -71,13 +72,15 @@ def set_ranks(
         replaced.append((layer, *_resized(layer, changed, adapter, own)))
     if keep:
         _keep_trained(replaced, adapter)
-    for layer, spec, A, B in replaced:
+    started = [_beside_afresh(*each) if reinit else {} for each in replaced]  # before anything changes: memory may end
+    for (layer, spec, A, B), beside, changed in zip(replaced, started, wanted.values(), strict=True):
         before = layer.bias_scale(adapter)
         layer.install(adapter, spec, A, B)
         if keep and "bias" in B.beside():
             B.bias.data.mul_(_ratio(before, layer.bias_scale(adapter)))
-        if reinit and "magnitude" in B.beside():
-            B.magnitude.data.copy_(layer.row_lengths(adapter).norms())
+        for kept, value in beside.items():
+            for rows in map(layer.slices.rows, changed):
+                B.beside()[kept].data[rows] = value[rows]
     for adapted in adapted_models(model).values():
         watch_learning(adapted)  # the factors are new
     return given
@@ -137,6 +140,16 @@ def _keep_trained(replaced: list[tuple], adapter: str) -> None:
     for factor, ratio in rescaled:
         if ratio != 1:
             factor.mul_(ratio)
+
+
+def _beside_afresh(layer: Linear, spec: AdapterSpec, A: Factors, B: Factors) -> dict[str, Tensor]:
+    """Values of what stands beside B, as at the start."""
+    made: dict[str, Tensor] = {}
+    if "bias" in B.beside():
+        made["bias"] = new_bias(layer.out_features, spec, A, layer.weight.device)
+    if "magnitude" in B.beside():
+        made["magnitude"] = new_magnitude(layer.as_matrix(layer.weight), layer.slices, spec, A, B)
+    return made
 
 
 def _ratio(before: float, now: float) -> float:

@@ -97,9 +97,10 @@ class Factors(nn.Module):
         found = {name: getattr(self, name, None) for name in ("bias", "magnitude")}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def keep_start(self, name: str) -> None:
-        """Remember a slice's factor as it is: a part of the weight that was taken out of it."""
-        self.register_buffer(START + name, getattr(self, name).detach().clone())
+    def start(self, name: str, value: Tensor) -> None:
+        """Give a slice's factor a ``value``, and remember it: a part of the weight that is taken out of it."""
+        getattr(self, name).copy_(value)
+        self.register_buffer(START + name, value)
 
     def starts(self) -> dict[str, Tensor]:
         """The factors that were taken out of the weight at the start, by slice (``initialize_corda``)."""
