@@ -21,7 +21,6 @@ from .._utils.files import write_atomically
 from ..model.state_differences import refuse_other
 from ..nn.active import NO_ADAPTERS
 from ..nn.linear import DEFAULT, adapted_layers, matrix_key
-from ..tracking.checks import checked_state
 from ..tracking.tracker import Tracker
 from .adapters_only import AdaptersOnly, adapters_only, trained_state
 
@@ -183,7 +182,7 @@ def load_checkpoint(
     refuse_other(model, state["model"])
     refuse_ranks(model, state)
     if tracker is not None and state["tracker"] is not None:
-        checked_state(state["tracker"], tracker.state_dict())
+        tracker.check_state(state["tracker"])
     for name, other in objects.items():  # before anything of ours, since they may refuse
         other.load_state_dict(state["objects"][name])
     TrainingState(model, tracker).load_state_dict(state)

@@ -22,7 +22,9 @@ def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = ""
         return set()
     names = named(model)
     trained = trained_names(model)
-    partial = not any(f"{path}.weight" in given for path in layers)
+    weights, frozen = {id(layer.weight) for layer in layers.values()}, names.keys() - trained
+    base = {name for name in frozen if id(names[name]) in weights} or frozen
+    partial = base.isdisjoint(given)
     started = {n: b for n, b in model.named_buffers() if _matrix(n)}
     differences = _rank_differences({n: p for n, p in names.items() if _matrix(n)} | started, given)
     differences += [

@@ -215,6 +215,16 @@ class Averages:
     def counts(self) -> dict[str, Tensor]:
         return dict(zip(self.kinds, self._steps, strict=True))
 
+    def state_dict(self) -> dict[str, Any]:
+        values, counts = ({kind: t.clone() for kind, t in part.items()} for part in (self.values, self.counts))
+        return {"values": values, "counts": counts, "skipped": self.skipped.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for kept, saved in ((self.values, state["values"]), (self.counts, state["counts"])):
+            for kind, numbers in kept.items():
+                numbers.copy_(saved[kind])
+        self.skipped.copy_(state["skipped"])
+
     def weight(self, n: int) -> float | None:
         """That of a sample which stands for n steps, ``1 - β^n``; None where it is its share of all steps."""
         return None if self.ema is None else 1.0 - self.ema**n

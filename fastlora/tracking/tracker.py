@@ -454,7 +454,6 @@ class Tracker:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs to go on with the same numbers: tensors and plain numbers."""
-        sampler = self._sampler
         return {
             "keys": list(self.keys),
             "steps": self.steps,
@@ -462,13 +461,17 @@ class Tracker:
             "probes": self.probes,
             "probe_kind": self.probe_kind,
             "every": self.every,
-            "columns": sampler.state_dict() if isinstance(sampler, ColumnSampler) else None,
-            "values": {k: v.clone() for k, v in self._averages.values.items()},
-            "counts": {k: v.clone() for k, v in self._averages.counts.items()},
-            "skipped": self._averages.skipped.clone(),
+            "columns": self._sampler.state_dict() if isinstance(self._sampler, ColumnSampler) else None,
+            **self._averages.state_dict(),
             "covariances": self._covariances.state_dict(),
             "importance": None if self.importance is None else self.importance.clone(),
         }
+
+    def check_state(self, state: dict[str, Any]) -> nn.Module | None:
+        """Refuse what ``load_state_dict`` refuses. Returns the model that it would have tracked again, if any."""
+        checked_state(state, self.state_dict())
+        lost = state["importance"] is None and self._record.closed and self.warmup is not None
+        return checked_reopening(self._model(), self._record.over, self.layers, self.adapter) if lost else None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved ``state``; ``TypeError`` or ``ValueError`` names what differs, with this tracker unchanged.
@@ -476,13 +479,10 @@ class Tracker:
         Later steps decay by this tracker's ``ema`` and ``every``; ``every="auto"`` keeps the choice that was saved. A
         tracker with a warmup that froze tracks again with a state from before; one that was closed refuses it.
         """
-        checked_state(state, self.state_dict())
-        if state["importance"] is None and self._record.closed and self.warmup is not None:
-            self._attach(checked_reopening(self._model(), self._record.over, self.layers, self.adapter))
-        for part in ("values", "counts"):
-            for kind, kept in getattr(self._averages, part).items():
-                kept.copy_(state[part][kind])
-        self._averages.skipped.copy_(state["skipped"])
+        reopened = self.check_state(state)
+        if reopened is not None:
+            self._attach(reopened)
+        self._averages.load_state_dict(state)
         self._covariances.load_state_dict(state["covariances"])
         self.seed = state["seed"]
         nothing = self._reduction.ranks is not None or bool(nothing_to_measure(self.estimator, self.device))
@@ -495,6 +495,6 @@ class Tracker:
                 self._sampler.load_state_dict(state["columns"])
             self._sampler.restart(self.seed)
             self._sampler.draw(self.steps)
-        self.importance = None
-        if state["importance"] is not None:
-            self._freeze(state["importance"].to(self.device))
+        self.importance = state["importance"]
+        if self.importance is not None:
+            self._freeze(self.importance.to(self.device))

@@ -189,6 +189,33 @@ class TestRefusals:
         torch.save(older, tmp_path / "older.pt")
         load_checkpoint(tmp_path / "older.pt", made(8))
 
+    @pytest.mark.parametrize("trains", [["0"], ["0", "2"], ["1"], ["0", "1", "2"]])
+    def test_some_base_weights_are_trained(self, file, trains):
+        """Of the adapted 0 and 2, and of 1."""
+
+        def made(seed):
+            torch.manual_seed(seed)
+            model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+            fastlora.inject(model, fastlora.LoraConfig(r=2, target_modules=["0", "2"]))
+            for name in trains:
+                model.get_parameter(f"{name}.weight").requires_grad_(True)
+            return shifted(model)
+
+        first, second = made(0), made(1)
+        save_checkpoint(file, first)
+        frozen = {n: p.clone() for n, p in second.named_parameters() if not p.requires_grad}
+        load_checkpoint(file, second)
+        assert_same(trained(second), trained(first))
+        assert len(trained(first)) == 4 + len(trains)
+        assert_same({n: p for n, p in second.named_parameters() if n in frozen}, frozen)
+        second.load_state_dict(first.state_dict())
+        assert_same(second.state_dict(), first.state_dict())
+        for missing in ("0.weight", "1.weight", "2.weight"):
+            whole = first.state_dict()
+            del whole[missing]
+            with pytest.raises((RuntimeError, ValueError), match=r"\.weight"):
+                second.load_state_dict(whole)
+
     def test_what_an_optimizer_refuses_changes_nothing(self, tmp_path):
         model, optimizer = vit(), torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         with fastlora.track(model, every=1) as tracker:
@@ -204,11 +231,15 @@ class TestRefusals:
             assert torch.equal(torch.get_rng_state(), state)
             assert_same(trained(model), before)
 
-    def test_what_a_tracker_refuses_leaves_the_optimizer(self, file):
+    @pytest.mark.parametrize("why, says", [("probes", "expected the probes"), ("closed", "expected frozen importance")])
+    def test_what_a_tracker_refuses_leaves_the_optimizer(self, file, why, says):
         model, other = vit(), vit()
         optimizers = [torch.optim.SGD(trained_parameters(m), lr=lr) for m, lr in ((model, 0.1), (other, 0.2))]
-        save_checkpoint(file, model, fastlora.track(model), optimizer=optimizers[0])
-        with fastlora.track(other, probes=2) as tracker, pytest.raises(ValueError, match="state: expected the probes"):
+        save_checkpoint(file, model, fastlora.track(model, warmup=4), optimizer=optimizers[0])
+        tracker = fastlora.track(other, warmup=4, probes=2 if why == "probes" else "auto")
+        if why == "closed":
+            tracker.close()
+        with pytest.raises(ValueError, match=f"state: {says}"):
             load_checkpoint(file, other, tracker, optimizer=optimizers[1])
         assert optimizers[1].param_groups[0]["lr"] == 0.2
 
