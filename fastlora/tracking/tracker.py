@@ -164,10 +164,6 @@ class Tracker:
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
-        self._record.closed = self._record.frozen = False
-        for path, probe in self._tracked.probes.items():
-            self.layers[path].probes[self.adapter] = probe
-            self.layers[path].has_changed()
         self._sampler = self._new_sampler()
         if self._sampler is not None:
             self._sampler.draw(0)
@@ -176,6 +172,10 @@ class Tracker:
                 self._step.signs.place = self._reduction.place()
         if self._reduction.ranks is not None:
             self._sampling.fix(RANKS_AGREE)
+        self._record.closed = self._record.frozen = False
+        for path, probe in self._tracked.probes.items():
+            self.layers[path].probes[self.adapter] = probe
+            self.layers[path].has_changed()
         keep_record(self._record, self.layers.values())
         self._watch = StepWatch(self.layers)
         hook = ForwardHook(self._step, self._watch, self._reduction, self._sampling)

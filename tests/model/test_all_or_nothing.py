@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -123,9 +124,21 @@ def test_other_ways_to_an_adapter(tmp_path):
     fastlora.save(make(), tmp_path)
     assert fails_everywhere(net, lambda model: fastlora.load(model, tmp_path)) > 4
     assert fails_everywhere(make, lambda model: fastlora.load(model, tmp_path, adapter="b")) > 4
-    combine = fastlora.add_weighted_adapter
-    assert fails_everywhere(make, lambda model: combine(model, ["default"], [0.5], adapter_name="b", combination_type="svd")) > 10
+    combine = partial(fastlora.add_weighted_adapter, adapters=["default"], weights=[0.5], adapter_name="b")
+    assert fails_everywhere(make, partial(combine, combination_type="svd")) > 10
     assert fails_everywhere(make, fastlora.merge) > 4
+
+
+def test_measuring():
+    def track(model):
+        try:
+            fastlora.track(model, statistics=("grad_sq", "act_var"))
+        except torch.OutOfMemoryError:
+            assert not any(layer.probes for _, layer in layers(model))
+            raise
+
+    assert fails_everywhere(adapted, track) > 4
+    assert fails_everywhere(adapted, lambda m: fastlora.calibrate(m, [torch.ones(2, 6)], gradients, steps=1)) > 20
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_2"])
