@@ -356,6 +356,8 @@ def _begin(planned: _Planned, config: LoraConfig) -> None:
     layer, (A, B) = planned.layer, planned.factors
     if takes_weight(planned.spec.init):
         start_from_weight(planned.matrix(), planned.slices, planned.spec, A, B)
+    if all(a is None for a in A.tensors().values()):
+        return  # what goes with B would do nothing, and never learn
     if config.lora_bias:
         bias = new_bias(features(layer)[1], planned.spec, A, layer.weight.device)
         B.register_parameter("bias", nn.Parameter(bias))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,12 +35,13 @@ def set_ranks(
     """Give matrices new ranks, with fresh factors; the scale ``s`` stays (``scale="per_rank"``: follows the rank).
 
     ``adapter``: the active one unless named. Keys are matrix keys; others keep their rank and factors. Rank 0 removes
-    the adapter of a matrix. Refused once B is not zero, because its training would be lost, unless ``reinit``, or
-    ``keep``: then the first min(r, r') rows of A and columns of B stay, all matrices copied in one launch, and further
-    columns of B are zero, so that a matrix which grows computes what it did; B (an embedding's A) is multiplied by
-    s / s' where ``s`` changes. Factors are new parameters: an optimizer needs to be made anew. On one model ranks
-    shared out anew after every tenth of training (``keep``) did as well as those of the start: +0.06 ± 0.29 points of
-    accuracy (``docs/experiment.md``). Raises ``TypeError`` or ``ValueError`` with the model unchanged.
+    the adapter of a matrix; with the last of a layer go what ``lora_bias`` and ``use_dora`` have there. Refused once B
+    is not zero, or these have been trained, because training would be lost, unless ``reinit``, or ``keep``: then the
+    first min(r, r') rows of A and columns of B stay, all matrices copied in one launch, and further columns of B are
+    zero, so that a matrix which grows computes what it did; B (an embedding's A) is multiplied by s / s' where ``s``
+    changes. Factors are new parameters: an optimizer needs to be made anew. On one model ranks shared out anew after
+    every tenth of training (``keep``) did as well as those of the start: +0.06 ± 0.29 points of accuracy
+    (``docs/experiment.md``). Raises ``TypeError`` or ``ValueError`` with the model unchanged.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> model = fastlora.set_ranks(model, {"0": 4})
@@ -64,20 +65,22 @@ def set_ranks(
             raise wrong_value("ranks", "keys of the adapter's matrices", key, suggestion(str(key), list(known)))
         path, name = known[key]
         wanted.setdefault(path, {})[name] = rank
+    trains = tuple(_trains([getattr(x, side)[adapter] for x in layers.values()]) for side in ("lora_A", "lora_B"))
     replaced = []
     for path, changed in wanted.items():
         layer = layers[path]
         _refuse_change(path, layer, changed, adapter, reinit, keep)
         own = config or layer.router.configs.get(adapter)  # models inside one may have others each
-        replaced.append((layer, *_resized(layer, changed, adapter, own)))
+        replaced.append((layer, *_resized(layer, changed, adapter, own, trains)))
     if keep:
         _keep_trained(replaced, adapter)
-    started = [_beside_afresh(*each) if reinit else {} for each in replaced]  # before anything changes: memory may end
+    # Before anything changes, since memory may end.
+    started = [_beside_afresh(*each, each[-1].beside()) if reinit else {} for each in replaced]
     for (layer, spec, A, B), beside, changed in zip(replaced, started, wanted.values(), strict=True):
-        before = layer.bias_scale(adapter)
+        before, bias = layer.bias_scale(adapter), layer.lora_B[adapter].beside().get("bias")
         layer.install(adapter, spec, A, B)
-        if keep and "bias" in B.beside():
-            B.bias.data.mul_(_ratio(before, layer.bias_scale(adapter)))
+        if keep and bias is not None and B.beside().get("bias") is bias:
+            bias.data.mul_(_ratio(before, layer.bias_scale(adapter)))
         for kept, value in beside.items():
             for rows in map(layer.slices.rows, changed):
                 B.beside()[kept].data[rows] = value[rows]
@@ -101,9 +104,10 @@ def _refuse_change(
     # Of an embedding A is zero at first.
     factors = layer.lora_A[adapter].tensors() if layer.lookup else layer.lora_B[adapter].tensors()
     trained = any(p is not None and bool(p.detach().any()) for p in factors.values())
-    if trained and not (reinit or keep) and layer.adapter_specs[adapter].init is not False:
+    what = "B is not zero" if trained else _trained_beside(layer, adapter)
+    if what and not (reinit or keep) and layer.adapter_specs[adapter].init is not False:
         raise ValueError(
-            f"ranks: {path!r} has been trained (B is not zero); pass reinit=True to start it afresh, or keep=True"
+            f"ranks: {path!r} has been trained ({what}); pass reinit=True to start it afresh, or keep=True"
         )
     if layer.merged:
         raise ValueError(f"ranks: {path!r} is merged; call fastlora.unmerge first")
@@ -112,6 +116,24 @@ def _refuse_change(
             f"ranks: a forward of {adapter!r} awaits its backward, whose gradients would be lost; run it, or let "
             "go of the forward's outputs"
         )
+
+
+def _trains(sides: Iterable[Factors]) -> bool:
+    """Whether one of these factors has a gradient, or there are none."""
+    found = [p.requires_grad for side in sides for p in side.parameters()]
+    return any(found) or not found
+
+
+def _trained_beside(layer: Adapted, adapter: str) -> str | None:
+    """What of ``lora_bias`` and ``use_dora`` has been trained, where B is zero; None: nothing."""
+    beside = layer.lora_B[adapter].beside()
+    if "bias" in beside and bool(beside["bias"].detach().any()):
+        return "lora_bias is not zero"
+    if "magnitude" in beside:
+        lengths = layer.row_lengths(adapter).norms().to(beside["magnitude"].dtype)
+        if not torch.allclose(beside["magnitude"], lengths):
+            return "the magnitude of use_dora is not that of the weight"
+    return None
 
 
 @torch.no_grad()
@@ -142,12 +164,14 @@ def _keep_trained(replaced: list[tuple], adapter: str) -> None:
             factor.mul_(ratio)
 
 
-def _beside_afresh(layer: Linear, spec: AdapterSpec, A: Factors, B: Factors) -> dict[str, Tensor]:
-    """Values of what stands beside B, as at the start."""
+def _beside_afresh(
+    layer: Linear, spec: AdapterSpec, A: Factors, B: Factors, names: Collection[str]
+) -> dict[str, Tensor]:
+    """What stands beside B, as at the start: those of ``names``, "bias" and "magnitude"."""
     made: dict[str, Tensor] = {}
-    if "bias" in B.beside():
+    if "bias" in names:
         made["bias"] = new_bias(layer.out_features, spec, A, layer.weight.device)
-    if "magnitude" in B.beside():
+    if "magnitude" in names:
         made["magnitude"] = new_magnitude(layer.as_matrix(layer.weight), layer.slices, spec, A, B)
     return made
 
@@ -157,7 +181,10 @@ def _ratio(before: float, now: float) -> float:
     return 1.0 if before == now or not now else before / now
 
 
-def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: LoraConfig | None):
+def _resized(
+    layer: Linear, changed: Mapping[str, int], adapter: str, config: LoraConfig | None, trains: Sequence[bool]
+) -> tuple[AdapterSpec, Factors, Factors]:
+    """New factors; ``trains``: whether A, and B, have gradients in the rest of the adapter."""
     spec, ranks = layer.adapter_specs[adapter], layer.ranks(adapter)
     scale = dict(spec.scale)
     for name, rank in changed.items():
@@ -176,13 +203,19 @@ def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: Lo
                     layer.lora_A[adapter]._parameters[name],
                     layer.lora_B[adapter]._parameters[name],
                 )
-    for name, parameter in layer.lora_B[adapter].beside().items():
+    beside = layer.lora_B[adapter].beside()
+    if not any(p is not None for p in A.tensors().values()):
+        beside = {}  # it would do nothing, and never learn
+    elif adapter not in layer.ranked and config is not None:
+        names = [name for name, there in (("bias", config.lora_bias), ("magnitude", config.use_dora)) if there]
+        beside = {name: nn.Parameter(t) for name, t in _beside_afresh(layer, spec, A, B, names).items()}
+    for name, parameter in beside.items():
         B.register_parameter(name, parameter)
-    for factors, old in ((A, layer.lora_A[adapter]), (B, layer.lora_B[adapter])):
+    for factors, old, learns in zip((A, B), (layer.lora_A[adapter], layer.lora_B[adapter]), trains, strict=True):
         factors.train(old.training)
         for name, parameter in factors.named_parameters():
-            before = old._parameters[name]
-            parameter.requires_grad_(before is None or before.requires_grad)
+            before = old._parameters.get(name)
+            parameter.requires_grad_(learns if before is None else before.requires_grad)
     return spec, A, B
 
 

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from support.experts_zoo import loss_of, moe, ranks_of
-from support.helpers import config
+from support.helpers import config, randomise
 from torch import nn
 
 import fastlora
@@ -95,9 +95,10 @@ def test_a_bias_of_slices_that_lose_the_largest_scale():
     bias = model.qkv.bias_scale("default") * model.qkv.lora_B["default"].bias.detach()
     fastlora.set_ranks(model, {"qkv[q]": 0, "qkv[v]": 2}, keep=True)
     torch.testing.assert_close(model.qkv.bias_scale("default") * model.qkv.lora_B["default"].bias, bias)
-    fastlora.set_ranks(model, {"qkv[k]": 0, "qkv[v]": 0}, keep=True)
+    fastlora.set_ranks(model, {"qkv[k]": 0, "qkv[v]": 0}, keep=True)  # the last that the layer had
+    assert not model.qkv.lora_B["default"].beside()
     fastlora.set_ranks(model, {"qkv[q]": 5}, keep=True)
-    torch.testing.assert_close(model.qkv.bias_scale("default") * model.qkv.lora_B["default"].bias, bias)
+    assert not model.qkv.lora_B["default"].bias.any()
 
 
 def test_a_model_from_peft_s_config_and_file(tmp_path):
@@ -140,3 +141,57 @@ def test_reallocate_keeps():
     assert ranks == {"down": 6, "embed": 2}
     fastlora.set_ranks(by_hand, ranks, keep=True)
     assert torch.equal(model(X), by_hand(X))
+
+
+class TestWhatStandsBesideB:
+    """lora_bias and use_dora: no parameter that never learns, and nothing trained is lost without a word."""
+
+    @pytest.mark.parametrize("fields, says", [(dict(lora_bias=True), "lora_bias"), (dict(use_dora=True), "magnitude")])
+    def test_trained_alone(self, fields, says):
+        model = fastlora.inject(nn.Sequential(nn.Linear(6, 6)), config(r=2, target_modules=["0"], **fields))
+        fastlora.set_ranks(model, {"0": 3})  # nothing has been trained
+        with torch.no_grad():
+            next(iter(model[0].lora_B["default"].beside().values())).add_(0.1)
+        before = model.state_dict()
+        for rank in (0, 2):
+            with pytest.raises(ValueError, match=f"ranks: '0' has been trained .*{says}.*pass reinit=True"):
+                fastlora.set_ranks(model, {"0": rank})
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+    @pytest.mark.parametrize("fields", [dict(lora_bias=True), dict(use_dora=True)])
+    def test_rank_0(self, fields, tmp_path):
+        def parameters():
+            return {n for n, p in model.named_parameters() if p.requires_grad}
+
+        torch.manual_seed(0)
+        model = fastlora.inject(
+            nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)),
+            config(r=2, target_modules=["0", "1"], rank_pattern={"1": 0}, **fields),
+        )
+        whole = {f"0.{n}" for n, p in model[0].named_parameters() if p.requires_grad}
+        assert parameters() == whole
+        fastlora.set_ranks(model, {"0": 0, "1": 2})
+        assert parameters() == {n.replace("0.", "1.", 1) for n in whole}
+        fastlora.set_ranks(model, {"0": 2})
+        x = torch.randn(3, 6)
+        with fastlora.disable_adapters(model):
+            base = model(x)
+        torch.testing.assert_close(model(x), base)
+        model(x).sum().backward()
+        assert not [n for n in parameters() if model.get_parameter(n).grad is None]
+        randomise(model)
+        fastlora.set_ranks(model, {"1": 0}, reinit=True)
+        fastlora.save(model, tmp_path)
+        again = copy.deepcopy(fastlora.unload(copy.deepcopy(model)))
+        torch.testing.assert_close(fastlora.load(again, tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "lora_"])
+def test_what_is_frozen_stays_so_through_rank_0(frozen):
+    model = fastlora.inject(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), config(r=2, target_modules=["0", "1"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name and frozen not in name)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    fastlora.set_ranks(model, {"0": 0})
+    fastlora.set_ranks(model, {"0": 3})
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
