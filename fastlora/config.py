@@ -126,8 +126,7 @@ def check_token_indices(value: Any, name: str = "trainable_token_indices") -> No
             check_token_indices([] if isinstance(indices, Mapping) else indices, f"{name}[{key!r}]")
         return
     accepted = "one or several different indices of rows, or names of embeddings to such"
-    if not isinstance(value, (list, tuple, Mapping)):
-        raise wrong_type(name, accepted, value)
+    check_instance(name, value, (list, tuple, Mapping), accepted)
     for index in value:
         check_integer(name, index, 0)
     if not value or len(set(value)) < len(value):
@@ -307,9 +306,8 @@ class LoraConfig:
         """
         if isinstance(config, cls):
             return config
-        if not (dataclasses.is_dataclass(config) and type(config).__module__.split(".")[0] == "peft"):
-            raise wrong_type("config", "a fastlora.LoraConfig or a peft.LoraConfig", config)
-        if type(config).__name__ != "LoraConfig":
+        of_peft = type(config).__module__.split(".")[0] == "peft" and type(config).__name__ == "LoraConfig"
+        if not (of_peft and dataclasses.is_dataclass(config)):
             raise wrong_type("config", "a fastlora.LoraConfig or a peft.LoraConfig", config)
         taken = cls(**_from_peft_fields(config))
         taken.exact_names_first, taken.any_rank = False, True

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
-from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
+from .._utils.errors import check_flag, check_instance, check_mapping, listed, wrong_value
 from ..config import FROM_WEIGHT, LoraConfig, power_iterations
 from ..model.merge import before_merge
 from ..model.modules import named_targets, refuse_shared, saved_modules
@@ -90,8 +90,7 @@ def write_adapter(
     over_rest: bool = False,
 ) -> None:
     """``save``; with ``over_rest`` for the frozen weight as it is, although a part of it was taken into the factors."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise wrong_type("path", "the path of a folder", path)
+    check_instance("path", path, (str, os.PathLike), "the path of a folder")
     check_flag("fold_scale", fold_scale)
     given, ranks, model = model, ranks_of(model), unwrapped(model)
     sharded = bool(shards(model))
