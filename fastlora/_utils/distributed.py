@@ -242,10 +242,8 @@ def private_names() -> list[PrivateName]:
         return []
     from torch.distributed.fsdp import FSDPModule
 
-    ddp, mesh = (
-        nn.parallel.DistributedDataParallel,
-        "the mesh is that of a parameter, whose gradients count as averages",
-    )
+    ddp = nn.parallel.DistributedDataParallel
+    mesh = "the mesh is that of a parameter, whose gradients count as averages"
     return [
         PrivateName("DDP._get_active_ddp_module", hasattr(ddp, "_get_active_ddp_module"), "the wrappers are searched"),
         PrivateName("FSDPModule._get_fsdp_state", hasattr(FSDPModule, "_get_fsdp_state"), mesh),

@@ -146,9 +146,7 @@ class Explanation:
     rows: tuple[ExplainedLayer, ...]
     packed_bytes: int
     penalty: dict[str, tuple[str, str]]  # by adapter: "native" (one call) or "formula", and why not native
-    statistics: tuple[
-        str, ...
-    ] = ()  # of each adapter's last tracker: which steps are sampled, their cost, what is idle
+    statistics: tuple[str, ...]  # of each adapter's last tracker: which steps are sampled, their cost, what is idle
 
     def _below(self) -> list[str]:
         lines = [f"packed copies of frozen weights: {self.packed_bytes / 2**20:.1f} MiB"]
@@ -189,10 +187,9 @@ def explain(model: nn.Module) -> Explanation:
             path, why = f"{path.rpartition('.')[0]}.{layer.leaf}", f"{layer.parts} experts; the model's own products"
             rows.append(ExplainedLayer(path, update_backend(layer), "the device's own", why))
         if isinstance(layer, Plain):
-            found = (
-                choose(update_backend(layer), layer.weight.device, layer.weight.dtype)[0] if layer.measured else None
-            )
-            backend = "torch" if found is None else found.name
+            backend = "torch"
+            if layer.measured:
+                backend = choose(update_backend(layer), layer.weight.device, layer.weight.dtype)[0].name
             rows.append(ExplainedLayer(path, backend, "the device's own", f"an adapted {layer.original.__name__}"))
         if not isinstance(layer, (Linear, FrozenLinear)):
             continue
