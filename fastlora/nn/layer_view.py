@@ -51,13 +51,12 @@ class LayerView:
         return [(pairs[name][0], pairs[name][1][part], pairs[name][2]) for name, part in self.parts.items()]
 
     def __call__(self, x: Tensor) -> Tensor:
-        layer, compiling = self.layer, torch.compiler.is_compiling()
-        if not compiling and not layer.called:
-            layer.called = True
-        route = layer.router.traced() if compiling else layer.router.route(layer.training)
-        if layer.bypassed(route):
+        route = self.layer.entered()
+        if self.layer.bypassed(route):
             return F.linear(x, self.weight, self.bias)
-        return forward_traced(self, x, route) if compiling else forward_together((self,), x, route)[0]
+        if torch.compiler.is_compiling():
+            return forward_traced(self, x, route)
+        return forward_together((self,), x, route)[0]
 
 
 def _parts(layer: Linear, rows: slice) -> dict[str, slice]:
