@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,7 @@ class ProcessGroupInfo:
 
     @property
     def size(self) -> int:
-        size = 1
-        for group in self.groups:
-            size *= torch.distributed.get_world_size(group)
-        return size
+        return math.prod(map(torch.distributed.get_world_size, self.groups))
 
     @property
     def rank(self) -> int:

@@ -220,12 +220,8 @@ def param_groups(
     decays = _decays(weight_decay)
     groups: dict[str, dict[str, Any]] = {}
     for name in ROLES_OF_PARAMETERS:
-        groups[name] = {
-            "name": name,
-            "params": [],
-            "lr": float(check_number(*rates[name], 0)),
-            "weight_decay": decays.get(name, 0.0),
-        }
+        rate = float(check_number(*rates[name], 0))
+        groups[name] = {"name": name, "params": [], "lr": rate, "weight_decay": decays.get(name, 0.0)}
     roles = parameter_roles(model, adapter)
     for parameter in model.parameters():
         if parameter.requires_grad:
