@@ -252,9 +252,7 @@ def _saveable(model: nn.Module, adapter: str) -> dict[str, Linear]:
     chosen = {n: x for n, x in layers.items() if any(x.ranks(adapter).values())}
     if not chosen:
         raise ValueError(f"adapter: every matrix of {adapter!r} has rank 0; PEFT has no file without a matrix")
-    if "" in chosen or any(
-        name in chosen for name in ("in_proj", "out_proj") if isinstance(model, nn.MultiheadAttention)
-    ):
+    if "" in chosen or (isinstance(model, nn.MultiheadAttention) and {"in_proj", "out_proj"} & chosen.keys()):
         raise ValueError("model: is itself the adapted layer, which has no name in a file; put it inside a module")
     names = Counter(id(m) for n, m in model.named_modules(remove_duplicate=False))
     for name, layer in chosen.items():
