@@ -37,10 +37,11 @@ PRESETS: Mapping[str, tuple[int, int, str]] = MappingProxyType(
         "very_complex": (64, 128, "all-linear"),
     }
 )
-# Fields of peft.LoraConfig that say where a file came from or how PEFT runs, and change no number here.
-_PEFT_NEUTRAL = {
+# Fields of peft.LoraConfig that change no number here: they say where a file came from or how PEFT runs, or mean
+# nothing unless another field is set.
+PEFT_NEUTRAL = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "runtime_config", "ephemeral_gpu_offload", "megatron_core",
+    "runtime_config", "megatron_core",
     "eva_config", "lora_ga_config", "corda_config", "loftq_config",  # of initialisations, which are refused themselves
     "fan_in_fan_out",  # PEFT corrects it by the class of each layer, which says how its weight lies
     "qalora_group_size",  # of use_qalora, which is refused itself
@@ -126,8 +127,7 @@ def check_token_indices(value: Any, name: str = "trainable_token_indices") -> No
             check_token_indices([] if isinstance(indices, Mapping) else indices, f"{name}[{key!r}]")
         return
     accepted = "one or several different indices of rows, or names of embeddings to such"
-    if not isinstance(value, (list, tuple, Mapping)):
-        raise wrong_type(name, accepted, value)
+    check_instance(name, value, (list, tuple, Mapping), accepted)
     for index in value:
         check_integer(name, index, 0)
     if not value or len(set(value)) < len(value):
@@ -307,9 +307,8 @@ class LoraConfig:
         """
         if isinstance(config, cls):
             return config
-        if not (dataclasses.is_dataclass(config) and type(config).__module__.split(".")[0] == "peft"):
-            raise wrong_type("config", "a fastlora.LoraConfig or a peft.LoraConfig", config)
-        if type(config).__name__ != "LoraConfig":
+        of_peft = type(config).__module__.split(".")[0] == "peft" and type(config).__name__ == "LoraConfig"
+        if not (of_peft and dataclasses.is_dataclass(config)):
             raise wrong_type("config", "a fastlora.LoraConfig or a peft.LoraConfig", config)
         taken = cls(**_from_peft_fields(config))
         taken.exact_names_first, taken.any_rank = False, True
@@ -355,7 +354,7 @@ def _from_peft_fields(config: Any) -> dict[str, Any]:
         value = getattr(config, f.name)
         if f.name in ours:
             taken[f.name] = sorted(value) if isinstance(value, set) else value
-        elif f.name not in _PEFT_NEUTRAL and not _is_default(f, value):
+        elif f.name not in PEFT_NEUTRAL and not _is_default(f, value):
             nearest = _NEAREST.get(f.name, "leave it out")
             raise ValueError(f"config: peft.LoraConfig field {f.name}={value!r} is set and not implemented: {nearest}")
     for name in ("rank_pattern", "alpha_pattern"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,7 @@ class ProcessGroupInfo:
 
     @property
     def size(self) -> int:
-        size = 1
-        for group in self.groups:
-            size *= torch.distributed.get_world_size(group)
-        return size
+        return math.prod(map(torch.distributed.get_world_size, self.groups))
 
     @property
     def rank(self) -> int:
@@ -242,10 +240,8 @@ def private_names() -> list[PrivateName]:
         return []
     from torch.distributed.fsdp import FSDPModule
 
-    ddp, mesh = (
-        nn.parallel.DistributedDataParallel,
-        "the mesh is that of a parameter, whose gradients count as averages",
-    )
+    ddp = nn.parallel.DistributedDataParallel
+    mesh = "the mesh is that of a parameter, whose gradients count as averages"
     return [
         PrivateName("DDP._get_active_ddp_module", hasattr(ddp, "_get_active_ddp_module"), "the wrappers are searched"),
         PrivateName("FSDPModule._get_fsdp_state", hasattr(FSDPModule, "_get_fsdp_state"), mesh),

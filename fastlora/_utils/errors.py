@@ -64,9 +64,9 @@ def check_instance(argument: str, value: Any, kind: type | tuple[type, ...], acc
     return value
 
 
-def check_model(model: Any, argument: str = "model") -> torch.nn.Module:
+def check_model(model: Any) -> torch.nn.Module:
     """``model`` if it is a ``torch.nn.Module``."""
-    return check_instance(argument, model, torch.nn.Module, "a torch.nn.Module")
+    return check_instance("model", model, torch.nn.Module, "a torch.nn.Module")
 
 
 def check_integer(argument: str, value: Any, minimum: int | None = None, accepted: str = "an integer") -> int:

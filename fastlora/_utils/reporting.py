@@ -7,9 +7,9 @@ import importlib.util
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from .errors import wrong_type
 
@@ -65,33 +65,40 @@ def _log(what: str, units: str, done: int, wanted: int | None, correlation: floa
     logger.info("%s: %d of %s %s%s", what, done, shown, units, settled)
 
 
-def text_table(head: tuple[str, ...], rows: list[tuple]) -> str:
-    """Rows in columns: names to the left, what follows to the right."""
-    cells = [head, *[tuple(str(c) for c in row) for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    first, *rest = widths
-    lines = [
-        "  ".join([name.ljust(first), *[c.rjust(w) for c, w in zip(numbers, rest, strict=True)]])
-        for name, *numbers in cells
-    ]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
-
-
-def rich_table(head: tuple[str, ...], rows: list[tuple], below: list[str], numbers: range) -> Any:
-    """The same for rich's consoles, which call this through ``__rich__``; ``[q]`` of a key is no markup there."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    return Group(table, *map(Text, below))
+def text_table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """Rows in columns under a line: names to the left, what follows to the right."""
+    cells = [tuple(map(str, row)) for row in (head, *rows)]
+    rule = tuple("-" * max(map(len, column)) for column in zip(*cells, strict=True))
+    return "\n".join(aligned_lines([cells[0], rule, *cells[1:]]))
 
 
 def aligned_lines(table: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    cells = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in table)
-    return ["  ".join(line) for line in cells]
+    first, *rest = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join([line[0].ljust(first), *map(str.rjust, line[1:], rest)]) for line in table]
+
+
+class Tabular:
+    """Prints as a table with lines below it, in rich's consoles as one of theirs."""
+
+    _numbers: ClassVar[range] = range(0)  # columns that rich puts to the right
+
+    def _parts(self) -> tuple[Sequence[str], Sequence[Sequence], Sequence[str]]:
+        """The head, the rows, and the lines below."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        head, rows, below = self._parts()
+        return "\n".join([text_table(head, rows), *below])
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        head, rows, below = self._parts()
+        table = Table()
+        for i, name in enumerate(head):
+            table.add_column(name, justify="right" if i in self._numbers else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(str(cell)) for cell in row))  # ``[q]`` of a key is no markup
+        return Group(table, *map(Text, below))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import sys
 import types
 import weakref
@@ -249,12 +250,7 @@ def seen(x: Tensor) -> tuple[Any, bool, bool, torch.dtype | None]:
     return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype
 
 
-def _schema_of(operator: Any) -> Any:
-    """The schema of an operator's overload."""
-    return operator._schema
-
-
-schema_of = _schema_of if _has_schema else None
+schema_of = operator.attrgetter("_schema") if _has_schema else None  # of an operator's overload
 
 
 # Lists of tensors in one launch.

@@ -101,11 +101,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "adapter",
-        type=Path,
-        help="folder of PEFT's files, also in the Hub's cache",
-    )
+    parser.add_argument("adapter", type=Path, help="folder of PEFT's files, also in the Hub's cache")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rank map, too (needs matplotlib)")
 
 

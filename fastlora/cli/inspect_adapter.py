@@ -71,10 +71,8 @@ def rank_map(found: list[Row]) -> list[tuple[str, ...]]:
     for row in found:
         depth, name = row.place
         ranks.setdefault(depth, {})[name] = row.rank
-    lines = [("depth", *columns)]
-    for depth in sorted(ranks):
-        lines.append(("-" if depth < 0 else str(depth), *(str(ranks[depth].get(name, "")) for name in columns)))
-    return lines
+    lines = [("-" if n < 0 else str(n), *(str(ranks[n].get(name, "")) for name in columns)) for n in sorted(ranks)]
+    return [("depth", *columns), *lines]
 
 
 def draw(path: str | Path, picture: Path) -> None:

@@ -126,6 +126,7 @@ def _page(results: dict[str, Any], captions: dict[str, str], out: Path) -> str:
         for c in results["claims"]
     )
     findings = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in results["findings"])
+    facts = results["environment"] | results["settings"]
     return _TEMPLATE.format(
         title=html.escape(_title(results)),
         intro=html.escape(_intro(results)),
@@ -136,7 +137,7 @@ def _page(results: dict[str, Any], captions: dict[str, str], out: Path) -> str:
         findings=findings,
         figures="\n".join(pictures),
         adapter=html.escape(_adapter(results)),
-        settings=_html_table(("setting", "value"), [(k, str(v)) for k, v in _facts(results).items()]),
+        settings=_html_table(("setting", "value"), [(k, str(v)) for k, v in facts.items()]),
     )
 
 
@@ -157,10 +158,6 @@ def _adapter(results: dict[str, Any]) -> str:
         f"{saved['folder']}/ as {', '.join(saved['files'])}. Read back into a fresh copy of the base its logits "
         f"differ by at most {saved['reload_max_difference']:.1e}."
     )
-
-
-def _facts(results: dict[str, Any]) -> dict[str, Any]:
-    return {**results["environment"], **results["settings"]}
 
 
 def _html_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -51,11 +51,10 @@ def difference(rights: Sequence[Tensor], others: Sequence[Tensor]) -> dict[str, 
     by_seed = [float(gap.mean()) for gap in gaps]
     over_images = math.sqrt(mean(float(gap.var()) / len(gap) for gap in gaps))
     over_seeds = stdev(by_seed) / math.sqrt(len(by_seed)) if len(by_seed) > 1 else None
-    if over_seeds is None:
-        threshold = None
-    else:
-        threshold = max(t95(len(by_seed) - 1) * over_seeds, 2 * over_images)
-    low, high = (None, None) if threshold is None else (mean(by_seed) - threshold, mean(by_seed) + threshold)
+    low = high = None
+    if over_seeds is not None:
+        half = max(t95(len(by_seed) - 1) * over_seeds, 2 * over_images)
+        low, high = mean(by_seed) - half, mean(by_seed) + half
     return {
         "mean": mean(by_seed),
         "by_seed": by_seed,

@@ -19,6 +19,7 @@ from .._utils.errors import (
     listed,
     wrong_value,
 )
+from .._utils.reporting import text_table
 
 # True: values may be negative. A kind that is not listed is undecided and judged by its values.
 SIGNED_KINDS: Mapping[str, bool] = MappingProxyType(
@@ -322,10 +323,7 @@ class Breakdown:
             rows.append([block, *("" if v is None else f"{v:.3g}" for v in values), f"{mean:.3g}"])
         overall = math.fsum(self.cells.values()) / len(self.cells)
         rows.append(["mean", *(f"{v:.3g}" for v in self.by_projection.values()), f"{overall:.3g}"])
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-                 for row in [head, *rows]]  # fmt: skip
-        return "\n".join(line.rstrip() for line in [lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+        return "\n".join(map(str.rstrip, text_table(head, rows).splitlines()))
 
 
 def _means(cells: Mapping[tuple[str, str], float], position: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .._utils.distributed import several_processes
-from .._utils.errors import check_choice, check_integer, unknown_choice, wrong_type
+from .._utils.errors import check_choice, check_instance, check_integer, unknown_choice, wrong_type
 from .._utils.torch_compat import set_requires_grad
 from ..nn.active import NO_ADAPTERS, adapted_models, chosen_adapter
 from ..nn.linear import adapted_layers
@@ -27,8 +27,7 @@ class Session:
     """One training run of a model; the trainer's callback calls :meth:`begin`, then once a step the rest."""
 
     def __init__(self, options: bool | Mapping[str, Any], penalty: Any, freeze: int, adapter: str | None):
-        if not isinstance(options, (bool, Mapping)):
-            raise wrong_type("track", "True, False or options of fastlora.track", options)
+        check_instance("track", options, (bool, Mapping), "True, False or options of fastlora.track")
         if isinstance(penalty, (int, float)) and not isinstance(penalty, bool):
             penalty = {"weight": penalty}
         if penalty is not None and not isinstance(penalty, Mapping):
@@ -40,9 +39,8 @@ class Session:
         check_integer("freeze", freeze, 0, "a number of optimizer steps")
         self.options = {} if options is True else options
         self.penalty, self.freeze, self.adapter = penalty, freeze, adapter
-        self._model: Callable[[], nn.Module | None] = (
-            _nothing  # weakly: what a model's run leads to, the model may hold
-        )
+        # Weakly: what a model's run leads to, the model may hold.
+        self._model: Callable[[], nn.Module | None] = _nothing
         self.tracker: Tracker | None = None
         self._frozen: list[nn.Parameter] = []
         self._held = False  # whether a step has begun with adapters that stand still

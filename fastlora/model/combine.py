@@ -115,14 +115,8 @@ class _Mix:
     def __init__(
         self, path: str, layer: Adapted, shares: Mapping[str, float], kind: str, rank: int | None, density: float | None
     ):
-        self.path, self.layer, self.shares, self.kind, self.rank, self.density = (
-            path,
-            layer,
-            shares,
-            kind,
-            rank,
-            density,
-        )
+        self.path, self.layer, self.shares = path, layer, shares
+        self.kind, self.rank, self.density = kind, rank, density
         for name in shares:
             if layer.lora_B[name].beside():
                 raise ValueError(f"adapters: {name!r} has use_dora or lora_bias in {path!r}, which do not add up")

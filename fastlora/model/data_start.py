@@ -227,11 +227,8 @@ def _gradients(
 def _lora_ga(
     each: _Slice, U: Tensor, S: Tensor, V: Tensor, adapter: str, direction: str, scale: str, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    r, s, every = (
-        each.rank,
-        each.layer.adapter_specs[adapter].scale[each.part],
-        torch.arange(2 * each.rank, device="cpu"),
-    )
+    r, s = each.rank, each.layer.adapter_specs[adapter].scale[each.part]
+    every = torch.arange(2 * r, device="cpu")
     of_a, of_b = {
         "ArBr": (every[1::2], every[0::2]),
         "A2rBr": (every[r:], every[:r]),

@@ -24,17 +24,7 @@ from ..tracking.record import records
 from .modules import conv1d_class
 from .owners import change_class
 
-_OF_MODEL = (
-    "fastlora_biases",
-    "fastlora_configs",
-    "fastlora_learning",
-    "fastlora_loaded",
-    "fastlora_loading",
-    "fastlora_places",
-    "fastlora_policy",
-    "fastlora_resting",
-    "fastlora_saving",
-)
+_OURS = "fastlora_"  # begins the names of what is kept on modules of other libraries
 
 
 def eject(model: nn.Module) -> nn.Module:
@@ -74,8 +64,8 @@ def eject(model: nn.Module) -> nn.Module:
         remove_forward_hooks(module, _is_ours)
         if isinstance(module._modules.get(LEAF), TokenRows):
             del module._modules[LEAF]
-        for name in _OF_MODEL:
-            vars(module).pop(name, None)
+        for name in [name for name in vars(module) if name.startswith(_OURS)]:
+            del vars(module)[name]
     return model
 
 

@@ -31,10 +31,6 @@ def _key_and_value_dims(owner: Any, N: int) -> Slices:
     return Slices({"q": q, "k": q, "v": v}, owner.num_heads)
 
 
-def _kv_by_head(owner: Any, N: int) -> Slices:
-    return Slices({"k": owner.key_dim * owner.num_heads, "v": owner.val_dim * owner.num_heads}, owner.num_heads)
-
-
 def _levit(owner: Any, N: int) -> Slices:
     heads, q = owner.num_attention_heads, owner.key_dim * owner.num_attention_heads
     return Slices({"q": q, "k": q, "v": N - 2 * q}, heads)
@@ -53,10 +49,6 @@ def _phi(owner: Any, N: int) -> Slices:
     return _after_q(owner.config.num_attention_heads * owner.head_dim, N)
 
 
-def _litgpt(owner: Any, N: int) -> Slices:
-    return _after_q(owner.config.n_head * owner.config.head_size, N)
-
-
 def _falcon(owner: Any, N: int) -> Slices:
     q = owner.num_heads * owner.head_dim
     if owner.new_decoder_architecture:
@@ -70,8 +62,9 @@ def _bigcode(owner: Any, N: int) -> Slices:
     return _after_q(owner.embed_dim, N) if owner.multi_query else _by_head("num_heads", "q", "k", "v")(owner, N)
 
 
-def _gpt2(owner: Any, N: int) -> Slices:
-    return _equal("k", "v")(owner, N) if owner.is_cross_attention else _equal("q", "k", "v")(owner, N)
+def _kv_where(flag: str) -> Layout:
+    """k and v where the owner says so, else q, k and v."""
+    return lambda owner, N: (_KV if getattr(owner, flag) else _THIRDS)(owner, N)
 
 
 def _head_first(owner: Any, N: int) -> Slices:
@@ -80,18 +73,6 @@ def _head_first(owner: Any, N: int) -> Slices:
 
 def _mobilevit(owner: Any, N: int) -> Slices:
     return Slices({"q": 1, "k": owner.embed_dim, "v": owner.embed_dim})
-
-
-def _out_dims(owner: Any, N: int) -> Slices:
-    return Slices({"q": owner.dim_out_qk, "k": owner.dim_out_qk, "v": owner.dim_out_v})
-
-
-def _lambda(owner: Any, N: int) -> Slices:
-    return Slices({"q": owner.num_heads * owner.dim_qk, "k": owner.dim_qk, "v": owner.dim_v})
-
-
-def _gcvit(owner: Any, N: int) -> Slices:
-    return _equal("k", "v")(owner, N) if owner.use_global else _equal("q", "k", "v")(owner, N)
 
 
 def _glu(owner: Any, N: int) -> Slices | None:
@@ -106,8 +87,7 @@ def _feed_forward(owner: Any, N: int) -> Slices | None:
 
 
 def _flux2(owner: Any, N: int) -> Slices:
-    sizes = dict.fromkeys("qkv", owner.inner_dim) | dict.fromkeys(("gate", "up"), owner.mlp_hidden_dim)
-    return Slices(sizes)
+    return Slices(dict.fromkeys("qkv", owner.inner_dim) | dict.fromkeys(("gate", "up"), owner.mlp_hidden_dim))
 
 
 def _differential(owner: Any, N: int) -> Slices:
@@ -193,11 +173,11 @@ LAYOUTS: dict[str, Layout] = {
     "modernbert.ModernBertAttention.Wqkv": _THIRDS,
     "mpt.MptAttention.Wqkv": _THIRDS,
     "openai.Attention.c_attn": _THIRDS,
-    "gpt2.GPT2Attention.c_attn": _gpt2,
-    "decision_transformer.DecisionTransformerGPT2Attention.c_attn": _gpt2,
-    "imagegpt.ImageGPTAttention.c_attn": _gpt2,
+    "gpt2.GPT2Attention.c_attn": _kv_where("is_cross_attention"),
+    "decision_transformer.DecisionTransformerGPT2Attention.c_attn": _kv_where("is_cross_attention"),
+    "imagegpt.ImageGPTAttention.c_attn": _kv_where("is_cross_attention"),
     "gpt_bigcode.GPTBigCodeAttention.c_attn": _bigcode,
-    "model.CausalSelfAttention.qkv": _litgpt,
+    "model.CausalSelfAttention.qkv": lambda owner, N: _after_q(owner.config.n_head * owner.config.head_size, N),
     "phi3.Phi3Attention.qkv_proj": _phi,
     "phi4_multimodal.Phi4MultimodalAttention.qkv_proj": _phi,
     "dbrx.DbrxAttention.Wqkv": lambda owner, N: _after_q(owner.hidden_size, N),
@@ -216,7 +196,9 @@ LAYOUTS: dict[str, Layout] = {
     "efficientformer.Attention.qkv": _key_and_value_dims,
     "tiny_vit.Attention.qkv": _key_and_value_dims,
     "levit.Attention.qkv.linear": _key_and_value_dims,
-    "levit.AttentionDownsample.kv.linear": _kv_by_head,
+    "levit.AttentionDownsample.kv.linear": lambda owner, N: Slices(
+        {"k": owner.key_dim * owner.num_heads, "v": owner.val_dim * owner.num_heads}, owner.num_heads
+    ),
     "levit.LevitAttention.queries_keys_values.linear": _levit,
     "levit.LevitAttentionSubsample.keys_values.linear": _levit_kv,
     "maxxvit.AttentionCl.qkv": _head_first,
@@ -229,12 +211,16 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "efficientvit_mit.LiteMLA.qkv.conv": lambda owner, N: Slices(dict.fromkeys("qkv", N // 3), N // (3 * owner.dim)),
     "shvit.SHSA.qkv.c": lambda owner, N: Slices({"q": owner.qk_dim, "k": owner.qk_dim, "v": owner.pdim}),
-    "bottleneck_attn.BottleneckAttn.qkv": _out_dims,
-    "lambda_layer.LambdaLayer.qkv": _lambda,
+    "bottleneck_attn.BottleneckAttn.qkv": lambda owner, N: Slices(
+        {"q": owner.dim_out_qk, "k": owner.dim_out_qk, "v": owner.dim_out_v}
+    ),
+    "lambda_layer.LambdaLayer.qkv": lambda owner, N: Slices(
+        {"q": owner.num_heads * owner.dim_qk, "k": owner.dim_qk, "v": owner.dim_v}
+    ),
     "halo_attn.HaloAttn.kv": lambda owner, N: Slices({"k": owner.dim_out_qk, "v": owner.dim_out_v}, owner.num_heads),
     "cpubone.ConvAttention.pwise": _BY_HEAD,
     "lowformer.ConvAttention.pwise": _BY_HEAD,
-    "gcvit.WindowAttentionGlobal.qkv": _gcvit,
+    "gcvit.WindowAttentionGlobal.qkv": _kv_where("use_global"),
     "vision_transformer.ParallelScalingBlock.in_proj": lambda owner, N: Slices(
         dict(zip(("mlp", "q", "k", "v"), owner.in_split, strict=True))
     ),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_integer, check_model, wrong_value
-from .._utils.reporting import Report, rich_table, text_table
+from .._utils.reporting import Report, Tabular
 from ..config import LoraConfig
 from ..importance.allocation import allocate
 from ..nn.linear import adapted_layers, matrix_key
@@ -44,8 +44,10 @@ class Recommended:
 
 
 @dataclass(frozen=True)
-class Recommendation:
+class Recommendation(Tabular):
     """What to adapt for a budget; ``print`` gives the table with its reasons, ``config`` what ``inject`` takes."""
+
+    _numbers = range(1, 6)
 
     rows: tuple[Recommended, ...]
     budget: int
@@ -80,13 +82,6 @@ class Recommendation:
             for r in self.rows
         ]
         return head, rows, [f"{self.params:,} parameters of a budget of {self.budget:,}", *self.reasons]
-
-    def __str__(self) -> str:
-        head, rows, below = self._parts()
-        return "\n".join([text_table(head, rows), *below])
-
-    def __rich__(self) -> Any:
-        return rich_table(*self._parts(), numbers=range(1, 6))
 
 
 def recommend(

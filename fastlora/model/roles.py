@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from .._utils.errors import check_model
-from .._utils.reporting import rich_table, text_table
+from .._utils.reporting import Tabular
 from ..config import ROLES
 from ..nn.adapter import Slices
 from ..nn.experts import ExpertStack
@@ -39,25 +38,21 @@ class RoleRow:
 
 
 @dataclass(frozen=True)
-class RoleTable:
+class RoleTable(Tabular):
     """Every matrix of a model, by the roles that would take it."""
+
+    _numbers = range(1, 2)
 
     rows: tuple[RoleRow, ...]
 
-    def _cells(self) -> tuple[tuple[str, ...], list[tuple]]:
+    def _parts(self) -> tuple[tuple[str, ...], list[tuple], tuple[()]]:
         cells = []
         for row in self.rows:
             parts = "" if row.slices is None else " ".join(f"{name}:{rows}" for name, rows in row.slices.items())
             if row.slices is not None and row.slices.blocks > 1:
                 parts += f" in {row.slices.blocks} blocks"
             cells.append((row.name, "x".join(map(str, row.shape)), ", ".join(row.roles) or "-", parts, row.remark))
-        return ("matrix", "shape", "roles", "slices", "remark"), cells
-
-    def __str__(self) -> str:
-        return text_table(*self._cells())
-
-    def __rich__(self) -> Any:
-        return rich_table(*self._cells(), [], numbers=range(1, 2))
+        return ("matrix", "shape", "roles", "slices", "remark"), cells, ()
 
 
 def roles(model: nn.Module) -> RoleTable:
@@ -79,11 +74,8 @@ def roles(model: nn.Module) -> RoleTable:
         if is_linear(module) or (is_projection(module) and (found or isinstance(module, Adapted))):
             K, N = features(module)
             slices = module.slices if isinstance(module, Adapted) and len(module.slices) > 1 else layouts.get(name)
-            rows.append(
-                RoleRow(
-                    name, (N, K), found, slices, _remark(model, name, module, found, name in layouts and slices is None)
-                )
-            )
+            remark = _remark(model, name, module, found, unknown=name in layouts and slices is None)
+            rows.append(RoleRow(name, (N, K), found, slices, remark))
         elif isinstance(module, ExpertStack):
             remark = "adapted" if isinstance(module, Adapted) else refusal(model, name) or "a matrix of each expert"
             rows.append(RoleRow(name, tuple(module.weight.shape), found, None, remark))

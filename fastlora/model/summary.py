@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from .._utils.distributed import refuse_partitioned, unwrapped
-from .._utils.reporting import rich_table, text_table
+from .._utils.reporting import Tabular
 from ..nn.adapter import WHOLE
 from ..nn.experts import ExpertProjection
 from ..nn.frozen import FrozenLinear
@@ -39,8 +39,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Tabular):
     """Adapted matrices and parameter counts; ``print`` gives plain text, ``rich.print`` a table with lines."""
+
+    _numbers = range(1, 6)
 
     rows: tuple[Row, ...]
     adapter_params: int
@@ -57,7 +59,6 @@ class Summary:
         return {row.key: row.in_features + row.out_features // row.groups for row in self.rows}
 
     def _parts(self) -> tuple[tuple[str, ...], list[tuple], list[str]]:
-        """Header, cells, and the lines below."""
         head = ("matrix", "in", "out", "rank", "scale", "params")
         rows = [(r.key, r.in_features, r.out_features, r.rank, f"{r.scale:g}", f"{r.params:,}") for r in self.rows]
         share = self.adapter_params / max(self.total_params, 1)
@@ -67,13 +68,6 @@ class Summary:
             f"head {self.head_params:,}, other trainable {self.other_trainable:,}"
         )
         return head, rows, [f"adapted modules: {roles or 'none'}", trained]
-
-    def __str__(self) -> str:
-        head, rows, below = self._parts()
-        return "\n".join([text_table(head, rows), *below])
-
-    def __rich__(self) -> Any:
-        return rich_table(*self._parts(), numbers=range(1, 6))
 
 
 def summary(model: nn.Module, adapter: str | None = None) -> Summary:
@@ -127,9 +121,6 @@ def _modules_by_role(model: nn.Module, paths: list[str]) -> dict[str, int]:
     return {**counts, "other": len(paths) - sum(counts.values())}
 
 
-_EXPLAINED = ("layer", "backend", "matmul engine", "why not a faster one")
-
-
 class ExplainedLayer(NamedTuple):
     """How one layer runs."""
 
@@ -140,26 +131,18 @@ class ExplainedLayer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Tabular):
     """How each layer runs and why not faster; prints as ``Summary`` does."""
 
     rows: tuple[ExplainedLayer, ...]
     packed_bytes: int
     penalty: dict[str, tuple[str, str]]  # by adapter: "native" (one call) or "formula", and why not native
-    statistics: tuple[
-        str, ...
-    ] = ()  # of each adapter's last tracker: which steps are sampled, their cost, what is idle
+    statistics: tuple[str, ...]  # of each adapter's last tracker: which steps are sampled, their cost, what is idle
 
-    def _below(self) -> list[str]:
+    def _parts(self) -> tuple[tuple[str, ...], tuple[ExplainedLayer, ...], list[str]]:
         lines = [f"packed copies of frozen weights: {self.packed_bytes / 2**20:.1f} MiB"]
         lines += [f"penalty of {name}: {how}{why and f' ({why})'}" for name, (how, why) in self.penalty.items()]
-        return [*lines, *self.statistics]
-
-    def __str__(self) -> str:
-        return "\n".join([text_table(_EXPLAINED, list(self.rows)), *self._below()])
-
-    def __rich__(self) -> Any:
-        return rich_table(_EXPLAINED, list(self.rows), self._below(), numbers=range(0))
+        return ("layer", "backend", "matmul engine", "why not a faster one"), self.rows, [*lines, *self.statistics]
 
 
 def _engine(weight: Tensor, engine: str) -> str:
@@ -189,10 +172,9 @@ def explain(model: nn.Module) -> Explanation:
             path, why = f"{path.rpartition('.')[0]}.{layer.leaf}", f"{layer.parts} experts; the model's own products"
             rows.append(ExplainedLayer(path, update_backend(layer), "the device's own", why))
         if isinstance(layer, Plain):
-            found = (
-                choose(update_backend(layer), layer.weight.device, layer.weight.dtype)[0] if layer.measured else None
-            )
-            backend = "torch" if found is None else found.name
+            backend = "torch"
+            if layer.measured:
+                backend = choose(update_backend(layer), layer.weight.device, layer.weight.dtype)[0].name
             rows.append(ExplainedLayer(path, backend, "the device's own", f"an adapted {layer.original.__name__}"))
         if not isinstance(layer, (Linear, FrozenLinear)):
             continue

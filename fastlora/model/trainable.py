@@ -148,7 +148,7 @@ def _norms(
         return []
     inside = {"all": [""], "blocks": blocks, "shallow": shallow}[chosen.norms]
     found = [n for block in inside for n in norms_of(model, block)]
-    found = [n for n in found if not any(n == head or n.startswith(head + ".") for head in heads)]
+    found = [n for n in found if not _inside(n, heads)]
     if inside and not found:
         raise ValueError(f"model: policy {name!r} trains norms; {type(model).__name__} has none with parameters")
     return found
@@ -220,12 +220,8 @@ def param_groups(
     decays = _decays(weight_decay)
     groups: dict[str, dict[str, Any]] = {}
     for name in ROLES_OF_PARAMETERS:
-        groups[name] = {
-            "name": name,
-            "params": [],
-            "lr": float(check_number(*rates[name], 0)),
-            "weight_decay": decays.get(name, 0.0),
-        }
+        rate = float(check_number(*rates[name], 0))
+        groups[name] = {"name": name, "params": [], "lr": rate, "weight_decay": decays.get(name, 0.0)}
     roles = parameter_roles(model, adapter)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -263,8 +259,7 @@ def _by_adapter(model: nn.Module, lora: dict[str, Any], rates: Mapping[str, floa
 def _by_factor(model: nn.Module, group: dict[str, Any], ratio: float) -> list[dict[str, Any]]:
     layers = [layer for layer in adapted_layers(model).values() if not layer.lookup]
     later = {id(p) for layer in layers for p in layer.lora_B.parameters()}
-    parts = ([p for p in group["params"] if (id(p) in later) is is_B] for is_B in (False, True))
-    first, second = parts
+    first, second = ([p for p in group["params"] if (id(p) in later) is is_B] for is_B in (False, True))
     return [{**group, "params": first}, {**group, "name": "lora_B", "lr": group["lr"] * ratio, "params": second}]
 
 

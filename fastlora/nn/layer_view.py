@@ -25,16 +25,13 @@ class LayerView:
     def __init__(self, layer: Linear, weight: Tensor, bias: Tensor | None, rows: slice | None = None, count: float = 1):
         self.layer, self.weight, self.bias = layer, weight, bias
         self.parts = None if rows is None else _parts(layer, rows)
-        self.slices = layer.slices
+        self.slices, self.probes, self.dropout_salt = layer.slices, layer.probes, layer.dropout_salt
         if rows is not None:
             self.slices = Slices({name: part.stop - part.start for name, part in self.parts.items()})
-        self.out_features = sum(self.slices.values())
-        self.probes, self.dropout_salt = layer.probes, layer.dropout_salt
-        if rows is not None:
-            self.dropout_salt = (
-                layer.dropout_salt + rows.start
-            ) & 0x7FFFFFFF  # parts see other rows, and have other dropout
+            # Parts see other rows, and have other dropout.
+            self.dropout_salt = (layer.dropout_salt + rows.start) & 0x7FFFFFFF
             self.probes = {name: PartOfProbe(probe, rows, self.parts, count) for name, probe in layer.probes.items()}
+        self.out_features = sum(self.slices.values())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
@@ -54,13 +51,12 @@ class LayerView:
         return [(pairs[name][0], pairs[name][1][part], pairs[name][2]) for name, part in self.parts.items()]
 
     def __call__(self, x: Tensor) -> Tensor:
-        layer, compiling = self.layer, torch.compiler.is_compiling()
-        if not compiling and not layer.called:
-            layer.called = True
-        route = layer.router.traced() if compiling else layer.router.route(layer.training)
-        if layer.bypassed(route):
+        route = self.layer.entered()
+        if self.layer.bypassed(route):
             return F.linear(x, self.weight, self.bias)
-        return forward_traced(self, x, route) if compiling else forward_together((self,), x, route)[0]
+        if torch.compiler.is_compiling():
+            return forward_traced(self, x, route)
+        return forward_together((self,), x, route)[0]
 
 
 def _parts(layer: Linear, rows: slice) -> dict[str, slice]:

@@ -211,6 +211,14 @@ class Adapted(nn.Module):
         """The adapter that runs where no context says otherwise."""
         return self.router.default.adapter
 
+    def entered(self) -> Route:
+        """The way of a forward of this layer that has begun."""
+        if torch.compiler.is_compiling():
+            return self.router.traced()
+        if not self.called:
+            self.called = True
+        return self.router.route(self.training)
+
     def bypassed(self, route: Route) -> bool:
         """Whether the forward is the base's alone: disabled, merged, or nothing to add and nothing to measure."""
         if not route.enabled or self.merged:

@@ -46,17 +46,14 @@ class Plain(Adapted):
     def forward(self, input: Tensor) -> Tensor:
         """The base's output plus ``s B A`` of what each sample's adapter is given."""
         y = self.original.forward(self, input)
-        compiling = torch.compiler.is_compiling()
-        route = self.router.traced() if compiling else self.router.route(self.training)
-        if not compiling and not self.called:
-            self.called = True
+        route = self.entered()
         if self.bypassed(route):
             return y
         if route.batch is None:
             out = (y + self.update(route.adapter, input)).to(y.dtype)
         else:
             out = self._mixed(y, input, route)
-        if not compiling and out.grad_fn is not None:
+        if not torch.compiler.is_compiling() and out.grad_fn is not None:
             out = _Watched.apply(out)
             self.router.pending(route).add(out)
         return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .plain import Convolution, Plain
@@ -22,10 +21,7 @@ class Pointwise(Convolution):
 
     def forward(self, input: Tensor) -> Tensor:
         """The base's output plus the update of what each position's adapter is given."""
-        y, compiling = self.original.forward(self, input), torch.compiler.is_compiling()
-        if not compiling and not self.called:
-            self.called = True
-        route = self.router.traced() if compiling else self.router.route(self.training)
+        y, route = self.original.forward(self, input), self.entered()
         if self.bypassed(route):
             return y
         channels = -1 - len(self.kernel_size)

@@ -30,12 +30,9 @@ class QuantizedLinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``Linear.forward``."""
-        x, compiling = input, torch.compiler.is_compiling()
-        if not compiling and not self.called:
-            self.called = True
-        route = self.router.traced() if compiling else self.router.route(self.training)
-        y = self.base_forward(x) if has_derivative(self) else ForwardOnlyBase.apply(x, self)
-        return y if self.bypassed(route) else add_update(self, x, y, route)
+        route = self.entered()
+        y = self.base_forward(input) if has_derivative(self) else ForwardOnlyBase.apply(input, self)
+        return y if self.bypassed(route) else add_update(self, input, y, route)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """The other library's own."""

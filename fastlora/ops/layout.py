@@ -70,10 +70,7 @@ def group_layout(W: Sequence[Tensor], B: Sequence[Tensor], blocks: Sequence[int]
 @functools.lru_cache(maxsize=4096)
 def _layout_of(rows: tuple[int, ...], shapes: tuple[torch.Size, ...], blocks: tuple[int, ...]) -> Layout:
     widths, ranks = tuple(n for n, _ in shapes), tuple(r for _, r in shapes)
-    offsets, total = [], 0
-    for r in ranks:
-        offsets.append(total)
-        total += r
+    offsets = [0, *itertools.accumulate(ranks)][:-1]
     outputs, columns, j, used = [], [], 0, 0
     for width in widths:
         while j < len(rows) and used == rows[j]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .._utils.installed import DISTRIBUTION
 from .._utils.torch_compat import kernels_of
@@ -60,39 +58,6 @@ def isa() -> str:
     if _REASON is not None:
         raise RuntimeError(f"isa() needs the native library, but {_REASON}")
     return torch.ops.fastlora.cpu_isa()
-
-
-# Rows of a tile of the gradient: it stays in cache between the product and its reduction, while the library's matmul,
-# which packs x again for every tile, still runs at full speed (32 rows: a third of it).
-_TILE_ROWS = 256
-
-
-def gradstat(x: Tensor, dy: Tensor, offsets: Sequence[int], absolute: bool = True) -> Tensor:
-    """``sum G^2`` and ``sum |G|`` of ``G = dy^T x`` for each run of rows ``offsets[i]:offsets[i + 1]``.
-
-    x [M, K], dy [M, N] -> fp32 [len(offsets) - 1, 2]. Without ``absolute`` the second column is zero, and short runs
-    go by ``||G||^2 = <x x^T, dy dy^T>``. G is reduced tile by tile: no [N, K] buffer.
-    """
-    sums = torch.zeros(len(offsets) - 1, 2, dtype=torch.float64, device=x.device)
-    depth, width = x.shape[1], dy.shape[1]
-    buffer = torch.empty(min(_TILE_ROWS, width), depth, dtype=torch.float32, device=x.device)
-    for i, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-        count, rows = stop - start, x[start:stop].float()
-        if not absolute and count * (depth + width) < depth * width:
-            sums[i, 0] = _gram_norm(rows, dy[start:stop].float())
-            continue
-        for n in range(0, width, _TILE_ROWS):
-            tile = buffer[: min(_TILE_ROWS, width - n)]
-            torch.mm(dy[start:stop, n : n + _TILE_ROWS].float().t(), rows, out=tile)
-            torch.ops.fastlora.add_norms_.default(sums[i], tile)
-    if not absolute:
-        sums[:, 1] = 0.0
-    return sums.float()
-
-
-def _gram_norm(x: Tensor, dy: Tensor) -> Tensor:
-    """``<x x^T, dy dy^T>``, the squared norm of ``dy^T x``."""
-    return torch.dot((x @ x.t()).view(-1), (dy @ dy.t()).view(-1)).clamp_(min=0)
 
 
 def _lora_forward(y, x, A, P, B, outputs, columns, scales, moments, *drop):
@@ -160,14 +125,6 @@ def _outer(d, x):
     return x.new_empty((d.shape[1], x.shape[1]), dtype=torch.float32)
 
 
-def _philox_signs(out, seed, step, first, tag, counts):
-    return None
-
-
-def _add_norms(sums, tile):
-    return None
-
-
 def _build_segments(ids, adapters):
     # On the CPU an order that is the rows' own is left out, which depends on the ids.
     rows = torch.library.get_ctx().new_dynamic_size(min=0) if ids.device.type == "cpu" else ids.shape[0]
@@ -180,10 +137,6 @@ def _segment_tiles(ranges, rows, block):
 
 def _penalty(A, B, scales, weights):
     return weights.new_empty((), dtype=torch.float32)
-
-
-def _penalty_grad(dA, dB, A, B, scales, weights, weight):
-    return None
 
 
 def _squared_norms(tensors):
@@ -200,16 +153,12 @@ def _output_variances(moments, runs, sizes):
     return torch.empty(len(sizes), dtype=torch.float64, device=device)
 
 
-def _resize_ranks(to, source):
-    return None
-
-
-def _dropout(x, seed, projection, p):
+def _dropout(x, keys, projection, p):
     return x.new_empty(x.shape)
 
 
-def _dropout_rows(x, keys, projection, p):
-    return x.new_empty(x.shape)
+def _nothing(*operands):
+    """Of an operator that writes into its operands alone."""
 
 
 SHAPES = {
@@ -223,18 +172,18 @@ SHAPES = {
     "expand_": _expand,
     "wgrad": _wgrad,
     "outer": _outer,
-    "philox_signs_": _philox_signs,
-    "add_norms_": _add_norms,
+    "philox_signs_": _nothing,
+    "add_norms_": _nothing,
     "build_segments": _build_segments,
     "segment_tiles": _segment_tiles,
     "penalty": _penalty,
-    "penalty_grad_": _penalty_grad,
+    "penalty_grad_": _nothing,
     "squared_norms": _squared_norms,
     "row_norms": _row_norms,
     "output_variances": _output_variances,
-    "resize_ranks_": _resize_ranks,
+    "resize_ranks_": _nothing,
     "dropout": _dropout,
-    "dropout_rows": _dropout_rows,
+    "dropout_rows": _dropout,
 }
 
 

@@ -14,19 +14,6 @@ FORMS = ("delta", "decay")
 NORMALIZE = ("sum", "relative", "uniform")
 
 
-def delta_norm_sq(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """||s B A||_F^2 = s^2 sum((A A^T) o (B^T B)), differentiable; B A is never formed.
-
-    A [r, K], B [N, r]; a scalar in fp32 for bf16 and fp16 factors, otherwise in their dtype. Autocast does not
-    lower the precision. Raises ValueError for shapes that do not fit, TypeError for factors that are not floating.
-    """
-    _check_pair(A, B, "A", "B")
-    scale = _finite("scale", scale)
-    with torch.autocast(A.device.type, enabled=False):
-        wide_A, wide_B = _widened(A, B)
-        return scale * scale * ((wide_A @ wide_A.T) * (wide_B.T @ wide_B)).sum()
-
-
 def importance_weights(importance: Tensor, normalize: str = "sum") -> Tensor:
     """Penalty factors 1 - I_m, in fp32 or float64, without gradient.
 
@@ -162,18 +149,13 @@ def _stacked(
     return A.to(dtype), B.to(dtype), coefficient.view(-1, 1, 1)
 
 
-def _widened(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-    return A.to(dtype), B.to(dtype)
-
-
-def _check_pair(A: Tensor, B: Tensor, name_A: str, name_B: str) -> None:
-    for name, factor in ((name_A, A), (name_B, B)):
+def _check_pair(A: Tensor, B: Tensor) -> None:
+    for name, factor in (("As", A), ("Bs", B)):
         if not check_instance(name, factor, Tensor, "floating tensors").is_floating_point():
             raise wrong_value(name, "floating tensors", factor)
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
         shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
-        raise ValueError(f"{name_A}: expected [r, K], and {name_B} [N, r] with the same r, got {shapes}")
+        raise ValueError(f"As: expected [r, K], and Bs [N, r] with the same r, got {shapes}")
 
 
 def _check_lists(
@@ -189,7 +171,7 @@ def _check_lists(
         listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise ValueError(f"As: expected one entry a matrix, as in Bs, scales and weights, got {listed}")
     for A, B in zip(As, Bs, strict=True):
-        _check_pair(A, B, "As", "Bs")
+        _check_pair(A, B)
     if isinstance(weights, Tensor):
         return weights.detach().unbind()
     if all(isinstance(weight, Tensor) for weight in weights):

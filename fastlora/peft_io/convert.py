@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .._utils.distributed import shards, unwrapped
 from .._utils.errors import (
     check_choice,
+    check_instance,
     check_mapping,
     check_model,
     check_number,
@@ -135,8 +136,7 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
     {'weight': 2}
     """
     peft = _import_peft("fastlora.from_peft")
-    if not isinstance(peft_model, peft.PeftModel):
-        raise wrong_type("peft_model", "a peft.PeftModel", peft_model)
+    check_instance("peft_model", peft_model, peft.PeftModel, "a peft.PeftModel")
     adapter = _chosen(peft_model, adapter)
     tuned = [(n, m) for n, m in peft_model.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)]
     merged = [name for name, module in tuned if module.merged]

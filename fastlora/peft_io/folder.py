@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from .._utils.errors import check_integer, wrong_type
+from .._utils.errors import check_instance, check_integer, wrong_type
 from .._utils.files import read_together, replace_together
 from ..nn.adapter import check_slice_name
 from .names import PeftFields, parse_fields
@@ -86,8 +86,7 @@ def read_folder(path: str | os.PathLike, limit: int | None = None) -> AdapterFol
     A tensor file of more than ``limit`` bytes is refused unread. Links are followed, to regular files only: a cache of
     downloads consists of them.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise wrong_type("path", "the path of a folder", path)
+    check_instance("path", path, (str, os.PathLike), "the path of a folder")
     folder = pathlib.Path(path)
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder (only local folders are read)")

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._utils.errors import check_integer, wrong_value
-from ..config import FROM_WEIGHT, check_token_indices, indices_of, layer_index, names_in
+from ..config import FROM_WEIGHT, PEFT_NEUTRAL, check_token_indices, indices_of, layer_index, names_in
 from ..model.modules import has_suffix, named_targets, tied_embeddings, torch_attentions
 from ..nn.active import join, kept_inside
 from ..nn.attention import InProjection
@@ -40,15 +40,6 @@ def factor_key(stored: str, factor: str, module: nn.Module) -> str:
     """PEFT's key of A or B of the module that is stored under a name."""
     kind = f"embedding_{factor}" if isinstance(module, nn.Embedding) else f"{factor}.weight"
     return f"{PREFIX}{stored}.lora_{kind}"
-
-
-# Fields that say where a file came from, or that mean nothing unless another field is set.
-_NEUTRAL = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "runtime_config", "megatron_core", "qalora_group_size",
-    "eva_config", "corda_config", "lora_ga_config", "loftq_config",  # how the factors were found
-    "fan_in_fan_out",  # says that the weight is transposed, as a Conv1D's is: A and B are the same
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,7 +145,7 @@ def parse_fields(raw: Any, where: str) -> PeftFields:
         raise ValueError(f"{where}: peft_type: only 'LORA' is implemented, got {raw.get('peft_type')!r}")
     known = set(PeftFields.__dataclass_fields__)
     for name, value in raw.items():
-        if name not in known | _NEUTRAL and not _unset(value):
+        if name not in known | PEFT_NEUTRAL and not _unset(value):
             raise ValueError(f"{where}: PEFT's field {name}={value!r} is set and not implemented")
     taken = {name: raw[name] for name in known if raw.get(name) is not None}
     for name in ("r", "target_modules"):

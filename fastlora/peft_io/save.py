@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
-from .._utils.errors import check_flag, check_mapping, listed, wrong_type, wrong_value
+from .._utils.errors import check_flag, check_instance, check_mapping, listed, wrong_value
 from ..config import FROM_WEIGHT, LoraConfig, power_iterations
 from ..model.merge import before_merge
 from ..model.modules import named_targets, refuse_shared, saved_modules
@@ -90,8 +90,7 @@ def write_adapter(
     over_rest: bool = False,
 ) -> None:
     """``save``; with ``over_rest`` for the frozen weight as it is, although a part of it was taken into the factors."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise wrong_type("path", "the path of a folder", path)
+    check_instance("path", path, (str, os.PathLike), "the path of a folder")
     check_flag("fold_scale", fold_scale)
     given, ranks, model = model, ranks_of(model), unwrapped(model)
     sharded = bool(shards(model))
@@ -253,9 +252,7 @@ def _saveable(model: nn.Module, adapter: str) -> dict[str, Linear]:
     chosen = {n: x for n, x in layers.items() if any(x.ranks(adapter).values())}
     if not chosen:
         raise ValueError(f"adapter: every matrix of {adapter!r} has rank 0; PEFT has no file without a matrix")
-    if "" in chosen or any(
-        name in chosen for name in ("in_proj", "out_proj") if isinstance(model, nn.MultiheadAttention)
-    ):
+    if "" in chosen or (isinstance(model, nn.MultiheadAttention) and {"in_proj", "out_proj"} & chosen.keys()):
         raise ValueError("model: is itself the adapted layer, which has no name in a file; put it inside a module")
     names = Counter(id(m) for n, m in model.named_modules(remove_duplicate=False))
     for name, layer in chosen.items():

@@ -73,14 +73,11 @@ class UpdateVariance:
             shapes = {key: B.shape for key, B in self._matrices.items()}
             taken = averaged(taken, shapes, self._ranks, self._squares.device)
         device = self._squares.device
-        squares = {key: grad.double().square().mean().to(device) for key, grad in taken.items()}
-        finite = (
-            torch.stack(list(squares.values())).isfinite().all()
-            if squares
-            else self._counts.new_ones((), dtype=torch.bool)
-        )
         zero = self._squares.new_zeros(())
-        self._squares += torch.where(finite, torch.stack([squares.get(key, zero) for key in self._matrices]), 0.0)
+        means = [taken[k].double().square().mean().to(device) if k in taken else zero for k in self._matrices]
+        squares = torch.stack(means)
+        finite = squares.isfinite().all()
+        self._squares += torch.where(finite, squares, 0.0)
         self._counts += finite * torch.tensor([key in taken for key in self._matrices], device=device)
         self._skipped += ~finite
         for key, grad in taken.items():
@@ -349,9 +346,7 @@ def _chosen(method: Any, centered: bool) -> Method:
 def _as_scores(found: Any) -> Scores:
     if isinstance(found, Scores):
         return found
-    if not isinstance(found, Mapping):
-        raise wrong_type("method", "to return a mapping of matrix keys to scores", found)
-    return Scores(found, "custom")
+    return Scores(check_instance("method", found, Mapping, "to return a mapping of matrix keys to scores"), "custom")
 
 
 def _estimate(chosen: Method, collector: Any) -> Scores | None:

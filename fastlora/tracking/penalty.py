@@ -85,10 +85,10 @@ class FisherPenalty:
         else:
             _add_by_formula(terms, weights, weight, form)
 
-    def backend(self, adapter: str, form: str = "delta") -> tuple[str, str]:
+    def backend(self, adapter: str) -> tuple[str, str]:
         """Who computes the penalty, ``"native"`` or ``"formula"``, and why not the former."""
         terms = self._terms(adapter)
-        why = terms.formula_because(form) if terms.As else "no matrix has a rank"
+        why = terms.formula_because("delta") if terms.As else "no matrix has a rank"
         return ("native", "") if why is None else ("formula", why)
 
     @torch.enable_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from .. import native
 from ..layout import Gradients, LoraCall, Need, as_rows
 from ..matmul import ENGINES, matmul_backward
+from . import eager
 from .base import ComposedBackend, with_counts
 
 
@@ -106,6 +108,6 @@ def native_kernels() -> SimpleNamespace | None:
         outer=ops.outer,
         dropout=ops.dropout,
         dropout_rows=ops.dropout_rows,
-        gradstat=native.gradstat,
+        gradstat=functools.partial(eager.gradstat, add_norms=ops.add_norms_.default),
         column_moments=lambda y: ops.expand_(y, y[:, :0], [], [], [], [], True),
     )

@@ -39,9 +39,9 @@ def launch_remarks(backend: Backend) -> list[str]:
 class PlannedBackend:
     """``forward`` and ``backward`` of a backend through plans, everything else as it has it."""
 
-    def __init__(self, backend: Backend, capacity: int = _CAPACITY):
+    def __init__(self, backend: Backend):
         self.backend, self.name = backend, backend.name
-        self.plans = Plans(("any call", self.name), capacity)
+        self.plans = Plans(("any call", self.name), _CAPACITY)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -49,7 +49,7 @@ class PlannedBackend:
         return getattr(self.backend, name)
 
     def __reduce__(self) -> tuple:
-        return PlannedBackend, (self.backend, self.plans.capacity)
+        return PlannedBackend, (self.backend,)
 
     def forward(self, call: LoraCall) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """As ``Backend.forward``."""

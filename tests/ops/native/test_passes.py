@@ -8,7 +8,8 @@ import pytest
 import torch
 from support.native_help import DTYPES, interleaved_columns, needs_library
 
-from fastlora.ops import native, reference
+from fastlora.ops import reference
+from fastlora.ops.backends.native import native_kernels
 
 pytestmark = [needs_library, pytest.mark.every_isa]
 
@@ -392,7 +393,7 @@ def test_norms(count):
 def test_gradstat(dtype, absolute):
     for depth, width, offsets in ((31, 17, [0, 5, 5, 40]), (64, 600, [0, 40]), (300, 290, [0, 9, 40])):
         x, dy = torch.randn(40, depth).to(dtype), torch.randn(40, width + 3).to(dtype)[:, 2:-1]
-        found = native.gradstat(x, dy, offsets, absolute)
+        found = native_kernels().gradstat(x, dy, offsets, absolute)
         exact = reference.gradstat(x.double(), dy.double(), offsets)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found[:, 0].double(), exact[:, 0], rtol=1e-5, atol=0)
@@ -415,5 +416,5 @@ def test_gradstat_keeps_no_gradient():
 
     x, dy = torch.randn(20, 512), torch.randn(20, 2048)
     with Watch():
-        native.gradstat(x, dy, [0, 20])
+        native_kernels().gradstat(x, dy, [0, 20])
     assert largest == 256 * 512 * 4
