@@ -196,14 +196,14 @@ def _spearman(pairs: Sequence[tuple[float, float]]) -> float:
     return float(spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
-def _beyond(results: Results, found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
+def _beyond(results: Results, data: str, found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
     """By setting at the rate beyond the edge: in tuning, beside its choice, and less the baseline where it was run."""
     rows, base = {}, found.get(plan.BASELINE, {})
-    for name, rate in plan.BEYOND.items():
-        if (tuned := beyond(name, results)) is None:
+    for name, rate in plan.BEYOND[data].items():
+        if (tuned := beyond(data, name, results)) is None:
             continue
         mine = {r["seed"]: r["score"] for r in results
-                if (r["data"], r["phase"], r["setting"], r["rate"]) == ("sst2", "final", name, rate)}  # fmt: skip
+                if (r["data"], r["phase"], r["setting"], r["rate"]) == (data, "final", name, rate)}  # fmt: skip
         seeds = sorted(mine.keys() & base.keys())
         scores = [mine[seed] for seed in seeds], [base[seed]["score"] for seed in seeds]
         rows[name] = {"rate": rate, "tuned": tuned[0], "chosen": tuned[1],
@@ -233,6 +233,6 @@ def analyse(results: Results) -> dict[str, Any]:
             "comparisons": _compared(found, data),
             "precision": _precision(found),
             "agreement": _agreement(found),
-            "beyond": _beyond(results, found) if data == "sst2" else {},
+            "beyond": _beyond(results, data, found),
         }
     return document

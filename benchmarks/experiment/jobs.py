@@ -69,30 +69,29 @@ def jobs(data: str, results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
             yield from _finals(data, there, plan.SEEDS[: plan.FIRST_SEEDS], results)
             new += there
         yield from _finals(data, new, plan.SEEDS[plan.FIRST_SEEDS :], results)
-    if data == "sst2":
-        yield from _all_beyond(results)
+    yield from _all_beyond(data, results)
 
 
-def beyond(name: str, results: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+def beyond(data: str, name: str, results: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
     """A setting's mean on the tuning split at the rate beyond the edge, and at its choice; None until it is tuned."""
-    choice = chosen("sst2", next(setting for setting in plan.SETTINGS if setting.name == name), results)
+    choice = chosen(data, next(setting for setting in plan.settings_of(data) if setting.name == name), results)
     made = {runs.key(result): result.get("tuning") for result in results}
-    tuned = [made.get(runs.key(job._asdict())) for job in _beyond(name, "tuning", plan.TUNING_SEEDS)]
+    tuned = [made.get(runs.key(job._asdict())) for job in _beyond(data, name, "tuning", plan.TUNING_SEEDS)]
     return None if choice is None or None in tuned else (statistics.fmean(tuned), choice.score)
 
 
-def _beyond(name: str, phase: str, seeds: Sequence[int]) -> list[Job]:
-    return [Job("sst2", phase, name, plan.BEYOND[name], 0.0, seed) for seed in seeds]
+def _beyond(data: str, name: str, phase: str, seeds: Sequence[int]) -> list[Job]:
+    return [Job(data, phase, name, plan.BEYOND[data][name], 0.0, seed) for seed in seeds]
 
 
-def _all_beyond(results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
+def _all_beyond(data: str, results: Sequence[Mapping[str, Any]]) -> Iterator[Job]:
     """One rate beyond the edge: in tuning, and on the seeds where that is better than the choice."""
-    for name in plan.BEYOND:
-        yield from _beyond(name, "tuning", plan.TUNING_SEEDS)
-    for name in plan.BEYOND:
-        found = beyond(name, results)
+    for name in plan.BEYOND[data]:
+        yield from _beyond(data, name, "tuning", plan.TUNING_SEEDS)
+    for name in plan.BEYOND[data]:
+        found = beyond(data, name, results)
         if found is not None and found[0] > found[1]:
-            yield from _beyond(name, "final", plan.SEEDS)
+            yield from _beyond(data, name, "final", plan.SEEDS)
 
 
 def _finals(

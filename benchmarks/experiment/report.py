@@ -209,8 +209,8 @@ Changed when runs had been seen:
   left out.
 - CoLA's rates were changed after 20 of those longer runs, when the difference of `qkv` and `all-2` over four seeds had
   been seen. Runs of them at rates that are still tried count.
-- Settings of SST-2 that were found lower with a rate at the edge were tuned at one rate beyond it. What came of it
-  stands beside the planned result, outside of the tests.
+- Settings that were found lower with a rate at the edge were tuned at one rate beyond it. What came of it stands
+  beside the planned result, outside of the tests.
 
 ± is the 95 % interval, t over seeds, with the sentences as given: `power.md` says how often a test errs where
 sentences are counted as drawn. Differences are paired by seed; p is of a two-sided paired t-test, then after Holm over

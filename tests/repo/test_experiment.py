@@ -220,7 +220,7 @@ def test_batches_of_similar_length_lose_no_sentence():
 def test_a_setting_runs_once_it_is_tuned_and_as_it_was_chosen():
     todo = list(jobs.jobs("sst2", []))
     assert {job.phase for job in todo} == {"tuning"} and len(todo) == len(set(todo)) == 216
-    assert {(job.setting, job.rate) for job in todo[210:]} == set(plan.BEYOND.items())
+    assert {(job.setting, job.rate) for job in todo[210:]} == set(plan.BEYOND["sst2"].items())
     assert [job.setting for job in todo[::6]][:5] == ["all-2", "qkv", "mlp", "lower", "upper"]
     tuned = [made(job) for job in todo]
     final = [job for job in jobs.jobs("sst2", tuned) if job.phase == "final"]

@@ -19,15 +19,15 @@ pytest.importorskip("scipy")  # of the extra "experiment": every test here takes
 
 
 def test_a_rate_beyond_the_edge_is_run_where_it_is_better_in_tuning_and_changes_no_test():
-    rows = all_rows()
-    assert not any(plan.BEYOND.get(row["setting"]) == row["rate"] for row in rows if row["phase"] == "final")
+    rows, beyond = all_rows(), plan.BEYOND["sst2"]
+    assert not any(beyond.get(row["setting"]) == row["rate"] for row in rows if row["phase"] == "final")
     found = analyse(rows)["data"]["sst2"]
     assert (
         found["beyond"]["eva"]["found"] is None and found["beyond"]["eva"]["tuned"] < found["beyond"]["eva"]["chosen"]
     )
-    better = [{**row, "tuning": 0.9} if plan.BEYOND.get(row["setting"]) == row["rate"] else row for row in rows]
+    better = [{**row, "tuning": 0.9} if beyond.get(row["setting"]) == row["rate"] else row for row in rows]
     todo = [job for job in jobs.jobs("sst2", better) if runs.key(job._asdict()) not in set(map(runs.key, rows))]
-    assert todo == [Job("sst2", "final", *item, 0.0, seed) for item in plan.BEYOND.items() for seed in plan.SEEDS]
+    assert todo == [Job("sst2", "final", *item, 0.0, seed) for item in beyond.items() for seed in plan.SEEDS]
     further = analyse(better + [made(job, {"eva": 0.01, "pissa": 0.02}) for job in todo])["data"]["sst2"]
     gains = {name: round(100 * row["found"]["mean"]) for name, row in further["beyond"].items()}
     assert gains == {"adalora": 0, "pissa": 2, "eva": 1}
