@@ -258,8 +258,8 @@ EXPERIMENT = {
 }
 
 
-def comparisons():
-    found = results("experiment/results.json")["data"]["sst2"]["comparisons"]
+def comparisons(data="sst2"):
+    found = results("experiment/results.json")["data"][data]["comparisons"]
     return {(row["setting"], row["against"]): row for row in found}
 
 
@@ -284,6 +284,11 @@ def test_what_the_guide_says_of_ranks_by_scores():
     starts = [comparisons()[name, "all-2"]["verdict"].partition(",")[0] for name in ("pissa", "eva")]
     assert starts == ["lower"] * 2
     assert "PiSSA and EVA did worse than the default start." in text("docs/methods.md")
+    cola = {setting: row["verdict"].partition(",")[0] for (setting, _), row in comparisons("cola").items()}
+    told = {setting: verdict for setting, verdict in cola.items() if verdict != "could not be told"}
+    assert (len(cola), told) == (6, {"full": "higher", "lora-ga": "lower"})
+    said = "two of six differences could be told: full fine-tuning did better, and LoRA-GA worse than the default start."
+    assert said in text("docs/methods.md")
     norm, fc, variance, random = names.values()
     same = f"ranks by {norm}, by {fc} and by {variance} did as well as uniform ones (within half a point of accuracy), "
     same += f"and so did {random} ranks."
@@ -292,9 +297,12 @@ def test_what_the_guide_says_of_ranks_by_scores():
 
 @pytest.mark.parametrize("name", EXPERIMENT)
 def test_docstrings_say_what_the_experiment_found(name):
-    rows = comparisons()
-    told = [rows[pair] for pair in EXPERIMENT[name] if rows[pair]["verdict"] not in ("not run", "could not be told")]
-    said = " ".join(operator.attrgetter(name)(fastlora).__doc__.split())
-    figures = [f"{points(row['found'], signed=True)} points" for row in told]
-    assert re.findall(r"[+-]\d+\.\d+ ± \d+\.\d+ points", said) == figures
-    assert ("docs/experiment.md" in said) == bool(told)
+    said, any_told = " ".join(operator.attrgetter(name)(fastlora).__doc__.split()), False
+    for data, unit in (("sst2", "points"), ("cola", "hundredths")):
+        rows = comparisons(data)
+        there = [rows[pair] for pair in EXPERIMENT[name] if pair in rows]
+        told = [row for row in there if row["verdict"] not in ("not run", "could not be told")]
+        figures = [f"{points(row['found'], signed=True)} {unit}" for row in told]
+        assert re.findall(rf"[+-]\d+\.\d+ ± \d+\.\d+ {unit}", said) == figures
+        any_told |= bool(told)
+    assert ("docs/experiment.md" in said) == any_told
