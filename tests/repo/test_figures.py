@@ -287,7 +287,7 @@ def test_what_the_guide_says_of_ranks_by_scores():
     cola = {setting: row["verdict"].partition(",")[0] for (setting, _), row in comparisons("cola").items()}
     told = {setting: verdict for setting, verdict in cola.items() if verdict != "could not be told"}
     assert (len(cola), told) == (6, {"full": "higher", "lora-ga": "lower"})
-    said = "two of six differences could be told: full fine-tuning did better, and LoRA-GA worse than the default start."
+    said = "two of six differences could be told: full fine-tuning did better, and LoRA-GA worse than the default"
     assert said in text("docs/methods.md")
     norm, fc, variance, random = names.values()
     same = f"ranks by {norm}, by {fc} and by {variance} did as well as uniform ones (within half a point of accuracy), "
