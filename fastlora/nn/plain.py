@@ -99,7 +99,7 @@ class Convolution(Plain):
         if self.training:
             x = F.dropout(x, self.adapter_specs[adapter].dropout)
         if self.padding_mode != "zeros":
-            x = F.pad(x, _pads(self), mode=self.padding_mode)
+            x = F.pad(x, pads(self), mode=self.padding_mode)
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
         padding = self.padding if self.padding_mode == "zeros" else 0
         down, up = (t.view(shape) for t, shape in zip((a, b), kernel_shapes(self, len(a)), strict=True))
@@ -118,7 +118,7 @@ class Convolution(Plain):
         return super().delta(adapter).view_as(self.weight)
 
 
-def _pads(module: nn.Module) -> list[int]:
+def pads(module: nn.Module) -> list[int]:
     """What ``F.pad`` takes of a convolution's padding: the last dimension first, before and after."""
     if module.padding == "valid":
         sides = [(0, 0)] * len(module.kernel_size)
