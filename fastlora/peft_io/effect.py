@@ -48,10 +48,11 @@ def warn_of_peft(model: nn.Module, paths: Collection[str]) -> None:
 
 def warn_of_convolutions(where: Any, model: nn.Module, matrices: Mapping[str, Matrix]) -> None:
     """Name the convolutions of which a foreign adapter, just loaded, gives other outputs here than in PEFT."""
+    modules = dict(model.named_modules())
     named = [
         path
         for path, matrix in matrices.items()
-        if _beyond_peft(model.get_submodule(path)) and any(bool(pair[1].any()) for pair in matrix.factors.values())
+        if _beyond_peft(modules.get(path)) and any(bool(pair[1].any()) for pair in matrix.factors.values())
     ]
     if named:
         logger.warning(
