@@ -26,7 +26,7 @@ from ..nn.attention import InProjection, StackedProjection
 from ..nn.experts import ExpertProjection, ExpertStack
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Adapted, Linear, QKVLinear
-from ..nn.plain import CLASSES
+from ..nn.plain import CLASSES, plain_class
 from ..nn.pointwise import pointwise_class
 from ..nn.quantized import foreign_base, foreign_class
 from ..nn.weight_reads import ASKS
@@ -338,7 +338,7 @@ def adapted_class(module: nn.Module, split: bool) -> type[Adapted] | None:
         return ExpertProjection
     if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) or class_name(module) in _EXACT:
         return QKVLinear if split else Linear
-    return pointwise_class(module) or CLASSES.get(type(module))
+    return pointwise_class(module) or plain_class(module)
 
 
 def named_targets(model: nn.Module) -> dict[str, nn.Module]:

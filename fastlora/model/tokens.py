@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._utils.errors import suggestion, wrong_value
 from ..config import LoraConfig
 from ..nn.linear import Adapted, adapter_dtype_of
+from ..nn.plain import is_scaled
 from ..nn.routing import Router
 from ..nn.token_rows import LEAF, TokenRows
 from .modules import class_name, is_linear, kept_forwards, recomputed, users_of_parameters, uses_of_weight
@@ -104,7 +105,7 @@ def _refusal(model: nn.Module, path: str, module: nn.Module) -> str | None:
     """Why rows of a module cannot be replaced, or None."""
     kind = type(module)
     known = isinstance(module, nn.Embedding) and (
-        kind.forward is nn.Embedding.forward or hasattr(module, "embed_scale") or isinstance(module, Adapted)
+        kind.forward is nn.Embedding.forward or is_scaled(module) or isinstance(module, Adapted)
     )
     if not known and not (is_linear(module) and kind.forward is nn.Linear.forward):
         return f"it is a {'.'.join(class_name(module))}, no torch.nn.Embedding or Linear"
@@ -158,7 +159,7 @@ def commit_rows(model: nn.Module, plan: Sequence[_Rows], router: Router, adapter
         module = model.get_submodule(planned.path)
         module.weight.requires_grad_(False)
         if LEAF not in module._modules:
-            rows = TokenRows(router)
+            rows = TokenRows(router, is_scaled(module))
             module.add_module(LEAF, rows)
             hook = rows.look_up if isinstance(module, nn.Embedding) else rows.project
             module.register_forward_hook(hook, with_kwargs=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from typing import Any
 
 import torch
@@ -96,7 +99,7 @@ class Convolution(Plain):
         if self.training:
             x = F.dropout(x, self.adapter_specs[adapter].dropout)
         if self.padding_mode != "zeros":
-            x = F.pad(x, _pads(self), mode=self.padding_mode)
+            x = F.pad(x, pads(self), mode=self.padding_mode)
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
         padding = self.padding if self.padding_mode == "zeros" else 0
         down, up = (t.view(shape) for t, shape in zip((a, b), kernel_shapes(self, len(a)), strict=True))
@@ -115,7 +118,7 @@ class Convolution(Plain):
         return super().delta(adapter).view_as(self.weight)
 
 
-def _pads(module: nn.Module) -> list[int]:
+def pads(module: nn.Module) -> list[int]:
     """What ``F.pad`` takes of a convolution's padding: the last dimension first, before and after."""
     if module.padding == "valid":
         sides = [(0, 0)] * len(module.kernel_size)
@@ -174,5 +177,66 @@ class Embedding(Plain, nn.Embedding):
         return super().delta(adapter).t()
 
 
+class ScaledEmbedding(Embedding):
+    r"""An adapted embedding of a class that multiplies by c, its ``embed_scale``; there is one for each such class.
+
+    .. math:: y_i = c\, (W_{x_i} + s\, A^\top_{x_i} B^\top)
+    """
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """``c s A^T[x] B^T``."""
+        return times_scale(self, super().update(adapter, x))
+
+    def __reduce__(self) -> tuple:
+        return _unpickled, (self.original,), self.__getstate__()
+
+
+@functools.cache
+def _scaled_class(original: type[nn.Embedding]) -> type[ScaledEmbedding]:
+    return type(
+        original.__name__, (ScaledEmbedding, original), {"original": original, "__doc__": ScaledEmbedding.__doc__}
+    )
+
+
+def _unpickled(original: type[nn.Embedding]) -> ScaledEmbedding:
+    kind = _scaled_class(original)
+    return kind.__new__(kind)
+
+
+# Of transformers' scaled embeddings; one that does more, as T5Gemma2's for one token, is another function.
+_SCALED = re.compile(
+    r"def forward\(self, (\w+)(: [\w.]+)?\)( -> [\w.]+)?:\s+"
+    r"return super\(\)\.forward\(\1\) \* self\.embed_scale(\.to\(self\.weight\.dtype\))?"
+)
+
+
+@functools.cache
+def _only_scales(kind: type[nn.Embedding]) -> bool:
+    owner = next(each for each in kind.__mro__ if "forward" in vars(each))
+    try:
+        source = inspect.getsource(owner.forward)
+    except (OSError, TypeError):  # no source, and nothing to know it by
+        return False
+    return super(owner, owner).forward is nn.Embedding.forward and _SCALED.fullmatch(source.strip()) is not None
+
+
+def is_scaled(module: nn.Module) -> bool:
+    """Whether a module is an embedding whose forward is ``nn.Embedding``'s times one number, its ``embed_scale``."""
+    c = getattr(module, "embed_scale", None)
+    one = c.numel() == 1 if isinstance(c, Tensor) else isinstance(c, (int, float))
+    return one and isinstance(module, nn.Embedding) and _only_scales(type(module))
+
+
+def times_scale(module: nn.Embedding, y: Tensor) -> Tensor:
+    """What a scaled embedding makes of rows that are not in its weight, with its number in the weight's dtype."""
+    c = module.embed_scale
+    return y * (c.to(module.weight.dtype) if isinstance(c, Tensor) else c)
+
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CLASSES: dict[type[nn.Module], type[Plain]] = {kind.original: kind for kind in (Conv1d, Conv2d, Conv3d, Embedding)}
+
+
+def plain_class(module: nn.Module) -> type[Plain] | None:
+    """What a convolution or an embedding becomes when it is adapted; None for any other layer."""
+    return _scaled_class(type(module)) if is_scaled(module) else CLASSES.get(type(module))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .plain import times_scale
 from .routing import Router
 
 LEAF = "token_adapter"  # PEFT's name of the child that holds them
@@ -23,8 +24,9 @@ class TokenRows(nn.Module):
     linear, as of the output layer that shares W; W itself is not copied.
     """
 
-    def __init__(self, router: Router):
+    def __init__(self, router: Router, scaled: bool):
         super().__init__()
+        self.scaled = scaled  # ``is_scaled`` of the layer
         self.trainable_tokens_delta = nn.Module()
         self.indices: dict[str, tuple[int, ...]] = {}
         self.router = router
@@ -66,9 +68,7 @@ class TokenRows(nn.Module):
             padding = indices.index(padding) if padding in indices else None
             row = torch.where(hit, order[at], len(index))
             new = F.embedding(row, table, padding, scale_grad_by_freq=module.scale_grad_by_freq)
-            scale = getattr(module, "embed_scale", None)
-            if scale is not None:
-                new = new * (scale.to(new.dtype) if isinstance(scale, Tensor) else scale)
+            new = times_scale(module, new) if self.scaled else new
             return torch.where(hit.unsqueeze(-1), new.to(y.dtype), y)
 
         return self._routed(module, y, replaced)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import pathlib
 import re
 import tempfile
@@ -29,19 +30,23 @@ from .._utils.errors import (
 )
 from .._utils.installed import blame_extra
 from .._utils.types import ModelT
+from ..config import FROM_WEIGHT
 from ..model.eject import eject
 from ..model.inject import check_adapter_name, sharing_copy
 from ..model.modules import features, is_linear
 from ..nn.active import chosen_adapter
 from ..nn.experts import ExpertProjection
 from ..nn.linear import DEFAULT, Linear, adapted_layers
-from .folder import CONFIG, AdapterFolder, Side, Slice, read_folder
+from .effect import warn_of_convolutions
+from .folder import CONFIG, AdapterFolder, Side, Slice
 from .load import load_folder
 from .names import PREFIX, StoredNames, base_names, choose_targets, parse_fields, patterns
 from .save import write_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+logger = logging.getLogger(__name__)
 
 
 def _import_peft(asker: str) -> Any:
@@ -63,7 +68,7 @@ def to_peft(model: nn.Module, adapter: str | None = None) -> PeftModel:
     parameters are shared, not copied: merging in one of the two models would change both. Factors and what was trained
     besides are copies, trainable there. PEFT to 0.21 counts ``out_proj`` of ``nn.MultiheadAttention`` twice: its
     scaling is halved in the returned model, and not in what PEFT would save. PEFT has no dropout in
-    ``nn.MultiheadAttention``.
+    ``nn.MultiheadAttention``. A warning names what PEFT runs otherwise all the same, as that of ``save``.
 
     Raises ``TypeError`` or ``ValueError`` naming the argument for what ``save`` refuses, a merged or sharded model, and
     an adapter that PEFT cannot run; ``ImportError`` without PEFT.
@@ -125,7 +130,9 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
     """The base model under a ``peft.PeftModel``, injected, with one of its LoRA adapters and the same outputs.
 
     ``adapter`` names it, and may be left out where one is active. It becomes ``"default"``, trainable. ``peft_model``
-    stays as it is. Frozen parameters are shared, not copied: merging in one of the two models would change both.
+    stays as it is. Frozen parameters are shared, not copied: merging in one of the two models would change both. A
+    warning names convolutions that PEFT runs so when it has merged them alone, and an initialisation that nothing here
+    goes on from (``pissa_niter_n``, ``corda``, ``lora_ga``, ``loftq``, ``mica``).
 
     Raises ``TypeError`` or ``ValueError`` naming the argument for a model of another kind, a merged one, several active
     adapters and variants that are not implemented (``use_qalora`` and others, by their field); ``ImportError`` without
@@ -136,15 +143,13 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
     {'weight': 2}
     """
     peft = _import_peft("fastlora.from_peft")
-    check_instance("peft_model", peft_model, peft.PeftModel, "a peft.PeftModel")
+    check_instance("peft_model", peft_model, peft.PeftModel, _accepted(peft_model))
     adapter = _chosen(peft_model, adapter)
     tuned = [(n, m) for n, m in peft_model.named_modules() if isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)]
     merged = [name for name, module in tuned if module.merged]
     if merged:
         raise ValueError(f"peft_model: {merged[0]!r} is merged; call unmerge_adapter() first")
-    with tempfile.TemporaryDirectory() as path:
-        peft_model.save_pretrained(path, selected_adapters=[adapter], save_embedding_layers=False)
-        folder = read_folder(path if adapter == "default" else pathlib.Path(path) / adapter)
+    folder = _in_memory(peft_model, adapter, peft.get_peft_model_state_dict)
     trained = folder.fields.bias != "none"
     own = {id(p) for n, p in peft_model.named_parameters() if (trained and n.endswith("bias")) or _is_peft_s(n)}
     wrapped = sharing_copy(peft_model, own)
@@ -154,14 +159,54 @@ def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
         if _is_peft_s(name) or (trained and name.endswith("bias")):
             parameter.requires_grad_()
     model = wrapped.base_model.unload()
-    # The base is what such an initialisation left of it.
-    init = folder.fields.init_lora_weights
-    load_folder(model, replace(folder, fields=replace(folder.fields, init_lora_weights=True)))
+    plan = load_folder(model, folder)
+    init = _init_of(peft_model.peft_config[adapter].init_lora_weights)
     model.fastlora_configs[DEFAULT].init_lora_weights = init
     for layer in adapted_layers(model).values():
         layer.adapter_specs[DEFAULT] = replace(layer.adapter_specs[DEFAULT], init=init)
     _take_scales(model, tuned, adapter, folder.fields.parameters(model, folder.where(CONFIG)))
+    warn_of_convolutions("peft_model", model, plan.matrices)
     return model
+
+
+class _InMemory(AdapterFolder):
+    """What PEFT's files would hold, of something that errors name instead."""
+
+    def where(self, name: str) -> str:
+        return str(self.path)
+
+
+def _in_memory(peft_model: Any, adapter: str, state_dict_of: Callable[..., dict[str, Tensor]]) -> AdapterFolder:
+    """One adapter as files would hold it, but that its patterns keep their order: the first that matches counts.
+
+    Its factors are taken as they are, over the frozen weight as it is, whatever they started from.
+    """
+    raw = {**peft_model.peft_config[adapter].to_dict(), "init_lora_weights": True}
+    fields = parse_fields(json.loads(json.dumps(raw, default=sorted)), "peft_model")
+    held = state_dict_of(peft_model, adapter_name=adapter, save_embedding_layers=False)
+    tensors = {key: value.detach() for key, value in held.items() if isinstance(value, Tensor)}
+    return _InMemory(pathlib.Path("peft_model"), fields, tensors, None, "")
+
+
+def _accepted(peft_model: Any) -> str:
+    if getattr(peft_model, "_hf_peft_config_loaded", False):
+        return (
+            "a peft.PeftModel (what model.add_adapter has made goes by files: model.save_pretrained(folder), then "
+            "fastlora.load(base, folder) with the base made anew)"
+        )
+    return "a peft.PeftModel"
+
+
+def _init_of(init: bool | str) -> bool | str:
+    """The start that the new model's config names, with a warning where it cannot be that of ``peft_model``."""
+    known = init.lower() if isinstance(init, str) else init
+    if known in (True, False, "gaussian", "orthogonal", "eva", *FROM_WEIGHT):
+        return known
+    then = "the frozen weights are what it left of the base's, and files of the new model are for these alone"
+    if known == "mica":
+        then = "both factors train here, and PEFT trains A alone"
+    logger.warning("peft_model: init_lora_weights=%r becomes True: %s", init, then)
+    return True
 
 
 def _without_init(path: pathlib.Path) -> Any:
@@ -422,4 +467,4 @@ def _folder(matrices: Mapping[str, _Converted], layout: str, targets: list[str] 
     rule = {"mode": "per_rank", "r": r, "lora_alpha": alpha, "use_rslora": False}
     digest = hashlib.sha256(layout.encode()).hexdigest()
     side = Side(split, rule, (), digest, None) if split else None
-    return AdapterFolder(where, parse_fields(fields, str(where)), tensors, side, digest)
+    return _InMemory(where, parse_fields(fields, str(where)), tensors, side, digest)

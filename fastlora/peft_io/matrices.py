@@ -110,6 +110,11 @@ def matrix_in_file(
             raise ValueError(f"{where}: missing key {key!r}")
         _refuse_shape(where, key, tensor, shape)
     A, B = (t.flatten(1) for t in pair)
+    if folder.fields.use_dora and not is_linear(module):
+        raise ValueError(
+            f"{folder.where(CONFIG)}: use_dora: True is implemented for nn.Linear and Conv1D, and {path!r} is a "
+            f"{type(module).__name__}"
+        )
     beside = _beside(folder, stored, N)
     slices = folder.side.split.get(path, ()) if folder.side is not None else ()
     for scale in (s, *(s * x.scale_ratio for x in slices)):

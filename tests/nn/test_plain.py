@@ -1,14 +1,25 @@
 """Adapted convolutions and embeddings: outputs, gradients and files as PEFT's, merging, several adapters."""
 
+import copy
+import importlib
+import pathlib
+import pickle
+import re
+
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from support.peft_help import TENSORS, peft
 from torch import nn
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 
 import fastlora
 from fastlora.model.eject import eject
 from fastlora.nn.linear import adapted_layers
+from fastlora.nn.plain import is_scaled
 
 KINDS = {
     "conv1d": lambda: (nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
@@ -19,7 +30,10 @@ KINDS = {
     "conv3d": lambda: (nn.Conv3d(4, 6, 2), (2, 4, 3, 4, 5)),
     "embedding": lambda: (nn.Embedding(9, 6), None),
     "embedding with padding": lambda: (nn.Embedding(9, 6, padding_idx=2, scale_grad_by_freq=True), None),
+    "embedding times a number": lambda: (BartScaledWordEmbedding(9, 6, 2, embed_scale=2.5), None),
+    "embedding times a buffer": lambda: (Gemma3TextScaledWordEmbedding(9, 6, 2, embed_scale=2.5), None),
 }
+SCALED = [kind for kind in KINDS if "times" in kind]
 LAYER = dict(r=2, target_modules=["layer"])
 UNMERGEABLE = ("conv2d in groups",)
 
@@ -187,6 +201,67 @@ class TestHere:
         y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
         close(torch.autograd.grad(y.square().sum(), model.layer.lora_A.default.weight)[0], plain)
         close(torch.compile(model, backend="eager")(x), model(x))
+
+
+def test_every_scaled_embedding_of_transformers_but_the_one_that_does_more():
+    others, models = {}, pathlib.Path(transformers.__file__).parent / "models"
+    for path in sorted(models.glob("*/modeling_*.py")):
+        for name in re.findall(r"class (\w*Scaled\w+)\(nn.Embedding\)", path.read_text()):
+            module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+            others[name] = not is_scaled(getattr(module, name)(3, 2, 0))
+    assert len(others) > 20 and [name for name, other in others.items() if other] == ["T5Gemma2TextScaledWordEmbedding"]
+
+
+class Twice(BartScaledWordEmbedding):
+    """A further class between it and ``nn.Embedding``."""
+
+    def forward(self, input_ids):
+        return super().forward(input_ids) * self.embed_scale
+
+
+@pytest.mark.parametrize("layer", [T5Gemma2TextScaledWordEmbedding(9, 6, 0), Twice(9, 6, 0)])
+def test_no_other_scaled_embedding_is_adapted(layer):
+    named = dict(r=2, target_modules=["head"], trainable_token_indices={"layer": [1]})
+    for fields in (LAYER, named):
+        with pytest.raises(ValueError, match=f"{type(layer).__name__}, no"):
+            fastlora.inject(Around(layer), fastlora.LoraConfig(**fields))
+
+
+def test_a_number_that_the_forward_does_not_read_is_no_scale():
+    model, x = make("embedding"), data("embedding")
+    model.layer.embed_scale = 3.0
+    before = randomised(fastlora.inject(model, fastlora.LoraConfig(**LAYER)))(x)
+    close(fastlora.merge(model)(x), before)
+
+
+def test_a_scale_of_several_numbers_is_refused():
+    layer = BartScaledWordEmbedding(9, 6, 0, embed_scale=torch.ones(6))
+    with pytest.raises(ValueError, match="BartScaledWordEmbedding, not exactly"):
+        fastlora.inject(Around(layer), fastlora.LoraConfig(**LAYER))
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_copies_of_a_scaled_embedding(kind):
+    model, x = adapted(kind), data(kind)
+    original = type(make(kind).layer)
+    assert isinstance(model.layer, original)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin.layer) is type(model.layer) and twin.layer.weight is not model.layer.weight
+        close(twin(x), model(x))
+        assert type(fastlora.unload(twin).layer) is original and "original" not in vars(twin.layer)
+        close(twin(x), make(kind)(x))
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_the_scale_is_rounded_as_the_base_rounds_it(kind):
+    model, x = make(kind).bfloat16(), data(kind)
+    model.layer.embed_scale = model.layer.embed_scale * 0 + 39.19  # 39.25 in bfloat16
+    model = randomised(fastlora.inject(model, fastlora.LoraConfig(**LAYER)))
+    with torch.no_grad():
+        # The weight is zero, so that the update alone is there, in float32.
+        model.layer.weight.zero_()
+        unit = model.layer.delta("default")[x]
+        torch.testing.assert_close(model.layer.update("default", x), unit * (39.25 if "buffer" in kind else 39.19))
 
 
 @pytest.mark.parametrize("kind", ["conv2d", "embedding"])

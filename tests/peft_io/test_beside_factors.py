@@ -18,7 +18,7 @@ from support.peft_fields import (
     tokens,
     trained_by_peft,
 )
-from support.peft_help import assert_close, peft, transformers
+from support.peft_help import CONFIG, assert_close, peft, refused, transformers
 
 import fastlora
 
@@ -256,6 +256,14 @@ def test_orthogonal_as_peft():
 def test_refused(fields, says):
     with pytest.raises(ValueError, match=says):
         fastlora.LoraConfig(target_modules=["q_proj"], **fields)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.nn.Conv2d(3, 4, 3), lambda: torch.nn.Embedding(9, 4)])
+def test_dora_of_a_file_on_other_layers_is_refused_by_the_field(make, tmp_path):
+    settings = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    peft.get_peft_model(torch.nn.Sequential(make()), settings).save_pretrained(tmp_path)
+    says = f"{CONFIG}: use_dora: True is implemented for nn.Linear and Conv1D, and '0' is a {type(make()).__name__}"
+    refused(torch.nn.Sequential(make()), tmp_path, says)
 
 
 @pytest.mark.parametrize("fields", [dict(use_dora=True), dict(init_lora_weights="pissa"), dict(lora_bias=True)])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.helpers import config, randomise
 from support.model_zoo import ZOO, build
-from support.peft_help import Nested, assert_same, logits, peft, snapshot, train
+from support.peft_help import Nested, assert_same, logits, make_bert, peft, snapshot, train
 from support.peft_zoo_help import FUSED, assert_equal, for_peft, output
 from torch import nn
 
@@ -145,6 +145,40 @@ def test_the_scale_that_runs_is_taken():
     torch.testing.assert_close(logits(fastlora.from_peft(theirs)), logits(theirs))
 
 
+@pytest.mark.parametrize("keys", [["vision.layer.1.q", "^layer.1.q", "q"], ["layer.1.q", "1.q"], ["q", "layer.1.q"]])
+def test_the_first_pattern_counts_in_peft_s_order(keys):
+    ranks = {key: 3 + place for place, key in enumerate(keys)}
+    alphas = {key: 3.0 * place for place, key in enumerate(keys, 1)}
+    settings = peft.LoraConfig(
+        r=2, target_modules=["q"], rank_pattern=ranks, alpha_pattern=alphas, init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(Nested(), settings)
+    mine = fastlora.from_peft(theirs)
+    torch.testing.assert_close(logits(mine), logits(theirs))
+    inner = theirs.base_model.model
+    assert {p: layer.ranks()["weight"] for p, layer in adapted_layers(mine).items()} == {
+        p: inner.get_submodule(p).r["default"] for p in adapted_layers(mine)
+    }
+
+
+INITS = ["gaussian", "orthogonal", "pissa", "pissa_niter_2", "OLoRA", "mica", False]
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_every_start_of_peft(init, tmp_path, caplog):
+    theirs = peft.get_peft_model(Nested(), peft.LoraConfig(r=2, target_modules=["q"], init_lora_weights=init))
+    train(theirs)
+    mine = fastlora.from_peft(theirs)
+    torch.testing.assert_close(logits(mine), logits(theirs))
+    assert ("becomes True" in caplog.text) == (init in ("pissa_niter_2", "mica"))
+    fastlora.save(mine, tmp_path)
+    # What took a part of the weight at random is known here alone: its files are for what it left of the base.
+    base = peft.get_peft_model(Nested(), peft.LoraConfig(r=2, target_modules=["q"])).unload()
+    if init == "pissa_niter_2":
+        base = copy.deepcopy(theirs).unload()
+    torch.testing.assert_close(logits(fastlora.load(base, tmp_path)), logits(theirs))
+
+
 class TestRefused:
     def test_models_of_another_kind(self):
         with pytest.raises(TypeError, match="peft_model: expected a peft.PeftModel, got Nested"):
@@ -163,14 +197,36 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"peft_model: .*layer.0.q' is merged; call unmerge_adapter\(\)"):
             fastlora.from_peft(theirs)
 
-    @pytest.mark.parametrize("fields", [{"init_lora_weights": "pissa_niter_2"}, {"init_lora_weights": "mica"}])
-    def test_variants_by_their_field(self, fields):
-        theirs = peft.get_peft_model(Nested(), peft.LoraConfig(r=2, target_modules=["q"], **fields))
-        with pytest.raises(ValueError, match=next(iter(fields))):
+    @pytest.mark.parametrize("field", ["use_dora_of_a_convolution", "alora_invocation_tokens", "arrow_config"])
+    def test_variants_by_their_field(self, field):
+        wanted = {"alora_invocation_tokens": [1], "arrow_config": peft.ArrowConfig()}
+        theirs = peft.get_peft_model(Nested(), peft.LoraConfig(r=2, target_modules=["q"]))
+        if field in wanted:
+            setattr(theirs.peft_config["default"], field, wanted[field])
+            expected = f"^peft_model: PEFT's field {field}="
+        else:
+            base = nn.Sequential(nn.Conv2d(4, 10, 3))
+            theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"], use_dora=True))
+            expected = "^peft_model: use_dora: True is implemented for nn.Linear and Conv1D, and '0' is a Conv2d"
+        with pytest.raises(ValueError, match=expected):
             fastlora.from_peft(theirs)
+
+    def test_other_methods(self):
         other = peft.get_peft_model(Nested(), peft.IA3Config(target_modules=["q"], feedforward_modules=[]))
         with pytest.raises(ValueError, match="peft_model: expected 'default' to be of type LORA, got IA3"):
             fastlora.from_peft(other)
+
+    def test_adapters_of_transformers_go_by_files(self, tmp_path):
+        model = make_bert()
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+        with pytest.raises(
+            TypeError, match=r"expected a peft.PeftModel \(what model.add_adapter has made goes by files"
+        ):
+            fastlora.from_peft(model)
+        model.save_pretrained(tmp_path)
+        loaded = fastlora.load(make_bert(), tmp_path)
+        assert_equal(logits(loaded), logits(model))
+        assert not torch.allclose(logits(loaded), logits(make_bert()))
 
     def test_what_peft_cannot_run_leaves_the_model(self, monkeypatch):
         def refuse(*args, **kwargs):

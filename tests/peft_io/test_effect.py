@@ -71,6 +71,10 @@ CASES = {
 }
 
 
+def warnings_of(caplog):
+    return [r.getMessage() for r in caplog.records if r.name.startswith("fastlora") and "PEFT" in r.getMessage()]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_peft_runs_the_files_as_here_or_a_warning_names_them(case, tmp_path, caplog):
     make, given, targets, named = CASES[case]
@@ -81,13 +85,83 @@ def test_peft_runs_the_files_as_here_or_a_warning_names_them(case, tmp_path, cap
         if ".lora_B." in name:
             nn.init.normal_(parameter, std=0.5)
     fastlora.save(model, tmp_path)
-    told = [r.getMessage() for r in caplog.records if r.name.startswith("fastlora") and "PEFT" in r.getMessage()]
-    assert [named in text for text in told] == ([] if named is None else [True])
+    assert [named in text for text in warnings_of(caplog)] == ([] if named is None else [True])
     loaded = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval().base_model.model
     with torch.no_grad():
         ours, theirs = (_tensor(m(given)) for m in (model, loaded))
     same = torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * ours.abs().max().item())
     assert same == (named is None)  # a warning where PEFT is right would be wrong, too
+
+
+class Around(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+# A convolution, and whether PEFT runs its adapter as fastlora does.
+CONVOLUTIONS = {
+    "padded": (lambda: nn.Conv2d(4, 6, 3, padding=1), True),
+    "circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), False),
+    "circular without padding": (lambda: nn.Conv2d(4, 6, 3, padding_mode="circular"), True),
+    "replicated around a kernel of 1": (lambda: nn.Conv2d(4, 6, 1, padding=2, padding_mode="replicate"), False),
+    "reflected in one dimension": (lambda: nn.Conv2d(4, 6, 3, padding=(0, 1), padding_mode="reflect"), False),
+    "dilated": (lambda: nn.Conv2d(4, 6, 3, dilation=2), False),
+    "dilated to the same size": (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding="same"), False),
+    "dilated with a kernel of 1": (lambda: nn.Conv2d(4, 6, 1, dilation=2), True),
+}
+
+
+def same_outputs(ours, theirs, x):
+    try:
+        return torch.allclose(theirs(x), ours(x), atol=1e-5)
+    except RuntimeError:  # with a dilation the outputs of A and of the base are of two sizes
+        return False
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_a_convolution_is_as_peft_merges_it_and_a_warning_says_where_it_runs_otherwise(case, tmp_path, caplog):
+    make, same = CONVOLUTIONS[case]
+    torch.manual_seed(0)
+    base, x = Around(make()), torch.randn(2, 4, 7, 7)
+    fields = dict(r=2, target_modules=["layer"], init_lora_weights=False)
+    ours = fastlora.inject(copy.deepcopy(base), fastlora.LoraConfig(**fields)).eval()
+    fastlora.save(ours, tmp_path)
+    handed = fastlora.to_peft(ours)
+    assert ["of layer as here" in text for text in warnings_of(caplog)] == ([] if same else [True, True])
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    assert same_outputs(ours, theirs, x) == same_outputs(ours, handed, x) == same
+    caplog.clear()
+    torch.testing.assert_close(fastlora.from_peft(theirs).eval()(x), ours(x))
+    assert [text.startswith("peft_model: ") for text in warnings_of(caplog)] == ([] if same else [True])
+    theirs.merge_adapter()
+    torch.testing.assert_close(theirs(x), ours(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_that_has_learned_nothing_is_as_peft_s(caplog):
+    base = Around(CONVOLUTIONS["circular"][0]())
+    fastlora.from_peft(peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["layer"])))
+    assert not warnings_of(caplog)
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h", "bamba"])
+def test_targets_that_peft_refuses_in_mambas(name, tmp_path, caplog):
+    from benchmarks.families.models import families
+
+    family = next(f for f in families() if f.name == name)
+    model = fastlora.inject(family.make(), fastlora.LoraConfig(r=2, target_modules=["out_proj"]))
+    fastlora.save(model, tmp_path)
+    told = [f"PEFT refuses targets of this name in {name}" in text for text in warnings_of(caplog)]
+    assert told == ([] if name == "bamba" else [True])
+    if told:
+        with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+            peft.PeftModel.from_pretrained(family.make(), str(tmp_path))
+    else:
+        peft.PeftModel.from_pretrained(family.make(), str(tmp_path))
 
 
 def test_to_peft_says_so(caplog):
