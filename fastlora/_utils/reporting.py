@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -77,14 +78,14 @@ def aligned_lines(table: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join([line[0].ljust(first), *map(str.rjust, line[1:], rest)]) for line in table]
 
 
-class Tabular:
+class Tabular(ABC):
     """Prints as a table with lines below it, in rich's consoles as one of theirs."""
 
     _numbers: ClassVar[range] = range(0)  # columns that rich puts to the right
 
+    @abstractmethod
     def _parts(self) -> tuple[Sequence[str], Sequence[Sequence], Sequence[str]]:
         """The head, the rows, and the lines below."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         head, rows, below = self._parts()
