@@ -27,6 +27,7 @@ from .owners import change_class
 _OF_MODEL = (
     "fastlora_biases",
     "fastlora_configs",
+    "fastlora_frozen",
     "fastlora_learning",
     "fastlora_loaded",
     "fastlora_loading",

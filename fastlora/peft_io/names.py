@@ -341,31 +341,33 @@ def unranked_biases(model: nn.Module, adapter: str, mode: str, stored: Collectio
     return (targets | loaded) - set(stored)
 
 
-def frozen_tensors(model: nn.Module, stored: Mapping[str, str]) -> dict[str, Tensor]:
-    """PEFT's keys of what is frozen and saved all the same (``save_embedding_layers``) -> the model's own parameters.
+def wrapped_key(name: str, stored: Mapping[str, str], rows: Collection[str]) -> str:
+    """PEFT's key of a tensor of the model that may lie under one of PEFT's wrappers.
 
-    The input and output embeddings where they are adapted, and both where one of them was resized.
+    ``stored``: path of each adapted layer -> its path in keys. ``rows``: paths of layers that have rows of their own.
     """
-    embeddings = set()
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        get = getattr(model, name, None)
-        try:
-            embeddings.add(id(get() if callable(get) else None))
-        except (NotImplementedError, AttributeError):  # transformers' answer of a model that has none
-            continue
-    out: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        if id(module) in embeddings:
-            prefix = PREFIX + (f"{stored[path]}.base_layer" if path in stored else path)
-            own = {name: module._parameters.get(name) for name in ("weight", "bias")}
-            out |= {f"{prefix}.{name}": p for name, p in own.items() if p is not None}
-    return out
+    path, _, last = name.rpartition(".")
+    if path in rows:
+        path = f"{path}.{LEAF}.base_layer"
+    elif path in stored:
+        path = f"{stored[path]}.base_layer"
+    elif f"{path}.in_proj" in stored:
+        path = f"{path}.base_layer"
+    return PREFIX + join(path, last)
 
 
-def is_copy_of_saved(key: str, saved: Iterable[str]) -> bool:
-    """Whether PEFT wrote this bias a second time, from inside its wrapper of a module to save (``bias="all"``)."""
-    copies = (f"{PREFIX}{s}.{wrapper}." for s in saved for wrapper in ("modules_to_save", "original_module"))
-    return key.endswith(".bias") and key.startswith(tuple(copies))
+def is_copy_of_saved(key: str, saved: Iterable[str], known: Collection[str]) -> bool:
+    """Whether PEFT wrote one of the ``known`` keys a second time, from inside its wrapper of a module to save.
+
+    It does so for embeddings and, with ``bias="all"``, for biases; it does not read them. The name of its adapter
+    stays in those of modules inside.
+    """
+    for name in saved:
+        found = re.fullmatch(re.escape(f"{PREFIX}{name}.") + r"(?:original_module|modules_to_save)\.(.+)", key)
+        inside = found[1] if found else ""
+        if {f"{PREFIX}{name}.{rest}" for rest in (inside, inside.partition(".")[2])} & set(known):
+            return True
+    return False
 
 
 _OUTPUT = ".base_layer.out_proj"

@@ -461,6 +461,7 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "fold_scale": rows(("yes", "fold_scale: expected True or False", TYPE)),
         "importance": rows(({"a": NAN}, "importance: expected finite scores by name"),
                            ([1], "importance: expected a mapping", TYPE)),
+        "save_embedding_layers": rows(("yes", r"save_embedding_layers: expected one of \('auto', True, False\), got")),
     },
     "set_adapter": {"model": MODEL, "name": rows(("c", r"name: expected one of \['default', 'b'\], got 'c'"))},
     "set_ranks": {
