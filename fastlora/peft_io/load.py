@@ -43,6 +43,7 @@ from .names import (
     saved_by,
     saved_tensors,
     unranked_biases,
+    without_containers,
 )
 
 logger = logging.getLogger(__name__)
@@ -304,9 +305,9 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
         mine, theirs = getattr(config, field, None), getattr(folder.fields, field)
         if config is not None and mine != theirs and (field != "init_lora_weights" or {mine, theirs} & {*FROM_WEIGHT}):
             differences.append(f"{field} is {mine!r} in the model and {theirs!r} in the file")
-    saved = saved_modules(model, adapter)
-    if set(saved) != set(plan.trained):
-        differences.append(f"modules_to_save are {sorted(saved)} in the model and {sorted(plan.trained)} in the file")
+    saved, trained = (sorted(without_containers(model, n)) for n in (saved_modules(model, adapter), plan.trained))
+    if saved != trained:
+        differences.append(f"modules_to_save are {saved} in the model and {trained} in the file")
     rows = {path: each.indices[adapter] for path, each in token_rows(model, adapter).items()}
     if rows != plan.rows:
         differences.append("trainable_token_indices are others in the model than in the file")

@@ -100,9 +100,10 @@ class PeftFields:
         """The parameters of experts that PEFT would adapt, by path; ``ValueError`` naming ``where`` for others."""
         if not self.target_parameters:
             return []
-        stacks = [n for n, m in named_targets(model).items() if isinstance(m, ExpertStack)]
+        stacks = {n: m for n, m in named_targets(model).items() if isinstance(m, ExpertStack)}
         for suffix in self.target_parameters:
             if not any(has_suffix(n, suffix) for n in stacks):
+                _refuse_router(model, stacks, suffix, where)
                 kind = type(model).__name__
                 accepted = f"suffixes of parameters [E, N, K] of experts of {kind} that transformers' registry runs"
                 raise wrong_value(f"{where}: target_parameters", accepted, suffix)
@@ -120,6 +121,19 @@ class PeftFields:
             return True
         wanted = indices_of(self.layers_to_transform)
         return _matches(self.target_modules, path) and (not wanted or layer_index(path, self.layers_pattern) in wanted)
+
+
+def _refuse_router(model: nn.Module, stacks: Mapping[str, ExpertStack], suffix: str, where: str) -> None:
+    """``ValueError`` for the weight [E, K] that chooses experts: PEFT's "all-linear" takes it, too."""
+    count = {path.rsplit(".", 2)[0]: len(stack.weight) for path, stack in stacks.items()}
+    for name, parameter in model.named_parameters():
+        router = name.rpartition(".")[0]
+        if has_suffix(name, suffix) and parameter.dim() == 2 and count.get(router.rpartition(".")[0]) == len(parameter):
+            kind = type(model.get_submodule(router)).__name__
+            raise ValueError(
+                f"{where}: target_parameters: {suffix!r} is of a router ({router}, a {kind}), and routers take no "
+                "adapter here; name the targets in PEFT, since 'all-linear' takes routers, or merge the adapter there"
+            )
 
 
 def _matches(spec: str | Iterable[str], path: str) -> bool:
@@ -157,6 +171,9 @@ def parse_fields(raw: Any, where: str) -> PeftFields:
         if name not in known | _NEUTRAL and not _unset(value):
             raise ValueError(f"{where}: PEFT's field {name}={value!r} is set and not implemented")
     taken = {name: raw[name] for name in known if raw.get(name) is not None}
+    init = taken.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() in _ANY_CASE:
+        taken["init_lora_weights"] = init.lower()
     for name in ("r", "target_modules"):
         if name not in raw or (name == "r" and raw[name] is None):
             raise ValueError(f"{where}: the field {name} is missing")
@@ -194,6 +211,7 @@ def _is_indices(value: Any) -> bool:
     return all(type(v) is int for v in (value if isinstance(value, list) else [value]))
 
 
+_ANY_CASE = ("gaussian", "olora")  # PEFT compares these two in lower case, and others as they are
 _INITS = ("gaussian", "orthogonal", "eva", *FROM_WEIGHT)
 _CHECKS = {
     "lora_alpha": (_is_number, "a finite number"),
@@ -263,6 +281,17 @@ def choose_targets(paths: Collection[str], names: Collection[str]) -> list[str] 
 
 def _exact(spec: Collection[str], names: Collection[str], wanted: set[str]) -> bool:
     return {n for n in names if any(n == s or n.endswith("." + s) for s in spec)} == wanted
+
+
+def without_containers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Modules to save, and of lists and dictionaries of modules, which PEFT cannot wrap, the modules inside."""
+    out: list[str] = []
+    for name in names:
+        module = model.get_submodule(name)
+        apart = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not module._parameters and not module._buffers
+        inside = [f"{name}.{child}" for child, _ in module.named_children()]
+        out += without_containers(model, inside) if apart else [name]
+    return out
 
 
 def choose_saved(saved: list[str], given: Iterable[str], names: Collection[str], paths: Collection[str]) -> tuple[list[str], list[str]]:  # fmt: skip  # noqa: E501

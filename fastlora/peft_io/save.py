@@ -46,6 +46,7 @@ from .names import (
     rows_key,
     saved_tensors,
     unranked_biases,
+    without_containers,
 )
 
 
@@ -124,7 +125,7 @@ def write_adapter(
     matrices = _matrices(model, names, layers, adapter, fold_scale, over_rest)
     stored = {path: names.stored(path) for path in matrices}
     adapted = {names.module(name): matrices[path] for path, name in stored.items()}
-    saved = saved_modules(model, adapter)
+    saved = without_containers(model, saved_modules(model, adapter))
     every_name = base_names(model, remove_duplicate=False)
     spec, taken = choose_saved(saved, config.modules_to_save or (), every_name, list(adapted))
     refuse_shared(model, taken, "model", config.ensure_weight_tying)
