@@ -180,10 +180,10 @@ def refuse_peft(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.split(".")[0] == "peft":
             where = f"{name!r} is" if name else "it is"
-            raise ValueError(
-                f"model: {where} wrapped by PEFT ({type(module).__name__}); fastlora.from_peft takes its adapter over, "
-                "PEFT's unload() drops it"
-            )
+            way = "fastlora.from_peft takes its adapter over, PEFT's unload() drops it"
+            if getattr(model, "_hf_peft_config_loaded", False):  # by add_adapter of transformers
+                way = "model.save_pretrained(folder) writes its adapter, and fastlora.load reads it into a new base"
+            raise ValueError(f"model: {where} wrapped by PEFT ({type(module).__name__}); {way}")
 
 
 def _select(model: nn.Module, spec: str | Sequence[str], field: str, others: bool = False) -> list[str]:

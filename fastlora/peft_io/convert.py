@@ -86,7 +86,7 @@ def to_peft(model: nn.Module, adapter: str | None = None) -> PeftModel:
     if merged:
         raise ValueError(f"model: {merged[0]!r} is merged; call fastlora.unmerge first")
     with tempfile.TemporaryDirectory() as folder:
-        write_adapter(inner, folder, adapter, over_rest=True)
+        write_adapter(inner, folder, adapter, save_embedding_layers=False, over_rest=True)
         init = _without_init(pathlib.Path(folder) / CONFIG)
         base = eject(sharing_copy(inner))
         modes = [(module, module.training) for module in base.modules()]

@@ -20,13 +20,15 @@ from ..config import FROM_WEIGHT, LoraConfig
 from ..model.adapters import add_adapter
 from ..model.fields import refuse_tying
 from ..model.inject import check_adapter_name, inject, refuse_adapted
-from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules, tied_embeddings
+from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules
 from ..model.tokens import find_rows
 from ..nn.active import chosen_adapter, config_of
 from ..nn.adapter import WHOLE, Slices
 from ..nn.linear import DEFAULT, Linear, adapted_layers, matrix_key
 from ..nn.token_rows import token_rows
+from .effect import warn_of_convolutions
 from .folder import CONFIG, SIDE, TENSORS, AdapterFolder, read_folder
+from .frozen import embeddings_of, frozen_in_file, own_tensors, remember
 from .matrices import Matrix, factor_pairs, matrix_in_file, refuse_keys, refuse_tensor
 from .names import (
     BESIDE_KEY,
@@ -37,12 +39,12 @@ from .names import (
     bias_tensors,
     choose_targets,
     followers_of,
-    frozen_tensors,
     is_copy_of_saved,
     rows_key,
     saved_by,
     saved_tensors,
     unranked_biases,
+    without_containers,
 )
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ def load(
     plan = load_folder(model, folder, adapter, progress)
     if folder.side is None:
         _warn_of_out_proj(folder, StoredNames(unwrapped(model)), plan.matrices)
+        warn_of_convolutions(folder.path, unwrapped(model), plan.matrices)
     return model
 
 
@@ -118,6 +121,7 @@ def load_folder(
         if plan.unranked:
             model.fastlora_biases = {**getattr(model, "fastlora_biases", {}), adapter: sorted(plan.unranked)}
     _copy(model, plan, adapter, staged)
+    remember(model, plan.frozen)
     return plan
 
 
@@ -139,6 +143,7 @@ class _Plan:
     others: dict[str, Tensor]  # key -> the model's parameter or buffer outside of the adapters
     unranked: set[str]  # modules of which the file has a bias alone, under "lora_only"
     rows: dict[str, tuple[int, ...]]  # trained rows by embedding
+    frozen: list[str]  # names of tensors that the file has although nothing trains them
 
 
 def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -> _Plan:
@@ -161,44 +166,63 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
     stored = {known.path(name): name for name in pairs}
     others = saved_tensors(model, saved) | bias_tensors(model, fields.bias, stored, saved)
     rest = {k for k in folder.tensors if not LORA_KEY.fullmatch(k) and not BESIDE_KEY.fullmatch(k)}
-    frozen = frozen_tensors(model, stored)
-    others |= {k: frozen[k] for k in sorted(rest & (frozen.keys() - others.keys()))}
-    if fields.bias == "all":
-        rest = {k for k in rest if not is_copy_of_saved(k, saved)}
+    rows = _rows(model, folder)
+    follow = _sharing(model, rows)
+    frozen = frozen_in_file(model, sorted(rest - others.keys()), fields.bias, stored, {*rows, *follow})
+    tensors = own_tensors(model)
+    others |= {key: tensors[name] for key, name in frozen.items()}
+    wrapped = [*saved, *followers_of(model, saved, fields)]
+    rest = {k for k in rest if not is_copy_of_saved(k, wrapped, others)}
     unranked = _unranked(fields.bias, rest - set(others))
     others |= bias_tensors(model, fields.bias, {}, saved, unranked) if unranked else {}
-    rows = _rows(model, folder)
-    refuse_keys(where, "the model", {*others, *map(rows_key, rows)}, rest, "")
+    copies = {rows_key(n): rows_key(path) for n, path in follow.items() if rows_key(n) in rest}
+    refuse_keys(where, "the model", {*others, *map(rows_key, rows)}, rest - copies.keys(), "")
     for path, indices in rows.items():
         weight = model.get_submodule(path).weight
         like = weight.new_empty(len(indices), weight.shape[1])
         refuse_tensor(where, rows_key(path), folder.tensors[rows_key(path)], like)
     refuse_shared(model, saved, where, fields.ensure_weight_tying)
-    for name in followers_of(model, saved, fields):
-        source, copied = (f"{PREFIX}{n}.weight" for n in (tied_embeddings(model)[0], name))
-        if copied in folder.tensors and not torch.equal(folder.tensors[source], folder.tensors[copied]):
-            raise ValueError(
-                f"{where}: {copied!r} differs from that of {source[len(PREFIX) : -7]!r}, whose weight it is"
-            )
     modules = named_targets(model)
     matrices = {
         p: matrix_in_file(folder, known, p, name, modules[p], pairs[name], held.get(p)) for p, name in stored.items()
     }
-    for key, target in others.items():
-        if key in frozen and folder.tensors[key].shape != target.shape:
-            rows = folder.tensors[key].shape[0]
-            raise ValueError(
-                f"{where}: {key!r} has shape {tuple(folder.tensors[key].shape)}, and the model's is "
-                f"{tuple(target.shape)}; call model.resize_token_embeddings({rows}) first"
-            )
-        refuse_tensor(where, key, folder.tensors[key], target)
+    _refuse_values(model, folder, others, frozen, copies)
     if folder.side is not None:
         split = set(folder.side.split)
         refuse_keys(folder.where(SIDE), where, split & set(stored), split, "split of ")
         if folder.side.sha256 != folder.sha256:
             raise ValueError(f"{folder.where(SIDE)}: was written for other tensors than those in {where}; remove it to load them as a foreign file")  # fmt: skip  # noqa: E501
     # A projection of an attention that has no adapter of its own is padded in the file.
-    return _Plan({p: m for p, m in matrices.items() if any(m.ranks.values())}, trained, others, unranked, rows)
+    ranked = {p: m for p, m in matrices.items() if any(m.ranks.values())}
+    return _Plan(ranked, trained, others, unranked, rows, [*frozen.values()])
+
+
+def _refuse_values(
+    model: nn.Module,
+    folder: AdapterFolder,
+    others: Mapping[str, Tensor],
+    frozen: Mapping[str, str],
+    copies: Mapping[str, str],
+) -> None:
+    """``ValueError`` for tensors beside the adapters that the model's cannot take, or not all at once.
+
+    ``copies``: keys of what another key is of, too.
+    """
+    where, embeddings = folder.where(TENSORS), embeddings_of(model)
+    for key, target in others.items():
+        shape = tuple(folder.tensors[key].shape)
+        if frozen.get(key) in embeddings and shape != tuple(target.shape):
+            raise ValueError(
+                f"{where}: {key!r} has shape {shape}, and the model's is {tuple(target.shape)}; call "
+                f"model.resize_token_embeddings({shape[0]}) first"
+            )
+        refuse_tensor(where, key, folder.tensors[key], target)
+    first: dict[int, str] = {}
+    shared = {key: first.setdefault(id(target), key) for key, target in others.items()}
+    for key, source in {**copies, **shared}.items():
+        if key != source and not torch.equal(folder.tensors[key], folder.tensors[source]):
+            of = source.removeprefix(PREFIX).rpartition(".")[0]
+            raise ValueError(f"{where}: {key!r} differs from that of {of!r}, whose weight it is")
 
 
 def _rows(model: nn.Module, folder: AdapterFolder) -> dict[str, tuple[int, ...]]:
@@ -213,6 +237,13 @@ def _rows(model: nn.Module, folder: AdapterFolder) -> dict[str, tuple[int, ...]]
                 f"{folder.where(CONFIG)}: trainable_token_indices", "names of embeddings or linears", path
             )
     return found
+
+
+def _sharing(model: nn.Module, rows: Collection[str]) -> dict[str, str]:
+    """Layers that share the weight of one of which rows were trained, and that one: PEFT writes those of both."""
+    owner = {id(model.get_submodule(path).weight): path for path in rows}
+    held = ((name, owner.get(id(module._parameters.get("weight")))) for name, module in model.named_modules())
+    return {name: path for name, path in held if path is not None and name not in rows}
 
 
 def _unranked(mode: str, keys: Collection[str]) -> set[str]:
@@ -276,9 +307,9 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
         mine, theirs = getattr(config, field, None), getattr(folder.fields, field)
         if config is not None and mine != theirs and (field != "init_lora_weights" or {mine, theirs} & {*FROM_WEIGHT}):
             differences.append(f"{field} is {mine!r} in the model and {theirs!r} in the file")
-    saved = saved_modules(model, adapter)
-    if set(saved) != set(plan.trained):
-        differences.append(f"modules_to_save are {sorted(saved)} in the model and {sorted(plan.trained)} in the file")
+    saved, trained = (sorted(without_containers(model, n)) for n in (saved_modules(model, adapter), plan.trained))
+    if saved != trained:
+        differences.append(f"modules_to_save are {saved} in the model and {trained} in the file")
     rows = {path: each.indices[adapter] for path, each in token_rows(model, adapter).items()}
     if rows != plan.rows:
         differences.append("trainable_token_indices are others in the model than in the file")

@@ -91,9 +91,10 @@ class PeftFields:
         """The parameters of experts that PEFT would adapt, by path; ``ValueError`` naming ``where`` for others."""
         if not self.target_parameters:
             return []
-        stacks = [n for n, m in named_targets(model).items() if isinstance(m, ExpertStack)]
+        stacks = {n: m for n, m in named_targets(model).items() if isinstance(m, ExpertStack)}
         for suffix in self.target_parameters:
             if not any(has_suffix(n, suffix) for n in stacks):
+                _refuse_router(model, stacks, suffix, where)
                 kind = type(model).__name__
                 accepted = f"suffixes of parameters [E, N, K] of experts of {kind} that transformers' registry runs"
                 raise wrong_value(f"{where}: target_parameters", accepted, suffix)
@@ -111,6 +112,19 @@ class PeftFields:
             return True
         wanted = indices_of(self.layers_to_transform)
         return _matches(self.target_modules, path) and (not wanted or layer_index(path, self.layers_pattern) in wanted)
+
+
+def _refuse_router(model: nn.Module, stacks: Mapping[str, ExpertStack], suffix: str, where: str) -> None:
+    """``ValueError`` for the weight [E, K] that chooses experts: PEFT's "all-linear" takes it, too."""
+    count = {path.rsplit(".", 2)[0]: len(stack.weight) for path, stack in stacks.items()}
+    for name, parameter in model.named_parameters():
+        router = name.rpartition(".")[0]
+        if has_suffix(name, suffix) and parameter.dim() == 2 and count.get(router.rpartition(".")[0]) == len(parameter):
+            kind = type(model.get_submodule(router)).__name__
+            raise ValueError(
+                f"{where}: target_parameters: {suffix!r} is of a router ({router}, a {kind}), and routers take no "
+                "adapter here; name the targets in PEFT, since 'all-linear' takes routers, or merge the adapter there"
+            )
 
 
 def _matches(spec: str | Iterable[str], path: str) -> bool:
@@ -148,6 +162,9 @@ def parse_fields(raw: Any, where: str) -> PeftFields:
         if name not in known | PEFT_NEUTRAL and not _unset(value):
             raise ValueError(f"{where}: PEFT's field {name}={value!r} is set and not implemented")
     taken = {name: raw[name] for name in known if raw.get(name) is not None}
+    init = taken.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() in _ANY_CASE:
+        taken["init_lora_weights"] = init.lower()
     for name in ("r", "target_modules"):
         if name not in raw or (name == "r" and raw[name] is None):
             raise ValueError(f"{where}: the field {name} is missing")
@@ -185,6 +202,7 @@ def _is_indices(value: Any) -> bool:
     return all(type(v) is int for v in (value if isinstance(value, list) else [value]))
 
 
+_ANY_CASE = ("gaussian", "olora")  # PEFT compares these two in lower case, and others as they are
 _INITS = ("gaussian", "orthogonal", "eva", *FROM_WEIGHT)
 _CHECKS = {
     "lora_alpha": (_is_number, "a finite number"),
@@ -254,6 +272,17 @@ def choose_targets(paths: Collection[str], names: Collection[str]) -> list[str] 
 
 def _exact(spec: Collection[str], names: Collection[str], wanted: set[str]) -> bool:
     return {n for n in names if any(n == s or n.endswith("." + s) for s in spec)} == wanted
+
+
+def without_containers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Modules to save, and of lists and dictionaries of modules, which PEFT cannot wrap, the modules inside."""
+    out: list[str] = []
+    for name in names:
+        module = model.get_submodule(name)
+        apart = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and not module._parameters and not module._buffers
+        inside = [f"{name}.{child}" for child, _ in module.named_children()]
+        out += without_containers(model, inside) if apart else [name]
+    return out
 
 
 def choose_saved(saved: list[str], given: Iterable[str], names: Collection[str], paths: Collection[str]) -> tuple[list[str], list[str]]:  # fmt: skip  # noqa: E501
@@ -332,31 +361,33 @@ def unranked_biases(model: nn.Module, adapter: str, mode: str, stored: Collectio
     return (targets | loaded) - set(stored)
 
 
-def frozen_tensors(model: nn.Module, stored: Mapping[str, str]) -> dict[str, Tensor]:
-    """PEFT's keys of what is frozen and saved all the same (``save_embedding_layers``) -> the model's own parameters.
+def wrapped_key(name: str, stored: Mapping[str, str], rows: Collection[str]) -> str:
+    """PEFT's key of a tensor of the model that may lie under one of PEFT's wrappers.
 
-    The input and output embeddings where they are adapted, and both where one of them was resized.
+    ``stored``: path of each adapted layer -> its path in keys. ``rows``: paths of layers that have rows of their own.
     """
-    embeddings = set()
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        get = getattr(model, name, None)
-        try:
-            embeddings.add(id(get() if callable(get) else None))
-        except (NotImplementedError, AttributeError):  # transformers' answer of a model that has none
-            continue
-    out: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        if id(module) in embeddings:
-            prefix = PREFIX + (f"{stored[path]}.base_layer" if path in stored else path)
-            own = {name: module._parameters.get(name) for name in ("weight", "bias")}
-            out |= {f"{prefix}.{name}": p for name, p in own.items() if p is not None}
-    return out
+    path, _, last = name.rpartition(".")
+    if path in rows:
+        path = f"{path}.{LEAF}.base_layer"
+    elif path in stored:
+        path = f"{stored[path]}.base_layer"
+    elif f"{path}.in_proj" in stored:
+        path = f"{path}.base_layer"
+    return PREFIX + join(path, last)
 
 
-def is_copy_of_saved(key: str, saved: Iterable[str]) -> bool:
-    """Whether PEFT wrote this bias a second time, from inside its wrapper of a module to save (``bias="all"``)."""
-    copies = (f"{PREFIX}{s}.{wrapper}." for s in saved for wrapper in ("modules_to_save", "original_module"))
-    return key.endswith(".bias") and key.startswith(tuple(copies))
+def is_copy_of_saved(key: str, saved: Iterable[str], known: Collection[str]) -> bool:
+    """Whether PEFT wrote one of the ``known`` keys a second time, from inside its wrapper of a module to save.
+
+    It does so for embeddings and, with ``bias="all"``, for biases; it does not read them. The name of its adapter
+    stays in those of modules inside.
+    """
+    for name in saved:
+        found = re.fullmatch(re.escape(f"{PREFIX}{name}.") + r"(?:original_module|modules_to_save)\.(.+)", key)
+        inside = found[1] if found else ""
+        if {f"{PREFIX}{name}.{rest}" for rest in (inside, inside.partition(".")[2])} & set(known):
+            return True
+    return False
 
 
 _OUTPUT = ".base_layer.out_proj"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, whole
-from .._utils.errors import check_flag, check_instance, check_mapping, listed, wrong_value
+from .._utils.errors import check_choice, check_flag, check_instance, check_mapping, listed, wrong_value
 from ..config import FROM_WEIGHT, LoraConfig, power_iterations
 from ..model.merge import before_merge
 from ..model.modules import named_targets, refuse_shared, saved_modules
@@ -31,6 +31,7 @@ from ..nn.token_rows import token_rows
 from .effect import warn_of_peft
 from .experts import experts_stacked
 from .folder import FORMAT_VERSION, Slice, write_folder
+from .frozen import frozen_to_save
 from .names import (
     BESIDE,
     PREFIX,
@@ -45,6 +46,7 @@ from .names import (
     rows_key,
     saved_tensors,
     unranked_biases,
+    without_containers,
 )
 
 
@@ -55,6 +57,7 @@ def save(
     *,
     fold_scale: bool = False,
     importance: Mapping[str, float] | None = None,
+    save_embedding_layers: bool | str = "auto",
 ) -> None:
     r"""Write an adapter into the folder ``path`` as PEFT's two files, and ``fastlora.json`` beside them.
 
@@ -65,6 +68,11 @@ def save(
     ``nn.MultiheadAttention`` has one rank and one ``s`` for both projections there: zeros fill the smaller one.
     ``modules_to_save`` and the biases of ``bias=`` go along, with ``"lora_only"`` those of targets without a rank, too;
     ``importance`` (scores by matrix) goes into the side file.
+
+    ``save_embedding_layers``: also the frozen input and output embeddings, as in PEFT. ``"auto"``: where
+    ``model.config`` has another size of the vocabulary than that of the checkpoint the model was made from, of targets
+    named ``embed_tokens`` and ``lm_head`` these, and what a loaded file brought. The config of the base is read from
+    disk only; a warning names the embeddings where it is not there.
 
     The first rank alone writes under data-parallel training; of a sharded model (``fully_shard``) every rank must call
     this, and waits for the files. They appear complete or not at all, also when the process is killed. A warning names
@@ -77,7 +85,14 @@ def save(
     >>> sorted(file.name for file in folder.iterdir())
     ['adapter_config.json', 'adapter_model.safetensors', 'fastlora.json']
     """
-    write_adapter(model, path, adapter, fold_scale=fold_scale, importance=importance)
+    write_adapter(
+        model,
+        path,
+        adapter,
+        fold_scale=fold_scale,
+        importance=importance,
+        save_embedding_layers=save_embedding_layers,
+    )
 
 
 def write_adapter(
@@ -87,11 +102,13 @@ def write_adapter(
     *,
     fold_scale: bool = False,
     importance: Mapping[str, float] | None = None,
+    save_embedding_layers: bool | str = "auto",
     over_rest: bool = False,
 ) -> None:
     """``save``; with ``over_rest`` for the frozen weight as it is, although a part of it was taken into the factors."""
     check_instance("path", path, (str, os.PathLike), "the path of a folder")
     check_flag("fold_scale", fold_scale)
+    check_choice("save_embedding_layers", save_embedding_layers, ("auto", True, False))
     given, ranks, model = model, ranks_of(model), unwrapped(model)
     sharded = bool(shards(model))
     reshard(model)
@@ -107,7 +124,7 @@ def write_adapter(
     matrices = _matrices(model, names, layers, adapter, fold_scale, over_rest)
     stored = {path: names.stored(path) for path in matrices}
     adapted = {names.module(name): matrices[path] for path, name in stored.items()}
-    saved = saved_modules(model, adapter)
+    saved = without_containers(model, saved_modules(model, adapter))
     every_name = base_names(model, remove_duplicate=False)
     spec, taken = choose_saved(saved, config.modules_to_save or (), every_name, list(adapted))
     refuse_shared(model, taken, "model", config.ensure_weight_tying)
@@ -118,6 +135,9 @@ def write_adapter(
     tensors |= saved_tensors(model, [*taken, *followers_of(model, taken, config)])
     rows = token_rows(model, adapter)
     tensors |= {rows_key(path): each.rows(adapter) for path, each in rows.items()}
+    frozen = frozen_to_save(model, save_embedding_layers, layers, adapter, stored, rows)
+    own = {id(t) for t in tensors.values()}  # of tied weights that are trained, too, once is enough
+    tensors |= {key: t for key, t in frozen.items() if id(t) not in own}
     if rows:
         fields["trainable_token_indices"] = {path: list(each.indices[adapter]) for path, each in rows.items()}
     interleaved = any(s.blocks > 1 for m in matrices.values() for s in m.slices)

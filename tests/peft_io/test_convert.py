@@ -223,6 +223,8 @@ class TestRefused:
             TypeError, match=r"expected a peft.PeftModel \(what model.add_adapter has made goes by files"
         ):
             fastlora.from_peft(model)
+        with pytest.raises(ValueError, match=r"wrapped by PEFT .*model.save_pretrained\(folder\) writes its adapter"):
+            fastlora.inject(model, fastlora.LoraConfig(r=2, target_modules=["query"]))
         model.save_pretrained(tmp_path)
         loaded = fastlora.load(make_bert(), tmp_path)
         assert_equal(logits(loaded), logits(model))

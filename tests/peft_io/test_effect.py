@@ -138,6 +138,13 @@ def test_a_convolution_is_as_peft_merges_it_and_a_warning_says_where_it_runs_oth
     caplog.clear()
     torch.testing.assert_close(fastlora.from_peft(theirs).eval()(x), ours(x))
     assert [text.startswith("peft_model: ") for text in warnings_of(caplog)] == ([] if same else [True])
+    caplog.clear()
+    (tmp_path / "fastlora.json").unlink()
+    foreign = fastlora.load(Around(make()), tmp_path)
+    torch.testing.assert_close(foreign.layer.delta(), ours.layer.delta())
+    assert ["so that outputs are those of the merged model" in text for text in warnings_of(caplog)] == [True] * (
+        not same
+    )
     theirs.merge_adapter()
     torch.testing.assert_close(theirs(x), ours(x), rtol=1e-4, atol=1e-5)
 

@@ -128,3 +128,14 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(ValueError, match="adapts|target_parameters: expected suffixes"):
             fastlora.load(plain, tmp_path)
     assert plain.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_a_router_that_peft_trained_is_named(name, tmp_path):
+    """PEFT's "all-linear" makes targets of routers, too."""
+    peft.get_peft_model(moe(name), peft.LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
+    model = moe(name)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"target_parameters: 'gate.weight' is of a router \(.*\.gate, a .*Router\)"):
+        fastlora.load(model, tmp_path)
+    assert list(model.state_dict()) == before

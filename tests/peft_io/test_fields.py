@@ -1,6 +1,7 @@
 """Fields of ``peft.LoraConfig`` that choose: the same names, counts, outputs and first step as in PEFT."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -217,3 +218,58 @@ def test_fields_that_contradict_each_other(fields, says):
         fastlora.inject(model, peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **fields}))
     assert {name: (type(module), module.training) for name, module in model.named_modules()} == before
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Lists(torch.nn.Module):
+    """Heads in a list, a dictionary and both, beside an adapted layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        nn = torch.nn
+        self.body, self.lists = nn.Linear(6, 6), nn.ModuleList([nn.Linear(6, 3), nn.ModuleList([nn.Linear(6, 3)])])
+        self.named = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 3)), "b": nn.LayerNorm(6)})
+
+    def forward(self, x):
+        x = self.named["b"](self.body(x))
+        return self.lists[0](x) + self.lists[1][0](x) + self.named["a"](x)
+
+
+def test_containers_are_saved_by_what_is_inside(tmp_path):
+    """PEFT cannot wrap a container."""
+    fields = dict(r=2, target_modules=["body"], modules_to_save=["lists", "named"])
+    with pytest.raises(TypeError):
+        peft.get_peft_model(Lists(), peft.LoraConfig(**fields))
+    model = fastlora.inject(Lists(), fastlora.LoraConfig(**fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += parameter.requires_grad * torch.randn_like(parameter)
+    fastlora.save(model, tmp_path)
+    x = torch.randn(4, 6)
+    assert_close(peft.PeftModel.from_pretrained(Lists(), tmp_path)(x), model(x))
+    assert_close(fastlora.to_peft(model)(x), model(x))
+    loaded = fastlora.load(Lists(), tmp_path)
+    assert_close(loaded(x), model(x))
+    assert all(p.requires_grad for n, p in loaded.named_parameters() if n.startswith(("lists", "named")))
+    assert_close(fastlora.load(fastlora.inject(Lists(), fastlora.LoraConfig(**fields)), tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "Gaussian", "olora", "OLoRA"])
+def test_initialisations_that_peft_reads_in_any_case(kind, tmp_path):
+    theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=kind))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += parameter.requires_grad * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["init_lora_weights"] == kind
+    torch.testing.assert_close(forward(fastlora.load(make_llama(), tmp_path)), forward(theirs.eval()))
+
+
+def test_others_are_what_they_are_in_peft(tmp_path):
+    trained_by_peft(make_llama, tmp_path, r=2, target_modules=["q_proj"])
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "Orthogonal"'))
+    with pytest.raises(ValueError, match="Unknown initialization"):
+        peft.PeftModel.from_pretrained(make_llama(), tmp_path)
+    with pytest.raises(ValueError, match="init_lora_weights: expected true, false or one of"):
+        fastlora.load(make_llama(), tmp_path)

@@ -459,8 +459,8 @@ ROWS: dict[str, dict[str, list[Row]]] = {
         "path": rows((3, "path: expected the path of a folder, got 3", TYPE), (__file__, "path: expected a folder")),
         "adapter": rows(("c", r"adapter: expected one of \['default', 'b'\], got 'c'")),
         "fold_scale": rows(("yes", "fold_scale: expected True or False", TYPE)),
-        "importance": rows(({"a": NAN}, "importance: expected finite scores by name"),
-                           ([1], "importance: expected a mapping", TYPE)),
+        "importance": rows(({"a": NAN}, "importance: expected finite scores"), ([1], "expected a mapping", TYPE)),
+        "save_embedding_layers": rows(("yes", r"save_embedding_layers: expected one of \('auto', True, False\), got")),
     },
     "set_adapter": {"model": MODEL, "name": rows(("c", r"name: expected one of \['default', 'b'\], got 'c'"))},
     "set_ranks": {
