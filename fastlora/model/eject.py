@@ -24,16 +24,15 @@ from ..tracking.record import records
 from .modules import conv1d_class
 from .owners import change_class
 
+_HOOKS = ("fastlora_saving", "fastlora_loading", "fastlora_loaded", "fastlora_before_load", "fastlora_after_load")
 _OF_MODEL = (
+    *_HOOKS,
     "fastlora_biases",
     "fastlora_configs",
     "fastlora_learning",
-    "fastlora_loaded",
-    "fastlora_loading",
     "fastlora_places",
     "fastlora_policy",
     "fastlora_resting",
-    "fastlora_saving",
 )
 
 
@@ -42,7 +41,7 @@ def eject(model: nn.Module) -> nn.Module:
 
     What was trained besides (heads, biases) keeps its values, and owners that were made to call their qkv still do.
     """
-    for attribute in ("fastlora_saving", "fastlora_loading", "fastlora_loaded"):
+    for attribute in _HOOKS:
         for hook in kept_inside(model, attribute).values():
             hook.remove()
     layers = adapted_layers(model).values()
