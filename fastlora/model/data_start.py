@@ -264,6 +264,8 @@ def _slices(model: nn.Module, adapter: str | None, verb: str, halves: int = 1) -
             raise ValueError(f"model: {path!r} shares its weight with another module, which {verb} would change")
         if layer.weight.is_meta:
             raise ValueError(f"model: the weight of {path!r} is on the meta device")
+        for side in (layer.lora_A, layer.lora_B):
+            side[adapter].own(adapter)
         if layer.lora_A[adapter].starts() or any(
             b is not None and bool(b.any()) for b in layer.lora_B[adapter].tensors().values()
         ):
@@ -284,7 +286,7 @@ def _begin(slices: list[_Slice], starts: list[tuple[Tensor, Tensor]], adapter: s
         if not all(bool(f.isfinite().all()) for f in factors):
             raise ValueError(f"model: {each.path!r} gives factors that are not finite")
     staged = [
-        (side[adapter], each.part, value.to(side[adapter].tensors()[each.part].dtype).contiguous())
+        (side[adapter], each.part, value.to(side[adapter].own(adapter)[each.part].dtype).contiguous())
         for each, factors in zip(slices, starts, strict=True)
         for side, value in zip((each.layer.lora_A, each.layer.lora_B), factors, strict=True)
     ]

@@ -445,4 +445,6 @@ def _accelerate(model: nn.Module, config: LoraConfig) -> None:
 def sharing_copy(model: nn.Module, own: Collection[int] = ()) -> nn.Module:
     """A deep copy whose frozen parameters are the very ones of ``model``, but for those whose ids are in ``own``."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad and id(p) not in own}
-    return copy.deepcopy(model, dict(shared))
+    # What old pruning and weight_norm have computed is an attribute that torch refuses to copy.
+    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(model, shared | {id(t): t.detach() for t in computed})

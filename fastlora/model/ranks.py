@@ -122,7 +122,7 @@ def _keep_trained(replaced: list[tuple], adapter: str) -> None:
     rescaled: list[tuple[Tensor, float]] = []
     for layer, spec, A, B in replaced:
         for name, b in B.tensors().items():
-            a, old_A, old_B = (f._parameters[name] for f in (A, layer.lora_A[adapter], layer.lora_B[adapter]))
+            a, old_A, old_B = (f.own(adapter)[name] for f in (A, layer.lora_A[adapter], layer.lora_B[adapter]))
             if b is None or b is old_B:
                 continue
             a, b = a.detach(), b.detach()
@@ -159,6 +159,7 @@ def _ratio(before: float, now: float) -> float:
 
 def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: LoraConfig | None):
     spec, ranks = layer.adapter_specs[adapter], layer.ranks(adapter)
+    old_A, old_B = (side[adapter].own(adapter) for side in (layer.lora_A, layer.lora_B))
     scale = dict(spec.scale)
     for name, rank in changed.items():
         if config is not None and config.scale == "per_rank":
@@ -172,17 +173,13 @@ def _resized(layer: Linear, changed: Mapping[str, int], adapter: str, config: Lo
         A, B = new_factors(*made, groups=layer.groups, lookup=layer.lookup)
         for name in layer.slices:
             if name not in changed and ranks[name]:
-                A._parameters[name], B._parameters[name] = (
-                    layer.lora_A[adapter]._parameters[name],
-                    layer.lora_B[adapter]._parameters[name],
-                )
+                A._parameters[name], B._parameters[name] = old_A[name], old_B[name]
     for name, parameter in layer.lora_B[adapter].beside().items():
         B.register_parameter(name, parameter)
-    for factors, old in ((A, layer.lora_A[adapter]), (B, layer.lora_B[adapter])):
-        factors.train(old.training)
+    for factors, old, side in ((A, old_A, layer.lora_A), (B, old_B, layer.lora_B)):
+        factors.train(side[adapter].training)
         for name, parameter in factors.named_parameters():
-            before = old._parameters[name]
-            parameter.requires_grad_(before is None or before.requires_grad)
+            parameter.requires_grad_(old[name] is None or old[name].requires_grad)
     return spec, A, B
 
 

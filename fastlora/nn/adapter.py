@@ -89,8 +89,18 @@ class Factors(nn.Module):
         return self.tensors()
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """The factor of every slice as it is stored, whatever hooks a call would run."""
+        """The factor of every slice as it is stored, whatever hooks a call would run, as those of pruning."""
         return {name: getattr(self, name) for name in self.slices}
+
+    def own(self, adapter: str) -> Mapping[str, nn.Parameter | None]:
+        """The parameters to write to, by name; ``ValueError`` where others compute what a call would read."""
+        names = (*self.slices, "bias", "magnitude")
+        if any(name not in self._parameters and getattr(self, name, None) is not None for name in names):
+            raise ValueError(
+                f"adapter: the factors of {adapter!r} are parametrized or pruned and would lose what is written to "
+                "them; remove the parametrization first"
+            )
+        return self._parameters
 
     def beside(self) -> dict[str, Tensor]:
         """What stands beside the slices, by name: ``bias``, ``magnitude``."""
