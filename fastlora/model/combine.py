@@ -25,6 +25,7 @@ _OF_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATIONS = ("svd", "cat", *_OF_FACTORS, *(f"{kind}_svd" for kind in _OF_FACTORS[1:]))
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 @torch.no_grad()
 def add_weighted_adapter(
     model: ModelT,

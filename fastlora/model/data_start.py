@@ -285,11 +285,12 @@ def _begin(slices: list[_Slice], starts: list[tuple[Tensor, Tensor]], adapter: s
     for each, factors in zip(slices, starts, strict=True):
         if not all(bool(f.isfinite().all()) for f in factors):
             raise ValueError(f"model: {each.path!r} gives factors that are not finite")
-    staged = [
-        (side[adapter], each.part, value.to(side[adapter].own(adapter)[each.part].dtype).contiguous())
-        for each, factors in zip(slices, starts, strict=True)
-        for side, value in zip((each.layer.lora_A, each.layer.lora_B), factors, strict=True)
-    ]
+    with torch.inference_mode(False):  # what is kept is no inference tensor, wherever it is made
+        staged = [
+            (f, each.part, value.to(f.own(adapter)[each.part].dtype).clone(memory_format=torch.contiguous_format))
+            for each, factors in zip(slices, starts, strict=True)
+            for f, value in zip((each.layer.lora_A[adapter], each.layer.lora_B[adapter]), factors, strict=True)
+        ]
     for factors, part, value in staged:
         factors.start(part, value)
     for layer in {id(each.layer): each.layer for each in slices}.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import weakref
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .._utils.distributed import refuse_partitioned
 from .._utils.errors import check_flag, check_integer, check_model, wrong_value
@@ -240,6 +242,13 @@ class Adapted(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A tracker belongs to the model it was made for, not to its copies; a packing refers to other layers.
         return {**self.__dict__, "probes": {}, "bundle": None}
+
+    def __deepcopy__(self, memo: dict) -> Adapted:
+        # A class without one gets one of torch.nn.utils.parametrize that copies all; its __getstate__ raises.
+        kind = type(self).__bases__[0] if is_parametrized(self) else type(self)
+        memo[id(self)] = replica = type(self).__new__(type(self))
+        replica.__setstate__(copy.deepcopy(kind.__getstate__(self), memo))
+        return replica
 
 
 class Linear(Adapted, nn.Linear):
