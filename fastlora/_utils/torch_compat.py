@@ -12,6 +12,7 @@ import operator
 import sys
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -386,9 +387,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _has_hooks = private_attributes("torch.nn.Module", nn.Module(), _HOOKS, "projections run one by one")
 private_attributes("torch.nn.Module", nn.Module(), _FLAGS, "hooks that are taken off leave their flags behind")
-_has_load_hooks = private_attributes(
-    "torch.nn.Module", nn.Module(), ("_load_state_dict_pre_hooks",), "adapters_only compares a state dict once a use"
-)
+private_attributes("torch.nn.Module.state_dict", nn.Module().state_dict(), ("_metadata",),
+                   "load_checkpoint refuses a model whose adapters have all rank 0")  # fmt: skip
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -407,9 +407,10 @@ def forward_hooks(module: nn.Module) -> tuple[Any, Any]:
     return (module._forward_pre_hooks, module._forward_hooks) if _has_hooks else ((None,), (None,))
 
 
-def load_hooks(module: nn.Module) -> list[Any]:
-    """What runs before a module's state dict is loaded; nothing where torch does not tell."""
-    return list(module._load_state_dict_pre_hooks.values()) if _has_load_hooks else []
+def metadata_of_root(state: OrderedDict[str, Tensor], values: dict[str, Any]) -> OrderedDict[str, Tensor]:
+    """The state dict, with ``values`` for the hooks of the module that loads it; for no other module."""
+    state._metadata = OrderedDict({"": values})
+    return state
 
 
 def remove_forward_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> None:

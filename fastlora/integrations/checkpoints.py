@@ -22,7 +22,7 @@ from ..model.state_differences import refuse_other
 from ..nn.active import NO_ADAPTERS
 from ..nn.linear import DEFAULT, adapted_layers, matrix_key
 from ..tracking.tracker import Tracker
-from .adapters_only import AdaptersOnly, adapters_only, trained_state
+from .adapters_only import AdaptersOnly, adapters_only, load_trained, trained_state
 
 logger = logging.getLogger(__name__)
 
@@ -179,15 +179,14 @@ def load_checkpoint(
     if missing:
         near = suggestion(missing[0], state["objects"])
         raise ValueError(f"{path}: has no state of {missing}, only of {sorted(state['objects'])}{near}")
-    refuse_other(model, state["model"])
+    refuse_other(model, state["model"], partial=True)
     refuse_ranks(model, state)
     if tracker is not None and state["tracker"] is not None:
         tracker.check_state(state["tracker"])
     for name, other in objects.items():  # before anything of ours, since they may refuse
         other.load_state_dict(state["objects"][name])
     TrainingState(model, tracker).load_state_dict(state)
-    with adapters_only(model):
-        model.load_state_dict(state["model"])
+    load_trained(model, state["model"])
     _set_generators(state["generators"])
     return state["values"]
 

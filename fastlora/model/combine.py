@@ -25,6 +25,7 @@ _OF_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATIONS = ("svd", "cat", *_OF_FACTORS, *(f"{kind}_svd" for kind in _OF_FACTORS[1:]))
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 @torch.no_grad()
 def add_weighted_adapter(
     model: ModelT,
@@ -127,7 +128,7 @@ class _Mix:
         live = [n for n in self.shares if self.layer.ranks(n)[name]]
         if not live:
             return None
-        A, B = ([side[n].tensors()[name] for n in live] for side in (self.layer.lora_A, self.layer.lora_B))
+        A, B = ([side[n]()[name] for n in live] for side in (self.layer.lora_A, self.layer.lora_B))
         w = [self.shares[n] * self.layer.adapter_specs[n].scale[name] for n in live]
         if self.kind == "cat":
             return torch.cat([a * v for a, v in zip(A, w, strict=True)]), torch.cat(B, dim=1)

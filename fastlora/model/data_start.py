@@ -263,6 +263,8 @@ def _slices(model: nn.Module, adapter: str | None, verb: str, halves: int = 1) -
             raise ValueError(f"model: {path!r} shares its weight with another module, which {verb} would change")
         if layer.weight.is_meta:
             raise ValueError(f"model: the weight of {path!r} is on the meta device")
+        for side in (layer.lora_A, layer.lora_B):
+            side[adapter].own(adapter)
         if layer.lora_A[adapter].starts() or any(
             b is not None and bool(b.any()) for b in layer.lora_B[adapter].tensors().values()
         ):
@@ -282,11 +284,12 @@ def _begin(slices: list[_Slice], starts: list[tuple[Tensor, Tensor]], adapter: s
     for each, factors in zip(slices, starts, strict=True):
         if not all(bool(f.isfinite().all()) for f in factors):
             raise ValueError(f"model: {each.path!r} gives factors that are not finite")
-    staged = [
-        (side[adapter], each.part, value.to(side[adapter].tensors()[each.part].dtype).contiguous())
-        for each, factors in zip(slices, starts, strict=True)
-        for side, value in zip((each.layer.lora_A, each.layer.lora_B), factors, strict=True)
-    ]
+    with torch.inference_mode(False):  # what is kept is no inference tensor, wherever it is made
+        staged = [
+            (f, each.part, value.to(f.own(adapter)[each.part].dtype).clone(memory_format=torch.contiguous_format))
+            for each, factors in zip(slices, starts, strict=True)
+            for f, value in zip((each.layer.lora_A[adapter], each.layer.lora_B[adapter]), factors, strict=True)
+        ]
     for factors, part, value in staged:
         factors.start(part, value)
     for layer in {id(each.layer): each.layer for each in slices}.values():

@@ -25,6 +25,7 @@ from .modules import conv1d_class
 from .owners import change_class
 
 _OURS = "fastlora_"  # begins the names of what is kept on modules of other libraries
+_HOOKS = [_OURS + name for name in ("saving", "loading", "loaded", "before_load", "after_load")]
 
 
 def eject(model: nn.Module) -> nn.Module:
@@ -32,7 +33,7 @@ def eject(model: nn.Module) -> nn.Module:
 
     What was trained besides (heads, biases) keeps its values, and owners that were made to call their qkv still do.
     """
-    for attribute in ("fastlora_saving", "fastlora_loading", "fastlora_loaded"):
+    for attribute in _HOOKS:
         for hook in kept_inside(model, attribute).values():
             hook.remove()
     layers = adapted_layers(model).values()

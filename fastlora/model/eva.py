@@ -50,7 +50,8 @@ def initialize_eva(
     given = covariances_of(covariances, found)
     for path, layer in found.items():
         K = layer.in_features
-        if any(b is not None and bool(b.any()) for b in layer.lora_B[adapter].tensors().values()):
+        layer.lora_A[adapter].own(adapter)
+        if any(b is not None and bool(b.any()) for b in layer.lora_B[adapter]().values()):
             raise ValueError(
                 f"model: {path!r} has been trained (B is not zero), and another A would change its outputs"
             )
@@ -64,7 +65,8 @@ def initialize_eva(
             directions[path] = V.flip(1)[:, : max(layer.ranks(adapter).values())].t()
             report(done, len(found), math.nan)
     for path, rows in directions.items():
-        for a in found[path].lora_A[adapter].tensors().values():
+        factors = found[path].lora_A[adapter]
+        for a in map(factors.own(adapter).get, factors.slices):
             if a is not None:
                 a.copy_(rows[: len(a)])
     return model

@@ -17,7 +17,7 @@ from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
 from .._utils.types import ModelT
 from ..config import FROM_DATA, ROLES, LoraConfig, takes_weight
-from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, checked_ranks, new_factors
+from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, adapter_dtype_of, checked_ranks, new_factors
 from ..nn.experts import ExpertStack
 from ..nn.frozen import FrozenLinear
 from ..nn.initialise import new_bias, new_magnitude, start_from_weight, take_out
@@ -27,7 +27,6 @@ from ..nn.linear import (
     Adapted,
     Linear,
     adapted_layers,
-    adapter_dtype_of,
     attach_state,
     matrix_key,
 )
@@ -447,4 +446,6 @@ def _accelerate(model: nn.Module, config: LoraConfig) -> None:
 def sharing_copy(model: nn.Module, own: Collection[int] = ()) -> nn.Module:
     """A deep copy whose frozen parameters are the very ones of ``model``, but for those whose ids are in ``own``."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad and id(p) not in own}
-    return copy.deepcopy(model, dict(shared))
+    # What old pruning and weight_norm have computed is an attribute that torch refuses to copy.
+    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(model, shared | {id(t): t.detach() for t in computed})

@@ -42,7 +42,7 @@ class LearningCheck:
         self.kinds: dict[str, str] = {}
         self.ran: set[str] = set()
         self.model = weakref.ref(model)
-        self.versions = {id(p): version_of(p) for p in self._trainable()}
+        self.versions: dict[int, Any] = {}  # of the first forward: before it a parameter may be set by hand
         self._root = model.register_forward_pre_hook(self._before_forward)
         self._hooks: dict[str, Any] = {}
         for name, paths in self.owners.items():
@@ -63,14 +63,20 @@ class LearningCheck:
     def owner_ran(self, name: str) -> None:
         """Note that an owner's forward is over; it is not watched any longer once it has called all its layers."""
         self.ran.add(name)
+        if not self.versions:
+            self._note_versions()  # the model around may never be called as a whole
         if all(map(self._called, self.owners[name])):
             self._hooks.pop(name).remove()
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and torch.is_grad_enabled() and not in_backward():
             self.examine()
-            for p in self._trainable() if self._root is not None else ():
-                self.versions.setdefault(id(p), version_of(p))  # parameters that took the place of others
+            if self._root is not None:
+                self._note_versions()
+
+    def _note_versions(self) -> None:
+        for p in self._trainable():
+            self.versions.setdefault(id(p), version_of(p))  # new ones may take the place of others
 
     def examine(self) -> None:
         """Report, if backward has run; ``RuntimeError`` names adapted layers that their owners never called."""

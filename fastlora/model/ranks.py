@@ -144,7 +144,7 @@ def _keep_trained(replaced: list[tuple], adapter: str) -> None:
     rescaled: list[tuple[Tensor, float]] = []
     for layer, spec, A, B in replaced:
         for name, b in B.tensors().items():
-            a, old_A, old_B = (f._parameters[name] for f in (A, layer.lora_A[adapter], layer.lora_B[adapter]))
+            a, old_A, old_B = (f.own(adapter)[name] for f in (A, layer.lora_A[adapter], layer.lora_B[adapter]))
             if b is None or b is old_B:
                 continue
             a, b = a.detach(), b.detach()
@@ -186,6 +186,7 @@ def _resized(
 ) -> tuple[AdapterSpec, Factors, Factors]:
     """New factors; ``trains``: whether A, and B, have gradients in the rest of the adapter."""
     spec, ranks = layer.adapter_specs[adapter], layer.ranks(adapter)
+    old_A, old_B = (side[adapter].own(adapter) for side in (layer.lora_A, layer.lora_B))
     scale = dict(spec.scale)
     for name, rank in changed.items():
         if config is not None and config.scale == "per_rank":
@@ -199,10 +200,7 @@ def _resized(
         A, B = new_factors(*made, groups=layer.groups, lookup=layer.lookup)
         for name in layer.slices:
             if name not in changed and ranks[name]:
-                A._parameters[name], B._parameters[name] = (
-                    layer.lora_A[adapter]._parameters[name],
-                    layer.lora_B[adapter]._parameters[name],
-                )
+                A._parameters[name], B._parameters[name] = old_A[name], old_B[name]
     beside = layer.lora_B[adapter].beside()
     if not any(p is not None for p in A.tensors().values()):
         beside = {}  # it would do nothing, and never learn
@@ -211,10 +209,11 @@ def _resized(
         beside = {name: nn.Parameter(t) for name, t in _beside_afresh(layer, spec, A, B, names).items()}
     for name, parameter in beside.items():
         B.register_parameter(name, parameter)
-    for factors, old, learns in zip((A, B), (layer.lora_A[adapter], layer.lora_B[adapter]), trains, strict=True):
-        factors.train(old.training)
+    sides = zip((A, B), (old_A, old_B), (layer.lora_A, layer.lora_B), trains, strict=True)
+    for factors, old, side, learns in sides:
+        factors.train(side[adapter].training)
         for name, parameter in factors.named_parameters():
-            before = old._parameters.get(name)
+            before = old.get(name)
             parameter.requires_grad_(learns if before is None else before.requires_grad)
     return spec, A, B
 

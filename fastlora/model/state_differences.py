@@ -13,18 +13,24 @@ from ..nn.linear import adapted_layers, matrix_key
 from .modules import saved_modules
 
 
-def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "") -> set[str]:
-    """``ValueError`` naming how a state dict with adapters differs from the model's; returns the keys it may lack."""
-    refuse_into_merged(model, state, prefix)
+def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "", partial: bool = False) -> set[str]:
+    """``ValueError`` naming how a state dict with adapters differs from the model's; returns the keys it may lack.
+
+    ``partial``: it is known to be one without the frozen base; otherwise names have to tell.
+    """
     layers = adapted_layers(model)
+    if not layers and not configs_in(model):
+        return set()
+    refuse_into_merged(model, state, prefix)
     given = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-    if not any(_matrix(key) for key in given):
+    if not partial and not any(_matrix(key) for key in given):
         return set()
     names = named(model)
     trained = trained_names(model)
     weights, frozen = {id(layer.weight) for layer in layers.values()}, names.keys() - trained
     base = {name for name in frozen if id(names[name]) in weights} or frozen
-    partial = base.isdisjoint(given)
+    # A base may have been put back into what was known to be without it.
+    partial = base.isdisjoint(given) or (partial and not names.keys() <= given.keys())
     started = {n: b for n, b in model.named_buffers() if _matrix(n)}
     differences = _rank_differences({n: p for n, p in names.items() if _matrix(n)} | started, given)
     differences += [

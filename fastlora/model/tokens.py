@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .._utils.errors import suggestion, wrong_value
 from ..config import LoraConfig
-from ..nn.linear import Adapted, adapter_dtype_of
+from ..nn.adapter import adapter_dtype_of
+from ..nn.linear import Adapted
 from ..nn.plain import is_scaled
 from ..nn.routing import Router
 from ..nn.token_rows import LEAF, TokenRows

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._utils.errors import check_integer, wrong_value
 from .._utils.torch_compat import forward_hooks, wants_plain_operators
+from ..config import LoraConfig
 from ..ops.bound import BoundCall, Traced
 from ..ops.node import NODE
 from ..ops.row_norms import RowLengths
@@ -89,8 +90,18 @@ class Factors(nn.Module):
         return self.tensors()
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """The factor of every slice as it is stored, whatever hooks a call would run."""
+        """The factor of every slice as it is stored, whatever hooks a call would run, as those of pruning."""
         return {name: getattr(self, name) for name in self.slices}
+
+    def own(self, adapter: str) -> Mapping[str, nn.Parameter | None]:
+        """The parameters to write to, by name; ``ValueError`` where others compute what a call would read."""
+        names = (*self.slices, "bias", "magnitude")
+        if any(name not in self._parameters and getattr(self, name, None) is not None for name in names):
+            raise ValueError(
+                f"adapter: the factors of {adapter!r} are parametrized or pruned and would lose what is written to "
+                "them; remove the parametrization first"
+            )
+        return self._parameters
 
     def beside(self) -> dict[str, Tensor]:
         """What stands beside the slices, by name: ``bias``, ``magnitude``."""
@@ -119,6 +130,13 @@ def check_slice_name(argument: str, name: Any) -> str:
         accepted = "names of slices without dots, and not those that modules and adapters use themselves"
         raise wrong_value(argument, accepted, name)
     return name
+
+
+def adapter_dtype_of(config: LoraConfig, layer: nn.Module) -> torch.dtype:
+    """float32 adapters unless the config says otherwise or the weight is float64."""
+    if config.adapter_dtype is not None:
+        return config.adapter_dtype
+    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .._utils.errors import check_choice, wrong_value
 from ..config import LoraConfig
-from .adapter import WHOLE, AdapterSpec, new_factors
+from .adapter import WHOLE, AdapterSpec, adapter_dtype_of, new_factors
 from .layer_view import LayerView
-from .linear import DEFAULT, Linear, QKVLinear, adapter_dtype_of, attach_state
+from .linear import DEFAULT, Linear, QKVLinear, attach_state
 from .routing import Router
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import weakref
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .._utils.distributed import refuse_partitioned
 from .._utils.errors import check_flag, check_integer, check_model, wrong_value
@@ -22,7 +24,7 @@ from ..ops.lora import check_input, checked_linear, lora_grouped, new_seed
 from ..ops.matmul import AUTO, PACKED, UNPACKED
 from ..ops.node import Pending
 from ..ops.row_norms import RowLengths
-from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
+from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, adapter_dtype_of, new_factors
 from .probe import group_operands, refuse_capture
 from .routing import Route, Router
 from .weight_reads import WeightReads
@@ -249,6 +251,13 @@ class Adapted(nn.Module):
         # A tracker belongs to the model it was made for, not to its copies; a packing refers to other layers.
         return {**self.__dict__, "probes": {}, "bundle": None}
 
+    def __deepcopy__(self, memo: dict) -> Adapted:
+        # A class without one gets one of torch.nn.utils.parametrize that copies all; its __getstate__ raises.
+        kind = type(self).__bases__[0] if is_parametrized(self) else type(self)
+        memo[id(self)] = replica = type(self).__new__(type(self))
+        replica.__setstate__(copy.deepcopy(kind.__getstate__(self), memo))
+        return replica
+
 
 class Linear(Adapted, nn.Linear):
     r"""A frozen linear layer with a trainable low-rank update; drop-in for ``nn.Linear``.
@@ -368,13 +377,6 @@ def detach_state(layer: nn.Linear) -> None:
     del layer.lora_A, layer.lora_B
     for name in _STATE:
         delattr(layer, name)
-
-
-def adapter_dtype_of(config: LoraConfig, layer: nn.Linear) -> torch.dtype:
-    """float32 adapters unless the config says otherwise or the weight is float64."""
-    if config.adapter_dtype is not None:
-        return config.adapter_dtype
-    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
 def forward_together(

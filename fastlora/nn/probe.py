@@ -43,7 +43,14 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, y: Tensor, x: Tensor, sink: list, micro: int, select: tuple[Tensor, bool] | None, keep: Tensor | None
+        ctx,
+        y: Tensor,
+        x: Tensor,
+        sink: list,
+        micro: int,
+        select: tuple[Tensor, bool] | None,
+        keep: Tensor | None,
+        leaf: Tensor | None,
     ) -> Tensor:
         ctx.sink, ctx.micro, ctx.select = sink, micro, select
         ctx.save_for_backward(x, keep)
@@ -58,7 +65,7 @@ class _Tap(torch.autograd.Function):
             rows = [selected(tensor.detach(), ctx.select) for tensor in (x, dy)]
             kept = None if keep is None else selected(keep.unsqueeze(-1), ctx.select).squeeze(-1)
             ctx.sink.append(Contribution(ctx.micro, *rows, kept))
-        return dy, None, None, None, None, None
+        return dy, None, None, None, None, None, None
 
 
 def tap(
@@ -67,7 +74,9 @@ def tap(
     """``y``, whose backward appends a ``Contribution`` to ``sink``."""
     if torch.compiler.is_compiling():
         raise RuntimeError("track: estimator='exact' runs in eager mode only; use estimator='probe' under compile")
-    return _Tap.apply(y, x, sink, micro, select, keep)
+    # Where nothing of the call is trained there would be no backward.
+    leaf = None if y.requires_grad else y.new_zeros((), requires_grad=True)
+    return _Tap.apply(y, x, sink, micro, select, keep, leaf)
 
 
 def selected(tensor: Tensor, select: tuple[Tensor, bool] | None) -> Tensor:

@@ -202,7 +202,8 @@ def requantized(layer: nn.Linear, W: Tensor) -> nn.Parameter:
     make = _KINDS.get(type(weight).__name__)
     if make is None or getattr(weight, "act_pre_scale", None) is not None:
         raise ValueError(f"a {type(weight).__name__} cannot be quantized anew here, only {', '.join(_KINDS)}")
-    return make(weight, W)
+    with torch.inference_mode(False), torch.no_grad():  # no inference tensor, wherever it is made
+        return make(weight, W)
 
 
 def kept_weight(layer: nn.Linear) -> tuple[Any, ...]:

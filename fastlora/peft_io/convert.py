@@ -59,6 +59,7 @@ def _import_peft(asker: str) -> Any:
     return peft
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def to_peft(model: nn.Module, adapter: str | None = None) -> PeftModel:
     r"""A ``peft.PeftModel`` with one adapter of ``model`` (the active one unless named), and the same outputs.
 
@@ -126,6 +127,7 @@ def _refuse_lost(handed: Any, model: nn.Module, adapter: str) -> None:
         )
 
 
+@torch.inference_mode(False)  # what is made here is no inference tensor, wherever it is made
 def from_peft(peft_model: Any, adapter: str | None = None) -> nn.Module:
     """The base model under a ``peft.PeftModel``, injected, with one of its LoRA adapters and the same outputs.
 

@@ -342,9 +342,10 @@ def _factors(layer: Linear, adapter: str, over_rest: bool) -> dict[str, tuple[Te
     """A and B of each slice that has a rank; what was taken out of the weight goes beside them, with B negated."""
     A, B, out = layer.lora_A[adapter], layer.lora_B[adapter], {}
     starts = ({}, {}) if over_rest else (A.starts(), B.starts())
+    effective = A(), B()
     for name, rank in layer.ranks(adapter).items():
         if rank:
-            a, b = (whole(side._parameters[name].detach()) for side in (A, B))
+            a, b = (whole(side[name].detach()) for side in effective)
             if name in starts[0]:
                 a, b = torch.cat([a, starts[0][name]]), torch.cat([b, -starts[1][name]], dim=1)
             out[name] = a, b

@@ -235,6 +235,41 @@ class TestNoTrace:
         assert "never ran" not in caplog.text
 
 
+def normed(model):
+    torch.nn.utils.parametrizations.weight_norm(model.block.caller.lora_A["default"])
+
+
+CHANGES = {
+    "init": lambda model: torch.nn.init.xavier_uniform_(model.head.weight),
+    "load": lambda model: model.head.load_state_dict(nn.Linear(8, 2).state_dict()),
+    "parametrized": normed,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_before_the_first_forward_has_not_learned(change, caplog):
+    """Nothing is said before a backward, and the check still looks for what never ran."""
+    model = adapted(("caller", "experts.a.0"), reading=False)
+    CHANGES[change](model)
+    for _ in range(3):
+        model(torch.randn(4, 8), expert="b")
+    assert not said(caplog)
+    step(model, expert="b")
+    model(torch.randn(4, 8))
+    assert [text for text in said(caplog) if "have not run so far: experts.a.0" in text]
+
+
+def test_a_model_that_is_called_in_parts_is_looked_at(caplog):
+    """Gradients are gone by then: the optimizer has changed what was seen in the forwards of the parts."""
+    model = adapted(("caller", "experts.a.0"), reading=False)
+    optimizer = sgd(model)
+    model.head(model.block(torch.randn(4, 8))).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.fastlora_learning.examine()
+    assert said(caplog) == ["adapters of modules that have not run so far: experts.a.0"]
+
+
 @pytest.mark.parametrize("new_ranks", [{}, {"block.caller": 3, "experts.a.0": 1}], ids=["as injected", "new ranks"])
 def test_new_ranks_are_watched_in_place_of_the_old(new_ranks, caplog):
     model = adapted(("caller", "experts.a.0"))

@@ -329,6 +329,15 @@ def test_the_sum_is_quantised_as_the_library_would(kind, caplog):
 
 
 @EVERY
+def test_a_sum_that_was_made_in_inference_mode_takes_part_in_training(kind):
+    model, _ = adapted(kind)
+    with torch.inference_mode():
+        fastlora.merge(model, requantize=True)
+    x = torch.ones(2, K, requires_grad=True)
+    model(x).sum().backward()
+
+
+@EVERY
 def test_forward_is_the_base_s_alone_and_unmerge_gives_all_back(kind):
     model, _ = adapted(kind)
     x = inputs(4, K)

@@ -55,6 +55,14 @@ class TestExact:
         torch.testing.assert_close(dict(tracker.scores("grad_sq")), {k: float(g.square().sum()) for k, g in G.items()})
         torch.testing.assert_close(dict(tracker.scores("grad_abs")), {k: float(g.abs().mean()) for k, g in G.items()})
 
+    def test_of_frozen_factors(self, name):
+        model = adapted(name).requires_grad_(False)
+        with track(model, estimator="exact", ema=None) as tracker:
+            losses(model, SHORT).mean().backward()
+            tracker.step()
+        G = gradients(name, model, SHORT)
+        torch.testing.assert_close(dict(tracker.scores("grad_sq")), {k: float(g.square().sum()) for k, g in G.items()})
+
     def test_fisher_is_of_samples(self, name):
         model = adapted(name)
         with track(model, estimator="exact", statistics="fisher", ema=None) as tracker:

@@ -287,3 +287,17 @@ def test_loss_scale_is_divided_out_of_grad_cov():
         found.append(tracker.covariances("grad_cov"))
     for path, plain in found[0].items():
         torch.testing.assert_close(found[1][path], plain, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["probe", "exact"])
+def test_frozen_factors_are_measured(estimator):
+    """A combination of adapters is frozen, and its scores say which of its matrices matter."""
+    m, batch = model().requires_grad_(False), data()
+    with track(m, estimator=estimator) as tracker:
+        loss_of(m, batch).backward()
+        tracker.step()
+        found = tracker.scores("grad_sq")
+    expected = {key: float(G.square().sum()) for key, G in weight_gradients(m, [batch]).items()}
+    assert found.keys() == expected.keys() and not any(p.requires_grad for p in m.parameters())
+    if estimator == "exact":
+        assert_scores(found, expected)
