@@ -241,6 +241,10 @@ class Adapted(nn.Module):
         # A tracker belongs to the model it was made for, not to its copies; a packing refers to other layers.
         return {**self.__dict__, "probes": {}, "bundle": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.router.holders.add(self)
+
 
 class Linear(Adapted, nn.Linear):
     r"""A frozen linear layer with a trainable low-rank update; drop-in for ``nn.Linear``.
@@ -349,6 +353,7 @@ def attach_state(
     layer.ranked = frozenset()  # adapters with a rank above 0
     layer.bundle = None  # of the layer alone, with the parameters it is for; a group has bundles of its own
     layer.router = router
+    router.holders.add(layer)
     layer.dropout_salt = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
     layer.stream = 0  # tells its dropout from that of its siblings, with whom it shares seed and salt
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
@@ -357,6 +362,7 @@ def attach_state(
 
 def detach_state(layer: nn.Linear) -> None:
     """Take away what ``attach_state`` gave."""
+    layer.router.holders.discard(layer)
     del layer.lora_A, layer.lora_B
     for name in _STATE:
         delattr(layer, name)

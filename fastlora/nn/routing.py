@@ -73,6 +73,7 @@ class Router:
     def _clear(self) -> None:
         self._number = next(_numbers)
         self._contexts: weakref.WeakSet[Route] = weakref.WeakSet()
+        self.holders: weakref.WeakSet[Any] = weakref.WeakSet()  # the layers and trained rows that ask for a way here
         self._open = threading.local()  # whether a graph is built, and what compiled code reads
         self._awaited = 0  # contexts that are open beyond an await
         # Forwards that a checkpoint may repeat: by the checkpoint's own frame (None: it went several ways), or only as
@@ -100,9 +101,14 @@ class Router:
     def names(self) -> list[str]:
         return [name for name in self.slots if name is not None]
 
-    def add(self, name: str) -> None:
-        if name not in self.slots:
-            self.slots.append(name)
+    @property
+    def taken(self) -> list[str | None]:
+        """The slots up to the last adapter that is there."""
+        return self.slots[: 1 + max(i for i, name in enumerate(self.slots) if name is not None)]
+
+    def add(self, name: str, number: int) -> None:
+        """Give an adapter the id ``number``, which is none of those given before."""
+        self.slots += [None] * (number - len(self.slots)) + [name]
 
     def current(self) -> Route:
         """The way of the innermost open context of this thread or task, or the default."""

@@ -28,12 +28,21 @@ class TokenRows(nn.Module):
         self.trainable_tokens_delta = nn.Module()
         self.indices: dict[str, tuple[int, ...]] = {}
         self.router = router
+        router.holders.add(self)
         self.merged: tuple[str, ...] = ()
         self.unmerged: Tensor | None = None
         self.sorted: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "sorted": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.router.holders.add(self)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        return tuple(self.indices)
 
     def install(self, adapter: str, indices: Sequence[int], rows: Tensor) -> None:
         """Give an adapter its rows."""

@@ -21,6 +21,7 @@ from ..model.adapters import add_adapter
 from ..model.fields import refuse_tying
 from ..model.inject import check_adapter_name, inject, refuse_adapted
 from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules, tied_embeddings
+from ..model.overlaps import refuse_overlaps, saved_by_any
 from ..model.tokens import find_rows
 from ..nn.active import chosen_adapter, config_of
 from ..nn.adapter import WHOLE, Slices
@@ -159,6 +160,8 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
     if not set(trained) <= set(saved):
         raise ValueError(f"{folder.where(SIDE)}: modules_to_save {trained} are not all in those of {CONFIG}, {saved}")
     stored = {known.path(name): name for name in pairs}
+    if held:
+        _refuse_overlaps(model, folder, stored, saved)
     others = saved_tensors(model, saved) | bias_tensors(model, fields.bias, stored, saved)
     rest = {k for k in folder.tensors if not LORA_KEY.fullmatch(k) and not BESIDE_KEY.fullmatch(k)}
     frozen = frozen_tensors(model, stored)
@@ -199,6 +202,14 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
             raise ValueError(f"{folder.where(SIDE)}: was written for other tensors than those in {where}; remove it to load them as a foreign file")  # fmt: skip  # noqa: E501
     # A projection of an attention that has no adapter of its own is padded in the file.
     return _Plan({p: m for p, m in matrices.items() if any(m.ranks.values())}, trained, others, unranked, rows)
+
+
+def _refuse_overlaps(model: nn.Module, folder: AdapterFolder, targets: Collection[str], saved: Collection[str]) -> None:
+    """As ``add_adapter``, before keys are compared, of which the model has more where it adapts what a file saves."""
+    try:
+        refuse_overlaps(model, targets, saved, saved_by_any(model))
+    except ValueError as error:
+        raise ValueError(f"{folder.path}: {error}") from None
 
 
 def _rows(model: nn.Module, folder: AdapterFolder) -> dict[str, tuple[int, ...]]:
