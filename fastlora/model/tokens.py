@@ -178,9 +178,9 @@ def forget_rows(model: nn.Module, adapter: str) -> None:
         rows.uninstall(adapter)
         if not rows.indices:
             del model.get_submodule(path)._modules[LEAF]
-    empty = [rows for rows in found.values() if not rows.indices]
+    empty = {id(rows) for rows in found.values() if not rows.indices}
     for module in model.modules() if empty else ():
-        remove_forward_hooks(module, lambda hook: getattr(hook, "__self__", None) in empty)
+        remove_forward_hooks(module, lambda hook: id(getattr(hook, "__self__", None)) in empty)
 
 
 def refuse_rows_of(model: nn.Module, targets: Collection[str]) -> None:
