@@ -24,7 +24,7 @@ from ..ops.node import Pending
 from ..ops.row_norms import RowLengths
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, new_factors
 from .probe import group_operands, refuse_capture
-from .routing import Route, Router
+from .routing import Route, Routed, Router
 from .weight_reads import WeightReads
 
 DEFAULT = "default"
@@ -32,7 +32,7 @@ _MERGED_AT_ONCE = 2**17  # entries of a weight: 512 KiB in fp32, the fastest of 
 ENGINE_OF_PREPACK = {"auto": AUTO, True: PACKED, False: UNPACKED}
 
 
-class Adapted(nn.Module):
+class Adapted(Routed):
     """A layer with adapters on a weight [N, K] in slices: its factors, and what follows from them."""
 
     lora_A: nn.ModuleDict
@@ -240,10 +240,6 @@ class Adapted(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A tracker belongs to the model it was made for, not to its copies; a packing refers to other layers.
         return {**self.__dict__, "probes": {}, "bundle": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.router.holders.add(self)
 
 
 class Linear(Adapted, nn.Linear):

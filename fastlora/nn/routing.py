@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._utils.distributed import shards
 from .._utils.torch_compat import checkpoint_frame, in_backward, in_reentrant_checkpoint, saving_hooks
@@ -323,6 +323,16 @@ class Router:
                     "weights between backward and the next forward"
                 )
         return route
+
+
+class Routed(nn.Module):
+    """A module that asks a router for its way: among the router's ``holders``, as are copies among their own's."""
+
+    router: Router
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.router.holders.add(self)
 
 
 def _different(found: list[tuple[Route, int] | None]) -> list[tuple[Route, int] | None]:

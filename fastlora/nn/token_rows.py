@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .routing import Router
+from .routing import Routed, Router
 
 LEAF = "token_adapter"  # PEFT's name of the child that holds them
 
 
-class TokenRows(nn.Module):
+class TokenRows(Routed):
     r"""Trained rows [n, D] of W [V, D] for each adapter, in the place of W's own, as in PEFT: of an embedding
 
     .. math:: y_i = R_j \text{ where } x_i = \mathrm{index}_j,\quad W_{x_i} \text{ elsewhere}
@@ -35,10 +35,6 @@ class TokenRows(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "sorted": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.router.holders.add(self)
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
