@@ -16,13 +16,14 @@ from .._utils.errors import check_choice, check_instance, wrong_value
 from .._utils.torch_compat import assert_async
 from .._utils.types import ModelT
 from ..config import LoraConfig, takes_weight
-from ..nn.active import NO_ADAPTERS, adapted_models, configs_in, refuse_merged
+from ..nn.active import NO_ADAPTERS, adapted_models, configs_in, kept_inside, refuse_merged, refuse_part
 from ..nn.linear import Adapted, adapted_layers
 from ..nn.routing import Route, Router
 from ..nn.token_rows import token_rows
 from ..ops.layout import AdapterBatch, moved
 from ..ops.reference import accumulate_dtype
 from .fields import refuse_tying, with_tied
+from .freezing import freeze
 from .inject import (
     check_adapter_name,
     commit_injection,
@@ -32,10 +33,11 @@ from .inject import (
     plan_injection,
 )
 from .learning_check import watch_learning
-from .modules import named_by
+from .modules import inside, named_by, refuse_shared
+from .overlaps import refuse_overlaps, saved_by_any
 from .replaced_check import watch_places
 from .resting_check import watch_resting
-from .tokens import commit_rows, plan_rows, refuse_rows_of
+from .tokens import commit_rows, forget_rows, plan_rows, refuse_rows_of
 
 
 def routers_of(model: nn.Module) -> list[Router]:
@@ -47,9 +49,17 @@ def _agreeing(layers: Mapping[str, Adapted]) -> list[Router]:
     found = list({id(layer.router): layer.router for layer in layers.values()}.values())
     if not found:
         raise ValueError(NO_ADAPTERS)
-    if any(router.slots != found[0].slots for router in found):
+    found.sort(key=lambda router: -len(router.slots))  # ids count on behind the most that were ever given
+    if any(router.taken != found[0].taken for router in found):
         raise ValueError("model: its layers have different sets of adapters; add adapters with fastlora.add_adapter")
     return found
+
+
+def add_name(routers: Sequence[Router], name: str) -> None:
+    """Give a new adapter one id in all of a model's routers."""
+    number = max(len(router.slots) for router in routers)
+    for router in routers:
+        router.add(name, number)
 
 
 def adapter_names(model: nn.Module) -> list[str | None]:
@@ -73,7 +83,8 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     """Add the adapter ``name`` to an adapted model, as ``config`` says it, with the next id; it trains beside others.
 
     ``y = x W^T + bias + s_g x A_g^T B_g^T`` for the rows of adapter g. Targets that have no adapter yet become adapted;
-    ``modules_to_save`` are shared by all adapters. Names are those of ``model``, which may contain the adapted one.
+    ``modules_to_save`` are shared by all adapters; what one saves, no other adapts or has ``trainable_token_indices``
+    of. Names are those of ``model``, which may contain the adapted one, or be a part of it: the adapter is the whole's.
     Raises ``TypeError`` or ``ValueError`` naming the argument; the model is then as it was.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
@@ -100,12 +111,14 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     started = next((p for p, x in adapted_layers(model).items() if any(f.starts() for f in x.lora_A.values())), None)
     if started is not None:
         raise ValueError(f"model: the weight of {started!r} lies in part in its adapter, and another would not fit it")
-    saved = find_modules_to_save(model, config)
+    saved, known = find_modules_to_save(model, config), saved_by_any(model)
     names = find_targets(model, config, saved)
     refuse_tying(model, config, names)
+    refuse_overlaps(model, names, saved, known)
+    refuse_shared(model, saved, "config", config.ensure_weight_tying)
     refuse_rows_of(model, names)
     kept, rest = _configs_to_keep(model, config, saved)
-    plan, rows = plan_injection(model, config, names), plan_rows(model, config, names, saved)
+    plan, rows = plan_injection(model, config, names), plan_rows(model, config, names, [*saved, *known])
     for planned in plan:
         if not isinstance(planned.layer, Adapted):
             continue
@@ -114,17 +127,19 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
                 f"split_qkv: {planned.path!r} is adapted as {list(planned.layer.slices)} already, not as "
                 f"{list(planned.slices)}; every adapter of a matrix is split as the first: leave split_qkv out"
             )
+    new = [planned.layer for planned in plan if not isinstance(planned.layer, Adapted)]
+    # Those of attention's stacked projection and of experts are their owner's.
+    held = [p for layer in new for p in (layer.weight, getattr(layer, "bias", None), *layer.parameters())]
+    freeze(model, [p for p in held if p is not None])
     for planned in plan:
-        if not isinstance(planned.layer, Adapted):
-            planned.layer.requires_grad_(False)
-        commit_injection(model, planned, config, routers[0], name)
-    commit_rows(model, rows, routers[0], name)
+        commit_injection(model, planned, config, _router_at(model, planned.path, routers), name)
+    for each in rows:
+        commit_rows(model, [each], _router_at(model, each.path, routers), name)
     modules = dict(model.named_modules())
     for path in saved:
         modules[path].requires_grad_(True)
     group_layers(model)
-    for router in routers:
-        router.add(name)
+    add_name(routers, name)
     for configs, own in kept:
         configs[name] = own
     if rest is not None:
@@ -134,6 +149,15 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
         watch_places(adapted)
         watch_resting(adapted)
     return given
+
+
+def _router_at(model: nn.Module, path: str, routers: Sequence[Router]) -> Router:
+    """The router of the adapted model that a path lies in, the first for what lies outside of them."""
+    homes = {
+        at: configs for at, configs in kept_inside(model, "fastlora_configs").items() if not at or inside(path, [at])
+    }
+    nearest = homes[max(homes, key=len)] if homes else None
+    return next((router for router in routers if router.configs is nearest), routers[0])
 
 
 def _configs_to_keep(
@@ -161,7 +185,8 @@ def _configs_to_keep(
 def delete_adapter(model: ModelT, name: str) -> ModelT:
     """Delete the adapter ``name``; its id is not used again.
 
-    Refused for the active adapter, a merged or a tracked one, and one with a forward that awaits its backward. Raises
+    Refused for the active adapter, a merged or a tracked one, one with a forward that awaits its backward, and where
+    ``model`` is a part of the one that was adapted and the adapter has layers outside of it. Raises
     ``TypeError`` or ``ValueError`` with the model as it was.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
@@ -172,6 +197,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     refuse_parallel(model, "delete_adapter")
     routers = routers_of(model)
     _known(routers[0], name, "name")
+    refuse_part(model, "delete_adapter", name)
     layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapter_specs}
     if any(router.default.adapter == name for router in routers):
         raise ValueError(f"name: {name!r} runs by default; call fastlora.set_adapter with another first")
@@ -184,8 +210,9 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
         raise ValueError(f"name: {name!r} runs in a context of use_adapters that is open; leave it first")
     if any(router.awaits_backward(name) for router in routers):
         raise ValueError(f"name: a forward of {name!r} awaits its backward; run it, or let go of the forward's outputs")
-    for holder in (*layers.values(), *token_rows(model, name).values()):
-        holder.uninstall(name)
+    for layer in layers.values():
+        layer.uninstall(name)
+    forget_rows(model, name)
     for router in routers:
         router.remove(name)
     for configs in configs_in(model):
@@ -195,7 +222,8 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
 
 def set_adapter(model: ModelT, name: str) -> ModelT:
     """Make an adapter the active one: that of every forward outside of ``use_adapters``, and of functions that were
-    given no other (``merge``, ``save``, ``summary``, ``track``, ...). Raises ``TypeError`` for what is no model,
+    given no other (``merge``, ``save``, ``summary``, ``track``, ...), also where ``model`` is a part of the one that
+    was adapted: an adapter is active in the whole or not at all. Raises ``TypeError`` for what is no model,
     ``ValueError`` for an unknown ``name``, and while another adapter is merged.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))

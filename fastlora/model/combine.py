@@ -18,7 +18,7 @@ from ..nn.active import config_of, configs_in, refuse_merged
 from ..nn.adapter import AdapterSpec, Factors
 from ..nn.linear import Adapted, adapted_layers, matrix_key
 from ..nn.token_rows import token_rows
-from .adapters import routers_of
+from .adapters import add_name, routers_of
 from .inject import check_adapter_name
 
 _OF_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -84,8 +84,7 @@ def add_weighted_adapter(
         layer.install(adapter_name, AdapterSpec(dict.fromkeys(pairs, 1.0), config.lora_dropout, True, dtype), A, B)
         for factors in (A, B):
             factors.requires_grad_(False).train(layer.training)
-    for router in routers:
-        router.add(adapter_name)
+    add_name(routers, adapter_name)
     for configs in configs_in(model):
         configs[adapter_name] = config
     return model

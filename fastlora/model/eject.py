@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .._utils.distributed import refuse_parallel
 from .._utils.torch_compat import remove_forward_hooks
 from .._utils.types import ModelT
-from ..nn.active import NO_ADAPTERS, kept_inside
+from ..nn.active import NO_ADAPTERS, kept_inside, refuse_part
 from ..nn.attention import InProjection, MultiheadAttention, TransformerEncoderLayer
 from ..nn.experts import ExpertProjection, release
 from ..nn.frozen import FrozenLinear
@@ -21,6 +21,7 @@ from ..nn.plain import Plain
 from ..nn.quantized import QuantizedLinear, original_class
 from ..nn.token_rows import LEAF, TokenRows
 from ..tracking.record import records
+from .freezing import give_back
 from .modules import conv1d_class
 from .owners import change_class
 
@@ -74,8 +75,10 @@ def unload(model: ModelT) -> ModelT:
     """Remove every adapter in place, as PEFT's ``unload``: modules are the base's, of exactly their classes.
 
     Weights stay as they are: the base's, or what ``merge`` has made of them. What was trained besides (heads, biases)
-    keeps its values. A tracker of the model is over; its scores stay readable. Returns the same model. Raises
-    ``TypeError`` for what is no model, ``ValueError`` without adapters, and for one that is sharded or wrapped.
+    keeps its values. What ``inject`` and ``add_adapter`` froze requires gradients again, which it does not in PEFT;
+    what was frozen before them stays so. A tracker of the model is over; its scores stay readable. Returns the same
+    model. Raises ``TypeError`` for what is no model, ``ValueError`` without adapters, for one that is sharded or
+    wrapped, and for a part of the one that was adapted.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
     >>> type(fastlora.unload(model)[0])
@@ -84,6 +87,8 @@ def unload(model: ModelT) -> ModelT:
     refuse_parallel(model, "unload")
     if not adapted_layers(model):
         raise ValueError(NO_ADAPTERS)
+    refuse_part(model, "unload")
+    give_back(model)
     return eject(model)
 
 

@@ -10,13 +10,22 @@ from torch import nn
 
 from .._utils.errors import suggestion, wrong_value
 from ..config import FROM_WEIGHT, LoraConfig, indices_of, layer_index, takes_weight
+from ..nn.active import own_modules
 from ..nn.adapter import WHOLE
 from ..nn.experts import ExpertStack
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Linear, QKVLinear
 from ..nn.plain import CONVOLUTIONS
 from ..nn.quantized import foreign_base
-from .modules import adapted_class, features, has_suffix, pattern_matches, tied_embeddings, users_of_parameters
+from .modules import (
+    PLAIN_LINEARS,
+    adapted_class,
+    features,
+    has_suffix,
+    pattern_matches,
+    tied_embeddings,
+    users_of_parameters,
+)
 
 
 def of_layers(config: LoraConfig, names: list[str]) -> list[str]:
@@ -36,7 +45,7 @@ def of_layers(config: LoraConfig, names: list[str]) -> list[str]:
 def with_tied(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """``ensure_weight_tying``: the input embedding in the place of all in ``modules_to_save`` that share its weight."""
     source, *followers = tied_embeddings(model) if config.ensure_weight_tying and config.modules_to_save else [""]
-    names, saved, taken = [n for n, _ in model.named_modules()], [], False
+    names, saved, taken = own_modules(model), [], False
     for entry in config.modules_to_save or () if followers else ():
         hits = [n for n in names if has_suffix(n, entry)]
         taken |= not {source, *followers}.isdisjoint(hits)
@@ -69,7 +78,7 @@ def refuse_beyond_factors(
     init = config.init_lora_weights
     wanted = [field for field in ("use_dora", "lora_bias") if getattr(config, field)]
     wanted += ["init_lora_weights"] if init == "orthogonal" or takes_weight(init) else []
-    linear = type(layer) in (nn.Linear, Linear, QKVLinear) or adapted_class(layer, False) is Conv1D
+    linear = type(layer) in (*PLAIN_LINEARS, Linear, QKVLinear) or adapted_class(layer, False) is Conv1D
     linear |= isinstance(layer, Conv1D)
     if isinstance(layer, CONVOLUTIONS) and wanted == ["lora_bias"]:
         return

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .._utils.distributed import refuse_parallel
 from .._utils.errors import check_choice, check_flag, check_instance, check_model, listed, suggestion, wrong_value
 from .._utils.types import ModelT
 from ..config import FROM_DATA, ROLES, LoraConfig, takes_weight
+from ..nn.active import own_modules
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, adapter_dtype_of, checked_ranks, new_factors
 from ..nn.experts import ExpertStack
 from ..nn.frozen import FrozenLinear
@@ -37,8 +37,10 @@ from ..nn.token_rows import token_rows
 from .embedding_outputs import keep_changeable
 from .experts import expert_parameters
 from .fields import of_layers, pattern_lookup, refuse_beyond_factors, refuse_tying, with_tied
+from .freezing import freeze
 from .learning_check import MODES, watch_learning
 from .modules import (
+    PLAIN_LINEARS,
     adapted_class,
     attention_blocks,
     class_name,
@@ -191,7 +193,7 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str, others: boo
     As in PEFT, a target that is an ``nn.MultiheadAttention`` means its projections, each as one matrix. ``others``:
     whether the config has other targets.
     """
-    modules = named_targets(model) if field != "modules_to_save" else dict(model.named_modules())
+    modules = named_targets(model) if field != "modules_to_save" else own_modules(model)
     if field == "target_modules" and (not isinstance(spec, str) or spec not in ROLES):
         modules = {n: m for n, m in modules.items() if not isinstance(m, ExpertStack)}  # as in PEFT: target_parameters
     linears = [n for n, m in modules.items() if is_linear(m)]
@@ -370,7 +372,7 @@ def commit_injection(model: nn.Module, planned: _Planned, config: LoraConfig, ro
     layer = planned.layer
     if not isinstance(layer, Adapted):
         layer.in_features, layer.out_features = features(layer)
-        if type(layer) not in (nn.Linear, NonDynamicallyQuantizableLinear) and adapted_class(layer, False) is Linear:
+        if type(layer) not in PLAIN_LINEARS and adapted_class(layer, False) is Linear:
             layer.base_class = type(layer)
         change_class(layer, adapted_class(layer, split=set(planned.slices) != {WHOLE}))
         attach_state(layer, planned.slices, config, router, planned.path)
@@ -430,9 +432,7 @@ def _freeze(model: nn.Module, config: LoraConfig, saved: list[str]) -> None:
     if frozen:
         logger.warning("bias: frozen before injection and stay frozen: %s", listed(frozen))
     keep.update(map(id, biases.values()))
-    for parameter in model.parameters():
-        if id(parameter) not in keep:
-            parameter.requires_grad_(False)
+    freeze(model, [p for p in model.parameters() if id(p) not in keep])
 
 
 def _accelerate(model: nn.Module, config: LoraConfig) -> None:

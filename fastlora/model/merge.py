@@ -15,12 +15,13 @@ from .._utils.distributed import refuse_parallel, refuse_partitioned, shards
 from .._utils.errors import check_flag
 from .._utils.reporting import Report, check_progress, reporting
 from .._utils.types import ModelT
-from ..nn.active import NO_ADAPTERS, chosen_adapter, refuse_merged
+from ..nn.active import NO_ADAPTERS, chosen_adapter, refuse_merged, refuse_part
 from ..nn.linear import Adapted, adapted_layers
 from ..nn.quantized import dequantized, foreign_base, kept_weight, put_back, replace_weight, requantized
 from ..nn.routing import Route
 from ..nn.token_rows import token_rows
 from .eject import eject
+from .freezing import give_back
 from .modules import recomputed, users_of_parameters
 from .optimizer_check import watch_optimizers
 
@@ -65,6 +66,7 @@ def merge(
     check_flag("requantize", requantize)
     if check_flag("unload", unload):
         refuse_parallel(model, "merge with unload")
+        refuse_part(model, "merge")
     check_progress(progress)
     refuse_partitioned(model)
     if shards(model):
@@ -116,7 +118,10 @@ def merge(
             "layers; merge into the model in full precision to lose nothing",
             worst, losses[worst], len(losses),
         )  # fmt: skip
-    return eject(model) if unload else model
+    if not unload:
+        return model
+    give_back(model)
+    return eject(model)
 
 
 def merge_and_unload(model: ModelT, adapter: str | None = None, **options: Any) -> ModelT:

@@ -20,10 +20,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from .._utils.errors import unknown_choice
 from .._utils.torch_compat import forward_hooks
 from ..config import ROLES
-from ..nn.active import adapted_models, config_of, join
+from ..nn.active import adapted_models, config_of, join, own_modules
 from ..nn.adapter import Slices
 from ..nn.attention import InProjection, StackedProjection
 from ..nn.experts import ExpertProjection, ExpertStack
+from ..nn.frozen import FrozenLinear
 from ..nn.layer_view import Conv1D
 from ..nn.linear import Adapted, Linear, QKVLinear
 from ..nn.plain import CLASSES, plain_class
@@ -275,6 +276,11 @@ def has_suffix(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
+def inside(name: str, modules: Collection[str]) -> bool:
+    """Whether a name is that of one of these modules, or of something in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
 def pattern_matches(pattern: str, name: str) -> bool:
     """Whether a key of ``rank_pattern`` or ``alpha_pattern`` matches: PEFT takes it as an expression for the tail."""
     try:
@@ -283,6 +289,8 @@ def pattern_matches(pattern: str, name: str) -> bool:
         return False
 
 
+# What ``unload`` makes nn.Linear again: torch's own, and those that ``accelerate_frozen`` has changed.
+PLAIN_LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear, FrozenLinear)
 # Subclasses whose forward is that of ``nn.Linear``.
 _EXACT = (("transformers.models.falcon.modeling_falcon", "FalconLinear"),)
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -336,7 +344,7 @@ def adapted_class(module: nn.Module, split: bool) -> type[Adapted] | None:
         return InProjection
     if isinstance(module, ExpertStack):
         return ExpertProjection
-    if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) or class_name(module) in _EXACT:
+    if type(module) in PLAIN_LINEARS or class_name(module) in _EXACT:
         return QKVLinear if split else Linear
     return pointwise_class(module) or plain_class(module)
 
@@ -345,7 +353,7 @@ def named_targets(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by name, ``<path>.in_proj`` for the stacked projection of an ``nn.MultiheadAttention``, and
     ``<path>.down_proj`` for such a parameter of experts."""
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
+    for name, module in own_modules(model).items():
         if isinstance(module, ExpertProjection):
             continue  # its path is that of its parameter
         found.setdefault(name, module)
@@ -394,7 +402,7 @@ def saved_modules(model: nn.Module, adapter: str | None) -> list[str]:
 
 def named_by(model: nn.Module, suffixes: Collection[str]) -> list[str]:
     """Full names of the modules that suffixes mean."""
-    return [n for n, _ in model.named_modules() if any(has_suffix(n, suffix) for suffix in suffixes)]
+    return [n for n in own_modules(model) if any(has_suffix(n, suffix) for suffix in suffixes)]
 
 
 def kept_forwards(module: nn.Module) -> list[str]:

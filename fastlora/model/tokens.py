@@ -10,12 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._utils.errors import suggestion, wrong_value
+from .._utils.torch_compat import remove_forward_hooks
 from ..config import LoraConfig
+from ..nn.active import own_modules
 from ..nn.adapter import adapter_dtype_of
+from ..nn.frozen import FrozenLinear
 from ..nn.linear import Adapted
 from ..nn.plain import is_scaled
 from ..nn.routing import Router
-from ..nn.token_rows import LEAF, TokenRows
+from ..nn.token_rows import LEAF, TokenRows, token_rows
+from .freezing import freeze
 from .modules import class_name, is_linear, kept_forwards, recomputed, users_of_parameters, uses_of_weight
 
 _FIELD = "trainable_token_indices"
@@ -36,12 +40,12 @@ def find_rows(model: nn.Module, wanted: Any) -> dict[str, tuple[int, ...]]:
     """
     if not isinstance(wanted, Mapping):
         wanted = {} if wanted is None else {_input_embedding(model): wanted}
-    names = [name for name, _ in model.named_modules()]
+    modules = own_modules(model)
     found: dict[str, tuple[int, ...]] = {}
     for key, indices in wanted.items():
-        hits = [name for name in names if name.endswith(key)]  # PEFT does not stop at dots
+        hits = [name for name in modules if name.endswith(key)]  # PEFT does not stop at dots
         if not hits:
-            known = [n for n, m in model.named_modules() if isinstance(m, (nn.Embedding, nn.Linear))]
+            known = [n for n, m in modules.items() if isinstance(m, (nn.Embedding, nn.Linear))]
             accepted = f"names of embeddings and linears of {type(model).__name__}"
             raise wrong_value(_FIELD, accepted, key, suggestion(key, known))
         for name in hits:
@@ -86,7 +90,7 @@ def plan_rows(model: nn.Module, config: LoraConfig, targets: Collection[str], sa
         )
         if reason is None and names[id(module)] > 1:
             reason = "it has several names"
-        elif reason is None and any(n != path and n.endswith(path) for n, _ in model.named_modules()):
+        elif reason is None and any(n != path and n.endswith(path) for n in own_modules(model)):
             reason = "the name of another module ends like its own, and PEFT could not tell them apart"
         elif reason is None and also is not None:
             reason = f"{also!r} is also a target; exclude_modules leaves it out"
@@ -108,7 +112,7 @@ def _refusal(model: nn.Module, path: str, module: nn.Module) -> str | None:
     known = isinstance(module, nn.Embedding) and (
         kind.forward is nn.Embedding.forward or is_scaled(module) or isinstance(module, Adapted)
     )
-    if not known and not (is_linear(module) and kind.forward is nn.Linear.forward):
+    if not known and not (is_linear(module) and kind.forward in (nn.Linear.forward, FrozenLinear.forward)):
         return f"it is a {'.'.join(class_name(module))}, no torch.nn.Embedding or Linear"
     if recomputed(module) is not None:
         return f"{recomputed(module)}; remove that first"
@@ -158,7 +162,7 @@ def commit_rows(model: nn.Module, plan: Sequence[_Rows], router: Router, adapter
     """Put planned rows in place."""
     for planned in plan:
         module = model.get_submodule(planned.path)
-        module.weight.requires_grad_(False)
+        freeze(module, [module.weight])
         if LEAF not in module._modules:
             rows = TokenRows(router, is_scaled(module))
             module.add_module(LEAF, rows)
@@ -167,6 +171,18 @@ def commit_rows(model: nn.Module, plan: Sequence[_Rows], router: Router, adapter
             if planned.head is not None:
                 model.get_submodule(planned.head).register_forward_hook(rows.project, with_kwargs=True)
         module._modules[LEAF].install(adapter, planned.indices, planned.values)
+
+
+def forget_rows(model: nn.Module, adapter: str) -> None:
+    """Take away the rows of an adapter; with the last ones of a layer go its child and the hooks."""
+    found = token_rows(model, adapter)
+    for path, rows in found.items():
+        rows.uninstall(adapter)
+        if not rows.indices:
+            del model.get_submodule(path)._modules[LEAF]
+    empty = {id(rows) for rows in found.values() if not rows.indices}
+    for module in model.modules() if empty else ():
+        remove_forward_hooks(module, lambda hook: id(getattr(hook, "__self__", None)) in empty)
 
 
 def refuse_rows_of(model: nn.Module, targets: Collection[str]) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from .._utils.errors import check_choice, check_model
 from ..config import LoraConfig
 from .linear import Linear, adapted_layers
+from .token_rows import token_rows
 
 NO_ADAPTERS = "model: has no adapters; call fastlora.inject first"
 
@@ -46,6 +47,15 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+def own_modules(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
+    """Every module by name but for what adapters brought, whose names are those of adapters: factors, trained rows."""
+    brought = [rows for rows in token_rows(model).values()]
+    brought += [factors for layer in adapted_layers(model).values() for factors in (layer.lora_A, layer.lora_B)]
+    inside = {id(part) for each in brought for part in each.modules()}
+    named = model.named_modules(remove_duplicate=remove_duplicate)
+    return {name: module for name, module in named if id(module) not in inside}
+
+
 def kept_inside(model: nn.Module, attribute: str) -> dict[str, Any]:
     """What is kept as an attribute of modules inside ``model``, itself among them, by their paths."""
     return {path: vars(m)[attribute] for path, m in check_model(model).named_modules() if attribute in vars(m)}
@@ -77,3 +87,16 @@ def refuse_merged(layers: Mapping[str, Linear], but: str | None = None) -> None:
     for path, layer in layers.items():
         if layer.merged and layer.merged != (but,):
             raise ValueError(f"model: {layer.merged[0]!r} is merged into {path!r}; call fastlora.unmerge first")
+
+
+def refuse_part(model: nn.Module, function: str, adapter: str | None = None) -> None:
+    """``ValueError`` for a part of what was adapted: layers outside would go on with the adapter, or with any."""
+    inside = [*adapted_layers(model).values(), *token_rows(model).values()]
+    known, routers = {id(holder) for holder in inside}, {id(holder.router): holder.router for holder in inside}
+    around = [holder for router in routers.values() for holder in router.holders if id(holder) not in known]
+    names = [name for holder in around for name in holder.adapter_names if adapter in (None, name)]
+    if names:
+        raise ValueError(
+            f"model: adapter {names[0]!r} has layers outside of it, too; call fastlora.{function} with a model around "
+            "them all"
+        )

@@ -26,7 +26,7 @@ from ..ops.node import Pending
 from ..ops.row_norms import RowLengths
 from .adapter import WHOLE, AdapterSpec, Bundle, Factors, Operands, Slices, adapter_dtype_of, new_factors
 from .probe import group_operands, refuse_capture
-from .routing import Route, Router
+from .routing import Route, Routed, Router
 from .weight_reads import WeightReads
 
 DEFAULT = "default"
@@ -34,7 +34,7 @@ _MERGED_AT_ONCE = 2**17  # entries of a weight: 512 KiB in fp32, the fastest of 
 ENGINE_OF_PREPACK = {"auto": AUTO, True: PACKED, False: UNPACKED}
 
 
-class Adapted(nn.Module):
+class Adapted(Routed):
     """A layer with adapters on a weight [N, K] in slices: its factors, and what follows from them."""
 
     lora_A: nn.ModuleDict
@@ -238,8 +238,7 @@ class Adapted(nn.Module):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        for name in self.adapter_specs:
-            ranks = self.ranks(name)
+        for name, ranks in ((name, self.ranks(name)) for name in self.adapter_specs):
             shown = ranks[WHOLE] if set(ranks) == {WHOLE} else "{" + ", ".join(f"{s}: {r}" for s, r in ranks.items()) + "}"  # fmt: skip  # noqa: E501
             text += f", r={shown}" if name == DEFAULT else f", r[{name}]={shown}"
         return text + (", merged" if self.merged else "")
@@ -299,11 +298,10 @@ class Linear(Adapted, nn.Linear):
         )  # fmt: skip
         check_flag("train_base", train_base)
         if takes_weight(init_lora_weights):
-            raise wrong_value(
-                "init_lora_weights", "one that needs no weight; fastlora.inject has it", init_lora_weights
-            )
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            check_integer(name, size)
+            accepted = "one that needs no weight; fastlora.inject has it"
+            raise wrong_value("init_lora_weights", accepted, init_lora_weights)
+        check_integer("in_features", in_features)
+        check_integer("out_features", out_features)
         if r > min(in_features, out_features):
             raise wrong_value("r", f"at most min(in_features, out_features) = {min(in_features, out_features)}", r)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
@@ -366,6 +364,7 @@ def attach_state(
     layer.ranked = frozenset()  # adapters with a rank above 0
     layer.bundle = None  # of the layer alone, with the parameters it is for; a group has bundles of its own
     layer.router = router
+    router.holders.add(layer)
     layer.dropout_salt = zlib.crc32(path.encode()) & 0x7FFFFFFF  # tells the dropout of layers with one row seed apart
     layer.stream = 0  # tells its dropout from that of its siblings, with whom it shares seed and salt
     layer.backend, layer.engine = config.backend, ENGINE_OF_PREPACK[config.prepack]
@@ -374,6 +373,7 @@ def attach_state(
 
 def detach_state(layer: nn.Linear) -> None:
     """Take away what ``attach_state`` gave."""
+    layer.router.holders.discard(layer)
     del layer.lora_A, layer.lora_B
     for name in _STATE:
         delattr(layer, name)

@@ -14,7 +14,7 @@ from ..ops.probe_ops import with_moments
 from .layer_view import LayerView, PartOfProbe
 from .linear import Adapted, Linear, forward_together, forward_traced
 from .probe import token_mask_rows, tracked_adapters
-from .routing import Route
+from .routing import Route, Routed
 
 _BITSANDBYTES = ("Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt")
 
@@ -123,7 +123,7 @@ def foreign_class(module: nn.Module) -> type[QuantizedLinear] | None:
 def original_class(layer: QuantizedLinear) -> type[nn.Linear]:
     """The class that a layer had before it was adapted."""
     kind = type(layer)
-    return nn.Linear if kind is QuantizedLinear else kind.__mro__[kind.__mro__.index(Adapted) + 1]
+    return nn.Linear if kind is QuantizedLinear else kind.__mro__[kind.__mro__.index(Routed) + 1]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._utils.distributed import shards
 from .._utils.torch_compat import checkpoint_frame, in_backward, in_reentrant_checkpoint, saving_hooks
@@ -73,6 +73,7 @@ class Router:
     def _clear(self) -> None:
         self._number = next(_numbers)
         self._contexts: weakref.WeakSet[Route] = weakref.WeakSet()
+        self.holders: weakref.WeakSet[Any] = weakref.WeakSet()  # the layers and trained rows that ask for a way here
         self._open = threading.local()  # whether a graph is built, and what compiled code reads
         self._awaited = 0  # contexts that are open beyond an await
         # Forwards that a checkpoint may repeat: by the checkpoint's own frame (None: it went several ways), or only as
@@ -100,9 +101,14 @@ class Router:
     def names(self) -> list[str]:
         return [name for name in self.slots if name is not None]
 
-    def add(self, name: str) -> None:
-        if name not in self.slots:
-            self.slots.append(name)
+    @property
+    def taken(self) -> list[str | None]:
+        """The slots up to the last adapter that is there."""
+        return self.slots[: 1 + max(i for i, name in enumerate(self.slots) if name is not None)]
+
+    def add(self, name: str, number: int) -> None:
+        """Give an adapter the id ``number``, which is none of those given before."""
+        self.slots += [None] * (number - len(self.slots)) + [name]
 
     def current(self) -> Route:
         """The way of the innermost open context of this thread or task, or the default."""
@@ -317,6 +323,16 @@ class Router:
                     "weights between backward and the next forward"
                 )
         return route
+
+
+class Routed(nn.Module):
+    """A module that asks a router for its way: among the router's ``holders``, as are copies among their own's."""
+
+    router: Router
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.router.holders.add(self)
 
 
 def _different(found: list[tuple[Route, int] | None]) -> list[tuple[Route, int] | None]:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .plain import times_scale
-from .routing import Router
+from .routing import Routed, Router
 
 LEAF = "token_adapter"  # PEFT's name of the child that holds them
 
 
-class TokenRows(nn.Module):
+class TokenRows(Routed):
     r"""Trained rows [n, D] of W [V, D] for each adapter, in the place of W's own, as in PEFT: of an embedding
 
     .. math:: y_i = R_j \text{ where } x_i = \mathrm{index}_j,\quad W_{x_i} \text{ elsewhere}
@@ -30,12 +30,17 @@ class TokenRows(nn.Module):
         self.trainable_tokens_delta = nn.Module()
         self.indices: dict[str, tuple[int, ...]] = {}
         self.router = router
+        router.holders.add(self)
         self.merged: tuple[str, ...] = ()
         self.unmerged: Tensor | None = None
         self.sorted: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "sorted": {}}
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        return tuple(self.indices)
 
     def install(self, adapter: str, indices: Sequence[int], rows: Tensor) -> None:
         """Give an adapter its rows."""

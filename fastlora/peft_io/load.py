@@ -21,6 +21,7 @@ from ..model.adapters import add_adapter
 from ..model.fields import refuse_tying
 from ..model.inject import check_adapter_name, inject, refuse_adapted
 from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules
+from ..model.overlaps import refuse_overlaps, saved_by_any
 from ..model.tokens import find_rows
 from ..nn.active import chosen_adapter, config_of
 from ..nn.adapter import WHOLE, Slices
@@ -164,6 +165,8 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
     if not set(trained) <= set(saved):
         raise ValueError(f"{folder.where(SIDE)}: modules_to_save {trained} are not all in those of {CONFIG}, {saved}")
     stored = {known.path(name): name for name in pairs}
+    if held:
+        _refuse_overlaps(model, folder, stored, saved)
     others = saved_tensors(model, saved) | bias_tensors(model, fields.bias, stored, saved)
     rest = {k for k in folder.tensors if not LORA_KEY.fullmatch(k) and not BESIDE_KEY.fullmatch(k)}
     rows = _rows(model, folder)
@@ -223,6 +226,14 @@ def _refuse_values(
         if key != source and not torch.equal(folder.tensors[key], folder.tensors[source]):
             of = source.removeprefix(PREFIX).rpartition(".")[0]
             raise ValueError(f"{where}: {key!r} differs from that of {of!r}, whose weight it is")
+
+
+def _refuse_overlaps(model: nn.Module, folder: AdapterFolder, targets: Collection[str], saved: Collection[str]) -> None:
+    """As ``add_adapter``, before keys are compared, of which the model has more where it adapts what a file saves."""
+    try:
+        refuse_overlaps(model, targets, saved, saved_by_any(model))
+    except ValueError as error:
+        raise ValueError(f"{folder.path}: {error}") from None
 
 
 def _rows(model: nn.Module, folder: AdapterFolder) -> dict[str, tuple[int, ...]]:

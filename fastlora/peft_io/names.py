@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from .._utils.errors import check_integer, wrong_value
 from ..config import FROM_WEIGHT, PEFT_NEUTRAL, check_token_indices, indices_of, layer_index, names_in
 from ..model.modules import has_suffix, named_targets, tied_embeddings, torch_attentions
-from ..nn.active import join, kept_inside
+from ..nn.active import join, kept_inside, own_modules
 from ..nn.attention import InProjection
 from ..nn.experts import ExpertProjection, ExpertStack
 from ..nn.linear import adapted_layers
-from ..nn.token_rows import LEAF, token_rows
+from ..nn.token_rows import LEAF
 
 PREFIX = "base_model.model."
 # An embedding's factors are parameters themselves.
@@ -249,12 +249,8 @@ def _check_rank(value: Any, name: str) -> None:
 
 def base_names(model: nn.Module, remove_duplicate: bool = True) -> list[str]:
     """Names of the modules that the model has without its adapters, as PEFT would see them."""
-    layers = adapted_layers(model).values()
-    inside = {id(m) for layer in layers for f in (layer.lora_A, layer.lora_B) for m in f.modules()}
-    inside.update(id(layer) for layer in layers if isinstance(layer, (InProjection, ExpertProjection)))
-    inside.update(id(m) for rows in token_rows(model).values() for m in rows.modules())
-    named = model.named_modules(remove_duplicate=remove_duplicate)
-    return [name for name, module in named if name and id(module) not in inside]
+    named = own_modules(model, remove_duplicate).items()
+    return [name for name, module in named if name and not isinstance(module, (InProjection, ExpertProjection))]
 
 
 def choose_targets(paths: Collection[str], names: Collection[str]) -> list[str] | str:

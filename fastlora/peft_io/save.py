@@ -20,7 +20,7 @@ from ..config import FROM_WEIGHT, LoraConfig, power_iterations
 from ..model.merge import before_merge
 from ..model.modules import named_targets, refuse_shared, saved_modules
 from ..model.replaced_check import refuse_replaced
-from ..nn.active import chosen_adapter, config_of, kept_inside, names_of
+from ..nn.active import chosen_adapter, config_of, kept_inside, names_of, own_modules
 from ..nn.adapter import WHOLE
 from ..nn.experts import ExpertProjection
 from ..nn.layer_view import Conv1D
@@ -242,7 +242,7 @@ def _auto_class(model: nn.Module, saved: list[str]) -> dict[str, Any]:
     sequences = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if not kind.__module__.startswith("transformers.") or (task == "SEQ_2_SEQ_LM" and not sequences):
         task = None
-    heads = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in _HEADS}
+    heads = {name for name in own_modules(model) if name.rpartition(".")[2] in _HEADS}
     if not task or (not task.endswith("_LM") and not heads <= set(saved)):
         task = None  # the class alone says as much, and no frozen head is trained
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
