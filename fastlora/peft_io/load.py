@@ -185,11 +185,11 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
         like = weight.new_empty(len(indices), weight.shape[1])
         refuse_tensor(where, rows_key(path), folder.tensors[rows_key(path)], like)
     refuse_shared(model, saved, where, fields.ensure_weight_tying)
+    _refuse_values(model, folder, others, copies)
     modules = named_targets(model)
     matrices = {
         p: matrix_in_file(folder, known, p, name, modules[p], pairs[name], held.get(p)) for p, name in stored.items()
     }
-    _refuse_values(model, folder, others, frozen, copies)
     if folder.side is not None:
         split = set(folder.side.split)
         refuse_keys(folder.where(SIDE), where, split & set(stored), split, "split of ")
@@ -201,20 +201,17 @@ def _plan(model: nn.Module, folder: AdapterFolder, held: Mapping[str, Slices]) -
 
 
 def _refuse_values(
-    model: nn.Module,
-    folder: AdapterFolder,
-    others: Mapping[str, Tensor],
-    frozen: Mapping[str, str],
-    copies: Mapping[str, str],
+    model: nn.Module, folder: AdapterFolder, others: Mapping[str, Tensor], copies: Mapping[str, str]
 ) -> None:
     """``ValueError`` for tensors beside the adapters that the model's cannot take, or not all at once.
 
     ``copies``: keys of what another key is of, too.
     """
-    where, embeddings = folder.where(TENSORS), embeddings_of(model)
+    where, tensors = folder.where(TENSORS), own_tensors(model)
+    resizable = {id(tensors[name]) for name in embeddings_of(model)}
     for key, target in others.items():
         shape = tuple(folder.tensors[key].shape)
-        if frozen.get(key) in embeddings and shape != tuple(target.shape):
+        if id(target) in resizable and shape != tuple(target.shape) and shape[1:] == target.shape[1:]:
             raise ValueError(
                 f"{where}: {key!r} has shape {shape}, and the model's is {tuple(target.shape)}; call "
                 f"model.resize_token_embeddings({shape[0]}) first"

@@ -191,6 +191,14 @@ def test_a_model_of_text_in_several_parts(tmp_path):
     assert keys(tmp_path / "resized") == {"model.language_model.embed_tokens.weight", "lm_head.weight"}
 
 
+@pytest.mark.parametrize("base", ["untied"], indirect=True)
+@pytest.mark.parametrize("fields", [*ALIKE, *UNTIED], ids=str)
+def test_a_model_that_was_not_resized_is_to_be(base, tmp_path, fields):
+    theirs(base, tmp_path / "theirs", how=True, **fields)
+    with pytest.raises(ValueError, match=r"is \(40, 16\); call model.resize_token_embeddings\(45\) first"):
+        fastlora.load(transformers.LlamaForCausalLM.from_pretrained(base), tmp_path / "theirs")
+
+
 def test_no_embeddings_to_save(tmp_path):
     model = fastlora.inject(nn.Sequential(nn.Linear(4, 4)), fastlora.LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ValueError, match="save_embedding_layers: expected 'auto' or False for a Sequential"):
