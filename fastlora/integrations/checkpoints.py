@@ -21,7 +21,7 @@ from .._utils.files import write_atomically
 from ..model.state_differences import refuse_other
 from ..nn.active import NO_ADAPTERS
 from ..nn.linear import DEFAULT, adapted_layers, matrix_key
-from ..tracking.tracker import Tracker
+from ..tracking.tracker import Tracker, reopened_by
 from .adapters_only import AdaptersOnly, adapters_only, load_trained, trained_state
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def load_checkpoint(
     refuse_other(model, state["model"], partial=True)
     refuse_ranks(model, state)
     if tracker is not None and state["tracker"] is not None:
-        tracker.check_state(state["tracker"])
+        reopened_by(tracker, state["tracker"])  # refuses what it would
     for name, other in objects.items():  # before anything of ours, since they may refuse
         other.load_state_dict(state["objects"][name])
     TrainingState(model, tracker).load_state_dict(state)

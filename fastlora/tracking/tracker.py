@@ -467,20 +467,13 @@ class Tracker:
             "importance": None if self.importance is None else self.importance.clone(),
         }
 
-    def check_state(self, state: dict[str, Any]) -> nn.Module | None:
-        """Refuse what ``load_state_dict`` refuses. Returns the model that it would have tracked again, if any."""
-        checked_state(state, self.state_dict())
-        lost = state["importance"] is None and self._record.closed and self.warmup is not None
-        return checked_reopening(self._model(), self._record.over, self.layers, self.adapter) if lost else None
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved ``state``; ``TypeError`` or ``ValueError`` names what differs, with this tracker unchanged.
 
         Later steps decay by this tracker's ``ema`` and ``every``; ``every="auto"`` keeps the choice that was saved. A
         tracker with a warmup that froze tracks again with a state from before; one that was closed refuses it.
         """
-        reopened = self.check_state(state)
-        if reopened is not None:
+        if (reopened := reopened_by(self, state)) is not None:
             self._attach(reopened)
         self._averages.load_state_dict(state)
         self._covariances.load_state_dict(state["covariances"])
@@ -498,3 +491,10 @@ class Tracker:
         self.importance = state["importance"]
         if self.importance is not None:
             self._freeze(self.importance.to(self.device))
+
+
+def reopened_by(tracker: Tracker, state: dict[str, Any]) -> nn.Module | None:
+    """The model that ``load_state_dict`` would track again, if any; refuses what it refuses."""
+    checked_state(state, tracker.state_dict())
+    lost = state["importance"] is None and tracker._record.closed and tracker.warmup is not None
+    return checked_reopening(tracker._model(), tracker._record.over, tracker.layers, tracker.adapter) if lost else None
