@@ -30,9 +30,11 @@ from .inject import (
     find_targets,
     group_layers,
     plan_injection,
+    refuse_adapted_in,
 )
 from .learning_check import watch_learning
-from .modules import named_by
+from .modules import named_by, saved_with_any
+from .peft_config import config_for
 from .replaced_check import watch_places
 from .resting_check import watch_resting
 from .tokens import commit_rows, plan_rows, refuse_rows_of
@@ -73,7 +75,8 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     """Add the adapter ``name`` to an adapted model, as ``config`` says it, with the next id; it trains beside others.
 
     ``y = x W^T + bias + s_g x A_g^T B_g^T`` for the rows of adapter g. Targets that have no adapter yet become adapted;
-    ``modules_to_save`` are shared by all adapters. Names are those of ``model``, which may contain the adapted one.
+    ``modules_to_save`` are shared by all adapters, and in the file of each. Names are those of ``model``, which may
+    contain the adapted one.
     Raises ``TypeError`` or ``ValueError`` naming the argument; the model is then as it was.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
@@ -88,7 +91,7 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     refuse_merged(adapted_layers(model))
     if name in routers[0].names:
         raise wrong_value("name", f"one that is none of {routers[0].names}", name)
-    config = with_tied(model, LoraConfig.coerce(config))
+    config = with_tied(model, config_for(model, config))
     if config.bias != "none":
         raise wrong_value("bias", "'none' for an adapter that shares its base with others", config.bias)
     for each in (config, *[known for configs in configs_in(model) for known in configs.values()]):
@@ -101,7 +104,8 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     if started is not None:
         raise ValueError(f"model: the weight of {started!r} lies in part in its adapter, and another would not fit it")
     saved = find_modules_to_save(model, config)
-    names = find_targets(model, config, saved)
+    refuse_adapted_in(saved, adapted_layers(model))
+    names = find_targets(model, config, [*saved, *saved_with_any(model)])
     refuse_tying(model, config, names)
     refuse_rows_of(model, names)
     kept, rest = _configs_to_keep(model, config, saved)

@@ -45,6 +45,7 @@ from .modules import (
     class_name,
     features,
     has_suffix,
+    inside_adapters,
     is_linear,
     named_targets,
     refusal,
@@ -54,6 +55,7 @@ from .modules import (
     users_of_parameters,
 )
 from .owners import change_class, passed_by, take_over
+from .peft_config import config_for
 from .replaced_check import watch_places
 from .saving_check import watch_savers
 from .slices import default_rank, slices_of
@@ -108,9 +110,8 @@ def inject(
     check_choice("check", check, MODES)
     refuse_parallel(model, "inject")
     check_flag("accelerate_frozen", accelerate_frozen)
-    config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
-    config = with_tied(model, config)
+    config = with_tied(model, config_for(model, config))
     saved = find_modules_to_save(model, config)
     names = find_targets(model, config, saved)
     refuse_tying(model, config, names)
@@ -148,25 +149,6 @@ def check_adapter_name(name: Any, argument: str) -> str:
     return name
 
 
-# What peft.get_peft_model trains and saves for a task, where the model has it (it matches the ends of names).
-_TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "pre_classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
-
-def _with_task_head(model: nn.Module, config: LoraConfig, task: str | None) -> LoraConfig:
-    modules = [n for n, _ in model.named_modules()]
-    saved = list(config.modules_to_save or ())
-    heads = [h for h in _TASK_HEADS.get(task, ()) if h not in saved and any(has_suffix(n, h) for n in modules)]
-    if not heads:
-        return config
-    config = copy.copy(config)
-    config.modules_to_save = saved + heads
-    return config
-
-
 def refuse_adapted(model: nn.Module) -> None:
     """``ValueError`` for a model that has adapters, ours or PEFT's."""
     refuse_peft(model)
@@ -193,6 +175,8 @@ def _select(model: nn.Module, spec: str | Sequence[str], field: str, others: boo
     whether the config has other targets.
     """
     modules = named_targets(model) if field != "modules_to_save" else dict(model.named_modules())
+    inside = inside_adapters(model)
+    modules = {n: m for n, m in modules.items() if not n.startswith(inside)}
     if field == "target_modules" and (not isinstance(spec, str) or spec not in ROLES):
         modules = {n: m for n, m in modules.items() if not isinstance(m, ExpertStack)}  # as in PEFT: target_parameters
     linears = [n for n, m in modules.items() if is_linear(m)]
@@ -265,16 +249,23 @@ def _inside(name: str, modules: Sequence[str]) -> bool:
     return any(name == m or name.startswith(m + ".") for m in modules)
 
 
+def refuse_adapted_in(saved: list[str], names: Collection[str]) -> None:
+    """``ValueError`` where one of the modules that are trained whole is, or has inside, what has an adapter."""
+    both = next((name for name in names if _inside(name, saved)), None)
+    if both is not None:
+        raise ValueError(f"modules_to_save: {both!r} is also a target; a module is adapted or trained, not both")
+
+
 def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> list[str]:
     """As in PEFT, what is trained and saved whole is not adapted as well; nothing asked for may be lost by that."""
     target = config.target_modules or ()
     for suffix in () if isinstance(target, str) else target:
         hits = [n for n in names if has_suffix(n, suffix)]
-        if hits and all(_inside(n, saved) for n in hits):
-            raise ValueError(f"modules_to_save: {hits[0]!r} is also a target; a module is adapted or trained, not both")
+        if all(_inside(n, saved) for n in hits):
+            refuse_adapted_in(saved, hits)
     left = [n for n in names if not _inside(n, saved)]
-    if names and not left:
-        raise ValueError(f"modules_to_save: {names[0]!r} is also a target; a module is adapted or trained, not both")
+    if not left:
+        refuse_adapted_in(saved, names)
     return left
 
 

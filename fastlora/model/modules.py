@@ -20,12 +20,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from .._utils.errors import unknown_choice
 from .._utils.torch_compat import forward_hooks
 from ..config import ROLES
-from ..nn.active import adapted_models, config_of, join
+from ..nn.active import adapted_models, config_of, configs_in, join
 from ..nn.adapter import Slices
 from ..nn.attention import InProjection, StackedProjection
 from ..nn.experts import ExpertProjection, ExpertStack
 from ..nn.layer_view import Conv1D
-from ..nn.linear import Adapted, Linear, QKVLinear
+from ..nn.linear import Adapted, Linear, QKVLinear, adapted_layers
 from ..nn.plain import CLASSES
 from ..nn.pointwise import pointwise_class
 from ..nn.quantized import foreign_base, foreign_class
@@ -392,9 +392,22 @@ def saved_modules(model: nn.Module, adapter: str | None) -> list[str]:
     return list(found)
 
 
+def saved_with_any(model: nn.Module) -> list[str]:
+    """Full names of the modules that are trained whole with some adapter, so that forwards of all run through them."""
+    names = dict.fromkeys(name for configs in configs_in(model) for name in configs)
+    return list(dict.fromkeys(path for name in names for path in saved_modules(model, name)))
+
+
 def named_by(model: nn.Module, suffixes: Collection[str]) -> list[str]:
     """Full names of the modules that suffixes mean."""
-    return [n for n, _ in model.named_modules() if any(has_suffix(n, suffix) for suffix in suffixes)]
+    inside = inside_adapters(model)
+    names = [n for n, _ in model.named_modules() if not n.startswith(inside)]
+    return [n for n in names if any(has_suffix(n, suffix) for suffix in suffixes)]
+
+
+def inside_adapters(model: nn.Module) -> tuple[str, ...]:
+    """What names of the modules of adapters begin with: there an adapter's name is a module's, too."""
+    return tuple(f"{path}.lora_" for path in adapted_layers(model))
 
 
 def kept_forwards(module: nn.Module) -> list[str]:

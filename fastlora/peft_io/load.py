@@ -20,7 +20,7 @@ from ..config import FROM_WEIGHT, LoraConfig
 from ..model.adapters import add_adapter
 from ..model.fields import refuse_tying
 from ..model.inject import check_adapter_name, inject, refuse_adapted
-from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules, tied_embeddings
+from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules, saved_with_any, tied_embeddings
 from ..model.tokens import find_rows
 from ..nn.active import chosen_adapter, config_of
 from ..nn.adapter import WHOLE, Slices
@@ -277,7 +277,7 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
         if config is not None and mine != theirs and (field != "init_lora_weights" or {mine, theirs} & {*FROM_WEIGHT}):
             differences.append(f"{field} is {mine!r} in the model and {theirs!r} in the file")
     saved = saved_modules(model, adapter)
-    if set(saved) != set(plan.trained):
+    if set(plan.trained) not in (set(saved), set(saved_with_any(model))):
         differences.append(f"modules_to_save are {sorted(saved)} in the model and {sorted(plan.trained)} in the file")
     rows = {path: each.indices[adapter] for path, each in token_rows(model, adapter).items()}
     if rows != plan.rows:
