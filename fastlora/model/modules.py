@@ -25,7 +25,7 @@ from ..nn.adapter import Slices
 from ..nn.attention import InProjection, StackedProjection
 from ..nn.experts import ExpertProjection, ExpertStack
 from ..nn.layer_view import Conv1D
-from ..nn.linear import Adapted, Linear, QKVLinear, adapted_layers
+from ..nn.linear import Adapted, Linear, QKVLinear
 from ..nn.plain import CLASSES
 from ..nn.pointwise import pointwise_class
 from ..nn.quantized import foreign_base, foreign_class
@@ -407,7 +407,7 @@ def named_by(model: nn.Module, suffixes: Collection[str]) -> list[str]:
 
 def inside_adapters(model: nn.Module) -> tuple[str, ...]:
     """What names of the modules of adapters begin with: there an adapter's name is a module's, too."""
-    return tuple(f"{path}.lora_" for path in adapted_layers(model))
+    return tuple(f"{name}.lora_" for name, module in model.named_modules() if isinstance(module, Adapted))
 
 
 def kept_forwards(module: nn.Module) -> list[str]:
