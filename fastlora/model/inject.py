@@ -187,7 +187,7 @@ def _select(model: nn.Module, config: LoraConfig, field: str, others: bool = Fal
     linears = [n for n in known if is_linear(modules[n])]
     if isinstance(spec, str):
         if spec in roles:
-            names = [n for n in every_linear(model) if n in known] if config.peft_rules else role_targets(model, spec)
+            names = every_linear(model, linears) if config.peft_rules else role_targets(model, spec)
             _tell_experts(model, spec, bool(names), others)
         else:
             names = [n for n in known if re.fullmatch(spec, n)]
@@ -290,18 +290,18 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks:
         names = _select(model, config, "target_modules", bool(parameters))
     excluded = [] if config.exclude_modules is None else _select(model, config, "exclude_modules")
     if not config.peft_rules:
-        names, excluded = _projections(model, names), _projections(model, excluded)
+        names, excluded = (_projections(model, frozenset(found)) for found in (names, excluded))
     if blocks is not None:
         names, parameters = ([n for n in found if _inside(n, blocks)] for found in (names, parameters))
         if not names and not parameters:
             accepted = f"what matches modules inside the blocks {blocks}"
             raise wrong_value("target_modules", accepted, config.target_modules)
-    left = _projections(model, set(names) - set(excluded))
+    left = set(names) - set(excluded)
     # As in PEFT a container is not its contents; unnoticed, nothing would be excluded.
     around = next((e for e in excluded for n in names if n in left and n.startswith(e + ".")), None)
     if around is not None:
         raise ValueError(f"exclude_modules: {around!r} is no target but holds some; say '{around}..*' as a pattern")
-    names = left
+    names = _projections(model, left)
     if not names and not parameters:
         raise ValueError("exclude_modules: nothing is left of target_modules")
     modules = named_targets(model)

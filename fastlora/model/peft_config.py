@@ -10,7 +10,7 @@ from torch import nn
 
 from .._utils.errors import listed
 from ..config import LoraConfig
-from .modules import has_suffix, inside_adapters, is_linear, named_by
+from .modules import has_suffix, inside_adapters, named_by
 
 # What peft.get_peft_model trains and saves for a task, where the model has it.
 _TASK_HEADS = {
@@ -49,10 +49,10 @@ def _ends(entry: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.endswith(entry)]
 
 
-def every_linear(model: nn.Module) -> list[str]:
+def every_linear(model: nn.Module, linears: Iterable[str]) -> list[str]:
     """What ``"all-linear"`` means to PEFT: the linears but the output embedding of a model of transformers."""
     output = model.get_output_embeddings() if _is_transformers(model) else None
-    return [name for name, module in model.named_modules() if is_linear(module) and module is not output]
+    return [name for name in linears if model.get_submodule(name) is not output]
 
 
 def _is_transformers(model: nn.Module) -> bool:
