@@ -164,7 +164,7 @@ class LoraConfig:
     - ``target_modules``: a list of name suffixes, a regular expression that matches whole names, or a role:
       ``"qkv"``, ``"attention"``, ``"mlp"``, ``"mixer"``, ``"experts"``, ``"all-linear"`` (no convolutions, as in PEFT).
       A slice that a role takes has at most as many ranks as rows.
-    - ``exclude_modules``: suffixes, or an expression, of what ``target_modules`` means otherwise and is left alone.
+    - ``exclude_modules``: suffixes, an expression or a role: what of ``target_modules`` is left alone.
     - ``lora_dropout``: probability that an entry of x is zero in the update while training, others over 1 - p.
     - ``bias``: which biases are trained besides: ``"none"``, ``"all"``, or ``"lora_only"``, those of targets.
     - ``modules_to_save``: suffixes of modules that are trained whole and saved, such as a head.
@@ -228,9 +228,9 @@ class LoraConfig:
     backend: str = "auto"
     prepack: bool | str = "auto"
 
-    # How patterns are looked up (PEFT takes the first that matches), and whether a rank may exceed min(N, K), as it may
-    # in PEFT. Not fields: nobody has to write them down.
-    exact_names_first: ClassVar[bool] = True
+    # Whether names and patterns mean what they mean to PEFT: no roles, no names but of modules, the first pattern that
+    # matches. Whether a rank may exceed min(N, K), as it may in PEFT. Not fields: nobody has to write them down.
+    peft_rules: ClassVar[bool] = False
     any_rank: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -300,6 +300,8 @@ class LoraConfig:
     def coerce(cls, config: Any) -> LoraConfig:
         """A LoraConfig from a ``config`` of ours or from a ``peft.LoraConfig`` whose set fields are all implemented.
 
+        ``inject`` and ``add_adapter`` take a ``peft.LoraConfig`` itself: what PEFT asks the model for (targets by its
+        type, the head of a task, experts that transformers has stacked) is found there.
         Raises ``TypeError`` for anything else, ``ValueError`` naming a field that is not implemented.
 
         >>> fastlora.LoraConfig.coerce(fastlora.LoraConfig(r=4)).r
@@ -311,7 +313,7 @@ class LoraConfig:
         if not (of_peft and dataclasses.is_dataclass(config)):
             raise wrong_type("config", "a fastlora.LoraConfig or a peft.LoraConfig", config)
         taken = cls(**_from_peft_fields(config))
-        taken.exact_names_first, taken.any_rank = False, True
+        taken.peft_rules = taken.any_rank = True
         return taken
 
     @classmethod
@@ -359,6 +361,10 @@ def _from_peft_fields(config: Any) -> dict[str, Any]:
             raise ValueError(f"config: peft.LoraConfig field {f.name}={value!r} is set and not implemented: {nearest}")
     for name in ("rank_pattern", "alpha_pattern"):
         taken[name] = dict(taken.get(name) or {})
+    for name, words in (("target_modules", ("all-linear",)), ("init_lora_weights", ("gaussian", "olora", "mica"))):
+        value = taken.get(name)
+        if isinstance(value, str) and value.lower() in words:  # in any case, as in PEFT
+            taken[name] = value.lower()
     return taken
 
 

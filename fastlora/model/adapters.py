@@ -33,8 +33,9 @@ from .inject import (
     plan_injection,
 )
 from .learning_check import watch_learning
-from .modules import inside, named_by, refuse_shared
-from .overlaps import refuse_overlaps, saved_by_any
+from .modules import inside, named_by, refuse_shared, saved_with_any
+from .overlaps import refuse_overlaps
+from .peft_config import config_for
 from .replaced_check import watch_places
 from .resting_check import watch_resting
 from .tokens import commit_rows, forget_rows, plan_rows, refuse_rows_of
@@ -83,8 +84,9 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     """Add the adapter ``name`` to an adapted model, as ``config`` says it, with the next id; it trains beside others.
 
     ``y = x W^T + bias + s_g x A_g^T B_g^T`` for the rows of adapter g. Targets that have no adapter yet become adapted;
-    ``modules_to_save`` are shared by all adapters; what one saves, no other adapts or has ``trainable_token_indices``
-    of. Names are those of ``model``, which may contain the adapted one, or be a part of it: the adapter is the whole's.
+    ``modules_to_save`` are shared by all adapters and in the file of each; what one saves, no other adapts or has
+    ``trainable_token_indices`` of. Names are those of ``model``, which may contain the adapted one, or be a part of it:
+    the adapter is the whole's.
     Raises ``TypeError`` or ``ValueError`` naming the argument; the model is then as it was.
 
     >>> model = nn.Sequential(fastlora.nn.Linear(8, 8, r=2))
@@ -99,7 +101,7 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     refuse_merged(adapted_layers(model))
     if name in routers[0].names:
         raise wrong_value("name", f"one that is none of {routers[0].names}", name)
-    config = with_tied(model, LoraConfig.coerce(config))
+    config = with_tied(model, config_for(model, config))
     if config.bias != "none":
         raise wrong_value("bias", "'none' for an adapter that shares its base with others", config.bias)
     for each in (config, *[known for configs in configs_in(model) for known in configs.values()]):
@@ -111,7 +113,7 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
     started = next((p for p, x in adapted_layers(model).items() if any(f.starts() for f in x.lora_A.values())), None)
     if started is not None:
         raise ValueError(f"model: the weight of {started!r} lies in part in its adapter, and another would not fit it")
-    saved, known = find_modules_to_save(model, config), saved_by_any(model)
+    saved, known = find_modules_to_save(model, config), saved_with_any(model)
     names = find_targets(model, config, saved)
     refuse_tying(model, config, names)
     refuse_overlaps(model, names, saved, known)

@@ -49,6 +49,8 @@ def add_weighted_adapter(
       ``ties`` takes the mean of those that have the sign of most, by ``majority_sign_method`` ``"total"`` or
       ``"frequency"``.
 
+    ``modules_to_save``, which the adapters of a model share, are those of the combination, too, as they are.
+
     Raises ``TypeError`` or ``ValueError`` naming the argument, with the model as it was, for ranks that differ where
     they may not, and adapters with ``use_dora`` or ``lora_bias``, which do not add up.
     Source: Yadav et al., "TIES-Merging" (NeurIPS 2023); Yu et al., "Language Models are Super Mario" (DARE, ICML 2024).
@@ -86,7 +88,8 @@ def add_weighted_adapter(
             factors.requires_grad_(False).train(layer.training)
     add_name(routers, adapter_name)
     for configs in configs_in(model):
-        configs[adapter_name] = config
+        saved = dict.fromkeys(name for each in configs.values() for name in each.modules_to_save or ())
+        configs[adapter_name] = replace(config, modules_to_save=list(saved) or None)
     return model
 
 
@@ -186,5 +189,5 @@ def _config(model: nn.Module, first: str, made: Mapping[str, tuple[Any, Mapping[
         known,
         r=r, lora_alpha=r, scale="per_rank", use_rslora=False, target_modules=list(made), exclude_modules=None,
         rank_pattern=other, alpha_pattern={k: v for k, v in other.items() if v}, layers_to_transform=None,
-        layers_pattern=None, modules_to_save=None, bias="none", init_lora_weights=True,
+        layers_pattern=None, bias="none", init_lora_weights=True,
     )  # fmt: skip

@@ -123,10 +123,10 @@ def pattern_lookup(config: LoraConfig, field: str, keys: list[str], attentions: 
     found: dict[str, tuple[int, Any]] = {}
     known = {*keys}
     for pattern, value in getattr(config, field).items():
-        if config.exact_names_first and pattern in known:
+        if not config.peft_rules and pattern in known:
             found[pattern] = (3, value)
             continue
-        strengths = {k: _match_strength(pattern, k, config.exact_names_first, attentions) for k in keys}
+        strengths = {k: _match_strength(pattern, k, not config.peft_rules, attentions) for k in keys}
         best = max(strengths.values())
         if best == 0:
             raise wrong_value(field, "patterns that match an adapted matrix", pattern, suggestion(pattern, keys))

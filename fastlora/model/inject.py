@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from .._utils.types import ModelT
 from ..config import FROM_DATA, ROLES, LoraConfig, takes_weight
 from ..nn.active import own_modules
 from ..nn.adapter import WHOLE, AdapterSpec, Factors, Slices, adapter_dtype_of, checked_ranks, new_factors
+from ..nn.attention import InProjection, StackedProjection
 from ..nn.experts import ExpertStack
 from ..nn.frozen import FrozenLinear
 from ..nn.initialise import new_bias, new_magnitude, start_from_weight, take_out
@@ -55,6 +56,7 @@ from .modules import (
     users_of_parameters,
 )
 from .owners import change_class, passed_by, take_over
+from .peft_config import config_for, every_linear
 from .replaced_check import watch_places
 from .saving_check import watch_savers
 from .slices import default_rank, slices_of
@@ -109,9 +111,8 @@ def inject(
     check_choice("check", check, MODES)
     refuse_parallel(model, "inject")
     check_flag("accelerate_frozen", accelerate_frozen)
-    config = _with_task_head(model, LoraConfig.coerce(config), getattr(config, "task_type", None))
     refuse_adapted(model)
-    config = with_tied(model, config)
+    config = with_tied(model, config_for(model, config))
     saved = find_modules_to_save(model, config)
     names = find_targets(model, config, saved)
     refuse_tying(model, config, names)
@@ -149,25 +150,6 @@ def check_adapter_name(name: Any, argument: str) -> str:
     return name
 
 
-# What peft.get_peft_model trains and saves for a task, where the model has it (it matches the ends of names).
-_TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "pre_classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
-
-def _with_task_head(model: nn.Module, config: LoraConfig, task: str | None) -> LoraConfig:
-    modules = [n for n, _ in model.named_modules()]
-    saved = list(config.modules_to_save or ())
-    heads = [h for h in _TASK_HEADS.get(task, ()) if h not in saved and any(has_suffix(n, h) for n in modules)]
-    if not heads:
-        return config
-    config = copy.copy(config)
-    config.modules_to_save = saved + heads
-    return config
-
-
 def refuse_adapted(model: nn.Module) -> None:
     """``ValueError`` for a model that has adapters, ours or PEFT's."""
     refuse_peft(model)
@@ -187,38 +169,42 @@ def refuse_peft(model: nn.Module) -> None:
             raise ValueError(f"model: {where} wrapped by PEFT ({type(module).__name__}); {way}")
 
 
-def _select(model: nn.Module, spec: str | Sequence[str], field: str, others: bool = False) -> list[str]:
+def _select(model: nn.Module, config: LoraConfig, field: str, others: bool = False) -> list[str]:
     """Names chosen by a role, a regular expression or a list of suffixes; every entry must choose something.
 
-    As in PEFT, a target that is an ``nn.MultiheadAttention`` means its projections, each as one matrix. ``others``:
-    whether the config has other targets.
+    ``others``: whether the config has other targets. PEFT's rules know one role, and no names but of modules.
     """
+    spec, roles = getattr(config, field), ROLES
+    if config.peft_rules:
+        roles = ("all-linear",) if field == "target_modules" else ()
     modules = named_targets(model) if field != "modules_to_save" else own_modules(model)
-    if field == "target_modules" and (not isinstance(spec, str) or spec not in ROLES):
+    if field == "target_modules" and (not isinstance(spec, str) or spec not in roles):
         modules = {n: m for n, m in modules.items() if not isinstance(m, ExpertStack)}  # as in PEFT: target_parameters
-    linears = [n for n, m in modules.items() if is_linear(m)]
+    virtual = (StackedProjection, InProjection) if config.peft_rules else ()
+    known = [n for n, m in modules.items() if n and not isinstance(m, virtual)]
+    linears = [n for n in known if is_linear(modules[n])]
     if isinstance(spec, str):
-        if spec in ROLES:
-            names = role_targets(model, spec)
-        else:
-            names = [n for n in modules if n and re.fullmatch(spec, n)]
-        if spec in ROLES:
+        if spec in roles:
+            names = every_linear(model, linears) if config.peft_rules else role_targets(model, spec)
             _tell_experts(model, spec, bool(names), others)
+        else:
+            names = [n for n in known if re.fullmatch(spec, n)]
         if not names:
-            near = suggestion(spec, [*ROLES, *{n.rpartition(".")[2] for n in linears}])
+            near = suggestion(spec, [*roles, *{n.rpartition(".")[2] for n in linears}])
+            near = ", a role, which fastlora.LoraConfig knows" if spec in ROLES and spec not in roles else near
             raise wrong_value(field, f"a role or a pattern that matches modules of {type(model).__name__}", spec, near)
-        return _projections(model, modules, names, field)
+        return names
     spec = sorted(spec) if isinstance(spec, (set, frozenset)) else spec
     if not isinstance(spec, Sequence) or not all(isinstance(s, str) for s in spec) or not spec:
         raise wrong_value(field, f"a role {ROLES}, a regular expression or a list of names", spec)
     chosen: set[str] = set()
     for suffix in spec:
-        hits = [n for n in modules if n and has_suffix(n, suffix)]
+        hits = [n for n in known if has_suffix(n, suffix)]
         if not hits:
             near = suggestion(suffix, sorted({n.rpartition(".")[2] for n in linears} | set(linears)))
             raise wrong_value(field, f"suffixes of module names of {type(model).__name__}", suffix, near)
         chosen.update(hits)
-    return _projections(model, modules, chosen, field)
+    return [n for n in known if n in chosen]
 
 
 def _tell_experts(model: nn.Module, role: str, any_taken: bool, others: bool) -> None:
@@ -255,15 +241,18 @@ def _select_parameters(model: nn.Module, suffixes: Sequence[str]) -> list[str]:
     return [n for n in stacks if n in chosen]
 
 
-def _projections(model: nn.Module, modules: Mapping[str, nn.Module], names: Collection[str], field: str) -> list[str]:
-    """``names`` in the model's order, with the projections of an attention module in place of the module."""
-    attentions = [] if field == "modules_to_save" else [n for n in torch_attentions(model) if n in names]
+def _projections(model: nn.Module, names: Collection[str]) -> list[str]:
+    """``names`` in the model's order; as in PEFT an ``nn.MultiheadAttention`` means its projections."""
+    attentions = [n for n in torch_attentions(model) if n in names]
     projections = {f"{a}.{p}" if a else p for a in attentions for p in ("in_proj", "out_proj")}
-    return [n for n in modules if n in projections or (n in names and n not in attentions)]
+    return [n for n in named_targets(model) if n in projections or (n in names and n not in attentions)]
 
 
-def _inside(name: str, modules: Sequence[str]) -> bool:
-    return any(name == m or name.startswith(m + ".") for m in modules)
+def _refuse_both(saved: list[str], names: Collection[str]) -> None:
+    """``ValueError`` where one of the modules that are trained whole is, or has inside, what has an adapter."""
+    both = next((name for name in names if inside(name, saved)), None)
+    if both is not None:
+        raise ValueError(f"modules_to_save: {both!r} is also a target; a module is adapted or trained, not both")
 
 
 def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> list[str]:
@@ -271,11 +260,11 @@ def _without_saved(config: LoraConfig, names: list[str], saved: list[str]) -> li
     target = config.target_modules or ()
     for suffix in () if isinstance(target, str) else target:
         hits = [n for n in names if has_suffix(n, suffix)]
-        if hits and all(_inside(n, saved) for n in hits):
-            raise ValueError(f"modules_to_save: {hits[0]!r} is also a target; a module is adapted or trained, not both")
-    left = [n for n in names if not _inside(n, saved)]
-    if names and not left:
-        raise ValueError(f"modules_to_save: {names[0]!r} is also a target; a module is adapted or trained, not both")
+        if all(inside(n, saved) for n in hits):
+            _refuse_both(saved, hits)
+    left = [n for n in names if not inside(n, saved)]
+    if not left:
+        _refuse_both(saved, names)
     return left
 
 
@@ -292,19 +281,21 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks:
         raise wrong_value("target_modules", f"a role {ROLES}, a regular expression or a list of names", None)
     names: list[str] = []
     if config.target_modules or not parameters:
-        names = _select(model, config.target_modules, "target_modules", bool(parameters))
+        names = _select(model, config, "target_modules", bool(parameters))
+    excluded = [] if config.exclude_modules is None else _select(model, config, "exclude_modules")
+    if not config.peft_rules:
+        names, excluded = (_projections(model, frozenset(found)) for found in (names, excluded))
     if blocks is not None:
-        names, parameters = ([n for n in found if _inside(n, blocks)] for found in (names, parameters))
+        names, parameters = ([n for n in found if inside(n, blocks)] for found in (names, parameters))
         if not names and not parameters:
             accepted = f"what matches modules inside the blocks {blocks}"
             raise wrong_value("target_modules", accepted, config.target_modules)
-    if config.exclude_modules is not None:
-        excluded = set(_select(model, config.exclude_modules, "exclude_modules"))
-        # As in PEFT a container is not its contents; unnoticed, nothing would be excluded.
-        around = next((e for e in excluded for n in names if n not in excluded and n.startswith(e + ".")), None)
-        if around is not None:
-            raise ValueError(f"exclude_modules: {around!r} is no target but holds some; say '{around}..*' as a pattern")
-        names = [n for n in names if n not in excluded]
+    left = set(names) - set(excluded)
+    # As in PEFT a container is not its contents; unnoticed, nothing would be excluded.
+    around = next((e for e in excluded for n in names if n in left and n.startswith(e + ".")), None)
+    if around is not None:
+        raise ValueError(f"exclude_modules: {around!r} is no target but holds some; say '{around}..*' as a pattern")
+    names = _projections(model, left)
     if not names and not parameters:
         raise ValueError("exclude_modules: nothing is left of target_modules")
     modules = named_targets(model)
@@ -319,7 +310,7 @@ def find_targets(model: nn.Module, config: LoraConfig, saved: list[str], blocks:
 
 def find_modules_to_save(model: nn.Module, config: LoraConfig) -> list[str]:
     """Full names of the modules that a config trains and saves whole."""
-    return _select(model, list(config.modules_to_save), "modules_to_save") if config.modules_to_save else []
+    return _select(model, config, "modules_to_save") if config.modules_to_save else []
 
 
 def plan_injection(model: nn.Module, config: LoraConfig, names: list[str]) -> list[_Planned]:

@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .._utils.errors import unknown_choice
 from .._utils.torch_compat import forward_hooks
 from ..config import ROLES
-from ..nn.active import adapted_models, config_of, join, own_modules
+from ..nn.active import adapted_models, config_of, configs_in, join, own_modules
 from ..nn.adapter import Slices
 from ..nn.attention import InProjection, StackedProjection
 from ..nn.experts import ExpertProjection, ExpertStack
@@ -398,6 +398,12 @@ def saved_modules(model: nn.Module, adapter: str | None) -> list[str]:
         for name in [] if config is None else named_by(adapted, config.modules_to_save or ()):
             found[join(path, name)] = None
     return list(found)
+
+
+def saved_with_any(model: nn.Module) -> list[str]:
+    """Full names of the modules that are trained whole with some adapter, so that forwards of all run through them."""
+    names = dict.fromkeys(name for configs in configs_in(model) for name in configs)
+    return list(dict.fromkeys(path for name in names for path in saved_modules(model, name)))
 
 
 def named_by(model: nn.Module, suffixes: Collection[str]) -> list[str]:

@@ -6,18 +6,11 @@ from collections.abc import Collection
 
 from torch import nn
 
-from ..nn.active import configs_in
 from ..nn.linear import adapted_layers
 from ..nn.token_rows import embeddings_with_rows
-from .modules import inside, saved_modules
+from .modules import inside
 
 _OTHER = "of another adapter; a module is adapted or trained, not both"
-
-
-def saved_by_any(model: nn.Module) -> list[str]:
-    """Full names of what the adapters of a model train and save whole, also of those without a rank or a layer left."""
-    adapters = dict.fromkeys(name for configs in configs_in(model) for name in configs)
-    return list(dict.fromkeys(module for adapter in adapters for module in saved_modules(model, adapter)))
 
 
 def refuse_overlaps(model: nn.Module, targets: Collection[str], saved: Collection[str], known: Collection[str]) -> None:

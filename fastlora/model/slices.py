@@ -90,7 +90,7 @@ _PARTS = {"qkv": "qkv", "attention": "qkv", "mlp": ("gate", "up", "mlp")}
 
 def _parts(config: LoraConfig) -> Sequence[str] | None:
     target = config.target_modules
-    return _PARTS.get(target) if isinstance(target, str) else None
+    return _PARTS.get(target) if isinstance(target, str) and not config.peft_rules else None
 
 
 def default_rank(config: LoraConfig, name: str, most: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .._utils.errors import listed
 from ..nn.active import configs_in, refuse_merged
 from ..nn.linear import adapted_layers, matrix_key
-from .modules import saved_modules
+from .modules import saved_with_any
 
 
 def refuse_other(model: nn.Module, state: Mapping[str, Tensor], prefix: str = "", partial: bool = False) -> set[str]:
@@ -63,9 +63,8 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
 def trained_names(model: nn.Module) -> set[str]:
     """Names of the parameters that a checkpoint holds; a schedule may hold some of them frozen for a while."""
     found = {name for name, p in named(model).items() if p.requires_grad or _matrix(name)}
-    for adapter in {name for configs in configs_in(model) for name in configs}:
-        for saved in saved_modules(model, adapter):
-            found.update(name for name in named(model) if name.startswith(f"{saved}."))
+    for saved in saved_with_any(model):
+        found.update(name for name in named(model) if name.startswith(f"{saved}."))
     return found
 
 

@@ -20,6 +20,7 @@ from ..nn.linear import adapted_layers
 from .families import HEADS
 from .inject import find_modules_to_save, find_targets, inject, refuse_adapted
 from .modules import is_head, saved_modules
+from .peft_config import config_for
 from .slices import slices_of
 
 
@@ -70,7 +71,9 @@ def apply_policy(model: ModelT, name: str, config: Any = None, *, deep: int | No
     """
     check_model(model)
     chosen = POLICIES[check_choice("name", name, POLICIES)]
-    config = LoraConfig() if config is None else copy.copy(LoraConfig.coerce(config))
+    given = LoraConfig() if config is None else config
+    config = copy.copy(config_for(model, given))
+    config.target_modules = given.target_modules and config.target_modules  # where it says none, the policy does
     refuse_adapted(model)
     if chosen.lora == "none" and config.trainable_token_indices is not None:
         raise wrong_value(

@@ -20,8 +20,8 @@ from ..config import FROM_WEIGHT, LoraConfig
 from ..model.adapters import add_adapter
 from ..model.fields import refuse_tying
 from ..model.inject import check_adapter_name, inject, refuse_adapted
-from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules
-from ..model.overlaps import refuse_overlaps, saved_by_any
+from ..model.modules import fused_layouts, named_targets, refuse_shared, saved_modules, saved_with_any
+from ..model.overlaps import refuse_overlaps
 from ..model.tokens import find_rows
 from ..nn.active import chosen_adapter, config_of
 from ..nn.adapter import WHOLE, Slices
@@ -228,7 +228,7 @@ def _refuse_values(
 def _refuse_overlaps(model: nn.Module, folder: AdapterFolder, targets: Collection[str], saved: Collection[str]) -> None:
     """As ``add_adapter``, before keys are compared, of which the model has more where it adapts what a file saves."""
     try:
-        refuse_overlaps(model, targets, saved, saved_by_any(model))
+        refuse_overlaps(model, targets, saved, saved_with_any(model))
     except ValueError as error:
         raise ValueError(f"{folder.path}: {error}") from None
 
@@ -315,8 +315,11 @@ def _refuse_differences(model: nn.Module, folder: AdapterFolder, plan: _Plan, ad
         mine, theirs = getattr(config, field, None), getattr(folder.fields, field)
         if config is not None and mine != theirs and (field != "init_lora_weights" or {mine, theirs} & {*FROM_WEIGHT}):
             differences.append(f"{field} is {mine!r} in the model and {theirs!r} in the file")
-    saved, trained = (sorted(without_containers(model, n)) for n in (saved_modules(model, adapter), plan.trained))
-    if saved != trained:
+    saved, of_any, trained = (
+        sorted(without_containers(model, names))
+        for names in (saved_modules(model, adapter), saved_with_any(model), plan.trained)
+    )
+    if trained not in (saved, of_any):
         differences.append(f"modules_to_save are {saved} in the model and {trained} in the file")
     rows = {path: each.indices[adapter] for path, each in token_rows(model, adapter).items()}
     if rows != plan.rows:

@@ -18,9 +18,9 @@ from .._utils.distributed import once, ranks_of, reshard, shards, unwrapped, who
 from .._utils.errors import check_choice, check_flag, check_instance, check_mapping, listed, wrong_value
 from ..config import FROM_WEIGHT, LoraConfig, power_iterations
 from ..model.merge import before_merge
-from ..model.modules import named_targets, refuse_shared, saved_modules
+from ..model.modules import named_targets, refuse_shared, saved_with_any
 from ..model.replaced_check import refuse_replaced
-from ..nn.active import chosen_adapter, config_of, kept_inside, names_of, own_modules
+from ..nn.active import chosen_adapter, config_of, configs_in, kept_inside, own_modules
 from ..nn.adapter import WHOLE
 from ..nn.experts import ExpertProjection
 from ..nn.layer_view import Conv1D
@@ -66,8 +66,8 @@ def save(
     r_v. Each matrix gets ``lora_alpha = s R``, so that PEFT computes the same ``s``; with ``fold_scale`` it is 1 and B
     is multiplied by s. Matrices of rank 0 are left out.
     ``nn.MultiheadAttention`` has one rank and one ``s`` for both projections there: zeros fill the smaller one.
-    ``modules_to_save`` and the biases of ``bias=`` go along, with ``"lora_only"`` those of targets without a rank, too;
-    ``importance`` (scores by matrix) goes into the side file.
+    ``modules_to_save``, which the adapters of a model share, and the biases of ``bias=`` go along, with ``"lora_only"``
+    those of targets without a rank, too; ``importance`` (scores by matrix) goes into the side file.
 
     ``save_embedding_layers``: also the frozen input and output embeddings, as in PEFT. ``"auto"``: where
     ``model.config`` has another size of the vocabulary than that of the checkpoint the model was made from, of targets
@@ -120,11 +120,13 @@ def write_adapter(
         raise ValueError("fold_scale: expected False for init_lora_weights='olora', whose frozen weight depends on s")
     if config.init_lora_weights in ("corda", "lora_ga") or power_iterations(config.init_lora_weights) is not None:
         config = replace(config, init_lora_weights=True)  # the file's factors say what was taken out of the weight
+    if any(each.ensure_weight_tying for configs in configs_in(model) for each in configs.values()):
+        config = replace(config, ensure_weight_tying=True)  # of an adapter that shares its modules to save
     names = StoredNames(model, [path for path, layer in layers.items() if isinstance(layer, ExpertProjection)])
     matrices = _matrices(model, names, layers, adapter, fold_scale, over_rest)
     stored = {path: names.stored(path) for path in matrices}
     adapted = {names.module(name): matrices[path] for path, name in stored.items()}
-    saved = without_containers(model, saved_modules(model, adapter))
+    saved = without_containers(model, saved_with_any(model))
     every_name = base_names(model, remove_duplicate=False)
     spec, taken = choose_saved(saved, config.modules_to_save or (), every_name, list(adapted))
     refuse_shared(model, taken, "model", config.ensure_weight_tying)
@@ -433,9 +435,6 @@ def _detached(key: str, tensor: Tensor) -> Tensor:
 def _refuse_untold(model: nn.Module, saved: list[str], biases: Mapping[str, Tensor]) -> None:
     """Everything that was trained is in the files, or ``ValueError`` with the names of what is not."""
     told = {id(t) for t in (*biases.values(), *saved_tensors(model, saved).values())}
-    # A head that came with another adapter leaves with that one.
-    for name in names_of(adapted_layers(model).values()):
-        told.update(id(t) for t in saved_tensors(model, saved_modules(model, name)).values())
     for layer in adapted_layers(model).values():
         told.update(id(p) for factors in (layer.lora_A, layer.lora_B) for p in factors.parameters())
     told.update(id(p) for rows in token_rows(model).values() for p in rows.parameters())

@@ -113,9 +113,9 @@ def test_nothing_is_said_where_nothing_is_near_and_of_what_is_no_name():
 
 def test_configs_are_copied_and_pickled_as_before():
     made = config(r=3)
-    made.exact_names_first = False
+    made.peft_rules = True
     for other in (copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-        assert other == made and other.exact_names_first is False
+        assert other == made and other.peft_rules is True
     assert fastlora.LoraConfig(5).r == 5
     assert list(inspect.signature(fastlora.LoraConfig).parameters)[:2] == ["r", "lora_alpha"]
 
