@@ -47,6 +47,7 @@ from .modules import (
     class_name,
     features,
     has_suffix,
+    inside,
     is_linear,
     named_targets,
     refusal,

@@ -19,7 +19,7 @@ from ..nn.adapter import WHOLE
 from ..nn.linear import adapted_layers
 from .families import HEADS
 from .inject import find_modules_to_save, find_targets, inject, refuse_adapted
-from .modules import is_head, saved_modules
+from .modules import inside, is_head, saved_modules
 from .peft_config import config_for
 from .slices import slices_of
 
@@ -151,7 +151,7 @@ def _norms(
         return []
     inside = {"all": [""], "blocks": blocks, "shallow": shallow}[chosen.norms]
     found = [n for block in inside for n in norms_of(model, block)]
-    found = [n for n in found if not _inside(n, heads)]
+    found = [n for n in found if not inside(n, heads)]
     if inside and not found:
         raise ValueError(f"model: policy {name!r} trains norms; {type(model).__name__} has none with parameters")
     return found
@@ -305,7 +305,7 @@ def block_stacks(model: nn.Module) -> list[list[str]]:
         children = [(n, child) for n, child in container._modules.items() if child is not None and _is_block(child)]
         if children and len({type(child) for _, child in children}) == 1:
             found[path] = [f"{path}.{n}" if path else n for n, _ in children]
-    inner = {p: b for p, b in found.items() if not any(q != p and _inside(q, b) for q in found)}
+    inner = {p: b for p, b in found.items() if not any(q != p and inside(q, b) for q in found)}
     stacks: dict[str, list[str]] = {}
     for path, blocks in inner.items():
         stacks.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", path), []).extend(blocks)
@@ -320,10 +320,6 @@ def _is_block(module: nn.Module) -> bool:
     return linear and norm and not is_norm(module)
 
 
-def _inside(path: str, blocks: list[str]) -> bool:
-    return any(path == block or path.startswith(block + ".") for block in blocks)
-
-
 ROLES_OF_PARAMETERS = ("lora", "norm", "bias", "head", "other")
 
 
@@ -336,7 +332,7 @@ class AppliedPolicy(NamedTuple):
 
 def chosen_or_policy(model: nn.Module, adapter: str | None) -> str | None:
     """``chosen_adapter``, or None for a model that a policy trains without adapters."""
-    alone = adapter is None and bool(kept_inside(model, "fastlora_policy"))
+    alone = adapter is None and bool(keptinside(model, "fastlora_policy"))
     return None if alone and not adapted_layers(model) else chosen_adapter(model, adapter)
 
 
@@ -377,7 +373,7 @@ def _embeds(model: nn.Module, head: nn.Module) -> bool:
 
 def head_modules(model: nn.Module, adapter: str | None) -> list[str]:
     """Full names of the modules that are trained whole and are no norms."""
-    applied = kept_inside(model, "fastlora_policy").items()
+    applied = keptinside(model, "fastlora_policy").items()
     heads = [join(at, name) for at, policy in applied for name in policy.heads]
     names = [*saved_modules(model, adapter), *heads]
     modules = dict(model.named_modules())
