@@ -149,10 +149,10 @@ def _norms(
 ) -> list[str]:
     if chosen.norms == "none":
         return []
-    inside = {"all": [""], "blocks": blocks, "shallow": shallow}[chosen.norms]
-    found = [n for block in inside for n in norms_of(model, block)]
+    where = {"all": [""], "blocks": blocks, "shallow": shallow}[chosen.norms]
+    found = [n for block in where for n in norms_of(model, block)]
     found = [n for n in found if not inside(n, heads)]
-    if inside and not found:
+    if where and not found:
         raise ValueError(f"model: policy {name!r} trains norms; {type(model).__name__} has none with parameters")
     return found
 
@@ -332,7 +332,7 @@ class AppliedPolicy(NamedTuple):
 
 def chosen_or_policy(model: nn.Module, adapter: str | None) -> str | None:
     """``chosen_adapter``, or None for a model that a policy trains without adapters."""
-    alone = adapter is None and bool(keptinside(model, "fastlora_policy"))
+    alone = adapter is None and bool(kept_inside(model, "fastlora_policy"))
     return None if alone and not adapted_layers(model) else chosen_adapter(model, adapter)
 
 
@@ -373,7 +373,7 @@ def _embeds(model: nn.Module, head: nn.Module) -> bool:
 
 def head_modules(model: nn.Module, adapter: str | None) -> list[str]:
     """Full names of the modules that are trained whole and are no norms."""
-    applied = keptinside(model, "fastlora_policy").items()
+    applied = kept_inside(model, "fastlora_policy").items()
     heads = [join(at, name) for at, policy in applied for name in policy.heads]
     names = [*saved_modules(model, adapter), *heads]
     modules = dict(model.named_modules())
