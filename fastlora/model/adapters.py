@@ -115,6 +115,9 @@ def add_adapter(model: ModelT, name: str, config: Any) -> ModelT:
         raise ValueError(f"model: the weight of {started!r} lies in part in its adapter, and another would not fit it")
     saved, known = find_modules_to_save(model, config), saved_with_any(model)
     names = find_targets(model, config, saved)
+    free = [name for name in names if not inside(name, known)]
+    if isinstance(config.target_modules, str) and free:
+        names = free  # a role or an expression leaves out what is trained whole, as in inject
     refuse_tying(model, config, names)
     refuse_overlaps(model, names, saved, known)
     refuse_shared(model, saved, "config", config.ensure_weight_tying)

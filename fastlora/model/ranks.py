@@ -98,6 +98,8 @@ def _refuse_change(
             f"ranks: {path!r} has a part of its weight in the factors (init_lora_weights="
             f"{layer.adapter_specs[adapter].init!r}); give ranks to inject, by rank_pattern"
         )
+    for side in (layer.lora_A, layer.lora_B):
+        side[adapter].own(adapter)
     checked_ranks(changed, layer.in_features, layer.slices, path, groups=layer.groups)
     if keep and layer.groups > 1:
         raise ValueError(f"keep: {path!r} is a convolution in groups, whose rows of A have other columns of B then")

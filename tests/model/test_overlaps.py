@@ -73,9 +73,9 @@ OVERLAPS = {
         config("body", "top.1"),
         TARGET_SAVED.format("top.1"),
     ),
-    "by a role": (
+    "by an expression that means nothing else": (
         config("body", modules_to_save=["more"]),
-        config(target_modules="all-linear"),
+        config(target_modules="m.re"),
         TARGET_SAVED.format("more"),
     ),
     "a stacked projection": (

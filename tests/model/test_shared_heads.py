@@ -132,9 +132,9 @@ def test_what_a_deleted_adapter_leaves_is_not_lost_in_silence(tmp_path):
 
 def test_a_module_is_adapted_or_trained_whoever_asks():
     model = fastlora.inject(Outer(), config(modules_to_save=["head"]))
-    with pytest.raises(ValueError, match=r"modules_to_save: 'body.head' is also a target"):
+    with pytest.raises(ValueError, match=r"target_modules: 'body.head' is in modules_to_save of another adapter"):
         fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=2, target_modules=["head"]))
-    with pytest.raises(ValueError, match=r"modules_to_save: 'body.a' is also a target"):
+    with pytest.raises(ValueError, match=r"modules_to_save: 'body.a' is a target of another adapter"):
         fastlora.add_adapter(model, "b", fastlora.LoraConfig(r=2, target_modules=["top"], modules_to_save=["body"]))
     assert fastlora.adapter_names(model) == ["default"]
     every = fastlora.LoraConfig(r=2, target_modules=r".*(head|top)")
