@@ -53,9 +53,11 @@ def trained(model):
 
 
 def scales_of_peft(model):
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.layer.LoraLayer)}
-    at = lambda n, m: n.removeprefix("base_model.model.").removesuffix(".base_layer")  # noqa: E731
-    own = {(at(n, m), getattr(m, "parameter_name", "weight")): m.scaling["default"] for n, m in layers.items()}
+    own = {}
+    for n, m in model.named_modules():
+        if isinstance(m, peft.tuners.lora.layer.LoraLayer):
+            path = n.removeprefix("base_model.model.").removesuffix(".base_layer")
+            own[path, getattr(m, "parameter_name", "weight")] = m.scaling["default"]
     return {name if leaf == "weight" else f"{name}.{leaf}": s for (name, leaf), s in own.items()}
 
 

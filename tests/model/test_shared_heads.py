@@ -1,6 +1,7 @@
 """Modules that are trained whole are shared by all adapters of a model: each adapter's file has them."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -86,8 +87,8 @@ def test_one_that_came_from_outside_of_the_adapted_model(by_hand, tmp_path):
     model = Outer()
     if by_hand:
         model.requires_grad_(False).body["a"] = fastlora.nn.Linear(4, 4, r=2)
-        make = lambda: copy.deepcopy(base)  # noqa: E731
         base = Outer()
+        make = partial(copy.deepcopy, base)
         base.body["a"].load_state_dict({k: v for k, v in model.body["a"].state_dict().items() if "lora" not in k})
     else:
         fastlora.inject(model.body, config())
@@ -112,7 +113,7 @@ def test_a_combination(tmp_path):
 
 
 def test_beside_an_adapter_that_trains_tied_embeddings(tmp_path):
-    make = lambda: make_llama(tie_word_embeddings=True)  # noqa: E731
+    make = partial(make_llama, tie_word_embeddings=True)
     fields = dict(r=2, target_modules=["q_proj"])
     tied = fastlora.LoraConfig(**fields, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     model = fastlora.add_adapter(fastlora.inject(make(), tied), "b", fastlora.LoraConfig(**fields))
