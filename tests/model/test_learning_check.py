@@ -221,6 +221,7 @@ class TestNoTrace:
 
     def test_under_compile(self, caplog):
         model = adapted(reading=False)
+        torch._dynamo.reset()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         for _ in range(2):
             step(compiled)

@@ -142,6 +142,7 @@ def checkpointed_reentrant(model):
 
 
 def compiled(model):
+    torch._dynamo.reset()  # how often code may be compiled again is counted over all tests of a process
     fast = torch.compile(model, backend="eager", fullgraph=True)
     for _ in range(2):
         run(fast)

@@ -260,6 +260,7 @@ class TestTheModule:
     def test_compiled(self, which):
         _, model = pair(batch_first=True)
         call = run(which, True)
+        torch._dynamo.reset()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(call(compiled), call(model), rtol=1e-5, atol=1e-6)
 

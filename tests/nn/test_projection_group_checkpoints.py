@@ -151,6 +151,7 @@ class TestCheckpointing:
 def test_compiled_without_a_graph_break(x):
     model = adapted()
     given = x.clone().requires_grad_()
+    torch._dynamo.reset()
     y = torch.compile(model.attn, backend="aot_eager", fullgraph=True)(given)
     torch.testing.assert_close(y, ungrouped(model).attn(x))
     y.sum().backward()

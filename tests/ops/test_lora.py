@@ -370,6 +370,7 @@ def test_compile_fullgraph(dynamic):
     def function(x):
         return lora_linear(x, case["W"], case["bias"], A, B, case["scale"], Z=Z, P=case["P"])
 
+    torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for rows in (13, 9):
         x, dy = case["x"][:rows], [g[:rows] for g in case["dy"]]

@@ -243,6 +243,7 @@ def test_frozen_operator_checks():
 def test_compiled_without_a_graph_break():
     fast = accelerated()
     x = torch.randn(5, 12)
+    torch._dynamo.reset()
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), fast(x))
 

@@ -197,6 +197,7 @@ def test_compiled_model_gives_the_same_statistics():
     for compiled in (False, True):
         m = model(dtype=torch.float32)
         with track(m, statistics=("grad_sq", "act_var")) as tracker:
+            torch._dynamo.reset()
             run = torch.compile(m, backend="aot_eager", fullgraph=True) if compiled else m
             for _ in range(2):
                 loss_of(run, batch).backward()
@@ -286,6 +287,7 @@ def test_warmup_freezes_importance_and_stops_tracking():
 def test_sampled_steps_are_the_average_and_are_explained(estimator, compiled):
     m, batches = model(), [data(seed=s) for s in range(7)]
     own = [weight_gradients(m, [b]) for b in batches]
+    torch._dynamo.reset()
     run = torch.compile(m, backend="aot_eager", fullgraph=True) if compiled else m
     with track(m, estimator=estimator, probes=512, ema=None, every=3) as tracker:
         for batch in batches:
